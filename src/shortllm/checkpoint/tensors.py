@@ -1,0 +1,250 @@
+"""The tensor table of a checkpoint: name -> file, dtype, shape and byte range, without reading the data.
+
+Safetensors files are read by their header alone, which is checked against the file's length, so that a
+truncated or damaged file is an error before any work starts. Pickled files (`.bin`) go through torch's
+weights-only loader, memory-mapped, and never execute code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+MAX_HEADER_BYTES = 100_000_000
+
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes per element of each safetensors dtype whose elements are whole bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One stored tensor."""
+
+    name: str
+    file: Path
+    dtype: str
+    """Safetensors code, e.g. `BF16`."""
+    shape: tuple[int, ...]
+    bytes: int
+    offset: int | None
+    """First byte of the data inside `file`; None in a pickled file."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
+    """All stored tensors of a checkpoint directory, in file order.
+
+    Looks for, in this order: one safetensors file, a safetensors index, one `.bin`, a `.bin` index.
+
+    Raises:
+        CheckpointError: no weights, a missing shard, a damaged file, or an index that does not fit.
+    """
+    if (directory / SAFETENSORS).is_file():
+        return _read_safetensors(directory / SAFETENSORS)
+    if (directory / SAFETENSORS_INDEX).is_file():
+        return _read_sharded(directory / SAFETENSORS_INDEX)
+    if (directory / PICKLED).is_file():
+        return _read_pickled(directory / PICKLED)
+    if (directory / PICKLED_INDEX).is_file():
+        return _read_sharded(directory / PICKLED_INDEX)
+    raise CheckpointError(
+        f"{directory} has a config.json but no weights: expected {SAFETENSORS}, {SAFETENSORS_INDEX} "
+        f"or {PICKLED}. Was the download finished?"
+    )
+
+
+def weight_files(directory: Path) -> set[str]:
+    """Names of the files in `directory` that hold weights or an index of them, in any format."""
+    suffixes = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+    indexes = (".safetensors.index.json", ".bin.index.json")
+    return {
+        path.name
+        for path in directory.iterdir()
+        if path.name.endswith(suffixes + indexes) or path.name.startswith("tf_model.")
+    }
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again") from error
+
+
+def _read_sharded(index: Path) -> dict[str, TensorEntry]:
+    """The table of a checkpoint whose index maps each tensor to one of several files."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} holds no weight_map. Download it again")
+    table: dict[str, TensorEntry] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        table.update(_read_shard(index, shard))
+    missing = [name for name in weight_map if name not in table]
+    if missing:
+        raise CheckpointError(
+            f"{index} promises tensor '{missing[0]}' in {weight_map[missing[0]]}, which does not hold it"
+            + (f" ({len(missing)} such tensors)" if len(missing) > 1 else "")
+        )
+    return {name: table[name] for name in table if name in weight_map}
+
+
+def _read_shard(index: Path, shard: Any) -> dict[str, TensorEntry]:
+    """The table of one shard, whose name comes from the index and is not trusted."""
+    if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+        raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
+    path = index.parent / shard
+    if not path.is_file():
+        raise CheckpointError(
+            f"{index} names the shard {shard}, which is not there. Finish the download of {index.parent}"
+        )
+    return _read_safetensors(path) if shard.endswith(".safetensors") else _read_pickled(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
+    """Parse and check one safetensors header (8 bytes of length, JSON, data)."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            head = stream.read(8)
+            header_bytes = int.from_bytes(head, "little")
+            if len(head) < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path} is truncated or not a safetensors file ({size} bytes). Download it again"
+                )
+            header = json.loads(stream.read(header_bytes))
+            entries = list(_entries(path, header, data_start=8 + header_bytes))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path} has a damaged safetensors header ({error}). Download it again"
+        ) from error
+    _check_layout(path, entries, data_start=8 + header_bytes, size=size)
+    return {entry.name: entry for entry in entries}
+
+
+def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> Iterator[TensorEntry]:
+    """Header items as entries, in the order of their data."""
+    header.pop("__metadata__", None)
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        start, stop = item["data_offsets"]
+        shape = tuple(item["shape"])
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop - start)):
+            raise ValueError(f"tensor '{name}' has an impossible shape or place")
+        entry = TensorEntry(name, path, item["dtype"], shape, stop - start, data_start + start)
+        item_bytes = ITEM_BYTES.get(entry.dtype)
+        if item_bytes is not None and entry.elements * item_bytes != entry.bytes:
+            raise ValueError(
+                f"tensor '{name}' of shape {list(shape)} and type {entry.dtype} cannot have {entry.bytes} bytes"
+            )
+        yield entry
+
+
+def _check_layout(path: Path, entries: list[TensorEntry], *, data_start: int, size: int) -> None:
+    """Data must follow the header without gap or overlap and end with the file."""
+    position = data_start
+    for entry in entries:
+        if entry.offset != position:
+            raise CheckpointError(f"{path} has a damaged header: tensor '{entry.name}' is misplaced")
+        position += entry.bytes
+    if position != size:
+        state = "truncated" if size < position else "longer than its header says"
+        raise CheckpointError(
+            f"{path} is {state}: {position} bytes expected, {size} found. Download it again"
+        )
+
+
+def _read_pickled(path: Path) -> dict[str, TensorEntry]:
+    """The table of one `.bin`; of tensors that share memory (tied weights) the first name is kept."""
+    import torch
+    from safetensors.torch import _TYPES as TYPES
+
+    codes = {dtype: code for code, dtype in TYPES.items()}
+    table: dict[str, TensorEntry] = {}
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    for name, tensor in load_pickled(path).items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        if tensor.dtype not in codes:
+            raise CheckpointError(f"{path}: tensor '{name}' has type {tensor.dtype}, not storable here")
+        table[name] = TensorEntry(
+            name, path, codes[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size(), None
+        )  # fmt: skip
+    return table
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` through the weights-only loader, memory-mapped where the file allows it.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds anything but tensors (such a file could run code).
+    """
+    return _load_pickled(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _load_pickled(path: Path, changed_ns: int) -> dict[str, Tensor]:
+    """`load_pickled`, remembering the last file: its tensors are asked for one by one."""
+    import torch
+
+    for mmap in (True, False):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds more than tensors and is refused, since loading it could run code. "
+                "Convert it to safetensors where you trust it"
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            if mmap:
+                continue  # files of torch < 1.6 cannot be memory-mapped
+            raise CheckpointError(f"{path} is damaged or truncated ({error})") from error
+        if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+            raise CheckpointError(f"{path} is not a plain table of tensors")
+        return content
+    raise AssertionError("unreachable")
+
+
+def pickled_bytes(entry: TensorEntry) -> memoryview:
+    """The data of one tensor of a pickled file, little-endian and contiguous."""
+    import torch
+
+    tensor = load_pickled(entry.file)[entry.name]
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,137 @@
+"""Write tensors into safetensors shards of bounded size, straight from the files that hold them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from io import RawIOBase
+from pathlib import Path
+
+from shortllm.checkpoint.tensors import (
+    ITEM_BYTES,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    TensorEntry,
+    pickled_bytes,
+)
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Largest shard, as transformers writes it by default."""
+
+CHUNK_BYTES = 64 * 2**20
+"""How much one copy call moves, so that progress is seen."""
+
+Advance = Callable[[int], None]
+
+
+def write_tensors(
+    directory: Path,
+    entries: dict[str, TensorEntry],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Advance = lambda copied: None,
+) -> None:
+    """Write `new name -> stored tensor` as `model.safetensors`, or as shards and, last, their index.
+
+    Args:
+        entries: tensors in the order they should be stored; those of one file in file order copy fastest.
+        advance: called with the number of bytes copied since its last call.
+    """
+    shards = list(_cut(entries, max_shard_bytes))
+    if len(shards) == 1:
+        _write_shard(directory / SAFETENSORS, shards[0], advance)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(directory / name, shard, advance)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(entry.bytes for entry in entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cut(entries: dict[str, TensorEntry], limit: int) -> Iterator[dict[str, TensorEntry]]:
+    """Consecutive groups of at most `limit` bytes (more only for a single larger tensor)."""
+    shard: dict[str, TensorEntry] = {}
+    size = 0
+    for name, entry in entries.items():
+        if shard and size + entry.bytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = entry
+        size += entry.bytes
+    yield shard
+
+
+def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) -> None:
+    """One safetensors file: length of the header, header, data."""
+    # wider types first, so that every tensor starts at a multiple of its item size
+    ordered = sorted(shard.items(), key=lambda item: -ITEM_BYTES.get(item[1].dtype, 1))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, entry in ordered:
+        end = position + entry.bytes
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for run in _runs([entry for _, entry in ordered]):
+            _copy_run(run, out, advance)
+
+
+def _runs(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
+    """Consecutive entries whose data lies side by side in one file: they are copied as one range."""
+    run: list[TensorEntry] = []
+    for entry in entries:
+        last = run[-1] if run else None
+        adjacent = (
+            last is not None
+            and last.offset is not None
+            and last.file == entry.file
+            and last.offset + last.bytes == entry.offset
+        )
+        if run and not adjacent:
+            yield run
+            run = []
+        run.append(entry)
+    if run:
+        yield run
+
+
+def _copy_run(run: list[TensorEntry], out: RawIOBase, advance: Advance) -> None:
+    """Append the data of one run to `out`."""
+    first = run[0]
+    if first.offset is None:
+        data = pickled_bytes(first)
+        out.write(data)
+        advance(len(data))
+        return
+    with open(first.file, "rb", buffering=0) as source:
+        source.seek(first.offset)
+        remaining = sum(entry.bytes for entry in run)
+        while remaining:
+            copied = _copy_some(source, out, min(remaining, CHUNK_BYTES))
+            remaining -= copied
+            advance(copied)
+
+
+def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
+    """Move up to `count` bytes between the files' positions, inside the kernel where it can."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(source.fileno(), out.fileno(), count)
+            if copied:
+                return copied
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    data = source.read(min(count, 2**20))
+    if not data:
+        raise OSError(errno.EIO, "the source file ended early; was it changed meanwhile?")
+    out.write(data)
+    return len(data)

@@ -1,0 +1,265 @@
+"""Make the embedded model: build the tokenizer, train a small Llama from scratch, measure it.
+
+    python -m shortllm.embedded.train --out src/shortllm/embedded/model
+
+takes about half an hour on two CPU cores. Pages of the `train` split are packed end to end into
+windows. Muon moves the matrices of the blocks, AdamW all else; the learning rate rises quickly,
+then falls in a straight line to zero. In the last part of training the windows are twice as long,
+so that the whole context is in use. Beside the model stands `training.json`: settings, versions,
+the loss curve, and what the saved weights reach on held-out splits.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from shortllm.embedded.measure import perplexity, removal_perplexities, task_accuracy, token_rows
+from shortllm.embedded.questions import TASKS, Task
+from shortllm.embedded.world import pages, rows
+
+logger = logging.getLogger(__name__)
+
+BOS, EOS = "<s>", "</s>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All choices of a training run."""
+
+    seed: int = 7
+    steps: int = 3000
+    tokens_per_step: int = 2048
+    window: int = 256
+    """Tokens in one training sequence."""
+    long_share: float = 0.1
+    """Share of the steps, at the end, whose windows are twice as long."""
+    matrix_rate: float = 4e-3
+    """Peak learning rate of Muon, for the matrices of the blocks."""
+    other_rate: float = 4e-3
+    """Peak learning rate of AdamW, for embeddings and norms."""
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    vocabulary: int = 1024
+    width: int = 192
+    mlp_width: int = 480
+    blocks: int = 12
+    heads: int = 6
+    key_value_heads: int = 2
+    context: int = 512
+    log_every: int = 100
+
+
+def build_tokenizer(vocabulary: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, lossless on any text, learnt from pages; puts BOS before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(rows("train", 4000), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained model, in float32."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        intermediate_size=settings.mlp_width,
+        num_hidden_layers=settings.blocks,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.key_value_heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",  # faster than the fused kernel at this size on a CPU
+    )
+    return LlamaForCausalLM(config)
+
+
+def windows(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Iterator[Tensor]:
+    """Training batches `[sequences, window]`: pages between BOS and EOS, packed end to end."""
+    stream = chain.from_iterable(
+        [*tokenizer(page)["input_ids"], tokenizer.eos_token_id] for page in pages("train")
+    )
+    first_long = round(settings.steps * (1 - settings.long_share))
+    for step in range(settings.steps):
+        window = settings.window * (1 if step < first_long else 2)
+        ids = [next(stream) for _ in range(settings.tokens_per_step)]
+        yield torch.tensor(ids).view(-1, window)
+
+
+def learning_rate_factor(step: int, settings: Settings) -> float:
+    """Share of the peak learning rate: up in `warmup_steps`, then straight down to zero."""
+    rise = (step + 1) / settings.warmup_steps
+    fall = (settings.steps - step) / (settings.steps - settings.warmup_steps)
+    return min(rise, fall)
+
+
+def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    inside = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=settings.matrix_rate,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(others, lr=settings.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    return [muon, adamw]
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings, out: Path
+) -> list[dict[str, float]]:
+    """Train in place; saves the model at every point of the loss curve, which is returned."""
+    optimizers = build_optimizers(model, settings)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, settings)
+        )
+        for optimizer in optimizers
+    ]
+    validation = token_rows(tokenizer, "validation", count=32, length=settings.window)
+    curve: list[dict[str, float]] = []
+    losses: list[float] = []
+    started = time.perf_counter()
+    for step, ids_BT in enumerate(windows(tokenizer, settings), start=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % settings.log_every == 0 or step == settings.steps:
+            point = {
+                "step": step,
+                "tokens": step * settings.tokens_per_step,
+                "train_loss": sum(losses) / len(losses),
+                "validation_perplexity": perplexity(model, validation),
+                "seconds": time.perf_counter() - started,
+            }
+            losses.clear()
+            curve.append(point)
+            logger.info(" ".join(f"{name} {value:.4g}" for name, value in point.items()))
+            save(model, tokenizer, out)
+    return curve
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write a bfloat16 copy of the model, and the tokenizer."""
+    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    copy.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def measure(out: Path) -> dict[str, Any]:
+    """What the saved weights reach in float32: on calibration windows, test rows and the tasks."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    calibration = token_rows(tokenizer, "calibration", count=10, length=128)
+    test = token_rows(tokenizer, "test", count=100, length=256)
+    return {
+        "calibration": measure_removal(model, calibration),
+        "test": measure_removal(model, test),
+        "tasks": {task.name: measure_task(model, tokenizer, task) for task in TASKS},
+    }
+
+
+def measure_removal(model: LlamaForCausalLM, sequences: list[list[int]]) -> dict[str, Any]:
+    """Perplexity on these sequences, intact and without each single block."""
+    intact = perplexity(model, sequences)
+    removed = removal_perplexities(model, sequences)
+    return {
+        "sequences": len(sequences),
+        "tokens": sum(len(ids) - 1 for ids in sequences),
+        "perplexity": intact,
+        "perplexity_without_block": removed,
+        "relative_increase_without_block": [value / intact - 1 for value in removed],
+    }
+
+
+def measure_task(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task
+) -> dict[str, float]:
+    """Accuracy on all questions of a task set, with its chance level."""
+    acc, acc_norm = task_accuracy(model, tokenizer, task.documents())
+    return {
+        "questions": len(task.documents()),
+        "chance": task.chance,
+        "acc": acc,
+        "acc_norm": acc_norm,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded model.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the new model")
+    parser.add_argument("--steps", type=int, default=Settings().steps, help="training steps")
+    parser.add_argument("--seed", type=int, default=Settings().seed, help="seed of the weights")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    settings = Settings(steps=arguments.steps, seed=arguments.seed)
+    torch.manual_seed(settings.seed)
+    tokenizer = build_tokenizer(settings.vocabulary, settings.context)
+    model = build_model(settings, tokenizer)
+    curve = train(model, tokenizer, settings, arguments.out)
+    record = {
+        "settings": asdict(settings),
+        "parameters": model.num_parameters(),
+        "tokens": settings.steps * settings.tokens_per_step,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        **measure(arguments.out),
+        "curve": curve,
+    }
+    (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    logger.info(json.dumps({"perplexity": record["test"]["perplexity"], **record["tasks"]}))
+
+
+if __name__ == "__main__":
+    main()

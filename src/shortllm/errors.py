@@ -1,0 +1,56 @@
+"""One small tree of errors. Each says what was asked, what is true, and what to type next.
+
+    ShortLLMError (a ValueError)      the command line prints the message and exits with code 2
+    ├── CheckpointError               a model directory or Hub id that cannot be read or written rightly
+    │   └── UnsupportedModelError     a readable model whose blocks cannot be removed rightly
+    ├── DataError                     text or token ids that cannot be used
+    ├── CriterionError                an unknown criterion, or scores that cannot be ranked
+    ├── BudgetError                   a plan that cannot be made
+    ├── OutputError                   an output directory that may not or cannot be written
+    └── ResultFileError               a result file of an earlier stage that cannot be read
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ShortLLMError(ValueError):
+    """Base of every error a user can cause; its message is complete without a traceback."""
+
+
+class CheckpointError(ShortLLMError):
+    """A model directory or Hub id cannot be read, or what was written is not what was meant."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The model can be read, but removing blocks from it would give a wrong model."""
+
+
+class DataError(ShortLLMError):
+    """Text or token ids are missing, unreadable or too few."""
+
+
+class CriterionError(ShortLLMError):
+    """A criterion is unknown, or its scores cannot be ranked."""
+
+
+class BudgetError(ShortLLMError):
+    """The asked removal is impossible for this model and protection."""
+
+
+class OutputError(ShortLLMError):
+    """The output directory holds something else, or cannot be written."""
+
+
+class ResultFileError(ShortLLMError):
+    """A result file of an earlier stage is missing, damaged or of another kind."""
+
+
+def did_you_mean(name: str, available: Iterable[str]) -> str:
+    """The tail of an "unknown name" message: the nearest name, if one is near, and all that exist."""
+    names = sorted(available)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"{hint} Available: {', '.join(names)}"

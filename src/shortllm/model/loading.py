@@ -1,0 +1,100 @@
+"""Load a checkpoint into memory for scoring or evaluation; anything suspicious is an error, never a guess."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.runtime import available_memory, choose_dtype
+
+log = logging.getLogger(__name__)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating type most of the checkpoint's elements are stored in."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    elements: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.elements
+    return types.get(max(elements, key=lambda code: elements[code]), torch.bfloat16)
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto") -> nn.Module:
+    """The causal language model of a checkpoint, in evaluation mode, every weight checked to be finite.
+
+    Raises:
+        CheckpointError: tensors missing, unexpected or misshapen (transformers would go on with random
+            weights), or NaN or infinite weights, named.
+        ShortLLMError: the weights do not fit into the free memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
+    _require_memory(checkpoint, device, compute)
+    try:
+        with quiet_transformers():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory, dtype=compute, output_loading_info=True, local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
+    check_loading(checkpoint.id, loading)
+    check_finite(checkpoint.id, model)
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def check_loading(name: str, loading: dict[str, Any]) -> None:
+    """Treat every difference between a checkpoint's tensors and the model's as an error."""
+    for kind, meaning in (
+        ("missing_keys", "does not hold"),
+        ("unexpected_keys", "holds, besides what the model has,"),
+        ("mismatched_keys", "holds in another shape"),
+    ):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{name} {meaning} tensor '{names[0]}'{more}")
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuse NaN and infinite weights, naming the first tensor that holds one."""
+    for key, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean nothing"
+            )
+
+
+def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """The weights alone must fit into what is free."""
+    needed = checkpoint.parameters * dtype.itemsize
+    free = available_memory(device)
+    if free is not None and needed > free:
+        smaller = " Try --dtype bfloat16" if dtype == torch.float32 else ""
+        raise ShortLLMError(
+            f"{checkpoint.id} needs {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')} on {device}, "
+            f"{free / 2**30:.1f} GiB are free.{smaller}"
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No weight-loading bar and no advice from transformers: what matters is checked and raised here."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,121 @@
+"""What a run has around it: device, computation type, versions, memory, and the progress on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from shortllm import __version__
+from shortllm.errors import ShortLLMError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` (an accelerator if there is one, else the CPU) or a torch device name.
+
+    Raises:
+        ShortLLMError: the named device is not there.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ShortLLMError(
+            f"device '{name}' cannot be used: {str(error).splitlines()[0]}. Use --device auto or cpu"
+        ) from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Computation type: `auto` is float32 on a CPU and the checkpoint's own type on an accelerator."""
+    import torch
+
+    if name not in DTYPES:
+        raise ShortLLMError(f"unknown --dtype '{name}'. Available: {', '.join(DTYPES)}")
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on the device; None where it does not say."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return None
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    import torch
+    import transformers
+
+    return {
+        "shortllm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@contextmanager
+def progress(task: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A progress bar with the time left, on a terminal's standard error; silent elsewhere.
+
+    Yields a function to call with the amount of work done since its last call.
+    """
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task_id = bar.add_task(task, total=total)
+        yield lambda amount: bar.advance(task_id, amount)

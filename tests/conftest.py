@@ -1,0 +1,26 @@
+"""For all tests: offline, one torch thread, and where the real models and data lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("SHORTLLM_DATA", None)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of real models and data; tests that use it carry the mark `shared`."""
+    directory = Path(os.environ.get("SHORTLLM_SHARED") or REPOSITORY.parent / "shared").resolve()
+    if not (directory / "models").is_dir() or not (directory / "data").is_dir():
+        pytest.skip(f"no models/ and data/ in {directory}: set SHORTLLM_SHARED")
+    return directory

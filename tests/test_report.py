@@ -1,0 +1,362 @@
+"""The report: numbers present, data escaped, self-contained, equal bytes for equal inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shortllm import report
+from shortllm.errors import ResultFileError
+from shortllm.plots import SensitivityPlot
+from shortllm.report import write_report
+from shortllm.results import (
+    BlockScores,
+    CalibrationInfo,
+    Cost,
+    EvaluatedModel,
+    Evaluation,
+    ModelInfo,
+    Perplexity,
+    PrunePlan,
+    Samples,
+    Size,
+)
+
+TOKENS = "ca11b" * 12
+SCORES = "5c" * 32
+
+
+def model(blocks: int, parameters: int, name: str = "acme/tiny") -> ModelInfo:
+    return ModelInfo(
+        id=name,
+        revision="0123456789abcdef" if name == "acme/tiny" else None,
+        model_type="llama",
+        blocks=blocks,
+        parameters=parameters,
+        bytes=2 * parameters,
+        fingerprint="ab" * 32,
+    )
+
+
+def perplexity(value: float, **changes: Any) -> Perplexity:
+    fields: dict[str, Any] = {
+        "source": "wikitext2", "length": 2048, "bos": "first", "segments": 166,
+        "predictions": 339802, "tokens_fingerprint": "70" * 32,
+    }  # fmt: skip
+    return Perplexity(nll=math.log(value), perplexity=value, **fields | changes)
+
+
+def evaluated(name: str, blocks: int, parameters: int, value: float, text: str) -> EvaluatedModel:
+    return EvaluatedModel(
+        name=name,
+        model=model(blocks, parameters),
+        perplexity=[perplexity(value)],
+        samples=Samples(
+            prompt="Once <upon>", texts=[text], new_tokens=32, top_k=50, top_p=0.95,
+            temperature=1.0, seed=7,
+        ),
+    )  # fmt: skip
+
+
+def make_run(
+    directory: Path,
+    *,
+    blocks: int = 12,
+    removed: tuple[int, ...] = (5, 7, 8),
+    name: str = "acme/tiny",
+    seconds: float = 1.0,
+    scores: dict[str, Any] | None = None,
+    evaluation: bool = True,
+) -> Path:
+    """A run directory as the stages leave it; `scores` changes fields of scores.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    values = [12.5 + abs(block - 6) for block in range(blocks)]
+    fields: dict[str, Any] = {
+        "fingerprint": SCORES, "model": model(blocks, 1_200_000, name), "criterion": "ppl",
+        "importance": values, "values": values, "intact": 11.25,
+        "delta_nll": [math.log(value / 11.25) for value in values],
+        "calibration": TOKENS, "dtype": "float32", "cost": Cost(seconds=seconds),
+    }  # fmt: skip
+    BlockScores(**fields | (scores or {})).save(directory / "scores.json")
+    CalibrationInfo(
+        fingerprint="c0" * 32, source="/data/alice/books.txt", sampler="random", samples=10,
+        length=128, seed=1234, bos="tokenizer", tokens_fingerprint=TOKENS,
+    ).save(directory / "calibration.json")  # fmt: skip
+    PrunePlan(
+        fingerprint="91" * 32,
+        model=model(blocks, 1_200_000, name),
+        criterion=fields["criterion"],
+        kept=[block for block in range(blocks) if block not in removed],
+        removed=list(removed),
+        protected=[0, blocks - 1],
+        order=list(removed),
+        asked={"remove": len(removed)},
+        reached=Size(
+            blocks=len(removed), block_ratio=0.25, parameters=300_000, parameter_ratio=0.25
+        ),
+        reason="lowest importance of /home/alice/models/tiny",
+        scores=SCORES,
+    ).save(directory / "plan.json")
+    if evaluation:
+        short = blocks - len(removed)
+        Evaluation(
+            fingerprint="e0" * 32,
+            dtype="float32",
+            models=[
+                evaluated("original", blocks, 1_200_000, 11.0, "a <script>alert(1)</script>\n  b"),
+                evaluated("pruned", short, 900_000, 16.5, "c & d"),
+            ],
+        ).save(directory / "eval.json")
+    run = {
+        "shortllm": "0.1.0",
+        "recipe": {"model": name, "plan": {"remove": 3}, "out": "/home/alice/runs/x"},
+        "versions": {"torch": "2.13.0"},
+        "command": ["/opt/bin/shortllm", "run", name, "--out=/home/alice/runs/x"],
+    }
+    (directory / "run.json").write_text(json.dumps(run))
+    return directory
+
+
+def page_and_card(directory: Path) -> tuple[str, str]:
+    page = write_report(directory)
+    assert page == directory / "report.html"
+    return page.read_text(), (directory / "README.md").read_text()
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def words(text: str) -> str:
+    """Text with its no-break spaces made plain."""
+    return text.replace(report.THIN, " ")
+
+
+def test_the_numbers_are_there(tmp_path: Path) -> None:
+    page, card = map(words, page_and_card(make_run(tmp_path)))
+    verdict = (
+        "Removing 3 of 12 blocks saves 25.0 % of the parameters and of the bytes on disk; "
+        "perplexity rises from 11.00 to 16.50 (+50.0 %) on wikitext2."
+    )
+    for text in (page, card):
+        assert verdict in text
+        assert "12 → 9 blocks" in text
+        assert "1.20 M" in text and "900 k" in text and "2.40 MB" in text
+        assert "10 samples of 128 tokens from books.txt" in text
+        assert "166 segments of 2,048 tokens without overlap" in text
+        assert "arxiv.org/abs/2402.02834" in text
+    assert "increase in perplexity (intact: 11.25)" in page
+    assert "--out=x" in page and "plan.remove" in page
+    assert "| blocks | 12 | 9 | −25.0 % |" in card
+
+
+def test_model_card_front_matter(tmp_path: Path) -> None:
+    _, card = page_and_card(make_run(tmp_path))
+    front = card.split("---\n")[1]
+    assert 'base_model: "acme/tiny"\n' in front
+    assert "library_name: transformers\npipeline_tag: text-generation\n" in front
+    assert "expect lower quality" in card and "AutoModelForCausalLM.from_pretrained(" in card
+
+
+def test_model_card_travels_with_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "pruned").mkdir()
+    _, card = page_and_card(make_run(tmp_path))
+    assert (tmp_path / "pruned" / "README.md").read_text() == card
+
+
+def test_data_is_escaped(tmp_path: Path) -> None:
+    scores = {"criterion": "<b>$x$&", "intact": None}
+    page, card = page_and_card(make_run(tmp_path, name="evil<img>|`x`", scores=scores))
+    assert "<script" not in page and "<img" not in page and "<b>$x" not in page
+    assert "a &lt;script&gt;alert(1)&lt;/script&gt;\n  b</div>" in page
+    assert "c &amp; d" in page and "Once &lt;upon&gt;" in page
+    assert "importance (&lt;b&gt;$x$&amp;)" in page
+    assert r"# evil\<img\>\|\`x\`" in card
+
+
+def test_the_page_is_one_file_and_shows_no_directories(tmp_path: Path) -> None:
+    run = make_run(tmp_path, name="/home/alice/models/tiny")
+    page, card = page_and_card(run)
+    assert re.findall(r"\bsrc=|@import|<link|<script|url\((?!#)", page) == []
+    links = re.findall(r'href="([^"#][^"]*)"', page)
+    assert links == ["https://arxiv.org/abs/2402.02834"]
+    assert re.findall(r"https?://", page.replace(links[0], "")) == []
+    for text in (page, card):
+        assert "/home" not in text and "/data" not in text and "alice" not in text
+        assert str(tmp_path) not in text
+    assert '<h1><span class="part">tiny</span></h1>' in page
+    assert "base_model" not in card
+
+
+def test_ids_inside_the_page_are_unique_and_found(tmp_path: Path) -> None:
+    page, _ = page_and_card(make_run(tmp_path))
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "one", seconds=1.0), make_run(tmp_path / "two", seconds=99.0)]
+    first, second = (
+        [(write_report(run), (run / name).read_bytes())[1] for name in ("report.html", "README.md")]
+        for run in runs
+    )
+    assert first == second
+
+
+def test_without_scores(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for name in ("scores.json", "calibration.json"):
+        (run / name).unlink()
+    change_json(run / "plan.json", criterion=None, scores=None)
+    page, card = page_and_card(run)
+    assert "<svg" not in page and 'id="blocks"' not in page and 'id="strip"' in page
+    assert "given by hand" in page and "given by hand" in card and "arxiv" not in page + card
+
+
+def test_without_evaluation(tmp_path: Path) -> None:
+    page, card = map(words, page_and_card(make_run(tmp_path, evaluation=False)))
+    assert "saves 25.0 % of the parameters; the perplexity was not measured." in page
+    assert 'id="samples"' not in page
+    assert "| bytes on disk | 2.40 MB | – | – |" in card and "was not measured" in card
+
+
+def test_only_perplexities_of_the_same_tokens_are_compared(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    evaluation = Evaluation.load(run / "eval.json")
+    original, pruned = evaluation.models
+    other = pruned.model_copy(update={"perplexity": [perplexity(16.5, tokens_fingerprint="71")]})
+    evaluation.model_copy(update={"models": [original, other]}).save(run / "eval.json")
+    page, card = page_and_card(run)
+    assert "the perplexity was not measured" in page
+    assert "| perplexity, wikitext2 | 11.00 | – | – |" in card
+    assert "| perplexity, wikitext2 | – | 16.50 | – |" in card
+
+
+@pytest.mark.parametrize("blocks", [5, 12, 32, 80])
+def test_strip_and_table_show_every_block(tmp_path: Path, blocks: int) -> None:
+    page, _ = page_and_card(make_run(tmp_path, blocks=blocks, removed=(1, 3)))
+    assert page.count('<li class="removed"') == 2
+    assert page.count('<li class="protected"') == 2
+    assert page.count('<li class="kept"') == blocks - 4
+    assert page.count("<tr class=") == blocks
+    assert (f"<summary>All {blocks} blocks" in page) == (blocks > report.LONG_TABLE)
+
+
+@pytest.mark.parametrize("name", ["run.json", "calibration.json", "plan.json"])
+def test_a_missing_file_says_what_makes_it(tmp_path: Path, name: str) -> None:
+    (make_run(tmp_path) / name).unlink()
+    command = "plan" if name == "plan.json" else "run"
+    with pytest.raises(ResultFileError, match=rf"{name} is missing.* shortllm {command}"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "calibration.json", "scores.json", "plan.json", "eval.json"]
+)
+@pytest.mark.parametrize("text", ["{", "[]", '{"recipe": 3, "extra": 1}'])
+def test_a_damaged_file_says_what_makes_it(tmp_path: Path, name: str, text: str) -> None:
+    (make_run(tmp_path) / name).write_text(text)
+    command = "plan" if name == "plan.json" else "run"
+    with pytest.raises(ResultFileError, match=rf"{name}.*again with: shortllm {command}"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("scores.json", {"importance": [1.0]}, "scores 1 blocks.*plan.json speaks of 12"),
+        ("scores.json", {"fingerprint": "other"}, "made from other scores.*shortllm plan"),
+        ("scores.json", {"calibration": "other"}, "made from other tokens"),
+        ("scores.json", {"values": [math.inf] * 12}, "no finite number"),
+        ("plan.json", {"kept": [1]}, "kept and removed blocks are not the 12"),
+        ("eval.json", "pruned", "the pruned model in .*eval.json has 11 blocks.*leads to 9"),
+        ("eval.json", "original", "made from another model"),
+    ],
+)
+def test_files_of_different_runs_are_refused(
+    tmp_path: Path, name: str, changes: Any, message: str
+) -> None:
+    path = make_run(tmp_path) / name
+    if name == "eval.json":
+        models = json.loads(path.read_text())["models"]
+        models[1]["model"]["blocks"] = 11 if changes == "pruned" else 9
+        models[0]["model"]["fingerprint"] = "ab" * 32 if changes == "pruned" else "other"
+        changes = {"models": models}
+    change_json(path, **changes)
+    with pytest.raises(ResultFileError, match=message):
+        write_report(tmp_path)
+
+
+def test_plot_axis_follows_the_spread() -> None:
+    def plot(*heights: float) -> SensitivityPlot:
+        return SensitivityPlot(heights=heights, statuses=["kept"] * len(heights), y_label="y")
+
+    assert plot(1, 2, 29).log_floor is None
+    assert plot(1, 2, 29).linear_floor == 0
+    floor = plot(-1, 0, 1, 40).log_floor
+    assert floor is not None and 0 < floor < 1
+    assert plot(1e-12, 10).log_floor == pytest.approx(1e-5)
+    assert 900 < plot(1000, 1010).linear_floor < 1000
+    assert "no increase" in SensitivityPlot(
+        heights=[-1, 1, 40], statuses=["removed", "kept", "protected"], y_label="y",
+        below_label="no increase",
+    ).svg("narrow")  # fmt: skip
+
+
+@pytest.mark.parametrize("heights", [[0.0, 0.0], [3.0, 3.0], [-1.0, -2.0], [5.0], [1e-9, 1e9]])
+def test_plot_of_odd_values(heights: list[float]) -> None:
+    plot = SensitivityPlot(heights=heights, statuses=["removed"] * len(heights), y_label="y")
+    for svg in (plot.svg("wide"), plot.svg("narrow")):
+        assert svg.startswith("<svg viewBox=") and "nan" not in svg
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (5.4734, "5.473"), (51.234, "51.23"), (5123.4, "5,123"), (-0.04, "−0.04000"), (0, "0"),
+        (1.5e9, "1.500 × 10⁹"), (None, "–"), (math.inf, "–"), (9.99996, "10.000"),
+    ],
+)  # fmt: skip
+def test_number(value: float | None, text: str) -> None:
+    assert report.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (4, 3, "−25.0 %"), (10, 15, "+50.0 %"), (10, 123, "× 12.3"), (10, 10, "±0 %"),
+        (10000, 10001, "+<0.1 %"), (None, 1, "–"), (1, None, "–"),
+    ],
+)  # fmt: skip
+def test_change(before: float | None, after: float | None, text: str) -> None:
+    assert words(report.change(before, after)) == text
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("acme/tiny", "acme/tiny"), ("/home/a/tiny/", "tiny"), ("../models/tiny", "tiny"),
+        ("~/tiny", "tiny"), (r"C:\models\tiny", "tiny"), ("a/b/tiny", "tiny"),
+        ("/c/hub/models--acme--tiny/snapshots/0123", "acme/tiny"), ("embedded", "embedded"),
+        ("wikitext:wikitext-2-raw-v1:test", "wikitext:wikitext-2-raw-v1:test"),
+    ],
+)  # fmt: skip
+def test_model_name(given: str, shown: str) -> None:
+    assert report.model_name(given) == shown
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, shortllm.report; "
+        "sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2', 'torch')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
