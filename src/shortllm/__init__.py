@@ -1,1 +1,70 @@
+"""Make large language models shorter: score the blocks of any Hugging Face decoder, remove, measure.
+
+    import shortllm
+
+    scores = shortllm.score("Qwen/Qwen3-0.6B")
+    plan = shortllm.plan(scores, shortllm.Budget(remove=6))
+    shortllm.prune("Qwen/Qwen3-0.6B", plan, Path("qwen3-short"))
+
+The names below are loaded when first used, so that `import shortllm` loads neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from shortllm.api import evaluate as evaluate
+    from shortllm.api import info as info
+    from shortllm.api import plan as plan
+    from shortllm.api import prune as prune
+    from shortllm.api import report as report
+    from shortllm.api import run as run
+    from shortllm.api import score as score
+    from shortllm.checkpoint.source import Checkpoint as Checkpoint
+    from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
+    from shortllm.errors import ShortLLMError as ShortLLMError
+    from shortllm.planning import Budget as Budget
+    from shortllm.recipe import CalibrationOptions as CalibrationOptions
+    from shortllm.recipe import EvaluationOptions as EvaluationOptions
+    from shortllm.recipe import Recipe as Recipe
+    from shortllm.results import BlockScores as BlockScores
+    from shortllm.results import Evaluation as Evaluation
+    from shortllm.results import PrunePlan as PrunePlan
+
+_HOME = {
+    "BlockScores": "results",
+    "Budget": "planning",
+    "CalibrationOptions": "recipe",
+    "Checkpoint": "checkpoint.source",
+    "Evaluation": "results",
+    "EvaluationOptions": "recipe",
+    "PrunePlan": "results",
+    "Recipe": "recipe",
+    "ShortLLMError": "errors",
+    "evaluate": "api",
+    "info": "api",
+    "open_checkpoint": "checkpoint.source",
+    "plan": "api",
+    "prune": "api",
+    "report": "api",
+    "run": "api",
+    "score": "api",
+}
+"""Public name -> the module it is loaded from. No module may be called like a public name."""
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"shortllm.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'shortllm' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

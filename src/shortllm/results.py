@@ -69,6 +69,7 @@ class ModelInfo(Record):
     model_type: str
     blocks: int
     parameters: int = Field(description="elements of all stored tensors, tied ones once")
+    parameters_per_block: list[int] = Field(default_factory=list)
     bytes: int = Field(description="bytes of all stored tensors")
     fingerprint: str = Field(description="sha256 over config, tensor table and samples of each tensor")
 

@@ -98,6 +98,7 @@ class Checkpoint:
             model_type=self.model_type,
             blocks=self.block_count,
             parameters=self.parameters,
+            parameters_per_block=self.parameters_per_block,
             bytes=self.bytes,
             fingerprint=self.fingerprint,
         )

@@ -53,6 +53,7 @@ def write_shortened(
     provenance: dict[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Advance = lambda copied: None,
+    verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
     """Write the checkpoint that keeps only the blocks `kept` as directory `target`, whole or not at all.
 
@@ -60,6 +61,7 @@ def write_shortened(
         kept: kept block numbers, ascending.
         provenance: goes into config.json under `shortllm`, beside the version and the source.
         advance: called with the number of bytes copied since its last call.
+        verify: called with the written directory before it gets its final name; may raise.
     Raises:
         UnsupportedModelError: removing these blocks would give a wrong model.
         OutputError: the target cannot be written.
@@ -81,6 +83,7 @@ def write_shortened(
         write_tensors(directory, entries, max_shard_bytes=max_shard_bytes, advance=advance)
         text = json.dumps(config, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
+        verify(directory)
 
 
 def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:

@@ -63,11 +63,15 @@ TASKS = (
 @cache
 def _documents(task: Task) -> tuple[Document, ...]:
     random = Random(f"questions/{task.name}")
-    answerable = (story for story in stories(task.kind, "test") if story.questions)
+    fitting = (
+        story
+        for story in stories(task.kind, "test")
+        if any(len(question.others) >= task.choice_count - 1 for question in story.questions[:1])
+    )
     positions = [index % task.choice_count for index in range(QUESTION_COUNT)]
     random.shuffle(positions)
     documents = []
-    for story, position in zip(islice(answerable, QUESTION_COUNT), positions, strict=True):
+    for story, position in zip(islice(fitting, QUESTION_COUNT), positions, strict=True):
         question = story.questions[0]
         choices = random.sample(question.others[: task.choice_count - 1], task.choice_count - 1)
         choices.insert(position, question.answer)

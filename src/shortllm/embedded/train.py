@@ -13,10 +13,12 @@ import argparse
 import json
 import logging
 import platform
+import re
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shortllm.embedded.measure import perplexity, removal_perplexities, task_accuracy, token_rows
@@ -41,10 +43,12 @@ class Settings:
     """All choices of a training run."""
 
     seed: int = 7
-    steps: int = 3000
+    steps: int = 2200
     tokens_per_step: int = 2048
     window: int = 256
     """Tokens in one training sequence."""
+    answer_weight: float = 5.0
+    """Weight of the tokens of an answer in the loss: there it shows what was understood."""
     long_share: float = 0.1
     """Share of the steps, at the end, whose windows are twice as long."""
     matrix_rate: float = 4e-3
@@ -109,16 +113,30 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
     return LlamaForCausalLM(config)
 
 
-def windows(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Iterator[Tensor]:
-    """Training batches `[sequences, window]`: pages between BOS and EOS, packed end to end."""
-    stream = chain.from_iterable(
-        [*tokenizer(page)["input_ids"], tokenizer.eos_token_id] for page in pages("train")
-    )
+def weighted_tokens(
+    tokenizer: PreTrainedTokenizerFast, answer_weight: float
+) -> Iterator[tuple[int, float]]:
+    """The tokens of all training pages, each page between BOS and EOS, with their weights."""
+    for page in pages("train"):
+        weights = [1.0] * len(page)
+        for answer in re.finditer(r"(?<=\nAnswer:).*", page):
+            weights[slice(*answer.span())] = [answer_weight] * len(answer.group())
+        encoded = tokenizer(page, return_offsets_mapping=True)
+        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield token, weights[end - 1] if end else 1.0
+        yield tokenizer.eos_token_id, 1.0
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches, tokens packed end to end: `ids_BT` and `weights_BT`, T is the window."""
+    stream = weighted_tokens(tokenizer, settings.answer_weight)
     first_long = round(settings.steps * (1 - settings.long_share))
     for step in range(settings.steps):
         window = settings.window * (1 if step < first_long else 2)
-        ids = [next(stream) for _ in range(settings.tokens_per_step)]
-        yield torch.tensor(ids).view(-1, window)
+        ids, weights = zip(*islice(stream, settings.tokens_per_step), strict=True)
+        yield torch.tensor(ids).view(-1, window), torch.tensor(weights).view(-1, window)
 
 
 def learning_rate_factor(step: int, settings: Settings) -> float:
@@ -158,16 +176,20 @@ def train(
     curve: list[dict[str, float]] = []
     losses: list[float] = []
     started = time.perf_counter()
-    for step, ids_BT in enumerate(windows(tokenizer, settings), start=1):
+    for step, (ids_BT, weights_BT) in enumerate(windows(tokenizer, settings), start=1):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        loss.backward()
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+        loss_N = nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none"
+        )
+        weights_N = weights_BT[:, 1:].flatten()
+        ((loss_N * weights_N).sum() / weights_N.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(loss_N.mean().item())
         if step % settings.log_every == 0 or step == settings.steps:
             point = {
                 "step": step,
@@ -185,9 +207,7 @@ def train(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write a bfloat16 copy of the model, and the tokenizer."""
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
-    copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(out)
+    deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -33,19 +33,17 @@ _SPLIT_OF_BUCKET: dict[int, Split] = {0: "calibration", 1: "validation", 2: "tes
 _BUCKETS = 10
 """Stories fall into ten buckets; those without an entry above are for training."""
 
-SHE = tuple("Mara Ana Cleo Eva Gwen Ida Kira Mina Olga Pia Sara Vera".split())
-HE = tuple("Tom Ben Dan Finn Hugo Jon Leo Ned Rolf Sam Ted Will".split())
+SHE = tuple("Mara Ana Cleo Eva Gwen Ida Kira Olga".split())
+HE = tuple("Tom Ben Dan Finn Hugo Jon Leo Rolf".split())
 PEOPLE = SHE + HE
 PLACES = tuple(
-    "kitchen garden attic cellar hall barn market school "
-    "harbour mill library park bakery forest station tower".split()
+    "kitchen garden attic cellar hall barn market school harbour mill library park".split()
 )
 THINGS = tuple(
-    "lamp kite book drum key map ball cup hat rope clock coat "
-    "flute box broom candle mirror bell ladder pillow bucket violin blanket umbrella".split()
+    "lamp kite book drum key map ball cup hat rope clock flute box broom mirror bell".split()
 )
-GOODS = tuple("apple pear plum egg nut stone shell coin button feather stamp marble".split())
-ANIMALS = tuple("dog cat horse cow goat duck hen pig fox owl mouse rabbit".split())
+GOODS = tuple("apple pear plum egg stone shell coin button".split())
+ANIMALS = tuple("dog cat horse cow goat duck fox owl".split())
 COLOURS = tuple("red blue green black white brown grey yellow".split())
 SIZES = ("big", "small", "tiny", "huge")
 MOODS = ("happy", "sad", "tired", "proud", "calm", "angry")
@@ -155,21 +153,18 @@ def _amount(number: int, goods: str) -> str:
 
 
 def _where(random: Random) -> Story:
-    """Two things are moved about by several people, each sentence naming thing and new place."""
-    things = random.sample(THINGS, 2)
+    """One or two things are moved about, each sentence naming a thing and its new place."""
+    things = random.sample(THINGS, random.choice((1, 2, 2)))
     people = random.sample(PEOPLE, 3)
-    places = random.sample(PLACES, 5)
-    at = {things[0]: places[0], things[1]: places[1]}
+    places = random.sample(PLACES, len(things) + random.randint(0, 3))
+    at = dict(zip(things, places, strict=False))
     sentences = [
-        random.choice(PUT).format(name=random.choice(people), thing=thing, new=at[thing])
-        for thing in things
+        random.choice(PUT).format(name=random.choice(people), thing=thing, new=place)
+        for thing, place in at.items()
     ]
-    places = places[: random.choice((4, 5, 5))]
-    for new in places[2:]:
-        thing = random.choice(things)
-        sentences.append(
-            _tell(random, MOVE, name=random.choice(people), thing=thing, old=at[thing], new=new)
-        )
+    for new in places[len(things) :]:
+        thing, name = random.choice(things), random.choice(people)
+        sentences.append(_tell(random, MOVE, name=name, thing=thing, old=at[thing], new=new))
         at[thing] = new
     return Story(" ".join(sentences), _where_questions(random, at, places))
 
@@ -188,40 +183,43 @@ def _where_questions(random: Random, at: dict[str, str], places: list[str]) -> t
 
 def _carry(random: Random) -> Story:
     """People pick things up, then walk: a thing is where the one who carries it went last."""
-    things = random.sample(THINGS, 2)
-    people = random.sample(PEOPLE, 2)
-    places = random.sample(PLACES, 4)
+    carried = dict(
+        zip(random.sample(PEOPLE, random.choice((1, 2, 2))), random.sample(THINGS, 2), strict=False)
+    )
+    walks = list(carried) * random.choice((1, 2))
+    random.shuffle(walks)
+    places = random.sample(PLACES, len(walks))
     sentences = [
-        random.choice(TAKE).format(name=name, thing=thing)
-        for name, thing in zip(people, things, strict=True)
+        random.choice(TAKE).format(name=name, thing=thing) for name, thing in carried.items()
     ]
-    order = people * 2 if random.random() < 0.5 else [people[0], people[1], people[1], people[0]]
     at = {}
-    for name, new in zip(order, places, strict=True):
+    for name, new in zip(walks, places, strict=True):
         sentences.append(_tell(random, GO, name=name, new=new))
-        at[things[people.index(name)]] = new
+        at[carried[name]] = new
     return Story(" ".join(sentences), _where_questions(random, at, places))
 
 
 def _who(random: Random) -> Story:
-    """Two things pass from hand to hand."""
-    things = random.sample(THINGS, 2)
+    """One or two things pass from hand to hand."""
+    things = random.sample(THINGS, random.choice((1, 2, 2)))
     people = random.sample(PEOPLE, 4)
-    holder = {things[0]: people[0], things[1]: people[1]}
-    sentences = [f"{holder[thing]} had a {thing}." for thing in things]
-    for _ in range(random.choice((2, 3, 3))):
+    holder = dict(zip(things, people, strict=False))
+    seen = list(holder.values())
+    sentences = [f"{name} had a {thing}." for thing, name in holder.items()]
+    for _ in range(random.randint(0, 3)):
         thing = random.choice(things)
         name = holder[thing]
         other = random.choice([person for person in people if person != name])
         sentences.append(_tell(random, GIVE, name=name, thing=thing, other=other))
         holder[thing] = other
+        seen.append(other)
     questions = tuple(
         Question(
             f"Who has the {thing}?",
             holder[thing],
-            tuple(person for person in people if person != holder[thing]),
+            tuple(person for person in people if person in seen and person != holder[thing]),
         )
-        for thing in random.sample(things, 2)
+        for thing in random.sample(things, len(things))
     )
     return Story(" ".join(sentences), questions)
 
@@ -233,7 +231,7 @@ def _count(random: Random) -> Story:
     has = {name: random.randint(1, 4) for name in people}
     aloud = random.random() < 0.4
     sentences = [f"{name} had {_amount(has[name], goods)}." for name in people]
-    for _ in range(random.choice((1, 1, 2))):
+    for _ in range(random.choice((0, 1, 1, 2))):
         sentences.append(_trade(random, has, goods))
         if aloud:
             now = " and ".join(f"{name} had {_amount(has[name], goods)}" for name in people)
@@ -272,11 +270,11 @@ def _count_question(random: Random, name: str, number: int, goods: str) -> Quest
 
 
 def _compare(random: Random) -> Story:
-    """Three people are ordered by two comparisons of neighbours, or by saying how old each is."""
-    ranked = random.sample(PEOPLE, 3)
+    """Two or three people are ordered by comparing neighbours, or by saying how old each is."""
+    ranked = random.sample(PEOPLE, random.choice((2, 3, 3)))
     more, less, most, least = random.choice(ORDERS)
     if more == "older" and random.random() < 0.5:
-        ages = sorted(random.sample(range(2, 11), 3), reverse=True)
+        ages = sorted(random.sample(range(2, 11), len(ranked)), reverse=True)
         sentences = [
             f"{name} is {NUMBERS[age]} years old." for name, age in zip(ranked, ages, strict=True)
         ]
@@ -288,9 +286,10 @@ def _compare(random: Random) -> Story:
             for first, second in zip(ranked, ranked[1:], strict=False)
         ]
     random.shuffle(sentences)
+    top, bottom = (more, less) if len(ranked) == 2 else (f"the {most}", f"the {least}")
     questions = [
-        Question(f"Who is the {most}?", ranked[0], (ranked[1], ranked[2])),
-        Question(f"Who is the {least}?", ranked[2], (ranked[1], ranked[0])),
+        Question(f"Who is {top}?", ranked[0], tuple(ranked[1:])),
+        Question(f"Who is {bottom}?", ranked[-1], tuple(ranked[:-1])),
     ]
     random.shuffle(questions)
     return Story(" ".join(sentences), tuple(questions))

@@ -28,6 +28,9 @@ from shortllm.model.blocks import find_blocks
 
 Forward = Callable[..., Any]
 
+CHECKED_TOKENS = 8
+"""Tokens with which a model is checked once before its blocks are called one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
@@ -73,7 +76,7 @@ class ResidentModel:
         self.model = model.eval()
         self.blocks_name, self.blocks = find_blocks(model, model.config)
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        self._returns_tuple: dict[type[nn.Module], bool] = {}
+        self._extras: dict[type[nn.Module], int | None] = {}
         self._checked = False
 
     @property
@@ -108,8 +111,15 @@ class ResidentModel:
         """
         ids_BT = ids_BT.to(self.device)
         stream_BTD, calls = self._record(ids_BT)
+        if stream_BTD.shape[:2] != ids_BT.shape or stream_BTD.ndim != 3:
+            raise UnsupportedModelError(
+                f"the stream entering the blocks of '{self.blocks_name}' has shape {list(stream_BTD.shape)} for "
+                f"ids of shape {list(ids_BT.shape)}; a stream [samples, tokens, width] is needed"
+            )
         if not self._checked:
-            self._check_independence(ids_BT[:1, : min(8, ids_BT.shape[1])])
+            probe_BT = ids_BT[:1, :CHECKED_TOKENS]
+            self._check_arguments(probe_BT)
+            self._check_walk(probe_BT)
             self._checked = True
         return Entry(ids_BT, stream_BTD, calls)
 
@@ -158,6 +168,7 @@ class ResidentModel:
             current[:] = [stream_BTD]
             return self.model(input_ids=ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
 
+        self._learn_outputs()
         with torch.inference_mode(), self._replaced(stand_in):
             yield logits
 
@@ -174,10 +185,14 @@ class ResidentModel:
 
             return forward if b in removed else original
 
-        if not self._returns_tuple:
-            self.enter(torch.zeros(1, 2, dtype=torch.long))
+        self._learn_outputs()
         with self._replaced(stand_in):
             yield
+
+    def _learn_outputs(self) -> None:
+        """Before stand-ins are used: learn what blocks return, and refuse types they would be wrong for."""
+        if not self._checked:
+            self.enter(torch.arange(CHECKED_TOKENS)[None] % self.vocabulary)
 
     def _record(self, ids_BT: Tensor, *, shift: float = 0.0) -> tuple[Tensor, list[BlockCall]]:
         """The stream entering block 0 and each block's call.
@@ -190,10 +205,13 @@ class ResidentModel:
 
         def recorder(b: int, original: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if b != len(calls):
+                    raise self._wrong_order(f"block {b} at place {len(calls)}")
                 stream, call = BlockCall.split(args, kwargs)
                 streams.append(stream)
                 calls.append(call)
-                self._learn_output(b, call.on(original, stream) if self._unknown(b) else None)
+                if self._unknown(b):
+                    self._learn_output(b, call.on(original, stream))
                 if len(calls) == self.block_count:
                     raise _Reached
                 return self._as_output(b, stream + shift if shift else stream)
@@ -205,13 +223,15 @@ class ResidentModel:
                 self.model(input_ids=ids_BT, use_cache=False)
             except _Reached:
                 return streams[0], calls
-        raise UnsupportedModelError(
-            f"the model's forward called {len(calls)} of the {self.block_count} blocks of "
-            f"'{self.blocks_name}'; each must be called once, in order"
+        raise self._wrong_order(f"{len(calls)} of the {self.block_count} blocks")
+
+    def _wrong_order(self, found: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the model's forward called {found} of '{self.blocks_name}'; each block must be called once, in order"
         )
 
-    def _check_independence(self, ids_BT: Tensor) -> None:
-        """Refuse types whose blocks hand each other more than the stream (it would be lost in a walk)."""
+    def _check_arguments(self, ids_BT: Tensor) -> None:
+        """Refuse types whose blocks are handed state of earlier blocks (it would be that of the intact model)."""
         _, plain = self._record(ids_BT)
         _, shifted = self._record(ids_BT, shift=1.0)
         for b, (one, other) in enumerate(zip(plain, shifted, strict=True)):
@@ -221,22 +241,36 @@ class ResidentModel:
                     "stream; removing single blocks is not defined for this model type"
                 )
 
+    def _check_walk(self, ids_BT: Tensor) -> None:
+        """Refuse types whose blocks keep state, in themselves or in a store they are all handed.
+
+        A second, different stream is sent through each block after the intact one: if any of it is
+        remembered, the intact stream no longer ends where the plain forward ends.
+        """
+        expected_BTD = self.run_blocks(ids_BT)
+        intact_BTD, calls = self._record(ids_BT)
+        other_BTD = intact_BTD.flip(-1)
+        for b, call in enumerate(calls):
+            intact_BTD = self.apply(b, intact_BTD, call)
+            other_BTD = self.apply(b, other_BTD, call)
+        scale = expected_BTD.abs().max()
+        if not (intact_BTD - expected_BTD).abs().max() <= 1e-2 * scale and scale.isfinite():
+            raise UnsupportedModelError(
+                f"the blocks of '{self.blocks_name}' share state besides the stream; removing single blocks "
+                "is not defined for this model type"
+            )
+
     def _unknown(self, b: int) -> bool:
-        return type(self.blocks[b]) not in self._returns_tuple
+        return type(self.blocks[b]) not in self._extras
 
     def _learn_output(self, b: int, output: Any) -> None:
         """Blocks return a tensor in most types, a tuple in a few; a stand-in must do the same."""
-        if output is None:
-            return
-        if isinstance(output, tuple) and any(isinstance(item, Tensor) for item in output[1:]):
-            raise UnsupportedModelError(
-                f"block {b} of '{self.blocks_name}' returns more tensors than the stream; there is no "
-                "stand-in for a block like that"
-            )
-        self._returns_tuple[type(self.blocks[b])] = isinstance(output, tuple)
+        self._extras[type(self.blocks[b])] = len(output) - 1 if isinstance(output, tuple) else None
 
     def _as_output(self, b: int, stream: Tensor) -> Any:
-        return (stream,) if self._returns_tuple[type(self.blocks[b])] else stream
+        """What a stand-in for block `b` returns: what stands beside the stream (attention weights) is None."""
+        extras = self._extras[type(self.blocks[b])]
+        return stream if extras is None else (stream, *[None] * extras)
 
     @contextmanager
     def _replaced(self, make: Callable[[int, Forward], Forward]) -> Iterator[None]:

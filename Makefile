@@ -1,0 +1,48 @@
+# make run    install into .venv and run the whole pipeline on the embedded model
+# make test   install into .venv, then lint, types, tests
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+TESTS ?= tests
+XDIST ?= 2
+
+.PHONY: run install test test-latest lint types tests clean
+
+run: $(VENV)/installed
+	$(VENV)/bin/shortllm run
+
+install: $(VENV)/installed
+
+# one environment for everything, made again when the pins change
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt torch
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: lint types tests
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy
+
+tests: $(VENV)/installed
+	$(VENV)/bin/pytest --numprocesses $(XDIST) $(TESTS)
+
+# the same tests against the newest transformers, in an environment of their own
+test-latest: .venv-latest/installed
+	.venv-latest/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	.venv-latest/bin/pytest --numprocesses $(XDIST) $(TESTS)
+
+.venv-latest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt torch
+	.venv-latest/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	.venv-latest/bin/python -m pip install $(PIP_FLAGS) --upgrade transformers
+	touch $@
+
+clean:
+	rm -rf .venv .venv-latest .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,526 @@
+"""The command line: each command parses, calls the function of the same name, and prints the result.
+
+Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard
+error. Exit codes: 0 done, 2 a user's mistake or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from shortllm import __version__
+from shortllm.errors import BudgetError, ShortLLMError
+
+if TYPE_CHECKING:
+    from shortllm.planning import Budget
+    from shortllm.recipe import CalibrationOptions
+    from shortllm.results import Evaluation, PrunePlan
+    from shortllm.summary import ModelSummary
+
+app = typer.Typer(
+    name="shortllm",
+    help="Make large language models shorter: score their blocks, remove some, measure what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Wrong flags and arguments; typer brings its own copy of click or uses the installed one."""
+
+# Options that several commands share. `Optional` because typer reads these at run time on Python 3.10.
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'.")
+]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub model.")]  # noqa: UP045
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Computation type; auto: float32 on a CPU, else the checkpoint's own."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
+
+Data = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Calibration text: a .txt, .jsonl, .json or .parquet file, a Hub data set "
+        "name[:config[:split]], or a built-in name. Default: bookcorpus."
+    ),
+]
+CalibrationFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--calibration", help="Token ids given directly: an earlier run or a JSON list of lists."),
+]
+Sampler = Annotated[Literal["random", "packed"], typer.Option(help="How windows are cut from the text.")]
+SampleCount = Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per calibration sample.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampler.")]
+BosEverySample = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(help="Begin every sample with BOS. Default: for Gemma models only."),
+]
+CriterionName = Annotated[str, typer.Option("--criterion", help="Rule that scores the blocks.")]
+
+Remove = Annotated[Optional[int], typer.Option(help="Blocks to remove.")]  # noqa: UP045
+Ratio = Annotated[Optional[float], typer.Option(help="Part of the blocks to remove, e.g. 0.25.")]  # noqa: UP045
+ParamRatio = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="Part of all parameters to remove, with as few blocks as reach it."),
+]
+Blocks = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Exactly these blocks, counted from 0, e.g. 3,4,8."),
+]
+ProtectFirst = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="First blocks that stay. Default: 4, at most a quarter of the blocks."),
+]
+ProtectLast = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Last blocks that stay. Default: 2, at most a quarter of the blocks."),
+]
+
+EvalLength = Annotated[int, typer.Option(min=2, help="Tokens per segment; 2048 is the usual protocol.")]
+EvalBos = Annotated[
+    Optional[Literal["first", "every", "none"]],  # noqa: UP045
+    typer.Option(help="Where BOS stands. Default: before the first segment; before every one for Gemma."),
+]
+MaxSegments = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Measure only the first so many segments."),
+]
+Prompt = Annotated[Optional[str], typer.Option(help="Prompt of the generation samples.")]  # noqa: UP045
+Continuations = Annotated[int, typer.Option(min=0, help="Generation samples per model; 0 for none.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of each generation sample.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def run(
+    model: ModelArgument = "embedded",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Run directory. Default: runs/<model>-<criterion>-<budget>."),
+    ] = None,
+    criterion: CriterionName = "ppl",
+    remove: Remove = None,
+    ratio: Ratio = None,
+    param_ratio: ParamRatio = None,
+    blocks: Blocks = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    data: Data = None,
+    calibration: CalibrationFile = None,
+    sampler: Sampler = "random",
+    samples: SampleCount = 10,
+    length: Length = 128,
+    seed: Seed = 1234,
+    bos_every_sample: BosEverySample = None,
+    eval_data: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Text to measure on; may be repeated. Default: rows of --data kept apart from "
+            "calibration, or wikitext2 and ptb."
+        ),
+    ] = None,
+    eval_length: EvalLength = 128,
+    eval_bos: EvalBos = None,
+    max_segments: MaxSegments = None,
+    prompt: Prompt = None,
+    continuations: Continuations = 5,
+    new_tokens: NewTokens = 128,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """All stages: score, plan, prune, evaluate, report. Without a model: the embedded one.
+
+    Removes a quarter of the blocks unless told otherwise. The same command again goes on where an
+    interrupted one was.
+    """
+    import shortllm
+
+    budget = _budget(remove, ratio, param_ratio, blocks, protect_first, protect_last, default_ratio=0.25)
+    recipe = shortllm.Recipe(
+        model=model,
+        revision=revision,
+        criterion=criterion,
+        calibration=_calibration(data, calibration, sampler, samples, length, seed, bos_every_sample),
+        budget=budget,
+        evaluation=shortllm.EvaluationOptions(
+            data=eval_data or [],
+            length=eval_length,
+            bos=eval_bos,
+            max_segments=max_segments,
+            prompt=prompt,
+            continuations=continuations,
+            new_tokens=new_tokens,
+        ),
+        device=device,
+        dtype=dtype,
+    )
+    result = shortllm.run(recipe, out=out)
+    if json:
+        _print_json(
+            {
+                "directory": str(result.directory),
+                "checkpoint": str(result.checkpoint),
+                "report": str(result.report),
+                "removed": result.plan.removed,
+                "reached": result.plan.reached.model_dump(),
+                "perplexity": _perplexities(result.evaluation),
+            }
+        )
+        return
+    typer.echo(_plan_line(result.plan))
+    _print_evaluation(result.evaluation)
+    typer.echo(f"checkpoint: {result.checkpoint}")
+    typer.echo(f"report:     {result.report}")
+
+
+@app.command()
+def info(
+    model: ModelArgument,
+    revision: Revision = None,
+    samples: SampleCount = 10,
+    length: Length = 128,
+    json: Json = False,
+) -> None:
+    """Blocks, parameters and bytes of a model, what a removal saves, and what scoring takes."""
+    import shortllm
+
+    summary = shortllm.info(model, revision=revision, samples=samples, length=length)
+    if json:
+        _print_json(summary.model_dump(mode="json"))
+    else:
+        _print_summary(summary)
+
+
+@app.command()
+def score(
+    model: ModelArgument = "embedded",
+    out: Annotated[Path, typer.Option(help="Run directory for calibration and scores.json.")] = ...,  # type: ignore[assignment]
+    criterion: CriterionName = "ppl",
+    data: Data = None,
+    calibration: CalibrationFile = None,
+    sampler: Sampler = "random",
+    samples: SampleCount = 10,
+    length: Length = 128,
+    seed: Seed = 1234,
+    bos_every_sample: BosEverySample = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Importance of every block, by a criterion on calibration text."""
+    import shortllm
+
+    scores = shortllm.score(
+        model,
+        criterion=criterion,
+        calibration=_calibration(data, calibration, sampler, samples, length, seed, bos_every_sample),
+        out=out,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+    )
+    if json:
+        _print_json(scores.model_dump(mode="json"))
+        return
+    rank = {block: place for place, block in enumerate(_ascending(scores.importance), start=1)}
+    rows = [
+        (str(b), f"{scores.importance[b]:.6g}", f"{scores.values[b]:.6g}", str(rank[b]))
+        for b in range(len(scores.importance))
+    ]
+    _print_table(("block", "importance", "value", "rank (1 = goes first)"), rows)
+    if scores.intact is not None:
+        typer.echo(f"intact: {scores.intact:.6g}")
+    typer.echo(f"scores: {out / 'scores.json'}")
+
+
+@app.command()
+def plan(
+    scores: Annotated[
+        Path, typer.Argument(metavar="SCORES", help="A run directory, or its scores.json.")
+    ],
+    remove: Remove = None,
+    ratio: Ratio = None,
+    param_ratio: ParamRatio = None,
+    blocks: Blocks = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where to write the plan. Default: plan.json beside the scores."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Choose the blocks to remove from scores and a budget."""
+    import shortllm
+
+    budget = _budget(remove, ratio, param_ratio, blocks, protect_first, protect_last)
+    made = shortllm.plan(scores, budget, out=out)
+    if json:
+        _print_json(made.model_dump(mode="json"))
+        return
+    typer.echo(_plan_line(made))
+    typer.echo(made.reason)
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")] = ...,  # type: ignore[assignment]
+    plan: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A plan.json, or the run directory that holds it."),
+    ] = None,
+    blocks: Blocks = None,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Load original and result and compare what they compute; needs memory for one."),
+    ] = True,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Write the checkpoint without the blocks of a plan, or without the blocks named."""
+    import shortllm
+
+    if (plan is None) == (blocks is None):
+        raise BudgetError("give either --plan plan.json or --blocks 3,4,8")
+    chosen = plan if plan is not None else _numbers(blocks or "")
+    written = shortllm.prune(
+        model, chosen, out, revision=revision, verify=verify, device=device, dtype=dtype
+    )
+    typer.echo(f"checkpoint: {written}")
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or Hub ids.")
+    ],
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Text to measure on; may be repeated. Default: wikitext2 and ptb."),
+    ] = None,
+    length: EvalLength = 128,
+    bos: EvalBos = None,
+    max_segments: MaxSegments = None,
+    prompt: Prompt = None,
+    continuations: Continuations = 0,
+    new_tokens: NewTokens = 128,
+    out: Annotated[Optional[Path], typer.Option(help="Write the result to this file.")] = None,  # noqa: UP045
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity of one or more models with the same tokenizer."""
+    import shortllm
+
+    measured = shortllm.evaluate(
+        models,
+        options=shortllm.EvaluationOptions(
+            data=data or [],
+            length=length,
+            bos=bos,
+            max_segments=max_segments,
+            prompt=prompt,
+            continuations=continuations,
+            new_tokens=new_tokens,
+        ),
+        out=out,
+        device=device,
+        dtype=dtype,
+    )
+    if json:
+        _print_json(measured.model_dump(mode="json"))
+        return
+    _print_evaluation(measured)
+    for model in measured.models:
+        for text in model.samples.texts if model.samples else ():
+            typer.echo(f"\n[{model.name}] {model.samples.prompt if model.samples else ''}{text}")
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+) -> None:
+    """Write report.html and the model card from the files of a run."""
+    import shortllm
+
+    typer.echo(f"report: {shortllm.report(run_dir)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `shortllm` command; never returns."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("shortllm").setLevel(logging.INFO)
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except ShortLLMError as error:
+        if os.environ.get("SHORTLLM_DEBUG"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted. The same command again goes on from here", err=True)
+        sys.exit(130)
+    except UsageError as error:
+        error.show()
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _budget(
+    remove: int | None,
+    ratio: float | None,
+    param_ratio: float | None,
+    blocks: str | None,
+    protect_first: int | None,
+    protect_last: int | None,
+    *,
+    default_ratio: float | None = None,
+) -> Budget:
+    import shortllm
+
+    if remove is None and param_ratio is None and blocks is None and ratio is None:
+        ratio = default_ratio
+    budget = shortllm.Budget(
+        remove=remove,
+        ratio=ratio,
+        param_ratio=param_ratio,
+        blocks=None if blocks is None else _numbers(blocks),
+        protect_first=protect_first,
+        protect_last=protect_last,
+    )
+    budget.asked()
+    return budget
+
+
+def _numbers(text: str) -> list[int]:
+    """`3,4,8` as block numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BudgetError(f"--blocks '{text}' is not a list of block numbers such as 3,4,8") from error
+
+
+def _calibration(
+    data: str | None,
+    file: Path | None,
+    sampler: Literal["random", "packed"],
+    samples: int,
+    length: int,
+    seed: int,
+    bos_every_sample: bool | None,
+) -> CalibrationOptions:
+    import shortllm
+
+    return shortllm.CalibrationOptions(
+        data=data,
+        file=file,
+        sampler=sampler,
+        samples=samples,
+        length=length,
+        seed=seed,
+        bos_every_sample=bos_every_sample,
+    )
+
+
+def _ascending(values: list[float]) -> list[int]:
+    from shortllm.planning import removal_order
+
+    return removal_order(values, protected=[])
+
+
+def _print_json(content: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(content))
+
+
+def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Columns aligned to the right but for the first."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _plan_line(plan: PrunePlan) -> str:
+    reached = plan.reached
+    return (
+        f"{plan.model.id}: {plan.model.blocks} -> {len(plan.kept)} blocks, without "
+        f"{', '.join(map(str, plan.removed))} ({reached.parameter_ratio:.1%} of the parameters)"
+    )
+
+
+def _perplexities(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    return {
+        model.name: {entry.source: entry.perplexity for entry in model.perplexity}
+        for model in evaluation.models
+    }
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    first = evaluation.models[0]
+    sources = tuple(f"ppl {entry.source}" for entry in first.perplexity)
+    rows = [
+        (
+            model.name,
+            str(model.model.blocks),
+            f"{model.model.parameters:,}",
+            f"{model.model.bytes:,}",
+            *(f"{entry.perplexity:.4f}" for entry in model.perplexity),
+        )
+        for model in evaluation.models
+    ]
+    _print_table(("model", "blocks", "parameters", "bytes", *sources), rows)
+
+
+def _print_summary(summary: ModelSummary) -> None:
+    model = summary.model
+    protected = set(summary.protected)
+    typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
+    parts = [
+        (f"block {b}", f"{n:,}", f"{size:,}", f"{n / model.parameters:.2%}", "protected" if b in protected else "")
+        for b, (n, size) in enumerate(zip(model.parameters_per_block, summary.bytes_per_block, strict=True))
+    ]
+    outside_bytes = model.bytes - sum(summary.bytes_per_block)
+    outside = summary.parameters_outside
+    parts.append(("outside", f"{outside:,}", f"{outside_bytes:,}", f"{outside / model.parameters:.2%}", ""))
+    parts.append(("all", f"{model.parameters:,}", f"{model.bytes:,}", "100.00%", ""))
+    _print_table(("part", "parameters", "bytes", "share", ""), parts)
+    typer.echo("\nremoving on average saves")
+    most = model.blocks - len(protected)
+    counts = sorted({1, *(max(1, round(model.blocks * r)) for r in (0.1, 0.2, 0.3, 0.4, 0.5))})
+    saved = [
+        (f"{k} of {model.blocks}", f"{summary.saved_by(k)[0]:.1%}", f"{summary.saved_by(k)[1]:.1%}")
+        for k in counts
+        if k <= most
+    ]
+    _print_table(("blocks", "parameters", "bytes"), saved)
+    typer.echo(
+        f"\nscoring by ppl on {summary.samples} x {summary.length} tokens: "
+        f"{summary.scoring_flops / 1e12:.3g} TFLOP, about {summary.scoring_bytes / 2**30:.2f} GiB in float32"
+    )

@@ -1,0 +1,131 @@
+"""What a model can still do: perplexity by a stated protocol, and samples of what it writes.
+
+Perplexity is exp of the mean next-token NLL over all predictions inside segments that do not overlap
+(`shortllm.segments` makes them). The model's plain forward carries the text through the blocks; only
+final norm, head and loss are applied in slices, so that full logits never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from shortllm.calibration import tokens_fingerprint
+from shortllm.data import Rows
+from shortllm.errors import CheckpointError
+from shortllm.metrics import perplexity
+from shortllm.model.resident import ResidentModel
+from shortllm.model.walk import group_size, stream_nll
+from shortllm.results import Perplexity, Samples
+from shortllm.segments import Segments
+
+Advance = Callable[[float], None]
+
+TOP_K = 50
+TOP_P = 0.95
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluationText:
+    """One text cut into segments, with where it came from."""
+
+    rows: Rows
+    held_out: bool
+    """Whether these rows were kept apart from calibration rows of the same source."""
+    segments: Segments
+
+
+def measure_perplexity(
+    model: ResidentModel, text: EvaluationText, *, advance: Advance = lambda segments: None
+) -> Perplexity:
+    """Perplexity of a model on one text.
+
+    Args:
+        advance: called with the number of segments measured since its last call.
+    Raises:
+        CheckpointError: the model gives NaN, so that there is no perplexity.
+    """
+    ids_ST = text.segments.ids
+    total = 0.0
+    for batch_BT in ids_ST.split(group_size(model, ids_ST.shape[1])):
+        batch_BT = batch_BT.to(model.device)
+        stream_BTD = model.run_blocks(batch_BT)
+        total += stream_nll(model, stream_BTD, batch_BT).double().sum().item()
+        advance(len(batch_BT))
+    predictions = ids_ST.shape[0] * (ids_ST.shape[1] - 1)
+    nll = total / predictions
+    if nll != nll:
+        raise CheckpointError(
+            f"the model's predictions on {text.rows.source} are NaN. Try --dtype float32"
+        )
+    return Perplexity(
+        source=text.rows.source,
+        rows=(text.rows.start, text.rows.stop),
+        split="held-out" if text.held_out else None,
+        length=ids_ST.shape[1],
+        bos=text.segments.bos,
+        segments=len(ids_ST),
+        predictions=predictions,
+        tokens_fingerprint=tokens_fingerprint(ids_ST),
+        nll=nll,
+        perplexity=perplexity(nll),
+    )
+
+
+def generate_samples(
+    model: torch.nn.Module,
+    tokenizer: object,
+    *,
+    prompt: str,
+    continuations: int = 5,
+    new_tokens: int = 128,
+    seed: int = 0,
+) -> Samples:
+    """Sampled continuations of a prompt: top-k 50, top-p 0.95, temperature 1; the same for a seed.
+
+    The end-of-text token is not produced, so that every continuation has `new_tokens` tokens.
+    """
+    from shortllm.model.loading import quiet_transformers
+
+    device = next(model.parameters()).device
+    encoded = tokenizer(prompt, return_tensors="pt").to(device)  # type: ignore[operator]
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    if room is not None:
+        new_tokens = max(1, min(new_tokens, room - ids.shape[1]))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet_transformers():
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=TOP_K,
+            top_p=TOP_P,
+            temperature=TEMPERATURE,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            num_return_sequences=continuations,
+            pad_token_id=_pad_token(tokenizer),
+        )
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)  # type: ignore[attr-defined]
+    return Samples(
+        prompt=prompt,
+        texts=texts,
+        new_tokens=new_tokens,
+        top_k=TOP_K,
+        top_p=TOP_P,
+        temperature=TEMPERATURE,
+        seed=seed,
+    )
+
+
+def _pad_token(tokenizer: object) -> int:
+    """Any id will do: all sequences have one length, nothing is padded."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        token = getattr(tokenizer, name, None)
+        if token is not None:
+            return int(token)
+    return 0

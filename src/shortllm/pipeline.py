@@ -1,0 +1,201 @@
+"""A whole run in one directory: every stage writes its file, and is skipped when that file is up to date.
+
+    run.json  calibration.*  scores.json  plan.json  pruned/  eval.json  report.html  README.md
+
+Everything a user can get wrong is checked before the first heavy step. A killed run goes on where it
+was when the same command is given again; a changed recipe redoes the stages it touches.
+
+    shortllm run MODEL --data stories.jsonl --remove 3
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shortllm import __version__, criteria, stages
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.surgery import check_removal
+from shortllm.errors import OutputError, ResultFileError
+from shortllm.files import require_writable, write_text
+from shortllm.planning import Budget, build_plan, check_budget
+from shortllm.recipe import Recipe
+from shortllm.reporting import write_report
+from shortllm.results import BlockScores, Evaluation, PrunePlan, ResultFile
+from shortllm.runtime import versions
+
+log = logging.getLogger(__name__)
+
+PRUNED = "pruned"
+
+Kind = TypeVar("Kind", bound=ResultFile)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run made."""
+
+    directory: Path
+    plan: PrunePlan
+    evaluation: Evaluation
+    report: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The shortened checkpoint."""
+        return self.directory / PRUNED
+
+
+def run(recipe: Recipe | None = None, *, out: Path | str | None = None, command: list[str] | None = None) -> RunResult:
+    """From a model's name to a shortened checkpoint and a report.
+
+    Args:
+        recipe: every choice; the default shortens the embedded model by a quarter.
+        out: run directory; default `runs/<model>-<criterion>-<budget>`.
+        command: goes into run.json; default the process's own command line.
+    Raises:
+        ShortLLMError: any of its kinds, before heavy work wherever that can be known.
+    """
+    recipe = recipe or Recipe()
+    criteria.get(recipe.criterion)
+    recipe.budget.asked()
+    checkpoint = open_checkpoint(recipe.model, revision=recipe.revision)
+    recipe = recipe.filled(checkpoint.model_type)
+    check_budget(recipe.budget, checkpoint.info())
+    check_any_removal(checkpoint, recipe.budget)
+    directory = Path(out) if out is not None else default_directory(recipe)
+    claim_directory(directory, checkpoint)
+    session = stages.Session(device=recipe.device, dtype=recipe.dtype)
+    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation)
+
+    write_run_file(directory, recipe, checkpoint, command)
+    texts.calibration.save(directory)
+    scores = _score(directory, checkpoint, recipe, texts, session)
+    plan = build_plan(recipe.budget, model=checkpoint.info(), scores=scores)
+    plan.save(directory / "plan.json")
+    shortened = _prune(directory, checkpoint, plan, session)
+    evaluation = _evaluate(directory, checkpoint, shortened, recipe, texts, session)
+    report = write_report(directory)
+    return RunResult(directory=directory, plan=plan, evaluation=evaluation, report=report)
+
+
+def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
+    """Run rules and guard on the removal asked for, or on a sample one, before anything is scored.
+
+    Raises:
+        UnsupportedModelError: blocks of this model type cannot be removed rightly.
+    """
+    count = checkpoint.block_count
+    removed = budget.blocks
+    if removed is None:
+        protected = set(budget.protected(count))
+        removed = [next(block for block in range(count) if block not in protected)]
+    check_removal(checkpoint, [block for block in range(count) if block not in set(removed)])
+
+
+def default_directory(recipe: Recipe) -> Path:
+    """`runs/<model>-<criterion>-<budget>`, e.g. `runs/stories10L-ppl-remove2`."""
+    name = Path(recipe.model).resolve().name if Path(recipe.model).exists() else recipe.model.split("/")[-1]
+    [(amount, value)] = recipe.budget.asked().items()
+    if amount == "blocks":
+        return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
+    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}"
+
+
+def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
+    """Check that `directory` is free, or holds an earlier run of the same model, and can be written.
+
+    Raises:
+        OutputError: it holds something else, cannot be written, or has too little space.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"--out {directory} is a file. Give a directory")
+    if directory.is_dir() and any(directory.iterdir()):
+        earlier = _run_model(directory)
+        if earlier is None:
+            raise OutputError(f"{directory} is not empty and holds no run of shortllm. Choose another --out")
+        if earlier.get("fingerprint") != checkpoint.fingerprint:
+            raise OutputError(
+                f"{directory} holds a run of another model ({earlier.get('id')}). Choose another --out, or delete it"
+            )
+    require_writable(directory, checkpoint.bytes)
+
+
+def _run_model(directory: Path) -> dict[str, Any] | None:
+    """The `model` entry of a directory's run.json; None if it has no readable one."""
+    try:
+        content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        model = content["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return model if isinstance(model, dict) else None
+
+
+def write_run_file(directory: Path, recipe: Recipe, checkpoint: Checkpoint, command: list[str] | None) -> None:
+    content = {
+        "shortllm": __version__,
+        "command": command if command is not None else ["shortllm", *sys.argv[1:]],
+        "model": checkpoint.info().model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    write_text(directory / "run.json", json.dumps(content, indent=1) + "\n")
+
+
+def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
+    """An earlier result if it is whole and made from the same inputs, with a word that it is reused."""
+    try:
+        found = kind.load(path)
+    except ResultFileError:
+        return None
+    if found.fingerprint != expected:
+        return None
+    log.info("%s is up to date, skipped", path)
+    return found
+
+
+def _score(
+    directory: Path, checkpoint: Checkpoint, recipe: Recipe, texts: stages.Texts, session: stages.Session
+) -> BlockScores | None:
+    """scores.json; none where the blocks were given by hand."""
+    path = directory / "scores.json"
+    if recipe.budget.blocks is not None:
+        path.unlink(missing_ok=True)
+        return None
+    expected = stages.scores_fingerprint(checkpoint, recipe.criterion, texts.calibration, session)
+    scores = finished(BlockScores, path, expected)
+    if scores is None:
+        scores = stages.score(checkpoint, texts.calibration, criterion=recipe.criterion, session=session)
+        scores.save(path)
+    return scores
+
+
+def _prune(directory: Path, checkpoint: Checkpoint, plan: PrunePlan, session: stages.Session) -> Checkpoint:
+    target = directory / PRUNED
+    if stages.is_pruned_by(target, stages.pruned_fingerprint(checkpoint, plan)):
+        log.info("%s is up to date, skipped", target)
+    else:
+        stages.prune(checkpoint, plan, target, session=session)
+    return open_checkpoint(target)
+
+
+def _evaluate(
+    directory: Path,
+    checkpoint: Checkpoint,
+    shortened: Checkpoint,
+    recipe: Recipe,
+    texts: stages.Texts,
+    session: stages.Session,
+) -> Evaluation:
+    path = directory / "eval.json"
+    models = [("original", checkpoint), ("pruned", shortened)]
+    expected = stages.evaluation_fingerprint(models, texts.evaluation, recipe.evaluation, session)
+    evaluation = finished(Evaluation, path, expected)
+    if evaluation is None:
+        evaluation = stages.evaluate(models, texts.evaluation, recipe.evaluation, session=session)
+        evaluation.save(path)
+    return evaluation

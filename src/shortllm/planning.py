@@ -1,0 +1,212 @@
+"""Scores and a budget in, a plan out: which blocks go, in which order, and why. Pure, no torch.
+
+The budget is a number of blocks, a ratio of the blocks, a ratio of the parameters, or the blocks
+themselves. The first and last blocks are protected by default (the "+" of Taylor+ and magnitude+);
+of equally important blocks the later goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from shortllm.errors import BudgetError
+from shortllm.files import fingerprint
+from shortllm.results import BlockScores, ModelInfo, PrunePlan, Record, Size
+
+PROTECT_FIRST = 4
+PROTECT_LAST = 2
+
+
+class Budget(Record):
+    """How much goes, and what may not; exactly one of the first four is given."""
+
+    remove: int | None = Field(default=None, description="number of blocks")
+    ratio: float | None = Field(default=None, description="part of the blocks, rounded to the nearest number")
+    param_ratio: float | None = Field(
+        default=None, description="part of all parameters; as few blocks as reach it"
+    )
+    blocks: list[int] | None = Field(default=None, description="exactly these blocks; protection does not apply")
+    protect_first: int | None = Field(
+        default=None, description="leading blocks kept; default 4, at most a quarter of the blocks"
+    )
+    protect_last: int | None = Field(
+        default=None, description="trailing blocks kept; default 2, at most a quarter of the blocks"
+    )
+
+    def asked(self) -> dict[str, Any]:
+        """The one way the amount was given, e.g. `{"remove": 3}`.
+
+        Raises:
+            BudgetError: none or several were given, or the number is impossible for every model.
+        """
+        amounts = {name: getattr(self, name) for name in ("remove", "ratio", "param_ratio", "blocks")}
+        given = {name: value for name, value in amounts.items() if value is not None}
+        if len(given) != 1:
+            raise BudgetError(
+                f"{'no budget' if not given else 'several budgets'} given. Give one of --remove 6 (blocks), "
+                "--ratio 0.2 (of the blocks), --param-ratio 0.2 (of the parameters) or --blocks 3,4,5"
+            )
+        for name in ("ratio", "param_ratio"):
+            value = given.get(name)
+            if value is not None and not 0 < value < 1:
+                raise BudgetError(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
+        if self.remove is not None and self.remove < 1:
+            raise BudgetError(f"--remove {self.remove} removes nothing. Give 1 or more")
+        return given
+
+    def protected(self, count: int) -> list[int]:
+        """Blocks of a model of `count` blocks that may not be removed, ascending.
+
+        Raises:
+            BudgetError: a negative protection.
+        """
+        if self.blocks is not None:
+            return []
+        first, last = self.protect_first, self.protect_last
+        if (first or 0) < 0 or (last or 0) < 0:
+            raise BudgetError("--protect-first and --protect-last cannot be negative")
+        first = min(PROTECT_FIRST, count // 4) if first is None else first
+        last = min(PROTECT_LAST, count // 4) if last is None else last
+        return [block for block in range(count) if block < first or block >= count - last]
+
+
+def check_budget(budget: Budget, model: ModelInfo) -> None:
+    """Refuse, before any scoring, a budget that no scores could meet.
+
+    Raises:
+        BudgetError: naming what is free and the largest budget that works.
+    """
+    _amount(budget, budget.protected(model.blocks), model.parameters_per_block, model.parameters)
+
+
+def _amount(
+    budget: Budget, protected: list[int], parameters_per_block: Sequence[int], parameters: int
+) -> int | None:
+    """Number of blocks to remove; None where it depends on which blocks go.
+
+    Raises:
+        BudgetError: more than is unprotected, nothing, or all.
+    """
+    count = len(parameters_per_block)
+    free = [block for block in range(count) if block not in set(protected)]
+    asked = budget.asked()
+    if budget.blocks is not None:
+        _check_given(budget.blocks, count)
+        return len(budget.blocks)
+    if budget.param_ratio is not None:
+        available = sum(parameters_per_block[block] for block in free) / parameters
+        if budget.param_ratio > available or len(free) == count and budget.param_ratio == available:
+            raise BudgetError(
+                f"cannot remove {budget.param_ratio:.1%} of the parameters: the {len(free)} unprotected of "
+                f"{count} blocks hold {available:.1%}. Ask for less, or pass --protect-first 0 --protect-last 0"
+            )
+        return None
+    number = budget.remove if budget.remove is not None else round(asked["ratio"] * count)
+    if number == 0:
+        raise BudgetError(
+            f"--ratio {budget.ratio} of {count} blocks is less than half a block. Ask for {1 / count:.3f} or more"
+        )
+    most = min(len(free), count - 1)
+    if number > most:
+        way_out = f"Ask for {most} or fewer" if most else "Nothing is free"
+        relief = ", or pass --protect-first 0 --protect-last 0" if protected else ""
+        raise BudgetError(
+            f"cannot remove {number} of {count} blocks: {len(protected)} are protected"
+            f"{'' if protected else ' and one must stay'}. {way_out}{relief}"
+        )
+    return number
+
+
+def _check_given(blocks: list[int], count: int) -> None:
+    """Explicit block numbers must be distinct, exist, and leave something."""
+    outside = [block for block in blocks if not 0 <= block < count]
+    if outside:
+        raise BudgetError(f"there is no block {outside[0]}: the model's blocks are 0 to {count - 1}")
+    if len(set(blocks)) != len(blocks):
+        raise BudgetError(f"--blocks names a block twice: {','.join(map(str, blocks))}")
+    if not 0 < len(blocks) < count:
+        raise BudgetError(f"--blocks must name at least one and at most {count - 1} of the {count} blocks")
+
+
+def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list[int]:
+    """Unprotected blocks, least important first; of equals the later first."""
+    free = set(range(len(importance))) - set(protected)
+    return sorted(free, key=lambda block: (importance[block], -block))
+
+
+def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None = None) -> PrunePlan:
+    """Choose the blocks.
+
+    Args:
+        scores: needed unless the budget names the blocks itself.
+    Raises:
+        BudgetError: the budget cannot be met, or there are no scores to choose by.
+    """
+    count, parameters_per_block = model.blocks, model.parameters_per_block
+    protected = budget.protected(count)
+    number = _amount(budget, protected, parameters_per_block, model.parameters)
+    if budget.blocks is not None:
+        order = list(budget.blocks)
+        scores = None
+    elif scores is None:
+        raise BudgetError("a budget without block numbers needs scores. Run `shortllm score` first")
+    else:
+        order = removal_order(scores.importance, protected)
+        if number is None:
+            number = _reaching(budget.param_ratio or 0.0, order, parameters_per_block, model.parameters)
+        order = order[:number]
+    removed = sorted(order)
+    freed = sum(parameters_per_block[block] for block in removed)
+    asked = budget.asked()
+    return PrunePlan(
+        model=model,
+        criterion=scores.criterion if scores else None,
+        kept=[block for block in range(count) if block not in set(removed)],
+        removed=removed,
+        protected=protected,
+        order=order,
+        asked=asked,
+        reached=Size(
+            blocks=len(removed),
+            block_ratio=len(removed) / count,
+            parameters=freed,
+            parameter_ratio=freed / model.parameters,
+        ),
+        reason=_reason(scores, removed, protected, count),
+        scores=scores.fingerprint if scores else None,
+        fingerprint=fingerprint(
+            {
+                "model": model.fingerprint,
+                "scores": scores.fingerprint if scores else None,
+                "asked": asked,
+                "protected": protected,
+            }
+        ),
+    )
+
+
+def _reaching(
+    ratio: float, order: Sequence[int], parameters_per_block: Sequence[int], parameters: int
+) -> int:
+    """How many blocks of `order` hold at least `ratio` of all parameters."""
+    freed = 0
+    for number, block in enumerate(order, start=1):
+        freed += parameters_per_block[block]
+        if freed >= ratio * parameters:
+            return number
+    raise AssertionError("the budget was checked against what is unprotected")
+
+
+def _reason(scores: BlockScores | None, removed: list[int], protected: list[int], count: int) -> str:
+    """One sentence for a reader of the plan."""
+    blocks = ", ".join(map(str, removed))
+    if scores is None:
+        return f"Blocks {blocks} of {count} were named by hand."
+    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
+    return (
+        f"Blocks {blocks} have the lowest importance by the criterion '{scores.criterion}' "
+        f"among the {count - len(protected)} blocks that may go{kept_safe}."
+    )

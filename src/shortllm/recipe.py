@@ -1,0 +1,93 @@
+"""Every choice of a run in one typed record; its filled-in form stands in run.json.
+
+Unknown keys are refused with a suggestion. A knob starts as a field here and may earn a flag later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from shortllm.planning import Budget
+from shortllm.results import Record
+
+PROMPT = "The Leaning Tower of Pisa is known for"
+
+BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
+"""Model types whose predictions mean nothing without a BOS at the start of every sample."""
+
+
+class CalibrationOptions(Record):
+    """Which tokens blocks are scored on; the defaults are those of Shortened LLaMA."""
+
+    data: str | None = Field(default=None, description="data source; default bookcorpus")
+    file: Path | None = Field(default=None, description="token ids given directly, instead of data")
+    sampler: Literal["random", "packed"] = "random"
+    samples: int = 10
+    length: int = Field(default=128, description="tokens per sample")
+    seed: int = 1234
+    bos_every_sample: bool | None = Field(
+        default=None, description="begin every sample with BOS; default: for Gemma types only"
+    )
+
+
+class EvaluationOptions(Record):
+    """On what, and how, perplexity is measured; the defaults are the paper protocol."""
+
+    data: list[str] = Field(
+        default_factory=list,
+        description="data sources; default: rows of the calibration data kept apart, or wikitext2 and ptb",
+    )
+    length: int = Field(default=128, description="tokens per segment; 2048 is the usual protocol")
+    bos: Literal["first", "every", "none"] | None = Field(
+        default=None, description="default: first; every for Gemma types"
+    )
+    max_segments: int | None = Field(default=None, description="measure only the first so many segments")
+    prompt: str | None = Field(default=None, description="prompt of the generation samples")
+    continuations: int = Field(default=5, description="generation samples per model; 0 for none")
+    new_tokens: int = 128
+    seed: int = 0
+
+
+class Recipe(Record):
+    """A whole run."""
+
+    model: str = "embedded"
+    revision: str | None = None
+    criterion: str = "ppl"
+    calibration: CalibrationOptions = CalibrationOptions()
+    budget: Budget = Budget(ratio=0.25)
+    evaluation: EvaluationOptions = EvaluationOptions()
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def filled(self, model_type: str) -> Recipe:
+        """The same recipe with every default that depends on the model filled in."""
+        from shortllm.checkpoint.source import EMBEDDED
+
+        embedded = self.model == EMBEDDED
+        every = self.calibration.bos_every_sample
+        every = model_type in BOS_EVERY_SAMPLE if every is None else every
+        data = self.calibration.data
+        evaluated = self.evaluation.data
+        if not evaluated:
+            evaluated = [data] if data else [EMBEDDED] if embedded else ["wikitext2", "ptb"]
+        if data is None and self.calibration.file is None:
+            data = EMBEDDED if embedded else "bookcorpus"
+        return self.model_copy(
+            update={
+                "calibration": self.calibration.model_copy(update={"data": data, "bos_every_sample": every}),
+                "evaluation": self.evaluation.model_copy(
+                    update={
+                        "data": evaluated,
+                        "bos": self.evaluation.bos or ("every" if every else "first"),
+                        "prompt": self.evaluation.prompt or (EMBEDDED_PROMPT if embedded else PROMPT),
+                    }
+                ),
+            }
+        )
+
+
+EMBEDDED_PROMPT = "One morning"

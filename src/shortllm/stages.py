@@ -1,0 +1,361 @@
+"""The stages of a run as functions: each takes what the one before it made, and can be run alone.
+
+    score ─► BlockScores ─► plan ─► PrunePlan ─► prune ─► checkpoint ─► evaluate ─► Evaluation
+
+`shortllm.run` calls them in order on one run directory; each is a command of its own as well.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm import criteria
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.errors import CheckpointError, DataError
+from shortllm.files import fingerprint
+from shortllm.recipe import CalibrationOptions, EvaluationOptions
+from shortllm.results import BlockScores, Cost, EvaluatedModel, Evaluation, PrunePlan
+from shortllm.runtime import choose_device, choose_dtype, peak_memory, progress, versions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shortllm.calibration import Calibration
+    from shortllm.data import Rows
+    from shortllm.evaluation import EvaluationText
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """Device, computation type, and the one model that is held in memory at a time."""
+
+    def __init__(self, *, device: str = "auto", dtype: str = "auto") -> None:
+        self.device = choose_device(device)
+        self._dtype = dtype
+        self._held: tuple[str, nn.Module] | None = None
+
+    def model(self, checkpoint: Checkpoint) -> nn.Module:
+        """The checkpoint's model, loaded unless it is the one held; another one is let go first."""
+        from shortllm.model.loading import load_model
+
+        if self._held is None or self._held[0] != checkpoint.fingerprint:
+            self._held = None
+            gc.collect()
+            model = load_model(checkpoint, device=self.device, dtype=self._dtype)
+            self._held = (checkpoint.fingerprint, model)
+        return self._held[1]
+
+    def dtype(self, checkpoint: Checkpoint) -> str:
+        """Name of the computation type for a checkpoint, e.g. `float32`."""
+        from shortllm.model.loading import stored_dtype
+
+        chosen = choose_dtype(self._dtype, self.device, stored_dtype(checkpoint))
+        return str(chosen).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Texts:
+    """The text of a run, tokenized: what blocks are scored on and what models are measured on."""
+
+    calibration: Calibration
+    evaluation: list[EvaluationText]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: it has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    from shortllm.model.loading import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint.id} has no tokenizer that transformers can load ({reason}). "
+            "Copy the tokenizer files into the directory"
+        ) from error
+
+
+def calibrate(checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None) -> Calibration:
+    """Calibration ids from data or from a file, checked against the model.
+
+    Args:
+        rows: the rows to sample from, where not all of `options.data` may be used.
+    Raises:
+        DataError: too little text, or ids the model cannot take.
+    """
+    from shortllm.calibration import build_calibration, check_ids, load_calibration
+    from shortllm.data import load_rows
+
+    if options.file is not None:
+        calibration = load_calibration(options.file)
+    else:
+        source = rows if rows is not None else load_rows(options.data or "", role="calibration")
+        calibration = build_calibration(
+            source,
+            load_tokenizer(checkpoint),
+            sampler=options.sampler,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            bos_every_sample=bool(options.bos_every_sample),
+        )
+    check_ids(calibration.ids, vocabulary(checkpoint))
+    check_length(checkpoint, calibration.ids.shape[1], "--length")
+    return calibration
+
+
+def vocabulary(checkpoint: Checkpoint) -> int:
+    """Number of token ids the model has embeddings for."""
+    return int(checkpoint.config.get_text_config(decoder=True).vocab_size)
+
+
+def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        DataError: naming the option to change.
+    """
+    room = getattr(checkpoint.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(room, int) and length > room:
+        raise DataError(
+            f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} {room} or less"
+        )
+
+
+def prepare_texts(
+    checkpoint: Checkpoint, calibration: CalibrationOptions, evaluation: EvaluationOptions
+) -> Texts:
+    """Read and tokenize all text of a run; rows used for both purposes are split in halves first.
+
+    Raises:
+        DataError: unreadable or too little text.
+    """
+    from shortllm.data import load_rows, split_held_out
+
+    rows = None
+    if calibration.file is None:
+        rows = load_rows(calibration.data or "", role="calibration")
+    tokenizer = load_tokenizer(checkpoint)
+    check_length(checkpoint, evaluation.length, "--eval-length")
+    texts = []
+    calibration_rows = rows
+    for source in evaluation.data:
+        measured = load_rows(source, role="evaluation")
+        held_out = rows is not None and rows.source == measured.source
+        if held_out:
+            calibration_rows, measured = split_held_out(measured)
+        texts.append(evaluation_text(measured, tokenizer, evaluation, held_out=held_out))
+    return Texts(calibration=calibrate(checkpoint, calibration, calibration_rows), evaluation=texts)
+
+
+def evaluation_text(
+    rows: Rows, tokenizer: Any, options: EvaluationOptions, *, held_out: bool = False
+) -> EvaluationText:
+    """Cut rows into the segments that perplexity is measured on."""
+    from shortllm.evaluation import EvaluationText
+    from shortllm.segments import evaluation_segments
+
+    segments = evaluation_segments(
+        rows,
+        tokenizer,
+        length=options.length,
+        bos=options.bos or "first",
+        max_segments=options.max_segments,
+    )
+    return EvaluationText(rows=rows, held_out=held_out, segments=segments)
+
+
+def scores_fingerprint(
+    checkpoint: Checkpoint, criterion: str, calibration: Calibration, session: Session
+) -> str:
+    """Of everything the scores depend on."""
+    return fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "criterion": criterion,
+            "calibration": calibration.info.tokens_fingerprint,
+            "dtype": session.dtype(checkpoint),
+            "device": session.device.type,
+        }
+    )
+
+
+def score(
+    checkpoint: Checkpoint, calibration: Calibration, *, criterion: str = "ppl", session: Session
+) -> BlockScores:
+    """One importance per block.
+
+    Raises:
+        CriterionError: unknown criterion, or a score that cannot be ranked.
+        CheckpointError: weights that are missing or not finite.
+    """
+    from shortllm.model.resident import ResidentModel
+
+    chosen = criteria.get(criterion)
+    model = ResidentModel(session.model(checkpoint))
+    samples, length = calibration.ids.shape
+    started = time.monotonic()
+    with progress(f"scoring by {criterion}", chosen.flops(model, samples, length)) as advance:
+        found = chosen.score(model, calibration.ids, advance)
+    criteria.require_finite(criterion, found.importance)
+    return BlockScores(
+        model=checkpoint.info(),
+        criterion=criterion,
+        importance=found.importance,
+        values=found.values,
+        intact=found.intact,
+        delta_nll=found.delta_nll,
+        calibration=calibration.info.tokens_fingerprint,
+        dtype=session.dtype(checkpoint),
+        versions=versions(),
+        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+        fingerprint=scores_fingerprint(checkpoint, criterion, calibration, session),
+    )
+
+
+def prune(checkpoint: Checkpoint, plan: PrunePlan, target: Path, *, session: Session | None = None) -> None:
+    """Apply a plan to a checkpoint on disk.
+
+    Args:
+        session: with one, the result is reloaded and compared with the original whose blocks are
+            bypassed, before it gets its final name; without, only names and structure are checked.
+    Raises:
+        UnsupportedModelError: removing these blocks would give a wrong model.
+        CheckpointError: the plan is another model's, or the result is not what was meant.
+        OutputError: the target cannot be written.
+    """
+    from shortllm.checkpoint.source import open_checkpoint
+    from shortllm.checkpoint.surgery import renumbered_tensors, write_shortened
+    from shortllm.checkpoint.verify import bypass_logits, verify_shortened
+
+    require_same_model(plan, checkpoint)
+    expected = bypass_logits(session.model(checkpoint), plan.removed) if session else None
+
+    def verify(written: Path) -> None:
+        if session is not None and expected is not None:
+            shortened = open_checkpoint(written)
+            verify_shortened(str(target), session.model(shortened), expected)
+
+    total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
+    with progress("writing the shortened checkpoint", total) as advance:
+        write_shortened(
+            checkpoint,
+            plan.kept,
+            target,
+            provenance={"criterion": plan.criterion, "fingerprint": pruned_fingerprint(checkpoint, plan)},
+            advance=advance,
+            verify=verify,
+        )
+
+
+def require_same_model(plan: PrunePlan, checkpoint: Checkpoint) -> None:
+    """Refuse to apply a plan to another model than it was made for.
+
+    Raises:
+        CheckpointError: the fingerprints differ.
+    """
+    if plan.model.fingerprint != checkpoint.fingerprint:
+        raise CheckpointError(
+            f"the plan was made for {plan.model.id} ({plan.model.blocks} blocks), and {checkpoint.id} is "
+            "another checkpoint or was changed since. Make a plan for it with `shortllm plan`"
+        )
+
+
+def pruned_fingerprint(checkpoint: Checkpoint, plan: PrunePlan) -> str:
+    """Of everything the shortened checkpoint depends on."""
+    return fingerprint({"model": checkpoint.fingerprint, "kept": plan.kept})
+
+
+def is_pruned_by(target: Path, expected: str) -> bool:
+    """Whether `target` is a finished shortened checkpoint with this fingerprint."""
+    try:
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and (config.get("shortllm") or {}).get("fingerprint") == expected
+
+
+def evaluation_fingerprint(
+    models: Sequence[tuple[str, Checkpoint]],
+    texts: Sequence[EvaluationText],
+    options: EvaluationOptions,
+    session: Session,
+) -> str:
+    """Of everything the evaluation depends on."""
+    from shortllm.calibration import tokens_fingerprint
+
+    return fingerprint(
+        {
+            "models": [(name, checkpoint.fingerprint) for name, checkpoint in models],
+            "texts": [tokens_fingerprint(text.segments.ids) for text in texts],
+            "samples": [options.prompt, options.continuations, options.new_tokens, options.seed],
+            "dtype": [session.dtype(checkpoint) for _, checkpoint in models],
+            "device": session.device.type,
+        }
+    )
+
+
+def evaluate(
+    models: Sequence[tuple[str, Checkpoint]],
+    texts: Sequence[EvaluationText],
+    options: EvaluationOptions,
+    *,
+    session: Session,
+) -> Evaluation:
+    """Perplexity and generation samples of each named model, by one protocol, one model at a time.
+
+    The texts must have been tokenized by a tokenizer that all models share.
+    """
+    measured = {
+        # the last one first: a run has just verified it, so that it is still in memory
+        name: _evaluate_one(name, checkpoint, texts, options, session)
+        for name, checkpoint in reversed(models)
+    }
+    return Evaluation(
+        models=[measured[name] for name, _ in models],
+        dtype=session.dtype(models[0][1]),
+        versions=versions(),
+        fingerprint=evaluation_fingerprint(models, texts, options, session),
+    )
+
+
+def _evaluate_one(
+    name: str,
+    checkpoint: Checkpoint,
+    texts: Sequence[EvaluationText],
+    options: EvaluationOptions,
+    session: Session,
+) -> EvaluatedModel:
+    from shortllm.evaluation import generate_samples, measure_perplexity
+    from shortllm.model.resident import ResidentModel
+
+    model = session.model(checkpoint)
+    view = ResidentModel(model)
+    with progress(f"perplexity of {name}", sum(len(text.segments) for text in texts)) as advance:
+        perplexities = [measure_perplexity(view, text, advance=advance) for text in texts]
+    samples = None
+    if options.continuations and options.prompt:
+        samples = generate_samples(
+            model,
+            load_tokenizer(checkpoint),
+            prompt=options.prompt,
+            continuations=options.continuations,
+            new_tokens=options.new_tokens,
+            seed=options.seed,
+        )
+    return EvaluatedModel(name=name, model=checkpoint.info(), perplexity=perplexities, samples=samples)
