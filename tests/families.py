@@ -1,9 +1,9 @@
 """Tiny real models of many decoder families, which exercise what is special about each.
 
-Six or seven blocks of width 32; where a family's blocks differ by position (sliding windows, rotary-free
-blocks) the pattern is set so that it shows on sequences of 20 tokens. Matrices are redrawn with standard
-deviation 0.2, norms are far from one and biases from zero: at the library's own initialisation removing
-a block hardly moves the loss, and a broken test passes.
+Six or seven blocks of width 32; where a family's blocks differ by position (sliding windows,
+rotary-free blocks) the pattern is set so that it shows on sequences of 20 tokens. Matrices are
+redrawn with standard deviation 0.2, norms are far from one and biases from zero: at the library's
+own initialisation removing a block hardly moves the loss, and a broken test passes.
 
     saved("qwen2")            directory with the checkpoint, written once per process
     token_ids()               calibration ids `[3, 20]`
@@ -100,7 +100,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_COMMON, "use_parallel_residual": True},
     "gpt_neox-serial": {**_COMMON, "use_parallel_residual": False, "tie_word_embeddings": True},
     "opt": {**_COMMON, "ffn_dim": 48, "do_layer_norm_before": True},
-    "opt-projected": {**_COMMON, "ffn_dim": 48, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "opt-projected": {
+        **_COMMON,
+        "ffn_dim": 48,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 16,
+    },
     "olmo2": _GROUPED,
     "smollm3": {
         **_GROUPED,
@@ -122,7 +127,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "falcon-alibi": {**_FALCON, "alibi": True, "tie_word_embeddings": False},
     # their blocks return the attention weights beside the stream
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 6, "n_head": 4},
-    "mpt": {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 6, "n_heads": 4, "max_seq_len": 64},
+    "mpt": {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "n_layers": 6,
+        "n_heads": 4,
+        "max_seq_len": 64,
+    },
     "gptj": {
         "vocab_size": VOCABULARY,
         "n_embd": 32,
@@ -143,7 +154,8 @@ def config_of(variant: str, **changes: Any) -> Any:
 
 
 def build(source: Any, *, seed: int = 0) -> nn.Module:
-    """The model of a variant name or of a config object, redrawn (see the top), in evaluation mode."""
+    """The model of a variant name or of a config object, redrawn (see the top), in evaluation
+    mode."""
     config = config_of(source) if isinstance(source, str) else source
     torch.manual_seed(seed)
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""The removal engine computes what rebuilding the model without the block computes, in every family."""
+"""The removal engine computes what rebuilding the model without the block computes, in every
+family."""
 
 from __future__ import annotations
 
@@ -89,7 +90,9 @@ def test_streams_of_the_engine_are_those_of_the_plain_forward(variant: str) -> N
     model, ids_BT = loaded(variant), token_ids(2)
     view = ResidentModel(model)
     nll_N = walk.stream_nll(view, view.run_blocks(ids_BT), ids_BT)
-    expected_N = next_token_nll(logits_of(model, ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+    expected_N = next_token_nll(
+        logits_of(model, ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    )
     torch.testing.assert_close(nll_N, expected_N, rtol=1e-5, atol=1e-5)
     intact_BTD, without = walk.removal_streams(view, view.enter(ids_BT))
     torch.testing.assert_close(intact_BTD, view.run_blocks(ids_BT), rtol=1e-5, atol=1e-6)
@@ -166,7 +169,9 @@ def test_removing_a_planted_identity_changes_exactly_nothing(position: int) -> N
 
 def test_a_sample_of_two_tokens_can_be_scored() -> None:
     model, ids_BT = loaded("qwen2"), token_ids(1, 2)
-    assert score_ppl(model, ids_BT).intact == pytest.approx(plain_perplexity(model, ids_BT), rel=1e-5)
+    assert score_ppl(model, ids_BT).intact == pytest.approx(
+        plain_perplexity(model, ids_BT), rel=1e-5
+    )
 
 
 def test_scores_of_a_broken_model_are_refused() -> None:
@@ -202,7 +207,9 @@ class Chatty(nn.Module):
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
         stream = self.embed(input_ids)
-        state: Any = stream.mean() if self.fault == "hands a tensor on" else {"sum": torch.zeros(())}
+        state: Any = (
+            stream.mean() if self.fault == "hands a tensor on" else {"sum": torch.zeros(())}
+        )
         for block in self.blocks_in_order():
             if self.fault == "shares a store":
                 state = dict(state, sum=state["sum"] + stream.sum())
@@ -235,17 +242,31 @@ class ChattyBlock(nn.Module):
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("hands a tensor on", "block 1 of 'layers' receives state of earlier blocks besides the stream"),
-        ("shares a store", "block 1 of 'layers' receives state of earlier blocks besides the stream"),
+        (
+            "hands a tensor on",
+            "block 1 of 'layers' receives state of earlier blocks besides the stream",
+        ),
+        (
+            "shares a store",
+            "block 1 of 'layers' receives state of earlier blocks besides the stream",
+        ),
         ("fills a store", "the blocks of 'layers' share state besides the stream"),
         ("hands views on", r"has shape \[20, 8\] for ids of shape \[1, 20\]"),
         ("hands a second output on", "the blocks of 'layers' share state besides the stream"),
         ("skips one", "called 5 of the 6 blocks of 'layers'"),
-        ("repeats one", "called block 0 at place 1 of 'layers'; each block must be called once, in order"),
-        ("goes backwards", "called block 5 at place 0 of 'layers'; each block must be called once, in order"),
+        (
+            "repeats one",
+            "called block 0 at place 1 of 'layers'; each block must be called once, in order",
+        ),
+        (
+            "goes backwards",
+            "called block 5 at place 0 of 'layers'; each block must be called once, in order",
+        ),
     ],
 )
-def test_a_type_whose_blocks_share_more_than_the_stream_is_refused(fault: str, message: str) -> None:
+def test_a_type_whose_blocks_share_more_than_the_stream_is_refused(
+    fault: str, message: str
+) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         score_ppl(Chatty(fault), token_ids(1))
 

@@ -1,4 +1,5 @@
-"""Make large language models shorter: score the blocks of any Hugging Face decoder, remove, measure.
+"""Make large language models shorter: score the blocks of any Hugging Face decoder, remove,
+measure.
 
     import shortllm
 

@@ -1,7 +1,8 @@
-"""The commands as functions, under the same names: `shortllm.score(...)`, `shortllm.prune(...)`, ...
+"""The commands as functions, under the same names: `shortllm.score(...)`, `shortllm.prune(...)`,
+...
 
-Each opens what it is given by name, checks it, calls one stage and saves what it made. The command line
-(cli.py) is these functions with flags.
+Each opens what it is given by name, checks it, calls one stage and saves what it made. The command
+line (cli.py) is these functions with flags.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from shortllm.files import require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.reporting import write_report
 from shortllm.results import BlockScores, Evaluation, PrunePlan
 from shortllm.summary import ModelSummary, summarize
 
@@ -38,7 +38,8 @@ def score(
     device: str = "auto",
     dtype: str = "auto",
 ) -> BlockScores:
-    """Importance of every block of a model; with `out`, a run directory gets calibration and scores.json.
+    """Importance of every block of a model; with `out`, a run directory gets calibration and
+    scores.json.
 
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
@@ -71,9 +72,7 @@ def score(
     return scores
 
 
-def plan(
-    scores: BlockScores | Path, budget: Budget, *, out: Path | None = None
-) -> PrunePlan:
+def plan(scores: BlockScores | Path, budget: Budget, *, out: Path | None = None) -> PrunePlan:
     """Choose blocks by scores.
 
     Args:
@@ -104,7 +103,8 @@ def prune(
 
     Args:
         plan: a plan, a plan.json, a run directory, or the numbers of the blocks to remove.
-        out: the new checkpoint directory; must not exist, unless it is the same shortened checkpoint.
+        out: the new checkpoint directory; must not exist, unless it is the same shortened
+            checkpoint.
         verify: load original and result and compare what they compute; without, structure only.
     Raises:
         UnsupportedModelError: removing these blocks would give a wrong model.
@@ -146,7 +146,9 @@ def evaluate(
 
     checkpoints = _named(models)
     first = next(iter(checkpoints.values()))
-    recipe = Recipe(model=models[0], evaluation=options or EvaluationOptions()).filled(first.model_type)
+    recipe = Recipe(model=models[0], evaluation=options or EvaluationOptions()).filled(
+        first.model_type
+    )
     if out is not None:
         require_writable(out.parent)
     rows = [load_rows(source, role="evaluation") for source in recipe.evaluation.data]
@@ -161,7 +163,8 @@ def evaluate(
             for one, other in zip(texts[next(iter(texts))], made, strict=True)
         ):
             raise DataError(
-                f"{models[0]} and {name} tokenize the text differently, so that their perplexities per token "
+                f"{models[0]} and {name} tokenize the text differently, so that their "
+                "perplexities per token "
                 "cannot be compared. Evaluate them in two commands"
             )
     session = stages.Session(device=device, dtype=dtype)
@@ -184,6 +187,8 @@ def _named(models: Sequence[str]) -> dict[str, Checkpoint]:
 
 def report(run_dir: Path) -> Path:
     """Write report.html and the model card from the files of a run directory."""
+    from shortllm.reporting import write_report
+
     return write_report(run_dir)
 
 

@@ -1,4 +1,5 @@
-"""The command line: each command parses, calls the function of the same name, and prints the result.
+"""The command line: each command parses, calls the function of the same name, and prints the
+result.
 
 Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard
 error. Exit codes: 0 done, 2 a user's mistake or bad input, 130 interrupted.
@@ -26,17 +27,20 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="shortllm",
-    help="Make large language models shorter: score their blocks, remove some, measure what it cost.",
+    help="Make large language models shorter: score their blocks, remove some, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+UsageError: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 """Wrong flags and arguments; typer brings its own copy of click or uses the installed one."""
 
-# Options that several commands share. `Optional` because typer reads these at run time on Python 3.10.
+# Options that several commands share. `Optional` because typer reads these at run time on Python
+# 3.10.
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'.")
 ]
@@ -57,9 +61,13 @@ Data = Annotated[
 ]
 CalibrationFile = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--calibration", help="Token ids given directly: an earlier run or a JSON list of lists."),
+    typer.Option(
+        "--calibration", help="Token ids given directly: an earlier run or a JSON list of lists."
+    ),
 ]
-Sampler = Annotated[Literal["random", "packed"], typer.Option(help="How windows are cut from the text.")]
+Sampler = Annotated[
+    Literal["random", "packed"], typer.Option(help="How windows are cut from the text.")
+]
 SampleCount = Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per calibration sample.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampler.")]
@@ -88,17 +96,23 @@ ProtectLast = Annotated[
     typer.Option(help="Last blocks that stay. Default: 2, at most a quarter of the blocks."),
 ]
 
-EvalLength = Annotated[int, typer.Option(min=2, help="Tokens per segment; 2048 is the usual protocol.")]
+EvalLength = Annotated[
+    int, typer.Option(min=2, help="Tokens per segment; 2048 is the usual protocol.")
+]
 EvalBos = Annotated[
     Optional[Literal["first", "every", "none"]],  # noqa: UP045
-    typer.Option(help="Where BOS stands. Default: before the first segment; before every one for Gemma."),
+    typer.Option(
+        help="Where BOS stands. Default: before the first segment; before every one for Gemma."
+    ),
 ]
 MaxSegments = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=1, help="Measure only the first so many segments."),
 ]
 Prompt = Annotated[Optional[str], typer.Option(help="Prompt of the generation samples.")]  # noqa: UP045
-Continuations = Annotated[int, typer.Option(min=0, help="Generation samples per model; 0 for none.")]
+Continuations = Annotated[
+    int, typer.Option(min=0, help="Generation samples per model; 0 for none.")
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of each generation sample.")]
 
 
@@ -157,12 +171,16 @@ def run(
     """
     import shortllm
 
-    budget = _budget(remove, ratio, param_ratio, blocks, protect_first, protect_last, default_ratio=0.25)
+    budget = _budget(
+        remove, ratio, param_ratio, blocks, protect_first, protect_last, default_ratio=0.25
+    )
     recipe = shortllm.Recipe(
         model=model,
         revision=revision,
         criterion=criterion,
-        calibration=_calibration(data, calibration, sampler, samples, length, seed, bos_every_sample),
+        calibration=_calibration(
+            data, calibration, sampler, samples, length, seed, bos_every_sample
+        ),
         budget=budget,
         evaluation=shortllm.EvaluationOptions(
             data=eval_data or [],
@@ -236,7 +254,9 @@ def score(
     scores = shortllm.score(
         model,
         criterion=criterion,
-        calibration=_calibration(data, calibration, sampler, samples, length, seed, bos_every_sample),
+        calibration=_calibration(
+            data, calibration, sampler, samples, length, seed, bos_every_sample
+        ),
         out=out,
         revision=revision,
         device=device,
@@ -296,7 +316,9 @@ def prune(
     blocks: Blocks = None,
     verify: Annotated[
         bool,
-        typer.Option(help="Load original and result and compare what they compute; needs memory for one."),
+        typer.Option(
+            help="Load original and result and compare what they compute; needs memory for one."
+        ),
     ] = True,
     revision: Revision = None,
     device: Device = "auto",
@@ -422,7 +444,9 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise BudgetError(f"--blocks '{text}' is not a list of block numbers such as 3,4,8") from error
+        raise BudgetError(
+            f"--blocks '{text}' is not a list of block numbers such as 3,4,8"
+        ) from error
 
 
 def _calibration(
@@ -459,11 +483,14 @@ def _print_json(content: Any) -> None:
     typer.echo(json.dumps(content))
 
 
-def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Columns aligned to the right but for the first."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
         typer.echo("  ".join(cells).rstrip())
 
 
@@ -503,12 +530,22 @@ def _print_summary(summary: ModelSummary) -> None:
     protected = set(summary.protected)
     typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
     parts = [
-        (f"block {b}", f"{n:,}", f"{size:,}", f"{n / model.parameters:.2%}", "protected" if b in protected else "")
-        for b, (n, size) in enumerate(zip(model.parameters_per_block, summary.bytes_per_block, strict=True))
+        (
+            f"block {b}",
+            f"{n:,}",
+            f"{size:,}",
+            f"{n / model.parameters:.2%}",
+            "protected" if b in protected else "",
+        )
+        for b, (n, size) in enumerate(
+            zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
+        )
     ]
     outside_bytes = model.bytes - sum(summary.bytes_per_block)
     outside = summary.parameters_outside
-    parts.append(("outside", f"{outside:,}", f"{outside_bytes:,}", f"{outside / model.parameters:.2%}", ""))
+    parts.append(
+        ("outside", f"{outside:,}", f"{outside_bytes:,}", f"{outside / model.parameters:.2%}", "")
+    )
     parts.append(("all", f"{model.parameters:,}", f"{model.bytes:,}", "100.00%", ""))
     _print_table(("part", "parameters", "bytes", "share", ""), parts)
     typer.echo("\nremoving on average saves")
@@ -522,5 +559,6 @@ def _print_summary(summary: ModelSummary) -> None:
     _print_table(("blocks", "parameters", "bytes"), saved)
     typer.echo(
         f"\nscoring by ppl on {summary.samples} x {summary.length} tokens: "
-        f"{summary.scoring_flops / 1e12:.3g} TFLOP, about {summary.scoring_bytes / 2**30:.2f} GiB in float32"
+        f"{summary.scoring_flops / 1e12:.3g} TFLOP, about {summary.scoring_bytes / 2**30:.2f} "
+        "GiB in float32"
     )

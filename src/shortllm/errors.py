@@ -1,13 +1,13 @@
 """One small tree of errors. Each says what was asked, what is true, and what to type next.
 
-    ShortLLMError (a ValueError)      the command line prints the message and exits with code 2
-    ├── CheckpointError               a model directory or Hub id that cannot be read or written rightly
-    │   └── UnsupportedModelError     a readable model whose blocks cannot be removed rightly
-    ├── DataError                     text or token ids that cannot be used
-    ├── CriterionError                an unknown criterion, or scores that cannot be ranked
-    ├── BudgetError                   a plan that cannot be made
-    ├── OutputError                   an output directory that may not or cannot be written
-    └── ResultFileError               a result file of an earlier stage that cannot be read
+ShortLLMError (a ValueError)      the command line prints the message and exits with code 2
+├── CheckpointError               a model directory or Hub id that cannot be read or written rightly
+│   └── UnsupportedModelError     a readable model whose blocks cannot be removed rightly
+├── DataError                     text or token ids that cannot be used
+├── CriterionError                an unknown criterion, or scores that cannot be ranked
+├── BudgetError                   a plan that cannot be made
+├── OutputError                   an output directory that may not or cannot be written
+└── ResultFileError               a result file of an earlier stage that cannot be read
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ResultFileError(ShortLLMError):
 
 
 def did_you_mean(name: str, available: Iterable[str]) -> str:
-    """The tail of an "unknown name" message: the nearest name, if one is near, and all that exist."""
+    """The tail of an "unknown name" message: the nearest name, if any is near, and all names."""
     names = sorted(available)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f" Did you mean '{near[0]}'?" if near else ""

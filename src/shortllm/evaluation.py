@@ -1,14 +1,15 @@
 """What a model can still do: perplexity by a stated protocol, and samples of what it writes.
 
-Perplexity is exp of the mean next-token NLL over all predictions inside segments that do not overlap
-(`shortllm.segments` makes them). The model's plain forward carries the text through the blocks; only
-final norm, head and loss are applied in slices, so that full logits never exist.
+Perplexity is exp of the mean next-token NLL over all predictions inside segments that do not
+overlap (`shortllm.segments` makes them). The model's plain forward carries the text through the
+blocks; only final norm, head and loss are applied in slices, so that full logits never exist.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def measure_perplexity(
     """
     ids_ST = text.segments.ids
     total = 0.0
-    for batch_BT in ids_ST.split(group_size(model, ids_ST.shape[1])):
+    for batch_BT in torch.split(ids_ST, group_size(model, ids_ST.shape[1])):
         batch_BT = batch_BT.to(model.device)
         stream_BTD = model.run_blocks(batch_BT)
         total += stream_nll(model, stream_BTD, batch_BT).double().sum().item()
@@ -76,8 +77,8 @@ def measure_perplexity(
 
 
 def generate_samples(
-    model: torch.nn.Module,
-    tokenizer: object,
+    model: Any,
+    tokenizer: Any,
     *,
     prompt: str,
     continuations: int = 5,
@@ -91,14 +92,17 @@ def generate_samples(
     from shortllm.model.loading import quiet_transformers
 
     device = next(model.parameters()).device
-    encoded = tokenizer(prompt, return_tensors="pt").to(device)  # type: ignore[operator]
+    encoded = tokenizer(prompt, return_tensors="pt").to(device)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if room is not None:
         new_tokens = max(1, min(new_tokens, room - ids.shape[1]))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet_transformers():
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        quiet_transformers(),
+    ):
         torch.manual_seed(seed)
-        output = model.generate(  # type: ignore[operator]
+        output = model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
@@ -110,7 +114,7 @@ def generate_samples(
             num_return_sequences=continuations,
             pad_token_id=_pad_token(tokenizer),
         )
-    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)  # type: ignore[attr-defined]
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return Samples(
         prompt=prompt,
         texts=texts,
@@ -122,7 +126,7 @@ def generate_samples(
     )
 
 
-def _pad_token(tokenizer: object) -> int:
+def _pad_token(tokenizer: Any) -> int:
     """Any id will do: all sequences have one length, nothing is padded."""
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         token = getattr(tokenizer, name, None)

@@ -25,7 +25,8 @@ def fingerprint(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`: first to a sibling name, then renamed, so no reader sees half a file."""
+    """Write `text` to `path`: first to a sibling name, then renamed, so no reader sees half a
+    file."""
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
@@ -40,8 +41,8 @@ def write_text(path: Path, text: str) -> None:
 def partial_directory(target: Path) -> Iterator[Path]:
     """A fresh directory beside `target` which becomes `target` when the body ends without an error.
 
-    A finished `target` is replaced; leftovers of an earlier interrupted try are removed first. After an
-    error the unfinished directory is removed as well, so the disk space comes back.
+    A finished `target` is replaced; leftovers of an earlier interrupted try are removed first.
+    After an error the unfinished directory is removed as well, so the disk space comes back.
     """
     partial = target.with_name(target.name + PARTIAL)
     with explained(target.parent):
@@ -64,7 +65,8 @@ def partial_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained(directory: Path) -> Iterator[None]:
-    """Turn the operating system's write errors below `directory` into an OutputError a user can act on."""
+    """Turn the operating system's write errors below `directory` into an OutputError a user can
+    act on."""
     try:
         yield
     except OSError as error:
@@ -95,7 +97,8 @@ def require_writable(directory: Path, needed_bytes: int = 0) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise OutputError(
-            f"{directory} needs {needed_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there. "
+            f"{directory} needs {needed_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free "
+            "there. "
             "Free some space or choose another --out"
         )
 

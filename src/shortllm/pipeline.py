@@ -1,9 +1,10 @@
-"""A whole run in one directory: every stage writes its file, and is skipped when that file is up to date.
+"""A whole run in one directory: every stage writes its file, and is skipped when that file is up
+to date.
 
     run.json  calibration.*  scores.json  plan.json  pruned/  eval.json  report.html  README.md
 
-Everything a user can get wrong is checked before the first heavy step. A killed run goes on where it
-was when the same command is given again; a changed recipe redoes the stages it touches.
+Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
+it was when the same command is given again; a changed recipe redoes the stages it touches.
 
     shortllm run MODEL --data stories.jsonl --remove 3
 """
@@ -24,7 +25,6 @@ from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import require_writable, write_text
 from shortllm.planning import Budget, build_plan, check_budget
 from shortllm.recipe import Recipe
-from shortllm.reporting import write_report
 from shortllm.results import BlockScores, Evaluation, PrunePlan, ResultFile
 from shortllm.runtime import versions
 
@@ -50,7 +50,9 @@ class RunResult:
         return self.directory / PRUNED
 
 
-def run(recipe: Recipe | None = None, *, out: Path | str | None = None, command: list[str] | None = None) -> RunResult:
+def run(
+    recipe: Recipe | None = None, *, out: Path | str | None = None, command: list[str] | None = None
+) -> RunResult:
     """From a model's name to a shortened checkpoint and a report.
 
     Args:
@@ -60,6 +62,8 @@ def run(recipe: Recipe | None = None, *, out: Path | str | None = None, command:
     Raises:
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
+    from shortllm.reporting import write_report
+
     recipe = recipe or Recipe()
     criteria.get(recipe.criterion)
     recipe.budget.asked()
@@ -99,7 +103,11 @@ def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
 
 def default_directory(recipe: Recipe) -> Path:
     """`runs/<model>-<criterion>-<budget>`, e.g. `runs/stories10L-ppl-remove2`."""
-    name = Path(recipe.model).resolve().name if Path(recipe.model).exists() else recipe.model.split("/")[-1]
+    name = (
+        Path(recipe.model).resolve().name
+        if Path(recipe.model).exists()
+        else recipe.model.split("/")[-1]
+    )
     [(amount, value)] = recipe.budget.asked().items()
     if amount == "blocks":
         return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
@@ -107,7 +115,8 @@ def default_directory(recipe: Recipe) -> Path:
 
 
 def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
-    """Check that `directory` is free, or holds an earlier run of the same model, and can be written.
+    """Check that `directory` is free, or holds an earlier run of the same model, and can be
+    written.
 
     Raises:
         OutputError: it holds something else, cannot be written, or has too little space.
@@ -117,10 +126,13 @@ def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
     if directory.is_dir() and any(directory.iterdir()):
         earlier = _run_model(directory)
         if earlier is None:
-            raise OutputError(f"{directory} is not empty and holds no run of shortllm. Choose another --out")
+            raise OutputError(
+                f"{directory} is not empty and holds no run of shortllm. Choose another --out"
+            )
         if earlier.get("fingerprint") != checkpoint.fingerprint:
             raise OutputError(
-                f"{directory} holds a run of another model ({earlier.get('id')}). Choose another --out, or delete it"
+                f"{directory} holds a run of another model ({earlier.get('id')}). Choose another "
+                "--out, or delete it"
             )
     require_writable(directory, checkpoint.bytes)
 
@@ -135,7 +147,9 @@ def _run_model(directory: Path) -> dict[str, Any] | None:
     return model if isinstance(model, dict) else None
 
 
-def write_run_file(directory: Path, recipe: Recipe, checkpoint: Checkpoint, command: list[str] | None) -> None:
+def write_run_file(
+    directory: Path, recipe: Recipe, checkpoint: Checkpoint, command: list[str] | None
+) -> None:
     content = {
         "shortllm": __version__,
         "command": command if command is not None else ["shortllm", *sys.argv[1:]],
@@ -147,7 +161,8 @@ def write_run_file(directory: Path, recipe: Recipe, checkpoint: Checkpoint, comm
 
 
 def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
-    """An earlier result if it is whole and made from the same inputs, with a word that it is reused."""
+    """An earlier result if it is whole and made from the same inputs, with a word that it is
+    reused."""
     try:
         found = kind.load(path)
     except ResultFileError:
@@ -159,7 +174,11 @@ def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
 
 
 def _score(
-    directory: Path, checkpoint: Checkpoint, recipe: Recipe, texts: stages.Texts, session: stages.Session
+    directory: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    texts: stages.Texts,
+    session: stages.Session,
 ) -> BlockScores | None:
     """scores.json; none where the blocks were given by hand."""
     path = directory / "scores.json"
@@ -169,12 +188,16 @@ def _score(
     expected = stages.scores_fingerprint(checkpoint, recipe.criterion, texts.calibration, session)
     scores = finished(BlockScores, path, expected)
     if scores is None:
-        scores = stages.score(checkpoint, texts.calibration, criterion=recipe.criterion, session=session)
+        scores = stages.score(
+            checkpoint, texts.calibration, criterion=recipe.criterion, session=session
+        )
         scores.save(path)
     return scores
 
 
-def _prune(directory: Path, checkpoint: Checkpoint, plan: PrunePlan, session: stages.Session) -> Checkpoint:
+def _prune(
+    directory: Path, checkpoint: Checkpoint, plan: PrunePlan, session: stages.Session
+) -> Checkpoint:
     target = directory / PRUNED
     if stages.is_pruned_by(target, stages.pruned_fingerprint(checkpoint, plan)):
         log.info("%s is up to date, skipped", target)

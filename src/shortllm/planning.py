@@ -24,11 +24,15 @@ class Budget(Record):
     """How much goes, and what may not; exactly one of the first four is given."""
 
     remove: int | None = Field(default=None, description="number of blocks")
-    ratio: float | None = Field(default=None, description="part of the blocks, rounded to the nearest number")
+    ratio: float | None = Field(
+        default=None, description="part of the blocks, rounded to the nearest number"
+    )
     param_ratio: float | None = Field(
         default=None, description="part of all parameters; as few blocks as reach it"
     )
-    blocks: list[int] | None = Field(default=None, description="exactly these blocks; protection does not apply")
+    blocks: list[int] | None = Field(
+        default=None, description="exactly these blocks; protection does not apply"
+    )
     protect_first: int | None = Field(
         default=None, description="leading blocks kept; default 4, at most a quarter of the blocks"
     )
@@ -42,12 +46,16 @@ class Budget(Record):
         Raises:
             BudgetError: none or several were given, or the number is impossible for every model.
         """
-        amounts = {name: getattr(self, name) for name in ("remove", "ratio", "param_ratio", "blocks")}
+        amounts = {
+            name: getattr(self, name) for name in ("remove", "ratio", "param_ratio", "blocks")
+        }
         given = {name: value for name, value in amounts.items() if value is not None}
         if len(given) != 1:
             raise BudgetError(
-                f"{'no budget' if not given else 'several budgets'} given. Give one of --remove 6 (blocks), "
-                "--ratio 0.2 (of the blocks), --param-ratio 0.2 (of the parameters) or --blocks 3,4,5"
+                f"{'no budget' if not given else 'several budgets'} given. Give one of --remove "
+                "6 (blocks), "
+                "--ratio 0.2 (of the blocks), --param-ratio 0.2 (of the parameters) or --blocks "
+                "3,4,5"
             )
         for name in ("ratio", "param_ratio"):
             value = given.get(name)
@@ -100,14 +108,17 @@ def _amount(
         available = sum(parameters_per_block[block] for block in free) / parameters
         if budget.param_ratio > available or len(free) == count and budget.param_ratio == available:
             raise BudgetError(
-                f"cannot remove {budget.param_ratio:.1%} of the parameters: the {len(free)} unprotected of "
-                f"{count} blocks hold {available:.1%}. Ask for less, or pass --protect-first 0 --protect-last 0"
+                f"cannot remove {budget.param_ratio:.1%} of the parameters: the {len(free)} "
+                "unprotected of "
+                f"{count} blocks hold {available:.1%}. Ask for less, or pass --protect-first 0 "
+                "--protect-last 0"
             )
         return None
     number = budget.remove if budget.remove is not None else round(asked["ratio"] * count)
     if number == 0:
         raise BudgetError(
-            f"--ratio {budget.ratio} of {count} blocks is less than half a block. Ask for {1 / count:.3f} or more"
+            f"--ratio {budget.ratio} of {count} blocks is less than half a block. Ask for "
+            f"{1 / count:.3f} or more"
         )
     most = min(len(free), count - 1)
     if number > most:
@@ -124,11 +135,15 @@ def _check_given(blocks: list[int], count: int) -> None:
     """Explicit block numbers must be distinct, exist, and leave something."""
     outside = [block for block in blocks if not 0 <= block < count]
     if outside:
-        raise BudgetError(f"there is no block {outside[0]}: the model's blocks are 0 to {count - 1}")
+        raise BudgetError(
+            f"there is no block {outside[0]}: the model's blocks are 0 to {count - 1}"
+        )
     if len(set(blocks)) != len(blocks):
         raise BudgetError(f"--blocks names a block twice: {','.join(map(str, blocks))}")
     if not 0 < len(blocks) < count:
-        raise BudgetError(f"--blocks must name at least one and at most {count - 1} of the {count} blocks")
+        raise BudgetError(
+            f"--blocks must name at least one and at most {count - 1} of the {count} blocks"
+        )
 
 
 def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list[int]:
@@ -156,7 +171,9 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
     else:
         order = removal_order(scores.importance, protected)
         if number is None:
-            number = _reaching(budget.param_ratio or 0.0, order, parameters_per_block, model.parameters)
+            number = _reaching(
+                budget.param_ratio or 0.0, order, parameters_per_block, model.parameters
+            )
         order = order[:number]
     removed = sorted(order)
     freed = sum(parameters_per_block[block] for block in removed)
@@ -200,7 +217,9 @@ def _reaching(
     raise AssertionError("the budget was checked against what is unprotected")
 
 
-def _reason(scores: BlockScores | None, removed: list[int], protected: list[int], count: int) -> str:
+def _reason(
+    scores: BlockScores | None, removed: list[int], protected: list[int], count: int
+) -> str:
     """One sentence for a reader of the plan."""
     blocks = ", ".join(map(str, removed))
     if scores is None:

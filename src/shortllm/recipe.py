@@ -38,13 +38,15 @@ class EvaluationOptions(Record):
 
     data: list[str] = Field(
         default_factory=list,
-        description="data sources; default: rows of the calibration data kept apart, or wikitext2 and ptb",
+        description="data sources; default: calibration rows kept apart, or wikitext2 and ptb",
     )
     length: int = Field(default=128, description="tokens per segment; 2048 is the usual protocol")
     bos: Literal["first", "every", "none"] | None = Field(
         default=None, description="default: first; every for Gemma types"
     )
-    max_segments: int | None = Field(default=None, description="measure only the first so many segments")
+    max_segments: int | None = Field(
+        default=None, description="measure only the first so many segments"
+    )
     prompt: str | None = Field(default=None, description="prompt of the generation samples")
     continuations: int = Field(default=5, description="generation samples per model; 0 for none")
     new_tokens: int = 128
@@ -78,12 +80,15 @@ class Recipe(Record):
             data = EMBEDDED if embedded else "bookcorpus"
         return self.model_copy(
             update={
-                "calibration": self.calibration.model_copy(update={"data": data, "bos_every_sample": every}),
+                "calibration": self.calibration.model_copy(
+                    update={"data": data, "bos_every_sample": every}
+                ),
                 "evaluation": self.evaluation.model_copy(
                     update={
                         "data": evaluated,
                         "bos": self.evaluation.bos or ("every" if every else "first"),
-                        "prompt": self.evaluation.prompt or (EMBEDDED_PROMPT if embedded else PROMPT),
+                        "prompt": self.evaluation.prompt
+                        or (EMBEDDED_PROMPT if embedded else PROMPT),
                     }
                 ),
             }

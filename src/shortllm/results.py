@@ -3,10 +3,10 @@
     calibration.json  CalibrationInfo      scores.json  BlockScores
     plan.json         PrunePlan            eval.json    Evaluation
 
-Every record knows how to `save` itself (complete or not at all) and `load` itself (an unknown key is
-refused with a suggestion). `fingerprint` is the sha256 of everything that made the record, so that a
-stage can tell its own finished work from that of other inputs. Block numbers count from 0 in the
-*original* model, in every file. A number that could not be measured is `null`, never 0.
+Every record knows how to `save` itself (complete or not at all) and `load` itself (an unknown key
+is refused with a suggestion). `fingerprint` is the sha256 of everything that made the record, so
+that a stage can tell its own finished work from that of other inputs. Block numbers count from 0 in
+the *original* model, in every file. A number that could not be measured is `null`, never 0.
 """
 
 from __future__ import annotations
@@ -42,14 +42,17 @@ class ResultFile(Record):
         """Read the file back.
 
         Raises:
-            ResultFileError: missing, not JSON, or with keys or values this kind of file cannot hold.
+            ResultFileError: missing, not JSON, or with keys or values this kind of file cannot
+                hold.
         """
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
         except ValidationError as error:
-            raise ResultFileError(f"{path} is not a {cls.__name__} file: {_explain(error, cls)}") from error
+            raise ResultFileError(
+                f"{path} is not a {cls.__name__} file: {_explain(error, cls)}"
+            ) from error
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -71,11 +74,13 @@ class ModelInfo(Record):
     parameters: int = Field(description="elements of all stored tensors, tied ones once")
     parameters_per_block: list[int] = Field(default_factory=list)
     bytes: int = Field(description="bytes of all stored tensors")
-    fingerprint: str = Field(description="sha256 over config, tensor table and samples of each tensor")
+    fingerprint: str = Field(
+        description="sha256 over config, tensor table and samples of each tensor"
+    )
 
 
 class CalibrationInfo(ResultFile):
-    """Where the calibration token ids came from; the ids lie beside it in calibration.safetensors."""
+    """Where the calibration ids came from; they lie beside it in calibration.safetensors."""
 
     source: str = Field(description="data source as given, or the file the ids were taken from")
     rows: tuple[int, int] | None = Field(
@@ -86,7 +91,9 @@ class CalibrationInfo(ResultFile):
     length: int = Field(description="tokens per sample")
     seed: int | None = None
     bos: Literal["tokenizer", "every-sample", "none"]
-    tokens_fingerprint: str = Field(description="sha256 of the ids as little-endian int64, with their shape")
+    tokens_fingerprint: str = Field(
+        description="sha256 of the ids as little-endian int64, with their shape"
+    )
 
 
 class Cost(Record):
@@ -103,12 +110,17 @@ class BlockScores(ResultFile):
     criterion: str
     options: dict[str, Any] = Field(default_factory=dict)
     importance: list[float]
-    values: list[float] = Field(description="the criterion's raw numbers, e.g. perplexity without the block")
+    values: list[float] = Field(
+        description="the criterion's raw numbers, e.g. perplexity without the block"
+    )
     intact: float | None = Field(default=None, description="the raw number of the intact model")
     delta_nll: list[float] | None = Field(
-        default=None, description="mean NLL without the block minus that of the intact model, in nats per token"
+        default=None,
+        description="mean NLL without the block minus that of the intact model, in nats per token",
     )
-    calibration: str | None = Field(default=None, description="tokens_fingerprint of the calibration")
+    calibration: str | None = Field(
+        default=None, description="tokens_fingerprint of the calibration"
+    )
     dtype: str = Field(description="computation type of the scoring pass")
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
@@ -132,7 +144,9 @@ class PrunePlan(ResultFile):
     removed: list[int] = Field(description="ascending")
     protected: list[int] = Field(description="blocks the plan was not allowed to remove")
     order: list[int] = Field(description="removal order, least important first")
-    asked: dict[str, Any] = Field(description="the budget as asked, e.g. {'remove': 3} or {'ratio': 0.25}")
+    asked: dict[str, Any] = Field(
+        description="the budget as asked, e.g. {'remove': 3} or {'ratio': 0.25}"
+    )
     reached: Size = Field(description="what the removal takes away")
     reason: str = Field(description="one sentence for a reader")
     scores: str | None = Field(default=None, description="fingerprint of the scores used")
@@ -143,7 +157,9 @@ class Perplexity(Record):
 
     source: str
     rows: tuple[int, int] | None = None
-    split: str | None = Field(default=None, description="'held-out' where rows were kept apart from calibration")
+    split: str | None = Field(
+        default=None, description="'held-out' where rows were kept apart from calibration"
+    )
     length: int = Field(description="tokens per segment; segments do not overlap")
     bos: Literal["first", "every", "none"]
     segments: int

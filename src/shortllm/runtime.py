@@ -1,4 +1,5 @@
-"""What a run has around it: device, computation type, versions, memory, and the progress on the terminal."""
+"""What a run has around it: device, computation type, versions, memory, and the progress on the
+terminal."""
 
 from __future__ import annotations
 
@@ -39,13 +40,15 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ShortLLMError(
-            f"device '{name}' cannot be used: {str(error).splitlines()[0]}. Use --device auto or cpu"
+            f"device '{name}' cannot be used: {str(error).splitlines()[0]}. Use --device auto or "
+            "cpu"
         ) from error
     return device
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Computation type: `auto` is float32 on a CPU and the checkpoint's own type on an accelerator."""
+    """Computation type: `auto` is float32 on a CPU and the checkpoint's own type on an
+    accelerator."""
     import torch
 
     if name not in DTYPES:

@@ -90,7 +90,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         ) from error
 
 
-def calibrate(checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None) -> Calibration:
+def calibrate(
+    checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None
+) -> Calibration:
     """Calibration ids from data or from a file, checked against the model.
 
     Args:
@@ -133,7 +135,8 @@ def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
     room = getattr(checkpoint.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(room, int) and length > room:
         raise DataError(
-            f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} {room} or less"
+            f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} "
+            f"{room} or less"
         )
 
 
@@ -228,7 +231,9 @@ def score(
     )
 
 
-def prune(checkpoint: Checkpoint, plan: PrunePlan, target: Path, *, session: Session | None = None) -> None:
+def prune(
+    checkpoint: Checkpoint, plan: PrunePlan, target: Path, *, session: Session | None = None
+) -> None:
     """Apply a plan to a checkpoint on disk.
 
     Args:
@@ -257,7 +262,10 @@ def prune(checkpoint: Checkpoint, plan: PrunePlan, target: Path, *, session: Ses
             checkpoint,
             plan.kept,
             target,
-            provenance={"criterion": plan.criterion, "fingerprint": pruned_fingerprint(checkpoint, plan)},
+            provenance={
+                "criterion": plan.criterion,
+                "fingerprint": pruned_fingerprint(checkpoint, plan),
+            },
             advance=advance,
             verify=verify,
         )
@@ -271,7 +279,8 @@ def require_same_model(plan: PrunePlan, checkpoint: Checkpoint) -> None:
     """
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise CheckpointError(
-            f"the plan was made for {plan.model.id} ({plan.model.blocks} blocks), and {checkpoint.id} is "
+            f"the plan was made for {plan.model.id} ({plan.model.blocks} blocks), and "
+            f"{checkpoint.id} is "
             "another checkpoint or was changed since. Make a plan for it with `shortllm plan`"
         )
 
@@ -287,7 +296,9 @@ def is_pruned_by(target: Path, expected: str) -> bool:
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and (config.get("shortllm") or {}).get("fingerprint") == expected
+    return (
+        isinstance(config, dict) and (config.get("shortllm") or {}).get("fingerprint") == expected
+    )
 
 
 def evaluation_fingerprint(
@@ -358,4 +369,6 @@ def _evaluate_one(
             new_tokens=options.new_tokens,
             seed=options.seed,
         )
-    return EvaluatedModel(name=name, model=checkpoint.info(), perplexity=perplexities, samples=samples)
+    return EvaluatedModel(
+        name=name, model=checkpoint.info(), perplexity=perplexities, samples=samples
+    )

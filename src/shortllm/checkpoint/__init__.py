@@ -1,12 +1,13 @@
-"""Checkpoints on disk: read their tensor table, shorten them without building the model, verify the result.
+"""Checkpoints on disk: read their tensor table, shorten them without building the model, verify
+the result.
 
-    source.py     a local directory or Hub id -> directory with config and tensors
-    tensors.py    tensor name -> shard, dtype, shape, byte range; every damage found before use
-    names.py      the block number inside a tensor name
-    rules.py      what happens to each config field when blocks go (data, by field name)
-    signature.py  the guard: kept blocks of the shortened model are built like their originals
-    surgery.py    plan -> shortened checkpoint, tensor by tensor
-    verify.py     reload what was written and compare with the original whose blocks are bypassed
+source.py     a local directory or Hub id -> directory with config and tensors
+tensors.py    tensor name -> shard, dtype, shape, byte range; every damage found before use
+names.py      the block number inside a tensor name
+rules.py      what happens to each config field when blocks go (data, by field name)
+signature.py  the guard: kept blocks of the shortened model are built like their originals
+surgery.py    plan -> shortened checkpoint, tensor by tensor
+verify.py     reload what was written and compare with the original whose blocks are bypassed
 """
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint

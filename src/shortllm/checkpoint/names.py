@@ -1,8 +1,9 @@
 """The block number inside a tensor name.
 
 Block tensors are called `<prefix>.<number>.<rest>`, with one prefix for all blocks of the decoder
-(`model.layers`, `transformer.h`, `gpt_neox.layers`, ...). The prefix is found by its numbers: they are
-exactly 0 to L-1. Checkpoint names may differ from module names, so they are looked at by themselves.
+(`model.layers`, `transformer.h`, `gpt_neox.layers`, ...). The prefix is found by its numbers: they
+are exactly 0 to L-1. Checkpoint names may differ from module names, so they are looked at by
+themselves.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str)
     if missing:
         return f"the config says {count} blocks, but no tensor of block {min(missing)} ('{prefix}.{min(missing)}') is stored"
     return (
-        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks (a prediction head or a wrong block "
+        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks (a prediction head or a "
+        "wrong block "
         "count); shortening such a checkpoint is not supported yet"
     )

@@ -1,9 +1,10 @@
 """What happens to each config field when blocks go: a table by field name, never by model type.
 
 A field can hold one entry per block (cut it), block numbers (renumber them), or a count of leading
-blocks (count again). Which one a field is cannot be told from its length, so the table goes by name.
-A list with one entry per block that the table does not know is refused, naming the field. Whatever the
-rules produce is then checked by the structural guard (signature.py), which needs no table.
+blocks (count again). Which one a field is cannot be told from its length, so the table goes by
+name. A list with one entry per block that the table does not know is refused, naming the field.
+Whatever the rules produce is then checked by the structural guard (signature.py), which needs no
+table.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def shorten_config(raw: dict[str, Any], config: Any, kept: Sequence[int]) -> dic
             result[field] = sum(block < value for block in kept)
         elif field in BLOCK_NUMBERS and isinstance(value, list):
             result[field] = [new_number[block] for block in value if block in new_number]
-        elif isinstance(value, (list, tuple)) and len(value) == count and _per_block(field, removed):
+        elif (
+            isinstance(value, (list, tuple)) and len(value) == count and _per_block(field, removed)
+        ):
             result[field] = [value[block] for block in kept]
     _set_count(result, config, len(kept))
     return result

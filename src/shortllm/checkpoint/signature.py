@@ -1,10 +1,10 @@
 """The structural guard: every kept block of the shortened model must be built like its original.
 
-Lowering the block count alone silently changes models whose blocks differ by position: the sixth block
-of the new model gets the attention, position code or experts of place six under the weights of another
-place. Both models are built on the meta device (no memory for weights), and for every kept block the
-structural signature is compared: parameter names and shapes, submodule classes, and every plain
-attribute that can reach the forward pass, except those that are the block's own number.
+Lowering the block count alone silently changes models whose blocks differ by position: the sixth
+block of the new model gets the attention, position code or experts of place six under the weights
+of another place. Both models are built on the meta device (no memory for weights), and for every
+kept block the structural signature is compared: parameter names and shapes, submodule classes, and
+every plain attribute that can reach the forward pass, except those that are the block's own number.
 """
 
 from __future__ import annotations
@@ -76,21 +76,37 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
     Raises:
         UnsupportedModelError: naming the block and the attribute that would be wrong.
     """
-    before = _signatures(original)
-    after = _signatures(shortened)
+    before, outside_before = _signatures(original)
+    after, outside_after = _signatures(shortened)
     if len(after) != len(kept):
         raise UnsupportedModelError(
-            f"model type '{original.model_type}': asked for {len(kept)} blocks, the shortened config builds {len(after)}"
+            f"model type '{original.model_type}': asked for {len(kept)} blocks, the shortened "
+            f"config builds {len(after)}"
         )
     for new, old in enumerate(kept):
         problem = difference(before[old], after[new], old, new)
         if problem:
             raise UnsupportedModelError(
-                f"removing these blocks from model type '{original.model_type}' would turn block {old} into a "
+                f"removing these blocks from model type '{original.model_type}' would turn block "
+                f"{old} into a "
                 f"different block: {problem}. No rule covers this yet"
             )
+    problem = difference(outside_before, outside_after, -1, -1)
+    if problem:
+        raise UnsupportedModelError(
+            f"removing blocks from model type '{original.model_type}' would change tensors "
+            "outside the blocks: "
+            f"{problem}. No rule covers this yet"
+        )
 
 
-def _signatures(config: Any) -> list[Signature]:
-    _, blocks = find_blocks(build_empty(config), config)
-    return [block_signature(block) for block in blocks]
+def _signatures(config: Any) -> tuple[list[Signature], Signature]:
+    """The signature of each block, and the shapes of all tensors outside the blocks."""
+    model = build_empty(config)
+    name, blocks = find_blocks(model, config)
+    outside = {
+        f"shape of {key}": tuple(tensor.shape)
+        for key, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not key.startswith(name + ".")
+    }
+    return [block_signature(block) for block in blocks], outside

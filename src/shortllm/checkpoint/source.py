@@ -1,4 +1,5 @@
-"""Open a checkpoint: a local directory, a Hub id, or the embedded model, checked before any heavy work."""
+"""Open a checkpoint: a local directory, a Hub id, or the embedded model, checked before any heavy
+work."""
 
 from __future__ import annotations
 
@@ -166,9 +167,13 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
 
     text_files = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
     try:
-        folder = snapshot_download(hub_id, revision=revision, allow_patterns=[*text_files, "*.safetensors"])
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=[*text_files, "*.safetensors"]
+        )
         if not any(Path(folder).glob("*.safetensors")):
-            folder = snapshot_download(hub_id, revision=revision, allow_patterns=[*text_files, "*.bin"])
+            folder = snapshot_download(
+                hub_id, revision=revision, allow_patterns=[*text_files, "*.bin"]
+            )
     except GatedRepoError as error:
         raise CheckpointError(
             f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
@@ -177,28 +182,42 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
         raise CheckpointError(f"'{hub_id}' has no revision '{revision}'") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"no directory and no Hub repository is called '{hub_id}' (or it is private: `hf auth login`)"
+            f"no directory and no Hub repository is called '{hub_id}' (or it is private: `hf "
+            "auth login`)"
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"'{hub_id}' is not a local directory, not in the local Hub cache, and could not be "
-            f"downloaded ({type(error).__name__}). Check the name and the network, or give a local directory"
+            f"downloaded ({type(error).__name__}). Check the name and the network, or give a "
+            "local directory"
         ) from error
     return Path(folder), Path(folder).name
 
 
 def _load_config(directory: Path, raw_config: dict[str, Any]) -> Any:
-    """The transformers config object."""
-    from transformers import AutoConfig
-
+    """The transformers config object of a checkpoint directory."""
     model_type = raw_config.get("model_type")
     if not model_type:
-        raise CheckpointError(f"{directory / 'config.json'} names no model_type; it is not a transformers checkpoint")
+        raise CheckpointError(
+            f"{directory / 'config.json'} names no model_type; it is not a transformers checkpoint"
+        )
+    return read_config(directory, model_type)
+
+
+def read_config(directory: Path, model_type: str) -> Any:
+    """config.json as a transformers object, every default filled in.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the model type, or refuses its values.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         import transformers
 
         raise UnsupportedModelError(
@@ -214,7 +233,8 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     model_type = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"model type '{model_type}' is an encoder-decoder; shortllm shortens decoder-only models"
+            f"model type '{model_type}' is an encoder-decoder; shortllm shortens decoder-only "
+            "models"
         )
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     classes = {known} if isinstance(known, str) else set(known or ())
@@ -226,5 +246,6 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     named = raw_config.get("architectures") or []
     if named and not classes.intersection(named):
         raise UnsupportedModelError(
-            f"the checkpoint was saved as {named[0]}, not as a causal language model ({', '.join(sorted(classes))})"
+            f"the checkpoint was saved as {named[0]}, not as a causal language model "
+            f"({', '.join(sorted(classes))})"
         )

@@ -1,8 +1,8 @@
 """A plan applied to a checkpoint on disk: kept tensors are copied under their new names.
 
-The model is never built in memory. Bytes go from file to file inside the kernel, so memory stays flat
-whatever the model's size, and the work takes as long as copying the kept bytes. Tied tensors are stored
-once and stay so. Everything is written beside the target and renamed when complete.
+The model is never built in memory. Bytes go from file to file inside the kernel, so memory stays
+flat whatever the model's size, and the work takes as long as copying the kept bytes. Tied tensors
+are stored once and stay so. Everything is written beside the target and renamed when complete.
 
     shortllm prune MODEL --blocks 3,4 --out DIR
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
 from shortllm.checkpoint.rules import refuse_block_names_in_config, shorten_config
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, read_config
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.files import partial_directory, require_writable
@@ -40,9 +41,15 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
 
     refuse_block_names_in_config(checkpoint.raw_config, checkpoint.block_names.prefix)
     shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept)
-    new_config = type(checkpoint.config).from_dict(shortened)
-    check_signatures(checkpoint.config, new_config, kept)
+    check_signatures(checkpoint.config, _as_read_from_disk(checkpoint.config, shortened), kept)
     return shortened
+
+
+def _as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
+    """The transformers config object that a file holding `raw` will give."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        return read_config(Path(directory), original.model_type)
 
 
 def write_shortened(
@@ -55,7 +62,8 @@ def write_shortened(
     advance: Advance = lambda copied: None,
     verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
-    """Write the checkpoint that keeps only the blocks `kept` as directory `target`, whole or not at all.
+    """Write the checkpoint that keeps only the blocks `kept` as directory `target`, whole or not
+    at all.
 
     Args:
         kept: kept block numbers, ascending.

@@ -1,8 +1,9 @@
-"""The tensor table of a checkpoint: name -> file, dtype, shape and byte range, without reading the data.
+"""The tensor table of a checkpoint: name -> file, dtype, shape and byte range, without reading the
+data.
 
-Safetensors files are read by their header alone, which is checked against the file's length, so that a
-truncated or damaged file is an error before any work starts. Pickled files (`.bin`) go through torch's
-weights-only loader, memory-mapped, and never execute code.
+Safetensors files are read by their header alone, which is checked against the file's length, so
+that a truncated or damaged file is an error before any work starts. Pickled files (`.bin`) go
+through torch's weights-only loader, memory-mapped, and never execute code.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
     if (directory / PICKLED_INDEX).is_file():
         return _read_sharded(directory / PICKLED_INDEX)
     raise CheckpointError(
-        f"{directory} has a config.json but no weights: expected {SAFETENSORS}, {SAFETENSORS_INDEX} "
+        f"{directory} has a config.json but no weights: expected {SAFETENSORS}, "
+        f"{SAFETENSORS_INDEX} "
         f"or {PICKLED}. Was the download finished?"
     )
 
@@ -115,8 +117,8 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
     missing = [name for name in weight_map if name not in table]
     if missing:
         raise CheckpointError(
-            f"{index} promises tensor '{missing[0]}' in {weight_map[missing[0]]}, which does not hold it"
-            + (f" ({len(missing)} such tensors)" if len(missing) > 1 else "")
+            f"{index} promises tensor '{missing[0]}' in {weight_map[missing[0]]}, which does not "
+            "hold it" + (f" ({len(missing)} such tensors)" if len(missing) > 1 else "")
         )
     return {name: table[name] for name in table if name in weight_map}
 
@@ -128,7 +130,8 @@ def _read_shard(index: Path, shard: Any) -> dict[str, TensorEntry]:
     path = index.parent / shard
     if not path.is_file():
         raise CheckpointError(
-            f"{index} names the shard {shard}, which is not there. Finish the download of {index.parent}"
+            f"{index} names the shard {shard}, which is not there. Finish the download of "
+            f"{index.parent}"
         )
     return _read_safetensors(path) if shard.endswith(".safetensors") else _read_pickled(path)
 
@@ -142,7 +145,8 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
             header_bytes = int.from_bytes(head, "little")
             if len(head) < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"{path} is truncated or not a safetensors file ({size} bytes). Download it again"
+                    f"{path} is truncated or not a safetensors file ({size} bytes). Download it "
+                    "again"
                 )
             header = json.loads(stream.read(header_bytes))
             entries = list(_entries(path, header, data_start=8 + header_bytes))
@@ -170,7 +174,8 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> Iterator
         item_bytes = ITEM_BYTES.get(entry.dtype)
         if item_bytes is not None and entry.elements * item_bytes != entry.bytes:
             raise ValueError(
-                f"tensor '{name}' of shape {list(shape)} and type {entry.dtype} cannot have {entry.bytes} bytes"
+                f"tensor '{name}' of shape {list(shape)} and type {entry.dtype} cannot have "
+                f"{entry.bytes} bytes"
             )
         yield entry
 
@@ -180,7 +185,9 @@ def _check_layout(path: Path, entries: list[TensorEntry], *, data_start: int, si
     position = data_start
     for entry in entries:
         if entry.offset != position:
-            raise CheckpointError(f"{path} has a damaged header: tensor '{entry.name}' is misplaced")
+            raise CheckpointError(
+                f"{path} has a damaged header: tensor '{entry.name}' is misplaced"
+            )
         position += entry.bytes
     if position != size:
         state = "truncated" if size < position else "longer than its header says"
@@ -203,7 +210,9 @@ def _read_pickled(path: Path) -> dict[str, TensorEntry]:
             continue
         seen.add(place)
         if tensor.dtype not in codes:
-            raise CheckpointError(f"{path}: tensor '{name}' has type {tensor.dtype}, not storable here")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has type {tensor.dtype}, not storable here"
+            )
         table[name] = TensorEntry(
             name, path, codes[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size(), None
         )  # fmt: skip
@@ -236,7 +245,9 @@ def _load_pickled(path: Path, changed_ns: int) -> dict[str, Tensor]:
             if mmap:
                 continue  # files of torch < 1.6 cannot be memory-mapped
             raise CheckpointError(f"{path} is damaged or truncated ({error})") from error
-        if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        if not isinstance(content, dict) or not all(
+            isinstance(v, torch.Tensor) for v in content.values()
+        ):
             raise CheckpointError(f"{path} is not a plain table of tensors")
         return content
     raise AssertionError("unreachable")

@@ -33,10 +33,12 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Advance = lambda copied: None,
 ) -> None:
-    """Write `new name -> stored tensor` as `model.safetensors`, or as shards and, last, their index.
+    """Write `new name -> stored tensor` as `model.safetensors`, or as shards and, last, their
+    index.
 
     Args:
-        entries: tensors in the order they should be stored; those of one file in file order copy fastest.
+        entries: tensors in the order they should be stored; those of one file in file order copy
+            fastest.
         advance: called with the number of bytes copied since its last call.
     """
     shards = list(_cut(entries, max_shard_bytes))
@@ -79,7 +81,7 @@ def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) ->
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        _write_all(out, memoryview(len(text).to_bytes(8, "little") + text))
         for run in _runs([entry for _, entry in ordered]):
             _copy_run(run, out, advance)
 
@@ -108,7 +110,7 @@ def _copy_run(run: list[TensorEntry], out: RawIOBase, advance: Advance) -> None:
     first = run[0]
     if first.offset is None:
         data = pickled_bytes(first)
-        out.write(data)
+        _write_all(out, data)
         advance(len(data))
         return
     with open(first.file, "rb", buffering=0) as source:
@@ -133,5 +135,11 @@ def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
     data = source.read(min(count, 2**20))
     if not data:
         raise OSError(errno.EIO, "the source file ended early; was it changed meanwhile?")
-    out.write(data)
+    _write_all(out, memoryview(data))
     return len(data)
+
+
+def _write_all(out: RawIOBase, data: memoryview) -> None:
+    """Write all of `data`: one unbuffered write moves at most 2 GiB and may stop earlier."""
+    while data:
+        data = data[out.write(data) or 0 :]

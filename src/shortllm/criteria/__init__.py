@@ -1,7 +1,8 @@
-"""Block criteria and their registry. A criterion is one decorated function in one file of this folder.
+"""Block criteria and their registry. A criterion is one decorated function in one file of this
+folder.
 
-A criterion takes the model and the calibration ids and returns one importance per block, *higher = keep*.
-Adding one: write the function, decorate it, import its module at the end of this file.
+A criterion takes the model and the calibration ids and returns one importance per block, *higher =
+keep*. Adding one: write the function, decorate it, import its module at the end of this file.
 """
 
 from __future__ import annotations
@@ -57,14 +58,17 @@ _REGISTRY: dict[str, Criterion] = {}
 def criterion(
     name: str, *, source: str, flops: Callable[[ResidentModel, int, int], float]
 ) -> Callable[[Score], Score]:
-    """Register the decorated function as criterion `name`; its docstring's first line is the summary."""
+    """Register the decorated function as criterion `name`; its docstring's first line is the
+    summary."""
 
     def register(score: Score) -> Score:
         if name in _REGISTRY:
             owner = _REGISTRY[name].score.__module__
             raise ValueError(f"criterion '{name}' is already registered by {owner}")
         summary = (score.__doc__ or "").strip().splitlines()[0]
-        _REGISTRY[name] = Criterion(name=name, summary=summary, source=source, score=score, flops=flops)
+        _REGISTRY[name] = Criterion(
+            name=name, summary=summary, source=source, score=score, flops=flops
+        )
         return score
 
     return register

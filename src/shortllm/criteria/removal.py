@@ -1,4 +1,4 @@
-"""Criteria that look at the model's predictions with one block removed, all removals in one sweep."""
+"""Criteria that look at predictions with one block removed, all removals in one sweep."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def perplexity_without_block(model: ResidentModel, ids_BT: Tensor, advance: Adva
 
     totals = [0.0] * (model.block_count + 1)  # the intact model last
 
-    def consume(removed: int | None, logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor) -> None:
+    def consume(
+        removed: int | None, logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor
+    ) -> None:
         place = model.block_count if removed is None else removed
         totals[place] += next_token_nll(logits_NV, target_N).double().sum().item()
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,18 @@ class Settings:
     """All choices of a training run."""
 
     seed: int = 7
-    steps: int = 2200
+    steps: int = 1600
     tokens_per_step: int = 2048
     window: int = 256
-    """Tokens in one training sequence."""
+    """Tokens in one training sequence of packed pages."""
+    story_window: int = 64
+    """Tokens in one training sequence of the first stage, which holds a single story."""
+    story_share: float = 0.6
+    """Share of the steps that see single stories: what an answer rests on is close by there."""
     answer_weight: float = 5.0
     """Weight of the tokens of an answer in the loss: there it shows what was understood."""
     long_share: float = 0.1
-    """Share of the steps, at the end, whose windows are twice as long."""
+    """Share of the steps, at the end, whose windows of packed pages are twice as long."""
     matrix_rate: float = 4e-3
     """Peak learning rate of Muon, for the matrices of the blocks."""
     other_rate: float = 4e-3
@@ -113,30 +117,58 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
     return LlamaForCausalLM(config)
 
 
-def weighted_tokens(
-    tokenizer: PreTrainedTokenizerFast, answer_weight: float
-) -> Iterator[tuple[int, float]]:
-    """The tokens of all training pages, each page between BOS and EOS, with their weights."""
-    for page in pages("train"):
-        weights = [1.0] * len(page)
-        for answer in re.finditer(r"(?<=\nAnswer:).*", page):
-            weights[slice(*answer.span())] = [answer_weight] * len(answer.group())
-        encoded = tokenizer(page, return_offsets_mapping=True)
-        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield token, weights[end - 1] if end else 1.0
-        yield tokenizer.eos_token_id, 1.0
+def encode(
+    tokenizer: PreTrainedTokenizerFast, text: str, answer_weight: float
+) -> list[tuple[int, float]]:
+    """BOS, the tokens of a text, EOS, each with its weight in the loss."""
+    weights = [1.0] * len(text)
+    for answer in re.finditer(r"(?<=\nAnswer:).*", text):
+        weights[slice(*answer.span())] = [answer_weight] * len(answer.group())
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    tokens = [
+        (token, weights[end - 1] if end else 1.0)
+        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return [*tokens, (tokenizer.eos_token_id, 1.0)]
 
 
-def windows(
+def story_windows(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterator[str], settings: Settings
+) -> Iterator[list[tuple[int, float]]]:
+    """Windows of the first stage: one story each, cut or filled up to `story_window` tokens."""
+    length = settings.story_window
+    for page in texts:
+        for story in page.split("\n\n"):
+            tokens = encode(tokenizer, story, settings.answer_weight)[:length]
+            yield tokens + [(tokenizer.eos_token_id, 0.0)] * (length - len(tokens))
+
+
+def page_windows(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterator[str], settings: Settings, length: int
+) -> Iterator[list[tuple[int, float]]]:
+    """Windows of the later stages: pages packed end to end, cut every `length` tokens."""
+    stream = chain.from_iterable(encode(tokenizer, page, settings.answer_weight) for page in texts)
+    while True:
+        yield list(islice(stream, length))
+
+
+def batches(
     tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches, tokens packed end to end: `ids_BT` and `weights_BT`, T is the window."""
-    stream = weighted_tokens(tokenizer, settings.answer_weight)
-    first_long = round(settings.steps * (1 - settings.long_share))
+    """`ids_BT` and their `weights_BT` for each step: single stories, pages, then long windows."""
+    texts = pages("train")
+    single = story_windows(tokenizer, texts, settings)
+    packed = page_windows(tokenizer, texts, settings, settings.window)
+    long = page_windows(tokenizer, texts, settings, 2 * settings.window)
     for step in range(settings.steps):
-        window = settings.window * (1 if step < first_long else 2)
-        ids, weights = zip(*islice(stream, settings.tokens_per_step), strict=True)
-        yield torch.tensor(ids).view(-1, window), torch.tensor(weights).view(-1, window)
+        if step < settings.steps * settings.story_share:
+            windows, length = single, settings.story_window
+        elif step < settings.steps * (1 - settings.long_share):
+            windows, length = packed, settings.window
+        else:
+            windows, length = long, 2 * settings.window
+        batch = torch.tensor(list(islice(windows, settings.tokens_per_step // length)))
+        yield batch[..., 0].long(), batch[..., 1]
 
 
 def learning_rate_factor(step: int, settings: Settings) -> float:
@@ -176,7 +208,7 @@ def train(
     curve: list[dict[str, float]] = []
     losses: list[float] = []
     started = time.perf_counter()
-    for step, (ids_BT, weights_BT) in enumerate(windows(tokenizer, settings), start=1):
+    for step, (ids_BT, weights_BT) in enumerate(batches(tokenizer, settings), start=1):
         with torch.autocast("cpu", torch.bfloat16):
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
         loss_N = nn.functional.cross_entropy(

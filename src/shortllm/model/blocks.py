@@ -1,7 +1,7 @@
 """Find the parts of a live decoder by structure: its block list, whatever the family calls it.
 
-The block list is the module list whose length is the config's block count and whose members the text
-decoder runs one after the other. No family name is looked at.
+The block list is the module list whose length is the config's block count and whose members the
+text decoder runs one after the other. No family name is looked at.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from shortllm.errors import UnsupportedModelError
 
 
 def text_config(config: Any) -> Any:
-    """The part of a Hugging Face config that describes the text decoder (the config itself for most)."""
+    """The part of a Hugging Face config that describes the text decoder (the config itself for
+    most)."""
     return config.get_text_config(decoder=True)
 
 
@@ -31,8 +32,8 @@ def block_count(config: Any) -> int:
 def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     """Dotted name and module list of the decoder's blocks.
 
-    Where several lists have the right length (a vision tower as deep as the decoder), the one inside
-    the text decoder (`model.get_decoder()`) is taken.
+    Where several lists have the right length (a vision tower as deep as the decoder), the one
+    inside the text decoder (`model.get_decoder()`) is taken.
 
     Raises:
         UnsupportedModelError: no list, or more than one, fits.
@@ -55,7 +56,8 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     if len(outer) != 1:
         names = ", ".join(name for name, _ in outer) or "none"
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' has {count} blocks, but the module lists of that length "
+            f"model type '{config.model_type}' has {count} blocks, but the module lists of that "
+            "length "
             f"are: {names}. Exactly one is needed to know which blocks can go"
         )
     return outer[0]
@@ -68,12 +70,22 @@ def build_empty(config: Any) -> nn.Module:
         UnsupportedModelError: transformers cannot build it from this config.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
+    errors = (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        IndexError,
+        StrictDataclassError,
+    )
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except errors as error:
         raise UnsupportedModelError(
             f"transformers cannot build model type '{config.model_type}' from this config: {error}"
         ) from error

@@ -1,4 +1,5 @@
-"""Load a checkpoint into memory for scoring or evaluation; anything suspicious is an error, never a guess."""
+"""Load a checkpoint into memory for scoring or evaluation; anything suspicious is an error, never
+a guess."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ log = logging.getLogger(__name__)
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating type most of the checkpoint's elements are stored in."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    types = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }
     elements: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
         elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.elements
@@ -27,10 +33,12 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto") -> nn.Module:
-    """The causal language model of a checkpoint, in evaluation mode, every weight checked to be finite.
+    """The causal language model of a checkpoint, in evaluation mode, every weight checked to be
+    finite.
 
     Raises:
-        CheckpointError: tensors missing, unexpected or misshapen (transformers would go on with random
+        CheckpointError: tensors missing, unexpected or misshapen (transformers would go on with
+            random
             weights), or NaN or infinite weights, named.
         ShortLLMError: the weights do not fit into the free memory.
     """
@@ -57,7 +65,9 @@ def check_loading(name: str, loading: dict[str, Any]) -> None:
         ("unexpected_keys", "holds, besides what the model has,"),
         ("mismatched_keys", "holds in another shape"),
     ):
-        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ())
+        names = sorted(
+            str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ()
+        )
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{name} {meaning} tensor '{names[0]}'{more}")
@@ -68,7 +78,8 @@ def check_finite(name: str, model: nn.Module) -> None:
     for key, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean nothing"
+                f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean "
+                "nothing"
             )
 
 
@@ -79,14 +90,16 @@ def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
     if free is not None and needed > free:
         smaller = " Try --dtype bfloat16" if dtype == torch.float32 else ""
         raise ShortLLMError(
-            f"{checkpoint.id} needs {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')} on {device}, "
+            f"{checkpoint.id} needs {needed / 2**30:.1f} GiB as "
+            f"{str(dtype).removeprefix('torch.')} on {device}, "
             f"{free / 2**30:.1f} GiB are free.{smaller}"
         )
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No weight-loading bar and no advice from transformers: what matters is checked and raised here."""
+    """No weight-loading bar and no advice from transformers: what matters is checked and raised
+    here."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -1,16 +1,17 @@
 """The removal walk: every "model without block b" in one pass over the blocks.
 
-Let `x` be the intact stream at block `b`, and `S` the streams in which one earlier block was left out.
-One step applies block `b` to `x` and to each of `S`, then adds "b left out" (the old `x`) to `S`:
+Let `x` be the intact stream at block `b`, and `S` the streams in which one earlier block was left
+out. One step applies block `b` to `x` and to each of `S`, then adds "b left out" (the old `x`) to
+`S`:
 
     before   x  = intact, entering block b         S = [without 0, ..., without b-1]
     after    x' = block b (x)                      S = [block b (s) for s in S] + [x]
 
-After L steps `S` holds all L shortened models: L(L+1)/2 block passes instead of the L(L-1) of running
-each shortened model on its own, with the same numbers, since each stream meets the same blocks in the
-same order. The walk takes one group of samples at a time, so that activations stay in the cache of a
-CPU and memory does not grow with the number of samples. At its end the head is applied to each stream
-in slices of tokens, so that full logits never exist.
+After L steps `S` holds all L shortened models: L(L+1)/2 block passes instead of the L(L-1) of
+running each shortened model on its own, with the same numbers, since each stream meets the same
+blocks in the same order. The walk takes one group of samples at a time, so that activations stay in
+the cache of a CPU and memory does not grow with the number of samples. At its end the head is
+applied to each stream in slices of tokens, so that full logits never exist.
 
 Shapes: B samples, T tokens per sample, D width, V vocabulary, N predictions of one slice.
 """
@@ -34,7 +35,8 @@ GPU_GROUP_TOKENS = 8192
 
 CPU_LOSS_BYTES = 64 * 2**20
 GPU_LOSS_BYTES = 2**30
-"""Bound on the temporaries of one slice of the head: logits, their float32 copy, log-probabilities."""
+"""Bound on the temporaries of one slice of the head: logits, their float32 copy, log-
+probabilities."""
 
 
 def sweep_removals(
@@ -50,7 +52,9 @@ def sweep_removals(
     for group_BT in ids_BT.split(group_size(model, ids_BT.shape[1])):
         entry = model.enter(group_BT)
         intact, without = removal_streams(model, entry, advance=advance)
-        for removed, logits_NV, intact_NV, target_N in _slices(model, entry.ids_BT, intact, without):
+        for removed, logits_NV, intact_NV, target_N in _slices(
+            model, entry.ids_BT, intact, without
+        ):
             consume(removed, logits_NV, intact_NV, target_N)
             advance(head_flops(model) * len(target_N))
 
@@ -89,7 +93,8 @@ def _slices(
 
 
 def stream_nll(model: ResidentModel, stream_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-    """Negative log-likelihood of every next token given a stream after the last block, nats, `[B*(T-1)]`."""
+    """Negative log-likelihood of every next token given a stream after the last block, nats,
+    `[B*(T-1)]`."""
     losses = []
     with model.tail() as logits:
         for rows, columns in token_slices(ids_BT, slice_tokens(model)):
@@ -104,7 +109,8 @@ def _targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def token_slices(ids_BT: Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the positions that predict something (all but each sample's last) into slices of `limit` tokens.
+    """Cut the positions that predict something (all but each sample's last) into slices of `limit`
+    tokens.
 
     Whole samples where they fit, else pieces of single samples.
     """

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from shortllm import report
 from shortllm.errors import ResultFileError
-from shortllm.plots import SensitivityPlot
-from shortllm.report import write_report
+from shortllm.reporting import write_report
+from shortllm.reporting.names import model_name
+from shortllm.reporting.plots import SensitivityPlot
+from shortllm.reporting.sections import LONG_TABLE
+from shortllm.reporting.wording import THIN, change, number
 from shortllm.results import (
     BlockScores,
     CalibrationInfo,
@@ -136,7 +138,7 @@ def change_json(path: Path, **changes: Any) -> None:
 
 def words(text: str) -> str:
     """Text with its no-break spaces made plain."""
-    return text.replace(report.THIN, " ")
+    return text.replace(THIN, " ")
 
 
 def test_the_numbers_are_there(tmp_path: Path) -> None:
@@ -169,6 +171,25 @@ def test_model_card_travels_with_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "pruned").mkdir()
     _, card = page_and_card(make_run(tmp_path))
     assert (tmp_path / "pruned" / "README.md").read_text() == card
+    assert [path.name for path in (tmp_path / "pruned").iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        "# Tiny\n",
+        "---\ntags:\n- other\n---\n# Made with\n- shortllm\n---\n",
+        "---\nlicense: mit\n---\n\xff",
+    ],
+)
+def test_the_original_readme_stays_beside_the_card(tmp_path: Path, original: str) -> None:
+    pruned = make_run(tmp_path) / "pruned"
+    pruned.mkdir()
+    (pruned / "README.md").write_text(original, encoding="latin-1")
+    for _ in range(2):
+        _, card = page_and_card(tmp_path)
+        assert (pruned / "README.md").read_text() == card
+        assert (pruned / "README.original.md").read_text(encoding="latin-1") == original
 
 
 def test_data_is_escaped(tmp_path: Path) -> None:
@@ -247,7 +268,16 @@ def test_strip_and_table_show_every_block(tmp_path: Path, blocks: int) -> None:
     assert page.count('<li class="protected"') == 2
     assert page.count('<li class="kept"') == blocks - 4
     assert page.count("<tr class=") == blocks
-    assert (f"<summary>All {blocks} blocks" in page) == (blocks > report.LONG_TABLE)
+    assert (f"<summary>All {blocks} blocks" in page) == (blocks > LONG_TABLE)
+
+
+def test_a_small_model_with_tiny_increases(tmp_path: Path) -> None:
+    values = [11.25 * (1 + part) for part in (9e-3, 4e-3, 2e-3, 5e-4, 6e-3)]
+    scores = {"importance": values, "values": values, "delta_nll": None}
+    page, _ = map(words, page_and_card(make_run(tmp_path, blocks=5, removed=(3,), scores=scores)))
+    assert "Removing 1 of 5 blocks" in page and "<b>5</b>" in page and "<b>4</b>" in page
+    assert "<td>11.351</td>" in page and "<td>11.256</td>" in page
+    assert ">0.02</text>" in page and "The axis" not in page
 
 
 @pytest.mark.parametrize("name", ["run.json", "calibration.json", "plan.json"])
@@ -312,6 +342,17 @@ def test_plot_axis_follows_the_spread() -> None:
     ).svg("narrow")  # fmt: skip
 
 
+def test_ticks_of_very_small_and_large_values_are_not_rounded() -> None:
+    small, large = (
+        re.findall(
+            r"<text[^>]*>([^<]*)</text>",
+            SensitivityPlot(heights=heights, statuses=["kept"] * 2, y_label="y").svg("wide"),
+        )
+        for heights in ([1e-6, 1.25e-5], [1e6, 1.25e7])
+    )
+    assert {"2.5e−6", "1.25e−5"} <= set(small) and {"2.5e6", "1.25e7"} <= set(large)
+
+
 @pytest.mark.parametrize("heights", [[0.0, 0.0], [3.0, 3.0], [-1.0, -2.0], [5.0], [1e-9, 1e9]])
 def test_plot_of_odd_values(heights: list[float]) -> None:
     plot = SensitivityPlot(heights=heights, statuses=["removed"] * len(heights), y_label="y")
@@ -327,7 +368,7 @@ def test_plot_of_odd_values(heights: list[float]) -> None:
     ],
 )  # fmt: skip
 def test_number(value: float | None, text: str) -> None:
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -338,7 +379,7 @@ def test_number(value: float | None, text: str) -> None:
     ],
 )  # fmt: skip
 def test_change(before: float | None, after: float | None, text: str) -> None:
-    assert words(report.change(before, after)) == text
+    assert words(change(before, after)) == text
 
 
 @pytest.mark.parametrize(
@@ -351,12 +392,12 @@ def test_change(before: float | None, after: float | None, text: str) -> None:
     ],
 )  # fmt: skip
 def test_model_name(given: str, shown: str) -> None:
-    assert report.model_name(given) == shown
+    assert model_name(given) == shown
 
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, shortllm.report; "
+        "import sys, shortllm.reporting; "
         "sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Status = Literal["kept", "removed", "protected"]
+    from shortllm.reporting.loading import Status
 
 LOG_SPREAD = 30.0
 """Largest over smallest bar from which on the axis is logarithmic."""
@@ -204,7 +204,8 @@ def _bar_style(status: Status, *, pitch_pt: float = 100) -> dict[str, Any]:
 
 def _tick(value: float) -> str:
     if value and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}".replace("-", "−")
     return f"{value:,.10g}".replace("-", "−")
 
 

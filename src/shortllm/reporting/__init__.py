@@ -1,0 +1,63 @@
+"""The report of a run: one self-contained HTML page and a model card, made from the result files.
+
+    run.json  calibration.json  scores.json  plan.json  eval.json
+                                │  loading.py     read, and refused where two do not belong together
+                                ▼
+    sections.py ──────────►  what each section shows: plain values and phrases
+      protocol.py              how it was measured, in phrases
+      wording.py               numbers and units
+      names.py                 models and files by name, never the machine's directories
+      citations.py             the paper behind a criterion
+      plots.py                 SVG that follows the page's colours
+                                │  rendering.py   templates/, which escape all data
+                                ▼
+                          report.html  README.md  pruned/README.md
+
+A section is a function that takes the loaded results and returns what its partial template
+`templates/sections/NAME.html.j2` shows, or None where the run has nothing to show; a new stage adds
+a function, a partial, and a line in `SECTIONS`. Equal files give equal bytes: what differs between
+two equal runs (times, cost, dates, directories) is not shown.
+
+    shortllm report runs/my-run
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shortllm.files import explained, write_text
+from shortllm.reporting.loading import load_results
+from shortllm.reporting.rendering import is_our_card, render_model_card, render_page
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` and the model card `README.md` of a run; returns the page's path.
+
+    The card is also laid into `pruned/` where that exists, so that it travels with the model; the
+    README that came there with the original model stays beside it as `README.original.md`.
+
+    Raises:
+        ResultFileError: a needed result file is missing or damaged, or two do not belong together.
+        OutputError: the run directory cannot be written.
+    """
+    results = load_results(run_dir)
+    page, card = render_page(results), render_model_card(results)
+    write_text(run_dir / "README.md", card)
+    if (run_dir / "pruned").is_dir():
+        _keep_original_card(run_dir / "pruned")
+        write_text(run_dir / "pruned" / "README.md", card)
+    write_text(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def _keep_original_card(checkpoint: Path) -> None:
+    """Move a README that is not ours aside; ours, from an earlier report, may be overwritten."""
+    readme = checkpoint / "README.md"
+    if not readme.exists():
+        return
+    with explained(checkpoint):
+        if not is_our_card(readme.read_text(encoding="utf-8", errors="replace")):
+            os.replace(readme, checkpoint / "README.original.md")

@@ -1,0 +1,156 @@
+"""Read a run's result files and refuse those that do not belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from shortllm.errors import ResultFileError
+from shortllm.results import (
+    BlockScores,
+    CalibrationInfo,
+    EvaluatedModel,
+    Evaluation,
+    Perplexity,
+    PrunePlan,
+    Record,
+    ResultFile,
+)
+
+Status = Literal["kept", "removed", "protected"]
+AnyResultFile = TypeVar("AnyResultFile", bound=ResultFile)
+
+_RUN = "shortllm run"
+_PLAN = "shortllm plan ..."
+
+
+class RunFile(Record):
+    """What the report shows of run.json; its other keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    shortllm: str = Field(default="", description="version that made the run")
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    command: list[str] = Field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResults:
+    """Everything the report is made from: files that belong to one another."""
+
+    run: RunFile
+    calibration: CalibrationInfo | None
+    scores: BlockScores | None
+    plan: PrunePlan
+    evaluation: Evaluation | None
+
+    @property
+    def evaluated(self) -> dict[str, EvaluatedModel]:
+        return {entry.name: entry for entry in self.evaluation.models} if self.evaluation else {}
+
+    def perplexities(self, name: str) -> dict[tuple[object, ...], Perplexity]:
+        """Those of one model by protocol: equal keys are numbers of the same tokens."""
+        entries = self.evaluated[name].perplexity if name in self.evaluated else []
+        return {
+            (e.source, e.rows, e.split, e.length, e.bos, e.tokens_fingerprint): e for e in entries
+        }
+
+    def protocols(self) -> dict[tuple[object, ...], Perplexity]:
+        """An example of every protocol that any model was measured by."""
+        return {k: e for name in self.evaluated for k, e in self.perplexities(name).items()}
+
+    @property
+    def new_index(self) -> dict[int, int]:
+        """Original index of each kept block -> its index in the pruned model."""
+        return {block: index for index, block in enumerate(self.plan.kept)}
+
+    def status(self, block: int) -> Status:
+        if block in self.plan.removed:
+            return "removed"
+        return "protected" if block in self.plan.protected else "kept"
+
+
+def load_results(run_dir: Path) -> RunResults:
+    """Read the result files of a run and check that they speak of the same model and plan.
+
+    Raises:
+        ResultFileError: a needed file is missing or damaged, or two files do not belong together.
+    """
+    plan = _load(PrunePlan, run_dir / "plan.json", remedy=_PLAN)
+    scores = _load_optional(BlockScores, run_dir / "scores.json")
+    load_calibration = _load if scores and scores.calibration is not None else _load_optional
+    results = RunResults(
+        run=_load_run(run_dir / "run.json"),
+        calibration=load_calibration(CalibrationInfo, run_dir / "calibration.json"),
+        scores=scores,
+        plan=plan,
+        evaluation=_load_optional(Evaluation, run_dir / "eval.json"),
+    )
+    for problem, remedy in _contradictions(results):  # a page that mixes two runs would mislead
+        raise ResultFileError(f"{run_dir}: {problem}. Make it again with: {remedy}")
+    return results
+
+
+def _load(kind: type[AnyResultFile], path: Path, *, remedy: str = _RUN) -> AnyResultFile:
+    if not path.exists():
+        raise ResultFileError(f"{path} is missing. Make it with: {remedy}")
+    try:
+        return kind.load(path)
+    except ResultFileError as error:
+        raise ResultFileError(f"{error}. Make it again with: {remedy}") from error
+
+
+def _load_optional(kind: type[AnyResultFile], path: Path) -> AnyResultFile | None:
+    return _load(kind, path) if path.exists() else None
+
+
+def _load_run(path: Path) -> RunFile:
+    try:
+        return RunFile.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ResultFileError(f"{path} is missing. Make it with: {_RUN}") from error
+    except OSError as error:
+        raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise ResultFileError(
+            f"{path} is damaged: {problem}. Make it again with: {_RUN}"
+        ) from error
+
+
+def _contradictions(results: RunResults) -> Iterator[tuple[str, str]]:
+    """What does not fit together, each with the command that mends it."""
+    plan, scores, calibration = results.plan, results.scores, results.calibration
+    measured = results.evaluated
+    count = plan.model.blocks
+    if sorted(plan.kept + plan.removed) != list(range(count)):
+        yield f"kept and removed blocks are not the {count} of the model in plan.json", _PLAN
+    if scores is not None:
+        per_block = (scores.importance, scores.values, scores.delta_nll or scores.values)
+        if any(len(numbers) != count for numbers in per_block):
+            scored = len(scores.importance)
+            yield f"scores.json scores {scored} blocks, plan.json speaks of {count}", _RUN
+        if not all(math.isfinite(score) for score in scores.importance + scores.values):
+            yield "scores.json holds a score that is no finite number", _RUN
+        if plan.scores not in (None, scores.fingerprint):
+            yield "plan.json was made from other scores than those in scores.json", _PLAN
+        if calibration and scores.calibration not in (None, calibration.tokens_fingerprint):
+            yield "scores.json was made from other tokens than those of calibration.json", _RUN
+        if scores.model.fingerprint != plan.model.fingerprint:
+            yield "scores.json was made from another model than plan.json", _RUN
+    if "original" in measured and measured["original"].model.fingerprint != plan.model.fingerprint:
+        yield "eval.json was made from another model than plan.json", _RUN
+    for name, expected in (("original", count), ("pruned", len(plan.kept))):
+        if name in measured and measured[name].model.blocks != expected:
+            yield (
+                f"the {name} model in eval.json has {measured[name].model.blocks} blocks, "
+                f"plan.json leads to {expected}",
+                _RUN,
+            )

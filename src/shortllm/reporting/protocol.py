@@ -1,0 +1,124 @@
+"""How the numbers were made: the section of that name, and the phrases that describe a protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shortllm.reporting.citations import CITATIONS
+from shortllm.reporting.loading import RunResults
+from shortllm.reporting.names import (
+    command_line,
+    flattened,
+    model_name,
+    prose_without_directories,
+    without_directories,
+)
+from shortllm.reporting.wording import counted
+from shortllm.results import CalibrationInfo, ModelInfo, Perplexity
+
+_CALIBRATION_BOS = {
+    "tokenizer": "where the tokenizer adds it",
+    "every-sample": "before every sample",
+    "none": "none",
+}
+_PERPLEXITY_BOS = {
+    "first": "BOS before the first segment",
+    "every": "BOS before every segment",
+    "none": "no BOS",
+}
+
+
+def describe_protocol(results: RunResults) -> dict[str, Any]:
+    """All a reader needs to judge the numbers and to make them again."""
+    plan, scores, calibration = results.plan, results.scores, results.calibration
+    criterion = plan.criterion or (scores.criterion if scores else None)
+    rows = [
+        ("model", _model_phrase(plan.model)),
+        ("criterion", _criterion_phrase(results, criterion)),
+        ("plan", prose_without_directories(plan.reason)),
+    ]
+    if calibration:
+        rows.append(("calibration", calibration_phrase(calibration)))
+        rows.append(("calibration tokens", _calibration_detail(calibration)))
+    for entry in results.protocols().values():
+        rows.append((f"perplexity, {perplexity_source(entry)}", _perplexity_protocol(entry)))
+    if scores:
+        rows.append(("scoring dtype", scores.dtype))
+    if results.evaluation:
+        rows.append(("evaluation dtype", results.evaluation.dtype))
+    return {
+        "rows": rows + _version_rows(results),
+        "command": command_line(results.run.command),
+        "recipe": list(flattened(results.run.recipe)),
+        "citation": CITATIONS.get(criterion or ""),
+        "criterion": criterion,
+    }
+
+
+def calibration_phrase(calibration: CalibrationInfo) -> str:
+    """'10 samples of 128 tokens from bookcorpus'."""
+    return (
+        f"{counted(calibration.samples, 'sample')} of {counted(calibration.length, 'token')} "
+        f"from {without_directories(calibration.source)}"
+    )
+
+
+def perplexity_source(entry: Perplexity) -> str:
+    """'wikitext2', 'stories.jsonl (held-out)'."""
+    source = without_directories(entry.source)
+    return f"{source} ({entry.split})" if entry.split else source
+
+
+def segments_phrase(entry: Perplexity) -> str:
+    """'166 segments of 2,048 tokens'."""
+    return f"{counted(entry.segments, 'segment')} of {counted(entry.length, 'token')}"
+
+
+def _model_phrase(model: ModelInfo) -> str:
+    revision = f", revision {model.revision[:12]}" if model.revision else ""
+    kind = f"{model.model_type}{revision}"
+    return f"{model_name(model.id)} ({kind}), fingerprint {model.fingerprint[:12]}"
+
+
+def _criterion_phrase(results: RunResults, criterion: str | None) -> str:
+    if criterion is None:
+        return "none: the blocks were given by hand"
+    choices = flattened(results.scores.options) if results.scores else ()
+    options = ", ".join(f"{key} = {value}" for key, value in choices)
+    phrase = f"{criterion} ({options})" if options else criterion
+    return phrase if results.plan.criterion else f"{phrase} (blocks given by hand)"
+
+
+def _calibration_detail(calibration: CalibrationInfo) -> str:
+    seed = f"seed {calibration.seed}, " if calibration.seed is not None else ""
+    return (
+        f"{_rows_phrase(calibration.rows)}{calibration.sampler} sampler, {seed}"
+        f"BOS {_CALIBRATION_BOS[calibration.bos]}, tokens {calibration.tokens_fingerprint[:12]}"
+    )
+
+
+def _perplexity_protocol(entry: Perplexity) -> str:
+    return (
+        f"{_rows_phrase(entry.rows)}{segments_phrase(entry)} without overlap, "
+        f"{_PERPLEXITY_BOS[entry.bos]}, {counted(entry.predictions, 'prediction')}, "
+        f"tokens {entry.tokens_fingerprint[:12]}"
+    )
+
+
+def _rows_phrase(rows: tuple[int, int] | None) -> str:
+    return f"rows {rows[0]:,} to {rows[1] - 1:,}, " if rows else ""
+
+
+def _version_rows(results: RunResults) -> list[tuple[str, str]]:
+    """The versions of the run; those of another stage only where they differ."""
+    of_stages = {
+        "versions (scoring)": results.scores.versions if results.scores else {},
+        "versions (evaluation)": results.evaluation.versions if results.evaluation else {},
+    }
+    run = results.run.versions
+    differing = {n: found for n, found in of_stages.items() if not found.items() <= run.items()}
+    return [
+        (name, ", ".join(f"{library} {version}" for library, version in versions.items()))
+        for name, versions in {"versions": run, **differing}.items()
+        if versions
+    ]

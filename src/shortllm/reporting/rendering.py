@@ -1,0 +1,75 @@
+"""The page and the model card from their templates."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from shortllm.reporting.citations import CITATIONS
+from shortllm.reporting.loading import RunResults
+from shortllm.reporting.names import hub_id
+from shortllm.reporting.protocol import describe_protocol
+from shortllm.reporting.sections import SECTIONS, head, key_figures
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def render_page(results: RunResults) -> str:
+    """The HTML page; everything that comes from data is escaped by the templates."""
+    contexts = [(name, heading, describe(results)) for name, heading, describe in SECTIONS]
+    sections = [
+        {"name": name, "heading": heading, "context": context}
+        for name, heading, context in contexts
+        if context is not None
+    ]
+    template = _templates().get_template("report.html.j2")
+    return template.render(head=head(results), sections=sections) + "\n"
+
+
+def render_model_card(results: RunResults) -> str:
+    """The model card: Markdown with the Hub's YAML front matter."""
+    plan = results.plan
+    card = (
+        _templates()
+        .get_template("model_card.md.j2")
+        .render(
+            head=head(results),
+            base_model=hub_id(plan.model),
+            plan=plan,
+            protected=sorted(plan.protected),
+            figures=key_figures(results),
+            protocol=describe_protocol(results),
+            criterion=plan.criterion,
+            citation=CITATIONS.get(plan.criterion or ""),
+            retrained="retrained" in results.evaluated,
+        )
+    )
+    return card + "\n"
+
+
+def is_our_card(text: str) -> bool:
+    """Whether a README is a card from `model_card.md.j2`: its front matter carries our tag."""
+    front = re.match(r"---\n(.*?)^---$", text, flags=re.DOTALL | re.MULTILINE)
+    return front is not None and "\n- shortllm\n" in front[1]
+
+
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("shortllm.reporting"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = _escape_markdown
+    environment.filters["json"] = lambda text: json.dumps(text, ensure_ascii=False)
+    return environment
+
+
+def _escape_markdown(text: str) -> str:
+    """Data as plain words inside Markdown: no markup, no table border, no line break."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))

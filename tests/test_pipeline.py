@@ -1,0 +1,219 @@
+"""A whole run on the embedded model: its files, what is skipped and redone, and being killed
+anywhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import shortllm
+from shortllm import pipeline
+from shortllm.errors import OutputError, ShortLLMError
+from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.results import BlockScores, Evaluation, PrunePlan
+
+RECIPE = Recipe(
+    budget=shortllm.Budget(remove=2),
+    calibration=CalibrationOptions(samples=4, length=64),
+    evaluation=EvaluationOptions(max_segments=12, continuations=1, new_tokens=8),
+)
+COMMAND = ["shortllm", "run", "embedded", "--remove", "2"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files of a run, without the one part that may differ between equal runs."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            if path.name == "scores.json":
+                data = json.dumps({**json.loads(data), "cost": None}).encode()
+            found[str(path.relative_to(directory))] = data
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    directory = tmp_path_factory.mktemp("run") / "finished"
+    pipeline.run(RECIPE, out=directory, command=COMMAND)
+    return directory
+
+
+def test_a_run_writes_every_file_of_the_run_directory(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "run.json",
+        "calibration.safetensors",
+        "calibration.json",
+        "scores.json",
+        "plan.json",
+        "pruned",
+        "eval.json",
+        "report.html",
+        "README.md",
+    }
+    scores = BlockScores.load(finished / "scores.json")
+    plan = PrunePlan.load(finished / "plan.json")
+    evaluation = Evaluation.load(finished / "eval.json")
+    assert len(scores.importance) == scores.model.blocks
+    assert plan.scores == scores.fingerprint
+    assert [model.name for model in evaluation.models] == ["original", "pruned"]
+    original, pruned = evaluation.models
+    assert pruned.model.blocks == original.model.blocks - 2
+    assert pruned.perplexity[0].perplexity > original.perplexity[0].perplexity
+    config = json.loads((finished / "pruned" / "config.json").read_text())
+    assert config["shortllm"]["removed_blocks"] == plan.removed
+    assert config["num_hidden_layers"] == len(plan.kept)
+
+
+def test_the_same_run_again_does_nothing(
+    finished: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    monkeypatch.setattr("shortllm.model.loading.load_model", None)  # needing the model would fail
+    with caplog.at_level(logging.INFO, logger="shortllm"):
+        pipeline.run(RECIPE, out=finished, command=COMMAND)
+    for name in ("scores.json", "pruned", "eval.json"):
+        assert f"{name} is up to date, skipped" in caplog.text
+    pruned = finished / "pruned" / "model.safetensors"
+    assert pruned.stat().st_mtime_ns == before[pruned]
+
+
+def test_another_budget_reuses_the_scores_and_redoes_the_rest(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    directory = tmp_path / "copy"
+    shutil.copytree(finished, directory)
+    other = RECIPE.model_copy(update={"budget": shortllm.Budget(remove=3)})
+    with caplog.at_level(logging.INFO, logger="shortllm"):
+        result = pipeline.run(other, out=directory, command=COMMAND)
+    assert "scores.json is up to date, skipped" in caplog.text
+    assert "pruned is up to date" not in caplog.text
+    assert len(result.plan.removed) == 3
+    assert shortllm.open_checkpoint(str(result.checkpoint)).block_count == 9
+
+
+def scoring_has_begun(directory: Path) -> bool:
+    return (directory / "calibration.json").exists()
+
+
+def scoring_has_ended(directory: Path) -> bool:
+    return (directory / "scores.json").exists()
+
+
+def surgery_has_begun(directory: Path) -> bool:
+    return (directory / "pruned.partial" / "model.safetensors").exists()
+
+
+def evaluation_has_begun(directory: Path) -> bool:
+    return (directory / "pruned").exists()
+
+
+def evaluation_has_ended(directory: Path) -> bool:
+    return (directory / "eval.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment",
+    [
+        scoring_has_begun,
+        scoring_has_ended,
+        surgery_has_begun,
+        evaluation_has_begun,
+        evaluation_has_ended,
+    ],
+)
+def test_killed_at_any_moment_the_same_command_completes_with_the_same_files(
+    moment: Callable[[Path], bool], finished: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "killed"
+    child = os.fork()
+    if child == 0:
+        pipeline.run(RECIPE, out=directory, command=COMMAND)
+        os._exit(0)
+    deadline = time.monotonic() + 120
+    while not moment(directory) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert moment(directory), "the moment never came"
+    assert os.WIFSIGNALED(status), "the run ended before it could be killed"
+    pipeline.run(RECIPE, out=directory, command=COMMAND)
+    assert contents(directory) == contents(finished)
+
+
+def test_a_directory_with_other_things_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="not empty and holds no run of shortllm"):
+        pipeline.run(RECIPE, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_of_another_model_is_refused(finished: Path, tmp_path: Path) -> None:
+    run_file = tmp_path / "run.json"
+    run_file.write_text(
+        (finished / "run.json").read_text().replace('"fingerprint": "', '"fingerprint": "0')
+    )
+    with pytest.raises(OutputError, match="holds a run of another model"):
+        pipeline.run(RECIPE, out=tmp_path)
+
+
+def test_too_little_space_is_found_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
+    with pytest.raises(OutputError, match="MiB are free there"):
+        pipeline.run(RECIPE, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        pipeline.run(RECIPE, out=tmp_path / "file")
+    with pytest.raises(OutputError, match="is a file"):
+        pipeline.run(RECIPE, out=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criterion": "perplexity"}, "unknown criterion 'perplexity'"),
+        ({"budget": shortllm.Budget(remove=11)}, "cannot remove 11 of 12 blocks: 5 are protected"),
+        ({"model": "no/such/model"}, "no such directory"),
+        ({"calibration": CalibrationOptions(data="wikitxt2")}, "Did you mean 'wikitext2'"),
+        ({"calibration": CalibrationOptions(length=4096)}, "Use --sampler packed|exceed the"),
+        ({"evaluation": EvaluationOptions(length=4096)}, "exceed the 512 positions"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(
+    changes: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shortllm.model.loading.load_model", None)
+    with pytest.raises(ShortLLMError, match=message):
+        pipeline.run(RECIPE.model_copy(update=changes), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_by_hand_need_no_scoring(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"budget": shortllm.Budget(blocks=[4, 6])})
+    result = pipeline.run(recipe, out=tmp_path / "run", command=COMMAND)
+    assert result.plan.removed == [4, 6]
+    assert not (tmp_path / "run" / "scores.json").exists()
+    assert result.report.exists()
