@@ -75,9 +75,13 @@ def make_run(
     name: str = "acme/tiny",
     seconds: float = 1.0,
     scores: dict[str, Any] | None = None,
+    by_hand: bool = False,
     evaluation: bool = True,
 ) -> Path:
-    """A run directory as the stages leave it; `scores` changes fields of scores.json."""
+    """A run directory as the stages leave it; `scores` changes fields of scores.json.
+
+    A run whose blocks were named by hand has no plot and is made in a tenth of the time.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     values = [12.5 + abs(block - 6) for block in range(blocks)]
     fields: dict[str, Any] = {
@@ -86,15 +90,16 @@ def make_run(
         "delta_nll": [math.log(value / 11.25) for value in values],
         "calibration": TOKENS, "dtype": "float32", "cost": Cost(seconds=seconds),
     }  # fmt: skip
-    BlockScores(**fields | (scores or {})).save(directory / "scores.json")
-    CalibrationInfo(
-        fingerprint="c0" * 32, source="/data/alice/books.txt", sampler="random", samples=10,
-        length=128, seed=1234, bos="tokenizer", tokens_fingerprint=TOKENS,
-    ).save(directory / "calibration.json")  # fmt: skip
+    if not by_hand:
+        BlockScores(**fields | (scores or {})).save(directory / "scores.json")
+        CalibrationInfo(
+            fingerprint="c0" * 32, source="/data/alice/books.txt", sampler="random", samples=10,
+            length=128, seed=1234, bos="tokenizer", tokens_fingerprint=TOKENS,
+        ).save(directory / "calibration.json")  # fmt: skip
     PrunePlan(
         fingerprint="91" * 32,
         model=model(blocks, 1_200_000, name),
-        criterion=fields["criterion"],
+        criterion=None if by_hand else fields["criterion"],
         kept=[block for block in range(blocks) if block not in removed],
         removed=list(removed),
         protected=[0, blocks - 1],
@@ -104,7 +109,7 @@ def make_run(
             blocks=len(removed), block_ratio=0.25, parameters=300_000, parameter_ratio=0.25
         ),
         reason="lowest importance of /home/alice/models/tiny",
-        scores=SCORES,
+        scores=None if by_hand else SCORES,
     ).save(directory / "plan.json")
     if evaluation:
         short = blocks - len(removed)
@@ -136,13 +141,19 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Page and card of one run, for the tests that only read them."""
+    return page_and_card(make_run(tmp_path_factory.mktemp("run")))
+
+
 def words(text: str) -> str:
     """Text with its no-break spaces made plain."""
     return text.replace(THIN, " ")
 
 
-def test_the_numbers_are_there(tmp_path: Path) -> None:
-    page, card = map(words, page_and_card(make_run(tmp_path)))
+def test_the_numbers_are_there(report: tuple[str, str]) -> None:
+    page, card = map(words, report)
     verdict = (
         "Removing 3 of 12 blocks saves 25.0 % of the parameters and of the bytes on disk; "
         "perplexity rises from 11.00 to 16.50 (+50.0 %) on wikitext2."
@@ -159,8 +170,8 @@ def test_the_numbers_are_there(tmp_path: Path) -> None:
     assert "| blocks | 12 | 9 | −25.0 % |" in card
 
 
-def test_model_card_front_matter(tmp_path: Path) -> None:
-    _, card = page_and_card(make_run(tmp_path))
+def test_model_card_front_matter(report: tuple[str, str]) -> None:
+    _, card = report
     front = card.split("---\n")[1]
     assert 'base_model: "acme/tiny"\n' in front
     assert "library_name: transformers\npipeline_tag: text-generation\n" in front
@@ -169,7 +180,7 @@ def test_model_card_front_matter(tmp_path: Path) -> None:
 
 def test_model_card_travels_with_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "pruned").mkdir()
-    _, card = page_and_card(make_run(tmp_path))
+    _, card = page_and_card(make_run(tmp_path, by_hand=True))
     assert (tmp_path / "pruned" / "README.md").read_text() == card
     assert [path.name for path in (tmp_path / "pruned").iterdir()] == ["README.md"]
 
@@ -183,7 +194,7 @@ def test_model_card_travels_with_the_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_the_original_readme_stays_beside_the_card(tmp_path: Path, original: str) -> None:
-    pruned = make_run(tmp_path) / "pruned"
+    pruned = make_run(tmp_path, by_hand=True) / "pruned"
     pruned.mkdir()
     (pruned / "README.md").write_text(original, encoding="latin-1")
     for _ in range(2):
@@ -216,41 +227,32 @@ def test_the_page_is_one_file_and_shows_no_directories(tmp_path: Path) -> None:
     assert "base_model" not in card
 
 
-def test_ids_inside_the_page_are_unique_and_found(tmp_path: Path) -> None:
-    page, _ = page_and_card(make_run(tmp_path))
+def test_ids_inside_the_page_are_unique_and_found(report: tuple[str, str]) -> None:
+    page, _ = report
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
 
 
-def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "one", seconds=1.0), make_run(tmp_path / "two", seconds=99.0)]
-    first, second = (
-        [(write_report(run), (run / name).read_bytes())[1] for name in ("report.html", "README.md")]
-        for run in runs
-    )
-    assert first == second
+def test_equal_inputs_give_equal_bytes(tmp_path: Path, report: tuple[str, str]) -> None:
+    assert page_and_card(make_run(tmp_path / "slower", seconds=99.0)) == report
 
 
 def test_without_scores(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    for name in ("scores.json", "calibration.json"):
-        (run / name).unlink()
-    change_json(run / "plan.json", criterion=None, scores=None)
-    page, card = page_and_card(run)
+    page, card = page_and_card(make_run(tmp_path, by_hand=True))
     assert "<svg" not in page and 'id="blocks"' not in page and 'id="strip"' in page
     assert "given by hand" in page and "given by hand" in card and "arxiv" not in page + card
 
 
 def test_without_evaluation(tmp_path: Path) -> None:
-    page, card = map(words, page_and_card(make_run(tmp_path, evaluation=False)))
+    page, card = map(words, page_and_card(make_run(tmp_path, by_hand=True, evaluation=False)))
     assert "saves 25.0 % of the parameters; the perplexity was not measured." in page
     assert 'id="samples"' not in page
     assert "| bytes on disk | 2.40 MB | – | – |" in card and "was not measured" in card
 
 
 def test_only_perplexities_of_the_same_tokens_are_compared(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, by_hand=True)
     evaluation = Evaluation.load(run / "eval.json")
     original, pruned = evaluation.models
     other = pruned.model_copy(update={"perplexity": [perplexity(16.5, tokens_fingerprint="71")]})
@@ -261,7 +263,7 @@ def test_only_perplexities_of_the_same_tokens_are_compared(tmp_path: Path) -> No
     assert "| perplexity, wikitext2 | – | 16.50 | – |" in card
 
 
-@pytest.mark.parametrize("blocks", [5, 12, 32, 80])
+@pytest.mark.parametrize("blocks", [5, 17, 80])
 def test_strip_and_table_show_every_block(tmp_path: Path, blocks: int) -> None:
     page, _ = page_and_card(make_run(tmp_path, blocks=blocks, removed=(1, 3)))
     assert page.count('<li class="removed"') == 2
@@ -356,8 +358,8 @@ def test_ticks_of_very_small_and_large_values_are_not_rounded() -> None:
 @pytest.mark.parametrize("heights", [[0.0, 0.0], [3.0, 3.0], [-1.0, -2.0], [5.0], [1e-9, 1e9]])
 def test_plot_of_odd_values(heights: list[float]) -> None:
     plot = SensitivityPlot(heights=heights, statuses=["removed"] * len(heights), y_label="y")
-    for svg in (plot.svg("wide"), plot.svg("narrow")):
-        assert svg.startswith("<svg viewBox=") and "nan" not in svg
+    svg = plot.svg("narrow")
+    assert svg.startswith("<svg viewBox=") and "nan" not in svg
 
 
 @pytest.mark.parametrize(

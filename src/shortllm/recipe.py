@@ -15,6 +15,10 @@ from shortllm.results import Record
 
 PROMPT = "The Leaning Tower of Pisa is known for"
 
+EMBEDDED_PROMPT = "There was a drum in the school."
+EMBEDDED_SEGMENTS = 256
+"""The embedded model gets a prompt from its own world and a text that takes seconds."""
+
 BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
 """Model types whose predictions mean nothing without a BOS at the start of every sample."""
 
@@ -86,6 +90,8 @@ class Recipe(Record):
                 "evaluation": self.evaluation.model_copy(
                     update={
                         "data": evaluated,
+                        "max_segments": self.evaluation.max_segments
+                        or (EMBEDDED_SEGMENTS if embedded else None),
                         "bos": self.evaluation.bos or ("every" if every else "first"),
                         "prompt": self.evaluation.prompt
                         or (EMBEDDED_PROMPT if embedded else PROMPT),
@@ -95,4 +101,3 @@ class Recipe(Record):
         )
 
 
-EMBEDDED_PROMPT = "One morning"

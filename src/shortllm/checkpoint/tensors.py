@@ -111,16 +111,22 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} holds no weight_map. Download it again")
-    table: dict[str, TensorEntry] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        table.update(_read_shard(index, shard))
-    missing = [name for name in weight_map if name not in table]
+    tables: dict[str, dict[str, TensorEntry]] = {}
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or shard not in tables:
+            tables[str(shard)] = _read_shard(index, shard)
+    missing = [name for name, shard in weight_map.items() if name not in tables[shard]]
     if missing:
         raise CheckpointError(
             f"{index} promises tensor '{missing[0]}' in {weight_map[missing[0]]}, which does not "
             "hold it" + (f" ({len(missing)} such tensors)" if len(missing) > 1 else "")
         )
-    return {name: table[name] for name in table if name in weight_map}
+    return {
+        name: entry
+        for shard, table in tables.items()
+        for name, entry in table.items()
+        if weight_map.get(name) == shard
+    }
 
 
 def _read_shard(index: Path, shard: Any) -> dict[str, TensorEntry]:
