@@ -1,18 +1,19 @@
 """How fast, and in how much memory, surgery writes a shortened checkpoint, compared with `cp`.
 
-Surgery should cost no more than copying the bytes that are kept, and its memory should not grow with the
-model. This script makes a random bfloat16 checkpoint of Llama's shape (24 blocks of width 2048, about
-3.2 GB, of which 2.4 GB are kept), then runs in turns, each in a process of its own:
+Surgery should cost no more than copying the bytes that are kept, and its memory should not grow with
+the model. This script makes a random bfloat16 checkpoint of Llama's shape (24 blocks of width 2048,
+3.2 GB, of which 2.5 GB are kept), then runs in turns, each in a process of its own:
 
     surgery   a fresh Python: import shortllm, open the checkpoint, check its structure, remove a quarter
               of the blocks (every fourth) and write the result
     cp        `cp -r` of files with the same bytes in the same shards
 
 Before the first turn both sources are read once (they stay in the page cache if memory allows); before
-each turn the target of the last one is deleted and `sync` has returned. Neither side waits for the disk;
-the time until a `sync` after it returns is reported beside it. Reported are medians, for the whole process and for its parts
-(start-up, structure, copying), the ratio to `cp`, and the peak of anonymous memory (RssAnon of
-/proc/PID/status every 20 ms; mapped and cached file pages are not in it). Linux only.
+each turn the target of the last one is deleted and `sync` has returned. Neither side waits for the
+disk; the time until a `sync` after it returns is reported beside it. Reported are medians, for the
+whole process and its parts (imports, structural check, copying), the ratio to `cp`, and the peak of
+anonymous memory (RssAnon of /proc/PID/status every 20 ms; mapped and cached file pages are not in
+it). Linux only.
 
     python benchmarks/surgery.py --dir /path/on/the/disk/to/measure --out surgery.json
 
@@ -55,28 +56,30 @@ CONFIG: dict[str, Any] = {
 }
 
 CHILD = """
-import json, sys, time
+import time
 start = time.perf_counter()
+import json, sys
 from pathlib import Path
-from shortllm.checkpoint import open_checkpoint
-from shortllm.checkpoint.surgery import check_removal, write_shortened
-import torch, transformers
+import torch
 from transformers import AutoModelForCausalLM
+from shortllm.checkpoint import open_checkpoint, surgery
 imported = time.perf_counter()
+seconds = {}
+write_tensors = surgery.write_tensors
+def timed(*args, **kwargs):
+    begin = time.perf_counter()
+    write_tensors(*args, **kwargs)
+    seconds["copy_s"] = time.perf_counter() - begin
+surgery.write_tensors = timed
 source, target, kept = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-checkpoint = open_checkpoint(source)
-check_removal(checkpoint, kept)
-checked = time.perf_counter()
-first = []
-write_shortened(
-    checkpoint, kept, target, provenance={}, max_shard_bytes=10**9,
-    advance=lambda copied: first.append(time.perf_counter()) if not first else None,
+surgery.write_shortened(
+    open_checkpoint(source), kept, target, provenance={}, max_shard_bytes=10**9
 )
-written = time.perf_counter()
-print(json.dumps({"import_s": imported - start, "structure_s": checked - imported,
-                  "write_s": written - checked}))
+seconds["import_s"] = imported - start
+seconds["structure_s"] = time.perf_counter() - imported - seconds["copy_s"]
+print(json.dumps(seconds))
 """
-"""What one surgery process runs. `write_s` holds a second structural check besides the copying."""
+"""What one surgery process runs; everything but imports and copying is counted as structure."""
 
 
 def tensor_shapes(blocks: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -210,12 +213,17 @@ def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
         for kind in ("surgery", "cp") if turn % 2 else ("cp", "surgery"):
             command = surgery if kind == "surgery" else ["cp", "-r", str(copy_source), str(target)]
             seconds, flushed, peak, output = run(command)
-            row |= {f"{kind}_s": seconds, f"{kind}_flushed_s": flushed, f"{kind}_anonymous_bytes": peak}
+            row |= {
+                f"{kind}_s": seconds,
+                f"{kind}_flushed_s": flushed,
+                f"{kind}_anonymous_bytes": peak,
+            }
             if kind == "surgery":
                 row |= json.loads(output.splitlines()[-1])
             shutil.rmtree(target)
-        # the structural check runs twice in the child: once alone to be timed, once inside write_s
-        row["copy_s"] = row["write_s"]
+        row["start_and_exit_s"] = row["surgery_s"] - sum(
+            row[part] for part in ("import_s", "structure_s", "copy_s")
+        )
         turns.append(row)
         print(f"turn {turn + 1} of {repeats}: {row}", file=sys.stderr)
     medians = {key: statistics.median(row[key] for row in turns) for key in turns[0]}
@@ -240,3 +248,54 @@ def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
         "target_anonymous_bytes": TARGET_BYTES + largest,
         "turns": turns,
     }
+
+
+def filesystem(place: Path) -> str:
+    """Type of the file system below `place`, as `df` names it."""
+    output = subprocess.run(
+        ["df", "--output=fstype", str(place)], capture_output=True, text=True, check=True
+    )
+    return output.stdout.split()[-1]
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The figures in a few lines for a reader."""
+    m = result["medians"]
+    gigabytes = result["kept_bytes"] / 1e9
+    within = result["peak_anonymous_bytes"] <= result["target_anonymous_bytes"]
+    return (
+        f"{result['kept_blocks']} of {result['blocks']} blocks kept, {gigabytes:.2f} GB on "
+        f"{result['filesystem']}, medians of {result['repeats']}:\n"
+        f"  cp       {m['cp_s']:.2f} s ({gigabytes / m['cp_s']:.2f} GB/s)\n"
+        f"  surgery  {m['copy_s']:.2f} s copying ({gigabytes / m['copy_s']:.2f} GB/s), "
+        f"{m['structure_s']:.2f} s structure, {m['import_s']:.2f} s imports, "
+        f"{m['start_and_exit_s']:.2f} s start and exit\n"
+        f"  ratio    {result['ratio_copy']:.2f} copying, {result['ratio_process']:.2f} whole process, "
+        f"{result['ratio_process_flushed']:.2f} until on disk "
+        f"({m['surgery_flushed_s']:.2f} s and {m['cp_flushed_s']:.2f} s); "
+        f"target {result['target_ratio']} for copying\n"
+        f"  memory   {result['peak_anonymous_bytes'] / 1e6:.0f} MB anonymous at most, largest tensor "
+        f"{result['largest_tensor_bytes'] / 1e6:.0f} MB, "
+        f"{'within' if within else 'over'} the target of {result['target_anonymous_bytes'] / 1e6:.0f} MB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--dir", type=Path, help="where to write (9 GB); default: the temporary directory"
+    )
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="surgery-", dir=arguments.dir) as place:
+        result = measure(Path(place), blocks=arguments.blocks, repeats=arguments.repeats)
+    print(summary(result))
+    print(json.dumps(result))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,9 @@ def shard(directory: Path, *, index: dict[str, str] | None = None) -> None:
     for file in ("a.safetensors", "b.safetensors"):
         part = {name: tensors[name] for name, place in weight_map.items() if place == file}
         save_file(part, directory / file, metadata={"format": "pt"})
-    (directory / SAFETENSORS_INDEX).write_text(json.dumps({"weight_map": {**weight_map, **(index or {})}}))
+    (directory / SAFETENSORS_INDEX).write_text(
+        json.dumps({"weight_map": {**weight_map, **(index or {})}})
+    )
 
 
 # --- what a healthy one says ------------------------------------------------------------------------
@@ -88,7 +90,9 @@ def test_a_sharded_checkpoint_is_the_same_table(source: Path) -> None:
     whole = read_tensor_table(source)
     shard(source)
     parts = read_tensor_table(source)
-    assert {n: (e.dtype, e.shape) for n, e in parts.items()} == {n: (e.dtype, e.shape) for n, e in whole.items()}
+    assert {n: (e.dtype, e.shape) for n, e in parts.items()} == {
+        n: (e.dtype, e.shape) for n, e in whole.items()
+    }
 
 
 def test_entries_point_at_the_data(source: Path) -> None:
@@ -126,19 +130,25 @@ def test_the_fingerprint_of_a_pickled_checkpoint(source: Path, tmp_path: Path) -
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such directory: .*nowhere. Give a checkpoint directory"):
+    with pytest.raises(
+        CheckpointError, match="no such directory: .*nowhere. Give a checkpoint directory"
+    ):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no such directory: nowhere.*'embedded'"):
         open_checkpoint("nowhere")
 
 
 def test_a_file_instead_of_its_directory(source: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"is a file. Give the checkpoint's directory: {source}"):
+    with pytest.raises(
+        CheckpointError, match=f"is a file. Give the checkpoint's directory: {source}"
+    ):
         open_checkpoint(source / SAFETENSORS)
 
 
 def test_a_directory_of_other_things(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a checkpoint: the directory holds no config.json"):
+    with pytest.raises(
+        CheckpointError, match="is not a checkpoint: the directory holds no config.json"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -150,16 +160,21 @@ def test_weights_without_config(source: Path) -> None:
 
 def test_config_without_weights(source: Path) -> None:
     (source / SAFETENSORS).unlink()
-    with pytest.raises(CheckpointError, match="has a config.json but no weights.*Was the download finished"):
+    with pytest.raises(
+        CheckpointError, match="has a config.json but no weights.*Was the download finished"
+    ):
         open_checkpoint(source)
 
 
 def test_a_hub_id_offline() -> None:
     with pytest.raises(
-        CheckpointError, match="'nobody/nothing-0.1B' is not a local directory, not in the local Hub cache"
+        CheckpointError,
+        match="'nobody/nothing-0.1B' is not a local directory, not in the local Hub cache",
     ):
         open_checkpoint("nobody/nothing-0.1B")
-    with pytest.raises(CheckpointError, match="'no body/no thing' is neither a directory nor a possible Hub id"):
+    with pytest.raises(
+        CheckpointError, match="'no body/no thing' is neither a directory nor a possible Hub id"
+    ):
         open_checkpoint("no body/no thing")
 
 
@@ -183,13 +198,17 @@ def test_a_damaged_config(text: str | bytes, message: str, source: Path) -> None
 
 def test_an_unknown_model_type(source: Path) -> None:
     rewrite_config(source, model_type="lama")
-    with pytest.raises(UnsupportedModelError, match="transformers .* cannot read the config of model type 'lama'"):
+    with pytest.raises(
+        UnsupportedModelError, match="transformers .* cannot read the config of model type 'lama'"
+    ):
         open_checkpoint(source)
 
 
 def test_a_value_transformers_refuses(source: Path) -> None:
     rewrite_config(source, hidden_size="wide")
-    with pytest.raises(UnsupportedModelError, match="cannot read the config of model type 'llama'.*hidden_size"):
+    with pytest.raises(
+        UnsupportedModelError, match="cannot read the config of model type 'llama'.*hidden_size"
+    ):
         open_checkpoint(source)
 
 
@@ -202,22 +221,32 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_a_masked_language_model(tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=97, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=16
+        vocab_size=97,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=16,
     )
     save(AutoModelForMaskedLM.from_config(config), tmp_path)
-    with pytest.raises(UnsupportedModelError, match="was saved as BertForMaskedLM, not as a causal language"):
+    with pytest.raises(
+        UnsupportedModelError, match="was saved as BertForMaskedLM, not as a causal language"
+    ):
         open_checkpoint(tmp_path)
 
 
 def test_a_type_without_a_causal_language_model(source: Path) -> None:
     rewrite_config(source, model_type="vit", architectures=["ViTModel"])
-    with pytest.raises(UnsupportedModelError, match="'vit' has no causal language model in transformers"):
+    with pytest.raises(
+        UnsupportedModelError, match="'vit' has no causal language model in transformers"
+    ):
         open_checkpoint(source)
 
 
 def test_a_base_model_without_head(tmp_path: Path) -> None:
     save(build("llama").model, tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match="was saved as LlamaModel, not .*LlamaForCausalLM"):
+    with pytest.raises(
+        UnsupportedModelError, match="was saved as LlamaModel, not .*LlamaForCausalLM"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -246,14 +275,18 @@ def test_no_blocks_at_all(source: Path) -> None:
 @pytest.mark.parametrize("size", [0, 7, 8, 100])
 def test_a_truncated_header(size: int, source: Path) -> None:
     os.truncate(source / SAFETENSORS, size)
-    with pytest.raises(CheckpointError, match=rf"is truncated or not a safetensors file \({size} bytes\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"is truncated or not a safetensors file \({size} bytes\)"
+    ):
         open_checkpoint(source)
 
 
 def test_truncated_data(source: Path) -> None:
     size = (source / SAFETENSORS).stat().st_size
     os.truncate(source / SAFETENSORS, size - 1)
-    with pytest.raises(CheckpointError, match=f"is truncated: {size} bytes expected, {size - 1} found"):
+    with pytest.raises(
+        CheckpointError, match=f"is truncated: {size} bytes expected, {size - 1} found"
+    ):
         open_checkpoint(source)
 
 
@@ -266,7 +299,9 @@ def test_data_too_long(source: Path) -> None:
 
 def test_a_pointer_instead_of_the_file(source: Path) -> None:
     """What a clone without git-lfs leaves behind."""
-    (source / SAFETENSORS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (source / SAFETENSORS).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
     with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
         open_checkpoint(source)
 
@@ -276,7 +311,9 @@ def damage(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
     def change(header: dict[str, Any]) -> None:
         item = {**header["model.norm.weight"], **fields}
-        header["model.norm.weight"] = {key: value for key, value in item.items() if value is not ...}
+        header["model.norm.weight"] = {
+            key: value for key, value in item.items() if value is not ...
+        }
 
     return change
 
@@ -284,7 +321,10 @@ def damage(**fields: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (damage(shape=[33]), r"tensor 'model.norm.weight' of shape \[33\] and type F32 cannot have 128 bytes"),
+        (
+            damage(shape=[33]),
+            r"tensor 'model.norm.weight' of shape \[33\] and type F32 cannot have 128 bytes",
+        ),
         (damage(shape=[-32]), "'model.norm.weight' has an impossible shape or place"),
         (damage(shape="wide"), "damaged safetensors header"),
         (damage(shape=...), r"damaged safetensors header \('shape'\)"),
@@ -299,7 +339,9 @@ def damage(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (lambda header: header.update(odd=[1, 2]), "damaged safetensors header"),
     ],
 )
-def test_a_damaged_header(change: Callable[[dict[str, Any]], None], message: str, source: Path) -> None:
+def test_a_damaged_header(
+    change: Callable[[dict[str, Any]], None], message: str, source: Path
+) -> None:
     rewrite_header(source / SAFETENSORS, change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(source)
@@ -308,7 +350,9 @@ def test_a_damaged_header(change: Callable[[dict[str, Any]], None], message: str
 @pytest.mark.parametrize("text", [b"{not json", b"[]", b"3", b"\xff\xff", b'{"a": 1}'])
 def test_a_header_that_is_no_table(text: bytes, source: Path) -> None:
     (source / SAFETENSORS).write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(CheckpointError, match="has a damaged safetensors header .*Download it again"):
+    with pytest.raises(
+        CheckpointError, match="has a damaged safetensors header .*Download it again"
+    ):
         open_checkpoint(source)
 
 
@@ -318,11 +362,15 @@ def test_a_header_that_is_no_table(text: bytes, source: Path) -> None:
 def test_a_missing_shard(source: Path) -> None:
     shard(source)
     (source / "b.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="names the shard b.safetensors, which is not there. Finish the"):
+    with pytest.raises(
+        CheckpointError, match="names the shard b.safetensors, which is not there. Finish the"
+    ):
         open_checkpoint(source)
 
 
-@pytest.mark.parametrize("place", ["/etc/passwd", "../other.safetensors", "a/../../x.safetensors", 7, None, ["a"]])
+@pytest.mark.parametrize(
+    "place", ["/etc/passwd", "../other.safetensors", "a/../../x.safetensors", 7, None, ["a"]]
+)
 def test_a_shard_outside_the_directory(place: Any, source: Path) -> None:
     shutil.copy(source / SAFETENSORS, source.parent / "other.safetensors")
     shard(source, index={"model.norm.weight": place})
@@ -370,11 +418,15 @@ class Malice:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_malicious_pickle_is_refused_and_not_run(zipped: bool, source: Path, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_refused_and_not_run(
+    zipped: bool, source: Path, tmp_path: Path
+) -> None:
     (source / SAFETENSORS).unlink()
     content = {"model.norm.weight": torch.ones(32), "x": Malice(tmp_path / "owned")}
     torch.save(content, source / PICKLED, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match="holds more than tensors and is refused, since loading it could run"):
+    with pytest.raises(
+        CheckpointError, match="holds more than tensors and is refused, since loading it could run"
+    ):
         open_checkpoint(source)
     assert not (tmp_path / "owned").exists()
 
@@ -388,7 +440,9 @@ def test_a_truncated_pickle(keep: int, source: Path) -> None:
         open_checkpoint(source)
 
 
-@pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 3}, torch.ones(2), {"a": {"b": torch.ones(1)}}])
+@pytest.mark.parametrize(
+    "content", [[torch.ones(2)], {"a": 3}, torch.ones(2), {"a": {"b": torch.ones(1)}}]
+)
 def test_a_pickle_of_other_things(content: Any, source: Path) -> None:
     (source / SAFETENSORS).unlink()
     torch.save(content, source / PICKLED)
@@ -400,13 +454,17 @@ def test_a_pickled_type_safetensors_cannot_hold(source: Path) -> None:
     (source / SAFETENSORS).unlink()
     table = {"q": torch.ones(3, dtype=torch.complex128)}
     torch.save(table, source / PICKLED)
-    with pytest.raises(CheckpointError, match="tensor 'q' has type torch.complex128, not storable here"):
+    with pytest.raises(
+        CheckpointError, match="tensor 'q' has type torch.complex128, not storable here"
+    ):
         open_checkpoint(source)
 
 
 def test_a_missing_pickled_shard(source: Path) -> None:
     (source / SAFETENSORS).unlink()
-    (source / PICKLED_INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "one.bin"}}))
+    (source / PICKLED_INDEX).write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "one.bin"}})
+    )
     with pytest.raises(CheckpointError, match="names the shard one.bin, which is not there"):
         open_checkpoint(source)
 
@@ -434,19 +492,25 @@ def test_a_weight_that_is_no_number(value: float, source: Path) -> None:
         tensors["model.layers.3.self_attn.q_proj.weight"][1, 2] = value
 
     change_tensors(source, change)
-    with pytest.raises(CheckpointError, match="'model.layers.3.self_attn.q_proj.weight' holds NaN or infinite"):
+    with pytest.raises(
+        CheckpointError, match="'model.layers.3.self_attn.q_proj.weight' holds NaN or infinite"
+    ):
         load_model(open_checkpoint(source), device=CPU)
 
 
 def test_a_tensor_the_model_needs_is_missing(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
-    with pytest.raises(CheckpointError, match="does not hold tensor 'model.layers.2.mlp.up_proj.weight'"):
+    with pytest.raises(
+        CheckpointError, match="does not hold tensor 'model.layers.2.mlp.up_proj.weight'"
+    ):
         load_model(open_checkpoint(source), device=CPU)
 
 
 def test_a_tensor_the_model_has_no_place_for(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.update({"model.layers.2.gate": torch.ones(2)}))
-    with pytest.raises(CheckpointError, match="holds, besides what the model has, tensor 'model.layers.2.gate'"):
+    with pytest.raises(
+        CheckpointError, match="holds, besides what the model has, tensor 'model.layers.2.gate'"
+    ):
         load_model(open_checkpoint(source), device=CPU)
 
 
@@ -458,7 +522,9 @@ def test_a_tensor_of_another_shape(source: Path) -> None:
 
 def test_a_model_larger_than_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shortllm.model.loading.available_memory", lambda device: 1000)
-    with pytest.raises(ShortLLMError, match="needs 0.0 GiB as float32 on cpu, 0.0 GiB are free. Try --dtype"):
+    with pytest.raises(
+        ShortLLMError, match="needs 0.0 GiB as float32 on cpu, 0.0 GiB are free. Try --dtype"
+    ):
         load_model(opened("llama"), device=CPU)
 
 

@@ -34,7 +34,9 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
         assert call(capfd, command, "--help")[0] == 0
 
 
-def test_the_stages_one_by_one(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_stages_one_by_one(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     run_dir, pruned = tmp_path / "run", tmp_path / "pruned"
     code, out, _ = call(capfd, "score", "embedded", "--out", run_dir, *SMALL)
     assert code == 0 and "intact:" in out and "rank" in out
@@ -42,8 +44,8 @@ def test_the_stages_one_by_one(capfd: pytest.CaptureFixture[str], tmp_path: Path
     assert code == 0 and "12 -> 10 blocks" in out
     code, out, _ = call(capfd, "prune", "embedded", "--plan", run_dir, "--out", pruned)
     assert code == 0 and str(pruned) in out
-    code, out, err = call(capfd, "prune", "embedded", "--plan", run_dir, "--out", pruned)
-    assert code == 0 and "up to date, skipped" in err
+    code, out, _ = call(capfd, "prune", "embedded", "--plan", run_dir, "--out", pruned)
+    assert code == 0 and "up to date, skipped" in caplog.text
     code, out, _ = call(
         capfd, "eval", "embedded", pruned, "--data", "embedded", "--max-segments", 8, "--json"
     )
@@ -104,7 +106,14 @@ def test_ctrl_c_exits_with_130_and_can_be_resumed(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "run"),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # a test runner in the background may have been started with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "run" / "calibration.json").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)

@@ -54,7 +54,8 @@ def test_a_count_of_leading_blocks_is_counted_again(kept: list[int], expected: i
 
 
 @pytest.mark.parametrize(
-    "kept, expected", [([0, 1, 2, 3, 4], [1, 4]), ([0, 2, 3, 4], [3]), ([1, 4, 5], [0, 1]), ([0], [])]
+    "kept, expected",
+    [([0, 1, 2, 3, 4], [1, 4]), ([0, 2, 3, 4], [3]), ([1, 4, 5], [0, 1]), ([0], [])],
 )
 def test_block_numbers_are_renumbered(kept: list[int], expected: list[int]) -> None:
     config = config_of_moe(mlp_only_layers=[1, 4])
@@ -72,7 +73,12 @@ def test_block_numbers_as_many_as_blocks_are_still_numbers() -> None:
 
 @pytest.mark.parametrize(
     "variant, name",
-    [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("bloom", "n_layer"), ("mpt", "n_layers")],
+    [
+        ("llama", "num_hidden_layers"),
+        ("gpt2", "n_layer"),
+        ("bloom", "n_layer"),
+        ("mpt", "n_layers"),
+    ],
 )
 def test_the_count_is_written_under_the_name_of_the_type(variant: str, name: str) -> None:
     result = shorten(config_of(variant), [0, 2])
@@ -90,7 +96,9 @@ def test_the_count_is_written_where_the_file_leaves_it_out() -> None:
 def test_a_list_no_rule_knows_is_refused_by_name() -> None:
     config = config_of("llama")
     config.dropout_by_depth = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    with pytest.raises(UnsupportedModelError, match="config field 'dropout_by_depth' has as many entries"):
+    with pytest.raises(
+        UnsupportedModelError, match="config field 'dropout_by_depth' has as many entries"
+    ):
         shorten(config, [0, 1])
     assert shorten(config, list(range(6)))["dropout_by_depth"] == config.dropout_by_depth
     config.dropout_by_depth.append(0.7)  # of another length: nothing to do with blocks
@@ -110,7 +118,9 @@ def test_a_config_that_names_single_blocks_is_refused() -> None:
             "ignore": ["lm_head", "model.layers.11.mlp.down_proj"],
         }
     }
-    with pytest.raises(UnsupportedModelError, match=r"names a single block \('model.layers.11.mlp.down_proj'\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"names a single block \('model.layers.11.mlp.down_proj'\)"
+    ):
         refuse_block_names_in_config(quantized, "model.layers")
     with pytest.raises(UnsupportedModelError, match=r"\('re:.*model.layers.3.*'\)"):
         refuse_block_names_in_config({"a": {"re:.*model.layers.3.*": [1]}}, "model.layers")
@@ -138,20 +148,28 @@ def test_surgery_refuses_a_config_that_names_single_blocks(tmp_path: Path) -> No
         ("minicpm3", {}, "its residual scale depends on the block count"),
         ("diffllama", {}, "its lambda depends on the block's number"),
         ("rwkv", {}, "its blocks are rescaled by their number"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx divides"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx divides",
+        ),
     ],
 )
 def test_types_whose_blocks_know_their_number_are_refused(
     model_type: str, changes: dict[str, Any], reason: str
 ) -> None:
     config = AutoConfig.for_model(model_type, **changes)
-    with pytest.raises(UnsupportedModelError, match=f"'{model_type}' cannot be shortened rightly: {reason}"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"'{model_type}' cannot be shortened rightly: {reason}"
+    ):
         shorten_config(config.to_dict(), config, [0, 1])
 
 
 def test_multimodal_wrappers_are_refused() -> None:
     config = AutoConfig.for_model("llava")
-    with pytest.raises(UnsupportedModelError, match="'llava' wraps a text decoder in a multimodal model"):
+    with pytest.raises(
+        UnsupportedModelError, match="'llava' wraps a text decoder in a multimodal model"
+    ):
         shorten_config(config.to_dict(), config, [0, 1])
 
 
@@ -172,31 +190,47 @@ def both(config: Any) -> tuple[nn.Module, Any]:
 
 def test_a_block_of_another_kind_is_named_with_its_attribute() -> None:
     original, wrong = config_of("gemma2"), config_of("gemma2", num_hidden_layers=5)
-    message = r"'gemma2' would turn block 1 into a different block: \S+ is .* instead of .*No rule covers"
+    message = (
+        r"'gemma2' would turn block 1 into a different block: \S+ is .* instead of .*No rule covers"
+    )
     with pytest.raises(UnsupportedModelError, match=message):
         check_signatures(original, wrong, [1, 2, 3, 4, 5])
 
 
 def test_a_config_that_builds_another_number_of_blocks_is_refused() -> None:
     config = config_of("llama")
-    with pytest.raises(UnsupportedModelError, match="asked for 5 blocks, the shortened config builds 6"):
+    with pytest.raises(
+        UnsupportedModelError, match="asked for 5 blocks, the shortened config builds 6"
+    ):
         check_signatures(config, config, range(5))
 
 
 def test_a_changed_tensor_outside_the_blocks_is_refused() -> None:
     wrong = config_of("llama", num_hidden_layers=5, vocab_size=98)
-    with pytest.raises(UnsupportedModelError, match=r"shape of model.embed_tokens.weight is \(98, 32\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"shape of model.embed_tokens.weight is \(98, 32\)"
+    ):
         check_signatures(config_of("llama"), wrong, range(5))
 
 
 def test_difference_of_signatures() -> None:
     signature = {"layer_idx": 4, "attn.scale": 0.5, "class of mlp": "MLP", "flag": True}
     assert difference(signature, {**signature, "layer_idx": 2}, 4, 2) is None
-    assert difference(signature, {**signature, "layer_idx": 3}, 4, 2) == "layer_idx is 3 instead of 4"
-    assert difference(signature, {**signature, "attn.scale": 0.25}, 4, 2) == "attn.scale is 0.25 instead of 0.5"
-    assert difference(signature, {**signature, "extra": 1}, 4, 2) == "extra is 1 instead of 'absent'"
+    assert (
+        difference(signature, {**signature, "layer_idx": 3}, 4, 2) == "layer_idx is 3 instead of 4"
+    )
+    assert (
+        difference(signature, {**signature, "attn.scale": 0.25}, 4, 2)
+        == "attn.scale is 0.25 instead of 0.5"
+    )
+    assert (
+        difference(signature, {**signature, "extra": 1}, 4, 2) == "extra is 1 instead of 'absent'"
+    )
     del signature["flag"]
-    assert difference({**signature, "flag": True}, signature, 4, 2) == "flag is 'absent' instead of True"
+    assert (
+        difference({**signature, "flag": True}, signature, 4, 2)
+        == "flag is 'absent' instead of True"
+    )
     # block 1 kept as block 0: a flag is no number
     assert difference({"flag": True}, {"flag": False}, 1, 0) == "flag is False instead of True"
 
@@ -219,10 +253,17 @@ def test_a_signature_sees_shapes_classes_and_attributes() -> None:
 
 def config_of_moe(**changes: Any) -> Any:
     arguments = {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    return AutoConfig.for_model("qwen3_moe", **{**arguments, "moe_intermediate_size": 16, **changes})
+    return AutoConfig.for_model(
+        "qwen3_moe", **{**arguments, "moe_intermediate_size": 16, **changes}
+    )
 
 
-LLAMA4 = {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8, "head_dim": 8}
+LLAMA4 = {
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 48,
+    "attention_chunk_size": 8,
+    "head_dim": 8,
+}
 DEEPSEEK = {
     "n_routed_experts": 4,
     "n_group": 1,
@@ -263,7 +304,10 @@ ODD_TYPES: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     ),
     "llama4_text": ({**LLAMA4, "interleave_moe_layer_step": 2}, []),
     "deepseek_v3": (DEEPSEEK, []),
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5}, []),
+    "gpt_oss": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5},
+        [],
+    ),
     "cohere2": ({"sliding_window": WINDOW}, []),
     "lfm2": ({}, []),
     "jamba": (JAMBA, [[0], [2], [1, 3]]),
@@ -283,7 +327,10 @@ def test_odd_types_are_right_or_refused(name: str, tmp_path: Path) -> None:
     for removed in ([0], [2], [1, 3], [3, 4, 5]):
         kept = [block for block in range(6) if block not in removed]
         if removed in refused:
-            with pytest.raises(UnsupportedModelError, match=rf"'{config.model_type}' (would|has)|would (turn|change)"):
+            with pytest.raises(
+                UnsupportedModelError,
+                match=rf"'{config.model_type}' (would|has)|would (turn|change)",
+            ):
                 check_removal(checkpoint, kept)
         else:
             short = load(shortened(checkpoint, removed, tmp_path / "short"))
@@ -299,13 +346,19 @@ def test_block_names() -> None:
     assert names.block_of("model.layers.4.mlp.experts.2.w1.weight") == 4
     assert names.block_of("model.norm.weight") is None
     assert names.block_of("model.layers.scale") is None
-    assert names.renumbered("model.layers.4.mlp.experts.4.w1", 1) == "model.layers.1.mlp.experts.4.w1"
+    assert (
+        names.renumbered("model.layers.4.mlp.experts.4.w1", 1) == "model.layers.1.mlp.experts.4.w1"
+    )
 
 
 def test_among_towers_the_decoder_is_found() -> None:
-    names = [f"{prefix}.{b}.w" for prefix in ("vision.blocks", "text.model.layers") for b in range(3)]
+    names = [
+        f"{prefix}.{b}.w" for prefix in ("vision.blocks", "text.model.layers") for b in range(3)
+    ]
     assert find_block_names(names, 3, "language.layers").prefix == "text.model.layers"
-    with pytest.raises(UnsupportedModelError, match="which tensors belong to which block is not certain"):
+    with pytest.raises(
+        UnsupportedModelError, match="which tensors belong to which block is not certain"
+    ):
         find_block_names(names[:3], 3, "model.layers")
 
 

@@ -164,7 +164,9 @@ def test_verify_notices_a_wrong_cache(tmp_path: Path) -> None:
     expected = bypass_logits(loaded("llama"), [2])
     blocks = short.model.layers  # type: ignore[union-attr]
     blocks[3].self_attn.layer_idx = 2  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError, match="short generates other text with a cache than without"):
+    with pytest.raises(
+        CheckpointError, match="short generates other text with a cache than without"
+    ):
         verify_shortened("short", short, expected)
     blocks[3].self_attn.layer_idx = "three"  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match="short cannot generate with a cache"):
@@ -200,7 +202,9 @@ def test_sharded_pickled_source_gives_the_same(tmp_path: Path, short_llama: Path
     tensors = load_file(source / SAFETENSORS)
     (source / SAFETENSORS).unlink()
     names = sorted(tensors)
-    weight_map = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+    weight_map = {
+        name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)
+    }
     for shard in sorted(set(weight_map.values())):
         part = {name: tensors[name] for name in names if weight_map[name] == shard}
         torch.save(part, source / shard)
@@ -212,7 +216,12 @@ def test_sharded_pickled_source_gives_the_same(tmp_path: Path, short_llama: Path
 def test_pickled_views_are_written_as_they_look(tmp_path: Path) -> None:
     """Transposed, sliced and scalar tensors of a `.bin` are stored contiguously."""
     base = torch.arange(24, dtype=torch.float32).view(4, 6)
-    table = {"t": base.T, "slice": base[1:3, 2:], "one": torch.tensor(3.5), "half": base.half()[::2]}
+    table = {
+        "t": base.T,
+        "slice": base[1:3, 2:],
+        "one": torch.tensor(3.5),
+        "half": base.half()[::2],
+    }
     torch.save(table, tmp_path / "pytorch_model.bin")
     target = tmp_path / "out"
     target.mkdir()
@@ -224,15 +233,15 @@ def test_pickled_views_are_written_as_they_look(tmp_path: Path) -> None:
 
 def test_output_in_shards_has_a_right_index(tmp_path: Path, short_llama: Path) -> None:
     limit = 30_000
-    target = shortened(
-        opened("llama-tied"), [1, 4], tmp_path / "short", max_shard_bytes=limit
-    )
+    target = shortened(opened("llama-tied"), [1, 4], tmp_path / "short", max_shard_bytes=limit)
     assert_same_tensors(target, short_llama)
     index = json.loads((target / SAFETENSORS_INDEX).read_text())
     tensors = all_tensors(target)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     shards = sorted(path.name for path in target.glob("*.safetensors"))
-    assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    assert shards == [
+        f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+    ]
     assert len(shards) > 2
     for shard in shards:
         with safe_open(target / shard, framework="pt") as stream:
@@ -411,8 +420,12 @@ def test_mixed_types_in_one_file(tmp_path: Path) -> None:
     source = copied("llama", tmp_path / "source")
     tensors = load_file(source / SAFETENSORS)
     kinds = (torch.bfloat16, torch.float32, torch.float16, torch.int8, torch.float64)
-    mixed = {name: t.to(kinds[i % len(kinds)]) for i, (name, t) in enumerate(sorted(tensors.items()))}
-    mixed["model.layers.2.odd"] = torch.arange(3, dtype=torch.uint8)  # bytes that shift what follows
+    mixed = {
+        name: t.to(kinds[i % len(kinds)]) for i, (name, t) in enumerate(sorted(tensors.items()))
+    }
+    mixed["model.layers.2.odd"] = torch.arange(
+        3, dtype=torch.uint8
+    )  # bytes that shift what follows
     mixed["model.layers.4.empty"] = torch.empty(0, 4)
     save_file(mixed, source / SAFETENSORS, metadata={"format": "pt"})
     target = shortened(open_checkpoint(source), [0, 3], tmp_path / "short")

@@ -511,7 +511,7 @@ def _perplexities(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 def _print_evaluation(evaluation: Evaluation) -> None:
     first = evaluation.models[0]
-    sources = tuple(f"ppl {entry.source}" for entry in first.perplexity)
+    sources = tuple(f"ppl {Path(entry.source).name}" for entry in first.perplexity)
     rows = [
         (
             model.name,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -203,7 +203,8 @@ def _prune(
         log.info("%s is up to date, skipped", target)
     else:
         stages.prune(checkpoint, plan, target, session=session)
-    return open_checkpoint(target)
+    # named within the run, so that a run's files do not depend on where it lies
+    return replace(open_checkpoint(target), id=PRUNED)
 
 
 def _evaluate(
