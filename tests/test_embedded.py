@@ -70,11 +70,9 @@ def test_rows_are_always_the_same(split: Split) -> None:
 
 
 def test_rows_are_the_same_on_every_machine() -> None:
-    assert embedded.rows("calibration", 1)[0].startswith(
-        "Rolf had a bell. Sara had a candle. Rolf handed the bell to "
-    )
+    assert embedded.rows("calibration", 1)[0].startswith("Rolf had a drum. Ida had a book.")
     assert embedded.rows("test", 1)[0].startswith(
-        "Pia had four marbles. Jon had three marbles. Then Pia got on"
+        "Finn had one pear. Ben had four pears. Then Ben got one pear"
     )
 
 
@@ -115,7 +113,7 @@ def test_stories_are_different_and_answerable(kind: Kind) -> None:
 def test_rows_are_long_enough_for_windows_of_128_tokens(split: Split, tokenizer: Any) -> None:
     lengths = [len(ids) for ids in tokenizer(embedded.rows(split))["input_ids"]]
     assert min(lengths) >= 150
-    assert max(lengths) <= 400
+    assert max(lengths) <= 420
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
@@ -139,10 +137,9 @@ def test_tasks_are_well_formed_and_balanced(task: Task) -> None:
 
 @pytest.mark.parametrize("task", TASKS, ids=task_id)
 def test_answers_follow_from_the_stories(task: Task) -> None:
-    by_text = {
-        story.text: story
-        for story in islice(world.stories(task.kind, "test"), len(task.documents()) * 3)
-    }
+    wanted = {document["context"] for document in task.documents()}
+    asked = (story for story in world.stories(task.kind, "test") if story.text in wanted)
+    by_text = {story.text: story for story in islice(asked, len(wanted))}
     for document in task.documents():
         questions = by_text[document["context"]].questions
         answers = {question.text: question.answer for question in questions}

@@ -386,6 +386,26 @@ def test_copying_without_the_kernels_help_gives_the_same(
     assert_same_tensors(shortened(opened("llama-tied"), [1, 4], tmp_path / "short"), short_llama)
 
 
+@pytest.mark.parametrize("padding", [0, 8, 123, 4088])
+def test_data_keeps_its_place_within_a_page(padding: int, tmp_path: Path, short_llama: Path) -> None:
+    """Whatever the length of the source's header; only speed depends on it."""
+    source = copied("llama-tied", tmp_path / "source")
+    raw = (source / SAFETENSORS).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length] + b" " * padding
+    (source / SAFETENSORS).write_bytes(
+        len(header).to_bytes(8, "little") + header + raw[8 + length :]
+    )
+    checkpoint = open_checkpoint(source)
+    target = shortened(checkpoint, [1, 4], tmp_path / "short")
+    assert_same_tensors(target, short_llama)
+    before = checkpoint.tensors["model.embed_tokens.weight"]
+    after = open_checkpoint(target).tensors["model.embed_tokens.weight"]
+    assert before.offset is not None and after.offset is not None
+    assert after.offset % 8 == 0
+    assert (after.offset - before.offset) % 4096 == 0 or before.offset % 8
+
+
 def test_short_writes_are_continued(
     tmp_path: Path, short_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ UsageError: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 """Wrong flags and arguments; typer brings its own copy of click or uses the installed one."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 # Options that several commands share. `Optional` because typer reads these at run time on Python
 # 3.10.
@@ -397,20 +401,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `shortllm` command; never returns."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logging.getLogger("shortllm").setLevel(logging.INFO)
+    _insist_on_interrupts()
     try:
         code = app(args=arguments, standalone_mode=False)
     except ShortLLMError as error:
         if os.environ.get("SHORTLLM_DEBUG"):
             raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted. The same command again goes on from here", err=True)
-        sys.exit(130)
+        code = 2
     except UsageError as error:
         error.show()
-        sys.exit(2)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return 130 instead
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _repeat_interrupt(after_s=0)
+        typer.echo("interrupted. The same command again goes on from here", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _insist_on_interrupts() -> None:
+    """Repeat a Ctrl-C until it gets through.
+
+    Python drops the KeyboardInterrupt that happens to be raised inside a destructor, and the run would
+    go on as if nothing had been typed.
+    """
+
+    def interrupt(signum: int, frame: object) -> None:
+        _repeat_interrupt(after_s=0.5)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, interrupt)
+
+
+def _repeat_interrupt(*, after_s: float) -> None:
+    """Have the interrupt raised again after a while; 0 calls that off."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, after_s)
 
 
 def _budget(

@@ -23,6 +23,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 64 * 2**20
 """How much one copy call moves, so that progress is seen."""
 
+PAGE_BYTES = 4096
+"""Unit in which the kernel holds files in memory."""
+
+BUFFER_BYTES = 2**20
+"""How much one read moves where the kernel cannot copy by itself; fits a processor's cache."""
+
 Advance = Callable[[int], None]
 
 
@@ -79,11 +85,29 @@ def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) ->
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (_data_start([entry for _, entry in ordered], 8 + len(text)) - 8 - len(text))
     with open(path, "wb", buffering=0) as out:
         _write_all(out, memoryview(len(text).to_bytes(8, "little") + text))
         for run in _runs([entry for _, entry in ordered]):
             _copy_run(run, out, advance)
+
+
+def _data_start(entries: list[TensorEntry], least: int) -> int:
+    """Where in the new file the data begins: at `least` or behind it, padded by part of a page.
+
+    Chosen so that most bytes keep their place within a page: the kernel then moves whole pages, a
+    third faster. Tensors of real models are multiples of a page, so that mostly all of them do.
+    """
+    votes: dict[int, int] = {}
+    position = 0
+    for entry in entries:
+        if entry.offset is not None:
+            shift = (entry.offset - position) % PAGE_BYTES
+            votes[shift] = votes.get(shift, 0) + entry.bytes
+        position += entry.bytes
+    start = least + -least % 8
+    best = max(votes, key=lambda shift: votes[shift], default=start)
+    return start if best % 8 else start + (best - start) % PAGE_BYTES
 
 
 def _runs(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
@@ -123,8 +147,9 @@ def _copy_run(run: list[TensorEntry], out: RawIOBase, advance: Advance) -> None:
 
 
 def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
-    """Move up to `count` bytes between the files' positions, inside the kernel where it can."""
-    if hasattr(os, "copy_file_range"):
+    """Move up to `count` bytes between the files' positions, inside the kernel where that is faster."""
+    aligned = (source.tell() - out.tell()) % PAGE_BYTES == 0
+    if aligned and hasattr(os, "copy_file_range"):
         try:
             copied = os.copy_file_range(source.fileno(), out.fileno(), count)
             if copied:
@@ -132,11 +157,15 @@ def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-    data = source.read(min(count, 2**20))
-    if not data:
-        raise OSError(errno.EIO, "the source file ended early; was it changed meanwhile?")
-    _write_all(out, memoryview(data))
-    return len(data)
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    remaining = count
+    while remaining:
+        read = source.readinto(buffer[: min(remaining, BUFFER_BYTES)])
+        if not read:
+            raise OSError(errno.EIO, "the source file ended early; was it changed meanwhile?")
+        _write_all(out, buffer[:read])
+        remaining -= read
+    return count
 
 
 def _write_all(out: RawIOBase, data: memoryview) -> None:

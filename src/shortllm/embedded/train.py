@@ -43,7 +43,7 @@ class Settings:
     """All choices of a training run."""
 
     seed: int = 7
-    steps: int = 1100
+    steps: int = 3000
     tokens_per_step: int = 2048
     window: int = 256
     """Tokens in one training sequence of packed pages."""
@@ -238,7 +238,7 @@ def train(
             logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none"
         )
         weights_N = weights_BT[:, 1:].flatten()
-        ((loss_N * weights_N).sum() / weights_N.sum()).backward()
+        torch.autograd.backward((loss_N * weights_N).sum() / weights_N.sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

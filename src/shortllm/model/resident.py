@@ -99,7 +99,7 @@ class ResidentModel:
     @property
     def head_elements(self) -> int:
         """Weights of the output projection."""
-        return self._head.weight.numel()
+        return int(self._head.weight.numel())
 
     @torch.inference_mode()
     def enter(self, ids_BT: Tensor) -> Entry:

@@ -49,7 +49,7 @@ def sweep_removals(
             predictions, first with `removed=None` (the intact model), then with each block number.
         advance: called with the floating-point operations done since its last call.
     """
-    for group_BT in ids_BT.split(group_size(model, ids_BT.shape[1])):
+    for group_BT in torch.split(ids_BT, group_size(model, ids_BT.shape[1])):
         entry = model.enter(group_BT)
         intact, without = removal_streams(model, entry, advance=advance)
         for removed, logits_NV, intact_NV, target_N in _slices(
