@@ -1,21 +1,21 @@
 """How fast, and in how much memory, surgery writes a shortened checkpoint, compared with `cp`.
 
-Surgery should cost no more than copying the bytes that are kept, and its memory should not grow with
-the model. This script makes a random bfloat16 checkpoint of Llama's shape (24 blocks of width 2048,
-3.2 GB, of which 2.5 GB are kept), then runs in turns, each in a process of its own:
+Surgery should cost no more than copying the bytes that are kept, and its memory should not grow
+with the model. This script makes a random bfloat16 checkpoint of Llama's shape (24 blocks of width
+2048, 3.2 GB, of which 2.5 GB are kept), then runs in turns, each in a process of its own:
 
-    surgery   a fresh Python: import shortllm, open the checkpoint, check its structure, remove a quarter
-              of the blocks (every fourth) and write the result
+    surgery   a fresh Python: import shortllm, open the checkpoint, check its structure, remove a
+              quarter of the blocks (every fourth) and write the result
     cp        `cp -r` of files with the same bytes in the same shards
 
-Before the first turn both sources are read once (they stay in the page cache if memory allows); before
-each turn the target of the last one is deleted and `sync` has returned. Neither side waits for the
-disk; the time until a `sync` after it returns is reported beside it. `cp` starts after a rest as long
-as the imports of the surgery: a virtual machine gives freed memory back to its host meanwhile, and
-getting it again would be counted on one side only. Reported are medians, for the
+Before the first turn both sources are read once (they stay in the page cache if memory allows);
+before each turn the target of the last one is deleted and `sync` has returned. Neither side waits
+for the disk; the time until a `sync` after it returns is reported beside it. `cp` starts after a
+rest as long as the imports of the surgery: a virtual machine gives freed memory back to its host
+meanwhile, and getting it again would be counted on one side only. Reported are medians, for the
 whole process and its parts (imports, structural check, copying), the ratio to `cp`, and the peak of
 anonymous memory (RssAnon of /proc/PID/status every 20 ms; mapped and cached file pages are not in
-it). Linux only.
+it). On a machine with other work the processor time tells more than the wall time. Linux only.
 
     python benchmarks/surgery.py --dir /path/on/the/disk/to/measure --out surgery.json
 
@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -69,9 +70,10 @@ imported = time.perf_counter()
 seconds = {}
 write_tensors = surgery.write_tensors
 def timed(*args, **kwargs):
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     write_tensors(*args, **kwargs)
     seconds["copy_s"] = time.perf_counter() - begin
+    seconds["copy_cpu_s"] = time.process_time() - cpu
 surgery.write_tensors = timed
 source, target, kept = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 surgery.write_shortened(
@@ -153,7 +155,7 @@ def write_shard(file: Path, group: list[tuple[str, tuple[int, ...]]], stock: np.
 
 
 def run(command: list[str], *, rest: float = 0.0) -> tuple[float, float, int, str]:
-    """Seconds of a process, seconds until a `sync` after it, its peak anonymous bytes, its output."""
+    """Seconds of a process, seconds until a `sync` after it, peak anonymous bytes, its output."""
     os.sync()
     time.sleep(rest)
     start = time.perf_counter()
@@ -174,6 +176,12 @@ def run(command: list[str], *, rest: float = 0.0) -> tuple[float, float, int, st
     if process.returncode:
         raise SystemExit(f"{command[0]} failed with exit code {process.returncode}")
     return seconds, flushed, peak, output
+
+
+def children_cpu() -> float:
+    """Processor seconds of all finished child processes, the kernel's work for them included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -216,6 +224,7 @@ def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
         row: dict[str, float] = {}
         for kind in ("cp", "surgery") if turn % 2 else ("surgery", "cp"):
             command = surgery if kind == "surgery" else ["cp", "-r", str(copy_source), str(target)]
+            used = children_cpu()
             seconds, flushed, peak, output = run(command, rest=0.0 if kind == "surgery" else rest)
             row |= {
                 f"{kind}_s": seconds,
@@ -225,6 +234,8 @@ def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
             if kind == "surgery":
                 row |= json.loads(output.splitlines()[-1])
                 rest = row["import_s"] + row["structure_s"]
+            else:
+                row["cp_cpu_s"] = children_cpu() - used
             shutil.rmtree(target)
         row["start_and_exit_s"] = row["surgery_s"] - sum(
             row[part] for part in ("import_s", "structure_s", "copy_s")
@@ -247,6 +258,7 @@ def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
         "peak_anonymous_bytes": peak,
         "medians": medians,
         "ratio_copy": medians["copy_s"] / medians["cp_s"],
+        "ratio_copy_cpu": medians["copy_cpu_s"] / medians["cp_cpu_s"],
         "ratio_process": medians["surgery_s"] / medians["cp_s"],
         "ratio_process_flushed": medians["surgery_flushed_s"] / medians["cp_flushed_s"],
         "target_ratio": TARGET_RATIO,
@@ -275,13 +287,17 @@ def summary(result: dict[str, Any]) -> str:
         f"  surgery  {m['copy_s']:.2f} s copying ({gigabytes / m['copy_s']:.2f} GB/s), "
         f"{m['structure_s']:.2f} s structure, {m['import_s']:.2f} s imports, "
         f"{m['start_and_exit_s']:.2f} s start and exit\n"
-        f"  ratio    {result['ratio_copy']:.2f} copying, {result['ratio_process']:.2f} whole process, "
+        f"  ratio    {result['ratio_copy']:.2f} copying, "
+        f"{result['ratio_process']:.2f} whole process, "
         f"{result['ratio_process_flushed']:.2f} until on disk "
-        f"({m['surgery_flushed_s']:.2f} s and {m['cp_flushed_s']:.2f} s); "
+        f"({m['surgery_flushed_s']:.2f} s and {m['cp_flushed_s']:.2f} s), "
+        f"{result['ratio_copy_cpu']:.2f} processor time of copying "
+        f"({m['copy_cpu_s']:.2f} s and {m['cp_cpu_s']:.2f} s); "
         f"target {result['target_ratio']} for copying\n"
-        f"  memory   {result['peak_anonymous_bytes'] / 1e6:.0f} MB anonymous at most, largest tensor "
-        f"{result['largest_tensor_bytes'] / 1e6:.0f} MB, "
-        f"{'within' if within else 'over'} the target of {result['target_anonymous_bytes'] / 1e6:.0f} MB"
+        f"  memory   {result['peak_anonymous_bytes'] / 1e6:.0f} MB anonymous at most, "
+        f"largest tensor {result['largest_tensor_bytes'] / 1e6:.0f} MB, "
+        f"{'within' if within else 'over'} the target of "
+        f"{result['target_anonymous_bytes'] / 1e6:.0f} MB"
     )
 
 

@@ -179,7 +179,7 @@ def save(model: nn.Module, directory: Path, **kwargs: Any) -> Path:
 
 @cache
 def saved(variant: str) -> Path:
-    """Directory of a variant's checkpoint, written at the first call. Not to be changed: copy it."""
+    """Directory of a variant's checkpoint, written at the first call. To change it, copy it."""
     return save(build(variant), Path(_DIRECTORY.name) / variant)
 
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint is found before any work starts, and the message says what to do."""
+"""Whatever is wrong with a checkpoint is found before work starts, and the message says what to do."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def shard(directory: Path, *, index: dict[str, str] | None = None) -> None:
     tensors = load_file(directory / SAFETENSORS)
     (directory / SAFETENSORS).unlink()
     weight_map = {}
-    for i, (name, tensor) in enumerate(sorted(tensors.items())):
+    for i, name in enumerate(sorted(tensors)):
         weight_map[name] = "a.safetensors" if i % 2 else "b.safetensors"
     for file in ("a.safetensors", "b.safetensors"):
         part = {name: tensors[name] for name, place in weight_map.items() if place == file}
@@ -68,7 +68,7 @@ def shard(directory: Path, *, index: dict[str, str] | None = None) -> None:
     )
 
 
-# --- what a healthy one says ------------------------------------------------------------------------
+# --- what a healthy one says ----------------------------------------------------------------------
 
 
 def test_a_healthy_checkpoint() -> None:
@@ -126,7 +126,7 @@ def test_the_fingerprint_of_a_pickled_checkpoint(source: Path, tmp_path: Path) -
     assert open_checkpoint(source).fingerprint != original
 
 
-# --- directories ------------------------------------------------------------------------------------
+# --- directories ----------------------------------------------------------------------------------
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_hub_id_offline() -> None:
         open_checkpoint("no body/no thing")
 
 
-# --- config -----------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_no_blocks_at_all(source: Path) -> None:
         _ = open_checkpoint(source).block_names
 
 
-# --- safetensors files ------------------------------------------------------------------------------
+# --- safetensors files ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100])
@@ -356,7 +356,7 @@ def test_a_header_that_is_no_table(text: bytes, source: Path) -> None:
         open_checkpoint(source)
 
 
-# --- shards and their index -------------------------------------------------------------------------
+# --- shards and their index -----------------------------------------------------------------------
 
 
 def test_a_missing_shard(source: Path) -> None:
@@ -380,7 +380,10 @@ def test_a_shard_outside_the_directory(place: Any, source: Path) -> None:
 
 def test_a_promised_tensor_that_is_not_there(source: Path) -> None:
     shard(source, index={"model.layers.6.extra": "a.safetensors", "model.other": "b.safetensors"})
-    message = r"promises tensor 'model.layers.6.extra' in a.safetensors, which does not hold it \(2 such tensors\)"
+    message = (
+        r"promises tensor 'model.layers.6.extra' in a.safetensors, which does not hold it "
+        r"\(2 such tensors\)"
+    )
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(source)
 
@@ -404,7 +407,7 @@ def test_a_damaged_index(text: str, source: Path) -> None:
         open_checkpoint(source)
 
 
-# --- pickled files ----------------------------------------------------------------------------------
+# --- pickled files --------------------------------------------------------------------------------
 
 
 class Malice:
@@ -469,7 +472,7 @@ def test_a_missing_pickled_shard(source: Path) -> None:
         open_checkpoint(source)
 
 
-# --- loading into memory ----------------------------------------------------------------------------
+# --- loading into memory --------------------------------------------------------------------------
 
 
 def change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -173,7 +173,7 @@ def test_multimodal_wrappers_are_refused() -> None:
         shorten_config(config.to_dict(), config, [0, 1])
 
 
-# --- the guard --------------------------------------------------------------------------------------
+# --- the guard ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gpt2", "mixtral", "falcon-new"])
@@ -248,7 +248,7 @@ def test_a_signature_sees_shapes_classes_and_attributes() -> None:
     assert signature["window"] == 7
 
 
-# --- right by a rule, or refused: never silently wrong ---------------------------------------------
+# --- right by a rule, or refused: never silently wrong --------------------------------------------
 
 
 def config_of_moe(**changes: Any) -> Any:
@@ -337,7 +337,7 @@ def test_odd_types_are_right_or_refused(name: str, tmp_path: Path) -> None:
             verify_shortened(name, short, bypass_logits(model, removed))
 
 
-# --- block numbers in tensor names -----------------------------------------------------------------
+# --- block numbers in tensor names ----------------------------------------------------------------
 
 
 def test_block_names() -> None:

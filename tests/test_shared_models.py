@@ -1,4 +1,4 @@
-"""Real trained models and real text: whole runs, the planted redundancy, and published protocols."""
+"""Real trained models and real text: whole runs, planted redundancy, recorded measurements."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ assert not any(loading.values()), loading
 assert model.config.num_hidden_layers == blocks
 ids = AutoTokenizer.from_pretrained(path)("Once upon a time", return_tensors="pt").input_ids
 texts = [
-    model.generate(ids, max_new_tokens=24, do_sample=False, use_cache=cache, pad_token_id=0)[0].tolist()
+    model.generate(
+        ids, max_new_tokens=24, do_sample=False, use_cache=cache, pad_token_id=0
+    )[0].tolist()
     for cache in (True, False)
 ]
 assert texts[0] == texts[1], texts
@@ -129,7 +131,8 @@ def test_scores_and_perplexity_equal_an_independent_measurement(
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     scores = shortllm.score(model, calibration=CalibrationOptions(file=tmp_path / "ids.json"))
     assert scores.intact == pytest.approx(intact, abs=0.005)
-    assert scores.values == pytest.approx(without, rel=0.002)
+    for value, recorded in zip(scores.values, without, strict=True):
+        assert value == pytest.approx(recorded, abs=0.05 if recorded > 10 else 0.005)
 
 
 def test_perplexity_equals_a_plain_loop_over_segments(shared: Path) -> None:

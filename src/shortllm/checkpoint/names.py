@@ -87,7 +87,10 @@ def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str)
     found = numbers[prefix]
     missing, extra = set(range(count)) - found, found - set(range(count))
     if missing:
-        return f"the config says {count} blocks, but no tensor of block {min(missing)} ('{prefix}.{min(missing)}') is stored"
+        return (
+            f"the config says {count} blocks, but no tensor of block {min(missing)} "
+            f"('{prefix}.{min(missing)}') is stored"
+        )
     return (
         f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks (a prediction head or a "
         "wrong block "

@@ -63,7 +63,7 @@ REFUSED: dict[str, Callable[[Any], str | None]] = {
     "zamba2": lambda config: "its blocks share attention blocks by period",
     "longcat_flash": lambda config: "its blocks hold two sublayers counted together",
 }
-"""Types whose blocks know their own number in a way no config field expresses: a reason, or None."""
+"""Types whose blocks know their own number in a way no config field expresses: reason or None."""
 
 
 def shorten_config(raw: dict[str, Any], config: Any, kept: Sequence[int]) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def _per_block(field: str, removed: list[int]) -> bool:
     if not removed:
         return False
     raise UnsupportedModelError(
-        f"config field '{field}' has as many entries as the model has blocks, and no rule says whether "
-        "it holds one per block; shortening this model type is not supported yet"
+        f"config field '{field}' has as many entries as the model has blocks, and no rule says "
+        "whether it holds one per block; shortening this model type is not supported yet"
     )
 
 
@@ -127,8 +127,8 @@ def _refuse_by_type(config: Any) -> None:
     """Types and layouts that no rule covers."""
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' wraps a text decoder in a multimodal model, which is not "
-            "supported yet; give the text model alone"
+            f"model type '{config.model_type}' wraps a text decoder in a multimodal model, which is "
+            "not supported yet; give the text model alone"
         )
     reason = REFUSED.get(config.model_type, lambda config: None)(config)
     if reason:

@@ -203,13 +203,12 @@ def _check_layout(path: Path, entries: list[TensorEntry], *, data_start: int, si
 
 
 def _read_pickled(path: Path) -> dict[str, TensorEntry]:
-    """The table of one `.bin`; of tensors that share memory (tied weights) the first name is kept."""
-    import torch
+    """The table of one `.bin`; of tensors that share memory (tied weights) the first name stays."""
     from safetensors.torch import _TYPES as TYPES
 
     codes = {dtype: code for code, dtype in TYPES.items()}
     table: dict[str, TensorEntry] = {}
-    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    seen: set[tuple[object, ...]] = set()
     for name, tensor in load_pickled(path).items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and place in seen:
@@ -220,16 +219,16 @@ def _read_pickled(path: Path) -> dict[str, TensorEntry]:
                 f"{path}: tensor '{name}' has type {tensor.dtype}, not storable here"
             )
         table[name] = TensorEntry(
-            name, path, codes[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size(), None
+            name, path, codes[tensor.dtype], tuple(tensor.shape), tensor.nbytes, None
         )  # fmt: skip
     return table
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` through the weights-only loader, memory-mapped where the file allows it.
+    """The tensors of a `.bin` through the weights-only loader, memory-mapped where the file allows.
 
     Raises:
-        CheckpointError: the file is damaged, or holds anything but tensors (such a file could run code).
+        CheckpointError: the file is damaged, or holds anything but tensors (it could run code).
     """
     return _load_pickled(path, path.stat().st_mtime_ns)
 
@@ -264,4 +263,4 @@ def pickled_bytes(entry: TensorEntry) -> memoryview:
     import torch
 
     tensor = load_pickled(entry.file)[entry.name]
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def probe_ids(vocabulary: int) -> Tensor:
 
 @torch.inference_mode()
 def bypass_logits(original: nn.Module, removed: Collection[int]) -> Tensor:
-    """Logits on the probe of the original model with the blocks `removed` bypassed, `[2, 24, V]`."""
+    """Logits on the probe of the original with the blocks `removed` bypassed, `[2, 24, V]`."""
     view = ResidentModel(original)
     with view.without(removed):
         return _logits(original, probe_ids(view.vocabulary))
@@ -40,7 +40,7 @@ def bypass_logits(original: nn.Module, removed: Collection[int]) -> Tensor:
 
 @torch.inference_mode()
 def verify_shortened(name: str, shortened: nn.Module, expected: Tensor) -> None:
-    """Compare a reloaded shortened model with `expected` (see `bypass_logits`), without and with cache.
+    """Compare a reloaded model with `expected` (see `bypass_logits`), without and with cache.
 
     Raises:
         CheckpointError: the logits differ, or cached generation differs from generation without.
@@ -68,7 +68,7 @@ def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
-    """Logits of a forward over all but the last tokens, continued one token at a time from its cache.
+    """Logits of a forward over all but the last tokens, continued token by token from its cache.
 
     None where the type has no cache of keys and values.
     """

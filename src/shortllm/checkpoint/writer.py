@@ -111,7 +111,7 @@ def _data_start(entries: list[TensorEntry], least: int) -> int:
 
 
 def _runs(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
-    """Consecutive entries whose data lies side by side in one file: they are copied as one range."""
+    """Consecutive entries whose data lies side by side in one file: copied as one range."""
     run: list[TensorEntry] = []
     for entry in entries:
         last = run[-1] if run else None
@@ -147,7 +147,7 @@ def _copy_run(run: list[TensorEntry], out: RawIOBase, advance: Advance) -> None:
 
 
 def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
-    """Move up to `count` bytes between the files' positions, inside the kernel where that is faster."""
+    """Move up to `count` bytes between the files' positions, inside the kernel if that is faster."""
     aligned = (source.tell() - out.tell()) % PAGE_BYTES == 0
     if aligned and hasattr(os, "copy_file_range"):
         try:

@@ -39,7 +39,7 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     stream_name: str | None
-    """Keyword under which the stream is handed over; None if it is the first positional argument."""
+    """Keyword under which the stream is handed over; None if it is the first argument."""
 
     def on(self, forward: Forward, stream_BTD: Tensor) -> Any:
         """Call `forward` (a block, or a block's own forward) on another stream."""
@@ -58,7 +58,7 @@ class BlockCall:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A batch on its way into the blocks: `ids_BT`, the stream entering block 0, one call per block."""
+    """A batch on its way into the blocks: `ids_BT`, the stream entering block 0, a call per block."""
 
     ids_BT: Tensor
     stream_BTD: Tensor
@@ -113,8 +113,8 @@ class ResidentModel:
         stream_BTD, calls = self._record(ids_BT)
         if stream_BTD.shape[:2] != ids_BT.shape or stream_BTD.ndim != 3:
             raise UnsupportedModelError(
-                f"the stream entering the blocks of '{self.blocks_name}' has shape {list(stream_BTD.shape)} for "
-                f"ids of shape {list(ids_BT.shape)}; a stream [samples, tokens, width] is needed"
+                f"the stream entering the blocks of '{self.blocks_name}' has shape "
+                f"{list(stream_BTD.shape)} for ids of shape {list(ids_BT.shape)}; a stream [samples, tokens, width] is needed"
             )
         if not self._checked:
             probe_BT = ids_BT[:1, :CHECKED_TOKENS]
@@ -190,15 +190,15 @@ class ResidentModel:
             yield
 
     def _learn_outputs(self) -> None:
-        """Before stand-ins are used: learn what blocks return, and refuse types they would be wrong for."""
+        """Before stand-ins are used: learn what blocks return, and refuse types they are wrong for."""
         if not self._checked:
             self.enter(torch.arange(CHECKED_TOKENS)[None] % self.vocabulary)
 
     def _record(self, ids_BT: Tensor, *, shift: float = 0.0) -> tuple[Tensor, list[BlockCall]]:
         """The stream entering block 0 and each block's call.
 
-        Blocks hand their input through, changed by `shift`, and are not run, but for one of each class
-        to learn what it returns.
+        Blocks hand their input through, changed by `shift`, and are not run, but for one of each
+        class to learn what it returns.
         """
         streams: list[Tensor] = []
         calls: list[BlockCall] = []
@@ -227,18 +227,19 @@ class ResidentModel:
 
     def _wrong_order(self, found: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"the model's forward called {found} of '{self.blocks_name}'; each block must be called once, in order"
+            f"the model's forward called {found} of '{self.blocks_name}'; "
+            "each block must be called once, in order"
         )
 
     def _check_arguments(self, ids_BT: Tensor) -> None:
-        """Refuse types whose blocks are handed state of earlier blocks (it would be that of the intact model)."""
+        """Refuse types whose blocks are handed state of earlier blocks: a walk hands on the intact one."""
         _, plain = self._record(ids_BT)
         _, shifted = self._record(ids_BT, shift=1.0)
         for b, (one, other) in enumerate(zip(plain, shifted, strict=True)):
             if not _equal((one.args, one.kwargs), (other.args, other.kwargs)):
                 raise UnsupportedModelError(
-                    f"block {b} of '{self.blocks_name}' receives state of earlier blocks besides the "
-                    "stream; removing single blocks is not defined for this model type"
+                    f"block {b} of '{self.blocks_name}' receives state of earlier blocks besides "
+                    "the stream; removing single blocks is not defined for this model type"
                 )
 
     def _check_walk(self, ids_BT: Tensor) -> None:
@@ -256,8 +257,8 @@ class ResidentModel:
         scale = expected_BTD.abs().max()
         if not (intact_BTD - expected_BTD).abs().max() <= 1e-2 * scale and scale.isfinite():
             raise UnsupportedModelError(
-                f"the blocks of '{self.blocks_name}' share state besides the stream; removing single blocks "
-                "is not defined for this model type"
+                f"the blocks of '{self.blocks_name}' share state besides the stream; removing single "
+                "blocks is not defined for this model type"
             )
 
     def _unknown(self, b: int) -> bool:
@@ -268,7 +269,7 @@ class ResidentModel:
         self._extras[type(self.blocks[b])] = len(output) - 1 if isinstance(output, tuple) else None
 
     def _as_output(self, b: int, stream: Tensor) -> Any:
-        """What a stand-in for block `b` returns: what stands beside the stream (attention weights) is None."""
+        """What a stand-in for block `b` returns: all beside the stream (attention weights) is None."""
         extras = self._extras[type(self.blocks[b])]
         return stream if extras is None else (stream, *[None] * extras)
 
@@ -285,7 +286,7 @@ class ResidentModel:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Deep equality of call arguments; tensors by value, objects that hold none by identity of type."""
+    """Deep equality of call arguments; tensors by value, other objects by their type."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
