@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint is found before work starts, and the message says what to do."""
+"""What is wrong with a checkpoint is found before work starts; the message says what to do."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ def _refuse_by_type(config: Any) -> None:
     """Types and layouts that no rule covers."""
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' wraps a text decoder in a multimodal model, which is "
-            "not supported yet; give the text model alone"
+            f"model type '{config.model_type}' wraps a text decoder in a multimodal model, "
+            "which is not supported yet; give the text model alone"
         )
     reason = REFUSED.get(config.model_type, lambda config: None)(config)
     if reason:

@@ -147,7 +147,7 @@ def _copy_run(run: list[TensorEntry], out: RawIOBase, advance: Advance) -> None:
 
 
 def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
-    """Move up to `count` bytes between the files' positions, inside the kernel if that is faster."""
+    """Move up to `count` bytes between the files' positions, inside the kernel if it is faster."""
     aligned = (source.tell() - out.tell()) % PAGE_BYTES == 0
     if aligned and hasattr(os, "copy_file_range"):
         try:

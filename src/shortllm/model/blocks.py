@@ -50,7 +50,7 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
         if not any(name.startswith(other + ".") for other, _ in found)
     ]
     if len(outer) > 1:
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
         inside = {id(module) for module in decoder.modules()}
         outer = [(name, module) for name, module in outer if id(module) in inside]
     if len(outer) != 1:

@@ -58,7 +58,7 @@ class BlockCall:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A batch on its way into the blocks: `ids_BT`, the stream entering block 0, a call per block."""
+    """A batch on its way into the blocks: ids, the stream entering block 0, a call per block."""
 
     ids_BT: Tensor
     stream_BTD: Tensor
@@ -114,7 +114,8 @@ class ResidentModel:
         if stream_BTD.shape[:2] != ids_BT.shape or stream_BTD.ndim != 3:
             raise UnsupportedModelError(
                 f"the stream entering the blocks of '{self.blocks_name}' has shape "
-                f"{list(stream_BTD.shape)} for ids of shape {list(ids_BT.shape)}; a stream [samples, tokens, width] is needed"
+                f"{list(stream_BTD.shape)} for ids of shape {list(ids_BT.shape)}; "
+                "a stream [samples, tokens, width] is needed"
             )
         if not self._checked:
             probe_BT = ids_BT[:1, :CHECKED_TOKENS]
@@ -190,7 +191,7 @@ class ResidentModel:
             yield
 
     def _learn_outputs(self) -> None:
-        """Before stand-ins are used: learn what blocks return, and refuse types they are wrong for."""
+        """Before stand-ins are used: learn what blocks return, refuse types they are wrong for."""
         if not self._checked:
             self.enter(torch.arange(CHECKED_TOKENS)[None] % self.vocabulary)
 
@@ -232,7 +233,7 @@ class ResidentModel:
         )
 
     def _check_arguments(self, ids_BT: Tensor) -> None:
-        """Refuse types whose blocks are handed state of earlier blocks: a walk hands on the intact one."""
+        """Refuse types whose blocks are handed state of earlier blocks."""
         _, plain = self._record(ids_BT)
         _, shifted = self._record(ids_BT, shift=1.0)
         for b, (one, other) in enumerate(zip(plain, shifted, strict=True)):
@@ -257,8 +258,8 @@ class ResidentModel:
         scale = expected_BTD.abs().max()
         if not (intact_BTD - expected_BTD).abs().max() <= 1e-2 * scale and scale.isfinite():
             raise UnsupportedModelError(
-                f"the blocks of '{self.blocks_name}' share state besides the stream; removing single "
-                "blocks is not defined for this model type"
+                f"the blocks of '{self.blocks_name}' share state besides the stream; removing "
+                "single blocks is not defined for this model type"
             )
 
     def _unknown(self, b: int) -> bool:
@@ -269,7 +270,7 @@ class ResidentModel:
         self._extras[type(self.blocks[b])] = len(output) - 1 if isinstance(output, tuple) else None
 
     def _as_output(self, b: int, stream: Tensor) -> Any:
-        """What a stand-in for block `b` returns: all beside the stream (attention weights) is None."""
+        """What a stand-in for block `b` returns; attention weights beside the stream are None."""
         extras = self._extras[type(self.blocks[b])]
         return stream if extras is None else (stream, *[None] * extras)
 
