@@ -5,7 +5,8 @@ Each set asks about stories of the `test` split. A document is a dict with `cont
 equally often. The YAML files in `tasks/` hand the same documents to the harness:
 
     lm_eval --model hf --model_args pretrained=DIR --include_path src/shortllm/embedded/tasks \\
-        --tasks shortllm_where,shortllm_who,shortllm_count,shortllm_compare
+        --tasks shortllm_where,shortllm_who,shortllm_count,shortllm_compare,\\
+        shortllm_why
 
 To read a few: `python -m shortllm.embedded.questions`.
 """
@@ -57,6 +58,7 @@ TASKS = (
     Task("who", "who", 4),
     Task("count", "count", 4),
     Task("compare", "compare", 3),
+    Task("why", "cause", 4),
 )
 
 

@@ -20,6 +20,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import tokenizers
@@ -29,7 +30,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from shortllm.embedded.measure import perplexity, removal_perplexities, task_accuracy, token_rows
+from shortllm.embedded.measure import (
+    perplexity,
+    removal_perplexities,
+    task_accuracy,
+    token_rows,
+    without_blocks,
+)
 from shortllm.embedded.questions import TASKS, Task
 from shortllm.embedded.world import pages, rows
 
@@ -272,9 +279,11 @@ def measure(out: Path) -> dict[str, Any]:
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     calibration = token_rows(tokenizer, "calibration", count=10, length=128)
     test = token_rows(tokenizer, "test", count=100, length=256)
+    on_calibration = measure_removal(model, calibration)
     return {
-        "calibration": measure_removal(model, calibration),
+        "calibration": on_calibration,
         "test": measure_removal(model, test),
+        "quarter_removed": measure_quarter(model, on_calibration["perplexity_without_block"], test),
         "tasks": {task.name: measure_task(model, tokenizer, task) for task in TASKS},
     }
 
@@ -289,6 +298,33 @@ def measure_removal(model: LlamaForCausalLM, sequences: list[list[int]]) -> dict
         "perplexity": intact,
         "perplexity_without_block": removed,
         "relative_increase_without_block": [value / intact - 1 for value in removed],
+    }
+
+
+def measure_quarter(
+    model: LlamaForCausalLM, importance: list[float], sequences: list[list[int]]
+) -> dict[str, Any]:
+    """Perplexity without a quarter of the blocks: the least and most important ones, and at random.
+
+    The first quarter and the last two blocks stay; the random choices are 20 seeded ones.
+    """
+    count = len(importance) // 4
+    free = sorted(range(count, len(importance) - 2), key=lambda block: importance[block])
+    random = Random(0)
+    at_random = [sorted(random.sample(free, count)) for _ in range(20)]
+
+    def without(removed: list[int]) -> float:
+        with without_blocks(model, removed):
+            return perplexity(model, sequences)
+
+    values = [without(removed) for removed in at_random]
+    return {
+        "least_important": sorted(free[:count]),
+        "perplexity_without_least_important": without(free[:count]),
+        "perplexity_without_most_important": without(free[-count:]),
+        "random": at_random,
+        "perplexity_without_random": values,
+        "mean_perplexity_without_random": sum(values) / len(values),
     }
 
 
@@ -309,11 +345,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the new model")
     parser.add_argument("--steps", type=int, default=Settings().steps, help="training steps")
+    parser.add_argument(
+        "--measure", action="store_true", help="do not train: measure the model in --out again"
+    )
     parser.add_argument("--seed", type=int, default=Settings().seed, help="seed of the weights")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    record_file = arguments.out / "training.json"
+    if arguments.measure:
+        record = json.loads(record_file.read_text())
+        record.update(measure(arguments.out))
+        record["curve"] = record.pop("curve")  # stays last
+        record_file.write_text(json.dumps(record, indent=1) + "\n")
+        return
     settings = Settings(steps=arguments.steps, seed=arguments.seed)
     torch.manual_seed(settings.seed)
     tokenizer = build_tokenizer(settings.vocabulary, settings.context)
@@ -332,7 +378,7 @@ def main() -> None:
         **measure(arguments.out),
         "curve": curve,
     }
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    record_file.write_text(json.dumps(record, indent=1) + "\n")
     logger.info(json.dumps({"perplexity": record["test"]["perplexity"], **record["tasks"]}))
 
 

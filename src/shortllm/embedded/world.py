@@ -324,6 +324,8 @@ def _colour(random: Random) -> Story:
 def _cause(random: Random) -> Story:
     """One thing leads to another, and someone acts on it."""
     cause, state, act = random.choice(CAUSES)
+    index = CAUSES.index((cause, state, act))
+    elsewhere = CAUSES[index + 1 :] + CAUSES[:index]
     name, friend = random.sample(PEOPLE, 2)
     mood, place = random.choice(MOODS), random.choice(PLACES)
     day = f"One {random.choice(WEATHER)} {random.choice(DAYS)}"
@@ -334,8 +336,8 @@ def _cause(random: Random) -> Story:
     end = f"That is why {name} {act}. {friend} was {mood}."
     questions = random.sample(
         (
-            Question(f"{_sentence(state)}. Why?", cause, ()),
-            Question(f"{name} {act}. Why?", state, ()),
+            Question(f"{_sentence(state)}. Why?", cause, tuple(other[0] for other in elsewhere)),
+            Question(f"{name} {act}. Why?", state, tuple(other[1] for other in elsewhere)),
             Question(f"Who was {mood}?", friend, (name,)),
         ),
         2,
