@@ -154,8 +154,7 @@ def config_of(variant: str, **changes: Any) -> Any:
 
 
 def build(source: Any, *, seed: int = 0) -> nn.Module:
-    """The model of a variant name or of a config object, redrawn (see the top), in evaluation
-    mode."""
+    """The model of a variant name or a config object, redrawn (see the top), not training."""
     config = config_of(source) if isinstance(source, str) else source
     torch.manual_seed(seed)
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

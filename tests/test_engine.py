@@ -1,5 +1,4 @@
-"""The removal engine computes what rebuilding the model without the block computes, in every
-family."""
+"""The engine computes what a model rebuilt without the block computes, in every family."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A whole run on the embedded model: its files, what is skipped and redone, and being killed
-anywhere."""
+"""A whole run on the embedded model: its files, what is redone, being killed anywhere."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def evaluate(
 
 
 def _named(models: Sequence[str]) -> dict[str, Checkpoint]:
-    """Each model under a short name: the last part of its path, or all of it where that is taken."""
+    """Each model under the last part of its path, or all of it where that is taken."""
     checkpoints: dict[str, Checkpoint] = {}
     for model in models:
         short = Path(model).name or model

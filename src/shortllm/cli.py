@@ -424,8 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _insist_on_interrupts() -> None:
     """Repeat a Ctrl-C until it gets through.
 
-    Python drops the KeyboardInterrupt that happens to be raised inside a destructor, and the run would
-    go on as if nothing had been typed.
+    Python drops the KeyboardInterrupt that happens to be raised inside a destructor, and the run
+    would go on as if nothing had been typed.
     """
 
     def interrupt(signum: int, frame: object) -> None:

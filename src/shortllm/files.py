@@ -25,8 +25,7 @@ def fingerprint(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`: first to a sibling name, then renamed, so no reader sees half a
-    file."""
+    """Write `text` to a sibling name, then rename it, so that no reader sees half a file."""
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
@@ -65,8 +64,7 @@ def partial_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained(directory: Path) -> Iterator[None]:
-    """Turn the operating system's write errors below `directory` into an OutputError a user can
-    act on."""
+    """Turn the system's write errors below `directory` into an OutputError to act on."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,4 @@
-"""A whole run in one directory: every stage writes its file, and is skipped when that file is up
-to date.
+"""A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
     run.json  calibration.*  scores.json  plan.json  pruned/  eval.json  report.html  README.md
 
@@ -161,8 +160,7 @@ def write_run_file(
 
 
 def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
-    """An earlier result if it is whole and made from the same inputs, with a word that it is
-    reused."""
+    """An earlier result if it is whole and made from the same inputs; says that it is reused."""
     try:
         found = kind.load(path)
     except ResultFileError:

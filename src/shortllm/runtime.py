@@ -1,5 +1,4 @@
-"""What a run has around it: device, computation type, versions, memory, and the progress on the
-terminal."""
+"""What a run has around it: device, computation type, memory, versions, progress on a terminal."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Computation type: `auto` is float32 on a CPU and the checkpoint's own type on an
-    accelerator."""
+    """Computation type: `auto` is float32 on a CPU, else the checkpoint's own type."""
     import torch
 
     if name not in DTYPES:

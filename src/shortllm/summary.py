@@ -22,8 +22,7 @@ class ModelSummary(Record):
     scoring_flops: float
     """Floating-point operations of scoring all blocks by `ppl`, dense blocks assumed."""
     scoring_bytes: int
-    """Memory of scoring in float32: weights, streams of one group of samples, one slice of the
-    head."""
+    """Memory of scoring in float32: weights, streams of one group, one slice of the head."""
 
     def saved_by(self, blocks: int) -> tuple[float, float]:
         """Parts of the parameters and of the bytes that go with `blocks` average blocks."""

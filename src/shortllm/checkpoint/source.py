@@ -1,5 +1,4 @@
-"""Open a checkpoint: a local directory, a Hub id, or the embedded model, checked before any heavy
-work."""
+"""Open a checkpoint (local directory, Hub id, embedded model), checked before heavy work."""
 
 from __future__ import annotations
 

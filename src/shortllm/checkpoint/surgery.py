@@ -62,8 +62,7 @@ def write_shortened(
     advance: Advance = lambda copied: None,
     verify: Callable[[Path], None] = lambda written: None,
 ) -> None:
-    """Write the checkpoint that keeps only the blocks `kept` as directory `target`, whole or not
-    at all.
+    """Write the checkpoint of the blocks `kept` as directory `target`, whole or not at all.
 
     Args:
         kept: kept block numbers, ascending.

@@ -1,5 +1,4 @@
-"""Check what was written: reload it, and compare it with the original whose removed blocks are
-bypassed."""
+"""Check what was written: reload it, compare it with the original with blocks bypassed."""
 
 from __future__ import annotations
 

@@ -39,8 +39,7 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Advance = lambda copied: None,
 ) -> None:
-    """Write `new name -> stored tensor` as `model.safetensors`, or as shards and, last, their
-    index.
+    """Write `new name -> stored tensor` as `model.safetensors`, or as shards and their index.
 
     Args:
         entries: tensors in the order they should be stored; those of one file in file order copy

@@ -58,8 +58,7 @@ _REGISTRY: dict[str, Criterion] = {}
 def criterion(
     name: str, *, source: str, flops: Callable[[ResidentModel, int, int], float]
 ) -> Callable[[Score], Score]:
-    """Register the decorated function as criterion `name`; its docstring's first line is the
-    summary."""
+    """Register the decorated function as `name`; its docstring's first line is the summary."""
 
     def register(score: Score) -> Score:
         if name in _REGISTRY:

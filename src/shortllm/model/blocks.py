@@ -14,8 +14,7 @@ from shortllm.errors import UnsupportedModelError
 
 
 def text_config(config: Any) -> Any:
-    """The part of a Hugging Face config that describes the text decoder (the config itself for
-    most)."""
+    """The part of a config that describes the text decoder (the config itself for most)."""
     return config.get_text_config(decoder=True)
 
 

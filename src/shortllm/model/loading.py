@@ -1,5 +1,4 @@
-"""Load a checkpoint into memory for scoring or evaluation; anything suspicious is an error, never
-a guess."""
+"""Load a checkpoint into memory; anything suspicious is an error, never a guess."""
 
 from __future__ import annotations
 
@@ -33,13 +32,11 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto") -> nn.Module:
-    """The causal language model of a checkpoint, in evaluation mode, every weight checked to be
-    finite.
+    """The causal language model of a checkpoint, not training, its weights checked to be finite.
 
     Raises:
         CheckpointError: tensors missing, unexpected or misshapen (transformers would go on with
-            random
-            weights), or NaN or infinite weights, named.
+            random weights), or NaN or infinite weights, named.
         ShortLLMError: the weights do not fit into the free memory.
     """
     from transformers import AutoModelForCausalLM
@@ -98,8 +95,7 @@ def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No weight-loading bar and no advice from transformers: what matters is checked and raised
-    here."""
+    """No loading bar and no advice from transformers: what matters is checked and raised here."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -1,8 +1,8 @@
 """A model held in memory, cut into the three parts a walk over blocks needs.
 
-    enter(ids)              token ids -> stream entering block 0, and the arguments of every block
-    call apply(b, stream, call)  one block of the model, called exactly as the model's own forward
-    calls it logits(stream, ids)     the model's own final norm and head, applied to any stream
+    enter(ids)              token ids -> stream entering block 0, arguments of every block call
+    apply(b, stream, call)  one block, called exactly as the model's own forward calls it
+    tail()                  the model's own final norm and head, applied to any stream
 
 Nothing of a family is written here. The arguments (masks, rotary tables, positions, whatever a type
 adds) are recorded from the model's own forward, in which every block is replaced by a recorder that

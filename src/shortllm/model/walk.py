@@ -35,8 +35,7 @@ GPU_GROUP_TOKENS = 8192
 
 CPU_LOSS_BYTES = 64 * 2**20
 GPU_LOSS_BYTES = 2**30
-"""Bound on the temporaries of one slice of the head: logits, their float32 copy, log-
-probabilities."""
+"""Bound on the temporaries of one slice of the head: logits and what the loss makes of them."""
 
 
 def sweep_removals(
@@ -93,8 +92,7 @@ def _slices(
 
 
 def stream_nll(model: ResidentModel, stream_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-    """Negative log-likelihood of every next token given a stream after the last block, nats,
-    `[B*(T-1)]`."""
+    """NLL of every next token given a stream after the last block, nats, `[B*(T-1)]`."""
     losses = []
     with model.tail() as logits:
         for rows, columns in token_slices(ids_BT, slice_tokens(model)):
