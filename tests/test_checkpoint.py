@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, config_of, opened, save, saved
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
 
@@ -24,6 +25,7 @@ from shortllm.checkpoint.tensors import (
     SAFETENSORS_INDEX,
     read_tensor_table,
 )
+from shortllm.embedded import MODEL_DIR
 from shortllm.errors import CheckpointError, ShortLLMError, UnsupportedModelError
 from shortllm.model.loading import load_model, stored_dtype
 
@@ -115,6 +117,23 @@ def test_the_fingerprint_follows_the_content(source: Path, tmp_path: Path) -> No
     assert open_checkpoint(source).fingerprint not in (original, changed)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_the_fingerprint_sees_the_middle_of_a_tensor(pickled: bool, source: Path) -> None:
+    def write(tensors: dict[str, torch.Tensor]) -> str:
+        if pickled:
+            torch.save(tensors, source / PICKLED)
+        else:
+            save_file(tensors, source / SAFETENSORS, metadata={"format": "pt"})
+        return open_checkpoint(source).fingerprint
+
+    tensors = load_file(source / SAFETENSORS)
+    (source / SAFETENSORS).unlink()
+    tensors["model.norm.weight"] = torch.zeros(3 * 2**18 + 7)  # three MiB
+    before = write(tensors)
+    tensors["model.norm.weight"][5000:-5000] += 1e-6
+    assert write(tensors) != before
+
+
 def test_the_fingerprint_of_a_pickled_checkpoint(source: Path, tmp_path: Path) -> None:
     tensors = load_file(source / SAFETENSORS)
     (source / SAFETENSORS).unlink()
@@ -134,8 +153,20 @@ def test_no_such_directory(tmp_path: Path) -> None:
         CheckpointError, match="no such directory: .*nowhere. Give a checkpoint directory"
     ):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no such directory: nowhere.*'embedded'"):
-        open_checkpoint("nowhere")
+    with pytest.raises(
+        CheckpointError, match="no such directory: gpt2.*openai-community/gpt2.*'embedded'"
+    ):
+        open_checkpoint("gpt2")
+
+
+def test_the_embedded_model_comes_before_a_directory_of_its_name(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    source.rename("embedded")
+    assert open_checkpoint("embedded").directory == MODEL_DIR
+    assert open_checkpoint("./embedded").directory == Path("embedded")
+    assert open_checkpoint(Path("embedded")).directory == Path("embedded")
 
 
 def test_a_file_instead_of_its_directory(source: Path) -> None:
@@ -178,6 +209,67 @@ def test_a_hub_id_offline() -> None:
         open_checkpoint("no body/no thing")
 
 
+class Hub:
+    """`snapshot_download` of a repository that is a local directory."""
+
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository, self.snapshot = repository, cache / "0123abcd"
+
+    def __call__(
+        self, hub_id: str, *, revision: str | None, allow_patterns: Any, ignore_patterns: Any
+    ) -> str:
+        assert revision in (None, self.snapshot.name)
+        names = [str(p.relative_to(self.repository)) for p in self.repository.rglob("*.*")]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in filter_repo_objects(names, **patterns):
+            self.snapshot.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.repository / name, self.snapshot / name)
+        return str(self.snapshot)
+
+    def fetched(self) -> set[str]:
+        return {path.name for path in self.snapshot.glob("*")}
+
+
+@pytest.fixture
+def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    fake = Hub(source, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
+    return fake
+
+
+def test_a_download_takes_one_copy_of_the_weights(hub: Hub) -> None:
+    (hub.repository / "onnx").mkdir()
+    for name in (
+        "consolidated.safetensors", "consolidated.json", "pytorch_model.bin", "tokenizer.json",
+        "onnx/more.safetensors", "onnx/config.json",
+    ):  # fmt: skip
+        (hub.repository / name).write_text("{}")
+    checkpoint = open_checkpoint("acme/tiny")
+    assert (checkpoint.revision, checkpoint.directory) == ("0123abcd", hub.snapshot)
+    assert hub.fetched() == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"
+    }  # fmt: skip
+
+
+def test_pickled_weights_are_downloaded_where_there_are_no_others(hub: Hub) -> None:
+    torch.save(load_file(hub.repository / SAFETENSORS), hub.repository / PICKLED)
+    (hub.repository / SAFETENSORS).unlink()
+    assert open_checkpoint("acme/tiny").info().blocks == 6
+    assert hub.fetched() == {"config.json", "generation_config.json", PICKLED}
+
+
+def test_the_config_is_checked_before_weights_are_downloaded(hub: Hub) -> None:
+    rewrite_config(hub.repository, model_type="vit", architectures=["ViTModel"])
+    with pytest.raises(UnsupportedModelError, match="'vit' has no causal language model"):
+        open_checkpoint("acme/tiny")
+    assert hub.fetched() == {"config.json"}
+    (hub.repository / "config.json").unlink()
+    (hub.snapshot / "config.json").unlink()
+    hub.snapshot.rmdir()
+    with pytest.raises(CheckpointError, match="acme/tiny is not a checkpoint: .* no config.json"):
+        open_checkpoint("acme/tiny")
+
+
 # --- config ---------------------------------------------------------------------------------------
 
 
@@ -202,6 +294,17 @@ def test_an_unknown_model_type(source: Path) -> None:
         UnsupportedModelError, match="transformers .* cannot read the config of model type 'lama'"
     ):
         open_checkpoint(source)
+
+
+def test_code_beside_the_config_is_never_run(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda question="": "y")  # transformers would ask
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    rewrite_config(source, model_type="own", auto_map=auto_map)
+    code = f"import pathlib\npathlib.Path({str(source / 'ran')!r}).touch()\nclass OwnConfig: ...\n"
+    (source / "own.py").write_text(code)
+    with pytest.raises(UnsupportedModelError, match="cannot read the config of model type 'own'"):
+        open_checkpoint(source)
+    assert not (source / "ran").exists()
 
 
 def test_a_value_transformers_refuses(source: Path) -> None:

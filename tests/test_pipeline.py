@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import shortllm
-from shortllm import pipeline
+from shortllm import embedded, pipeline, stages
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan
@@ -89,8 +90,6 @@ def test_the_same_run_again_does_nothing(
 def test_another_budget_reuses_the_scores_and_redoes_the_rest(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     directory = tmp_path / "copy"
     shutil.copytree(finished, directory)
     other = RECIPE.model_copy(update={"budget": shortllm.Budget(remove=3)})
@@ -164,6 +163,7 @@ def test_a_run_of_another_model_is_refused(finished: Path, tmp_path: Path) -> No
     run_file.write_text(
         (finished / "run.json").read_text().replace('"fingerprint": "', '"fingerprint": "0')
     )
+    (tmp_path / "scores.json").write_bytes((finished / "scores.json").read_bytes())
     with pytest.raises(OutputError, match="holds a run of another model"):
         pipeline.run(RECIPE, out=tmp_path)
 
@@ -171,7 +171,6 @@ def test_a_run_of_another_model_is_refused(finished: Path, tmp_path: Path) -> No
 def test_too_little_space_is_found_before_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
@@ -198,6 +197,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         ({"calibration": CalibrationOptions(data="wikitxt2")}, "Did you mean 'wikitext2'"),
         ({"calibration": CalibrationOptions(length=4096)}, "Use --sampler packed|exceed the"),
         ({"evaluation": EvaluationOptions(length=4096)}, "exceed the 512 positions"),
+        ({"calibration": CalibrationOptions(data="a", file=Path("b"))}, "Leave one out"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
     ],
 )
@@ -210,9 +210,49 @@ def test_mistakes_are_found_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_killed_start_does_not_lock_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "run.json.partial").write_text("{")
+    checkpoint = shortllm.open_checkpoint("embedded")
+    pipeline.claim_directory(tmp_path, checkpoint)
+
+
+def test_no_row_both_calibrates_and_is_measured(tmp_path: Path) -> None:
+    rows = [f"{number}. {row}" for number, row in enumerate(embedded.rows("test", 40))]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    checkpoint = shortllm.open_checkpoint("embedded")
+    spelled = f"{tmp_path}/../{tmp_path.name}/rows.json"
+    for calibrating, measuring in ((str(path), str(path)), (str(path), spelled)):
+        texts = stages.prepare_texts(
+            checkpoint,
+            CalibrationOptions(data=calibrating, samples=2, length=64),
+            EvaluationOptions(data=[measuring]),
+        )
+        assert texts.calibration is not None and texts.calibration.info.rows == (0, 20)
+        assert (texts.evaluation[0].rows.start, texts.evaluation[0].held_out) == (20, True)
+    texts.calibration.save(tmp_path / "earlier")
+    again = stages.prepare_texts(
+        checkpoint,
+        CalibrationOptions(file=tmp_path / "earlier"),
+        EvaluationOptions(data=[str(path)]),
+    )
+    assert again.evaluation[0].rows.start == 20
+
+
+def test_a_damaged_result_is_made_again(finished: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(finished, directory)
+    weights = directory / "pruned" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (directory / "eval.json").write_text("{}")
+    pipeline.run(RECIPE, out=directory, command=COMMAND)
+    assert contents(directory) == contents(finished)
+
+
 def test_blocks_by_hand_need_no_scoring(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"budget": shortllm.Budget(blocks=[4, 6])})
     result = pipeline.run(recipe, out=tmp_path / "run", command=COMMAND)
     assert result.plan.removed == [4, 6]
     assert not (tmp_path / "run" / "scores.json").exists()
+    assert not (tmp_path / "run" / "calibration.json").exists()
     assert result.report.exists()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 from shortllm.criteria import require_finite
-from shortllm.errors import BudgetError, CriterionError
+from shortllm.errors import BudgetError, CriterionError, ResultFileError
 from shortllm.planning import Budget, build_plan, check_budget, removal_order
 from shortllm.results import BlockScores, ModelInfo, PrunePlan
 
@@ -104,10 +106,8 @@ def test_blocks_named_by_hand_need_no_scores_and_ignore_protection() -> None:
     assert "by hand" in made.reason
 
 
-def test_plan_file_round_trip(tmp_path: object) -> None:
-    from pathlib import Path
-
-    path = Path(str(tmp_path)) / "plan.json"
+def test_plan_file_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
     made = planned([float(b) for b in range(12)], remove=2)
     made.save(path)
     assert PrunePlan.load(path) == made
@@ -148,3 +148,33 @@ def test_budget_without_scores_says_what_to_run() -> None:
 def test_scores_that_cannot_be_ranked_name_the_block(bad: float) -> None:
     with pytest.raises(CriterionError, match="for block 2"):
         require_finite("ppl", [1.0, 2.0, bad])
+
+
+def test_a_ratio_of_parameters_never_takes_every_block() -> None:
+    about = model(5, outside=100)
+    free = {"protect_first": 0, "protect_last": 0}
+    with pytest.raises(BudgetError, match="hold 66.7%"):
+        check_budget(Budget(param_ratio=0.8, **free), about)
+    made = build_plan(
+        Budget(param_ratio=0.66, **free), model=about, scores=scores([1.0] * 5, about)
+    )
+    assert made.kept == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": [1, 0, 2, 3, 4, 5, 6, 7, 8, 9]}, "kept must list block numbers once each"),
+        ({"kept": [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]}, "kept must list block numbers once each"),
+        ({"kept": [0, 1, 2, 99]}, "must share out the 12 blocks"),
+        ({"order": [3, 4]}, "order must hold the removed blocks"),
+    ],
+)
+def test_a_plan_file_that_is_no_plan_is_refused(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    made = planned([9, 9, 9, 9, 9, 9, 9, 9, 1, 1, 9, 9], remove=2)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**made.model_dump(mode="json"), **change}))
+    with pytest.raises(ResultFileError, match=message):
+        PrunePlan.load(path)

@@ -309,7 +309,7 @@ def test_a_damaged_file_says_what_makes_it(tmp_path: Path, name: str, text: str)
         ("scores.json", {"fingerprint": "other"}, "made from other scores.*shortllm plan"),
         ("scores.json", {"calibration": "other"}, "made from other tokens"),
         ("scores.json", {"values": [math.inf] * 12}, "no finite number"),
-        ("plan.json", {"kept": [1]}, "kept and removed blocks are not the 12"),
+        ("plan.json", {"kept": [1]}, "kept and removed must share out the 12 blocks"),
         ("eval.json", "pruned", "the pruned model in .*eval.json has 11 blocks.*leads to 9"),
         ("eval.json", "original", "made from another model"),
     ],
@@ -326,6 +326,58 @@ def test_files_of_different_runs_are_refused(
     change_json(path, **changes)
     with pytest.raises(ResultFileError, match=message):
         write_report(tmp_path)
+
+
+def test_an_evaluation_of_another_plan_is_refused(tmp_path: Path) -> None:
+    path = make_run(tmp_path, by_hand=True) / "eval.json"
+    models = json.loads(path.read_text())["models"]
+    models[1]["model"]["parameters"] = 800_000
+    change_json(path, models=models)
+    with pytest.raises(ResultFileError, match="has 800,000 parameters, plan.json leads to 900,000"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"removed_blocks": [1, 2, 3]},
+            r"pruned/ lacks the blocks \[1, 2, 3\].*removes \[5, 7, 8\]",
+        ),
+        ({"source_blocks": 9}, "pruned/ was made from a model of 9 blocks.*speaks of 12"),
+        (None, "does not say which blocks"),
+    ],
+)
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path, entry: Any, message: str) -> None:
+    pruned = make_run(tmp_path, by_hand=True) / "pruned"
+    pruned.mkdir()
+    fitting = {"removed_blocks": [5, 7, 8], "source_blocks": 12}
+    config = pruned / "config.json"
+    config.write_text(json.dumps({"shortllm": entry and fitting | entry}))
+    command = f"shortllm run, or shortllm prune acme/tiny --plan {tmp_path} --out {pruned}"
+    with pytest.raises(ResultFileError, match=f"{message}.*{re.escape(command)}"):
+        write_report(tmp_path)
+    config.write_text(json.dumps({"shortllm": fitting}))
+    write_report(tmp_path)
+
+
+def test_one_of_a_thing_and_no_change(tmp_path: Path) -> None:
+    run = make_run(tmp_path, blocks=2, removed=(1,), by_hand=True)
+    evaluation = Evaluation.load(run / "eval.json")
+    models = [
+        entry.model_copy(
+            update={"perplexity": [perplexity(11.0, source=s, rows=(5, 6)) for s in ("a", "b")]}
+        )
+        for entry in evaluation.models
+    ]
+    evaluation.model_copy(update={"models": models}).save(run / "eval.json")
+    change_json(run / "plan.json", protected=[0])
+    page, card = map(words, page_and_card(run))
+    for text in (page, card):
+        assert "perplexity stays at 11.00 on a, and stays at 11.00 on b." in text
+        assert ": row 5, 166" in text or "<dd>row 5, 166" in text
+    assert "2 → 1 block\n" in card
+    assert "\nBlock 1 of the original" in card and "\nBlock 0 was not allowed" in card
 
 
 def test_plot_axis_follows_the_spread() -> None:

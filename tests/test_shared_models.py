@@ -132,7 +132,7 @@ def test_scores_and_perplexity_equal_an_independent_measurement(
     scores = shortllm.score(model, calibration=CalibrationOptions(file=tmp_path / "ids.json"))
     assert scores.intact == pytest.approx(intact, abs=0.005)
     for value, recorded in zip(scores.values, without, strict=True):
-        assert value == pytest.approx(recorded, abs=0.05 if recorded > 10 else 0.005)
+        assert value == pytest.approx(recorded, abs=0.06 if recorded > 10 else 0.005)
 
 
 def test_perplexity_equals_a_plain_loop_over_segments(shared: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from shortllm import __version__
 from shortllm.checkpoint import open_checkpoint
-from shortllm.checkpoint.surgery import write_shortened
+from shortllm.checkpoint.surgery import carried_files, carried_fingerprint, write_shortened
 from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor_table
 from shortllm.checkpoint.verify import bypass_logits, verify_shortened
 from shortllm.checkpoint.writer import write_tensors
@@ -284,6 +284,46 @@ def test_other_files_are_carried_along(tmp_path: Path) -> None:
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert found == {*carried, "config.json", SAFETENSORS}
     assert all((target / name).read_text() == text for name, text in carried.items())
+
+
+def test_an_output_inside_the_source_is_not_carried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copied("llama", tmp_path / "source")
+    monkeypatch.chdir(source)
+    Path("extra").mkdir()
+    Path("extra/words.txt").write_text("one")
+    before = carried_fingerprint(source)
+    for name in ("runs/a/run.json", "deep/er/model.onnx", "made.partial/x", "made/b.partial"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    checkpoint = open_checkpoint(".")
+    for target in (Path("short"), Path("short"), Path("empty/short")):
+        shortened(checkpoint, [2], target)
+        found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+        assert found == {
+            "config.json", "generation_config.json", SAFETENSORS, "extra/words.txt"
+        }  # fmt: skip
+    assert carried_fingerprint(source) == before == carried_fingerprint(Path("short"))
+    Path("extra/words.txt").write_text("two")
+    assert carried_fingerprint(source) != before
+
+
+def test_the_target_itself_is_not_carried(tmp_path: Path) -> None:
+    source = copied("llama", tmp_path / "source")
+    (source / "a" / "b").mkdir(parents=True)
+    (source / "a" / "notes.txt").touch()
+    assert carried_files(source) == [Path("a/notes.txt"), Path("generation_config.json")]
+    assert carried_files(source, source / "a" / "b") == [Path("generation_config.json")]
+    assert carried_files(source, source / "a") == [Path("generation_config.json")]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../source"])
+def test_the_source_is_never_replaced(target: str, tmp_path: Path) -> None:
+    source = copied("llama", tmp_path / "source")
+    with pytest.raises(OutputError, match="the original model, which stays as it is"):
+        shortened(open_checkpoint(source), [2], source / target)
+    assert open_checkpoint(source).fingerprint == opened("llama").fingerprint
 
 
 def test_a_source_of_symbolic_links_is_written_as_files(tmp_path: Path) -> None:

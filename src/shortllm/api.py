@@ -12,8 +12,8 @@ from pathlib import Path
 
 from shortllm import criteria, pipeline, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.errors import DataError, OutputError
-from shortllm.files import require_writable
+from shortllm.errors import DataError, OutputError, ShortLLMError
+from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
@@ -37,6 +37,7 @@ def score(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    command: list[str] | None = None,
 ) -> BlockScores:
     """Importance of every block of a model; with `out`, a run directory gets calibration and
     scores.json.
@@ -63,7 +64,8 @@ def score(
     expected = stages.scores_fingerprint(checkpoint, criterion, ids, session)
     if out is None:
         return stages.score(checkpoint, ids, criterion=criterion, session=session)
-    pipeline.write_run_file(out, recipe, checkpoint, command=None)
+    chosen = recipe.model_dump(mode="json", exclude={"budget", "evaluation"})
+    pipeline.write_run_file(out, chosen, checkpoint, command)
     ids.save(out)
     scores = pipeline.finished(BlockScores, out / "scores.json", expected)
     if scores is None:
@@ -72,17 +74,20 @@ def score(
     return scores
 
 
-def plan(scores: BlockScores | Path, budget: Budget, *, out: Path | None = None) -> PrunePlan:
+def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None = None) -> PrunePlan:
     """Choose blocks by scores.
 
     Args:
         scores: scores, a scores.json, or a run directory, which then gets plan.json too.
         out: where to save the plan; default plan.json beside the scores, if those are a file.
     """
-    if isinstance(scores, Path):
+    if not isinstance(scores, BlockScores):
+        scores = Path(scores)
         path = scores / "scores.json" if scores.is_dir() else scores
         out = out or path.with_name("plan.json")
         scores = BlockScores.load(path)
+    if out is not None:
+        require_file_target(out)
     made = build_plan(budget, model=scores.model, scores=scores)
     if out is not None:
         made.save(out)
@@ -91,8 +96,8 @@ def plan(scores: BlockScores | Path, budget: Budget, *, out: Path | None = None)
 
 def prune(
     model: str,
-    plan: PrunePlan | Path | Sequence[int],
-    out: Path,
+    plan: PrunePlan | Path | str | Sequence[int],
+    out: Path | str,
     *,
     revision: str | None = None,
     verify: bool = True,
@@ -111,7 +116,9 @@ def prune(
         OutputError: `out` holds something else or cannot be written.
     """
     checkpoint = open_checkpoint(model, revision=revision)
-    if isinstance(plan, Path):
+    out = Path(out)
+    if isinstance(plan, (str, Path)):
+        plan = Path(plan)
         plan = PrunePlan.load(plan / "plan.json" if plan.is_dir() else plan)
     elif not isinstance(plan, PrunePlan):
         plan = build_plan(Budget(blocks=list(plan)), model=checkpoint.info())
@@ -143,23 +150,31 @@ def evaluate(
         DataError: unreadable text, or models whose tokenizers make different tokens of it.
     """
     from shortllm.data import load_rows
+    from shortllm.evaluation import EvaluationText
 
+    if not models:
+        raise ShortLLMError("no model to evaluate. Give one or more")
     checkpoints = _named(models)
     first = next(iter(checkpoints.values()))
     recipe = Recipe(model=models[0], evaluation=options or EvaluationOptions()).filled(
         first.model_type
     )
     if out is not None:
-        require_writable(out.parent)
+        require_file_target(out)
     rows = [load_rows(source, role="evaluation") for source in recipe.evaluation.data]
     texts = {}
     for name, checkpoint in checkpoints.items():
         stages.check_length(checkpoint, recipe.evaluation.length, "--length")
         tokenizer = stages.load_tokenizer(checkpoint)
-        texts[name] = [stages.evaluation_text(r, tokenizer, recipe.evaluation) for r in rows]
+        texts[name] = [
+            stages.evaluation_segments_of(
+                checkpoint, source, tokenizer, recipe.evaluation, option="--length"
+            )
+            for source in rows
+        ]
     for name, made in texts.items():
         if not all(
-            one.segments.ids.equal(other.segments.ids)
+            one.ids.equal(other.ids)
             for one, other in zip(texts[next(iter(texts))], made, strict=True)
         ):
             raise DataError(
@@ -168,9 +183,11 @@ def evaluate(
                 "cannot be compared. Evaluate them in two commands"
             )
     session = stages.Session(device=device, dtype=dtype)
-    measured = stages.evaluate(
-        list(checkpoints.items()), texts[next(iter(texts))], recipe.evaluation, session=session
-    )
+    text = [
+        EvaluationText(rows=source, held_out=False, segments=segments)
+        for source, segments in zip(rows, texts[next(iter(texts))], strict=True)
+    ]
+    measured = stages.evaluate(list(checkpoints.items()), text, recipe.evaluation, session=session)
     if out is not None:
         measured.save(out)
     return measured
@@ -192,6 +209,8 @@ def report(run_dir: Path) -> Path:
     return write_report(run_dir)
 
 
-def run(recipe: Recipe | None = None, *, out: Path | None = None) -> RunResult:
+def run(
+    recipe: Recipe | None = None, *, out: Path | None = None, command: list[str] | None = None
+) -> RunResult:
     """All stages in one directory; see `shortllm.pipeline.run`."""
-    return pipeline.run(recipe, out=out)
+    return pipeline.run(recipe, out=out, command=command)

@@ -198,7 +198,7 @@ def run(
         device=device,
         dtype=dtype,
     )
-    result = shortllm.run(recipe, out=out)
+    result = shortllm.run(recipe, out=out, command=_command_line())
     if json:
         _print_json(
             {
@@ -265,6 +265,7 @@ def score(
         revision=revision,
         device=device,
         dtype=dtype,
+        command=_command_line(),
     )
     if json:
         _print_json(scores.model_dump(mode="json"))
@@ -432,6 +433,11 @@ def _insist_on_interrupts() -> None:
         _repeat_interrupt(after_s=0.5)
         raise KeyboardInterrupt
 
+    def report(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
     signal.signal(signal.SIGINT, interrupt)
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, interrupt)
@@ -467,6 +473,11 @@ def _budget(
     )
     budget.asked()
     return budget
+
+
+def _command_line() -> list[str]:
+    """What was typed, for run.json."""
+    return ["shortllm", *sys.argv[1:]]
 
 
 def _numbers(text: str) -> list[int]:

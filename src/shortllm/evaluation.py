@@ -7,6 +7,7 @@ blocks; only final norm, head and loss are applied in slices, so that full logit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from shortllm.calibration import tokens_fingerprint
 from shortllm.data import Rows
 from shortllm.errors import CheckpointError
 from shortllm.metrics import perplexity
+from shortllm.model.blocks import text_config
 from shortllm.model.resident import ResidentModel
 from shortllm.model.walk import group_size, stream_nll
 from shortllm.results import Perplexity, Samples
@@ -47,7 +49,7 @@ def measure_perplexity(
     Args:
         advance: called with the number of segments measured since its last call.
     Raises:
-        CheckpointError: the model gives NaN, so that there is no perplexity.
+        CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
     """
     ids_ST = text.segments.ids
     total = 0.0
@@ -58,9 +60,10 @@ def measure_perplexity(
         advance(len(batch_BT))
     predictions = ids_ST.shape[0] * (ids_ST.shape[1] - 1)
     nll = total / predictions
-    if nll != nll:
+    if not math.isfinite(perplexity(nll)):
         raise CheckpointError(
-            f"the model's predictions on {text.rows.source} are NaN. Try --dtype float32"
+            f"the model's loss on {text.rows.source} is {nll}, which is no perplexity. "
+            "Try --dtype float32"
         )
     return Perplexity(
         source=text.rows.source,
@@ -94,7 +97,7 @@ def generate_samples(
     device = next(model.parameters()).device
     encoded = tokenizer(prompt, return_tensors="pt").to(device)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = getattr(text_config(model.config), "max_position_embeddings", None)
     if room is not None:
         new_tokens = max(1, min(new_tokens, room - ids.shape[1]))
     with (

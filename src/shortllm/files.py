@@ -42,16 +42,24 @@ def partial_directory(target: Path) -> Iterator[Path]:
 
     A finished `target` is replaced; leftovers of an earlier interrupted try are removed first.
     After an error the unfinished directory is removed as well, so the disk space comes back.
+
+    Raises:
+        OutputError: it cannot be written, or is or holds the present working directory.
     """
+    target = target.resolve()  # "." has no name, and a link cannot be swapped for a directory
+    if Path.cwd().is_relative_to(target):  # whoever stands in it would be left in a deleted one
+        raise OutputError(
+            f"{target} cannot be replaced from inside. Choose another --out, or call from outside"
+        )
     partial = target.with_name(target.name + PARTIAL)
+    old = target.with_name(target.name + ".old" + PARTIAL)
     with explained(target.parent):
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
             if target.exists():
-                old = target.with_name(target.name + ".old" + PARTIAL)
-                shutil.rmtree(old, ignore_errors=True)
                 os.replace(target, old)
                 os.replace(partial, target)
                 shutil.rmtree(old)
@@ -99,6 +107,17 @@ def require_writable(directory: Path, needed_bytes: int = 0) -> None:
             "there. "
             "Free some space or choose another --out"
         )
+
+
+def require_file_target(path: Path) -> None:
+    """Check before heavy work that the file `path` can be written.
+
+    Raises:
+        OutputError: it is a directory, or see `require_writable`.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; give a file such as {path / 'eval.json'}")
+    require_writable(path.parent)
 
 
 def existing_parent(path: Path) -> Path:

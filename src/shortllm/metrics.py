@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,8 +19,3 @@ def next_token_nll(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 def perplexity(mean_nll: float) -> float:
     """exp of a mean NLL in nats; infinity where that exceeds a float."""
     return math.exp(mean_nll) if mean_nll < 709.0 else math.inf
-
-
-def mean(values: Tensor) -> float:
-    """Mean in float64, whatever the type of `values`."""
-    return values.to(torch.float64).mean().item()

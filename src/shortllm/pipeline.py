@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm import __version__, criteria, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.errors import OutputError, ResultFileError
-from shortllm.files import require_writable, write_text
+from shortllm.files import PARTIAL, require_writable, write_text
 from shortllm.planning import Budget, build_plan, check_budget
 from shortllm.recipe import Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan, ResultFile
 from shortllm.runtime import versions
+
+if TYPE_CHECKING:
+    from shortllm.calibration import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def run(
     Args:
         recipe: every choice; the default shortens the embedded model by a quarter.
         out: run directory; default `runs/<model>-<criterion>-<budget>`.
-        command: goes into run.json; default the process's own command line.
+        command: the command line, for run.json and the report.
     Raises:
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
@@ -73,11 +75,11 @@ def run(
     directory = Path(out) if out is not None else default_directory(recipe)
     claim_directory(directory, checkpoint)
     session = stages.Session(device=recipe.device, dtype=recipe.dtype)
-    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation)
+    scoring = recipe.budget.blocks is None
+    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
 
-    write_run_file(directory, recipe, checkpoint, command)
-    texts.calibration.save(directory)
-    scores = _score(directory, checkpoint, recipe, texts, session)
+    write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
+    scores = _score(directory, checkpoint, recipe, texts.calibration, session)
     plan = build_plan(recipe.budget, model=checkpoint.info(), scores=scores)
     plan.save(directory / "plan.json")
     shortened = _prune(directory, checkpoint, plan, session)
@@ -122,18 +124,24 @@ def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"--out {directory} is a file. Give a directory")
-    if directory.is_dir() and any(directory.iterdir()):
+    held = [path for path in _listing(directory) if not path.name.endswith(PARTIAL)]
+    if held:
         earlier = _run_model(directory)
         if earlier is None:
             raise OutputError(
                 f"{directory} is not empty and holds no run of shortllm. Choose another --out"
             )
-        if earlier.get("fingerprint") != checkpoint.fingerprint:
+        has_results = any(path.name in ("scores.json", "plan.json", PRUNED) for path in held)
+        if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
             raise OutputError(
                 f"{directory} holds a run of another model ({earlier.get('id')}). Choose another "
                 "--out, or delete it"
             )
     require_writable(directory, checkpoint.bytes)
+
+
+def _listing(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []
 
 
 def _run_model(directory: Path) -> dict[str, Any] | None:
@@ -147,13 +155,17 @@ def _run_model(directory: Path) -> dict[str, Any] | None:
 
 
 def write_run_file(
-    directory: Path, recipe: Recipe, checkpoint: Checkpoint, command: list[str] | None
+    directory: Path,
+    recipe: dict[str, Any],
+    checkpoint: Checkpoint,
+    command: list[str] | None = None,
 ) -> None:
+    """run.json: what was asked for, filled in, and with which versions."""
     content = {
         "shortllm": __version__,
-        "command": command if command is not None else ["shortllm", *sys.argv[1:]],
+        "command": command or [],
         "model": checkpoint.info().model_dump(mode="json"),
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe,
         "versions": versions(),
     }
     write_text(directory / "run.json", json.dumps(content, indent=1) + "\n")
@@ -175,20 +187,20 @@ def _score(
     directory: Path,
     checkpoint: Checkpoint,
     recipe: Recipe,
-    texts: stages.Texts,
+    calibration: Calibration | None,
     session: stages.Session,
 ) -> BlockScores | None:
-    """scores.json; none where the blocks were given by hand."""
+    """calibration.* and scores.json; neither where the blocks were given by hand."""
     path = directory / "scores.json"
-    if recipe.budget.blocks is not None:
-        path.unlink(missing_ok=True)
+    if calibration is None:
+        for stale in (path, *directory.glob("calibration.*")):
+            stale.unlink(missing_ok=True)
         return None
-    expected = stages.scores_fingerprint(checkpoint, recipe.criterion, texts.calibration, session)
+    calibration.save(directory)
+    expected = stages.scores_fingerprint(checkpoint, recipe.criterion, calibration, session)
     scores = finished(BlockScores, path, expected)
     if scores is None:
-        scores = stages.score(
-            checkpoint, texts.calibration, criterion=recipe.criterion, session=session
-        )
+        scores = stages.score(checkpoint, calibration, criterion=recipe.criterion, session=session)
         scores.save(path)
     return scores
 

@@ -105,8 +105,11 @@ def _amount(
         _check_given(budget.blocks, count)
         return len(budget.blocks)
     if budget.param_ratio is not None:
-        available = sum(parameters_per_block[block] for block in free) / parameters
-        if budget.param_ratio > available or len(free) == count and budget.param_ratio == available:
+        sizes = sorted(parameters_per_block[block] for block in free)
+        if len(free) == count:
+            sizes.pop()  # one block must stay
+        available = sum(sizes) / parameters
+        if budget.param_ratio > available:
             raise BudgetError(
                 f"cannot remove {budget.param_ratio:.1%} of the parameters: the {len(free)} "
                 "unprotected of "
@@ -212,9 +215,11 @@ def _reaching(
     freed = 0
     for number, block in enumerate(order, start=1):
         freed += parameters_per_block[block]
-        if freed >= ratio * parameters:
+        if freed >= ratio * parameters and number < len(parameters_per_block):
             return number
-    raise AssertionError("the budget was checked against what is unprotected")
+    raise BudgetError(
+        f"no removal of some but not all blocks takes {ratio:.1%} of the parameters. Ask for less"
+    )
 
 
 def _reason(

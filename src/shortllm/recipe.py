@@ -1,6 +1,6 @@
 """Every choice of a run in one typed record; its filled-in form stands in run.json.
 
-Unknown keys are refused with a suggestion. A knob starts as a field here and may earn a flag later.
+Unknown keys are refused. A knob starts as a field here and may earn a flag later.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from shortllm.errors import DataError
 from shortllm.planning import Budget
 from shortllm.results import Record
 
@@ -70,9 +71,18 @@ class Recipe(Record):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def filled(self, model_type: str) -> Recipe:
-        """The same recipe with every default that depends on the model filled in."""
+        """The same recipe with every default that depends on the model filled in.
+
+        Raises:
+            DataError: calibration ids as well as text to take them from.
+        """
         from shortllm.checkpoint.source import EMBEDDED
 
+        if self.calibration.file is not None and self.calibration.data is not None:
+            raise DataError(
+                "--calibration gives the token ids to score on, so that --data has no use. "
+                "Leave one out, and give the text to measure on as --eval-data"
+            )
         embedded = self.model == EMBEDDED
         every = self.calibration.bos_every_sample
         every = model_type in BOS_EVERY_SAMPLE if every is None else every

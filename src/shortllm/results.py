@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from shortllm.errors import ResultFileError, did_you_mean
@@ -25,7 +25,7 @@ from shortllm.files import write_text
 class Record(BaseModel):
     """A frozen piece of a result file; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ResultFile(Record):
@@ -35,7 +35,7 @@ class ResultFile(Record):
 
     def save(self, path: Path) -> None:
         """Write the file under a temporary name, then rename it into place."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -150,6 +150,18 @@ class PrunePlan(ResultFile):
     reached: Size = Field(description="what the removal takes away")
     reason: str = Field(description="one sentence for a reader")
     scores: str | None = Field(default=None, description="fingerprint of the scores used")
+
+    @model_validator(mode="after")
+    def _is_a_partition(self) -> Self:
+        """Every block is either kept or removed, once, and something is kept."""
+        for name, blocks in (("kept", self.kept), ("removed", self.removed)):
+            if blocks != sorted(set(blocks)):
+                raise ValueError(f"{name} must list block numbers once each, ascending")
+        if sorted(self.kept + self.removed) != list(range(self.model.blocks)) or not self.kept:
+            raise ValueError(f"kept and removed must share out the {self.model.blocks} blocks")
+        if sorted(self.order) != self.removed:
+            raise ValueError("order must hold the removed blocks")
+        return self
 
 
 class Perplexity(Record):

@@ -43,6 +43,7 @@ def evaluation_segments(
     length: int = 128,
     bos: Bos = "first",
     max_segments: int | None = None,
+    option: str = "--length",
 ) -> Segments:
     """Cut rows into segments of `length` tokens, a BOS included where the rule puts one.
 
@@ -68,8 +69,8 @@ def evaluation_segments(
     count = len(tokens) // new_tokens
     if count == 0:
         raise DataError(
-            f"{len(rows)} rows give {len(tokens)} tokens, less than one segment of {length}. "
-            "Ask for a shorter --length, or give more text"
+            f"{getattr(rows, 'source', 'the text')} gives {len(tokens)} tokens to measure on, less "
+            f"than one segment of {length}. Ask for a shorter {option}, or give more text"
         )
     count = min(count, max_segments or count)
     ids = torch.tensor(tokens[: count * new_tokens], dtype=torch.int64).view(count, new_tokens)

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.surgery import carried_fingerprint, check_removal
+from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.errors import CheckpointError, DataError
-from shortllm.files import fingerprint
+from shortllm.files import fingerprint, require_writable
+from shortllm.model.blocks import text_config
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
 from shortllm.results import BlockScores, Cost, EvaluatedModel, Evaluation, PrunePlan
 from shortllm.runtime import choose_device, choose_dtype, peak_memory, progress, versions
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from shortllm.calibration import Calibration
     from shortllm.data import Rows
     from shortllm.evaluation import EvaluationText
+    from shortllm.segments import Segments
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +69,8 @@ class Session:
 class Texts:
     """The text of a run, tokenized: what blocks are scored on and what models are measured on."""
 
-    calibration: Calibration
+    calibration: Calibration | None
+    """None where the blocks were given by hand, so that nothing is scored."""
     evaluation: list[EvaluationText]
 
 
@@ -123,7 +128,7 @@ def calibrate(
 
 def vocabulary(checkpoint: Checkpoint) -> int:
     """Number of token ids the model has embeddings for."""
-    return int(checkpoint.config.get_text_config(decoder=True).vocab_size)
+    return int(text_config(checkpoint.config).vocab_size)
 
 
 def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
@@ -132,7 +137,7 @@ def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
     Raises:
         DataError: naming the option to change.
     """
-    room = getattr(checkpoint.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
     if isinstance(room, int) and length > room:
         raise DataError(
             f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} "
@@ -141,36 +146,77 @@ def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
 
 
 def prepare_texts(
-    checkpoint: Checkpoint, calibration: CalibrationOptions, evaluation: EvaluationOptions
+    checkpoint: Checkpoint,
+    calibration: CalibrationOptions,
+    evaluation: EvaluationOptions,
+    *,
+    scoring: bool = True,
 ) -> Texts:
-    """Read and tokenize all text of a run; rows used for both purposes are split in halves first.
+    """Read and tokenize all text of a run; no row serves both purposes.
 
+    Where one source does, its first half calibrates and its second half is measured; of a source
+    that given calibration ids came from, the rows behind theirs are measured.
+
+    Args:
+        scoring: without, no calibration is made.
     Raises:
         DataError: unreadable or too little text.
     """
-    from shortllm.data import load_rows, split_held_out
-
-    rows = None
-    if calibration.file is None:
-        rows = load_rows(calibration.data or "", role="calibration")
-    tokenizer = load_tokenizer(checkpoint)
-    check_length(checkpoint, evaluation.length, "--eval-length")
-    texts = []
-    calibration_rows = rows
-    for source in evaluation.data:
-        measured = load_rows(source, role="evaluation")
-        held_out = rows is not None and rows.source == measured.source
-        if held_out:
-            calibration_rows, measured = split_held_out(measured)
-        texts.append(evaluation_text(measured, tokenizer, evaluation, held_out=held_out))
-    return Texts(calibration=calibrate(checkpoint, calibration, calibration_rows), evaluation=texts)
-
-
-def evaluation_text(
-    rows: Rows, tokenizer: Any, options: EvaluationOptions, *, held_out: bool = False
-) -> EvaluationText:
-    """Cut rows into the segments that perplexity is measured on."""
+    from shortllm.data import load_rows, same_text, split_held_out
     from shortllm.evaluation import EvaluationText
+
+    check_length(checkpoint, evaluation.length, "--eval-length")
+    rows = None
+    if scoring and calibration.file is None:
+        rows = load_rows(calibration.data or "", role="calibration")
+    measured = [load_rows(source, role="evaluation") for source in evaluation.data]
+    shared = [rows is not None and same_text(rows, other) for other in measured]
+    if rows is not None and any(shared):
+        rows, _ = split_held_out(rows)
+    made = calibrate(checkpoint, calibration, rows) if scoring else None
+    tokenizer = load_tokenizer(checkpoint)
+    texts = []
+    for other, is_shared in zip(measured, shared, strict=True):
+        kept_apart = split_held_out(other)[1] if is_shared else _behind(other, made)
+        segments = evaluation_segments_of(checkpoint, kept_apart, tokenizer, evaluation)
+        held_out = kept_apart is not other
+        texts.append(EvaluationText(rows=kept_apart, held_out=held_out, segments=segments))
+    return Texts(calibration=made, evaluation=texts)
+
+
+def _behind(rows: Rows, calibration: Calibration | None) -> Rows:
+    """The rows behind those that given calibration ids were sampled from; all of another source.
+
+    Raises:
+        DataError: there are none.
+    """
+    if calibration is None or calibration.info.source != rows.source or not calibration.info.rows:
+        return rows
+    start = calibration.info.rows[1]
+    if start >= rows.stop:
+        raise DataError(
+            f"the calibration was drawn from all rows of {rows.source}, which leaves none to "
+            "measure on. Give other text as --eval-data"
+        )
+    return rows.span(start, len(rows))
+
+
+def evaluation_segments_of(
+    checkpoint: Checkpoint,
+    rows: Rows,
+    tokenizer: Any,
+    options: EvaluationOptions,
+    *,
+    option: str = "--eval-length",
+) -> Segments:
+    """Rows cut into the segments that perplexity is measured on, checked against the model.
+
+    Args:
+        option: what the command line calls `options.length`.
+    Raises:
+        DataError: not one full segment, or ids the model has no embeddings for.
+    """
+    from shortllm.calibration import check_ids
     from shortllm.segments import evaluation_segments
 
     segments = evaluation_segments(
@@ -179,8 +225,10 @@ def evaluation_text(
         length=options.length,
         bos=options.bos or "first",
         max_segments=options.max_segments,
+        option=option,
     )
-    return EvaluationText(rows=rows, held_out=held_out, segments=segments)
+    check_ids(segments.ids, vocabulary(checkpoint), where=rows.source)
+    return segments
 
 
 def scores_fingerprint(
@@ -249,6 +297,9 @@ def prune(
     from shortllm.checkpoint.verify import bypass_logits, verify_shortened
 
     require_same_model(plan, checkpoint)
+    check_removal(checkpoint, plan.kept)
+    total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
+    require_writable(target.absolute().parent, total)
     expected = bypass_logits(session.model(checkpoint), plan.removed) if session else None
 
     def verify(written: Path) -> None:
@@ -256,7 +307,6 @@ def prune(
             shortened = open_checkpoint(written)
             verify_shortened(str(target), session.model(shortened), expected)
 
-    total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
     with progress("writing the shortened checkpoint", total) as advance:
         write_shortened(
             checkpoint,
@@ -287,14 +337,22 @@ def require_same_model(plan: PrunePlan, checkpoint: Checkpoint) -> None:
 
 def pruned_fingerprint(checkpoint: Checkpoint, plan: PrunePlan) -> str:
     """Of everything the shortened checkpoint depends on."""
-    return fingerprint({"model": checkpoint.fingerprint, "kept": plan.kept})
+    return fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "other files": carried_fingerprint(checkpoint.directory),
+            "kept": plan.kept,
+            "criterion": plan.criterion,
+        }
+    )
 
 
 def is_pruned_by(target: Path, expected: str) -> bool:
     """Whether `target` is a finished shortened checkpoint with this fingerprint."""
     try:
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_tensor_table(target)
+    except (OSError, ValueError):  # a CheckpointError is a ValueError
         return False
     return (
         isinstance(config, dict) and (config.get("shortllm") or {}).get("fingerprint") == expected

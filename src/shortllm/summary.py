@@ -36,11 +36,12 @@ def summarize(checkpoint: Checkpoint, *, samples: int = 10, length: int = 128) -
 
     FLOPs = 2 x parameters of a block x tokens x L(L+1)/2, and the head once per candidate.
     """
+    from shortllm.model.blocks import text_config
     from shortllm.model.walk import CPU_GROUP_TOKENS, CPU_LOSS_BYTES
     from shortllm.planning import Budget
 
     info = checkpoint.info()
-    config = checkpoint.config.get_text_config(decoder=True)
+    config = text_config(checkpoint.config)
     head = config.vocab_size * config.hidden_size
     tokens = samples * length
     walk = sum(2.0 * n * (b + 1) for b, n in enumerate(info.parameters_per_block)) * tokens

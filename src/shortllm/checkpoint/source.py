@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,10 @@ EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
 
 SAMPLE_BYTES = 4096
-"""How much of either end of each tensor goes into a checkpoint's fingerprint."""
+"""How much goes into a checkpoint's fingerprint at each place that is looked at."""
+
+SAMPLE_STEP = 2**20
+"""Distance of such places in a file of weights, besides both ends of each tensor."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,19 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the config, the tensor table and both ends of every tensor's data."""
+        """sha256 over the config, the tensor table, and samples of the data.
+
+        Sampled are both ends of every tensor and 4 KiB of every MiB of each file of weights, so
+        that a retrained or repaired copy differs while a large model need not be read as a whole.
+        """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for entry in self.tensors.values():
             digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
-            start = entry.offset or 0  # a pickled file is sampled at its own two ends
-            stop = start + entry.bytes if entry.offset else entry.file.stat().st_size
-            with open(entry.file, "rb") as stream:
-                for place in (start, max(start, stop - SAMPLE_BYTES)):
-                    stream.seek(place)
-                    digest.update(stream.read(min(SAMPLE_BYTES, stop - place)))
+        for file, places in _sampled_places(self.tensors.values()).items():
+            with open(file, "rb", buffering=0) as stream:
+                for start, count in sorted(places):
+                    stream.seek(start)
+                    digest.update(stream.read(count))
         return digest.hexdigest()
 
     def info(self) -> ModelInfo:
@@ -104,34 +111,52 @@ class Checkpoint:
         )
 
 
+def _sampled_places(entries: Iterable[TensorEntry]) -> dict[Path, set[tuple[int, int]]]:
+    """Start and length of what goes into the fingerprint, for each file of weights."""
+    places: dict[Path, set[tuple[int, int]]] = {}
+    spans: dict[Path, tuple[int, int]] = {}
+    for entry in entries:
+        found = places.setdefault(entry.file, set())
+        if entry.offset is None:  # where the data lies in a pickled file is not known
+            size = entry.file.stat().st_size
+            spans[entry.file] = (0, size)
+            # at its end such a file lists a checksum of each tensor
+            found.add((max(0, size - SAMPLE_STEP), SAMPLE_STEP))
+            continue
+        start, stop = entry.offset, entry.offset + entry.bytes
+        count = min(SAMPLE_BYTES, entry.bytes)
+        found |= {(start, count), (stop - count, count)}
+        first, last = spans.get(entry.file, (start, stop))
+        spans[entry.file] = (min(first, start), max(last, stop))
+    for file, (start, stop) in spans.items():
+        places[file] |= {
+            (place, min(SAMPLE_BYTES, stop - place)) for place in range(start, stop, SAMPLE_STEP)
+        }
+    return places
+
+
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Open a local directory, a Hub id (downloaded, or taken from the local cache) or `embedded`.
 
-    Reads config and tensor headers only.
+    Reads config and tensor headers only. The text `embedded` always means the built-in model; a
+    directory of that name is `./embedded`.
 
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: not a decoder-only causal language model that transformers knows.
     """
-    directory, commit = _locate(str(source), revision)
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        held = "weights but no config.json" if weight_files(directory) else "no config.json"
-        raise CheckpointError(
-            f"{source} is not a checkpoint: the directory holds {held}. "
-            "Give a directory that transformers' from_pretrained can load"
-        )
-    raw_config = read_json(config_file)
-    if not isinstance(raw_config, dict):
-        raise CheckpointError(f"{config_file} is not a model config")
+    directory, commit = _locate(source, revision)
+    raw_config, config = _checked_config(str(source), directory)
     tensors = read_tensor_table(directory)
-    config = _load_config(directory, raw_config)
-    _require_decoder(config, raw_config)
     return Checkpoint(str(source), directory, commit, raw_config, config, tensors)
 
 
-def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
+def _locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     """Directory and, for a Hub id, the commit of the snapshot."""
+    if source == EMBEDDED:
+        from shortllm.embedded import MODEL_DIR
+
+        return MODEL_DIR, None
     path = Path(source).expanduser()
     if path.is_dir():
         return path, None
@@ -139,21 +164,33 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
         raise CheckpointError(
             f"{source} is a file. Give the checkpoint's directory: {path.parent or Path('.')}"
         )
-    if source == EMBEDDED:
-        from shortllm.embedded import MODEL_DIR
-
-        return MODEL_DIR, None
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
+    name = str(source)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_like_path:
         raise CheckpointError(
-            f"no such directory: {source}. Give a checkpoint directory, a Hub id such as "
-            f"Qwen/Qwen3-0.6B, or '{EMBEDDED}'"
+            f"no such directory: {source}. Give a checkpoint directory, a Hub id (it needs its "
+            f"owner, e.g. openai-community/gpt2), or '{EMBEDDED}'"
         )
-    return _download(source, revision)
+    return _download(name, revision)
 
 
 def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Snapshot of a Hub repository, safetensors preferred; from the cache alone when offline."""
+    """Snapshot of a Hub repository, safetensors preferred; from the cache alone when offline.
+
+    The config comes first, so that what cannot be shortened costs no download of weights.
+    """
+    folder = _snapshot(hub_id, revision, ["config.json"])
+    _checked_config(hub_id, folder)
+    commit = folder.name
+    text_files = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+    folder = _snapshot(hub_id, commit, [*text_files, "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(hub_id, commit, ["*.bin"])
+    return folder, commit
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot's directory, with the files of the repository's top level that fit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -164,15 +201,11 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
         RevisionNotFoundError,
     )
 
-    text_files = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+    second_copies = ["consolidated*", "*/*"]
     try:
         folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=[*text_files, "*.safetensors"]
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=second_copies
         )
-        if not any(Path(folder).glob("*.safetensors")):
-            folder = snapshot_download(
-                hub_id, revision=revision, allow_patterns=[*text_files, "*.bin"]
-            )
     except GatedRepoError as error:
         raise CheckpointError(
             f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
@@ -192,7 +225,25 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
             f"downloaded ({type(error).__name__}). Check the name and the network, or give a "
             "local directory"
         ) from error
-    return Path(folder), Path(folder).name
+    return Path(folder)
+
+
+def _checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
+    """config.json as it stands and as a transformers object, of a decoder for certain."""
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        weights = directory.is_dir() and weight_files(directory)
+        held = "weights but no config.json" if weights else "no config.json"
+        raise CheckpointError(
+            f"{source} is not a checkpoint: the directory holds {held}. "
+            "Give a directory that transformers' from_pretrained can load"
+        )
+    raw_config = read_json(config_file)
+    if not isinstance(raw_config, dict):
+        raise CheckpointError(f"{config_file} is not a model config")
+    config = _load_config(directory, raw_config)
+    _require_decoder(config, raw_config)
+    return raw_config, config
 
 
 def _load_config(directory: Path, raw_config: dict[str, Any]) -> Any:
@@ -206,7 +257,7 @@ def _load_config(directory: Path, raw_config: dict[str, Any]) -> Any:
 
 
 def read_config(directory: Path, model_type: str) -> Any:
-    """config.json as a transformers object, every default filled in.
+    """config.json as a transformers object, every default filled in; never by code beside it.
 
     Raises:
         UnsupportedModelError: transformers does not know the model type, or refuses its values.
@@ -215,7 +266,7 @@ def read_config(directory: Path, model_type: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         import transformers
 

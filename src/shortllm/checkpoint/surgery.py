@@ -9,6 +9,7 @@ are stored once and stay so. Everything is written beside the target and renamed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -21,7 +22,8 @@ from shortllm.checkpoint.rules import refuse_block_names_in_config, shorten_conf
 from shortllm.checkpoint.source import Checkpoint, read_config
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
-from shortllm.files import partial_directory, require_writable
+from shortllm.errors import OutputError
+from shortllm.files import PARTIAL, partial_directory, require_writable
 
 PROVENANCE = "shortllm"
 """Key in config.json under which a shortened checkpoint says where it comes from."""
@@ -71,8 +73,10 @@ def write_shortened(
         verify: called with the written directory before it gets its final name; may raise.
     Raises:
         UnsupportedModelError: removing these blocks would give a wrong model.
-        OutputError: the target cannot be written.
+        OutputError: the target cannot be written, or holds the source.
     """
+    require_apart(checkpoint.directory, target)
+    carried = carried_files(checkpoint.directory, target)
     config = check_removal(checkpoint, kept)
     entries = renumbered_tensors(checkpoint, kept)
     require_writable(target.parent, sum(entry.bytes for entry in entries.values()))
@@ -86,7 +90,9 @@ def write_shortened(
         "parent": checkpoint.raw_config.get(PROVENANCE),
     }
     with partial_directory(target) as directory:
-        carry_other_files(checkpoint.directory, directory)
+        for name in carried:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.directory / name, directory / name)
         write_tensors(directory, entries, max_shard_bytes=max_shard_bytes, advance=advance)
         text = json.dumps(config, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
@@ -107,14 +113,56 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
     return result
 
 
-def carry_other_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and all else that is neither weights nor config.json."""
+def require_apart(source: Path, target: Path) -> None:
+    """Refuse a target whose replacement would delete the source.
+
+    Raises:
+        OutputError: the target is the source directory or holds it.
+    """
+    source, target = source.resolve(), target.resolve()
+    if target == source or target in source.parents:
+        relation = "is" if target == source else "holds"
+        raise OutputError(
+            f"{target} {relation} the original model, which stays as it is. Choose another --out"
+        )
+
+
+def carried_files(source: Path, target: Path | None = None) -> list[Path]:
+    """Tokenizer, generation config and all else beside the weights, relative to `source`, sorted.
+
+    Left behind are config.json, hidden files and whatever is unfinished, and of the directories
+    those that hold a model or a run at any depth, and those that `target` is or lies in.
+    """
+    outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
     weights = weight_files(source)
+    carried: list[Path] = []
     for path in sorted(source.iterdir()):
-        if path.name in weights or path.name == "config.json" or path.name.startswith("."):
+        if path.name in weights or path.name == "config.json":
             continue
-        if path.is_dir():
-            if not weight_files(path):  # e.g. a second copy of the weights in another format
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, target / path.name)
+        if path.name.startswith(".") or path.name.endswith(PARTIAL):
+            continue
+        if path.is_file():
+            carried.append(path.relative_to(source))
+        elif path.is_dir() and path.resolve() not in outputs and not _holds_output(path):
+            carried += sorted(p.relative_to(source) for p in path.rglob("*") if p.is_file())
+    return carried
+
+
+def _holds_output(directory: Path) -> bool:
+    """Whether weights (of another format or model), a run, or unfinished work lie in it."""
+    if weight_files(directory) or (directory / "run.json").exists():
+        return True
+    return any(
+        path.name.endswith(PARTIAL) or (path.is_dir() and _holds_output(path))
+        for path in directory.iterdir()
+        if not path.is_symlink()
+    )
+
+
+def carried_fingerprint(source: Path) -> str:
+    """sha256 over names and contents of the files that a shortened checkpoint takes along."""
+    digest = hashlib.sha256()
+    for name in carried_files(source):
+        content = hashlib.sha256((source / name).read_bytes()).hexdigest()
+        digest.update(f"{content} {name.as_posix()}\n".encode())
+    return digest.hexdigest()

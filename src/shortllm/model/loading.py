@@ -46,7 +46,11 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
     try:
         with quiet_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory, dtype=compute, output_loading_info=True, local_files_only=True
+                checkpoint.directory,
+                dtype=compute,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error

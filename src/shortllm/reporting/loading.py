@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -92,7 +95,8 @@ def load_results(run_dir: Path) -> RunResults:
         plan=plan,
         evaluation=_load_optional(Evaluation, run_dir / "eval.json"),
     )
-    for problem, remedy in _contradictions(results):  # a page that mixes two runs would mislead
+    problems = chain(_contradictions(results), _pruned_contradictions(results, run_dir))
+    for problem, remedy in problems:  # a page that mixes two runs would mislead
         raise ResultFileError(f"{run_dir}: {problem}. Make it again with: {remedy}")
     return results
 
@@ -130,8 +134,6 @@ def _contradictions(results: RunResults) -> Iterator[tuple[str, str]]:
     plan, scores, calibration = results.plan, results.scores, results.calibration
     measured = results.evaluated
     count = plan.model.blocks
-    if sorted(plan.kept + plan.removed) != list(range(count)):
-        yield f"kept and removed blocks are not the {count} of the model in plan.json", _PLAN
     if scores is not None:
         per_block = (scores.importance, scores.values, scores.delta_nll or scores.values)
         if any(len(numbers) != count for numbers in per_block):
@@ -154,3 +156,37 @@ def _contradictions(results: RunResults) -> Iterator[tuple[str, str]]:
                 f"plan.json leads to {expected}",
                 _RUN,
             )
+    if "pruned" in measured:
+        found = measured["pruned"].model.parameters
+        expected = plan.model.parameters - plan.reached.parameters
+        if found != expected:
+            yield (
+                f"the pruned model in eval.json has {found:,} parameters, plan.json leads to "
+                f"{expected:,}",
+                _RUN,
+            )
+
+
+def _pruned_contradictions(results: RunResults, run_dir: Path) -> Iterator[tuple[str, str]]:
+    """Whether the checkpoint beside the plan, if there is one, was shortened by it."""
+    plan, config = results.plan, run_dir / "pruned" / "config.json"
+    if not config.exists():
+        return
+    words = ("shortllm", "prune", plan.model.id, "--plan", run_dir, "--out", config.parent)
+    remedy = f"{_RUN}, or {shlex.join(map(str, words))}"
+    try:
+        provenance = json.loads(config.read_bytes())["shortllm"]
+        removed, blocks = provenance["removed_blocks"], provenance["source_blocks"]
+    except OSError as error:
+        raise ResultFileError(f"cannot read {config}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError):
+        yield "pruned/config.json does not say which blocks were removed", remedy
+        return
+    if blocks != plan.model.blocks:
+        yield (
+            f"pruned/ was made from a model of {blocks} blocks, plan.json speaks of "
+            f"{plan.model.blocks}",
+            remedy,
+        )
+    if removed != plan.removed:
+        yield f"pruned/ lacks the blocks {removed}, plan.json removes {plan.removed}", remedy

@@ -106,7 +106,10 @@ def _perplexity_protocol(entry: Perplexity) -> str:
 
 
 def _rows_phrase(rows: tuple[int, int] | None) -> str:
-    return f"rows {rows[0]:,} to {rows[1] - 1:,}, " if rows else ""
+    if rows is None:
+        return ""
+    first, last = rows[0], rows[1] - 1
+    return f"row {first:,}, " if first == last else f"rows {first:,} to {last:,}, "
 
 
 def _version_rows(results: RunResults) -> list[tuple[str, str]]:

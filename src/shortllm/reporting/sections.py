@@ -72,14 +72,18 @@ def verdict(results: RunResults) -> str:
     if not compared:
         return f"{sentence}; the perplexity was not measured."
     source, before, after = compared[0]
-    verb = "rises" if after > before else "falls" if after < before else "stays"
-    sentence += f"; perplexity {verb} from {number(before)} to {number(after)}"
-    if after != before:
-        sentence += f" ({change(before, after)})"
-    sentence += f" on {source}"
+    if after == before:
+        sentence += f"; perplexity stays at {number(before)} on {source}"
+    else:
+        verb = "rises" if after > before else "falls"
+        sentence += (
+            f"; perplexity {verb} from {number(before)} to {number(after)} "
+            f"({change(before, after)}) on {source}"
+        )
     if len(compared) > 1:
         source, before, after = compared[1]
-        sentence += f", and from {number(before)} to {number(after)} on {source}"
+        move = f"from {number(before)} to" if after != before else "stays at"
+        sentence += f", and {move} {number(after)} on {source}"
     return f"{sentence}."
 
 

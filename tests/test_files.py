@@ -1,0 +1,61 @@
+"""Files and directories that are whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shortllm.errors import OutputError
+from shortllm.files import partial_directory, require_file_target
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_leftovers_of_a_kill_inside_the_swap_are_removed(tmp_path: Path, finished: bool) -> None:
+    for name in ("out.partial", "out.old.partial", *(["out"] if finished else [])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old.txt").touch()
+    with partial_directory(tmp_path / "out") as directory:
+        assert not (tmp_path / "out.old.partial").exists()
+        (directory / "new.txt").touch()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new.txt"]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../here"])
+def test_the_present_directory_is_not_replaced(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "out" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with (
+        pytest.raises(OutputError, match="cannot be replaced from inside. Choose another --out"),
+        partial_directory(Path(target)),
+    ):
+        raise AssertionError("not reached")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out", here]
+    with partial_directory(Path("../other")) as directory:
+        (directory / "new.txt").touch()
+    assert (tmp_path / "out" / "other" / "new.txt").exists()
+
+
+def test_a_link_as_target_fills_what_it_points_at(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with partial_directory(tmp_path / "out") as directory:
+        (directory / "new.txt").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "new.txt").exists()
+
+
+def test_a_directory_instead_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(
+        OutputError, match=f"{tmp_path} is a directory; give .*{tmp_path}/eval.json"
+    ):
+        require_file_target(tmp_path)
+    require_file_target(tmp_path / "new" / "eval.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file is a file"):
+        require_file_target(tmp_path / "file" / "eval.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
