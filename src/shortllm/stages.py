@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import carried_fingerprint, check_removal
+from shortllm.checkpoint.surgery import carried_fingerprint, check_removal, require_apart
 from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.errors import CheckpointError, DataError
 from shortllm.files import fingerprint, require_writable
@@ -86,7 +86,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                checkpoint.directory, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -297,6 +299,7 @@ def prune(
     from shortllm.checkpoint.verify import bypass_logits, verify_shortened
 
     require_same_model(plan, checkpoint)
+    require_apart(checkpoint.directory, target)
     check_removal(checkpoint, plan.kept)
     total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
     require_writable(target.absolute().parent, total)
