@@ -113,7 +113,11 @@ def test_named_column(tmp_path: Path, kind: str) -> None:
         ("data", "a", r"Supported: "),
         ("empty.txt", "", r"holds no rows"),
         ("latin.txt", b"caf\xe9", r"cannot read .*latin\.txt as txt: 'utf-8' codec"),
-        ("cut.txt.gz", gzip.compress(b"abc" * 99)[:-9], r"cannot read .*cut\.txt\.gz as txt"),
+        (
+            "cut.txt.gz",
+            gzip.compress(b"abc" * 99, mtime=0)[:-9],
+            r"cannot read .*cut\.txt\.gz as txt",
+        ),
         ("plain.txt.gz", "abc", r"cannot read .* Not a gzipped file"),
         ("plain.txt.xz", "abc", r"cannot read .*plain\.txt\.xz as txt"),
         ("bad.jsonl", '{"text": "a"}\n{"text"', r"line 2 of .*bad\.jsonl is not JSON"),
@@ -215,10 +219,10 @@ def test_built_in_names_from_the_local_directory(
     for folder in ("wikitext2", "ptb", "bookcorpus", "alpaca"):
         (tmp_path / folder).mkdir()
     (tmp_path / "wikitext2/wiki.test.raw").write_text(" \n = A = \n \n B <c> \n")
-    (tmp_path / "wikitext2/wiki.train.raw.gz").write_bytes(gzip.compress(b" = T = \n"))
+    (tmp_path / "wikitext2/wiki.train.raw.gz").write_bytes(gzip.compress(b" = T = \n", mtime=0))
     (tmp_path / "ptb/ptb.valid.txt").write_text(" a b \n c \n")
-    (tmp_path / "bookcorpus/b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "second"}'))
-    (tmp_path / "bookcorpus/a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "first"}'))
+    (tmp_path / "bookcorpus/b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "second"}', mtime=0))
+    (tmp_path / "bookcorpus/a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "first"}', mtime=0))
     record = {"instruction": "do", "input": "", "output": "done"}
     (tmp_path / "alpaca/train.jsonl").write_text(json.dumps(record))
 
