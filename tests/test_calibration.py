@@ -394,7 +394,9 @@ def test_rows_are_joined_by_a_blank_line() -> None:
 
 
 def test_segments_that_cannot_be(with_bos: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match="1 rows give 4 tokens, less than one segment of 5"):
+    with pytest.raises(
+        DataError, match="the text gives 4 tokens to measure on, less than one segment of 5"
+    ):
         evaluation_segments(["w1 w2 w3"], with_bos, length=5)
     with pytest.raises(DataError, match="a segment of 1 tokens predicts nothing"):
         evaluation_segments(["w1 w2 w3"], with_bos, length=1)

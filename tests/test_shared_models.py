@@ -127,7 +127,7 @@ def test_scores_and_perplexity_equal_an_independent_measurement(
     checkpoint = shortllm.open_checkpoint(model)
     tokenizer = stages.load_tokenizer(checkpoint)
     rows = load_rows(str(tmp_path / "text.json"))
-    ids = stages.evaluation_text(rows, tokenizer, windows).segments.ids
+    ids = stages.evaluation_segments_of(checkpoint, rows, tokenizer, windows).ids
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     scores = shortllm.score(model, calibration=CalibrationOptions(file=tmp_path / "ids.json"))
     assert scores.intact == pytest.approx(intact, abs=0.005)
