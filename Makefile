@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 TESTS ?= tests
-XDIST ?= 2
+XDIST ?= 0
 
 .PHONY: run install test test-latest lint types tests clean
 
