@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -155,8 +156,9 @@ def test_killed_at_any_moment_the_same_command_completes_with_the_same_files(
     while not moment(directory) and time.monotonic() < deadline:
         time.sleep(0.0005)
     child.kill()
-    child.wait()
+    ended = child.wait()
     assert moment(directory), "the moment never came"
+    assert ended == -signal.SIGKILL, "the run ended before it could be killed"
     pipeline.run(RECIPE, out=directory, command=COMMAND)
     assert contents(directory) == contents(finished)
 
