@@ -50,9 +50,9 @@ def build(dtype: str) -> tuple[Any, Any]:
 def walk(model: Any, ids: Any) -> list[float]:
     """Perplexity without each block, by shortllm."""
     from shortllm import criteria
-    from shortllm.model.resident import ResidentModel
+    from shortllm.model.decoder import Decoder
 
-    return criteria.get("ppl").score(ResidentModel(model), ids, lambda work: None).values
+    return criteria.get("ppl").score(Decoder(model), ids, lambda work: None).values
 
 
 def plain(model: Any, ids: Any) -> list[float]:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import write_shortened
+from shortllm.criteria import Scores
+from shortllm.model.decoder import Decoder
 from shortllm.model.loading import quiet_transformers
+from shortllm.model.streamed import open_streamed
+from shortllm.scoring import Asked, Scorer
 
 VOCABULARY = 97
 WINDOW = 5
@@ -212,6 +217,25 @@ def shortened(checkpoint: Checkpoint, removed: Iterable[int], target: Path, **kw
     kept = [block for block in range(checkpoint.block_count) if block not in gone]
     write_shortened(checkpoint, kept, target, provenance=kwargs.pop("provenance", {}), **kwargs)
     return target
+
+
+def score(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    *names: str,
+    checkpoint: Checkpoint | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+    **kwargs: Any,
+) -> dict[str, Scores]:
+    """Scores by criteria; the checkpoint is needed for those that look at stored weights."""
+    source: Any = checkpoint or SimpleNamespace(block_count=decoder.block_count)
+    scorer = Scorer(checkpoint=source, open_decoder=lambda: decoder, ids_BT=ids_BT, **kwargs)
+    return scorer.score([Asked.of(name, (options or {}).get(name)) for name in names])
+
+
+def streamed(variant: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The decoder of a variant's checkpoint with its blocks read one at a time."""
+    return open_streamed(opened(variant), device=torch.device("cpu"), dtype=dtype)
 
 
 def token_ids(samples: int = 3, length: int = LENGTH, *, seed: int = 7) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from families import (
     load,
     loaded,
     opened,
+    score,
     shortened,
     token_ids,
 )
@@ -28,11 +30,12 @@ from shortllm.criteria import Scores
 from shortllm.errors import UnsupportedModelError
 from shortllm.metrics import next_token_nll
 from shortllm.model import walk
-from shortllm.model.resident import BlockCall, ResidentModel
+from shortllm.model.decoder import BlockCall, Decoder
+from shortllm.scoring import Asked, Scorer, removals_of
 
 
 def score_ppl(model: nn.Module, ids_BT: Tensor) -> Scores:
-    return criteria.get("ppl").score(ResidentModel(model), ids_BT, lambda work: None)
+    return score(Decoder(model), ids_BT, "ppl")["ppl"]
 
 
 @torch.inference_mode()
@@ -73,7 +76,7 @@ def test_bypass_restores_the_model_exactly(variant: str) -> None:
     model, ids_BT = loaded(variant), token_ids(2)
     before = logits_of(model, ids_BT)
     attributes = [set(vars(module)) for module in model.modules()]
-    view = ResidentModel(model)
+    view = Decoder(model)
     with view.without([1, 3]):
         assert not torch.allclose(logits_of(model, ids_BT), before)
     with pytest.raises(KeyError, match="inside"), view.without([2]):
@@ -84,18 +87,15 @@ def test_bypass_restores_the_model_exactly(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_streams_of_the_engine_are_those_of_the_plain_forward(variant: str) -> None:
-    """`run_blocks` and `stream_nll` (used for evaluation) agree with the model's own logits."""
+def test_loss_of_the_engine_is_that_of_the_plain_forward(variant: str) -> None:
+    """`mean_nll` (used for evaluation) agrees with the model's own logits."""
     model, ids_BT = loaded(variant), token_ids(2)
-    view = ResidentModel(model)
-    nll_N = walk.stream_nll(view, view.run_blocks(ids_BT), ids_BT)
     expected_N = next_token_nll(
         logits_of(model, ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
     )
-    torch.testing.assert_close(nll_N, expected_N, rtol=1e-5, atol=1e-5)
-    intact_BTD, without = walk.removal_streams(view, view.enter(ids_BT))
-    torch.testing.assert_close(intact_BTD, view.run_blocks(ids_BT), rtol=1e-5, atol=1e-6)
-    assert len(without) == view.block_count
+    assert walk.mean_nll(Decoder(model), ids_BT) == pytest.approx(
+        expected_N.mean().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", ["gemma3_text", "opt-projected", "falcon-alibi"])
@@ -107,7 +107,7 @@ def test_small_slices_and_groups_change_nothing(
     whole = score_ppl(model, ids_BT)
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
     monkeypatch.setattr(walk, "CPU_GROUP_TOKENS", limit)
-    view = ResidentModel(model)
+    view = Decoder(model)
     assert walk.slice_tokens(view) == limit
     assert walk.group_size(view, ids_BT.shape[1]) == max(1, limit // ids_BT.shape[1])
     cut = score_ppl(model, ids_BT)
@@ -135,26 +135,34 @@ def test_announced_work_is_the_work_reported(
 ) -> None:
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
     monkeypatch.setattr(walk, "CPU_GROUP_TOKENS", limit)
-    view, ids_BT = ResidentModel(loaded(variant)), token_ids()
-    steps: list[float] = []
-    ppl = criteria.get("ppl")
-    ppl.score(view, ids_BT, steps.append)
-    assert sum(steps) == pytest.approx(ppl.flops(view, *ids_BT.shape), rel=1e-9)
-    assert all(step > 0 for step in steps)
+    view, ids_BT = Decoder(loaded(variant)), token_ids()
+    source: Any = SimpleNamespace(block_count=view.block_count)
+    for names in (["ppl"], ["influence"], ["taylor"], ["kl", "relative", "taylor"]):
+        steps: list[float] = []
+        scorer = Scorer(
+            checkpoint=source, open_decoder=lambda: view, ids_BT=ids_BT, advance=steps.append
+        )
+        asked = [Asked.of(name) for name in names]
+        scorer.score(asked)
+        assert sum(steps) == pytest.approx(scorer.work(asked), rel=1e-9), names
+        assert all(step > 0 for step in steps)
 
 
 def test_work_of_a_block_counts_its_parameters() -> None:
-    view = ResidentModel(loaded("llama"))
+    view = Decoder(loaded("llama"))
     one_block = sum(parameter.numel() for parameter in view.blocks[0].parameters())
     assert walk.block_flops(view, 0) == 2 * one_block
     assert walk.head_flops(view) == 2 * 32 * VOCABULARY
-    assert walk.sweep_flops(view, 3, 20) == 2 * one_block * 60 * 21 + 2 * 32 * VOCABULARY * 57 * 7
+    removals = removals_of(6, range(6), range(6))
+    assert walk.walk_flops(view, removals, 3, 20) == (
+        2 * one_block * 60 * 21 + 2 * 32 * VOCABULARY * 57 * 7
+    )
 
 
 @pytest.mark.parametrize("position", range(6))
 def test_removing_a_planted_identity_changes_exactly_nothing(position: int) -> None:
     model = copy.deepcopy(loaded("llama"))
-    block = ResidentModel(model).blocks[position]
+    block = Decoder(model).blocks[position]
     with torch.no_grad():
         for projection in (block.self_attn.o_proj, block.mlp.down_proj):
             projection.weight.zero_()
@@ -176,7 +184,7 @@ def test_a_sample_of_two_tokens_can_be_scored() -> None:
 def test_scores_of_a_broken_model_are_refused() -> None:
     model = copy.deepcopy(loaded("llama"))
     with torch.no_grad():
-        ResidentModel(model).blocks[2].mlp.down_proj.weight.fill_(math.inf)
+        Decoder(model).blocks[2].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(criteria.CriterionError, match="'ppl' gives (nan|inf) for block 0"):
         criteria.require_finite("ppl", score_ppl(model, token_ids()).values)
 
@@ -191,6 +199,9 @@ class Chatty(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, 8)
         self.layers = nn.ModuleList([ChattyBlock(fault) for _ in range(6)])
         self.head = nn.Linear(8, VOCABULARY)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -250,7 +261,7 @@ class ChattyBlock(nn.Module):
             "block 1 of 'layers' receives state of earlier blocks besides the stream",
         ),
         ("fills a store", "the blocks of 'layers' share state besides the stream"),
-        ("hands views on", r"has shape \[20, 8\] for ids of shape \[1, 20\]"),
+        ("hands views on", r"has shape \[8, 8\] for ids of shape \[1, 8\]"),
         ("hands a second output on", "the blocks of 'layers' share state besides the stream"),
         ("skips one", "called 5 of the 6 blocks of 'layers'"),
         (

@@ -20,6 +20,7 @@ from shortllm.checkpoint.surgery import check_removal
 from shortllm.checkpoint.verify import bypass_logits, verify_shortened
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.model.decoder import Decoder
 
 
 def shorten(config: Any, kept: list[int], **raw: Any) -> dict[str, Any]:
@@ -334,7 +335,7 @@ def test_odd_types_are_right_or_refused(name: str, tmp_path: Path) -> None:
                 check_removal(checkpoint, kept)
         else:
             short = load(shortened(checkpoint, removed, tmp_path / "short"))
-            verify_shortened(name, short, bypass_logits(model, removed))
+            verify_shortened(name, Decoder(short), bypass_logits(Decoder(model), removed))
 
 
 # --- block numbers in tensor names ----------------------------------------------------------------

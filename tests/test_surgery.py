@@ -33,6 +33,7 @@ from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_ten
 from shortllm.checkpoint.verify import bypass_logits, verify_shortened
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, OutputError
+from shortllm.model.decoder import Decoder
 
 REMOVED = ([0], [3], [-1], [0, 2, 3])
 
@@ -73,8 +74,8 @@ def test_shortened_checkpoint_computes_the_bypass(variant: str, tmp_path: Path) 
         removed = [place % checkpoint.block_count for place in places]
         target = shortened(checkpoint, removed, tmp_path / "short")
         short = load(target)  # no tensor missing, unexpected or misshapen
-        expected = bypass_logits(model, removed)
-        verify_shortened(variant, short, expected)  # with the cache too
+        expected = bypass_logits(Decoder(model), removed)
+        verify_shortened(variant, Decoder(short), expected)  # with the cache too
         ids_BT = token_ids(2, 24)
         with torch.inference_mode():
             found = short(input_ids=ids_BT, use_cache=False).logits
@@ -86,9 +87,7 @@ def test_shortened_checkpoint_computes_the_bypass(variant: str, tmp_path: Path) 
 
 
 def bypass_logits_on(model: nn.Module, removed: list[int], ids_BT: Tensor) -> Tensor:
-    from shortllm.model.resident import ResidentModel
-
-    with torch.inference_mode(), ResidentModel(model).without(removed):
+    with torch.inference_mode(), Decoder(model).without(removed):
         return model(input_ids=ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
 
 
@@ -136,17 +135,17 @@ def test_the_families_show_their_pattern(variant: str, pattern: list[str]) -> No
 
 def test_verify_notices_one_changed_tensor(tmp_path: Path) -> None:
     target = shortened(opened("llama"), [2], tmp_path / "short")
-    expected = bypass_logits(loaded("llama"), [2])
+    expected = bypass_logits(Decoder(loaded("llama")), [2])
     tensors = load_file(target / SAFETENSORS)
     tensors["model.layers.3.mlp.up_proj.weight"][5] *= 1.1
     save_file(tensors, target / SAFETENSORS, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="short does not compute what the original without"):
-        verify_shortened("short", load(target), expected)
+        verify_shortened("short", Decoder(load(target)), expected)
 
 
 def test_verify_notices_swapped_blocks(tmp_path: Path) -> None:
     target = shortened(opened("mistral"), [2], tmp_path / "short")
-    expected = bypass_logits(loaded("mistral"), [2])
+    expected = bypass_logits(Decoder(loaded("mistral")), [2])
     partner = {"1": "3", "3": "1"}
     swapped = {}
     for name, tensor in load_file(target / SAFETENSORS).items():
@@ -156,21 +155,21 @@ def test_verify_notices_swapped_blocks(tmp_path: Path) -> None:
         swapped[".".join(parts)] = tensor
     save_file(swapped, target / SAFETENSORS, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="logits differ by .* allowed"):
-        verify_shortened("short", load(target), expected)
+        verify_shortened("short", Decoder(load(target)), expected)
 
 
 def test_verify_notices_a_wrong_cache(tmp_path: Path) -> None:
     short = load(shortened(opened("llama"), [2], tmp_path / "short"))
-    expected = bypass_logits(loaded("llama"), [2])
+    expected = bypass_logits(Decoder(loaded("llama")), [2])
     blocks = short.model.layers  # type: ignore[union-attr]
     blocks[3].self_attn.layer_idx = 2  # type: ignore[union-attr]
     with pytest.raises(
         CheckpointError, match="short generates other text with a cache than without"
     ):
-        verify_shortened("short", short, expected)
+        verify_shortened("short", Decoder(short), expected)
     blocks[3].self_attn.layer_idx = "three"  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match="short cannot generate with a cache"):
-        verify_shortened("short", short, expected)
+        verify_shortened("short", Decoder(short), expected)
 
 
 def test_sharded_source_gives_the_same(tmp_path: Path, short_llama: Path) -> None:
@@ -356,7 +355,7 @@ def test_config_says_where_the_checkpoint_comes_from(tmp_path: Path) -> None:
     assert second["parent"] == entry
     assert (second["source_blocks"], second["removed_blocks"]) == (4, [0])
     short = load(again)
-    verify_shortened("twice", short, bypass_logits(loaded("qwen2"), [0, 1, 4]))
+    verify_shortened("twice", Decoder(short), bypass_logits(Decoder(loaded("qwen2")), [0, 1, 4]))
     save(short, tmp_path / "c")  # the entry outlives transformers' own saving
     assert open_checkpoint(tmp_path / "c").raw_config["shortllm"]["parent"] == entry
 
@@ -543,7 +542,9 @@ def test_keeping_all_blocks_copies_the_checkpoint(tmp_path: Path) -> None:
 def test_one_block_can_be_left(tmp_path: Path) -> None:
     checkpoint = opened("smollm3")
     short = load(shortened(checkpoint, [0, 1, 3, 4, 5], tmp_path / "short"))
-    verify_shortened("one", short, bypass_logits(loaded("smollm3"), [0, 1, 3, 4, 5]))
+    verify_shortened(
+        "one", Decoder(short), bypass_logits(Decoder(loaded("smollm3")), [0, 1, 3, 4, 5])
+    )
 
 
 def test_more_than_ten_blocks_are_renumbered_by_number(tmp_path: Path) -> None:
@@ -552,4 +553,4 @@ def test_more_than_ten_blocks_are_renumbered_by_number(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save(model, tmp_path / "source"))
     removed = [2, 9, 11]
     short = load(shortened(checkpoint, removed, tmp_path / "short"))
-    verify_shortened("long", short, bypass_logits(model, removed))
+    verify_shortened("long", Decoder(short), bypass_logits(Decoder(model), removed))

@@ -7,17 +7,20 @@ line (cli.py) is these functions with flags.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
-from shortllm import criteria, pipeline, stages
+from shortllm import pipeline, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.errors import DataError, OutputError, ShortLLMError
+from shortllm.errors import CriterionError, DataError, OutputError, ResultFileError, ShortLLMError
 from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan
+from shortllm.runtime import join_ranks
+from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
 
 
@@ -28,50 +31,94 @@ def info(
     return summarize(open_checkpoint(model, revision=revision), samples=samples, length=length)
 
 
+@overload
+def score(model: str = ..., *, criterion: str = ..., **kwargs: Any) -> BlockScores: ...
+@overload
 def score(
+    model: str = ..., *, criterion: Sequence[str], **kwargs: Any
+) -> dict[str, BlockScores]: ...
+def score(  # type: ignore[misc]
     model: str = "embedded",
     *,
-    criterion: str = "ppl",
+    criterion: str | Sequence[str] = "ppl",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     calibration: CalibrationOptions | None = None,
     out: Path | None = None,
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    stream: bool | None = None,
+    max_memory: int | None = None,
     command: list[str] | None = None,
-) -> BlockScores:
-    """Importance of every block of a model; with `out`, a run directory gets calibration and
-    scores.json.
+) -> BlockScores | dict[str, BlockScores]:
+    """Importance of every block of a model by one criterion, or by several in as few passes as
+    there can be.
 
+    Under `accelerate launch` or `torchrun` the samples are shared by all processes, each of which
+    gets the result; the main one writes it.
+
+    Args:
+        criterion: a name, or several.
+        options: for each criterion its options, e.g. `{"taylor": {"power": 2}}`.
+        out: run directory for the calibration and scores.json; of several criteria
+            scores-NAME.json each. An interrupted pass goes on where it was.
+        stream: read the blocks one at a time from the files; default: where they do not fit.
+        max_memory: bytes of hidden streams in memory; beyond it they go to a file.
+    Returns:
+        The scores; of several criteria a dict by name.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
-    criteria.get(criterion)
+    names = [criterion] if isinstance(criterion, str) else list(criterion)
+    asked = asked_criteria(names, options or {})
     checkpoint = open_checkpoint(model, revision=revision)
     recipe = Recipe.model_validate(
         {
             "model": model,
             "revision": revision,
-            "criterion": criterion,
+            "criterion": ",".join(names),
+            "options": options or {},
             "calibration": calibration or CalibrationOptions(),
             "device": device,
             "dtype": dtype,
+            "stream": stream,
+            "max_memory": max_memory,
         }
     ).filled(checkpoint.model_type)
-    if out is not None:
+    ranks = join_ranks()
+    if out is not None and ranks.is_main:
         pipeline.claim_directory(out, checkpoint)
-    session = stages.Session(device=device, dtype=dtype)
-    ids = stages.calibrate(checkpoint, recipe.calibration)
-    expected = stages.scores_fingerprint(checkpoint, criterion, ids, session)
+    session = pipeline.session_of(recipe)
+    text = any(one.needs_text for one in asked)
+    ids = stages.calibrate(checkpoint, recipe.calibration) if text else None
     if out is None:
-        return stages.score(checkpoint, ids, criterion=criterion, session=session)
-    chosen = recipe.model_dump(mode="json", exclude={"budget", "evaluation"})
-    pipeline.write_run_file(out, chosen, checkpoint, command)
-    ids.save(out)
-    scores = pipeline.finished(BlockScores, out / "scores.json", expected)
-    if scores is None:
-        scores = stages.score(checkpoint, ids, criterion=criterion, session=session)
-        scores.save(out / "scores.json")
-    return scores
+        found = stages.score(checkpoint, ids, asked, session=session, ranks=ranks)
+    else:
+        if ranks.is_main:
+            chosen = recipe.model_dump(mode="json", exclude={"budget", "evaluation"})
+            pipeline.write_run_file(out, chosen, checkpoint, command)
+        found = pipeline.score_in(out, checkpoint, asked, ids, session, ranks)
+    return found[names[0]] if isinstance(criterion, str) else found
+
+
+def asked_criteria(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[Asked]:
+    """Criteria by name with their options.
+
+    Raises:
+        CriterionError: an unknown name or option, none or the same twice, or options of another.
+    """
+    if not names or len(set(names)) != len(names):
+        raise CriterionError(
+            f"{', '.join(names) or 'nothing'} was asked for. Name each criterion once"
+        )
+    asked = [Asked.of(name, dict(options.get(name, {}))) for name in names]
+    for name in options:
+        if name not in names:
+            raise CriterionError(
+                f"an option of criterion '{name}' was given, but what is asked for is "
+                f"{', '.join(names)}"
+            )
+    return asked
 
 
 def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None = None) -> PrunePlan:
@@ -82,8 +129,7 @@ def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None =
         out: where to save the plan; default plan.json beside the scores, if those are a file.
     """
     if not isinstance(scores, BlockScores):
-        scores = Path(scores)
-        path = scores / "scores.json" if scores.is_dir() else scores
+        path = _scores_path(Path(scores))
         out = out or path.with_name("plan.json")
         scores = BlockScores.load(path)
     if out is not None:
@@ -92,6 +138,22 @@ def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None =
     if out is not None:
         made.save(out)
     return made
+
+
+def _scores_path(path: Path) -> Path:
+    """A file of scores, or the only one of a run directory.
+
+    Raises:
+        ResultFileError: the directory holds those of several criteria.
+    """
+    if not path.is_dir() or (path / "scores.json").exists():
+        return path / "scores.json" if path.is_dir() else path
+    several = sorted(path.glob("scores-*.json"))
+    if several:
+        raise ResultFileError(
+            f"{path} holds scores by several criteria. Give one: {', '.join(map(str, several))}"
+        )
+    return path / "scores.json"
 
 
 def prune(
@@ -103,6 +165,7 @@ def prune(
     verify: bool = True,
     device: str = "auto",
     dtype: str = "auto",
+    stream: bool | None = None,
 ) -> Path:
     """Write the shortened checkpoint.
 
@@ -129,7 +192,7 @@ def prune(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is not empty. Choose another --out, or delete it")
     require_writable(out.parent)
-    session = stages.Session(device=device, dtype=dtype) if verify else None
+    session = stages.Session(device=device, dtype=dtype, stream=stream) if verify else None
     stages.prune(checkpoint, plan, out, session=session)
     return out
 
@@ -141,6 +204,8 @@ def evaluate(
     out: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    stream: bool | None = None,
+    max_memory: int | None = None,
 ) -> Evaluation:
     """Perplexity and generation samples of one or more models that share a tokenizer.
 
@@ -182,7 +247,7 @@ def evaluate(
                 "perplexities per token "
                 "cannot be compared. Evaluate them in two commands"
             )
-    session = stages.Session(device=device, dtype=dtype)
+    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     text = [
         EvaluationText(rows=source, held_out=False, segments=segments)
         for source, segments in zip(rows, texts[next(iter(texts))], strict=True)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from shortllm import __version__
-from shortllm.errors import BudgetError, ShortLLMError
+from shortllm.errors import BudgetError, CriterionError, ShortLLMError
 
 if TYPE_CHECKING:
     from shortllm.planning import Budget
     from shortllm.recipe import CalibrationOptions
-    from shortllm.results import Evaluation, PrunePlan
+    from shortllm.results import BlockScores, Evaluation, PrunePlan
     from shortllm.summary import ModelSummary
 
 app = typer.Typer(
@@ -79,7 +79,53 @@ BosEverySample = Annotated[
     Optional[bool],  # noqa: UP045
     typer.Option(help="Begin every sample with BOS. Default: for Gemma models only."),
 ]
-CriterionName = Annotated[str, typer.Option("--criterion", help="Rule that scores the blocks.")]
+CriterionName = Annotated[
+    str,
+    typer.Option(
+        "--criterion",
+        help="Rule that scores the blocks: ppl, kl, taylor, magnitude, influence, relative, "
+        "angular, greedy, last, random, even.",
+    ),
+]
+CriterionNames = Annotated[
+    str,
+    typer.Option(
+        "--criterion",
+        help="Rules that score the blocks, e.g. ppl or taylor,influence: several take as few "
+        "passes as there can be. ppl, kl, taylor, magnitude, influence, relative, angular, greedy, "
+        "last, random, even.",
+    ),
+]
+CriterionOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--option",
+        metavar="CRITERION.NAME=VALUE",
+        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; may be repeated.",
+    ),
+]
+Stream = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read the blocks one at a time from the files. Default: where the model does not fit.",
+    ),
+]
+MaxMemory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Hidden streams beyond this size go to a file, e.g. 4GiB. Default: half of what is "
+        "free."
+    ),
+]
+Contiguous = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--contiguous/--scattered",
+        help="Remove one span of blocks, or single ones. Default: a span where the criterion "
+        "scores spans (angular).",
+    ),
+]
 
 Remove = Annotated[Optional[int], typer.Option(help="Blocks to remove.")]  # noqa: UP045
 Ratio = Annotated[Optional[float], typer.Option(help="Part of the blocks to remove, e.g. 0.25.")]  # noqa: UP045
@@ -137,10 +183,12 @@ def run(
         typer.Option(help="Run directory. Default: runs/<model>-<criterion>-<budget>."),
     ] = None,
     criterion: CriterionName = "ppl",
+    option: CriterionOption = None,
     remove: Remove = None,
     ratio: Ratio = None,
     param_ratio: ParamRatio = None,
     blocks: Blocks = None,
+    contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     data: Data = None,
@@ -166,6 +214,8 @@ def run(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    stream: Stream = None,
+    max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
     """All stages: score, plan, prune, evaluate, report. Without a model: the embedded one.
@@ -176,12 +226,20 @@ def run(
     import shortllm
 
     budget = _budget(
-        remove, ratio, param_ratio, blocks, protect_first, protect_last, default_ratio=0.25
+        remove,
+        ratio,
+        param_ratio,
+        blocks,
+        contiguous,
+        protect_first,
+        protect_last,
+        default_ratio=0.25,
     )
     recipe = shortllm.Recipe(
         model=model,
         revision=revision,
         criterion=criterion,
+        options=_single(_options(option, [criterion]), criterion),
         calibration=_calibration(
             data, calibration, sampler, samples, length, seed, bos_every_sample
         ),
@@ -197,6 +255,8 @@ def run(
         ),
         device=device,
         dtype=dtype,
+        stream=stream,
+        max_memory=_bytes(max_memory),
     )
     result = shortllm.run(recipe, out=out, command=_command_line())
     if json:
@@ -239,7 +299,8 @@ def info(
 def score(
     model: ModelArgument = "embedded",
     out: Annotated[Path, typer.Option(help="Run directory for calibration and scores.json.")] = ...,  # type: ignore[assignment]
-    criterion: CriterionName = "ppl",
+    criterion: CriterionNames = "ppl",
+    option: CriterionOption = None,
     data: Data = None,
     calibration: CalibrationFile = None,
     sampler: Sampler = "random",
@@ -250,14 +311,22 @@ def score(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    stream: Stream = None,
+    max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
-    """Importance of every block, by a criterion on calibration text."""
+    """Importance of every block, by one or several criteria on calibration text.
+
+    Under `accelerate launch -m shortllm score ...` or `torchrun -m shortllm score ...` the samples
+    are shared by all processes. An interrupted pass goes on when the same command is given again.
+    """
     import shortllm
 
-    scores = shortllm.score(
+    names = [name.strip() for name in criterion.split(",") if name.strip()]
+    found = shortllm.score(
         model,
-        criterion=criterion,
+        criterion=names,
+        options=_options(option, names),
         calibration=_calibration(
             data, calibration, sampler, samples, length, seed, bos_every_sample
         ),
@@ -265,31 +334,32 @@ def score(
         revision=revision,
         device=device,
         dtype=dtype,
+        stream=stream,
+        max_memory=_bytes(max_memory),
         command=_command_line(),
     )
-    if json:
-        _print_json(scores.model_dump(mode="json"))
+    if not _is_main_process():
         return
-    rank = {block: place for place, block in enumerate(_ascending(scores.importance), start=1)}
-    rows = [
-        (str(b), f"{scores.importance[b]:.6g}", f"{scores.values[b]:.6g}", str(rank[b]))
-        for b in range(len(scores.importance))
-    ]
-    _print_table(("block", "importance", "value", "rank (1 = goes first)"), rows)
-    if scores.intact is not None:
-        typer.echo(f"intact: {scores.intact:.6g}")
-    typer.echo(f"scores: {out / 'scores.json'}")
+    if json:
+        one = [scores.model_dump(mode="json") for scores in found.values()]
+        _print_json(one[0] if len(one) == 1 else one)
+        return
+    for name, scores in found.items():
+        _print_scores(scores)
+        file = "scores.json" if len(found) == 1 else f"scores-{name}.json"
+        typer.echo(f"scores: {out / file}")
 
 
 @app.command()
 def plan(
     scores: Annotated[
-        Path, typer.Argument(metavar="SCORES", help="A run directory, or its scores.json.")
+        Path, typer.Argument(metavar="SCORES", help="A run directory, or a file of scores.")
     ],
     remove: Remove = None,
     ratio: Ratio = None,
     param_ratio: ParamRatio = None,
     blocks: Blocks = None,
+    contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     out: Annotated[
@@ -301,7 +371,7 @@ def plan(
     """Choose the blocks to remove from scores and a budget."""
     import shortllm
 
-    budget = _budget(remove, ratio, param_ratio, blocks, protect_first, protect_last)
+    budget = _budget(remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last)
     made = shortllm.plan(scores, budget, out=out)
     if json:
         _print_json(made.model_dump(mode="json"))
@@ -328,6 +398,7 @@ def prune(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    stream: Stream = None,
 ) -> None:
     """Write the checkpoint without the blocks of a plan, or without the blocks named."""
     import shortllm
@@ -336,7 +407,14 @@ def prune(
         raise BudgetError("give either --plan plan.json or --blocks 3,4,8")
     chosen = plan if plan is not None else _numbers(blocks or "")
     written = shortllm.prune(
-        model, chosen, out, revision=revision, verify=verify, device=device, dtype=dtype
+        model,
+        chosen,
+        out,
+        revision=revision,
+        verify=verify,
+        device=device,
+        dtype=dtype,
+        stream=stream,
     )
     typer.echo(f"checkpoint: {written}")
 
@@ -359,6 +437,8 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="Write the result to this file.")] = None,  # noqa: UP045
     device: Device = "auto",
     dtype: Dtype = "auto",
+    stream: Stream = None,
+    max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
     """Perplexity of one or more models with the same tokenizer."""
@@ -378,6 +458,8 @@ def evaluate(
         out=out,
         device=device,
         dtype=dtype,
+        stream=stream,
+        max_memory=_bytes(max_memory),
     )
     if json:
         _print_json(measured.model_dump(mode="json"))
@@ -401,7 +483,7 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `shortllm` command; never returns."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("shortllm").setLevel(logging.INFO)
+    logging.getLogger("shortllm").setLevel(logging.INFO if _is_main_process() else logging.ERROR)
     _insist_on_interrupts()
     try:
         code = app(args=arguments, standalone_mode=False)
@@ -454,6 +536,7 @@ def _budget(
     ratio: float | None,
     param_ratio: float | None,
     blocks: str | None,
+    contiguous: bool | None,
     protect_first: int | None,
     protect_last: int | None,
     *,
@@ -468,11 +551,68 @@ def _budget(
         ratio=ratio,
         param_ratio=param_ratio,
         blocks=None if blocks is None else _numbers(blocks),
+        contiguous=contiguous,
         protect_first=protect_first,
         protect_last=protect_last,
     )
     budget.asked()
     return budget
+
+
+def _options(given: list[str] | None, criteria: list[str]) -> dict[str, dict[str, Any]]:
+    """`taylor.power=2` and the like as options by criterion.
+
+    Raises:
+        CriterionError: another form.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for text in given or ():
+        place, equals, value = text.partition("=")
+        criterion, dot, name = place.partition(".")
+        if not equals or not dot or not name:
+            raise CriterionError(
+                f"--option '{text}' is not of the form CRITERION.NAME=VALUE, e.g. "
+                f"{criteria[0]}.name={value or 1}"
+            )
+        options.setdefault(criterion, {})[name] = value
+    return options
+
+
+def _single(options: dict[str, dict[str, Any]], criterion: str) -> dict[str, Any]:
+    """The options of the one criterion there is.
+
+    Raises:
+        CriterionError: some are another's.
+    """
+    for other in options:
+        if other != criterion:
+            raise CriterionError(
+                f"an option of criterion '{other}' was given, but --criterion is {criterion}"
+            )
+    return options.get(criterion, {})
+
+
+def _bytes(text: str | None) -> int | None:
+    """`4GiB`, `500MB` or a plain number as bytes.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    if text is None:
+        return None
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", start=1):
+        units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power, letter: 1024**power}
+    number = text.strip().rstrip("BbIiKkMmGgTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError) as error:
+        raise ShortLLMError(f"'{text}' is no amount of memory such as 4GiB or 500MB") from error
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _command_line() -> list[str]:
@@ -522,6 +662,18 @@ def _print_json(content: Any) -> None:
     import json
 
     typer.echo(json.dumps(content))
+
+
+def _print_scores(scores: BlockScores) -> None:
+    rank = {block: place for place, block in enumerate(_ascending(scores.importance), start=1)}
+    rows = [
+        (str(b), f"{scores.importance[b]:.6g}", f"{scores.values[b]:.6g}", str(rank[b]))
+        for b in range(len(scores.importance))
+    ]
+    typer.echo(f"{scores.criterion}:")
+    _print_table(("block", "importance", "value", "rank (1 = goes first)"), rows)
+    if scores.intact is not None:
+        typer.echo(f"intact: {scores.intact:.6g}")
 
 
 def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

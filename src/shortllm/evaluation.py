@@ -1,8 +1,8 @@
 """What a model can still do: perplexity by a stated protocol, and samples of what it writes.
 
 Perplexity is exp of the mean next-token NLL over all predictions inside segments that do not
-overlap (`shortllm.segments` makes them). The model's plain forward carries the text through the
-blocks; only final norm, head and loss are applied in slices, so that full logits never exist.
+overlap (`shortllm.segments` makes them). The text is carried by the walk that also scores blocks,
+here with nothing removed, so that a model is measured that does not fit into memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from shortllm.data import Rows
 from shortllm.errors import CheckpointError
 from shortllm.metrics import perplexity
 from shortllm.model.blocks import text_config
-from shortllm.model.resident import ResidentModel
-from shortllm.model.walk import group_size, stream_nll
+from shortllm.model.decoder import Decoder
+from shortllm.model.streams import StreamMemory
+from shortllm.model.walk import mean_nll
 from shortllm.results import Perplexity, Samples
 from shortllm.segments import Segments
 
@@ -42,24 +43,22 @@ class EvaluationText:
 
 
 def measure_perplexity(
-    model: ResidentModel, text: EvaluationText, *, advance: Advance = lambda segments: None
+    decoder: Decoder,
+    text: EvaluationText,
+    *,
+    memory: StreamMemory | None = None,
+    advance: Advance = lambda work: None,
 ) -> Perplexity:
     """Perplexity of a model on one text.
 
     Args:
-        advance: called with the number of segments measured since its last call.
+        advance: called with the floating-point operations done since its last call.
     Raises:
         CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
     """
     ids_ST = text.segments.ids
-    total = 0.0
-    for batch_BT in torch.split(ids_ST, group_size(model, ids_ST.shape[1])):
-        batch_BT = batch_BT.to(model.device)
-        stream_BTD = model.run_blocks(batch_BT)
-        total += stream_nll(model, stream_BTD, batch_BT).double().sum().item()
-        advance(len(batch_BT))
+    nll = mean_nll(decoder, ids_ST, memory=memory, advance=advance)
     predictions = ids_ST.shape[0] * (ids_ST.shape[1] - 1)
-    nll = total / predictions
     if not math.isfinite(perplexity(nll)):
         raise CheckpointError(
             f"the model's loss on {text.rows.source} is {nll}, which is no perplexity. "

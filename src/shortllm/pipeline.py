@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shortllm import __version__, criteria, stages
+from shortllm import __version__, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import PARTIAL, require_writable, write_text
-from shortllm.planning import Budget, build_plan, check_budget
+from shortllm.journal import journal_directory
+from shortllm.planning import Budget, build_plan, check_budget, most_blocks
 from shortllm.recipe import Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan, ResultFile
-from shortllm.runtime import versions
+from shortllm.runtime import ALONE, Ranks, versions
+from shortllm.scoring import Asked
 
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
@@ -66,20 +70,25 @@ def run(
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
-    criteria.get(recipe.criterion)
+    Asked.of(recipe.criterion, recipe.options)
     recipe.budget.asked()
     checkpoint = open_checkpoint(recipe.model, revision=recipe.revision)
     recipe = recipe.filled(checkpoint.model_type)
     check_budget(recipe.budget, checkpoint.info())
+    asked = asked_for(recipe, checkpoint)
     check_any_removal(checkpoint, recipe.budget)
     directory = Path(out) if out is not None else default_directory(recipe)
     claim_directory(directory, checkpoint)
-    session = stages.Session(device=recipe.device, dtype=recipe.dtype)
-    scoring = recipe.budget.blocks is None
+    session = session_of(recipe)
+    scoring = recipe.budget.blocks is None and asked.needs_text
     texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
 
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
-    scores = _score(directory, checkpoint, recipe, texts.calibration, session)
+    scores = None
+    if recipe.budget.blocks is None:
+        [scores] = score_in(directory, checkpoint, [asked], texts.calibration, session).values()
+    else:
+        delete_scores(directory)
     plan = build_plan(recipe.budget, model=checkpoint.info(), scores=scores)
     plan.save(directory / "plan.json")
     shortened = _prune(directory, checkpoint, plan, session)
@@ -131,7 +140,9 @@ def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
             raise OutputError(
                 f"{directory} is not empty and holds no run of shortllm. Choose another --out"
             )
-        has_results = any(path.name in ("scores.json", "plan.json", PRUNED) for path in held)
+        has_results = any(
+            path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in held
+        )
         if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
             raise OutputError(
                 f"{directory} holds a run of another model ({earlier.get('id')}). Choose another "
@@ -183,26 +194,85 @@ def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
     return found
 
 
-def _score(
+def asked_for(recipe: Recipe, checkpoint: Checkpoint) -> Asked:
+    """The criterion of a recipe; one that removes blocks itself gets the budget's amount.
+
+    Raises:
+        CriterionError: unknown criterion or option.
+    """
+    asked = Asked.of(recipe.criterion, recipe.options)
+    if asked.inner() is None or recipe.budget.blocks is not None:
+        return asked
+    budget = recipe.budget
+    amount = {
+        "rounds": most_blocks(budget, checkpoint.info()),
+        "protect_first": budget.protect_first,
+        "protect_last": budget.protect_last,
+    }
+    return Asked.of(recipe.criterion, {**amount, **recipe.options})
+
+
+def session_of(recipe: Recipe) -> stages.Session:
+    """Where and how a recipe's models are run."""
+    return stages.Session(
+        device=recipe.device,
+        dtype=recipe.dtype,
+        stream=recipe.stream,
+        max_memory=recipe.max_memory,
+    )
+
+
+def scores_file(directory: Path, asked: Sequence[Asked], one: Asked) -> Path:
+    """scores.json for a single criterion; of several, one file each, named after it."""
+    return directory / ("scores.json" if len(asked) == 1 else f"scores-{one.name}.json")
+
+
+def score_in(
     directory: Path,
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    asked: Sequence[Asked],
     calibration: Calibration | None,
     session: stages.Session,
-) -> BlockScores | None:
-    """calibration.* and scores.json; neither where the blocks were given by hand."""
-    path = directory / "scores.json"
-    if calibration is None:
-        for stale in (path, *directory.glob("calibration.*")):
-            stale.unlink(missing_ok=True)
-        return None
-    calibration.save(directory)
-    expected = stages.scores_fingerprint(checkpoint, recipe.criterion, calibration, session)
-    scores = finished(BlockScores, path, expected)
-    if scores is None:
-        scores = stages.score(checkpoint, calibration, criterion=recipe.criterion, session=session)
-        scores.save(path)
-    return scores
+    ranks: Ranks = ALONE,
+) -> dict[str, BlockScores]:
+    """calibration.* and the file of each criterion's scores; those up to date are not made again.
+
+    Of several processes all score and the main one writes.
+    """
+    if ranks.is_main:
+        if calibration is None:
+            _delete(directory.glob("calibration.*"))
+        else:
+            calibration.save(directory)
+    found: dict[str, BlockScores] = {}
+    for one in asked:
+        expected = stages.scores_fingerprint(checkpoint, one, calibration, session)
+        scores = finished(BlockScores, scores_file(directory, asked, one), expected)
+        if scores is not None:
+            found[one.name] = scores
+    ranks.wait()  # until all have looked, nobody writes
+    missing = [one for one in asked if one.name not in found]
+    if missing:
+        journal = journal_directory(directory)
+        found |= stages.score(
+            checkpoint, calibration, missing, session=session, directory=journal, ranks=ranks
+        )
+        if ranks.is_main:
+            for one in missing:
+                found[one.name].save(scores_file(directory, asked, one))
+        ranks.wait()  # nobody deletes what it takes to go on before the scores are safe
+        shutil.rmtree(journal, ignore_errors=True)
+    return {one.name: found[one.name] for one in asked}
+
+
+def delete_scores(directory: Path) -> None:
+    """Delete the scores of an earlier recipe, where the blocks are now given by hand."""
+    _delete([directory / "scores.json", *directory.glob("calibration.*")])
+
+
+def _delete(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _prune(

@@ -33,6 +33,10 @@ class Budget(Record):
     blocks: list[int] | None = Field(
         default=None, description="exactly these blocks; protection does not apply"
     )
+    contiguous: bool | None = Field(
+        default=None,
+        description="one span of blocks; default: where the criterion scores spans",
+    )
     protect_first: int | None = Field(
         default=None, description="leading blocks kept; default 4, at most a quarter of the blocks"
     )
@@ -172,12 +176,7 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
     elif scores is None:
         raise BudgetError("a budget without block numbers needs scores. Run `shortllm score` first")
     else:
-        order = removal_order(scores.importance, protected)
-        if number is None:
-            number = _reaching(
-                budget.param_ratio or 0.0, order, parameters_per_block, model.parameters
-            )
-        order = order[:number]
+        order = _order(budget, scores, protected, number, parameters_per_block, model.parameters)
     removed = sorted(order)
     freed = sum(parameters_per_block[block] for block in removed)
     asked = budget.asked()
@@ -195,17 +194,114 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
             parameters=freed,
             parameter_ratio=freed / model.parameters,
         ),
-        reason=_reason(scores, removed, protected, count),
+        reason=_reason(scores, removed, protected, count, _is_contiguous(budget, scores)),
         scores=scores.fingerprint if scores else None,
         fingerprint=fingerprint(
             {
                 "model": model.fingerprint,
                 "scores": scores.fingerprint if scores else None,
                 "asked": asked,
+                "contiguous": budget.contiguous,
                 "protected": protected,
             }
         ),
     )
+
+
+def _order(
+    budget: Budget,
+    scores: BlockScores,
+    protected: list[int],
+    number: int | None,
+    parameters_per_block: Sequence[int],
+    parameters: int,
+) -> list[int]:
+    """The blocks that go, in the order in which they go.
+
+    Raises:
+        BudgetError: the scores do not reach that far.
+    """
+    if _is_contiguous(budget, scores):
+        span = _span(budget, scores, protected, number, parameters_per_block, parameters)
+        outside = [b for b in range(len(parameters_per_block)) if b not in span]
+        return removal_order(scores.importance, outside)
+    order = scores.order or removal_order(scores.importance, protected)
+    if number is None:
+        number = _reaching(budget.param_ratio or 0.0, order, parameters_per_block, parameters)
+    if number > len(order):
+        raise BudgetError(
+            f"the scores by '{scores.criterion}' hold the order of {len(order)} removals, and "
+            f"{number} were asked for. Score again with --option {scores.criterion}.rounds={number}"
+        )
+    taken = [block for block in order[:number] if block in set(protected)]
+    if taken:
+        raise BudgetError(
+            f"the scores by '{scores.criterion}' remove block {taken[0]}, which is protected. "
+            "Score again with the same protection (--option "
+            f"{scores.criterion}.protect_first=... and protect_last=...)"
+        )
+    return order[:number]
+
+
+def _is_contiguous(budget: Budget, scores: BlockScores | None) -> bool:
+    """Whether one span goes: as asked, or where the criterion scores spans."""
+    spans = scores is not None and scores.spans is not None
+    return spans if budget.contiguous is None else budget.contiguous
+
+
+def _span(
+    budget: Budget,
+    scores: BlockScores,
+    protected: list[int],
+    number: int | None,
+    parameters_per_block: Sequence[int],
+    parameters: int,
+) -> range:
+    """The least important span of unprotected blocks that meets the budget.
+
+    Raises:
+        BudgetError: the criterion scores no spans, or protected blocks leave no room.
+    """
+    if scores.spans is None:
+        raise BudgetError(
+            f"criterion '{scores.criterion}' scores no spans of blocks. Leave out --contiguous, or "
+            "score by 'angular'"
+        )
+    count = len(parameters_per_block)
+    for n in range(number or 1, (number or count - 1) + 1):
+        free = [s for s in range(count - n + 1) if not set(range(s, s + n)) & set(protected)]
+        if not free:
+            break
+        start = min(free, key=lambda s: (scores.spans[n - 1][s], -s))  # type: ignore[index]
+        span = range(start, start + n)
+        freed = sum(parameters_per_block[block] for block in span)
+        if number is not None or freed >= (budget.param_ratio or 0.0) * parameters:
+            return span
+    raise BudgetError(
+        "no span of unprotected blocks is that large. Ask for less, or pass --scattered to remove "
+        "single blocks, or --protect-first 0 --protect-last 0"
+    )
+
+
+def most_blocks(budget: Budget, model: ModelInfo) -> int:
+    """The largest number of blocks that a plan for this budget can remove.
+
+    Raises:
+        BudgetError: see `check_budget`.
+    """
+    protected = budget.protected(model.blocks)
+    number = _amount(budget, protected, model.parameters_per_block, model.parameters)
+    if number is not None:
+        return number
+    sizes = sorted(
+        size for b, size in enumerate(model.parameters_per_block) if b not in set(protected)
+    )
+    freed = 0
+    for n, size in enumerate(sizes, start=1):
+        freed += size
+        if freed >= (budget.param_ratio or 0.0) * model.parameters:
+            return min(n, model.blocks - 1)
+    return min(len(sizes), model.blocks - 1)
 
 
 def _reaching(
@@ -223,14 +319,22 @@ def _reaching(
 
 
 def _reason(
-    scores: BlockScores | None, removed: list[int], protected: list[int], count: int
+    scores: BlockScores | None,
+    removed: list[int],
+    protected: list[int],
+    count: int,
+    contiguous: bool,
 ) -> str:
     """One sentence for a reader of the plan."""
     blocks = ", ".join(map(str, removed))
     if scores is None:
         return f"Blocks {blocks} of {count} were named by hand."
     kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
-    return (
-        f"Blocks {blocks} have the lowest importance by the criterion '{scores.criterion}' "
-        f"among the {count - len(protected)} blocks that may go{kept_safe}."
-    )
+    free = count - len(protected)
+    if contiguous:
+        chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
+    elif scores.order is not None:
+        chosen = f"were removed one after the other by the criterion '{scores.criterion}'"
+    else:
+        chosen = f"have the lowest importance by the criterion '{scores.criterion}'"
+    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{kept_safe}."

@@ -6,7 +6,7 @@ Unknown keys are refused. A knob starts as a field here and may earn a flag late
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -64,11 +64,21 @@ class Recipe(Record):
     model: str = "embedded"
     revision: str | None = None
     criterion: str = "ppl"
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="options of the criterion, e.g. {'power': 2}"
+    )
     calibration: CalibrationOptions = CalibrationOptions()
     budget: Budget = Budget(ratio=0.25)
     evaluation: EvaluationOptions = EvaluationOptions()
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    stream: bool | None = Field(
+        default=None,
+        description="read blocks one at a time from the files; default: where they do not fit",
+    )
+    max_memory: int | None = Field(
+        default=None, description="bytes of hidden streams in memory; beyond it they go to a file"
+    )
 
     def filled(self, model_type: str) -> Recipe:
         """The same recipe with every default that depends on the model filled in.

@@ -118,6 +118,14 @@ class BlockScores(ResultFile):
         default=None,
         description="mean NLL without the block minus that of the intact model, in nats per token",
     )
+    spans: list[list[float]] | None = Field(
+        default=None,
+        description="spans[n-1][start] is the importance of the n blocks from start on",
+    )
+    order: list[int] | None = Field(
+        default=None,
+        description="removal order, where each block was chosen with the ones before it gone",
+    )
     calibration: str | None = Field(
         default=None, description="tokens_fingerprint of the calibration"
     )

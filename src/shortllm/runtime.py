@@ -7,9 +7,10 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from shortllm import __version__
 from shortllm.errors import ShortLLMError
@@ -32,7 +33,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -67,6 +68,83 @@ def available_memory(device: torch.device) -> int | None:
 
         return int(psutil.virtual_memory().available)
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes that share the samples of one score (`accelerate launch`, `torchrun`)."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def mine(self, samples: torch.Tensor) -> torch.Tensor:
+        """This process's share of `[samples, ...]`.
+
+        Raises:
+            ShortLLMError: fewer samples than processes.
+        """
+        if len(samples) < self.count:
+            raise ShortLLMError(
+                f"{len(samples)} samples cannot be shared by {self.count} processes. Start "
+                f"{len(samples)} or fewer, or ask for more --samples"
+            )
+        return samples[self.rank :: self.count]
+
+    def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.count > 1:
+            import torch.distributed
+
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        import torch
+
+        tensor = torch.tensor(value, dtype=torch.float64)
+        self.add_up([tensor])
+        return float(tensor.item())
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all processes, which may differ in shape."""
+        if self.count == 1:
+            return [tensor]
+        import torch.distributed
+
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, tensor.cpu())
+        return found
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.barrier()
+
+
+ALONE = Ranks()
+"""One process that has all samples."""
+
+
+def join_ranks() -> Ranks:
+    """The processes this one was launched with; alone unless a launcher said otherwise."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return ALONE
+    import torch
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(both)
+    return Ranks(torch.distributed.get_rank(), count)
 
 
 def peak_memory() -> int:

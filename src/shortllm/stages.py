@@ -12,57 +12,117 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, check_removal, require_apart
 from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.errors import CheckpointError, DataError
 from shortllm.files import fingerprint, require_writable
+from shortllm.journal import Journal
 from shortllm.model.blocks import text_config
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
 from shortllm.results import BlockScores, Cost, EvaluatedModel, Evaluation, PrunePlan
-from shortllm.runtime import choose_device, choose_dtype, peak_memory, progress, versions
+from shortllm.runtime import (
+    ALONE,
+    Ranks,
+    available_memory,
+    choose_device,
+    choose_dtype,
+    peak_memory,
+    progress,
+    versions,
+)
+from shortllm.scoring import Asked, Scorer
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
     from shortllm.calibration import Calibration
     from shortllm.data import Rows
     from shortllm.evaluation import EvaluationText
+    from shortllm.model.decoder import Decoder
+    from shortllm.model.streams import StreamMemory
     from shortllm.segments import Segments
 
 log = logging.getLogger(__name__)
 
+ROOM_BESIDE_WEIGHTS = 1.15
+"""Free memory that a model in memory takes, as a multiple of its weights."""
+
 
 class Session:
-    """Device, computation type, and the one model that is held in memory at a time."""
+    """Device, computation type, and the one model that is held at a time."""
 
-    def __init__(self, *, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        stream: bool | None = None,
+        max_memory: int | None = None,
+    ) -> None:
         self.device = choose_device(device)
         self._dtype = dtype
-        self._held: tuple[str, nn.Module] | None = None
+        self._stream = stream
+        self._max_memory = max_memory
+        self._held: tuple[str, Decoder] | None = None
 
-    def model(self, checkpoint: Checkpoint) -> nn.Module:
-        """The checkpoint's model, loaded unless it is the one held; another one is let go first."""
+    def decoder(self, checkpoint: Checkpoint) -> Decoder:
+        """The checkpoint's decoder, opened unless it is the one held; another one is let go first.
+
+        Its blocks are in memory where they fit, else they are read one at a time from the files.
+        """
+        from shortllm.model.decoder import Decoder
         from shortllm.model.loading import load_model
+        from shortllm.model.streamed import open_streamed
 
         if self._held is None or self._held[0] != checkpoint.fingerprint:
             self._held = None
             gc.collect()
-            model = load_model(checkpoint, device=self.device, dtype=self._dtype)
-            self._held = (checkpoint.fingerprint, model)
+            if self._streams(checkpoint):
+                dtype = self._torch_dtype(checkpoint)
+                decoder = open_streamed(checkpoint, device=self.device, dtype=dtype)
+            else:
+                model = load_model(checkpoint, device=self.device, dtype=self._dtype)
+                decoder = Decoder(model)
+            self._held = (checkpoint.fingerprint, decoder)
         return self._held[1]
+
+    def memory(self, directory: Path | None = None) -> StreamMemory:
+        """Where hidden streams are kept; beyond the limit in a file in `directory`."""
+        from shortllm.model.streams import StreamMemory
+
+        return StreamMemory(limit=self._max_memory, directory=directory)
 
     def dtype(self, checkpoint: Checkpoint) -> str:
         """Name of the computation type for a checkpoint, e.g. `float32`."""
+        return str(self._torch_dtype(checkpoint)).removeprefix("torch.")
+
+    def _torch_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         from shortllm.model.loading import stored_dtype
 
-        chosen = choose_dtype(self._dtype, self.device, stored_dtype(checkpoint))
-        return str(chosen).removeprefix("torch.")
+        return choose_dtype(self._dtype, self.device, stored_dtype(checkpoint))
+
+    def _streams(self, checkpoint: Checkpoint) -> bool:
+        """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
+        if self._stream is not None:
+            return self._stream
+        free = available_memory(self.device)
+        needed = checkpoint.parameters * self._torch_dtype(checkpoint).itemsize
+        if free is None or needed * ROOM_BESIDE_WEIGHTS <= free:
+            return False
+        log.info(
+            "%s needs %.1f GiB of memory on %s and %.1f GiB are free: its blocks are read one at a "
+            "time from the files (streamed)",
+            checkpoint.id,
+            needed * ROOM_BESIDE_WEIGHTS / 2**30,
+            self.device,
+            free / 2**30,
+        )
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -234,51 +294,79 @@ def evaluation_segments_of(
 
 
 def scores_fingerprint(
-    checkpoint: Checkpoint, criterion: str, calibration: Calibration, session: Session
+    checkpoint: Checkpoint, asked: Asked, calibration: Calibration | None, session: Session
 ) -> str:
-    """Of everything the scores depend on."""
-    return fingerprint(
-        {
-            "model": checkpoint.fingerprint,
-            "criterion": criterion,
+    """Of everything the scores of one criterion depend on."""
+    inputs: dict[str, Any] = {
+        "model": checkpoint.fingerprint,
+        "criterion": asked.name,
+        "options": asked.options,
+    }
+    if asked.needs_text and calibration is not None:
+        inputs |= {
             "calibration": calibration.info.tokens_fingerprint,
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
         }
-    )
+    return fingerprint(inputs)
 
 
 def score(
-    checkpoint: Checkpoint, calibration: Calibration, *, criterion: str = "ppl", session: Session
-) -> BlockScores:
-    """One importance per block.
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    asked: Sequence[Asked],
+    *,
+    session: Session,
+    directory: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, BlockScores]:
+    """One importance per block by each criterion, in as few passes as there can be.
 
+    Args:
+        calibration: None if no criterion needs text.
+        directory: where the progress of long passes is kept, so that an interrupted one goes on;
+            to be deleted once the scores are safe.
+        ranks: the processes that share the samples.
     Raises:
-        CriterionError: unknown criterion, or a score that cannot be ranked.
+        CriterionError: a score that cannot be ranked.
         CheckpointError: weights that are missing or not finite.
     """
-    from shortllm.model.resident import ResidentModel
-
-    chosen = criteria.get(criterion)
-    model = ResidentModel(session.model(checkpoint))
-    samples, length = calibration.ids.shape
-    started = time.monotonic()
-    with progress(f"scoring by {criterion}", chosen.flops(model, samples, length)) as advance:
-        found = chosen.score(model, calibration.ids, advance)
-    criteria.require_finite(criterion, found.importance)
-    return BlockScores(
-        model=checkpoint.info(),
-        criterion=criterion,
-        importance=found.importance,
-        values=found.values,
-        intact=found.intact,
-        delta_nll=found.delta_nll,
-        calibration=calibration.info.tokens_fingerprint,
-        dtype=session.dtype(checkpoint),
-        versions=versions(),
-        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
-        fingerprint=scores_fingerprint(checkpoint, criterion, calibration, session),
+    expected = {
+        one.name: scores_fingerprint(checkpoint, one, calibration, session) for one in asked
+    }
+    own = None if directory is None else directory / f"rank{ranks.rank}of{ranks.count}"
+    text = calibration is not None and any(one.needs_text for one in asked)
+    scorer = Scorer(
+        checkpoint=checkpoint,
+        open_decoder=lambda: session.decoder(checkpoint),
+        ids_BT=ranks.mine(calibration.ids) if calibration is not None and text else None,
+        ranks=ranks,
+        memory=session.memory(directory),
+        journal=Journal(own, fingerprint(expected)),
     )
+    started = time.monotonic()
+    named = ", ".join(one.name for one in asked)
+    with progress(f"scoring by {named}", scorer.work(asked)) as scorer.advance:
+        found = scorer.score(asked)
+    cost = Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory())
+    return {
+        one.name: BlockScores(
+            model=checkpoint.info(),
+            criterion=one.name,
+            options=one.options,
+            **asdict(found[one.name]),
+            calibration=(
+                calibration.info.tokens_fingerprint
+                if calibration is not None and one.needs_text
+                else None
+            ),
+            dtype=session.dtype(checkpoint),
+            versions=versions(),
+            cost=cost,
+            fingerprint=expected[one.name],
+        )
+        for one in asked
+    }
 
 
 def prune(
@@ -303,12 +391,12 @@ def prune(
     check_removal(checkpoint, plan.kept)
     total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
     require_writable(target.absolute().parent, total)
-    expected = bypass_logits(session.model(checkpoint), plan.removed) if session else None
+    expected = bypass_logits(session.decoder(checkpoint), plan.removed) if session else None
 
     def verify(written: Path) -> None:
         if session is not None and expected is not None:
             shortened = open_checkpoint(written)
-            verify_shortened(str(target), session.model(shortened), expected)
+            verify_shortened(str(target), session.decoder(shortened), expected)
 
     with progress("writing the shortened checkpoint", total) as advance:
         write_shortened(
@@ -414,16 +502,21 @@ def _evaluate_one(
     session: Session,
 ) -> EvaluatedModel:
     from shortllm.evaluation import generate_samples, measure_perplexity
-    from shortllm.model.resident import ResidentModel
+    from shortllm.model.walk import NOTHING, walk_flops
 
-    model = session.model(checkpoint)
-    view = ResidentModel(model)
-    with progress(f"perplexity of {name}", sum(len(text.segments) for text in texts)) as advance:
-        perplexities = [measure_perplexity(view, text, advance=advance) for text in texts]
+    decoder = session.decoder(checkpoint)
+    work = sum(walk_flops(decoder, [NOTHING], *text.segments.ids.shape) for text in texts)
+    with progress(f"perplexity of {name}", work) as advance:
+        perplexities = [
+            measure_perplexity(decoder, text, memory=session.memory(), advance=advance)
+            for text in texts
+        ]
     samples = None
-    if options.continuations and options.prompt:
+    if options.continuations and options.prompt and decoder.streamed:
+        log.info("no samples of %s: a streamed model would be read once per token", name)
+    elif options.continuations and options.prompt:
         samples = generate_samples(
-            model,
+            decoder.model,
             load_tokenizer(checkpoint),
             prompt=options.prompt,
             continuations=options.continuations,

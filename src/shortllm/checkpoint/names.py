@@ -67,6 +67,12 @@ def find_block_names(names: Iterable[str], count: int, module_name: str) -> Bloc
     return BlockNames(best, count)
 
 
+def is_weight(name: str, dimensions: int) -> bool:
+    """Whether a tensor of a block counts as a weight: biases do not, nor single numbers per unit
+    but those called `weight` (norms)."""
+    return name.endswith("weight") or (dimensions > 1 and not name.endswith("bias"))
+
+
 def _common_ending(one: str, other: str) -> int:
     """How many trailing parts two dotted names share."""
     pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)

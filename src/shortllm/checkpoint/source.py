@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.names import BlockNames, find_block_names
+from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
 from shortllm.checkpoint.tensors import (
     TensorEntry,
     read_json,
@@ -69,6 +69,15 @@ class Checkpoint:
             if block is not None:
                 totals[block] += entry.elements
         return totals
+
+    def block_weights(self, block: int) -> list[TensorEntry]:
+        """The stored weights of a block: see `is_weight`."""
+        return [
+            entry
+            for entry in self.tensors.values()
+            if self.block_names.block_of(entry.name) == block
+            and is_weight(entry.name, len(entry.shape))
+        ]
 
     @property
     def parameters(self) -> int:

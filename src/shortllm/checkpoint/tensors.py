@@ -264,3 +264,32 @@ def pickled_bytes(entry: TensorEntry) -> memoryview:
 
     tensor = load_pickled(entry.file)[entry.name]
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """The data of one stored tensor, in memory of its own and in its stored type.
+
+    Read, not memory-mapped: mapped pages would count as this process's memory for as long as the
+    system likes to keep them.
+
+    Raises:
+        CheckpointError: the file ended early, or its type is not known to torch.
+    """
+    import torch
+    from safetensors.torch import _TYPES as TYPES
+
+    if entry.offset is None:
+        return load_pickled(entry.file)[entry.name].clone()
+    if entry.dtype not in TYPES:
+        raise CheckpointError(f"{entry.file}: tensor '{entry.name}' has type {entry.dtype}")
+    data = torch.empty(entry.bytes, dtype=torch.uint8)
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    with open(entry.file, "rb", buffering=0) as stream:
+        stream.seek(entry.offset)
+        position = 0
+        while position < entry.bytes:
+            count = stream.readinto(view[position:])
+            if not count:
+                raise CheckpointError(f"{entry.file} ended early; was it changed meanwhile?")
+            position += count
+    return data.view(TYPES[entry.dtype]).view(entry.shape)

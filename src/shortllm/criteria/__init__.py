@@ -1,23 +1,41 @@
 """Block criteria and their registry. A criterion is one decorated function in one file of this
 folder.
 
-A criterion takes the model and the calibration ids and returns one importance per block, *higher =
-keep*. Adding one: write the function, decorate it, import its module at the end of this file.
+What the function is given and what it returns follows from what it `needs`; how the numbers come
+about (weights in memory or read block by block, several processes, an interrupted pass) is not its
+concern. Importance: *higher = keep*, for every criterion.
+
+    needs         called for          with                               returns
+    "nothing"     the model           number of blocks                   a number per block
+    "weights"     each block          its weight tensors                 a number
+    "streams"     each block          stream before, stream after        a number per token
+    "last token"  the model           last token's stream at each depth  Scores
+    "logits"      each removed block  logits, intact logits, targets     a number per prediction
+    "gradients"   each block          weight x gradient of its weights   a number
+    "removals"    the model           a function that scores the blocks  Scores
+                                      left when others are gone
+
+Streams and logits come in pieces, a group of samples or a slice of tokens at a time.
+
+Numbers per token or prediction are averaged in float64. Options of a criterion are the keyword-only
+parameters of its function. Adding one: docs/add_a_criterion.md.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shortllm.errors import CriterionError, did_you_mean
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Needs = Literal["nothing", "weights", "streams", "last token", "logits", "gradients", "removals"]
 
-    from shortllm.model.resident import ResidentModel
+WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights"})
+"""What can be had without calibration text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +50,10 @@ class Scores:
     """The raw number of the intact model, where there is one."""
     delta_nll: list[float] | None = None
     """Mean NLL without the block minus the intact one, nats per token."""
-
-
-Advance = Callable[[float], None]
-Score = Callable[["ResidentModel", "Tensor", Advance], Scores]
+    spans: list[list[float]] | None = None
+    """`spans[n - 1][start]`: importance of the span of `n` blocks from `start`."""
+    order: list[int] | None = None
+    """Blocks in the order in which they go, where each was chosen with the ones before it gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,29 +64,67 @@ class Criterion:
     summary: str
     source: str
     """Where it was published."""
-    score: Score
-    """`(model, ids_BT, advance) -> Scores`"""
-    flops: Callable[[ResidentModel, int, int], float]
-    """Work of scoring `(model, samples, length)`: what the calls of `advance` add up to."""
+    needs: Needs
+    function: Callable[..., Any]
+    in_nats: bool
+    """Whether the mean is reported as its exponential, and its change in nats."""
+    defaults: Mapping[str, Any]
+    """Every option with its default."""
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is looked at."""
+        return self.needs not in WITHOUT_TEXT
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with their values; texts from a command line are converted.
+
+        Raises:
+            CriterionError: an unknown option or an impossible value.
+        """
+        stated = {name: self.function.__annotations__[name] for name in self.defaults}
+        hints = get_type_hints(
+            SimpleNamespace(__annotations__=stated), globalns=self.function.__globals__
+        )
+        chosen = dict(self.defaults)
+        for name, value in given.items():
+            if name not in chosen:
+                known = f".{did_you_mean(name, chosen)}" if chosen else "; it has no options"
+                raise CriterionError(f"criterion '{self.name}' has no option '{name}'{known}")
+            chosen[name] = _converted(self.name, name, value, hints[name])
+        return chosen
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REGISTRY: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, source: str, flops: Callable[[ResidentModel, int, int], float]
-) -> Callable[[Score], Score]:
-    """Register the decorated function as `name`; its docstring's first line is the summary."""
+    name: str, *, needs: Needs, source: str, in_nats: bool = False
+) -> Callable[[Function], Function]:
+    """Register the decorated function as `name`; its docstring's first line is the summary.
 
-    def register(score: Score) -> Score:
+    Args:
+        in_nats: the function returns negative log-likelihoods: report exp of their mean (a
+            perplexity), and the change of the mean beside it.
+    """
+
+    def register(function: Function) -> Function:
         if name in _REGISTRY:
-            owner = _REGISTRY[name].score.__module__
+            owner = _REGISTRY[name].function.__module__
             raise ValueError(f"criterion '{name}' is already registered by {owner}")
-        summary = (score.__doc__ or "").strip().splitlines()[0]
+        parameters = inspect.signature(function).parameters.values()
         _REGISTRY[name] = Criterion(
-            name=name, summary=summary, source=source, score=score, flops=flops
+            name=name,
+            summary=(function.__doc__ or "").strip().splitlines()[0],
+            source=source,
+            needs=needs,
+            function=function,
+            in_nats=in_nats,
+            defaults={p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY},
         )
-        return score
+        return function
 
     return register
 
@@ -103,4 +159,34 @@ def require_finite(name: str, values: list[float]) -> None:
             )
 
 
-from shortllm.criteria import removal as removal  # noqa: E402  (registers its criteria)
+def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
+    """The value of an option as the type its function asks for.
+
+    Raises:
+        CriterionError: it is none.
+    """
+    choices = get_args(hint) if get_origin(hint) is Literal else None
+    if choices is not None:
+        for choice in choices:
+            if str(choice) == str(value):
+                return choice
+        listed = ", ".join(map(str, choices))
+        raise CriterionError(f"{criterion}.{name} '{value}' is none of {listed}")
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    if value is None and len(kinds) < len(get_args(hint)):
+        return None
+    kind = kinds[0]
+    try:
+        return value if isinstance(value, kind) else kind(value)
+    except (TypeError, ValueError) as error:
+        raise CriterionError(
+            f"{criterion}.{name} '{value}' is not of type {kind.__name__}"
+        ) from error
+
+
+from shortllm.criteria import greedy as greedy  # noqa: E402  (each registers its criteria)
+from shortllm.criteria import magnitude as magnitude  # noqa: E402
+from shortllm.criteria import removal as removal  # noqa: E402
+from shortllm.criteria import similarity as similarity  # noqa: E402
+from shortllm.criteria import taylor as taylor  # noqa: E402
+from shortllm.criteria import trivial as trivial  # noqa: E402

@@ -1,48 +1,31 @@
-"""Criteria that look at predictions with one block removed, all removals in one sweep."""
+"""Criteria that look at predictions with one block removed, all removals in one walk."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shortllm.criteria import Advance, Scores, criterion
-from shortllm.metrics import next_token_nll, perplexity
+from shortllm.criteria import criterion
+from shortllm.metrics import kl_divergence, next_token_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shortllm.model.resident import ResidentModel
 
-
-def sweep_flops(model: ResidentModel, samples: int, length: int) -> float:
-    """Work of one sweep over all single removals."""
-    from shortllm.model import walk
-
-    return walk.sweep_flops(model, samples, length)
-
-
-@criterion("ppl", source="Kim et al. 2024, Shortened LLaMA, arXiv:2402.02834", flops=sweep_flops)
-def perplexity_without_block(model: ResidentModel, ids_BT: Tensor, advance: Advance) -> Scores:
+@criterion(
+    "ppl",
+    needs="logits",
+    source="Kim et al. 2024, Shortened LLaMA, arXiv:2402.02834",
+    in_nats=True,
+)
+def perplexity_without_block(logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor) -> Tensor:
     """Perplexity of the calibration text when the block is removed.
 
     exp of the mean next-token NLL over all B*(T-1) predictions, every prediction weighing the same.
     """
-    from shortllm.model.walk import sweep_removals
+    return next_token_nll(logits_NV, target_N)
 
-    totals = [0.0] * (model.block_count + 1)  # the intact model last
 
-    def consume(
-        removed: int | None, logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor
-    ) -> None:
-        place = model.block_count if removed is None else removed
-        totals[place] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-    sweep_removals(model, ids_BT, consume, advance=advance)
-    predictions = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
-    *without, intact = (total / predictions for total in totals)
-    values = [perplexity(nll) for nll in without]
-    return Scores(
-        importance=values,
-        values=values,
-        intact=perplexity(intact),
-        delta_nll=[nll - intact for nll in without],
-    )
+@criterion("kl", needs="logits", source="Sieberling et al. 2024, EvoPress, arXiv:2410.14649")
+def divergence_without_block(logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Divergence KL(intact || without the block) of the next-token distributions, mean in nats."""
+    return kl_divergence(intact_NV, logits_NV)

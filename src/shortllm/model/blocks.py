@@ -6,11 +6,14 @@ text decoder runs one after the other. No family name is looked at.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from shortllm.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def text_config(config: Any) -> Any:
@@ -62,9 +65,11 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     return outer[0]
 
 
-def build_empty(config: Any) -> nn.Module:
+def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a config on the meta device: its structure without memory for its weights.
 
+    Args:
+        dtype: type of the parameters; default: the config's.
     Raises:
         UnsupportedModelError: transformers cannot build it from this config.
     """
@@ -83,7 +88,9 @@ def build_empty(config: Any) -> nn.Module:
     )
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, **({} if dtype is None else {"dtype": dtype})
+            )
     except errors as error:
         raise UnsupportedModelError(
             f"transformers cannot build model type '{config.model_type}' from this config: {error}"

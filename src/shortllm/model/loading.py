@@ -77,11 +77,15 @@ def check_loading(name: str, loading: dict[str, Any]) -> None:
 def check_finite(name: str, model: nn.Module) -> None:
     """Refuse NaN and infinite weights, naming the first tensor that holds one."""
     for key, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean "
-                "nothing"
-            )
+        require_finite_tensor(name, key, tensor)
+
+
+def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
+    """Refuse the tensor `key` of model `name` if it holds NaN or infinite values."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean nothing"
+        )
 
 
 def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,33 +1,43 @@
-"""The removal walk: every "model without block b" in one pass over the blocks.
+"""The walk: many shortened models in one pass over the blocks.
 
-Let `x` be the intact stream at block `b`, and `S` the streams in which one earlier block was left
-out. One step applies block `b` to `x` and to each of `S`, then adds "b left out" (the old `x`) to
-`S`:
+Each shortened model is a set of removed blocks. Two of them compute the same until the first block
+that one has and the other has not, so the walk carries one stream for all that agree so far. At a
+block that some of them lack, the stream is kept as it is for those, and goes through the block for
+the others. With "nothing removed" and each single block removed this is
 
-    before   x  = intact, entering block b         S = [without 0, ..., without b-1]
-    after    x' = block b (x)                      S = [block b (s) for s in S] + [x]
+    before   intact, entering block b        without 0, ..., without b-1
+    after    block b (intact)                block b of each of them, and without b = old intact
 
-After L steps `S` holds all L shortened models: L(L+1)/2 block passes instead of the L(L-1) of
-running each shortened model on its own, with the same numbers, since each stream meets the same
-blocks in the same order. The walk takes one group of samples at a time, so that activations stay in
-the cache of a CPU and memory does not grow with the number of samples. At its end the head is
-applied to each stream in slices of tokens, so that full logits never exist.
+L(L+1)/2 block passes instead of the L(L-1) of running each shortened model on its own, with the
+same numbers, since each stream meets the same blocks in the same order. Other sets (what a search
+tries, what criteria are compared by) share their beginnings in the same way.
 
-Shapes: B samples, T tokens per sample, D width, V vocabulary, N predictions of one slice.
+Where the blocks' weights are in memory, one group of samples at a time goes through all blocks, so
+that activations stay in the cache of a CPU and memory does not grow with the number of samples.
+Where they are read from files, all samples go through one block before the next is read. At the end
+the head is applied to each stream in slices of tokens, so that full logits never exist.
+
+Shapes: B samples, T tokens each, D width, V vocabulary, N predictions of one slice, S streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from shortllm.errors import UnsupportedModelError
+from shortllm.journal import Journal
 from shortllm.metrics import next_token_nll
-from shortllm.model.resident import Entry, ResidentModel
+from shortllm.model.decoder import Decoder, Entry, equal_calls
+from shortllm.model.streams import StreamMemory
 
 Advance = Callable[[float], None]
-Consume = Callable[[int | None, Tensor, Tensor, Tensor], None]
+Consume = Callable[[int, Tensor, Tensor, Tensor], None]
+Removals = Sequence[Collection[int]]
 
 CPU_GROUP_TOKENS = 512
 GPU_GROUP_TOKENS = 8192
@@ -37,71 +47,237 @@ CPU_LOSS_BYTES = 64 * 2**20
 GPU_LOSS_BYTES = 2**30
 """Bound on the temporaries of one slice of the head: logits and what the loss makes of them."""
 
+NOTHING: frozenset[int] = frozenset()
+"""The removal that leaves a model intact."""
 
-def sweep_removals(
-    model: ResidentModel, ids_BT: Tensor, consume: Consume, *, advance: Advance = lambda work: None
+
+class Observer(Protocol):
+    """Looks at the stream of the first removal on its way through the blocks."""
+
+    state: dict[str, Tensor]
+    """What it has gathered; saved and restored with an interrupted walk, in place."""
+
+    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
+        """The samples `rows` enter block `b` as `before_BTD` and leave it as `after_BTD`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What happens at one block."""
+
+    block: int
+    split: list[tuple[int, int]]
+    """Streams to copy before the block is applied: (from, to)."""
+    through: list[int]
+    """Streams that go through the block."""
+    first: int | None
+    """That of the first removal, if it is among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The steps of a walk; blocks that no shortened model has are left out."""
+
+    steps: list[Step]
+    streams: int
+    final: list[int]
+    """The stream of each removal after the last block."""
+
+    @staticmethod
+    def of(removals: Removals, count: int) -> Route:
+        """How to reach all `removals` of a model of `count` blocks with the fewest block passes."""
+        alike: list[tuple[int, list[int]]] = [(0, list(range(len(removals))))]
+        streams, steps = 1, []
+        for b in range(count):
+            split, through, after = [], [], []
+            for stream, members in alike:
+                without = [m for m in members if b in removals[m]]
+                having = [m for m in members if b not in removals[m]]
+                if having:
+                    through.append(stream)
+                    after.append((stream, having))
+                if without and having:
+                    split.append((stream, streams))
+                    after.append((streams, without))
+                    streams += 1
+                elif without:
+                    after.append((stream, without))
+            alike = after
+            if through:
+                first = next((stream for stream, members in after if 0 in members), None)
+                steps.append(Step(b, split, through, first if first in through else None))
+        final = {member: stream for stream, members in alike for member in members}
+        return Route(steps, streams, [final[m] for m in range(len(removals))])
+
+
+def walk(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    removals: Removals,
+    *,
+    consume: Consume | None = None,
+    observe: Sequence[Observer] = (),
+    advance: Advance = lambda work: None,
+    memory: StreamMemory | None = None,
+    journal: Journal | None = None,
 ) -> None:
-    """Next-token logits of the intact model and of the model without each single block.
+    """Run every shortened model on the samples.
 
     Args:
-        consume: called as `consume(removed, logits_NV, intact_NV, target_N)` for each slice of
-            predictions, first with `removed=None` (the intact model), then with each block number.
+        removals: for each shortened model the blocks it lacks.
+        consume: called as `consume(m, logits_NV, first_NV, target_N)` for each slice of predictions
+            and each place `m` in `removals`, first with `m = 0`, whose logits are also `first_NV`.
+            Without it no logits are computed.
+        observe: see the stream of `removals[0]` pass through the blocks.
         advance: called with the floating-point operations done since its last call.
+        memory: where streams are kept.
+        journal: where the progress of a walk over streamed blocks is kept.
+    Raises:
+        UnsupportedModelError: the blocks cannot be called one by one, and not just the intact
+            model's logits are asked for.
     """
-    for group_BT in torch.split(ids_BT, group_size(model, ids_BT.shape[1])):
-        entry = model.enter(group_BT)
-        intact, without = removal_streams(model, entry, advance=advance)
-        for removed, logits_NV, intact_NV, target_N in _slices(
-            model, entry.ids_BT, intact, without
-        ):
-            consume(removed, logits_NV, intact_NV, target_N)
-            advance(head_flops(model) * len(target_N))
+    memory, journal = memory or StreamMemory(), journal or Journal(None, "")
+    route = Route.of(removals, decoder.block_count)
+    obstacle = decoder.obstacle()
+    if obstacle is not None and (any(removals) or observe or decoder.streamed):
+        raise UnsupportedModelError(obstacle)
+    size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
+    for start in range(0, len(ids_BT), size):
+        chunk = _Chunk(decoder, ids_BT[start : start + size], start, route, memory)
+        with torch.no_grad():
+            if obstacle is None:
+                chunk.run(observe, advance, journal if decoder.streamed else Journal(None, ""))
+            else:
+                chunk.streams = decoder.run_blocks(chunk.ids_BT)[None]
+                advance(
+                    sum(block_flops(decoder, b) for b in range(decoder.block_count))
+                    * chunk.ids_BT.numel()
+                )
+            if consume is not None:
+                chunk.head(consume, advance)
 
 
-def removal_streams(
-    model: ResidentModel, entry: Entry, *, advance: Advance = lambda work: None
-) -> tuple[Tensor, list[Tensor]]:
-    """The streams after the last block, before the final norm.
+class _Chunk:
+    """Samples that go through the blocks together, and their streams `[S, B, T, D]`."""
 
-    Returns:
-        `intact_BTD`, and a list of L tensors `[B, T, D]`, the b-th without block b.
-    """
-    intact = entry.stream_BTD
-    without: list[Tensor] = []
-    for b, call in enumerate(entry.calls):
-        for i, stream in enumerate(without):
-            without[i] = model.apply(b, stream, call)
-        without.append(intact)
-        intact = model.apply(b, intact, call)
-        advance(block_flops(model, b) * entry.ids_BT.numel() * len(without))
-    return intact, without
+    def __init__(
+        self, decoder: Decoder, ids_BT: Tensor, start: int, route: Route, memory: StreamMemory
+    ) -> None:
+        self.decoder = decoder
+        self.ids_BT = ids_BT.to(decoder.device)
+        self.start = start
+        self.route = route
+        size = group_size(decoder, ids_BT.shape[1])
+        self.groups = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
+        self.streams = torch.empty(0)
+        self._memory = memory
+
+    def run(self, observe: Sequence[Observer], advance: Advance, journal: Journal) -> None:
+        """Take all streams through the blocks."""
+        decoder, route = self.decoder, self.route
+        entries = enter_groups(decoder, [self.ids_BT[rows] for rows in self.groups])
+        shape = entries[0].stream_BTD.shape[1:]
+        self.streams = self._memory.allocate(
+            (route.streams, len(self.ids_BT), *shape), decoder.stream_dtype, decoder.device
+        )
+        for rows, entry in zip(self.groups, entries, strict=True):
+            self.streams[0, rows] = entry.stream_BTD
+        state = {name: tensor for observer in observe for name, tensor in observer.state.items()}
+        done = self._resume(journal, state)
+        for step in route.steps[:done]:
+            advance(self._work(step))
+        steps = route.steps[done:]
+        for step, b in zip(steps, decoder.through([step.block for step in steps]), strict=True):
+            for source, copy in step.split:
+                self.streams[copy] = self.streams[source]
+            for rows, entry in zip(self.groups, entries, strict=True):
+                self._apply(b, step, rows, entry, observe)
+            advance(self._work(step))
+            done += 1
+            if journal.due():
+                journal.commit({"steps": done}, {"streams": self._used(done), **state})
+
+    def _apply(
+        self, b: int, step: Step, rows: slice, entry: Entry, observe: Sequence[Observer]
+    ) -> None:
+        """Take the samples `rows` of all streams that have block `b` through it."""
+        together = stacked_streams(self.decoder, entry)
+        for place in range(0, len(step.through), together):
+            streams = step.through[place : place + together]
+            before_SBTD = self.streams[streams, rows].to(self.decoder.device)
+            call = entry.call(self.decoder, b, len(streams))
+            after_BTD = self.decoder.apply(b, before_SBTD.flatten(0, 1), call)
+            after_SBTD = after_BTD.view(*before_SBTD.shape[:2], *after_BTD.shape[1:])
+            if step.first in streams:
+                seen = slice(self.start + rows.start, self.start + rows.stop)
+                i = streams.index(step.first)
+                for observer in observe:
+                    observer(b, before_SBTD[i], after_SBTD[i], seen)
+            self.streams[streams, rows] = after_SBTD.to(self.streams)
+
+    def _work(self, step: Step) -> float:
+        return block_flops(self.decoder, step.block) * self.ids_BT.numel() * len(step.through)
+
+    def _used(self, done: int) -> Tensor:
+        """The streams that exist after so many steps."""
+        count = 1 + sum(len(step.split) for step in self.route.steps[:done])
+        return self.streams[:count]
+
+    def _resume(self, journal: Journal, state: dict[str, Tensor]) -> int:
+        """Take up what an interrupted walk left; returns the steps it had done."""
+        position = journal.position()
+        if position is None:
+            return 0
+        done = int(position["steps"])
+        self._used(done).copy_(journal.tensor("streams"))
+        for name, tensor in state.items():
+            tensor.copy_(journal.tensor(name))
+        return done
+
+    def head(self, consume: Consume, advance: Advance) -> None:
+        """Final norm, head and whatever is made of the logits, one slice of tokens at a time."""
+        decoder, ids_BT = self.decoder, self.ids_BT
+        with decoder.tail() as logits:
+            for rows, columns in token_slices(ids_BT, slice_tokens(decoder)):
+                ids, target_N = ids_BT[rows, columns], targets(ids_BT, rows, columns)
+                first_NV: Tensor | None = None
+                for m, stream in enumerate(self.route.final):
+                    piece = self.streams[stream, rows, columns].to(decoder.device)
+                    logits_NV = logits(piece, ids).flatten(0, 1)
+                    first_NV = logits_NV if first_NV is None else first_NV
+                    consume(m, logits_NV, first_NV, target_N)
+                    advance(head_flops(decoder) * len(target_N))
 
 
-def _slices(
-    model: ResidentModel, ids_BT: Tensor, intact: Tensor, without: list[Tensor]
-) -> Iterator[tuple[int | None, Tensor, Tensor, Tensor]]:
-    """Logits of all candidates, one slice of tokens at a time."""
-    with model.tail() as logits:
-        for rows, columns in token_slices(ids_BT, slice_tokens(model)):
-            ids = ids_BT[rows, columns]
-            target_N = _targets(ids_BT, rows, columns)
-            intact_NV = logits(intact[rows, columns], ids).flatten(0, 1)
-            yield None, intact_NV, intact_NV, target_N
-            for b, stream in enumerate(without):
-                yield b, logits(stream[rows, columns], ids).flatten(0, 1), intact_NV, target_N
+def enter_groups(decoder: Decoder, groups: Sequence[Tensor]) -> list[Entry]:
+    """The entry of each group of samples; groups whose calls are equal share them in memory."""
+    entries: list[Entry] = []
+    for ids_BT in groups:
+        entry = decoder.enter(ids_BT)
+        like = next((e for e in entries[:1] if equal_calls(e.calls, entry.calls)), None)
+        entries.append(entry if like is None else Entry(entry.ids_BT, entry.stream_BTD, like.calls))
+    return entries
 
 
-def stream_nll(model: ResidentModel, stream_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-    """NLL of every next token given a stream after the last block, nats, `[B*(T-1)]`."""
-    losses = []
-    with model.tail() as logits:
-        for rows, columns in token_slices(ids_BT, slice_tokens(model)):
-            logits_NV = logits(stream_BTD[rows, columns], ids_BT[rows, columns]).flatten(0, 1)
-            losses.append(next_token_nll(logits_NV, _targets(ids_BT, rows, columns)))
-    return torch.cat(losses)
+def mean_nll(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    *,
+    advance: Advance = lambda work: None,
+    memory: StreamMemory | None = None,
+) -> float:
+    """Mean next-token NLL of the intact model over all B*(T-1) predictions, nats."""
+    total = 0.0
+
+    def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
+        nonlocal total
+        total += next_token_nll(logits_NV, target_N).double().sum().item()
+
+    walk(decoder, ids_BT, [NOTHING], consume=consume, advance=advance, memory=memory)
+    return total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1))
 
 
-def _targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:
+def targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:
     """The tokens to be predicted at the positions of a slice, `[N]`."""
     return ids_BT[rows, columns.start + 1 : columns.stop + 1].flatten()
 
@@ -120,31 +296,45 @@ def token_slices(ids_BT: Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + rows), slice(column, min(column + columns, length - 1))
 
 
-def group_size(model: ResidentModel, length: int) -> int:
+def group_size(decoder: Decoder, length: int) -> int:
     """Samples that go through the blocks together."""
-    tokens = CPU_GROUP_TOKENS if model.device.type == "cpu" else GPU_GROUP_TOKENS
+    tokens = CPU_GROUP_TOKENS if decoder.device.type == "cpu" else GPU_GROUP_TOKENS
     return max(1, tokens // length)
 
 
-def slice_tokens(model: ResidentModel) -> int:
+def stacked_streams(decoder: Decoder, entry: Entry) -> int:
+    """Streams of one group that go through a block in one call.
+
+    One on a CPU, where a group alone keeps the matrix unit busy; a stream then goes through the
+    very same operations whatever other streams there are.
+    """
+    if decoder.device.type == "cpu":
+        return 1
+    return max(1, GPU_GROUP_TOKENS // entry.ids_BT.numel())
+
+
+def slice_tokens(decoder: Decoder) -> int:
     """Tokens whose logits are held at once."""
-    limit = CPU_LOSS_BYTES if model.device.type == "cpu" else GPU_LOSS_BYTES
-    copies = 8 if model.dtype.itemsize == 4 else model.dtype.itemsize + 8
-    return max(1, limit // (model.vocabulary * copies))
+    limit = CPU_LOSS_BYTES if decoder.device.type == "cpu" else GPU_LOSS_BYTES
+    copies = 8 if decoder.dtype.itemsize == 4 else decoder.dtype.itemsize + 8
+    return max(1, limit // (decoder.vocabulary * copies))
 
 
-def sweep_flops(model: ResidentModel, samples: int, length: int) -> float:
-    """Floating-point operations of `sweep_removals`: the total its `advance` adds up to."""
-    tokens = samples * length
-    blocks = sum(block_flops(model, b) * (b + 1) for b in range(model.block_count))
-    return blocks * tokens + head_flops(model) * (model.block_count + 1) * samples * (length - 1)
+def walk_flops(
+    decoder: Decoder, removals: Removals, samples: int, length: int, *, head: bool = True
+) -> float:
+    """Floating-point operations of `walk`: what the calls of its `advance` add up to."""
+    route = Route.of(removals, decoder.block_count)
+    blocks = sum(block_flops(decoder, step.block) * len(step.through) for step in route.steps)
+    heads = head_flops(decoder) * len(removals) * samples * (length - 1) if head else 0.0
+    return blocks * samples * length + heads
 
 
-def block_flops(model: ResidentModel, b: int) -> float:
+def block_flops(decoder: Decoder, b: int) -> float:
     """Multiplications and additions with the weights of block `b`, per token."""
-    return 2.0 * sum(parameter.numel() for parameter in model.blocks[b].parameters())
+    return 2.0 * sum(parameter.numel() for parameter in decoder.blocks[b].parameters())
 
 
-def head_flops(model: ResidentModel) -> float:
+def head_flops(decoder: Decoder) -> float:
     """Multiplications and additions of the head, per token."""
-    return 2.0 * model.head_elements
+    return 2.0 * decoder.head_elements

@@ -1,6 +1,7 @@
-"""A model held in memory, cut into the three parts a walk over blocks needs.
+"""A causal language model cut into the three parts a walk over blocks needs.
 
     enter(ids)              token ids -> stream entering block 0, arguments of every block call
+    through(order)          the blocks one after the other, each with its weights present
     apply(b, stream, call)  one block, called exactly as the model's own forward calls it
     tail()                  the model's own final norm and head, applied to any stream
 
@@ -10,26 +11,39 @@ hands its input through. The tail is the model's own forward too, with the last 
 one that hands out the stream to be scored. Replacing means setting `forward` on the block instance,
 so the module tree, its names and its attributes stay as they are.
 
-Shapes: B samples, T tokens per sample, D width, V vocabulary.
+The weights of the blocks are all in memory, or read when a walk comes to them (streamed.py); what
+is written on top of this class does not see the difference.
+
+Shapes: B samples, T tokens per sample, D width (of any further shape in a few types), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import find_blocks
+from shortllm.model.blocks import find_blocks, text_config
 
 Forward = Callable[..., Any]
 
 CHECKED_TOKENS = 8
 """Tokens with which a model is checked once before its blocks are called one by one."""
+
+
+class BlockWeights(Protocol):
+    """Where the weights of the blocks are while they are not in use (see streamed.py)."""
+
+    def through(self, order: Sequence[int]) -> Iterator[int]:
+        """The numbers of `order`, each while the weights of that block are in the model."""
+
+    def stand_in(self) -> AbstractContextManager[None]:
+        """Within the context all blocks have some weights, which take the memory of one block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,74 +77,108 @@ class Entry:
     ids_BT: Tensor
     stream_BTD: Tensor
     calls: list[BlockCall]
+    _stacked: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    def call(self, decoder: Decoder, b: int, copies: int = 1) -> BlockCall:
+        """How block `b` is called on so many streams of the batch stacked one upon the other."""
+        if copies == 1:
+            return self.calls[b]
+        if copies not in self._stacked:
+            self._stacked[copies] = decoder.enter(self.ids_BT.repeat(copies, 1)).calls
+        return self._stacked[copies][b]
 
 
 class _Reached(Exception):
     """Leaves the model's forward once what was wanted of it has been seen."""
 
 
-class ResidentModel:
-    """A causal language model in memory, seen as entry, blocks and tail."""
+class Decoder:
+    """A causal language model, seen as entry, blocks and tail."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: BlockWeights | None = None) -> None:
         self.model = model.eval()
         self.blocks_name, self.blocks = find_blocks(model, model.config)
+        self._weights = weights
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._extras: dict[type[nn.Module], int | None] = {}
+        self._obstacle: str | None = None
         self._checked = False
+        self.stream_dtype = self.dtype
+        """Type that holds the stream before and after every block; known after the check."""
+        self._stream_shape = torch.Size()
+
+    @property
+    def streamed(self) -> bool:
+        """Whether block weights are read when needed."""
+        return self._weights is not None
 
     @property
     def block_count(self) -> int:
         return len(self.blocks)
 
     @property
+    def _embedding(self) -> Tensor:
+        return self.model.get_input_embeddings().weight  # type: ignore[operator, no-any-return]
+
+    @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return self._embedding.dtype
 
     @property
     def vocabulary(self) -> int:
         """Entries of the output distribution."""
+        if self._head is None:
+            return int(text_config(self.model.config).vocab_size)
         return int(self._head.weight.shape[0])
 
     @property
     def head_elements(self) -> int:
         """Weights of the output projection."""
-        return int(self._head.weight.numel())
+        return int((self._embedding if self._head is None else self._head.weight).numel())
 
-    @torch.inference_mode()
+    def obstacle(self) -> str | None:
+        """Why the blocks cannot be called one by one; None where they can.
+
+        They can if the model's forward runs each block once and in order, hands it nothing that
+        depends on earlier blocks but the stream, and no block keeps state for a later one.
+        """
+        self._check()
+        return self._obstacle
+
+    @property
+    def stream_width(self) -> int:
+        """Numbers per token in the stream."""
+        self._check()
+        return self._stream_shape.numel()
+
+    @torch.no_grad()
     def enter(self, ids_BT: Tensor) -> Entry:
         """Run the model's forward up to the blocks and record how it calls each of them.
 
         Raises:
-            UnsupportedModelError: the forward does not run each block once and in order, or a block
-                receives state of earlier blocks besides the stream.
+            UnsupportedModelError: the blocks of this model type cannot be called one by one.
         """
+        obstacle = self.obstacle()
+        if obstacle is not None:
+            raise UnsupportedModelError(obstacle)
         ids_BT = ids_BT.to(self.device)
         stream_BTD, calls = self._record(ids_BT)
-        if stream_BTD.shape[:2] != ids_BT.shape or stream_BTD.ndim != 3:
-            raise UnsupportedModelError(
-                f"the stream entering the blocks of '{self.blocks_name}' has shape "
-                f"{list(stream_BTD.shape)} for ids of shape {list(ids_BT.shape)}; "
-                "a stream [samples, tokens, width] is needed"
-            )
-        if not self._checked:
-            probe_BT = ids_BT[:1, :CHECKED_TOKENS]
-            self._check_arguments(probe_BT)
-            self._check_walk(probe_BT)
-            self._checked = True
-        return Entry(ids_BT, stream_BTD, calls)
+        return Entry(ids_BT, stream_BTD.to(self.stream_dtype), calls)
 
-    @torch.inference_mode()
+    def through(self, order: Sequence[int]) -> Iterator[int]:
+        """The block numbers of `order`; each block can be applied while its number is current."""
+        return iter(order) if self._weights is None else self._weights.through(order)
+
     def apply(self, b: int, stream_BTD: Tensor, call: BlockCall) -> Tensor:
         """The stream after block `b`, `[B, T, D]`."""
         output = call.on(self.blocks[b], stream_BTD)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run_blocks(self, ids_BT: Tensor) -> Tensor:
         """The stream after the last block, before the final norm, by the model's plain forward."""
         found: list[Tensor] = []
@@ -152,7 +200,8 @@ class ResidentModel:
     def tail(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """Within the context, a function `(stream_BTD, ids_BT) -> logits_BTV`: final norm and head.
 
-        Both work token by token, so any cut of a stream along B and T may be given.
+        Both work token by token, so any cut of a stream along B and T may be given. The gradient of
+        the stream can be taken through it.
         """
         current: list[Tensor] = []
 
@@ -169,8 +218,8 @@ class ResidentModel:
             current[:] = [stream_BTD]
             return self.model(input_ids=ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
 
-        self._learn_outputs()
-        with torch.inference_mode(), self._replaced(stand_in):
+        self._check()
+        with self._replaced(stand_in):
             yield logits
 
     @contextmanager
@@ -186,33 +235,65 @@ class ResidentModel:
 
             return forward if b in removed else original
 
-        self._learn_outputs()
+        self._check()
         with self._replaced(stand_in):
             yield
 
-    def _learn_outputs(self) -> None:
-        """Before stand-ins are used: learn what blocks return, refuse types they are wrong for."""
-        if not self._checked:
-            self.enter(torch.arange(CHECKED_TOKENS)[None] % self.vocabulary)
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Once: learn what blocks return, and whether they can be called one by one."""
+        if self._checked:
+            return
+        self._checked = True
+        probe_BT = (torch.arange(CHECKED_TOKENS, device=self.device) % self.vocabulary)[None]
+        with self._weights.stand_in() if self._weights else nullcontext():
+            try:
+                self._learn_outputs(probe_BT)
+                self._check_stream(probe_BT)
+                self._check_arguments(probe_BT)
+                self._check_walk(probe_BT)
+            except UnsupportedModelError as error:
+                self._obstacle = str(error)
+
+    def _learn_outputs(self, ids_BT: Tensor) -> None:
+        """Blocks return a tensor in most types, a tuple in a few; a stand-in must do the same."""
+        called: list[int] = []
+
+        def learn(b: int, original: Forward) -> Forward:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = original(*args, **kwargs)
+                extras = len(output) - 1 if isinstance(output, tuple) else None
+                self._extras[type(self.blocks[b])] = extras
+                stream = output if extras is None else output[0]
+                self.stream_dtype = torch.promote_types(self.stream_dtype, stream.dtype)
+                called.append(b)
+                return output
+
+            return forward
+
+        with self._replaced(learn):
+            self.model(input_ids=ids_BT, use_cache=False)
+        if called != list(range(self.block_count)):
+            wrong = next((i for i, b in enumerate(called) if i != b), None)
+            raise self._wrong_order(
+                f"{len(called)} of the {self.block_count} blocks"
+                if wrong is None
+                else f"block {called[wrong]} at place {wrong}"
+            )
 
     def _record(self, ids_BT: Tensor, *, shift: float = 0.0) -> tuple[Tensor, list[BlockCall]]:
-        """The stream entering block 0 and each block's call.
+        """The stream entering block 0 and each block's call; no block is run.
 
-        Blocks hand their input through, changed by `shift`, and are not run, but for one of each
-        class to learn what it returns.
+        Blocks hand their input through, changed by `shift`.
         """
         streams: list[Tensor] = []
         calls: list[BlockCall] = []
 
         def recorder(b: int, original: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if b != len(calls):
-                    raise self._wrong_order(f"block {b} at place {len(calls)}")
                 stream, call = BlockCall.split(args, kwargs)
                 streams.append(stream)
                 calls.append(call)
-                if self._unknown(b):
-                    self._learn_output(b, call.on(original, stream))
                 if len(calls) == self.block_count:
                     raise _Reached
                 return self._as_output(b, stream + shift if shift else stream)
@@ -232,12 +313,23 @@ class ResidentModel:
             "each block must be called once, in order"
         )
 
+    def _check_stream(self, ids_BT: Tensor) -> None:
+        """Refuse types whose stream is not kept by sample and token."""
+        stream, _ = self._record(ids_BT)
+        self._stream_shape = stream.shape[2:]
+        if stream.shape[:2] != ids_BT.shape or stream.ndim < 3:
+            raise UnsupportedModelError(
+                f"the stream entering the blocks of '{self.blocks_name}' has shape "
+                f"{list(stream.shape)} for ids of shape {list(ids_BT.shape)}; "
+                "a stream [samples, tokens, width] is needed"
+            )
+
     def _check_arguments(self, ids_BT: Tensor) -> None:
         """Refuse types whose blocks are handed state of earlier blocks."""
         _, plain = self._record(ids_BT)
         _, shifted = self._record(ids_BT, shift=1.0)
         for b, (one, other) in enumerate(zip(plain, shifted, strict=True)):
-            if not _equal((one.args, one.kwargs), (other.args, other.kwargs)):
+            if not _equal((one.args, one.kwargs), (other.args, other.kwargs), opaque=True):
                 raise UnsupportedModelError(
                     f"block {b} of '{self.blocks_name}' receives state of earlier blocks besides "
                     "the stream; removing single blocks is not defined for this model type"
@@ -256,18 +348,12 @@ class ResidentModel:
             intact_BTD = self.apply(b, intact_BTD, call)
             other_BTD = self.apply(b, other_BTD, call)
         scale = expected_BTD.abs().max()
-        if not (intact_BTD - expected_BTD).abs().max() <= 1e-2 * scale and scale.isfinite():
+        difference = (intact_BTD - expected_BTD).abs().max()
+        if scale.isfinite() and not difference <= 1e-2 * scale:
             raise UnsupportedModelError(
                 f"the blocks of '{self.blocks_name}' share state besides the stream; removing "
                 "single blocks is not defined for this model type"
             )
-
-    def _unknown(self, b: int) -> bool:
-        return type(self.blocks[b]) not in self._extras
-
-    def _learn_output(self, b: int, output: Any) -> None:
-        """Blocks return a tensor in most types, a tuple in a few; a stand-in must do the same."""
-        self._extras[type(self.blocks[b])] = len(output) - 1 if isinstance(output, tuple) else None
 
     def _as_output(self, b: int, stream: Tensor) -> Any:
         """What a stand-in for block `b` returns; attention weights beside the stream are None."""
@@ -286,12 +372,32 @@ class ResidentModel:
                 block.__dict__.pop("forward", None)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Deep equality of call arguments; tensors by value, other objects by their type."""
+def equal_calls(one: Sequence[BlockCall], other: Sequence[BlockCall]) -> bool:
+    """Whether two batches call the blocks with the same arguments."""
+    return all(
+        _equal((a.args, a.kwargs), (b.args, b.kwargs), opaque=False)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _equal(one: Any, other: Any, *, opaque: bool) -> bool:
+    """Deep equality of call arguments, tensors and plain values by value.
+
+    Args:
+        opaque: what two objects of one type count as that cannot be looked into.
+    """
+    if one is other:
+        return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(
+            _equal(a, b, opaque=opaque) for a, b in zip(one, other, strict=True)
+        )
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return type(one) is type(other)
+        return one.keys() == other.keys() and all(
+            _equal(one[key], other[key], opaque=opaque) for key in one
+        )
+    if type(one) is type(other):
+        return bool(one == other) if isinstance(one, (bool, int, float, str)) else opaque
+    return False

@@ -1,0 +1,30 @@
+"""Weights alone: needs no text and never builds the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from shortllm.criteria import criterion
+from shortllm.metrics import Reduction, reduce_powers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@criterion(
+    "magnitude", needs="weights", source="Kim et al. 2024, Shortened LLaMA, arXiv:2402.02834"
+)
+def weight_magnitude(
+    weights: dict[str, Tensor],
+    *,
+    power: Literal[1, 2] = 1,
+    over_weights: Reduction = "sum",
+    over_block: Reduction = "sum",
+) -> float:
+    """Absolute values of the block's weights, reduced over each tensor, then over the block.
+
+    Norm weights count, biases do not. A product is reported as its logarithm.
+    """
+    return reduce_powers(
+        weights.values(), power=power, over_weights=over_weights, over_block=over_block
+    )

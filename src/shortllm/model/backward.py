@@ -1,0 +1,241 @@
+"""Gradients of the loss, one block at a time, so that those of a whole model never exist.
+
+    forward    the stream entering each block is kept, and the last one
+    tail       gradient of the mean next-token NLL for the stream after the last block
+    backward   from the last block to the first: run the block again, now with gradients; what flows
+               into it goes on to the block before, that of its weights is handed out and let go
+
+Takes the memory of one block's gradients, in float32, besides the L+1 streams. Works the same for
+blocks in memory and blocks that are read when needed.
+
+Shapes: B samples, T tokens per sample, D width, N predictions of one slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shortllm.checkpoint.names import is_weight
+from shortllm.journal import Journal
+from shortllm.model.decoder import Decoder, Entry
+from shortllm.model.streams import StreamMemory
+from shortllm.model.walk import (
+    Advance,
+    Observer,
+    block_flops,
+    enter_groups,
+    group_size,
+    head_flops,
+    slice_tokens,
+    targets,
+    token_slices,
+    walk,
+)
+from shortllm.runtime import Ranks
+
+Receive = Callable[[int, dict[str, Tensor]], None]
+
+
+class _Inputs:
+    """Keeps the stream entering each of the walked blocks, and the one leaving the last."""
+
+    def __init__(self, place: dict[int, int], kept: Tensor) -> None:
+        self._place = place
+        self.kept_SBTD = kept
+        self.state = {"inputs": kept}
+
+    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
+        place = self._place[b]
+        self.kept_SBTD[place, rows] = before_BTD.to(self.kept_SBTD)
+        if place == len(self._place) - 1:
+            self.kept_SBTD[-1, rows] = after_BTD.to(self.kept_SBTD)
+
+
+def walk_back(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    blocks: Sequence[int],
+    receive: Receive,
+    *,
+    ranks: Ranks,
+    observe: Sequence[Observer] = (),
+    advance: Advance = lambda work: None,
+    memory: StreamMemory | None = None,
+    journal: Journal | None = None,
+    results: Callable[[], dict[str, list[float]]] = dict,
+    restore: Callable[[dict[str, list[float]]], None] = lambda results: None,
+) -> None:
+    """Product of weight and gradient for every weight of the blocks, in one model.
+
+    The loss is the mean next-token NLL over all predictions of all ranks.
+
+    Args:
+        blocks: the blocks the model has, ascending; the others are left out.
+        receive: called as `receive(b, products)` from the last block to the first; `products` holds
+            for each weight tensor of block `b` its signed product with the gradient, float32.
+        observe: see the forward pass.
+        results: what was made of the products so far, for the journal; `restore` takes it back.
+    """
+    memory, journal = memory or StreamMemory(), journal or Journal(None, "")
+    removed = frozenset(range(decoder.block_count)) - set(blocks)
+    groups = _groups(decoder, ids_BT)
+    entries = enter_groups(decoder, [ids_BT[rows] for rows in groups])
+    shape = (len(blocks) + 1, len(ids_BT), *entries[0].stream_BTD.shape[1:])
+    kept_SBTD = memory.allocate(shape, decoder.stream_dtype, decoder.device)
+    inputs = _Inputs({b: place for place, b in enumerate(blocks)}, kept_SBTD)
+
+    state = {name: tensor for observer in observe for name, tensor in observer.state.items()}
+    state["inputs"] = kept_SBTD
+    forward, back = journal.part("forward"), journal.part("backward")
+    position = back.position()
+    if position is None:
+        walk(
+            decoder,
+            ids_BT,
+            [removed],
+            observe=[inputs, *observe],
+            advance=advance,
+            memory=memory,
+            journal=forward,
+        )
+        gradient_BTD = _tail_gradient(decoder, ids_BT, kept_SBTD[-1], ranks, advance)
+        done = 0
+    else:
+        done = int(position["done"])
+        for name, tensor in state.items():
+            tensor.copy_(back.tensor(name))
+        gradient_BTD = back.tensor("gradient").to(decoder.device)
+        restore(position["results"])
+        advance(_flops_before(decoder, blocks, done, ids_BT))
+    order = list(reversed(blocks))[done:]
+    for b in decoder.through(order):
+        place = blocks.index(b)
+        gradients: dict[str, Tensor] = {}
+        for rows, entry in zip(groups, entries, strict=True):
+            before_BTD = kept_SBTD[place, rows].to(decoder.device)
+            gradient_BTD[rows] = _block_gradient(
+                decoder, b, entry, before_BTD, gradient_BTD[rows], gradients
+            )
+        receive(b, _products(decoder, b, gradients, ranks))
+        gradients.clear()
+        advance(2 * block_flops(decoder, b) * ids_BT.numel())
+        done += 1
+        # with several ranks all would have to be found at the same block again
+        if journal.due() and ranks.count == 1:
+            first = back.position() is None
+            back.commit(
+                {"done": done, "results": results()},
+                {"gradient": gradient_BTD, **(state if first else {})},
+                keep=() if first else state,
+            )
+
+
+def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a block by name: every parameter but biases and single numbers per unit.
+
+    These are all matrices, and vectors called `weight` (those of norms).
+    """
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if parameter.is_floating_point() and is_weight(name, parameter.ndim)
+    }
+
+
+def _groups(decoder: Decoder, ids_BT: Tensor) -> list[slice]:
+    size = group_size(decoder, ids_BT.shape[1])
+    return [slice(row, row + size) for row in range(0, len(ids_BT), size)]
+
+
+def _tail_gradient(
+    decoder: Decoder, ids_BT: Tensor, stream_BTD: Tensor, ranks: Ranks, advance: Advance
+) -> Tensor:
+    """Gradient of the loss for the stream after the last block, `[B, T, D]`."""
+    ids_BT = ids_BT.to(decoder.device)
+    predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
+    gradient_BTD = torch.zeros_like(stream_BTD, device=decoder.device)
+    for parameter in decoder.model.parameters():
+        parameter.requires_grad_(False)
+    with decoder.tail() as logits, torch.enable_grad():
+        for rows, columns in token_slices(ids_BT, slice_tokens(decoder) // 2 or 1):
+            piece = stream_BTD[rows, columns].to(decoder.device).requires_grad_()
+            logits_NV = logits(piece, ids_BT[rows, columns]).flatten(0, 1)
+            target_N = targets(ids_BT, rows, columns)
+            loss = F.cross_entropy(logits_NV.float(), target_N, reduction="sum") / predictions
+            (gradient_BTD[rows, columns],) = torch.autograd.grad(loss, piece)
+            advance(2 * head_flops(decoder) * len(target_N))
+    return gradient_BTD
+
+
+def _block_gradient(
+    decoder: Decoder,
+    b: int,
+    entry: Entry,
+    before_BTD: Tensor,
+    gradient_BTD: Tensor,
+    gradients: dict[str, Tensor],
+) -> Tensor:
+    """Run block `b` again and take the gradient through it.
+
+    Adds those of its weights to `gradients` in float32, each as soon as it is there, and returns
+    that of its input.
+    """
+    before_BTD = before_BTD.detach().clone().requires_grad_()
+    hooks = []
+
+    def add(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        parameter.grad = None
+        gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+
+    weights = block_weights(decoder.blocks[b])
+    for name, parameter in weights.items():
+        parameter.requires_grad_(True)
+        hook = parameter.register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
+        hooks.append(hook)
+    try:
+        with torch.enable_grad():
+            after_BTD = decoder.apply(b, before_BTD, entry.calls[b])
+            torch.autograd.backward(after_BTD, gradient_BTD.to(after_BTD.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in weights.values():
+            parameter.requires_grad_(False)
+    assert before_BTD.grad is not None
+    return before_BTD.grad
+
+
+def _products(
+    decoder: Decoder, b: int, gradients: dict[str, Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Weight times gradient of all ranks; an expert that no token was sent to has none of it."""
+    weights = block_weights(decoder.blocks[b])
+    for name, weight in weights.items():
+        if name not in gradients:
+            gradients[name] = torch.zeros_like(weight, dtype=torch.float32)
+    ranks.add_up(gradients[name] for name in weights)
+    return {name: gradients[name].mul_(weight.detach()) for name, weight in weights.items()}
+
+
+def _flops_before(decoder: Decoder, blocks: Sequence[int], done: int, ids_BT: Tensor) -> float:
+    """Operations that an interrupted pass had done before block `done` from the end."""
+    forward = sum(block_flops(decoder, b) for b in blocks) * ids_BT.numel()
+    head = 2 * head_flops(decoder) * ids_BT.shape[0] * (ids_BT.shape[1] - 1)
+    back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])
+    return forward + head + 2 * back * ids_BT.numel()
+
+
+def walk_back_flops(decoder: Decoder, blocks: Sequence[int], samples: int, length: int) -> float:
+    """Floating-point operations of `walk_back`, as its `advance` counts them.
+
+    A block's second run and its gradients count as two passes, as in the usual estimate.
+    """
+    once = sum(block_flops(decoder, b) for b in blocks) * samples * length
+    return 3 * once + 2 * head_flops(decoder) * samples * (length - 1)

@@ -1,0 +1,195 @@
+"""A decoder whose blocks are read from the checkpoint's files when a walk comes to them.
+
+Embeddings, final norm and head are in memory, and of the blocks one at a time, with the next one
+being read by a thread meanwhile. So a model is scored that fits neither in memory nor on the GPU.
+
+    decoder = open_streamed(checkpoint, device=device, dtype=torch.bfloat16)
+    for b in decoder.through([0, 1, 2]):
+        stream = decoder.apply(b, stream, entry.calls[b])
+
+The model is built without memory for its weights. Which stored tensor becomes which parameter is
+left to the loader of transformers, which knows every type's renamings and merged experts; it is
+given the tensors of one block at a time. What is called here of it is not part of its public
+interface (checked with 5.15 to 5.24).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.tensors import TensorEntry, read_tensor
+from shortllm.errors import CheckpointError, UnsupportedModelError
+from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.model.decoder import Decoder
+from shortllm.model.loading import check_loading, quiet_transformers, require_finite_tensor
+
+STAND_IN_STD = 0.02
+"""Spread of the numbers that stand in for block weights while only code is checked."""
+
+
+def open_streamed(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """The decoder of a checkpoint with everything but its blocks in memory.
+
+    Raises:
+        CheckpointError: tensors missing or unexpected, or NaN or infinite weights, named.
+        UnsupportedModelError: transformers cannot build this model type.
+    """
+    model = build_empty(copy.deepcopy(checkpoint.config), dtype=dtype)
+    name, _ = find_blocks(model, model.config)
+    weights = StreamedWeights(checkpoint, model, name, device=device, dtype=dtype)
+    return Decoder(model, weights)
+
+
+class StreamedWeights:
+    """The weights of a model that is built on the meta device, block by block."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        blocks_name: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._id = checkpoint.id
+        self._model: Any = model
+        self._prefix = blocks_name + "."
+        self._device = device
+        self._entries: dict[int | None, list[TensorEntry]] = {}
+        for entry in checkpoint.tensors.values():
+            block = checkpoint.block_names.block_of(entry.name)
+            self._entries.setdefault(block, []).append(entry)
+        self._empty = {
+            key: parameter
+            for key, parameter in model.named_parameters()
+            if key.startswith(self._prefix)
+        }
+        self._loading = _load_config(model, device, dtype)
+        self._load_outside()
+
+    def through(self, order: Sequence[int]) -> Iterator[int]:
+        """The numbers of `order`, each while that block's weights are in the model."""
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            ahead: Future[dict[str, Tensor]] | None = None
+            for place, b in enumerate(order):
+                tensors = ahead.result() if ahead is not None else self._read(b)
+                following = order[place + 1 : place + 2]
+                self._put(b, tensors)
+                del tensors
+                ahead = thread.submit(self._read, following[0]) if following else None
+                try:
+                    yield b
+                finally:
+                    self._take(b)
+
+    @contextmanager
+    def stand_in(self) -> Iterator[None]:
+        """Within the context all blocks have random weights, shared between those of one shape."""
+        made: dict[tuple[torch.Size, torch.dtype], nn.Parameter] = {}
+        generator = torch.Generator().manual_seed(0)
+        for key, parameter in self._empty.items():
+            kind = (parameter.shape, parameter.dtype)
+            if kind not in made:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                value = (STAND_IN_STD * noise).to(self._device, parameter.dtype)
+                made[kind] = nn.Parameter(value, requires_grad=False)
+            self._set(key, made[kind])
+        try:
+            yield
+        finally:
+            for key, parameter in self._empty.items():
+                self._set(key, parameter)
+
+    def _load_outside(self) -> None:
+        """Everything that is not in a block: tensors from the files, and computed buffers."""
+        found = self._load(self._read(None))
+        found.missing_keys = {key for key in found.missing_keys if not key.startswith(self._prefix)}
+        for parameter in self._empty.values():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing to draw
+        self._model.mark_tied_weights_as_initialized(found)
+        self._model._move_missing_keys_from_meta_to_device(set(), {"": self._device}, None, None)
+        self._model._initialize_missing_keys(False)
+        self._model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        self._model._adjust_missing_and_unexpected_keys(found)
+        self._check(found, found.missing_keys)
+
+    def _put(self, b: int, tensors: dict[str, Tensor]) -> None:
+        """Give block `b` its weights."""
+        found = self._load(tensors)
+        block = f"{self._prefix}{b}."
+        self._model._adjust_missing_and_unexpected_keys(found)
+        self._check(found, {key for key in found.missing_keys if key.startswith(block)})
+
+    def _take(self, b: int) -> None:
+        """Let go of the weights of block `b`."""
+        block = f"{self._prefix}{b}."
+        for key, parameter in self._empty.items():
+            if key.startswith(block):
+                self._set(key, parameter)
+
+    def _read(self, b: int | None) -> dict[str, Tensor]:
+        """The stored tensors of a block, or of everything outside the blocks."""
+        tensors = {}
+        for entry in self._entries.get(b, ()):
+            tensors[entry.name] = tensor = read_tensor(entry)
+            require_finite_tensor(self._id, entry.name, tensor)
+        return tensors
+
+    def _load(self, tensors: dict[str, Tensor]) -> Any:
+        """Let transformers put stored tensors into the model; returns what it says of them."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        with quiet_transformers():
+            found, _ = convert_and_load_state_dict_in_model(
+                self._model, tensors, copy.copy(self._loading), None
+            )
+        return found
+
+    def _check(self, found: Any, missing: Iterable[str]) -> None:
+        """Raise what `load_model` raises of a whole checkpoint."""
+        if found.conversion_errors:
+            name, reason = next(iter(found.conversion_errors.items()))
+            raise CheckpointError(f"{self._id}: transformers cannot convert '{name}': {reason}")
+        check_loading(
+            self._id,
+            {
+                "missing_keys": missing,
+                "unexpected_keys": found.unexpected_keys,
+                "mismatched_keys": found.mismatched_keys,
+            },
+        )
+
+    def _set(self, key: str, parameter: nn.Parameter) -> None:
+        owner, _, name = key.rpartition(".")
+        setattr(self._model.get_submodule(owner), name, parameter)
+
+
+def _load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """How transformers is to load tensors of this model.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is quantized, which is read as a whole only.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            "a quantized checkpoint cannot be read one block at a time. Score it in memory "
+            "(--no-stream), or give the unquantized model"
+        )
+    return LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
