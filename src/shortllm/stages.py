@@ -68,7 +68,7 @@ class Session:
         self._dtype = dtype
         self._stream = stream
         self._max_memory = max_memory
-        self._held: tuple[str, Decoder] | None = None
+        self._held: tuple[Checkpoint, Decoder] | None = None
 
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
         """The checkpoint's decoder, opened unless it is the one held; another one is let go first.
@@ -79,7 +79,7 @@ class Session:
         from shortllm.model.loading import load_model
         from shortllm.model.streamed import open_streamed
 
-        if self._held is None or self._held[0] != checkpoint.fingerprint:
+        if not self._holds(checkpoint):
             self._held = None
             gc.collect()
             if self._streams(checkpoint):
@@ -88,8 +88,15 @@ class Session:
             else:
                 model = load_model(checkpoint, device=self.device, dtype=self._dtype)
                 decoder = Decoder(model)
-            self._held = (checkpoint.fingerprint, decoder)
+            self._held = (checkpoint, decoder)
+        assert self._held is not None
         return self._held[1]
+
+    def _holds(self, checkpoint: Checkpoint) -> bool:
+        """Whether the model in memory is the one asked for; a streamed one also reads its files."""
+        if self._held is None or self._held[0].fingerprint != checkpoint.fingerprint:
+            return False
+        return not self._held[1].streamed or self._held[0].directory == checkpoint.directory
 
     def memory(self, directory: Path | None = None) -> StreamMemory:
         """Where hidden streams are kept; beyond the limit in a file in `directory`."""
