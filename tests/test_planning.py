@@ -10,7 +10,7 @@ import pytest
 
 from shortllm.criteria import require_finite
 from shortllm.errors import BudgetError, CriterionError, ResultFileError
-from shortllm.planning import Budget, build_plan, check_budget, removal_order
+from shortllm.planning import Budget, build_plan, check_budget, most_blocks, removal_order
 from shortllm.results import BlockScores, ModelInfo, PrunePlan
 
 
@@ -178,3 +178,62 @@ def test_a_plan_file_that_is_no_plan_is_refused(
     path.write_text(json.dumps({**made.model_dump(mode="json"), **change}))
     with pytest.raises(ResultFileError, match=message):
         PrunePlan.load(path)
+
+
+def spans(importance: list[float], lengths: list[list[float]]) -> BlockScores:
+    return scores(importance, model(len(importance))).model_copy(
+        update={"criterion": "angular", "spans": lengths}
+    )
+
+
+SPANS = spans([5, 1, 4, 2, 3, 6], [[5, 1, 4, 2, 3, 6], [9, 8, 7, 2, 3], [9, 5, 6, 5], [7, 6, 5]])
+
+
+@pytest.mark.parametrize(
+    "budget, removed, order",
+    [
+        ({"remove": 2}, [3, 4], [3, 4]),
+        ({"remove": 2, "contiguous": False}, [1, 3], [1, 3]),
+        ({"remove": 3}, [3, 4, 5], [3, 4, 5]),  # of equal spans the later one
+        ({"remove": 3, "protect_last": 1}, [1, 2, 3], [1, 3, 2]),
+        ({"param_ratio": 0.2}, [3, 4], [3, 4]),
+    ],
+)
+def test_a_criterion_of_spans_removes_the_least_important_span(
+    budget: dict[str, object], removed: list[int], order: list[int]
+) -> None:
+    asked = Budget(**{"protect_first": 0, "protect_last": 0, **budget})  # type: ignore[arg-type]
+    plan = build_plan(asked, model=SPANS.model, scores=SPANS)
+    assert (plan.removed, plan.order) == (removed, order)
+    assert ("are the span" in plan.reason) == (budget.get("contiguous") is None)
+
+
+def test_a_span_is_only_to_be_had_from_a_criterion_that_scores_spans() -> None:
+    with pytest.raises(BudgetError, match="'ppl' scores no spans of blocks. Leave out --contiguou"):
+        planned([1, 2, 3, 4], remove=2, contiguous=True)
+
+
+def test_a_removal_order_is_followed_as_far_as_it_goes() -> None:
+    about = model(6)
+    greedy = scores([5, 1, 0, 4, 3, 2], about).model_copy(
+        update={"criterion": "greedy", "order": [2, 1]}
+    )
+    free = {"protect_first": 0, "protect_last": 0}
+    assert build_plan(Budget(remove=1, **free), model=about, scores=greedy).order == [2]
+    plan = build_plan(Budget(remove=2, **free), model=about, scores=greedy)
+    assert plan.order == [2, 1]
+    assert "were removed one after the other by the criterion 'greedy'" in plan.reason
+    with pytest.raises(BudgetError, match="hold the order of 2 removals, and 3 .*greedy.rounds=3"):
+        build_plan(Budget(remove=3, **free), model=about, scores=greedy)
+    with pytest.raises(BudgetError, match="remove block 2, which is protected. Score again with"):
+        build_plan(Budget(remove=2, protect_first=3, protect_last=0), model=about, scores=greedy)
+
+
+@pytest.mark.parametrize(
+    "budget, most",
+    [({"remove": 3}, 3), ({"ratio": 0.25}, 3), ({"param_ratio": 0.2}, 4), ({"blocks": [1, 2]}, 2)],
+)
+def test_the_most_blocks_that_a_budget_can_take(budget: dict[str, object], most: int) -> None:
+    """Of 1,300 parameters 20 % are 260: three average blocks, but four of the smallest."""
+    about = model(per_block=[100, 100, 100, 160, 80, 80, 80, 80, 120, 200, 100, 100], outside=0)
+    assert most_blocks(Budget(**budget), about) == most  # type: ignore[arg-type]
