@@ -23,6 +23,7 @@ from shortllm.metrics import next_token_nll, reduce_powers
 from shortllm.model import walk
 from shortllm.model.backward import block_weights, walk_back
 from shortllm.model.decoder import Decoder
+from shortllm.model.streamed import open_streamed
 from shortllm.model.streams import StreamMemory
 from shortllm.runtime import ALONE
 from shortllm.scoring import Asked
@@ -505,3 +506,20 @@ def test_a_model_that_cannot_be_walked_can_still_be_measured_intact() -> None:
     assert walk.mean_nll(decoder, ids_BT) == pytest.approx(expected, rel=1e-6)
     with pytest.raises(UnsupportedModelError, match="in the way"):
         score(decoder, ids_BT, "influence")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("variant", SOME_VARIANTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_gpu_gives_the_numbers_of_the_cpu(variant: str, stream: bool) -> None:
+    checkpoint, ids_BT, cuda = opened(variant), token_ids(), torch.device("cuda")
+    expected = score(
+        Decoder(loaded(variant)), ids_BT, *EVERY, checkpoint=checkpoint, options=GREEDY
+    )
+    if stream:
+        decoder = open_streamed(checkpoint, device=cuda, dtype=torch.float32)
+    else:
+        decoder = Decoder(copy.deepcopy(loaded(variant)).to(cuda))
+    found = score(decoder, ids_BT, *EVERY, checkpoint=checkpoint, options=GREEDY)
+    agree(found, expected, rel=1e-3)

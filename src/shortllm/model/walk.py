@@ -207,7 +207,7 @@ class _Chunk:
             before_SBTD = self.streams[streams, rows].to(self.decoder.device)
             call = entry.call(self.decoder, b, len(streams))
             after_BTD = self.decoder.apply(b, before_SBTD.flatten(0, 1), call)
-            after_SBTD = after_BTD.view(*before_SBTD.shape[:2], *after_BTD.shape[1:])
+            after_SBTD = after_BTD.reshape(*before_SBTD.shape[:2], *after_BTD.shape[1:])
             if step.first in streams:
                 seen = slice(self.start + rows.start, self.start + rows.stop)
                 i = streams.index(step.first)
