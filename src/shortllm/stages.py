@@ -296,7 +296,7 @@ def prune(
     """
     from shortllm.checkpoint.source import open_checkpoint
     from shortllm.checkpoint.surgery import renumbered_tensors, write_shortened
-    from shortllm.checkpoint.verify import bypass_logits, verify_shortened
+    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 
     require_same_model(plan, checkpoint)
     require_apart(checkpoint.directory, target)
@@ -304,11 +304,12 @@ def prune(
     total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
     require_writable(target.absolute().parent, total)
     expected = bypass_logits(session.model(checkpoint), plan.removed) if session else None
+    cached = session is not None and caches_rightly(session.model(checkpoint))
 
     def verify(written: Path) -> None:
         if session is not None and expected is not None:
             shortened = open_checkpoint(written)
-            verify_shortened(str(target), session.model(shortened), expected)
+            verify_shortened(str(target), session.model(shortened), expected, cached=cached)
 
     with progress("writing the shortened checkpoint", total) as advance:
         write_shortened(

@@ -4,20 +4,26 @@ Lowering the block count alone silently changes models whose blocks differ by po
 block of the new model gets the attention, position code or experts of place six under the weights
 of another place. Both models are built on the meta device (no memory for weights), and for every
 kept block the structural signature is compared: parameter names and shapes, submodule classes, and
-every plain attribute that can reach the forward pass, except those that are the block's own number.
+every plain attribute that can reach the forward pass, except those that are the block's own number
+or name another block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from shortllm.checkpoint.rules import period_hint, sliced_axis
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.model.blocks import build_empty, find_blocks, text_config
 
 Signature = dict[str, Any]
+
+REFERENCES = {"kv_shared_layer_index"}
+"""Attributes that hold the number of another block."""
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -49,21 +55,40 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values())
 
 
-def difference(original: Signature, shortened: Signature, old: int, new: int) -> str | None:
+def difference(
+    original: Signature,
+    shortened: Signature,
+    old: int,
+    new: int,
+    *,
+    places: int = 1,
+    new_number: dict[int, int] | None = None,
+) -> str | None:
     """The first place where two signatures differ, None if they agree.
 
     An attribute that is `old` in one and `new` in the other is the block's number and may differ.
+
+    Args:
+        places: how many numbers each block takes, where a block of several sublayers takes more.
+        new_number: of every kept block, for attributes that refer to another one.
     """
     for place in {**original, **shortened}:
         before, after = original.get(place, "absent"), shortened.get(place, "absent")
-        if before == after or (_is_number(before, old) and _is_number(after, new)):
+        if before == after or _same_number(before, after, old * places, new * places, places):
+            continue
+        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
+            continue
+        if place.split(".")[-1] in REFERENCES and (new_number or {}).get(before) == after:
             continue
         return f"{place} is {after!r} instead of {before!r}"
     return None
 
 
-def _is_number(value: Any, expected: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == expected
+def _same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
+    """Whether two values are the block's number before and after, counted on within the block."""
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in (before, after)):
+        return False
+    return bool(before - old == after - new and 0 <= before - old < places)
 
 
 def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None:
@@ -83,21 +108,50 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
             f"model type '{original.model_type}': asked for {len(kept)} blocks, the shortened "
             f"config builds {len(after)}"
         )
+    places = max(1, text_config(original).num_hidden_layers // len(before))
+    new_number = {old: new for new, old in enumerate(kept)}
     for new, old in enumerate(kept):
-        problem = difference(before[old], after[new], old, new)
+        problem = difference(
+            before[old], after[new], old, new, places=places, new_number=new_number
+        )
         if problem:
             raise UnsupportedModelError(
                 f"removing these blocks from model type '{original.model_type}' would turn block "
                 f"{old} into a "
-                f"different block: {problem}. No rule covers this yet"
+                f"different block: {problem}. No rule covers this yet.{period_hint(original)}"
             )
-    problem = difference(outside_before, outside_after, -1, -1)
+    problem = difference(_sliced(outside_before, len(before), len(kept)), outside_after, -1, -1)
     if problem:
         raise UnsupportedModelError(
             f"removing blocks from model type '{original.model_type}' would change tensors "
             "outside the blocks: "
             f"{problem}. No rule covers this yet"
         )
+
+
+def _sliced(outside: Signature, count: int, kept: int) -> Signature:
+    """Shapes outside the blocks after the shares of removed blocks are cut out of them."""
+    result = dict(outside)
+    for place, shape in outside.items():
+        axis = sliced_axis(place)
+        if axis is not None:
+            share = shape[axis] // count
+            result[place] = (*shape[:axis], share * kept, *shape[axis + 1 :])
+    return result
+
+
+def pattern_period(config: Any) -> int:
+    """After how many blocks the blocks of a model repeat; their count if they never do.
+
+    The smallest p such that blocks b and b + p are built alike for every b.
+    """
+    signatures, _ = _signatures(config)
+    count = len(signatures)
+    for period in range(1, count):
+        pairs = ((b, b + period) for b in range(count - period))
+        if not any(difference(signatures[b], signatures[c], b, c) for b, c in pairs):
+            return period
+    return count
 
 
 def _signatures(config: Any) -> tuple[list[Signature], Signature]:

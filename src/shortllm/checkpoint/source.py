@@ -56,9 +56,15 @@ class Checkpoint:
     @cached_property
     def block_names(self) -> BlockNames:
         """Where the blocks stand among the tensor names."""
+        from shortllm.checkpoint.rules import prediction_heads
         from shortllm.model.blocks import block_list_name
 
-        return find_block_names(self.tensors, self.block_count, block_list_name(self.config))
+        return find_block_names(
+            self.tensors,
+            self.block_count,
+            block_list_name(self.config),
+            heads=prediction_heads(self.config),
+        )
 
     @cached_property
     def parameters_per_block(self) -> list[int]:
@@ -277,8 +283,8 @@ def read_config(directory: Path, model_type: str) -> Any:
 
 
 def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
-    """Refuse what is not a decoder-only causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Refuse what is not a decoder-only causal language model, alone or behind other towers."""
+    from shortllm.model.blocks import model_classes, text_config
 
     model_type = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -286,8 +292,8 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
             f"model type '{model_type}' is an encoder-decoder; shortllm shortens decoder-only "
             "models"
         )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    classes = {known} if isinstance(known, str) else set(known or ())
+    text_only, wrapped = model_classes(model_type)
+    classes = text_only | (wrapped if text_config(config) is not config else set())
     if not classes:
         raise UnsupportedModelError(
             f"model type '{model_type}' has no causal language model in transformers; "

@@ -18,12 +18,30 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
+"""Where configs of encoder-decoders, also used for a decoder alone, keep the decoder's count."""
+
+COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
+"""Types whose `num_hidden_layers` counts something else than blocks."""
+
+
+def count_field(config: Any) -> str:
+    """Name under which a text decoder's config keeps its block count."""
+    if config.model_type in COUNT_BY_TYPE:
+        return COUNT_BY_TYPE[config.model_type]
+    for name in DECODER_COUNTS:
+        if hasattr(config, name):
+            return name
+    return type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")  # type: ignore[no-any-return]
+
+
 def block_count(config: Any) -> int:
     """Number of blocks of the text decoder, under whichever name the config class keeps it."""
-    count = getattr(text_config(config), "num_hidden_layers", None)
+    text = text_config(config)
+    count = getattr(text, count_field(text), None)
     if not isinstance(count, int) or count < 1:
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' states no block count (num_hidden_layers)"
+            f"model type '{config.model_type}' states no block count ({count_field(text)})"
         )
     return count
 
@@ -62,6 +80,35 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     return outer[0]
 
 
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a config's model with its text head.
+
+    `AutoModelForCausalLM`, but for types that only have a class with towers for images around the
+    text decoder, or whose checkpoint names that class.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text_only, wrapped = model_classes(config.model_type)
+    named = set(getattr(config, "architectures", None) or ())
+    if wrapped and (not text_only or named & wrapped - text_only):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def model_classes(model_type: str) -> tuple[set[str], set[str]]:
+    """Names of a type's classes in transformers' tables for causal and for image-text models."""
+    from transformers.models.auto import modeling_auto
+
+    def names(table: dict[str, Any]) -> set[str]:
+        found = table.get(model_type) or ()
+        return {found} if isinstance(found, str) else set(found)
+
+    return (
+        names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        names(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    )
+
+
 def build_empty(config: Any) -> nn.Module:
     """The model of a config on the meta device: its structure without memory for its weights.
 
@@ -70,7 +117,6 @@ def build_empty(config: Any) -> nn.Module:
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
 
     errors = (
         ValueError,
@@ -83,7 +129,7 @@ def build_empty(config: Any) -> nn.Module:
     )
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = auto_class(config).from_config(config)
     except errors as error:
         raise UnsupportedModelError(
             f"transformers cannot build model type '{config.model_type}' from this config: {error}"

@@ -1,0 +1,103 @@
+"""A live model whose forward hands the stream past some of its blocks, whatever its family.
+
+What a block returns besides the stream is learnt from one plain forward: a stand-in returns the
+same form. Where a block hands something on to the next one (a state, picked tokens), the stand-in
+hands on what it got itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortllm.model.blocks import find_blocks
+
+STREAM = "hidden_states"
+"""Keyword of the stream where a block does not get it as its first argument."""
+
+Place = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a block in the model's plain forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def arguments(self) -> dict[Place, Any]:
+        """Every argument by its place or keyword."""
+        places: dict[Place, Any] = dict(enumerate(self.args))
+        return places | dict(self.kwargs.items())
+
+
+@contextmanager
+def bypassed(model: nn.Module, removed: Collection[int], ids_BT: Tensor) -> Iterator[None]:
+    """Within the context, `model` computes what it computes without the blocks `removed`.
+
+    For forwards without a cache: a cache counts positions by block 0.
+
+    Args:
+        ids_BT: any token ids, for the plain forward.
+    """
+    _, blocks = find_blocks(model, model.config)
+    handed_on = _handed_on(calls := _record(model, blocks, ids_BT))
+    try:
+        for block in removed:
+            blocks[block].forward = _stand_in(calls[block].output, handed_on)
+        yield
+    finally:
+        for block in removed:
+            blocks[block].__dict__.pop("forward", None)
+
+
+@torch.inference_mode()
+def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> list[Call]:
+    """How a plain forward calls each block, in order."""
+    calls: list[Call] = []
+
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(Call(args, kwargs, output))
+
+    handles = [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
+    try:
+        model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _handed_on(calls: list[Call]) -> dict[int, Place]:
+    """Which of a block's outputs behind the stream is which argument of the next block."""
+    found: dict[int, Place] = {}
+    for call, following in zip(calls, calls[1:], strict=False):
+        outputs = call.output if isinstance(call.output, (tuple, list)) else ()
+        for number, output in enumerate(outputs[1:], start=1):
+            for place, argument in following.arguments().items():
+                if output is not None and argument is output:
+                    found[number] = place
+    return found
+
+
+def _stand_in(output: Any, handed_on: dict[int, Place]) -> Callable[..., Any]:
+    """A forward that returns its stream in the form of `output`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = Call(args, kwargs, None).arguments()
+        stream = arguments[0] if args else arguments[STREAM]
+        if not isinstance(output, (tuple, list)):
+            return stream
+        extras = (
+            arguments.get(handed_on[number]) if number in handed_on else None
+            for number in range(1, len(output))
+        )
+        return type(output)([stream, *extras])
+
+    return forward
