@@ -1,13 +1,43 @@
-"""A tiny model of every causal-language-model type that the installed transformers has."""
+"""Surgery on every causal-language-model type that the installed transformers has.
+
+For each type a tiny model is built whose blocks differ as much as the type allows. The first, an
+inner, the last and some scattered blocks are removed on disk; what is reloaded must compute what
+the original computes with these blocks bypassed, with a cache as without, or the removal must be
+refused for a reason that is named. A type without an entry in the tables below is tried with the
+sizes that its fields' names suggest, so that no type is passed over.
+
+    python tests/architectures.py --write docs/architectures.md
+"""
 
 from __future__ import annotations
 
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from families import build, load, save, shortened
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from shortllm.checkpoint import Checkpoint, open_checkpoint
+from shortllm.checkpoint.rules import period_hint, sliced_axis, structurally_protected
+from shortllm.checkpoint.surgery import check_removal
+from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
+from shortllm.errors import UnsupportedModelError
+from shortllm.model.blocks import count_field, model_classes, text_config
+
 BLOCKS = 6
+REMOVED = ([0], [2], [5], [1, 3, 4])
+PERIOD = [2, 3]
+"""A whole period of the tiny models whose type gives its pattern by periods alone."""
 
 _BY_SIZE: dict[Any, str] = {
     97: "vocab_size vocab_size_per_layer_input audio_vocab_size decoder_vocab_size "
@@ -31,8 +61,9 @@ _BY_SIZE: dict[Any, str] = {
     8: "head_dim global_head_dim dim_head d_head kv_channels query_pre_attn_scalar q_lora_rank "
     "kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_n_heads mamba_d_head "
     "mamba_chunk_size mamba_num_heads mamba_head_dim mamba_headdim n_mamba_heads "
-    "linear_key_head_dim linear_value_head_dim linear_head_dim position_bias_num_buckets "
-    "chunk_size o_lora_rank laurel_rank adapter_rank attention_head_size rel_extent hc_lowrank",
+    "index_n_heads linear_key_head_dim linear_value_head_dim linear_head_dim "
+    "position_bias_num_buckets chunk_size o_lora_rank laurel_rank adapter_rank "
+    "attention_head_size rel_extent hc_lowrank",
     5: "sliding_window attention_chunk_size window_size attention_window_size sliding_window_size",
     4: "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads "
     "num_decoder_attention_heads num_encoder_attention_heads attention_heads num_heads "
@@ -41,7 +72,7 @@ _BY_SIZE: dict[Any, str] = {
     "linear_num_heads index_topk hidden_size_per_layer_input swa_num_attention_heads "
     "prompt_length split_ngram_parts num_query_groups",
     2: "num_key_value_heads num_kv_heads kv_n_heads num_experts_per_tok num_experts_per_token "
-    "moe_topk moe_k moe_top_k top_k_experts zero_expert_num linear_num_key_heads index_n_heads "
+    "moe_topk moe_k moe_top_k top_k_experts zero_expert_num linear_num_key_heads "
     "o_groups hc_mult hc_count first_k_dense_replace num_dense_layers num_kv_shared_layers "
     "decoder_sparse_step interleave_moe_layer_step rescale_every swa_num_key_value_heads "
     "depth type_vocab_size attn_layer_period expert_layer_period heads_per_ngram "
@@ -76,7 +107,8 @@ def in_turn(kinds: list[Any], count: int = BLOCKS) -> list[Any]:
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1, 4]},
+    # its cache slides with this window, its mask does not
+    "bamba": {"attn_layer_indices": [1, 4], "sliding_window": ...},
     "granitemoehybrid": {"layer_types": in_turn(["linear_attention", "full_attention"])},
     "lfm2_moe": {"layer_types": in_turn(["conv", "full_attention"])},
     "zaya": {
@@ -100,15 +132,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"layer_types": in_turn(_SLIDING), "global_head_dim": 16},
     "gemma4_unified_text": {"layer_types": in_turn(_SLIDING), "global_head_dim": 16},
     "dots1": {"n_shared_experts": 1},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "cohere_compass_text": {
         "layer_types": in_turn(_SLIDING),
         "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+            },
             "full_attention": None,
         },
     },
-    "gemma4_assistant": {"text_config": {"hidden_size": 32, "num_kv_shared_layers": 6}},
+    "moshi": {"sliding_window": 64},  # as bamba
+    "rwkv": {"attention_hidden_size": 32, "rescale_every": 6},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -122,52 +159,222 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """Type -> arguments that the size table does not give, and `...` for those it gives wrongly."""
 
-NOT_BUILDABLE: dict[str, str] = {}
+_DRAFTER = {
+    "num_kv_shared_layers": BLOCKS,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": ("gemma4_text", _DRAFTER)},
+    "gemma4_unified_assistant": {"text_config": ("gemma4_unified_text", _DRAFTER)},
+}
+"""Type -> parts of its config that it has no default for: their type and arguments."""
+
+_CODES = "its decoder reads codes of sound, and its config has no default for the encoders"
+NOT_BUILDABLE = {
+    "gemma3n": "its vision tower is a model of timm, which is not a dependency",
+    "musicgen": _CODES,
+    "musicgen_melody": _CODES,
+}
 
 
-def _small(default: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one type."""
+
+    model_type: str
+    status: str
+    """`right`, `whole periods`, `refused` or `not buildable`."""
+    note: str
+
+    def row(self) -> str:
+        """The type's line of the page."""
+        return f"| `{self.model_type}` | {self.status} | {self.note} |"
+
+
+def model_types() -> list[str]:
+    """Every causal-language-model type, by name."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(model_type: str) -> Any:
+    """The config of a type's tiny model, for the class with all towers if there are any."""
+    cls = CONFIG_MAPPING[model_type]
+    parts = {
+        name: CONFIG_MAPPING[kind](**_small(CONFIG_MAPPING[kind]()) | arguments)
+        for name, (kind, arguments) in PARTS.get(model_type, {}).items()
+    }
+    config = cls(**_small(cls()), **parts)
+    wrapped = model_classes(model_type)[1]
+    if wrapped and text_config(config) is not config:
+        config.architectures = sorted(wrapped)[:1]
+    return config
+
+
+def _small(default: Any, blocks: int = BLOCKS) -> dict[str, Any]:
     """Arguments of a config class for a tiny model, from its default."""
     own = default.to_dict()
     result: dict[str, Any] = {}
     for name, value in own.items():
-        if name in type(default).sub_configs and hasattr(getattr(default, name, None), "to_dict"):
-            result[name] = _small(getattr(default, name))
+        part = getattr(default, name) if name in type(default).sub_configs else None
+        if hasattr(part, "to_dict"):
+            result[name] = _small(part, BLOCKS if part is text_config(default) else 2)
         elif name in KINDS and isinstance(value, list):
             result[name] = in_turn(value)
-        elif name in SIZES and name != "model_type":
-            if value is not None or name not in UNSIZED:
-                result[name] = SIZES[name]
+        elif name in SIZES and (value is not None or name not in UNSIZED):
+            result[name] = SIZES[name]
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             result[name] = min(value, 3)
     if "kv_lora_rank" in own:
         result["num_key_value_heads"] = SIZES["num_attention_heads"]
     if own.get("is_encoder_decoder"):
         result["is_encoder_decoder"] = False
-    changes = CHANGES.get(default.model_type, {})
-    return {
-        name: value
-        for name, value in (result | _counts(default, own) | changes).items()
-        if value is not ...
-    }
+    result |= _counts(default, own, blocks) | CHANGES.get(default.model_type, {})
+    return {name: value for name, value in result.items() if value is not ...}
 
 
-def _counts(default: Any, own: dict[str, Any]) -> dict[str, int]:
-    """Block counts, of the decoder and of whatever else has blocks."""
+def _counts(default: Any, own: dict[str, Any], blocks: int) -> dict[str, int]:
+    """Block counts under every name."""
     names = (
         type(default).attribute_map.get("num_hidden_layers", "num_hidden_layers"),
         "num_hidden_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers",
-        "encoder_layers", "num_encoder_layers", "num_layers_per_stack",
+        "encoder_layers", "num_encoder_layers", "num_layers_per_stack", "depth",
     )  # fmt: skip
-    counts = {name: BLOCKS for name in names if name in own}
-    return counts | {name: 2 for name in counts if "encoder" in name and "decoder" not in name}
+    return {name: blocks for name in names if name in own}
 
 
-def tiny_config(model_type: str) -> Any:
-    """The config of a type's tiny model."""
-    cls = CONFIG_MAPPING[model_type]
-    return cls(**_small(cls()))
+def examine(model_type: str) -> Outcome:
+    """Build, shorten, reload and compare a type.
+
+    Raises:
+        AssertionError, CheckpointError: it is silently wrong, or refused without a named reason.
+    """
+    if model_type in NOT_BUILDABLE:
+        return Outcome(model_type, "not buildable", NOT_BUILDABLE[model_type])
+    with tempfile.TemporaryDirectory(prefix="shortllm-type-") as directory:
+        source = save(build(tiny_config(model_type)), Path(directory) / "source")
+        try:
+            checkpoint = open_checkpoint(source)
+            checkpoint.block_count  # noqa: B018
+            return _examine_removals(model_type, checkpoint, Path(directory) / "short")
+        except UnsupportedModelError as error:
+            return Outcome(model_type, "refused", _reason(error))
 
 
-def model_types() -> list[str]:
-    """Every causal-language-model type, by name."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def _examine_removals(model_type: str, checkpoint: Checkpoint, target: Path) -> Outcome:
+    """Every removal right, or refused for a reason that fits."""
+    protected = structurally_protected(checkpoint.config)
+    _check_protected(checkpoint, protected)
+    model = load(checkpoint.directory)
+    cached = caches_rightly(model)
+    intact = bypass_logits(model, [])
+    free = [block for block in (1, 3, 4, 2, 0, 5) if block not in protected]
+    refusals: dict[int, UnsupportedModelError] = {}
+    notes: list[str] = []
+    for removed in (*REMOVED, sorted(free[:3])):
+        try:
+            shortened(checkpoint, removed, target)
+        except UnsupportedModelError as error:
+            if not protected.keys() & set(removed):
+                refusals[len(refusals)] = error
+            continue
+        short, expected = load(target), bypass_logits(model, removed)
+        assert not torch.allclose(intact, expected, rtol=1e-2), "the removed blocks do nothing"
+        verify_shortened(model_type, short, expected, cached=cached)
+        notes = _changes(checkpoint, target, removed)
+    if len(refusals) == len(REMOVED) + 1:
+        raise refusals[0]
+    if refusals:
+        hint = period_hint(checkpoint.config)
+        assert hint, [str(error) for error in refusals.values()]
+        short = load(shortened(checkpoint, PERIOD, target))
+        verify_shortened(model_type, short, bypass_logits(model, PERIOD), cached=cached)
+        return Outcome(model_type, "whole periods", hint.strip())
+    notes += [f"block {b} of 6 stays: {reason}" for b, reason in sorted(protected.items())]
+    if not cached:
+        notes.append("no cache compared, as the original itself differs with one")
+    return Outcome(model_type, "right", "; ".join(notes))
+
+
+def _check_protected(checkpoint: Checkpoint, protected: dict[int, str]) -> None:
+    """The blocks said to be protected, and no others, are refused when they go alone."""
+    for block in range(BLOCKS) if protected else ():
+        kept = [b for b in range(BLOCKS) if b != block]
+        try:
+            check_removal(checkpoint, kept)
+        except UnsupportedModelError as error:
+            assert protected.get(block, "not protected") in str(error)
+        else:
+            assert block not in protected
+
+
+def _changes(checkpoint: Checkpoint, target: Path, removed: Iterable[int]) -> list[str]:
+    """What surgery changed besides block numbers and count; everything else must be the same."""
+    before, after = _tensors(checkpoint.directory), _tensors(target)
+    outside = {name for name in before if checkpoint.block_names.block_of(name) is None}
+    sliced = {name for name in outside if sliced_axis(name) is not None}
+    assert outside <= after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in outside - sliced)
+    raw, config = copy.deepcopy(checkpoint.raw_config), json.loads(_config(target))
+    fields = {field for field in config if config[field] != raw.get(field)} - {"shortllm"}
+    text = text_config(checkpoint.config)
+    if text is not checkpoint.config:
+        (part,) = fields
+        fields = {f for f in config[part] if config[part][f] != raw[part].get(f)}
+    changed = sorted(fields - {count_field(text), "num_hidden_layers"})
+    changed += sorted(name.rpartition(".weight")[0].rpartition(".")[2] for name in sliced)
+    return [", ".join(f"`{name}`" for name in changed)] if changed else []
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def _config(directory: Path) -> str:
+    return (directory / "config.json").read_text(encoding="utf-8")
+
+
+def _reason(error: UnsupportedModelError) -> str:
+    """The part of a message behind what every refusal says."""
+    return str(error).partition("cannot be shortened rightly: ")[2] or str(error)
+
+
+def page(outcomes: list[Outcome]) -> str:
+    """docs/architectures.md."""
+    counts = {status: 0 for status in ("right", "whole periods", "refused", "not buildable")}
+    for outcome in outcomes:
+        counts[outcome.status] += 1
+    return f"""# Which architectures
+
+Made by `python tests/architectures.py --write docs/architectures.md` with transformers
+{transformers.__version__}; the same sweep runs in the tests. For every causal-language-model type a
+tiny model is built whose blocks differ as much as the type allows. Its first, an inner, its last
+and some scattered blocks are removed on disk. *Right*: kept blocks are built as before, the
+reloaded model computes what the original computes with these blocks bypassed, and the same with a
+cache as without. Whatever would not be right is refused, with the reason; a multimodal model keeps
+its other towers as they are.
+
+{len(outcomes)} types: {", ".join(f"{n} {status}" for status, n in counts.items())}.
+
+| type | | config fields and tensors changed besides the block count, or the reason |
+|---|---|---|
+{chr(10).join(outcome.row() for outcome in outcomes)}
+"""
+
+
+def main() -> None:
+    """Examine every type, or some, and print or write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, help="the page to write")
+    parser.add_argument("types", nargs="*", default=model_types())
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    outcomes = [examine(model_type) for model_type in arguments.types]
+    if arguments.write:
+        arguments.write.write_text(page(outcomes), encoding="utf-8")
+    else:
+        print("\n".join(outcome.row() for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -186,9 +186,23 @@ def _every_hybrid(config: Any, kept: Kept) -> dict[int, str]:
     }
 
 
+def _numbered_tables(config: Any, kept: Kept) -> dict[int, str]:
+    ids = [number - BLOCK_NUMBERS["ple_layer_ids"] for number in config.ple_layer_ids or ()]
+    result: dict[int, str] = {}
+    for place, block in enumerate(ids):
+        later = [other for other in ids[place + 1 :] if other in kept]
+        if block not in kept and later:
+            named = ", ".join(map(str, later))
+            result[block] = (
+                f"the n-gram tables of blocks {named} are hashed by how many come before"
+            )
+    return result
+
+
 PROTECTED_BY_FIELD: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
     "indexer_types": _shared_indexer,
     "num_kv_shared_layers": _shared_keys,
+    "ple_layer_ids": _numbered_tables,
 }
 PROTECTED_BY_TYPE: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
     "gemma4_text": _last_attends_fully,
@@ -203,15 +217,23 @@ PROTECTED_BY_TYPE: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
 """Config field or type -> given the config and the kept blocks, the removed ones that cannot go,
 with the reason."""
 
+
+def _drafts(config: Any) -> str:
+    return "it drafts for another model, whose keys and values all of its blocks read"
+
+
 REFUSED: dict[str, Callable[[Any], str | None]] = {
     "gpt2": lambda config: (
         "scale_attn_by_inverse_layer_idx divides attention by the block's own number"
         if config.scale_attn_by_inverse_layer_idx
         else None
     ),
+    "gemma4_assistant": _drafts,
+    "gemma4_unified_assistant": _drafts,
     "minimax": lambda config: "its attention decay depends on block number and count",
     "diffllama": lambda config: "its lambda depends on the block's number",
     "hrm_text": lambda config: "its two stacks of blocks run several times per token, in cycles",
+    "xlm": lambda config: "its sublayers stand in four lists, not in blocks",
 }
 """Types whose blocks know their own number in a way no config field expresses: reason or None."""
 
@@ -231,9 +253,9 @@ def shorten_config(
     Raises:
         UnsupportedModelError: no rule says how this config is shortened.
     """
+    refuse_type(config)
     result = copy.deepcopy(raw)
     text = text_config(config)
-    _refuse_by_type(text)
     part = _text_part(result, config, text)
     part.update(_shortened_fields(dict(part), text, kept))
     part.update(_counts(part, text, len(kept)))
@@ -324,13 +346,18 @@ def prediction_heads(config: Any) -> int:
     return max((count for count in counts if isinstance(count, int)), default=0)
 
 
-def _refuse_by_type(config: Any) -> None:
-    """Types that no rule covers."""
-    reason = REFUSED.get(config.model_type, lambda config: None)(config)
-    if reason:
-        raise UnsupportedModelError(
-            f"model type '{config.model_type}' cannot be shortened rightly: {reason}"
-        )
+def refuse_type(config: Any) -> None:
+    """Refuse types that no rule covers.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    for part in (config, text_config(config)):
+        reason = REFUSED.get(part.model_type, lambda config: None)(part)
+        if reason:
+            raise UnsupportedModelError(
+                f"model type '{part.model_type}' cannot be shortened rightly: {reason}"
+            )
 
 
 def _protected(config: Any, kept: Kept) -> dict[int, str]:

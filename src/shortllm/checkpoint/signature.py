@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -55,30 +56,50 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Renumbering:
+    """How block numbers change, for attributes that hold some."""
+
+    kept: Sequence[int]
+    """Original numbers of the kept blocks, ascending."""
+    count: int
+    places: int = 1
+    """How many numbers each block takes, where a block of several sublayers takes more."""
+
+    def explains(self, before: Any, after: Any, block: int) -> bool:
+        """Whether `after` says of the shortened model what `before` said of the original."""
+        new_number = {old: new for new, old in enumerate(self.kept)}
+        if isinstance(before, (list, tuple)):
+            cut = len(before) == self.count and list(after) == [before[old] for old in self.kept]
+            return cut or list(after) == [new_number[n] for n in before if n in new_number]
+        if isinstance(before, dict):
+            return bool(after == {new_number[n]: v for n, v in before.items() if n in new_number})
+        return any(
+            _same_number(before, after, block * places, new_number[block] * places, places)
+            for places in {1, self.places}
+        )
+
+
 def difference(
-    original: Signature,
-    shortened: Signature,
-    old: int,
-    new: int,
-    *,
-    places: int = 1,
-    new_number: dict[int, int] | None = None,
+    original: Signature, shortened: Signature, block: int, numbers: Renumbering
 ) -> str | None:
     """The first place where two signatures differ, None if they agree.
 
-    An attribute that is `old` in one and `new` in the other is the block's number and may differ.
+    May differ: the block's own number, and lists with one entry per block or of block numbers.
 
     Args:
-        places: how many numbers each block takes, where a block of several sublayers takes more.
-        new_number: of every kept block, for attributes that refer to another one.
+        block: original number of the block.
     """
     for place in {**original, **shortened}:
         before, after = original.get(place, "absent"), shortened.get(place, "absent")
-        if before == after or _same_number(before, after, old * places, new * places, places):
+        if before == after:
             continue
         if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
             continue
-        if place.split(".")[-1] in REFERENCES and (new_number or {}).get(before) == after:
+        refers = place.split(".")[-1] in REFERENCES
+        if refers and before in numbers.kept and numbers.kept[after] == before:
+            continue
+        if type(before) is type(after) and numbers.explains(before, after, block):
             continue
         return f"{place} is {after!r} instead of {before!r}"
     return None
@@ -86,7 +107,7 @@ def difference(
 
 def _same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
     """Whether two values are the block's number before and after, counted on within the block."""
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in (before, after)):
+    if not isinstance(before, int) or isinstance(before, bool):
         return False
     return bool(before - old == after - new and 0 <= before - old < places)
 
@@ -109,23 +130,24 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
             f"config builds {len(after)}"
         )
     places = max(1, text_config(original).num_hidden_layers // len(before))
-    new_number = {old: new for new, old in enumerate(kept)}
+    numbers = Renumbering(kept, len(before), places)
     for new, old in enumerate(kept):
-        problem = difference(
-            before[old], after[new], old, new, places=places, new_number=new_number
-        )
+        problem = difference(before[old], after[new], old, numbers)
         if problem:
             raise UnsupportedModelError(
                 f"removing these blocks from model type '{original.model_type}' would turn block "
                 f"{old} into a "
                 f"different block: {problem}. No rule covers this yet.{period_hint(original)}"
             )
-    problem = difference(_sliced(outside_before, len(before), len(kept)), outside_after, -1, -1)
-    if problem:
+    expected = _sliced(outside_before, len(before), len(kept))
+    for place in {**expected, **outside_after}:
+        was, shape = expected.get(place, "absent"), outside_after.get(place, "absent")
+        if was == shape:
+            continue
         raise UnsupportedModelError(
             f"removing blocks from model type '{original.model_type}' would change tensors "
             "outside the blocks: "
-            f"{problem}. No rule covers this yet"
+            f"{place} is {shape} instead of {was}. No rule covers this yet"
         )
 
 
@@ -149,9 +171,17 @@ def pattern_period(config: Any) -> int:
     count = len(signatures)
     for period in range(1, count):
         pairs = ((b, b + period) for b in range(count - period))
-        if not any(difference(signatures[b], signatures[c], b, c) for b, c in pairs):
+        if all(_alike(signatures[b], signatures[c], b, c) for b, c in pairs):
             return period
     return count
+
+
+def _alike(one: Signature, other: Signature, b: int, c: int) -> bool:
+    """Whether two blocks of one model are built alike but for their numbers."""
+    return one.keys() == other.keys() and all(
+        one[place] == other[place] or _same_number(one[place], other[place], b, c, 1)
+        for place in one
+    )
 
 
 def _signatures(config: Any) -> tuple[list[Signature], Signature]:

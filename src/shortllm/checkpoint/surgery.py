@@ -22,6 +22,7 @@ from shortllm import __version__
 from shortllm.checkpoint.rules import (
     refuse_block_names_in_config,
     refuse_protected,
+    refuse_type,
     shorten_config,
     sliced_axis,
 )
@@ -49,6 +50,7 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
     """
     from shortllm.checkpoint.signature import check_signatures
 
+    refuse_type(checkpoint.config)
     names = checkpoint.block_names
     refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
     shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept, heads=names.heads)

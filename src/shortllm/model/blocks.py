@@ -49,8 +49,8 @@ def block_count(config: Any) -> int:
 def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     """Dotted name and module list of the decoder's blocks.
 
-    Where several lists have the right length (a vision tower as deep as the decoder), the one
-    inside the text decoder (`model.get_decoder()`) is taken.
+    Where several lists have the right length (a vision tower as deep as the decoder), those inside
+    the text decoder are taken: within `model.get_decoder()`, and built from the text config.
 
     Raises:
         UnsupportedModelError: no list, or more than one, fits.
@@ -70,6 +70,9 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
         inside = {id(module) for module in decoder.modules()}
         outer = [(name, module) for name, module in outer if id(module) in inside]
+    if len(outer) > 1:
+        text_type = text_config(config).model_type
+        outer = [(name, m) for name, m in outer if _config_type(model, name) == text_type]
     if len(outer) != 1:
         names = ", ".join(name for name, _ in outer) or "none"
         raise UnsupportedModelError(
@@ -78,6 +81,16 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
             f"are: {names}. Exactly one is needed to know which blocks can go"
         )
     return outer[0]
+
+
+def _config_type(model: nn.Module, name: str) -> str | None:
+    """Model type of the nearest config above the module `name`."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return str(getattr(config, "model_type", None))
+    return None
 
 
 def auto_class(config: Any) -> Any:

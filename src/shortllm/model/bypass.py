@@ -75,29 +75,32 @@ def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> list[Cal
 
 
 def _handed_on(calls: list[Call]) -> dict[int, Place]:
-    """Which of a block's outputs behind the stream is which argument of the next block."""
+    """Which output of a block is which argument of the next block."""
     found: dict[int, Place] = {}
     for call, following in zip(calls, calls[1:], strict=False):
-        outputs = call.output if isinstance(call.output, (tuple, list)) else ()
-        for number, output in enumerate(outputs[1:], start=1):
+        for number, output in enumerate(_parts(call.output)):
             for place, argument in following.arguments().items():
                 if output is not None and argument is output:
                     found[number] = place
     return found
 
 
+def _parts(output: Any) -> tuple[Any, ...]:
+    """A block's outputs, also where it returns the stream alone."""
+    return tuple(output) if isinstance(output, (tuple, list)) else (output,)
+
+
 def _stand_in(output: Any, handed_on: dict[int, Place]) -> Callable[..., Any]:
-    """A forward that returns its stream in the form of `output`."""
+    """A forward that hands its arguments through in the form of `output`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = Call(args, kwargs, None).arguments()
-        stream = arguments[0] if args else arguments[STREAM]
+        stream: Place = 0 if args else STREAM
+        parts = [arguments[handed_on.get(0, stream)]]
+        for number in range(1, len(_parts(output))):
+            parts.append(arguments.get(handed_on[number]) if number in handed_on else None)
         if not isinstance(output, (tuple, list)):
-            return stream
-        extras = (
-            arguments.get(handed_on[number]) if number in handed_on else None
-            for number in range(1, len(output))
-        )
-        return type(output)([stream, *extras])
+            return parts[0]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
     return forward
