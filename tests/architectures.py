@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,12 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.rules import period_hint, sliced_axis, structurally_protected
+from shortllm.checkpoint.rules import (
+    period_hint,
+    refuse_type,
+    sliced_axis,
+    structurally_protected,
+)
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 from shortllm.errors import UnsupportedModelError
@@ -122,13 +126,23 @@ CHANGES: dict[str, dict[str, Any]] = {
         "attn_layers": ["local"] * 6,
         "local_attn_chunk_length": 8,
     },
+    "emu3": {
+        "vocabulary_map": {"<image>": 3, "<|extra_200|>": 4, "<|visual token 000000|>": 5},
+    },
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8},
+    "zamba2": {"num_mem_blocks": 2},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
         "intermediate_size": [48, 40, 48, 32, 48, 40],
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.5, 0.5, 0.0],
     },
+    "glm_moe_dsa": {"indexer_types": in_turn(["full", "shared"])},
+    "granite_swa": {"layer_rope_theta": in_turn([10_000.0, 500_000.0])},
+    "granitemoe_swa": {"layer_rope_theta": in_turn([10_000.0, 500_000.0])},
+    "inkling_text": {"mlp_layer_types": in_turn(["dense", "sparse"])},
+    "laguna": {"num_attention_heads_per_layer": in_turn([4, 2])},
+    "mllama_text_model": {"cross_attention_layers": [1, 4]},
     "gemma4_text": {"layer_types": in_turn(_SLIDING), "global_head_dim": 16},
     "gemma4_unified_text": {"layer_types": in_turn(_SLIDING), "global_head_dim": 16},
     "dots1": {"n_shared_experts": 1},
@@ -255,7 +269,7 @@ def examine(model_type: str) -> Outcome:
         source = save(build(tiny_config(model_type)), Path(directory) / "source")
         try:
             checkpoint = open_checkpoint(source)
-            checkpoint.block_count  # noqa: B018
+            refuse_type(checkpoint.config)
             return _examine_removals(model_type, checkpoint, Path(directory) / "short")
         except UnsupportedModelError as error:
             return Outcome(model_type, "refused", _reason(error))
@@ -270,7 +284,7 @@ def _examine_removals(model_type: str, checkpoint: Checkpoint, target: Path) -> 
     intact = bypass_logits(model, [])
     free = [block for block in (1, 3, 4, 2, 0, 5) if block not in protected]
     refusals: dict[int, UnsupportedModelError] = {}
-    notes: list[str] = []
+    changed: set[str] = set()
     for removed in (*REMOVED, sorted(free[:3])):
         try:
             shortened(checkpoint, removed, target)
@@ -281,7 +295,7 @@ def _examine_removals(model_type: str, checkpoint: Checkpoint, target: Path) -> 
         short, expected = load(target), bypass_logits(model, removed)
         assert not torch.allclose(intact, expected, rtol=1e-2), "the removed blocks do nothing"
         verify_shortened(model_type, short, expected, cached=cached)
-        notes = _changes(checkpoint, target, removed)
+        changed |= _changes(checkpoint, target)
     if len(refusals) == len(REMOVED) + 1:
         raise refusals[0]
     if refusals:
@@ -290,6 +304,7 @@ def _examine_removals(model_type: str, checkpoint: Checkpoint, target: Path) -> 
         short = load(shortened(checkpoint, PERIOD, target))
         verify_shortened(model_type, short, bypass_logits(model, PERIOD), cached=cached)
         return Outcome(model_type, "whole periods", hint.strip())
+    notes = [", ".join(f"`{name}`" for name in sorted(changed))] if changed else []
     notes += [f"block {b} of 6 stays: {reason}" for b, reason in sorted(protected.items())]
     if not cached:
         notes.append("no cache compared, as the original itself differs with one")
@@ -308,7 +323,7 @@ def _check_protected(checkpoint: Checkpoint, protected: dict[int, str]) -> None:
             assert block not in protected
 
 
-def _changes(checkpoint: Checkpoint, target: Path, removed: Iterable[int]) -> list[str]:
+def _changes(checkpoint: Checkpoint, target: Path) -> set[str]:
     """What surgery changed besides block numbers and count; everything else must be the same."""
     before, after = _tensors(checkpoint.directory), _tensors(target)
     outside = {name for name in before if checkpoint.block_names.block_of(name) is None}
@@ -321,9 +336,8 @@ def _changes(checkpoint: Checkpoint, target: Path, removed: Iterable[int]) -> li
     if text is not checkpoint.config:
         (part,) = fields
         fields = {f for f in config[part] if config[part][f] != raw[part].get(f)}
-    changed = sorted(fields - {count_field(text), "num_hidden_layers"})
-    changed += sorted(name.rpartition(".weight")[0].rpartition(".")[2] for name in sliced)
-    return [", ".join(f"`{name}`" for name in changed)] if changed else []
+    changed = fields - {count_field(text), "num_hidden_layers"}
+    return changed | {name.rpartition(".weight")[0].rpartition(".")[2] for name in sliced}
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -199,7 +199,16 @@ def _numbered_tables(config: Any, kept: Kept) -> dict[int, str]:
     return result
 
 
+def _first_reads_text(config: Any, kept: Kept) -> dict[int, str]:
+    crossing = config.cross_attention_layers or ()
+    if kept[0] not in crossing:
+        return {}
+    reason = f"caches count the text by the first block, and block {kept[0]} reads images alone"
+    return {block: reason for block in range(kept[0]) if block not in crossing}
+
+
 PROTECTED_BY_FIELD: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
+    "cross_attention_layers": _first_reads_text,
     "indexer_types": _shared_indexer,
     "num_kv_shared_layers": _shared_keys,
     "ple_layer_ids": _numbered_tables,
@@ -231,6 +240,7 @@ REFUSED: dict[str, Callable[[Any], str | None]] = {
     "gemma4_assistant": _drafts,
     "gemma4_unified_assistant": _drafts,
     "minimax": lambda config: "its attention decay depends on block number and count",
+    "blt": lambda config: "its three decoders, of bytes and patches, are no single row of blocks",
     "diffllama": lambda config: "its lambda depends on the block's number",
     "hrm_text": lambda config: "its two stacks of blocks run several times per token, in cycles",
     "xlm": lambda config: "its sublayers stand in four lists, not in blocks",

@@ -26,6 +26,9 @@ Signature = dict[str, Any]
 REFERENCES = {"kv_shared_layer_index"}
 """Attributes that hold the number of another block."""
 
+ANSWERED = {"store_full_length_kv"}
+"""Attributes that may differ, as a rule keeps what they stand for: sources of shared keys stay."""
+
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -79,6 +82,10 @@ class Renumbering:
             for places in {1, self.places}
         )
 
+    def refers_alike(self, before: Any, after: Any) -> bool:
+        """Whether two numbers of another block mean the same one."""
+        return before in self.kept and self.kept.index(before) == after
+
 
 def difference(
     original: Signature, shortened: Signature, block: int, numbers: Renumbering
@@ -92,12 +99,12 @@ def difference(
     """
     for place in {**original, **shortened}:
         before, after = original.get(place, "absent"), shortened.get(place, "absent")
-        if before == after:
+        attribute = place.split(".")[-1]
+        if before == after or attribute in ANSWERED:
             continue
         if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
             continue
-        refers = place.split(".")[-1] in REFERENCES
-        if refers and before in numbers.kept and numbers.kept[after] == before:
+        if attribute in REFERENCES and numbers.refers_alike(before, after):
             continue
         if type(before) is type(after) and numbers.explains(before, after, block):
             continue

@@ -41,13 +41,14 @@ def block_count(config: Any) -> int:
     count = getattr(text, count_field(text), None)
     if not isinstance(count, int) or count < 1:
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' states no block count ({count_field(text)})"
+            f"the config of model type '{config.model_type}' states no count of decoder blocks "
+            f"({count_field(text)}), so that it is not known which blocks can go"
         )
     return count
 
 
 def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """Dotted name and module list of the decoder's blocks.
+    """Dotted name and module list of the decoder's blocks: modules that have parts themselves.
 
     Where several lists have the right length (a vision tower as deep as the decoder), those inside
     the text decoder are taken: within `model.get_decoder()`, and built from the text config.
@@ -59,7 +60,7 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and _have_parts(module)
     ]
     outer = [
         (name, module)
@@ -81,6 +82,10 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
             f"are: {names}. Exactly one is needed to know which blocks can go"
         )
     return outer[0]
+
+
+def _have_parts(modules: nn.ModuleList) -> bool:
+    return all(any(True for _ in module.children()) for module in modules)
 
 
 def _config_type(model: nn.Module, name: str) -> str | None:

@@ -47,25 +47,33 @@ def bypassed(model: nn.Module, removed: Collection[int], ids_BT: Tensor) -> Iter
         ids_BT: any token ids, for the plain forward.
     """
     _, blocks = find_blocks(model, model.config)
-    handed_on = _handed_on(calls := _record(model, blocks, ids_BT))
+    calls = _record(model, blocks, ids_BT)
+    handed_on = _handed_on(list(calls.values()))
+    replaced = [block for block in removed if block in calls]
     try:
-        for block in removed:
+        for block in replaced:
             blocks[block].forward = _stand_in(calls[block].output, handed_on)
         yield
     finally:
-        for block in removed:
+        for block in replaced:
             blocks[block].__dict__.pop("forward", None)
 
 
 @torch.inference_mode()
-def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> list[Call]:
-    """How a plain forward calls each block, in order."""
-    calls: list[Call] = []
+def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> dict[int, Call]:
+    """How a plain forward calls each block, in its order; absent are blocks for images alone."""
+    calls: dict[int, Call] = {}
 
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(Call(args, kwargs, output))
+    def hook(number: int) -> Callable[..., None]:
+        def remember(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            calls[number] = Call(args, kwargs, output)
 
-    handles = [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
+        return remember
+
+    handles = [
+        block.register_forward_hook(hook(number), with_kwargs=True)
+        for number, block in enumerate(blocks)
+    ]
     try:
         model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
     finally:
