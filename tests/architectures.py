@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from families import build, load, save, shortened
+from packaging import version
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -44,11 +45,12 @@ PERIOD = [2, 3]
 """A whole period of the tiny models whose type gives its pattern by periods alone."""
 
 _BY_SIZE: dict[Any, str] = {
-    97: "vocab_size vocab_size_per_layer_input audio_vocab_size decoder_vocab_size "
-    "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab",
+    97: "vocab_size unpadded_vocab_size vocab_size_per_layer_input audio_vocab_size "
+    "decoder_vocab_size pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab",
     64: "max_position_embeddings n_positions n_ctx max_seq_len context_length "
     "position_embedding_size max_target_positions max_source_positions model_max_length "
-    "num_position_embeddings original_max_position_embeddings mamba_d_ssm attention_hidden_size",
+    "num_position_embeddings original_max_position_embeddings mamba_d_ssm "
+    "attention_hidden_size",
     48: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner "
     "feed_forward_size ffn_hidden_size intermediate_size_mlp dense_intermediate_size "
     "shared_intermediate_size n_inner mlp_dim prefix_dense_intermediate_size",
@@ -58,6 +60,7 @@ _BY_SIZE: dict[Any, str] = {
     "pronunciation_embed_dim shape_embed_dim ple_embed_dim backbone_hidden_size image_size "
     "output_channels codebook_size vector_quantization_hidden_dimension base_channels "
     "nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel crop_size "
+    "adapter_in_dim adapter_out_dim adapter_input_size downsample_hidden_size "
     "num_centroids prompt_mid_dim input_feat_size",
     16: "qk_head_dim moe_intermediate_size shared_expert_intermediate_size "
     "expert_ffn_hidden_size moe_shared_expert_intermediate_size index_head_dim "
@@ -119,6 +122,15 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "layer_types": in_turn(["hybrid", "hybrid_sliding"]),
     },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 8,
+        "swa_kv_lora_rank": 8,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 8,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "reformer": {
         "axial_pos_shape": [8, 8],
@@ -131,7 +143,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8},
-    "zamba2": {"num_mem_blocks": 2},
+    "zamba2": {"num_mem_blocks": 2, "mamba_d_state": 2, "rms_norm_eps": 1.0},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
         "intermediate_size": [48, 40, 48, 32, 48, 40],
@@ -190,6 +202,8 @@ NOT_BUILDABLE = {
     "musicgen": _CODES,
     "musicgen_melody": _CODES,
 }
+if version.parse(transformers.__version__) >= version.parse("5.24"):
+    NOT_BUILDABLE["llama4"] = "its class with towers cannot read text alone; see `llama4_text`"
 
 
 @dataclass(frozen=True)
@@ -203,7 +217,7 @@ class Outcome:
 
     def row(self) -> str:
         """The type's line of the page."""
-        return f"| `{self.model_type}` | {self.status} | {self.note} |"
+        return f"| `{self.model_type}` | {self.status} | {self.note or '-'} |"
 
 
 def model_types() -> list[str]:
@@ -218,7 +232,7 @@ def tiny_config(model_type: str) -> Any:
         name: CONFIG_MAPPING[kind](**_small(CONFIG_MAPPING[kind]()) | arguments)
         for name, (kind, arguments) in PARTS.get(model_type, {}).items()
     }
-    config = cls(**_small(cls()), **parts)
+    config = cls(**_small(cls(**parts)) | parts)
     wrapped = model_classes(model_type)[1]
     if wrapped and text_config(config) is not config:
         config.architectures = sorted(wrapped)[:1]
@@ -353,7 +367,7 @@ def _reason(error: UnsupportedModelError) -> str:
     return str(error).partition("cannot be shortened rightly: ")[2] or str(error)
 
 
-def page(outcomes: list[Outcome]) -> str:
+def page(outcomes: list[Outcome], made_with: str = transformers.__version__) -> str:
     """docs/architectures.md."""
     counts = {status: 0 for status in ("right", "whole periods", "refused", "not buildable")}
     for outcome in outcomes:
@@ -361,7 +375,7 @@ def page(outcomes: list[Outcome]) -> str:
     return f"""# Which architectures
 
 Made by `python tests/architectures.py --write docs/architectures.md` with transformers
-{transformers.__version__}; the same sweep runs in the tests. For every causal-language-model type a
+{made_with}; the same sweep runs in the tests. For every causal-language-model type a
 tiny model is built whose blocks differ as much as the type allows. Its first, an inner, its last
 and some scattered blocks are removed on disk. *Right*: kept blocks are built as before, the
 reloaded model computes what the original computes with these blocks bypassed, and the same with a

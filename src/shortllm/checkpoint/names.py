@@ -9,7 +9,7 @@ themselves.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from shortllm.errors import UnsupportedModelError
@@ -51,7 +51,12 @@ class BlockNames:
 
 
 def find_block_names(
-    names: Iterable[str], count: int, module_name: str, *, heads: int = 0
+    names: Iterable[str],
+    count: int,
+    module_name: str,
+    *,
+    heads: int = 0,
+    fits: Callable[[str], bool] = lambda prefix: False,
 ) -> BlockNames:
     """The prefix whose numbers are exactly 0 to `count - 1`, or go on with prediction heads.
 
@@ -59,6 +64,8 @@ def find_block_names(
         module_name: dotted name of the block list in the built model; where several prefixes fit (a
             vision tower as deep as the decoder), the one with the longest common ending is taken.
         heads: how many prediction heads the config allows behind the last block.
+        fits: whether what stands under a prefix is as large as the model's blocks: asked where
+            transformers renames the blocks while loading, so that no ending is common.
     Raises:
         UnsupportedModelError: no prefix fits, naming what was found instead.
     """
@@ -73,7 +80,7 @@ def find_block_names(
     if not outer:
         raise UnsupportedModelError(_explain_numbers(numbers, count, module_name))
     best = max(outer, key=lambda prefix: _common_ending(prefix, module_name))
-    if not _common_ending(best, module_name):
+    if not _common_ending(best, module_name) and not (len(outer) == 1 and fits(best)):
         raise UnsupportedModelError(
             f"tensors numbered 0 to {count - 1} stand under '{best}', but the model's blocks under "
             f"'{module_name}': which tensors belong to which block is not certain"

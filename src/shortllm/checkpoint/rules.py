@@ -105,7 +105,7 @@ REWRITTEN: dict[str, Callable[[Any, Kept], dict[str, Any]]] = {
         "attention_types": [[[config.attention_layers[block] for block in kept], 1]]
     },
     "block_types": lambda config, kept: {
-        "block_types": [config.layers_block_type[block] for block in kept]
+        "block_types": [config.block_types[block % len(config.block_types)] for block in kept]
     },
     "decoder_sparse_step": _dense_blocks_listed,
     # residuals are scaled by scale_depth / sqrt(block count)
@@ -231,15 +231,23 @@ def _drafts(config: Any) -> str:
     return "it drafts for another model, whose keys and values all of its blocks read"
 
 
+def _mixes_outputs(config: Any) -> str:
+    return "its blocks mix the outputs of all groups of blocks before them, by tables of their own"
+
+
 REFUSED: dict[str, Callable[[Any], str | None]] = {
     "gpt2": lambda config: (
         "scale_attn_by_inverse_layer_idx divides attention by the block's own number"
         if config.scale_attn_by_inverse_layer_idx
         else None
     ),
+    "dory": lambda config: "its inner blocks run several times per token, in loops",
     "gemma4_assistant": _drafts,
     "gemma4_unified_assistant": _drafts,
+    "inkling2_text": _mixes_outputs,
+    "inkling2_loop_text": _mixes_outputs,
     "minimax": lambda config: "its attention decay depends on block number and count",
+    "beam": lambda config: "its residuals are scaled by the block's number",
     "blt": lambda config: "its three decoders, of bytes and patches, are no single row of blocks",
     "diffllama": lambda config: "its lambda depends on the block's number",
     "hrm_text": lambda config: "its two stacks of blocks run several times per token, in cycles",

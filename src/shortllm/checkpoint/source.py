@@ -57,13 +57,16 @@ class Checkpoint:
     def block_names(self) -> BlockNames:
         """Where the blocks stand among the tensor names."""
         from shortllm.checkpoint.rules import prediction_heads
-        from shortllm.model.blocks import block_list_name
+        from shortllm.model.blocks import block_list
+
+        name, elements = block_list(self.config)
+
+        def fits(prefix: str) -> bool:
+            found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
+            return sum(found) == elements
 
         return find_block_names(
-            self.tensors,
-            self.block_count,
-            block_list_name(self.config),
-            heads=prediction_heads(self.config),
+            self.tensors, self.block_count, name, heads=prediction_heads(self.config), fits=fits
         )
 
     @cached_property

@@ -155,6 +155,7 @@ def build_empty(config: Any) -> nn.Module:
     return model
 
 
-def block_list_name(config: Any) -> str:
-    """Dotted module name of the block list of the model a config describes."""
-    return find_blocks(build_empty(config), config)[0]
+def block_list(config: Any) -> tuple[str, int]:
+    """Dotted name of the block list of the model a config describes, and its stored elements."""
+    name, blocks = find_blocks(build_empty(config), config)
+    return name, sum(tensor.numel() for tensor in blocks.state_dict().values())
