@@ -169,12 +169,27 @@ def _sliced(outside: Signature, count: int, kept: int) -> Signature:
     return result
 
 
-def pattern_period(config: Any) -> int:
-    """After how many blocks the blocks of a model repeat; their count if they never do.
+@dataclass(frozen=True, slots=True)
+class BlockStructure:
+    """The block list of the model a config describes."""
 
-    The smallest p such that blocks b and b + p are built alike for every b.
-    """
-    signatures, _ = _signatures(config)
+    name: str
+    """Dotted module name."""
+    elements: int
+    """Of all parameters and stored buffers."""
+    period: int
+    """After how many blocks their kinds repeat; the block count if they never do."""
+
+
+def block_structure(config: Any) -> BlockStructure:
+    """Build a config's model without its weights, and look at its blocks."""
+    name, blocks = find_blocks(build_empty(config), config)
+    elements = sum(tensor.numel() for tensor in blocks.state_dict().values())
+    return BlockStructure(name, elements, _period([block_signature(block) for block in blocks]))
+
+
+def _period(signatures: Sequence[Signature]) -> int:
+    """The smallest p such that blocks b and b + p are built alike for every b."""
     count = len(signatures)
     for period in range(1, count):
         pairs = ((b, b + period) for b in range(count - period))

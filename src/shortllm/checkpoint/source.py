@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.names import BlockNames, find_block_names
 from shortllm.checkpoint.tensors import (
@@ -18,6 +18,9 @@ from shortllm.checkpoint.tensors import (
 )
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.results import ModelInfo
+
+if TYPE_CHECKING:
+    from shortllm.checkpoint.signature import BlockStructure
 
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
@@ -54,19 +57,27 @@ class Checkpoint:
         return block_count(self.config)
 
     @cached_property
+    def structure(self) -> BlockStructure:
+        """The blocks of the model that the config describes."""
+        from shortllm.checkpoint.signature import block_structure
+
+        return block_structure(self.config)
+
+    @cached_property
     def block_names(self) -> BlockNames:
         """Where the blocks stand among the tensor names."""
         from shortllm.checkpoint.rules import prediction_heads
-        from shortllm.model.blocks import block_list
-
-        name, elements = block_list(self.config)
 
         def fits(prefix: str) -> bool:
             found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
-            return sum(found) == elements
+            return sum(found) == self.structure.elements
 
         return find_block_names(
-            self.tensors, self.block_count, name, heads=prediction_heads(self.config), fits=fits
+            self.tensors,
+            self.block_count,
+            self.structure.name,
+            heads=prediction_heads(self.config),
+            fits=fits,
         )
 
     @cached_property
@@ -108,6 +119,8 @@ class Checkpoint:
 
     def info(self) -> ModelInfo:
         """Identity and size, as result files carry them."""
+        from shortllm.checkpoint.rules import structurally_protected
+
         return ModelInfo(
             id=self.id,
             revision=self.revision,
@@ -116,6 +129,8 @@ class Checkpoint:
             parameters=self.parameters,
             parameters_per_block=self.parameters_per_block,
             bytes=self.bytes,
+            period=self.structure.period,
+            fixed=structurally_protected(self.config),
             fingerprint=self.fingerprint,
         )
 

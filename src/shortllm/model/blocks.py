@@ -153,9 +153,3 @@ def build_empty(config: Any) -> nn.Module:
             f"transformers cannot build model type '{config.model_type}' from this config: {error}"
         ) from error
     return model
-
-
-def block_list(config: Any) -> tuple[str, int]:
-    """Dotted name of the block list of the model a config describes, and its stored elements."""
-    name, blocks = find_blocks(build_empty(config), config)
-    return name, sum(tensor.numel() for tensor in blocks.state_dict().values())
