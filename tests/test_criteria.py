@@ -491,7 +491,10 @@ def test_options_from_a_command_line_are_converted() -> None:
 def test_greedy_refuses_more_rounds_than_blocks_are_free() -> None:
     options = {"greedy": {"rounds": 5}}  # one block is protected at each end
     with pytest.raises(CriterionError, match="cannot remove 5 of 6 blocks.*between 1 and 4"):
-        score(Decoder(loaded("llama")), token_ids(), "greedy", options=options)
+        score(
+            Decoder(loaded("llama")), token_ids(), "greedy",
+            checkpoint=opened("llama"), options=options,
+        )  # fmt: skip
 
 
 def test_a_name_is_taken_once() -> None:

@@ -145,6 +145,13 @@ ProtectLast = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Last blocks that stay. Default: 2, at most a quarter of the blocks."),
 ]
+PeriodAligned = Annotated[
+    bool,
+    typer.Option(
+        "--period-aligned",
+        help="Remove only whole periods where the kinds of blocks repeat, as other programs need.",
+    ),
+]
 
 EvalLength = Annotated[
     int, typer.Option(min=2, help="Tokens per segment; 2048 is the usual protocol.")
@@ -191,6 +198,7 @@ def run(
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
+    period_aligned: PeriodAligned = False,
     data: Data = None,
     calibration: CalibrationFile = None,
     sampler: Sampler = "random",
@@ -233,6 +241,7 @@ def run(
         contiguous,
         protect_first,
         protect_last,
+        period_aligned,
         default_ratio=0.25,
     )
     recipe = shortllm.Recipe(
@@ -362,6 +371,7 @@ def plan(
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
+    period_aligned: PeriodAligned = False,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Where to write the plan. Default: plan.json beside the scores."),
@@ -371,7 +381,9 @@ def plan(
     """Choose the blocks to remove from scores and a budget."""
     import shortllm
 
-    budget = _budget(remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last)
+    budget = _budget(
+        remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last, period_aligned
+    )
     made = shortllm.plan(scores, budget, out=out)
     if json:
         _print_json(made.model_dump(mode="json"))
@@ -539,6 +551,7 @@ def _budget(
     contiguous: bool | None,
     protect_first: int | None,
     protect_last: int | None,
+    period_aligned: bool,
     *,
     default_ratio: float | None = None,
 ) -> Budget:
@@ -554,6 +567,7 @@ def _budget(
         contiguous=contiguous,
         protect_first=protect_first,
         protect_last=protect_last,
+        period_aligned=period_aligned,
     )
     budget.asked()
     return budget

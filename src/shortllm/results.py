@@ -74,6 +74,11 @@ class ModelInfo(Record):
     parameters: int = Field(description="elements of all stored tensors, tied ones once")
     parameters_per_block: list[int] = Field(default_factory=list)
     bytes: int = Field(description="bytes of all stored tensors")
+    period: int = Field(default=1, description="after how many blocks the kinds of blocks repeat")
+    fixed: dict[int, str] = Field(
+        default_factory=dict,
+        description="blocks that cannot go while all others stay, and why",
+    )
     fingerprint: str = Field(
         description="sha256 over config, tensor table and samples of each tensor"
     )

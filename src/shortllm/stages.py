@@ -391,19 +391,23 @@ def prune(
     """
     from shortllm.checkpoint.source import open_checkpoint
     from shortllm.checkpoint.surgery import renumbered_tensors, write_shortened
-    from shortllm.checkpoint.verify import bypass_logits, verify_shortened
+    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 
     require_same_model(plan, checkpoint)
     require_apart(checkpoint.directory, target)
     check_removal(checkpoint, plan.kept)
     total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
     require_writable(target.absolute().parent, total)
-    expected = bypass_logits(session.decoder(checkpoint), plan.removed) if session else None
+    expected, cached = None, False
+    if session is not None:
+        original = session.decoder(checkpoint)
+        expected = bypass_logits(original, plan.removed)
+        cached = caches_rightly(original)
 
     def verify(written: Path) -> None:
         if session is not None and expected is not None:
             shortened = open_checkpoint(written)
-            verify_shortened(str(target), session.decoder(shortened), expected)
+            verify_shortened(str(target), session.decoder(shortened), expected, cached=cached)
 
     with progress("writing the shortened checkpoint", total) as advance:
         write_shortened(

@@ -38,7 +38,7 @@ def summarize(checkpoint: Checkpoint, *, samples: int = 10, length: int = 128) -
     """
     from shortllm.model.blocks import text_config
     from shortllm.model.walk import CPU_GROUP_TOKENS, CPU_LOSS_BYTES
-    from shortllm.planning import Budget
+    from shortllm.planning import Budget, protected_blocks
 
     info = checkpoint.info()
     config = text_config(checkpoint.config)
@@ -50,7 +50,7 @@ def summarize(checkpoint: Checkpoint, *, samples: int = 10, length: int = 128) -
         model=info,
         parameters_outside=info.parameters - sum(info.parameters_per_block),
         bytes_per_block=_bytes_per_block(checkpoint),
-        protected=Budget(ratio=0.5).protected(info.blocks),
+        protected=protected_blocks(Budget(ratio=0.5), info),
         samples=samples,
         length=length,
         scoring_flops=walk + 2.0 * head * tokens * (info.blocks + 1),
