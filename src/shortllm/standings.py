@@ -63,18 +63,22 @@ def _perplexities(contenders: Sequence[Contender], place: int) -> list[float]:
 
 
 def verdict(comparison: Comparison) -> str:
-    """Which criteria win, and whether they are better than chance, in two sentences."""
+    """Which criteria win most often, and whether they are better than chance, in two sentences."""
     columns, count = standings(comparison), len(comparison.criteria)
-    budgets = "the one budget" if len(columns) == 1 else f"{len(columns)} budgets"
-    won = _wins(columns)
-    winners = ", ".join(f"{' and '.join(names)} at {n}" for n, names in won.items())
+    won = [f"{_listed(names)} at {n}" for n, names in _wins(columns).items()][:2]
+    of = f"{len(columns)} budget{'' if len(columns) == 1 else 's'}"
+    won[:1] = [f"{text} of {of}" for text in won[:1]]
     beat = sorted({column.beat_mean for column in columns})
     some = str(beat[0]) if len(beat) == 1 else f"{beat[0]} to {beat[-1]}"
+    lowest = "; ".join(won) or "none could be measured"
     return (
-        f"Lowest perplexity of {budgets}: {winners or 'none could be measured'}. "
-        f"Better than the mean of {len(comparison.random)} random removals: {some} of {count} "
-        "criteria."
+        f"Lowest perplexity: {lowest}. At each budget {some} of {count} criteria are better than "
+        f"the mean of {len(comparison.random)} random removals."
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _wins(columns: Sequence[Standing]) -> dict[int, list[str]]:

@@ -46,7 +46,7 @@ _COLOURS = {
 _LINES = 8
 """Colours of lines; the ninth line has the first colour and is dashed."""
 _MARKERS = "osD^vPX*"
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
 _HATCHES: dict[Status, str | None] = {"kept": None, "removed": "//////", "protected": "------"}
 
 
@@ -62,6 +62,8 @@ class SensitivityPlot:
     y_label: str
     below_label: str = "too small for the axis"
     """What the marker of a bar that a logarithmic axis cannot show means."""
+    span: tuple[int, int] | None = None
+    """First and last block of a span that went as one."""
 
     @property
     def log_floor(self) -> float | None:
@@ -103,6 +105,9 @@ class SensitivityPlot:
             axes.set_ylim(floor, max(self.heights) * (max(self.heights) / floor) ** 0.08)
         elif foot:
             axes.set_ylim(bottom=foot)
+        if self.span is not None:
+            first, last = self.span
+            axes.axvspan(first - 0.5, last + 0.5, color=_COLOURS["band"], linewidth=0, zorder=0)
         for status in ("kept", "removed", "protected"):
             of_status = [block for block in below if self.statuses[block] == status]
             if of_status:
@@ -140,7 +145,8 @@ class SensitivityPlot:
         axes.set_ylabel(self.y_label, color=_COLOURS["muted"])
         floor = self.log_floor
         decades = 0.0 if floor is None else math.log10(max(self.heights) / floor)
-        _mark_heights(axes, decades, log=floor is not None)
+        whole = all(float(height).is_integer() for height in self.heights)
+        _mark_heights(axes, decades, log=floor is not None, whole=whole)
         at_zero = floor is None and not self.linear_floor
         if at_zero:
             axes.axhline(0, color=_COLOURS["ink"], linewidth=0.8, zorder=3)
@@ -158,6 +164,8 @@ class SensitivityPlot:
             for status, name in names.items()
             if status in self.statuses
         ]
+        if self.span is not None:
+            entries.append(Patch(label="removed as one span", facecolor=_COLOURS["band"]))
         if below:
             entries.append(
                 Line2D([], [], linestyle="none", marker="v", markersize=4.5,
@@ -216,15 +224,12 @@ class ComparisonPlot:
         )
 
     def _draw(self, axes: Axes, *, narrow: bool) -> None:
-        if self.is_log:
-            axes.set_yscale("log")
-            axes.set_ylim(top=min(max(self.heights), LOG_RANGE * min(self.heights)) * 1.1)
         axes.fill_between(
             self.blocks, self.low, self.high, color=_COLOURS["band"], linewidth=0, zorder=1,
             label="random, range",
         )  # fmt: skip
         axes.plot(
-            self.blocks, self.mean, color=_COLOURS["muted"], linestyle=_DASHES[2], linewidth=1.6,
+            self.blocks, self.mean, color=_COLOURS["muted"], linestyle=_DASHES[3], linewidth=1.6,
             zorder=2, label="random, mean",
         )  # fmt: skip
         coloured = [line for line in self.lines if not line.baseline]
@@ -232,9 +237,15 @@ class ComparisonPlot:
         for place, line in enumerate(coloured):
             axes.plot(self.blocks, line.heights, label=line.name, zorder=4, **_line_style(place))
         for place, line in enumerate(baselines):
-            style = _line_style(place) | {"color": _COLOURS["muted"], "linestyle": _DASHES[1]}
-            style |= {"marker": "<>"[place % 2], "markerfacecolor": _COLOURS["muted"]}
-            axes.plot(self.blocks, line.heights, label=line.name, zorder=3, **style)
+            axes.plot(
+                self.blocks, line.heights, label=line.name, zorder=3, color=_COLOURS["muted"],
+                linestyle=_DASHES[1 + place % 2], linewidth=1.2, marker="<>"[place % 2],
+                markersize=4.5,
+            )  # fmt: skip
+        if self.is_log:
+            low, high = min(self.heights), max(self.heights)
+            axes.set_yscale("log")
+            axes.set_ylim(low / 1.15, 1.15 * min(high, LOG_RANGE * low))
         self._draw_axes(axes, narrow=narrow)
         self._draw_legend(axes, narrow=narrow)
 
@@ -264,21 +275,20 @@ class ComparisonPlot:
 
 
 def _line_style(place: int) -> dict[str, Any]:
-    """Colour and marker of a line; the markers of lines that coincide show through each other."""
-    colour = _COLOURS[f"line-{place % _LINES + 1}"]
+    """Colour, marker and width of a line; of those that coincide the thinner is on top."""
     return {
-        "color": colour,
-        "linewidth": 1.5,
+        "color": _COLOURS[f"line-{place % _LINES + 1}"],
+        "linewidth": 3.0 - 0.24 * (place % _LINES),
         "linestyle": _DASHES[place // _LINES % len(_DASHES)],
         "marker": _MARKERS[place % _LINES],
-        "markersize": 5.0,
+        "markersize": 7.5 - 0.45 * (place % _LINES),
         "markerfacecolor": "none",
         "markeredgewidth": 1.2,
     }
 
 
-def _mark_heights(axes: Axes, decades: float, *, log: bool) -> None:
-    """Ticks, their labels and grid lines of the vertical axis."""
+def _mark_heights(axes: Axes, decades: float, *, log: bool, whole: bool = False) -> None:
+    """Ticks, their labels and grid lines of the vertical axis; `whole`: of whole numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if log:
@@ -287,7 +297,8 @@ def _mark_heights(axes: Axes, decades: float, *, log: bool) -> None:
         )
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        locator = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole)
+        axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.grid(axis="y", color=_COLOURS["rule"], linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
