@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,28 @@ def test_streamed_blocks_and_streams_in_a_file_change_nothing(
     for one, same in zip(
         (*found.criteria, *found.random), (*other.criteria, *other.random), strict=True
     ):
+        for a, b in zip(one.sets, same.sets, strict=True):
+            assert a.order == b.order and b.nll == pytest.approx(a.nll, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(found: Comparison, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [
+        "compare-criteria", "--criterion", ",".join(NAMES), "--ratios", ",".join(map(str, RATIOS)),
+        "--random", "3", "--samples", "2", "--length", "32", "--eval-length", "32",
+        "--max-segments", "3", "--device", "cpu", "--out", str(run),
+    ]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launcher, "-m", "shortllm", *arguments], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Lowest perplexity") == 1
+    other = Comparison.load(run / "comparison.json")
+    assert other.fingerprint == found.fingerprint and not list(run.glob("*.partial"))
+    for one, same in zip(found.criteria, other.criteria, strict=True):
         for a, b in zip(one.sets, same.sets, strict=True):
             assert a.order == b.order and b.nll == pytest.approx(a.nll, rel=1e-5)
 

@@ -45,6 +45,8 @@ _COLOURS = {
 }
 _LINES = 8
 """Colours of lines; the ninth line has the first colour and is dashed."""
+_NARROW_COLUMNS = 3
+"""Columns of the legend above a narrow plot."""
 _MARKERS = "osD^vPX*"
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
 _HATCHES: dict[Status, str | None] = {"kept": None, "removed": "//////", "protected": "------"}
@@ -213,7 +215,10 @@ class ComparisonPlot:
 
     def svg(self, width: Width) -> str:
         """The plot as an inline `<svg>` element, for a page column or for a phone."""
-        size = (7.6, 4.1) if width == "wide" else (3.6, 4.6)
+        entries = len(self.lines) + 2
+        rows = math.ceil(entries / _NARROW_COLUMNS)
+        wide, narrow = (7.6, max(4.1, 0.2 * entries + 0.5)), (3.6, 3.8 + 0.2 * rows)
+        size = wide if width == "wide" else narrow
         return _drawn(self._draw, width=width, size=size, alt=self._description())
 
     def _description(self) -> str:
@@ -266,7 +271,7 @@ class ComparisonPlot:
         order = sorted(range(len(names)), key=lambda i: -ends.get(names[i], -math.inf))
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
         if narrow:
-            place = {"loc": "lower left", "bbox_to_anchor": (-0.12, 1.0), "ncols": 3}
+            place = {"loc": "lower left", "bbox_to_anchor": (-0.12, 1.0), "ncols": _NARROW_COLUMNS}
         axes.legend(
             [handles[i] for i in order], [names[i] for i in order], frameon=False,
             labelcolor=_COLOURS["ink"], handlelength=2.0 if narrow else 2.6, borderpad=0,
