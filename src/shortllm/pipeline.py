@@ -112,16 +112,17 @@ def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
 
 def default_directory(recipe: Recipe) -> Path:
     """`runs/<model>-<criterion>-<budget>`, e.g. `runs/stories10L-ppl-remove2`."""
-    name = (
-        Path(recipe.model).resolve().name
-        if Path(recipe.model).exists()
-        else recipe.model.split("/")[-1]
-    )
+    name = short_name(recipe.model)
     [(amount, value)] = recipe.budget.asked().items()
     periods = "-periods" if recipe.budget.period_aligned else ""
     if amount == "blocks":
         return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
     return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}"
+
+
+def short_name(model: str) -> str:
+    """The last part of a model's directory or Hub id."""
+    return Path(model).resolve().name if Path(model).exists() else model.split("/")[-1]
 
 
 def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
