@@ -177,14 +177,14 @@ class Decoder:
     def apply(self, b: int, stream_BTD: Tensor, call: BlockCall) -> Tensor:
         """The stream after block `b`, `[B, T, D]`."""
         output = call.on(self.blocks[b], stream_BTD)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
 
     def _run_blocks(self, ids_BT: Tensor) -> Tensor:
         """The stream after the last block, before the final norm, by the model's plain forward."""
         found: list[Tensor] = []
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+            found.append(output[0] if isinstance(output, (tuple, list)) else output)
             raise _Reached
 
         handle = self.blocks[-1].register_forward_hook(hook)
@@ -264,7 +264,7 @@ class Decoder:
         def learn(b: int, original: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = original(*args, **kwargs)
-                extras = len(output) - 1 if isinstance(output, tuple) else None
+                extras = len(output) - 1 if isinstance(output, (tuple, list)) else None
                 self._extras[type(self.blocks[b])] = extras
                 stream = output if extras is None else output[0]
                 self.stream_dtype = torch.promote_types(self.stream_dtype, stream.dtype)

@@ -40,7 +40,8 @@ def open_streamed(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
 
     Raises:
         CheckpointError: tensors missing or unexpected, or NaN or infinite weights, named.
-        UnsupportedModelError: transformers cannot build this model type.
+        UnsupportedModelError: transformers cannot build this model type, its blocks share weights,
+            or the checkpoint is quantized.
     """
     model = build_empty(copy.deepcopy(checkpoint.config), dtype=dtype)
     name, _ = find_blocks(model, model.config)
@@ -74,6 +75,7 @@ class StreamedWeights:
             if key.startswith(self._prefix)
         }
         """Parameters and stored buffers of the blocks, without memory."""
+        self._refuse_shared_weights()
         self._loading = _load_config(model, device, dtype)
         self._load_outside()
 
@@ -110,6 +112,20 @@ class StreamedWeights:
         finally:
             for key, empty in self._empty.items():
                 self._set(key, empty)
+
+    def _refuse_shared_weights(self) -> None:
+        """A weight of several blocks is stored in one of them alone.
+
+        Raises:
+            UnsupportedModelError: there are such weights.
+        """
+        tied = self._model.all_tied_weights_keys
+        shared = next((key for key in tied if key.startswith(self._prefix)), None)
+        if shared is not None:
+            raise UnsupportedModelError(
+                f"{self._id}: '{shared}' is a weight that several blocks share, so that they "
+                "cannot be read one at a time. Score it in memory (--no-stream)"
+            )
 
     def _load_outside(self) -> None:
         """Everything that is not in a block: tensors from the files, and computed buffers."""
