@@ -472,9 +472,9 @@ its other towers as they are.
 
 Scoring by *one walk*: all removals in a single pass over the blocks, with the same loss as the
 reloaded checkpoints, and Taylor scores as plain autograd gives them; *streamed too*: the same with
-blocks read one at a time (not where blocks share weights). *Each model run whole*: the type's blocks hand more than one stream to
-each other, so that `ppl` and `kl` run each shortened model by its own forward, in memory, and
-criteria of streams and gradients are refused.
+blocks read one at a time (not where blocks share weights). *Each model run whole*: the type's
+blocks hand more to each other than one stream, so that `ppl` and `kl` run each shortened model by
+its own forward, in memory, and criteria of streams and gradients are refused.
 
 | type | surgery | scoring | config fields and tensors changed besides the count, or the reason |
 |---|---|---|---|
