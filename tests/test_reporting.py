@@ -441,10 +441,11 @@ def test_plot_axis_follows_the_spread() -> None:
     assert floor is not None and 0 < floor < 1
     assert plot(1e-12, 10).log_floor == pytest.approx(1e-5)
     assert 900 < plot(1000, 1010).linear_floor < 1000
-    assert "no increase" in SensitivityPlot(
+    svg = SensitivityPlot(
         heights=[-1, 1, 40], statuses=["removed", "kept", "protected"], y_label="y",
         below_label="no increase",
     ).svg("narrow")  # fmt: skip
+    assert "no increase" in svg and ">×<" in svg
 
 
 def test_ticks_of_very_small_and_large_values_are_not_rounded() -> None:

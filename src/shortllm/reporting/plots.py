@@ -27,6 +27,8 @@ LOG_RANGE = 1e6
 """A logarithmic axis spans at most this; what lies below is marked at its foot."""
 LOG_PERPLEXITIES = 4.0
 """Largest over smallest perplexity from which on their axis is logarithmic."""
+MARKER_PT = 6.5
+"""Size of the marker that stands for a bar."""
 FLAT_SPREAD = 0.15
 """Bars that differ by less than this part of the largest get an axis that does not start at 0."""
 
@@ -97,6 +99,8 @@ class SensitivityPlot:
         )
 
     def _draw(self, axes: Axes, *, narrow: bool) -> None:
+        from matplotlib.markers import CARETDOWN
+
         floor = self.log_floor
         foot = self.linear_floor if floor is None else floor
         below = [block for block, h in enumerate(self.heights) if floor is not None and h <= floor]
@@ -114,23 +118,29 @@ class SensitivityPlot:
             of_status = [block for block in below if self.statuses[block] == status]
             if of_status:
                 axes.plot(
-                    of_status, [foot] * len(of_status), linestyle="none", marker="v",
-                    markersize=4.5, color=_COLOURS[status], clip_on=False, zorder=4,
+                    of_status, [foot] * len(of_status), linestyle="none", marker=CARETDOWN,
+                    markersize=MARKER_PT, color=_COLOURS[status], clip_on=False, zorder=4,
                 )  # fmt: skip
+        self._draw_crosses(axes, foot, below=set(below), pitch_pt=pitch_pt)
         self._draw_axes(axes, narrow=narrow)
         self._draw_legend(axes, narrow=narrow, below=bool(below))
 
     def _draw_bars(self, axes: Axes, foot: float, *, skip: set[int], pitch_pt: float) -> None:
-        """Bars by status, told apart by colour, by hatch, and by a cross over each removed one."""
+        """Bars by status, told apart by colour and by hatch."""
         for status in ("kept", "removed", "protected"):
             blocks = [b for b, s in enumerate(self.statuses) if s == status and b not in skip]
             axes.bar(
                 blocks, [self.heights[b] - foot for b in blocks], bottom=foot, width=0.78, zorder=2,
                 **_bar_style(status, pitch_pt=pitch_pt),
             )  # fmt: skip
-            for block in blocks if status == "removed" else []:
+
+    def _draw_crosses(self, axes: Axes, foot: float, *, below: set[int], pitch_pt: float) -> None:
+        """A cross over each removed block, whether it has a bar or the marker of none."""
+        for block, status in enumerate(self.statuses):
+            if status == "removed":
                 axes.annotate(
-                    "×", (block, max(self.heights[block], foot)), xytext=(0, 1.5), ha="center",
+                    "×", (block, max(self.heights[block], foot)), ha="center",
+                    xytext=(0, 0.75 * MARKER_PT if block in below else 1.5),
                     textcoords="offset points", fontsize=min(10, max(4.5, 1.1 * pitch_pt)),
                     color=_COLOURS["removed"],
                 )  # fmt: skip
@@ -170,7 +180,7 @@ class SensitivityPlot:
             entries.append(Patch(label="removed as one span", facecolor=_COLOURS["band"]))
         if below:
             entries.append(
-                Line2D([], [], linestyle="none", marker="v", markersize=4.5,
+                Line2D([], [], linestyle="none", marker="v", markersize=0.7 * MARKER_PT,
                        color=_COLOURS["muted"], label=self.below_label)
             )  # fmt: skip
         axes.legend(
