@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shortllm import criteria, pipeline, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -19,6 +20,9 @@ from shortllm.planning import Budget, build_plan
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan
 from shortllm.summary import ModelSummary, summarize
+
+if TYPE_CHECKING:
+    from shortllm.checkpoint.export_lint import ExportFinding
 
 
 def info(
@@ -200,6 +204,16 @@ def _named(models: Sequence[str]) -> dict[str, Checkpoint]:
         short = Path(model).name or model
         checkpoints[model if short in checkpoints else short] = open_checkpoint(model)
     return checkpoints
+
+
+def export_lint(model: str, *, revision: str | None = None) -> list[ExportFinding]:
+    """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly, by rule.
+
+    Reads the config and headers only.
+    """
+    from shortllm.checkpoint.export_lint import lint_export
+
+    return lint_export(open_checkpoint(model, revision=revision))
 
 
 def report(run_dir: Path) -> Path:

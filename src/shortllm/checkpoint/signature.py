@@ -114,7 +114,7 @@ def difference(
 
 def _same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
     """Whether two values are the block's number before and after, counted on within the block."""
-    if not isinstance(before, int) or isinstance(before, bool):
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in (before, after)):
         return False
     return bool(before - old == after - new and 0 <= before - old < places)
 
