@@ -82,7 +82,9 @@ def test_a_prediction_head_behind_the_last_block_is_left_out(
     with caplog.at_level("INFO", logger="shortllm"):
         target = shortened(checkpoint, [1], tmp_path / "short")
     assert "prediction heads behind the last block are left out" in caplog.text
-    assert json.loads((target / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    config = json.loads((target / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["shortllm"]["dropped_heads"] == 1
     assert not [name for name in load_file(target / SAFETENSORS) if "layers.5." in name]
     verify_shortened("head", load(target), bypass_logits(plain, [1]))
 
