@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from architectures import Outcome, examine, model_types, page, tiny_config
-from families import build, config_of, load, opened, save, saved, shortened
+from families import build, config_of, load, opened, save, shortened
 from safetensors.torch import load_file, save_file
 
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.rules import structurally_protected
 from shortllm.checkpoint.surgery import check_removal
-from shortllm.checkpoint.tensors import SAFETENSORS
+from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
 from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, UnsupportedModelError
@@ -113,8 +114,6 @@ def test_shares_of_kept_blocks_are_cut_out_of_a_tensor(
         torch.save({"other": torch.ones(3), "table": tensor}, source / "pytorch_model.bin")
     else:
         save_file({"other": torch.ones(3), "table": tensor}, source / SAFETENSORS)
-    from shortllm.checkpoint.tensors import read_tensor_table
-
     entries = read_tensor_table(source)
     steps: list[int] = []
     part = entries["table"].part(axis, 6, [0, 3, 4])
@@ -155,6 +154,19 @@ def test_a_checkpoint_with_towers_is_loaded_with_them(tmp_path: Path) -> None:
     assert auto_class(config_of("llama")).__name__ == "AutoModelForCausalLM"
 
 
-def test_a_model_without_a_right_cache_is_compared_without(tmp_path: Path) -> None:
-    assert caches_rightly(load(saved("llama")))
-    assert not caches_rightly(build(tiny_config("big_bird")))
+def test_a_model_without_a_right_cache_is_compared_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+    assert caches_rightly(model)
+    expected = bypass_logits(model, [])
+    plain = model.forward
+
+    def forward(*, use_cache: bool, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return plain(use_cache=use_cache, **kwargs)  # forgets what was read before
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert not caches_rightly(model)
+    verify_shortened("forgetful", model, expected, cached=False)
+    with pytest.raises(CheckpointError, match="other text with a cache than without"):
+        verify_shortened("forgetful", model, expected)
