@@ -22,6 +22,12 @@ from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.blocks import auto_class
 
+IMAGES_AND_TEXT = (
+    "aya_vision", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl",
+    "mistral3", "qwen2_5_vl", "qwen2_vl",
+)  # fmt: skip
+"""Some of the types that transformers knows no causal language model of, only one with towers."""
+
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 
@@ -45,6 +51,11 @@ def test_every_type_is_right_or_refused_by_name(model_type: str) -> None:
         assert outcome.row() == page_rows()[model_type].row()
     else:
         assert outcome.status != "refused" or outcome.note
+
+
+@pytest.mark.parametrize("model_type", IMAGES_AND_TEXT)
+def test_types_with_a_class_for_images_and_text_alone(model_type: str) -> None:
+    assert examine(model_type).status == "right"
 
 
 def test_the_page_lists_every_type() -> None:
