@@ -126,7 +126,17 @@ def in_turn(kinds: list[Any], count: int = BLOCKS) -> list[Any]:
     return [kinds[order[block % len(order)]] for block in range(count)]
 
 
+_SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": [2, 1, 1],
+    }
+}
+
 CHANGES: dict[str, dict[str, Any]] = {
+    "qwen2_vl_text": _SECTIONS,
+    "qwen2_5_vl_text": _SECTIONS,
     # its cache slides with this window, its mask does not
     "bamba": {"attn_layer_indices": [1, 4], "sliding_window": ...},
     "granitemoehybrid": {"layer_types": in_turn(["linear_attention", "full_attention"])},

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from architectures import Outcome, examine, model_types, page, tiny_config
-from families import build, config_of, load, opened, save, saved, shortened
+from families import build, config_of, load, opened, save, shortened
 from safetensors.torch import load_file, save_file
 
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.rules import structurally_protected
 from shortllm.checkpoint.surgery import check_removal
-from shortllm.checkpoint.tensors import SAFETENSORS
+from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
 from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.blocks import auto_class
 from shortllm.model.decoder import Decoder
+
+IMAGES_AND_TEXT = (
+    "aya_vision", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl",
+    "mistral3", "qwen2_5_vl", "qwen2_vl",
+)  # fmt: skip
+"""Some of the types that transformers knows no causal language model of, only one with towers."""
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -45,6 +52,11 @@ def test_every_type_is_right_or_refused_by_name(model_type: str) -> None:
         assert outcome.row() == page_rows()[model_type].row()
     else:
         assert outcome.status != "refused" or outcome.note
+
+
+@pytest.mark.parametrize("model_type", IMAGES_AND_TEXT)
+def test_types_with_a_class_for_images_and_text_alone(model_type: str) -> None:
+    assert examine(model_type).status == "right"
 
 
 def test_the_page_lists_every_type() -> None:
@@ -83,7 +95,9 @@ def test_a_prediction_head_behind_the_last_block_is_left_out(
     with caplog.at_level("INFO", logger="shortllm"):
         target = shortened(checkpoint, [1], tmp_path / "short")
     assert "prediction heads behind the last block are left out" in caplog.text
-    assert json.loads((target / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    config = json.loads((target / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["shortllm"]["dropped_heads"] == 1
     assert not [name for name in load_file(target / SAFETENSORS) if "layers.5." in name]
     verify_shortened("head", Decoder(load(target)), bypass_logits(Decoder(plain), [1]))
 
@@ -112,8 +126,6 @@ def test_shares_of_kept_blocks_are_cut_out_of_a_tensor(
         torch.save({"other": torch.ones(3), "table": tensor}, source / "pytorch_model.bin")
     else:
         save_file({"other": torch.ones(3), "table": tensor}, source / SAFETENSORS)
-    from shortllm.checkpoint.tensors import read_tensor_table
-
     entries = read_tensor_table(source)
     steps: list[int] = []
     part = entries["table"].part(axis, 6, [0, 3, 4])
@@ -154,6 +166,20 @@ def test_a_checkpoint_with_towers_is_loaded_with_them(tmp_path: Path) -> None:
     assert auto_class(config_of("llama")).__name__ == "AutoModelForCausalLM"
 
 
-def test_a_model_without_a_right_cache_is_compared_without(tmp_path: Path) -> None:
-    assert caches_rightly(Decoder(load(saved("llama"))))
-    assert not caches_rightly(Decoder(build(tiny_config("big_bird"))))
+def test_a_model_without_a_right_cache_is_compared_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+    decoder = Decoder(model)
+    assert caches_rightly(decoder)
+    expected = bypass_logits(decoder)
+    plain = model.forward
+
+    def forward(*, use_cache: bool, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return plain(use_cache=use_cache, **kwargs)  # forgets what was read before
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert not caches_rightly(decoder)
+    verify_shortened("forgetful", decoder, expected, cached=False)
+    with pytest.raises(CheckpointError, match="other text with a cache than without"):
+        verify_shortened("forgetful", decoder, expected)

@@ -326,5 +326,6 @@ def test_blocks_that_others_depend_on_are_protected() -> None:
     assert plan.removed == [6]
     assert 5 in plan.protected
     assert removable(Budget(remove=1), about)[0] == [3]
+    assert ModelInfo.model_validate_json(about.model_dump_json()) == about
     # named by hand, surgery has the last word
     check_budget(Budget(blocks=[5]), about)

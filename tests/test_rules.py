@@ -323,6 +323,7 @@ def test_difference_of_signatures() -> None:
         (list("abcdef"), ["a", "b", "c"], False),
         ([0, 3, 4], [1, 2], True),  # block numbers
         ([0, 3, 4], [0, 1], False),
+        ([True, False], [0], False),  # flags are no numbers
         ({1: 0, 4: 1}, {0: 0, 2: 1}, True),
         ({1: 0, 4: 1}, {1: 0, 4: 1}, False),
         (9, 5, True),  # the second of two places of block 4

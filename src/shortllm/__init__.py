@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from shortllm.api import compare_criteria as compare_criteria
     from shortllm.api import evaluate as evaluate
+    from shortllm.api import export_lint as export_lint
     from shortllm.api import info as info
     from shortllm.api import plan as plan
     from shortllm.api import prune as prune
@@ -52,6 +53,7 @@ _HOME = {
     "ShortLLMError": "errors",
     "compare_criteria": "api",
     "evaluate": "api",
+    "export_lint": "api",
     "info": "api",
     "open_checkpoint": "checkpoint.source",
     "plan": "api",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from shortllm import comparison, pipeline, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -22,6 +22,9 @@ from shortllm.results import BlockScores, Comparison, Evaluation, PrunePlan
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
+
+if TYPE_CHECKING:
+    from shortllm.checkpoint.export_lint import ExportFinding
 
 
 def info(
@@ -265,6 +268,16 @@ def _named(models: Sequence[str]) -> dict[str, Checkpoint]:
         short = Path(model).name or model
         checkpoints[model if short in checkpoints else short] = open_checkpoint(model)
     return checkpoints
+
+
+def export_lint(model: str, *, revision: str | None = None) -> list[ExportFinding]:
+    """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly, by rule.
+
+    Reads the config and headers only.
+    """
+    from shortllm.checkpoint.export_lint import lint_export
+
+    return lint_export(open_checkpoint(model, revision=revision))
 
 
 def compare_criteria(

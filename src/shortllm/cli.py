@@ -578,6 +578,28 @@ def evaluate(
 
 
 @app.command()
+def export_lint(
+    model: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A finished checkpoint, or a Hub id.")
+    ],
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly."""
+    import shortllm
+
+    findings = shortllm.export_lint(model, revision=revision)
+    if json:
+        _print_json([finding.model_dump(mode="json") for finding in findings])
+        return
+    for finding in findings:
+        way_out = f". {finding.way_out}" if finding.way_out else ""
+        typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){way_out}")
+        for name, value in finding.fields.items():
+            typer.echo(f"    {name}: {value}")
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
 ) -> None:

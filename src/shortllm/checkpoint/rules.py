@@ -424,7 +424,7 @@ def period_hint(config: Any) -> str:
     fields = " and ".join(f"{field} {value}" for field, value in given.items())
     return (
         f" The type gives its pattern by {fields}, with no list of blocks: remove whole periods "
-        f"of {length} blocks"
+        f"of {length} blocks, with --period-aligned"
     )
 
 

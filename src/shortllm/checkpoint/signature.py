@@ -73,8 +73,11 @@ class Renumbering:
         """Whether `after` says of the shortened model what `before` said of the original."""
         new_number = {old: new for new, old in enumerate(self.kept)}
         if isinstance(before, (list, tuple)):
-            cut = len(before) == self.count and list(after) == [before[old] for old in self.kept]
-            return cut or list(after) == [new_number[n] for n in before if n in new_number]
+            if len(before) == self.count and list(after) == [before[old] for old in self.kept]:
+                return True
+            numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in before)
+            renumbered = [new_number[n] for n in before if n in new_number]
+            return numbers and list(after) == renumbered
         if isinstance(before, dict):
             return bool(after == {new_number[n]: v for n, v in before.items() if n in new_number})
         return any(

@@ -314,7 +314,8 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     from shortllm.model.blocks import model_classes, text_config
 
     model_type = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
+    parts = (config, text_config(config))
+    if any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise UnsupportedModelError(
             f"model type '{model_type}' is an encoder-decoder; shortllm shortens decoder-only "
             "models"

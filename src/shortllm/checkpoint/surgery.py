@@ -101,8 +101,10 @@ def write_shortened(
         **provenance,
         "parent": checkpoint.raw_config.get(PROVENANCE),
     }
-    if checkpoint.block_names.heads:
+    heads = checkpoint.block_names.heads
+    if heads:
         log.info("the prediction heads behind the last block are left out")
+        config[PROVENANCE]["dropped_heads"] = heads
     with partial_directory(target) as directory:
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)

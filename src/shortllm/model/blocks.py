@@ -44,8 +44,7 @@ def block_count(config: Any) -> int:
     count = getattr(text, count_field(text), None)
     if not isinstance(count, int) or count < 1:
         raise UnsupportedModelError(
-            f"the config of model type '{config.model_type}' states no count of decoder blocks "
-            f"({count_field(text)}), so that it is not known which blocks can go"
+            f"model type '{config.model_type}' states no block count ({count_field(text)})"
         )
     return count
 
