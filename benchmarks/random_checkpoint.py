@@ -89,7 +89,7 @@ def make_checkpoint(directory: Path, shape: dict[str, int]) -> int:
     noise = STD * np.random.default_rng(0).standard_normal(STOCK, dtype=np.float32)
     stock = (noise.view(np.uint32) >> 16).astype(np.uint16)  # bfloat16 is the upper half of float32
     groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    size = largest = 0
+    size = total = largest = 0
     for name, lengths in tensor_shapes(shape):
         count = 2 * int(np.prod(lengths))
         largest = max(largest, count)
@@ -98,12 +98,14 @@ def make_checkpoint(directory: Path, shape: dict[str, int]) -> int:
             size = 0
         groups[-1].append((name, lengths))
         size += count
+        total += count
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys((name for name, _ in group), file)
         write_shard(directory / file, group, stock)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(config_of(shape)))
     return largest
 

@@ -25,10 +25,30 @@ from shortllm.summary import ModelSummary, summarize
 
 
 def info(
-    model: str, *, revision: str | None = None, samples: int = 10, length: int = 128
+    model: str,
+    *,
+    revision: str | None = None,
+    samples: int = 10,
+    length: int = 128,
+    device: str = "auto",
+    dtype: str = "auto",
+    probe: bool = True,
 ) -> ModelSummary:
-    """What a model is made of, what can go, and what scoring it takes. Reads headers only."""
-    return summarize(open_checkpoint(model, revision=revision), samples=samples, length=length)
+    """What a model is made of, what can go, and what scoring it takes.
+
+    Args:
+        samples, length: the calibration that scoring is foretold for.
+        probe: measure the machine for two seconds, and read a few of the model's tensors; without,
+            no times are foretold and only headers are read.
+    """
+    return summarize(
+        open_checkpoint(model, revision=revision),
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        probe=probe,
+    )
 
 
 @overload

@@ -92,6 +92,11 @@ class Asked:
         protected = set(budget.protected(blocks))
         return [b for b in range(blocks) if b not in protected]
 
+    def rounds(self, blocks: int) -> int:
+        """How many blocks a criterion that removes blocks removes."""
+        free = len(self.free(blocks))
+        return min(self.options["rounds"] or max(1, free // 2), free)
+
     def call(self, *arguments: Any) -> Any:
         return self.criterion.function(*arguments, **self.options)
 
@@ -312,9 +317,8 @@ class Scorer:
     def _work_of_rounds(self, one: Asked) -> float:
         inner, free = one.inner(), one.free(self.checkpoint.block_count)
         assert inner is not None
-        rounds = one.options["rounds"] or max(1, len(free) // 2)
         total = 0.0
-        for done in range(min(rounds, len(free))):
+        for done in range(one.rounds(self.checkpoint.block_count)):
             gone = set(free[:done])
             kept = [b for b in range(self.checkpoint.block_count) if b not in gone]
             total += self._work([inner], kept, free[done:])
