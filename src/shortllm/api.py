@@ -32,12 +32,14 @@ def info(
     length: int = 128,
     device: str = "auto",
     dtype: str = "auto",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     probe: bool = True,
 ) -> ModelSummary:
     """What a model is made of, what can go, and what scoring it takes.
 
     Args:
         samples, length: the calibration that scoring is foretold for.
+        options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
         probe: measure the machine for two seconds, and read a few of the model's tensors; without,
             no times are foretold and only headers are read.
     """
@@ -47,6 +49,7 @@ def info(
         length=length,
         device=device,
         dtype=dtype,
+        options=options or {},
         probe=probe,
     )
 

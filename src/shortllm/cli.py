@@ -285,6 +285,7 @@ def info(
     length: Length = 128,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    option: CriterionOption = None,
     probe: Annotated[
         bool,
         typer.Option(
@@ -296,6 +297,7 @@ def info(
 ) -> None:
     """Blocks, parameters and bytes of a model, what a removal saves, and what scoring takes."""
     import shortllm
+    from shortllm import criteria
 
     summary = shortllm.info(
         model,
@@ -304,6 +306,7 @@ def info(
         length=length,
         device=device,
         dtype=dtype,
+        options=_options(option, criteria.names()),
         probe=probe,
     )
     if json:

@@ -25,9 +25,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
@@ -50,6 +50,8 @@ OTHER_EFFICIENCY = 0.6
 
 CHECK_BYTES = 3
 """Per entry of a tensor whose numbers are checked to be finite, besides a copy of it."""
+
+Options = Mapping[str, Mapping[str, Any]]
 
 READINGS: dict[criteria.Needs, int] = {
     "weights": 1,
@@ -94,6 +96,8 @@ class Setting:
     dtype: torch.dtype
     samples: int
     length: int
+    options: Options
+    """For a criterion its options, where they are not the defaults."""
 
 
 def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
@@ -138,7 +142,7 @@ def _estimate(
     *,
     streamed: bool,
 ) -> Estimate:
-    asked = Asked.of(names[0])
+    asked = Asked.of(names[0], dict(setting.options.get(names[0], {})))
     flops = _scorer(setting, decoder).work([asked])
     seconds = None
     if probe is not None:

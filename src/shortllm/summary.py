@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.estimate import Estimate, Probe, Setting, estimates, probe_machine
+from shortllm.estimate import Estimate, Options, Probe, Setting, estimates, probe_machine
 from shortllm.results import ModelInfo, Record
 
 
@@ -43,11 +43,13 @@ def summarize(
     length: int = 128,
     device: str = "auto",
     dtype: str = "auto",
+    options: Options | None = None,
     probe: bool = True,
 ) -> ModelSummary:
     """Sizes of a checkpoint's parts, and what it takes to score `samples` of `length` tokens.
 
     Args:
+        options: for a criterion its options.
         probe: measure the machine for two seconds; without, no times are foretold.
     """
     from shortllm.model.loading import room_for, stored_dtype
@@ -62,6 +64,7 @@ def summarize(
         dtype=choose_dtype(dtype, chosen, stored_dtype(checkpoint)),
         samples=samples,
         length=length,
+        options=options or {},
     )
     room = room_for(checkpoint, device=chosen, dtype=setting.dtype)
     measured = probe_machine(setting) if probe else None
