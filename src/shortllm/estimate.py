@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,8 @@ EFFICIENCY = {"cpu": 0.8}
 """Part of the probe's matrix rate that a pass reaches, by kind of device (benchmarks/)."""
 OTHER_EFFICIENCY = 0.6
 
-CHECK_BYTES = 3
-"""Per entry of a tensor whose numbers are checked to be finite, besides a copy of it."""
+KEPT_TENSOR_BYTES = 32 * 2**20
+"""Tensors below this size leave memory behind that the allocator keeps (of glibc; see malloc)."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -130,7 +130,7 @@ def probe_machine(setting: Setting) -> Probe:
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),
         matrix_flops_per_s=_matrix_rate(setting),
-        read_bytes_per_s=_read_rate(list(setting.checkpoint.tensors.values())),
+        read_bytes_per_s=_read_rate(setting.checkpoint),
     )
 
 
@@ -201,12 +201,10 @@ def _read_bytes(setting: Setting, asked: Asked, *, streamed: bool) -> tuple[floa
 def _peak_bytes(setting: Setting, decoder: Decoder, asked: Asked, *, streamed: bool) -> int:
     """Memory at the worst moment: while the model is opened, or during a pass."""
     checkpoint, itemsize = setting.checkpoint, setting.dtype.itemsize
-    largest = max(entry.elements for entry in checkpoint.tensors.values())
-    checked = largest * (itemsize + CHECK_BYTES)
     one_block = max(checkpoint.bytes_per_block)
     base = _libraries(setting.device)
     if asked.needs == "weights":
-        return base + one_block + checked
+        return base + one_block
     weights = itemsize * sum(p.numel() for p in decoder.model.parameters())
     in_blocks = itemsize * sum(p.numel() for p in decoder.blocks.parameters())
     opened, ahead = weights, 0
@@ -214,11 +212,18 @@ def _peak_bytes(setting: Setting, decoder: Decoder, asked: Asked, *, streamed: b
     if streamed:
         opened, mapped = weights - in_blocks, checkpoint.bytes - sum(checkpoint.bytes_per_block)
         ahead = one_block + itemsize * max(checkpoint.parameters_per_block)
+        ahead *= 2 if _kept_by_allocator(setting) else 1
     if setting.device.type != "cpu" or _same_type(setting):
         mapped = 0  # the copy on the device, or the mapped file itself, is what is held
     working = ahead + _streams(setting, decoder, asked, streamed=streamed)
     working += _working(setting, decoder, asked)
-    return base + opened + max(mapped + checked, working)
+    return base + opened + max(mapped, working)
+
+
+def _kept_by_allocator(setting: Setting) -> bool:
+    """Whether the memory of a block that was let go is not given back."""
+    largest = max(entry.bytes for entry in setting.checkpoint.block_weights(0))
+    return setting.device.type == "cpu" and largest < KEPT_TENSOR_BYTES
 
 
 def _same_type(setting: Setting) -> bool:
@@ -307,15 +312,16 @@ def _largest_matrix(checkpoint: Checkpoint) -> tuple[int, int]:
     return rows, columns
 
 
-def _read_rate(entries: Sequence[TensorEntry]) -> float:
+def _read_rate(checkpoint: Checkpoint) -> float:
     """Bytes per second of tensors from all over the files, read as a streamed pass reads them."""
-    import torch
+    from shortllm.model.loading import require_finite_tensor
 
+    entries = list(checkpoint.tensors.values())
     seconds, count = 0.0, 0
     for entry in random.Random(0).sample(entries, len(entries)):
         _drop_from_cache(entry)
         start = time.perf_counter()
-        torch.isfinite(read_tensor(entry)).all().item()
+        require_finite_tensor(checkpoint.id, entry.name, read_tensor(entry))
         seconds += time.perf_counter() - start
         count += entry.bytes
         if seconds > READ_SECONDS:
