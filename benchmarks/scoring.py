@@ -14,9 +14,10 @@ With `--greedy N` the sides are `greedy` by `ppl`, nothing protected, that remov
 many rounds, and N one-shot scorings by the plain loop, of which a few blocks are timed and scaled
 up.
 
-The last line printed is JSON: per type the wall ratio plain / walk (median of the rounds), the
-bound that arithmetic alone allows, seconds, peak resident bytes of both, the share of the measured
-rate, and the time and memory that were foretold.
+The last line printed is JSON: per type the ratio plain / walk (median of the rounds) by wall time
+and by processor time, which tells more on a machine with other work, the bound that arithmetic
+alone allows, seconds, peak resident bytes of both, the share of the measured rate, and the time and
+memory that were foretold.
 """
 
 from __future__ import annotations
@@ -117,12 +118,17 @@ def worker(side: str, dtype: str, greedy: int) -> dict[str, Any]:
     with torch.inference_mode():
         model(input_ids=ids[:1, :32], use_cache=False)  # first-use costs of the libraries
     before = peak_memory()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     values = (walk if side == "walk" else plain)(model, ids, greedy)
-    seconds = time.perf_counter() - start
-    if side == "plain" and greedy:
-        seconds *= greedy * SHAPE["num_hidden_layers"] / TIMED
-    return {"seconds": seconds, "peak": peak_memory(), "before": before, "values": values}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
+    scale = greedy * SHAPE["num_hidden_layers"] / TIMED if side == "plain" and greedy else 1
+    return {
+        "seconds": scale * seconds,
+        "cpu_seconds": scale * cpu,
+        "peak": peak_memory(),
+        "before": before,
+        "values": values,
+    }
 
 
 def passes(greedy: int) -> tuple[float, int]:
@@ -147,24 +153,29 @@ def compare(dtype: str, rounds: int, greedy: int) -> dict[str, Any]:
             runs[side].append(measure(side))
     blocks = SHAPE["num_hidden_layers"]
     work = flops(*passes(greedy))
-    seconds = {side: [run["seconds"] for run in runs[side]] for side in ("walk", "plain")}
-    shares = [
-        work / run["seconds"] / rate["per_s"]
-        for run, rate in zip(runs["walk"], runs["rate"], strict=True)
-    ]
-    ratios = [b / a for a, b in zip(seconds["walk"], seconds["plain"], strict=True)]
+
+    def shares(time: str, rate: str) -> list[float]:
+        pairs = zip(runs["walk"], runs["rate"], strict=True)
+        return [work / run[time] / yardstick[rate] for run, yardstick in pairs]
+
+    def ratios(time: str) -> list[float]:
+        pairs = zip(runs["walk"], runs["plain"], strict=True)
+        return [plain[time] / walk[time] for walk, plain in pairs]
+
     plain_work = flops((greedy or 1) * blocks * (blocks - 1), (greedy or 1) * blocks)
     found = {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
+        "ratio": round(statistics.median(ratios("seconds")), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios("seconds")],
+        "cpu_ratio": round(statistics.median(ratios("cpu_seconds")), 3),
         "arithmetic_bound": round(plain_work / work, 3),
-        "walk_seconds": round(statistics.median(seconds["walk"]), 2),
-        "plain_seconds": round(statistics.median(seconds["plain"]), 2),
+        "walk_seconds": round(statistics.median(run["seconds"] for run in runs["walk"]), 2),
+        "plain_seconds": round(statistics.median(run["seconds"] for run in runs["plain"]), 2),
         "walk_peak_bytes": max(run["peak"] for run in runs["walk"]),
         "plain_peak_bytes": max(run["peak"] for run in runs["plain"]),
         "loaded_peak_bytes": min(run["before"] for run in runs["walk"]),
         "matrix_gflops": round(statistics.median(run["per_s"] for run in runs["rate"]) / 1e9, 1),
-        "share_of_matrix_rate": round(statistics.median(shares), 3),
+        "share_of_matrix_rate": round(statistics.median(shares("seconds", "per_s")), 3),
+        "share_by_cpu_time": round(statistics.median(shares("cpu_seconds", "per_cpu_s")), 3),
         **foretold,
     }
     values = [runs[side][0]["values"] for side in ("walk", "plain")]
@@ -197,10 +208,12 @@ def main() -> None:
         print(
             f"{dtype}: plain loop {found['plain_seconds']} s, walk {found['walk_seconds']} s, "
             "ratio "
-            f"{found['ratio']} (arithmetic allows {found['arithmetic_bound']}); peak "
+            f"{found['ratio']}, by processor time {found['cpu_ratio']} (arithmetic allows "
+            f"{found['arithmetic_bound']}); peak "
             f"{found['plain_peak_bytes'] / 2**20:.0f} and {found['walk_peak_bytes'] / 2**20:.0f} "
             "MiB; "
-            f"{found['share_of_matrix_rate']:.0%} of {found['matrix_gflops']} GFLOP/s; foretold "
+            f"{found['share_of_matrix_rate']:.0%} of {found['matrix_gflops']} GFLOP/s, by "
+            f"processor time {found['share_by_cpu_time']:.0%}; foretold "
             f"{found['predicted_seconds']:.1f} s and {found['predicted_peak_bytes'] / 2**20:.0f} "
             "MiB"
         )
