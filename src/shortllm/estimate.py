@@ -3,7 +3,7 @@
     operations  those of the passes a criterion needs, counted as their progress bars count them:
                 ppl, kl      2 x block parameters x tokens x L(L+1)/2 block passes, and the head
                              for L+1 models
-                taylor       2 x block parameters x tokens x 3 L, and the head twice
+                taylor       2 x block parameters x tokens x 4 L, and the head twice
                 influence .. 2 x block parameters x tokens x L
                 greedy       a sum over rounds
     seconds     opening + computing + max(0, reading - computing)
