@@ -32,8 +32,14 @@ def setting_of(checkpoint: Checkpoint, **changes: Any) -> Setting:
     return Setting(checkpoint=checkpoint, **{**usual, **changes})
 
 
-def probe_of(*, matrix: float, read: float) -> Probe:
-    return Probe(device="cpu", dtype="float32", matrix_flops_per_s=matrix, read_bytes_per_s=read)
+def probe_of(*, matrix: float, read: float, reduce: float = 1e30) -> Probe:
+    return Probe(
+        device="cpu",
+        dtype="float32",
+        matrix_flops_per_s=matrix,
+        read_bytes_per_s=read,
+        reduced_per_s=reduce,
+    )
 
 
 def of(found: list[Estimate], name: str, *, streamed: bool) -> Estimate:
@@ -78,10 +84,12 @@ def test_every_criterion_on_a_model_is_foretold_once_each_way() -> None:
 
 
 def test_a_fast_reader_waits_for_the_products_only() -> None:
-    found = estimates(setting_of(opened("llama")), probe_of(matrix=1e6, read=1e30))
-    for one in found:
-        if one.criteria != ["magnitude"]:
-            assert one.seconds == pytest.approx(one.flops / (1e6 * estimate.EFFICIENCY["cpu"]))
+    probe = probe_of(matrix=1e6, read=1e30, reduce=1e3)
+    weights = sum(opened("llama").parameters_per_block)
+    for one in estimates(setting_of(opened("llama")), probe):
+        computing = one.flops / (1e6 * estimate.EFFICIENCY["cpu"])
+        expected = weights / 1e3 if one.criteria == ["magnitude"] else computing
+        assert one.seconds == pytest.approx(expected)
 
 
 def test_a_slow_reader_is_waited_for() -> None:
@@ -171,6 +179,7 @@ def test_the_probe_measures_this_machine() -> None:
     assert (found.device, found.dtype) == ("cpu", "bfloat16")
     assert 0 < found.matrix_flops_per_s < 1e18
     assert 0 < found.read_bytes_per_s < 1e15
+    assert 0 < found.reduced_per_s < 1e15
 
 
 def test_options_of_a_criterion_change_what_is_foretold() -> None:

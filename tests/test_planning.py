@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shortllm.criteria import require_finite
 from shortllm.errors import BudgetError, CriterionError, ResultFileError
-from shortllm.planning import Budget, build_plan, check_budget, removal_order
+from shortllm.planning import (
+    Budget,
+    build_plan,
+    check_budget,
+    most_blocks,
+    removable,
+    removal_order,
+)
 from shortllm.results import BlockScores, ModelInfo, PrunePlan
 
 
@@ -26,6 +34,11 @@ def model(blocks: int = 12, per_block: list[int] | None = None, outside: int = 1
         bytes=2 * total,
         fingerprint="f",
     )
+
+
+def periodic(period: int = 3, blocks: int = 14, **changes: Any) -> ModelInfo:
+    """A model whose kinds of blocks repeat; the last period is not whole."""
+    return model(blocks).model_copy(update={"period": period, **changes})
 
 
 def scores(importance: list[float], about: ModelInfo) -> BlockScores:
@@ -178,3 +191,140 @@ def test_a_plan_file_that_is_no_plan_is_refused(
     path.write_text(json.dumps({**made.model_dump(mode="json"), **change}))
     with pytest.raises(ResultFileError, match=message):
         PrunePlan.load(path)
+
+
+def spans(importance: list[float], lengths: list[list[float]]) -> BlockScores:
+    return scores(importance, model(len(importance))).model_copy(
+        update={"criterion": "angular", "spans": lengths}
+    )
+
+
+SPANS = spans([5, 1, 4, 2, 3, 6], [[5, 1, 4, 2, 3, 6], [9, 8, 7, 2, 3], [9, 5, 6, 5], [7, 6, 5]])
+
+
+@pytest.mark.parametrize(
+    "budget, removed, order",
+    [
+        ({"remove": 2}, [3, 4], [3, 4]),
+        ({"remove": 2, "contiguous": False}, [1, 3], [1, 3]),
+        ({"remove": 3}, [3, 4, 5], [3, 4, 5]),  # of equal spans the later one
+        ({"remove": 3, "protect_last": 1}, [1, 2, 3], [1, 3, 2]),
+        ({"param_ratio": 0.2}, [3, 4], [3, 4]),
+    ],
+)
+def test_a_criterion_of_spans_removes_the_least_important_span(
+    budget: dict[str, object], removed: list[int], order: list[int]
+) -> None:
+    asked = Budget(**{"protect_first": 0, "protect_last": 0, **budget})  # type: ignore[arg-type]
+    plan = build_plan(asked, model=SPANS.model, scores=SPANS)
+    assert (plan.removed, plan.order) == (removed, order)
+    assert ("are the span" in plan.reason) == (budget.get("contiguous") is None)
+
+
+def test_a_span_is_only_to_be_had_from_a_criterion_that_scores_spans() -> None:
+    with pytest.raises(BudgetError, match="'ppl' scores no spans of blocks. Leave out --contiguou"):
+        planned([1, 2, 3, 4], remove=2, contiguous=True)
+
+
+def test_a_removal_order_is_followed_as_far_as_it_goes() -> None:
+    about = model(6)
+    greedy = scores([5, 1, 0, 4, 3, 2], about).model_copy(
+        update={"criterion": "greedy", "order": [2, 1]}
+    )
+    free = {"protect_first": 0, "protect_last": 0}
+    assert build_plan(Budget(remove=1, **free), model=about, scores=greedy).order == [2]
+    plan = build_plan(Budget(remove=2, **free), model=about, scores=greedy)
+    assert plan.order == [2, 1]
+    assert "were removed one after the other by the criterion 'greedy'" in plan.reason
+    with pytest.raises(BudgetError, match="hold the order of 2 removals, and 3 .*greedy.rounds=3"):
+        build_plan(Budget(remove=3, **free), model=about, scores=greedy)
+    with pytest.raises(BudgetError, match="remove block 2, which is protected. Score again with"):
+        build_plan(Budget(remove=2, protect_first=3, protect_last=0), model=about, scores=greedy)
+
+
+@pytest.mark.parametrize(
+    "budget, most",
+    [({"remove": 3}, 3), ({"ratio": 0.25}, 3), ({"param_ratio": 0.2}, 4), ({"blocks": [1, 2]}, 2)],
+)
+def test_the_most_blocks_that_a_budget_can_take(budget: dict[str, object], most: int) -> None:
+    """Of 1,300 parameters 20 % are 260: three average blocks, but four of the smallest."""
+    about = model(per_block=[100, 100, 100, 160, 80, 80, 80, 80, 120, 200, 100, 100], outside=0)
+    assert most_blocks(Budget(**budget), about) == most  # type: ignore[arg-type]
+
+
+# --- whole periods and blocks that others depend on -----------------------------------------------
+
+
+def plan_of(about: ModelInfo, importance: list[float], **budget: Any) -> PrunePlan:
+    return build_plan(Budget(**budget), model=about, scores=scores(importance, about))
+
+
+RISING = [float(b) for b in range(14)]
+
+
+def test_whole_periods_go_by_the_sum_of_their_importance() -> None:
+    # periods 0-2, 3-5, 6-8, 9-11; blocks 12 and 13 are no whole one
+    importance = [0.0, 0.0, 9.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 5.0, 5.0, 0.0, 0.0]
+    free = {"period_aligned": True, "protect_first": 0, "protect_last": 0}
+    plan = plan_of(periodic(), importance, remove=6, **free)
+    assert plan.order == [6, 7, 8, 3, 4, 5]
+    assert plan.removed == [3, 4, 5, 6, 7, 8]
+    assert "in whole periods of 3 blocks" in plan.reason
+    assert plan.fingerprint != plan_of(periodic(), importance, remove=6).fingerprint
+
+
+def test_a_period_with_a_protected_block_stays() -> None:
+    plan = plan_of(periodic(), RISING, remove=3, period_aligned=True, protect_first=1)
+    assert plan.removed == [3, 4, 5]
+
+
+def test_a_ratio_is_rounded_to_whole_periods() -> None:
+    assert plan_of(periodic(), RISING, ratio=0.3, period_aligned=True).removed == [3, 4, 5]
+    with pytest.raises(BudgetError, match="less than half a period of 3 blocks. Ask for 0.214"):
+        check_budget(Budget(ratio=0.1, period_aligned=True), periodic())
+
+
+def test_parameters_are_reached_by_whole_periods() -> None:
+    plan = plan_of(periodic(), RISING, param_ratio=0.25, period_aligned=True, protect_first=0)
+    assert plan.removed == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "budget, message",
+    [
+        ({"remove": 4}, "cannot remove 4 blocks in whole periods of 3. Ask for 3 or 6, or leave"),
+        ({"remove": 1}, "in whole periods of 3. Ask for 3, or leave out --period-aligned"),
+        ({"remove": 10}, "only whole periods of 3 go. Ask for 9 or fewer"),
+        ({"param_ratio": 0.7}, "the 9 unprotected of 14 blocks hold 60.0%"),
+        ({"blocks": [3, 4, 5, 7]}, "block 7 is named without the rest of its period"),
+        ({"blocks": [12, 13]}, "block 12 is named without the rest of its period"),
+    ],
+)
+def test_budgets_that_are_not_whole_periods(budget: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        check_budget(Budget(period_aligned=True, **budget), periodic())
+
+
+def test_whole_periods_named_by_hand() -> None:
+    check_budget(Budget(period_aligned=True, blocks=[3, 5, 4]), periodic())
+
+
+def test_blocks_that_never_repeat_leave_nothing_to_go() -> None:
+    with pytest.raises(BudgetError, match="only whole periods of 14 go. Nothing is free"):
+        check_budget(Budget(period_aligned=True, remove=14), periodic(14))
+
+
+def test_where_all_blocks_are_alike_nothing_changes() -> None:
+    plain = planned([3.0, 1.0, 2.0, 0.0] * 3, remove=3)
+    aligned = planned([3.0, 1.0, 2.0, 0.0] * 3, remove=3, period_aligned=True)
+    assert (aligned.order, aligned.reason) == (plain.order, plain.reason)
+
+
+def test_blocks_that_others_depend_on_are_protected() -> None:
+    about = periodic(1, fixed={5: "its keys serve others"})
+    plan = plan_of(about, [9.0] * 5 + [0.0, 1.0] + [9.0] * 7, remove=1)
+    assert plan.removed == [6]
+    assert 5 in plan.protected
+    assert removable(Budget(remove=1), about)[0] == [3]
+    # named by hand, surgery has the last word
+    check_budget(Budget(blocks=[5]), about)

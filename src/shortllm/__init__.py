@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from shortllm.api import compare_criteria as compare_criteria
     from shortllm.api import evaluate as evaluate
     from shortllm.api import info as info
     from shortllm.api import plan as plan
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from shortllm.recipe import EvaluationOptions as EvaluationOptions
     from shortllm.recipe import Recipe as Recipe
     from shortllm.results import BlockScores as BlockScores
+    from shortllm.results import Comparison as Comparison
     from shortllm.results import Evaluation as Evaluation
     from shortllm.results import PrunePlan as PrunePlan
 
@@ -42,11 +44,13 @@ _HOME = {
     "Budget": "planning",
     "CalibrationOptions": "recipe",
     "Checkpoint": "checkpoint.source",
+    "Comparison": "results",
     "Evaluation": "results",
     "EvaluationOptions": "recipe",
     "PrunePlan": "results",
     "Recipe": "recipe",
     "ShortLLMError": "errors",
+    "compare_criteria": "api",
     "evaluate": "api",
     "info": "api",
     "open_checkpoint": "checkpoint.source",

@@ -23,7 +23,7 @@ from shortllm.errors import BudgetError, CriterionError, ShortLLMError
 if TYPE_CHECKING:
     from shortllm.planning import Budget
     from shortllm.recipe import CalibrationOptions
-    from shortllm.results import BlockScores, Evaluation, PrunePlan
+    from shortllm.results import BlockScores, Comparison, Evaluation, PrunePlan
     from shortllm.summary import ModelSummary
 
 app = typer.Typer(
@@ -96,6 +96,14 @@ CriterionNames = Annotated[
         "last, random, even.",
     ),
 ]
+ComparedCriteria = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--criterion",
+        help="Rules to compare, e.g. ppl,taylor,influence. Default: ppl, kl, taylor, magnitude, "
+        "influence, relative, angular, greedy, last, even.",
+    ),
+]
 CriterionOption = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
@@ -145,6 +153,13 @@ ProtectLast = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Last blocks that stay. Default: 2, at most a quarter of the blocks."),
 ]
+PeriodAligned = Annotated[
+    bool,
+    typer.Option(
+        "--period-aligned",
+        help="Remove only whole periods where the kinds of blocks repeat, as other programs need.",
+    ),
+]
 
 EvalLength = Annotated[
     int, typer.Option(min=2, help="Tokens per segment; 2048 is the usual protocol.")
@@ -191,6 +206,7 @@ def run(
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
+    period_aligned: PeriodAligned = False,
     data: Data = None,
     calibration: CalibrationFile = None,
     sampler: Sampler = "random",
@@ -233,6 +249,7 @@ def run(
         contiguous,
         protect_first,
         protect_last,
+        period_aligned,
         default_ratio=0.25,
     )
     recipe = shortllm.Recipe(
@@ -342,7 +359,7 @@ def score(
     """
     import shortllm
 
-    names = [name.strip() for name in criterion.split(",") if name.strip()]
+    names = _names(criterion)
     found = shortllm.score(
         model,
         criterion=names,
@@ -370,6 +387,93 @@ def score(
         typer.echo(f"scores: {out / file}")
 
 
+@app.command(name="compare-criteria")
+def compare_criteria(
+    model: ModelArgument = "embedded",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Run directory. Default: runs/<model>-comparison."),
+    ] = None,
+    criterion: ComparedCriteria = None,
+    option: CriterionOption = None,
+    ratios: Annotated[
+        str, typer.Option(help="Parts of the blocks to remove.")
+    ] = "0.1,0.2,0.3,0.4,0.5",
+    random: Annotated[
+        int, typer.Option(min=1, help="Random removals of each size: what criteria must beat.")
+    ] = 10,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    data: Data = None,
+    calibration: CalibrationFile = None,
+    sampler: Sampler = "random",
+    samples: SampleCount = 10,
+    length: Length = 128,
+    seed: Seed = 1234,
+    bos_every_sample: BosEverySample = None,
+    eval_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Text to measure on. Default: rows of --data kept apart from calibration, or "
+            "wikitext2."
+        ),
+    ] = None,
+    eval_length: EvalLength = 128,
+    eval_bos: EvalBos = None,
+    max_segments: Annotated[
+        int, typer.Option(min=1, help="Measure on the first so many segments.")
+    ] = 64,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    stream: Stream = None,
+    max_memory: MaxMemory = None,
+    json: Json = False,
+) -> None:
+    """Which criterion to trust for this model: the perplexity left by each, at several budgets.
+
+    Scores the blocks by every criterion, and measures all that they would remove, and random
+    removals, in one pass over held-out text. The same command again skips what is up to date.
+    """
+    import shortllm
+    from shortllm.comparison import CRITERIA, default_directory
+
+    names = list(CRITERIA) if criterion is None else _names(criterion)
+    directory = out or default_directory(model)
+    found = shortllm.compare_criteria(
+        model,
+        criterion=names,
+        options=_options(option, names),
+        ratios=_ratios(ratios),
+        random=random,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        calibration=_calibration(
+            data, calibration, sampler, samples, length, seed, bos_every_sample
+        ),
+        evaluation=shortllm.EvaluationOptions(
+            data=[eval_data] if eval_data else [],
+            length=eval_length,
+            bos=eval_bos,
+            max_segments=max_segments,
+        ),
+        out=directory,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        stream=stream,
+        max_memory=_bytes(max_memory),
+        command=_command_line(),
+    )
+    if not _is_main_process():
+        return
+    if json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        _print_comparison(found)
+        typer.echo(f"report: {directory / 'comparison.html'}")
+
+
 @app.command()
 def plan(
     scores: Annotated[
@@ -382,6 +486,7 @@ def plan(
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
+    period_aligned: PeriodAligned = False,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Where to write the plan. Default: plan.json beside the scores."),
@@ -391,7 +496,9 @@ def plan(
     """Choose the blocks to remove from scores and a budget."""
     import shortllm
 
-    budget = _budget(remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last)
+    budget = _budget(
+        remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last, period_aligned
+    )
     made = shortllm.plan(scores, budget, out=out)
     if json:
         _print_json(made.model_dump(mode="json"))
@@ -559,6 +666,7 @@ def _budget(
     contiguous: bool | None,
     protect_first: int | None,
     protect_last: int | None,
+    period_aligned: bool,
     *,
     default_ratio: float | None = None,
 ) -> Budget:
@@ -574,9 +682,29 @@ def _budget(
         contiguous=contiguous,
         protect_first=protect_first,
         protect_last=protect_last,
+        period_aligned=period_aligned,
     )
     budget.asked()
     return budget
+
+
+def _names(text: str) -> list[str]:
+    """`ppl,taylor` as names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _ratios(text: str) -> list[float]:
+    """`0.1,0.25` as numbers.
+
+    Raises:
+        BudgetError: another form.
+    """
+    try:
+        return [float(part) for part in _names(text)]
+    except ValueError as error:
+        raise BudgetError(
+            f"--ratios '{text}' is not a list of parts of the blocks such as 0.1,0.25,0.5"
+        ) from error
 
 
 def _options(given: list[str] | None, criteria: list[str]) -> dict[str, dict[str, Any]]:
@@ -736,6 +864,33 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         for model in evaluation.models
     ]
     _print_table(("model", "blocks", "parameters", "bytes", *sources), rows)
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from shortllm.standings import standings, verdict
+
+    columns, intact = standings(comparison), comparison.intact
+    typer.echo(
+        f"{comparison.model.id}: {comparison.model.blocks} blocks, intact perplexity "
+        f"{intact.perplexity:.4f} on {intact.segments} x {intact.length} tokens of "
+        f"{Path(intact.source).name}"
+    )
+    criteria = [one.criterion for one in comparison.criteria]
+    rows = [
+        (name, *(f"{c.perplexities[i]:.4f}{'*' if name in c.best else ' '}" for c in columns))
+        for i, name in enumerate(criteria)
+    ]
+    rows += [
+        ("random, mean", *(f"{c.random_mean:.4f} " for c in columns)),
+        ("random, lowest", *(f"{min(c.random):.4f} " for c in columns)),
+        ("random, highest", *(f"{max(c.random):.4f} " for c in columns)),
+        ("below random's mean", *(f"{c.beat_mean} of {len(criteria)} " for c in columns)),
+    ]
+    _print_table(("without", *(f"{c.name} ({c.blocks}) " for c in columns)), rows)
+    for left in comparison.left_out:
+        typer.echo(f"left out: {100 * left.ratio:.4g} % ({left.reason})")
+    best = [f"{c.name} {', '.join(c.best) or 'none'}" for c in columns]
+    typer.echo(f"* lowest: {'; '.join(best)}\n{verdict(comparison)}")
 
 
 def _print_summary(summary: ModelSummary) -> None:

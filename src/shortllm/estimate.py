@@ -9,15 +9,17 @@
     seconds     opening + computing + max(0, reading - computing)
                 opening      bytes read to begin with / read rate: all, or of a streamed pass all
                              but the blocks
-                computing    operations / (matrix rate x EFFICIENCY)
+                computing    operations / (matrix rate x EFFICIENCY); of weights alone their
+                             number / reducing rate
                 reading      0, or of a streamed pass the bytes of the blocks x the number of times
                              they are read / read rate: hidden behind computing as far as it goes
     peak        libraries + weights in memory + hidden streams + what one call of a block, of its
                 gradients or of the head takes beside them
 
 Weights in memory are all of the model, or of a streamed pass those outside the blocks, one block,
-and the next one being read. Experts count as if all of them were used. Criteria on weights alone
-never build the model: they read one block after the other.
+and the next one being read. Experts count as if all of them were used, and blocks as if they could
+be called one by one, which few types do not allow. Criteria on weights alone never build the model:
+they read one block after the other and reduce it, at a rate of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ if TYPE_CHECKING:
 
 MATRIX_SECONDS = 1.0
 READ_SECONDS = 0.7
-"""Time for each of the two measurements; a single product or tensor may take longer."""
+REDUCE_SECONDS = 0.3
+"""Time for each of the measurements; a single product or tensor may take longer."""
 
 EFFICIENCY = {"cpu": 0.8}
 """Part of the probe's matrix rate that a pass reaches, by kind of device (benchmarks/)."""
@@ -73,6 +76,8 @@ class Probe(Record):
     read_bytes_per_s: float
     """Rate at which tensors of the checkpoint are read and checked, dropped from the system's cache
     before where the system allows it."""
+    reduced_per_s: float
+    """Weights per second of which the absolute values are summed up."""
 
 
 class Estimate(Record):
@@ -131,6 +136,7 @@ def probe_machine(setting: Setting) -> Probe:
         dtype=str(setting.dtype).removeprefix("torch."),
         matrix_flops_per_s=_matrix_rate(setting),
         read_bytes_per_s=_read_rate(setting.checkpoint),
+        reduced_per_s=_reducing_rate(setting.checkpoint),
     )
 
 
@@ -147,7 +153,7 @@ def _estimate(
     seconds = None
     if probe is not None:
         opening, reading = _read_bytes(setting, asked, streamed=streamed)
-        computing = flops / (probe.matrix_flops_per_s * _efficiency(setting.device))
+        computing = _computing(setting, asked, flops, probe)
         waiting = max(0.0, reading / probe.read_bytes_per_s - computing)
         seconds = opening / probe.read_bytes_per_s + computing + waiting
     return Estimate(
@@ -157,6 +163,13 @@ def _estimate(
         peak_bytes=_peak_bytes(setting, decoder, asked, streamed=streamed),
         seconds=seconds,
     )
+
+
+def _computing(setting: Setting, asked: Asked, flops: float, probe: Probe) -> float:
+    """Seconds of a pass whose data is at hand."""
+    if asked.needs == "weights":
+        return sum(setting.checkpoint.parameters_per_block) / probe.reduced_per_s
+    return flops / (probe.matrix_flops_per_s * _efficiency(setting.device))
 
 
 def _weightless(setting: Setting) -> Decoder:
@@ -169,6 +182,9 @@ def _weightless(setting: Setting) -> Decoder:
         @property
         def device(self) -> torch.device:
             return setting.device
+
+        def obstacle(self) -> str | None:
+            return None  # it takes weights to find one
 
     return Weightless(build_empty(setting.checkpoint.config, dtype=setting.dtype))
 
@@ -193,7 +209,7 @@ def _read_bytes(setting: Setting, asked: Asked, *, streamed: bool) -> tuple[floa
         return float(total), 0.0
     inner = asked.inner() or asked
     count = setting.checkpoint.block_count
-    rounds = asked.rounds(count) if inner is not asked else 1
+    rounds = 1 if inner is asked else asked.rounds(setting.checkpoint.info())
     depths = sum(count - done for done in range(rounds)) / count
     return float(total - blocks), READINGS[inner.needs] * depths * blocks
 
@@ -327,6 +343,19 @@ def _read_rate(checkpoint: Checkpoint) -> float:
         if seconds > READ_SECONDS:
             break
     return count / seconds
+
+
+def _reducing_rate(checkpoint: Checkpoint) -> float:
+    """Weights per second that a criterion on weights alone gets through."""
+    from shortllm.metrics import reduce_powers
+
+    largest = max(checkpoint.block_weights(0), key=lambda entry: entry.bytes)
+    tensor = read_tensor(largest)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() < start + REDUCE_SECONDS:
+        reduce_powers([tensor], power=1, over_weights="sum", over_block="sum")
+        count += largest.elements
+    return count / (time.perf_counter() - start)
 
 
 def _drop_from_cache(entry: TensorEntry) -> None:

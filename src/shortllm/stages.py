@@ -64,7 +64,7 @@ class Session:
         self._dtype = dtype
         self._stream = stream
         self._max_memory = max_memory
-        self._held: tuple[str, Decoder] | None = None
+        self._held: tuple[Checkpoint, Decoder] | None = None
 
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
         """The checkpoint's decoder, opened unless it is the one held; another one is let go first.
@@ -75,7 +75,7 @@ class Session:
         from shortllm.model.loading import load_model
         from shortllm.model.streamed import open_streamed
 
-        if self._held is None or self._held[0] != checkpoint.fingerprint:
+        if not self._holds(checkpoint):
             self._held = None
             gc.collect()
             if self._streams(checkpoint):
@@ -84,8 +84,15 @@ class Session:
             else:
                 model = load_model(checkpoint, device=self.device, dtype=self._dtype)
                 decoder = Decoder(model)
-            self._held = (checkpoint.fingerprint, decoder)
+            self._held = (checkpoint, decoder)
+        assert self._held is not None
         return self._held[1]
+
+    def _holds(self, checkpoint: Checkpoint) -> bool:
+        """Whether the model in memory is the one asked for; a streamed one also reads its files."""
+        if self._held is None or self._held[0].fingerprint != checkpoint.fingerprint:
+            return False
+        return not self._held[1].streamed or self._held[0].directory == checkpoint.directory
 
     def memory(self, directory: Path | None = None) -> StreamMemory:
         """Where hidden streams are kept; beyond the limit in a file in `directory`."""
@@ -377,19 +384,23 @@ def prune(
     """
     from shortllm.checkpoint.source import open_checkpoint
     from shortllm.checkpoint.surgery import renumbered_tensors, write_shortened
-    from shortllm.checkpoint.verify import bypass_logits, verify_shortened
+    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 
     require_same_model(plan, checkpoint)
     require_apart(checkpoint.directory, target)
     check_removal(checkpoint, plan.kept)
     total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
     require_writable(target.absolute().parent, total)
-    expected = bypass_logits(session.decoder(checkpoint), plan.removed) if session else None
+    expected, cached = None, False
+    if session is not None:
+        original = session.decoder(checkpoint)
+        expected = bypass_logits(original, plan.removed)
+        cached = caches_rightly(original)
 
     def verify(written: Path) -> None:
         if session is not None and expected is not None:
             shortened = open_checkpoint(written)
-            verify_shortened(str(target), session.decoder(shortened), expected)
+            verify_shortened(str(target), session.decoder(shortened), expected, cached=cached)
 
     with progress("writing the shortened checkpoint", total) as advance:
         write_shortened(

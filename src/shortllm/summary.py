@@ -53,7 +53,7 @@ def summarize(
         probe: measure the machine for two seconds; without, no times are foretold.
     """
     from shortllm.model.loading import room_for, stored_dtype
-    from shortllm.planning import Budget
+    from shortllm.planning import Budget, protected_blocks
     from shortllm.runtime import choose_device, choose_dtype
 
     info = checkpoint.info()
@@ -72,7 +72,7 @@ def summarize(
         model=info,
         parameters_outside=info.parameters - sum(info.parameters_per_block),
         bytes_per_block=checkpoint.bytes_per_block,
-        protected=Budget(ratio=0.5).protected(info.blocks),
+        protected=protected_blocks(Budget(ratio=0.5), info),
         samples=samples,
         length=length,
         device=str(chosen),

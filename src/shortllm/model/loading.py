@@ -13,6 +13,7 @@ from torch import nn
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.model.blocks import auto_class
 from shortllm.runtime import available_memory, choose_dtype
 
 log = logging.getLogger(__name__)
@@ -72,13 +73,11 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
             random weights), or NaN or infinite weights, named.
         ShortLLMError: the weights do not fit into the free memory.
     """
-    from transformers import AutoModelForCausalLM
-
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
     _require_memory(checkpoint, device, compute)
     try:
         with quiet_transformers():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = auto_class(checkpoint.config).from_pretrained(
                 checkpoint.directory,
                 dtype=compute,
                 output_loading_info=True,

@@ -1,0 +1,324 @@
+"""Scores as files: several criteria, several processes, interrupted commands, models that do not
+fit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import opened, saved, token_ids
+
+import shortllm
+from shortllm import stages
+from shortllm.errors import OutputError, ResultFileError, ShortLLMError
+from shortllm.results import BlockScores
+
+EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
+SAMPLES = 5
+"""An odd number, so that two processes get shares of different size."""
+
+
+@pytest.fixture(scope="module")
+def ids_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("ids") / "ids.json"
+    file.write_text(json.dumps(token_ids(SAMPLES).tolist()))
+    return file
+
+
+def command(*arguments: object, launcher: list[str] | None = None) -> list[str]:
+    return [sys.executable, *(launcher or []), "-m", "shortllm", *map(str, arguments)]
+
+
+def call(*arguments: object, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command(*arguments, launcher=launcher), capture_output=True, text=True, env=environment
+    )
+
+
+def equal_scores(found: Path, expected: Path, rel: float = 1e-5) -> None:
+    names = sorted(path.name for path in expected.glob("scores*.json"))
+    assert sorted(path.name for path in found.glob("scores*.json")) == names
+    for name in names:
+        one, other = BlockScores.load(found / name), BlockScores.load(expected / name)
+        assert one.importance == pytest.approx(other.importance, rel=rel, abs=1e-9), name
+        assert one.values == pytest.approx(other.values, rel=rel, abs=1e-9), name
+        assert (one.order, one.options) == (other.order, other.options)
+        assert one.fingerprint == other.fingerprint
+    assert not list(found.glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def alone(ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All criteria of the tiny qwen3 in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    shortllm.score(
+        str(saved("qwen3")),
+        criterion=EVERY.split(","),
+        options={"greedy": {"rounds": "2"}},
+        calibration=shortllm.CalibrationOptions(file=ids_file),
+        out=out,
+    )
+    return out
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher, stream",
+    [(TORCHRUN, "--stream"), (ACCELERATE, "--no-stream")],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_equal_one(
+    launcher: list[str], stream: str, alone: Path, ids_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    done = call(
+        "score", saved("qwen3"), "--criterion", EVERY, "--option", "greedy.rounds=2",
+        "--calibration", ids_file, "--out", out, stream, launcher=launcher,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    equal_scores(out, alone)
+    assert done.stdout.count("scores: ") == len(EVERY.split(","))  # one process speaks
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.parametrize("model", ["stories260K", "stories10L", "stories10L-redundant", "books5M"])
+def test_streamed_and_two_processes_equal_one_on_real_models(
+    model: str, shared: Path, tmp_path: Path
+) -> None:
+    directory = shared / "models" / model
+    file = "books/valid.jsonl.xz" if model == "books5M" else "stories/valid.jsonl.gz"
+    data = shared / "data" / file
+    for stream in (False, True):
+        shortllm.score(
+            str(directory),
+            criterion=EVERY.split(","),
+            options={"greedy": {"rounds": 1}},
+            calibration=shortllm.CalibrationOptions(data=str(data), samples=4, length=64),
+            out=tmp_path / ("streamed" if stream else "alone"),
+            stream=stream,
+        )
+    equal_scores(tmp_path / "streamed", tmp_path / "alone")
+    done = call(
+        "score", directory, "--criterion", EVERY, "--option", "greedy.rounds=1", "--data", data,
+        "--samples", 4, "--length", 64, "--out", tmp_path / "two", launcher=TORCHRUN,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    equal_scores(tmp_path / "two", tmp_path / "alone")
+
+
+@pytest.mark.shared
+def test_criteria_find_the_superfluous_blocks(shared: Path) -> None:
+    names = ["ppl", "kl", "taylor", "influence", "relative", "angular", "greedy"]
+    options = {"greedy": {"rounds": 5, "protect_first": 0, "protect_last": 0}}
+    found = shortllm.score(
+        str(shared / "models" / "stories10L-redundant"),
+        criterion=names,
+        options=options,
+        calibration=shortllm.CalibrationOptions(
+            data=str(shared / "data" / "stories" / "valid.jsonl.gz")
+        ),
+    )
+    for name, scores in found.items():
+        order = sorted(range(10), key=lambda b: scores.importance[b])
+        assert sorted(order[:5]) == [1, 3, 5, 7, 9], name
+
+
+def test_too_many_processes_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(token_ids(1).tolist()))
+    done = call(
+        "score", saved("llama"), "--calibration", file, "--out", tmp_path / "run",
+        launcher=TORCHRUN,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "1 samples cannot be shared by 2 processes" in done.stderr
+
+
+def test_several_criteria_get_a_file_each(alone: Path, tmp_path: Path) -> None:
+    assert sorted(path.name for path in alone.glob("scores*")) == sorted(
+        f"scores-{name}.json" for name in EVERY.split(",")
+    )
+    with pytest.raises(ResultFileError, match="by several criteria. Give one: .*-angu"):
+        shortllm.plan(alone, shortllm.Budget(remove=1))
+    plan = shortllm.plan(
+        alone / "scores-taylor.json", shortllm.Budget(remove=2), out=tmp_path / "p"
+    )
+    assert plan.criterion == "taylor"
+
+
+def test_finished_scores_are_not_made_again(
+    alone: Path, ids_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    score = stages.score
+
+    def watched(checkpoint: Any, calibration: Any, criteria: Any, **kwargs: Any) -> Any:
+        asked.append([one.name for one in criteria])
+        return score(checkpoint, calibration, criteria, **kwargs)
+
+    monkeypatch.setattr(stages, "score", watched)
+    before = (alone / "scores-kl.json").read_bytes()
+    caplog.set_level(logging.INFO)
+    again = shortllm.score(
+        str(saved("qwen3")),
+        criterion=["kl", "taylor", "influence"],
+        options={"taylor": {"power": 2}},
+        calibration=shortllm.CalibrationOptions(file=ids_file),
+        out=alone,
+    )
+    assert asked == [["taylor"]]  # another option, so another work
+    assert (alone / "scores-kl.json").read_bytes() == before
+    assert "scores-kl.json is up to date, skipped" in caplog.text
+    assert again["taylor"].options["power"] == 2
+
+
+def test_criteria_without_text_need_no_data(tmp_path: Path) -> None:
+    """The tiny model has no tokenizer, and there is no bookcorpus here."""
+    found = shortllm.score(
+        str(saved("llama")), criterion=["magnitude", "last"], out=tmp_path / "run"
+    )
+    assert found["magnitude"].calibration is None
+    assert not list((tmp_path / "run").glob("calibration*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--criterion", "ppl,ppl"], "ppl, ppl was asked for. Name each criterion once"),
+        (["--criterion", ","], "nothing was asked for"),
+        (["--criterion", "ppl,tailor"], "unknown criterion 'tailor'. Did you mean 'taylor'"),
+        (["--option", "taylor.power=2"], "option of criterion 'taylor' was given, but"),
+        (["--option", "power=2"], "is not of the form CRITERION.NAME=VALUE"),
+        (["--max-memory", "4 quarts"], "'4 quarts' is no amount of memory"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, ids_file: Path, tmp_path: Path
+) -> None:
+    done = call(
+        "score", saved("llama"), "--calibration", ids_file, "--out", tmp_path / "run", *arguments
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_amounts_of_memory() -> None:
+    from shortllm.cli import _bytes
+
+    assert _bytes(None) is None
+    assert _bytes("4GiB") == 4 * 2**30
+    assert _bytes("500MB") == 500 * 10**6
+    assert _bytes("1.5 k") == 1536
+    assert _bytes("1000") == 1000
+    with pytest.raises(ShortLLMError, match="no amount"):
+        _bytes("GiB")
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_a_model_that_does_not_fit_is_streamed_and_says_so(
+    ids_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = opened("qwen3")
+    caplog.set_level(logging.INFO)
+    assert not stages.Session().decoder(checkpoint).streamed
+    assert caplog.text == ""
+    needed = checkpoint.parameters * 4
+    monkeypatch.setattr(stages, "available_memory", lambda device: needed)
+    assert stages.Session().decoder(checkpoint).streamed
+    assert "blocks are read one at a time from the files (streamed)" in caplog.text
+    assert not stages.Session(stream=False).decoder(checkpoint).streamed
+    monkeypatch.undo()
+    assert stages.Session(stream=True).decoder(checkpoint).streamed
+
+
+def test_a_streamed_model_is_run_from_end_to_end(tmp_path: Path) -> None:
+    recipe = shortllm.Recipe(
+        stream=True,
+        max_memory=10**5,  # streams go to files as well
+        budget=shortllm.Budget(remove=2),
+        calibration=shortllm.CalibrationOptions(samples=4, length=32),
+        evaluation=shortllm.EvaluationOptions(max_segments=4, continuations=2),
+    )
+    streamed = shortllm.run(recipe, out=tmp_path / "streamed")
+    resident = shortllm.run(
+        recipe.model_copy(update={"stream": False, "max_memory": None}), out=tmp_path / "resident"
+    )
+    assert streamed.plan.removed == resident.plan.removed
+    for one, other in zip(streamed.evaluation.models, resident.evaluation.models, strict=True):
+        assert one.perplexity[0].nll == pytest.approx(other.perplexity[0].nll, rel=1e-6)
+        assert one.samples is None and other.samples is not None
+    assert (tmp_path / "streamed" / "pruned" / "model.safetensors").read_bytes() == (
+        tmp_path / "resident" / "pruned" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_streams_that_fit_nowhere_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    from shortllm.model.streams import StreamMemory
+
+    memory = StreamMemory(limit=0, directory=tmp_path)
+    with pytest.raises(OutputError, match="needs .* MiB, .* MiB are free"):
+        memory.allocate((10**9, 10**6), torch.float32, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------ interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.parametrize("criterion", ["ppl", "taylor"])
+def test_a_killed_command_goes_on_where_it_was(
+    criterion: str, shared: Path, tmp_path: Path
+) -> None:
+    model = shared / "models" / "stories10L"
+    data = shared / "data" / "stories" / "valid.jsonl.gz"
+    arguments = [
+        "score", model, "--stream", "--criterion", criterion, "--data", data, "--samples", 64
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }  # fmt: skip
+    # the journal is written at every block, as it would be where a block takes its time
+    eager = (
+        "import shortllm.journal as j; j.MIN_INTERVAL_S = j.WORK_PER_WRITING = 0;"
+        "from shortllm.cli import main; main()"
+    )
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", eager, *map(str, arguments), "--out", str(killed)], env=environment
+    )
+    written = killed / "scoring.partial"
+    deadline = time.monotonic() + 120
+    while not list(written.rglob("position.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert list(written.rglob("position.json"))
+    assert not (killed / "scores.json").exists()
+    for out in (killed, tmp_path / "whole"):
+        shortllm.score(
+            str(model),
+            criterion=criterion,
+            calibration=shortllm.CalibrationOptions(data=str(data), samples=64),
+            out=out,
+            stream=True,
+        )
+    equal_scores(killed, tmp_path / "whole", rel=1e-9)
