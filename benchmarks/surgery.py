@@ -36,27 +36,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from random_checkpoint import make_checkpoint
 
 SAMPLE_SECONDS = 0.02
 TARGET_RATIO = 1.3
 TARGET_BYTES = 300 * 10**6
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
+SHAPE = {
     "vocab_size": 32000,
     "hidden_size": 2048,
     "intermediate_size": 8192,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
 }
 
 CHILD = """
@@ -85,74 +78,6 @@ seconds["structure_s"] = time.perf_counter() - imported - seconds["copy_s"]
 print(json.dumps(seconds))
 """
 """What one surgery process runs; everything but imports and copying is counted as structure."""
-
-
-def tensor_shapes(blocks: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama checkpoint."""
-    width, hidden = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    keys = CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
-    yield "model.embed_tokens.weight", (CONFIG["vocab_size"], width)
-    for b in range(blocks):
-        head = f"model.layers.{b}"
-        yield f"{head}.input_layernorm.weight", (width,)
-        yield f"{head}.self_attn.q_proj.weight", (width, width)
-        yield f"{head}.self_attn.k_proj.weight", (keys, width)
-        yield f"{head}.self_attn.v_proj.weight", (keys, width)
-        yield f"{head}.self_attn.o_proj.weight", (width, width)
-        yield f"{head}.post_attention_layernorm.weight", (width,)
-        yield f"{head}.mlp.gate_proj.weight", (hidden, width)
-        yield f"{head}.mlp.up_proj.weight", (hidden, width)
-        yield f"{head}.mlp.down_proj.weight", (width, hidden)
-    yield "model.norm.weight", (width,)
-    yield "lm_head.weight", (CONFIG["vocab_size"], width)
-
-
-def make_checkpoint(directory: Path, blocks: int, shard_bytes: int = 10**9) -> int:
-    """Write random bfloat16 shards and their index; returns the bytes of the largest tensor."""
-    directory.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    noise = generator.standard_normal(2**24, dtype=np.float32)
-    stock = (noise.view(np.uint32) >> 16).astype(np.uint16)  # bfloat16 is the upper half of float32
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    size = largest = 0
-    for name, shape in tensor_shapes(blocks):
-        count = 2 * int(np.prod(shape))
-        largest = max(largest, count)
-        if size + count > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, shape))
-        size += count
-    weight_map = {}
-    for number, group in enumerate(groups, start=1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        weight_map |= dict.fromkeys((name for name, _ in group), file)
-        write_shard(directory / file, group, stock)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    config = {**CONFIG, "num_hidden_layers": blocks}
-    (directory / "config.json").write_text(json.dumps(config))
-    return largest
-
-
-def write_shard(file: Path, group: list[tuple[str, tuple[int, ...]]], stock: np.ndarray) -> None:
-    """One safetensors file whose tensors are cut from a stock of random numbers."""
-    header, position = {}, 0
-    for name, shape in group:
-        end = position + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for i, (_, shape) in enumerate(group):
-            remaining = int(np.prod(shape))
-            start = 7919 * i % len(stock)
-            while remaining:
-                piece = stock[start : start + remaining]
-                stream.write(piece.tobytes())
-                remaining -= len(piece)
-                start = 0
 
 
 def run(command: list[str], *, rest: float = 0.0) -> tuple[float, float, int, str]:
@@ -212,7 +137,7 @@ def directory_bytes(directory: Path) -> int:
 def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
     """Make the checkpoint, take turns, and return every figure."""
     source, target, copy_source = place / "source", place / "target", place / "kept"
-    largest = make_checkpoint(source, blocks)
+    largest = make_checkpoint(source, {**SHAPE, "num_hidden_layers": blocks})
     kept = [b for b in range(blocks) if b % 4 != 2]
     surgery = [sys.executable, "-c", CHILD, str(source), str(target), json.dumps(kept)]
     run(surgery)  # warm-up: compiles bytecode, and its result is what `cp` copies

@@ -28,10 +28,33 @@ if TYPE_CHECKING:
 
 
 def info(
-    model: str, *, revision: str | None = None, samples: int = 10, length: int = 128
+    model: str,
+    *,
+    revision: str | None = None,
+    samples: int = 10,
+    length: int = 128,
+    device: str = "auto",
+    dtype: str = "auto",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: bool = True,
 ) -> ModelSummary:
-    """What a model is made of, what can go, and what scoring it takes. Reads headers only."""
-    return summarize(open_checkpoint(model, revision=revision), samples=samples, length=length)
+    """What a model is made of, what can go, and what scoring it takes.
+
+    Args:
+        samples, length: the calibration that scoring is foretold for.
+        options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
+        probe: measure the machine for two seconds, and read a few of the model's tensors; without,
+            no times are foretold and only headers are read.
+    """
+    return summarize(
+        open_checkpoint(model, revision=revision),
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        options=options or {},
+        probe=probe,
+    )
 
 
 @overload

@@ -300,12 +300,32 @@ def info(
     revision: Revision = None,
     samples: SampleCount = 10,
     length: Length = 128,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    option: CriterionOption = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Measure this machine for two seconds; without, no times are foretold.",
+        ),
+    ] = True,
     json: Json = False,
 ) -> None:
     """Blocks, parameters and bytes of a model, what a removal saves, and what scoring takes."""
     import shortllm
+    from shortllm import criteria
 
-    summary = shortllm.info(model, revision=revision, samples=samples, length=length)
+    summary = shortllm.info(
+        model,
+        revision=revision,
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        options=_options(option, criteria.names()),
+        probe=probe,
+    )
     if json:
         _print_json(summary.model_dump(mode="json"))
     else:
@@ -927,8 +947,38 @@ def _print_summary(summary: ModelSummary) -> None:
         if k <= most
     ]
     _print_table(("blocks", "parameters", "bytes"), saved)
+    _print_estimates(summary)
+
+
+def _print_estimates(summary: ModelSummary) -> None:
     typer.echo(
-        f"\nscoring by ppl on {summary.samples} x {summary.length} tokens: "
-        f"{summary.scoring_flops / 1e12:.3g} TFLOP, about {summary.scoring_bytes / 2**30:.2f} "
-        "GiB in float32"
+        f"\nscoring on {summary.samples} x {summary.length} tokens in {summary.dtype} on "
+        f"{summary.device}, foretold"
     )
+    rows = [
+        (
+            ", ".join(one.criteria),
+            "streamed" if one.streamed else "in memory",
+            f"{one.flops / 1e12:.3g}",
+            f"{one.peak_bytes / 2**30:.2f}",
+            *(() if one.seconds is None else (_duration(one.seconds),)),
+        )
+        for one in summary.estimates
+    ]
+    time = () if summary.probe is None else ("time",)
+    _print_table(("criteria", "blocks", "TFLOP", "peak GiB", *time), rows)
+    if summary.probe is not None:
+        typer.echo(
+            f"measured: {summary.probe.matrix_flops_per_s / 1e9:.0f} GFLOP/s in matrix products, "
+            f"{summary.probe.read_bytes_per_s / 1e6:.0f} MB/s read from the model's files"
+        )
+    mode = "read one at a time (streamed)" if summary.streamed else "all in memory"
+    typer.echo(f"without --stream or --no-stream, blocks are {mode}: {summary.why}")
+
+
+def _duration(seconds: float) -> str:
+    """E.g. `12.3 s`, `5.2 min` or `3.1 h`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -92,6 +92,11 @@ class Asked:
         budget = Budget(ratio=0.5, protect_first=first, protect_last=last)
         return [block for [block] in removable(budget, model)]
 
+    def rounds(self, model: ModelInfo) -> int:
+        """How many blocks a criterion that removes blocks removes."""
+        free = len(self.free(model))
+        return min(self.options["rounds"] or max(1, free // 2), free)
+
     def call(self, *arguments: Any) -> Any:
         return self.criterion.function(*arguments, **self.options)
 
@@ -312,9 +317,8 @@ class Scorer:
     def _work_of_rounds(self, one: Asked) -> float:
         inner, free = one.inner(), one.free(self.checkpoint.info())
         assert inner is not None
-        rounds = one.options["rounds"] or max(1, len(free) // 2)
         total = 0.0
-        for done in range(min(rounds, len(free))):
+        for done in range(one.rounds(self.checkpoint.info())):
             gone = set(free[:done])
             kept = [b for b in range(self.checkpoint.block_count) if b not in gone]
             total += self._work([inner], kept, free[done:])

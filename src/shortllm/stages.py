@@ -28,7 +28,6 @@ from shortllm.results import BlockScores, Cost, EvaluatedModel, Evaluation, Prun
 from shortllm.runtime import (
     ALONE,
     Ranks,
-    available_memory,
     choose_device,
     choose_dtype,
     peak_memory,
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
     from shortllm.segments import Segments
 
 log = logging.getLogger(__name__)
-
-ROOM_BESIDE_WEIGHTS = 1.15
-"""Free memory that a model in memory takes, as a multiple of its weights."""
 
 
 class Session:
@@ -115,21 +111,18 @@ class Session:
 
     def _streams(self, checkpoint: Checkpoint) -> bool:
         """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
+        from shortllm.model.loading import room_for
+
         if self._stream is not None:
             return self._stream
-        free = available_memory(self.device)
-        needed = checkpoint.parameters * self._torch_dtype(checkpoint).itemsize
-        if free is None or needed * ROOM_BESIDE_WEIGHTS <= free:
-            return False
-        log.info(
-            "%s needs %.1f GiB of memory on %s and %.1f GiB are free: its blocks are read one at a "
-            "time from the files (streamed)",
-            checkpoint.id,
-            needed * ROOM_BESIDE_WEIGHTS / 2**30,
-            self.device,
-            free / 2**30,
-        )
-        return True
+        room = room_for(checkpoint, device=self.device, dtype=self._torch_dtype(checkpoint))
+        if not room.suffices:
+            log.info(
+                "%s: %s; its blocks are read one at a time from the files (streamed)",
+                checkpoint.id,
+                room,
+            )
+        return not room.suffices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

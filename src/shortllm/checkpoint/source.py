@@ -90,6 +90,16 @@ class Checkpoint:
                 totals[block] += entry.elements
         return totals
 
+    @cached_property
+    def bytes_per_block(self) -> list[int]:
+        """Stored bytes of each block."""
+        totals = [0] * self.block_count
+        for entry in self.tensors.values():
+            block = self.block_names.block_of(entry.name)
+            if block is not None:
+                totals[block] += entry.bytes
+        return totals
+
     def block_weights(self, block: int) -> list[TensorEntry]:
         """The stored weights of a block: see `is_weight`."""
         return [
