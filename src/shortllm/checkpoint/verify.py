@@ -22,6 +22,9 @@ Surgery copies weights bit by bit, so that the first comparison is exact on one 
 is for kernels that choose another order of summation (with a cache above all).
 """
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What forwards call the cache of keys and values, the newer name first."""
+
 
 def probe_ids(vocabulary: int) -> Tensor:
     """Fixed pseudo-random token ids, `[2, 24]`."""
@@ -74,13 +77,12 @@ def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
     ids = ids.to(next(model.parameters()).device)
     start = ids.shape[1] - 4
     output = model(input_ids=ids[:, :start], use_cache=True)
-    if getattr(output, "past_key_values", None) is None:
+    name = next((name for name in CACHE_NAMES if name in output), None)
+    if name is None:
         return None
     pieces = [output.logits]
     for t in range(start, ids.shape[1]):
-        output = model(
-            input_ids=ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True
-        )
+        output = model(input_ids=ids[:, t : t + 1], use_cache=True, **{name: output[name]})
         pieces.append(output.logits)
     return torch.cat(pieces, dim=1).float().cpu()
 
