@@ -43,7 +43,7 @@ SHAPE = {
     "num_hidden_layers": 32,
     "vocab_size": 32_000,
 }
-SAMPLES, LENGTH = 10, 128
+LENGTH = 128
 TIMED = 4
 """Blocks of the plain loop that are timed where it is scaled up."""
 
@@ -80,13 +80,13 @@ def plain(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[f
     return lambda: plain_perplexities(loaded, ids, removed)
 
 
-def foretell(model: Path, dtype: str, greedy: int) -> dict[str, Any]:
+def foretell(model: Path, dtype: str, samples: int, greedy: int) -> dict[str, Any]:
     """What `shortllm info` says of scoring the model in memory."""
     import shortllm
 
     summary = shortllm.info(
         str(model),
-        samples=SAMPLES,
+        samples=samples,
         length=LENGTH,
         dtype=dtype,
         options={"greedy": {"rounds": greedy or None, "protect_first": 0, "protect_last": 0}},
@@ -96,15 +96,15 @@ def foretell(model: Path, dtype: str, greedy: int) -> dict[str, Any]:
     return {"predicted_seconds": found.seconds, "predicted_peak_bytes": found.peak_bytes}
 
 
-def flops(candidates_times_blocks: float, heads: int) -> float:
+def flops(candidates_times_blocks: float, heads: int, samples: int) -> float:
     """Operations of so many block passes and so many passes of the head over all tokens."""
     hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     block = 2 * (4 * hidden**2 + 3 * hidden * inner)
     head = 2 * hidden * SHAPE["vocab_size"]
-    return SAMPLES * (LENGTH * candidates_times_blocks * block + (LENGTH - 1) * heads * head)
+    return samples * (LENGTH * candidates_times_blocks * block + (LENGTH - 1) * heads * head)
 
 
-def worker(side: str, model: Path, dtype: str, greedy: int) -> dict[str, Any]:
+def worker(side: str, model: Path, dtype: str, samples: int, greedy: int) -> dict[str, Any]:
     """One measurement."""
     import torch
 
@@ -113,9 +113,9 @@ def worker(side: str, model: Path, dtype: str, greedy: int) -> dict[str, Any]:
     if side == "rate":
         return matrix_rate(dtype)
     if side == "foretell":
-        return foretell(model, dtype, greedy)
+        return foretell(model, dtype, samples, greedy)
     torch.manual_seed(0)
-    ids = torch.randint(0, SHAPE["vocab_size"], (SAMPLES, LENGTH))
+    ids = torch.randint(0, SHAPE["vocab_size"], (samples, LENGTH))
     (walk if side == "walk" else plain)(model, dtype, ids[:1, :8], 1)()  # first-use costs
     run = (walk if side == "walk" else plain)(model, dtype, ids, greedy)
     before = peak_memory()
@@ -139,12 +139,12 @@ def passes(greedy: int) -> tuple[float, int]:
     return sum(n * (n + 1) / 2 for n in left), sum(n + 1 for n in left)
 
 
-def compare(model: Path, dtype: str, rounds: int, greedy: int) -> dict[str, Any]:
+def compare(model: Path, dtype: str, rounds: int, samples: int, greedy: int) -> dict[str, Any]:
     """Alternate both sides and the yardstick, and sum up."""
 
     def measure(side: str) -> dict[str, Any]:
         given = ["--worker", side, "--model", model, "--dtypes", dtype, "--greedy", greedy]
-        return in_own_process(__file__, *given)
+        return in_own_process(__file__, *given, "--samples", samples)
 
     foretold = measure("foretell")
     runs: dict[str, list[dict[str, Any]]] = {"walk": [], "plain": [], "rate": []}
@@ -152,7 +152,7 @@ def compare(model: Path, dtype: str, rounds: int, greedy: int) -> dict[str, Any]
         for side in ("rate", "walk", "plain") if number % 2 == 0 else ("rate", "plain", "walk"):
             runs[side].append(measure(side))
     blocks = SHAPE["num_hidden_layers"]
-    work = flops(*passes(greedy))
+    work = flops(*passes(greedy), samples)
 
     def shares(time: str, rate: str) -> list[float]:
         pairs = zip(runs["walk"], runs["rate"], strict=True)
@@ -162,7 +162,7 @@ def compare(model: Path, dtype: str, rounds: int, greedy: int) -> dict[str, Any]
         pairs = zip(runs["walk"], runs["plain"], strict=True)
         return [plain[time] / walk[time] for walk, plain in pairs]
 
-    plain_work = flops((greedy or 1) * blocks * (blocks - 1), (greedy or 1) * blocks)
+    plain_work = flops((greedy or 1) * blocks * (blocks - 1), (greedy or 1) * blocks, samples)
     found = {
         "ratio": round(statistics.median(ratios("seconds")), 3),
         "ratios": [round(ratio, 3) for ratio in ratios("seconds")],
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--samples", type=int, default=10, help=f"of {LENGTH} tokens")
     parser.add_argument("--greedy", type=int, default=0, metavar="N", help="remove N in rounds")
     parser.add_argument(
         "--worker", choices=["walk", "plain", "rate", "foretell"], help=argparse.SUPPRESS
@@ -210,19 +211,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        given = (arguments.worker, arguments.model, arguments.dtypes[0], arguments.greedy)
-        print(json.dumps(worker(*given)))
+        given = (arguments.model, arguments.dtypes[0], arguments.samples, arguments.greedy)
+        print(json.dumps(worker(arguments.worker, *given)))
         return
     result: dict[str, Any] = {
-        "shape": {**SHAPE, "samples": SAMPLES, "length": LENGTH},
+        "shape": {**SHAPE, "samples": arguments.samples, "length": LENGTH},
         "cores": len(os.sched_getaffinity(0)),
         "greedy": arguments.greedy,
     }
     with tempfile.TemporaryDirectory(prefix="scoring-") as place:
         model = Path(place, "model")
         make_checkpoint(model, SHAPE)
+        how = (arguments.rounds, arguments.samples, arguments.greedy)
         for dtype in arguments.dtypes:
-            result[dtype] = compare(model, dtype, arguments.rounds, arguments.greedy)
+            result[dtype] = compare(model, dtype, *how)
             print(line_of(dtype, result[dtype]), flush=True)
     line = json.dumps(result)
     if arguments.out:
