@@ -318,6 +318,8 @@ def main() -> None:
         return
     if arguments.keep and arguments.dir is None:
         parser.error("--keep needs --dir")
+    if arguments.dir is not None:
+        arguments.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="scoring-", dir=arguments.dir) as place:
         directory = arguments.dir if arguments.keep else Path(place)
         arguments.model = directory / arguments.shape
