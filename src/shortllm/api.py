@@ -17,8 +17,8 @@ from shortllm.errors import CriterionError, DataError, OutputError, ResultFileEr
 from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
-from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results import BlockScores, Evaluation, PrunePlan
+from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
@@ -279,3 +279,51 @@ def run(
 ) -> RunResult:
     """All stages in one directory; see `shortllm.pipeline.run`."""
     return pipeline.run(recipe, out=out, command=command)
+
+
+def bench(
+    models: Sequence[str],
+    *,
+    options: BenchmarkOptions | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Benchmark:
+    """Latency, throughput and memory of one or more models, measured in turn.
+
+    Args:
+        out: a directory for bench.json, bench.csv and the plots; a run directory will do. An
+            interrupted sweep goes on where it was.
+    Raises:
+        ShortLLMError: what cannot be measured here, before any model is loaded.
+    """
+    from shortllm.benchmark import (
+        benchmark_fingerprint,
+        check_options,
+        measure_speed,
+        unfinished_file,
+    )
+    from shortllm.meters import meter_of
+    from shortllm.reporting.speed import write_benchmark
+
+    if not models:
+        raise ShortLLMError("no model to measure. Give one or more")
+    options = options or BenchmarkOptions()
+    check_options(options)
+    session = stages.Session(device=device, dtype=dtype)
+    meter = meter_of(session.device)
+    checkpoints = _named(models)
+    if out is not None:
+        if out.is_file():
+            raise OutputError(f"--out {out} is a file. Give a directory")
+        require_writable(out)
+        expected = benchmark_fingerprint(checkpoints, options, session, meter)
+        found = pipeline.finished(Benchmark, out / "bench.json", expected)
+        if found is not None:
+            return found
+        out.mkdir(parents=True, exist_ok=True)
+    measured = measure_speed(checkpoints, options, session=session, directory=out)
+    if out is not None:
+        write_benchmark(out, measured)
+        unfinished_file(out).unlink(missing_ok=True)
+    return measured

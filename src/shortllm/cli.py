@@ -23,7 +23,7 @@ from shortllm.errors import BudgetError, CriterionError, ShortLLMError
 if TYPE_CHECKING:
     from shortllm.planning import Budget
     from shortllm.recipe import CalibrationOptions
-    from shortllm.results import BlockScores, Evaluation, PrunePlan
+    from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan
     from shortllm.summary import ModelSummary
 
 app = typer.Typer(
@@ -478,6 +478,102 @@ def report(
     import shortllm
 
     typer.echo(f"report: {shortllm.report(run_dir)}")
+
+
+# Speed and memory.
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or Hub ids.")
+    ],
+    batch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Batch sizes, e.g. 1,4,16. Default: 1."),
+    ] = None,
+    new_tokens: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Lengths of what is generated, e.g. 128,512. Default: 128."),
+    ] = None,
+    preset: Annotated[
+        Optional[Literal["paper"]],  # noqa: UP045
+        typer.Option(help="A published sweep; paper: batch 1 to 256, 128 and 512 new tokens."),
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Runs of each model before the measured ones.")] = 10,
+    runs: Annotated[int, typer.Option(help="Measured runs of each model.")] = 20,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Default: The Leaning Tower of Pisa is known for."),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="With a static cache and torch.compile.")
+    ] = False,
+    attention: Annotated[
+        Optional[Literal["sdpa", "eager", "flash_attention_2"]],  # noqa: UP045
+        typer.Option("--attn", help="Attention implementation. Default: the model's own."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Directory for bench.json, bench.csv and plots, e.g. a run directory."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Latency, throughput and memory of models, which take turns run by run.
+
+    Speed-ups are against the first model. With --out an interrupted sweep goes on where it was
+    when the same command is given again.
+    """
+    import shortllm
+    from shortllm.recipe import BENCHMARK_PRESETS, PROMPT
+
+    sweep = BENCHMARK_PRESETS[preset] if preset else {"batches": [1], "new_tokens": [128]}
+    measured = shortllm.bench(
+        models,
+        options=shortllm.BenchmarkOptions(
+            batches=_counts(batch, "--batch") or sweep["batches"],
+            new_tokens=_counts(new_tokens, "--new-tokens") or sweep["new_tokens"],
+            warmup=warmup,
+            runs=runs,
+            prompt=prompt or PROMPT,
+            compile=compile,
+            attention=attention,
+        ),
+        out=out,
+        device=device,
+        dtype=dtype,
+    )
+    if json:
+        _print_json(measured.model_dump(mode="json"))
+        return
+    _print_benchmark(measured)
+    if out is not None:
+        typer.echo(f"benchmark: {out / 'bench.json'}")
+
+
+def _counts(text: str | None, flag: str) -> list[int]:
+    """`1,4,16` as numbers; none where nothing was given.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise ShortLLMError(f"{flag} '{text}' is not a list of numbers such as 1,4,16") from error
+
+
+def _print_benchmark(found: Benchmark) -> None:
+    from shortllm.reporting.speed import table
+
+    typer.echo(
+        f"{found.device_name}, {'compiled, ' if found.compiled else ''}"
+        f"{found.warmup} warm-up and {found.runs} measured runs of each model, in turn"
+    )
+    head, rows = table(found)
+    _print_table(head, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
