@@ -11,9 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from shortllm import pipeline, stages
+from shortllm import pipeline, stages, targets
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.errors import CriterionError, DataError, OutputError, ResultFileError, ShortLLMError
+from shortllm.errors import (
+    CheckpointError,
+    CriterionError,
+    DataError,
+    OutputError,
+    ResultFileError,
+    ShortLLMError,
+)
 from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
@@ -121,12 +128,24 @@ def asked_criteria(names: Sequence[str], options: Mapping[str, Mapping[str, Any]
     return asked
 
 
-def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None = None) -> PrunePlan:
+def plan(
+    scores: BlockScores | Path | str,
+    budget: Budget,
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> PrunePlan:
     """Choose blocks by scores.
 
     Args:
         scores: scores, a scores.json, or a run directory, which then gets plan.json too.
-        out: where to save the plan; default plan.json beside the scores, if those are a file.
+        out: where to save the plan; default plan.json beside the scores, if those are a file. How
+            a target came to its number of blocks is saved beside it as target.json.
+        device, dtype: for a target of speed or memory, which is that of the model scored.
+    Raises:
+        BudgetError: a budget that cannot be met.
+        CheckpointError: a target, and the model scored is no longer there.
     """
     if not isinstance(scores, BlockScores):
         path = _scores_path(Path(scores))
@@ -134,10 +153,32 @@ def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None =
         scores = BlockScores.load(path)
     if out is not None:
         require_file_target(out)
+    directory = None if out is None else out.parent
+    target = None
+    if budget.target() is not None:
+        session = stages.Session(device=device, dtype=dtype)
+        checkpoint = _scored_checkpoint(scores)
+        budget, target = targets.resolve(budget, checkpoint, session, directory=directory)
     made = build_plan(budget, model=scores.model, scores=scores)
-    if out is not None:
+    if out is not None and directory is not None:
+        targets.keep(target, directory)
         made.save(out)
     return made
+
+
+def _scored_checkpoint(scores: BlockScores) -> Checkpoint:
+    """The model that scores speak of.
+
+    Raises:
+        CheckpointError: it is not there, or was changed since.
+    """
+    checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
+    if checkpoint.fingerprint != scores.model.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.id} was changed since it was scored, so that a target for it cannot be "
+            "turned into a number of blocks. Score it again with `shortllm score`"
+        )
+    return checkpoint
 
 
 def _scores_path(path: Path) -> Path:

@@ -427,7 +427,9 @@ def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
         return torch.arange(1, STAND_IN_TOKENS + 1) % vocabulary(checkpoint)
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
-        raise DataError(f"the prompt '{prompt}' has no tokens for {checkpoint.id}. Give a longer one")
+        raise DataError(
+            f"the prompt '{prompt}' has no tokens for {checkpoint.id}. Give a longer one"
+        )
     return torch.tensor(ids)
 
 

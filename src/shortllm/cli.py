@@ -137,6 +137,18 @@ Blocks = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Exactly these blocks, counted from 0, e.g. 3,4,8."),
 ]
+TargetParams = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="At most so many parameters left, e.g. 1.0B or 350M."),
+]
+TargetMemory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="At most so much memory left for weights and cache, e.g. 8GiB."),
+]
+TargetSpeedup = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="At least so many times as fast, measured here, e.g. 1.3."),
+]
 ProtectFirst = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="First blocks that stay. Default: 4, at most a quarter of the blocks."),
@@ -188,6 +200,9 @@ def run(
     ratio: Ratio = None,
     param_ratio: ParamRatio = None,
     blocks: Blocks = None,
+    target_params: TargetParams = None,
+    target_memory: TargetMemory = None,
+    target_speedup: TargetSpeedup = None,
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
@@ -233,6 +248,7 @@ def run(
         contiguous,
         protect_first,
         protect_last,
+        targets=_targets(target_params, target_memory, target_speedup),
         default_ratio=0.25,
     )
     recipe = shortllm.Recipe(
@@ -359,6 +375,9 @@ def plan(
     ratio: Ratio = None,
     param_ratio: ParamRatio = None,
     blocks: Blocks = None,
+    target_params: TargetParams = None,
+    target_memory: TargetMemory = None,
+    target_speedup: TargetSpeedup = None,
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
@@ -366,13 +385,24 @@ def plan(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Where to write the plan. Default: plan.json beside the scores."),
     ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
     """Choose the blocks to remove from scores and a budget."""
     import shortllm
 
-    budget = _budget(remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last)
-    made = shortllm.plan(scores, budget, out=out)
+    budget = _budget(
+        remove,
+        ratio,
+        param_ratio,
+        blocks,
+        contiguous,
+        protect_first,
+        protect_last,
+        targets=_targets(target_params, target_memory, target_speedup),
+    )
+    made = shortllm.plan(scores, budget, out=out, device=device, dtype=dtype)
     if json:
         _print_json(made.model_dump(mode="json"))
         return
@@ -481,6 +511,32 @@ def report(
 
 
 # Speed and memory.
+
+
+def _targets(params: str | None, memory: str | None, speedup: float | None) -> dict[str, Any]:
+    """The fields of a budget that say what should be left."""
+    return {
+        "target_params": _parameters(params),
+        "target_memory": _bytes(memory),
+        "target_speedup": speedup,
+    }
+
+
+def _parameters(text: str | None) -> int | None:
+    """`1.0B`, `350M` or a plain number as a count.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    if text is None:
+        return None
+    powers = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+    number = text.strip().rstrip("KkMmBbTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(round(float(number) * 10.0 ** powers[unit]))
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ShortLLMError(f"'{text}' is no number of parameters such as 1.0B or 350M") from error
 
 
 @app.command()
@@ -636,11 +692,13 @@ def _budget(
     protect_first: int | None,
     protect_last: int | None,
     *,
+    targets: dict[str, Any],
     default_ratio: float | None = None,
 ) -> Budget:
     import shortllm
 
-    if remove is None and param_ratio is None and blocks is None and ratio is None:
+    amounts = (remove, param_ratio, blocks, ratio, *targets.values())
+    if all(amount is None for amount in amounts):
         ratio = default_ratio
     budget = shortllm.Budget(
         remove=remove,
@@ -650,6 +708,7 @@ def _budget(
         contiguous=contiguous,
         protect_first=protect_first,
         protect_last=protect_last,
+        **targets,
     )
     budget.asked()
     return budget

@@ -1,13 +1,13 @@
 """What a device tells of a run: when it is done, how much memory it took, how busy it was.
 
-    meter_of(device) ─► Meter      synchronize, reset, peaks, sample, release
-    Sampler(meter)                 a thread that samples while a run goes on
+meter_of(device) ─► Meter      synchronize, reset, peaks, sample, release
+Sampler(meter)                 a thread that samples while a run goes on
 
-              when it is done    peak memory                    utilisation
-    cuda      synchronise        allocator; NVML, device        NVML, the device in use
-    mps       synchronise        allocator, sampled             not told
-    cpu       at once            resident memory of the         time of this process over
-                                 process                        that of the processors it may use
+          when it is done    peak memory                    utilisation
+cuda      synchronise        allocator; NVML, device        NVML, the device in use
+mps       synchronise        allocator, sampled             not told
+cpu       at once            resident memory of the         time of this process over
+                             process                        that of the processors it may use
 """
 
 from __future__ import annotations
@@ -82,15 +82,13 @@ def meter_of(device: torch.device) -> Meter:
     """
     meters: dict[str, Any] = {"cpu": CpuMeter, "cuda": CudaMeter, "mps": MpsMeter}
     if device.type not in meters:
-        raise ShortLLMError(
-            f"device '{device}' cannot be measured. Available: {', '.join(meters)}"
-        )
+        raise ShortLLMError(f"device '{device}' cannot be measured. Available: {', '.join(meters)}")
     meter: Meter = meters[device.type](device)
     return meter
 
 
 class CpuMeter:
-    """This process on a CPU. Work is done when the call returns, so there is nothing to wait for."""
+    """This process on a CPU, whose work is done when a call returns."""
 
     def __init__(self, device: torch.device) -> None:
         import psutil

@@ -271,6 +271,17 @@ class Measurement(Record):
     )
 
 
+def paired_speedup(first: Measurement, other: Measurement) -> float | None:
+    """Latency of the first over the other's: the median over the runs that were measured in turn.
+
+    Pairing each run with its neighbour takes out what drifts between runs.
+    """
+    if not first.latencies_s or not other.latencies_s:
+        return None
+    pairs = zip(first.latencies_s, other.latencies_s, strict=True)
+    return statistics.median(before / after for before, after in pairs)
+
+
 class BenchmarkedModel(Record):
     """Which model a name in bench.json stands for."""
 
@@ -316,16 +327,9 @@ class Benchmark(ResultFile):
         return None
 
     def speedup(self, one: Measurement) -> float | None:
-        """Latency of the first model over this one's: the median over the runs measured in turn.
-
-        Pairing each run with its neighbour takes out what drifts between runs. None where one of
-        the two has no latency.
-        """
+        """How many times as fast as the first model; None where one of the two has no latency."""
         first = self.find(self.models[0].name, one.batch, one.new_tokens)
-        if first is None or not first.latencies_s or not one.latencies_s:
-            return None
-        pairs = zip(first.latencies_s, one.latencies_s, strict=True)
-        return statistics.median(before / after for before, after in pairs)
+        return None if first is None else paired_speedup(first, one)
 
     def ideal_speedup(self, model: str) -> float:
         """What removing blocks would give if time were that of blocks plus head alone."""
@@ -338,6 +342,7 @@ class DepthSpeed(Record):
 
     blocks: int = Field(description="blocks that ran")
     latency_s: float = Field(description="median")
+    speedup: float = Field(description="over the intact model")
 
 
 class Target(ResultFile):
@@ -347,7 +352,7 @@ class Target(ResultFile):
     asked: dict[str, float] = Field(description="e.g. {'target_speedup': 1.3}")
     remove: int = Field(description="blocks to remove")
     expected: float = Field(
-        description="speed-up by interpolation; parameters or bytes of what is left, at the most"
+        description="speed-up by a straight line; parameters or bytes of what is left, at the most"
     )
     reached: float = Field(description="the same, verified: measured again, or as expected")
     dtype: str | None = Field(default=None, description="type that bytes were counted in")

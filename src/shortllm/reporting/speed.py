@@ -1,7 +1,7 @@
 """What a benchmark shows: a table, plots against batch and against blocks removed, a CSV file.
 
-    Benchmark ─► speed_context    the section `templates/sections/speed.html.j2` of a report
-              ─► write_benchmark  bench.csv, bench-*.svg and bench.json in a directory
+Benchmark ─► speed_context    the section `templates/sections/speed.html.j2` of a report
+          ─► write_benchmark  bench.csv, bench-*.svg and bench.json in a directory
 """
 
 from __future__ import annotations
@@ -235,7 +235,11 @@ def speed_context(found: Benchmark) -> dict[str, Any]:
 def _cells(found: Benchmark, one: Measurement) -> dict[str, str]:
     """The figures of a row in a reader's words."""
     if one.status != "ok":
-        return {"batch": f"{one.batch:,}", "new_tokens": f"{one.new_tokens:,}", "status": one.status}
+        return {
+            "batch": f"{one.batch:,}",
+            "new_tokens": f"{one.new_tokens:,}",
+            "status": one.status,
+        }
     std = f" ± {number(one.latency_std_s, 2)}" if one.latency_std_s is not None else ""
     milli = {
         name: number(1000 * value, 3) if value is not None else NONE
