@@ -208,7 +208,8 @@ def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Targe
             "--protect-last 0"
         )
     guess = min(most, max(1, round(count * (1 - 1 / value))))
-    depths = measure_depths(checkpoint, session, [count, *{count - guess, count - most}])
+    shorter = dict.fromkeys((count - guess, count - most))
+    depths = measure_depths(checkpoint, session, [count, *shorter])
     expected = speedup_line(depths)
     fast = [removed for removed in range(1, most + 1) if expected(removed) >= value]
     if not fast:
