@@ -135,48 +135,67 @@ def measure_speed(
         )
         for name, checkpoint in checkpoints.items()
     ]
-    result = Benchmark(
-        models=[_described(one, checkpoints[one.name], session) for one in subjects],
-        measurements=[],
-        prompt=options.prompt,
-        top_k=TOP_K,
-        top_p=TOP_P,
-        temperature=TEMPERATURE,
-        seed=options.seed,
-        warmup=options.warmup,
-        runs=options.runs,
-        compiled=options.compile,
-        attention=options.attention,
-        device=session.device.type,
-        device_name=meter.name,
-        threads=torch.get_num_threads(),
-        load_average=load_average(),
-        versions=versions(),
+    return sweep(
+        subjects,
+        [_described(one, checkpoints[one.name], session) for one in subjects],
+        options,
+        device=session.device,
         fingerprint=benchmark_fingerprint(checkpoints, options, session, meter),
+        directory=directory,
     )
-    return _swept(result, Turns(subjects, options, session.device, meter), directory)
 
 
-def _swept(result: Benchmark, turns: Turns, directory: Path | None) -> Benchmark:
-    """The result with all its cells; those that an interrupted sweep had finished are taken over.
+def sweep(
+    subjects: Sequence[Subject],
+    models: Sequence[BenchmarkedModel],
+    options: BenchmarkOptions,
+    *,
+    device: torch.device,
+    fingerprint: str,
+    directory: Path | None = None,
+) -> Benchmark:
+    """Every cell of the sweep for models that are in memory.
 
-    What is unfinished lies in `bench.partial`, which may be deleted once the result is safe.
+    Args:
+        models: what the result says of each subject.
+        fingerprint: of everything the figures depend on.
+        directory: as for `measure_speed`. What is unfinished lies there in `bench.partial`, which
+            may be deleted once the result is safe.
     """
+    meter = meter_of(device)
+    turns = Turns(subjects, options, device, meter)
     kept = None if directory is None else unfinished_file(directory)
-    if kept is not None and (earlier := _unfinished(kept, result.fingerprint)) is not None:
-        result = earlier
-    options = turns.options
+    result = None if kept is None else _unfinished(kept, fingerprint)
+    if result is None:
+        result = Benchmark(
+            models=list(models),
+            measurements=[],
+            prompt=options.prompt,
+            top_k=TOP_K,
+            top_p=TOP_P,
+            temperature=TEMPERATURE,
+            seed=options.seed,
+            warmup=options.warmup,
+            runs=options.runs,
+            compiled=options.compile,
+            attention=options.attention,
+            device=device.type,
+            device_name=meter.name,
+            threads=torch.get_num_threads(),
+            load_average=load_average(),
+            versions=versions(),
+            fingerprint=fingerprint,
+        )
     cells = [
         (batch, new_tokens)
         for new_tokens in dict.fromkeys(options.new_tokens)
         for batch in dict.fromkeys(options.batches)
-        if result.find(result.models[0].name, batch, new_tokens) is None
+        if result.find(subjects[0].name, batch, new_tokens) is None
     ]
-    runs = len(cells) * len(turns.subjects) * (options.warmup + options.runs)
+    runs = len(cells) * len(subjects) * (options.warmup + options.runs)
     with progress("measuring", runs) as advance:
         for batch, new_tokens in cells:
-            measured = turns.measure(batch, new_tokens, advance)
-            found = [*result.measurements, *measured]
+            found = [*result.measurements, *turns.measure(batch, new_tokens, advance)]
             result = result.model_copy(update={"measurements": found})
             if kept is not None:
                 result.save(kept)
