@@ -338,12 +338,7 @@ def bench(
     Raises:
         ShortLLMError: what cannot be measured here, before any model is loaded.
     """
-    from shortllm.benchmark import (
-        benchmark_fingerprint,
-        check_options,
-        measure_speed,
-        unfinished_file,
-    )
+    from shortllm.benchmark import benchmark_fingerprint, check_options, measure_speed
     from shortllm.meters import meter_of
     from shortllm.reporting.speed import write_benchmark
 
@@ -366,5 +361,4 @@ def bench(
     measured = measure_speed(checkpoints, options, session=session, directory=out)
     if out is not None:
         write_benchmark(out, measured)
-        unfinished_file(out).unlink(missing_ok=True)
     return measured

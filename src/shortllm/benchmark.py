@@ -32,13 +32,19 @@ from torch import Tensor
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import CheckpointError, DataError, ResultFileError, ShortLLMError
 from shortllm.evaluation import TEMPERATURE, TOP_K, TOP_P
-from shortllm.files import PARTIAL, fingerprint
+from shortllm.files import fingerprint
 from shortllm.meters import Meter, Sampler, bounded_memory, is_out_of_memory, load_average, meter_of
 from shortllm.model.blocks import text_config
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, quiet_transformers
 from shortllm.recipe import BenchmarkOptions
-from shortllm.results import Benchmark, BenchmarkedModel, Measurement, PeakMemory
+from shortllm.results import (
+    UNFINISHED_BENCHMARK,
+    Benchmark,
+    BenchmarkedModel,
+    Measurement,
+    PeakMemory,
+)
 from shortllm.runtime import progress, versions
 from shortllm.stages import Session, load_tokenizer, vocabulary
 
@@ -159,12 +165,11 @@ def sweep(
     Args:
         models: what the result says of each subject.
         fingerprint: of everything the figures depend on.
-        directory: as for `measure_speed`. What is unfinished lies there in `bench.partial`, which
-            may be deleted once the result is safe.
+        directory: as for `measure_speed`.
     """
     meter = meter_of(device)
     turns = Turns(subjects, options, device, meter)
-    kept = None if directory is None else unfinished_file(directory)
+    kept = None if directory is None else directory / UNFINISHED_BENCHMARK
     result = None if kept is None else _unfinished(kept, fingerprint)
     if result is None:
         result = Benchmark(
@@ -200,11 +205,6 @@ def sweep(
             if kept is not None:
                 result.save(kept)
     return result
-
-
-def unfinished_file(directory: Path) -> Path:
-    """Where the finished cells of an unfinished sweep are kept."""
-    return directory / f"bench{PARTIAL}"
 
 
 def _unfinished(path: Path, expected: str) -> Benchmark | None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import Self
 
 from shortllm.errors import ResultFileError, did_you_mean
-from shortllm.files import write_text
+from shortllm.files import PARTIAL, write_text
 
 
 class Record(BaseModel):
@@ -218,6 +218,10 @@ class Evaluation(ResultFile):
     models: list[EvaluatedModel]
     dtype: str
     versions: dict[str, str] = Field(default_factory=dict)
+
+
+UNFINISHED_BENCHMARK = f"bench{PARTIAL}"
+"""File in which the finished cells of a sweep are kept until bench.json is written."""
 
 
 class PeakMemory(Record):

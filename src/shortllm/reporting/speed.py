@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from shortllm.files import write_text
 from shortllm.reporting.plots import _COLOURS, _as_inline_svg, _tick
 from shortllm.reporting.wording import NONE, counted, number, percent, short_bytes
-from shortllm.results import Benchmark, Measurement, PeakMemory
+from shortllm.results import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -319,6 +319,7 @@ def write_benchmark(directory: Path, found: Benchmark) -> None:
         if stale.stem.removeprefix("bench-") not in plots:
             stale.unlink()
     found.save(directory / "bench.json")
+    (directory / UNFINISHED_BENCHMARK).unlink(missing_ok=True)
 
 
 def _standalone(svg: str) -> str:
