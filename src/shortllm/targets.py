@@ -25,9 +25,9 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, ResultFileError
 from shortllm.files import fingerprint
 from shortllm.model.blocks import text_config
-from shortllm.planning import Budget
+from shortllm.planning import Budget, protected_blocks, removable
 from shortllm.recipe import BenchmarkOptions
-from shortllm.results import DepthSpeed, Target, paired_speedup
+from shortllm.results import DepthSpeed, ModelInfo, Target, paired_speedup
 from shortllm.runtime import progress
 from shortllm.stages import Session
 
@@ -67,10 +67,10 @@ def resolve(
     log.info("%s", described(found))
     if not found.is_met:
         log.warning(
-            "the target of %s is missed: %s was measured. Ask for --remove %d to be nearer to it",
+            "the target of %s is missed: %s was measured. Ask for more than --remove %d",
             value,
             round(found.reached, 3),
-            found.remove + 1,
+            found.remove,
         )
     return budget.model_copy(update={name: None, "remove": found.remove}), found
 
@@ -100,7 +100,7 @@ def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> st
         {
             "model": checkpoint.fingerprint,
             "asked": budget.asked(),
-            "protected": budget.protected(checkpoint.block_count),
+            "removable": removable(budget, checkpoint.info()),
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
             "options": SPEED_OPTIONS.model_dump(mode="json"),
@@ -117,16 +117,26 @@ def _finished(directory: Path, expected: str) -> Target | None:
     return found if found.fingerprint == expected else None
 
 
-def _free(budget: Budget, count: int) -> list[int]:
-    """Blocks that may go; at most all but one."""
-    protected = set(budget.protected(count))
-    free = [block for block in range(count) if block not in protected]
-    return free[: count - 1]
+def _free(budget: Budget, model: ModelInfo) -> list[list[int]]:
+    """What goes together and may go, so that something stays: blocks, or periods of them.
+
+    Raises:
+        BudgetError: nothing may.
+    """
+    units = removable(budget, model)
+    if sum(map(len, units)) == model.blocks:
+        units.pop()
+    if not units:
+        raise BudgetError(
+            f"none of the {model.blocks} blocks may go. Pass --protect-first 0 --protect-last 0"
+        )
+    return units
 
 
-def _relief(budget: Budget, count: int) -> str:
+def _relief(budget: Budget, model: ModelInfo) -> str:
     """The way out of a target that protected blocks stand in the way of."""
-    return ", or pass --protect-first 0 --protect-last 0" if budget.protected(count) else ""
+    blocked = protected_blocks(budget, model)
+    return ", or pass --protect-first 0 --protect-last 0" if blocked else ""
 
 
 # Sizes.
@@ -146,16 +156,18 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target
             f"{model.id} takes {shown(total)}, so that nothing has to go for "
             f"--{name.replace('_', '-')} {shown(value)}. Ask for less"
         )
-    left, sizes = [total], sorted(per_block[block] for block in _free(budget, model.blocks))
-    for size in sizes:
-        left.append(left[-1] - size)
-    if left[-1] > value:
+    units = _free(budget, model)
+    left, step = {0: total}, len(units[0])
+    for size in sorted(sum(per_block[block] for block in unit) for unit in units):
+        left[max(left) + step] = min(left.values()) - size
+    most = max(left)
+    if left[most] > value:
         raise BudgetError(
-            f"{model.id} still takes {shown(left[-1])} without {len(sizes)} of its {model.blocks} "
+            f"{model.id} still takes {shown(left[most])} without {most} of its {model.blocks} "
             f"blocks, which is all that may go, and {shown(value)} were asked for. Ask for "
-            f"{shown(left[-1])} or more{_relief(budget, model.blocks)}"
+            f"{shown(left[most])} or more{_relief(budget, model)}"
         )
-    remove = next(number for number, size in enumerate(left) if size <= value)
+    remove = next(number for number, size in left.items() if size <= value)
     return Target(
         model=model,
         asked=budget.asked(),
@@ -200,27 +212,23 @@ def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
 def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target:
     """As few blocks as make the model fast enough, by measuring a few depths."""
     _, value = budget.target() or ("", 0.0)
-    count = checkpoint.block_count
-    most = len(_free(budget, count))
-    if most == 0:
-        raise BudgetError(
-            f"all {count} blocks are protected, so that nothing can go. Pass --protect-first 0 "
-            "--protect-last 0"
-        )
-    guess = min(most, max(1, round(count * (1 - 1 / value))))
+    model = checkpoint.info()
+    units, count = _free(budget, model), model.blocks
+    step, most = len(units[0]), sum(map(len, units))
+    guess = min(most, max(step, round(count * (1 - 1 / value))))
     shorter = dict.fromkeys((count - guess, count - most))
     depths = measure_depths(checkpoint, session, [count, *shorter])
     expected = speedup_line(depths)
-    fast = [removed for removed in range(1, most + 1) if expected(removed) >= value]
+    fast = [removed for removed in range(step, most + 1, step) if expected(removed) >= value]
     if not fast:
         raise BudgetError(
             f"{checkpoint.id} is {expected(most):.2f} times as fast without {most} of its {count} "
             f"blocks, which is all that may go, and {value:g} was asked for. Ask for less"
-            f"{_relief(budget, count)}"
+            f"{_relief(budget, model)}"
         )
     _, again = measure_depths(checkpoint, session, [count, count - fast[0]])
     return Target(
-        model=checkpoint.info(),
+        model=model,
         asked=budget.asked(),
         remove=fast[0],
         expected=expected(fast[0]),
