@@ -5,9 +5,9 @@ bfloat16 unless told otherwise) and measures them in turn, as `shortllm bench` d
 throughput, time to the first token, memory and utilisation at batch 1, 16 and 64 with 128 and 512
 new tokens; then the same with a static cache and torch.compile. Reads nothing but this checkout.
 
-    python benchmarks/gpu_speed.py                   on a GPU with 80 GB (34 GB are weights)
-    python benchmarks/gpu_speed.py --plain --runs 3  without compiling, fewer runs
-    python benchmarks/gpu_speed.py --tiny            the same steps on a CPU, in a few minutes
+    sh benchmarks/gpu.sh speed                   on a GPU with 80 GB (34 GB are weights)
+    sh benchmarks/gpu.sh speed --plain --runs 3  without compiling, fewer runs
+    sh benchmarks/gpu.sh speed --tiny            the same steps on a CPU, in a few minutes
 
 On smaller GPUs the models that do not run wait in main memory, and what does not fit is recorded as
 such. Results go to OUT/plain and OUT/compiled (bench.json, bench.csv, plots) after every batch size

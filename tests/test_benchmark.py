@@ -349,6 +349,11 @@ def test_plots_are_drawn_where_there_is_something_to_compare(measured: Benchmark
     for plot in plots.values():
         for width in ("wide", "narrow"):
             ElementTree.fromstring(plot.svg(width))
+    flat, steep = ([(1.0, 1.0), (2.0, height)] for height in (9.0, 11.0))
+    for points, is_log in ((flat, False), (steep, True)):
+        line = speed.Line(name="A", points=points)
+        plot = speed.LinePlot(lines=[line], x_label="x", y_label="y", doubling=True)
+        assert plot.is_log is is_log and "<svg" in plot.svg("wide")
     speedups = plots["speedup"]
     assert [line.name for line in speedups.lines] == [
         "batch 1",

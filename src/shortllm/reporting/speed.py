@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Width = Literal["wide", "narrow"]
 
+LOG_SPREAD = 10.0
+"""Highest over lowest point from which on an axis of batch plots is logarithmic."""
+
 MOST_LINES = 4
 """Batch sizes that the plot of speed-ups shows at the most."""
 
@@ -64,8 +67,14 @@ class LinePlot:
     lines: Sequence[Line]
     x_label: str
     y_label: str
-    log: bool = False
-    """Both axes logarithmic, the horizontal one in powers of two."""
+    doubling: bool = False
+    """Horizontal axis in powers of two; the vertical one from zero, or logarithmic as well."""
+
+    @property
+    def is_log(self) -> bool:
+        """Whether a linear vertical axis would press the low points together."""
+        heights = [y for line in self.lines for _, y in line.points]
+        return self.doubling and max(heights) > LOG_SPREAD * min(heights)
 
     def svg(self, width: Width) -> str:
         """The plot as an inline `<svg>` element, for a page column or for a phone."""
@@ -115,13 +124,16 @@ class LinePlot:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
         places = sorted({x for line in self.lines for x, _ in line.points})
-        if self.log:
+        if self.doubling:
             axes.set_xscale("log", base=2)
+        if self.is_log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+            if self.doubling:
+                axes.set_ylim(bottom=0)
         axes.set_xticks(places, [_tick(x) for x in places])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         axes.set_xlabel(self.x_label, color=_COLOURS["muted"])
@@ -154,7 +166,7 @@ def batch_plots(found: Benchmark, new_tokens: int) -> dict[str, LinePlot]:
         }
         lines = [Line(name=model, points=sorted(line)) for model, line in points.items() if line]
         if any(len(line.points) > 1 for line in lines):
-            plots[name] = LinePlot(lines=lines, x_label="batch size", y_label=label, log=True)
+            plots[name] = LinePlot(lines=lines, x_label="batch size", y_label=label, doubling=True)
     return plots
 
 
