@@ -37,6 +37,7 @@ OUT_OF_MEMORY = (
     "Cannot allocate memory",
     "ALLOC_FAILED",
     "bad_alloc",
+    "can't start new thread",
 )
 """What the messages of errors say that have no class of their own."""
 
