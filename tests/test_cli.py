@@ -29,7 +29,17 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert call(capfd, "--version") == (0, f"{__version__}\n", "")
     code, out, _ = call(capfd, "--help")
     assert code == 0
-    for command in ("run", "info", "score", "compare-criteria", "plan", "prune", "eval", "report"):
+    for command in (
+        "run",
+        "info",
+        "score",
+        "compare-criteria",
+        "plan",
+        "prune",
+        "eval",
+        "bench",
+        "report",
+    ):
         assert command in out
         assert call(capfd, command, "--help")[0] == 0
 

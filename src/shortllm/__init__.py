@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from shortllm.api import bench as bench
     from shortllm.api import compare_criteria as compare_criteria
     from shortllm.api import evaluate as evaluate
     from shortllm.api import export_lint as export_lint
@@ -32,15 +33,19 @@ if TYPE_CHECKING:
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
     from shortllm.errors import ShortLLMError as ShortLLMError
     from shortllm.planning import Budget as Budget
+    from shortllm.recipe import BenchmarkOptions as BenchmarkOptions
     from shortllm.recipe import CalibrationOptions as CalibrationOptions
     from shortllm.recipe import EvaluationOptions as EvaluationOptions
     from shortllm.recipe import Recipe as Recipe
+    from shortllm.results import Benchmark as Benchmark
     from shortllm.results import BlockScores as BlockScores
     from shortllm.results import Comparison as Comparison
     from shortllm.results import Evaluation as Evaluation
     from shortllm.results import PrunePlan as PrunePlan
 
 _HOME = {
+    "Benchmark": "results",
+    "BenchmarkOptions": "recipe",
     "BlockScores": "results",
     "Budget": "planning",
     "CalibrationOptions": "recipe",
@@ -51,6 +56,7 @@ _HOME = {
     "PrunePlan": "results",
     "Recipe": "recipe",
     "ShortLLMError": "errors",
+    "bench": "api",
     "compare_criteria": "api",
     "evaluate": "api",
     "export_lint": "api",

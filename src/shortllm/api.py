@@ -11,14 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from shortllm import comparison, pipeline, stages
+from shortllm import comparison, pipeline, stages, targets
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.errors import CriterionError, DataError, OutputError, ResultFileError, ShortLLMError
+from shortllm.errors import (
+    CheckpointError,
+    CriterionError,
+    DataError,
+    OutputError,
+    ResultFileError,
+    ShortLLMError,
+)
 from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
-from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results import BlockScores, Comparison, Evaluation, PrunePlan
+from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.results import Benchmark, BlockScores, Comparison, Evaluation, PrunePlan
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
@@ -147,12 +154,24 @@ def asked_criteria(names: Sequence[str], options: Mapping[str, Mapping[str, Any]
     return asked
 
 
-def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None = None) -> PrunePlan:
+def plan(
+    scores: BlockScores | Path | str,
+    budget: Budget,
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> PrunePlan:
     """Choose blocks by scores.
 
     Args:
         scores: scores, a scores.json, or a run directory, which then gets plan.json too.
-        out: where to save the plan; default plan.json beside the scores, if those are a file.
+        out: where to save the plan; default plan.json beside the scores, if those are a file. How
+            a target came to its number of blocks is saved beside it as target.json.
+        device, dtype: for a target of speed or memory, which is that of the model scored.
+    Raises:
+        BudgetError: a budget that cannot be met.
+        CheckpointError: a target, and the model scored is no longer there.
     """
     if not isinstance(scores, BlockScores):
         path = _scores_path(Path(scores))
@@ -160,10 +179,32 @@ def plan(scores: BlockScores | Path | str, budget: Budget, *, out: Path | None =
         scores = BlockScores.load(path)
     if out is not None:
         require_file_target(out)
+    directory = None if out is None else out.parent
+    target = None
+    if budget.target() is not None:
+        session = stages.Session(device=device, dtype=dtype)
+        checkpoint = _scored_checkpoint(scores)
+        budget, target = targets.resolve(budget, checkpoint, session, directory=directory)
     made = build_plan(budget, model=scores.model, scores=scores)
-    if out is not None:
+    if out is not None and directory is not None:
+        targets.keep(target, directory)
         made.save(out)
     return made
+
+
+def _scored_checkpoint(scores: BlockScores) -> Checkpoint:
+    """The model that scores speak of.
+
+    Raises:
+        CheckpointError: it is not there, or was changed since.
+    """
+    checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
+    if checkpoint.fingerprint != scores.model.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.id} was changed since it was scored, so that a target for it cannot be "
+            "turned into a number of blocks. Score it again with `shortllm score`"
+        )
+    return checkpoint
 
 
 def _scores_path(path: Path) -> Path:
@@ -378,3 +419,45 @@ def run(
 ) -> RunResult:
     """All stages in one directory; see `shortllm.pipeline.run`."""
     return pipeline.run(recipe, out=out, command=command)
+
+
+def bench(
+    models: Sequence[str],
+    *,
+    options: BenchmarkOptions | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Benchmark:
+    """Latency, throughput and memory of one or more models, measured in turn.
+
+    Args:
+        out: a directory for bench.json, bench.csv and the plots; a run directory will do. An
+            interrupted sweep goes on where it was.
+    Raises:
+        ShortLLMError: what cannot be measured here, before any model is loaded.
+    """
+    from shortllm.benchmark import benchmark_fingerprint, check_options, measure_speed
+    from shortllm.meters import meter_of
+    from shortllm.reporting.speed import write_benchmark
+
+    if not models:
+        raise ShortLLMError("no model to measure. Give one or more")
+    options = options or BenchmarkOptions()
+    check_options(options)
+    session = stages.Session(device=device, dtype=dtype)
+    meter = meter_of(session.device)
+    checkpoints = _named(models)
+    if out is not None:
+        if out.is_file():
+            raise OutputError(f"--out {out} is a file. Give a directory")
+        require_writable(out)
+        expected = benchmark_fingerprint(checkpoints, options, session, meter)
+        found = pipeline.finished(Benchmark, out / "bench.json", expected)
+        if found is not None:
+            return found
+        out.mkdir(parents=True, exist_ok=True)
+    measured = measure_speed(checkpoints, options, session=session, directory=out)
+    if out is not None:
+        write_benchmark(out, measured)
+    return measured

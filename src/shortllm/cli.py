@@ -23,7 +23,7 @@ from shortllm.errors import BudgetError, CriterionError, ShortLLMError
 if TYPE_CHECKING:
     from shortllm.planning import Budget
     from shortllm.recipe import CalibrationOptions
-    from shortllm.results import BlockScores, Comparison, Evaluation, PrunePlan
+    from shortllm.results import Benchmark, BlockScores, Comparison, Evaluation, PrunePlan
     from shortllm.summary import ModelSummary
 
 app = typer.Typer(
@@ -145,6 +145,18 @@ Blocks = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Exactly these blocks, counted from 0, e.g. 3,4,8."),
 ]
+TargetParams = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="At most so many parameters left, e.g. 1.0B or 350M."),
+]
+TargetMemory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="At most so much memory left for weights and cache, e.g. 8GiB."),
+]
+TargetSpeedup = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="At least so many times as fast, measured here, e.g. 1.3."),
+]
 ProtectFirst = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="First blocks that stay. Default: 4, at most a quarter of the blocks."),
@@ -203,6 +215,9 @@ def run(
     ratio: Ratio = None,
     param_ratio: ParamRatio = None,
     blocks: Blocks = None,
+    target_params: TargetParams = None,
+    target_memory: TargetMemory = None,
+    target_speedup: TargetSpeedup = None,
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
@@ -250,6 +265,7 @@ def run(
         protect_first,
         protect_last,
         period_aligned,
+        targets=_targets(target_params, target_memory, target_speedup),
         default_ratio=0.25,
     )
     recipe = shortllm.Recipe(
@@ -483,6 +499,9 @@ def plan(
     ratio: Ratio = None,
     param_ratio: ParamRatio = None,
     blocks: Blocks = None,
+    target_params: TargetParams = None,
+    target_memory: TargetMemory = None,
+    target_speedup: TargetSpeedup = None,
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
@@ -491,15 +510,25 @@ def plan(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Where to write the plan. Default: plan.json beside the scores."),
     ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
     """Choose the blocks to remove from scores and a budget."""
     import shortllm
 
     budget = _budget(
-        remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last, period_aligned
+        remove,
+        ratio,
+        param_ratio,
+        blocks,
+        contiguous,
+        protect_first,
+        protect_last,
+        period_aligned,
+        targets=_targets(target_params, target_memory, target_speedup),
     )
-    made = shortllm.plan(scores, budget, out=out)
+    made = shortllm.plan(scores, budget, out=out, device=device, dtype=dtype)
     if json:
         _print_json(made.model_dump(mode="json"))
         return
@@ -629,6 +658,128 @@ def report(
     typer.echo(f"report: {shortllm.report(run_dir)}")
 
 
+# Speed and memory.
+
+
+def _targets(params: str | None, memory: str | None, speedup: float | None) -> dict[str, Any]:
+    """The fields of a budget that say what should be left."""
+    return {
+        "target_params": _parameters(params),
+        "target_memory": _bytes(memory),
+        "target_speedup": speedup,
+    }
+
+
+def _parameters(text: str | None) -> int | None:
+    """`1.0B`, `350M` or a plain number as a count.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    if text is None:
+        return None
+    powers = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+    number = text.strip().rstrip("KkMmBbTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(round(float(number) * 10.0 ** powers[unit]))
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ShortLLMError(f"'{text}' is no number of parameters such as 1.0B or 350M") from error
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or Hub ids.")
+    ],
+    batch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Batch sizes, e.g. 1,4,16. Default: 1."),
+    ] = None,
+    new_tokens: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Lengths of what is generated, e.g. 128,512. Default: 128."),
+    ] = None,
+    preset: Annotated[
+        Optional[Literal["paper"]],  # noqa: UP045
+        typer.Option(help="A published sweep; paper: batch 1 to 256, 128 and 512 new tokens."),
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Runs of each model before the measured ones.")] = 10,
+    runs: Annotated[int, typer.Option(help="Measured runs of each model.")] = 20,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Default: The Leaning Tower of Pisa is known for."),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="With a static cache and torch.compile.")
+    ] = False,
+    attention: Annotated[
+        Optional[Literal["sdpa", "eager", "flash_attention_2"]],  # noqa: UP045
+        typer.Option("--attn", help="Attention implementation. Default: the model's own."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Directory for bench.json, bench.csv and plots, e.g. a run directory."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Latency, throughput and memory of models, which take turns run by run.
+
+    Speed-ups are against the first model. With --out an interrupted sweep goes on where it was
+    when the same command is given again.
+    """
+    import shortllm
+    from shortllm.recipe import BENCHMARK_PRESETS, PROMPT
+
+    sweep = BENCHMARK_PRESETS[preset] if preset else {"batches": [1], "new_tokens": [128]}
+    measured = shortllm.bench(
+        models,
+        options=shortllm.BenchmarkOptions(
+            batches=_counts(batch, "--batch") or sweep["batches"],
+            new_tokens=_counts(new_tokens, "--new-tokens") or sweep["new_tokens"],
+            warmup=warmup,
+            runs=runs,
+            prompt=prompt or PROMPT,
+            compile=compile,
+            attention=attention,
+        ),
+        out=out,
+        device=device,
+        dtype=dtype,
+    )
+    if json:
+        _print_json(measured.model_dump(mode="json"))
+        return
+    _print_benchmark(measured)
+    if out is not None:
+        typer.echo(f"benchmark: {out / 'bench.json'}")
+
+
+def _counts(text: str | None, flag: str) -> list[int]:
+    """`1,4,16` as numbers; none where nothing was given.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise ShortLLMError(f"{flag} '{text}' is not a list of numbers such as 1,4,16") from error
+
+
+def _print_benchmark(found: Benchmark) -> None:
+    from shortllm.reporting.speed import table
+
+    typer.echo(
+        f"{found.device_name}, {'compiled, ' if found.compiled else ''}"
+        f"{found.warmup} warm-up and {found.runs} measured runs of each model, in turn"
+    )
+    head, rows = table(found)
+    _print_table(head, rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `shortllm` command; never returns."""
     _print_notes()
@@ -696,11 +847,13 @@ def _budget(
     protect_last: int | None,
     period_aligned: bool,
     *,
+    targets: dict[str, Any],
     default_ratio: float | None = None,
 ) -> Budget:
     import shortllm
 
-    if remove is None and param_ratio is None and blocks is None and ratio is None:
+    amounts = (remove, param_ratio, blocks, ratio, *targets.values())
+    if all(amount is None for amount in amounts):
         ratio = default_ratio
     budget = shortllm.Budget(
         remove=remove,
@@ -711,6 +864,7 @@ def _budget(
         protect_first=protect_first,
         protect_last=protect_last,
         period_aligned=period_aligned,
+        **targets,
     )
     budget.asked()
     return budget

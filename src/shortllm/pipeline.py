@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shortllm import __version__, stages
+from shortllm import __version__, stages, targets
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.errors import OutputError, ResultFileError
@@ -70,26 +70,29 @@ def run(
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
-    Asked.of(recipe.criterion, recipe.options)
+    needs_text = Asked.of(recipe.criterion, recipe.options).needs_text
     recipe.budget.asked()
     checkpoint = open_checkpoint(recipe.model, revision=recipe.revision)
     recipe = recipe.filled(checkpoint.model_type)
-    check_budget(recipe.budget, checkpoint.info())
-    asked = asked_for(recipe, checkpoint)
+    if recipe.budget.target() is None:
+        check_budget(recipe.budget, checkpoint.info())
     check_any_removal(checkpoint, recipe.budget)
     directory = Path(out) if out is not None else default_directory(recipe)
     claim_directory(directory, checkpoint)
     session = session_of(recipe)
-    scoring = recipe.budget.blocks is None and asked.needs_text
+    scoring = recipe.budget.blocks is None and needs_text
     texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
+    budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
+    asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
 
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
+    targets.keep(target, directory)
     scores = None
     if recipe.budget.blocks is None:
         [scores] = score_in(directory, checkpoint, [asked], texts.calibration, session).values()
     else:
         delete_scores(directory)
-    plan = build_plan(recipe.budget, model=checkpoint.info(), scores=scores)
+    plan = build_plan(budget, model=checkpoint.info(), scores=scores)
     plan.save(directory / "plan.json")
     shortened = _prune(directory, checkpoint, plan, session)
     evaluation = _evaluate(directory, checkpoint, shortened, recipe, texts, session)

@@ -1,8 +1,9 @@
 """Scores and a budget in, a plan out: which blocks go, in which order, and why. Pure, no torch.
 
 The budget is a number of blocks, a ratio of the blocks, a ratio of the parameters, or the blocks
-themselves. The first and last blocks are protected by default (the "+" of Taylor+ and magnitude+),
-and those that others depend on always; of equally important blocks the later goes first.
+themselves; a target for what is left is first turned into a number of blocks (targets.py). The
+first and last blocks are protected by default (the "+" of Taylor+ and magnitude+), and those that
+others depend on always; of equally important blocks the later goes first.
 
 Where the kinds of blocks repeat (attention of two kinds in turn), a plan can be made of whole
 periods: what is left repeats in the same way, which is what other programs expect of such a model.
@@ -23,8 +24,11 @@ PROTECT_FIRST = 4
 PROTECT_LAST = 2
 
 
+TARGETS = ("target_params", "target_memory", "target_speedup")
+
+
 class Budget(Record):
-    """How much goes, and what may not; exactly one of the first four is given."""
+    """How much goes, and what may not; exactly one of the amounts or targets is given."""
 
     remove: int | None = Field(default=None, description="number of blocks")
     ratio: float | None = Field(
@@ -35,6 +39,13 @@ class Budget(Record):
     )
     blocks: list[int] | None = Field(
         default=None, description="exactly these blocks; protection does not apply"
+    )
+    target_params: int | None = Field(default=None, description="parameters left, at the most")
+    target_memory: int | None = Field(
+        default=None, description="bytes of weights and cache left, at the most"
+    )
+    target_speedup: float | None = Field(
+        default=None, description="how many times as fast as the intact model, at the least"
     )
     contiguous: bool | None = Field(
         default=None,
@@ -57,15 +68,16 @@ class Budget(Record):
             BudgetError: none or several were given, or the number is impossible for every model.
         """
         amounts = {
-            name: getattr(self, name) for name in ("remove", "ratio", "param_ratio", "blocks")
+            name: getattr(self, name)
+            for name in ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
         }
         given = {name: value for name, value in amounts.items() if value is not None}
         if len(given) != 1:
             raise BudgetError(
                 f"{'no budget' if not given else 'several budgets'} given. Give one of --remove "
                 "6 (blocks), "
-                "--ratio 0.2 (of the blocks), --param-ratio 0.2 (of the parameters) or --blocks "
-                "3,4,5"
+                "--ratio 0.2 (of the blocks), --param-ratio 0.2 (of the parameters), --blocks "
+                "3,4,5, --target-params 1.0B, --target-memory 8GiB or --target-speedup 1.3"
             )
         for name in ("ratio", "param_ratio"):
             value = given.get(name)
@@ -73,7 +85,19 @@ class Budget(Record):
                 raise BudgetError(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
         if self.remove is not None and self.remove < 1:
             raise BudgetError(f"--remove {self.remove} removes nothing. Give 1 or more")
+        if self.target_speedup is not None and not self.target_speedup > 1:
+            raise BudgetError(
+                f"--target-speedup {self.target_speedup} is no speed-up. Give more than 1, e.g. 1.3"
+            )
         return given
+
+    def target(self) -> tuple[str, float] | None:
+        """Name and value of the target, where the amount was given as one."""
+        for name in TARGETS:
+            value = getattr(self, name)
+            if value is not None:
+                return name, value
+        return None
 
     def protected(self, count: int) -> list[int]:
         """Blocks of a model of `count` blocks that may not be removed, ascending.
@@ -128,6 +152,7 @@ def _amount(budget: Budget, model: ModelInfo) -> int | None:
     free = sum(map(len, units))
     protected = len(protected_blocks(budget, model))
     asked = budget.asked()
+    assert budget.target() is None, "targets.resolve comes first"
     size = model.period if budget.period_aligned else 1
     if budget.blocks is not None:
         _check_given(budget.blocks, count)

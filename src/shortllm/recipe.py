@@ -58,6 +58,27 @@ class EvaluationOptions(Record):
     seed: int = 0
 
 
+BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
+    "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]},
+}
+"""Named sweeps; `paper` is that of Shortened LLaMA."""
+
+
+class BenchmarkOptions(Record):
+    """How speed and memory are measured; the defaults are the paper's prompt, sampling and runs."""
+
+    batches: list[int] = Field(default=[1], description="sequences generated at once, one by one")
+    new_tokens: list[int] = Field(default=[128], description="lengths of what is generated")
+    warmup: int = Field(default=10, description="runs before those that are measured, at least 1")
+    runs: int = Field(default=20, description="measured runs of each model")
+    prompt: str = PROMPT
+    compile: bool = Field(default=False, description="static cache and torch.compile")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        default=None, description="attention implementation; default: the model's own"
+    )
+    seed: int = 0
+
+
 class Recipe(Record):
     """A whole run."""
 
