@@ -136,12 +136,12 @@ def load_tasks(
             _require_new(name, members)
             for kind, entries in found.items():
                 loaded[kind] |= entries
-    for name, task in loaded["tasks"].items():
-        _prepare(name, task)
-    documents = {
-        name: fingerprint([dict(document) for document in islice(task.eval_docs, limit)])
-        for name, task in loaded["tasks"].items()
-    }
+        for name, task in loaded["tasks"].items():
+            _prepare(name, task)
+        documents = {
+            name: fingerprint(list(islice(task.eval_docs, limit)))
+            for name, task in loaded["tasks"].items()
+        }
     return TaskSet(
         loaded=loaded,
         members=members,
@@ -400,9 +400,23 @@ def _harness_model(
 
         share = 0.0
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self.share = 1.0 / len(requests)
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            if override_bs is None:  # else these are only a part of the work
+                read = {(*context, *answer[:-1]) for _, context, answer in requests}
+                self.share = 1.0 / len(read)  # what is read alike is read once
+            room = self.max_length + 1  # the last token is only predicted
+            longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
+            if longer:
+                log.info(
+                    "%d of %d prompts with an answer are longer than %d tokens: they lose their "
+                    "beginning",
+                    longer,
+                    len(requests),
+                    room,
+                )
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits_BTV = super()._model_call(inps, *args, **kwargs)
