@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_script_in_the_text_is_the_script() -> None:
-    text = (DOCS / "reproduce_ppl.md").read_text()
-    assert f"```python\n{(DOCS / 'reproduce_ppl.py').read_text()}```\n" in text
+@pytest.mark.parametrize("name", ["reproduce_ppl", "reproduce_perplexity"])
+def test_the_script_in_the_text_is_the_script(name: str) -> None:
+    text = (DOCS / f"{name}.md").read_text()
+    script = (DOCS / f"{name}.py").read_text()
+    assert f"```python\n{script}```\n" in text
