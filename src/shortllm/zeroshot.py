@@ -24,6 +24,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,7 +205,7 @@ def _index(names: Sequence[str]) -> Any:
         root = Path(harness.__file__).parent
         folders = [*(root / folder for folder in HARNESS_FOLDERS), TASKS_DIR]
         return harness.TaskManager(include_defaults=False, include_path=folders)
-    index = harness.TaskManager(include_path=[TASKS_DIR])
+    index = _whole_index()
     for name in names:
         if name not in index.task_index:
             near = difflib.get_close_matches(name, [*SETS, *index.all_tasks], n=1)
@@ -214,6 +215,13 @@ def _index(names: Sequence[str]) -> Any:
                 f"{', '.join(METRICS)}, and what `lm_eval ls tasks` prints"
             )
     return index
+
+
+@cache
+def _whole_index() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[TASKS_DIR])
 
 
 def _local_task(name: str, index: Any, data: Path | None, written: Path) -> Path | None:
