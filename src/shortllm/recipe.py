@@ -62,8 +62,8 @@ class EvaluationOptions(Record):
     task_data: Path | None = Field(
         default=None, description="directory of the tasks' documents; default: SHORTLLM_DATA, Hub"
     )
-    limit: int | None = Field(default=None, description="documents per task; default: all")
-    batch_size: int = Field(default=8, description="sequences per forward pass of a task")
+    limit: int | None = Field(default=None, ge=1, description="documents per task; default: all")
+    batch_size: int = Field(default=8, ge=1, description="sequences per forward pass of a task")
 
 
 class Recipe(Record):
