@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import write_shortened
 from shortllm.criteria import Scores
+from shortllm.model.blocks import auto_class
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import quiet_transformers
 from shortllm.model.streamed import open_streamed
@@ -162,7 +163,7 @@ def build(source: Any, *, seed: int = 0) -> nn.Module:
     """The model of a variant name or a config object, redrawn (see the top), not training."""
     config = config_of(source) if isinstance(source, str) else source
     torch.manual_seed(seed)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: nn.Module = auto_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -196,7 +197,8 @@ def opened(variant: str) -> Checkpoint:
 def load(directory: Path) -> nn.Module:
     """A checkpoint as transformers itself loads it, float32, every tensor accounted for."""
     with quiet_transformers():
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        model, loading = auto_class(config).from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):

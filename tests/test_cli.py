@@ -29,7 +29,7 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert call(capfd, "--version") == (0, f"{__version__}\n", "")
     code, out, _ = call(capfd, "--help")
     assert code == 0
-    for command in ("run", "info", "score", "plan", "prune", "eval", "report"):
+    for command in ("run", "info", "score", "compare-criteria", "plan", "prune", "eval", "report"):
         assert command in out
         assert call(capfd, command, "--help")[0] == 0
 
@@ -59,8 +59,15 @@ def test_the_stages_one_by_one(
 def test_info_prints_a_table_or_one_line_of_json(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capfd, "info", "embedded")
     assert code == 0 and "12 blocks" in out and "outside" in out and "TFLOP" in out
-    code, out, _ = call(capfd, "info", "embedded", "--json")
+    assert "kl, ppl" in out and "time" in out and "GFLOP/s" in out and "all in memory" in out
+    code, out, _ = call(
+        capfd, "info", "embedded", "--no-probe", "--option", "greedy.rounds=2", "--dtype", "float32"
+    )
+    assert code == 0 and "streamed" in out and "time" not in out and "GFLOP/s" not in out
+    code, out, _ = call(capfd, "info", "embedded", "--no-probe", "--json")
     summary = json.loads(out)
+    assert summary["probe"] is None
+    assert all(one["seconds"] is None and one["peak_bytes"] > 0 for one in summary["estimates"])
     assert out.count("\n") == 1
     assert len(summary["model"]["parameters_per_block"]) == 12
     total = sum(summary["model"]["parameters_per_block"]) + summary["parameters_outside"]

@@ -23,6 +23,7 @@ from shortllm.metrics import next_token_nll, reduce_powers
 from shortllm.model import walk
 from shortllm.model.backward import block_weights, walk_back
 from shortllm.model.decoder import Decoder
+from shortllm.model.streamed import open_streamed
 from shortllm.model.streams import StreamMemory
 from shortllm.runtime import ALONE
 from shortllm.scoring import Asked
@@ -490,7 +491,10 @@ def test_options_from_a_command_line_are_converted() -> None:
 def test_greedy_refuses_more_rounds_than_blocks_are_free() -> None:
     options = {"greedy": {"rounds": 5}}  # one block is protected at each end
     with pytest.raises(CriterionError, match="cannot remove 5 of 6 blocks.*between 1 and 4"):
-        score(Decoder(loaded("llama")), token_ids(), "greedy", options=options)
+        score(
+            Decoder(loaded("llama")), token_ids(), "greedy",
+            checkpoint=opened("llama"), options=options,
+        )  # fmt: skip
 
 
 def test_a_name_is_taken_once() -> None:
@@ -505,3 +509,20 @@ def test_a_model_that_cannot_be_walked_can_still_be_measured_intact() -> None:
     assert walk.mean_nll(decoder, ids_BT) == pytest.approx(expected, rel=1e-6)
     with pytest.raises(UnsupportedModelError, match="in the way"):
         score(decoder, ids_BT, "influence")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("variant", SOME_VARIANTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_gpu_gives_the_numbers_of_the_cpu(variant: str, stream: bool) -> None:
+    checkpoint, ids_BT, cuda = opened(variant), token_ids(), torch.device("cuda")
+    expected = score(
+        Decoder(loaded(variant)), ids_BT, *EVERY, checkpoint=checkpoint, options=GREEDY
+    )
+    if stream:
+        decoder = open_streamed(checkpoint, device=cuda, dtype=torch.float32)
+    else:
+        decoder = Decoder(copy.deepcopy(loaded(variant)).to(cuda))
+    found = score(decoder, ids_BT, *EVERY, checkpoint=checkpoint, options=GREEDY)
+    agree(found, expected, rel=1e-3)

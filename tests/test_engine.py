@@ -277,8 +277,22 @@ class ChattyBlock(nn.Module):
 def test_a_type_whose_blocks_share_more_than_the_stream_is_refused(
     fault: str, message: str
 ) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
-        score_ppl(Chatty(fault), token_ids(1))
+    for criterion in ("influence", "taylor"):
+        with pytest.raises(UnsupportedModelError, match=message):
+            score(Decoder(Chatty(fault)), token_ids(1), criterion)
+
+
+def test_a_type_that_cannot_be_walked_is_scored_by_running_each_model_whole() -> None:
+    model, ids_BT = Chatty("fills a store"), token_ids(1)
+    decoder = Decoder(model)
+    steps: list[float] = []
+    scores = score(decoder, ids_BT, "ppl", advance=steps.append)["ppl"]
+    assert scores.intact == pytest.approx(plain_perplexity(model, ids_BT), rel=1e-5)
+    for b in range(6):
+        with decoder.without([b]):
+            assert scores.values[b] == pytest.approx(plain_perplexity(model, ids_BT), rel=1e-5)
+    removals = removals_of(6, range(6), range(6))
+    assert sum(steps) == pytest.approx(walk.walk_flops(decoder, removals, *ids_BT.shape))
 
 
 def test_a_faultless_small_decoder_of_the_same_kind_is_scored() -> None:

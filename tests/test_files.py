@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shortllm.errors import OutputError
-from shortllm.files import partial_directory, require_file_target
+from shortllm.files import partial_directory, require_file_target, write_text
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -59,3 +59,13 @@ def test_a_directory_instead_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="file is a file"):
         require_file_target(tmp_path / "file" / "eval.json")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_are_replaced_whole_and_readable_as_the_user_has_set(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    write_text(path, "old")
+    write_text(path, "größer")
+    assert path.read_bytes() == "größer".encode()
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode

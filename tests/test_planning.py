@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shortllm.criteria import require_finite
 from shortllm.errors import BudgetError, CriterionError, ResultFileError
-from shortllm.planning import Budget, build_plan, check_budget, most_blocks, removal_order
+from shortllm.planning import (
+    Budget,
+    build_plan,
+    check_budget,
+    most_blocks,
+    removable,
+    removal_order,
+)
 from shortllm.results import BlockScores, ModelInfo, PrunePlan
 
 
@@ -26,6 +34,11 @@ def model(blocks: int = 12, per_block: list[int] | None = None, outside: int = 1
         bytes=2 * total,
         fingerprint="f",
     )
+
+
+def periodic(period: int = 3, blocks: int = 14, **changes: Any) -> ModelInfo:
+    """A model whose kinds of blocks repeat; the last period is not whole."""
+    return model(blocks).model_copy(update={"period": period, **changes})
 
 
 def scores(importance: list[float], about: ModelInfo) -> BlockScores:
@@ -237,3 +250,82 @@ def test_the_most_blocks_that_a_budget_can_take(budget: dict[str, object], most:
     """Of 1,300 parameters 20 % are 260: three average blocks, but four of the smallest."""
     about = model(per_block=[100, 100, 100, 160, 80, 80, 80, 80, 120, 200, 100, 100], outside=0)
     assert most_blocks(Budget(**budget), about) == most  # type: ignore[arg-type]
+
+
+# --- whole periods and blocks that others depend on -----------------------------------------------
+
+
+def plan_of(about: ModelInfo, importance: list[float], **budget: Any) -> PrunePlan:
+    return build_plan(Budget(**budget), model=about, scores=scores(importance, about))
+
+
+RISING = [float(b) for b in range(14)]
+
+
+def test_whole_periods_go_by_the_sum_of_their_importance() -> None:
+    # periods 0-2, 3-5, 6-8, 9-11; blocks 12 and 13 are no whole one
+    importance = [0.0, 0.0, 9.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 5.0, 5.0, 0.0, 0.0]
+    free = {"period_aligned": True, "protect_first": 0, "protect_last": 0}
+    plan = plan_of(periodic(), importance, remove=6, **free)
+    assert plan.order == [6, 7, 8, 3, 4, 5]
+    assert plan.removed == [3, 4, 5, 6, 7, 8]
+    assert "in whole periods of 3 blocks" in plan.reason
+    assert plan.fingerprint != plan_of(periodic(), importance, remove=6).fingerprint
+
+
+def test_a_period_with_a_protected_block_stays() -> None:
+    plan = plan_of(periodic(), RISING, remove=3, period_aligned=True, protect_first=1)
+    assert plan.removed == [3, 4, 5]
+
+
+def test_a_ratio_is_rounded_to_whole_periods() -> None:
+    assert plan_of(periodic(), RISING, ratio=0.3, period_aligned=True).removed == [3, 4, 5]
+    with pytest.raises(BudgetError, match="less than half a period of 3 blocks. Ask for 0.214"):
+        check_budget(Budget(ratio=0.1, period_aligned=True), periodic())
+
+
+def test_parameters_are_reached_by_whole_periods() -> None:
+    plan = plan_of(periodic(), RISING, param_ratio=0.25, period_aligned=True, protect_first=0)
+    assert plan.removed == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "budget, message",
+    [
+        ({"remove": 4}, "cannot remove 4 blocks in whole periods of 3. Ask for 3 or 6, or leave"),
+        ({"remove": 1}, "in whole periods of 3. Ask for 3, or leave out --period-aligned"),
+        ({"remove": 10}, "only whole periods of 3 go. Ask for 9 or fewer"),
+        ({"param_ratio": 0.7}, "the 9 unprotected of 14 blocks hold 60.0%"),
+        ({"blocks": [3, 4, 5, 7]}, "block 7 is named without the rest of its period"),
+        ({"blocks": [12, 13]}, "block 12 is named without the rest of its period"),
+    ],
+)
+def test_budgets_that_are_not_whole_periods(budget: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        check_budget(Budget(period_aligned=True, **budget), periodic())
+
+
+def test_whole_periods_named_by_hand() -> None:
+    check_budget(Budget(period_aligned=True, blocks=[3, 5, 4]), periodic())
+
+
+def test_blocks_that_never_repeat_leave_nothing_to_go() -> None:
+    with pytest.raises(BudgetError, match="only whole periods of 14 go. Nothing is free"):
+        check_budget(Budget(period_aligned=True, remove=14), periodic(14))
+
+
+def test_where_all_blocks_are_alike_nothing_changes() -> None:
+    plain = planned([3.0, 1.0, 2.0, 0.0] * 3, remove=3)
+    aligned = planned([3.0, 1.0, 2.0, 0.0] * 3, remove=3, period_aligned=True)
+    assert (aligned.order, aligned.reason) == (plain.order, plain.reason)
+
+
+def test_blocks_that_others_depend_on_are_protected() -> None:
+    about = periodic(1, fixed={5: "its keys serve others"})
+    plan = plan_of(about, [9.0] * 5 + [0.0, 1.0] + [9.0] * 7, remove=1)
+    assert plan.removed == [6]
+    assert 5 in plan.protected
+    assert removable(Budget(remove=1), about)[0] == [3]
+    assert ModelInfo.model_validate_json(about.model_dump_json()) == about
+    # named by hand, surgery has the last word
+    check_budget(Budget(blocks=[5]), about)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from shortllm import criteria
 from shortllm.errors import ResultFileError
 from shortllm.reporting import write_report
+from shortllm.reporting.citations import CITATIONS, cited
 from shortllm.reporting.names import model_name
-from shortllm.reporting.plots import SensitivityPlot
-from shortllm.reporting.sections import LONG_TABLE
+from shortllm.reporting.plots import ComparisonPlot, Line, SensitivityPlot
+from shortllm.reporting.sections import IMPORTANCE_LABELS, LONG_TABLE
 from shortllm.reporting.wording import THIN, change, number
 from shortllm.results import (
     BlockScores,
@@ -75,6 +77,7 @@ def make_run(
     name: str = "acme/tiny",
     seconds: float = 1.0,
     scores: dict[str, Any] | None = None,
+    order: tuple[int, ...] | None = None,
     by_hand: bool = False,
     evaluation: bool = True,
 ) -> Path:
@@ -99,11 +102,11 @@ def make_run(
     PrunePlan(
         fingerprint="91" * 32,
         model=model(blocks, 1_200_000, name),
-        criterion=None if by_hand else fields["criterion"],
+        criterion=None if by_hand else (fields | (scores or {}))["criterion"],
         kept=[block for block in range(blocks) if block not in removed],
         removed=list(removed),
         protected=[0, blocks - 1],
-        order=list(removed),
+        order=list(order or removed),
         asked={"remove": len(removed)},
         reached=Size(
             blocks=len(removed), block_ratio=0.25, parameters=300_000, parameter_ratio=0.25
@@ -242,6 +245,54 @@ def test_without_scores(tmp_path: Path) -> None:
     page, card = page_and_card(make_run(tmp_path, by_hand=True))
     assert "<svg" not in page and 'id="blocks"' not in page and 'id="strip"' in page
     assert "given by hand" in page and "given by hand" in card and "arxiv" not in page + card
+
+
+def test_every_criterion_has_its_paper_and_its_axis() -> None:
+    assert sorted(IMPORTANCE_LABELS) == criteria.names()
+    for name in criteria.names():
+        paper = CITATIONS[name].arxiv if name in CITATIONS else "baseline"
+        assert criteria.get(name).source.endswith(paper), name
+    assert [(names, one.arxiv) for names, one in cited(["ppl", "last", "influence", "taylor"])] == [
+        ("ppl, taylor", "2402.02834"),
+        ("influence", "2403.03853"),
+    ]
+
+
+def test_an_order_of_removal_is_shown_as_one(tmp_path: Path) -> None:
+    order = (7, 5, 8)
+    rest = [b for b in range(1, 11) if b not in order]
+    places = [[*order, *rest, 11, 0].index(b) for b in range(12)]
+    scores = {
+        "criterion": "greedy", "options": {"inner": "kl", "rounds": 3}, "importance": places,
+        "order": list(order), "intact": None, "delta_nll": None,
+    }  # fmt: skip
+    page, card = page_and_card(make_run(tmp_path, order=order, scores=scores))
+    assert "in the model without those before it: 7, then 5, then 8." in page
+    assert "each the least important by kl" in page and "removed in this order: 7, 5, 8" in page
+    assert "place in the order of removal (1 = goes first)" in page
+    assert "kl when last scored</th>" in page and ">importance</th>" not in page
+    assert '<th scope="row"><span>7</span></th><td>13.500</td><td>1</td>' in page
+    assert '<th scope="row"><span>0</span></th><td>–</td><td>12</td>' in page  # never scored
+    assert "arxiv.org/abs/2402.09025" in page and "Song et al. 2024" in card
+
+
+@pytest.mark.parametrize("distance", [0.125, 0.5])
+def test_a_span_is_shown_as_one(tmp_path: Path, distance: float) -> None:
+    spans = [[0.3] * (13 - n) for n in range(1, 13)]
+    spans[2][6] = distance  # blocks 6, 7, 8
+    scores = {
+        "criterion": "angular", "importance": spans[0], "values": spans[0], "spans": spans,
+        "intact": None, "delta_nll": None,
+    }  # fmt: skip
+    page, card = page_and_card(make_run(tmp_path, removed=(6, 7, 8), scores=scores))
+    shown = f"6 to 8: the angular distance from its entry to its exit is {number(distance)}"
+    assert f"The removed blocks went as one span, {shown}" in page
+    assert ("the smallest of the 8 spans of 3 blocks that may go" in page) == (distance < 0.3)
+    assert "removed as one span: 6 to 8" in page and page.count("removed as one span</text>") == 2
+    assert "angular distance [fraction of π]" in page
+    assert "arxiv.org/abs/2403.17887" in page and "Gromov et al. 2024" in card
+    scattered, _ = page_and_card(make_run(tmp_path / "scattered", removed=(5, 7), scores=scores))
+    assert "as one span" not in scattered
 
 
 def test_without_evaluation(tmp_path: Path) -> None:
@@ -390,10 +441,11 @@ def test_plot_axis_follows_the_spread() -> None:
     assert floor is not None and 0 < floor < 1
     assert plot(1e-12, 10).log_floor == pytest.approx(1e-5)
     assert 900 < plot(1000, 1010).linear_floor < 1000
-    assert "no increase" in SensitivityPlot(
+    svg = SensitivityPlot(
         heights=[-1, 1, 40], statuses=["removed", "kept", "protected"], y_label="y",
         below_label="no increase",
     ).svg("narrow")  # fmt: skip
+    assert "no increase" in svg and ">×<" in svg
 
 
 def test_ticks_of_very_small_and_large_values_are_not_rounded() -> None:
@@ -412,6 +464,27 @@ def test_plot_of_odd_values(heights: list[float]) -> None:
     plot = SensitivityPlot(heights=heights, statuses=["removed"] * len(heights), y_label="y")
     svg = plot.svg("narrow")
     assert svg.startswith("<svg viewBox=") and "nan" not in svg
+
+
+def comparison_plot(high: float, count: int = 2) -> ComparisonPlot:
+    return ComparisonPlot(
+        blocks=[0, 1, 2], of=10, y_label="y", low=[2, 2.5, 3], mean=[2, 3, 4], high=[2, 4, high],
+        lines=[Line(name=f"c{n}", heights=[2, 3, 3 + n / 10]) for n in range(count)],
+    )  # fmt: skip
+
+
+def test_lines_are_told_apart_and_listed_as_they_end() -> None:
+    plot = comparison_plot(5, count=20)
+    assert not plot.is_log and comparison_plot(50).is_log
+    assert comparison_plot(math.inf).svg("wide").startswith("<svg viewBox=")
+    for svg in (plot.svg("wide"), plot.svg("narrow")):
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+        names = [text for text in texts if text.startswith(("c", "random"))]
+        expected = [f"c{n}" for n in reversed(range(20))]
+        assert names == [*expected, "random, range", "random, mean"]
+        assert {"20 %", "blocks removed, of 10"} <= set(texts)
+        styles = re.findall(r'clip-path[^>]*style="(fill: none;[^"]*--line-[^"]*)"', svg)
+        assert len(styles) == len(set(styles)) == 20
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from families import _GROUPED, WINDOW, build, config_of, load, opened, save, saved, shortened
+from families import _GROUPED, build, config_of, opened, save, saved, shortened
 from torch import nn
 from transformers import AutoConfig
 
 from shortllm.checkpoint import open_checkpoint
 from shortllm.checkpoint.names import find_block_names
 from shortllm.checkpoint.rules import refuse_block_names_in_config, shorten_config
-from shortllm.checkpoint.signature import block_signature, check_signatures, difference
+from shortllm.checkpoint.signature import (
+    Renumbering,
+    block_signature,
+    block_structure,
+    check_signatures,
+    difference,
+)
 from shortllm.checkpoint.surgery import check_removal
-from shortllm.checkpoint.verify import bypass_logits, verify_shortened
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import build_empty, find_blocks
-from shortllm.model.decoder import Decoder
 
 
 def shorten(config: Any, kept: list[int], **raw: Any) -> dict[str, Any]:
@@ -146,9 +150,9 @@ def test_surgery_refuses_a_config_that_names_single_blocks(tmp_path: Path) -> No
     "model_type, changes, reason",
     [
         ("minimax", {}, "its attention decay depends on block number and count"),
-        ("minicpm3", {}, "its residual scale depends on the block count"),
         ("diffllama", {}, "its lambda depends on the block's number"),
-        ("rwkv", {}, "its blocks are rescaled by their number"),
+        ("hrm_text", {}, "its two stacks of blocks run several times per token"),
+        ("xlm", {}, "its sublayers stand in four lists"),
         (
             "gpt2",
             {"scale_attn_by_inverse_layer_idx": True},
@@ -166,12 +170,91 @@ def test_types_whose_blocks_know_their_number_are_refused(
         shorten_config(config.to_dict(), config, [0, 1])
 
 
-def test_multimodal_wrappers_are_refused() -> None:
+# --- rules for single fields ----------------------------------------------------------------------
+
+
+def test_only_the_text_part_of_a_multimodal_config_changes() -> None:
     config = AutoConfig.for_model("llava")
-    with pytest.raises(
-        UnsupportedModelError, match="'llava' wraps a text decoder in a multimodal model"
-    ):
-        shorten_config(config.to_dict(), config, [0, 1])
+    raw = {"model_type": "llava", "text_config": {"model_type": "llama", "num_hidden_layers": 32}}
+    result = shorten_config(raw, config, [0, 2, 5])
+    assert result == {**raw, "text_config": {"model_type": "llama", "num_hidden_layers": 3}}
+    bare = shorten_config({"model_type": "llava"}, config, [0, 2])
+    assert bare["text_config"] == {"model_type": "llama", "num_hidden_layers": 2}
+
+
+def test_older_multimodal_configs_hold_the_text_fields_at_the_top() -> None:
+    raw = {"model_type": "qwen2_vl", "num_hidden_layers": 4, "vision_config": {}}
+    result = shorten_config(raw, AutoConfig.for_model("qwen2_vl", num_hidden_layers=4), [0, 3])
+    assert result["num_hidden_layers"] == 2
+    assert len(result["layer_types"]) == 2
+    assert "text_config" not in result
+
+
+def test_every_how_manieth_block_becomes_a_list() -> None:
+    config = config_of_moe(decoder_sparse_step=2, mlp_only_layers=[1])
+    result = shorten(config, [0, 1, 3, 5])
+    # of the original only blocks 3 and 5 have experts
+    assert (result["decoder_sparse_step"], result["mlp_only_layers"]) == (1, [0, 1])
+
+
+def test_a_pattern_that_repeats_is_written_out() -> None:
+    config = AutoConfig.for_model("recurrent_gemma", num_hidden_layers=6)
+    assert shorten(config, [0, 2, 3, 5])["block_types"] == [
+        "recurrent",
+        "attention",
+        "recurrent",
+        "attention",
+    ]
+
+
+def test_block_numbers_from_one_stay_so() -> None:
+    config = config_of("llama")
+    config.ple_layer_ids = [1, 3, 6]
+    assert shorten(config, [0, 2, 4])["ple_layer_ids"] == [1, 2]
+
+
+def test_the_last_block_of_a_kind_is_told_by_number() -> None:
+    config = AutoConfig.for_model("ernie4_5_moe", num_hidden_layers=6, moe_layer_end_index=4)
+    result = shorten(config, [0, 2, 3, 5])
+    assert (result["moe_layer_start_index"], result["moe_layer_end_index"]) == (1, 2)
+
+
+def test_trailing_blocks_that_share_keys_are_counted_again() -> None:
+    config = AutoConfig.for_model("gemma4_text", num_hidden_layers=12, num_kv_shared_layers=4)
+    assert shorten(config, [0, 1, 5, 7, 9, 11])["num_kv_shared_layers"] == 2
+
+
+def test_tables_by_block_keep_the_width_of_their_keys() -> None:
+    config = config_of("llama", num_hidden_layers=12)
+    table = {"05": {"head_dim": 4}, "11": {"head_dim": 8}}
+    result = shorten(config, [0, 5, 11], per_layer_config=table)
+    assert result["per_layer_config"] == {"01": {"head_dim": 4}, "02": {"head_dim": 8}}
+
+
+def test_a_letter_per_block_is_cut_too() -> None:
+    result = shorten(config_of("llama"), [0, 2, 5], hybrid_override_pattern="M-M*-E")
+    assert result["hybrid_override_pattern"] == "MME"
+
+
+def test_a_list_that_only_the_file_holds_is_looked_at() -> None:
+    with pytest.raises(UnsupportedModelError, match="config field 'of_old' has as many entries"):
+        shorten(config_of("llama"), [0, 1], of_old=[1, 2, 3, 4, 5, 6])
+
+
+def test_a_scale_that_goes_with_the_depth_follows() -> None:
+    config = AutoConfig.for_model("minicpm3", num_hidden_layers=9, scale_depth=1.5)
+    assert shorten(config, [0, 1, 2, 5])["scale_depth"] == pytest.approx(1.0)
+
+
+def test_a_pattern_that_no_list_can_say_is_refused_with_its_period(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "jamba", **_GROUPED, num_experts=4, mamba_d_state=4, mamba_dt_rank=4,
+        attn_layer_period=3, attn_layer_offset=1,
+    )  # fmt: skip
+    checkpoint = open_checkpoint(save(build(config), tmp_path / "source"))
+    message = "attn_layer_period 3 and expert_layer_period 2.*remove whole periods of 6 blocks"
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_removal(checkpoint, [1, 2, 3, 4, 5])
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -216,24 +299,57 @@ def test_a_changed_tensor_outside_the_blocks_is_refused() -> None:
 
 def test_difference_of_signatures() -> None:
     signature = {"layer_idx": 4, "attn.scale": 0.5, "class of mlp": "MLP", "flag": True}
-    assert difference(signature, {**signature, "layer_idx": 2}, 4, 2) is None
-    assert (
-        difference(signature, {**signature, "layer_idx": 3}, 4, 2) == "layer_idx is 3 instead of 4"
-    )
-    assert (
-        difference(signature, {**signature, "attn.scale": 0.25}, 4, 2)
-        == "attn.scale is 0.25 instead of 0.5"
-    )
-    assert (
-        difference(signature, {**signature, "extra": 1}, 4, 2) == "extra is 1 instead of 'absent'"
-    )
-    del signature["flag"]
-    assert (
-        difference({**signature, "flag": True}, signature, 4, 2)
-        == "flag is 'absent' instead of True"
-    )
+    numbers = Renumbering([1, 3, 4], 6)
+
+    def found(**changes: Any) -> str | None:
+        return difference(signature, {**signature, **changes}, 4, numbers)
+
+    assert found(layer_idx=2) is None
+    assert found(layer_idx=3) == "layer_idx is 3 instead of 4"
+    assert found(layer_idx=2.0) == "layer_idx is 2.0 instead of 4"
+    assert found(**{"attn.scale": 0.25}) == "attn.scale is 0.25 instead of 0.5"
+    assert found(**{"attn.scale": 0.5 + 1e-12}) is None
+    assert found(extra=1) == "extra is 1 instead of 'absent'"
+    assert found(flag=False) == "flag is False instead of True"
     # block 1 kept as block 0: a flag is no number
-    assert difference({"flag": True}, {"flag": False}, 1, 0) == "flag is False instead of True"
+    flag = {"flag": True}
+    assert difference(flag, {"flag": False}, 1, numbers) == "flag is False instead of True"
+
+
+@pytest.mark.parametrize(
+    "before, after, fits",
+    [
+        (list("abcdef"), ["b", "d", "e"], True),  # one entry per block
+        (list("abcdef"), ["a", "b", "c"], False),
+        ([0, 3, 4], [1, 2], True),  # block numbers
+        ([0, 3, 4], [0, 1], False),
+        ([True, False], [0], False),  # flags are no numbers
+        ({1: 0, 4: 1}, {0: 0, 2: 1}, True),
+        ({1: 0, 4: 1}, {1: 0, 4: 1}, False),
+        (9, 5, True),  # the second of two places of block 4
+        (8, 5, False),
+    ],
+)
+def test_attributes_that_speak_of_several_blocks(before: Any, after: Any, fits: bool) -> None:
+    numbers = Renumbering([1, 3, 4], 6, places=2)
+    same = before == after
+    assert (difference({"x": before}, {"x": after}, 4, numbers) is None) == (fits or same)
+
+
+def test_attributes_that_refer_to_another_block() -> None:
+    def found(after: int) -> str | None:
+        reference = "attn.kv_shared_layer_index"
+        return difference({reference: 3}, {reference: after}, 4, Renumbering([1, 3, 4], 6))
+
+    assert found(1) is None
+    assert found(0) == "attn.kv_shared_layer_index is 0 instead of 3"
+
+
+@pytest.mark.parametrize(
+    "variant, period", [("llama", 1), ("gemma2", 2), ("gemma3_text", 3), ("qwen2", 6)]
+)
+def test_the_period_of_the_blocks(variant: str, period: int) -> None:
+    assert block_structure(opened(variant).config).period == period
 
 
 def test_a_signature_sees_shapes_classes_and_attributes() -> None:
@@ -249,93 +365,11 @@ def test_a_signature_sees_shapes_classes_and_attributes() -> None:
     assert signature["window"] == 7
 
 
-# --- right by a rule, or refused: never silently wrong --------------------------------------------
-
-
 def config_of_moe(**changes: Any) -> Any:
     arguments = {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
     return AutoConfig.for_model(
         "qwen3_moe", **{**arguments, "moe_intermediate_size": 16, **changes}
     )
-
-
-LLAMA4 = {
-    "num_local_experts": 2,
-    "intermediate_size_mlp": 48,
-    "attention_chunk_size": 8,
-    "head_dim": 8,
-}
-DEEPSEEK = {
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 2,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "moe_intermediate_size": 16,
-    "num_key_value_heads": 4,
-}
-JAMBA = {
-    "num_experts": 4,
-    "mamba_d_state": 4,
-    "mamba_dt_rank": 4,
-    "attn_layer_period": 3,
-    "attn_layer_offset": 1,
-}
-PER_LAYER = {
-    "head_dim": 8,
-    "global_head_dim": 8,
-    "num_kv_shared_layers": 0,
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "hidden_size_per_layer_input": 4,
-    "vocab_size_per_layer_input": 97,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-
-ODD_TYPES: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
-    "qwen3_moe-listed": ({**EXPERTS, "moe_intermediate_size": 16, "mlp_only_layers": [1, 4]}, []),
-    "qwen3_moe-period": (
-        {**EXPERTS, "moe_intermediate_size": 16, "decoder_sparse_step": 2},
-        [[0], [2], [1, 3]],
-    ),
-    "llama4_text": ({**LLAMA4, "interleave_moe_layer_step": 2}, []),
-    "deepseek_v3": (DEEPSEEK, []),
-    "gpt_oss": (
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5},
-        [],
-    ),
-    "cohere2": ({"sliding_window": WINDOW}, []),
-    "lfm2": ({}, []),
-    "jamba": (JAMBA, [[0], [2], [1, 3]]),
-    "gemma4_text": (PER_LAYER, [[0], [2], [1, 3], [3, 4, 5]]),
-    "gpt_neox_japanese": ({"intermediate_multiple_size": 2}, [[3, 4, 5]]),
-    "xlstm": ({}, [[0], [2], [1, 3], [3, 4, 5]]),
-}
-"""Type -> arguments, and which of the removals below are refused."""
-
-
-@pytest.mark.parametrize("name", ODD_TYPES)
-def test_odd_types_are_right_or_refused(name: str, tmp_path: Path) -> None:
-    arguments, refused = ODD_TYPES[name]
-    config = AutoConfig.for_model(name.split("-")[0], **{**_GROUPED, **arguments})
-    checkpoint = open_checkpoint(save(build(config), tmp_path / "source"))
-    model = load(tmp_path / "source")
-    for removed in ([0], [2], [1, 3], [3, 4, 5]):
-        kept = [block for block in range(6) if block not in removed]
-        if removed in refused:
-            with pytest.raises(
-                UnsupportedModelError,
-                match=rf"'{config.model_type}' (would|has)|would (turn|change)",
-            ):
-                check_removal(checkpoint, kept)
-        else:
-            short = load(shortened(checkpoint, removed, tmp_path / "short"))
-            verify_shortened(name, Decoder(short), bypass_logits(Decoder(model), removed))
 
 
 # --- block numbers in tensor names ----------------------------------------------------------------
@@ -363,12 +397,28 @@ def test_among_towers_the_decoder_is_found() -> None:
         find_block_names(names[:3], 3, "model.layers")
 
 
+def test_blocks_that_transformers_renames_are_known_by_their_size() -> None:
+    names = [f"transformer.h.{b}.w" for b in range(3)]
+    found = find_block_names(names, 3, "model.layers", fits=lambda prefix: True)
+    assert found.prefix == "transformer.h"
+    towers = [*names, *(f"vision.{b}.w" for b in range(3))]
+    with pytest.raises(UnsupportedModelError, match="is not certain"):
+        find_block_names(towers, 3, "model.layers", fits=lambda prefix: True)
+
+
+def test_prediction_heads_are_no_blocks() -> None:
+    names = find_block_names([f"m.layers.{b}.w" for b in range(5)], 4, "m.layers", heads=2)
+    assert (names.count, names.heads) == (4, 1)
+    assert names.block_of("m.layers.4.w") is None
+    assert names.is_head("m.layers.4.w") and not names.is_head("m.layers.3.w")
+
+
 @pytest.mark.parametrize(
     "numbers, message",
     [
         ([0, 1, 3], r"config says 4 blocks, but no tensor of block 2 \('m.layers.2'\) is stored"),
         ([0, 1, 2], r"config says 4 blocks, but no tensor of block 3"),
-        ([0, 1, 2, 3, 4], "'m.layers.4' lies behind the last of 4 blocks"),
+        ([0, 1, 2, 3, 4], "'m.layers.4' lies behind the last of 4 blocks.*no prediction head"),
         ([], "no tensor is named like a block of 'm.layers'"),
     ],
 )

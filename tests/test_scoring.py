@@ -18,8 +18,9 @@ import torch
 from families import opened, saved, token_ids
 
 import shortllm
-from shortllm import stages
+from shortllm import journal, stages
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
+from shortllm.model.streamed import StreamedWeights
 from shortllm.results import BlockScores
 
 EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
@@ -97,28 +98,59 @@ def test_two_processes_equal_one(
 @pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize("model", ["stories260K", "stories10L", "stories10L-redundant", "books5M"])
-def test_streamed_and_two_processes_equal_one_on_real_models(
-    model: str, shared: Path, tmp_path: Path
+def test_every_way_of_scoring_gives_the_same_on_real_models(
+    model: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Blocks in memory, streamed, streamed with an interruption, shared by two processes."""
     directory = shared / "models" / model
     file = "books/valid.jsonl.xz" if model == "books5M" else "stories/valid.jsonl.gz"
     data = shared / "data" / file
-    for stream in (False, True):
+
+    def score(name: str, *, stream: bool) -> None:
         shortllm.score(
             str(directory),
             criterion=EVERY.split(","),
             options={"greedy": {"rounds": 1}},
             calibration=shortllm.CalibrationOptions(data=str(data), samples=4, length=64),
-            out=tmp_path / ("streamed" if stream else "alone"),
+            out=tmp_path / name,
             stream=stream,
         )
+
+    score("alone", stream=False)
+    score("streamed", stream=True)
     equal_scores(tmp_path / "streamed", tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "MIN_INTERVAL_S", 0.0)
+        patch.setattr(journal, "WORK_PER_WRITING", 0)
+        for blocks in (3, 6, 9):  # each try comes a little further, and goes on from there
+            with patch.context() as stop:
+                stop.setattr(StreamedWeights, "through", stopping(blocks))
+                with pytest.raises(KeyboardInterrupt):
+                    score("interrupted", stream=True)
+            assert list((tmp_path / "interrupted").rglob("position.json"))
+        score("interrupted", stream=True)
+    equal_scores(tmp_path / "interrupted", tmp_path / "alone")
     done = call(
         "score", directory, "--criterion", EVERY, "--option", "greedy.rounds=1", "--data", data,
         "--samples", 4, "--length", 64, "--out", tmp_path / "two", launcher=TORCHRUN,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     equal_scores(tmp_path / "two", tmp_path / "alone")
+
+
+def stopping(blocks: int) -> Any:
+    """A way through the blocks on which somebody types Ctrl-C after so many of them."""
+    through, left = StreamedWeights.through, blocks
+
+    def stopped(self: StreamedWeights, order: Any) -> Any:
+        nonlocal left
+        for b in through(self, order):
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            yield b
+
+    return stopped
 
 
 @pytest.mark.shared

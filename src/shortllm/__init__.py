@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from shortllm.api import compare_criteria as compare_criteria
     from shortllm.api import evaluate as evaluate
+    from shortllm.api import export_lint as export_lint
     from shortllm.api import info as info
     from shortllm.api import plan as plan
     from shortllm.api import prune as prune
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from shortllm.recipe import EvaluationOptions as EvaluationOptions
     from shortllm.recipe import Recipe as Recipe
     from shortllm.results import BlockScores as BlockScores
+    from shortllm.results import Comparison as Comparison
     from shortllm.results import Evaluation as Evaluation
     from shortllm.results import PrunePlan as PrunePlan
 
@@ -42,12 +45,15 @@ _HOME = {
     "Budget": "planning",
     "CalibrationOptions": "recipe",
     "Checkpoint": "checkpoint.source",
+    "Comparison": "results",
     "Evaluation": "results",
     "EvaluationOptions": "recipe",
     "PrunePlan": "results",
     "Recipe": "recipe",
     "ShortLLMError": "errors",
+    "compare_criteria": "api",
     "evaluate": "api",
+    "export_lint": "api",
     "info": "api",
     "open_checkpoint": "checkpoint.source",
     "plan": "api",

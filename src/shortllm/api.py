@@ -9,27 +9,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-from shortllm import pipeline, stages
+from shortllm import comparison, pipeline, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import CriterionError, DataError, OutputError, ResultFileError, ShortLLMError
 from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results import BlockScores, Evaluation, PrunePlan
+from shortllm.results import BlockScores, Comparison, Evaluation, PrunePlan
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
 from shortllm.zeroshot import table_beside, write_table
 
+if TYPE_CHECKING:
+    from shortllm.checkpoint.export_lint import ExportFinding
+
 
 def info(
-    model: str, *, revision: str | None = None, samples: int = 10, length: int = 128
+    model: str,
+    *,
+    revision: str | None = None,
+    samples: int = 10,
+    length: int = 128,
+    device: str = "auto",
+    dtype: str = "auto",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: bool = True,
 ) -> ModelSummary:
-    """What a model is made of, what can go, and what scoring it takes. Reads headers only."""
-    return summarize(open_checkpoint(model, revision=revision), samples=samples, length=length)
+    """What a model is made of, what can go, and what scoring it takes.
+
+    Args:
+        samples, length: the calibration that scoring is foretold for.
+        options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
+        probe: measure the machine for two seconds, and read a few of the model's tensors; without,
+            no times are foretold and only headers are read.
+    """
+    return summarize(
+        open_checkpoint(model, revision=revision),
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        options=options or {},
+        probe=probe,
+    )
 
 
 @overload
@@ -279,10 +305,83 @@ def _named(models: Sequence[str]) -> dict[str, Checkpoint]:
     return checkpoints
 
 
-def report(run_dir: Path) -> Path:
-    """Write report.html and the model card from the files of a run directory."""
-    from shortllm.reporting import write_report
+def export_lint(model: str, *, revision: str | None = None) -> list[ExportFinding]:
+    """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly, by rule.
 
+    Reads the config and headers only.
+    """
+    from shortllm.checkpoint.export_lint import lint_export
+
+    return lint_export(open_checkpoint(model, revision=revision))
+
+
+def compare_criteria(
+    model: str = "embedded",
+    *,
+    criterion: Sequence[str] = comparison.CRITERIA,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    ratios: Sequence[float] = comparison.RATIOS,
+    random: int = comparison.RANDOM_DRAWS,
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    calibration: CalibrationOptions | None = None,
+    evaluation: EvaluationOptions | None = None,
+    out: Path | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    stream: bool | None = None,
+    max_memory: int | None = None,
+    command: list[str] | None = None,
+) -> Comparison:
+    """What each criterion removes at several budgets, and the perplexity that is left.
+
+    Writes the scores, comparison.json and comparison.html; what is up to date is not made again.
+    Under `accelerate launch` or `torchrun` the samples are shared, as in `score`.
+
+    Args:
+        criterion: names of criteria.
+        options: for each criterion its options.
+        ratios: parts of the blocks to remove.
+        random: how many random removals of each size are the floor.
+        evaluation: the one text to measure on; default: held-out rows of the calibration text, or
+            wikitext2, and 64 segments of it.
+        out: run directory; default `runs/<model>-comparison`.
+    Raises:
+        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+    """
+    checkpoint = open_checkpoint(model, revision=revision)
+    question = comparison.prepare_question(
+        checkpoint.info(), asked_criteria(criterion, options or {}), ratios, draws=random,
+        protect_first=protect_first, protect_last=protect_last,
+    )  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "model": model,
+            "revision": revision,
+            "criterion": ",".join(criterion),
+            "options": options or {},
+            "calibration": calibration or CalibrationOptions(),
+            "evaluation": evaluation or EvaluationOptions(),
+            "device": device,
+            "dtype": dtype,
+            "stream": stream,
+            "max_memory": max_memory,
+        }
+    )
+    recipe = comparison.fill_recipe(recipe, checkpoint.model_type)
+    directory = out or comparison.default_directory(model)
+    return comparison.compare_in(directory, checkpoint, question, recipe, command=command)
+
+
+def report(run_dir: Path) -> Path:
+    """Write the page of a run directory from its files: report.html and the model card, or
+    comparison.html where it holds no plan but a comparison."""
+    from shortllm.reporting import write_comparison, write_report
+
+    run_dir = Path(run_dir)
+    if (run_dir / "comparison.json").exists() and not (run_dir / "plan.json").exists():
+        return write_comparison(run_dir)
     return write_report(run_dir)
 
 

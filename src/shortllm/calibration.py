@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +27,7 @@ import torch
 
 from shortllm.data import Rows, load_rows
 from shortllm.errors import DataError
-from shortllm.files import PARTIAL, explained, fingerprint, require_writable
+from shortllm.files import fingerprint, require_writable, write_bytes
 from shortllm.results import CalibrationInfo
 
 if TYPE_CHECKING:
@@ -56,14 +55,10 @@ class Calibration:
         Raises:
             OutputError: the directory cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         require_writable(run_dir)
-        with explained(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            partial = run_dir / (IDS_FILE + PARTIAL)
-            save_file({"ids": self.ids.contiguous()}, partial)
-            os.replace(partial, run_dir / IDS_FILE)
+        write_bytes(run_dir / IDS_FILE, save({"ids": self.ids.contiguous()}))
         self.info.save(run_dir / INFO_FILE)
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ from shortllm.errors import BudgetError, CriterionError, ShortLLMError
 if TYPE_CHECKING:
     from shortllm.planning import Budget
     from shortllm.recipe import CalibrationOptions
-    from shortllm.results import BlockScores, Evaluation, PrunePlan
+    from shortllm.results import BlockScores, Comparison, Evaluation, PrunePlan
     from shortllm.summary import ModelSummary
 
 app = typer.Typer(
@@ -96,6 +96,14 @@ CriterionNames = Annotated[
         "last, random, even.",
     ),
 ]
+ComparedCriteria = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--criterion",
+        help="Rules to compare, e.g. ppl,taylor,influence. Default: ppl, kl, taylor, magnitude, "
+        "influence, relative, angular, greedy, last, even.",
+    ),
+]
 CriterionOption = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
@@ -144,6 +152,13 @@ ProtectFirst = Annotated[
 ProtectLast = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Last blocks that stay. Default: 2, at most a quarter of the blocks."),
+]
+PeriodAligned = Annotated[
+    bool,
+    typer.Option(
+        "--period-aligned",
+        help="Remove only whole periods where the kinds of blocks repeat, as other programs need.",
+    ),
 ]
 
 EvalLength = Annotated[
@@ -209,6 +224,7 @@ def run(
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
+    period_aligned: PeriodAligned = False,
     data: Data = None,
     calibration: CalibrationFile = None,
     sampler: Sampler = "random",
@@ -255,6 +271,7 @@ def run(
         contiguous,
         protect_first,
         protect_last,
+        period_aligned,
         default_ratio=0.25,
     )
     recipe = shortllm.Recipe(
@@ -274,7 +291,7 @@ def run(
             prompt=prompt,
             continuations=continuations,
             new_tokens=new_tokens,
-            tasks=_names(tasks),
+            tasks=_names(tasks or ""),
             task_data=task_data,
             limit=limit,
             batch_size=batch_size,
@@ -310,12 +327,32 @@ def info(
     revision: Revision = None,
     samples: SampleCount = 10,
     length: Length = 128,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    option: CriterionOption = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Measure this machine for two seconds; without, no times are foretold.",
+        ),
+    ] = True,
     json: Json = False,
 ) -> None:
     """Blocks, parameters and bytes of a model, what a removal saves, and what scoring takes."""
     import shortllm
+    from shortllm import criteria
 
-    summary = shortllm.info(model, revision=revision, samples=samples, length=length)
+    summary = shortllm.info(
+        model,
+        revision=revision,
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        options=_options(option, criteria.names()),
+        probe=probe,
+    )
     if json:
         _print_json(summary.model_dump(mode="json"))
     else:
@@ -377,6 +414,93 @@ def score(
         typer.echo(f"scores: {out / file}")
 
 
+@app.command(name="compare-criteria")
+def compare_criteria(
+    model: ModelArgument = "embedded",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Run directory. Default: runs/<model>-comparison."),
+    ] = None,
+    criterion: ComparedCriteria = None,
+    option: CriterionOption = None,
+    ratios: Annotated[
+        str, typer.Option(help="Parts of the blocks to remove.")
+    ] = "0.1,0.2,0.3,0.4,0.5",
+    random: Annotated[
+        int, typer.Option(min=1, help="Random removals of each size: what criteria must beat.")
+    ] = 10,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = None,
+    data: Data = None,
+    calibration: CalibrationFile = None,
+    sampler: Sampler = "random",
+    samples: SampleCount = 10,
+    length: Length = 128,
+    seed: Seed = 1234,
+    bos_every_sample: BosEverySample = None,
+    eval_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Text to measure on. Default: rows of --data kept apart from calibration, or "
+            "wikitext2."
+        ),
+    ] = None,
+    eval_length: EvalLength = 128,
+    eval_bos: EvalBos = None,
+    max_segments: Annotated[
+        int, typer.Option(min=1, help="Measure on the first so many segments.")
+    ] = 64,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    stream: Stream = None,
+    max_memory: MaxMemory = None,
+    json: Json = False,
+) -> None:
+    """Which criterion to trust for this model: the perplexity left by each, at several budgets.
+
+    Scores the blocks by every criterion, and measures all that they would remove, and random
+    removals, in one pass over held-out text. The same command again skips what is up to date.
+    """
+    import shortllm
+    from shortllm.comparison import CRITERIA, default_directory
+
+    names = list(CRITERIA) if criterion is None else _names(criterion)
+    directory = out or default_directory(model)
+    found = shortllm.compare_criteria(
+        model,
+        criterion=names,
+        options=_options(option, names),
+        ratios=_ratios(ratios),
+        random=random,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        calibration=_calibration(
+            data, calibration, sampler, samples, length, seed, bos_every_sample
+        ),
+        evaluation=shortllm.EvaluationOptions(
+            data=[eval_data] if eval_data else [],
+            length=eval_length,
+            bos=eval_bos,
+            max_segments=max_segments,
+        ),
+        out=directory,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        stream=stream,
+        max_memory=_bytes(max_memory),
+        command=_command_line(),
+    )
+    if not _is_main_process():
+        return
+    if json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        _print_comparison(found)
+        typer.echo(f"report: {directory / 'comparison.html'}")
+
+
 @app.command()
 def plan(
     scores: Annotated[
@@ -389,6 +513,7 @@ def plan(
     contiguous: Contiguous = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
+    period_aligned: PeriodAligned = False,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Where to write the plan. Default: plan.json beside the scores."),
@@ -398,7 +523,9 @@ def plan(
     """Choose the blocks to remove from scores and a budget."""
     import shortllm
 
-    budget = _budget(remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last)
+    budget = _budget(
+        remove, ratio, param_ratio, blocks, contiguous, protect_first, protect_last, period_aligned
+    )
     made = shortllm.plan(scores, budget, out=out)
     if json:
         _print_json(made.model_dump(mode="json"))
@@ -488,7 +615,7 @@ def evaluate(
             prompt=prompt,
             continuations=continuations,
             new_tokens=new_tokens,
-            tasks=_names(tasks),
+            tasks=_names(tasks or ""),
             task_data=task_data,
             limit=limit,
             batch_size=batch_size,
@@ -506,6 +633,28 @@ def evaluate(
     for model in measured.models:
         for text in model.samples.texts if model.samples else ():
             typer.echo(f"\n[{model.name}] {model.samples.prompt if model.samples else ''}{text}")
+
+
+@app.command()
+def export_lint(
+    model: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A finished checkpoint, or a Hub id.")
+    ],
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly."""
+    import shortllm
+
+    findings = shortllm.export_lint(model, revision=revision)
+    if json:
+        _print_json([finding.model_dump(mode="json") for finding in findings])
+        return
+    for finding in findings:
+        way_out = f". {finding.way_out}" if finding.way_out else ""
+        typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){way_out}")
+        for name, value in finding.fields.items():
+            typer.echo(f"    {name}: {value}")
 
 
 @app.command()
@@ -577,6 +726,7 @@ def _budget(
     contiguous: bool | None,
     protect_first: int | None,
     protect_last: int | None,
+    period_aligned: bool,
     *,
     default_ratio: float | None = None,
 ) -> Budget:
@@ -592,9 +742,29 @@ def _budget(
         contiguous=contiguous,
         protect_first=protect_first,
         protect_last=protect_last,
+        period_aligned=period_aligned,
     )
     budget.asked()
     return budget
+
+
+def _names(text: str) -> list[str]:
+    """`ppl,taylor` as names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _ratios(text: str) -> list[float]:
+    """`0.1,0.25` as numbers.
+
+    Raises:
+        BudgetError: another form.
+    """
+    try:
+        return [float(part) for part in _names(text)]
+    except ValueError as error:
+        raise BudgetError(
+            f"--ratios '{text}' is not a list of parts of the blocks such as 0.1,0.25,0.5"
+        ) from error
 
 
 def _options(given: list[str] | None, criteria: list[str]) -> dict[str, dict[str, Any]]:
@@ -656,11 +826,6 @@ def _is_main_process() -> bool:
 def _command_line() -> list[str]:
     """What was typed, for run.json."""
     return ["shortllm", *sys.argv[1:]]
-
-
-def _names(text: str | None) -> list[str]:
-    """`boolq,piqa` as names."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _numbers(text: str) -> list[int]:
@@ -784,6 +949,33 @@ def _print_tasks(evaluation: Evaluation) -> None:
     _print_table(("task", "metric", *(model.name for model in models)), rows)
 
 
+def _print_comparison(comparison: Comparison) -> None:
+    from shortllm.standings import standings, verdict
+
+    columns, intact = standings(comparison), comparison.intact
+    typer.echo(
+        f"{comparison.model.id}: {comparison.model.blocks} blocks, intact perplexity "
+        f"{intact.perplexity:.4f} on {intact.segments} x {intact.length} tokens of "
+        f"{Path(intact.source).name}"
+    )
+    criteria = [one.criterion for one in comparison.criteria]
+    rows = [
+        (name, *(f"{c.perplexities[i]:.4f}{'*' if name in c.best else ' '}" for c in columns))
+        for i, name in enumerate(criteria)
+    ]
+    rows += [
+        ("random, mean", *(f"{c.random_mean:.4f} " for c in columns)),
+        ("random, lowest", *(f"{min(c.random):.4f} " for c in columns)),
+        ("random, highest", *(f"{max(c.random):.4f} " for c in columns)),
+        ("below random's mean", *(f"{c.beat_mean} of {len(criteria)} " for c in columns)),
+    ]
+    _print_table(("without", *(f"{c.name} ({c.blocks}) " for c in columns)), rows)
+    for left in comparison.left_out:
+        typer.echo(f"left out: {100 * left.ratio:.4g} % ({left.reason})")
+    best = [f"{c.name} {', '.join(c.best) or 'none'}" for c in columns]
+    typer.echo(f"* lowest: {'; '.join(best)}\n{verdict(comparison)}")
+
+
 def _print_summary(summary: ModelSummary) -> None:
     model = summary.model
     protected = set(summary.protected)
@@ -816,8 +1008,38 @@ def _print_summary(summary: ModelSummary) -> None:
         if k <= most
     ]
     _print_table(("blocks", "parameters", "bytes"), saved)
+    _print_estimates(summary)
+
+
+def _print_estimates(summary: ModelSummary) -> None:
     typer.echo(
-        f"\nscoring by ppl on {summary.samples} x {summary.length} tokens: "
-        f"{summary.scoring_flops / 1e12:.3g} TFLOP, about {summary.scoring_bytes / 2**30:.2f} "
-        "GiB in float32"
+        f"\nscoring on {summary.samples} x {summary.length} tokens in {summary.dtype} on "
+        f"{summary.device}, foretold"
     )
+    rows = [
+        (
+            ", ".join(one.criteria),
+            "streamed" if one.streamed else "in memory",
+            f"{one.flops / 1e12:.3g}",
+            f"{one.peak_bytes / 2**30:.2f}",
+            *(() if one.seconds is None else (_duration(one.seconds),)),
+        )
+        for one in summary.estimates
+    ]
+    time = () if summary.probe is None else ("time",)
+    _print_table(("criteria", "blocks", "TFLOP", "peak GiB", *time), rows)
+    if summary.probe is not None:
+        typer.echo(
+            f"measured: {summary.probe.matrix_flops_per_s / 1e9:.0f} GFLOP/s in matrix products, "
+            f"{summary.probe.read_bytes_per_s / 1e6:.0f} MB/s read from the model's files"
+        )
+    mode = "read one at a time (streamed)" if summary.streamed else "all in memory"
+    typer.echo(f"without --stream or --no-stream, blocks are {mode}: {summary.why}")
+
+
+def _duration(seconds: float) -> str:
+    """E.g. `12.3 s`, `5.2 min` or `3.1 h`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

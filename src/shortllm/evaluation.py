@@ -56,9 +56,16 @@ def measure_perplexity(
     Raises:
         CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
     """
+    return as_perplexity(text, mean_nll(decoder, text.segments.ids, memory=memory, advance=advance))
+
+
+def as_perplexity(text: EvaluationText, nll: float) -> Perplexity:
+    """A mean NLL measured on a text, with the protocol.
+
+    Raises:
+        CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
+    """
     ids_ST = text.segments.ids
-    nll = mean_nll(decoder, ids_ST, memory=memory, advance=advance)
-    predictions = ids_ST.shape[0] * (ids_ST.shape[1] - 1)
     if not math.isfinite(perplexity(nll)):
         raise CheckpointError(
             f"the model's loss on {text.rows.source} is {nll}, which is no perplexity. "
@@ -71,7 +78,7 @@ def measure_perplexity(
         length=ids_ST.shape[1],
         bos=text.segments.bos,
         segments=len(ids_ST),
-        predictions=predictions,
+        predictions=ids_ST.shape[0] * (ids_ST.shape[1] - 1),
         tokens_fingerprint=tokens_fingerprint(ids_ST),
         nll=nll,
         perplexity=perplexity(nll),

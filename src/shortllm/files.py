@@ -25,12 +25,17 @@ def fingerprint(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to a sibling name, then rename it, so that no reader sees half a file."""
+    """Write `text` in UTF-8 so that no reader sees half a file."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to a sibling name, then rename it, so that no reader sees half a file."""
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
-        with open(partial, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(partial, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)

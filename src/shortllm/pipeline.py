@@ -24,7 +24,7 @@ from shortllm.checkpoint.surgery import check_removal
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import PARTIAL, require_writable, write_text
 from shortllm.journal import journal_directory
-from shortllm.planning import Budget, build_plan, check_budget, most_blocks
+from shortllm.planning import Budget, build_plan, check_budget, most_blocks, removable
 from shortllm.recipe import Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan, ResultFile
 from shortllm.runtime import ALONE, Ranks, versions
@@ -109,22 +109,23 @@ def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
     count = checkpoint.block_count
     removed = budget.blocks
     if removed is None:
-        protected = set(budget.protected(count))
-        removed = [next(block for block in range(count) if block not in protected)]
+        removed = removable(budget, checkpoint.info())[0]
     check_removal(checkpoint, [block for block in range(count) if block not in set(removed)])
 
 
 def default_directory(recipe: Recipe) -> Path:
     """`runs/<model>-<criterion>-<budget>`, e.g. `runs/stories10L-ppl-remove2`."""
-    name = (
-        Path(recipe.model).resolve().name
-        if Path(recipe.model).exists()
-        else recipe.model.split("/")[-1]
-    )
+    name = short_name(recipe.model)
     [(amount, value)] = recipe.budget.asked().items()
+    periods = "-periods" if recipe.budget.period_aligned else ""
     if amount == "blocks":
         return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
-    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}"
+    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}"
+
+
+def short_name(model: str) -> str:
+    """The last part of a model's directory or Hub id."""
+    return Path(model).resolve().name if Path(model).exists() else model.split("/")[-1]
 
 
 def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:

@@ -1,8 +1,11 @@
 """Scores and a budget in, a plan out: which blocks go, in which order, and why. Pure, no torch.
 
 The budget is a number of blocks, a ratio of the blocks, a ratio of the parameters, or the blocks
-themselves. The first and last blocks are protected by default (the "+" of Taylor+ and magnitude+);
-of equally important blocks the later goes first.
+themselves. The first and last blocks are protected by default (the "+" of Taylor+ and magnitude+),
+and those that others depend on always; of equally important blocks the later goes first.
+
+Where the kinds of blocks repeat (attention of two kinds in turn), a plan can be made of whole
+periods: what is left repeats in the same way, which is what other programs expect of such a model.
 """
 
 from __future__ import annotations
@@ -42,6 +45,9 @@ class Budget(Record):
     )
     protect_last: int | None = Field(
         default=None, description="trailing blocks kept; default 2, at most a quarter of the blocks"
+    )
+    period_aligned: bool = Field(
+        default=False, description="remove only whole periods of the pattern of blocks"
     )
 
     def asked(self) -> dict[str, Any]:
@@ -91,51 +97,103 @@ def check_budget(budget: Budget, model: ModelInfo) -> None:
     Raises:
         BudgetError: naming what is free and the largest budget that works.
     """
-    _amount(budget, budget.protected(model.blocks), model.parameters_per_block, model.parameters)
+    _amount(budget, model)
 
 
-def _amount(
-    budget: Budget, protected: list[int], parameters_per_block: Sequence[int], parameters: int
-) -> int | None:
+def protected_blocks(budget: Budget, model: ModelInfo) -> list[int]:
+    """Blocks that may not be removed, by the budget or since others depend on them, ascending."""
+    fixed = model.fixed if budget.blocks is None else {}
+    return sorted({*budget.protected(model.blocks), *fixed})
+
+
+def removable(budget: Budget, model: ModelInfo) -> list[list[int]]:
+    """What goes together and may go, ascending: single blocks, or whole periods of them."""
+    protected = set(protected_blocks(budget, model))
+    return [unit for unit in _units(budget, model) if not protected.intersection(unit)]
+
+
+def _units(budget: Budget, model: ModelInfo) -> list[list[int]]:
+    size = model.period if budget.period_aligned else 1
+    return [list(range(start, start + size)) for start in range(0, model.blocks - size + 1, size)]
+
+
+def _amount(budget: Budget, model: ModelInfo) -> int | None:
     """Number of blocks to remove; None where it depends on which blocks go.
 
     Raises:
-        BudgetError: more than is unprotected, nothing, or all.
+        BudgetError: more than is unprotected, nothing, all, or not whole periods.
     """
-    count = len(parameters_per_block)
-    free = [block for block in range(count) if block not in set(protected)]
+    count = model.blocks
+    units = removable(budget, model)
+    free = sum(map(len, units))
+    protected = len(protected_blocks(budget, model))
     asked = budget.asked()
+    size = model.period if budget.period_aligned else 1
     if budget.blocks is not None:
         _check_given(budget.blocks, count)
+        _check_whole_periods(budget, model)
         return len(budget.blocks)
     if budget.param_ratio is not None:
-        sizes = sorted(parameters_per_block[block] for block in free)
-        if len(free) == count:
-            sizes.pop()  # one block must stay
-        available = sum(sizes) / parameters
-        if budget.param_ratio > available:
-            raise BudgetError(
-                f"cannot remove {budget.param_ratio:.1%} of the parameters: the {len(free)} "
-                "unprotected of "
-                f"{count} blocks hold {available:.1%}. Ask for less, or pass --protect-first 0 "
-                "--protect-last 0"
-            )
+        _check_parameters(budget.param_ratio, units, model)
         return None
-    number = budget.remove if budget.remove is not None else round(asked["ratio"] * count)
+    number = budget.remove
+    if number is None:
+        number = round(asked["ratio"] * count / size) * size
     if number == 0:
         raise BudgetError(
-            f"--ratio {budget.ratio} of {count} blocks is less than half a block. Ask for "
-            f"{1 / count:.3f} or more"
+            f"--ratio {budget.ratio} of {count} blocks is less than half "
+            f"{'a block' if size == 1 else f'a period of {size} blocks'}. Ask for "
+            f"{size / count:.3f} or more"
         )
-    most = min(len(free), count - 1)
+    most = min(free, count - size)
     if number > most:
         way_out = f"Ask for {most} or fewer" if most else "Nothing is free"
         relief = ", or pass --protect-first 0 --protect-last 0" if protected else ""
+        whole = f" and only whole periods of {size} go" if size > 1 else ""
         raise BudgetError(
-            f"cannot remove {number} of {count} blocks: {len(protected)} are protected"
-            f"{'' if protected else ' and one must stay'}. {way_out}{relief}"
+            f"cannot remove {number} of {count} blocks: {protected} are protected"
+            f"{whole}{'' if protected else ' and one must stay'}. {way_out}{relief}"
+        )
+    if number % size:
+        lower, upper = number // size * size, (number // size + 1) * size
+        nearest = [str(n) for n in (lower, upper) if 0 < n <= most]
+        raise BudgetError(
+            f"cannot remove {number} blocks in whole periods of {size}. "
+            f"Ask for {' or '.join(nearest)}, or leave out --period-aligned"
         )
     return number
+
+
+def _check_parameters(ratio: float, units: list[list[int]], model: ModelInfo) -> None:
+    """All that may go must hold the part of the parameters asked for, something staying."""
+    sizes = sorted(_parameters(unit, model) for unit in units)
+    free = sum(map(len, units))
+    if free == model.blocks:
+        sizes.pop()  # one block must stay
+    available = sum(sizes) / model.parameters
+    if ratio > available:
+        raise BudgetError(
+            f"cannot remove {ratio:.1%} of the parameters: the {free} "
+            "unprotected of "
+            f"{model.blocks} blocks hold {available:.1%}. Ask for less, or pass --protect-first 0 "
+            "--protect-last 0"
+        )
+
+
+def _parameters(blocks: Sequence[int], model: ModelInfo) -> int:
+    return sum(model.parameters_per_block[block] for block in blocks)
+
+
+def _check_whole_periods(budget: Budget, model: ModelInfo) -> None:
+    """Explicit block numbers must be whole periods, where these are asked for."""
+    given = set(budget.blocks or ())
+    whole = {b for unit in _units(budget, model) if given.issuperset(unit) for b in unit}
+    if given != whole:
+        raise BudgetError(
+            f"block {min(given - whole)} is named without the rest of its period: periods of "
+            f"{model.period} blocks start at multiples of {model.period}. Name all of its blocks, "
+            "or leave out --period-aligned"
+        )
 
 
 def _check_given(blocks: list[int], count: int) -> None:
@@ -159,6 +217,12 @@ def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list
     return sorted(free, key=lambda block: (importance[block], -block))
 
 
+def _unit_order(importance: Sequence[float], units: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What goes together, least important first; its importance is the sum of its blocks'."""
+    totals = {tuple(unit): sum(importance[block] for block in unit) for unit in units}
+    return [list(unit) for unit in sorted(totals, key=lambda unit: (totals[unit], -unit[0]))]
+
+
 def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None = None) -> PrunePlan:
     """Choose the blocks.
 
@@ -167,18 +231,18 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
     Raises:
         BudgetError: the budget cannot be met, or there are no scores to choose by.
     """
-    count, parameters_per_block = model.blocks, model.parameters_per_block
-    protected = budget.protected(count)
-    number = _amount(budget, protected, parameters_per_block, model.parameters)
+    count = model.blocks
+    protected = protected_blocks(budget, model)
+    number = _amount(budget, model)
     if budget.blocks is not None:
         order = list(budget.blocks)
         scores = None
     elif scores is None:
         raise BudgetError("a budget without block numbers needs scores. Run `shortllm score` first")
     else:
-        order = _order(budget, scores, protected, number, parameters_per_block, model.parameters)
+        order = _order(budget, scores, model, number)
     removed = sorted(order)
-    freed = sum(parameters_per_block[block] for block in removed)
+    freed = _parameters(removed, model)
     asked = budget.asked()
     return PrunePlan(
         model=model,
@@ -194,7 +258,7 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
             parameters=freed,
             parameter_ratio=freed / model.parameters,
         ),
-        reason=_reason(scores, removed, protected, count, _is_contiguous(budget, scores)),
+        reason=_reason(scores, removed, protected, model, budget),
         scores=scores.fingerprint if scores else None,
         fingerprint=fingerprint(
             {
@@ -203,42 +267,58 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
                 "asked": asked,
                 "contiguous": budget.contiguous,
                 "protected": protected,
+                **({"period": model.period} if budget.period_aligned else {}),
             }
         ),
     )
 
 
-def _order(
-    budget: Budget,
-    scores: BlockScores,
-    protected: list[int],
-    number: int | None,
-    parameters_per_block: Sequence[int],
-    parameters: int,
-) -> list[int]:
+def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
     """The blocks that go, in the order in which they go.
 
     Raises:
         BudgetError: the scores do not reach that far.
     """
+    units = removable(budget, model)
     if _is_contiguous(budget, scores):
-        span = _span(budget, scores, protected, number, parameters_per_block, parameters)
-        outside = [b for b in range(len(parameters_per_block)) if b not in span]
+        span = _span(budget, scores, model, number)
+        outside = [block for block in range(model.blocks) if block not in span]
         return removal_order(scores.importance, outside)
-    order = scores.order or removal_order(scores.importance, protected)
+    if scores.order is not None:
+        return _followed(budget, scores, model, number)
+    ordered = _unit_order(scores.importance, units)
     if number is None:
-        number = _reaching(budget.param_ratio or 0.0, order, parameters_per_block, parameters)
+        number = _reaching(budget.param_ratio or 0.0, ordered, model)
+    return [block for unit in ordered for block in unit][:number]
+
+
+def _followed(
+    budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
+) -> list[int]:
+    """The beginning of a removal order that a criterion found block by block.
+
+    Raises:
+        BudgetError: it is too short, holds protected blocks, or whole periods are asked for.
+    """
+    name, order = scores.criterion, scores.order or []
+    if budget.period_aligned and model.period > 1:
+        raise BudgetError(
+            f"'{name}' removes single blocks, one after the other. Leave out --period-aligned, or "
+            "score by another criterion"
+        )
+    if number is None:
+        number = _reaching(budget.param_ratio or 0.0, [[block] for block in order], model)
     if number > len(order):
         raise BudgetError(
-            f"the scores by '{scores.criterion}' hold the order of {len(order)} removals, and "
-            f"{number} were asked for. Score again with --option {scores.criterion}.rounds={number}"
+            f"the scores by '{name}' hold the order of {len(order)} removals, and {number} were "
+            f"asked for. Score again with --option {name}.rounds={number}"
         )
-    taken = [block for block in order[:number] if block in set(protected)]
+    protected = set(protected_blocks(budget, model))
+    taken = [block for block in order[:number] if block in protected]
     if taken:
         raise BudgetError(
-            f"the scores by '{scores.criterion}' remove block {taken[0]}, which is protected. "
-            "Score again with the same protection (--option "
-            f"{scores.criterion}.protect_first=... and protect_last=...)"
+            f"the scores by '{name}' remove block {taken[0]}, which is protected. Score again with "
+            f"the same protection (--option {name}.protect_first=... and protect_last=...)"
         )
     return order[:number]
 
@@ -249,15 +329,8 @@ def _is_contiguous(budget: Budget, scores: BlockScores | None) -> bool:
     return spans if budget.contiguous is None else budget.contiguous
 
 
-def _span(
-    budget: Budget,
-    scores: BlockScores,
-    protected: list[int],
-    number: int | None,
-    parameters_per_block: Sequence[int],
-    parameters: int,
-) -> range:
-    """The least important span of unprotected blocks that meets the budget.
+def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> range:
+    """The least important span of removable blocks that meets the budget.
 
     Raises:
         BudgetError: the criterion scores no spans, or protected blocks leave no room.
@@ -267,15 +340,19 @@ def _span(
             f"criterion '{scores.criterion}' scores no spans of blocks. Leave out --contiguous, or "
             "score by 'angular'"
         )
-    count = len(parameters_per_block)
-    for n in range(number or 1, (number or count - 1) + 1):
-        free = [s for s in range(count - n + 1) if not set(range(s, s + n)) & set(protected)]
-        if not free:
+    units = removable(budget, model)
+    size = len(units[0]) if units else 1
+    lengths = [number] if number is not None else range(size, model.blocks, size)
+    for n in lengths:
+        runs = [units[i : i + n // size] for i in range(len(units) - n // size + 1)]
+        starts = [run[0][0] for run in runs if run[-1][-1] - run[0][0] == n - 1]
+        if not starts:
             break
-        start = min(free, key=lambda s: (scores.spans[n - 1][s], -s))  # type: ignore[index]
+        values = scores.spans[n - 1]
+        start = min(starts, key=lambda s: (values[s], -s))
         span = range(start, start + n)
-        freed = sum(parameters_per_block[block] for block in span)
-        if number is not None or freed >= (budget.param_ratio or 0.0) * parameters:
+        enough = (budget.param_ratio or 0.0) * model.parameters
+        if number is not None or _parameters(span, model) >= enough:
             return span
     raise BudgetError(
         "no span of unprotected blocks is that large. Ask for less, or pass --scattered to remove "
@@ -289,29 +366,27 @@ def most_blocks(budget: Budget, model: ModelInfo) -> int:
     Raises:
         BudgetError: see `check_budget`.
     """
-    protected = budget.protected(model.blocks)
-    number = _amount(budget, protected, model.parameters_per_block, model.parameters)
+    number = _amount(budget, model)
     if number is not None:
         return number
-    sizes = sorted(
-        size for b, size in enumerate(model.parameters_per_block) if b not in set(protected)
-    )
-    freed = 0
-    for n, size in enumerate(sizes, start=1):
-        freed += size
-        if freed >= (budget.param_ratio or 0.0) * model.parameters:
-            return min(n, model.blocks - 1)
-    return min(len(sizes), model.blocks - 1)
+    units = sorted(removable(budget, model), key=lambda unit: _parameters(unit, model))
+    enough = (budget.param_ratio or 0.0) * model.parameters
+    freed = taken = 0
+    for unit in units:
+        freed += _parameters(unit, model)
+        taken += len(unit)
+        if freed >= enough:
+            break
+    return min(taken, model.blocks - 1)
 
 
-def _reaching(
-    ratio: float, order: Sequence[int], parameters_per_block: Sequence[int], parameters: int
-) -> int:
-    """How many blocks of `order` hold at least `ratio` of all parameters."""
-    freed = 0
-    for number, block in enumerate(order, start=1):
-        freed += parameters_per_block[block]
-        if freed >= ratio * parameters and number < len(parameters_per_block):
+def _reaching(ratio: float, units: Sequence[Sequence[int]], model: ModelInfo) -> int:
+    """How many blocks, in the order of `units`, hold at least `ratio` of all parameters."""
+    freed = number = 0
+    for unit in units:
+        freed += _parameters(unit, model)
+        number += len(unit)
+        if freed >= ratio * model.parameters and number < model.blocks:
             return number
     raise BudgetError(
         f"no removal of some but not all blocks takes {ratio:.1%} of the parameters. Ask for less"
@@ -322,19 +397,21 @@ def _reason(
     scores: BlockScores | None,
     removed: list[int],
     protected: list[int],
-    count: int,
-    contiguous: bool,
+    model: ModelInfo,
+    budget: Budget,
 ) -> str:
     """One sentence for a reader of the plan."""
     blocks = ", ".join(map(str, removed))
     if scores is None:
-        return f"Blocks {blocks} of {count} were named by hand."
+        return f"Blocks {blocks} of {model.blocks} were named by hand."
     kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
-    free = count - len(protected)
-    if contiguous:
+    if _is_contiguous(budget, scores):
         chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
     elif scores.order is not None:
         chosen = f"were removed one after the other by the criterion '{scores.criterion}'"
     else:
         chosen = f"have the lowest importance by the criterion '{scores.criterion}'"
-    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{kept_safe}."
+    whole = budget.period_aligned and model.period > 1
+    periods = f", in whole periods of {model.period} blocks" if whole else ""
+    free = model.blocks - len(protected)
+    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{periods}{kept_safe}."

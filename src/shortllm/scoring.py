@@ -22,7 +22,8 @@ from shortllm.criteria import Criterion, Scores
 from shortllm.errors import CriterionError
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
-from shortllm.planning import Budget
+from shortllm.planning import Budget, removable
+from shortllm.results import ModelInfo
 from shortllm.runtime import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -85,12 +86,16 @@ class Asked:
             )
         return inner
 
-    def free(self, blocks: int) -> list[int]:
+    def free(self, model: ModelInfo) -> list[int]:
         """The blocks that a criterion that removes blocks may remove."""
         first, last = self.options["protect_first"], self.options["protect_last"]
         budget = Budget(ratio=0.5, protect_first=first, protect_last=last)
-        protected = set(budget.protected(blocks))
-        return [b for b in range(blocks) if b not in protected]
+        return [block for [block] in removable(budget, model)]
+
+    def rounds(self, model: ModelInfo) -> int:
+        """How many blocks a criterion that removes blocks removes."""
+        free = len(self.free(model))
+        return min(self.options["rounds"] or max(1, free // 2), free)
 
     def call(self, *arguments: Any) -> Any:
         return self.criterion.function(*arguments, **self.options)
@@ -272,7 +277,7 @@ class Scorer:
             taken += 1
             return {int(b): value for b, value in rounds[taken - 1].items()}
 
-        scores: Scores = one.call(rescore, one.free(blocks), blocks)
+        scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
         return scores
 
     def work(self, asked: Sequence[Asked]) -> float:
@@ -310,11 +315,10 @@ class Scorer:
         return total
 
     def _work_of_rounds(self, one: Asked) -> float:
-        inner, free = one.inner(), one.free(self.checkpoint.block_count)
+        inner, free = one.inner(), one.free(self.checkpoint.info())
         assert inner is not None
-        rounds = one.options["rounds"] or max(1, len(free) // 2)
         total = 0.0
-        for done in range(min(rounds, len(free))):
+        for done in range(one.rounds(self.checkpoint.info())):
             gone = set(free[:done])
             kept = [b for b in range(self.checkpoint.block_count) if b not in gone]
             total += self._work([inner], kept, free[done:])

@@ -28,7 +28,6 @@ from shortllm.results import BlockScores, Cost, EvaluatedModel, Evaluation, Prun
 from shortllm.runtime import (
     ALONE,
     Ranks,
-    available_memory,
     choose_device,
     choose_dtype,
     peak_memory,
@@ -49,9 +48,6 @@ if TYPE_CHECKING:
     from shortllm.zeroshot import TaskSet
 
 log = logging.getLogger(__name__)
-
-ROOM_BESIDE_WEIGHTS = 1.15
-"""Free memory that a model in memory takes, as a multiple of its weights."""
 
 
 class Session:
@@ -116,21 +112,18 @@ class Session:
 
     def streams(self, checkpoint: Checkpoint) -> bool:
         """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
+        from shortllm.model.loading import room_for
+
         if self._stream is not None:
             return self._stream
-        free = available_memory(self.device)
-        needed = checkpoint.parameters * self._torch_dtype(checkpoint).itemsize
-        if free is None or needed * ROOM_BESIDE_WEIGHTS <= free:
-            return False
-        log.info(
-            "%s needs %.1f GiB of memory on %s and %.1f GiB are free: its blocks are read one at a "
-            "time from the files (streamed)",
-            checkpoint.id,
-            needed * ROOM_BESIDE_WEIGHTS / 2**30,
-            self.device,
-            free / 2**30,
-        )
-        return True
+        room = room_for(checkpoint, device=self.device, dtype=self._torch_dtype(checkpoint))
+        if not room.suffices:
+            log.info(
+                "%s: %s; its blocks are read one at a time from the files (streamed)",
+                checkpoint.id,
+                room,
+            )
+        return not room.suffices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -392,19 +385,23 @@ def prune(
     """
     from shortllm.checkpoint.source import open_checkpoint
     from shortllm.checkpoint.surgery import renumbered_tensors, write_shortened
-    from shortllm.checkpoint.verify import bypass_logits, verify_shortened
+    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 
     require_same_model(plan, checkpoint)
     require_apart(checkpoint.directory, target)
     check_removal(checkpoint, plan.kept)
     total = sum(entry.bytes for entry in renumbered_tensors(checkpoint, plan.kept).values())
     require_writable(target.absolute().parent, total)
-    expected = bypass_logits(session.decoder(checkpoint), plan.removed) if session else None
+    expected, cached = None, False
+    if session is not None:
+        original = session.decoder(checkpoint)
+        expected = bypass_logits(original, plan.removed)
+        cached = caches_rightly(original)
 
     def verify(written: Path) -> None:
         if session is not None and expected is not None:
             shortened = open_checkpoint(written)
-            verify_shortened(str(target), session.decoder(shortened), expected)
+            verify_shortened(str(target), session.decoder(shortened), expected, cached=cached)
 
     with progress("writing the shortened checkpoint", total) as advance:
         write_shortened(

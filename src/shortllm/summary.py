@@ -1,11 +1,10 @@
-"""What a model is made of and what scoring it would take, from its tensor table alone."""
+"""What a model is made of and what scoring it would take, without loading it."""
 
 from __future__ import annotations
 
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.estimate import Estimate, Options, Probe, Setting, estimates, probe_machine
 from shortllm.results import ModelInfo, Record
-
-FLOAT32_BYTES = 4
 
 
 class ModelSummary(Record):
@@ -19,10 +18,16 @@ class ModelSummary(Record):
     """Blocks that are protected by default."""
     samples: int
     length: int
-    scoring_flops: float
-    """Floating-point operations of scoring all blocks by `ppl`, dense blocks assumed."""
-    scoring_bytes: int
-    """Memory of scoring in float32: weights, streams of one group, one slice of the head."""
+    device: str
+    dtype: str
+    """Computation type."""
+    probe: Probe | None
+    estimates: list[Estimate]
+    """Of each kind of pass, with the model in memory and streamed."""
+    streamed: bool
+    """Whether blocks would be read one at a time now, where nothing else is asked for."""
+    why: str
+    """Memory needed and free, which decides it."""
 
     def saved_by(self, blocks: int) -> tuple[float, float]:
         """Parts of the parameters and of the bytes that go with `blocks` average blocks."""
@@ -31,37 +36,49 @@ class ModelSummary(Record):
         return parameters, sum(self.bytes_per_block) * share / self.model.bytes
 
 
-def summarize(checkpoint: Checkpoint, *, samples: int = 10, length: int = 128) -> ModelSummary:
-    """Sizes of a checkpoint's parts, and the cost of scoring `samples` of `length` tokens by `ppl`.
+def summarize(
+    checkpoint: Checkpoint,
+    *,
+    samples: int = 10,
+    length: int = 128,
+    device: str = "auto",
+    dtype: str = "auto",
+    options: Options | None = None,
+    probe: bool = True,
+) -> ModelSummary:
+    """Sizes of a checkpoint's parts, and what it takes to score `samples` of `length` tokens.
 
-    FLOPs = 2 x parameters of a block x tokens x L(L+1)/2, and the head once per candidate.
+    Args:
+        options: for a criterion its options.
+        probe: measure the machine for two seconds; without, no times are foretold.
     """
-    from shortllm.model.blocks import text_config
-    from shortllm.model.walk import CPU_GROUP_TOKENS, CPU_LOSS_BYTES
-    from shortllm.planning import Budget
+    from shortllm.model.loading import room_for, stored_dtype
+    from shortllm.planning import Budget, protected_blocks
+    from shortllm.runtime import choose_device, choose_dtype
 
     info = checkpoint.info()
-    config = text_config(checkpoint.config)
-    head = config.vocab_size * config.hidden_size
-    tokens = samples * length
-    walk = sum(2.0 * n * (b + 1) for b, n in enumerate(info.parameters_per_block)) * tokens
-    streams = (info.blocks + 1) * max(length, CPU_GROUP_TOKENS) * config.hidden_size
+    chosen = choose_device(device)
+    setting = Setting(
+        checkpoint=checkpoint,
+        device=chosen,
+        dtype=choose_dtype(dtype, chosen, stored_dtype(checkpoint)),
+        samples=samples,
+        length=length,
+        options=options or {},
+    )
+    room = room_for(checkpoint, device=chosen, dtype=setting.dtype)
+    measured = probe_machine(setting) if probe else None
     return ModelSummary(
         model=info,
         parameters_outside=info.parameters - sum(info.parameters_per_block),
-        bytes_per_block=_bytes_per_block(checkpoint),
-        protected=Budget(ratio=0.5).protected(info.blocks),
+        bytes_per_block=checkpoint.bytes_per_block,
+        protected=protected_blocks(Budget(ratio=0.5), info),
         samples=samples,
         length=length,
-        scoring_flops=walk + 2.0 * head * tokens * (info.blocks + 1),
-        scoring_bytes=(info.parameters + streams) * FLOAT32_BYTES + CPU_LOSS_BYTES,
+        device=str(chosen),
+        dtype=str(setting.dtype).removeprefix("torch."),
+        probe=measured,
+        estimates=estimates(setting, measured),
+        streamed=not room.suffices,
+        why=str(room),
     )
-
-
-def _bytes_per_block(checkpoint: Checkpoint) -> list[int]:
-    totals = [0] * checkpoint.block_count
-    for entry in checkpoint.tensors.values():
-        block = checkpoint.block_names.block_of(entry.name)
-        if block is not None:
-            totals[block] += entry.bytes
-    return totals

@@ -9,7 +9,7 @@ themselves.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from shortllm.errors import UnsupportedModelError
@@ -23,9 +23,20 @@ class BlockNames:
 
     prefix: str
     count: int
+    heads: int = 0
+    """Prediction heads that are numbered as blocks behind the last one."""
 
     def block_of(self, name: str) -> int | None:
         """Number of the block tensor `name` belongs to, None outside the blocks."""
+        number = self._number(name)
+        return number if number is not None and number < self.count else None
+
+    def is_head(self, name: str) -> bool:
+        """Whether tensor `name` belongs to a prediction head behind the last block."""
+        number = self._number(name)
+        return number is not None and number >= self.count
+
+    def _number(self, name: str) -> int | None:
         head = self.prefix + "."
         if not name.startswith(head):
             return None
@@ -39,13 +50,22 @@ class BlockNames:
         return f"{head}{new}.{rest}"
 
 
-def find_block_names(names: Iterable[str], count: int, module_name: str) -> BlockNames:
-    """The prefix whose numbers are exactly 0 to `count - 1`.
+def find_block_names(
+    names: Iterable[str],
+    count: int,
+    module_name: str,
+    *,
+    heads: int = 0,
+    fits: Callable[[str], bool] = lambda prefix: False,
+) -> BlockNames:
+    """The prefix whose numbers are exactly 0 to `count - 1`, or go on with prediction heads.
 
     Args:
         module_name: dotted name of the block list in the built model; where several prefixes fit (a
             vision tower as deep as the decoder), the one with the longest common ending is taken.
-
+        heads: how many prediction heads the config allows behind the last block.
+        fits: whether what stands under a prefix is as large as the model's blocks: asked where
+            transformers renames the blocks while loading, so that no ending is common.
     Raises:
         UnsupportedModelError: no prefix fits, naming what was found instead.
     """
@@ -53,18 +73,19 @@ def find_block_names(names: Iterable[str], count: int, module_name: str) -> Bloc
     for name in names:
         for match in NUMBER.finditer(name):
             numbers.setdefault(name[: match.start() - 1], set()).add(int(match.group()))
-    fitting = [prefix for prefix, found in numbers.items() if found == set(range(count))]
+    allowed = [set(range(count + extra)) for extra in range(heads + 1)]
+    fitting = [prefix for prefix, found in numbers.items() if found in allowed]
     # experts inside a block are numbered too: a prefix inside another one is not the block list
     outer = [p for p in fitting if not any(p.startswith(other + ".") for other in fitting)]
     if not outer:
         raise UnsupportedModelError(_explain_numbers(numbers, count, module_name))
     best = max(outer, key=lambda prefix: _common_ending(prefix, module_name))
-    if not _common_ending(best, module_name):
+    if not _common_ending(best, module_name) and not (len(outer) == 1 and fits(best)):
         raise UnsupportedModelError(
             f"tensors numbered 0 to {count - 1} stand under '{best}', but the model's blocks under "
             f"'{module_name}': which tensors belong to which block is not certain"
         )
-    return BlockNames(best, count)
+    return BlockNames(best, count, len(numbers[best]) - count)
 
 
 def is_weight(name: str, dimensions: int) -> bool:
@@ -98,7 +119,6 @@ def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str)
             f"('{prefix}.{min(missing)}') is stored"
         )
     return (
-        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks (a prediction head or a "
-        "wrong block "
-        "count); shortening such a checkpoint is not supported yet"
+        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and the config speaks of "
+        "no prediction head there; is the block count in config.json right?"
     )

@@ -4,20 +4,30 @@ Lowering the block count alone silently changes models whose blocks differ by po
 block of the new model gets the attention, position code or experts of place six under the weights
 of another place. Both models are built on the meta device (no memory for weights), and for every
 kept block the structural signature is compared: parameter names and shapes, submodule classes, and
-every plain attribute that can reach the forward pass, except those that are the block's own number.
+every plain attribute that can reach the forward pass, except those that are the block's own number
+or name another block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from shortllm.checkpoint.rules import period_hint, sliced_axis
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.model.blocks import build_empty, find_blocks, text_config
 
 Signature = dict[str, Any]
+
+REFERENCES = {"kv_shared_layer_index"}
+"""Attributes that hold the number of another block."""
+
+ANSWERED = {"store_full_length_kv"}
+"""Attributes that may differ, as a rule keeps what they stand for: sources of shared keys stay."""
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -49,21 +59,67 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values())
 
 
-def difference(original: Signature, shortened: Signature, old: int, new: int) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Renumbering:
+    """How block numbers change, for attributes that hold some."""
+
+    kept: Sequence[int]
+    """Original numbers of the kept blocks, ascending."""
+    count: int
+    places: int = 1
+    """How many numbers each block takes, where a block of several sublayers takes more."""
+
+    def explains(self, before: Any, after: Any, block: int) -> bool:
+        """Whether `after` says of the shortened model what `before` said of the original."""
+        new_number = {old: new for new, old in enumerate(self.kept)}
+        if isinstance(before, (list, tuple)):
+            if len(before) == self.count and list(after) == [before[old] for old in self.kept]:
+                return True
+            numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in before)
+            renumbered = [new_number[n] for n in before if n in new_number]
+            return numbers and list(after) == renumbered
+        if isinstance(before, dict):
+            return bool(after == {new_number[n]: v for n, v in before.items() if n in new_number})
+        return any(
+            _same_number(before, after, block * places, new_number[block] * places, places)
+            for places in {1, self.places}
+        )
+
+    def refers_alike(self, before: Any, after: Any) -> bool:
+        """Whether two numbers of another block mean the same one."""
+        return before in self.kept and self.kept.index(before) == after
+
+
+def difference(
+    original: Signature, shortened: Signature, block: int, numbers: Renumbering
+) -> str | None:
     """The first place where two signatures differ, None if they agree.
 
-    An attribute that is `old` in one and `new` in the other is the block's number and may differ.
+    May differ: the block's own number, and lists with one entry per block or of block numbers.
+
+    Args:
+        block: original number of the block.
     """
     for place in {**original, **shortened}:
         before, after = original.get(place, "absent"), shortened.get(place, "absent")
-        if before == after or (_is_number(before, old) and _is_number(after, new)):
+        attribute = place.split(".")[-1]
+        if before == after or attribute in ANSWERED:
+            continue
+        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
+            continue
+        if attribute in REFERENCES and numbers.refers_alike(before, after):
+            continue
+        if type(before) is type(after) and numbers.explains(before, after, block):
             continue
         return f"{place} is {after!r} instead of {before!r}"
     return None
 
 
-def _is_number(value: Any, expected: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == expected
+def _same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
+    """Whether two values are the block's number before and after, counted on within the block."""
+    if type(before) is not int or type(after) is not int:
+        return False
+    return bool(before - old == after - new and 0 <= before - old < places)
 
 
 def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None:
@@ -83,21 +139,74 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
             f"model type '{original.model_type}': asked for {len(kept)} blocks, the shortened "
             f"config builds {len(after)}"
         )
+    places = max(1, text_config(original).num_hidden_layers // len(before))
+    numbers = Renumbering(kept, len(before), places)
     for new, old in enumerate(kept):
-        problem = difference(before[old], after[new], old, new)
+        problem = difference(before[old], after[new], old, numbers)
         if problem:
             raise UnsupportedModelError(
                 f"removing these blocks from model type '{original.model_type}' would turn block "
                 f"{old} into a "
-                f"different block: {problem}. No rule covers this yet"
+                f"different block: {problem}. No rule covers this yet.{period_hint(original)}"
             )
-    problem = difference(outside_before, outside_after, -1, -1)
-    if problem:
+    expected = _sliced(outside_before, len(before), len(kept))
+    for place in {**expected, **outside_after}:
+        was, shape = expected.get(place, "absent"), outside_after.get(place, "absent")
+        if was == shape:
+            continue
         raise UnsupportedModelError(
             f"removing blocks from model type '{original.model_type}' would change tensors "
             "outside the blocks: "
-            f"{problem}. No rule covers this yet"
+            f"{place} is {shape} instead of {was}. No rule covers this yet"
         )
+
+
+def _sliced(outside: Signature, count: int, kept: int) -> Signature:
+    """Shapes outside the blocks after the shares of removed blocks are cut out of them."""
+    result = dict(outside)
+    for place, shape in outside.items():
+        axis = sliced_axis(place)
+        if axis is not None:
+            share = shape[axis] // count
+            result[place] = (*shape[:axis], share * kept, *shape[axis + 1 :])
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStructure:
+    """The block list of the model a config describes."""
+
+    name: str
+    """Dotted module name."""
+    elements: int
+    """Of all parameters and stored buffers."""
+    period: int
+    """After how many blocks their kinds repeat; the block count if they never do."""
+
+
+def block_structure(config: Any) -> BlockStructure:
+    """Build a config's model without its weights, and look at its blocks."""
+    name, blocks = find_blocks(build_empty(config), config)
+    elements = sum(tensor.numel() for tensor in blocks.state_dict().values())
+    return BlockStructure(name, elements, _period([block_signature(block) for block in blocks]))
+
+
+def _period(signatures: Sequence[Signature]) -> int:
+    """The smallest p such that blocks b and b + p are built alike for every b."""
+    count = len(signatures)
+    for period in range(1, count):
+        pairs = ((b, b + period) for b in range(count - period))
+        if all(_alike(signatures[b], signatures[c], b, c) for b, c in pairs):
+            return period
+    return count
+
+
+def _alike(one: Signature, other: Signature, b: int, c: int) -> bool:
+    """Whether two blocks of one model are built alike but for their numbers."""
+    return one.keys() == other.keys() and all(
+        one[place] == other[place] or _same_number(one[place], other[place], b, c, 1)
+        for place in one
+    )
 
 
 def _signatures(config: Any) -> tuple[list[Signature], Signature]:

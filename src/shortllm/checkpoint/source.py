@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
 from shortllm.checkpoint.tensors import (
@@ -18,6 +18,9 @@ from shortllm.checkpoint.tensors import (
 )
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.results import ModelInfo
+
+if TYPE_CHECKING:
+    from shortllm.checkpoint.signature import BlockStructure
 
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
@@ -54,11 +57,28 @@ class Checkpoint:
         return block_count(self.config)
 
     @cached_property
+    def structure(self) -> BlockStructure:
+        """The blocks of the model that the config describes."""
+        from shortllm.checkpoint.signature import block_structure
+
+        return block_structure(self.config)
+
+    @cached_property
     def block_names(self) -> BlockNames:
         """Where the blocks stand among the tensor names."""
-        from shortllm.model.blocks import block_list_name
+        from shortllm.checkpoint.rules import prediction_heads
 
-        return find_block_names(self.tensors, self.block_count, block_list_name(self.config))
+        def fits(prefix: str) -> bool:
+            found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
+            return sum(found) == self.structure.elements
+
+        return find_block_names(
+            self.tensors,
+            self.block_count,
+            self.structure.name,
+            heads=prediction_heads(self.config),
+            fits=fits,
+        )
 
     @cached_property
     def parameters_per_block(self) -> list[int]:
@@ -68,6 +88,16 @@ class Checkpoint:
             block = self.block_names.block_of(entry.name)
             if block is not None:
                 totals[block] += entry.elements
+        return totals
+
+    @cached_property
+    def bytes_per_block(self) -> list[int]:
+        """Stored bytes of each block."""
+        totals = [0] * self.block_count
+        for entry in self.tensors.values():
+            block = self.block_names.block_of(entry.name)
+            if block is not None:
+                totals[block] += entry.bytes
         return totals
 
     def block_weights(self, block: int) -> list[TensorEntry]:
@@ -108,6 +138,8 @@ class Checkpoint:
 
     def info(self) -> ModelInfo:
         """Identity and size, as result files carry them."""
+        from shortllm.checkpoint.rules import structurally_protected
+
         return ModelInfo(
             id=self.id,
             revision=self.revision,
@@ -116,6 +148,8 @@ class Checkpoint:
             parameters=self.parameters,
             parameters_per_block=self.parameters_per_block,
             bytes=self.bytes,
+            period=self.structure.period,
+            fixed=structurally_protected(self.config),
             fingerprint=self.fingerprint,
         )
 
@@ -286,17 +320,18 @@ def read_config(directory: Path, model_type: str) -> Any:
 
 
 def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
-    """Refuse what is not a decoder-only causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Refuse what is not a decoder-only causal language model, alone or behind other towers."""
+    from shortllm.model.blocks import model_classes, text_config
 
     model_type = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
+    parts = (config, text_config(config))
+    if any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise UnsupportedModelError(
             f"model type '{model_type}' is an encoder-decoder; shortllm shortens decoder-only "
             "models"
         )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    classes = {known} if isinstance(known, str) else set(known or ())
+    text_only, wrapped = model_classes(model_type)
+    classes = text_only | (wrapped if text_config(config) is not config else set())
     if not classes:
         raise UnsupportedModelError(
             f"model type '{model_type}' has no causal language model in transformers; "

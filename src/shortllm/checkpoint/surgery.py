@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,12 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
-from shortllm.checkpoint.rules import refuse_block_names_in_config, shorten_config
+from shortllm.checkpoint.rules import (
+    refuse_block_names_in_config,
+    refuse_protected,
+    refuse_type,
+    shorten_config,
+    sliced_axis,
+)
 from shortllm.checkpoint.source import Checkpoint, read_config
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import OutputError
 from shortllm.files import PARTIAL, partial_directory, require_writable
+
+log = logging.getLogger(__name__)
 
 PROVENANCE = "shortllm"
 """Key in config.json under which a shortened checkpoint says where it comes from."""
@@ -41,8 +50,11 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
     """
     from shortllm.checkpoint.signature import check_signatures
 
-    refuse_block_names_in_config(checkpoint.raw_config, checkpoint.block_names.prefix)
-    shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept)
+    refuse_type(checkpoint.config)
+    names = checkpoint.block_names
+    refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
+    shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept, heads=names.heads)
+    refuse_protected(checkpoint.config, kept)
     check_signatures(checkpoint.config, _as_read_from_disk(checkpoint.config, shortened), kept)
     return shortened
 
@@ -89,6 +101,10 @@ def write_shortened(
         **provenance,
         "parent": checkpoint.raw_config.get(PROVENANCE),
     }
+    heads = checkpoint.block_names.heads
+    if heads:
+        log.info("the prediction heads behind the last block are left out")
+        config[PROVENANCE]["dropped_heads"] = heads
     with partial_directory(target) as directory:
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -100,13 +116,19 @@ def write_shortened(
 
 
 def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
-    """New tensor name -> stored tensor, in file order; tensors of removed blocks are absent."""
+    """New tensor name -> stored tensor, in file order.
+
+    Absent are the tensors of removed blocks and of prediction heads behind the last block; of
+    tensors outside the blocks that hold a share of every block, the shares of kept blocks stay.
+    """
     names = checkpoint.block_names
     new_number = {old: new for new, old in enumerate(kept)}
     result: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.tensors.items():
-        block = names.block_of(name)
-        if block is None:
+        block, axis = names.block_of(name), sliced_axis(name)
+        if block is None and axis is not None:
+            result[name] = entry.part(axis, names.count, kept)
+        elif block is None and not names.is_head(name):
             result[name] = entry
         elif block in new_number:
             result[names.renumbered(name, new_number[block])] = entry

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +40,17 @@ ITEM_BYTES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Which part of a stored tensor's bytes is taken: the same ranges of every row."""
+
+    row_bytes: int
+    ranges: tuple[tuple[int, int], ...]
+    """First byte and the one behind the last within a row, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One stored tensor."""
+    """One stored tensor, or a part of it."""
 
     name: str
     file: Path
@@ -51,10 +60,34 @@ class TensorEntry:
     bytes: int
     offset: int | None
     """First byte of the data inside `file`; None in a pickled file."""
+    cut: Cut | None = None
+    """With one, shape and bytes are those of the part."""
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    def part(self, axis: int, count: int, kept: Sequence[int]) -> TensorEntry:
+        """The shares `kept` of `count` equal ones along `axis`.
+
+        Raises:
+            CheckpointError: the shares are not whole bytes and rows.
+        """
+        row_bytes, odd = divmod(self.bytes, math.prod(self.shape[:axis]))
+        share_bytes, odd_share = divmod(row_bytes, count)
+        if self.cut or odd or odd_share or self.shape[axis] % count:
+            raise CheckpointError(
+                f"tensor '{self.name}' of shape {list(self.shape)} does not hold {count} equal "
+                f"shares along axis {axis}"
+            )
+        size = self.shape[axis] // count * len(kept)
+        ranges = tuple((share * share_bytes, (share + 1) * share_bytes) for share in kept)
+        return replace(
+            self,
+            shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]),
+            bytes=self.bytes // count * len(kept),
+            cut=Cut(row_bytes, ranges),
+        )
 
 
 def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:

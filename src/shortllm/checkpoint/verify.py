@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from shortllm.errors import CheckpointError
+from shortllm.model.blocks import text_config
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import walk
 
 PROBE_SHAPE = (2, 24)
 """Samples and tokens of the comparison."""
+
+CACHED_TOKENS = 4
+"""How many of the tokens are read one by one when the cache is checked."""
+
+CACHES = ("past_key_values", "cache_params", "state")
+"""What models call their cache in their output, and take it as."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION_TOLERANCE = 5e-2
@@ -23,11 +30,17 @@ Surgery copies weights bit by bit, so that the first comparison is exact on one 
 is for kernels that choose another order of summation (with a cache above all).
 """
 
+CACHE_ERRORS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError)
+"""What a model raises that was not made for its cache."""
 
-def probe_ids(vocabulary: int) -> Tensor:
-    """Fixed pseudo-random token ids, `[2, 24]`."""
+
+def probe_ids(config: Any) -> Tensor:
+    """Fixed pseudo-random token ids, `[2, 24]`, none of them padding (some models skip it)."""
+    text = text_config(config)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, PROBE_SHAPE, generator=generator)
+    ids = torch.randint(0, text.vocab_size, PROBE_SHAPE, generator=generator)
+    padding = getattr(text, "pad_token_id", None)
+    return ids if padding is None else torch.where(ids == padding, (ids + 1) % text.vocab_size, ids)
 
 
 @torch.no_grad()
@@ -36,7 +49,7 @@ def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
 
     Of streamed blocks all but the last token's, which predicts nothing: `[2, 23, V]`.
     """
-    ids = probe_ids(decoder.vocabulary)
+    ids = probe_ids(decoder.model.config)
     if not decoder.streamed:
         with decoder.without(removed):
             return _logits(decoder.model, ids)
@@ -51,17 +64,38 @@ def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
 
 
 @torch.inference_mode()
-def verify_shortened(name: str, shortened: Decoder, expected: Tensor) -> None:
+def caches_rightly(original: Decoder) -> bool:
+    """Whether the original computes the same with a cache as without (some types never do).
+
+    Not looked at where blocks are streamed.
+    """
+    if original.streamed:
+        return False
+    ids = probe_ids(original.model.config)
+    try:
+        cached = _cached_logits(original.model, ids)
+    except CACHE_ERRORS:
+        return False
+    if cached is None:
+        return True
+    plain = _logits(original.model, ids)
+    return cached.shape == plain.shape and _difference(cached, plain) <= _tolerance(original)
+
+
+@torch.inference_mode()
+def verify_shortened(
+    name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True
+) -> None:
     """Compare a reloaded model with `expected` (see `bypass_logits`), without and with cache.
 
-    A model whose blocks are streamed is compared without cache only.
-
+    Args:
+        cached: whether to compare with a cache too (see `caches_rightly`).
     Raises:
         CheckpointError: the logits differ, or cached generation differs from generation without.
     """
-    ids = probe_ids(shortened.vocabulary)
+    ids = probe_ids(shortened.model.config)
     plain = bypass_logits(shortened)
-    tolerance = TOLERANCE.get(shortened.dtype, LOW_PRECISION_TOLERANCE)
+    tolerance = _tolerance(shortened)
     columns = min(plain.shape[1], expected.shape[1])
     _compare(
         plain[:, :columns],
@@ -69,14 +103,14 @@ def verify_shortened(name: str, shortened: Decoder, expected: Tensor) -> None:
         tolerance,
         f"{name} does not compute what the original without the blocks computes",
     )
-    if shortened.streamed:
+    if not cached or shortened.streamed:
         return
     try:
-        cached = _cached_logits(shortened.model, ids)
-    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        found = _cached_logits(shortened.model, ids)
+    except CACHE_ERRORS as error:
         raise CheckpointError(f"{name} cannot generate with a cache: {error}") from error
-    if cached is not None:
-        _compare(cached, plain, tolerance, f"{name} generates other text with a cache than without")
+    if found is not None:
+        _compare(found, plain, tolerance, f"{name} generates other text with a cache than without")
 
 
 def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -87,24 +121,33 @@ def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
 def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
     """Logits of a forward over all but the last tokens, continued token by token from its cache.
 
-    None where the type has no cache of keys and values.
+    None where the type has no cache.
     """
     ids = ids.to(next(model.parameters()).device)
-    start = ids.shape[1] - 4
+    start = ids.shape[1] - CACHED_TOKENS
     output = model(input_ids=ids[:, :start], use_cache=True)
-    if getattr(output, "past_key_values", None) is None:
+    kind = next((name for name in CACHES if getattr(output, name, None) is not None), None)
+    if kind is None:
         return None
     pieces = [output.logits]
     for t in range(start, ids.shape[1]):
-        output = model(
-            input_ids=ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True
-        )
+        cache = {kind: getattr(output, kind)}
+        output = model(input_ids=ids[:, t : t + 1], use_cache=True, **cache)
         pieces.append(output.logits)
     return torch.cat(pieces, dim=1).float().cpu()
 
 
+def _tolerance(decoder: Decoder) -> float:
+    return TOLERANCE.get(decoder.dtype, LOW_PRECISION_TOLERANCE)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of two logits relative to the largest expected one."""
+    return (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
+
+
 def _compare(found: Tensor, expected: Tensor, tolerance: float, message: str) -> None:
-    difference = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
+    difference = _difference(found, expected)
     if not difference <= tolerance:
         raise CheckpointError(
             f"{message}: logits differ by {difference:.1e} (relative), {tolerance:.0e} allowed"

@@ -123,7 +123,7 @@ def walk_back(
             )
         receive(b, _products(decoder, b, gradients, ranks))
         gradients.clear()
-        advance(2 * block_flops(decoder, b) * ids_BT.numel())
+        advance(3 * block_flops(decoder, b) * ids_BT.numel())
         done += 1
         # with several ranks all would have to be found at the same block again
         if journal.due() and ranks.count == 1:
@@ -229,13 +229,13 @@ def _flops_before(decoder: Decoder, blocks: Sequence[int], done: int, ids_BT: Te
     forward = sum(block_flops(decoder, b) for b in blocks) * ids_BT.numel()
     head = 2 * head_flops(decoder) * ids_BT.shape[0] * (ids_BT.shape[1] - 1)
     back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])
-    return forward + head + 2 * back * ids_BT.numel()
+    return forward + head + 3 * back * ids_BT.numel()
 
 
 def walk_back_flops(decoder: Decoder, blocks: Sequence[int], samples: int, length: int) -> float:
     """Floating-point operations of `walk_back`, as its `advance` counts them.
 
-    A block's second run and its gradients count as two passes, as in the usual estimate.
+    Four passes of each block: forward, forward again, and the gradients of its input and weights.
     """
     once = sum(block_flops(decoder, b) for b in blocks) * samples * length
-    return 3 * once + 2 * head_flops(decoder) * samples * (length - 1)
+    return 4 * once + 2 * head_flops(decoder) * samples * (length - 1)

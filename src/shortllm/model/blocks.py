@@ -21,21 +21,39 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
+"""Where configs of encoder-decoders, also used for a decoder alone, keep the decoder's count."""
+
+COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
+"""Types whose `num_hidden_layers` counts something else than blocks."""
+
+
+def count_field(config: Any) -> str:
+    """Name under which a text decoder's config keeps its block count."""
+    if config.model_type in COUNT_BY_TYPE:
+        return COUNT_BY_TYPE[config.model_type]
+    for name in DECODER_COUNTS:
+        if hasattr(config, name):
+            return name
+    return type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")  # type: ignore[no-any-return]
+
+
 def block_count(config: Any) -> int:
     """Number of blocks of the text decoder, under whichever name the config class keeps it."""
-    count = getattr(text_config(config), "num_hidden_layers", None)
+    text = text_config(config)
+    count = getattr(text, count_field(text), None)
     if not isinstance(count, int) or count < 1:
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' states no block count (num_hidden_layers)"
+            f"model type '{config.model_type}' states no block count ({count_field(text)})"
         )
     return count
 
 
 def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """Dotted name and module list of the decoder's blocks.
+    """Dotted name and module list of the decoder's blocks: modules that have parts themselves.
 
-    Where several lists have the right length (a vision tower as deep as the decoder), the one
-    inside the text decoder (`model.get_decoder()`) is taken.
+    Where several lists have the right length (a vision tower as deep as the decoder), those inside
+    the text decoder are taken: within `model.get_decoder()`, and built from the text config.
 
     Raises:
         UnsupportedModelError: no list, or more than one, fits.
@@ -44,7 +62,7 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and _have_parts(module)
     ]
     outer = [
         (name, module)
@@ -55,6 +73,9 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
         inside = {id(module) for module in decoder.modules()}
         outer = [(name, module) for name, module in outer if id(module) in inside]
+    if len(outer) > 1:
+        text_type = text_config(config).model_type
+        outer = [(name, m) for name, m in outer if _config_type(model, name) == text_type]
     if len(outer) != 1:
         names = ", ".join(name for name, _ in outer) or "none"
         raise UnsupportedModelError(
@@ -63,6 +84,49 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
             f"are: {names}. Exactly one is needed to know which blocks can go"
         )
     return outer[0]
+
+
+def _have_parts(modules: nn.ModuleList) -> bool:
+    return all(any(True for _ in module.children()) for module in modules)
+
+
+def _config_type(model: nn.Module, name: str) -> str | None:
+    """Model type of the nearest config above the module `name`."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return str(getattr(config, "model_type", None))
+    return None
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a config's model with its text head.
+
+    `AutoModelForCausalLM`, but for types that only have a class with towers for images around the
+    text decoder, or whose checkpoint names that class.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text_only, wrapped = model_classes(config.model_type)
+    named = set(getattr(config, "architectures", None) or ())
+    if wrapped and (not text_only or named & wrapped - text_only):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def model_classes(model_type: str) -> tuple[set[str], set[str]]:
+    """Names of a type's classes in transformers' tables for causal and for image-text models."""
+    from transformers.models.auto import modeling_auto
+
+    def names(table: dict[str, Any]) -> set[str]:
+        found = table.get(model_type) or ()
+        return {found} if isinstance(found, str) else set(found)
+
+    return (
+        names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        names(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    )
 
 
 def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -75,7 +139,6 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
 
     errors = (
         ValueError,
@@ -88,7 +151,7 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
     )
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = auto_class(config).from_config(
                 config, **({} if dtype is None else {"dtype": dtype})
             )
     except errors as error:
@@ -96,8 +159,3 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
             f"transformers cannot build model type '{config.model_type}' from this config: {error}"
         ) from error
     return model
-
-
-def block_list_name(config: Any) -> str:
-    """Dotted module name of the block list of the model a config describes."""
-    return find_blocks(build_empty(config), config)[0]

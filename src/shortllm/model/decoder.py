@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import find_blocks, text_config
+from shortllm.model.bypass import bypassed
 
 Forward = Callable[..., Any]
 
@@ -176,15 +177,14 @@ class Decoder:
     def apply(self, b: int, stream_BTD: Tensor, call: BlockCall) -> Tensor:
         """The stream after block `b`, `[B, T, D]`."""
         output = call.on(self.blocks[b], stream_BTD)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def run_blocks(self, ids_BT: Tensor) -> Tensor:
+    def _run_blocks(self, ids_BT: Tensor) -> Tensor:
         """The stream after the last block, before the final norm, by the model's plain forward."""
         found: list[Tensor] = []
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+            found.append(output[0] if isinstance(output, (tuple, list)) else output)
             raise _Reached
 
         handle = self.blocks[-1].register_forward_hook(hook)
@@ -226,18 +226,16 @@ class Decoder:
     def without(self, removed: Collection[int]) -> Iterator[None]:
         """Within the context the model's forward hands the stream past the blocks `removed`.
 
-        For forwards without a cache: cached generation counts positions by block 0.
+        For blocks in memory, and for forwards without a cache: cached generation counts positions
+        by block 0.
         """
-
-        def stand_in(b: int, original: Forward) -> Forward:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._as_output(b, BlockCall.split(args, kwargs)[0])
-
-            return forward if b in removed else original
-
-        self._check()
-        with self._replaced(stand_in):
+        assert not self.streamed, "the plain forward needs all blocks"
+        with bypassed(self.model, removed, self._probe()):
             yield
+
+    def _probe(self) -> Tensor:
+        """A few token ids, `[1, 8]`."""
+        return (torch.arange(CHECKED_TOKENS, device=self.device) % self.vocabulary)[None]
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -245,7 +243,7 @@ class Decoder:
         if self._checked:
             return
         self._checked = True
-        probe_BT = (torch.arange(CHECKED_TOKENS, device=self.device) % self.vocabulary)[None]
+        probe_BT = self._probe()
         with self._weights.stand_in() if self._weights else nullcontext():
             try:
                 self._learn_outputs(probe_BT)
@@ -254,6 +252,10 @@ class Decoder:
                 self._check_walk(probe_BT)
             except UnsupportedModelError as error:
                 self._obstacle = str(error)
+            except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                self._obstacle = (
+                    f"the blocks of '{self.blocks_name}' cannot be called one by one: {error}"
+                )
 
     def _learn_outputs(self, ids_BT: Tensor) -> None:
         """Blocks return a tensor in most types, a tuple in a few; a stand-in must do the same."""
@@ -262,7 +264,7 @@ class Decoder:
         def learn(b: int, original: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = original(*args, **kwargs)
-                extras = len(output) - 1 if isinstance(output, tuple) else None
+                extras = len(output) - 1 if isinstance(output, (tuple, list)) else None
                 self._extras[type(self.blocks[b])] = extras
                 stream = output if extras is None else output[0]
                 self.stream_dtype = torch.promote_types(self.stream_dtype, stream.dtype)
@@ -341,7 +343,7 @@ class Decoder:
         A second, different stream is sent through each block after the intact one: if any of it is
         remembered, the intact stream no longer ends where the plain forward ends.
         """
-        expected_BTD = self.run_blocks(ids_BT)
+        expected_BTD = self._run_blocks(ids_BT)
         intact_BTD, calls = self._record(ids_BT)
         other_BTD = intact_BTD.flip(-1)
         for b, call in enumerate(calls):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,42 @@ from torch import nn
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.model.blocks import auto_class
 from shortllm.runtime import available_memory, choose_dtype
 
 log = logging.getLogger(__name__)
+
+ROOM_BESIDE_WEIGHTS = 1.15
+"""Free memory that a model in memory takes, as a multiple of its weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a model in memory takes, and what there is."""
+
+    device: str
+    needed: int
+    """Bytes of its weights, and some beside them."""
+    free: int | None
+    """None where the device does not say; the model is taken to fit there."""
+
+    @property
+    def suffices(self) -> bool:
+        """Whether all blocks are to be in memory, unless something else is asked for."""
+        return self.free is None or self.needed <= self.free
+
+    def __str__(self) -> str:
+        free = "an unknown amount" if self.free is None else f"{self.free / 2**30:.1f} GiB"
+        return f"{self.needed / 2**30:.1f} GiB of memory needed on {self.device}, {free} free"
+
+
+def room_for(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Room:
+    """Whether a checkpoint's model fits into what is free now."""
+    return Room(
+        device=str(device),
+        needed=round(checkpoint.parameters * dtype.itemsize * ROOM_BESIDE_WEIGHTS),
+        free=available_memory(device),
+    )
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -39,13 +73,11 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
             random weights), or NaN or infinite weights, named.
         ShortLLMError: the weights do not fit into the free memory.
     """
-    from transformers import AutoModelForCausalLM
-
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
     _require_memory(checkpoint, device, compute)
     try:
         with quiet_transformers():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = auto_class(checkpoint.config).from_pretrained(
                 checkpoint.directory,
                 dtype=compute,
                 output_loading_info=True,
@@ -82,7 +114,11 @@ def check_finite(name: str, model: nn.Module) -> None:
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
     """Refuse the tensor `key` of model `name` if it holds NaN or infinite values."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # one pass and no copies, as the mask of finite values would need; NaN goes through
+    lowest, highest = torch.aminmax(tensor)
+    if not (lowest.isfinite() and highest.isfinite()):
         raise CheckpointError(
             f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean nothing"
         )

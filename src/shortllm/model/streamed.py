@@ -40,7 +40,8 @@ def open_streamed(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.
 
     Raises:
         CheckpointError: tensors missing or unexpected, or NaN or infinite weights, named.
-        UnsupportedModelError: transformers cannot build this model type.
+        UnsupportedModelError: transformers cannot build this model type, its blocks share weights,
+            or the checkpoint is quantized.
     """
     model = build_empty(copy.deepcopy(checkpoint.config), dtype=dtype)
     name, _ = find_blocks(model, model.config)
@@ -68,11 +69,13 @@ class StreamedWeights:
         for entry in checkpoint.tensors.values():
             block = checkpoint.block_names.block_of(entry.name)
             self._entries.setdefault(block, []).append(entry)
-        self._empty = {
-            key: parameter
-            for key, parameter in model.named_parameters()
+        self._empty: dict[str, Tensor] = {
+            key: tensor
+            for key, tensor in model.state_dict(keep_vars=True).items()
             if key.startswith(self._prefix)
         }
+        """Parameters and stored buffers of the blocks, without memory."""
+        self._refuse_shared_weights()
         self._loading = _load_config(model, device, dtype)
         self._load_outside()
 
@@ -94,27 +97,44 @@ class StreamedWeights:
     @contextmanager
     def stand_in(self) -> Iterator[None]:
         """Within the context all blocks have random weights, shared between those of one shape."""
-        made: dict[tuple[torch.Size, torch.dtype], nn.Parameter] = {}
+        made: dict[tuple[torch.Size, torch.dtype, type[Tensor]], Tensor] = {}
         generator = torch.Generator().manual_seed(0)
-        for key, parameter in self._empty.items():
-            kind = (parameter.shape, parameter.dtype)
+        for key, empty in self._empty.items():
+            kind = (empty.shape, empty.dtype, type(empty))
             if kind not in made:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                value = (STAND_IN_STD * noise).to(self._device, parameter.dtype)
-                made[kind] = nn.Parameter(value, requires_grad=False)
+                value = torch.ones(empty.shape)  # numbers that something may be divided by
+                if empty.is_floating_point():
+                    value = STAND_IN_STD * torch.randn(empty.shape, generator=generator)
+                value = value.to(self._device, empty.dtype)
+                is_parameter = isinstance(empty, nn.Parameter)
+                made[kind] = nn.Parameter(value, requires_grad=False) if is_parameter else value
             self._set(key, made[kind])
         try:
             yield
         finally:
-            for key, parameter in self._empty.items():
-                self._set(key, parameter)
+            for key, empty in self._empty.items():
+                self._set(key, empty)
+
+    def _refuse_shared_weights(self) -> None:
+        """A weight of several blocks is stored in one of them alone.
+
+        Raises:
+            UnsupportedModelError: there are such weights.
+        """
+        tied = self._model.all_tied_weights_keys
+        shared = next((key for key in tied if key.startswith(self._prefix)), None)
+        if shared is not None:
+            raise UnsupportedModelError(
+                f"{self._id}: '{shared}' is a weight that several blocks share, so that they "
+                "cannot be read one at a time. Score it in memory (--no-stream)"
+            )
 
     def _load_outside(self) -> None:
         """Everything that is not in a block: tensors from the files, and computed buffers."""
         found = self._load(self._read(None))
         found.missing_keys = {key for key in found.missing_keys if not key.startswith(self._prefix)}
-        for parameter in self._empty.values():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing to draw
+        for empty in self._empty.values():
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing to draw
         self._model.mark_tied_weights_as_initialized(found)
         self._model._move_missing_keys_from_meta_to_device(set(), {"": self._device}, None, None)
         self._model._initialize_missing_keys(False)
@@ -132,9 +152,9 @@ class StreamedWeights:
     def _take(self, b: int) -> None:
         """Let go of the weights of block `b`."""
         block = f"{self._prefix}{b}."
-        for key, parameter in self._empty.items():
+        for key, empty in self._empty.items():
             if key.startswith(block):
-                self._set(key, parameter)
+                self._set(key, empty)
 
     def _read(self, b: int | None) -> dict[str, Tensor]:
         """The stored tensors of a block, or of everything outside the blocks."""
@@ -168,9 +188,9 @@ class StreamedWeights:
             },
         )
 
-    def _set(self, key: str, parameter: nn.Parameter) -> None:
+    def _set(self, key: str, tensor: Tensor) -> None:
         owner, _, name = key.rpartition(".")
-        setattr(self._model.get_submodule(owner), name, parameter)
+        setattr(self._model.get_submodule(owner), name, tensor)
 
 
 def _load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:

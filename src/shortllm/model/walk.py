@@ -133,28 +133,50 @@ def walk(
         memory: where streams are kept.
         journal: where the progress of a walk over streamed blocks is kept.
     Raises:
-        UnsupportedModelError: the blocks cannot be called one by one, and not just the intact
-            model's logits are asked for.
+        UnsupportedModelError: the blocks cannot be called one by one, and they are streamed or
+            to be observed.
     """
     memory, journal = memory or StreamMemory(), journal or Journal(None, "")
     route = Route.of(removals, decoder.block_count)
     obstacle = decoder.obstacle()
-    if obstacle is not None and (any(removals) or observe or decoder.streamed):
+    if obstacle is not None and (observe or decoder.streamed):
         raise UnsupportedModelError(obstacle)
+    if obstacle is not None:
+        _run_whole(decoder, ids_BT, removals, consume, advance)
+        return
     size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
     for start in range(0, len(ids_BT), size):
         chunk = _Chunk(decoder, ids_BT[start : start + size], start, route, memory)
         with torch.no_grad():
-            if obstacle is None:
-                chunk.run(observe, advance, journal if decoder.streamed else Journal(None, ""))
-            else:
-                chunk.streams = decoder.run_blocks(chunk.ids_BT)[None]
-                advance(
-                    sum(block_flops(decoder, b) for b in range(decoder.block_count))
-                    * chunk.ids_BT.numel()
-                )
+            chunk.run(observe, advance, journal if decoder.streamed else Journal(None, ""))
             if consume is not None:
                 chunk.head(consume, advance)
+
+
+@torch.no_grad()
+def _run_whole(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    removals: Removals,
+    consume: Consume | None,
+    advance: Advance,
+) -> None:
+    """Run each shortened model by its own forward: where blocks cannot be called one by one."""
+    size = max(1, slice_tokens(decoder) // ids_BT.shape[1])
+    for start in range(0, len(ids_BT), size):
+        ids = ids_BT[start : start + size].to(decoder.device)
+        target_N = ids[:, 1:].flatten()
+        first_NV: Tensor | None = None
+        for m, removed in enumerate(removals):
+            with decoder.without(removed):
+                logits_BTV = decoder.model(input_ids=ids, use_cache=False).logits
+            logits_NV = logits_BTV[:, :-1].flatten(0, 1)
+            first_NV = logits_NV if first_NV is None else first_NV
+            if consume is not None:
+                consume(m, logits_NV, first_NV, target_N)
+            kept = (b for b in range(decoder.block_count) if b not in removed)
+            advance(sum(block_flops(decoder, b) for b in kept) * ids.numel())
+            advance(head_flops(decoder) * len(target_N))
 
 
 class _Chunk:
@@ -207,7 +229,7 @@ class _Chunk:
             before_SBTD = self.streams[streams, rows].to(self.decoder.device)
             call = entry.call(self.decoder, b, len(streams))
             after_BTD = self.decoder.apply(b, before_SBTD.flatten(0, 1), call)
-            after_SBTD = after_BTD.view(*before_SBTD.shape[:2], *after_BTD.shape[1:])
+            after_SBTD = after_BTD.reshape(*before_SBTD.shape[:2], *after_BTD.shape[1:])
             if step.first in streams:
                 seen = slice(self.start + rows.start, self.start + rows.stop)
                 i = streams.index(step.first)
@@ -324,8 +346,12 @@ def walk_flops(
     decoder: Decoder, removals: Removals, samples: int, length: int, *, head: bool = True
 ) -> float:
     """Floating-point operations of `walk`: what the calls of its `advance` add up to."""
-    route = Route.of(removals, decoder.block_count)
-    blocks = sum(block_flops(decoder, step.block) * len(step.through) for step in route.steps)
+    if decoder.obstacle() is not None:
+        kept = (b for removed in removals for b in range(decoder.block_count) if b not in removed)
+        blocks = sum(block_flops(decoder, b) for b in kept)
+    else:
+        steps = Route.of(removals, decoder.block_count).steps
+        blocks = sum(block_flops(decoder, step.block) * len(step.through) for step in steps)
     heads = head_flops(decoder) * len(removals) * samples * (length - 1) if head else 0.0
     return blocks * samples * length + heads
 

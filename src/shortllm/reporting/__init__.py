@@ -13,6 +13,9 @@
                                 ▼
                           report.html  README.md  pruned/README.md
 
+A comparison of criteria has a page of its own, made the same way: comparison.json, comparison.py,
+comparison.html.
+
 A section is a function that takes the loaded results and returns what its partial template
 `templates/sections/NAME.html.j2` shows, or None where the run has nothing to show; a new stage adds
 a function, a partial, and a line in `SECTIONS`. Equal files give equal bytes: what differs between
@@ -27,10 +30,15 @@ import os
 from pathlib import Path
 
 from shortllm.files import explained, write_text
-from shortllm.reporting.loading import load_results
-from shortllm.reporting.rendering import is_our_card, render_model_card, render_page
+from shortllm.reporting.loading import load_comparison, load_results
+from shortllm.reporting.rendering import (
+    is_our_card,
+    render_comparison,
+    render_model_card,
+    render_page,
+)
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -51,6 +59,17 @@ def write_report(run_dir: Path) -> Path:
         write_text(run_dir / "pruned" / "README.md", card)
     write_text(run_dir / "report.html", page)
     return run_dir / "report.html"
+
+
+def write_comparison(run_dir: Path) -> Path:
+    """Write `comparison.html` of a comparison of criteria; returns its path.
+
+    Raises:
+        ResultFileError: a result file is missing or damaged, or two do not belong together.
+        OutputError: the run directory cannot be written.
+    """
+    write_text(run_dir / "comparison.html", render_comparison(load_comparison(run_dir)))
+    return run_dir / "comparison.html"
 
 
 def _keep_original_card(checkpoint: Path) -> None:

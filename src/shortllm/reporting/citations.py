@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -48,9 +49,56 @@ _SHORTENED_LLAMA = Citation(
     arxiv="2402.02834",
 )
 
+_EVOPRESS = Citation(
+    key="sieberling2024evopress",
+    authors="Sieberling, Oliver and Kuznedelev, Denis and Kurtic, Eldar and Alistarh, Dan",
+    title="EvoPress: Accurate Dynamic Model Compression via Evolutionary Search",
+    arxiv="2410.14649",
+)
+
+_SHORTGPT = Citation(
+    key="men2024shortgpt",
+    authors="Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and "
+    "Lu, Yaojie and Han, Xianpei and Chen, Weipeng",
+    title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+    arxiv="2403.03853",
+)
+
+_DEEPER_LAYERS = Citation(
+    key="gromov2024unreasonable",
+    authors="Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and "
+    "Roberts, Daniel A.",
+    title="The Unreasonable Ineffectiveness of the Deeper Layers",
+    arxiv="2403.17887",
+)
+
+_SLEB = Citation(
+    key="song2024sleb",
+    authors="Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and Kim, Yulhwa and "
+    "Kim, Jae-Joon",
+    title="SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer "
+    "Blocks",
+    arxiv="2402.09025",
+)
+
 CITATIONS = {
     "ppl": _SHORTENED_LLAMA,
     "taylor": _SHORTENED_LLAMA,
     "magnitude": _SHORTENED_LLAMA,
+    "kl": _EVOPRESS,
+    "influence": _SHORTGPT,
+    "relative": _SHORTGPT,
+    "angular": _DEEPER_LAYERS,
+    "greedy": _SLEB,
 }
 """The paper that defines each criterion; one that is not listed is shown without."""
+
+
+def cited(criteria: Sequence[str]) -> list[tuple[str, Citation]]:
+    """Each paper once, with the criteria it defines: ('ppl, taylor', ...)."""
+    papers: dict[str, tuple[list[str], Citation]] = {}
+    for name in criteria:
+        if name in CITATIONS:
+            citation = CITATIONS[name]
+            papers.setdefault(citation.key, ([], citation))[0].append(name)
+    return [(", ".join(names), citation) for names, citation in papers.values()]

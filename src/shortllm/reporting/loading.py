@@ -17,6 +17,7 @@ from shortllm.errors import ResultFileError
 from shortllm.results import (
     BlockScores,
     CalibrationInfo,
+    Comparison,
     EvaluatedModel,
     Evaluation,
     Perplexity,
@@ -30,6 +31,7 @@ AnyResultFile = TypeVar("AnyResultFile", bound=ResultFile)
 
 _RUN = "shortllm run"
 _PLAN = "shortllm plan ..."
+_COMPARE = "shortllm compare-criteria"
 
 
 class RunFile(Record):
@@ -79,6 +81,34 @@ class RunResults:
         return "protected" if block in self.plan.protected else "kept"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonResults:
+    """Everything the page of a comparison is made from."""
+
+    run: RunFile
+    calibration: CalibrationInfo | None
+    comparison: Comparison
+
+
+def load_comparison(run_dir: Path) -> ComparisonResults:
+    """Read the result files of a comparison and check that they belong together.
+
+    Raises:
+        ResultFileError: a file is missing or damaged, or the calibration is another one.
+    """
+    comparison = _load(Comparison, run_dir / "comparison.json", remedy=_COMPARE)
+    calibration = None
+    if comparison.calibration is not None:
+        calibration = _load(CalibrationInfo, run_dir / "calibration.json", remedy=_COMPARE)
+        if calibration.tokens_fingerprint != comparison.calibration:
+            raise ResultFileError(
+                f"{run_dir}: comparison.json was made from other tokens than those of "
+                f"calibration.json. Make it again with: {_COMPARE}"
+            )
+    run = _load_run(run_dir / "run.json", remedy=_COMPARE)
+    return ComparisonResults(run=run, calibration=calibration, comparison=comparison)
+
+
 def load_results(run_dir: Path) -> RunResults:
     """Read the result files of a run and check that they speak of the same model and plan.
 
@@ -114,18 +144,18 @@ def _load_optional(kind: type[AnyResultFile], path: Path) -> AnyResultFile | Non
     return _load(kind, path) if path.exists() else None
 
 
-def _load_run(path: Path) -> RunFile:
+def _load_run(path: Path, *, remedy: str = _RUN) -> RunFile:
     try:
         return RunFile.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise ResultFileError(f"{path} is missing. Make it with: {_RUN}") from error
+        raise ResultFileError(f"{path} is missing. Make it with: {remedy}") from error
     except OSError as error:
         raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         problem = ": ".join([*map(str, first["loc"]), first["msg"]])
         raise ResultFileError(
-            f"{path} is damaged: {problem}. Make it again with: {_RUN}"
+            f"{path} is damaged: {problem}. Make it again with: {remedy}"
         ) from error
 
 

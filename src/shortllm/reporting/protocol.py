@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from shortllm.reporting.citations import CITATIONS
-from shortllm.reporting.loading import RunResults
+from shortllm.reporting.citations import cited
+from shortllm.reporting.loading import ComparisonResults, RunResults
 from shortllm.reporting.names import (
     command_line,
     flattened,
@@ -46,12 +47,41 @@ def describe_protocol(results: RunResults) -> dict[str, Any]:
         rows.append(("scoring dtype", scores.dtype))
     if results.evaluation:
         rows.append(("evaluation dtype", results.evaluation.dtype))
+    of_stages = {
+        "versions (scoring)": scores.versions if scores else {},
+        "versions (evaluation)": results.evaluation.versions if results.evaluation else {},
+    }
     return {
-        "rows": rows + _version_rows(results),
+        "rows": rows + _version_rows(results.run.versions, of_stages),
         "command": command_line(results.run.command),
         "recipe": list(flattened(results.run.recipe)),
-        "citation": CITATIONS.get(criterion or ""),
-        "criterion": criterion,
+        "citations": cited([criterion or ""]),
+    }
+
+
+def describe_comparison(results: ComparisonResults) -> dict[str, Any]:
+    """The same for a comparison of criteria."""
+    found, calibration = results.comparison, results.calibration
+    rows = [("model", _model_phrase(found.model))]
+    for one in found.criteria:
+        if one.options:
+            rows.append((f"criterion {one.criterion}", _options_phrase(one.options)))
+    rows.append(("protected blocks", ", ".join(map(str, found.protected)) or "none"))
+    if calibration:
+        rows.append(("calibration", calibration_phrase(calibration)))
+        rows.append(("calibration tokens", _calibration_detail(calibration)))
+    rows += [
+        (f"perplexity, {perplexity_source(found.intact)}", _perplexity_protocol(found.intact)),
+        ("shortened models", f"{found.models:,} different ones, measured in one pass"),
+        ("random removals", f"{counted(len(found.random), 'draw')}, seeds from 0 on"),
+        ("dtype", found.dtype),
+    ]
+    of_stages = {"versions (measurement)": found.versions}
+    return {
+        "rows": rows + _version_rows(results.run.versions, of_stages),
+        "command": command_line(results.run.command),
+        "recipe": list(flattened(results.run.recipe)),
+        "citations": cited([one.criterion for one in found.criteria]),
     }
 
 
@@ -83,10 +113,13 @@ def _model_phrase(model: ModelInfo) -> str:
 def _criterion_phrase(results: RunResults, criterion: str | None) -> str:
     if criterion is None:
         return "none: the blocks were given by hand"
-    choices = flattened(results.scores.options) if results.scores else ()
-    options = ", ".join(f"{key} = {value}" for key, value in choices)
+    options = _options_phrase(results.scores.options) if results.scores else ""
     phrase = f"{criterion} ({options})" if options else criterion
     return phrase if results.plan.criterion else f"{phrase} (blocks given by hand)"
+
+
+def _options_phrase(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in flattened(options))
 
 
 def _calibration_detail(calibration: CalibrationInfo) -> str:
@@ -112,13 +145,10 @@ def _rows_phrase(rows: tuple[int, int] | None) -> str:
     return f"row {first:,}, " if first == last else f"rows {first:,} to {last:,}, "
 
 
-def _version_rows(results: RunResults) -> list[tuple[str, str]]:
+def _version_rows(
+    run: dict[str, str], of_stages: Mapping[str, dict[str, str]]
+) -> list[tuple[str, str]]:
     """The versions of the run; those of another stage only where they differ."""
-    of_stages = {
-        "versions (scoring)": results.scores.versions if results.scores else {},
-        "versions (evaluation)": results.evaluation.versions if results.evaluation else {},
-    }
-    run = results.run.versions
     differing = {n: found for n, found in of_stages.items() if not found.items() <= run.items()}
     return [
         (name, ", ".join(f"{library} {version}" for library, version in versions.items()))

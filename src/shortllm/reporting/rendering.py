@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from shortllm.reporting import comparison, sections
 from shortllm.reporting.citations import CITATIONS
-from shortllm.reporting.loading import RunResults
+from shortllm.reporting.loading import ComparisonResults, RunResults
 from shortllm.reporting.names import hub_id
 from shortllm.reporting.protocol import describe_protocol
-from shortllm.reporting.sections import SECTIONS, head, key_figures
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -18,14 +19,26 @@ if TYPE_CHECKING:
 
 def render_page(results: RunResults) -> str:
     """The HTML page; everything that comes from data is escaped by the templates."""
-    contexts = [(name, heading, describe(results)) for name, heading, describe in SECTIONS]
-    sections = [
-        {"name": name, "heading": heading, "context": context}
-        for name, heading, context in contexts
+    contexts = [(name, title, describe(results)) for name, title, describe in sections.SECTIONS]
+    return _page("report", sections.head(results), contexts)
+
+
+def render_comparison(results: ComparisonResults) -> str:
+    """The HTML page of a comparison of criteria."""
+    contexts = [(name, title, describe(results)) for name, title, describe in comparison.SECTIONS]
+    return _page("comparison", comparison.head(results), contexts)
+
+
+def _page(
+    name: str, head: dict[str, Any], contexts: Sequence[tuple[str, str, dict[str, Any] | None]]
+) -> str:
+    shown = [
+        {"name": section, "heading": heading, "context": context}
+        for section, heading, context in contexts
         if context is not None
     ]
-    template = _templates().get_template("report.html.j2")
-    return template.render(head=head(results), sections=sections) + "\n"
+    template = _templates().get_template(f"{name}.html.j2")
+    return template.render(head=head, sections=shown) + "\n"
 
 
 def render_model_card(results: RunResults) -> str:
@@ -35,11 +48,11 @@ def render_model_card(results: RunResults) -> str:
         _templates()
         .get_template("model_card.md.j2")
         .render(
-            head=head(results),
+            head=sections.head(results),
             base_model=hub_id(plan.model),
             plan=plan,
             protected=sorted(plan.protected),
-            figures=key_figures(results),
+            figures=sections.key_figures(results),
             protocol=describe_protocol(results),
             criterion=plan.criterion,
             citation=CITATIONS.get(plan.criterion or ""),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shortllm.planning import removal_order
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.names import model_name
 from shortllm.reporting.plots import SensitivityPlot
@@ -16,6 +17,7 @@ from shortllm.reporting.protocol import (
     segments_phrase,
 )
 from shortllm.reporting.wording import (
+    NONE,
     change,
     counted,
     number,
@@ -24,19 +26,30 @@ from shortllm.reporting.wording import (
     short_count,
     signed,
 )
+from shortllm.results import BlockScores
 
 Context = dict[str, Any]
 
 LONG_TABLE = 16
 """A table of more blocks than this is folded away until asked for."""
 
+PLACE = "place in the order of removal (1 = goes first)"
+
 IMPORTANCE_LABELS = {
+    "ppl": "perplexity without the block",
     "kl": "KL divergence from the intact model [nats per token]",
+    "taylor": "estimated change of the loss, |weight × gradient|",
+    "magnitude": "size of the weights, |weight|",
     "influence": "block influence, 1 − cos [no unit]",
-    "angular": "angular distance [fraction of π]",
     "relative": "relative size of the block's update [no unit]",
+    "angular": "angular distance [fraction of π]",
+    "greedy": PLACE,
+    "last": PLACE,
+    "random": PLACE,
+    "even": PLACE,
 }
-"""What the axis of a criterion says; any other: 'importance (NAME)'."""
+"""What the axis of a criterion says; any other: 'importance (NAME)'. Of those whose importance is a
+place, places are shown."""
 
 
 def head(results: RunResults) -> Context:
@@ -158,22 +171,16 @@ def sensitivity(results: RunResults) -> Context | None:
     scores = results.scores
     if scores is None:
         return None
-    increase = False
-    if scores.criterion == "ppl" and scores.intact is not None:
-        increase = True
-        heights = [value - scores.intact for value in scores.values]
-        label = f"increase in perplexity (intact: {number(scores.intact)})"
-    else:
-        heights = scores.importance
-        label = IMPORTANCE_LABELS.get(scores.criterion, f"importance ({scores.criterion})")
-        if scores.intact is not None:
-            label += f"; intact: {number(scores.intact)}"
+    increase = scores.criterion == "ppl" and scores.intact is not None
+    heights, label = _heights(scores)
     calibration = results.calibration if scores.calibration is not None else None
+    span = _span(results)
     plot = SensitivityPlot(
         heights=heights,
         statuses=[results.status(block) for block in range(len(heights))],
         y_label=label,
         below_label="no increase" if increase else "too small for the axis",
+        span=(span["first"], span["last"]) if span else None,
     )
     return {
         "wide": plot.svg("wide"),
@@ -186,6 +193,61 @@ def sensitivity(results: RunResults) -> Context | None:
         "calibration": calibration_phrase(calibration) if calibration else None,
         "dtype": scores.dtype,
         "helpful": [block for block, height in enumerate(heights) if increase and height < 0],
+        "place": label == PLACE,
+        "inner": scores.options.get("inner"),
+        "order": _order(results),
+        "span": span,
+    }
+
+
+def _heights(scores: BlockScores) -> tuple[list[float], str]:
+    """What is drawn for each block, and what the axis says."""
+    if scores.criterion == "ppl" and scores.intact is not None:
+        label = f"increase in perplexity (intact: {number(scores.intact)})"
+        return [value - scores.intact for value in scores.values], label
+    label = IMPORTANCE_LABELS.get(scores.criterion, f"importance ({scores.criterion})")
+    if label == PLACE:
+        rank = _ranks(scores)
+        return [float(rank[block]) for block in range(len(rank))], label
+    if scores.intact is not None:
+        label += f"; intact: {number(scores.intact)}"
+    return scores.importance, label
+
+
+def _ranks(scores: BlockScores) -> dict[int, int]:
+    """The place of each block in the order in which blocks go, from 1."""
+    order = removal_order(scores.importance, protected=[])
+    return {block: place for place, block in enumerate(order, start=1)}
+
+
+def _order(results: RunResults) -> list[int] | None:
+    """The removed blocks in order, where each was chosen with the ones before it gone."""
+    by_rounds = results.scores is not None and results.scores.order is not None
+    return results.plan.order if by_rounds and results.plan.criterion else None
+
+
+def _span(results: RunResults) -> Context | None:
+    """The removed blocks as a span, where the criterion scores spans and one span went."""
+    scores, removed = results.scores, results.plan.removed
+    if scores is None or scores.spans is None or not results.plan.criterion or not removed:
+        return None
+    first, last = removed[0], removed[-1]
+    if last - first + 1 != len(removed):
+        return None
+    alike = scores.spans[len(removed) - 1]
+    protected = set(results.plan.protected)
+    free = [
+        distance
+        for start, distance in enumerate(alike)
+        if not protected & set(range(start, start + len(removed)))
+    ]
+    return {
+        "first": first,
+        "last": last,
+        "count": len(removed),
+        "distance": number(alike[first]),
+        "least": alike[first] <= min(free, default=alike[first]),
+        "free": len(free),
     }
 
 
@@ -198,6 +260,8 @@ def strip(results: RunResults) -> Context:
             for block in range(plan.model.blocks)
         ],
         "removed": plan.removed,
+        "order": _order(results),
+        "span": _span(results),
         "protected": sorted(plan.protected),
     }
 
@@ -208,15 +272,14 @@ def block_table(results: RunResults) -> Context | None:
     if scores is None:
         return None
     count = len(scores.importance)
-    by_importance = sorted(range(count), key=lambda block: (scores.importance[block], block))
-    rank = {block: place for place, block in enumerate(by_importance, start=1)}
-    new_index = results.new_index
+    rank, new_index = _ranks(scores), results.new_index
+    unscored = results.plan.protected if scores.order is not None else []
     return {
         "rows": [
             {
                 "block": block,
                 "importance": number(scores.importance[block], 5),
-                "value": number(scores.values[block], 5),
+                "value": NONE if block in unscored else number(scores.values[block], 5),
                 "delta_nll": signed(scores.delta_nll[block], 3) if scores.delta_nll else None,
                 "rank": rank[block],
                 "status": results.status(block),
@@ -224,6 +287,8 @@ def block_table(results: RunResults) -> Context | None:
             }
             for block in range(count)
         ],
+        "place": IMPORTANCE_LABELS.get(scores.criterion) == PLACE,
+        "inner": scores.options.get("inner"),
         "perplexity": scores.criterion == "ppl",
         "same": scores.values == scores.importance,
         "delta_nll": scores.delta_nll is not None,

@@ -1,0 +1,185 @@
+"""Surgery is right for every model type that transformers has, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import Outcome, examine, model_types, page, tiny_config
+from families import build, config_of, load, opened, save, shortened
+from safetensors.torch import load_file, save_file
+
+from shortllm.checkpoint import Checkpoint, open_checkpoint
+from shortllm.checkpoint.rules import structurally_protected
+from shortllm.checkpoint.surgery import check_removal
+from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
+from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
+from shortllm.checkpoint.writer import write_tensors
+from shortllm.errors import CheckpointError, UnsupportedModelError
+from shortllm.model.blocks import auto_class
+from shortllm.model.decoder import Decoder
+
+IMAGES_AND_TEXT = (
+    "aya_vision", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl",
+    "mistral3", "qwen2_5_vl", "qwen2_vl",
+)  # fmt: skip
+"""Some of the types that transformers knows no causal language model of, only one with towers."""
+
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+
+
+def page_rows() -> dict[str, Outcome]:
+    """The table of the page, by type."""
+    lines = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    found = [
+        Outcome(name.strip("| `"), status, scoring, " | ".join(note).removesuffix(" |"))
+        for name, status, scoring, *note in lines
+    ]
+    return {outcome.model_type: outcome for outcome in found}
+
+
+PAGE_IS_OF_THIS_VERSION = f"transformers\n{transformers.__version__};" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_every_type_is_right_or_refused_by_name(model_type: str) -> None:
+    outcome = examine(model_type)
+    if PAGE_IS_OF_THIS_VERSION:
+        assert outcome.row() == page_rows()[model_type].row()
+    else:
+        assert outcome.status != "refused" or outcome.note
+
+
+@pytest.mark.parametrize("model_type", IMAGES_AND_TEXT)
+def test_types_with_a_class_for_images_and_text_alone(model_type: str) -> None:
+    assert examine(model_type).status == "right"
+
+
+def test_the_page_lists_every_type() -> None:
+    rows = page_rows()
+    assert PAGE.read_text() == page(list(rows.values()), PAGE.read_text().split(";")[0].split()[-1])
+    assert sum(outcome.status == "right" for outcome in rows.values()) >= 120
+    if PAGE_IS_OF_THIS_VERSION:
+        assert list(rows) == model_types()
+
+
+# --- what the sweep does not reach ----------------------------------------------------------------
+
+
+def with_prediction_head(directory: Path) -> Checkpoint:
+    """A model whose checkpoint holds a prediction head, numbered as a block behind the last one."""
+    source = save(build(tiny_config("deepseek_v3")), directory)
+    tensors = load_file(source / SAFETENSORS)
+    head = {
+        name.replace("layers.5.", "layers.6."): tensor.clone()
+        for name, tensor in tensors.items()
+        if ".layers.5." in name
+    }
+    head["model.layers.6.eh_proj.weight"] = torch.ones(32, 64)
+    save_file(tensors | head, source / SAFETENSORS, metadata={"format": "pt"})
+    return open_checkpoint(source)
+
+
+def test_a_prediction_head_behind_the_last_block_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = with_prediction_head(tmp_path / "source")
+    plain = build(tiny_config("deepseek_v3"))
+    assert checkpoint.config.num_nextn_predict_layers == 1
+    assert checkpoint.block_names.heads == 1
+    assert len(checkpoint.parameters_per_block) == 6
+    with caplog.at_level("INFO", logger="shortllm"):
+        target = shortened(checkpoint, [1], tmp_path / "short")
+    assert "prediction heads behind the last block are left out" in caplog.text
+    config = json.loads((target / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["shortllm"]["dropped_heads"] == 1
+    assert not [name for name in load_file(target / SAFETENSORS) if "layers.5." in name]
+    verify_shortened("head", Decoder(load(target)), bypass_logits(Decoder(plain), [1]))
+
+
+def test_a_head_that_the_config_does_not_speak_of_is_refused(tmp_path: Path) -> None:
+    checkpoint = with_prediction_head(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 0
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="speaks of no prediction head there"):
+        open_checkpoint(checkpoint.directory).block_names  # noqa: B018
+
+
+@pytest.mark.parametrize("rows, columns", [(7, 6 * 5), (3, 6 * 300_000), (100_000, 6)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_shares_of_kept_blocks_are_cut_out_of_a_tensor(
+    rows: int, columns: int, axis: int, pickled: bool, tmp_path: Path
+) -> None:
+    tensor = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
+    if axis == 0:
+        tensor = tensor.T.contiguous()
+    source = tmp_path / "source"
+    source.mkdir()
+    if pickled:
+        torch.save({"other": torch.ones(3), "table": tensor}, source / "pytorch_model.bin")
+    else:
+        save_file({"other": torch.ones(3), "table": tensor}, source / SAFETENSORS)
+    entries = read_tensor_table(source)
+    steps: list[int] = []
+    part = entries["table"].part(axis, 6, [0, 3, 4])
+    write_tensors(tmp_path, {"other": entries["other"], "cut": part}, advance=steps.append)
+    written = load_file(tmp_path / SAFETENSORS)
+    expected = torch.cat([tensor.chunk(6, dim=axis)[share] for share in (0, 3, 4)], dim=axis)
+    assert torch.equal(written["cut"], expected)
+    assert torch.equal(written["other"], torch.ones(3))
+    assert sum(steps) == expected.nbytes + 12
+
+
+def test_a_tensor_without_equal_shares_is_refused() -> None:
+    entry = opened("llama").tensors["model.norm.weight"]
+    with pytest.raises(CheckpointError, match="does not hold 5 equal shares along axis 0"):
+        entry.part(0, 5, [0])
+
+
+def test_protected_blocks_are_told_with_the_reason(tmp_path: Path) -> None:
+    assert structurally_protected(config_of("llama")) == {}
+    assert structurally_protected(config_of("llama", num_hidden_layers=1)) == {}
+    config = tiny_config("gemma4")
+    reason = "its keys and values serve blocks 4, 5 too"
+    assert structurally_protected(config) == {1: reason}
+    checkpoint = open_checkpoint(save(build(config), tmp_path / "source"))
+    message = rf"block 1 of model type 'gemma4_text' cannot be removed: {reason}. Choose other"
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_removal(checkpoint, [0, 2, 3, 4, 5])
+    # with all that depend on it, it can go; then the last block left must be one of full attention
+    with pytest.raises(UnsupportedModelError, match="last block must attend to all tokens"):
+        check_removal(checkpoint, [0, 2, 3])
+
+
+def test_a_checkpoint_with_towers_is_loaded_with_them(tmp_path: Path) -> None:
+    config = tiny_config("qwen3_5")
+    assert auto_class(config).__name__ == "AutoModelForImageTextToText"
+    config.architectures = None
+    assert auto_class(config).__name__ == "AutoModelForCausalLM"
+    assert auto_class(config_of("llama")).__name__ == "AutoModelForCausalLM"
+
+
+def test_a_model_without_a_right_cache_is_compared_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+    decoder = Decoder(model)
+    assert caches_rightly(decoder)
+    expected = bypass_logits(decoder)
+    plain = model.forward
+
+    def forward(*, use_cache: bool, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return plain(use_cache=use_cache, **kwargs)  # forgets what was read before
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert not caches_rightly(decoder)
+    verify_shortened("forgetful", decoder, expected, cached=False)
+    with pytest.raises(CheckpointError, match="other text with a cache than without"):
+        verify_shortened("forgetful", decoder, expected)
