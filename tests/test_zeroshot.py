@@ -24,7 +24,7 @@ from shortllm import embedded, pipeline, stages
 from shortllm.cli import main
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.recipe import EvaluationOptions, Recipe
-from shortllm.reporting import rendering, write_report
+from shortllm.reporting import sections, write_report
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.zeroshot import zeroshot
 from shortllm.results import Evaluation
@@ -297,7 +297,7 @@ def test_the_report_shows_every_score(finished: Path, monkeypatch: pytest.Monkey
         assert float(points) == pytest.approx(100 * (after.score - before.score), abs=0.05)
     assert [row["name"] for row in shown["rows"]] == ["shortllm_where", "shortllm_count", "mean"]
 
-    monkeypatch.setattr(rendering, "SECTIONS", [("zeroshot", "What it can answer", zeroshot)])
+    monkeypatch.setattr(sections, "SECTIONS", [("zeroshot", "What it can answer", zeroshot)])
     page = write_report(finished).read_text()
     assert "What it can answer" in page and "shortllm_where" in page
     assert f"lm-evaluation-harness {require_harness()}" in page
