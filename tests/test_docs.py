@@ -16,9 +16,11 @@ from shortllm.model.decoder import Decoder
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_script_in_the_text_is_the_script() -> None:
-    text = (DOCS / "reproduce_ppl.md").read_text()
-    assert f"```python\n{(DOCS / 'reproduce_ppl.py').read_text()}```\n" in text
+@pytest.mark.parametrize("name", ["reproduce_ppl", "reproduce_perplexity"])
+def test_the_script_in_the_text_is_the_script(name: str) -> None:
+    text = (DOCS / f"{name}.md").read_text()
+    script = (DOCS / f"{name}.py").read_text()
+    assert f"```python\n{script}```\n" in text
 
 
 @pytest.mark.parametrize("top", [1, 3])

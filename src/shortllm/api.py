@@ -29,6 +29,7 @@ from shortllm.results import Benchmark, BlockScores, Comparison, Evaluation, Pru
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
+from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.export_lint import ExportFinding
@@ -268,16 +269,20 @@ def evaluate(
     models: Sequence[str],
     *,
     options: EvaluationOptions | None = None,
+    tasks: Sequence[str] = (),
     out: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     stream: bool | None = None,
     max_memory: int | None = None,
 ) -> Evaluation:
-    """Perplexity and generation samples of one or more models that share a tokenizer.
+    """Perplexity, task scores and generation samples of one or more models.
 
     Args:
-        out: a file for the evaluation, e.g. eval.json.
+        options: without data in them, perplexity is measured on wikitext2 and ptb, or not at all
+            where tasks are asked for.
+        tasks: zero-shot tasks, besides those in the options; see `shortllm.zeroshot`.
+        out: a file for the evaluation, e.g. eval.json; task scores go to zeroshot.csv beside it.
     Raises:
         DataError: unreadable text, or models whose tokenizers make different tokens of it.
     """
@@ -288,15 +293,19 @@ def evaluate(
         raise ShortLLMError("no model to evaluate. Give one or more")
     checkpoints = _named(models)
     first = next(iter(checkpoints.values()))
-    recipe = Recipe(model=models[0], evaluation=options or EvaluationOptions()).filled(
-        first.model_type
-    )
+    options = options or EvaluationOptions()
+    options = options.model_copy(update={"tasks": [*options.tasks, *tasks]})
+    recipe = Recipe(model=models[0], evaluation=options).filled(first.model_type)
     if out is not None:
         require_file_target(out)
-    rows = [load_rows(source, role="evaluation") for source in recipe.evaluation.data]
+    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
+    task_set = stages.prepare_tasks(list(checkpoints.values()), options, session)
+    sources = recipe.evaluation.data if options.data or not options.tasks else []
+    rows = [load_rows(source, role="evaluation") for source in sources]
     texts = {}
     for name, checkpoint in checkpoints.items():
-        stages.check_length(checkpoint, recipe.evaluation.length, "--length")
+        if rows:
+            stages.check_length(checkpoint, recipe.evaluation.length, "--length")
         tokenizer = stages.load_tokenizer(checkpoint)
         texts[name] = [
             stages.evaluation_segments_of(
@@ -314,14 +323,17 @@ def evaluate(
                 "perplexities per token "
                 "cannot be compared. Evaluate them in two commands"
             )
-    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     text = [
         EvaluationText(rows=source, held_out=False, segments=segments)
         for source, segments in zip(rows, texts[next(iter(texts))], strict=True)
     ]
-    measured = stages.evaluate(list(checkpoints.items()), text, recipe.evaluation, session=session)
+    measured = stages.evaluate(
+        list(checkpoints.items()), text, recipe.evaluation, session=session, tasks=task_set
+    )
     if out is not None:
         measured.save(out)
+        if task_set is not None:
+            write_table(measured, table_beside(out))
     return measured
 
 

@@ -191,6 +191,24 @@ Continuations = Annotated[
     int, typer.Option(min=0, help="Generation samples per model; 0 for none.")
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of each generation sample.")]
+Tasks = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Zero-shot tasks of lm-evaluation-harness, e.g. boolq,piqa; 'paper' is the seven of "
+        "Shortened LLaMA, 'embedded' those of the embedded model. Default: none."
+    ),
+]
+TaskData = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="Directory of the tasks' documents, DIR/TASK/SPLIT.jsonl. Default: SHORTLLM_DATA, Hub."
+    ),
+]
+Limit = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Ask only the first so many documents of each task."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass of a task.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -242,6 +260,10 @@ def run(
     prompt: Prompt = None,
     continuations: Continuations = 5,
     new_tokens: NewTokens = 128,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -285,6 +307,10 @@ def run(
             prompt=prompt,
             continuations=continuations,
             new_tokens=new_tokens,
+            tasks=_names(tasks or ""),
+            task_data=task_data,
+            limit=limit,
+            batch_size=batch_size,
         ),
         device=device,
         dtype=dtype,
@@ -301,6 +327,7 @@ def run(
                 "removed": result.plan.removed,
                 "reached": result.plan.reached.model_dump(),
                 "perplexity": _perplexities(result.evaluation),
+                "tasks": _task_scores(result.evaluation),
             }
         )
         return
@@ -582,7 +609,10 @@ def evaluate(
     ],
     data: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Text to measure on; may be repeated. Default: wikitext2 and ptb."),
+        typer.Option(
+            help="Text to measure on; may be repeated. Default: wikitext2 and ptb, or none where "
+            "--tasks are given."
+        ),
     ] = None,
     length: EvalLength = 128,
     bos: EvalBos = None,
@@ -590,6 +620,10 @@ def evaluate(
     prompt: Prompt = None,
     continuations: Continuations = 0,
     new_tokens: NewTokens = 128,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
     out: Annotated[Optional[Path], typer.Option(help="Write the result to this file.")] = None,  # noqa: UP045
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -597,7 +631,7 @@ def evaluate(
     max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of one or more models with the same tokenizer."""
+    """Perplexity of one or more models with the same tokenizer, and what they score in tasks."""
     import shortllm
 
     measured = shortllm.evaluate(
@@ -610,6 +644,10 @@ def evaluate(
             prompt=prompt,
             continuations=continuations,
             new_tokens=new_tokens,
+            tasks=_names(tasks or ""),
+            task_data=task_data,
+            limit=limit,
+            batch_size=batch_size,
         ),
         out=out,
         device=device,
@@ -1046,6 +1084,29 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         for model in evaluation.models
     ]
     _print_table(("model", "blocks", "parameters", "bytes", *sources), rows)
+    if first.zeroshot:
+        typer.echo("")
+        _print_tasks(evaluation)
+
+
+def _task_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    return {
+        model.name: {entry.task: entry.score for entry in model.zeroshot}
+        for model in evaluation.models
+    }
+
+
+def _print_tasks(evaluation: Evaluation) -> None:
+    """A row per task, a column per model: the score and its standard error."""
+    from shortllm.zeroshot import metric_phrase, score_phrase
+
+    models = evaluation.models
+    by_task = zip(*(model.zeroshot for model in models), strict=True)
+    rows = [(each[0].task, metric_phrase(each[0]), *map(score_phrase, each)) for each in by_task]
+    means = [model.zeroshot_mean for model in models if model.zeroshot_mean is not None]
+    if means:
+        rows.append(("mean", "[%]", *(f"{100 * mean:.2f}" for mean in means)))
+    _print_table(("task", "metric", *(model.name for model in models)), rows)
 
 
 def _print_comparison(comparison: Comparison) -> None:

@@ -55,6 +55,8 @@ DATA_VARIABLE = "SHORTLLM_DATA"
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".tokens")
 RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 PACKED_SUFFIXES = (".gz", ".xz")
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError)
+"""What reading a damaged file raises."""
 DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
 """Columns taken without being named, the first that exists."""
 
@@ -263,8 +265,26 @@ def _file_texts(
             yield from _record_texts(path, _json_records(path, kind), column)
     except DataError:
         raise
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(f"cannot read {path} as {kind[1:]}: {error}") from error
+
+
+def load_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a `.jsonl` or `.json` file, plain or packed, with all their columns.
+
+    Raises:
+        DataError: it cannot be read, or holds anything but records.
+    """
+    kind = ".json" if ".json" in (suffix.lower() for suffix in path.suffixes) else ".jsonl"
+    try:
+        records = list(_json_records(path, kind))
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        raise DataError(f"cannot read {path} as {kind[1:]}: {error}") from error
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise DataError(f"{path} is no list of records. Give one JSON object per line")
+    return records
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -563,7 +583,7 @@ def _embedded_rows(source: str, split: str, column: str | None) -> Rows:
     return Rows.of(source, rows(cast("Split", split), count))
 
 
-def _data_directory() -> Path | None:
+def data_directory() -> Path | None:
     """The directory named by SHORTLLM_DATA, None where it is unset or empty."""
     named = os.environ.get(DATA_VARIABLE)
     if not named:
@@ -578,7 +598,7 @@ def _data_directory() -> Path | None:
 
 def _local_files(patterns: tuple[str, ...]) -> list[Path]:
     """The files of the first pattern that matches below SHORTLLM_DATA, sorted by name."""
-    directory = _data_directory()
+    directory = data_directory()
     if directory is None:
         return []
     for pattern in patterns:
@@ -593,7 +613,7 @@ def _local_hint(name: str, split: str) -> str:
     """Where the local copy would have been found, and which splits of the same name are there."""
     patterns = BUILT_INS[name].local
     wanted = " or ".join(patterns[split])
-    directory = _data_directory()
+    directory = data_directory()
     if directory is None:
         return (
             "Without the Hub, give a local file (--data FILE), or set "

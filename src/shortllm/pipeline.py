@@ -1,6 +1,6 @@
 """A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
-    run.json  calibration.*  scores.json  plan.json  pruned/  eval.json  report.html  README.md
+    run.json  calibration.*  scores.json  plan.json  pruned/  eval.json  zeroshot.csv  report.html
 
 Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
 it was when the same command is given again; a changed recipe redoes the stages it touches.
@@ -29,9 +29,11 @@ from shortllm.recipe import Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan, ResultFile
 from shortllm.runtime import ALONE, Ranks, versions
 from shortllm.scoring import Asked
+from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
+    from shortllm.zeroshot import TaskSet
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ def run(
     claim_directory(directory, checkpoint)
     session = session_of(recipe)
     scoring = recipe.budget.blocks is None and needs_text
+    tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
@@ -95,7 +98,7 @@ def run(
     plan = build_plan(budget, model=checkpoint.info(), scores=scores)
     plan.save(directory / "plan.json")
     shortened = _prune(directory, checkpoint, plan, session)
-    evaluation = _evaluate(directory, checkpoint, shortened, recipe, texts, session)
+    evaluation = _evaluate(directory, checkpoint, shortened, recipe, texts, tasks, session)
     report = write_report(directory)
     return RunResult(directory=directory, plan=plan, evaluation=evaluation, report=report)
 
@@ -297,13 +300,22 @@ def _evaluate(
     shortened: Checkpoint,
     recipe: Recipe,
     texts: stages.Texts,
+    tasks: TaskSet | None,
     session: stages.Session,
 ) -> Evaluation:
+    """eval.json, and zeroshot.csv where there are tasks."""
     path = directory / "eval.json"
     models = [("original", checkpoint), ("pruned", shortened)]
-    expected = stages.evaluation_fingerprint(models, texts.evaluation, recipe.evaluation, session)
+    options = recipe.evaluation
+    expected = stages.evaluation_fingerprint(models, texts.evaluation, options, session, tasks)
     evaluation = finished(Evaluation, path, expected)
     if evaluation is None:
-        evaluation = stages.evaluate(models, texts.evaluation, recipe.evaluation, session=session)
+        evaluation = stages.evaluate(
+            models, texts.evaluation, options, session=session, tasks=tasks
+        )
         evaluation.save(path)
+    if tasks is None:
+        _delete([table_beside(path)])
+    else:
+        write_table(evaluation, table_beside(path))
     return evaluation

@@ -39,7 +39,7 @@ class CalibrationOptions(Record):
 
 
 class EvaluationOptions(Record):
-    """On what, and how, perplexity is measured; the defaults are the paper protocol."""
+    """On what, and how, models are measured; the defaults are the paper protocol."""
 
     data: list[str] = Field(
         default_factory=list,
@@ -56,6 +56,14 @@ class EvaluationOptions(Record):
     continuations: int = Field(default=5, description="generation samples per model; 0 for none")
     new_tokens: int = 128
     seed: int = 0
+    tasks: list[str] = Field(
+        default_factory=list, description="zero-shot tasks by name, or the sets paper and embedded"
+    )
+    task_data: Path | None = Field(
+        default=None, description="directory of the tasks' documents; default: SHORTLLM_DATA, Hub"
+    )
+    limit: int | None = Field(default=None, ge=1, description="documents per task; default: all")
+    batch_size: int = Field(default=8, ge=1, description="sequences per forward pass of a task")
 
 
 BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {

@@ -209,12 +209,32 @@ class Samples(Record):
     seed: int
 
 
+class TaskScore(Record):
+    """What a model scores in one task of lm-evaluation-harness."""
+
+    task: str
+    metric: str = Field(description="the one reported, e.g. 'acc_norm' or 'exact_match,flexible'")
+    score: float = Field(description="as the harness gives it: an accuracy in [0, 1]")
+    stderr: float | None = Field(default=None, description="standard error of the score")
+    others: dict[str, float] = Field(
+        default_factory=dict, description="the task's other metrics, by name"
+    )
+    documents: int = Field(description="documents asked about")
+    documents_fingerprint: str = Field(description="sha256 of these documents")
+    shots: int | None = Field(default=None, description="solved examples shown before each")
+    version: str | None = Field(default=None, description="the task's version in the harness")
+
+
 class EvaluatedModel(Record):
     """One model's line in eval.json."""
 
     name: str = Field(description="e.g. 'original' or 'pruned'")
     model: ModelInfo
     perplexity: list[Perplexity]
+    zeroshot: list[TaskScore] = Field(default_factory=list)
+    zeroshot_mean: float | None = Field(
+        default=None, description="plain mean of the scores, where all are accuracies"
+    )
     samples: Samples | None = None
 
 

@@ -192,7 +192,7 @@ def progress(task: str, total: float) -> Iterator[Callable[[float], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(file=sys.stderr),
         transient=True,
     )
     with bar:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, check_removal, require_apart
 from shortllm.checkpoint.tensors import read_tensor_table
-from shortllm.errors import CheckpointError, DataError
+from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.files import fingerprint, require_writable
 from shortllm.journal import Journal
 from shortllm.model.blocks import text_config
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from shortllm.model.decoder import Decoder
     from shortllm.model.streams import StreamMemory
     from shortllm.segments import Segments
+    from shortllm.zeroshot import TaskSet
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Session:
         if not self._holds(checkpoint):
             self._held = None
             gc.collect()
-            if self._streams(checkpoint):
+            if self.streams(checkpoint):
                 dtype = self._torch_dtype(checkpoint)
                 decoder = open_streamed(checkpoint, device=self.device, dtype=dtype)
             else:
@@ -109,7 +110,7 @@ class Session:
 
         return choose_dtype(self._dtype, self.device, stored_dtype(checkpoint))
 
-    def _streams(self, checkpoint: Checkpoint) -> bool:
+    def streams(self, checkpoint: Checkpoint) -> bool:
         """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
         from shortllm.model.loading import room_for
 
@@ -454,24 +455,51 @@ def is_pruned_by(target: Path, expected: str) -> bool:
     )
 
 
+def prepare_tasks(
+    checkpoints: Sequence[Checkpoint], options: EvaluationOptions, session: Session
+) -> TaskSet | None:
+    """The zero-shot tasks asked for, with their documents; None if there are none.
+
+    Raises:
+        ShortLLMError: an unknown task, or a model whose blocks are to be streamed.
+        DataError: documents that are missing or cannot be read.
+    """
+    from shortllm.zeroshot import load_tasks
+
+    if not options.tasks:
+        return None
+    for checkpoint in checkpoints:
+        if session.streams(checkpoint):
+            raise ShortLLMError(
+                f"{checkpoint.id} is to be read one block at a time (streamed), and tasks take "
+                "thousands of passes, each of which would read all its files. Leave --tasks out, "
+                "or have the model in memory: --no-stream, a smaller --dtype, another --device"
+            )
+    return load_tasks(
+        options.tasks, data=options.task_data, limit=options.limit, batch_size=options.batch_size
+    )
+
+
 def evaluation_fingerprint(
     models: Sequence[tuple[str, Checkpoint]],
     texts: Sequence[EvaluationText],
     options: EvaluationOptions,
     session: Session,
+    tasks: TaskSet | None = None,
 ) -> str:
     """Of everything the evaluation depends on."""
     from shortllm.calibration import tokens_fingerprint
 
-    return fingerprint(
-        {
-            "models": [(name, checkpoint.fingerprint) for name, checkpoint in models],
-            "texts": [tokens_fingerprint(text.segments.ids) for text in texts],
-            "samples": [options.prompt, options.continuations, options.new_tokens, options.seed],
-            "dtype": [session.dtype(checkpoint) for _, checkpoint in models],
-            "device": session.device.type,
-        }
-    )
+    inputs = {
+        "models": [(name, checkpoint.fingerprint) for name, checkpoint in models],
+        "texts": [tokens_fingerprint(text.segments.ids) for text in texts],
+        "samples": [options.prompt, options.continuations, options.new_tokens, options.seed],
+        "dtype": [session.dtype(checkpoint) for _, checkpoint in models],
+        "device": session.device.type,
+    }
+    if tasks is not None:
+        inputs["tasks"] = tasks.fingerprint
+    return fingerprint(inputs)
 
 
 def evaluate(
@@ -480,21 +508,23 @@ def evaluate(
     options: EvaluationOptions,
     *,
     session: Session,
+    tasks: TaskSet | None = None,
 ) -> Evaluation:
-    """Perplexity and generation samples of each named model, by one protocol, one model at a time.
+    """Perplexity, task scores and generation samples of each named model, by one protocol, one
+    model at a time.
 
     The texts must have been tokenized by a tokenizer that all models share.
     """
     measured = {
         # the last one first: a run has just verified it, so that it is still in memory
-        name: _evaluate_one(name, checkpoint, texts, options, session)
+        name: _evaluate_one(name, checkpoint, texts, options, session, tasks)
         for name, checkpoint in reversed(models)
     }
     return Evaluation(
         models=[measured[name] for name, _ in models],
         dtype=session.dtype(models[0][1]),
-        versions=versions(),
-        fingerprint=evaluation_fingerprint(models, texts, options, session),
+        versions=versions() | ({"lm_eval": tasks.version} if tasks is not None else {}),
+        fingerprint=evaluation_fingerprint(models, texts, options, session, tasks),
     )
 
 
@@ -504,9 +534,11 @@ def _evaluate_one(
     texts: Sequence[EvaluationText],
     options: EvaluationOptions,
     session: Session,
+    tasks: TaskSet | None,
 ) -> EvaluatedModel:
     from shortllm.evaluation import generate_samples, measure_perplexity
     from shortllm.model.walk import NOTHING, walk_flops
+    from shortllm.zeroshot import mean_score, measure_tasks
 
     decoder = session.decoder(checkpoint)
     work = sum(walk_flops(decoder, [NOTHING], *text.segments.ids.shape) for text in texts)
@@ -515,6 +547,9 @@ def _evaluate_one(
             measure_perplexity(decoder, text, memory=session.memory(), advance=advance)
             for text in texts
         ]
+    scores = []
+    if tasks is not None:
+        scores = measure_tasks(decoder.model, load_tokenizer(checkpoint), tasks, name=name)
     samples = None
     if options.continuations and options.prompt and decoder.streamed:
         log.info("no samples of %s: a streamed model would be read once per token", name)
@@ -528,5 +563,10 @@ def _evaluate_one(
             seed=options.seed,
         )
     return EvaluatedModel(
-        name=name, model=checkpoint.info(), perplexity=perplexities, samples=samples
+        name=name,
+        model=checkpoint.info(),
+        perplexity=perplexities,
+        zeroshot=scores,
+        zeroshot_mean=mean_score(scores),
+        samples=samples,
     )
