@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from shortllm import pipeline, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -18,10 +18,13 @@ from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results import BlockScores, Evaluation, PrunePlan
+from shortllm.results import BlockScores, Evaluation, PrunePlan, Retraining
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
+
+if TYPE_CHECKING:
+    from shortllm.retraining.options import RetrainOptions
 
 
 def info(
@@ -279,3 +282,36 @@ def run(
 ) -> RunResult:
     """All stages in one directory; see `shortllm.pipeline.run`."""
     return pipeline.run(recipe, out=out, command=command)
+
+
+def retrain(
+    model: str,
+    out: Path | str,
+    *,
+    options: RetrainOptions | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Retraining:
+    """Heal a shortened checkpoint by retraining, and write it as a plain checkpoint.
+
+    Under `accelerate launch` or `torchrun` all processes train and the main one writes. The same
+    call again goes on where an interrupted one was.
+
+    Args:
+        out: the new checkpoint directory, with retrain.json, and for LoRA the adapter; must not
+            exist, unless it is the same retrained checkpoint.
+        dtype: computation type; default: bfloat16 on CUDA, float32 elsewhere.
+    Raises:
+        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+    """
+    from shortllm.retraining import stage
+    from shortllm.retraining.options import RetrainOptions
+    from shortllm.retraining.processes import join_training
+
+    options, out = options or RetrainOptions(), Path(out)
+    checkpoint = open_checkpoint(model, revision=revision)
+    stage.require_free(out)
+    session = stages.Session(device=device, dtype=dtype)
+    ranks = join_training(session)
+    return stage.retrain(checkpoint, options, out, session=session, ranks=ranks)
