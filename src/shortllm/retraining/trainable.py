@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -45,7 +45,7 @@ def make_trainable(model: nn.Module, options: RetrainOptions) -> nn.Module:
     return model
 
 
-def find_targets(model: nn.Module, rank: int) -> Targets:
+def find_targets(model: Any, rank: int) -> Targets:
     """All projections inside the blocks that are at least as wide as the adapters' rank.
 
     Raises:
@@ -55,7 +55,7 @@ def find_targets(model: nn.Module, rank: int) -> Targets:
     modules, parameters = [], []
     for name, module in blocks.named_modules():
         if is_projection(module):
-            if min(module.weight.shape) >= rank:  # type: ignore[arg-type]
+            if min(module.weight.shape) >= rank:
                 modules.append(f"{prefix}.{name}")
             continue
         for own, parameter in module.named_parameters(recurse=False):

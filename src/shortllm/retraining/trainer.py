@@ -76,7 +76,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         assert num_items_in_batch is not None
         self.meter.tokens_here += int(inputs["tokens"].sum())
         # gradients are averaged over processes, each of which has a part of the sum
-        share = self.accelerator.num_processes / num_items_in_batch
+        share: Tensor = self.accelerator.num_processes / num_items_in_batch
         return self.objective(model, inputs) * share
 
     def prediction_step(
