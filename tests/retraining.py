@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {
 
 def whole(directory: Path) -> Path:
     """The unpruned model, written with a tokenizer."""
-    config = families.config_of("llama", vocab_size=1024, max_position_embeddings=128)
+    config = families.config_of("llama", vocab_size=1024, max_position_embeddings=512)
     families.save(families.build(config), directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MODEL_DIR / name, directory / name)

@@ -392,8 +392,8 @@ def test_lineage_goes_back_through_every_shortening(tmp_path: Path, place: Path)
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "data": "alpaca.jsonl", "length": 96},
-    "lora-packed": {"method": "lora", "data": "alpaca.jsonl", "length": 128, "packing": True},
+    "lora": {"method": "lora", "data": "alpaca.jsonl", "length": 256},
+    "lora-packed": {"method": "lora", "data": "alpaca.jsonl", "length": 400, "packing": True},
     "full": {"method": "full", "data": "text.jsonl"},
     "checkpointed": {"method": "full", "data": "text.jsonl", "gradient_checkpointing": True},
     "last-blocks": {"method": "last-blocks", "data": "text.jsonl", "blocks": 1},
@@ -436,13 +436,13 @@ def test_every_method_ends_with_a_plain_checkpoint(
     entry = json.loads((out / "config.json").read_text())["shortllm"]
     assert entry["removed_blocks"] == tiny.REMOVED
     assert entry["retrained"]["fingerprint"] == record.fingerprint
-    assert AutoTokenizer.from_pretrained(out).vocab_size == 1024
+    assert (out / "tokenizer.json").read_bytes() == (MODEL_DIR / "tokenizer.json").read_bytes()
 
 
 def test_the_adapter_at_run_time_is_the_merged_checkpoint(place: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    record = retrain(place, tmp_path / "out", method="lora", data="alpaca.jsonl", length=96)
+    record = retrain(place, tmp_path / "out", method="lora", data="alpaca.jsonl", length=256)
     assert len(record.adapted) == 4 * 7
     base = AutoModelForCausalLM.from_pretrained(place / "short", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
@@ -495,7 +495,7 @@ def test_training_stops_early_and_in_time(place: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_are_counted_without_padding(place: Path, tmp_path: Path) -> None:
-    changes = {"method": "full", "data": "alpaca.jsonl", "length": 96, "max_steps": None}
+    changes = {"method": "full", "data": "alpaca.jsonl", "length": 256, "max_steps": None}
     record = retrain(place, tmp_path / "out", **changes, epochs=2)
     assert record.tokens_seen == 2 * record.data.tokens
     assert record.data.boundaries == "alone" and record.data.template == "alpaca"
@@ -527,7 +527,7 @@ def test_shipped_configurations_are_what_accelerate_reads() -> None:
         ({"method": "full"}, "--method full needs text to train on"),
         ({"data": "nowhere.jsonl"}, "no such file"),
         ({"data": "empty.jsonl"}, "holds no rows"),
-        ({"data": "text.jsonl", "length": 500}, "500 tokens exceed the 128 positions"),
+        ({"data": "text.jsonl", "length": 600}, "600 tokens exceed the 512 positions"),
         ({"data": "text.jsonl", "max_steps": 0}, "--max-steps 0 means nothing"),
         ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both say how long"),
         ({"data": "text.jsonl", "temperature": 2}, "--temperature belongs to --method distill"),
@@ -569,7 +569,7 @@ def test_a_missing_extra_is_named_before_anything_else(
         "shortllm.retraining.preparing.find_spec", lambda name: None if name == "peft" else "there"
     )
     with pytest.raises(ShortLLMError, match=r"needs peft.*pip install 'shortllm\[train\]'"):
-        retrain(place, tmp_path / "out", data="alpaca.jsonl", length=96)
+        retrain(place, tmp_path / "out", data="alpaca.jsonl", length=256)
 
 
 def test_defaults_are_the_paper_s() -> None:
@@ -588,8 +588,8 @@ def test_the_command_prints_what_came_of_it(
     capfd: pytest.CaptureFixture[str], place: Path, tmp_path: Path
 ) -> None:
     arguments = [
-        "retrain", place / "short", "--data", place / "alpaca.jsonl", "--length", 96, "--max-steps",
-        2, "--batch", 4, "--held-out", 4, "--out", tmp_path / "out",
+        "retrain", place / "short", "--data", place / "alpaca.jsonl", "--length", 256,
+        "--max-steps", 2, "--batch", 4, "--held-out", 4, "--out", tmp_path / "out",
     ]  # fmt: skip
     code, out, _ = call(capfd, *arguments)
     assert code == 0

@@ -269,7 +269,8 @@ def _run(trainer: HealingTrainer, states: Path, options: RetrainOptions) -> None
             "the held-out loss is not a number: training has gone astray. Give a smaller "
             "--learning-rate, or --dtype float32"
         )
-    trainer.load_best()
+    with quiet_transformers():  # which misses a tied head among the weights
+        trainer.load_best()
 
 
 @contextmanager
