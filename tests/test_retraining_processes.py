@@ -49,10 +49,14 @@ def uninterrupted(place: Path) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
         out = place / f"whole-{kind}"
         if not out.exists():
-            shortllm.retrain(str(place / "short"), out, options=options_of(place, kind))
+            heal(place, out, options_of(place, kind))
         return out
 
     return made
+
+
+def heal(place: Path, out: Path, options: shortllm.RetrainOptions) -> shortllm.Retraining:
+    return shortllm.retrain(str(place / "short"), out, options=options, device="cpu")
 
 
 def options_of(place: Path, kind: str, **changes: Any) -> shortllm.RetrainOptions:
@@ -64,7 +68,15 @@ def arguments_of(place: Path, out: Path, options: shortllm.RetrainOptions) -> li
     """The command line that means the same."""
     given = options.model_dump(exclude_defaults=True, exclude={"report_to"})
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return ["-m", "shortllm", "retrain", str(place / "short"), f"--out={out}", *flags]
+    return [
+        "-m",
+        "shortllm",
+        "retrain",
+        str(place / "short"),
+        f"--out={out}",
+        "--device=cpu",
+        *flags,
+    ]
 
 
 def equal_weights(one: Path, other: Path, **tolerance: float) -> None:
@@ -105,7 +117,7 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_weights(
     ended = child.wait()
     assert ended == -signal.SIGKILL, "the training ended before it could be killed"
     assert work.is_dir() and not out.exists()
-    record = shortllm.retrain(str(place / "short"), out, options=options)
+    record = heal(place, out, options)
     whole = uninterrupted(kind)
     equal_weights(out, whole)
     expected = shortllm.Retraining.load(whole / "retrain.json")
@@ -121,18 +133,18 @@ def test_another_recipe_does_not_go_on_with_the_work(
     (left / "states" / "checkpoint-4").mkdir(parents=True)
     (left / "asked.txt").write_text("another")
     caplog.set_level("INFO", logger="shortllm")
-    shortllm.retrain(str(place / "short"), out, options=options_of(place, "full", max_steps=2))
+    heal(place, out, options_of(place, "full", max_steps=2))
     assert "another recipe, which is thrown away" in caplog.text
     assert "going on from" not in caplog.text
 
 
 def launch(arguments: list[str], *flags: str) -> subprocess.CompletedProcess[str]:
-    """Two CPU processes by accelerate."""
+    """Two processes by accelerate, whose own --cpu would start but one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
         "--mixed_precision", "no", "--main_process_port", str(port), *flags, *arguments,
     ]  # fmt: skip
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
@@ -168,5 +180,7 @@ def test_two_sharded_processes_end_with_a_plain_checkpoint(
     )
     assert done.returncode == 0, done.stderr
     families.load(out)
+    record = shortllm.Retraining.load(out / "retrain.json")
+    assert (record.processes, record.sharded) == (2, True)
     if kind == "full":
         equal_weights(out, uninterrupted(kind), rtol=1e-3, atol=1e-4)

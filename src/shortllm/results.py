@@ -265,6 +265,7 @@ class Retraining(ResultFile):
     stopped: Literal["steps", "patience", "minutes"]
     tokens_seen: int
     processes: int
+    sharded: bool = Field(description="whether the weights were shared out over them (FSDP)")
     dtype: str
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None

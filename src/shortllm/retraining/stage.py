@@ -97,6 +97,7 @@ def _record(prepared: Prepared, trained: Trained, session: Session, ranks: Ranks
         stopped=meter.stopped or "steps",
         tokens_seen=meter.tokens,
         processes=ranks.count,
+        sharded=trainer.is_fsdp_enabled,
         dtype=compute_dtype(session),
         versions={**versions(), **extra_versions(prepared.options)},
         cost=Cost(seconds=round(meter.seconds, 3), peak_bytes=peak_memory()),
