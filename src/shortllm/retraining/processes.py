@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
 from shortllm.runtime import ALONE, Ranks, join_ranks
 from shortllm.stages import Session
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def join_training(session: Session) -> Ranks:
@@ -26,3 +30,17 @@ def join_training(session: Session) -> Ranks:
         ) from error
     PartialState(cpu=session.device.type == "cpu")
     return join_ranks()
+
+
+def is_sharded() -> bool:
+    """Whether the launcher has asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def shard_on_cpu_too(arguments: TrainingArguments) -> None:
+    """Have FSDP among CPU processes: accelerate 1.15 passes it over there, torch's own works."""
+    from accelerate import DistributedType
+
+    state = arguments.distributed_state
+    if is_sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU

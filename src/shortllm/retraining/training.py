@@ -25,6 +25,7 @@ from shortllm.retraining.distill import lineage, teacher_blocks
 from shortllm.retraining.objective import Objective, TeacherLoss, answer_loss, cached_loss
 from shortllm.retraining.options import RetrainOptions, micro_batch, warmup
 from shortllm.retraining.preparing import Prepared, compute_dtype
+from shortllm.retraining.processes import is_sharded, shard_on_cpu_too
 from shortllm.retraining.trainable import make_trainable
 from shortllm.retraining.trainer import (
     BEST_METRIC,
@@ -115,11 +116,6 @@ def open_model(checkpoint: Checkpoint, options: RetrainOptions, session: Session
     if options.attention is not None:
         _set_attention(model, options.attention)
     return model
-
-
-def is_sharded() -> bool:
-    """Whether a launcher has asked for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _set_attention(model: Any, name: str) -> None:
@@ -226,6 +222,8 @@ def _arguments(
     )
     if ranks.count == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more need a launcher
+    if ranks.count > 1:
+        shard_on_cpu_too(arguments)
     return arguments
 
 
