@@ -26,9 +26,10 @@ QUICK: dict[str, Any] = {
 """Options of a training that takes a second."""
 
 
-def whole(directory: Path) -> Path:
-    """The unpruned model, written with a tokenizer."""
-    config = families.config_of("llama", vocab_size=1024, max_position_embeddings=512)
+def whole(directory: Path, variant: str = "llama") -> Path:
+    """The unpruned model of a family, written with a tokenizer."""
+    config = families.config_of(variant, vocab_size=1024)
+    config.max_position_embeddings = 512
     families.save(families.build(config), directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MODEL_DIR / name, directory / name)

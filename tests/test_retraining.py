@@ -24,6 +24,7 @@ from shortllm.data import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.metrics import kl_divergence
+from shortllm.reporting.retraining import retraining_section
 from shortllm.retraining import CONFIGS
 from shortllm.retraining.cache import CachedTeacher, target_rows, write_cache
 from shortllm.retraining.distill import (
@@ -458,16 +459,30 @@ def test_what_is_up_to_date_is_skipped_and_another_recipe_is_not(
 ) -> None:
     out = tmp_path / "out"
     first = retrain(place, out, method="full", data="text.jsonl")
-    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    stamp, before = (out / "model.safetensors").stat().st_mtime_ns, weights(out)["lm_head.weight"]
     caplog.set_level("INFO", logger="shortllm")
     assert retrain(place, out, method="full", data="text.jsonl") == first
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     assert "up to date, skipped" in caplog.text
     second = retrain(place, out, method="full", data="text.jsonl", seed=5)
     assert second.fingerprint != first.fingerprint
-    assert not torch.equal(*(weights(out)[key] for key in ["lm_head.weight"] * 2)) or (
-        (out / "model.safetensors").stat().st_mtime_ns != stamp
-    )
+    assert "will be replaced" in caplog.text
+    assert not torch.equal(weights(out)["lm_head.weight"], before)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "mixtral", "phi3", "gemma2", "opt"])
+def test_any_family_is_healed_into_the_files_it_came_in(variant: str, tmp_path: Path) -> None:
+    tiny.whole(tmp_path / "model", variant)
+    tiny.text(tmp_path / "text.jsonl", 12)
+    record = retrain(tmp_path, tmp_path / "out", model="model", data="text.jsonl", max_steps=2)
+    found, before = weights(tmp_path / "out"), weights(tmp_path / "model")
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    changed = [name for name in found if not torch.equal(found[name], before[name])]
+    assert len(changed) >= 6 * 2 and len(record.adapted) >= 6 * 2
+    assert record.data.boundaries == ("joined" if variant == "opt" else "apart")
+    families.load(tmp_path / "out")
 
 
 def test_evaluation_sets_are_measured_as_eval_measures_them(place: Path, tmp_path: Path) -> None:
@@ -516,6 +531,20 @@ def test_shipped_configurations_are_what_accelerate_reads() -> None:
     assert names == ["ddp_8gpu.yaml", "fsdp_8gpu.yaml"]
     for name in names:
         assert load_config_from_file(str(CONFIGS / name)).num_processes == 8
+
+
+def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
+    record = retrain(
+        place, tmp_path / "out", method="distill", data="text.jsonl", eval_data=["embedded"],
+        eval_length=64, eval_segments=5,
+    )  # fmt: skip
+    section = retraining_section(record)
+    assert section["wide"].startswith("<svg") and "embedded:test" in section["wide"]
+    assert section["wide"] == retraining_section(record)["wide"] != section["narrow"]
+    assert [entry["name"] for entry in section["losses"]] == [
+        "held out (the best is kept)", "embedded:test"
+    ]  # fmt: skip
+    assert dict(section["rows"])["teacher"] == str(place / "whole")
 
 
 # ------------------------------------------------------------------ bad input

@@ -299,8 +299,8 @@ def retrain(
     call again goes on where an interrupted one was.
 
     Args:
-        out: the new checkpoint directory, with retrain.json, and for LoRA the adapter; must not
-            exist, unless it is the same retrained checkpoint.
+        out: the new checkpoint directory, with retrain.json, and for LoRA the adapter. It may hold
+            nothing else; a retrained checkpoint of another recipe is replaced.
         dtype: computation type; default: bfloat16 on CUDA, float32 elsewhere.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.

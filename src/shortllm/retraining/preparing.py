@@ -30,7 +30,7 @@ from shortllm.retraining.generated import written_by
 from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions, micro_batch
 from shortllm.retraining.store import Corpus, open_corpus, write_corpus
 from shortllm.retraining.windows import Packing
-from shortllm.runtime import Ranks, progress
+from shortllm.runtime import Ranks
 from shortllm.segments import Segments
 from shortllm.stages import (
     Session,
@@ -240,17 +240,17 @@ def _tokenize(
     enough = None
     if options.max_steps is not None and packing == "stream":
         enough = options.max_steps * options.batch * options.length
-    with progress("reading the data", 1) as advance:
-        write_corpus(
-            made,
-            place,
-            source=records.source if records else GENERATED,
-            vocabulary=vocabulary(checkpoint),
-            held_out=held_out,
-            longest=None if packing == "stream" else options.length,
-            enough=enough,
-        )
-        advance(1)
+    source = records.source if records else GENERATED
+    log.info("tokenizing %s", source)
+    write_corpus(
+        made,
+        place,
+        source=source,
+        vocabulary=vocabulary(checkpoint),
+        held_out=held_out,
+        longest=None if packing == "stream" else options.length,
+        enough=enough,
+    )
 
 
 def work_directory(target: Path) -> Path:

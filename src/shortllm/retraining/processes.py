@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
@@ -11,6 +12,9 @@ from shortllm.stages import Session
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+LONGEST_WAIT = timedelta(days=1)
+"""How long a process waits for another, which may be writing a large checkpoint."""
 
 
 def join_training(session: Session) -> Ranks:
@@ -28,7 +32,7 @@ def join_training(session: Session) -> Ranks:
             "training in several processes needs accelerate. Install it with: pip install "
             "'shortllm[train]'"
         ) from error
-    PartialState(cpu=session.device.type == "cpu")
+    PartialState(cpu=session.device.type == "cpu", timeout=LONGEST_WAIT)
     return join_ranks()
 
 

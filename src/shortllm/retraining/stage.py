@@ -42,6 +42,8 @@ def retrain(
     if is_retrained_by(target, prepared.fingerprint):
         log.info("%s is up to date, skipped", target)
     else:
+        if target.exists():
+            log.info("%s was retrained by another recipe, and will be replaced", target)
         _train_and_write(prepared, target, session, ranks)
     ranks.wait()
     if ranks.is_main:
