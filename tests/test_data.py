@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shortllm.data import BUILT_INS, PackedTexts, Rows, load_rows, split_held_out
+from shortllm.data import (
+    BUILT_INS,
+    PackedTexts,
+    Rows,
+    load_rows,
+    open_records,
+    split_held_out,
+)
 from shortllm.errors import DataError
 
 TEXTS = ["one two", "", "drei \u00fc\u2028vier", " five \U0001f40d "]
@@ -408,3 +415,56 @@ def test_real_files(shared: Path) -> None:
     assert len(load_rows(f"{shared}/data/books/valid.jsonl.xz")) == 330
     assert len(load_rows(f"{shared}/data/wikitext2/test.jsonl.gz")) == 62
     assert len(load_rows(f"{shared}/data/wikitext2/wiki.valid.tokens")) == 3760
+
+
+# ---- records as a stream
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".parquet"])
+def test_records_keep_their_columns_and_can_be_read_again(
+    tmp_path: Path, kind: str, packed: str
+) -> None:
+    file = tmp_path / f"data{kind}{packed}"
+    file.write_bytes(PACKERS[packed](_bytes_of(kind, TEXTS)))
+    records = open_records(str(file))
+    whole = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+    expected: list[Any] = TEXTS if kind == ".txt" else whole
+    assert list(records.read()) == list(records.read()) == expected
+    assert list(records.texts()) == TEXTS
+    assert (records.lines, records.files) == (kind == ".txt", (file,))
+
+
+def test_records_of_built_in_names_are_those_to_train_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHORTLLM_DATA", str(tmp_path))
+    (tmp_path / "alpaca").mkdir()
+    record = {"instruction": "do", "input": "", "output": "done"}
+    (tmp_path / "alpaca/train.jsonl").write_text(json.dumps(record))
+    assert list(open_records("alpaca").read()) == [record]
+    embedded = open_records("embedded")
+    assert embedded.source == "embedded:train"
+    assert next(embedded.texts()) == load_rows("embedded:train")[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("wiki.tst", "no such file"),
+        ("", "unknown data source ''"),
+        ("wikitxt2", "Did you mean 'wikitext2'"),
+        ("ptb:tst", "'ptb' has no split 'tst'. Did you mean 'test'"),
+        ("no/such", "cannot load 'no/such:train'"),
+    ],
+)
+def test_records_that_are_not_there(source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_records(source)
+
+
+def test_records_of_the_hub_are_streamed(asked: _Asked) -> None:
+    records = open_records("some/data:config")
+    assert (asked["config"], asked["split"], asked["streaming"]) == ("config", "train", True)
+    assert next(records.read()) == {"n": 1, "sentence": "a"}
+    assert records.source == "some/data:config:train"

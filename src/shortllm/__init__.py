@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shortllm.api import plan as plan
     from shortllm.api import prune as prune
     from shortllm.api import report as report
+    from shortllm.api import retrain as retrain
     from shortllm.api import run as run
     from shortllm.api import score as score
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from shortllm.results import Comparison as Comparison
     from shortllm.results import Evaluation as Evaluation
     from shortllm.results import PrunePlan as PrunePlan
+    from shortllm.results import Retraining as Retraining
+    from shortllm.retraining.options import RetrainOptions as RetrainOptions
 
 _HOME = {
     "Benchmark": "results",
@@ -55,6 +58,8 @@ _HOME = {
     "EvaluationOptions": "recipe",
     "PrunePlan": "results",
     "Recipe": "recipe",
+    "RetrainOptions": "retraining.options",
+    "Retraining": "results",
     "ShortLLMError": "errors",
     "bench": "api",
     "compare_criteria": "api",
@@ -65,6 +70,7 @@ _HOME = {
     "plan": "api",
     "prune": "api",
     "report": "api",
+    "retrain": "api",
     "run": "api",
     "score": "api",
 }

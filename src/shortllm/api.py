@@ -25,7 +25,14 @@ from shortllm.files import require_file_target, require_writable
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results import Benchmark, BlockScores, Comparison, Evaluation, PrunePlan
+from shortllm.results import (
+    Benchmark,
+    BlockScores,
+    Comparison,
+    Evaluation,
+    PrunePlan,
+    Retraining,
+)
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
@@ -33,6 +40,7 @@ from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.export_lint import ExportFinding
+    from shortllm.retraining.options import RetrainOptions
 
 
 def info(
@@ -473,3 +481,36 @@ def bench(
     if out is not None:
         write_benchmark(out, measured)
     return measured
+
+
+def retrain(
+    model: str,
+    out: Path | str,
+    *,
+    options: RetrainOptions | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Retraining:
+    """Heal a shortened checkpoint by retraining, and write it as a plain checkpoint.
+
+    Under `accelerate launch` or `torchrun` all processes train and the main one writes. The same
+    call again goes on where an interrupted one was.
+
+    Args:
+        out: the new checkpoint directory, with retrain.json, and for LoRA the adapter. It may hold
+            nothing else; a retrained checkpoint of another recipe is replaced.
+        dtype: computation type; default: bfloat16 on CUDA, float32 elsewhere.
+    Raises:
+        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+    """
+    from shortllm.retraining import stage
+    from shortllm.retraining.options import RetrainOptions
+    from shortllm.retraining.processes import join_training
+
+    options, out = options or RetrainOptions(), Path(out)
+    checkpoint = open_checkpoint(model, revision=revision)
+    stage.require_free(out)
+    session = stages.Session(device=device, dtype=dtype)
+    ranks = join_training(session)
+    return stage.retrain(checkpoint, options, out, session=session, ranks=ranks)

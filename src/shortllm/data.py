@@ -33,6 +33,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
@@ -180,7 +181,7 @@ def load_rows(source: str, *, column: str | None = None, role: Role = "evaluatio
         raise DataError(f"'{name}' is a directory. Name one file in it ({_supported()})")
     if _looks_like_path(name):
         raise DataError(f"no such file: {name} (seen from {Path.cwd()})")
-    if "/" not in name and ":" not in name and get_close_matches(name, BUILT_INS, cutoff=0.6):
+    if _nearly_built_in(name):
         raise DataError(_unknown(name))
     parts = [part or None for part in name.split(":", 2)] + [None, None]
     place = HubPlace(head, parts[1], parts[2] or ("train" if role == "calibration" else "test"))
@@ -208,6 +209,12 @@ def _looks_like_path(name: str) -> bool:
     return ":" not in name and Path(name).suffix[1:].isalpha()
 
 
+def _nearly_built_in(name: str) -> bool:
+    """Whether an unknown `name` was more likely meant as a built-in one than as a Hub data set."""
+    plain = "/" not in name and ":" not in name
+    return plain and bool(get_close_matches(name, BUILT_INS, cutoff=0.6))
+
+
 def _unknown(name: str) -> str:
     return (
         f"unknown data source '{name}'.{did_you_mean(name, BUILT_INS)}, "
@@ -219,6 +226,85 @@ def _supported() -> str:
     return (
         f"{', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}; each plain, {' or '.join(PACKED_SUFFIXES)}"
     )
+
+
+# ---- records as a stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Records:
+    """The records of a data source, read anew at each call and never all in memory."""
+
+    source: str
+    """The data source with its split filled in."""
+    column: str | None
+    """The column that was asked for with `#`."""
+    lines: bool
+    """Whether records are lines of a text file, which are no documents of their own."""
+    files: tuple[Path, ...]
+    """The local files they are read from; none for what is made here or lies on the Hub."""
+    read: Callable[[], Iterator[Any]]
+    """Begin with the first record: a text, or a dict."""
+
+    def texts(self) -> Iterator[str]:
+        """The text of each record, by the rule of `load_rows`."""
+        return _record_texts(self.source, self.read(), self.column)
+
+
+def open_records(source: str) -> Records:
+    """A data source as whole records, for training: without a split its `train` is meant.
+
+    The grammar is that of `load_rows`, but nothing is held in memory, and a record keeps all its
+    columns (of `alpaca` not the answers alone).
+
+    Raises:
+        DataError: as `load_rows`, of a file's content when it is read.
+    """
+    name, column = _split_column(source, None)
+    head, _, split = name.partition(":")
+    if head in BUILT_INS:
+        return _built_in_records(head, split or "train", column)
+    path = Path(name).expanduser()
+    if path.is_file():
+        kind = _kind(path)
+        return Records(
+            source=source,
+            column=column,
+            lines=kind in TEXT_SUFFIXES,
+            files=(path,),
+            read=lambda: _file_records(path, column),
+        )
+    if not name or path.is_dir() or _looks_like_path(name) or _nearly_built_in(name):
+        load_rows(source)  # raises, saying what is wrong with such a name
+    parts = [part or None for part in name.split(":", 2)] + [None, None]
+    return _hub_records(HubPlace(head, parts[1], parts[2] or "train"), column)
+
+
+def _built_in_records(name: str, split: str, column: str | None) -> Records:
+    built_in = BUILT_INS[name]
+    if split not in built_in.local:
+        raise DataError(f"'{name}' has no split '{split}'.{did_you_mean(split, built_in.local)}")
+    source = f"{name}:{split}"
+    if name == "embedded":
+        rows = _embedded_rows(source, split, column)
+        return Records(source=source, column=None, lines=False, files=(), read=lambda: iter(rows))
+    files = tuple(_local_files(built_in.local[split]))
+    if not files:
+        return _hub_records(built_in.hub[split], column, or_else=_local_hint(name, split))
+    logger.info("%s is read from %s", source, ", ".join(map(str, files)))
+    return Records(
+        source=source,
+        column=column,
+        lines=_kind(files[0]) in TEXT_SUFFIXES,
+        files=files,
+        read=lambda: chain.from_iterable(_file_records(file, column) for file in files),
+    )
+
+
+def _hub_records(place: HubPlace, column: str | None, *, or_else: str = "") -> Records:
+    source = f"{place.name}:{place.config or ''}:{place.split}"
+    dataset = _load_hub(place, source, or_else, streaming=True)
+    return Records(source=source, column=column, lines=False, files=(), read=lambda: iter(dataset))
 
 
 # ---- local files
@@ -248,21 +334,52 @@ def _file_texts(
     path: Path, column: str | None, line_rule: Callable[[str], str] = str
 ) -> Iterator[str]:
     """The texts of one file; `line_rule` is applied to the lines of a text file."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in PACKED_SUFFIXES:
-        suffixes.pop()
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in TEXT_SUFFIXES + RECORD_SUFFIXES:
-        raise DataError(f"cannot tell what kind of data {path} holds. Supported: {_supported()}")
-    if kind in TEXT_SUFFIXES and column is not None:
-        raise DataError(f"{path} is a text file and has no column '{column}'. Leave the column out")
-    try:
+    kind = _kind(path)
+    with _readable(path, kind, column):
         if kind in TEXT_SUFFIXES:
             yield from map(line_rule, _lines(path))
         elif kind == ".parquet":
             yield from _parquet_texts(path, column)
         else:
             yield from _record_texts(path, _json_records(path, kind), column)
+
+
+def _file_records(path: Path, column: str | None) -> Iterator[Any]:
+    """The records of one file: lines of a text file, else what each record holds."""
+    kind = _kind(path)
+    with _readable(path, kind, column):
+        if kind in TEXT_SUFFIXES:
+            yield from _lines(path)
+        elif kind == ".parquet":
+            with _parquet(path) as file:
+                for batch in file.iter_batches():
+                    yield from batch.to_pylist()
+        else:
+            yield from _json_records(path, kind)
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what a file holds, without that of its packing.
+
+    Raises:
+        DataError: none that is known.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in TEXT_SUFFIXES + RECORD_SUFFIXES:
+        raise DataError(f"cannot tell what kind of data {path} holds. Supported: {_supported()}")
+    return kind
+
+
+@contextmanager
+def _readable(path: Path, kind: str, column: str | None) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a DataError that names it."""
+    if kind in TEXT_SUFFIXES and column is not None:
+        raise DataError(f"{path} is a text file and has no column '{column}'. Leave the column out")
+    try:
+        yield
     except DataError:
         raise
     except UNREADABLE as error:
@@ -318,7 +435,7 @@ def _json_records(path: Path, kind: str) -> Iterator[Any]:
                 raise DataError(f"line {number} of {path} is not JSON: {error}") from error
 
 
-def _record_texts(path: Path, records: Iterator[Any], column: str | None) -> Iterator[str]:
+def _record_texts(path: Path | str, records: Iterator[Any], column: str | None) -> Iterator[str]:
     """One text per record; the first record decides which column. Records may be plain strings."""
     chosen: str | None = None
     for number, record in enumerate(records):
@@ -340,16 +457,7 @@ def _record_texts(path: Path, records: Iterator[Any], column: str | None) -> Ite
 
 def _parquet_texts(path: Path, column: str | None) -> Iterator[str]:
     """The texts of one column, read batch by batch."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError(
-            "reading .parquet needs pyarrow. Install it with: pip install 'shortllm[data]'"
-        ) from error
-    with _open(path) as stream:
-        packed = path.suffix.lower() in PACKED_SUFFIXES
-        file = pq.ParquetFile(pa.BufferReader(stream.read()) if packed else stream)
+    with _parquet(path) as file:
         schema = file.schema_arrow
         text_columns = [
             field.name
@@ -364,6 +472,21 @@ def _parquet_texts(path: Path, column: str | None) -> Iterator[str]:
                     raise DataError(f"row {number} of {path} has no text in column '{chosen}'")
                 yield text
                 number += 1
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """A parquet file to read from, unpacked."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(
+            "reading .parquet needs pyarrow. Install it with: pip install 'shortllm[data]'"
+        ) from error
+    with _open(path) as stream:
+        packed = path.suffix.lower() in PACKED_SUFFIXES
+        yield pq.ParquetFile(pa.BufferReader(stream.read()) if packed else stream)
 
 
 def _choose_column(where: str, names: list[str], text_names: list[str], column: str | None) -> str:
@@ -417,6 +540,19 @@ class HubColumn:
 
 def _hub_rows(place: HubPlace, column: str | None, *, source: str, or_else: str = "") -> Rows:
     """The rows of a Hub data set; `or_else` adds to the error what else would have been taken."""
+    dataset = _load_hub(place, source, or_else)
+    texts = [
+        name
+        for name, feature in dataset.features.items()
+        if getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
+    return Rows.of(
+        source, HubColumn(dataset, _choose_column(source, dataset.column_names, texts, column))
+    )
+
+
+def _load_hub(place: HubPlace, source: str, or_else: str, *, streaming: bool = False) -> Any:
+    """The data set itself: on disk, or with `streaming` read over the network as it is used."""
     try:
         import datasets
     except ImportError as error:
@@ -426,19 +562,16 @@ def _hub_rows(place: HubPlace, column: str | None, *, source: str, or_else: str 
         ) from error
     files = {place.split: place.files} if place.files else None
     try:
-        dataset = datasets.load_dataset(
-            place.name, place.config, split=place.split, data_files=files, revision=place.revision
+        return datasets.load_dataset(
+            place.name,
+            place.config,
+            split=place.split,
+            data_files=files,
+            revision=place.revision,
+            streaming=streaming,
         )
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(_hub_failure(place, error, or_else)) from error
-    texts = [
-        name
-        for name, feature in dataset.features.items()
-        if getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
-    return Rows.of(
-        source, HubColumn(dataset, _choose_column(source, dataset.column_names, texts, column))
-    )
 
 
 def _hub_failure(place: HubPlace, error: Exception, or_else: str) -> str:

@@ -67,6 +67,16 @@ class Session:
         self._max_memory = max_memory
         self._held: tuple[Checkpoint, Decoder] | None = None
 
+    @property
+    def asked_dtype(self) -> str:
+        """The computation type as it was asked for, `auto` included."""
+        return self._dtype
+
+    def release(self) -> None:
+        """Let the model go that is held."""
+        self._held = None
+        gc.collect()
+
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
         """The checkpoint's decoder, opened unless it is the one held; another one is let go first.
 
@@ -77,8 +87,7 @@ class Session:
         from shortllm.model.streamed import open_streamed
 
         if not self._holds(checkpoint):
-            self._held = None
-            gc.collect()
+            self.release()
             if self.streams(checkpoint):
                 dtype = self._torch_dtype(checkpoint)
                 decoder = open_streamed(checkpoint, device=self.device, dtype=dtype)

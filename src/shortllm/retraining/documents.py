@@ -1,0 +1,190 @@
+"""Records of a data source as documents of token ids: instructions with their answers, or text.
+
+    {"instruction", "input", "output"}   prompt | answer EOS     the loss is on the answer alone
+    {"text"}                             [BOS] text EOS          the loss is on everything
+    lines of a text file                 joined into documents of about 16,000 characters
+
+Instructions are put in words by the tokenizer's chat template, or in the prompt format of Alpaca.
+BOS stands where the tokenizer puts it. Everything is a stream: a source may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from shortllm.data import Records
+from shortllm.errors import DataError
+
+if TYPE_CHECKING:
+    from shortllm.retraining.options import RetrainOptions
+
+Kind = Literal["instructions", "text"]
+Template = Literal["alpaca", "chat"]
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The prompt format of the Alpaca data set, which its answers were written for."""
+
+CHARACTERS_PER_DOCUMENT = 16_000
+"""Lines of a text file belong together; this many are taken as one document."""
+
+TOKENIZED_AT_ONCE = 256
+"""Rows that the tokenizer gets in one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Token ids of one document; the first `prompt` of them are read but not learnt."""
+
+    ids: list[int]
+    prompt: int = 0
+
+
+def kind_of(records: Records, asked: Literal["auto", "instructions", "text"]) -> Kind:
+    """What the records hold, by the first of them, unless it was said.
+
+    Raises:
+        DataError: there are none.
+    """
+    first = next(records.read(), None)
+    if first is None:
+        raise DataError(f"'{records.source}' holds no rows. Give a file or a split with rows in it")
+    if asked != "auto":
+        return asked
+    answers = isinstance(first, dict) and {"instruction", "output"} <= first.keys()
+    return "instructions" if answers and records.column is None else "text"
+
+
+def template_of(tokenizer: Any, asked: Literal["auto", "alpaca", "chat"]) -> Template:
+    """How instructions are put in words.
+
+    Raises:
+        DataError: a chat template is asked for and there is none.
+    """
+    has_one = getattr(tokenizer, "chat_template", None) is not None
+    if asked == "chat" and not has_one:
+        raise DataError(
+            "--template chat: the tokenizer has no chat template. Use --template alpaca"
+        )
+    if asked == "auto":
+        return "chat" if has_one else "alpaca"
+    return asked
+
+
+def documents(
+    records: Records, kind: Kind, tokenizer: Any, options: RetrainOptions
+) -> Iterator[Document]:
+    """Every record as a document, one after the other.
+
+    Raises:
+        DataError: a record without what its kind needs.
+    """
+    if kind == "text":
+        yield from _texts(records, tokenizer, options.rows)
+        return
+    template = template_of(tokenizer, options.template)
+    rows = islice(records.read(), options.rows)
+    numbered = (_instruction(records.source, n, row) for n, row in enumerate(rows))
+    for batch in _batches(numbered):
+        for prompt, whole in _tokenized(batch, template, tokenizer):
+            learnt_from = _common(prompt, whole) if options.loss_on == "answer" else 0
+            yield Document(whole, learnt_from)
+
+
+def _texts(records: Records, tokenizer: Any, rows: int | None) -> Iterator[Document]:
+    texts = islice(records.texts(), rows)
+    for batch in _batches(_joined(texts) if records.lines else texts):
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            yield Document(_ended(ids, tokenizer))
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Lines put together into texts of about `CHARACTERS_PER_DOCUMENT`."""
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        held.append(line)
+        size += len(line) + 1
+        if size >= CHARACTERS_PER_DOCUMENT:
+            yield "\n".join(held)
+            held, size = [], 0
+    if held:
+        yield "\n".join(held)
+
+
+def _instruction(source: str, number: int, row: Any) -> dict[str, str]:
+    """A record's instruction, input and output.
+
+    Raises:
+        DataError: one that is needed is missing, empty or no text.
+    """
+    if not isinstance(row, dict):
+        raise DataError(
+            f"row {number} of '{source}' is a {type(row).__name__}, and an instruction is a record "
+            "with instruction and output. Give such rows, or --form text"
+        )
+    found = {name: row.get(name) for name in ("instruction", "input", "output")}
+    for name in ("instruction", "output"):
+        value = found[name]
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"row {number} of '{source}' has no {name}. Every row needs instruction and output "
+                "(and may have input); leave such rows out, or use --form text"
+            )
+    return {name: value if isinstance(value, str) else "" for name, value in found.items()}
+
+
+def _tokenized(
+    rows: list[dict[str, str]], template: Template, tokenizer: Any
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Of each row the ids of the prompt alone, and those of the prompt with its answer."""
+    if template == "chat":
+        for row in rows:
+            yield _chat(row, tokenizer)
+        return
+    prompts = [(ALPACA_WITH_INPUT if row["input"] else ALPACA).format(**row) for row in rows]
+    wholes = [prompt + row["output"] for prompt, row in zip(prompts, rows, strict=True)]
+    tokenized = (tokenizer(texts, verbose=False)["input_ids"] for texts in (prompts, wholes))
+    for prompt, whole in zip(*tokenized, strict=True):
+        yield prompt, _ended(whole, tokenizer)
+
+
+def _chat(row: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int]]:
+    asked = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
+    user = {"role": "user", "content": asked}
+    answer = {"role": "assistant", "content": row["output"]}
+    prompt = tokenizer.apply_chat_template(
+        [user], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    whole = tokenizer.apply_chat_template([user, answer], tokenize=True, return_dict=False)
+    return list(prompt), list(whole)
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With the end-of-text token behind, where there is one and it does not stand there yet."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the common beginning: the last token of a prompt may differ before an answer."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+
+
+def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    rows = iter(rows)
+    for first in rows:
+        yield list(chain([first], islice(rows, TOKENIZED_AT_ONCE - 1)))

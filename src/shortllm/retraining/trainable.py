@@ -1,0 +1,132 @@
+"""Which weights are trained: all, LoRA adapters, or the head and the last blocks.
+
+Nothing is found by a family's names: the blocks are the module list that the engine finds, LoRA's
+targets are the linear projections inside them, the head is what the model says it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.model.blocks import find_blocks
+
+if TYPE_CHECKING:
+    from shortllm.retraining.options import RetrainOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Where LoRA adapters go, by dotted names in the model."""
+
+    modules: list[str]
+    """Linear projections."""
+    parameters: list[str]
+    """Projections of many experts, stacked in one tensor `[experts, ., .]`."""
+
+
+def make_trainable(model: nn.Module, options: RetrainOptions) -> nn.Module:
+    """The model with the method's weights set to train; for LoRA it is wrapped by peft.
+
+    Raises:
+        ShortLLMError: more last blocks than there are.
+        UnsupportedModelError: nothing in the blocks that an adapter fits.
+    """
+    if options.method == "lora":
+        return add_adapters(model, options)
+    if options.method == "last-blocks":
+        train_last_blocks(model, options.blocks)
+    else:
+        model.requires_grad_(True)
+    return model
+
+
+def find_targets(model: Any, rank: int) -> Targets:
+    """All projections inside the blocks that are at least as wide as the adapters' rank.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    prefix, blocks = find_blocks(model, model.config)
+    modules, parameters = [], []
+    for name, module in blocks.named_modules():
+        if is_projection(module):
+            if min(module.weight.shape) >= rank:
+                modules.append(f"{prefix}.{name}")
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape[1:]) >= rank:
+                parameters.append(f"{prefix}.{name}.{own}")
+    if not modules and not parameters:
+        raise UnsupportedModelError(
+            f"the blocks of model type '{model.config.model_type}' hold no linear projection of "
+            f"at least {rank} rows and columns. Give a smaller --rank, or use --method full"
+        )
+    return Targets(modules=modules, parameters=parameters)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is one matrix that its input is multiplied with."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def add_adapters(model: nn.Module, options: RetrainOptions) -> nn.Module:
+    """The model frozen, with a LoRA adapter at every projection of its blocks.
+
+    Stacked experts cannot have dropout, so that a model with any goes without.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = find_targets(model, options.rank)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=0.0 if targets.parameters else options.dropout,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        fan_in_fan_out=_stored_transposed(model, targets.modules),
+        task_type="CAUSAL_LM",
+    )
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
+
+
+def _stored_transposed(model: nn.Module, names: list[str]) -> bool:
+    """Whether the projections keep their matrix as in x out instead of out x in."""
+    return any(not isinstance(model.get_submodule(name), nn.Linear) for name in names)
+
+
+def train_last_blocks(model: nn.Module, count: int) -> None:
+    """Freeze all but the head and the last `count` blocks; tied embeddings are part of the head.
+
+    Raises:
+        ShortLLMError: more blocks than there are.
+    """
+    _, blocks = find_blocks(model, model.config)
+    if count > len(blocks):
+        raise ShortLLMError(f"--blocks {count}: the model has {len(blocks)}. Give so many or fewer")
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for part in [*blocks[len(blocks) - count :], head]:
+        part.requires_grad_(True)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Elements of the weights that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def adapted_modules(weights: Iterable[str]) -> list[str]:
+    """Where adapters are, from the names of a model's weights, in their order."""
+    places = dict.fromkeys(
+        name.partition(".lora_")[0].removeprefix("base_model.model.")
+        for name in weights
+        if ".lora_" in name
+    )
+    return list(places)
