@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -79,7 +80,8 @@ def plain_products(model: Any, ids_BT: Any) -> list[float]:
 def in_own_process(script: str, *arguments: Any) -> dict[str, Any]:
     """Run a script's worker in a fresh process; returns the JSON of its last line."""
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=quiet)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit code {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -28,8 +28,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from measuring import in_own_process, matrix_rate, plain_perplexities
@@ -43,68 +43,68 @@ SHAPE = {
     "num_hidden_layers": 32,
     "vocab_size": 32_000,
 }
-SAMPLES, LENGTH = 10, 128
+LENGTH = 128
 TIMED = 4
 """Blocks of the plain loop that are timed where it is scaled up."""
 
 
-def build(dtype: str) -> tuple[Any, Any]:
-    """The model and its calibration ids, `[10, 128]`, the same in every process."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(getattr(torch, dtype)).eval()
-    return model, torch.randint(0, SHAPE["vocab_size"], (SAMPLES, LENGTH))
-
-
-def walk(model: Any, ids: Any, greedy: int) -> list[float]:
+def walk(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[float]]:
     """Perplexity without each block, or the order of so many removals, by shortllm."""
+    import torch
+
+    from shortllm.checkpoint import open_checkpoint
     from shortllm.model.decoder import Decoder
+    from shortllm.model.loading import load_model
     from shortllm.scoring import Asked, Scorer
 
-    decoder = Decoder(model)
-    blocks: Any = SimpleNamespace(block_count=decoder.block_count)  # nothing is read from files
+    checkpoint = open_checkpoint(model)
+    decoder = Decoder(load_model(checkpoint, device=torch.device("cpu"), dtype=dtype))
     options = {"rounds": greedy, "protect_first": 0, "protect_last": 0}
     asked = Asked.of("greedy", options) if greedy else Asked.of("ppl")
-    scorer = Scorer(checkpoint=blocks, open_decoder=lambda: decoder, ids_BT=ids)
-    found = scorer.score([asked])[asked.name]
-    return [float(b) for b in found.order or ()] if greedy else found.values
+    scorer = Scorer(checkpoint=checkpoint, open_decoder=lambda: decoder, ids_BT=ids)
+
+    def run() -> list[float]:
+        found = scorer.score([asked])[asked.name]
+        return [float(b) for b in found.order or ()] if greedy else found.values
+
+    return run
 
 
-def plain(model: Any, ids: Any, greedy: int) -> list[float]:
+def plain(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[float]]:
     """Perplexity without each block, or without a few of them, by the plain loop."""
-    blocks = SHAPE["num_hidden_layers"]
-    return plain_perplexities(model, ids, range(TIMED if greedy else blocks))
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    removed = range(TIMED if greedy else SHAPE["num_hidden_layers"])
+    return lambda: plain_perplexities(loaded, ids, removed)
 
 
-def foretell(dtype: str, greedy: int) -> dict[str, Any]:
-    """What `shortllm info` says of scoring such a model in memory."""
+def foretell(model: Path, dtype: str, samples: int, greedy: int) -> dict[str, Any]:
+    """What `shortllm info` says of scoring the model in memory."""
     import shortllm
 
-    with tempfile.TemporaryDirectory() as place:
-        make_checkpoint(Path(place, "model"), SHAPE)
-        summary = shortllm.info(
-            f"{place}/model",
-            samples=SAMPLES,
-            length=LENGTH,
-            dtype=dtype,
-            options={"greedy": {"rounds": greedy or None, "protect_first": 0, "protect_last": 0}},
-        )
+    summary = shortllm.info(
+        str(model),
+        samples=samples,
+        length=LENGTH,
+        dtype=dtype,
+        options={"greedy": {"rounds": greedy or None, "protect_first": 0, "protect_last": 0}},
+    )
     name = "greedy" if greedy else "ppl"
     [found] = [one for one in summary.estimates if name in one.criteria and not one.streamed]
     return {"predicted_seconds": found.seconds, "predicted_peak_bytes": found.peak_bytes}
 
 
-def flops(candidates_times_blocks: float, heads: int) -> float:
+def flops(candidates_times_blocks: float, heads: int, samples: int) -> float:
     """Operations of so many block passes and so many passes of the head over all tokens."""
     hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     block = 2 * (4 * hidden**2 + 3 * hidden * inner)
     head = 2 * hidden * SHAPE["vocab_size"]
-    return SAMPLES * (LENGTH * candidates_times_blocks * block + (LENGTH - 1) * heads * head)
+    return samples * (LENGTH * candidates_times_blocks * block + (LENGTH - 1) * heads * head)
 
 
-def worker(side: str, dtype: str, greedy: int) -> dict[str, Any]:
+def worker(side: str, model: Path, dtype: str, samples: int, greedy: int) -> dict[str, Any]:
     """One measurement."""
     import torch
 
@@ -113,13 +113,14 @@ def worker(side: str, dtype: str, greedy: int) -> dict[str, Any]:
     if side == "rate":
         return matrix_rate(dtype)
     if side == "foretell":
-        return foretell(dtype, greedy)
-    model, ids = build(dtype)
-    with torch.inference_mode():
-        model(input_ids=ids[:1, :32], use_cache=False)  # first-use costs of the libraries
+        return foretell(model, dtype, samples, greedy)
+    torch.manual_seed(0)
+    ids = torch.randint(0, SHAPE["vocab_size"], (samples, LENGTH))
+    (walk if side == "walk" else plain)(model, dtype, ids[:1, :8], 1)()  # first-use costs
+    run = (walk if side == "walk" else plain)(model, dtype, ids, greedy)
     before = peak_memory()
     start, used = time.perf_counter(), time.process_time()
-    values = (walk if side == "walk" else plain)(model, ids, greedy)
+    values = run()
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     scale = greedy * SHAPE["num_hidden_layers"] / TIMED if side == "plain" and greedy else 1
     return {
@@ -138,13 +139,12 @@ def passes(greedy: int) -> tuple[float, int]:
     return sum(n * (n + 1) / 2 for n in left), sum(n + 1 for n in left)
 
 
-def compare(dtype: str, rounds: int, greedy: int) -> dict[str, Any]:
+def compare(model: Path, dtype: str, rounds: int, samples: int, greedy: int) -> dict[str, Any]:
     """Alternate both sides and the yardstick, and sum up."""
 
     def measure(side: str) -> dict[str, Any]:
-        return in_own_process(
-            __file__, "--worker", side, "--dtypes", dtype, "--greedy", str(greedy)
-        )
+        given = ["--worker", side, "--model", model, "--dtypes", dtype, "--greedy", greedy]
+        return in_own_process(__file__, *given, "--samples", samples)
 
     foretold = measure("foretell")
     runs: dict[str, list[dict[str, Any]]] = {"walk": [], "plain": [], "rate": []}
@@ -152,7 +152,7 @@ def compare(dtype: str, rounds: int, greedy: int) -> dict[str, Any]:
         for side in ("rate", "walk", "plain") if number % 2 == 0 else ("rate", "plain", "walk"):
             runs[side].append(measure(side))
     blocks = SHAPE["num_hidden_layers"]
-    work = flops(*passes(greedy))
+    work = flops(*passes(greedy), samples)
 
     def shares(time: str, rate: str) -> list[float]:
         pairs = zip(runs["walk"], runs["rate"], strict=True)
@@ -162,7 +162,7 @@ def compare(dtype: str, rounds: int, greedy: int) -> dict[str, Any]:
         pairs = zip(runs["walk"], runs["plain"], strict=True)
         return [plain[time] / walk[time] for walk, plain in pairs]
 
-    plain_work = flops((greedy or 1) * blocks * (blocks - 1), (greedy or 1) * blocks)
+    plain_work = flops((greedy or 1) * blocks * (blocks - 1), (greedy or 1) * blocks, samples)
     found = {
         "ratio": round(statistics.median(ratios("seconds")), 3),
         "ratios": [round(ratio, 3) for ratio in ratios("seconds")],
@@ -185,38 +185,47 @@ def compare(dtype: str, rounds: int, greedy: int) -> dict[str, Any]:
     return found | {"largest_relative_difference": max(differences)}
 
 
+def line_of(dtype: str, found: dict[str, Any]) -> str:
+    """One comparison for a reader."""
+    return (
+        f"{dtype}: plain loop {found['plain_seconds']} s, walk {found['walk_seconds']} s, ratio "
+        f"{found['ratio']}, by processor time {found['cpu_ratio']} (arithmetic allows "
+        f"{found['arithmetic_bound']}); peak {found['plain_peak_bytes'] / 2**20:.0f} and "
+        f"{found['walk_peak_bytes'] / 2**20:.0f} MiB; {found['share_of_matrix_rate']:.0%} of "
+        f"{found['matrix_gflops']} GFLOP/s, by processor time {found['share_by_cpu_time']:.0%}; "
+        f"foretold {found['predicted_seconds']:.1f} s and "
+        f"{found['predicted_peak_bytes'] / 2**20:.0f} MiB"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--samples", type=int, default=10, help=f"of {LENGTH} tokens")
     parser.add_argument("--greedy", type=int, default=0, metavar="N", help="remove N in rounds")
     parser.add_argument(
         "--worker", choices=["walk", "plain", "rate", "foretell"], help=argparse.SUPPRESS
     )
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(worker(arguments.worker, arguments.dtypes[0], arguments.greedy)))
+        given = (arguments.model, arguments.dtypes[0], arguments.samples, arguments.greedy)
+        print(json.dumps(worker(arguments.worker, *given)))
         return
     result: dict[str, Any] = {
-        "shape": {**SHAPE, "samples": SAMPLES, "length": LENGTH},
+        "shape": {**SHAPE, "samples": arguments.samples, "length": LENGTH},
         "cores": len(os.sched_getaffinity(0)),
         "greedy": arguments.greedy,
     }
-    for dtype in arguments.dtypes:
-        result[dtype] = found = compare(dtype, arguments.rounds, arguments.greedy)
-        print(
-            f"{dtype}: plain loop {found['plain_seconds']} s, walk {found['walk_seconds']} s, "
-            "ratio "
-            f"{found['ratio']}, by processor time {found['cpu_ratio']} (arithmetic allows "
-            f"{found['arithmetic_bound']}); peak "
-            f"{found['plain_peak_bytes'] / 2**20:.0f} and {found['walk_peak_bytes'] / 2**20:.0f} "
-            "MiB; "
-            f"{found['share_of_matrix_rate']:.0%} of {found['matrix_gflops']} GFLOP/s, by "
-            f"processor time {found['share_by_cpu_time']:.0%}; foretold "
-            f"{found['predicted_seconds']:.1f} s and {found['predicted_peak_bytes'] / 2**20:.0f} "
-            "MiB"
-        )
+    with tempfile.TemporaryDirectory(prefix="scoring-") as place:
+        model = Path(place, "model")
+        make_checkpoint(model, SHAPE)
+        how = (arguments.rounds, arguments.samples, arguments.greedy)
+        for dtype in arguments.dtypes:
+            result[dtype] = compare(model, dtype, *how)
+            print(line_of(dtype, result[dtype]), flush=True)
     line = json.dumps(result)
     if arguments.out:
         arguments.out.write_text(line + "\n", encoding="utf-8")

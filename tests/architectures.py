@@ -380,6 +380,7 @@ def examine_scoring(
     except UnsupportedModelError as error:
         assert "is a weight that several blocks share" in str(error)
         return "one walk, in memory"
+    assert streamed.obstacle() is None, streamed.obstacle()
     _check_walk(streamed, losses)
     names = ("taylor", "influence", "angular")
     found, expected = score(streamed, ids, *names), score(decoder, ids, *names)

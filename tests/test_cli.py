@@ -112,6 +112,16 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
     assert not list(tmp_path.iterdir())
 
 
+def test_notes_of_libraries_are_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import logging, huggingface_hub, shortllm.cli as c; c._print_notes(); "
+        "[logging.getLogger(n).warning('from ' + n) for n in ('huggingface_hub', 'shortllm', 'x')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    err = capfd.readouterr().err
+    assert [err.count(f"from {name}\n") for name in ("huggingface_hub", "shortllm", "x")] == [1] * 3
+
+
 def test_ctrl_c_exits_with_130_and_can_be_resumed(tmp_path: Path) -> None:
     command = [
         sys.executable,

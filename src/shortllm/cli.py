@@ -782,8 +782,7 @@ def _print_benchmark(found: Benchmark) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `shortllm` command; never returns."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("shortllm").setLevel(logging.INFO if _is_main_process() else logging.ERROR)
+    _print_notes()
     _insist_on_interrupts()
     try:
         code = app(args=arguments, standalone_mode=False)
@@ -802,6 +801,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _repeat_interrupt(after_s=0)
         typer.echo("interrupted. The same command again goes on from here", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_notes() -> None:
+    """Print the package's log to standard error; libraries have handlers of their own."""
+    log = logging.getLogger("shortllm")
+    log.setLevel(logging.INFO if _is_main_process() else logging.ERROR)
+    log.handlers = [logging.StreamHandler(sys.stderr)]
 
 
 def _insist_on_interrupts() -> None:

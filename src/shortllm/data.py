@@ -595,7 +595,10 @@ def _local_hint(name: str, split: str) -> str:
     wanted = " or ".join(patterns[split])
     directory = _data_directory()
     if directory is None:
-        return f"Without the Hub, set {DATA_VARIABLE} to a directory that holds {wanted}"
+        return (
+            "Without the Hub, give a local file (--data FILE), or set "
+            f"{DATA_VARIABLE} to a directory that holds {wanted}"
+        )
     there = [other for other in patterns if _local_files(patterns[other])]
     found = f" ({', '.join(f'{name}:{other}' for other in there)} is there)" if there else ""
     return (

@@ -19,8 +19,8 @@ PROBE_SHAPE = (2, 24)
 CACHED_TOKENS = 4
 """How many of the tokens are read one by one when the cache is checked."""
 
-CACHES = ("past_key_values", "cache_params", "state")
-"""What models call their cache in their output, and take it as."""
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""What models call their cache in their output, and take it as; the newest name first."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION_TOLERANCE = 5e-2

@@ -102,8 +102,10 @@ class StreamedWeights:
         for key, empty in self._empty.items():
             kind = (empty.shape, empty.dtype, type(empty))
             if kind not in made:
-                noise = torch.randn(empty.shape, generator=generator, dtype=torch.float32)
-                value = (STAND_IN_STD * noise).to(self._device, empty.dtype)
+                value = torch.ones(empty.shape)  # numbers that something may be divided by
+                if empty.is_floating_point():
+                    value = STAND_IN_STD * torch.randn(empty.shape, generator=generator)
+                value = value.to(self._device, empty.dtype)
                 is_parameter = isinstance(empty, nn.Parameter)
                 made[kind] = nn.Parameter(value, requires_grad=False) if is_parameter else value
             self._set(key, made[kind])
