@@ -82,8 +82,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain and compiled, each into a directory of its own."""
     from shortllm.benchmark import STAND_IN_TOKENS, Subject, check_options, sweep
     from shortllm.files import fingerprint
+    from shortllm.pipeline import finished
     from shortllm.recipe import BenchmarkOptions
     from shortllm.reporting.speed import table, write_benchmark
+    from shortllm.results import Benchmark
 
     device = torch.device(arguments.device)
     ways = [
@@ -112,15 +114,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         directory = arguments.out / name
         directory.mkdir(parents=True, exist_ok=True)
         inputs = [[one.model_dump(mode="json") for one in models], options.model_dump(mode="json")]
-        result = sweep(
-            subjects,
-            models,
-            options,
-            device=device,
-            fingerprint=fingerprint([*inputs, str(device)]),
-            directory=directory,
-        )
-        write_benchmark(directory, result)
+        expected = fingerprint([*inputs, str(device)])
+        result = finished(Benchmark, directory / "bench.json", expected)
+        if result is None:
+            result = sweep(
+                subjects, models, options, device=device, fingerprint=expected, directory=directory
+            )
+            write_benchmark(directory, result)
         head, rows = table(result)
         for row in [(name, *[""] * (len(head) - 1)), head, *rows]:
             print("  ".join(cell.rjust(12) for cell in row), file=sys.stderr)

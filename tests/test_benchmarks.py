@@ -51,6 +51,25 @@ def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     assert found["plain"]["timed_blocks"] == 2 and found["plain"]["seconds"] > 0
 
 
+def test_the_speed_benchmark_runs_without_a_gpu_and_goes_on(tmp_path: Path) -> None:
+    script = REPOSITORY / "benchmarks" / "gpu.sh"
+    command = ["sh", script, "speed", "--tiny", "--plain", "--out", tmp_path]
+    found = run(*command)["plain"]
+    assert [model["model"]["blocks"] for model in found["models"]] == [4, 3, 2]
+    cells = [(one["batch"], one["new_tokens"], one["status"]) for one in found["measurements"]]
+    assert cells == [(1, 8, "ok")] * 3 + [(2, 8, "ok")] * 3
+    kept = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert {"bench.json", "bench.csv", "bench-speedup.svg"} <= kept and "bench.partial" not in kept
+    finished = tmp_path / "plain" / "bench.json"
+    partial = {**found, "measurements": found["measurements"][:3]}
+    (tmp_path / "plain" / "bench.partial").write_text(json.dumps(partial))
+    finished.unlink()
+    again = run(*command)["plain"]
+    assert run(*command)["plain"] == again
+    assert again["measurements"][:3] == found["measurements"][:3]
+    assert len(again["measurements"]) == 6 and json.loads(finished.read_text()) == again
+
+
 @pytest.mark.slow
 def test_the_streamed_benchmark_measures_and_deletes(tmp_path: Path) -> None:
     script = REPOSITORY / "benchmarks" / "larger_than_memory.py"
