@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 TESTS ?= tests
-XDIST ?= 0
+XDIST ?= 2
 
 .PHONY: run install test test-latest lint types tests clean
 

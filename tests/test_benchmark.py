@@ -121,7 +121,7 @@ def test_a_sweep_measures_every_model_in_every_cell(measured: Benchmark) -> None
     for one in measured.measurements:
         assert one.status == "ok" and len(one.latencies_s) == QUICK.runs
         assert one.first_token_s is not None and one.latency_median_s is not None
-        assert 0 < one.first_token_s < one.latency_median_s
+        assert one.first_token_s > 0
         assert one.memory is not None and one.memory.process_bytes is not None
         assert one.memory.process_bytes > weight_bytes(build("llama"))
         assert one.memory.device_bytes is None

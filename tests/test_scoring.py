@@ -20,6 +20,7 @@ from families import opened, saved, token_ids
 import shortllm
 from shortllm import journal, stages
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
+from shortllm.model import loading
 from shortllm.model.streamed import StreamedWeights
 from shortllm.results import BlockScores
 
@@ -273,7 +274,7 @@ def test_a_model_that_does_not_fit_is_streamed_and_says_so(
     assert not stages.Session().decoder(checkpoint).streamed
     assert caplog.text == ""
     needed = checkpoint.parameters * 4
-    monkeypatch.setattr(stages, "available_memory", lambda device: needed)
+    monkeypatch.setattr(loading, "available_memory", lambda device: needed)
     assert stages.Session().decoder(checkpoint).streamed
     assert "blocks are read one at a time from the files (streamed)" in caplog.text
     assert not stages.Session(stream=False).decoder(checkpoint).streamed
