@@ -226,7 +226,9 @@ class _Chunk:
         together = stacked_streams(self.decoder, entry)
         for place in range(0, len(step.through), together):
             streams = step.through[place : place + together]
-            before_SBTD = self.streams[streams, rows].to(self.decoder.device)
+            # one stream alone is seen in place; several are gathered
+            which = slice(streams[0], streams[0] + 1) if len(streams) == 1 else streams
+            before_SBTD = self.streams[which, rows].to(self.decoder.device)
             call = entry.call(self.decoder, b, len(streams))
             after_BTD = self.decoder.apply(b, before_SBTD.flatten(0, 1), call)
             after_SBTD = after_BTD.reshape(*before_SBTD.shape[:2], *after_BTD.shape[1:])
@@ -235,7 +237,7 @@ class _Chunk:
                 i = streams.index(step.first)
                 for observer in observe:
                     observer(b, before_SBTD[i], after_SBTD[i], seen)
-            self.streams[streams, rows] = after_SBTD.to(self.streams)
+            self.streams[which, rows] = after_SBTD.to(self.streams)
 
     def _work(self, step: Step) -> float:
         return block_flops(self.decoder, step.block) * self.ids_BT.numel() * len(step.through)
