@@ -93,7 +93,7 @@ def test_info_prints_a_table_or_one_line_of_json(capfd: pytest.CaptureFixture[st
         (["run", "--remove", "2", "--ratio", "0.5"], "several budgets"),
         (["run", "--criterion", "plp"], "Did you mean 'ppl'"),
         (["run", "--blocks", "1,x"], "not a list of block numbers"),
-        (["plan", "nowhere", "--remove", "2"], "cannot read"),
+        (["plan", "nowhere", "--remove", "2"], "Score first: shortllm score MODEL --out nowhere"),
         (["prune", "embedded", "--out", "x"], "give either --plan"),
         (["report", "nowhere"], "nowhere"),
         (["run", "--remov", "2"], "No such option"),

@@ -223,7 +223,9 @@ def _scores_path(path: Path) -> Path:
         ResultFileError: the directory holds those of several criteria.
     """
     if not path.exists():
-        raise ResultFileError(f"there is no {path}. Score first: shortllm score MODEL --out {path}")
+        raise ResultFileError(
+            f"there are no scores in {path}. Score first: shortllm score MODEL --out {path}"
+        )
     if not path.is_dir() or (path / "scores.json").exists():
         return path / "scores.json" if path.is_dir() else path
     several = sorted(path.glob("scores-*.json"))

@@ -26,6 +26,7 @@ from shortllm.reporting.wording import (
     short_count,
     signed,
 )
+from shortllm.reporting.zeroshot import zeroshot
 from shortllm.results import BlockScores
 
 Context = dict[str, Any]
@@ -325,6 +326,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunResults], Context | None]], ...] = 
     ("sensitivity", "What each block is worth", sensitivity),
     ("strip", "What remains", strip),
     ("blocks", "Every block", block_table),
+    ("zeroshot", "What it can answer", zeroshot),
     ("samples", "What it writes", samples),
     ("protocol", "How this was measured", describe_protocol),
 )
