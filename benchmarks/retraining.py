@@ -116,13 +116,16 @@ def model_of(seed: int = 0) -> Any:
 
 def ours(data: Any, model: Any, place: Path, steps: int) -> Clock:
     """Training by shortllm's Trainer and loss."""
+    from torch.utils.data import Subset
+
     from shortllm.retraining.objective import answer_loss
-    from shortllm.retraining.trainer import HealingTrainer, Meter
+    from shortllm.retraining.trainer import HELD_OUT, HealingTrainer, Meter
     from shortllm.retraining.windows import collate
 
     clock = Clock()
     HealingTrainer(
         model=model, args=settings(place, steps), train_dataset=data, data_collator=collate,
+        eval_dataset={HELD_OUT: Subset(data, [0])},  # asked for behind the last step
         objective=answer_loss, meter=Meter(), callbacks=[clock.callback],
     ).train()  # fmt: skip
     return clock

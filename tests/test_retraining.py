@@ -553,6 +553,7 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data": "alpaca.jsonl", "length": 8}, "At least 2 are needed"),
         ({"method": "full"}, "--method full needs text to train on"),
         ({"data": "nowhere.jsonl"}, "no such file"),
         ({"data": "empty.jsonl"}, "holds no rows"),
@@ -582,6 +583,7 @@ def test_bad_options_are_refused(
     with pytest.raises(ShortLLMError, match=message):
         retrain(place, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+    assert not (work_directory(tmp_path / "out") / "states").exists()
 
 
 def test_a_directory_with_other_things_is_refused_untouched(place: Path, tmp_path: Path) -> None:

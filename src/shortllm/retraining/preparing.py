@@ -105,7 +105,11 @@ def prepare(
     work = claim_work(target, fingerprint({**base, "files": _identity(records)}), ranks)
     place = work / "corpus"
     if ranks.is_main and not place.is_dir():
-        _tokenize(place, checkpoint, teacher, options, session, tokenizer, records, kind)
+        try:
+            _tokenize(place, checkpoint, teacher, options, session, tokenizer, records, kind)
+        except ShortLLMError:  # nothing is there to go on with
+            shutil.rmtree(work)
+            raise
     while not place.is_dir():
         time.sleep(POLL_S)
     corpus = open_corpus(place)

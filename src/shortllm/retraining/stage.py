@@ -42,7 +42,7 @@ def retrain(
     if is_retrained_by(target, prepared.fingerprint):
         log.info("%s is up to date, skipped", target)
     else:
-        if target.exists():
+        if (target / RECORD).is_file():
             log.info("%s was retrained by another recipe, and will be replaced", target)
         _train_and_write(prepared, target, session, ranks)
     ranks.wait()
