@@ -252,15 +252,15 @@ def test_wrong_arguments(
 
 
 def test_amounts_of_memory() -> None:
-    from shortllm.cli import _bytes
+    from shortllm.cli.options import bytes_in
 
-    assert _bytes(None) is None
-    assert _bytes("4GiB") == 4 * 2**30
-    assert _bytes("500MB") == 500 * 10**6
-    assert _bytes("1.5 k") == 1536
-    assert _bytes("1000") == 1000
+    assert bytes_in(None) is None
+    assert bytes_in("4GiB") == 4 * 2**30
+    assert bytes_in("500MB") == 500 * 10**6
+    assert bytes_in("1.5 k") == 1536
+    assert bytes_in("1000") == 1000
     with pytest.raises(ShortLLMError, match="no amount"):
-        _bytes("GiB")
+        bytes_in("GiB")
 
 
 # ------------------------------------------------------------------ memory

@@ -305,13 +305,13 @@ def test_mistakes_on_the_command_line(
 
 
 def test_numbers_of_parameters_as_people_write_them() -> None:
-    from shortllm.cli import _parameters
+    from shortllm.cli.options import parameters_in
 
-    assert [_parameters(text) for text in ("1.0B", "350M", "7 b", "12", "1.5k")] == [
+    assert [parameters_in(text) for text in ("1.0B", "350M", "7 b", "12", "1.5k")] == [
         10**9,
         350 * 10**6,
         7 * 10**9,
         12,
         1500,
     ]
-    assert _parameters(None) is None
+    assert parameters_in(None) is None

@@ -2,7 +2,7 @@
 ...
 
 Each opens what it is given by name, checks it, calls one stage and saves what it made. The command
-line (cli.py) is these functions with flags.
+line (cli/) is these functions with flags.
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""The command line: each command parses, calls the function of the same name, and prints the
+result.
+
+    run.py       run                            pruning.py     plan, prune, export-lint
+    scoring.py   info, score, compare-criteria  retraining.py  retrain
+    measuring.py eval, bench, report
+    options.py   flags that several commands share, and how they are read
+    output.py    tables and JSON
+
+Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard
+error. Exit codes: 0 done, 2 a user's mistake or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from shortllm import __version__
+from shortllm.cli.measuring import bench, evaluate, report
+from shortllm.cli.output import is_main_process
+from shortllm.cli.pruning import export_lint, plan, prune
+from shortllm.cli.retraining import retrain
+from shortllm.cli.run import run
+from shortllm.cli.scoring import compare_criteria, info, score
+from shortllm.errors import ShortLLMError
+
+app = typer.Typer(
+    name="shortllm",
+    help="Make large language models shorter: score their blocks, remove some, heal, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UsageError: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+"""Wrong flags and arguments; typer brings its own copy of click or uses the installed one."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+# in the order of --help
+_COMMANDS: list[tuple[str, Callable[..., None]]] = [
+    ("run", run),
+    ("info", info),
+    ("score", score),
+    ("compare-criteria", compare_criteria),
+    ("plan", plan),
+    ("prune", prune),
+    ("retrain", retrain),
+    ("eval", evaluate),
+    ("bench", bench),
+    ("report", report),
+    ("export-lint", export_lint),
+]
+for _name, _command in _COMMANDS:
+    app.command(name=_name)(_command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `shortllm` command; never returns."""
+    _print_notes()
+    _insist_on_interrupts()
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except ShortLLMError as error:
+        if os.environ.get("SHORTLLM_DEBUG"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        code = 2
+    except UsageError as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return 130 instead
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _repeat_interrupt(after_s=0)
+        typer.echo("interrupted. The same command again goes on from here", err=True)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_notes() -> None:
+    """Print the package's log to standard error; libraries have handlers of their own."""
+    log = logging.getLogger("shortllm")
+    log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    log.handlers = [logging.StreamHandler(sys.stderr)]
+
+
+def _insist_on_interrupts() -> None:
+    """Repeat a Ctrl-C until it gets through.
+
+    Python drops the KeyboardInterrupt that happens to be raised inside a destructor, and the run
+    would go on as if nothing had been typed.
+    """
+
+    def interrupt(signum: int, frame: object) -> None:
+        _repeat_interrupt(after_s=0.5)
+        raise KeyboardInterrupt
+
+    def report(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
+    signal.signal(signal.SIGINT, interrupt)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, interrupt)
+
+
+def _repeat_interrupt(*, after_s: float) -> None:
+    """Have the interrupt raised again after a while; 0 calls that off."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, after_s)

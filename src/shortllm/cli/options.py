@@ -1,0 +1,355 @@
+"""Flags that several commands share, and how what was typed is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from shortllm.errors import BudgetError, CriterionError, ShortLLMError
+
+if TYPE_CHECKING:
+    from shortllm.planning import Budget
+    from shortllm.recipe import CalibrationOptions
+
+# `Optional` because typer reads these at run time on Python
+# 3.10.
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'.")
+]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub model.")]  # noqa: UP045
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Computation type; auto: float32 on a CPU, else the checkpoint's own."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
+
+Data = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Calibration text: a .txt, .jsonl, .json or .parquet file, a Hub data set "
+        "name[:config[:split]], or a built-in name. Default: bookcorpus."
+    ),
+]
+CalibrationFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--calibration", help="Token ids given directly: an earlier run or a JSON list of lists."
+    ),
+]
+Sampler = Annotated[
+    Literal["random", "packed"], typer.Option(help="How windows are cut from the text.")
+]
+SampleCount = Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per calibration sample.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampler.")]
+BosEverySample = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(help="Begin every sample with BOS. Default: for Gemma models only."),
+]
+CriterionName = Annotated[
+    str,
+    typer.Option(
+        "--criterion",
+        help="Rule that scores the blocks: ppl, kl, taylor, magnitude, influence, relative, "
+        "angular, greedy, last, random, even.",
+    ),
+]
+CriterionNames = Annotated[
+    str,
+    typer.Option(
+        "--criterion",
+        help="Rules that score the blocks, e.g. ppl or taylor,influence: several take as few "
+        "passes as there can be. ppl, kl, taylor, magnitude, influence, relative, angular, greedy, "
+        "last, random, even.",
+    ),
+]
+ComparedCriteria = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--criterion",
+        help="Rules to compare, e.g. ppl,taylor,influence. Default: ppl, kl, taylor, magnitude, "
+        "influence, relative, angular, greedy, last, even.",
+    ),
+]
+CriterionOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--option",
+        metavar="CRITERION.NAME=VALUE",
+        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; may be repeated.",
+    ),
+]
+Stream = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read the blocks one at a time from the files. Default: where the model does not fit.",
+    ),
+]
+MaxMemory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Hidden streams beyond this size go to a file, e.g. 4GiB. Default: half of what is "
+        "free."
+    ),
+]
+Contiguous = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--contiguous/--scattered",
+        help="Remove one span of blocks, or single ones. Default: a span where the criterion "
+        "scores spans (angular).",
+    ),
+]
+
+Remove = Annotated[Optional[int], typer.Option(help="Blocks to remove.")]  # noqa: UP045
+Ratio = Annotated[Optional[float], typer.Option(help="Part of the blocks to remove, e.g. 0.25.")]  # noqa: UP045
+ParamRatio = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="Part of all parameters to remove, with as few blocks as reach it."),
+]
+Blocks = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Exactly these blocks, counted from 0, e.g. 3,4,8."),
+]
+TargetParams = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="At most so many parameters left, e.g. 1.0B or 350M."),
+]
+TargetMemory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="At most so much memory left for weights and cache, e.g. 8GiB."),
+]
+TargetSpeedup = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="At least so many times as fast, measured here, e.g. 1.3."),
+]
+ProtectFirst = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="First blocks that stay. Default: 4, at most a quarter of the blocks."),
+]
+ProtectLast = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Last blocks that stay. Default: 2, at most a quarter of the blocks."),
+]
+PeriodAligned = Annotated[
+    bool,
+    typer.Option(
+        "--period-aligned",
+        help="Remove only whole periods where the kinds of blocks repeat, as other programs need.",
+    ),
+]
+
+EvalLength = Annotated[
+    int, typer.Option(min=2, help="Tokens per segment; 2048 is the usual protocol.")
+]
+EvalBos = Annotated[
+    Optional[Literal["first", "every", "none"]],  # noqa: UP045
+    typer.Option(
+        help="Where BOS stands. Default: before the first segment; before every one for Gemma."
+    ),
+]
+MaxSegments = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Measure only the first so many segments."),
+]
+Prompt = Annotated[Optional[str], typer.Option(help="Prompt of the generation samples.")]  # noqa: UP045
+Continuations = Annotated[
+    int, typer.Option(min=0, help="Generation samples per model; 0 for none.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of each generation sample.")]
+Tasks = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Zero-shot tasks of lm-evaluation-harness, e.g. boolq,piqa; 'paper' is the seven of "
+        "Shortened LLaMA, 'embedded' those of the embedded model. Default: none."
+    ),
+]
+TaskData = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="Directory of the tasks' documents, DIR/TASK/SPLIT.jsonl. Default: SHORTLLM_DATA, Hub."
+    ),
+]
+Limit = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Ask only the first so many documents of each task."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass of a task.")]
+
+
+def budget_of(
+    remove: int | None,
+    ratio: float | None,
+    param_ratio: float | None,
+    blocks: str | None,
+    contiguous: bool | None,
+    protect_first: int | None,
+    protect_last: int | None,
+    period_aligned: bool,
+    *,
+    targets: dict[str, Any],
+    default_ratio: float | None = None,
+) -> Budget:
+    import shortllm
+
+    amounts = (remove, param_ratio, blocks, ratio, *targets.values())
+    if all(amount is None for amount in amounts):
+        ratio = default_ratio
+    budget = shortllm.Budget(
+        remove=remove,
+        ratio=ratio,
+        param_ratio=param_ratio,
+        blocks=None if blocks is None else numbers_in(blocks),
+        contiguous=contiguous,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        period_aligned=period_aligned,
+        **targets,
+    )
+    budget.asked()
+    return budget
+
+
+def targets_of(params: str | None, memory: str | None, speedup: float | None) -> dict[str, Any]:
+    """The fields of a budget that say what should be left."""
+    return {
+        "target_params": parameters_in(params),
+        "target_memory": bytes_in(memory),
+        "target_speedup": speedup,
+    }
+
+
+def calibration_of(
+    data: str | None,
+    file: Path | None,
+    sampler: Literal["random", "packed"],
+    samples: int,
+    length: int,
+    seed: int,
+    bos_every_sample: bool | None,
+) -> CalibrationOptions:
+    import shortllm
+
+    return shortllm.CalibrationOptions(
+        data=data,
+        file=file,
+        sampler=sampler,
+        samples=samples,
+        length=length,
+        seed=seed,
+        bos_every_sample=bos_every_sample,
+    )
+
+
+def names_in(text: str) -> list[str]:
+    """`ppl,taylor` as names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def ratios_in(text: str) -> list[float]:
+    """`0.1,0.25` as numbers.
+
+    Raises:
+        BudgetError: another form.
+    """
+    try:
+        return [float(part) for part in names_in(text)]
+    except ValueError as error:
+        raise BudgetError(
+            f"--ratios '{text}' is not a list of parts of the blocks such as 0.1,0.25,0.5"
+        ) from error
+
+
+def numbers_in(text: str) -> list[int]:
+    """`3,4,8` as block numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BudgetError(
+            f"--blocks '{text}' is not a list of block numbers such as 3,4,8"
+        ) from error
+
+
+def counts_in(text: str | None, flag: str) -> list[int]:
+    """`1,4,16` as numbers; none where nothing was given.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise ShortLLMError(f"{flag} '{text}' is not a list of numbers such as 1,4,16") from error
+
+
+def options_in(given: list[str] | None, criteria: list[str]) -> dict[str, dict[str, Any]]:
+    """`taylor.power=2` and the like as options by criterion.
+
+    Raises:
+        CriterionError: another form.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for text in given or ():
+        place, equals, value = text.partition("=")
+        criterion, dot, name = place.partition(".")
+        if not equals or not dot or not name:
+            raise CriterionError(
+                f"--option '{text}' is not of the form CRITERION.NAME=VALUE, e.g. "
+                f"{criteria[0]}.name={value or 1}"
+            )
+        options.setdefault(criterion, {})[name] = value
+    return options
+
+
+def single(options: dict[str, dict[str, Any]], criterion: str) -> dict[str, Any]:
+    """The options of the one criterion there is.
+
+    Raises:
+        CriterionError: some are another's.
+    """
+    for other in options:
+        if other != criterion:
+            raise CriterionError(
+                f"an option of criterion '{other}' was given, but --criterion is {criterion}"
+            )
+    return options.get(criterion, {})
+
+
+def bytes_in(text: str | None) -> int | None:
+    """`4GiB`, `500MB` or a plain number as bytes.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    if text is None:
+        return None
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", start=1):
+        units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power, letter: 1024**power}
+    number = text.strip().rstrip("BbIiKkMmGgTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError) as error:
+        raise ShortLLMError(f"'{text}' is no amount of memory such as 4GiB or 500MB") from error
+
+
+def parameters_in(text: str | None) -> int | None:
+    """`1.0B`, `350M` or a plain number as a count.
+
+    Raises:
+        ShortLLMError: another form.
+    """
+    if text is None:
+        return None
+    powers = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+    number = text.strip().rstrip("KkMmBbTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(round(float(number) * 10.0 ** powers[unit]))
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ShortLLMError(f"'{text}' is no number of parameters such as 1.0B or 350M") from error

@@ -1,0 +1,94 @@
+"""What commands print: tables, and JSON in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from shortllm.results import Evaluation, PrunePlan
+
+
+def print_json(content: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(content))
+
+
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Columns aligned to the right but for the first."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def plan_line(plan: PrunePlan) -> str:
+    reached = plan.reached
+    return (
+        f"{plan.model.id}: {plan.model.blocks} -> {len(plan.kept)} blocks, without "
+        f"{', '.join(map(str, plan.removed))} ({reached.parameter_ratio:.1%} of the parameters)"
+    )
+
+
+def perplexities(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    return {
+        model.name: {entry.source: entry.perplexity for entry in model.perplexity}
+        for model in evaluation.models
+    }
+
+
+def task_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    return {
+        model.name: {entry.task: entry.score for entry in model.zeroshot}
+        for model in evaluation.models
+    }
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    first = evaluation.models[0]
+    sources = tuple(f"ppl {Path(entry.source).name}" for entry in first.perplexity)
+    rows = [
+        (
+            model.name,
+            str(model.model.blocks),
+            f"{model.model.parameters:,}",
+            f"{model.model.bytes:,}",
+            *(f"{entry.perplexity:.4f}" for entry in model.perplexity),
+        )
+        for model in evaluation.models
+    ]
+    print_table(("model", "blocks", "parameters", "bytes", *sources), rows)
+    if first.zeroshot:
+        typer.echo("")
+        _print_tasks(evaluation)
+
+
+def _print_tasks(evaluation: Evaluation) -> None:
+    """A row per task, a column per model: the score and its standard error."""
+    from shortllm.zeroshot import metric_phrase, score_phrase
+
+    models = evaluation.models
+    by_task = zip(*(model.zeroshot for model in models), strict=True)
+    rows = [(each[0].task, metric_phrase(each[0]), *map(score_phrase, each)) for each in by_task]
+    means = [model.zeroshot_mean for model in models if model.zeroshot_mean is not None]
+    if means:
+        rows.append(("mean", "[%]", *(f"{100 * mean:.2f}" for mean in means)))
+    print_table(("task", "metric", *(model.name for model in models)), rows)
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def command_line() -> list[str]:
+    """What was typed, for run.json."""
+    return ["shortllm", *sys.argv[1:]]
