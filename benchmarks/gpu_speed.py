@@ -82,10 +82,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain and compiled, each into a directory of its own."""
     from shortllm.benchmark import STAND_IN_TOKENS, Subject, check_options, sweep
     from shortllm.files import fingerprint
-    from shortllm.pipeline import finished
     from shortllm.recipe import BenchmarkOptions
     from shortllm.reporting.speed import table, write_benchmark
     from shortllm.results import Benchmark
+    from shortllm.rundir import finished
 
     device = torch.device(arguments.device)
     ways = [

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import shortllm
-from shortllm import embedded, pipeline, stages
+from shortllm import embedded, pipeline, rundir, stages
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan
@@ -225,7 +225,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(
 def test_a_killed_start_does_not_lock_the_directory(tmp_path: Path) -> None:
     (tmp_path / "run.json.partial").write_text("{")
     checkpoint = shortllm.open_checkpoint("embedded")
-    pipeline.claim_directory(tmp_path, checkpoint)
+    rundir.claim_directory(tmp_path, checkpoint)
 
 
 def test_no_row_both_calibrates_and_is_measured(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from shortllm import comparison, pipeline, stages, targets
+from shortllm import comparison, pipeline, rundir, stages, targets
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import (
     CheckpointError,
@@ -129,7 +129,7 @@ def score(  # type: ignore[misc]
     ).filled(checkpoint.model_type)
     ranks = join_ranks()
     if out is not None and ranks.is_main:
-        pipeline.claim_directory(out, checkpoint)
+        rundir.claim_directory(out, checkpoint)
     session = pipeline.session_of(recipe)
     text = any(one.needs_text for one in asked)
     ids = stages.calibrate(checkpoint, recipe.calibration) if text else None
@@ -138,7 +138,7 @@ def score(  # type: ignore[misc]
     else:
         if ranks.is_main:
             chosen = recipe.model_dump(mode="json", exclude={"budget", "evaluation"})
-            pipeline.write_run_file(out, chosen, checkpoint, command)
+            rundir.write_run_file(out, chosen, checkpoint, command)
         found = pipeline.score_in(out, checkpoint, asked, ids, session, ranks)
     return found[names[0]] if isinstance(criterion, str) else found
 
@@ -461,30 +461,20 @@ def bench(
     Raises:
         ShortLLMError: what cannot be measured here, before any model is loaded.
     """
-    from shortllm.benchmark import benchmark_fingerprint, check_options, measure_speed
-    from shortllm.meters import meter_of
-    from shortllm.reporting.speed import write_benchmark
+    from shortllm.benchmark import check_speed, measure_speed
 
     if not models:
         raise ShortLLMError("no model to measure. Give one or more")
     options = options or BenchmarkOptions()
-    check_options(options)
     session = stages.Session(device=device, dtype=dtype)
-    meter = meter_of(session.device)
     checkpoints = _named(models)
-    if out is not None:
-        if out.is_file():
-            raise OutputError(f"--out {out} is a file. Give a directory")
-        require_writable(out)
-        expected = benchmark_fingerprint(checkpoints, options, session, meter)
-        found = pipeline.finished(Benchmark, out / "bench.json", expected)
-        if found is not None:
-            return found
-        out.mkdir(parents=True, exist_ok=True)
-    measured = measure_speed(checkpoints, options, session=session, directory=out)
-    if out is not None:
-        write_benchmark(out, measured)
-    return measured
+    check_speed(checkpoints, options, session)
+    if out is None:
+        return measure_speed(checkpoints, options, session=session)
+    if out.is_file():
+        raise OutputError(f"--out {out} is a file. Give a directory")
+    require_writable(out)
+    return pipeline.bench_in(out, checkpoints, options, session)
 
 
 def retrain(

@@ -111,6 +111,22 @@ def benchmark_fingerprint(
     )
 
 
+def check_speed(
+    checkpoints: Mapping[str, Checkpoint], options: BenchmarkOptions, session: Session
+) -> dict[str, Tensor]:
+    """The prompt `[T]` of each model, once it is clear that the sweep can begin.
+
+    Raises:
+        ShortLLMError: options that cannot be met.
+    """
+    check_options(options)
+    _check_attention(options, session.device)
+    prompts = {name: prompt_ids(one, options.prompt) for name, one in checkpoints.items()}
+    for name, checkpoint in checkpoints.items():
+        _check_positions(checkpoint, len(prompts[name]), max(options.new_tokens))
+    return prompts
+
+
 def measure_speed(
     checkpoints: Mapping[str, Checkpoint],
     options: BenchmarkOptions,
@@ -127,12 +143,8 @@ def measure_speed(
         ShortLLMError: options that cannot be met, before any model is loaded where that is known.
         CheckpointError: a model that cannot be loaded.
     """
-    check_options(options)
-    _check_attention(options, session.device)
+    prompts = check_speed(checkpoints, options, session)
     meter = meter_of(session.device)
-    prompts = {name: prompt_ids(one, options.prompt) for name, one in checkpoints.items()}
-    for name, checkpoint in checkpoints.items():
-        _check_positions(checkpoint, len(prompts[name]), max(options.new_tokens))
     subjects = [
         Subject(
             name=name,

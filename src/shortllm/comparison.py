@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm import pipeline, stages
+from shortllm import pipeline, rundir, stages
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.files import PARTIAL, fingerprint
@@ -170,7 +170,7 @@ def fill_recipe(recipe: Recipe, model_type: str) -> Recipe:
 
 def default_directory(model: str) -> Path:
     """`runs/<model>-comparison`."""
-    return Path("runs") / f"{pipeline.short_name(model)}-comparison"
+    return Path("runs") / f"{rundir.short_name(model)}-comparison"
 
 
 def compare_in(
@@ -193,19 +193,19 @@ def compare_in(
 
     ranks = join_ranks()
     if ranks.is_main:
-        pipeline.claim_directory(directory, checkpoint)
+        rundir.claim_directory(directory, checkpoint)
     session = pipeline.session_of(recipe)
     scoring = any(one.needs_text for one in question.asked)
     texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
     [text] = texts.evaluation
     if ranks.is_main:
-        pipeline.write_run_file(directory, _choices(recipe, question), checkpoint, command)
+        rundir.write_run_file(directory, _choices(recipe, question), checkpoint, command)
     scores = pipeline.score_in(
         directory, checkpoint, question.asked, texts.calibration, session, ranks
     )
     path, work = directory / "comparison.json", directory / f"comparing{PARTIAL}"
     expected = comparison_fingerprint(checkpoint, question, scores, text, session)
-    found = pipeline.finished(Comparison, path, expected)
+    found = rundir.finished(Comparison, path, expected)
     if found is None:
         found = compare(
             checkpoint, question, scores, text, session=session, directory=work, ranks=ranks

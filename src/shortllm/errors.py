@@ -6,6 +6,7 @@ ShortLLMError (a ValueError)      the command line prints the message and exits 
 ├── DataError                     text or token ids that cannot be used
 ├── CriterionError                an unknown criterion, or scores that cannot be ranked
 ├── BudgetError                   a plan that cannot be made
+├── RecipeError                   a recipe that cannot be read, or asks for what there is not
 ├── OutputError                   an output directory that may not or cannot be written
 └── ResultFileError               a result file of an earlier stage that cannot be read
 """
@@ -38,6 +39,10 @@ class CriterionError(ShortLLMError):
 
 class BudgetError(ShortLLMError):
     """The asked removal is impossible for this model and protection."""
+
+
+class RecipeError(ShortLLMError):
+    """A recipe is missing or damaged, or has unknown fields or values that do not fit."""
 
 
 class OutputError(ShortLLMError):

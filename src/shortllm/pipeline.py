@@ -1,33 +1,40 @@
 """A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
-    run.json  calibration.*  scores.json  plan.json  pruned/  eval.json  zeroshot.csv  report.html
+    run.json  calibration.*  scores.json  plan.json  pruned/  retrained/  eval.json  bench.json
+    zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
 
 Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
 it was when the same command is given again; a changed recipe redoes the stages it touches.
 
-    shortllm run MODEL --data stories.jsonl --remove 3
+    shortllm run MODEL --data stories.jsonl --remove 3 --retrain lora --bench
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from shortllm import __version__, stages, targets
+from shortllm import stages, targets
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
-from shortllm.errors import OutputError, ResultFileError
-from shortllm.files import PARTIAL, require_writable, write_text
+from shortllm.errors import ShortLLMError
 from shortllm.journal import journal_directory
 from shortllm.planning import Budget, build_plan, check_budget, most_blocks, removable
-from shortllm.recipe import Recipe
-from shortllm.results import BlockScores, Evaluation, PrunePlan, ResultFile
-from shortllm.runtime import ALONE, Ranks, versions
+from shortllm.recipe import BenchmarkOptions, Recipe
+from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
+from shortllm.rundir import (
+    PRUNED,
+    claim_directory,
+    default_directory,
+    delete,
+    finished,
+    write_run_file,
+)
+from shortllm.runtime import ALONE, Ranks
 from shortllm.scoring import Asked
 from shortllm.zeroshot import table_beside, write_table
 
@@ -37,10 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRUNED = "pruned"
-
-Kind = TypeVar("Kind", bound=ResultFile)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
@@ -48,19 +51,22 @@ class RunResult:
 
     directory: Path
     plan: PrunePlan
+    retraining: dict[str, Retraining]
+    """By the name of the model each has made."""
     evaluation: Evaluation
+    benchmark: Benchmark | None
     report: Path
 
     @property
-    def checkpoint(self) -> Path:
-        """The shortened checkpoint."""
-        return self.directory / PRUNED
+    def checkpoints(self) -> dict[str, Path]:
+        """The shortened checkpoint and those that were retrained from it, by name."""
+        return {name: self.directory / name for name in (PRUNED, *self.retraining)}
 
 
 def run(
     recipe: Recipe | None = None, *, out: Path | str | None = None, command: list[str] | None = None
 ) -> RunResult:
-    """From a model's name to a shortened checkpoint and a report.
+    """From a model's name to a shortened, and healed, checkpoint and a report.
 
     Args:
         recipe: every choice; the default shortens the embedded model by a quarter.
@@ -84,6 +90,7 @@ def run(
     session = session_of(recipe)
     scoring = recipe.budget.blocks is None and needs_text
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
+    check_later_stages(recipe, checkpoint, session)
     texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
@@ -98,9 +105,48 @@ def run(
     plan = build_plan(budget, model=checkpoint.info(), scores=scores)
     plan.save(directory / "plan.json")
     shortened = _prune(directory, checkpoint, plan, session)
-    evaluation = _evaluate(directory, checkpoint, shortened, recipe, texts, tasks, session)
-    report = write_report(directory)
-    return RunResult(directory=directory, plan=plan, evaluation=evaluation, report=report)
+    models = {"original": checkpoint, PRUNED: shortened}
+    retraining = _retrain(directory, shortened, recipe, session)
+    models |= {name: _made(directory, name) for name in retraining}
+    evaluation = _evaluate(directory, models, recipe, texts, tasks, session)
+    benchmark = None
+    if recipe.benchmark is not None:
+        session.release()
+        measured = {name: models[name] for name in ("original", PRUNED)}
+        benchmark = bench_in(directory, measured, recipe.benchmark, session)
+    return RunResult(
+        directory=directory,
+        plan=plan,
+        retraining=retraining,
+        evaluation=evaluation,
+        benchmark=benchmark,
+        report=write_report(directory),
+    )
+
+
+def check_later_stages(recipe: Recipe, checkpoint: Checkpoint, session: stages.Session) -> None:
+    """Find out before anything is scored whether healing and benchmark can begin at all.
+
+    Raises:
+        ShortLLMError: any of its kinds.
+    """
+    whole = " and ".join(
+        name for name, asked in (("retraining", recipe.retraining), ("bench", recipe.benchmark))
+        if asked
+    )  # fmt: skip
+    if whole and session.streams(checkpoint):
+        raise ShortLLMError(
+            f"{checkpoint.id} does not fit into memory, where {whole} must have all of it. Leave "
+            "that out, or use a smaller --dtype or another --device"
+        )
+    for options in recipe.retraining:
+        from shortllm.retraining.preparing import check
+
+        check(checkpoint, options, session=session, ranks=ALONE)
+    if recipe.benchmark is not None:
+        from shortllm.benchmark import check_speed
+
+        check_speed({recipe.model: checkpoint}, recipe.benchmark, session)
 
 
 def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
@@ -114,91 +160,6 @@ def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
     if removed is None:
         removed = removable(budget, checkpoint.info())[0]
     check_removal(checkpoint, [block for block in range(count) if block not in set(removed)])
-
-
-def default_directory(recipe: Recipe) -> Path:
-    """`runs/<model>-<criterion>-<budget>`, e.g. `runs/stories10L-ppl-remove2`."""
-    name = short_name(recipe.model)
-    [(amount, value)] = recipe.budget.asked().items()
-    periods = "-periods" if recipe.budget.period_aligned else ""
-    if amount == "blocks":
-        return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
-    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}"
-
-
-def short_name(model: str) -> str:
-    """The last part of a model's directory or Hub id."""
-    return Path(model).resolve().name if Path(model).exists() else model.split("/")[-1]
-
-
-def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
-    """Check that `directory` is free, or holds an earlier run of the same model, and can be
-    written.
-
-    Raises:
-        OutputError: it holds something else, cannot be written, or has too little space.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"--out {directory} is a file. Give a directory")
-    held = [path for path in _listing(directory) if not path.name.endswith(PARTIAL)]
-    if held:
-        earlier = _run_model(directory)
-        if earlier is None:
-            raise OutputError(
-                f"{directory} is not empty and holds no run of shortllm. Choose another --out"
-            )
-        has_results = any(
-            path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in held
-        )
-        if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
-            raise OutputError(
-                f"{directory} holds a run of another model ({earlier.get('id')}). Choose another "
-                "--out, or delete it"
-            )
-    require_writable(directory, checkpoint.bytes)
-
-
-def _listing(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
-
-
-def _run_model(directory: Path) -> dict[str, Any] | None:
-    """The `model` entry of a directory's run.json; None if it has no readable one."""
-    try:
-        content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        model = content["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return model if isinstance(model, dict) else None
-
-
-def write_run_file(
-    directory: Path,
-    recipe: dict[str, Any],
-    checkpoint: Checkpoint,
-    command: list[str] | None = None,
-) -> None:
-    """run.json: what was asked for, filled in, and with which versions."""
-    content = {
-        "shortllm": __version__,
-        "command": command or [],
-        "model": checkpoint.info().model_dump(mode="json"),
-        "recipe": recipe,
-        "versions": versions(),
-    }
-    write_text(directory / "run.json", json.dumps(content, indent=1) + "\n")
-
-
-def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
-    """An earlier result if it is whole and made from the same inputs; says that it is reused."""
-    try:
-        found = kind.load(path)
-    except ResultFileError:
-        return None
-    if found.fingerprint != expected:
-        return None
-    log.info("%s is up to date, skipped", path)
-    return found
 
 
 def asked_for(recipe: Recipe, checkpoint: Checkpoint) -> Asked:
@@ -248,7 +209,7 @@ def score_in(
     """
     if ranks.is_main:
         if calibration is None:
-            _delete(directory.glob("calibration.*"))
+            delete(directory.glob("calibration.*"))
         else:
             calibration.save(directory)
     found: dict[str, BlockScores] = {}
@@ -274,12 +235,7 @@ def score_in(
 
 def delete_scores(directory: Path) -> None:
     """Delete the scores of an earlier recipe, where the blocks are now given by hand."""
-    _delete([directory / "scores.json", *directory.glob("calibration.*")])
-
-
-def _delete(files: Iterable[Path]) -> None:
-    for file in files:
-        file.unlink(missing_ok=True)
+    delete([directory / "scores.json", *directory.glob("calibration.*")])
 
 
 def _prune(
@@ -290,14 +246,31 @@ def _prune(
         log.info("%s is up to date, skipped", target)
     else:
         stages.prune(checkpoint, plan, target, session=session)
-    # named within the run, so that a run's files do not depend on where it lies
-    return replace(open_checkpoint(target), id=PRUNED)
+    return _made(directory, PRUNED)
+
+
+def _made(directory: Path, name: str) -> Checkpoint:
+    """A checkpoint of the run, named within it, so that a run's files do not depend on where it
+    lies."""
+    return replace(open_checkpoint(directory / name), id=name)
+
+
+def _retrain(
+    directory: Path, shortened: Checkpoint, recipe: Recipe, session: stages.Session
+) -> dict[str, Retraining]:
+    """A checkpoint with retrain.json for each way of healing, by name."""
+    from shortllm.retraining.stage import require_free, retrain
+
+    records = {}
+    for name, options in recipe.healed.items():
+        require_free(directory / name)
+        records[name] = retrain(shortened, options, directory / name, session=session)
+    return records
 
 
 def _evaluate(
     directory: Path,
-    checkpoint: Checkpoint,
-    shortened: Checkpoint,
+    models: Mapping[str, Checkpoint],
     recipe: Recipe,
     texts: stages.Texts,
     tasks: TaskSet | None,
@@ -305,17 +278,34 @@ def _evaluate(
 ) -> Evaluation:
     """eval.json, and zeroshot.csv where there are tasks."""
     path = directory / "eval.json"
-    models = [("original", checkpoint), ("pruned", shortened)]
-    options = recipe.evaluation
-    expected = stages.evaluation_fingerprint(models, texts.evaluation, options, session, tasks)
+    named, options = list(models.items()), recipe.evaluation
+    expected = stages.evaluation_fingerprint(named, texts.evaluation, options, session, tasks)
     evaluation = finished(Evaluation, path, expected)
     if evaluation is None:
-        evaluation = stages.evaluate(
-            models, texts.evaluation, options, session=session, tasks=tasks
-        )
+        evaluation = stages.evaluate(named, texts.evaluation, options, session=session, tasks=tasks)
         evaluation.save(path)
     if tasks is None:
-        _delete([table_beside(path)])
+        delete([table_beside(path)])
     else:
         write_table(evaluation, table_beside(path))
     return evaluation
+
+
+def bench_in(
+    directory: Path,
+    checkpoints: Mapping[str, Checkpoint],
+    options: BenchmarkOptions,
+    session: stages.Session,
+) -> Benchmark:
+    """bench.json with its table and plots, unless they are up to date."""
+    from shortllm.benchmark import benchmark_fingerprint, measure_speed
+    from shortllm.meters import meter_of
+    from shortllm.reporting.speed import write_benchmark
+
+    expected = benchmark_fingerprint(checkpoints, options, session, meter_of(session.device))
+    found = finished(Benchmark, directory / "bench.json", expected)
+    if found is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        found = measure_speed(checkpoints, options, session=session, directory=directory)
+        write_benchmark(directory, found)
+    return found

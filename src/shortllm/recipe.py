@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shortllm.errors import DataError
 from shortllm.planning import Budget
 from shortllm.results import Record
+from shortllm.retraining.options import RetrainOptions
 
 PROMPT = "The Leaning Tower of Pisa is known for"
 
@@ -90,6 +91,7 @@ class BenchmarkOptions(Record):
 class Recipe(Record):
     """A whole run."""
 
+    about: str = Field(default="", description="what it does, in one line")
     model: str = "embedded"
     revision: str | None = None
     criterion: str = "ppl"
@@ -98,7 +100,14 @@ class Recipe(Record):
     )
     calibration: CalibrationOptions = CalibrationOptions()
     budget: Budget = Budget(ratio=0.25)
+    retraining: list[RetrainOptions] = Field(
+        default_factory=list,
+        description="ways to heal the shortened model, each from the same start; one or a list",
+    )
     evaluation: EvaluationOptions = EvaluationOptions()
+    benchmark: BenchmarkOptions | None = Field(
+        default=None, description="how speed is measured; default: it is not"
+    )
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     stream: bool | None = Field(
@@ -108,6 +117,24 @@ class Recipe(Record):
     max_memory: int | None = Field(
         default=None, description="bytes of hidden streams in memory; beyond it they go to a file"
     )
+
+    @field_validator("retraining", mode="before")
+    @classmethod
+    def _one_or_a_list(cls, given: Any) -> Any:
+        return [given] if isinstance(given, (dict, RetrainOptions)) else given
+
+    @property
+    def healed(self) -> dict[str, RetrainOptions]:
+        """The retrainings by the names of their models: `retrained`, or of several
+        `retrained-lora`, `retrained-full`, ...; the second of a method `retrained-lora-2`."""
+        if len(self.retraining) == 1:
+            return {"retrained": self.retraining[0]}
+        named: dict[str, RetrainOptions] = {}
+        for options in self.retraining:
+            same = sum(other.method == options.method for other in named.values())
+            number = f"-{same + 1}" if same else ""
+            named[f"retrained-{options.method}{number}"] = options
+        return named
 
     def filled(self, model_type: str) -> Recipe:
         """The same recipe with every default that depends on the model filled in.
@@ -131,8 +158,14 @@ class Recipe(Record):
             evaluated = [data] if data else [EMBEDDED] if embedded else ["wikitext2", "ptb"]
         if data is None and self.calibration.file is None:
             data = EMBEDDED if embedded else "bookcorpus"
+        retraining = self.retraining
+        if embedded:
+            retraining = [
+                one.model_copy(update={"data": one.data or EMBEDDED}) for one in retraining
+            ]
         return self.model_copy(
             update={
+                "retraining": retraining,
                 "calibration": self.calibration.model_copy(
                     update={"data": data, "bos_every_sample": every}
                 ),

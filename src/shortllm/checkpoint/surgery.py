@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +181,16 @@ def _holds_output(directory: Path) -> bool:
     )
 
 
-def carried_fingerprint(source: Path) -> str:
-    """sha256 over names and contents of the files that a shortened checkpoint takes along."""
+def carried_fingerprint(source: Path, *, without: Collection[str] = ()) -> str:
+    """sha256 over names and contents of the files that a new checkpoint takes along.
+
+    Args:
+        without: names of files that do not count.
+    """
     digest = hashlib.sha256()
     for name in carried_files(source):
+        if str(name) in without:
+            continue
         content = hashlib.sha256((source / name).read_bytes()).hexdigest()
         digest.update(f"{content} {name.as_posix()}\n".encode())
     return digest.hexdigest()

@@ -27,10 +27,10 @@ from shortllm.cli.options import (
     counts_in,
     names_in,
 )
-from shortllm.cli.output import print_evaluation, print_json, print_table
+from shortllm.cli.output import print_benchmark, print_evaluation, print_json
 
 if TYPE_CHECKING:
-    from shortllm.results import Benchmark
+    pass
 
 
 def evaluate(
@@ -158,20 +158,9 @@ def bench(
     if json:
         print_json(measured.model_dump(mode="json"))
         return
-    _print_benchmark(measured)
+    print_benchmark(measured)
     if out is not None:
         typer.echo(f"benchmark: {out / 'bench.json'}")
-
-
-def _print_benchmark(found: Benchmark) -> None:
-    from shortllm.reporting.speed import table
-
-    typer.echo(
-        f"{found.device_name}, {'compiled, ' if found.compiled else ''}"
-        f"{found.warmup} warm-up and {found.runs} measured runs of each model, in turn"
-    )
-    head, rows = table(found)
-    print_table(head, rows)
 
 
 def report(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from shortllm.errors import BudgetError, CriterionError, ShortLLMError
+from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 
 if TYPE_CHECKING:
     from shortllm.planning import Budget
@@ -192,13 +193,9 @@ def budget_of(
     period_aligned: bool,
     *,
     targets: dict[str, Any],
-    default_ratio: float | None = None,
 ) -> Budget:
     import shortllm
 
-    amounts = (remove, param_ratio, blocks, ratio, *targets.values())
-    if all(amount is None for amount in amounts):
-        ratio = default_ratio
     budget = shortllm.Budget(
         remove=remove,
         ratio=ratio,
@@ -353,3 +350,25 @@ def parameters_in(text: str | None) -> int | None:
         return int(round(float(number) * 10.0 ** powers[unit]))
     except (ValueError, KeyError, OverflowError) as error:
         raise ShortLLMError(f"'{text}' is no number of parameters such as 1.0B or 350M") from error
+
+
+def places_in(given: Sequence[str]) -> dict[str, Any]:
+    """`retraining.max_steps=200` and the like as values by their place in a recipe.
+
+    Raises:
+        RecipeError: another form.
+    """
+    import yaml
+
+    places: dict[str, Any] = {}
+    for text in given:
+        place, equals, value = text.partition("=")
+        try:
+            places[place.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set '{text}': the value is not YAML") from error
+        if not equals or not place.strip():
+            raise RecipeError(
+                f"--set '{text}' is not of the form FIELD=VALUE, e.g. retraining.max_steps=200"
+            )
+    return places

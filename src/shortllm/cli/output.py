@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from shortllm.results import Evaluation, PrunePlan
+    from shortllm.results import Benchmark, Evaluation, PrunePlan
 
 
 def print_json(content: Any) -> None:
@@ -92,3 +92,14 @@ def is_main_process() -> bool:
 def command_line() -> list[str]:
     """What was typed, for run.json."""
     return ["shortllm", *sys.argv[1:]]
+
+
+def print_benchmark(found: Benchmark) -> None:
+    from shortllm.reporting.speed import table
+
+    typer.echo(
+        f"{found.device_name}, {'compiled, ' if found.compiled else ''}"
+        f"{found.warmup} warm-up and {found.runs} measured runs of each model, in turn"
+    )
+    head, rows = table(found)
+    print_table(head, rows)

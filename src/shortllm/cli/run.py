@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -26,7 +27,6 @@ from shortllm.cli.options import (
     Limit,
     MaxMemory,
     MaxSegments,
-    ModelArgument,
     NewTokens,
     ParamRatio,
     PeriodAligned,
@@ -45,29 +45,96 @@ from shortllm.cli.options import (
     TargetSpeedup,
     TaskData,
     Tasks,
-    budget_of,
     bytes_in,
-    calibration_of,
     names_in,
+    numbers_in,
     options_in,
+    parameters_in,
+    places_in,
     single,
-    targets_of,
 )
 from shortllm.cli.output import (
     command_line,
     perplexities,
     plan_line,
+    print_benchmark,
     print_evaluation,
     print_json,
     task_scores,
 )
+from shortllm.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
-    pass
+    from shortllm.recipe import Recipe
+
+PLACES = {
+    "model": "model",
+    "revision": "revision",
+    "criterion": "criterion",
+    "data": "calibration.data",
+    "calibration": "calibration.file",
+    "sampler": "calibration.sampler",
+    "samples": "calibration.samples",
+    "length": "calibration.length",
+    "seed": "calibration.seed",
+    "bos_every_sample": "calibration.bos_every_sample",
+    "eval_data": "evaluation.data",
+    "eval_length": "evaluation.length",
+    "eval_bos": "evaluation.bos",
+    "max_segments": "evaluation.max_segments",
+    "prompt": "evaluation.prompt",
+    "continuations": "evaluation.continuations",
+    "new_tokens": "evaluation.new_tokens",
+    "task_data": "evaluation.task_data",
+    "limit": "evaluation.limit",
+    "batch_size": "evaluation.batch_size",
+    "remove": "budget.remove",
+    "ratio": "budget.ratio",
+    "param_ratio": "budget.param_ratio",
+    "target_speedup": "budget.target_speedup",
+    "contiguous": "budget.contiguous",
+    "protect_first": "budget.protect_first",
+    "protect_last": "budget.protect_last",
+    "period_aligned": "budget.period_aligned",
+    "device": "device",
+    "dtype": "dtype",
+    "stream": "stream",
+}
+"""Flag -> the field of a recipe that it sets."""
+
+READ: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "blocks": ("budget.blocks", numbers_in),
+    "target_params": ("budget.target_params", parameters_in),
+    "target_memory": ("budget.target_memory", bytes_in),
+    "tasks": ("evaluation.tasks", names_in),
+    "max_memory": ("max_memory", bytes_in),
+}
+"""The same for flags whose text is read first."""
+
+AMOUNTS = {
+    name: f"budget.{name}"
+    for name in (
+        "remove", "ratio", "param_ratio", "blocks", "target_params", "target_memory",
+        "target_speedup",
+    )
+}  # fmt: skip
+"""Flags that say how much goes: one of them takes the place of what the recipe says."""
 
 
 def run(
-    model: ModelArgument = "embedded",
+    ctx: typer.Context,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(
+            metavar="[MODEL]", help="Checkpoint directory or Hub id. Default: embedded."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="A recipe by name (`shortllm recipes list`), or a .yaml file; flags go before it."
+        ),
+    ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run directory. Default: runs/<model>-<criterion>-<budget>."),
@@ -105,6 +172,27 @@ def run(
     prompt: Prompt = None,
     continuations: Continuations = 5,
     new_tokens: NewTokens = 128,
+    retrain: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="METHOD",
+            help="Heal by lora, full, distill or last-blocks; several, e.g. lora,full, each from "
+            "the same start; none. Default: as the recipe has it.",
+        ),
+    ] = None,
+    bench: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--bench/--no-bench", help="Measure speed and memory. Default: recipe."),
+    ] = None,
+    places: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
+            "may be repeated.",
+        ),
+    ] = None,
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = None,
@@ -116,58 +204,27 @@ def run(
     max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
-    """All stages: score, plan, prune, evaluate, report. Without a model: the embedded one.
+    """All stages: score, plan, prune, retrain, evaluate, bench, report. Without a model: the
+    embedded one.
 
     Removes a quarter of the blocks unless told otherwise. The same command again goes on where an
     interrupted one was.
     """
     import shortllm
+    from shortllm.recipes import DEFAULT, changed, default_recipe, load_recipe
 
-    budget = budget_of(
-        remove,
-        ratio,
-        param_ratio,
-        blocks,
-        contiguous,
-        protect_first,
-        protect_last,
-        period_aligned,
-        targets=targets_of(target_params, target_memory, target_speedup),
-        default_ratio=0.25,
-    )
-    recipe = shortllm.Recipe(
-        model=model,
-        revision=revision,
-        criterion=criterion,
-        options=single(options_in(option, [criterion]), criterion),
-        calibration=calibration_of(
-            data, calibration, sampler, samples, length, seed, bos_every_sample
-        ),
-        budget=budget,
-        evaluation=shortllm.EvaluationOptions(
-            data=eval_data or [],
-            length=eval_length,
-            bos=eval_bos,
-            max_segments=max_segments,
-            prompt=prompt,
-            continuations=continuations,
-            new_tokens=new_tokens,
-            tasks=names_in(tasks or ""),
-            task_data=task_data,
-            limit=limit,
-            batch_size=batch_size,
-        ),
-        device=device,
-        dtype=dtype,
-        stream=stream,
-        max_memory=bytes_in(max_memory),
-    )
-    result = shortllm.run(recipe, out=out, command=command_line())
+    changes = _changes(ctx, places or [])
+    if recipe is not None:
+        base = load_recipe(recipe)
+    else:
+        base = default_recipe() if (model or DEFAULT) == DEFAULT else shortllm.Recipe()
+    asked = changed(_healed(base, retrain), changes, "command line")
+    result = shortllm.run(asked, out=out, command=command_line())
     if json:
         print_json(
             {
                 "directory": str(result.directory),
-                "checkpoint": str(result.checkpoint),
+                "checkpoints": {name: str(path) for name, path in result.checkpoints.items()},
                 "report": str(result.report),
                 "removed": result.plan.removed,
                 "reached": result.plan.reached.model_dump(),
@@ -178,5 +235,54 @@ def run(
         return
     typer.echo(plan_line(result.plan))
     print_evaluation(result.evaluation)
-    typer.echo(f"checkpoint: {result.checkpoint}")
-    typer.echo(f"report:     {result.report}")
+    if result.benchmark is not None:
+        typer.echo("")
+        print_benchmark(result.benchmark)
+    width = max(map(len, (*result.checkpoints, "report")))
+    for name, path in {**result.checkpoints, "report": result.report}.items():
+        typer.echo(f"{name + ':':{width + 1}} {path}")
+
+
+def _changes(ctx: typer.Context, places: Sequence[str]) -> dict[str, Any]:
+    """What was typed, by its place in a recipe; what was not leaves the recipe as it is.
+
+    Raises:
+        ShortLLMError: a value of another form.
+    """
+    typed = {
+        name: value
+        for name, value in ctx.params.items()
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+    changes = {place: typed[name] for name, place in PLACES.items() if name in typed}
+    for name, (place, read) in READ.items():
+        if name in typed:
+            changes[place] = read(typed[name])
+    if any(name in typed for name in AMOUNTS):
+        changes = {place: changes.get(place) for place in AMOUNTS.values()} | changes
+    if "option" in typed:
+        criterion = typed.get("criterion")
+        options = options_in(typed["option"], [criterion or "ppl"])
+        changes["options"] = single(options, criterion or next(iter(options)))
+        changes.setdefault("criterion", next(iter(options)))
+    if "bench" in typed:
+        changes["benchmark"] = {} if typed["bench"] else None
+    return changes | places_in(places)
+
+
+def _healed(base: Recipe, methods: str | None) -> Recipe:
+    """The recipe with the ways of healing asked for, each as it has it or else with defaults."""
+    if methods is None:
+        return base
+    import shortllm
+    from shortllm.retraining.options import DEFAULTS as METHODS
+
+    names = [] if methods == "none" else names_in(methods)
+    for name in names:
+        if name not in METHODS:
+            raise RecipeError(f"--retrain {name}: no such method.{did_you_mean(name, METHODS)}")
+    held: dict[str, shortllm.RetrainOptions] = {one.method: one for one in base.retraining}
+    chosen = [
+        held.get(name) or shortllm.RetrainOptions.model_validate({"method": name}) for name in names
+    ]
+    return base.model_copy(update={"retraining": chosen})

@@ -48,6 +48,9 @@ POLL_S = 0.2
 STATE_BYTES = {"lora": 0.5, "last-blocks": 8, "full": 24, "distill": 24}
 """Bytes of disk for each parameter: up to two states of float32 weights and AdamW's moments."""
 
+CARDS = {"README.md", "README.original.md"}
+"""Model cards, which a report lays beside the weights, do not count as a change."""
+
 UNFINGERPRINTED = {"data", "eval_data", "teacher", "report_to"}
 """Options that say where something lies: what lies there counts instead."""
 
@@ -86,18 +89,12 @@ def prepare(
     Raises:
         ShortLLMError: any of its kinds; nothing heavy has been done.
     """
-    require_extra(options)
-    options = options.filled(positions(checkpoint))
-    assert options.length is not None
-    check_length(checkpoint, options.length, "--length")
-    check_length(checkpoint, options.eval_length, "--eval-length")
-    check_device(session, ranks)
-    micro_batch(options, ranks.count)
+    checked = check(checkpoint, options, session=session, ranks=ranks)
+    options, tokenizer, records, kind = (
+        checked.options, checked.tokenizer, checked.records, checked.kind,
+    )  # fmt: skip
     teacher = open_teacher(checkpoint, options) if options.method == "distill" else None
-    tokenizer = load_tokenizer(checkpoint)
     require_apart(checkpoint.directory, target)
-    records, kind, template = _source(options, tokenizer)
-    evaluation = evaluation_sets(checkpoint, tokenizer, options)
     needed = checkpoint.bytes + STATE_BYTES[options.method] * checkpoint.parameters
     require_writable(target.absolute().parent, int(needed))
 
@@ -119,11 +116,50 @@ def prepare(
         options=options,
         source=records.source if records else GENERATED,
         kind=kind,
-        template=template,
+        template=checked.template,
         corpus=corpus,
-        evaluation=evaluation,
+        evaluation=checked.evaluation,
         work=work,
-        fingerprint=retrained_fingerprint(base, corpus, evaluation),
+        fingerprint=retrained_fingerprint(base, corpus, checked.evaluation),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checked:
+    """What a retraining of a model, or of what is left of it, can begin with."""
+
+    options: RetrainOptions
+    tokenizer: Any
+    records: Records | None
+    kind: str
+    template: Any
+    evaluation: dict[str, Segments]
+
+
+def check(
+    checkpoint: Checkpoint, options: RetrainOptions, *, session: Session, ranks: Ranks
+) -> Checked:
+    """Check options, packages, device and data; a run asks this of the model it will shorten.
+
+    Raises:
+        ShortLLMError: any of its kinds.
+    """
+    require_extra(options)
+    options = options.filled(positions(checkpoint))
+    assert options.length is not None
+    check_length(checkpoint, options.length, "--length")
+    check_length(checkpoint, options.eval_length, "--eval-length")
+    check_device(session, ranks)
+    micro_batch(options, ranks.count)
+    tokenizer = load_tokenizer(checkpoint)
+    records, kind, template = _source(options, tokenizer)
+    return Checked(
+        options=options,
+        tokenizer=tokenizer,
+        records=records,
+        kind=kind,
+        template=template,
+        evaluation=evaluation_sets(checkpoint, tokenizer, options),
     )
 
 
@@ -281,7 +317,7 @@ def _base(
     """What a retrained checkpoint depends on, beside the tokens."""
     return {
         "model": checkpoint.fingerprint,
-        "other files": carried_fingerprint(checkpoint.directory),
+        "other files": carried_fingerprint(checkpoint.directory, without=CARDS),
         "teacher": teacher.fingerprint if teacher else None,
         "options": options.model_dump(mode="json", exclude=UNFINGERPRINTED),
         "dtype": compute_dtype(session),

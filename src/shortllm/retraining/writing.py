@@ -74,7 +74,7 @@ def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path, name: 
     """The adapter by itself, as peft loads it."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = name  # not where it lay on this machine
-    model.save_pretrained(directory, state_dict=weights)
+    model.save_pretrained(directory, state_dict=weights, save_embedding_layers=False)
 
 
 def merged(checkpoint: Checkpoint, adapter: Path) -> nn.Module:

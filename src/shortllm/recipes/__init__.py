@@ -1,0 +1,152 @@
+"""Recipes: whole runs in a file each, those that come with the package and a user's own.
+
+A recipe is a YAML file with the fields of `shortllm.Recipe`; unknown fields are refused. What it
+leaves out has its default.
+
+    shortllm recipes list
+    shortllm run --recipe llama-1-7b-taylor
+    shortllm run --recipe my.yaml --remove 4 --set retraining.max_steps=200
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from shortllm.errors import RecipeError, did_you_mean
+from shortllm.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = Path(__file__).parent
+DEFAULT = "embedded"
+"""The recipe of `shortllm run` without a model."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe by its name, or from a file of one's own.
+
+    Raises:
+        RecipeError: no such recipe, or one that cannot be read.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = DIRECTORY / f"{name}.yaml"
+        if not path.is_file():
+            raise RecipeError(
+                f"no recipe is called '{name}'.{did_you_mean(str(name), recipe_names())}. A file "
+                "of your own ends in .yaml"
+            )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no recipe {path}. See: shortllm recipes list") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path} is not YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path} holds no fields. A recipe looks like this: `shortllm recipes show {DEFAULT}`"
+        )
+    return parse_recipe(content, str(path))
+
+
+def default_recipe() -> Recipe:
+    """The recipe of the embedded model, without what needs an extra that is not installed."""
+    recipe = load_recipe(DEFAULT)
+    left_out: dict[str, Any] = {}
+    if recipe.retraining and not (find_spec("accelerate") and find_spec("peft")):
+        left_out["retraining"] = []
+        log.info("healing is left out. It needs: pip install 'shortllm[train]'")
+    if recipe.evaluation.tasks and find_spec("lm_eval") is None:
+        left_out["evaluation.tasks"] = []
+        log.info("tasks are left out. They need: pip install 'shortllm[eval]'")
+    return changed(recipe, left_out)
+
+
+def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
+    """Fields as a recipe.
+
+    Args:
+        where: what the message of an error calls them.
+    Raises:
+        RecipeError: an unknown field, or a value that does not fit.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = [part for part in first["loc"] if isinstance(part, str)]
+        if first["type"] == "extra_forbidden":
+            fields = _fields(content, place[:-1])
+            raise RecipeError(
+                f"{where}: unknown field '{'.'.join(place)}'.{did_you_mean(place[-1], fields)}"
+            ) from error
+        raise RecipeError(f"{where}: {'.'.join(place)}: {first['msg']}") from error
+
+
+def _fields(content: Mapping[str, Any], place: list[str]) -> list[str]:
+    """Names of the fields that may stand at a place in a recipe."""
+    kind: Any = Recipe
+    for part in place:
+        annotation = str(kind.model_fields[part].annotation)
+        kind = next(one for one in _records() if one.__name__ in annotation)
+    return list(kind.model_fields)
+
+
+def _records() -> list[Any]:
+    import shortllm
+
+    return [
+        shortllm.CalibrationOptions,
+        shortllm.EvaluationOptions,
+        shortllm.BenchmarkOptions,
+        shortllm.RetrainOptions,
+        shortllm.Budget,
+    ]
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """The recipe with other values at dotted places, e.g. `{"calibration.samples": 20}`.
+
+    A place in `retraining` stands for every way of healing; one in `benchmark` asks for it.
+
+    Raises:
+        RecipeError: an unknown place, or a value that does not fit.
+    """
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    for place, value in changes.items():
+        *parents, last = place.split(".")
+        holders: list[Any] = [content]
+        for part in parents:
+            holders = [_entered(holder, part) for holder in holders]
+            holders = [
+                one for held in holders for one in (held if isinstance(held, list) else [held])
+            ]
+        for holder in holders:
+            if not isinstance(holder, dict):
+                raise RecipeError(f"{where}: there is nothing in {'.'.join(parents)} to set")
+            holder[last] = value
+    return parse_recipe(content, where)
+
+
+def _entered(holder: Any, part: str) -> Any:
+    """What stands in a field, made where nothing does."""
+    if not isinstance(holder, dict):
+        return None
+    if holder.get(part) is None:
+        holder[part] = {}
+    return holder[part]
