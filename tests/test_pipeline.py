@@ -110,7 +110,7 @@ def test_another_budget_reuses_the_scores_and_redoes_the_rest(
     assert "scores.json is up to date, skipped" in caplog.text
     assert "pruned is up to date" not in caplog.text
     assert len(result.plan.removed) == 3
-    assert shortllm.open_checkpoint(str(result.checkpoint)).block_count == 9
+    assert shortllm.open_checkpoint(str(result.checkpoints["pruned"])).block_count == 9
 
 
 def scoring_has_begun(directory: Path) -> bool:

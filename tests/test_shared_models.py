@@ -61,7 +61,13 @@ def test_run_on_every_shared_model(name: str, shared: Path, tmp_path: Path) -> N
     assert original.perplexity[0].split == "held-out"
     assert 1 < original.perplexity[0].perplexity < pruned.perplexity[0].perplexity
     subprocess.run(
-        [sys.executable, "-c", PLAIN_TRANSFORMERS, result.checkpoint, str(pruned.model.blocks)],
+        [
+            sys.executable,
+            "-c",
+            PLAIN_TRANSFORMERS,
+            result.checkpoints["pruned"],
+            str(pruned.model.blocks),
+        ],
         check=True,
         capture_output=True,
     )

@@ -278,6 +278,7 @@ def test_a_run_for_a_target_of_speed(
     code, printed, _ = call(
         capfd, "run", "--target-speedup", "1.2", "--out", out, "--criterion", "magnitude",
         "--max-segments", "4", "--continuations", "0", *SMALL,
+        "--retrain", "none", "--no-bench", "--tasks", "",
     )  # fmt: skip
     assert code == 0 and "12 -> 9 blocks" in printed
     assert Target.load(out / "target.json").remove == 3

@@ -468,11 +468,11 @@ def bench(
     options = options or BenchmarkOptions()
     session = stages.Session(device=device, dtype=dtype)
     checkpoints = _named(models)
+    if out is not None and out.is_file():
+        raise OutputError(f"--out {out} is a file. Give a directory")
     check_speed(checkpoints, options, session)
     if out is None:
         return measure_speed(checkpoints, options, session=session)
-    if out.is_file():
-        raise OutputError(f"--out {out} is a file. Give a directory")
     require_writable(out)
     return pipeline.bench_in(out, checkpoints, options, session)
 
