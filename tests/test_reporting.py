@@ -17,7 +17,8 @@ from shortllm.errors import ResultFileError
 from shortllm.reporting import write_report
 from shortllm.reporting.citations import CITATIONS, cited
 from shortllm.reporting.names import model_name
-from shortllm.reporting.plots import ComparisonPlot, Line, SensitivityPlot
+from shortllm.reporting.plots.criteria import ComparisonPlot, CriterionLine
+from shortllm.reporting.plots.sensitivity import SensitivityPlot
 from shortllm.reporting.sections import IMPORTANCE_LABELS, LONG_TABLE
 from shortllm.reporting.wording import THIN, change, number
 from shortllm.results import (
@@ -469,7 +470,7 @@ def test_plot_of_odd_values(heights: list[float]) -> None:
 def comparison_plot(high: float, count: int = 2) -> ComparisonPlot:
     return ComparisonPlot(
         blocks=[0, 1, 2], of=10, y_label="y", low=[2, 2.5, 3], mean=[2, 3, 4], high=[2, 4, high],
-        lines=[Line(name=f"c{n}", heights=[2, 3, 3 + n / 10]) for n in range(count)],
+        lines=[CriterionLine(name=f"c{n}", heights=[2, 3, 3 + n / 10]) for n in range(count)],
     )  # fmt: skip
 
 

@@ -1,17 +1,19 @@
 """The report of a run: one self-contained HTML page and a model card, made from the result files.
 
-    run.json  calibration.json  scores.json  plan.json  eval.json
+    run.json  calibration.json  scores.json  plan.json  target.json
+    retrained/retrain.json  eval.json  bench.json
                                 │  loading.py     read, and refused where two do not belong together
                                 ▼
     sections.py ──────────►  what each section shows: plain values and phrases
+      healing.py speed.py zeroshot.py retraining.py   some sections by themselves
       protocol.py              how it was measured, in phrases
       wording.py               numbers and units
       names.py                 models and files by name, never the machine's directories
       citations.py             the paper behind a criterion
-      plots.py                 SVG that follows the page's colours
+      plots/                   SVG that follows the page's colours
                                 │  rendering.py   templates/, which escape all data
                                 ▼
-                          report.html  README.md  pruned/README.md
+                          report.html  README.md  pruned/README.md  retrained/README.md
 
 A comparison of criteria has a page of its own, made the same way: comparison.json, comparison.py,
 comparison.html.
@@ -37,6 +39,7 @@ from shortllm.reporting.rendering import (
     render_model_card,
     render_page,
 )
+from shortllm.rundir import PRUNED
 
 __all__ = ["write_comparison", "write_report"]
 
@@ -44,8 +47,8 @@ __all__ = ["write_comparison", "write_report"]
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` and the model card `README.md` of a run; returns the page's path.
 
-    The card is also laid into `pruned/` where that exists, so that it travels with the model; the
-    README that came there with the original model stays beside it as `README.original.md`.
+    The card is also laid into `pruned/` and the retrained checkpoints, so that it travels with the
+    models; the README that came there with the original stays beside it as `README.original.md`.
 
     Raises:
         ResultFileError: a needed result file is missing or damaged, or two do not belong together.
@@ -54,9 +57,10 @@ def write_report(run_dir: Path) -> Path:
     results = load_results(run_dir)
     page, card = render_page(results), render_model_card(results)
     write_text(run_dir / "README.md", card)
-    if (run_dir / "pruned").is_dir():
-        _keep_original_card(run_dir / "pruned")
-        write_text(run_dir / "pruned" / "README.md", card)
+    for name in (PRUNED, *results.retraining):
+        if (run_dir / name).is_dir():
+            _keep_original_card(run_dir / name)
+            write_text(run_dir / name / "README.md", card)
     write_text(run_dir / "report.html", page)
     return run_dir / "report.html"
 

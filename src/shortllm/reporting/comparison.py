@@ -7,7 +7,7 @@ from typing import Any
 
 from shortllm.reporting.loading import ComparisonResults
 from shortllm.reporting.names import model_name
-from shortllm.reporting.plots import ComparisonPlot, Line
+from shortllm.reporting.plots.criteria import ComparisonPlot, CriterionLine
 from shortllm.reporting.protocol import (
     calibration_phrase,
     describe_comparison,
@@ -43,7 +43,7 @@ def curves(results: ComparisonResults) -> Context:
         blocks=[0, *(budget.blocks for budget in found.budgets)],
         of=found.model.blocks,
         lines=[
-            Line(
+            CriterionLine(
                 name=one.criterion,
                 baseline=one.source == "baseline",
                 heights=[intact, *(column.perplexities[i] for column in columns)],

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ResultFileError
 from shortllm.results import (
+    Benchmark,
     BlockScores,
     CalibrationInfo,
     Comparison,
@@ -24,7 +27,14 @@ from shortllm.results import (
     PrunePlan,
     Record,
     ResultFile,
+    Retraining,
+    Target,
 )
+from shortllm.retraining import RECORD
+from shortllm.rundir import PRUNED
+from shortllm.targets import TARGET_FILE
+
+log = logging.getLogger(__name__)
 
 Status = Literal["kept", "removed", "protected"]
 AnyResultFile = TypeVar("AnyResultFile", bound=ResultFile)
@@ -53,7 +63,11 @@ class RunResults:
     calibration: CalibrationInfo | None
     scores: BlockScores | None
     plan: PrunePlan
+    target: Target | None = None
+    retraining: dict[str, Retraining] = field(default_factory=dict)
+    """By the name of the model each has made."""
     evaluation: Evaluation | None
+    benchmark: Benchmark | None = None
 
     @property
     def evaluated(self) -> dict[str, EvaluatedModel]:
@@ -123,12 +137,54 @@ def load_results(run_dir: Path) -> RunResults:
         calibration=load_calibration(CalibrationInfo, run_dir / "calibration.json"),
         scores=scores,
         plan=plan,
+        target=_load_optional(Target, run_dir / TARGET_FILE),
         evaluation=_load_optional(Evaluation, run_dir / "eval.json"),
     )
     problems = chain(_contradictions(results), _pruned_contradictions(results, run_dir))
     for problem, remedy in problems:  # a page that mixes two runs would mislead
         raise ResultFileError(f"{run_dir}: {problem}. Make it again with: {remedy}")
-    return results
+    fingerprints = _fingerprints(results, run_dir)
+    return replace(
+        results,
+        retraining=_load_retraining(run_dir, fingerprints),
+        benchmark=_load_benchmark(run_dir, fingerprints),
+    )
+
+
+def _fingerprints(results: RunResults, run_dir: Path) -> dict[str, str]:
+    """Of the original model, and of the checkpoints of the run, by name."""
+    fingerprints = {name: entry.model.fingerprint for name, entry in results.evaluated.items()}
+    fingerprints["original"] = results.plan.model.fingerprint
+    if PRUNED not in fingerprints and (run_dir / PRUNED / "config.json").exists():
+        fingerprints[PRUNED] = open_checkpoint(run_dir / PRUNED).fingerprint
+    return fingerprints
+
+
+def _load_retraining(run_dir: Path, fingerprints: dict[str, str]) -> dict[str, Retraining]:
+    """How the shortened model was healed, by directory, those evaluated first and in that order;
+    retrainings of another model are left out."""
+    records: dict[str, Retraining] = {}
+    for path in sorted(run_dir.glob(f"*/{RECORD}")):
+        record = _load(Retraining, path)
+        if record.model.fingerprint == fingerprints.get(PRUNED):
+            records[path.parent.name] = record
+        else:
+            log.info("%s: what was retrained is not %s, left out", path, run_dir / PRUNED)
+    order = list(fingerprints)
+    return dict(sorted(records.items(), key=lambda item: [*order, item[0]].index(item[0])))
+
+
+def _load_benchmark(run_dir: Path, fingerprints: dict[str, str]) -> Benchmark | None:
+    """bench.json; left out where it speaks of other models than the run."""
+    found = _load_optional(Benchmark, run_dir / "bench.json")
+    if found is None:
+        return None
+    for number, one in enumerate(found.models):
+        expected = fingerprints["original"] if number == 0 else fingerprints.get(one.name)
+        if expected not in (None, one.model.fingerprint):
+            log.info("bench.json: %s is not the model of this run, left out", one.name)
+            return None
+    return found
 
 
 def _load(kind: type[AnyResultFile], path: Path, *, remedy: str = _RUN) -> AnyResultFile:

@@ -56,7 +56,7 @@ def render_model_card(results: RunResults) -> str:
             protocol=describe_protocol(results),
             criterion=plan.criterion,
             citation=CITATIONS.get(plan.criterion or ""),
-            retrained="retrained" in results.evaluated,
+            retrained=bool(results.retraining),
         )
     )
     return card + "\n"

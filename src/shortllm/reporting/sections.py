@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortllm.planning import removal_order
+from shortllm.reporting.healing import came_back, healing
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.names import model_name
-from shortllm.reporting.plots import SensitivityPlot
+from shortllm.reporting.plots.sensitivity import SensitivityPlot
 from shortllm.reporting.protocol import (
     calibration_phrase,
     describe_protocol,
     perplexity_source,
     segments_phrase,
 )
+from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import (
+    MOST_SIDE_BY_SIDE,
     NONE,
     change,
     counted,
@@ -28,8 +31,18 @@ from shortllm.reporting.wording import (
 )
 from shortllm.reporting.zeroshot import zeroshot
 from shortllm.results import BlockScores
+from shortllm.rundir import PRUNED
+from shortllm.targets import described
 
 Context = dict[str, Any]
+
+METHOD_NAMES = {
+    "lora": "LoRA retraining",
+    "full": "Retraining all weights",
+    "distill": "Distillation",
+    "last-blocks": "Retraining the last blocks",
+}
+"""What the verdict calls a way of healing."""
 
 LONG_TABLE = 16
 """A table of more blocks than this is folded away until asked for."""
@@ -76,7 +89,7 @@ def verdict(results: RunResults) -> str:
         f"Removing {len(plan.removed)} of {counted(plan.model.blocks, 'block')} saves "
         f"{saved} of the parameters"
     )
-    pruned = results.evaluated.get("pruned")
+    pruned = results.evaluated.get(PRUNED)
     if pruned:
         saved_bytes = percent(1 - pruned.model.bytes / plan.model.bytes)
         sentence += f" and {'' if saved_bytes == saved else f'{saved_bytes} '}of the bytes on disk"
@@ -84,7 +97,7 @@ def verdict(results: RunResults) -> str:
         (source, before, after) for source, (before, after) in _before_and_after(results).items()
     ]
     if not compared:
-        return f"{sentence}; the perplexity was not measured."
+        return f"{sentence}; the perplexity was not measured.{_gained(results)}"
     source, before, after = compared[0]
     if after == before:
         sentence += f"; perplexity stays at {number(before)} on {source}"
@@ -98,12 +111,45 @@ def verdict(results: RunResults) -> str:
         source, before, after = compared[1]
         move = f"from {number(before)} to" if after != before else "stays at"
         sentence += f", and {move} {number(after)} on {source}"
-    return f"{sentence}."
+    return f"{sentence}.{_regained(results)}{_gained(results)}"
+
+
+def _regained(results: RunResults) -> str:
+    """What the best way of healing has brought back, on the first text; empty without healing."""
+    before, removed = results.perplexities("original"), results.perplexities(PRUNED)
+    for key in (key for key in before if key in removed):
+        healed = {
+            name: results.perplexities(name)[key]
+            for name in results.retraining
+            if key in results.perplexities(name)
+        }
+        if not healed:
+            continue
+        best = min(healed, key=lambda name: healed[name].nll)
+        share = came_back(before[key], removed[key], healed[best])
+        method, reached = METHOD_NAMES[results.retraining[best].method], healed[best].perplexity
+        if share is None or share <= 0:
+            return f" {method} leads to {number(reached)}."
+        return f" {method} brings back {percent(share)} of that ({number(reached)})."
+    return ""
+
+
+def _gained(results: RunResults) -> str:
+    """How much faster the shortened model generates; empty where it was not measured."""
+    found = results.benchmark
+    if found is None:
+        return ""
+    for one in found.measurements:
+        speedup = found.speedup(one)
+        if one.model == PRUNED and speedup is not None:
+            batch = f"batch {one.batch}, {one.new_tokens} new tokens"
+            return f" It generates {number(speedup, 3)} times as fast ({batch})."
+    return ""
 
 
 def _before_and_after(results: RunResults) -> dict[str, tuple[float, float]]:
     """Perplexities per text, where original and pruned model saw the same tokens."""
-    after = results.perplexities("pruned")
+    after = results.perplexities(PRUNED)
     return {
         perplexity_source(entry): (entry.perplexity, after[key].perplexity)
         for key, entry in results.perplexities("original").items()
@@ -130,9 +176,7 @@ def key_figures(results: RunResults) -> Context:
         if name != "original"
     }
     # The plan alone tells all of the pruned model but its bytes.
-    sizes.setdefault(
-        "pruned", (len(plan.kept), original.parameters - plan.reached.parameters, None)
-    )
+    sizes.setdefault(PRUNED, (len(plan.kept), original.parameters - plan.reached.parameters, None))
     show: tuple[Callable[[Any], str], ...] = (str, short_count, short_bytes)
     before = (original.blocks, original.parameters, original.bytes)
     rows = [
@@ -143,7 +187,11 @@ def key_figures(results: RunResults) -> Context:
         )
         for i, name in enumerate(("blocks", "parameters", "bytes on disk"))
     ]
-    return {"models": list(sizes), "rows": rows + _perplexity_rows(results, list(sizes))}
+    return {
+        "models": list(sizes),
+        "rows": rows + _perplexity_rows(results, list(sizes)),
+        "stacked": len(sizes) > MOST_SIDE_BY_SIDE,
+    }
 
 
 def _perplexity_rows(results: RunResults, names: Sequence[str]) -> list[Row]:
@@ -264,6 +312,8 @@ def strip(results: RunResults) -> Context:
         "order": _order(results),
         "span": _span(results),
         "protected": sorted(plan.protected),
+        "target": described(results.target) if results.target else None,
+        "short": bool(results.target and not results.target.is_met),
     }
 
 
@@ -321,12 +371,19 @@ def samples(results: RunResults) -> Context | None:
     }
 
 
+def speed(results: RunResults) -> Context | None:
+    """Latency, throughput and memory, where they were measured."""
+    return speed_context(results.benchmark) if results.benchmark else None
+
+
 SECTIONS: tuple[tuple[str, str, Callable[[RunResults], Context | None]], ...] = (
     ("figures", "Key figures", key_figures),
     ("sensitivity", "What each block is worth", sensitivity),
     ("strip", "What remains", strip),
     ("blocks", "Every block", block_table),
+    ("healing", "What came back", healing),
     ("zeroshot", "What it can answer", zeroshot),
+    ("speed", "What it gained", speed),
     ("samples", "What it writes", samples),
     ("protocol", "How this was measured", describe_protocol),
 )

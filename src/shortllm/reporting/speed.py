@@ -9,39 +9,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from shortllm.files import write_text
-from shortllm.reporting.plots import _COLOURS, _as_inline_svg, _tick
+from shortllm.reporting.plots.drawing import standalone
+from shortllm.reporting.plots.lines import Line, LinePlot
 from shortllm.reporting.wording import NONE, counted, number, percent, short_bytes
 from shortllm.results import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Width = Literal["wide", "narrow"]
-
-LOG_SPREAD = 10.0
-"""Highest over lowest point from which on an axis of batch plots is logarithmic."""
+    pass
 
 MOST_LINES = 4
 """Batch sizes that the plot of speed-ups shows at the most."""
-
-_STYLES = (("kept", "o"), ("removed", "s"), ("protected", "^"), ("ink", "D"), ("muted", "v"))
-"""Colour and marker of each line; used again from the start where there are more."""
-
-_STANDALONE = {
-    "ink": "#1b1d21",
-    "muted": "#5d626b",
-    "rule": "#dcdcd6",
-    "kept": "#2f6193",
-    "removed": "#bb4a1e",
-    "protected": "#767d88",
-    "sans": "sans-serif",
-}
-"""What stands for the page's variables in a plot that is a file of its own."""
 
 CSV_COLUMNS = (
     "model", "blocks", "parameters", "bytes", "dtype", "batch", "new_tokens", "status",
@@ -49,103 +30,6 @@ CSV_COLUMNS = (
     "ideal_speedup", "first_token_s", "per_token_s", *PeakMemory.model_fields, "utilisation_mean",
     "utilisation_max",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """Points of one line; an ideal one is dashed and has no markers."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    ideal: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinePlot:
-    """Lines over a common horizontal axis."""
-
-    lines: Sequence[Line]
-    x_label: str
-    y_label: str
-    doubling: bool = False
-    """Horizontal axis in powers of two; the vertical one from zero, or logarithmic as well."""
-
-    @property
-    def is_log(self) -> bool:
-        """Whether a linear vertical axis would press the low points together."""
-        heights = [y for line in self.lines for _, y in line.points]
-        return self.doubling and max(heights) > LOG_SPREAD * min(heights)
-
-    def svg(self, width: Width) -> str:
-        """The plot as an inline `<svg>` element, for a page column or for a phone."""
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        with matplotlib.rc_context(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": f"shortllm-{width}",
-                "text.parse_math": False,  # a model's name is data, never markup
-                "font.size": 8.5,
-            }
-        ):
-            size = (7.6, 3.3) if width == "wide" else (3.6, 3.3)
-            figure = Figure(figsize=size, layout="constrained")
-            FigureCanvasAgg(figure)
-            self._draw(figure.add_subplot(), narrow=width == "narrow")
-            return _as_inline_svg(figure, alt=self._description())
-
-    def _description(self) -> str:
-        names = ", ".join(line.name for line in self.lines)
-        return f"Line chart of {self.y_label} against {self.x_label}, one line for each of {names}."
-
-    def _draw(self, axes: Axes, *, narrow: bool) -> None:
-        measured = [line for line in self.lines if not line.ideal]
-        for place, line in enumerate(measured):
-            colour, marker = _STYLES[place % len(_STYLES)]
-            axes.plot(
-                *zip(*line.points, strict=True), label=line.name, color=_COLOURS[colour],
-                marker=marker, markersize=4.5, linewidth=1.6, zorder=3,
-            )  # fmt: skip
-        for line in self.lines:
-            if line.ideal:
-                axes.plot(
-                    *zip(*line.points, strict=True), label=line.name, color=_COLOURS["muted"],
-                    linestyle=(0, (4, 3)), linewidth=1.2, zorder=2,
-                )  # fmt: skip
-        self._draw_axes(axes)
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2 if narrow else 4, frameon=False,
-            labelcolor=_COLOURS["ink"], borderaxespad=0.4, columnspacing=1.4, borderpad=0,
-        )  # fmt: skip
-
-    def _draw_axes(self, axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-        places = sorted({x for line in self.lines for x, _ in line.points})
-        if self.doubling:
-            axes.set_xscale("log", base=2)
-        if self.is_log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-            if self.doubling:
-                axes.set_ylim(bottom=0)
-        axes.set_xticks(places, [_tick(x) for x in places])
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        axes.set_xlabel(self.x_label, color=_COLOURS["muted"])
-        axes.set_ylabel(self.y_label, color=_COLOURS["muted"])
-        axes.grid(axis="y", color=_COLOURS["rule"], linewidth=0.6, zorder=0)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(_COLOURS["muted"])
-        axes.tick_params(
-            which="both", length=0, colors=_COLOURS["muted"], labelcolor=_COLOURS["ink"]
-        )
 
 
 def batch_plots(found: Benchmark, new_tokens: int) -> dict[str, LinePlot]:
@@ -252,7 +136,7 @@ def _cells(found: Benchmark, one: Measurement) -> dict[str, str]:
             "new_tokens": f"{one.new_tokens:,}",
             "status": one.status,
         }
-    std = f" ± {number(one.latency_std_s, 2)}" if one.latency_std_s is not None else ""
+    std = f"± {number(one.latency_std_s, 2)}" if one.latency_std_s is not None else ""
     milli = {
         name: number(1000 * value, 3) if value is not None else NONE
         for name, value in (("first_token", one.first_token_s), ("per_token", one.per_token_s))
@@ -262,7 +146,8 @@ def _cells(found: Benchmark, one: Measurement) -> dict[str, str]:
         "batch": f"{one.batch:,}",
         "new_tokens": f"{one.new_tokens:,}",
         "status": one.status,
-        "latency": f"{number(one.latency_mean_s)}{std}",
+        "latency": number(one.latency_mean_s),
+        "std": std,
         "tokens_per_s": number(one.tokens_per_s),
         "speedup": f"{speedup:.2f}" if speedup is not None else NONE,
         "ideal": f"{found.ideal_speedup(one.model):.2f}",
@@ -284,6 +169,7 @@ def table(found: Benchmark) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     for one in found.measurements:
         cells = _cells(found, one)
         figures = [cells.get(name, "") for name in columns]
+        figures[0] += f" {cells['std']}" if cells.get("std") else ""
         if one.status != "ok":
             figures[0] = one.status
         rows.append((one.model, blocks[one.model], cells["batch"], cells["new_tokens"], *figures))
@@ -326,16 +212,9 @@ def write_benchmark(directory: Path, found: Benchmark) -> None:
     write_text(directory / "bench.csv", benchmark_csv(found))
     plots = all_plots(found)
     for name, plot in plots.items():
-        write_text(directory / f"bench-{name}.svg", _standalone(plot.svg("wide")))
+        write_text(directory / f"bench-{name}.svg", standalone(plot.svg("wide")))
     for stale in directory.glob("bench-*.svg"):
         if stale.stem.removeprefix("bench-") not in plots:
             stale.unlink()
     found.save(directory / "bench.json")
     (directory / UNFINISHED_BENCHMARK).unlink(missing_ok=True)
-
-
-def _standalone(svg: str) -> str:
-    """An inline plot as a file of its own, on white."""
-    colours = ";".join(f"--{name}:{value}" for name, value in _STANDALONE.items())
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff;{colours}"'
-    return svg.replace("<svg", opening, 1) + "\n"

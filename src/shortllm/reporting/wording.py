@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+MOST_SIDE_BY_SIDE = 2
+"""Models beside the original whose changes get columns of their own; of more they stand below."""
 NONE = "–"
 """Shown for what was not measured."""
 THIN = "\N{NARROW NO-BREAK SPACE}"

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from shortllm.reporting.loading import RunResults
-from shortllm.reporting.wording import NONE, THIN, change, counted, number, percent, signed
+from shortllm.reporting.wording import (
+    MOST_SIDE_BY_SIDE,
+    NONE,
+    THIN,
+    change,
+    counted,
+    number,
+    percent,
+    signed,
+)
 from shortllm.results import TaskScore
 from shortllm.zeroshot import is_share
 
@@ -32,7 +41,12 @@ def zeroshot(results: RunResults) -> dict[str, Any] | None:
         cells = [(percent(mean), _points(means[0], mean)) for mean in means]
         rows.append({"name": "mean", "detail": "", "cells": cells})
     harness = results.evaluation.versions.get("lm_eval", "") if results.evaluation else ""
-    return {"models": [entry.name for entry in models], "rows": rows, "harness": harness}
+    return {
+        "models": [entry.name for entry in models],
+        "rows": rows,
+        "harness": harness,
+        "stacked": len(models) - 1 > MOST_SIDE_BY_SIDE,
+    }
 
 
 def _asked(score: TaskScore) -> str:

@@ -16,3 +16,6 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
 """Configurations for `accelerate launch`: FSDP on 8 GPUs."""
+
+RECORD = "retrain.json"
+"""File in a retrained checkpoint that says how it was made."""

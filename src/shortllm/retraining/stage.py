@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError
 from shortllm.results import Cost, Retraining
+from shortllm.retraining import RECORD
 from shortllm.retraining.options import RetrainOptions
 from shortllm.retraining.preparing import Prepared, compute_dtype, prepare
-from shortllm.retraining.writing import LOGS, RECORD, is_retrained_by, write_retrained
+from shortllm.retraining.writing import LOGS, is_retrained_by, write_retrained
 from shortllm.runtime import ALONE, Ranks, peak_memory, versions
 from shortllm.stages import Session
 

@@ -252,6 +252,7 @@ def _run(trainer: HealingTrainer, states: Path, options: RetrainOptions) -> None
     state = last_state(states)
     if state is not None:
         log.info("going on from step %s", state.name.rpartition("-")[2])
+    trainer.args.eval_on_start = state is None
     total = total_steps(options, len(trainer.train_dataset))
     try:
         with quiet_transformers(), progress("retraining", total) as advance:

@@ -24,12 +24,12 @@ from shortllm.errors import CheckpointError
 from shortllm.files import partial_directory
 from shortllm.model.loading import load_model, quiet_transformers, stored_dtype
 from shortllm.results import Retraining
+from shortllm.retraining import RECORD
 
 log = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 LOGS = "logs"
-RECORD = "retrain.json"
 
 CPU = torch.device("cpu")
 

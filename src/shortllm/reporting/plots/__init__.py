@@ -1,0 +1,1 @@
+"""The plots of the report, a file per kind; drawing.py is what they share."""
