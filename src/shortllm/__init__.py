@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from shortllm.api import bench as bench
+    from shortllm.api import compare as compare
     from shortllm.api import compare_criteria as compare_criteria
     from shortllm.api import evaluate as evaluate
     from shortllm.api import export_lint as export_lint
@@ -62,6 +63,7 @@ _HOME = {
     "Retraining": "results",
     "ShortLLMError": "errors",
     "bench": "api",
+    "compare": "api",
     "compare_criteria": "api",
     "evaluate": "api",
     "export_lint": "api",

@@ -40,6 +40,7 @@ from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.export_lint import ExportFinding
+    from shortllm.reporting.runs import ComparedModel
     from shortllm.retraining.options import RetrainOptions
 
 
@@ -436,6 +437,22 @@ def report(run_dir: Path) -> Path:
     if (run_dir / "comparison.json").exists() and not (run_dir / "plan.json").exists():
         return write_comparison(run_dir)
     return write_report(run_dir)
+
+
+def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> list[ComparedModel]:
+    """Several runs on one page: every model, quality against size and against latency.
+
+    Args:
+        runs: directories of finished runs.
+        out: the page.
+    Returns:
+        One entry per model; an original that several runs share stands there once.
+    Raises:
+        ResultFileError: a directory that holds no finished run.
+    """
+    from shortllm.reporting.runs import write_runs
+
+    return write_runs([Path(one) for one in runs], Path(out))
 
 
 def run(

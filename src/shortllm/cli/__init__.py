@@ -3,7 +3,7 @@ result.
 
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
-    measuring.py eval, bench, report
+    measuring.py eval, bench, report, compare
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from shortllm import __version__
-from shortllm.cli.measuring import bench, evaluate, report
+from shortllm.cli.measuring import bench, compare, evaluate, report
 from shortllm.cli.output import is_main_process
 from shortllm.cli.pruning import export_lint, plan, prune
 from shortllm.cli.retraining import retrain
@@ -60,6 +60,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("eval", evaluate),
     ("bench", bench),
     ("report", report),
+    ("compare", compare),
     ("export-lint", export_lint),
 ]
 for _name, _command in _COMMANDS:

@@ -27,7 +27,7 @@ from shortllm.cli.options import (
     counts_in,
     names_in,
 )
-from shortllm.cli.output import print_benchmark, print_evaluation, print_json
+from shortllm.cli.output import print_benchmark, print_evaluation, print_json, print_table
 
 if TYPE_CHECKING:
     pass
@@ -161,6 +161,25 @@ def bench(
     print_benchmark(measured)
     if out is not None:
         typer.echo(f"benchmark: {out / 'bench.json'}")
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
+    json: Json = False,
+) -> None:
+    """Several runs on one page: quality against size and against latency."""
+    import shortllm
+    from shortllm.reporting.runs import table
+
+    models = shortllm.compare(runs, out=out)
+    if json:
+        print_json([one.model_dump(mode="json") for one in models])
+        return
+    print_table(*table(models))
+    typer.echo(f"page: {out}")
 
 
 def report(

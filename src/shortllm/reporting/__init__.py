@@ -16,7 +16,7 @@
                           report.html  README.md  pruned/README.md  retrained/README.md
 
 A comparison of criteria has a page of its own, made the same way: comparison.json, comparison.py,
-comparison.html.
+comparison.html. So have several runs side by side: runs.py, runs.html.j2.
 
 A section is a function that takes the loaded results and returns what its partial template
 `templates/sections/NAME.html.j2` shows, or None where the run has nothing to show; a new stage adds

@@ -57,6 +57,9 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
             yield from flattened(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            for place, one in enumerate(value, start=1):
+                yield from flattened(one, f"{prefix}{key}.{place}.")
         else:
             yield f"{prefix}{key}", _shown(value)
 

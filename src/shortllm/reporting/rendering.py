@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shortllm.reporting import comparison, sections
+from shortllm.reporting import runs as page_of_runs
 from shortllm.reporting.citations import CITATIONS
 from shortllm.reporting.loading import ComparisonResults, RunResults
 from shortllm.reporting.names import hub_id
 from shortllm.reporting.protocol import describe_protocol
+from shortllm.reporting.runs import ComparedModel
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -27,6 +29,22 @@ def render_comparison(results: ComparisonResults) -> str:
     """The HTML page of a comparison of criteria."""
     contexts = [(name, title, describe(results)) for name, title, describe in comparison.SECTIONS]
     return _page("comparison", comparison.head(results), contexts)
+
+
+def render_runs(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -> str:
+    """The HTML page of several runs."""
+    columns, rows = page_of_runs.table(models)
+    cell = page_of_runs.common_cell(runs)
+    contexts = [
+        (
+            "trade",
+            "Quality against cost",
+            page_of_runs.trade(models, cell),
+        ),
+        ("models", "Every model", {"columns": columns, "rows": rows}),
+        ("removals", "What was removed", page_of_runs.removals(runs)),
+    ]
+    return _page("runs", page_of_runs.head(runs, models), contexts)
 
 
 def _page(

@@ -1,0 +1,372 @@
+"""A run with healing and benchmark, the recipe it follows, and several runs on one page."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shortllm
+from shortllm import pipeline
+from shortllm.cli import main
+from shortllm.errors import RecipeError, ResultFileError, ShortLLMError
+from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.recipes import changed, load_recipe, recipe_names
+from shortllm.reporting.healing import came_back
+from shortllm.reporting.loading import load_results
+from shortllm.reporting.plots.pareto import Point, front
+from shortllm.reporting.runs import compared_models, load_runs
+from shortllm.results import Benchmark, Evaluation, Perplexity, Retraining
+from shortllm.retraining.options import RetrainOptions
+
+QUICK = {"length": 64, "batch": 2, "max_steps": 4, "eval_every": 2, "held_out": 4, "report_to": []}
+RECIPE = Recipe(
+    budget=shortllm.Budget(remove=2),
+    calibration=CalibrationOptions(samples=4, length=64),
+    retraining=[
+        RetrainOptions.model_validate({"method": "lora", "learning_rate": 3e-3, **QUICK}),
+        RetrainOptions.model_validate({"method": "full", "learning_rate": 1e-3, **QUICK}),
+    ],
+    evaluation=EvaluationOptions(max_segments=12, continuations=0),
+    benchmark=BenchmarkOptions(new_tokens=[4], warmup=1, runs=2),
+)
+RUN = """
+import sys
+from pathlib import Path
+from shortllm import pipeline
+from shortllm.recipe import Recipe
+pipeline.run(Recipe.model_validate_json(sys.argv[1]), out=Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "healed"
+    pipeline.run(RECIPE, out=directory)
+    return directory
+
+
+def test_every_way_of_healing_makes_a_checkpoint_that_is_measured(healed: Path) -> None:
+    evaluation = Evaluation.load(healed / "eval.json")
+    names = [entry.name for entry in evaluation.models]
+    assert names == ["original", "pruned", "retrained-lora", "retrained-full"]
+    pruned = evaluation.models[1].model
+    for name in names[2:]:
+        record = Retraining.load(healed / name / "retrain.json")
+        assert record.model.fingerprint == pruned.fingerprint and record.steps == 4
+        assert [step for step, _ in record.curves["held_out"]] == [0, 2, 4]
+        checkpoint = shortllm.open_checkpoint(healed / name)
+        assert checkpoint.block_count == 10
+        assert (healed / name / "README.md").read_text() == (healed / "README.md").read_text()
+    assert (healed / "retrained-lora" / "adapter" / "adapter_model.safetensors").exists()
+    benchmark = Benchmark.load(healed / "bench.json")
+    assert [one.name for one in benchmark.models] == ["original", "pruned"]
+
+
+def test_the_report_says_what_came_back_and_what_it_gained(healed: Path) -> None:
+    page = (healed / "report.html").read_text()
+    for part in ("What came back", "retrained-lora", "What it gained", "It generates"):
+        assert part in page
+    results = load_results(healed)
+    before, removed = results.perplexities("original"), results.perplexities("pruned")
+    after = results.perplexities("retrained-full")
+    [key] = before
+    share = came_back(before[key], removed[key], after[key])
+    assert share is not None and f"{100 * share:.1f}".replace("-", "−") in page
+    card = (healed / "README.md").read_text()
+    assert "Not retrained" not in card and "retrained-lora" in card
+
+
+def test_the_same_run_again_skips_all_of_it(
+    healed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in healed.rglob("*.safetensors")}
+    monkeypatch.setattr("shortllm.model.loading.load_model", None)  # needing a model would fail
+    with caplog.at_level(logging.INFO, logger="shortllm"):
+        pipeline.run(RECIPE, out=healed)
+    for name in (
+        "scores.json",
+        "pruned",
+        "retrained-lora",
+        "retrained-full",
+        "eval.json",
+        "bench.json",
+    ):
+        assert f"{name}" in caplog.text and caplog.text.count("is up to date, skipped") == 6
+    weights = [path for path in before if "calibration" not in path.name]
+    assert len(weights) == 4
+    assert all(path.stat().st_mtime_ns == before[path] for path in weights)
+
+
+def test_another_plan_heals_again_and_leaves_nothing_stale(healed: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(healed, directory)
+    other = RECIPE.model_copy(
+        update={"budget": shortllm.Budget(remove=3), "retraining": [RECIPE.retraining[1]]}
+    )
+    result = pipeline.run(other, out=directory)
+    assert list(result.checkpoints) == ["pruned", "retrained"]
+    assert shortllm.open_checkpoint(directory / "retrained").block_count == 9
+    # what an earlier recipe has healed stays on disk, and out of the report
+    assert (directory / "retrained-lora").is_dir()
+    assert list(load_results(directory).retraining) == ["retrained"]
+    assert "retrained-lora" not in (directory / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_killed_while_healing_the_same_command_completes_with_the_same_weights(
+    healed: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "killed"
+    child = subprocess.Popen(
+        [sys.executable, "-c", RUN, RECIPE.model_dump_json(exclude_unset=True), directory],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: the same sums
+        stderr=subprocess.DEVNULL,
+    )
+    states = directory / "retrained-full.training.partial"
+    deadline = time.monotonic() + 180
+    while not list(states.glob("**/checkpoint-2")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert (directory / "retrained-lora" / "retrain.json").exists()
+    assert not (directory / "retrained-full").exists()
+    pipeline.run(RECIPE, out=directory)
+    for name in ("retrained-lora", "retrained-full"):
+        file = f"{name}/model.safetensors"
+        assert (directory / file).read_bytes() == (healed / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"retraining.method": "full", "retraining.length": 4096}, "exceed the 512 positions"),
+        ({"retraining.data": "no_such_text"}, "no_such_text"),
+        ({"retraining.batch": 3, "retraining.micro_batch": 2}, "does not divide"),
+        ({"benchmark.new_tokens": [4096]}, "exceed the 512 positions"),
+        ({"benchmark.runs": 0}, "--runs 0 is too few"),
+        ({"stream": True}, "does not fit into memory, where retraining and bench"),
+    ],
+)
+def test_mistakes_of_late_stages_are_found_before_scoring(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shortllm.model.loading.load_model", None)
+    with pytest.raises(ShortLLMError, match=message):
+        pipeline.run(changed(RECIPE, change), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Recipes and flags.
+
+
+def test_names_of_healed_models() -> None:
+    full = RetrainOptions(method="full")
+    assert list(Recipe(retraining=[full]).healed) == ["retrained"]
+    several = Recipe(retraining=[full, RetrainOptions(), full])
+    assert list(several.healed) == ["retrained-full", "retrained-lora", "retrained-full-2"]
+    assert Recipe.model_validate({"retraining": {"method": "full"}}).retraining == [full]
+
+
+def test_the_recipes_of_the_embedded_model() -> None:
+    assert {"embedded", "embedded-healing"} <= set(recipe_names())
+    recipe = load_recipe("embedded")
+    assert recipe.model == "embedded" and recipe.benchmark is not None
+    assert [one.method for one in recipe.retraining] == ["lora", "full"]
+    steps = {one.max_steps for one in load_recipe("embedded-healing").retraining}
+    assert len(steps) == 1, "a comparison of methods gives each the same number of steps"
+
+
+def test_changes_keep_what_they_do_not_name() -> None:
+    recipe = changed(load_recipe("embedded"), {"retraining.max_steps": 7, "budget.protect_last": 0})
+    assert [one.max_steps for one in recipe.retraining] == [7, 7]
+    assert [one.learning_rate for one in recipe.retraining] == [3e-3, 1e-3]
+    assert recipe.budget == shortllm.Budget(ratio=0.25, protect_last=0)
+    assert changed(Recipe(), {"benchmark.batches": [2]}).benchmark == BenchmarkOptions(batches=[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: x\n", "unknown field 'modle'. Did you mean 'model'"),
+        ("evaluation: {taks: [a]}\n", "unknown field 'evaluation.taks'. Did you mean 'tasks'"),
+        ("retraining: {rnak: 4}\n", "unknown field 'retraining.rnak'. Did you mean 'rank'"),
+        ("calibration: {samples: many}\n", "calibration.samples: Input should be a valid integer"),
+        ("model: [a\n", "is not YAML"),
+        ("just words\n", "holds no fields"),
+        ("", "holds no fields"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_says_why(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "my.yaml")
+    assert message in str(caught.value)
+
+
+def test_an_unknown_recipe_is_named_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="no recipe is called 'embeded'. Did you mean 'embedded'"):
+        load_recipe("embeded")
+    with pytest.raises(RecipeError, match="there is no recipe nowhere.yaml"):
+        load_recipe("nowhere.yaml")
+
+
+def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+def recipe_of(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Recipe:
+    """What `run` makes of a command line; nothing is run."""
+    seen: list[Recipe] = []
+
+    def stop(recipe: Recipe, **kwargs: Any) -> None:
+        seen.append(recipe)
+        raise ShortLLMError("enough")
+
+    monkeypatch.setattr(shortllm, "run", stop, raising=False)
+    with pytest.raises(SystemExit):
+        main(["run", *map(str, arguments)])
+    return seen[0]
+
+
+def test_flags_go_before_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        "model: somewhere\ncriterion: taylor\noptions: {power: 2}\nbudget: {remove: 4}\n"
+        "calibration: {samples: 3}\nretraining: {method: lora, rank: 4}\nbenchmark: {runs: 5}\n"
+    )
+    plain = recipe_of(monkeypatch, "--recipe", file)
+    assert plain == load_recipe(file)
+    # flags that were not typed do not bring their defaults
+    assert plain.calibration.samples == 3 and plain.criterion == "taylor"
+    other = recipe_of(
+        monkeypatch, "elsewhere", "--recipe", file, "--ratio", "0.5", "--no-bench", "--tasks",
+        "boolq,piqa", "--retrain", "lora,full", "--set", "retraining.max_steps=9",
+    )  # fmt: skip
+    assert other.model == "elsewhere" and other.budget == shortllm.Budget(ratio=0.5)
+    assert other.benchmark is None and other.evaluation.tasks == ["boolq", "piqa"]
+    assert [(one.method, one.rank, one.max_steps) for one in other.retraining] == [
+        ("lora", 4, 9),
+        ("full", 8, 9),
+    ]
+    options = recipe_of(monkeypatch, "--recipe", file, "--option", "taylor.power=1")
+    assert options.options == {"power": "1"} and options.criterion == "taylor"
+
+
+def test_without_a_model_the_embedded_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recipe_of(monkeypatch) == load_recipe("embedded")
+    assert recipe_of(monkeypatch, "embedded").retraining == load_recipe("embedded").retraining
+    assert recipe_of(monkeypatch, "my/model") == Recipe(model="my/model")
+    assert recipe_of(monkeypatch, "--retrain", "none").retraining == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--retrain", "lroa"], "no such method. Did you mean 'lora'"),
+        (["--set", "retraining"], "not of the form FIELD=VALUE"),
+        (["--set", "retrainin.rank=3"], "unknown field 'retrainin'"),
+        (["--set", "model.name=3"], "there is nothing in model to set"),
+        (["--recipe", "embeded"], "Did you mean 'embedded'"),
+    ],
+)
+def test_mistakes_in_flags(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capfd, "run", *arguments)
+    assert code == 2 and message in err and not out
+
+
+# Several runs.
+
+
+def test_runs_side_by_side(healed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "magnitude"
+    pipeline.run(
+        changed(RECIPE, {"criterion": "magnitude", "retraining": [], "benchmark": None}), out=other
+    )
+    page = tmp_path / "page.html"
+    code, out, _ = call(capfd, "compare", healed, other, "--out", page, "--json")
+    assert code == 0
+    models = json.loads(out)
+    assert [(one["run"], one["name"]) for one in models] == [
+        (None, "original"),
+        ("healed", "pruned"),
+        ("healed", "retrained-lora"),
+        ("healed", "retrained-full"),
+        ("magnitude", "pruned"),
+    ]
+    evaluation = Evaluation.load(healed / "eval.json")
+    by_name = {one.name: one.perplexity[0].perplexity for one in evaluation.models}
+    [text] = models[0]["perplexity"]
+    assert [one["perplexity"][text] for one in models[:4]] == list(by_name.values())
+    assert models[1]["speedup"] == models[2]["speedup"] and models[4]["speedup"] is None
+    assert models[0]["speedup"] == 1.0
+    html = page.read_text()
+    assert html.count("<svg") == 4 and "https:" not in html and "src=" not in html
+    assert str(tmp_path) not in html
+    assert shortllm.compare([healed, other], out=page) == compared_models(
+        load_runs([healed, other])
+    )
+
+
+def test_texts_of_different_protocols_stay_apart(healed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(healed, other)
+    evaluation = json.loads((other / "eval.json").read_text())
+    for model in evaluation["models"]:
+        model["perplexity"][0]["tokens_fingerprint"] = "other tokens"
+    (other / "eval.json").write_text(json.dumps(evaluation))
+    models = compared_models(load_runs([healed, other]))
+    assert len(models[0].perplexity) == 2, "the original was measured on both"
+    assert all(len(one.perplexity) == 1 for one in models[1:])
+    assert len({text for one in models for text in one.perplexity}) == 2
+
+
+def test_mistakes_of_compare(healed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResultFileError, match="given twice"):
+        load_runs([healed, healed / "."])
+    with pytest.raises(ResultFileError, match="plan.json is missing"):
+        load_runs([tmp_path])
+    copy = tmp_path / "healed"
+    shutil.copytree(healed, copy)
+    assert list(load_runs([healed, copy])) == [
+        f"{place.parent.name}/healed" for place in (healed, copy)
+    ]
+    (copy / "eval.json").unlink()
+    with pytest.raises(ResultFileError, match="holds no evaluation"):
+        load_runs([copy])
+
+
+def test_the_front_is_what_none_beats() -> None:
+    places = [(1.0, 9.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0), (4.0, 2.0)]
+    points = [
+        Point(number=number, group="run", kind="pruned", x=x, y=y)
+        for number, (x, y) in enumerate(places)
+    ]
+    assert [point.number for point in front(points, higher_is_better=False)] == [0, 1, 4]
+    assert [point.number for point in front(points, higher_is_better=True)] == [0]
+
+
+def test_what_came_back_is_measured_in_nats() -> None:
+    def of(nll: float) -> Perplexity:
+        return Perplexity(
+            source="x", length=8, bos="none", segments=1, predictions=7, tokens_fingerprint="t",
+            nll=nll, perplexity=2.0,
+        )  # fmt: skip
+
+    assert came_back(of(1.0), of(2.0), of(1.25)) == 0.75
+    assert came_back(of(1.0), of(2.0), of(2.5)) == -0.5
+    assert came_back(of(2.0), of(2.0), of(1.0)) is None
