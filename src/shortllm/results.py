@@ -24,6 +24,8 @@ from typing_extensions import Self
 from shortllm.errors import ResultFileError, did_you_mean
 from shortllm.files import PARTIAL, write_text
 
+SpecialToken = Literal["bos", "eos", "unk", "pad"]
+
 
 class Record(BaseModel):
     """A frozen piece of a result file; unknown keys are refused."""

@@ -96,6 +96,7 @@ PLACES = {
     "protect_first": "budget.protect_first",
     "protect_last": "budget.protect_last",
     "period_aligned": "budget.period_aligned",
+    "use_published_order": "use_published_order",
     "device": "device",
     "dtype": "dtype",
     "stream": "stream",
@@ -152,6 +153,13 @@ def run(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     period_aligned: PeriodAligned = False,
+    use_published_order: Annotated[
+        bool,
+        typer.Option(
+            "--use-published-order",
+            help="Remove by the order of blocks that the recipe has as published; score nothing.",
+        ),
+    ] = False,
     data: Data = None,
     calibration: CalibrationFile = None,
     sampler: Sampler = "random",

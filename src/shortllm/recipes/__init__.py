@@ -109,8 +109,11 @@ def _fields(content: Mapping[str, Any], place: list[str]) -> list[str]:
 
 def _records() -> list[Any]:
     import shortllm
+    from shortllm.published import Published, PublishedFigures
 
     return [
+        PublishedFigures,
+        Published,  # behind the longer name
         shortllm.CalibrationOptions,
         shortllm.EvaluationOptions,
         shortllm.BenchmarkOptions,
