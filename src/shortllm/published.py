@@ -7,7 +7,7 @@ an evaluation held on a device then is not what a benchmark measures here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -21,6 +21,9 @@ Bos = Literal["first", "every"]
 
 LENGTH = 128
 """Tokens per segment of every published perplexity."""
+
+PARAMETERS = "parameters"
+MEAN = "mean of tasks [%]"
 
 
 class PublishedFigures(Record):
@@ -80,52 +83,79 @@ def beside(
     """
     rows: list[Beside] = []
     for model in evaluation.models:
-        figures = None
-        if model.name == "original":
-            figures = published.original
-        elif model.name.startswith("retrained"):
-            figures = published.released
-        if figures is not None:
-            rows += beside_figures(figures, model, options)
+        if model.name == "original" and published.original is not None:
+            theirs = published_numbers(published.original)
+        elif model.name.startswith("retrained") and published.released is not None:
+            theirs = published_numbers(published.released)
+        else:
+            continue
+        rows += side_by_side(model.name, our_numbers(model, options), theirs)
     return rows
 
 
-def beside_figures(
-    figures: PublishedFigures, model: EvaluatedModel, options: EvaluationOptions
+def side_by_side(
+    model: str, ours: Mapping[str, float], theirs: Mapping[str, float]
 ) -> list[Beside]:
-    """The numbers of one model beside those that were published."""
-    pairs: list[tuple[str, float, float]] = []
-    if figures.parameters is not None:
-        pairs.append(("parameters", model.model.parameters, figures.parameters))
-    if options.max_segments is None:
-        pairs += _perplexities(figures, model)
-    if options.limit is None:
-        pairs += _tasks(figures, model)
+    """The quantities that stand on both sides."""
     return [
-        Beside(model=model.name, quantity=quantity, ours=ours, published=theirs)
-        for quantity, ours, theirs in pairs
+        Beside(model=model, quantity=quantity, ours=value, published=theirs[quantity])
+        for quantity, value in ours.items()
+        if quantity in theirs
     ]
 
 
-def _perplexities(
-    figures: PublishedFigures, model: EvaluatedModel
-) -> Iterator[tuple[str, float, float]]:
-    for entry in model.perplexity:
-        if entry.length != LENGTH or entry.split is not None or entry.bos == "none":
-            continue
-        theirs = figures.perplexity.get(entry.bos, {}).get(entry.source)
-        if theirs is not None:
-            yield f"perplexity {entry.source}, BOS {entry.bos}", entry.perplexity, theirs
-
-
-def _tasks(figures: PublishedFigures, model: EvaluatedModel) -> Iterator[tuple[str, float, float]]:
+def published_numbers(figures: PublishedFigures) -> dict[str, float]:
+    """What was published about a model, by quantity; the protocol is part of a quantity's name."""
     from shortllm.zeroshot import METRICS
 
-    for score in model.zeroshot:
-        theirs = figures.tasks.get(score.task)
-        if theirs is not None and score.metric == METRICS.get(score.task) and not score.shots:
-            yield f"{score.task} {score.metric} [%]", 100 * score.score, theirs
-    asked = {score.task for score in model.zeroshot}
-    if model.zeroshot_mean is not None and figures.tasks_mean is not None:
-        if asked == set(figures.tasks):
-            yield "mean of tasks [%]", 100 * model.zeroshot_mean, figures.tasks_mean
+    numbers: dict[str, float] = {}
+    if figures.parameters is not None:
+        numbers[PARAMETERS] = figures.parameters
+    for bos, by_text in figures.perplexity.items():
+        numbers |= {perplexity_of(text, bos): value for text, value in by_text.items()}
+    numbers |= {task_of(task, METRICS[task]): value for task, value in figures.tasks.items()}
+    if figures.tasks_mean is not None:
+        numbers[MEAN] = figures.tasks_mean
+    return numbers
+
+
+def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, float]:
+    """What was measured of a model by the protocol of the paper, by quantity."""
+    from shortllm.zeroshot import METRICS
+
+    numbers: dict[str, float] = {PARAMETERS: model.model.parameters}
+    if options.max_segments is None:
+        numbers |= {
+            perplexity_of(entry.source, entry.bos): entry.perplexity
+            for entry in model.perplexity
+            if entry.length == LENGTH and entry.split is None
+        }
+    if options.limit is None:
+        numbers |= {
+            task_of(score.task, score.metric): 100 * score.score
+            for score in model.zeroshot
+            if not score.shots
+        }
+        if model.zeroshot_mean is not None and {s.task for s in model.zeroshot} == set(METRICS):
+            numbers[MEAN] = 100 * model.zeroshot_mean
+    return numbers
+
+
+def perplexity_of(text: str, bos: str) -> str:
+    return f"perplexity {text}, BOS {bos}"
+
+
+def task_of(task: str, metric: str) -> str:
+    return f"{task} {metric} [%]"
+
+
+def compared_blocks(published: Published, removed: Sequence[int]) -> str:
+    """Which blocks went here and there, in one sentence."""
+    theirs, ours = set(published.removed), set(removed)
+    blocks = ", ".join(map(str, published.removed))
+    if ours == theirs:
+        return f"Blocks {blocks} were removed, as published."
+    return (
+        f"Published without blocks {blocks}; {len(ours & theirs)} of these were removed here as "
+        f"well, and {len(ours - theirs)} others."
+    )

@@ -17,6 +17,7 @@ from shortllm.reporting.protocol import (
     perplexity_source,
     segments_phrase,
 )
+from shortllm.reporting.published import published_section
 from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import (
     MOST_SIDE_BY_SIDE,
@@ -384,6 +385,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunResults], Context | None]], ...] = 
     ("healing", "What came back", healing),
     ("zeroshot", "What it can answer", zeroshot),
     ("speed", "What it gained", speed),
+    ("published", "Beside the published", published_section),
     ("samples", "What it writes", samples),
     ("protocol", "How this was measured", describe_protocol),
 )
