@@ -93,15 +93,16 @@ def measure_released(
         try:
             measured[name] = _measure(recipe, out / name, command)
         except ShortLLMError as error:
-            log.warning("%s is left out: %s", name, error)
+            log.warning("%s cannot be measured, the others go on", name)
             failed[name] = str(error)
     _write_table(out / TABLE, measured)
     return Released(measured=measured, failed=failed, table=out / TABLE)
 
 
 def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Measured:
-    assert recipe.published is not None and recipe.published.checkpoint is not None
-    hub_id = recipe.published.checkpoint
+    published = recipe.published
+    assert published is not None and published.checkpoint is not None
+    hub_id, figures = published.checkpoint, published.released
     checkpoint = open_checkpoint(hub_id, special_tokens=recipe.special_tokens)
     recipe = recipe.filled(checkpoint.model_type)
     session = pipeline.session_of(recipe)
@@ -120,7 +121,6 @@ def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Meas
     if recipe.benchmark is not None:
         benchmark = pipeline.bench_in(directory, models, recipe.benchmark, session)
     [evaluated] = evaluation.models
-    figures = recipe.published.released
     return Measured(
         checkpoint=hub_id,
         directory=directory,

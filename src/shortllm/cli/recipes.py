@@ -78,7 +78,7 @@ def _by_name(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run_recipe(**given: Any) -> None:
         if given["recipe"] == PUBLISHED:
-            _run_published(given["ctx"], given["out"], given["places"] or [], given["json"])
+            _run_published(given)
         else:
             command(**given)
 
@@ -114,7 +114,7 @@ def _by_name(command: Callable[..., None]) -> Callable[..., None]:
 recipes.command(name="run")(_by_name(run))
 
 
-def _run_published(ctx: typer.Context, out: Path | None, places: list[str], json: bool) -> None:
+def _run_published(given: dict[str, Any]) -> None:
     """Measure all released checkpoints; exits with 2 if one of them could not be had.
 
     Raises:
@@ -123,8 +123,8 @@ def _run_published(ctx: typer.Context, out: Path | None, places: list[str], json
     from shortllm.recipes import changed, load_recipe, recipe_names
     from shortllm.released import DIRECTORY, measure_released, released_recipes
 
-    changes = changes_of(ctx, places)
-    for place in changes:
+    changes = changes_of(given["ctx"], given["places"] or [])
+    for place in (*changes, *(["retraining"] if given["retrain"] else [])):
         if place.split(".")[0] not in MEASURING:
             raise RecipeError(
                 f"released checkpoints are measured as they are, and '{place}' is about how one is "
@@ -132,8 +132,8 @@ def _run_published(ctx: typer.Context, out: Path | None, places: list[str], json
             )
     held = released_recipes({name: load_recipe(name) for name in recipe_names()})
     asked = {name: changed(recipe, changes, "command line") for name, recipe in held.items()}
-    found = measure_released(asked, out=out or DIRECTORY, command=command_line())
-    if json:
+    found = measure_released(asked, out=given["out"] or DIRECTORY, command=command_line())
+    if given["json"]:
         print_json(
             {
                 "measured": {
