@@ -25,7 +25,7 @@ from shortllm.errors import BudgetError, CheckpointError, RecipeError
 from shortllm.planning import build_plan, check_budget, protected_blocks
 from shortllm.published import Published, PublishedFigures, beside, compared_blocks
 from shortllm.recipe import BenchmarkOptions, EvaluationOptions, Recipe
-from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names
+from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text
 from shortllm.released import measure_released, released_recipes
 from shortllm.results import EvaluatedModel, Evaluation, ModelInfo, Perplexity, TaskScore
 from shortllm.scoring import Asked
@@ -216,9 +216,7 @@ def assert_figures(figures: PublishedFigures | None, fact: dict[str, Any] | None
 
 
 def test_an_unknown_field_is_refused_with_those_there_are() -> None:
-    content = yaml.safe_load(
-        (Path(shortllm.__file__).parent / "recipes/llama-1-7b-ppl.yaml").read_text()
-    )
+    content = yaml.safe_load(recipe_text("llama-1-7b-ppl"))
     for place, message in (
         (("published", "orignal"), "unknown field 'published.orignal'. Did you mean 'original'"),
         (("published", "original", "taks"), "'published.original.taks'. Did you mean 'tasks'"),
@@ -261,8 +259,9 @@ ORDER = [5, 0, 7, 6, 3, 4, 8, 1, 2, 11, 9, 10]
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A recipe of one's own about the embedded model, as if something were published about it."""
+    """A recipe of one's own, as if something were published about the embedded model."""
     content = {
+        "model": str(embedded.MODEL_DIR),
         "about": "mine",
         "criterion": "ppl",
         "budget": {"remove": 3},
@@ -323,10 +322,10 @@ def test_a_published_order_that_cannot_be_followed_is_refused_before_work(
 ) -> None:
     monkeypatch.setattr("shortllm.model.loading.load_model", None)
     recipe = changed(load_recipe(own), {"use_published_order": True})
-    assert rundir.default_directory(recipe).name == "embedded-ppl-remove3-published-order"
+    assert rundir.default_directory(recipe).name == "model-ppl-remove3-published-order"
     for changes, error, message in (
         ({"published": None}, RecipeError, "needs a recipe of a published model"),
-        ({"published.order": list(range(9))}, BudgetError, "one of 9 blocks, and embedded has 12"),
+        ({"published.order": list(range(9))}, BudgetError, "one of 9 blocks, and .* has 12"),
         ({"budget": {"blocks": [4]}}, BudgetError, "--blocks and --use-published-order both"),
         ({"budget.contiguous": True}, BudgetError, "--contiguous and --use-published-order both"),
     ):
@@ -440,8 +439,10 @@ def test_released_checkpoints_are_measured_one_after_the_other(
     one = found.measured["one"]
     protocols = [(p.source, p.bos, p.length) for p in one.evaluated.perplexity]
     assert protocols == [
-        (text, bos, 128) for bos in ("first", "every") for text in ("wikitext2:test", "ptb:validation")
-    ]  # fmt: skip
+        (text, bos, 128)
+        for bos in ("first", "every")
+        for text in ("wikitext2:test", "ptb:validation")
+    ]
     assert [score.task for score in one.evaluated.zeroshot] == ["shortllm_who"]
     assert one.benchmark is not None and one.benchmark.measurements[0].tokens_per_s
     assert {row.quantity: row.published for row in one.beside} == {

@@ -58,6 +58,8 @@ class RunResult:
     """What a run made."""
 
     directory: Path
+    recipe: Recipe
+    """Every default filled in."""
     plan: PrunePlan
     retraining: dict[str, Retraining]
     """By the name of the model each has made."""
@@ -130,6 +132,7 @@ def run(
         benchmark = bench_in(directory, measured, recipe.benchmark, session)
     return RunResult(
         directory=directory,
+        recipe=recipe,
         plan=plan,
         retraining=retraining,
         evaluation=evaluation,

@@ -23,9 +23,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: it has none that transformers can load, or no token of such an id.
     """
-    tokenizer = _load(checkpoint)
     if not checkpoint.special_tokens:
-        return tokenizer
+        return _load(checkpoint)
+    # the wrong ones may be such that transformers 5.17 cannot load them (empty ones recurse)
+    tokenizer = _load(checkpoint, **{f"{kind}_token": None for kind in checkpoint.special_tokens})
     named: dict[str, Any] = {}
     for kind, number in checkpoint.special_tokens.items():
         token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < len(tokenizer) else None

@@ -230,9 +230,9 @@ def run(
         base = default_recipe() if (model or DEFAULT) == DEFAULT else shortllm.Recipe()
     asked = changed(_healed(base, retrain), changes, "command line")
     result = shortllm.run(asked, out=out, command=command_line())
-    published = []
-    if asked.published is not None:
-        published = beside(asked.published, result.evaluation, asked.evaluation)
+    published, rows = result.recipe.published, []
+    if published is not None:
+        rows = beside(published, result.evaluation, result.recipe.evaluation)
     if json:
         print_json(
             {
@@ -243,7 +243,7 @@ def run(
                 "reached": result.plan.reached.model_dump(),
                 "perplexity": perplexities(result.evaluation),
                 "tasks": task_scores(result.evaluation),
-                "published": [row.model_dump() for row in published],
+                "published": [row.model_dump() for row in rows],
             }
         )
         return
@@ -252,9 +252,9 @@ def run(
     if result.benchmark is not None:
         typer.echo("")
         print_benchmark(result.benchmark)
-    if asked.published is not None:
+    if published is not None:
         typer.echo("")
-        print_beside(asked.published, result.plan, published)
+        print_beside(published, result.plan, rows)
     width = max(map(len, (*result.checkpoints, "report")))
     for name, path in {**result.checkpoints, "report": result.report}.items():
         typer.echo(f"{name + ':':{width + 1}} {path}")
