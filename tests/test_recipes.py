@@ -404,6 +404,7 @@ def test_blocks_are_compared_in_words() -> None:
 # ---- released checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("texts")
 def test_released_checkpoints_are_measured_one_after_the_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,7 @@ def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Meas
     assert published is not None and published.checkpoint is not None
     hub_id, figures = published.checkpoint, published.released
     checkpoint = open_checkpoint(hub_id, special_tokens=recipe.special_tokens)
+    recipe = recipe.model_copy(update={"model": hub_id, "revision": None})
     recipe = recipe.filled(checkpoint.model_type)
     session = pipeline.session_of(recipe)
     claim_directory(directory, checkpoint)
