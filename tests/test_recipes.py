@@ -502,7 +502,8 @@ def misled(tmp_path: Path) -> Path:
     token = right.convert_ids_to_tokens(wrong)
     for name in ("config.json", "generation_config.json"):
         content = json.loads((directory / name).read_text())
-        (directory / name).write_text(json.dumps(content | {"bos_token_id": wrong}))
+        content |= {"bos_token_id": wrong, "pad_token_id": 3}
+        (directory / name).write_text(json.dumps(content))
     content = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps(content | {"bos_token": token}))
     content = json.loads((directory / "tokenizer.json").read_text())
@@ -524,7 +525,9 @@ def test_special_tokens_are_put_right_where_text_is_tokenized_and_in_what_is_wri
     recipe = Recipe.model_validate(
         {
             "model": str(misled),
-            "special_tokens": {"bos": right.bos_token_id, "eos": right.eos_token_id},
+            "special_tokens": {
+                "bos": right.bos_token_id, "eos": right.eos_token_id, "pad": right.pad_token_id,
+            },
             "budget": {"remove": 2},
             "calibration": {
                 "data": str(rows), "samples": 2, "length": 32, "bos_every_sample": True,
@@ -544,6 +547,7 @@ def test_special_tokens_are_put_right_where_text_is_tokenized_and_in_what_is_wri
     for name in ("config.json", "generation_config.json"):
         content = json.loads((pruned / name).read_text())
         assert content["bos_token_id"] == right.bos_token_id
+        assert content["pad_token_id"] == right.pad_token_id
     written = load_tokenizer(open_checkpoint(pruned))
     assert written.bos_token_id == right.bos_token_id
     for text in ("There was a drum.", ""):

@@ -202,6 +202,8 @@ def open_checkpoint(
     tensors = read_tensor_table(directory)
     special = dict(special_tokens or {})
     raw_config = raw_config | token_ids(special)
+    for name, number in token_ids(special).items():
+        setattr(config, name, number)
     return Checkpoint(str(source), directory, commit, raw_config, config, tensors, special)
 
 
