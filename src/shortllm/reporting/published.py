@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from shortllm.published import beside, compared_blocks
-from shortllm.recipe import Recipe
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.wording import change, number
 
@@ -17,6 +16,8 @@ def published_section(results: RunResults) -> dict[str, Any] | None:
     """
     if not results.run.recipe.get("published"):
         return None
+    from shortllm.recipe import Recipe
+
     recipe = Recipe.model_validate(results.run.recipe)
     assert recipe.published is not None
     published, rows = recipe.published, []
