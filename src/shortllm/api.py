@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from shortllm import comparison, pipeline, rundir, stages, targets
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import (
     CheckpointError,
     CriterionError,
@@ -319,7 +320,7 @@ def evaluate(
     for name, checkpoint in checkpoints.items():
         if rows:
             stages.check_length(checkpoint, recipe.evaluation.length, "--length")
-        tokenizer = stages.load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         texts[name] = [
             stages.evaluation_segments_of(
                 checkpoint, source, tokenizer, recipe.evaluation, option="--length"

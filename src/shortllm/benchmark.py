@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, DataError, ResultFileError, ShortLLMError
 from shortllm.evaluation import TEMPERATURE, TOP_K, TOP_P
 from shortllm.files import fingerprint
@@ -46,7 +47,7 @@ from shortllm.results import (
     PeakMemory,
 )
 from shortllm.runtime import progress, versions
-from shortllm.stages import Session, load_tokenizer, vocabulary
+from shortllm.stages import Session, vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,17 @@ from typing import TYPE_CHECKING
 from shortllm import stages, targets
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
-from shortllm.errors import ShortLLMError
+from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.journal import journal_directory
-from shortllm.planning import Budget, build_plan, check_budget, most_blocks, removable
+from shortllm.planning import (
+    Budget,
+    build_plan,
+    check_budget,
+    check_published_order,
+    most_blocks,
+    removable,
+)
+from shortllm.published import Published
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
 from shortllm.rundir import (
@@ -50,6 +58,8 @@ class RunResult:
     """What a run made."""
 
     directory: Path
+    recipe: Recipe
+    """Every default filled in."""
     plan: PrunePlan
     retraining: dict[str, Retraining]
     """By the name of the model each has made."""
@@ -80,15 +90,21 @@ def run(
     recipe = recipe or Recipe()
     needs_text = Asked.of(recipe.criterion, recipe.options).needs_text
     recipe.budget.asked()
-    checkpoint = open_checkpoint(recipe.model, revision=recipe.revision)
+    published = _order_to_follow(recipe)
+    checkpoint = open_checkpoint(
+        recipe.model, revision=recipe.revision, special_tokens=recipe.special_tokens
+    )
     recipe = recipe.filled(checkpoint.model_type)
+    if published is not None:
+        check_published_order(recipe.budget, published, checkpoint.info())
     if recipe.budget.target() is None:
         check_budget(recipe.budget, checkpoint.info())
     check_any_removal(checkpoint, recipe.budget)
     directory = Path(out) if out is not None else default_directory(recipe)
     claim_directory(directory, checkpoint)
     session = session_of(recipe)
-    scoring = recipe.budget.blocks is None and needs_text
+    scored = recipe.budget.blocks is None and published is None
+    scoring = scored and needs_text
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     check_later_stages(recipe, checkpoint, session)
     texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
@@ -98,17 +114,17 @@ def run(
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
     targets.keep(target, directory)
     scores = None
-    if recipe.budget.blocks is None:
+    if scored:
         [scores] = score_in(directory, checkpoint, [asked], texts.calibration, session).values()
     else:
         delete_scores(directory)
-    plan = build_plan(budget, model=checkpoint.info(), scores=scores)
+    plan = build_plan(budget, model=checkpoint.info(), scores=scores, published=published)
     plan.save(directory / "plan.json")
     shortened = _prune(directory, checkpoint, plan, session)
     models = {"original": checkpoint, PRUNED: shortened}
     retraining = _retrain(directory, shortened, recipe, session)
     models |= {name: _made(directory, name) for name in retraining}
-    evaluation = _evaluate(directory, models, recipe, texts, tasks, session)
+    evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
     benchmark = None
     if recipe.benchmark is not None:
         session.release()
@@ -116,12 +132,28 @@ def run(
         benchmark = bench_in(directory, measured, recipe.benchmark, session)
     return RunResult(
         directory=directory,
+        recipe=recipe,
         plan=plan,
         retraining=retraining,
         evaluation=evaluation,
         benchmark=benchmark,
         report=write_report(directory),
     )
+
+
+def _order_to_follow(recipe: Recipe) -> Published | None:
+    """What was published, where a plan is to be made of it.
+
+    Raises:
+        RecipeError: the recipe holds nothing published.
+    """
+    if not recipe.use_published_order:
+        return None
+    if recipe.published is None:
+        raise RecipeError(
+            "--use-published-order needs a recipe of a published model. See: shortllm recipes list"
+        )
+    return recipe.published
 
 
 def check_later_stages(recipe: Recipe, checkpoint: Checkpoint, session: stages.Session) -> None:
@@ -234,7 +266,7 @@ def score_in(
 
 
 def delete_scores(directory: Path) -> None:
-    """Delete the scores of an earlier recipe, where the blocks are now given by hand."""
+    """Delete the scores of an earlier recipe, where blocks are now chosen without."""
     delete([directory / "scores.json", *directory.glob("calibration.*")])
 
 
@@ -268,7 +300,7 @@ def _retrain(
     return records
 
 
-def _evaluate(
+def evaluate_in(
     directory: Path,
     models: Mapping[str, Checkpoint],
     recipe: Recipe,
@@ -276,7 +308,7 @@ def _evaluate(
     tasks: TaskSet | None,
     session: stages.Session,
 ) -> Evaluation:
-    """eval.json, and zeroshot.csv where there are tasks."""
+    """eval.json, and zeroshot.csv where there are tasks, unless they are up to date."""
     path = directory / "eval.json"
     named, options = list(models.items()), recipe.evaluation
     expected = stages.evaluation_fingerprint(named, texts.evaluation, options, session, tasks)

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
+from shortllm.published import Published
 from shortllm.results import BlockScores, ModelInfo, PrunePlan, Record, Size
 
 PROTECT_FIRST = 4
@@ -248,11 +249,18 @@ def _unit_order(importance: Sequence[float], units: Sequence[Sequence[int]]) -> 
     return [list(unit) for unit in sorted(totals, key=lambda unit: (totals[unit], -unit[0]))]
 
 
-def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None = None) -> PrunePlan:
+def build_plan(
+    budget: Budget,
+    *,
+    model: ModelInfo,
+    scores: BlockScores | None = None,
+    published: Published | None = None,
+) -> PrunePlan:
     """Choose the blocks.
 
     Args:
         scores: needed unless the budget names the blocks itself.
+        published: an order of blocks to go by instead of scores.
     Raises:
         BudgetError: the budget cannot be met, or there are no scores to choose by.
     """
@@ -261,7 +269,10 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
     number = _amount(budget, model)
     if budget.blocks is not None:
         order = list(budget.blocks)
+        scores = published = None
+    elif published is not None:
         scores = None
+        order = _published_order(budget, published, model, number)
     elif scores is None:
         raise BudgetError("a budget without block numbers needs scores. Run `shortllm score` first")
     else:
@@ -271,7 +282,7 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
     asked = budget.asked()
     return PrunePlan(
         model=model,
-        criterion=scores.criterion if scores else None,
+        criterion=scores.criterion if scores else published.criterion if published else None,
         kept=[block for block in range(count) if block not in set(removed)],
         removed=removed,
         protected=protected,
@@ -283,7 +294,11 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
             parameters=freed,
             parameter_ratio=freed / model.parameters,
         ),
-        reason=_reason(scores, removed, protected, model, budget),
+        reason=(
+            _published_reason(published, removed, protected, model)
+            if published
+            else _reason(scores, removed, protected, model, budget)
+        ),
         scores=scores.fingerprint if scores else None,
         fingerprint=fingerprint(
             {
@@ -293,9 +308,45 @@ def build_plan(budget: Budget, *, model: ModelInfo, scores: BlockScores | None =
                 "contiguous": budget.contiguous,
                 "protected": protected,
                 **({"period": model.period} if budget.period_aligned else {}),
+                **({"published": published.order} if published else {}),
             }
         ),
     )
+
+
+def check_published_order(budget: Budget, published: Published, model: ModelInfo) -> None:
+    """Refuse, before any work, a published order that no plan can be made of.
+
+    Raises:
+        BudgetError: it speaks of other blocks than the model has, or something else is asked for.
+    """
+    if sorted(published.order) != list(range(model.blocks)):
+        raise BudgetError(
+            f"the published order is one of {len(published.order)} blocks, and {model.id} has "
+            f"{model.blocks}. Leave out --use-published-order"
+        )
+    for flag, asked in (("--blocks", budget.blocks), ("--contiguous", budget.contiguous)):
+        if asked:
+            raise BudgetError(
+                f"{flag} and --use-published-order both say which blocks go. Leave one of them out"
+            )
+
+
+def _published_order(
+    budget: Budget, published: Published, model: ModelInfo, number: int | None
+) -> list[int]:
+    """The blocks that go, the published order's first ones that may.
+
+    Raises:
+        BudgetError: see `check_published_order`.
+    """
+    check_published_order(budget, published, model)
+    place = {block: float(rank) for rank, block in enumerate(published.order)}
+    ranks = [place[block] for block in range(model.blocks)]
+    ordered = _unit_order(ranks, removable(budget, model))
+    if number is None:
+        number = _reaching(budget.param_ratio or 0.0, ordered, model)
+    return [block for unit in ordered for block in unit][:number]
 
 
 def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
@@ -415,6 +466,18 @@ def _reaching(ratio: float, units: Sequence[Sequence[int]], model: ModelInfo) ->
             return number
     raise BudgetError(
         f"no removal of some but not all blocks takes {ratio:.1%} of the parameters. Ask for less"
+    )
+
+
+def _published_reason(
+    published: Published, removed: list[int], protected: list[int], model: ModelInfo
+) -> str:
+    """One sentence for a reader of the plan."""
+    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
+    return (
+        f"Blocks {', '.join(map(str, removed))} come first in the order published for the "
+        f"criterion '{published.criterion}' ({published.source}) among the "
+        f"{model.blocks - len(protected)} blocks that may go{kept_safe}. Nothing was scored."
     )
 
 

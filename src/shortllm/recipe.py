@@ -12,7 +12,8 @@ from pydantic import Field, field_validator
 
 from shortllm.errors import DataError
 from shortllm.planning import Budget
-from shortllm.results import Record
+from shortllm.published import Published
+from shortllm.results import Record, SpecialToken
 from shortllm.retraining.options import RetrainOptions
 
 PROMPT = "The Leaning Tower of Pisa is known for"
@@ -94,12 +95,19 @@ class Recipe(Record):
     about: str = Field(default="", description="what it does, in one line")
     model: str = "embedded"
     revision: str | None = None
+    special_tokens: dict[SpecialToken, int] = Field(
+        default_factory=dict,
+        description="token ids where the checkpoint names wrong ones; BOS is put before each text",
+    )
     criterion: str = "ppl"
     options: dict[str, Any] = Field(
         default_factory=dict, description="options of the criterion, e.g. {'power': 2}"
     )
     calibration: CalibrationOptions = CalibrationOptions()
     budget: Budget = Budget(ratio=0.25)
+    use_published_order: bool = Field(
+        default=False, description="remove by the published order of blocks, and score nothing"
+    )
     retraining: list[RetrainOptions] = Field(
         default_factory=list,
         description="ways to heal the shortened model, each from the same start; one or a list",
@@ -116,6 +124,9 @@ class Recipe(Record):
     )
     max_memory: int | None = Field(
         default=None, description="bytes of hidden streams in memory; beyond it they go to a file"
+    )
+    published: Published | None = Field(
+        default=None, description="what was published about this model and criterion"
     )
 
     @field_validator("retraining", mode="before")

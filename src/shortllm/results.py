@@ -24,6 +24,8 @@ from typing_extensions import Self
 from shortllm.errors import ResultFileError, did_you_mean
 from shortllm.files import PARTIAL, write_text
 
+SpecialToken = Literal["bos", "eos", "unk", "pad"]
+
 
 class Record(BaseModel):
     """A frozen piece of a result file; unknown keys are refused."""
@@ -437,6 +439,9 @@ class DepthSpeed(Record):
     speedup: float = Field(description="over the intact model")
 
 
+TARGET_FILE = "target.json"
+
+
 class Target(ResultFile):
     """target.json: the number of blocks that a target came to."""
 
@@ -449,6 +454,17 @@ class Target(ResultFile):
     reached: float = Field(description="the same, verified: measured again, or as expected")
     dtype: str | None = Field(default=None, description="type that bytes were counted in")
     depths: list[DepthSpeed] = Field(default_factory=list, description="what was measured")
+
+    @property
+    def described(self) -> str:
+        """One line for a reader."""
+        [(name, value)] = self.asked.items()
+        removed = f"{self.remove} of {self.model.blocks} blocks removed"
+        if name == "target_speedup":
+            return f"speed-up {value:g}: {removed}, {self.reached:.3g} measured"
+        if name == "target_params":
+            return f"{value:,.0f} parameters: {removed}, {self.reached:,.0f} left at the most"
+        return f"{value / 2**30:.3g} GiB: {removed}, {self.reached / 2**30:.3g} GiB at the most"
 
     @property
     def is_met(self) -> bool:

@@ -29,9 +29,10 @@ def default_directory(recipe: Recipe) -> Path:
     name = short_name(recipe.model)
     [(amount, value)] = recipe.budget.asked().items()
     periods = "-periods" if recipe.budget.period_aligned else ""
+    published = "-published-order" if recipe.use_published_order else ""
     if amount == "blocks":
         return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
-    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}"
+    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}{published}"
 
 
 def short_name(model: str) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, check_removal, require_apart
 from shortllm.checkpoint.tensors import read_tensor_table
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.files import fingerprint, require_writable
 from shortllm.journal import Journal
@@ -142,29 +143,6 @@ class Texts:
     calibration: Calibration | None
     """None where the blocks were given by hand, so that nothing is scored."""
     evaluation: list[EvaluationText]
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: it has none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    from shortllm.model.loading import quiet_transformers
-
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(
-                checkpoint.directory, local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{checkpoint.id} has no tokenizer that transformers can load ({reason}). "
-            "Copy the tokenizer files into the directory"
-        ) from error
 
 
 def calibrate(
@@ -448,6 +426,7 @@ def pruned_fingerprint(checkpoint: Checkpoint, plan: PrunePlan) -> str:
             "other files": carried_fingerprint(checkpoint.directory),
             "kept": plan.kept,
             "criterion": plan.criterion,
+            **({"special tokens": checkpoint.special_tokens} if checkpoint.special_tokens else {}),
         }
     )
 

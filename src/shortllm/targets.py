@@ -27,7 +27,7 @@ from shortllm.files import fingerprint
 from shortllm.model.blocks import text_config
 from shortllm.planning import Budget, protected_blocks, removable
 from shortllm.recipe import BenchmarkOptions
-from shortllm.results import DepthSpeed, ModelInfo, Target, paired_speedup
+from shortllm.results import TARGET_FILE, DepthSpeed, ModelInfo, Target, paired_speedup
 from shortllm.runtime import progress
 from shortllm.stages import Session
 
@@ -38,8 +38,6 @@ CACHED_TOKENS = 2048
 
 SPEED_OPTIONS = BenchmarkOptions(new_tokens=[32], warmup=2, runs=5)
 """How depths are measured: the usual prompt, batch 1."""
-
-TARGET_FILE = "target.json"
 
 
 def resolve(
@@ -64,7 +62,7 @@ def resolve(
     if found is None:
         find = _by_speed if name == "target_speedup" else _by_size
         found = find(budget, checkpoint, session)
-    log.info("%s", described(found))
+    log.info("%s", found.described)
     if not found.is_met:
         log.warning(
             "the target of %s is missed: %s was measured. Ask for more than --remove %d",
@@ -81,17 +79,6 @@ def keep(target: Target | None, directory: Path) -> None:
         (directory / TARGET_FILE).unlink(missing_ok=True)
     else:
         target.save(directory / TARGET_FILE)
-
-
-def described(target: Target) -> str:
-    """One line for a reader."""
-    [(name, value)] = target.asked.items()
-    removed = f"{target.remove} of {target.model.blocks} blocks removed"
-    if name == "target_speedup":
-        return f"speed-up {value:g}: {removed}, {target.reached:.3g} measured"
-    if name == "target_params":
-        return f"{value:,.0f} parameters: {removed}, {target.reached:,.0f} left at the most"
-    return f"{value / 2**30:.3g} GiB: {removed}, {target.reached / 2**30:.3g} GiB at the most"
 
 
 def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from shortllm.checkpoint.tensors import (
     weight_files,
 )
 from shortllm.errors import CheckpointError, UnsupportedModelError
-from shortllm.results import ModelInfo
+from shortllm.results import ModelInfo, SpecialToken
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.signature import BlockStructure
@@ -41,10 +41,12 @@ class Checkpoint:
     directory: Path
     revision: str | None
     raw_config: dict[str, Any]
-    """config.json as it stands in the file."""
+    """config.json as it stands in the file, but for `special_tokens`."""
     config: Any
     """The Hugging Face config object, with every default filled in."""
     tensors: dict[str, TensorEntry]
+    special_tokens: dict[SpecialToken, int] = field(default_factory=dict)
+    """Token ids that take the place of what the files name, e.g. `{"bos": 1}`."""
 
     @property
     def model_type(self) -> str:
@@ -178,12 +180,19 @@ def _sampled_places(entries: Iterable[TensorEntry]) -> dict[Path, set[tuple[int,
     return places
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    special_tokens: Mapping[SpecialToken, int] | None = None,
+) -> Checkpoint:
     """Open a local directory, a Hub id (downloaded, or taken from the local cache) or `embedded`.
 
     Reads config and tensor headers only. The text `embedded` always means the built-in model; a
     directory of that name is `./embedded`.
 
+    Args:
+        special_tokens: ids of `bos`, `eos`, `unk`, `pad` where the files name wrong ones.
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: not a decoder-only causal language model that transformers knows.
@@ -191,7 +200,16 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     directory, commit = _locate(source, revision)
     raw_config, config = _checked_config(str(source), directory)
     tensors = read_tensor_table(directory)
-    return Checkpoint(str(source), directory, commit, raw_config, config, tensors)
+    special = dict(special_tokens or {})
+    raw_config = raw_config | token_ids(special)
+    for name, number in token_ids(special).items():
+        setattr(config, name, number)
+    return Checkpoint(str(source), directory, commit, raw_config, config, tensors, special)
+
+
+def token_ids(special_tokens: Mapping[SpecialToken, int]) -> dict[str, int]:
+    """As config files call them, e.g. `{"bos_token_id": 1}`; of unknown words they say nothing."""
+    return {f"{kind}_token_id": number for kind, number in special_tokens.items() if kind != "unk"}
 
 
 def _locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:

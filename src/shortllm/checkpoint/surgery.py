@@ -28,6 +28,7 @@ from shortllm.checkpoint.rules import (
 )
 from shortllm.checkpoint.source import Checkpoint, read_config
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
+from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import OutputError
 from shortllm.files import PARTIAL, partial_directory, require_writable
@@ -109,6 +110,7 @@ def write_shortened(
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, directory / name)
+        write_special_tokens(checkpoint, directory)
         write_tensors(directory, entries, max_shard_bytes=max_shard_bytes, advance=advance)
         text = json.dumps(config, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")

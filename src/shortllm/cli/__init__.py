@@ -3,7 +3,7 @@ result.
 
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
-    measuring.py eval, bench, report, compare
+    measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -26,6 +26,7 @@ from shortllm import __version__
 from shortllm.cli.measuring import bench, compare, evaluate, report
 from shortllm.cli.output import is_main_process
 from shortllm.cli.pruning import export_lint, plan, prune
+from shortllm.cli.recipes import recipes
 from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
 from shortllm.cli.scoring import compare_criteria, info, score
@@ -65,6 +66,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
 ]
 for _name, _command in _COMMANDS:
     app.command(name=_name)(_command)
+app.add_typer(recipes, name="recipes")
 
 
 @app.callback(invoke_without_command=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from shortllm.published import Beside, Published
     from shortllm.results import Benchmark, Evaluation, PrunePlan
 
 
@@ -103,3 +104,21 @@ def print_benchmark(found: Benchmark) -> None:
     )
     head, rows = table(found)
     print_table(head, rows)
+
+
+def print_beside(published: Published, plan: PrunePlan, rows: Sequence[Beside]) -> None:
+    """Blocks and numbers, ours and the published ones."""
+    from shortllm.published import compared_blocks
+
+    typer.echo(f"beside what was published ({published.source})")
+    if published.removed:
+        typer.echo(compared_blocks(published, plan.removed))
+    if rows:
+        table = [
+            (row.model, row.quantity, _figure(row.ours), _figure(row.published)) for row in rows
+        ]
+        print_table(("model", "quantity", "ours", "published"), table)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1e6 else f"{value:.4f}"

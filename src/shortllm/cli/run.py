@@ -58,6 +58,7 @@ from shortllm.cli.output import (
     perplexities,
     plan_line,
     print_benchmark,
+    print_beside,
     print_evaluation,
     print_json,
     task_scores,
@@ -96,6 +97,7 @@ PLACES = {
     "protect_first": "budget.protect_first",
     "protect_last": "budget.protect_last",
     "period_aligned": "budget.period_aligned",
+    "use_published_order": "use_published_order",
     "device": "device",
     "dtype": "dtype",
     "stream": "stream",
@@ -152,6 +154,13 @@ def run(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     period_aligned: PeriodAligned = False,
+    use_published_order: Annotated[
+        bool,
+        typer.Option(
+            "--use-published-order",
+            help="Remove by the order of blocks that the recipe has as published; score nothing.",
+        ),
+    ] = False,
     data: Data = None,
     calibration: CalibrationFile = None,
     sampler: Sampler = "random",
@@ -211,15 +220,19 @@ def run(
     interrupted one was.
     """
     import shortllm
+    from shortllm.published import beside
     from shortllm.recipes import DEFAULT, changed, default_recipe, load_recipe
 
-    changes = _changes(ctx, places or [])
+    changes = changes_of(ctx, places or [])
     if recipe is not None:
         base = load_recipe(recipe)
     else:
         base = default_recipe() if (model or DEFAULT) == DEFAULT else shortllm.Recipe()
     asked = changed(_healed(base, retrain), changes, "command line")
     result = shortllm.run(asked, out=out, command=command_line())
+    published, rows = result.recipe.published, []
+    if published is not None:
+        rows = beside(published, result.evaluation, result.recipe.evaluation)
     if json:
         print_json(
             {
@@ -230,6 +243,7 @@ def run(
                 "reached": result.plan.reached.model_dump(),
                 "perplexity": perplexities(result.evaluation),
                 "tasks": task_scores(result.evaluation),
+                "published": [row.model_dump() for row in rows],
             }
         )
         return
@@ -238,12 +252,15 @@ def run(
     if result.benchmark is not None:
         typer.echo("")
         print_benchmark(result.benchmark)
+    if published is not None:
+        typer.echo("")
+        print_beside(published, result.plan, rows)
     width = max(map(len, (*result.checkpoints, "report")))
     for name, path in {**result.checkpoints, "report": result.report}.items():
         typer.echo(f"{name + ':':{width + 1}} {path}")
 
 
-def _changes(ctx: typer.Context, places: Sequence[str]) -> dict[str, Any]:
+def changes_of(ctx: typer.Context, places: Sequence[str]) -> dict[str, Any]:
     """What was typed, by its place in a recipe; what was not leaves the recipe as it is.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, token_ids
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.model.blocks import auto_class
 from shortllm.runtime import available_memory, choose_dtype
@@ -88,6 +88,9 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
     check_loading(checkpoint.id, loading)
     check_finite(checkpoint.id, model)
+    for name, number in token_ids(checkpoint.special_tokens).items():
+        setattr(model.config, name, number)
+        setattr(model.generation_config, name, number)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 

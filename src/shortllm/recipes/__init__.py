@@ -40,20 +40,9 @@ def load_recipe(name: str | Path) -> Recipe:
     Raises:
         RecipeError: no such recipe, or one that cannot be read.
     """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = DIRECTORY / f"{name}.yaml"
-        if not path.is_file():
-            raise RecipeError(
-                f"no recipe is called '{name}'.{did_you_mean(str(name), recipe_names())}. A file "
-                "of your own ends in .yaml"
-            )
+    path = _file_of(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe {path}. See: shortllm recipes list") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+        content = yaml.safe_load(recipe_text(name))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path} is not YAML: {reason}") from error
@@ -62,6 +51,34 @@ def load_recipe(name: str | Path) -> Recipe:
             f"{path} holds no fields. A recipe looks like this: `shortllm recipes show {DEFAULT}`"
         )
     return parse_recipe(content, str(path))
+
+
+def recipe_text(name: str | Path) -> str:
+    """The YAML of a recipe by its name, or of a file of one's own, as it stands.
+
+    Raises:
+        RecipeError: no such recipe, or one that cannot be read.
+    """
+    path = _file_of(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no recipe {path}. See: shortllm recipes list") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+
+
+def _file_of(name: str | Path) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    path = DIRECTORY / f"{name}.yaml"
+    if not path.is_file():
+        raise RecipeError(
+            f"no recipe is called '{name}'.{did_you_mean(str(name), recipe_names())}. A file of "
+            "your own ends in .yaml"
+        )
+    return path
 
 
 def default_recipe() -> Recipe:
@@ -109,8 +126,11 @@ def _fields(content: Mapping[str, Any], place: list[str]) -> list[str]:
 
 def _records() -> list[Any]:
     import shortllm
+    from shortllm.published import Published, PublishedFigures
 
     return [
+        PublishedFigures,
+        Published,  # behind the longer name
         shortllm.CalibrationOptions,
         shortllm.EvaluationOptions,
         shortllm.BenchmarkOptions,

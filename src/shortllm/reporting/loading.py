@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ResultFileError
 from shortllm.results import (
+    TARGET_FILE,
     Benchmark,
     BlockScores,
     CalibrationInfo,
@@ -32,7 +33,6 @@ from shortllm.results import (
 )
 from shortllm.retraining import RECORD
 from shortllm.rundir import PRUNED
-from shortllm.targets import TARGET_FILE
 
 log = logging.getLogger(__name__)
 

@@ -54,7 +54,7 @@ def describe_protocol(results: RunResults) -> dict[str, Any]:
     return {
         "rows": rows + _version_rows(results.run.versions, of_stages),
         "command": command_line(results.run.command),
-        "recipe": list(flattened(results.run.recipe)),
+        "recipe": list(flattened(_without_published(results.run.recipe))),
         "citations": cited([criterion or ""]),
     }
 
@@ -83,6 +83,11 @@ def describe_comparison(results: ComparisonResults) -> dict[str, Any]:
         "recipe": list(flattened(results.run.recipe)),
         "citations": cited([one.criterion for one in found.criteria]),
     }
+
+
+def _without_published(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What was chosen; what was published has a section of its own."""
+    return {name: value for name, value in recipe.items() if name != "published"}
 
 
 def calibration_phrase(calibration: CalibrationInfo) -> str:

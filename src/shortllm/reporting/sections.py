@@ -17,6 +17,7 @@ from shortllm.reporting.protocol import (
     perplexity_source,
     segments_phrase,
 )
+from shortllm.reporting.published import published_section
 from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import (
     MOST_SIDE_BY_SIDE,
@@ -32,7 +33,6 @@ from shortllm.reporting.wording import (
 from shortllm.reporting.zeroshot import zeroshot
 from shortllm.results import BlockScores
 from shortllm.rundir import PRUNED
-from shortllm.targets import described
 
 Context = dict[str, Any]
 
@@ -312,7 +312,7 @@ def strip(results: RunResults) -> Context:
         "order": _order(results),
         "span": _span(results),
         "protected": sorted(plan.protected),
-        "target": described(results.target) if results.target else None,
+        "target": results.target.described if results.target else None,
         "short": bool(results.target and not results.target.is_met),
     }
 
@@ -384,6 +384,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunResults], Context | None]], ...] = 
     ("healing", "What came back", healing),
     ("zeroshot", "What it can answer", zeroshot),
     ("speed", "What it gained", speed),
+    ("published", "Beside the published", published_section),
     ("samples", "What it writes", samples),
     ("protocol", "How this was measured", describe_protocol),
 )

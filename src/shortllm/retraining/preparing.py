@@ -19,6 +19,7 @@ from typing import Any
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data import Records, load_rows, open_records
 from shortllm.errors import DataError, ShortLLMError
 from shortllm.files import PARTIAL, fingerprint, require_writable, write_text
@@ -36,7 +37,6 @@ from shortllm.stages import (
     Session,
     check_length,
     evaluation_segments_of,
-    load_tokenizer,
     vocabulary,
 )
 

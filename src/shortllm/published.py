@@ -1,0 +1,161 @@
+"""What was published about a shortened model, as data in its recipe, and ours beside it.
+
+Only numbers of one protocol stand side by side: the same text, 128 tokens per segment and the same
+BOS for perplexity; whole tasks by the same metric. Memory is carried and not compared, since what
+an evaluation held on a device then is not what a benchmark measures here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from shortllm.results import EvaluatedModel, Evaluation, Record
+
+if TYPE_CHECKING:
+    from shortllm.recipe import EvaluationOptions
+
+Bos = Literal["first", "every"]
+
+LENGTH = 128
+"""Tokens per segment of every published perplexity."""
+
+PARAMETERS = "parameters"
+MEAN = "mean of tasks [%]"
+
+
+class PublishedFigures(Record):
+    """What was published about one model."""
+
+    perplexity: dict[Bos, dict[str, float]] = Field(
+        default_factory=dict,
+        description="by where BOS stood, then by text, e.g. 'wikitext2:test'; 128 tokens each",
+    )
+    tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot scores in percent")
+    tasks_mean: float | None = Field(default=None, description="their mean, in percent")
+    parameters: int | None = None
+    memory_mib: dict[Bos, float] = Field(
+        default_factory=dict, description="on the device, while these perplexities were measured"
+    )
+
+
+class Published(Record):
+    """What was published about a model, a criterion, and the checkpoint made by both."""
+
+    source: str = Field(description="where, e.g. 'arXiv:2402.02834'")
+    checkpoint: str | None = Field(default=None, description="Hub id of the released checkpoint")
+    criterion: str
+    order: list[int] = Field(description="all blocks, least important first, before protection")
+    values: list[float | None] = Field(
+        default_factory=list,
+        description="the criterion's number for each block; null: beyond all measure",
+    )
+    removed: list[int] = Field(
+        default_factory=list, description="blocks the published model lacks, ascending"
+    )
+    original: PublishedFigures | None = Field(default=None, description="of the intact model")
+    released: PublishedFigures | None = Field(
+        default=None, description="of the model that was shortened and healed"
+    )
+
+
+class Beside(Record):
+    """One of our numbers and the published one."""
+
+    model: str = Field(description="what the evaluation calls the model")
+    quantity: str
+    ours: float
+    published: float
+
+
+def beside(
+    published: Published, evaluation: Evaluation, options: EvaluationOptions
+) -> list[Beside]:
+    """Our numbers beside the published ones, where both were got by one protocol.
+
+    The original stands beside the original, and each healed model beside the released one, which
+    was healed too.
+
+    Args:
+        options: by which the evaluation was made; part of a text or of a task is not compared.
+    """
+    rows: list[Beside] = []
+    for model in evaluation.models:
+        if model.name == "original" and published.original is not None:
+            theirs = published_numbers(published.original)
+        elif model.name.startswith("retrained") and published.released is not None:
+            theirs = published_numbers(published.released)
+        else:
+            continue
+        rows += side_by_side(model.name, our_numbers(model, options), theirs)
+    return rows
+
+
+def side_by_side(
+    model: str, ours: Mapping[str, float], theirs: Mapping[str, float]
+) -> list[Beside]:
+    """The quantities that stand on both sides."""
+    return [
+        Beside(model=model, quantity=quantity, ours=value, published=theirs[quantity])
+        for quantity, value in ours.items()
+        if quantity in theirs
+    ]
+
+
+def published_numbers(figures: PublishedFigures) -> dict[str, float]:
+    """What was published about a model, by quantity; the protocol is part of a quantity's name."""
+    from shortllm.zeroshot import METRICS
+
+    numbers: dict[str, float] = {}
+    if figures.parameters is not None:
+        numbers[PARAMETERS] = figures.parameters
+    for bos, by_text in figures.perplexity.items():
+        numbers |= {perplexity_of(text, bos): value for text, value in by_text.items()}
+    numbers |= {task_of(task, METRICS[task]): value for task, value in figures.tasks.items()}
+    if figures.tasks_mean is not None:
+        numbers[MEAN] = figures.tasks_mean
+    return numbers
+
+
+def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, float]:
+    """What was measured of a model by the protocol of the paper, by quantity."""
+    from shortllm.zeroshot import METRICS
+
+    numbers: dict[str, float] = {PARAMETERS: model.model.parameters}
+    if options.max_segments is None:
+        numbers |= {
+            perplexity_of(entry.source, entry.bos): entry.perplexity
+            for entry in model.perplexity
+            if entry.length == LENGTH and entry.split is None
+        }
+    if options.limit is None:
+        numbers |= {
+            task_of(score.task, score.metric): 100 * score.score
+            for score in model.zeroshot
+            if not score.shots
+        }
+        if model.zeroshot_mean is not None and {s.task for s in model.zeroshot} == set(METRICS):
+            numbers[MEAN] = 100 * model.zeroshot_mean
+    return numbers
+
+
+def perplexity_of(text: str, bos: str) -> str:
+    return f"perplexity {text}, BOS {bos}"
+
+
+def task_of(task: str, metric: str) -> str:
+    return f"{task} {metric} [%]"
+
+
+def compared_blocks(published: Published, removed: Sequence[int]) -> str:
+    """Which blocks went here and there, in one sentence."""
+    theirs, ours = set(published.removed), set(removed)
+    blocks = ", ".join(map(str, published.removed))
+    if ours == theirs:
+        return f"Blocks {blocks} were removed, as published."
+    return (
+        f"Published without blocks {blocks}; {len(ours & theirs)} of these were removed here as "
+        f"well, and {len(ours - theirs)} others."
+    )

@@ -1,0 +1,162 @@
+"""Released checkpoints of a paper, evaluated and benchmarked here, beside what was published.
+
+Each gets a directory of its own, `runs/published/<recipe>/`, with run.json, eval.json (perplexity
+with BOS before the first segment and before every one, zero-shot tasks), zeroshot.csv and bench.*.
+What is up to date is not made again; one that cannot be had does not stop the others.
+
+    shortllm recipes run published --device cuda
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shortllm import pipeline, stages
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data import load_rows
+from shortllm.errors import ShortLLMError
+from shortllm.evaluation import EvaluationText
+from shortllm.files import write_text
+from shortllm.published import Beside, Bos, our_numbers, published_numbers, side_by_side
+from shortllm.recipe import Recipe
+from shortllm.results import Benchmark, EvaluatedModel
+from shortllm.rundir import claim_directory, write_run_file
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = Path("runs") / "published"
+TABLE = "published.csv"
+MODES: tuple[Bos, ...] = ("first", "every")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One released checkpoint as it was measured here."""
+
+    checkpoint: str
+    directory: Path
+    evaluated: EvaluatedModel
+    benchmark: Benchmark | None
+    ours: dict[str, float]
+    """By quantity; the protocol is part of its name."""
+    theirs: dict[str, float]
+    """What was published; empty where nothing was."""
+
+    @property
+    def beside(self) -> list[Beside]:
+        """What stands on both sides."""
+        return side_by_side(self.checkpoint, self.ours, self.theirs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """All of them, by the names of their recipes."""
+
+    measured: dict[str, Measured] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why a checkpoint could not be measured."""
+    table: Path
+
+
+def released_recipes(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Those whose checkpoint was released."""
+    return {
+        name: recipe
+        for name, recipe in recipes.items()
+        if recipe.published is not None and recipe.published.checkpoint is not None
+    }
+
+
+def measure_released(
+    recipes: Mapping[str, Recipe],
+    *,
+    out: Path | str = DIRECTORY,
+    command: list[str] | None = None,
+) -> Released:
+    """Evaluate and benchmark the released checkpoints of recipes, one after the other.
+
+    Args:
+        recipes: by name; how each is measured is what it says under `evaluation` and `benchmark`.
+        out: a directory for all, with a table of every number beside the published one.
+        command: the command line, for run.json.
+    """
+    out = Path(out)
+    measured: dict[str, Measured] = {}
+    failed: dict[str, str] = {}
+    for name, recipe in released_recipes(recipes).items():
+        try:
+            measured[name] = _measure(recipe, out / name, command)
+        except ShortLLMError as error:
+            log.warning("%s cannot be measured, the others go on", name)
+            failed[name] = str(error)
+    _write_table(out / TABLE, measured)
+    return Released(measured=measured, failed=failed, table=out / TABLE)
+
+
+def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Measured:
+    published = recipe.published
+    assert published is not None and published.checkpoint is not None
+    hub_id, figures = published.checkpoint, published.released
+    checkpoint = open_checkpoint(hub_id, special_tokens=recipe.special_tokens)
+    recipe = recipe.model_copy(update={"model": hub_id, "revision": None})
+    recipe = recipe.filled(checkpoint.model_type)
+    session = pipeline.session_of(recipe)
+    claim_directory(directory, checkpoint)
+    tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
+    if recipe.benchmark is not None:
+        from shortllm.benchmark import check_speed
+
+        check_speed({hub_id: checkpoint}, recipe.benchmark, session)
+    texts = stages.Texts(calibration=None, evaluation=_texts(checkpoint, recipe))
+    write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
+    models = {Path(hub_id).name: checkpoint}
+    evaluation = pipeline.evaluate_in(directory, models, recipe, texts, tasks, session)
+    session.release()
+    benchmark = None
+    if recipe.benchmark is not None:
+        benchmark = pipeline.bench_in(directory, models, recipe.benchmark, session)
+    [evaluated] = evaluation.models
+    return Measured(
+        checkpoint=hub_id,
+        directory=directory,
+        evaluated=evaluated,
+        benchmark=benchmark,
+        ours=our_numbers(evaluated, recipe.evaluation),
+        theirs=published_numbers(figures) if figures else {},
+    )
+
+
+def _texts(checkpoint: Checkpoint, recipe: Recipe) -> list[EvaluationText]:
+    """Each text twice: with BOS before the first segment, and before every one."""
+    stages.check_length(checkpoint, recipe.evaluation.length, "--eval-length")
+    tokenizer = load_tokenizer(checkpoint)
+    rows = [load_rows(source, role="evaluation") for source in recipe.evaluation.data]
+    return [
+        EvaluationText(
+            rows=source,
+            held_out=False,
+            segments=stages.evaluation_segments_of(
+                checkpoint, source, tokenizer, recipe.evaluation.model_copy(update={"bos": bos})
+            ),
+        )
+        for bos in MODES
+        for source in rows
+    ]
+
+
+def _write_table(path: Path, measured: Mapping[str, Measured]) -> None:
+    """Every number that has a published one beside it, a row each."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("recipe", "checkpoint", "quantity", "ours", "published"))
+    for name, one in measured.items():
+        for row in one.beside:
+            writer.writerow((name, one.checkpoint, row.quantity, row.ours, row.published))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
