@@ -36,6 +36,7 @@ PER_BLOCK = {
     "moe_layer_freq",
     "no_rope_layers",
     "num_attention_heads_per_layer",
+    "per_block_shapes",
     "rope_scaling_layers",
     "swiglu_limits",
     "swiglu_limits_shared",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
+from shortllm.checkpoint.shapes import SHAPES, per_block_config
 from shortllm.checkpoint.tensors import (
     TensorEntry,
     read_json,
@@ -326,7 +327,10 @@ def read_config(directory: Path, model_type: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    raw = read_json(directory / "config.json")
     try:
+        if SHAPES in raw:
+            return per_block_config(raw)
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         import transformers

@@ -36,7 +36,7 @@ from shortllm.model.walk import (
     token_slices,
     walk,
 )
-from shortllm.runtime import Ranks
+from shortllm.runtime import ALONE, Ranks
 
 Receive = Callable[[int, dict[str, Tensor]], None]
 
@@ -63,6 +63,7 @@ def walk_back(
     receive: Receive,
     *,
     ranks: Ranks,
+    each: Receive | None = None,
     observe: Sequence[Observer] = (),
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
@@ -78,12 +79,14 @@ def walk_back(
         blocks: the blocks the model has, ascending; the others are left out.
         receive: called as `receive(b, products)` from the last block to the first; `products` holds
             for each weight tensor of block `b` its signed product with the gradient, float32.
+        each: called before it in the same way, once for each sample with that sample's share of
+            the products; samples then go through the blocks one at a time.
         observe: see the forward pass.
         results: what was made of the products so far, for the journal; `restore` takes it back.
     """
     memory, journal = memory or StreamMemory(), journal or Journal(None, "")
     removed = frozenset(range(decoder.block_count)) - set(blocks)
-    groups = _groups(decoder, ids_BT)
+    groups = _groups(decoder, ids_BT) if each is None else _single(ids_BT)
     entries = enter_groups(decoder, [ids_BT[rows] for rows in groups])
     shape = (len(blocks) + 1, len(ids_BT), *entries[0].stream_BTD.shape[1:])
     kept_SBTD = memory.allocate(shape, decoder.stream_dtype, decoder.device)
@@ -118,9 +121,13 @@ def walk_back(
         gradients: dict[str, Tensor] = {}
         for rows, entry in zip(groups, entries, strict=True):
             before_BTD = kept_SBTD[place, rows].to(decoder.device)
+            own = gradients if each is None else {}
             gradient_BTD[rows] = _block_gradient(
-                decoder, b, entry, before_BTD, gradient_BTD[rows], gradients
+                decoder, b, entry, before_BTD, gradient_BTD[rows], own
             )
+            if each is not None:
+                _add_up(gradients, own)
+                each(b, _products(decoder, b, own, ALONE))
         receive(b, _products(decoder, b, gradients, ranks))
         gradients.clear()
         advance(3 * block_flops(decoder, b) * ids_BT.numel())
@@ -150,6 +157,15 @@ def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
 def _groups(decoder: Decoder, ids_BT: Tensor) -> list[slice]:
     size = group_size(decoder, ids_BT.shape[1])
     return [slice(row, row + size) for row in range(0, len(ids_BT), size)]
+
+
+def _single(ids_BT: Tensor) -> list[slice]:
+    return [slice(row, row + 1) for row in range(len(ids_BT))]
+
+
+def _add_up(totals: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    for name, gradient in gradients.items():
+        totals[name] = totals[name].add_(gradient) if name in totals else gradient.clone()
 
 
 def _tail_gradient(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from shortllm.checkpoint.shapes import block_shapes
 from shortllm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -104,12 +105,16 @@ def auto_class(config: Any) -> Any:
     """The transformers class that loads a config's model with its text head.
 
     `AutoModelForCausalLM`, but for types that only have a class with towers for images around the
-    text decoder, or whose checkpoint names that class.
+    text decoder, or whose checkpoint names that class, and for blocks that differ in width.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     text_only, wrapped = model_classes(config.model_type)
     named = set(getattr(config, "architectures", None) or ())
+    if block_shapes(config) is not None:
+        from shortllm.model.shapes import per_block_class
+
+        return per_block_class(min(text_only & named or text_only))
     if wrapped and (not text_only or named & wrapped - text_only):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM

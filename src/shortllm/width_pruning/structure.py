@@ -1,0 +1,301 @@
+"""Find the heads and neurons of a block by experiment, whatever the family.
+
+Every linear projection of the block is made to return numbers of its own, whatever it is given.
+Then one output after the other is changed, and what changes elsewhere tells what belongs together:
+
+    which projections     those whose outputs reach the block's output by the residual alone (o,
+                          down), and those whose outputs reach one of these (q, k, v; gate, up)
+    which is attention    the one where a token's numbers reach later tokens
+    which units           a row that changes a channel is coupled with it; what is coupled by any
+                          chain is one unit: a kv head with its query heads, or a neuron
+    are units alike       with the numbers of all units moved on by one, so are the results
+
+So matrices of several parts, in any order, need no rule, and what cannot be cut is found out: a
+norm over all heads, a head that all share, slopes or sinks that belong to a head's number, experts.
+
+Shapes: N copies of a sample, T tokens, R outputs of a projection, C inputs of one, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortllm.checkpoint.shapes import block_shapes
+from shortllm.checkpoint.signature import block_signature
+from shortllm.errors import UnsupportedModelError
+from shortllm.model.blocks import text_config
+from shortllm.model.decoder import Decoder, Entry
+from shortllm.retraining.trainable import is_projection
+from shortllm.width_pruning.groups import BlockGroups, Sublayer
+
+TOKENS = 3
+"""Tokens of a sample: a key changed for all of them alike would change nothing."""
+
+PROBE_BYTES = 2**26
+"""Bound on the numbers that all projections return at once."""
+
+CHANGE = -1.5
+"""Factor that changes a number: its sign for what ReLU hides, its size for what a norm sees."""
+
+DRAWS = 4
+"""How often a row without effect gets other numbers: an activation may hide it, e.g. ReLU."""
+
+
+def find_groups(decoder: Decoder, blocks: Sequence[int]) -> dict[int, BlockGroups]:
+    """The heads and neurons of each of `blocks`; blocks built alike are looked at once.
+
+    Raises:
+        UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
+            or whose heads or neurons cannot go one by one.
+    """
+    alike: dict[Any, list[int]] = {}
+    for b in blocks:
+        alike.setdefault(_kind(decoder.blocks[b]), []).append(b)
+    members = {same[0]: same for same in alike.values()}
+    found: dict[int, BlockGroups] = {}
+    for b in decoder.through(list(members)):
+        groups = _Probe(decoder, b).groups()
+        found |= dict.fromkeys(members[b], groups)
+    return found
+
+
+def _kind(block: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """How a block is built, but for numbers that its forward reads."""
+    return tuple(
+        (place, value)
+        for place, value in block_signature(block).items()
+        if place.startswith(("shape of ", "class of "))
+    )
+
+
+class _Probe:
+    """A block whose projections return what they are told to."""
+
+    def __init__(self, decoder: Decoder, b: int) -> None:
+        self._decoder = decoder
+        self._b = b
+        self._block = decoder.blocks[b]
+        named = self._block.named_modules()
+        self._modules: dict[str, Any] = {name: m for name, m in named if is_projection(m)}
+        self._generator = torch.Generator().manual_seed(0)
+        self._base: dict[str, Tensor] = {}
+        self._draw()
+        width = sum(base.numel() for base in self._base.values()) or 1
+        self._copies = max(2, min(512, PROBE_BYTES // (width * decoder.dtype.itemsize)))
+        self._entries: dict[int, Entry] = {}
+
+    def _refusal(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"model type '{self._decoder.model.config.model_type}' cannot be made narrower: "
+            f"block {self._b} {reason}. Remove whole blocks of it with `shortllm prune`"
+        )
+
+    def _draw(self) -> None:
+        """Numbers `[T, R]` for every projection, none of them near zero."""
+        for name, module in self._modules.items():
+            weight = module.weight
+            rows = weight.shape[0 if isinstance(module, nn.Linear) else 1]
+            noise = torch.randn(TOKENS, rows, generator=self._generator)
+            base = noise + 0.5 * torch.where(noise < 0, -1.0, 1.0)
+            self._base[name] = base.to(self._decoder.device, self._decoder.dtype)
+
+    @torch.no_grad()
+    def _run(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """What each projection is given, `[N, T, C]`, and the block's output, `[N, T, D]`.
+
+        Args:
+            values: what some projections return, `[N, T, R]`; the others return the same N times.
+        """
+        count = len(next(iter(values.values())))
+        if count not in self._entries:
+            ids_BT = torch.arange(1, TOKENS + 1)[None] % self._decoder.vocabulary
+            self._entries[count] = self._decoder.enter(ids_BT.repeat(count, 1))
+        entry = self._entries[count]
+        seen: dict[str, Tensor] = {}
+
+        def stand_in(name: str) -> Callable[..., Tensor]:
+            def forward(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                seen[name] = given.reshape(count, TOKENS, -1)
+                told = values.get(name, self._base[name]).expand(count, -1, -1)
+                # a copy, as some blocks add to it in place
+                told = told.clone(memory_format=torch.contiguous_format)
+                return told.reshape(*given.shape[:-1], -1)
+
+            return forward
+
+        try:
+            for name, module in self._modules.items():
+                module.forward = stand_in(name)
+            output = self._decoder.apply(self._b, entry.stream_BTD, entry.calls[self._b])
+        finally:
+            for module in self._modules.values():
+                module.__dict__.pop("forward", None)
+        return seen, output
+
+    def groups(self) -> BlockGroups:
+        """The heads and neurons of the block."""
+        sublayers = self._sublayers()
+        mixing = {name: self._mixes(name, inputs) for name, inputs in sublayers.items()}
+        if sorted(mixing.values()) != [False, True]:
+            held = ", ".join(f"'{name}'" for name in sublayers) or "none"
+            raise self._refusal(
+                "is not one attention and one MLP of linear projections (found projections back "
+                f"into the stream: {held})"
+            )
+        attention, mlp = sorted(sublayers, key=lambda name: not mixing[name])
+        heads = self._coupled(attention, sublayers[attention], "heads")
+        neurons = self._coupled(mlp, sublayers[mlp], "neurons")
+        count = self._query_heads()
+        if count % heads.units or len(heads.unit_of_channel_C) % count:
+            raise self._refusal(
+                f"has {count} query heads, which its {heads.units} separate parts of "
+                f"{heads.unit_width} channels do not share evenly"
+            )
+        width = self._base[attention].shape[1]
+        return BlockGroups(heads, neurons, count // heads.units, width)
+
+    def _query_heads(self) -> int:
+        shapes = block_shapes(self._decoder.model.config)
+        if shapes is not None:
+            return int(shapes[self._b]["num_attention_heads"])
+        return int(text_config(self._decoder.model.config).num_attention_heads)
+
+    def _sublayers(self) -> dict[str, list[str]]:
+        """Output projection -> its input projections."""
+        names = list(self._modules)
+        if not names:
+            raise self._refusal("holds no linear projection")
+        values = {name: self._base[name].repeat(len(names) + 1, 1, 1) for name in names}
+        for place, name in enumerate(names):
+            values[name][place + 1] *= CHANGE
+        seen, output = self._run(values)
+        unused = [name for name in names if name not in seen]
+        if unused:
+            raise self._refusal(f"does not send every token through '{unused[0]}'")
+        direct = dict(zip(names, self._moved(output).any(1).tolist(), strict=True))
+        feeds = {name: self._moved(given).any(1).tolist() for name, given in seen.items()}
+        found = {
+            output: [
+                name
+                for place, name in enumerate(names)
+                if feeds[output][place] and not direct[name]
+            ]
+            for output in names
+            if direct[output]
+        }
+        used = {*found, *(name for inputs in found.values() for name in inputs)}
+        other = next((name for name in names if name not in used), None)
+        if other is not None or not all(found.values()):
+            named = other or next(name for name, inputs in found.items() if not inputs)
+            raise self._refusal(f"uses '{named}' neither as input nor as output of a sublayer")
+        return found
+
+    def _moved(self, given_NTC: Tensor) -> Tensor:
+        """Whether a channel of any token differs from that of copy 0, for the others `[N-1, C]`."""
+        given = given_NTC.float()
+        return (given[1:] - given[:1]).abs().amax(1) > self._tolerance(given)
+
+    def _tolerance(self, given: Tensor) -> float:
+        eps = torch.finfo(self._decoder.dtype).eps
+        return max(4 * eps, 1e-4) * float(given[0].abs().max())
+
+    def _mixes(self, output: str, inputs: list[str]) -> bool:
+        """Whether what the inputs make of the first token reaches the last one's output."""
+        values = {name: self._base[name].repeat(2, 1, 1) for name in inputs}
+        for value in values.values():
+            value[1, 0] *= CHANGE
+        given = self._run(values)[0][output]
+        return bool(self._moved(given[:, -1:]).any())
+
+    def _coupled(self, output: str, inputs: list[str], kind: str) -> Sublayer:
+        """The units of a sublayer."""
+        channels = self._run({inputs[0]: self._base[inputs[0]][None]})[0][output].shape[-1]
+        rows: list[Tensor] = []
+        reached: list[Tensor] = []
+        for name in inputs:
+            before = sum(len(self._base[other].T) for other in inputs[: inputs.index(name)])
+            row, channel = self._links(output, name)
+            rows.append(row + before)
+            reached.append(channel)
+        unit_R, unit_C = _components(torch.cat(rows), torch.cat(reached), channels)
+        sizes = [len(self._base[name].T) for name in inputs]
+        parts = dict(zip(inputs, unit_R.split(sizes), strict=True))
+        sublayer = Sublayer(output, unit_C, parts)
+        if sublayer.units == 1:
+            raise self._refusal(
+                f"has {kind} that cannot go one by one: all are coupled (by a shared head, or a "
+                "norm over all of them)"
+            )
+        for units in (unit_C, *parts.values()):
+            sizes_U = torch.bincount(units, minlength=sublayer.units)
+            if not bool((sizes_U == sizes_U[0]).all()):
+                raise self._refusal(f"has {kind} of different sizes")
+        self._require_alike(sublayer, kind)
+        return sublayer
+
+    def _links(self, output: str, name: str) -> tuple[Tensor, Tensor]:
+        """Pairs of a row of `name` and an input channel of `output` that it reaches."""
+        pending = list(range(self._base[name].shape[1]))
+        rows: list[Tensor] = []
+        channels: list[Tensor] = []
+        for _ in range(DRAWS):
+            missed: list[int] = []
+            for start in range(0, len(pending), self._copies - 1):
+                row_N = torch.tensor(pending[start : start + self._copies - 1])
+                values = self._base[name].repeat(len(row_N) + 1, 1, 1)
+                place_N = torch.arange(len(row_N))
+                values[place_N + 1, :, row_N] *= CHANGE
+                moved_NC = self._moved(self._run({name: values})[0][output]).cpu()
+                place, channel = moved_NC.nonzero(as_tuple=True)
+                rows.append(row_N[place])
+                channels.append(channel)
+                missed += row_N[~moved_NC.any(1)].tolist()
+            pending = missed
+            if not pending:
+                return torch.cat(rows), torch.cat(channels)
+            self._draw()
+        raise self._refusal(f"has a row {pending[0]} of '{name}' without effect")
+
+    def _require_alike(self, sublayer: Sublayer, kind: str) -> None:
+        """Refuse units that differ by more than their weights."""
+
+        def places(unit_of: Tensor) -> Tensor:
+            return unit_of.argsort(stable=True).view(sublayer.units, -1)
+
+        values = {}
+        for name, units in sublayer.unit_of_row_R.items():
+            rows_UR = places(units)
+            values[name] = self._base[name].repeat(2, 1, 1)
+            values[name][1][:, rows_UR.flatten()] = self._base[name][:, rows_UR.roll(1, 0).flatten()]
+        given_NTC = self._run(values)[0][sublayer.output].float()
+        channels_UC = places(sublayer.unit_of_channel_C)
+        moved_on = given_NTC[0][:, channels_UC.roll(1, 0).flatten()]
+        found = given_NTC[1][:, channels_UC.flatten()]
+        if not bool((moved_on - found).abs().max() <= self._tolerance(given_NTC)):
+            raise self._refusal(
+                f"has {kind} that differ by more than their projections (a slope, a sink or a "
+                "scale for each)"
+            )
+
+
+def _components(rows: Tensor, channels: Tensor, channel_count: int) -> tuple[Tensor, Tensor]:
+    """The unit of every row and of every channel, from pairs that are coupled.
+
+    Units are numbered by their first channel.
+    """
+    row_count = int(rows.max()) + 1
+    label_C = torch.arange(channel_count)
+    while True:
+        label_R = torch.full((row_count,), channel_count).scatter_reduce(
+            0, rows, label_C[channels], "amin"
+        )
+        following_C = label_C.scatter_reduce(0, channels, label_R[rows], "amin")
+        if torch.equal(following_C, label_C):
+            break
+        label_C = following_C
+    firsts, unit_C = label_C.unique(return_inverse=True)
+    return torch.searchsorted(firsts, label_R), unit_C
