@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
     from shortllm.errors import ShortLLMError as ShortLLMError
+    from shortllm.model.loading import load as load
     from shortllm.planning import Budget as Budget
     from shortllm.recipe import BenchmarkOptions as BenchmarkOptions
     from shortllm.recipe import CalibrationOptions as CalibrationOptions
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from shortllm.results import PrunePlan as PrunePlan
     from shortllm.results import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
+    from shortllm.width_pruning.api import width as width
+    from shortllm.width_pruning.options import WidthOptions as WidthOptions
+    from shortllm.width_pruning.record import WidthPruning as WidthPruning
 
 _HOME = {
     "Benchmark": "results",
@@ -62,12 +66,15 @@ _HOME = {
     "RetrainOptions": "retraining.options",
     "Retraining": "results",
     "ShortLLMError": "errors",
+    "WidthOptions": "width_pruning.options",
+    "WidthPruning": "width_pruning.record",
     "bench": "api",
     "compare": "api",
     "compare_criteria": "api",
     "evaluate": "api",
     "export_lint": "api",
     "info": "api",
+    "load": "model.loading",
     "open_checkpoint": "checkpoint.source",
     "plan": "api",
     "prune": "api",
@@ -75,6 +82,7 @@ _HOME = {
     "retrain": "api",
     "run": "api",
     "score": "api",
+    "width": "width_pruning.api",
 }
 """Public name -> the module it is loaded from. No module may be called like a public name."""
 

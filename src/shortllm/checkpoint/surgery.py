@@ -56,11 +56,11 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
     refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
     shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept, heads=names.heads)
     refuse_protected(checkpoint.config, kept)
-    check_signatures(checkpoint.config, _as_read_from_disk(checkpoint.config, shortened), kept)
+    check_signatures(checkpoint.config, as_read_from_disk(checkpoint.config, shortened), kept)
     return shortened
 
 
-def _as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
+def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
     """The transformers config object that a file holding `raw` will give."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")

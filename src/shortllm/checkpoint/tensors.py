@@ -81,13 +81,24 @@ class TensorEntry:
                 f"shares along axis {axis}"
             )
         size = self.shape[axis] // count * len(kept)
-        ranges = tuple((share * share_bytes, (share + 1) * share_bytes) for share in kept)
+        ranges = [(share * share_bytes, (share + 1) * share_bytes) for share in kept]
         return replace(
             self,
             shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]),
             bytes=self.bytes // count * len(kept),
-            cut=Cut(row_bytes, ranges),
+            cut=Cut(row_bytes, tuple(_joined(ranges))),
         )
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same ranges, those that touch as one."""
+    first, stop = ranges[0]
+    for following in ranges[1:]:
+        if following[0] != stop:
+            yield first, stop
+            first = following[0]
+        stop = following[1]
+    yield first, stop
 
 
 def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from shortllm.checkpoint.source import Checkpoint, token_ids
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.model.blocks import auto_class
 from shortllm.runtime import available_memory, choose_dtype
@@ -92,6 +93,25 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
         setattr(model.config, name, number)
         setattr(model.generation_config, name, number)
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
+    """A causal language model, as `AutoModelForCausalLM.from_pretrained` gives it.
+
+    Takes checkpoints with a shape per block too, which transformers cannot build, and refuses what
+    it would go on with: tensors missing, unexpected or misshapen.
+
+    Args:
+        kwargs: of `from_pretrained`, e.g. `dtype` or `device_map`.
+    Raises:
+        CheckpointError: no checkpoint, or one whose tensors do not fit the model.
+    """
+    checkpoint = open_checkpoint(source, revision=revision)
+    model, loading = auto_class(checkpoint.config).from_pretrained(
+        checkpoint.directory, output_loading_info=True, local_files_only=True, **kwargs
+    )
+    check_loading(checkpoint.id, loading)
+    return model
 
 
 def check_loading(name: str, loading: dict[str, Any]) -> None:

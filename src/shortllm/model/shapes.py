@@ -42,7 +42,12 @@ class BlockConfig:
 
 
 def shape_block(block: nn.Module, shapes: dict[str, Any]) -> None:
-    """Give one block the shapes of its entry; its weights are not initialised."""
+    """Give one block the shapes of its entry; its weights are not initialised.
+
+    A block with an empty entry stays as the config describes it.
+    """
+    if not shapes:
+        return
     for name, (rows, columns) in shapes["projections"].items():
         shape_projection(block.get_submodule(name), rows, columns)
     for name in shapes["biases"]:
@@ -115,4 +120,5 @@ def per_block_class(name: str) -> Any:
     import transformers
 
     base = getattr(transformers, name)
-    return type(name, (PerBlockModel, base), {"__module__": __name__})
+    # name and module of its own would be custom code to the loader, which then renames no tensors
+    return type(name, (PerBlockModel, base), {"__module__": base.__module__})

@@ -90,10 +90,20 @@ class BlockGroups:
     """Query heads of one unit of attention."""
     width: int
     """Numbers per token in the stream."""
+    transposed: frozenset[str] = frozenset()
+    """Projections whose matrix is kept as inputs x outputs."""
 
     @property
     def head_dim(self) -> int:
         return self.attention.unit_width // self.query_heads
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        return self.attention, self.mlp
+
+    def matrix(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the shape of a projection's weight as outputs x inputs."""
+        return tensor.T if name in self.transposed else tensor
 
     def query_heads_of(self, units: Iterable[int]) -> list[int]:
         """Numbers of the query heads that belong to the kv heads `units`."""
@@ -110,13 +120,7 @@ class Removed:
 
     def pairs(self, groups: BlockGroups) -> Iterator[tuple[Sublayer, list[int]]]:
         """Each sublayer with the units that go from it."""
-        yield groups.attention, self.heads
-        yield groups.mlp, self.neurons
-
-
-def matrix(block: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the shape of a projection's weight as outputs x inputs."""
-    return tensor if isinstance(block.get_submodule(name), nn.Linear) else tensor.T
+        yield from zip(groups.sublayers, (self.heads, self.neurons), strict=True)
 
 
 @contextmanager

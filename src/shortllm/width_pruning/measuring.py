@@ -90,7 +90,7 @@ def _watched(block: nn.Module, groups: BlockGroups) -> Iterator[BlockMoments]:
     """Within the context the inputs of both output projections are gathered."""
     moments: BlockMoments = {}
     handles = []
-    for sublayer in (groups.attention, groups.mlp):
+    for sublayer in groups.sublayers:
         seen = moments[sublayer.output] = Moments()
         module = block.get_submodule(sublayer.output)
         handles.append(module.register_forward_pre_hook(_gather(seen)))
@@ -133,7 +133,7 @@ def taylor_importance(
         if b in groups:
             held = squares.pop(b, Products())
             held.sum = products
-            found[b] = taylor(decoder.blocks[b], groups[b], held, importance)
+            found[b] = taylor(groups[b], held, importance)
 
     walk_back(
         decoder,
@@ -162,7 +162,7 @@ def mean_biases(
     """
     def bias(b: int, sublayer: Sublayer, units: list[int]) -> Tensor:
         mean_C = torch.where(sublayer.removed_C(units), means[b][sublayer.output], 0.0)
-        return output_weight(decoder.blocks[b], sublayer) @ mean_C
+        return output_weight(decoder.blocks[b], groups[b], sublayer) @ mean_C
 
     return {
         b: {s.output: bias(b, s, units) for s, units in removed[b].pairs(groups[b]) if units}

@@ -1,6 +1,7 @@
 """Importance of heads and neurons, by each method. Pure: tensors in, tensors out.
 
-Higher = keep. Shapes: R outputs of a projection, C its inputs, U units of a sublayer.
+Higher = keep. Shapes: R outputs of a projection, C its inputs, U units of a sublayer, D width of
+the stream.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from shortllm.width_pruning.groups import BlockGroups, Sublayer, matrix
+from shortllm.width_pruning.groups import BlockGroups, Sublayer
 from shortllm.width_pruning.options import Importance
 
 
@@ -76,9 +77,7 @@ class Products:
         return self.squares[name] * self.samples
 
 
-def taylor(
-    block: nn.Module, groups: BlockGroups, products: Products, importance: Importance
-) -> BlockImportance:
+def taylor(groups: BlockGroups, products: Products, importance: Importance) -> BlockImportance:
     """Change of the loss that the loss's expansion foretells, summed over a unit's weights.
 
     Biases do not count. Source: Ma et al. 2023, LLM-Pruner, arXiv:2305.11627.
@@ -98,7 +97,7 @@ def taylor(
             found = products.curvature(weight).abs()
         else:
             found = (products.sum[weight] - products.curvature(weight) / 2).abs()
-        return matrix(block, name, found)
+        return groups.matrix(name, found)
 
     return BlockImportance(
         groups.attention.weight_totals(value).abs(), groups.mlp.weight_totals(value).abs()
@@ -110,7 +109,7 @@ def magnitude(block: nn.Module, groups: BlockGroups, power: int) -> BlockImporta
 
     def value(name: str) -> Tensor:
         weight: Tensor = block.get_submodule(name).weight  # type: ignore[assignment]
-        return matrix(block, name, weight.detach()).float().abs() ** power
+        return groups.matrix(name, weight.detach()).float().abs() ** power
 
     return BlockImportance(groups.attention.weight_totals(value), groups.mlp.weight_totals(value))
 
@@ -124,28 +123,30 @@ def drawn(groups: BlockGroups, generator: torch.Generator) -> BlockImportance:
     )
 
 
-def weighted_input(block: nn.Module, sublayer: Sublayer, moments: Moments) -> Tensor:
+def weighted_input(weight_DC: Tensor, sublayer: Sublayer, moments: Moments) -> Tensor:
     """Mean absolute weight of a channel times the root mean square of its input, summed per unit.
 
     Source: the structured Wanda of An et al. 2023, FLAP, arXiv:2312.11983.
+
+    Args:
+        weight_DC: see `output_weight`.
     """
-    weight_RC = output_weight(block, sublayer).abs()
-    return sublayer.channel_totals(weight_RC.mean(0) * moments.root_mean_square_C)
+    return sublayer.channel_totals(weight_DC.abs().mean(0) * moments.root_mean_square_C)
 
 
-def fluctuation(block: nn.Module, sublayer: Sublayer, moments: Moments) -> Tensor:
+def fluctuation(weight_DC: Tensor, sublayer: Sublayer, moments: Moments) -> Tensor:
     """Variance of a channel's input times its squared weights, standardised over the sublayer.
 
     A unit of several channels gets their mean, so that heads and neurons can stand in one list.
     Source: An et al. 2023, FLAP, arXiv:2312.11983.
     """
-    raw_C = moments.variance_C * output_weight(block, sublayer).square().sum(0)
+    raw_C = moments.variance_C * weight_DC.square().sum(0)
     deviation = raw_C.std(correction=0)
     standard_C = (raw_C - raw_C.mean()) / (deviation if deviation > 0 else 1.0)
     return sublayer.channel_totals(standard_C) / sublayer.unit_width
 
 
-def output_weight(block: nn.Module, sublayer: Sublayer) -> Tensor:
+def output_weight(block: nn.Module, groups: BlockGroups, sublayer: Sublayer) -> Tensor:
     """The matrix of a sublayer's output projection, outputs x inputs, float64 on the CPU."""
     weight: Tensor = block.get_submodule(sublayer.output).weight  # type: ignore[assignment]
-    return matrix(block, sublayer.output, weight.detach()).cpu().double()
+    return groups.matrix(sublayer.output, weight.detach()).cpu().double()

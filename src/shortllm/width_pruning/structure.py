@@ -155,8 +155,14 @@ class _Probe:
                 f"has {count} query heads, which its {heads.units} separate parts of "
                 f"{heads.unit_width} channels do not share evenly"
             )
-        width = self._base[attention].shape[1]
-        return BlockGroups(heads, neurons, count // heads.units, width)
+        modules = self._modules.items()
+        return BlockGroups(
+            heads,
+            neurons,
+            count // heads.units,
+            width=self._base[attention].shape[1],
+            transposed=frozenset(n for n, m in modules if not isinstance(m, nn.Linear)),
+        )
 
     def _query_heads(self) -> int:
         shapes = block_shapes(self._decoder.model.config)

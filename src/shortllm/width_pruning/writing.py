@@ -1,0 +1,148 @@
+"""A narrower checkpoint on disk: rows and columns that stay are copied, tensor by tensor.
+
+Kept weights are unchanged to the bit. What is new (biases of flap) is written beside them first,
+so that all tensors come from files. Everything is written under a temporary name, checked, and
+renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shortllm import __version__
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.surgery import PROVENANCE, carried_files
+from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_tensor_table
+from shortllm.checkpoint.writer import write_tensors
+from shortllm.errors import UnsupportedModelError
+from shortllm.files import partial_directory, require_writable
+from shortllm.width_pruning.groups import BlockGroups, Removed
+from shortllm.width_pruning.record import RECORD, WidthPruning
+
+NEW = "new"
+"""Directory of the tensors that the source does not hold, while the checkpoint is written."""
+
+
+def require_plain_names(checkpoint: Checkpoint, groups: Mapping[int, BlockGroups]) -> None:
+    """Refuse checkpoints whose tensors are called otherwise than the model's parameters.
+
+    Raises:
+        UnsupportedModelError: naming the tensor that is not there.
+    """
+    for b, of_block in groups.items():
+        for sublayer in of_block.sublayers:
+            for name in (*sublayer.unit_of_row_R, sublayer.output):
+                stored = stored_name(checkpoint, b, f"{name}.weight")
+                if stored not in checkpoint.tensors:
+                    raise UnsupportedModelError(
+                        f"{checkpoint.id} stores the weights of '{name}' of block {b} under "
+                        f"another name than '{stored}', so that they cannot be cut. Save it again "
+                        "with transformers' save_pretrained"
+                    )
+
+
+def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
+    """The name in the files of a tensor of block `b`."""
+    return f"{checkpoint.block_names.prefix}.{b}.{name}"
+
+
+def narrowed_tensors(
+    checkpoint: Checkpoint, groups: Mapping[int, BlockGroups], removed: Mapping[int, Removed]
+) -> dict[str, TensorEntry]:
+    """Tensor name -> the part of the stored tensor that stays, in file order."""
+    result = dict(checkpoint.tensors)
+    for b, gone in removed.items():
+        of_block = groups[b]
+
+        def cut(name: str, axis: int, kept: list[int], b: int = b) -> None:
+            stored = stored_name(checkpoint, b, name)
+            entry = checkpoint.tensors.get(stored)
+            if entry is not None and len(kept) < entry.shape[axis]:
+                result[stored] = entry.part(axis, entry.shape[axis], kept)
+
+        for sublayer, units in gone.pairs(of_block):
+            for name in sublayer.unit_of_row_R:
+                rows = sublayer.kept_rows(name, units)
+                cut(f"{name}.weight", int(name in of_block.transposed), rows)
+                cut(f"{name}.bias", 0, rows)
+            name, channels = sublayer.output, sublayer.kept_channels(units)
+            cut(f"{name}.weight", int(name not in of_block.transposed), channels)
+    return result
+
+
+def provenance(checkpoint: Checkpoint, record: WidthPruning) -> dict[str, Any]:
+    """What config.json says of where the checkpoint comes from."""
+    return {
+        "version": __version__,
+        "source": checkpoint.id,
+        "revision": checkpoint.revision,
+        "source_blocks": checkpoint.block_count,
+        "removed_blocks": [],
+        "width": {"method": record.method, **record.options, "shapes": record.shapes},
+        "fingerprint": record.fingerprint,
+        "parent": checkpoint.raw_config.get(PROVENANCE),
+    }
+
+
+def write_narrowed(
+    checkpoint: Checkpoint,
+    entries: dict[str, TensorEntry],
+    new: dict[str, Tensor],
+    config: dict[str, Any],
+    target: Path,
+    record: WidthPruning,
+    *,
+    advance: Callable[[int], None],
+    verify: Callable[[Path], None],
+) -> None:
+    """Write the checkpoint with width.json as directory `target`, whole or not at all.
+
+    Args:
+        entries: see `narrowed_tensors`.
+        new: tensors that the source does not hold, or holds otherwise.
+        verify: called with the written directory before it gets its final name; may raise.
+    Raises:
+        OutputError: the target cannot be written.
+    """
+    require_writable(target.absolute().parent, sum(entry.bytes for entry in entries.values()))
+    carried = [name for name in carried_files(checkpoint.directory, target) if name.name != RECORD]
+    with partial_directory(target) as directory:
+        for name in carried:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.directory / name, directory / name)
+        written = entries | _written(new, directory / NEW)
+        write_tensors(directory, written, advance=advance)
+        shutil.rmtree(directory / NEW, ignore_errors=True)
+        text = json.dumps({**config, PROVENANCE: provenance(checkpoint, record)}, indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        verify(directory)
+        record.save(directory / RECORD)
+
+
+def _written(tensors: dict[str, Tensor], directory: Path) -> dict[str, TensorEntry]:
+    """The tensors as entries of a file in `directory`."""
+    from safetensors.torch import save_file
+
+    if not tensors:
+        return {}
+    directory.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / SAFETENSORS)
+    return read_tensor_table(directory)
+
+
+def is_narrowed_by(target: Path, expected: str) -> bool:
+    """Whether `target` is a finished narrower checkpoint with this fingerprint."""
+    try:
+        record = WidthPruning.load(target / RECORD)
+        read_tensor_table(target)
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what the package raises is a ValueError
+        return False
+    held = (config.get(PROVENANCE) or {}).get("fingerprint")
+    return record.fingerprint == held == expected
