@@ -51,10 +51,10 @@ def shape_block(block: nn.Module, shapes: dict[str, Any]) -> None:
     for name, (rows, columns) in shapes["projections"].items():
         shape_projection(block.get_submodule(name), rows, columns)
     for name in shapes["biases"]:
-        weight = block.get_submodule(name).weight
+        module: Any = block.get_submodule(name)
         rows, _ = shapes["projections"][name]
-        bias = torch.empty(rows, dtype=weight.dtype, device=weight.device)  # type: ignore[call-overload]
-        block.get_submodule(name).bias = nn.Parameter(bias)
+        bias = torch.empty(rows, dtype=module.weight.dtype, device=module.weight.device)
+        module.bias = nn.Parameter(bias)
     counts = {name: shapes[entry] for name, entry in HEAD_COUNTS.items()}
     for module in block.modules():
         for name, count in counts.items():
@@ -62,7 +62,7 @@ def shape_block(block: nn.Module, shapes: dict[str, Any]) -> None:
                 setattr(module, name, count)
         if "config" in vars(module):
             own = {name: shapes[name] for name in ("num_attention_heads", "num_key_value_heads")}
-            module.config = BlockConfig(module.config, own)  # type: ignore[assignment]
+            module.config = BlockConfig(module.config, own)
 
 
 def shape_projection(module: Any, rows: int, columns: int) -> None:
@@ -87,7 +87,7 @@ class PerBlockModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         from shortllm.model.blocks import find_blocks
 
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         _, blocks = find_blocks(model, config)
         for block, shapes in zip(blocks, block_shapes(config) or (), strict=True):

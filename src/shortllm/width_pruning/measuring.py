@@ -160,6 +160,7 @@ def mean_biases(
     Args:
         means: for each block the mean input of each channel of its output projections.
     """
+
     def bias(b: int, sublayer: Sublayer, units: list[int]) -> Tensor:
         mean_C = torch.where(sublayer.removed_C(units), means[b][sublayer.output], 0.0)
         return output_weight(decoder.blocks[b], groups[b], sublayer) @ mean_C

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field
 
-from shortllm.errors import BudgetError, ShortLLMError, did_you_mean
+from shortllm.errors import BudgetError, ShortLLMError
 from shortllm.results import Record
 
 Method = Literal["llm-pruner", "wanda-sp", "flap"]
@@ -102,15 +102,3 @@ class WidthOptions(Record):
     def by_list(self) -> bool:
         """Whether what goes is chosen from one list of all blocks, so that they differ."""
         return self.method == "flap" and self.shapes != "uniform"
-
-
-def check_method(name: str) -> Method:
-    """A method by its name.
-
-    Raises:
-        ShortLLMError: there is none of that name.
-    """
-    known = get_args(Method)
-    if name not in known:
-        raise ShortLLMError(f"unknown --method '{name}'.{did_you_mean(name, known)}")
-    return name  # type: ignore[return-value]

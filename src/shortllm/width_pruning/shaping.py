@@ -10,6 +10,7 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import as_read_from_disk
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.model.loading import quiet_transformers
 from shortllm.width_pruning.groups import BlockGroups, Removed
 
 NEURON_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
@@ -82,7 +83,8 @@ def uniform_config(
     way_out = "Give --shapes per-block, a checkpoint for shortllm.load"
     said = f"{heads * first.query_heads} heads of {first.head_dim} and {neurons} neurons"
     try:
-        built = _built_shapes(as_read_from_disk(checkpoint.config, raw))
+        with quiet_transformers():
+            built = _built_shapes(as_read_from_disk(checkpoint.config, raw))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"the config of model type '{model_type}' cannot say that each block has {said} "

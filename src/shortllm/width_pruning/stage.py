@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from shortllm.calibration import Calibration
-    from shortllm.checkpoint.tensors import TensorEntry
     from shortllm.width_pruning.groups import BlockGroups
     from shortllm.width_pruning.methods import Chosen
 
@@ -167,8 +166,8 @@ def _prune(
         memory=session.memory(),
     )
     entries = narrowed_tensors(checkpoint, groups, chosen.removed)
-    new = _new_tensors(checkpoint, chosen, uniform)
-    with without_units(decoder, groups, chosen.removed, chosen.biases):
+    new, biases = _new_tensors(checkpoint, chosen, uniform)
+    with without_units(decoder, groups, chosen.removed, biases):
         logits = bypass_logits(decoder)
     cached = caches_rightly(decoder)
 
@@ -239,8 +238,12 @@ def _uniform_layout(
 
 def _new_tensors(
     checkpoint: Checkpoint, chosen: Chosen, uniform: Layout | None
-) -> dict[str, torch.Tensor]:
-    """Biases by their stored names: what is left of removed units, and zeros that come with it."""
+) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]]]:
+    """Biases by their stored names, and the part of each that is left of removed units.
+
+    That part is what `chosen` says, rounded to the type the checkpoint is stored in. Zeros come
+    with it where the type's config gives all projections their biases together.
+    """
     import torch
 
     from shortllm.checkpoint.tensors import read_tensor
@@ -249,16 +252,20 @@ def _new_tensors(
 
     dtype = stored_dtype(checkpoint)
     new: dict[str, torch.Tensor] = {}
-    for b in range(checkpoint.block_count) if uniform is not None else ():
-        for name, shape in uniform[1].items():
-            new[stored_name(checkpoint, b, name)] = torch.zeros(shape, dtype=dtype)
+    added: dict[int, dict[str, torch.Tensor]] = {}
+    if uniform is not None:
+        for b in range(checkpoint.block_count):
+            for name, shape in uniform[1].items():
+                new[stored_name(checkpoint, b, name)] = torch.zeros(shape, dtype=dtype)
     for b, biases in chosen.biases.items():
+        added[b] = {}
         for output, bias_D in biases.items():
             name = stored_name(checkpoint, b, f"{output}.bias")
-            held: TensorEntry | None = checkpoint.tensors.get(name)
-            before_D = read_tensor(held) if held is not None else torch.zeros((), dtype=dtype)
-            new[name] = (before_D.double() + bias_D).to(before_D.dtype)
-    return new
+            held = checkpoint.tensors.get(name)
+            before = read_tensor(held) if held is not None else torch.zeros((), dtype=dtype)
+            new[name] = (before.double() + bias_D).to(before.dtype)
+            added[b][output] = new[name].double() - before.double()
+    return new, added
 
 
 def _config(

@@ -78,8 +78,8 @@ class _Probe:
     def __init__(self, decoder: Decoder, b: int) -> None:
         self._decoder = decoder
         self._b = b
-        self._block = decoder.blocks[b]
-        named = self._block.named_modules()
+        self._config: Any = decoder.model.config
+        named = decoder.blocks[b].named_modules()
         self._modules: dict[str, Any] = {name: m for name, m in named if is_projection(m)}
         self._generator = torch.Generator().manual_seed(0)
         self._base: dict[str, Tensor] = {}
@@ -90,7 +90,7 @@ class _Probe:
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"model type '{self._decoder.model.config.model_type}' cannot be made narrower: "
+            f"model type '{self._config.model_type}' cannot be made narrower: "
             f"block {self._b} {reason}. Remove whole blocks of it with `shortllm prune`"
         )
 
@@ -165,10 +165,10 @@ class _Probe:
         )
 
     def _query_heads(self) -> int:
-        shapes = block_shapes(self._decoder.model.config)
-        if shapes is not None:
+        shapes = block_shapes(self._config)
+        if shapes is not None and shapes[self._b]:
             return int(shapes[self._b]["num_attention_heads"])
-        return int(text_config(self._decoder.model.config).num_attention_heads)
+        return int(text_config(self._config).num_attention_heads)
 
     def _sublayers(self) -> dict[str, list[str]]:
         """Output projection -> its input projections."""
@@ -229,7 +229,7 @@ class _Probe:
             reached.append(channel)
         unit_R, unit_C = _components(torch.cat(rows), torch.cat(reached), channels)
         sizes = [len(self._base[name].T) for name in inputs]
-        parts = dict(zip(inputs, unit_R.split(sizes), strict=True))
+        parts = dict(zip(inputs, torch.split(unit_R, sizes), strict=True))
         sublayer = Sublayer(output, unit_C, parts)
         if sublayer.units == 1:
             raise self._refusal(
@@ -276,7 +276,9 @@ class _Probe:
         for name, units in sublayer.unit_of_row_R.items():
             rows_UR = places(units)
             values[name] = self._base[name].repeat(2, 1, 1)
-            values[name][1][:, rows_UR.flatten()] = self._base[name][:, rows_UR.roll(1, 0).flatten()]
+            values[name][1][:, rows_UR.flatten()] = self._base[name][
+                :, rows_UR.roll(1, 0).flatten()
+            ]
         given_NTC = self._run(values)[0][sublayer.output].float()
         channels_UC = places(sublayer.unit_of_channel_C)
         moved_on = given_NTC[0][:, channels_UC.roll(1, 0).flatten()]
@@ -303,5 +305,5 @@ def _components(rows: Tensor, channels: Tensor, channel_count: int) -> tuple[Ten
         if torch.equal(following_C, label_C):
             break
         label_C = following_C
-    firsts, unit_C = label_C.unique(return_inverse=True)
+    firsts, unit_C = torch.unique(label_C, return_inverse=True)
     return torch.searchsorted(firsts, label_R), unit_C

@@ -132,7 +132,9 @@ def _written(tensors: dict[str, Tensor], directory: Path) -> dict[str, TensorEnt
     if not tensors:
         return {}
     directory.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / SAFETENSORS)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / SAFETENSORS
+    )
     return read_tensor_table(directory)
 
 
