@@ -50,8 +50,11 @@ def find_groups(decoder: Decoder, blocks: Sequence[int]) -> dict[int, BlockGroup
 
     Raises:
         UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or whose heads or neurons cannot go one by one.
+            or whose heads or neurons cannot go one by one; or blocks that cannot be called alone.
     """
+    obstacle = decoder.obstacle()
+    if obstacle is not None:
+        raise UnsupportedModelError(obstacle)
     alike: dict[Any, list[int]] = {}
     for b in blocks:
         alike.setdefault(_kind(decoder.blocks[b]), []).append(b)
