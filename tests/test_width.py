@@ -520,7 +520,7 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
     sampled = CalibrationOptions(data=str(data), length=32, samples=4)
     options = WidthOptions(method="flap", ratio=0.3)
     narrower = str(tmp_path / "out")
-    shortllm.width(str(source), options, narrower, calibration=sampled, device="cpu")
+    shortllm.width(str(source), narrower, options=options, calibration=sampled, device="cpu")
     evaluation = EvaluationOptions(data=[str(data)], max_segments=4, length=32, continuations=0)
     measured = [
         shortllm.evaluate([narrower], options=evaluation, device="cpu", stream=stream)
@@ -540,7 +540,7 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
             method=method, data=str(data), **{**retraining.QUICK, "max_steps": 2}
         )
         healed = tmp_path / method
-        shortllm.retrain(narrower, trained, healed, device="cpu")
+        shortllm.retrain(narrower, healed, options=trained, device="cpu")
         shapes = json.loads((healed / "config.json").read_text())["per_block_shapes"]
         assert shapes == json.loads(Path(narrower, "config.json").read_text())["per_block_shapes"]
         assert shortllm.load(healed).config.model_type == "qwen2"

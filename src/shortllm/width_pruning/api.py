@@ -14,9 +14,9 @@ from shortllm.width_pruning.stage import width as width_stage
 
 def width(
     model: str,
-    options: WidthOptions,
     out: Path | str,
     *,
+    options: WidthOptions,
     calibration: CalibrationOptions | None = None,
     revision: str | None = None,
     device: str = "auto",
@@ -27,9 +27,9 @@ def width(
     """Write a narrower checkpoint: heads and neurons removed by one of the width baselines.
 
     Args:
+        out: the new checkpoint directory, which also gets width.json.
         calibration: which text the model sees; default: that of scoring, for llm-pruner with
             samples of 64 tokens.
-        out: the new checkpoint directory, which also gets width.json.
         stream: read the blocks one at a time from the files; default: where they do not fit.
         max_memory: bytes of hidden streams in memory; beyond it they go to a file.
     Raises:
