@@ -239,6 +239,14 @@ def test_plain_loading_of_shapes_per_block_fails_loudly(tmp_path: Path) -> None:
     assert torch.equal(logits(shortllm.load(tmp_path / "again")), logits(model))
 
 
+def test_other_programs_are_said_to_be_unable(tmp_path: Path) -> None:
+    narrow("llama", tmp_path / "out", importance="l1")
+    findings = shortllm.export_lint(str(tmp_path / "out"))
+    assert [finding.verdict for finding in findings] == ["wrong", "wrong"]
+    summary = shortllm.info(str(tmp_path / "out"), probe=False)
+    assert summary.model.parameters_per_block[0] > summary.model.parameters_per_block[2]
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (8, 2)])
 @pytest.mark.parametrize("shapes", ["uniform", "per-block"])
 def test_a_kv_head_goes_with_its_query_heads(

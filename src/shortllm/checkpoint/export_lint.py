@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from shortllm.checkpoint.shapes import SHAPES
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.model.blocks import block_count, text_config
 from shortllm.results import Record
@@ -145,6 +146,14 @@ def _one_window(config: Any) -> Problem | None:
     )
 
 
+def _one_shape(config: Any) -> Problem:
+    return Problem(
+        "it builds all blocks in one shape",
+        {"shapes": len({str(shapes) for shapes in getattr(config, SHAPES)})},
+        "Make it narrower with --shapes uniform, or load it with shortllm.load",
+    )
+
+
 def _full_every(period: int) -> Pattern:
     return Pattern("layer_types", period, "full_attention", "attends to all tokens")
 
@@ -167,7 +176,10 @@ BY_TYPE: dict[Target, dict[str, list[Rule]]] = {
 }
 """Target -> model type -> what the program knows by heart, all of it, of this type's blocks."""
 
-BY_FIELD: dict[Target, dict[str, Rule]] = {"gguf": {}, "vllm": {"max_window_layers": _one_window}}
+BY_FIELD: dict[Target, dict[str, Rule]] = {
+    "gguf": {SHAPES: _one_shape},
+    "vllm": {SHAPES: _one_shape, "max_window_layers": _one_window},
+}
 """Target -> config field -> what the program demands of every type that has the field."""
 
 

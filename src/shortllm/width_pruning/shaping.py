@@ -86,9 +86,10 @@ def uniform_config(
         with quiet_transformers():
             built = _built_shapes(as_read_from_disk(checkpoint.config, raw))
     except UnsupportedModelError as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
         raise UnsupportedModelError(
             f"the config of model type '{model_type}' cannot say that each block has {said} "
-            f"({error}). {way_out}"
+            f"({reason}). {way_out}"
         ) from error
     added: TensorShapes = {}
     for b, before in enumerate(_built_shapes(checkpoint.config)):
