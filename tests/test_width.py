@@ -15,7 +15,7 @@ import pytest
 import retraining
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import shortllm
 from shortllm.calibration import Calibration, tokens_fingerprint
@@ -461,6 +461,22 @@ def test_models_whose_heads_cannot_go_are_refused_by_name(
         narrow(variant, tmp_path / "out", method="wanda-sp")
 
 
+@pytest.mark.parametrize(
+    ("variant", "shapes"),
+    [
+        *(
+            (name, "uniform")
+            for name in ("gemma", "gemma3_text", "granite", "smollm3", "starcoder2")
+        ),
+        *((name, "per-block") for name in ("gpt2", "gptj", "phi", "falcon-new", "opt-projected")),
+    ],
+)
+def test_further_families(variant: str, shapes: str, tmp_path: Path) -> None:
+    blocks = families.opened(variant).block_count
+    record = narrow(variant, tmp_path / "out", importance="l2", start=0, end=blocks)
+    assert record.shapes == shapes  # and what was written computes what it should, says the stage
+
+
 def test_groups_of_a_fused_matrix_are_its_own_rows() -> None:
     groups = find_groups(Decoder(families.loaded("phi3")), [0])[0]
     # q of 4 heads, then k and v of 2, each of 8 rows; the first kv head has the first two q heads
@@ -536,6 +552,7 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
     ]
     resident, streamed = (one.models[0].perplexity[0].perplexity for one in measured)
     assert resident == pytest.approx(streamed, rel=1e-5)
+    assert AutoTokenizer.from_pretrained(narrower)("a").input_ids
     benchmark = shortllm.bench(
         [narrower],
         options=shortllm.BenchmarkOptions(new_tokens=[4], warmup=1, runs=1),

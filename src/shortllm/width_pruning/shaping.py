@@ -149,7 +149,9 @@ def per_block_config(
         _entry(before[b], groups[b], removed[b], biased.get(b, [])) if b in removed else before[b]
         for b in range(checkpoint.block_count)
     ]
-    return {**marked(checkpoint.raw_config), SHAPES: entries}
+    # transformers takes some types for others: e.g. mistral with layer_types for ministral
+    raw = {**checkpoint.raw_config, "model_type": checkpoint.model_type}
+    return {**marked(raw), SHAPES: entries}
 
 
 def _entry(

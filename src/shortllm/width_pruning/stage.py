@@ -54,13 +54,15 @@ def width(
         CheckpointError: the result does not compute what was meant.
         OutputError: the target cannot be written, or holds something else.
     """
+    from shortllm.width_pruning.writing import is_narrowed_by
+
     options = options.filled(checkpoint.block_count)
     if options.needs_text and calibration is None:
         raise DataError(f"--method {options.method} looks at text. Give calibration ids")
     require_apart(checkpoint.directory, target)
     require_free(target)
     expected = width_fingerprint(checkpoint, options, calibration, session)
-    if is_up_to_date(target, expected):
+    if is_narrowed_by(target, expected):
         log.info("%s is up to date, skipped", target)
         return WidthPruning.load(target / RECORD)
     _refuse_parts(checkpoint)
@@ -87,13 +89,6 @@ def width_fingerprint(
             "device": session.device.type,
         }
     )
-
-
-def is_up_to_date(target: Path, expected: str) -> bool:
-    """Whether `target` is what these inputs make."""
-    from shortllm.width_pruning.writing import is_narrowed_by
-
-    return is_narrowed_by(target, expected)
 
 
 def require_free(target: Path) -> None:
