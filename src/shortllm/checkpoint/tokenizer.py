@@ -49,7 +49,11 @@ def _load(checkpoint: Checkpoint, **named: Any) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(
-                checkpoint.directory, local_files_only=True, trust_remote_code=False, **named
+                checkpoint.directory,
+                config=checkpoint.config,
+                local_files_only=True,
+                trust_remote_code=False,
+                **named,
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -19,6 +19,7 @@ from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import PROVENANCE, carried_files
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_tensor_table
+from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import UnsupportedModelError
 from shortllm.files import partial_directory, require_writable
@@ -116,6 +117,7 @@ def write_narrowed(
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, directory / name)
+        write_special_tokens(checkpoint, directory)
         written = entries | _written(new, directory / NEW)
         write_tensors(directory, written, advance=advance)
         shutil.rmtree(directory / NEW, ignore_errors=True)
