@@ -4,6 +4,7 @@ result.
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
     measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
+    width.py     width
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -30,6 +31,7 @@ from shortllm.cli.recipes import recipes
 from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
 from shortllm.cli.scoring import compare_criteria, info, score
+from shortllm.cli.width import width
 from shortllm.errors import ShortLLMError
 
 app = typer.Typer(
@@ -57,6 +59,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("compare-criteria", compare_criteria),
     ("plan", plan),
     ("prune", prune),
+    ("width", width),
     ("retrain", retrain),
     ("eval", evaluate),
     ("bench", bench),
