@@ -30,9 +30,13 @@ def hue(place: int) -> str:
 
 def head(model: DemoModel, place: int, first: DemoModel) -> str:
     """Name, size, and the blocks that are left."""
-    info, other = model.info, first.info
+    info = model.info
+    less = ""
+    if info.parameters < first.info.parameters:
+        share = 100 * (1 - info.parameters / first.info.parameters)
+        less = f'<span class="less">−{share:.0f} %</span>'
     sizes = (
-        ("parameters", count(info.parameters), f"{info.parameters:,}"),
+        ("parameters", count(info.parameters) + less, f"{info.parameters:,}"),
         ("blocks", str(info.blocks), ""),
         ("size", size(info.bytes), f"{info.bytes:,} bytes"),
     )
@@ -40,13 +44,10 @@ def head(model: DemoModel, place: int, first: DemoModel) -> str:
         f'<div title="{exact}"><dt>{name}</dt><dd>{shown}</dd></div>'
         for name, shown, exact in sizes
     )
-    less = ""
-    if model is not first and info.parameters < other.parameters:
-        share = 100 * (1 - info.parameters / other.parameters)
-        less = f'<span class="less">{share:.0f} % fewer parameters</span>'
+    name = escape(model.name)
     return (
         f'<header class="head" style="{hue(place)}">'
-        f'<h2><i class="dot"></i>{escape(model.name)}{less}</h2>'
+        f'<h2 title="{name}"><i class="dot"></i>{name}</h2>'
         f'<dl class="sizes">{cells}</dl>{strip(model, first)}</header>'
     )
 
@@ -82,7 +83,8 @@ def not_begun() -> str:
 
 def failed(message: str) -> str:
     """A panel that cannot do what was asked."""
-    return _panel("failed", f'<p class="error" role="alert">{escape(message)}</p>', None)
+    sentence = escape(message[0].upper() + message[1:])
+    return _panel("failed", f'<p class="error" role="alert">{sentence}.</p>', None)
 
 
 def written(prompt: str, progress: Progress) -> str:
@@ -91,7 +93,7 @@ def written(prompt: str, progress: Progress) -> str:
     if len(progress.texts) == 1:
         text = f'<p class="written">{given}{escape(progress.texts[0])}</p>'
     else:
-        items = "".join(f"<li>{escape(one)}</li>" for one in progress.texts)
+        items = "".join(f"<li>{escape(one.lstrip())}</li>" for one in progress.texts)
         text = f'<div class="written">{given}<ol>{items}</ol></div>'
     return _panel(progress.state, text, progress)
 

@@ -98,7 +98,7 @@ class Page:
         """The whole page, its buttons connected."""
         with gr.Blocks(title="shortllm demo", analytics_enabled=False, fill_width=True) as page:
             gr.HTML(markup.title(self._all))
-            with gr.Column(elem_classes="asked"):
+            with gr.Column():
                 prompt = self._prompt()
                 settings = self._settings()
                 with gr.Row(elem_classes="actions"):
@@ -111,7 +111,7 @@ class Page:
             panels, buttons = [], []
             with gr.Row(elem_classes="panels"):
                 for place, model in enumerate(self._all):
-                    with gr.Column(elem_classes="panel"):
+                    with gr.Column():
                         gr.HTML(markup.head(model, place, self._all[0]))
                         buttons.append(gr.Button("Generate", size="sm", visible=not alone))
                         panels.append(gr.HTML(markup.idle()))
@@ -254,13 +254,13 @@ class Page:
         return finish
 
     def _stopper(self, parts: _Parts) -> Callable[..., Any]:
-        def stop(request: gr.Request) -> dict[Any, Any]:
+        def stop(request: gr.Request) -> Any:
             turn = self._turns.get(str(request.session_hash))
             if turn is None:
-                return {}
+                return gr.skip()
             turn.stop.set()
             if turn.begun:  # it says so itself
-                return {}
+                return gr.skip()
             return {parts.panels[place]: markup.not_begun() for place in turn.places}
 
         return stop
