@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -382,10 +381,14 @@ def address(models: Models) -> Iterator[str]:
     blocks.close()
 
 
-def ask(address: str, *data: Any) -> tuple[str, Any]:
-    """Ask for a text as a program does: the event that ends it, and what it brings."""
+def ask(address: str, *given: Any) -> tuple[str, Any]:
+    """Ask for a text as a program does: the event that ends it, and what it brings.
+
+    Given are model and prompt, then output tokens, batch size and seed.
+    """
+    data = [*given, *(64, 1, 0, 50, 0.95, 1.0)[len(given) - 2 :]]
     with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
-        joined = client.post("gradio_api/call/generate", json={"data": list(data)}).json()
+        joined = client.post("gradio_api/call/generate", json={"data": data}).json()
         answer = client.get(f"gradio_api/call/generate/{joined['event_id']}").text
     events = re.findall(r"event: (\w+)\ndata: (.*)", answer)
     event, content = next(one for one in events if one[0] in ("complete", "error"))
@@ -442,9 +445,7 @@ def test_a_port_that_is_taken_is_said(address: str, models: Models) -> None:
 def test_without_gradio_the_command_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from shortllm.cli import demo
-
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "gradio" else find_spec)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as stopped:
         main(["demo"])
     assert stopped.value.code == 2
@@ -573,8 +574,8 @@ def test_three_models_side_by_side(visitor: Visitor, address: str, models: Model
     for place, (count, blocks, size) in enumerate(
         [
             ("4.67 M", "12", "9.34 MB"),
-            ("3.54 M −24 %", "9", "7.09 MB"),
-            ("3.92 M −16 %", "10", "7.84 MB"),
+            ("3.54 M−24 %", "9", "7.09 MB"),
+            ("3.92 M−16 %", "10", "7.84 MB"),
         ]  # fmt: skip
     ):
         found = visitor.figures(place)
@@ -583,7 +584,7 @@ def test_three_models_side_by_side(visitor: Visitor, address: str, models: Model
         assert re.fullmatch(r"[\d,]+ tokens/s", found["throughput"])
         assert re.fullmatch(r"[\d,]+ ms", found["first token"])
         assert re.fullmatch(r"[\d.]+ [MG]B", found["memory"])
-    assert visitor.read(".rounds figcaption") == ["Run 1\n30 tokens"]
+    assert visitor.read(".rounds figcaption span") == ["30 tokens"]
     assert len(visitor.read(".rounds li")) == 3
 
     visitor.generate()  # the same seed
@@ -591,7 +592,8 @@ def test_three_models_side_by_side(visitor: Visitor, address: str, models: Model
     visitor.set(seed=5)
     visitor.generate()
     assert all(new != old for new, old in zip(visitor.read(".written"), texts, strict=True))
-    assert [one.split()[1] for one in visitor.read(".rounds figcaption")] == ["3", "2", "1"]
+    runs = [one.removesuffix("30 tokens") for one in visitor.read(".rounds figcaption")]
+    assert runs == ["Run 3", "Run 2", "Run 1"]
     assert visitor.complaints == []
     elsewhere = [url for url in visitor.asked if not url.startswith((address, "data:", "blob:"))]
     assert elsewhere == []
@@ -602,7 +604,7 @@ def test_one_panel_alone_and_a_batch_in_numbers(visitor: Visitor) -> None:
     visitor.generate(1)
     assert visitor.states() == ["idle", "done", "idle"]
     assert len(visitor.read(".written li")) == 3
-    assert visitor.read(".rounds figcaption") == ["Run 1\n8 tokens × 3"]
+    assert visitor.read(".rounds figcaption span") == ["8 tokens × 3"]
 
 
 def test_text_streams_and_stops(visitor: Visitor) -> None:
@@ -676,24 +678,37 @@ def test_who_leaves_is_not_waited_for(browser: Any, address: str, models: Models
     assert not models.lock.locked()
 
 
-def test_a_full_queue_is_said_in_the_panel(
+def test_visitors_wait_for_their_turn_up_to_a_limit(
     browser: Any, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "LONGEST_QUEUE", 1)
+    monkeypatch.setattr(page, "MOST_VISITORS", 2)
     blocks, url = serving.serve(models, limits=LIMITS)
-    visitors = [Visitor(browser, url) for _ in range(3)]
+    first, second, third = visitors = [Visitor(browser, url) for _ in range(3)]
+    for visitor in visitors:
+        visitor.set(output_tokens=3)
     try:
-        with models.lock:  # the first one waits for the models, the second one in the queue
-            for visitor in visitors[:2]:
-                visitor.set(output_tokens=3)
-                visitor.press(0)
-                visitor.tab.wait_for_timeout(700)
-            visitors[2].generate(0)
-            assert visitors[2].states() == ["failed", "idle", "idle"]
-            assert visitors[2].read(".error")[0].startswith("Too many requests are waiting")
-        for visitor in visitors[:2]:
+        with models.lock:  # the first one waits for the models, the second one for the first
+            first.press(0)
+            first.tab.wait_for_selector(".output[data-state=running]")
+            second.press(0)
+            assert second.states() == ["waiting", "idle", "idle"]
+            third.tab.click("#all")
+            third.tab.wait_for_selector(".error")
+            assert third.states() == ["failed"] * 3
+            assert third.read(".error")[0].startswith("Too many requests are waiting")
+            second.tab.click("#stop")  # which makes room, at once
+            second.ready()
+            assert second.states() == ["stopped", "idle", "idle"]
+            second.set(seed=8)
+            second.press(2)
+        for visitor in (first, second):
             visitor.ready()
-            assert visitor.states() == ["done", "idle", "idle"]
+        assert first.states() == ["done", "idle", "idle"]
+        assert second.states() == ["stopped", "idle", "done"]
+        [text] = second.read(".written")
+        assert text == PROMPT + whole(models, "other", new_tokens=3, seed=8).texts[0]
+        third.generate()
+        assert third.states() == ["done"] * 3
     finally:
         for visitor in visitors:
             visitor.context.close()

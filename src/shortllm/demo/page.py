@@ -1,18 +1,19 @@
 """The page: a prompt and its settings, a panel per model, the last runs.
 
-Each press of a button goes three ways:
+Each press of a button has two parts:
 
     begin    at once: panels say that they wait, buttons are out of use but for Stop
-    run      in the queue, one at a time for all visitors: panels show the text as it comes
-    finish   at once: buttons are back
+    run      in the queue, one at a time for all visitors: panels show the text as it comes, and
+             buttons come back
 
-Whatever is wrong with a request is said in the panel.
+A ticket joins the two: a run whose ticket is no longer the visitor's does nothing. Whatever is
+wrong with a request is said in the panel.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,10 +28,11 @@ from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
 from shortllm.recipe import EMBEDDED_PROMPT, PROMPT
 
-log = logging.getLogger(__name__)
-
 LONGEST_QUEUE = 64
 """Requests that may wait; another one is refused."""
+
+MOST_VISITORS = 32
+"""Those of them that come from the page, which then says so."""
 
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
 
@@ -57,6 +59,7 @@ class _Turn:
     """What a visitor has asked for and not yet got."""
 
     places: list[int]
+    ticket: str = field(default_factory=lambda: secrets.token_hex(8))
     stop: threading.Event = field(default_factory=threading.Event)
     begun: bool = False
 
@@ -75,6 +78,8 @@ class _Parts:
     reset: Any
     chart: Any
     rounds: Any
+    ticket: Any
+    """Not to be seen; sent along with a run."""
 
 
 class Page:
@@ -125,6 +130,7 @@ class Page:
                 reset=reset,
                 chart=gr.HTML(""),
                 rounds=gr.State([]),
+                ticket=gr.Textbox(visible=False),
             )
             self._connect(parts, page)
         page.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=1)
@@ -164,34 +170,41 @@ class Page:
             for place in places:
                 self._connect_button(parts, parts.buttons[place], [place])
         self._connect_button(parts, parts.every, places)
-        parts.stop.click(self._stopper(parts), outputs=parts.panels, **UNQUEUED)
+        shown = [*parts.panels, *_controls(parts, busy=False)]
+        parts.stop.click(self._stopper(parts), outputs=shown, **UNQUEUED)
         fields = [parts.prompt, *parts.settings, *parts.panels, parts.chart, parts.rounds]
         parts.reset.click(self._defaults_again, outputs=fields, **UNQUEUED)
         page.unload(self._leave)
         gr.api(self._api, api_name="generate", **ONE_AT_A_TIME)
 
     def _connect_button(self, parts: _Parts, button: Any, places: list[int]) -> None:
-        controls = [*parts.buttons, parts.every, parts.reset, parts.stop]
-        shown = [*controls, *parts.panels]
-        button.click(self._beginner(parts, places), outputs=shown, **UNQUEUED).success(
+        shown = [*parts.panels, *_controls(parts, busy=False)]
+        button.click(
+            self._beginner(parts, places), outputs=[*shown, parts.ticket], **UNQUEUED
+        ).success(
             self._runner(parts),
-            inputs=[parts.rounds, parts.prompt, *parts.settings],
-            outputs=[*parts.panels, parts.chart, parts.rounds],
+            inputs=[parts.ticket, parts.rounds, parts.prompt, *parts.settings],
+            outputs=[*shown, parts.chart, parts.rounds],
             api_visibility="private",
             show_progress="hidden",
             **ONE_AT_A_TIME,
-        ).then(self._finisher(parts), outputs=shown, **UNQUEUED)
+        )
 
     def _beginner(self, parts: _Parts, places: list[int]) -> Callable[..., Any]:
         def begin(request: gr.Request) -> dict[Any, Any]:
-            self._turns[str(request.session_hash)] = _Turn(places)
-            waiting = {parts.panels[place]: markup.waiting() for place in places}
-            return _controls(parts, busy=True) | waiting
+            panels = [parts.panels[place] for place in places]
+            if len(self._turns) >= MOST_VISITORS:
+                busy = markup.failed("too many requests are waiting. Try again in a moment")
+                return dict.fromkeys(panels, busy) | {parts.ticket: ""}
+            turn = self._turns[str(request.session_hash)] = _Turn(places)
+            waiting = dict.fromkeys(panels, markup.waiting())
+            return waiting | _controls(parts, busy=True) | {parts.ticket: turn.ticket}
 
         return begin
 
     def _runner(self, parts: _Parts) -> Callable[..., Any]:
         def run(
+            ticket: str,
             rounds: list[charts.Round],
             prompt: str,
             new_tokens: int,
@@ -201,9 +214,10 @@ class Page:
             top_p: float,
             temperature: float,
             request: gr.Request,
-        ) -> Iterator[dict[Any, Any]]:
+        ) -> Iterator[Any]:
             turn = self._turns.get(str(request.session_hash))
-            if turn is None:  # the visitor has left
+            if turn is None or turn.ticket != ticket:
+                yield gr.skip()
                 return
             turn.begun = True
             asked = Request(
@@ -224,6 +238,8 @@ class Page:
                     number = rounds[-1].number + 1 if rounds else 1
                     now = [*rounds, charts.Round.of(number, asked, bars)][-charts.ROUNDS :]
                     yield {parts.chart: charts.chart(now), parts.rounds: now}
+            self._turns.pop(str(request.session_hash), None)
+            yield _controls(parts, busy=False)
 
         return run
 
@@ -242,26 +258,18 @@ class Page:
         except ShortLLMError as error:
             yield markup.failed(str(error)), None
 
-    def _finisher(self, parts: _Parts) -> Callable[..., Any]:
-        def finish(request: gr.Request) -> dict[Any, Any]:
-            turn = self._turns.pop(str(request.session_hash), None)
-            shown = {}
-            if turn is not None and not turn.begun:
-                busy = markup.failed("Too many requests are waiting. Try again in a moment")
-                shown = {parts.panels[place]: busy for place in turn.places}
-            return _controls(parts, busy=False) | shown
-
-        return finish
-
     def _stopper(self, parts: _Parts) -> Callable[..., Any]:
         def stop(request: gr.Request) -> Any:
-            turn = self._turns.get(str(request.session_hash))
+            visitor = str(request.session_hash)
+            turn = self._turns.get(visitor)
             if turn is None:
                 return gr.skip()
             turn.stop.set()
-            if turn.begun:  # it says so itself
+            if turn.begun:  # its run says so itself
                 return gr.skip()
-            return {parts.panels[place]: markup.not_begun() for place in turn.places}
+            del self._turns[visitor]
+            panels = [parts.panels[place] for place in turn.places]
+            return dict.fromkeys(panels, markup.not_begun()) | _controls(parts, busy=False)
 
         return stop
 
