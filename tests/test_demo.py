@@ -528,8 +528,10 @@ class Visitor:
 
     def press(self, place: int | None = None) -> None:
         """Generate in one panel, or in all."""
-        self.tab.click("#all" if place is None else f"{self._panel(place)} > button")
-        self.tab.wait_for_selector("#stop:not([disabled])")
+        panel = self._panel(place or 0)
+        self.tab.evaluate(f"document.querySelector('{panel} .output').dataset.old = 'yes'")
+        self.tab.click("#all" if place is None else f"{panel} > button")
+        self.tab.wait_for_selector(f"{panel} .output:not([data-old])")
 
     def generate(self, place: int | None = None) -> None:
         self.press(place)
