@@ -439,6 +439,15 @@ def test_a_port_that_is_taken_is_said(address: str, models: Models) -> None:
         serving.serve(models, limits=LIMITS, port=port)
 
 
+def test_serving_beyond_this_machine_is_a_warning(
+    models: Models, caplog: pytest.LogCaptureFixture
+) -> None:
+    serving.serve(models, limits=LIMITS)[0].close()
+    assert "whoever" not in caplog.text
+    serving.serve(models, limits=LIMITS, host="0.0.0.0")[0].close()
+    assert "whoever can reach the page can use the models" in caplog.text
+
+
 # The command.
 
 

@@ -215,7 +215,8 @@ class Page:
             temperature: float,
             request: gr.Request,
         ) -> Iterator[Any]:
-            turn = self._turns.get(str(request.session_hash))
+            visitor = str(request.session_hash)
+            turn = self._turns.get(visitor)
             if turn is None or turn.ticket != ticket:
                 yield gr.skip()
                 return
@@ -230,15 +231,17 @@ class Page:
                 temperature=temperature,
             )
             bars: list[charts.Bar] = []
-            for place in turn.places:
-                for shown, bar in self._written(place, asked, turn.stop):
-                    yield {parts.panels[place]: shown}
-                    bars += [bar] if bar else []
-                if bars:
-                    number = rounds[-1].number + 1 if rounds else 1
-                    now = [*rounds, charts.Round.of(number, asked, bars)][-charts.ROUNDS :]
-                    yield {parts.chart: charts.chart(now), parts.rounds: now}
-            self._turns.pop(str(request.session_hash), None)
+            try:
+                for place in turn.places:
+                    for shown, bar in self._written(place, asked, turn.stop):
+                        yield {parts.panels[place]: shown}
+                        bars += [bar] if bar else []
+                    if bars:
+                        number = rounds[-1].number + 1 if rounds else 1
+                        now = [*rounds, charts.Round.of(number, asked, bars)][-charts.ROUNDS :]
+                        yield {parts.chart: charts.chart(now), parts.rounds: now}
+            finally:
+                self._turns.pop(visitor, None)
             yield _controls(parts, busy=False)
 
         return run

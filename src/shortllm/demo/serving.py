@@ -46,6 +46,8 @@ def serve(
     Raises:
         ShortLLMError: the address cannot be taken.
     """
+    if share or host not in (LOCALHOST, "localhost", "::1"):
+        log.warning("whoever can reach the page can use the models, and there are no accounts")
     page = Page(models, limits).blocks()
     try:
         _, local, public = page.launch(
