@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.benchmark import weight_bytes
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.meters import Meter, meter_of
 from shortllm.model.blocks import text_config
 from shortllm.model.loading import load_model
 from shortllm.results import ModelInfo
 from shortllm.retraining.distill import lineage
-from shortllm.stages import Session, load_tokenizer, vocabulary
+from shortllm.stages import Session, vocabulary
 from shortllm.targets import cache_bytes
 
 if TYPE_CHECKING:
