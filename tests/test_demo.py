@@ -45,10 +45,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def places(cache: Path) -> dict[str, str]:
-    """Three models: the embedded one, without a quarter of its blocks, and without two others."""
-    made = embedded.embedded_models(Session(device="cpu"))
-    shortllm.prune("embedded", [3, 4], cache / "other", verify=False)
-    return {name: made[name] for name in ("original", "depth")} | {"other": str(cache / "other")}
+    """The embedded model, narrower, and without a quarter of its blocks."""
+    return embedded.embedded_models(Session(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +159,7 @@ def test_nothing_goes_on_when_nobody_reads_on(models: Models) -> None:
 
 def test_texts_are_made_one_after_another(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     most = watch(models, monkeypatch)
-    names = ["original", "depth", "other"] * 2
+    names = ["original", "width", "depth"] * 2
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda name: whole(models, name, new_tokens=20).texts, names))
     assert found[:3] == found[3:] and most == [1]
@@ -268,8 +266,7 @@ def test_embedded_models_are_made_once(
     places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = embedded.embedded_models(Session(device="cpu"))
-    has_width = "width" in shortllm.__all__
-    assert list(made) == ["original", *(["width"] if has_width else []), "depth"]
+    assert list(made) == ["original", "width", "depth"]
     depth = Path(places["depth"])
     held = (depth / "config.json").stat().st_mtime_ns
     monkeypatch.setattr(embedded, "score_in", None)  # what is there is not scored again
@@ -303,12 +300,14 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(
 
 
 def test_panels_know_which_blocks_are_left(models: Models) -> None:
-    original, depth, other = models.models
+    original, width, depth = models.models
     assert (original.kept, original.source_blocks) == (list(range(12)), 12)
+    assert (width.kept, width.source_blocks) == (list(range(12)), 12)
     assert len(depth.kept) == 9 and depth.source_blocks == 12
-    assert other.kept == [0, 1, 2, *range(5, 12)]
-    strip = markup.strip(other, original)
-    assert re.findall(r'class="(\w+)"', strip)[1:] == ["kept"] * 3 + ["gone"] * 2 + ["kept"] * 7
+    cells = re.findall(r'<i class="(\w+)"', markup.strip(depth, original))
+    assert [cells[block] for block in depth.kept] == ["kept"] * 9 and cells.count("gone") == 3
+    parts = [float(part) for part in re.findall(r"--part: ([.\d]+)", markup.strip(width, original))]
+    assert sum(parts) / 12 == pytest.approx(0.75, abs=0.02) and min(parts) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -426,7 +425,7 @@ def test_nothing_tells_where_the_models_lie(
         ask(address, {"no": "name"}, None, [], {}),
     ]
     assert {event for event, _ in answers} == {"error"}
-    assert "Available: original, depth, other" in str(answers[0])
+    assert "Available: original, width, depth" in str(answers[0])
     assert "from 1 to 400" in str(answers[1]) and "512 positions" in str(answers[2])
     for text in (*told, upload.text, wrong.text, *map(str, answers)):
         assert not [part for part in hidden if part in text]
@@ -572,7 +571,7 @@ def visitor(browser: Any, address: str) -> Iterator[Visitor]:
 
 def test_three_models_side_by_side(visitor: Visitor, address: str, models: Models) -> None:
     assert visitor.read("h1") == ["One prompt, three models side by side"]
-    assert visitor.read(".head h2") == ["original", "depth", "other"]
+    assert visitor.read(".head h2") == ["original", "width", "depth"]
     prompt = "Gwen had two coins."
     visitor.type(prompt)
     visitor.set(output_tokens=30, seed=4)
@@ -580,14 +579,14 @@ def test_three_models_side_by_side(visitor: Visitor, address: str, models: Model
     assert visitor.states() == ["done"] * 3
     texts = visitor.read(".written")
     expected = [whole(models, name, prompt=prompt, new_tokens=30, seed=4).texts[0]
-                for name in ("original", "depth", "other")]  # fmt: skip
+                for name in ("original", "width", "depth")]  # fmt: skip
     assert texts == [(prompt + text).rstrip() for text in expected] and len(set(texts)) == 3
     for place, (count, blocks, size) in enumerate(
         [
             ("4.67 M", "12", "9.34 MB"),
+            ("3.55 M−24 %", "12", "7.09 MB"),
             ("3.54 M−24 %", "9", "7.09 MB"),
-            ("3.92 M−16 %", "10", "7.84 MB"),
-        ]  # fmt: skip
+        ]
     ):
         found = visitor.figures(place)
         assert (found["parameters"], found["blocks"], found["size"]) == (count, blocks, size)
@@ -717,7 +716,7 @@ def test_visitors_wait_for_their_turn_up_to_a_limit(
         assert first.states() == ["done", "idle", "idle"]
         assert second.states() == ["stopped", "idle", "done"]
         [text] = second.read(".written")
-        assert text == PROMPT + whole(models, "other", new_tokens=3, seed=8).texts[0]
+        assert text == PROMPT + whole(models, "depth", new_tokens=3, seed=8).texts[0]
         third.generate()
         assert third.states() == ["done"] * 3
     finally:

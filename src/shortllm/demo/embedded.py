@@ -1,8 +1,8 @@
 """The embedded model and its shortened versions, made on first use and kept in the user's cache.
 
     $XDG_CACHE_HOME/shortllm/demo/<version>-<fingerprint>/
+      width/    a quarter of the blocks' parameters removed from heads and neurons
       depth/    a quarter of the blocks removed by their ppl scores
-      width/    as many parameters removed from heads and neurons
 
 Another version of shortllm, or another embedded model, has a directory of its own.
 """
@@ -45,11 +45,11 @@ def embedded_models(session: Session) -> dict[str, str]:
             "the embedded model's shortened versions are kept in the cache directory, and it "
             "cannot be written. Set XDG_CACHE_HOME to another one, or name models with --model"
         ) from error
-    places = {"original": EMBEDDED}
-    if "width" in shortllm.__all__:
-        places["width"] = str(width_version(home / "width", session))
-    places["depth"] = str(depth_version(home / "depth", checkpoint, session))
-    return places
+    return {
+        "original": EMBEDDED,
+        "width": str(width_version(home / "width", session)),
+        "depth": str(depth_version(home / "depth", checkpoint, session)),
+    }
 
 
 def cache_directory() -> Path:
