@@ -182,15 +182,28 @@ def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
     """
     import torch
 
-    config: Any = text_config(checkpoint.config)
     itemsize = getattr(torch, dtype).itemsize
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    room = getattr(config, "max_position_embeddings", None)
+    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
     tokens = min(CACHED_TOKENS, room) if isinstance(room, int) else CACHED_TOKENS
-    cache = 2 * tokens * heads * width * itemsize
+    cache = tokens * cache_bytes(checkpoint, dtype)
     per_block = [number * itemsize + cache for number in checkpoint.parameters_per_block]
     return per_block, checkpoint.parameters * itemsize + cache * checkpoint.block_count
+
+
+def cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of the keys and values of one token in one block, by the config's head fields.
+
+    0 where the config names no attention heads.
+    """
+    import torch
+
+    config: Any = text_config(checkpoint.config)
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * heads * width * getattr(torch, dtype).itemsize)
 
 
 # Speed.

@@ -4,7 +4,7 @@ result.
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
     measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
-    width.py     width
+    width.py     width                          demo.py        demo
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from shortllm import __version__
+from shortllm.cli.demo import demo
 from shortllm.cli.measuring import bench, compare, evaluate, report
 from shortllm.cli.output import is_main_process
 from shortllm.cli.pruning import export_lint, plan, prune
@@ -65,6 +66,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("bench", bench),
     ("report", report),
     ("compare", compare),
+    ("demo", demo),
     ("export-lint", export_lint),
 ]
 for _name, _command in _COMMANDS:

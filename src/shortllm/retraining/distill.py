@@ -38,6 +38,8 @@ class Lineage:
 
     source: str
     revision: str | None
+    blocks: int
+    """Those of the source."""
     kept: list[int]
     """For each block its number in the source."""
 
@@ -69,7 +71,12 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
             f"{checkpoint.id} has {checkpoint.block_count} blocks, and its config.json tells of "
             f"{len(kept)}. Name the model to learn from with --teacher"
         )
-    return Lineage(source=str(entry["source"]), revision=entry.get("revision"), kept=kept)
+    return Lineage(
+        source=str(entry["source"]),
+        revision=entry.get("revision"),
+        blocks=removals[-1][0],
+        kept=kept,
+    )
 
 
 def open_teacher(checkpoint: Checkpoint, options: RetrainOptions) -> Checkpoint:
