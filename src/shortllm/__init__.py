@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shortllm.api import bench as bench
     from shortllm.api import compare as compare
     from shortllm.api import compare_criteria as compare_criteria
+    from shortllm.api import compare_units as compare_units
     from shortllm.api import evaluate as evaluate
     from shortllm.api import export_lint as export_lint
     from shortllm.api import info as info
@@ -71,6 +72,7 @@ _HOME = {
     "bench": "api",
     "compare": "api",
     "compare_criteria": "api",
+    "compare_units": "api",
     "evaluate": "api",
     "export_lint": "api",
     "info": "api",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from shortllm import comparison, pipeline, rundir, stages, targets
+from shortllm import comparison, pipeline, rundir, stages, targets, units
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import (
@@ -33,6 +33,7 @@ from shortllm.results import (
     Evaluation,
     PrunePlan,
     Retraining,
+    UnitsComparison,
 )
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
@@ -438,6 +439,36 @@ def report(run_dir: Path) -> Path:
     if (run_dir / "comparison.json").exists() and not (run_dir / "plan.json").exists():
         return write_comparison(run_dir)
     return write_report(run_dir)
+
+
+def compare_units(
+    recipe: Recipe,
+    *,
+    methods: Sequence[str] = (*units.DEPTH, *units.WIDTH),
+    out: Path | None = None,
+    command: list[str] | None = None,
+) -> UnitsComparison:
+    """Width against depth pruning at the same number of parameters: quality, speed, memory.
+
+    Writes the checkpoints, their evaluation and benchmark, units.json and units.html; what is up to
+    date is not made again.
+
+    Args:
+        recipe: model, budget of depth, calibration, evaluation, benchmark, and the retraining
+            that heals all alike, if any.
+        methods: criteria of depth, the first of which sets the number of parameters, and methods
+            of width.
+        out: run directory; default `runs/<model>-units`.
+    Raises:
+        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+    """
+    units.asked_methods(methods)
+    checkpoint = open_checkpoint(
+        recipe.model, revision=recipe.revision, special_tokens=recipe.special_tokens
+    )
+    directory = out or units.default_directory(recipe.model)
+    filled = recipe.filled(checkpoint.model_type)
+    return units.compare_units_in(directory, checkpoint, filled, methods, command=command)
 
 
 def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> list[ComparedModel]:

@@ -120,10 +120,10 @@ def run(
         delete_scores(directory)
     plan = build_plan(budget, model=checkpoint.info(), scores=scores, published=published)
     plan.save(directory / "plan.json")
-    shortened = _prune(directory, checkpoint, plan, session)
+    shortened = prune_in(directory, checkpoint, plan, session)
     models = {"original": checkpoint, PRUNED: shortened}
     retraining = _retrain(directory, shortened, recipe, session)
-    models |= {name: _made(directory, name) for name in retraining}
+    models |= {name: made_in(directory, name) for name in retraining}
     evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
     benchmark = None
     if recipe.benchmark is not None:
@@ -270,18 +270,23 @@ def delete_scores(directory: Path) -> None:
     delete([directory / "scores.json", *directory.glob("calibration.*")])
 
 
-def _prune(
-    directory: Path, checkpoint: Checkpoint, plan: PrunePlan, session: stages.Session
+def prune_in(
+    directory: Path,
+    checkpoint: Checkpoint,
+    plan: PrunePlan,
+    session: stages.Session,
+    name: str = PRUNED,
 ) -> Checkpoint:
-    target = directory / PRUNED
+    """The shortened checkpoint `name`, unless it is up to date."""
+    target = directory / name
     if stages.is_pruned_by(target, stages.pruned_fingerprint(checkpoint, plan)):
         log.info("%s is up to date, skipped", target)
     else:
         stages.prune(checkpoint, plan, target, session=session)
-    return _made(directory, PRUNED)
+    return made_in(directory, name)
 
 
-def _made(directory: Path, name: str) -> Checkpoint:
+def made_in(directory: Path, name: str) -> Checkpoint:
     """A checkpoint of the run, named within it, so that a run's files do not depend on where it
     lies."""
     return replace(open_checkpoint(directory / name), id=name)

@@ -4,7 +4,7 @@ result.
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
     measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
-    width.py     width                          demo.py        demo
+    width.py     width, compare-units           demo.py        demo
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -32,7 +32,7 @@ from shortllm.cli.recipes import recipes
 from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
 from shortllm.cli.scoring import compare_criteria, info, score
-from shortllm.cli.width import width
+from shortllm.cli.width import compare_units, width
 from shortllm.errors import ShortLLMError
 
 app = typer.Typer(
@@ -66,6 +66,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("bench", bench),
     ("report", report),
     ("compare", compare),
+    ("compare-units", compare_units),
     ("demo", demo),
     ("export-lint", export_lint),
 ]

@@ -181,6 +181,37 @@ Limit = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass of a task.")]
 
+RecipeName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="A recipe by name (`shortllm recipes list`), or a .yaml file; flags go before it."
+    ),
+]
+EvalData = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        help="Text to measure on; may be repeated. Default: rows of --data kept apart from "
+        "calibration, or wikitext2 and ptb."
+    ),
+]
+RetrainMethods = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="METHOD",
+        help="Heal by lora, full, distill or last-blocks; several, e.g. lora,full, each from "
+        "the same start; none. Default: as the recipe has it.",
+    ),
+]
+Places = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
+        "may be repeated.",
+    ),
+]
+
 
 def budget_of(
     remove: int | None,

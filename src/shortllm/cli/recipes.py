@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from shortllm.cli.asked import changes_of
 from shortllm.cli.options import Json
 from shortllm.cli.output import command_line, print_json, print_table
-from shortllm.cli.run import changes_of, run
+from shortllm.cli.run import run
 from shortllm.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from shortllm.cli.asked import recipe_of
 from shortllm.cli.options import (
     BatchSize,
     Blocks,
@@ -21,6 +21,7 @@ from shortllm.cli.options import (
     Device,
     Dtype,
     EvalBos,
+    EvalData,
     EvalLength,
     Json,
     Length,
@@ -30,11 +31,14 @@ from shortllm.cli.options import (
     NewTokens,
     ParamRatio,
     PeriodAligned,
+    Places,
     Prompt,
     ProtectFirst,
     ProtectLast,
     Ratio,
+    RecipeName,
     Remove,
+    RetrainMethods,
     Revision,
     SampleCount,
     Sampler,
@@ -45,13 +49,6 @@ from shortllm.cli.options import (
     TargetSpeedup,
     TaskData,
     Tasks,
-    bytes_in,
-    names_in,
-    numbers_in,
-    options_in,
-    parameters_in,
-    places_in,
-    single,
 )
 from shortllm.cli.output import (
     command_line,
@@ -63,64 +60,9 @@ from shortllm.cli.output import (
     print_json,
     task_scores,
 )
-from shortllm.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
-    from shortllm.recipe import Recipe
-
-PLACES = {
-    "model": "model",
-    "revision": "revision",
-    "criterion": "criterion",
-    "data": "calibration.data",
-    "calibration": "calibration.file",
-    "sampler": "calibration.sampler",
-    "samples": "calibration.samples",
-    "length": "calibration.length",
-    "seed": "calibration.seed",
-    "bos_every_sample": "calibration.bos_every_sample",
-    "eval_data": "evaluation.data",
-    "eval_length": "evaluation.length",
-    "eval_bos": "evaluation.bos",
-    "max_segments": "evaluation.max_segments",
-    "prompt": "evaluation.prompt",
-    "continuations": "evaluation.continuations",
-    "new_tokens": "evaluation.new_tokens",
-    "task_data": "evaluation.task_data",
-    "limit": "evaluation.limit",
-    "batch_size": "evaluation.batch_size",
-    "remove": "budget.remove",
-    "ratio": "budget.ratio",
-    "param_ratio": "budget.param_ratio",
-    "target_speedup": "budget.target_speedup",
-    "contiguous": "budget.contiguous",
-    "protect_first": "budget.protect_first",
-    "protect_last": "budget.protect_last",
-    "period_aligned": "budget.period_aligned",
-    "use_published_order": "use_published_order",
-    "device": "device",
-    "dtype": "dtype",
-    "stream": "stream",
-}
-"""Flag -> the field of a recipe that it sets."""
-
-READ: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "blocks": ("budget.blocks", numbers_in),
-    "target_params": ("budget.target_params", parameters_in),
-    "target_memory": ("budget.target_memory", bytes_in),
-    "tasks": ("evaluation.tasks", names_in),
-    "max_memory": ("max_memory", bytes_in),
-}
-"""The same for flags whose text is read first."""
-
-AMOUNTS = {
-    name: f"budget.{name}"
-    for name in (
-        "remove", "ratio", "param_ratio", "blocks", "target_params", "target_memory",
-        "target_speedup",
-    )
-}  # fmt: skip
-"""Flags that say how much goes: one of them takes the place of what the recipe says."""
+    pass
 
 
 def run(
@@ -131,12 +73,7 @@ def run(
             metavar="[MODEL]", help="Checkpoint directory or Hub id. Default: embedded."
         ),
     ] = None,
-    recipe: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="A recipe by name (`shortllm recipes list`), or a .yaml file; flags go before it."
-        ),
-    ] = None,
+    recipe: RecipeName = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run directory. Default: runs/<model>-<criterion>-<budget>."),
@@ -168,40 +105,19 @@ def run(
     length: Length = 128,
     seed: Seed = 1234,
     bos_every_sample: BosEverySample = None,
-    eval_data: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Text to measure on; may be repeated. Default: rows of --data kept apart from "
-            "calibration, or wikitext2 and ptb."
-        ),
-    ] = None,
+    eval_data: EvalData = None,
     eval_length: EvalLength = 128,
     eval_bos: EvalBos = None,
     max_segments: MaxSegments = None,
     prompt: Prompt = None,
     continuations: Continuations = 5,
     new_tokens: NewTokens = 128,
-    retrain: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="METHOD",
-            help="Heal by lora, full, distill or last-blocks; several, e.g. lora,full, each from "
-            "the same start; none. Default: as the recipe has it.",
-        ),
-    ] = None,
+    retrain: RetrainMethods = None,
     bench: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option("--bench/--no-bench", help="Measure speed and memory. Default: recipe."),
     ] = None,
-    places: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
-            "may be repeated.",
-        ),
-    ] = None,
+    places: Places = None,
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Limit = None,
@@ -221,14 +137,8 @@ def run(
     """
     import shortllm
     from shortllm.published import beside
-    from shortllm.recipes import DEFAULT, changed, default_recipe, load_recipe
 
-    changes = changes_of(ctx, places or [])
-    if recipe is not None:
-        base = load_recipe(recipe)
-    else:
-        base = default_recipe() if (model or DEFAULT) == DEFAULT else shortllm.Recipe()
-    asked = changed(_healed(base, retrain), changes, "command line")
+    asked = recipe_of(ctx, model, recipe, retrain, places or [])
     result = shortllm.run(asked, out=out, command=command_line())
     published, rows = result.recipe.published, []
     if published is not None:
@@ -258,48 +168,3 @@ def run(
     width = max(map(len, (*result.checkpoints, "report")))
     for name, path in {**result.checkpoints, "report": result.report}.items():
         typer.echo(f"{name + ':':{width + 1}} {path}")
-
-
-def changes_of(ctx: typer.Context, places: Sequence[str]) -> dict[str, Any]:
-    """What was typed, by its place in a recipe; what was not leaves the recipe as it is.
-
-    Raises:
-        ShortLLMError: a value of another form.
-    """
-    typed = {
-        name: value
-        for name, value in ctx.params.items()
-        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    }
-    changes = {place: typed[name] for name, place in PLACES.items() if name in typed}
-    for name, (place, read) in READ.items():
-        if name in typed:
-            changes[place] = read(typed[name])
-    if any(name in typed for name in AMOUNTS):
-        changes = {place: changes.get(place) for place in AMOUNTS.values()} | changes
-    if "option" in typed:
-        criterion = typed.get("criterion")
-        options = options_in(typed["option"], [criterion or "ppl"])
-        changes["options"] = single(options, criterion or next(iter(options)))
-        changes.setdefault("criterion", next(iter(options)))
-    if "bench" in typed:
-        changes["benchmark"] = {} if typed["bench"] else None
-    return changes | places_in(places)
-
-
-def _healed(base: Recipe, methods: str | None) -> Recipe:
-    """The recipe with the ways of healing asked for, each as it has it or else with defaults."""
-    if methods is None:
-        return base
-    import shortllm
-    from shortllm.retraining.options import DEFAULTS as METHODS
-
-    names = [] if methods == "none" else names_in(methods)
-    for name in names:
-        if name not in METHODS:
-            raise RecipeError(f"--retrain {name}: no such method.{did_you_mean(name, METHODS)}")
-    held: dict[str, shortllm.RetrainOptions] = {one.method: one for one in base.retraining}
-    chosen = [
-        held.get(name) or shortllm.RetrainOptions.model_validate({"method": name}) for name in names
-    ]
-    return base.model_copy(update={"retraining": chosen})

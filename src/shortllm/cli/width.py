@@ -1,4 +1,4 @@
-"""`width`: the baselines that remove heads and neurons."""
+"""`width`, `compare-units`: removing heads and neurons, beside removing blocks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,38 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
+from shortllm.cli.asked import recipe_of
 from shortllm.cli.options import (
     BosEverySample,
     CalibrationFile,
     Data,
     Device,
     Dtype,
+    EvalData,
     Json,
+    Length,
+    Limit,
     MaxMemory,
+    MaxSegments,
     ModelArgument,
+    Places,
+    Ratio,
+    RecipeName,
+    Remove,
+    RetrainMethods,
     Revision,
     SampleCount,
     Sampler,
     Seed,
     Stream,
+    TaskData,
+    Tasks,
     bytes_in,
     calibration_of,
+    counts_in,
+    names_in,
 )
-from shortllm.cli.output import print_json, print_table
+from shortllm.cli.output import command_line, print_json, print_table
 
 if TYPE_CHECKING:
     from shortllm.width_pruning.record import WidthPruning
@@ -44,6 +58,10 @@ def width(
             "parameters of all of them."
         ),
     ] = ...,  # type: ignore[assignment]
+    neuron_ratio: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Part of the neurons, where that is not to be --ratio; not for flap."),
+    ] = None,
     start: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="First block made narrower. Default: 4 for llm-pruner, else 0."),
@@ -94,6 +112,7 @@ def width(
         options=shortllm.WidthOptions(
             method=method,
             ratio=ratio,
+            neuron_ratio=neuron_ratio,
             start=start,
             end=end,
             importance=importance,
@@ -144,3 +163,62 @@ def _print_width(made: WidthPruning) -> None:
 
 def _left(before: int, removed: int) -> str:
     return f"{before} -> {before - removed}" if removed else str(before)
+
+
+def compare_units(
+    ctx: typer.Context,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Checkpoint directory or Hub id. Default: embedded."),
+    ] = None,
+    recipe: RecipeName = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Run directory. Default: runs/<model>-units."),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Criteria of depth, the first sets the number of parameters, and width."),
+    ] = "ppl,taylor,llm-pruner,wanda-sp,flap",
+    remove: Remove = None,
+    ratio: Ratio = None,
+    data: Data = None,
+    samples: SampleCount = 10,
+    length: Length = 128,
+    eval_data: EvalData = None,
+    max_segments: MaxSegments = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    retrain: RetrainMethods = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes that speed is measured at.")] = (
+        "1,4,16,64"
+    ),
+    places: Places = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Width against depth: the same number of parameters removed by each method, then measured.
+
+    The same command again skips what is up to date.
+    """
+    import shortllm
+    from shortllm.recipes import changed
+
+    asked = recipe_of(ctx, model, recipe, retrain, places or [])
+    asked = changed(asked, {"benchmark.batches": counts_in(batch, "--batch")}, "command line")
+    found = shortllm.compare_units(
+        asked, methods=names_in(methods), out=out, command=command_line()
+    )
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    from shortllm.reporting.loading import load_units
+    from shortllm.reporting.units import terminal_table
+    from shortllm.units import default_directory
+
+    directory = out or default_directory(asked.model)
+    print_table(*terminal_table(load_units(directory)))
+    typer.echo(f"page: {directory / 'units.html'}")

@@ -16,7 +16,8 @@
                           report.html  README.md  pruned/README.md  retrained/README.md
 
 A comparison of criteria has a page of its own, made the same way: comparison.json, comparison.py,
-comparison.html. So have several runs side by side: runs.py, runs.html.j2.
+comparison.html. So have several runs side by side: runs.py, runs.html.j2; and width
+beside depth: units.py, units.html.j2.
 
 A section is a function that takes the loaded results and returns what its partial template
 `templates/sections/NAME.html.j2` shows, or None where the run has nothing to show; a new stage adds
@@ -32,16 +33,17 @@ import os
 from pathlib import Path
 
 from shortllm.files import explained, write_text
-from shortllm.reporting.loading import load_comparison, load_results
+from shortllm.reporting.loading import load_comparison, load_results, load_units
 from shortllm.reporting.rendering import (
     is_our_card,
     render_comparison,
     render_model_card,
     render_page,
+    render_units,
 )
 from shortllm.rundir import PRUNED
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["write_comparison", "write_report", "write_units"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -74,6 +76,17 @@ def write_comparison(run_dir: Path) -> Path:
     """
     write_text(run_dir / "comparison.html", render_comparison(load_comparison(run_dir)))
     return run_dir / "comparison.html"
+
+
+def write_units(run_dir: Path) -> Path:
+    """Write `units.html` of a comparison of width and depth; returns its path.
+
+    Raises:
+        ResultFileError: a result file is missing or damaged.
+        OutputError: the run directory cannot be written.
+    """
+    write_text(run_dir / "units.html", render_units(load_units(run_dir)))
+    return run_dir / "units.html"
 
 
 def _keep_original_card(checkpoint: Path) -> None:

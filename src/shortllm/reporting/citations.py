@@ -1,4 +1,4 @@
-"""The paper behind a criterion, for the page (text and link) and the model card (BibTeX)."""
+"""The paper behind a method, for the page (text and link) and the model card (BibTeX)."""
 
 from __future__ import annotations
 
@@ -81,6 +81,20 @@ _SLEB = Citation(
     arxiv="2402.09025",
 )
 
+_LLM_PRUNER = Citation(
+    key="ma2023llmpruner",
+    authors="Ma, Xinyin and Fang, Gongfan and Wang, Xinchao",
+    title="LLM-Pruner: On the Structural Pruning of Large Language Models",
+    arxiv="2305.11627",
+)
+
+_FLAP = Citation(
+    key="an2023fluctuation",
+    authors="An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao",
+    title="Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+    arxiv="2312.11983",
+)
+
 CITATIONS = {
     "ppl": _SHORTENED_LLAMA,
     "taylor": _SHORTENED_LLAMA,
@@ -90,8 +104,11 @@ CITATIONS = {
     "relative": _SHORTGPT,
     "angular": _DEEPER_LAYERS,
     "greedy": _SLEB,
+    "llm-pruner": _LLM_PRUNER,
+    "wanda-sp": _FLAP,
+    "flap": _FLAP,
 }
-"""The paper that defines each criterion; one that is not listed is shown without."""
+"""The paper that defines each criterion and width method; others are shown without."""
 
 
 def cited(criteria: Sequence[str]) -> list[tuple[str, Citation]]:

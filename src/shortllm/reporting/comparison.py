@@ -34,12 +34,11 @@ def head(results: ComparisonResults) -> Context:
     }
 
 
-def curves(results: ComparisonResults) -> Context:
+def criteria_plot(found: Comparison) -> ComparisonPlot:
     """Perplexity against what is removed, a line per criterion, random draws as a band."""
-    found = results.comparison
     columns = standings(found)
     intact = found.intact.perplexity
-    plot = ComparisonPlot(
+    return ComparisonPlot(
         blocks=[0, *(budget.blocks for budget in found.budgets)],
         of=found.model.blocks,
         lines=[
@@ -55,6 +54,13 @@ def curves(results: ComparisonResults) -> Context:
         high=[intact, *(max(column.random) for column in columns)],
         y_label=f"perplexity, {perplexity_source(found.intact)}",
     )
+
+
+def curves(results: ComparisonResults) -> Context:
+    """The plot of all criteria."""
+    found = results.comparison
+    intact = found.intact.perplexity
+    plot = criteria_plot(found)
     return {
         "wide": plot.svg("wide"),
         "narrow": plot.svg("narrow"),

@@ -18,6 +18,7 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ResultFileError
 from shortllm.results import (
     TARGET_FILE,
+    UNITS_FILE,
     Benchmark,
     BlockScores,
     CalibrationInfo,
@@ -30,6 +31,7 @@ from shortllm.results import (
     ResultFile,
     Retraining,
     Target,
+    UnitsComparison,
 )
 from shortllm.retraining import RECORD
 from shortllm.rundir import PRUNED
@@ -41,6 +43,7 @@ AnyResultFile = TypeVar("AnyResultFile", bound=ResultFile)
 
 _RUN = "shortllm run"
 _PLAN = "shortllm plan ..."
+_UNITS = "shortllm compare-units"
 _COMPARE = "shortllm compare-criteria"
 
 
@@ -104,22 +107,50 @@ class ComparisonResults:
     comparison: Comparison
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitsResults:
+    """Everything the page is made from."""
+
+    run: RunFile
+    units: UnitsComparison
+    evaluation: Evaluation
+    benchmark: Benchmark
+
+    @property
+    def evaluated(self) -> dict[str, EvaluatedModel]:
+        return {entry.name: entry for entry in self.evaluation.models}
+
+
+def load_units(run_dir: Path) -> UnitsResults:
+    """Read the files of a comparison of units.
+
+    Raises:
+        ResultFileError: one is missing or damaged.
+    """
+    return UnitsResults(
+        run=load_run_file(run_dir / "run.json", remedy=_UNITS),
+        units=load_file(UnitsComparison, run_dir / UNITS_FILE, remedy=_UNITS),
+        evaluation=load_file(Evaluation, run_dir / "eval.json", remedy=_UNITS),
+        benchmark=load_file(Benchmark, run_dir / "bench.json", remedy=_UNITS),
+    )
+
+
 def load_comparison(run_dir: Path) -> ComparisonResults:
     """Read the result files of a comparison and check that they belong together.
 
     Raises:
         ResultFileError: a file is missing or damaged, or the calibration is another one.
     """
-    comparison = _load(Comparison, run_dir / "comparison.json", remedy=_COMPARE)
+    comparison = load_file(Comparison, run_dir / "comparison.json", remedy=_COMPARE)
     calibration = None
     if comparison.calibration is not None:
-        calibration = _load(CalibrationInfo, run_dir / "calibration.json", remedy=_COMPARE)
+        calibration = load_file(CalibrationInfo, run_dir / "calibration.json", remedy=_COMPARE)
         if calibration.tokens_fingerprint != comparison.calibration:
             raise ResultFileError(
                 f"{run_dir}: comparison.json was made from other tokens than those of "
                 f"calibration.json. Make it again with: {_COMPARE}"
             )
-    run = _load_run(run_dir / "run.json", remedy=_COMPARE)
+    run = load_run_file(run_dir / "run.json", remedy=_COMPARE)
     return ComparisonResults(run=run, calibration=calibration, comparison=comparison)
 
 
@@ -129,11 +160,11 @@ def load_results(run_dir: Path) -> RunResults:
     Raises:
         ResultFileError: a needed file is missing or damaged, or two files do not belong together.
     """
-    plan = _load(PrunePlan, run_dir / "plan.json", remedy=_PLAN)
+    plan = load_file(PrunePlan, run_dir / "plan.json", remedy=_PLAN)
     scores = _load_optional(BlockScores, run_dir / "scores.json")
-    load_calibration = _load if scores and scores.calibration is not None else _load_optional
+    load_calibration = load_file if scores and scores.calibration is not None else _load_optional
     results = RunResults(
-        run=_load_run(run_dir / "run.json"),
+        run=load_run_file(run_dir / "run.json"),
         calibration=load_calibration(CalibrationInfo, run_dir / "calibration.json"),
         scores=scores,
         plan=plan,
@@ -165,7 +196,7 @@ def _load_retraining(run_dir: Path, fingerprints: dict[str, str]) -> dict[str, R
     retrainings of another model are left out."""
     records: dict[str, Retraining] = {}
     for path in sorted(run_dir.glob(f"*/{RECORD}")):
-        record = _load(Retraining, path)
+        record = load_file(Retraining, path)
         if record.model.fingerprint == fingerprints.get(PRUNED):
             records[path.parent.name] = record
         else:
@@ -187,7 +218,14 @@ def _load_benchmark(run_dir: Path, fingerprints: dict[str, str]) -> Benchmark | 
     return found
 
 
-def _load(kind: type[AnyResultFile], path: Path, *, remedy: str = _RUN) -> AnyResultFile:
+def load_file(kind: type[AnyResultFile], path: Path, *, remedy: str = _RUN) -> AnyResultFile:
+    """A result file.
+
+    Args:
+        remedy: the command that makes it.
+    Raises:
+        ResultFileError: it is missing or damaged.
+    """
     if not path.exists():
         raise ResultFileError(f"{path} is missing. Make it with: {remedy}")
     try:
@@ -197,10 +235,15 @@ def _load(kind: type[AnyResultFile], path: Path, *, remedy: str = _RUN) -> AnyRe
 
 
 def _load_optional(kind: type[AnyResultFile], path: Path) -> AnyResultFile | None:
-    return _load(kind, path) if path.exists() else None
+    return load_file(kind, path) if path.exists() else None
 
 
-def _load_run(path: Path, *, remedy: str = _RUN) -> RunFile:
+def load_run_file(path: Path, *, remedy: str = _RUN) -> RunFile:
+    """run.json, as far as a page shows it.
+
+    Raises:
+        ResultFileError: it is missing or damaged.
+    """
     try:
         return RunFile.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:

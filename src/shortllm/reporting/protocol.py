@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shortllm.reporting.citations import cited
-from shortllm.reporting.loading import ComparisonResults, RunResults
+from shortllm.reporting.loading import ComparisonResults, RunResults, UnitsResults
 from shortllm.reporting.names import (
     command_line,
     flattened,
@@ -88,6 +88,22 @@ def describe_comparison(results: ComparisonResults) -> dict[str, Any]:
 def _without_published(recipe: dict[str, Any]) -> dict[str, Any]:
     """What was chosen; what was published has a section of its own."""
     return {name: value for name, value in recipe.items() if name != "published"}
+
+
+def describe_units(results: UnitsResults) -> dict[str, Any]:
+    """The same for width against depth."""
+    units, evaluation = results.units, results.evaluation
+    rows = [("model", _model_phrase(units.model))]
+    for one in evaluation.models[0].perplexity:
+        rows.append((f"perplexity, {perplexity_source(one)}", _perplexity_protocol(one)))
+    rows.append(("dtype", evaluation.dtype))
+    of_stages = {"versions (evaluation)": evaluation.versions}
+    return {
+        "rows": rows + _version_rows(results.run.versions, of_stages),
+        "command": command_line(results.run.command),
+        "recipe": list(flattened(results.run.recipe)),
+        "citations": cited([one.name for one in units.candidates]),
+    }
 
 
 def calibration_phrase(calibration: CalibrationInfo) -> str:

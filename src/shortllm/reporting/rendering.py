@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.reporting import comparison, sections
 from shortllm.reporting import runs as page_of_runs
+from shortllm.reporting import units as page_of_units
 from shortllm.reporting.citations import CITATIONS
-from shortllm.reporting.loading import ComparisonResults, RunResults
+from shortllm.reporting.loading import ComparisonResults, RunResults, UnitsResults
 from shortllm.reporting.names import hub_id
 from shortllm.reporting.protocol import describe_protocol
 from shortllm.reporting.runs import ComparedModel
@@ -29,6 +30,11 @@ def render_comparison(results: ComparisonResults) -> str:
     """The HTML page of a comparison of criteria."""
     contexts = [(name, title, describe(results)) for name, title, describe in comparison.SECTIONS]
     return _page("comparison", comparison.head(results), contexts)
+
+
+def render_units(results: UnitsResults) -> str:
+    """The HTML page that sets width beside depth."""
+    return _page("units", page_of_units.head(results), page_of_units.sections(results))
 
 
 def render_runs(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -> str:

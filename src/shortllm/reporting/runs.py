@@ -191,7 +191,7 @@ def head(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -> Con
 
 def verdict(models: Sequence[ComparedModel]) -> str:
     """Which shortened models none beats in both perplexity and size, on the most common text."""
-    text = _main_text(models)
+    text = main_text(models)
     if text is None:
         return "No two models were measured on the same text: their quality cannot be compared."
     points = _points(models, "parameters", text)
@@ -207,7 +207,7 @@ def verdict(models: Sequence[ComparedModel]) -> str:
     )
 
 
-def _main_text(models: Sequence[ComparedModel]) -> str | None:
+def main_text(models: Sequence[ComparedModel]) -> str | None:
     """The text that most models were measured on; None where no two were."""
     texts = [text for one in models for text in one.perplexity]
     best = max(dict.fromkeys(texts), key=texts.count, default=None)
@@ -227,21 +227,36 @@ def _points(models: Sequence[ComparedModel], x: str, y: str) -> list[Point]:
     return points
 
 
-def trade(models: Sequence[ComparedModel], cell: tuple[int, int] | None) -> Context | None:
-    """Quality against size and against latency."""
-    text = _main_text(models)
-    of_one = len({one.original for one in models}) == 1
-    axes = [("parameters", "parameters [millions]", 1e-6)]
+def trade(
+    models: Sequence[ComparedModel], cell: tuple[int, int] | None, *, size: bool = True
+) -> Context | None:
+    """Quality against size, unless all are of one size, and against latency."""
+    plots = trade_plots(models, cell, size=size).values()
+    shown = [{"wide": plot.svg("wide"), "narrow": plot.svg("narrow")} for plot in plots]
+    return {"plots": shown} if shown else None
+
+
+def trade_plots(
+    models: Sequence[ComparedModel], cell: tuple[int, int] | None, *, size: bool = True
+) -> dict[str, ParetoPlot]:
+    """Every plot of quality against cost there are two models for, by name.
+
+    Args:
+        cell: batch size and new tokens that latencies are of.
+        size: also against the number of parameters.
+    """
+    text = main_text(models)
+    axes = [("parameters", "parameters [millions]", 1e-6)] if size else []
     if cell is not None:
         batch, new_tokens = cell
         how = f"batch {batch}, {new_tokens} new tokens"
-        if of_one:
+        if len({one.original for one in models}) == 1:
             axes.append(("relative_latency", f"latency, part of the original's ({how})", 1.0))
         else:
             axes.append(("latency_s", f"latency [s] ({how})", 1.0))
     qualities = [(text, f"perplexity, {text}", False)] if text is not None else []
     qualities.append(("zeroshot_mean", "mean task score [%]", True))
-    plots = []
+    plots = {}
     for y, y_label, higher in qualities:
         for x, x_label, scale in axes:
             points = [
@@ -249,11 +264,11 @@ def trade(models: Sequence[ComparedModel], cell: tuple[int, int] | None) -> Cont
                 for p in _points_against(models, x, y)
             ]
             if len(points) > 1:
-                plot = ParetoPlot(
+                quality = "tasks" if higher else "perplexity"
+                plots[f"{quality}-{x.removeprefix('relative_').removesuffix('_s')}"] = ParetoPlot(
                     points=points, x_label=x_label, y_label=y_label, higher_is_better=higher
                 )
-                plots.append({"wide": plot.svg("wide"), "narrow": plot.svg("narrow")})
-    return {"plots": plots} if plots else None
+    return plots
 
 
 def _points_against(models: Sequence[ComparedModel], x: str, y: str) -> list[Point]:

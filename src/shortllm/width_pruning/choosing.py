@@ -21,16 +21,22 @@ def removed_units(units: int, width: int, ratio: float) -> int:
     return (channels - int(channels * (1 - ratio))) // width
 
 
-def removed_counts(groups: BlockGroups, ratio: float) -> tuple[int, int]:
+def removed_counts(
+    groups: BlockGroups, ratio: float, neuron_ratio: float | None = None
+) -> tuple[int, int]:
     """How many units of attention and how many neurons a ratio removes from a block.
 
     The channels of attention are those of its keys.
+
+    Args:
+        neuron_ratio: for the neurons, where it is another.
 
     Raises:
         BudgetError: none or all of them, naming ratios that work.
     """
     heads, neurons = groups.attention.units, groups.mlp.units
-    gone = removed_units(heads, groups.head_dim, ratio), removed_units(neurons, 1, ratio)
+    of_neurons = ratio if neuron_ratio is None else neuron_ratio
+    gone = removed_units(heads, groups.head_dim, ratio), removed_units(neurons, 1, of_neurons)
     if 0 < gone[0] < heads and 0 < gone[1] < neurons:
         return gone
     kind = "heads" if groups.query_heads == 1 else f"kv heads (of {groups.query_heads} query heads)"

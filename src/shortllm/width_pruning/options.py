@@ -32,6 +32,11 @@ class WidthOptions(Record):
         description="part of the heads and neurons of each block that goes; for flap part of the "
         "parameters of all of them together"
     )
+    neuron_ratio: float | None = Field(
+        default=None,
+        description="part of the neurons of each block that goes, where that is not to be `ratio`; "
+        "not where one list of all blocks decides",
+    )
     start: int | None = Field(
         default=None, description="first block made narrower; llm-pruner: 4, others: 0"
     )
@@ -72,6 +77,16 @@ class WidthOptions(Record):
             if getattr(self, name) is not None and self.method != owner:
                 raise ShortLLMError(
                     f"--{name} is an option of {owner}, and --method is {self.method}. Leave it out"
+                )
+        if self.neuron_ratio is not None:
+            if not 0 < self.neuron_ratio < 1:
+                raise BudgetError(
+                    f"--neuron-ratio {self.neuron_ratio} is not between 0 and 1. Give e.g. 0.25"
+                )
+            if self.by_list:
+                raise ShortLLMError(
+                    "flap ranks heads and neurons in one list, in which --neuron-ratio has no "
+                    "meaning. Leave it out, or give --shapes uniform"
                 )
         start, end = self.start, self.end
         if start is None:

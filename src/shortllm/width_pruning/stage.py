@@ -149,7 +149,7 @@ def _prune(
     require_plain_names(checkpoint, groups)
     counts = {}
     if not options.by_list:
-        counts = {b: removed_counts(groups[b], options.ratio) for b in groups}
+        counts = {b: removed_counts(groups[b], options.ratio, options.neuron_ratio) for b in groups}
     uniform = _uniform_layout(checkpoint, options, groups, counts)
     text = options.needs_text and calibration is not None
     chosen = choose(

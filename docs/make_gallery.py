@@ -1,0 +1,134 @@
+"""The gallery: criteria, and width against depth, on small models, as plots and a page.
+
+    python docs/make_gallery.py                      # the embedded model: some minutes on two cores
+    python docs/make_gallery.py --shared ../shared   # and the real models of that directory
+
+Writes docs/gallery.md and docs/images/gallery/*.svg. The runs behind it stay in --runs, where
+what is up to date is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import shortllm
+from shortllm.files import write_text
+from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.reporting.comparison import criteria_plot
+from shortllm.reporting.loading import load_units
+from shortllm.reporting.plots.drawing import standalone
+from shortllm.reporting.runs import trade_plots
+from shortllm.reporting.speed import all_plots
+from shortllm.reporting.units import compared, smallest_cell, terminal_table
+from shortllm.retraining.options import RetrainOptions
+
+DOCS = Path(__file__).parent
+IMAGES = DOCS / "images" / "gallery"
+RATIO = 0.2
+INTRO = """# Gallery
+
+Small models, every criterion, and width against depth at one size: a fifth of the parameters
+removed, the same {steps} steps of LoRA for all. Made by `python docs/make_gallery.py --shared
+../shared`. A number in a plot counts the models before and after healing, in the order of the
+table; speeds are those of two processor cores, and mean something as ratios.
+
+"""
+CITED = {
+    "criteria": "what each criterion removes, and the perplexity that is left",
+    "perplexity-latency": "perplexity against latency at one size",
+    "throughput": "throughput against batch size",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A model of the gallery, and the text it is scored, healed and measured on."""
+
+    name: str
+    model: str
+    calibration: str
+    healing: str
+    texts: list[str]
+
+
+def shown_models(shared: Path | None) -> list[Shown]:
+    """The embedded model, and those of the directory with real ones."""
+    models = [Shown("embedded", "embedded", "embedded", "embedded", ["embedded"])]
+    if shared is None:
+        return models
+    stories = str(shared / "data" / "stories" / "train.jsonl.gz")
+    books = str(shared / "data" / "books" / "train.jsonl.xz")
+    texts = ["wikitext2", str(shared / "data" / "stories" / "valid.jsonl.gz#page")]
+    for name in ("stories260K", "stories10L", "stories10L-redundant", "books5M"):
+        text = books if name == "books5M" else stories
+        models.append(Shown(name, str(shared / "models" / name), text, text, texts))
+    return models
+
+
+def recipe_of(one: Shown, steps: int) -> Recipe:
+    """A fifth of the parameters removed, the same LoRA for all."""
+    return Recipe(
+        model=one.model,
+        budget=shortllm.Budget(param_ratio=RATIO),
+        calibration=CalibrationOptions(data=one.calibration),
+        retraining=[
+            RetrainOptions(
+                data=one.healing, form="text", length=128, batch=8, max_steps=steps, rows=4000,
+                learning_rate=2e-3, schedule="cosine", held_out=20, report_to=[],
+            )
+        ],
+        evaluation=EvaluationOptions(data=one.texts, max_segments=400, continuations=0),
+        benchmark=BenchmarkOptions(batches=[1, 4, 16, 64], new_tokens=[32], warmup=1, runs=5),
+    )  # fmt: skip
+
+
+def page_of(one: Shown, runs: Path, steps: int) -> str:
+    """Make what is missing, draw the plots, and return the model's section in Markdown."""
+    plots = {}
+    found = shortllm.compare_criteria(
+        one.model,
+        calibration=CalibrationOptions(data=one.calibration),
+        evaluation=EvaluationOptions(data=one.texts[-1:]),
+        out=runs / f"{one.name}-criteria",
+    )
+    plots["criteria"] = criteria_plot(found).svg("wide")
+    directory = runs / f"{one.name}-units"
+    shortllm.compare_units(recipe_of(one, steps), out=directory)
+    results = load_units(directory)
+    cell = smallest_cell(results.benchmark)
+    for name, plot in trade_plots(compared(results), cell, size=False).items():
+        plots[name] = plot.svg("wide")
+    speed = all_plots(results.benchmark)
+    plots["throughput"] = next(plot for name, plot in speed.items() if "throughput" in name).svg(
+        "wide"
+    )
+    lines = [f"## {one.name}", ""]
+    for name, svg in plots.items():
+        write_text(IMAGES / f"{one.name}-{name}.svg", standalone(svg))
+        lines += [f"![{one.name}: {CITED[name]}](images/gallery/{one.name}-{name}.svg)", ""]
+    head, rows = terminal_table(results)
+    lines.append(f"| {' | '.join(head)} |")
+    lines.append(f"|---|---|{'---:|' * (len(head) - 2)}")
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, help="directory with models/ and data/")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gallery"))
+    parser.add_argument("--steps", type=int, default=100, help="of healing")
+    arguments = parser.parse_args()
+    if arguments.shared is not None:
+        os.environ.setdefault("SHORTLLM_DATA", str(arguments.shared / "data"))
+    sections = [
+        page_of(one, arguments.runs, arguments.steps) for one in shown_models(arguments.shared)
+    ]
+    write_text(DOCS / "gallery.md", INTRO.format(steps=arguments.steps) + "\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
