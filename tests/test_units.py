@@ -102,7 +102,7 @@ def test_the_same_again_does_nothing(
     assert caplog.text.count("is up to date, skipped") >= 12
 
 
-@pytest.mark.parametrize("share", [0.1, 0.2, 0.35])
+@pytest.mark.parametrize("share", [0.15, 0.2, 0.35])
 @pytest.mark.parametrize("method", WIDTH)
 def test_ratios_are_found_for_a_number_of_parameters(
     method: str, share: float, tmp_path: Path
@@ -129,13 +129,15 @@ def test_more_than_there_is_cannot_go() -> None:
     groups = find_groups(session.decoder(checkpoint), range(2))
     with pytest.raises(BudgetError, match="cannot go from 2 blocks"):
         removing(WidthOptions(ratio=0.5).filled(12), groups, checkpoint.parameters // 2)
+    with pytest.raises(BudgetError, match="one head of 2 from each, and one neuron, are the least"):
+        removing(WidthOptions(ratio=0.5).filled(12), groups, 10_000)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["flap"], "no criterion of depth was named"),
-        (["ppl", "flop"], "'flop' is neither a criterion nor a width method. Did you mean 'flap'"),
+        (["ppl", "flop"], "'flop' is neither a criterion nor a width method. Did you mean 'flap'."),
         (["ppl", "ppl"], "given twice"),
     ],
 )

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from shortllm import pipeline, rundir, stages
+from shortllm import criteria, pipeline, rundir, stages
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, did_you_mean
 from shortllm.files import fingerprint
@@ -58,14 +58,13 @@ def asked_methods(names: Sequence[str]) -> tuple[list[Asked], list[Method]]:
         raise CriterionError(f"a method was given twice in {', '.join(names)}. Name each once")
     width = [method for method in WIDTH if method in names]
     depth = [name for name in names if name not in WIDTH]
-    try:
-        asked = [Asked.of(name, {}) for name in depth]
-    except CriterionError as error:
-        known = [*DEPTH, *WIDTH]
-        unknown = next(name for name in depth if name in str(error))
-        raise CriterionError(
-            f"'{unknown}' is neither a criterion nor a width method.{did_you_mean(unknown, known)}"
-        ) from error
+    known = [*criteria.names(), *WIDTH]
+    for name in depth:
+        if name not in known:
+            raise CriterionError(
+                f"'{name}' is neither a criterion nor a width method.{did_you_mean(name, known)}"
+            )
+    asked = [Asked.of(name, {}) for name in depth]
     if not asked:
         raise CriterionError(
             "no criterion of depth was named, and it sets the number of parameters for all. Add "

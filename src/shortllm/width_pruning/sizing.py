@@ -37,21 +37,26 @@ def removing(
         )
     if options.by_list:
         return options.model_copy(update={"ratio": ratio})
-    heads = {
-        b: min(block.attention.units - 1, max(1, round(ratio * block.attention.units)))
-        for b, block in groups.items()
-    }
-    from_heads = sum(
-        heads[b] * unit_parameters(block.attention, block.width) for b, block in groups.items()
-    )
     of_neurons = sum(
         unit_parameters(block.mlp, block.width) * block.mlp.units for block in groups.values()
     )
-    neuron_ratio = (parameters - from_heads) / of_neurons
-    fewest = min(block.mlp.units for block in groups.values())
-    neuron_ratio = min(1 - 1.5 / fewest, max(1.5 / fewest, neuron_ratio))
-    return options.model_copy(
-        update={"ratio": _ratio_of_heads(groups, heads), "neuron_ratio": neuron_ratio}
+    for more in (0, 1, -1):
+        heads = {
+            b: min(block.attention.units - 1, max(1, round(ratio * block.attention.units) + more))
+            for b, block in groups.items()
+        }
+        from_heads = sum(
+            heads[b] * unit_parameters(block.attention, block.width) for b, block in groups.items()
+        )
+        neuron_ratio = (parameters - from_heads) / of_neurons
+        if all(0 < round(neuron_ratio * one.mlp.units) < one.mlp.units for one in groups.values()):
+            return options.model_copy(
+                update={"ratio": _ratio_of_heads(groups, heads), "neuron_ratio": neuron_ratio}
+            )
+    raise BudgetError(
+        f"{parameters:,} parameters cannot go from {len(groups)} blocks by {options.method}: one "
+        f"head of {next(iter(groups.values())).attention.units} from each, and one neuron, are "
+        "the least, and all but one the most. Choose another --ratio, or leave the method out"
     )
 
 
