@@ -32,8 +32,8 @@ INTRO = """# Gallery
 
 Small models, every criterion, and width against depth at one size: a fifth of the parameters
 removed, the same {steps} steps of LoRA for all. Made by `python docs/make_gallery.py --shared
-../shared`. A number in a plot counts the models before and after healing, in the order of the
-table; speeds are those of two processor cores, and mean something as ratios.
+../shared`. Open marks are models that were not healed; speeds are those of two processor cores,
+and mean something as ratios.
 
 """
 CITED = {
@@ -99,7 +99,7 @@ def page_of(one: Shown, runs: Path, steps: int) -> str:
     shortllm.compare_units(recipe_of(one, steps), out=directory)
     results = load_units(directory)
     cell = smallest_cell(results.benchmark)
-    for name, plot in trade_plots(compared(results), cell, size=False).items():
+    for name, plot in trade_plots(compared(results), cell, size=False, numbered=False).items():
         plots[name] = plot.svg("wide")
     speed = all_plots(results.benchmark)
     plots["throughput"] = next(plot for name, plot in speed.items() if "throughput" in name).svg(

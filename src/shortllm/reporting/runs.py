@@ -228,16 +228,28 @@ def _points(models: Sequence[ComparedModel], x: str, y: str) -> list[Point]:
 
 
 def trade(
-    models: Sequence[ComparedModel], cell: tuple[int, int] | None, *, size: bool = True
+    models: Sequence[ComparedModel],
+    cell: tuple[int, int] | None,
+    *,
+    size: bool = True,
+    numbered: bool = True,
 ) -> Context | None:
-    """Quality against size, unless all are of one size, and against latency."""
-    plots = trade_plots(models, cell, size=size).values()
+    """Quality against size, unless all are of one size, and against latency.
+
+    Args:
+        numbered: points have the numbers of a table's rows.
+    """
+    plots = trade_plots(models, cell, size=size, numbered=numbered).values()
     shown = [{"wide": plot.svg("wide"), "narrow": plot.svg("narrow")} for plot in plots]
-    return {"plots": shown} if shown else None
+    return {"plots": shown, "numbered": numbered} if shown else None
 
 
 def trade_plots(
-    models: Sequence[ComparedModel], cell: tuple[int, int] | None, *, size: bool = True
+    models: Sequence[ComparedModel],
+    cell: tuple[int, int] | None,
+    *,
+    size: bool = True,
+    numbered: bool = True,
 ) -> dict[str, ParetoPlot]:
     """Every plot of quality against cost there are two models for, by name.
 
@@ -266,7 +278,11 @@ def trade_plots(
             if len(points) > 1:
                 quality = "tasks" if higher else "perplexity"
                 plots[f"{quality}-{x.removeprefix('relative_').removesuffix('_s')}"] = ParetoPlot(
-                    points=points, x_label=x_label, y_label=y_label, higher_is_better=higher
+                    points=points,
+                    x_label=x_label,
+                    y_label=y_label,
+                    higher_is_better=higher,
+                    numbered=numbered,
                 )
     return plots
 

@@ -55,10 +55,11 @@ def batch_plots(found: Benchmark, new_tokens: int) -> dict[str, LinePlot]:
 
 
 def speedup_plot(found: Benchmark) -> LinePlot | None:
-    """Speed-up of each model over the first against the blocks it has fewer; None without any."""
+    """Speed-up of each model over the first against the blocks it has fewer; None without any, or
+    where several have as many."""
     whole = found.models[0].model.blocks
     shorter = [one for one in found.models if one.model.blocks < whole]
-    if not shorter:
+    if not shorter or len({one.model.blocks for one in shorter}) < len(shorter):
         return None
     new_tokens = found.measurements[0].new_tokens
     batches = [one.batch for one in found.measurements if one.new_tokens == new_tokens]

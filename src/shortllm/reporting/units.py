@@ -71,7 +71,7 @@ def _compared(results: UnitsResults, name: str, candidate: Candidate | None) -> 
     healed = candidate is not None and name == candidate.healed
     retraining = results.units.retraining or {}
     return ComparedModel(
-        run=f"{candidate.unit}, {candidate.name}" if candidate else None,
+        run=f"{candidate.name} ({candidate.unit})" if candidate else None,
         name=name,
         original=model_name(results.units.model.id),
         criterion=candidate.name if candidate else None,
@@ -172,9 +172,10 @@ def terminal_table(results: UnitsResults) -> tuple[tuple[str, ...], list[tuple[s
 def sections(results: UnitsResults) -> list[tuple[str, str, Context | None]]:
     """Name of the partial, heading and content of each section."""
     cell = smallest_cell(results.benchmark)
+    quality = trade(compared(results), cell, size=False, numbered=False)
     return [
         ("units", "At the same number of parameters", table(results)),
-        ("trade", "Quality against latency", trade(compared(results), cell, size=False)),
+        ("trade", "Quality against latency", quality),
         ("speed", "How fast they are", speed_context(results.benchmark)),
         ("protocol", "How this was measured", describe_units(results)),
     ]

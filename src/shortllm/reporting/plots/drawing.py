@@ -48,6 +48,17 @@ _STANDALONE = {
     "kept": "#2f6193",
     "removed": "#bb4a1e",
     "protected": "#767d88",
+    "removed-tint": "#f9e3d8",
+    "protected-tint": "#eceef0",
+    "band": "#e4e4dd",
+    "line-1": "#0072b2",
+    "line-2": "#d55e00",
+    "line-3": "#008a62",
+    "line-4": "#b3589a",
+    "line-5": "#3c9dd0",
+    "line-6": "#c98500",
+    "line-7": "#7a4a22",
+    "line-8": "#8a1f4f",
     "sans": "sans-serif",
 }
 """What stands for the page's variables in a plot that is a file of its own."""

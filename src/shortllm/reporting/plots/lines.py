@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shortllm.reporting.plots.drawing import COLOURS, Width, drawn, plain_frame, tick
+from shortllm.reporting.plots.drawing import COLOURS, Width, drawn, line_style, plain_frame, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ LOG_SPREAD = 10.0
 """Highest over lowest point from which on an axis of batch plots is logarithmic."""
 
 _STYLES = (("kept", "o"), ("removed", "s"), ("protected", "^"), ("ink", "D"), ("muted", "v"))
-"""Colour and marker of each line; used again from the start where there are more."""
+"""Colour and marker of few lines; of more each has a colour of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +55,13 @@ class LinePlot:
     def _draw(self, axes: Axes, *, narrow: bool) -> None:
         measured = [line for line in self.lines if not line.ideal]
         for place, line in enumerate(measured):
-            colour, marker = _STYLES[place % len(_STYLES)]
-            axes.plot(
-                *zip(*line.points, strict=True), label=line.name, color=COLOURS[colour],
-                marker=marker, markersize=4.5, linewidth=1.6, zorder=3,
-            )  # fmt: skip
+            style = line_style(place)
+            if len(measured) <= len(_STYLES):
+                colour, marker = _STYLES[place]
+                style = {
+                    "color": COLOURS[colour], "marker": marker, "markersize": 4.5, "linewidth": 1.6
+                }  # fmt: skip
+            axes.plot(*zip(*line.points, strict=True), label=line.name, zorder=3, **style)
         for line in self.lines:
             if line.ideal:
                 axes.plot(

@@ -56,6 +56,7 @@ class ParetoPlot:
     x_label: str
     y_label: str
     higher_is_better: bool = False
+    numbered: bool = True
 
     @property
     def is_log(self) -> bool:
@@ -94,10 +95,11 @@ class ParetoPlot:
                 marker="s" if point.group is None else MARKERS[place % LINES], markersize=7,
                 markerfacecolor="none" if point.kind == "pruned" else colour,
             )  # fmt: skip
-            axes.annotate(
-                str(point.number), (point.x, point.y), xytext=(6, 4), textcoords="offset points",
-                color=COLOURS["ink"], fontsize=8,
-            )  # fmt: skip
+            if self.numbered:
+                axes.annotate(
+                    str(point.number), (point.x, point.y), xytext=(6, 4), fontsize=8,
+                    textcoords="offset points", color=COLOURS["ink"],
+                )  # fmt: skip
         if self.is_log:
             axes.set_yscale("log")
         heights = [point.y for point in self.points]
