@@ -1,6 +1,7 @@
 """A randomly initialised Llama checkpoint of any size, written shard by shard in little memory.
 
-    python benchmarks/random_checkpoint.py 1.1b DIR       (or 7b, tiny; --blocks 8 for fewer)
+    python benchmarks/random_checkpoint.py 1.1b DIR       (or 7b, tiny; --blocks 8 for fewer;
+                                                           --tokenizer: that of the embedded model)
 
 All matrices are cut from one stock of bfloat16 noise of the spread that models start with, norms
 are one; so making 13.5 GB takes 0.3 GB of memory and the time of writing them.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,11 +141,17 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--blocks", type=int, help="instead of the shape's own number")
+    parser.add_argument("--tokenizer", action="store_true", help="with the embedded model's")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     if arguments.blocks:
         shape = {**shape, "num_hidden_layers": arguments.blocks}
     make_checkpoint(arguments.directory, shape)
+    if arguments.tokenizer:
+        from shortllm.embedded import MODEL_DIR
+
+        for file in MODEL_DIR.glob("tokenizer*"):
+            shutil.copy(file, arguments.directory)
 
 
 if __name__ == "__main__":
