@@ -18,6 +18,7 @@ import pytest
 import shortllm
 from shortllm import embedded, pipeline, rundir, stages
 from shortllm.errors import OutputError, ShortLLMError
+from shortllm.locking import LOCK, hold, releasing
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results import BlockScores, Evaluation, PrunePlan
 
@@ -43,7 +44,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     """All files of a run, without the one part that may differ between equal runs."""
     found = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != LOCK:
             data = path.read_bytes()
             if path.name == "scores.json":
                 data = json.dumps({**json.loads(data), "cost": None}).encode()
@@ -60,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_writes_every_file_of_the_run_directory(finished: Path) -> None:
-    names = {path.name for path in finished.iterdir()}
+    names = {path.name for path in finished.iterdir() if path.name != LOCK}
     assert names == {
         "run.json",
         "calibration.safetensors",
@@ -226,6 +227,35 @@ def test_a_killed_start_does_not_lock_the_directory(tmp_path: Path) -> None:
     (tmp_path / "run.json.partial").write_text("{")
     checkpoint = shortllm.open_checkpoint("embedded")
     rundir.claim_directory(tmp_path, checkpoint)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from shortllm.locking import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_into_a_directory_is_told_who_holds_it(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, directory], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=f"being written by process {holder.pid} on .* since"):
+            pipeline.run(RECIPE, out=directory)
+        assert [path.name for path in directory.iterdir()] == [LOCK]
+    finally:
+        holder.kill()
+        holder.wait()
+    pipeline.run(RECIPE, out=directory)  # a killed process holds nothing
+    with releasing():
+        hold(directory)  # and neither does a run that has ended
+    assert (directory / "report.html").exists()
 
 
 def test_no_row_both_calibrates_and_is_measured(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from shortllm.errors import (
     ShortLLMError,
 )
 from shortllm.files import require_file_target, require_writable
+from shortllm.locking import releasing
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
@@ -139,10 +140,11 @@ def score(  # type: ignore[misc]
     if out is None:
         found = stages.score(checkpoint, ids, asked, session=session, ranks=ranks)
     else:
-        if ranks.is_main:
-            chosen = recipe.model_dump(mode="json", exclude={"budget", "evaluation"})
-            rundir.write_run_file(out, chosen, checkpoint, command)
-        found = pipeline.score_in(out, checkpoint, asked, ids, session, ranks)
+        with releasing():
+            if ranks.is_main:
+                chosen = recipe.model_dump(mode="json", exclude={"budget", "evaluation"})
+                rundir.write_run_file(out, chosen, checkpoint, command)
+            found = pipeline.score_in(out, checkpoint, asked, ids, session, ranks)
     return found[names[0]] if isinstance(criterion, str) else found
 
 

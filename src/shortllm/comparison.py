@@ -23,6 +23,7 @@ from shortllm import pipeline, rundir, stages
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.files import PARTIAL, fingerprint
+from shortllm.locking import releasing
 from shortllm.planning import Budget, build_plan, most_blocks, removal_order
 from shortllm.recipe import Recipe
 from shortllm.results import (
@@ -173,6 +174,7 @@ def default_directory(model: str) -> Path:
     return Path("runs") / f"{rundir.short_name(model)}-comparison"
 
 
+@releasing()
 def compare_in(
     directory: Path,
     checkpoint: Checkpoint,

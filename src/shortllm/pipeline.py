@@ -23,6 +23,7 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.journal import journal_directory
+from shortllm.locking import hold, releasing
 from shortllm.planning import (
     Budget,
     build_plan,
@@ -73,6 +74,7 @@ class RunResult:
         return {name: self.directory / name for name in (PRUNED, *self.retraining)}
 
 
+@releasing()
 def run(
     recipe: Recipe | None = None, *, out: Path | str | None = None, command: list[str] | None = None
 ) -> RunResult:
@@ -328,6 +330,7 @@ def evaluate_in(
     return evaluation
 
 
+@releasing()
 def bench_in(
     directory: Path,
     checkpoints: Mapping[str, Checkpoint],
@@ -342,7 +345,7 @@ def bench_in(
     expected = benchmark_fingerprint(checkpoints, options, session, meter_of(session.device))
     found = finished(Benchmark, directory / "bench.json", expected)
     if found is None:
-        directory.mkdir(parents=True, exist_ok=True)
+        hold(directory)
         found = measure_speed(checkpoints, options, session=session, directory=directory)
         write_benchmark(directory, found)
     return found

@@ -23,6 +23,7 @@ from shortllm.data import load_rows
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation import EvaluationText
 from shortllm.files import write_text
+from shortllm.locking import releasing
 from shortllm.published import Beside, Bos, our_numbers, published_numbers, side_by_side
 from shortllm.recipe import Recipe
 from shortllm.results import Benchmark, EvaluatedModel
@@ -99,6 +100,7 @@ def measure_released(
     return Released(measured=measured, failed=failed, table=out / TABLE)
 
 
+@releasing()
 def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Measured:
     published = recipe.published
     assert published is not None and published.checkpoint is not None

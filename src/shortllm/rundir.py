@@ -12,6 +12,7 @@ from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import PARTIAL, require_writable, write_text
+from shortllm.locking import LOCK, hold
 from shortllm.recipe import Recipe
 from shortllm.results import ResultFile
 from shortllm.runtime import versions
@@ -49,7 +50,11 @@ def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"--out {directory} is a file. Give a directory")
-    held = [path for path in _listing(directory) if not path.name.endswith(PARTIAL)]
+    held = [
+        path
+        for path in _listing(directory)
+        if not path.name.endswith(PARTIAL) and path.name != LOCK
+    ]
     if held:
         earlier = _run_model(directory)
         if earlier is None:
@@ -87,7 +92,14 @@ def write_run_file(
     checkpoint: Checkpoint,
     command: list[str] | None = None,
 ) -> None:
-    """run.json: what was asked for, filled in, and with which versions."""
+    """run.json: what was asked for, filled in, and with which versions.
+
+    The directory is held from here on, see `shortllm.locking`.
+
+    Raises:
+        OutputError: another process is writing into it.
+    """
+    hold(directory)
     content = {
         "shortllm": __version__,
         "command": command or [],

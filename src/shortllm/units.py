@@ -22,6 +22,7 @@ from shortllm import criteria, pipeline, rundir, stages
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, did_you_mean
 from shortllm.files import fingerprint
+from shortllm.locking import releasing
 from shortllm.planning import Budget, build_plan, check_budget
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results import UNITS_FILE, Candidate, Evaluation, UnitsComparison
@@ -73,6 +74,7 @@ def asked_methods(names: Sequence[str]) -> tuple[list[Asked], list[Method]]:
     return asked, width
 
 
+@releasing()
 def compare_units_in(
     directory: Path,
     checkpoint: Checkpoint,

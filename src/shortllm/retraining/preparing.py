@@ -23,6 +23,7 @@ from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data import Records, load_rows, open_records
 from shortllm.errors import DataError, ShortLLMError
 from shortllm.files import PARTIAL, fingerprint, require_writable, write_text
+from shortllm.locking import LOCK, hold
 from shortllm.model.blocks import text_config
 from shortllm.recipe import BOS_EVERY_SAMPLE, EvaluationOptions
 from shortllm.retraining.distill import open_teacher
@@ -302,10 +303,13 @@ def claim_work(target: Path, asked: str, ranks: Ranks) -> Path:
     """The work directory, emptied if it holds work on something else."""
     work = work_directory(target.absolute())
     if ranks.is_main:
+        hold(work)
         note = work / "asked.txt"
-        if work.exists() and (not note.is_file() or note.read_text(encoding="utf-8") != asked):
+        earlier = [path for path in work.iterdir() if path.name != LOCK]
+        if earlier and (not note.is_file() or note.read_text(encoding="utf-8") != asked):
             log.info("%s holds the work on another recipe, which is thrown away", work)
-            shutil.rmtree(work)
+            for path in earlier:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_text(note, asked)
     ranks.wait()
     return work

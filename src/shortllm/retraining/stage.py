@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError
+from shortllm.locking import releasing
 from shortllm.results import Cost, Retraining
 from shortllm.retraining import RECORD
 from shortllm.retraining.options import RetrainOptions
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@releasing()
 def retrain(
     checkpoint: Checkpoint,
     options: RetrainOptions,
