@@ -1,6 +1,6 @@
 """A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
-    run.json  calibration.*  scores.json  plan.json  pruned/  retrained/  eval.json  bench.json
+    run.json  calibration.*  scores.json  plan.json  pruned/  healed/  retrained/  eval.json  bench.json
     zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
 
 Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
@@ -35,6 +35,7 @@ from shortllm.published import Published
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
 from shortllm.rundir import (
+    HEALED,
     PRUNED,
     claim_directory,
     default_directory,
@@ -48,6 +49,8 @@ from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
+    from shortllm.healing.record import Healing
+    from shortllm.recipe import CalibrationOptions
     from shortllm.zeroshot import TaskSet
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,8 @@ class RunResult:
     recipe: Recipe
     """Every default filled in."""
     plan: PrunePlan
+    healing: Healing | None
+    """Without training."""
     retraining: dict[str, Retraining]
     """By the name of the model each has made."""
     evaluation: Evaluation
@@ -69,8 +74,9 @@ class RunResult:
 
     @property
     def checkpoints(self) -> dict[str, Path]:
-        """The shortened checkpoint and those that were retrained from it, by name."""
-        return {name: self.directory / name for name in (PRUNED, *self.retraining)}
+        """The shortened checkpoint and those that were healed from it, by name."""
+        healed = [HEALED] if self.healing else []
+        return {name: self.directory / name for name in (PRUNED, *healed, *self.retraining)}
 
 
 def run(
@@ -107,7 +113,13 @@ def run(
     scoring = scored and needs_text
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     check_later_stages(recipe, checkpoint, session)
-    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
+    texts = stages.prepare_texts(
+        checkpoint,
+        recipe.calibration,
+        recipe.evaluation,
+        scoring=scoring,
+        healing=_healing_text(recipe, checkpoint),
+    )
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
 
@@ -122,6 +134,9 @@ def run(
     plan.save(directory / "plan.json")
     shortened = prune_in(directory, checkpoint, plan, session)
     models = {"original": checkpoint, PRUNED: shortened}
+    healing = _heal(directory, shortened, checkpoint, recipe, texts, session)
+    if healing is not None:
+        models[HEALED] = _made(directory, HEALED)
     retraining = _retrain(directory, shortened, recipe, session)
     models |= {name: made_in(directory, name) for name in retraining}
     evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
@@ -134,6 +149,7 @@ def run(
         directory=directory,
         recipe=recipe,
         plan=plan,
+        healing=healing,
         retraining=retraining,
         evaluation=evaluation,
         benchmark=benchmark,
@@ -290,6 +306,34 @@ def made_in(directory: Path, name: str) -> Checkpoint:
     """A checkpoint of the run, named within it, so that a run's files do not depend on where it
     lies."""
     return replace(open_checkpoint(directory / name), id=name)
+
+
+def _healing_text(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions | None:
+    """How text to heal with is cut; None where nothing is healed without training."""
+    from shortllm.healing.api import healing_text
+
+    if recipe.healing is None:
+        return None
+    return healing_text(recipe.calibration, recipe.healing, checkpoint)
+
+
+def _heal(
+    directory: Path,
+    shortened: Checkpoint,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    texts: stages.Texts,
+    session: stages.Session,
+) -> Healing | None:
+    """A checkpoint with heal.json, where it is asked for."""
+    from shortllm.healing.stage import heal
+
+    if recipe.healing is None or texts.healing is None:
+        return None
+    target = directory / HEALED
+    return heal(
+        shortened, checkpoint, recipe.healing, target, calibration=texts.healing, session=session
+    )
 
 
 def _retrain(
