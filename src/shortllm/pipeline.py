@@ -1,7 +1,7 @@
 """A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
-    run.json  calibration.*  scores.json  plan.json  pruned/  healed/  retrained/  eval.json  bench.json
-    zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
+    run.json  calibration.*  scores.json  plan.json  pruned/  healed/  retrained/  eval.json
+    bench.json  zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
 
 Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
 it was when the same command is given again; a changed recipe redoes the stages it touches.

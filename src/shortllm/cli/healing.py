@@ -52,6 +52,13 @@ def heal(
             "on held-out samples."
         ),
     ] = None,
+    weighting: Annotated[
+        Literal["norm", "none"],
+        typer.Option(
+            help="norm: the error of each token in parts of its stream's size; none: all alike, as "
+            "published."
+        ),
+    ] = "norm",
     data: Data = None,
     calibration: CalibrationFile = None,
     samples: Annotated[
@@ -77,7 +84,9 @@ def heal(
     made = shortllm.heal(
         model,
         out,
-        options=shortllm.HealOptions(method=method, ridge=ridge, samples=samples, length=length),
+        options=shortllm.HealOptions(
+            method=method, ridge=ridge, weighting=weighting, samples=samples, length=length
+        ),
         source=source,
         data=data,
         calibration=calibration,

@@ -88,6 +88,7 @@ def heal_gaps(
     *,
     held_out: int,
     ridge: float | None,
+    weighted: bool,
     memory: StreamMemory,
     advance: Advance = lambda work: None,
 ) -> Healed:
@@ -99,10 +100,11 @@ def heal_gaps(
         held_out: how many samples, the last ones, choose how strongly each map is held back. What
             is folded in the end is solved on all samples.
         ridge: hold all maps back so strongly, and choose nothing.
+        weighted: see `Moments`.
     Raises:
         UnsupportedModelError: the blocks cannot be called one by one.
     """
-    walk = _Walk(decoder, ids_BT, memory)
+    walk = _Walk(decoder, ids_BT, memory, weighted=weighted)
     folds: dict[int, Fold] = {}
     visits = visits_of(gaps_of(removed), decoder.block_count)
     skipped = [gap for gap in gaps_of(removed) if gap.before is None]
@@ -156,8 +158,11 @@ def _solve(
 class _Walk:
     """Both streams `[B, T, D]` on their way through the blocks of the source."""
 
-    def __init__(self, decoder: Decoder, ids_BT: Tensor, memory: StreamMemory) -> None:
+    def __init__(
+        self, decoder: Decoder, ids_BT: Tensor, memory: StreamMemory, *, weighted: bool
+    ) -> None:
         self._decoder = decoder
+        self._weighted = weighted
         size = group_size(decoder, ids_BT.shape[1])
         self._groups = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
         self._entries = enter_groups(decoder, [ids_BT[rows] for rows in self._groups])
@@ -190,7 +195,9 @@ class _Walk:
         decoder = self._decoder
         assert self._healed is not None
         width = self._healed.shape[-1]
-        sums = (Moments(width, decoder.device), Moments(width, decoder.device))
+        sums = tuple(
+            Moments(width, decoder.device, weighted=self._weighted) for _ in range(2)
+        )
         module = decoder.blocks[b].get_submodule(added.name)
         for group, rows in enumerate(self._groups):
             with _outputs_of(module) as seen:
@@ -202,7 +209,7 @@ class _Walk:
                 moments.add(
                     *(one[part].flatten(0, 1) for one in (added_BTD, after_BTD, wanted_BTD))
                 )
-        return sums
+        return sums[0], sums[1]
 
     def _apply(self, b: int, stream_BTD: Tensor, group: int, *, keep: bool) -> Tensor:
         """Take one group of samples of a stream through block `b`."""

@@ -26,6 +26,11 @@ class HealOptions(Record):
         description="how strongly maps are held to do nothing, in parts of the mean square of what "
         "they are given; default: for each gap what does best on held-out samples",
     )
+    weighting: Literal["norm", "none"] = Field(
+        default="norm",
+        description="norm: the error of each token in parts of its stream's mean square; none: all "
+        "tokens alike, as published",
+    )
     samples: int = Field(
         default=64, ge=2, description="calibration samples; a quarter of them is held out"
     )

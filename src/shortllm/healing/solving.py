@@ -8,6 +8,11 @@ Replacing `M` by `M T` with `T = I + D` leaves `R - M D`, with `R = H - Z` what 
 and its answer `D = (MᵀM + λI)⁻¹ MᵀR` needs two matrices, whatever the number of tokens. How much
 of the error is left on other tokens follows from the same sums of theirs.
 
+Where we differ from the paper: by default the error of each token counts in parts of the token's
+own mean square in `H`, which is what the norm at the entry of the next block will divide it by.
+Streams hold a few tokens of a hundred times the size of all others; with every token counted alike
+(`weighting="none"`, the formula above) these alone decide, and the others may be left worse.
+
 Source: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819; the sums are float64 throughout.
 
 Shapes: N tokens, D width.
@@ -21,17 +26,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """How strongly the map is held back, in parts of the mean square of `M` summed over tokens."""
 
 
 class Moments:
     """Sums over tokens of what the map depends on."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, *, weighted: bool) -> None:
+        """
+        Args:
+            weighted: count each token in parts of its own mean square in H.
+        """
         if device.type == "mps":  # which has no float64
             device = torch.device("cpu")
         zeros = torch.zeros((width, width), dtype=torch.float64, device=device)
+        self.weighted = weighted
         self.products_DD = zeros
         """MᵀM"""
         self.cross_DD = zeros.clone()
@@ -43,10 +53,16 @@ class Moments:
         self.tokens = 0
 
     def add(self, added_ND: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
-        """Take more tokens in: what is added to the stream, the stream then, and where it should be."""
+        """Take in more tokens: what is added to the stream, the stream then, where it should be."""
         added_ND, after_ND, wanted_ND = (
             given.to(self.products_DD.device).double() for given in (added_ND, after_ND, wanted_ND)
         )
+        if self.weighted and len(wanted_ND):
+            floor = torch.finfo(torch.float32).tiny
+            scale_N1 = wanted_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
+            added_ND, after_ND, wanted_ND = (
+                given * scale_N1 for given in (added_ND, after_ND, wanted_ND)
+            )
         missing_ND = wanted_ND - after_ND
         self.products_DD += added_ND.T @ added_ND
         self.cross_DD += added_ND.T @ missing_ND
@@ -56,7 +72,9 @@ class Moments:
 
     def plus(self, other: Moments) -> Moments:
         """Those of both sets of tokens."""
-        both = Moments(len(self.products_DD), self.products_DD.device)
+        both = Moments(
+            len(self.products_DD), self.products_DD.device, weighted=self.weighted
+        )
         both.products_DD = self.products_DD + other.products_DD
         both.cross_DD = self.cross_DD + other.cross_DD
         both.missing = self.missing + other.missing

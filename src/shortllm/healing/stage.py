@@ -231,6 +231,7 @@ def _heal(
             added,
             held_out=held_out,
             ridge=options.ridge,
+            weighted=options.weighting == "norm",
             memory=session.memory(),
             advance=advance,
         )
