@@ -120,6 +120,8 @@ def run(
         scoring=scoring,
         healing=_healing_text(recipe, checkpoint),
     )
+    if recipe.healing is not None:
+        _check_healing(directory, checkpoint, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
 
@@ -315,6 +317,21 @@ def _healing_text(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions 
     if recipe.healing is None:
         return None
     return healing_text(recipe.calibration, recipe.healing, checkpoint)
+
+
+def _check_healing(directory: Path, checkpoint: Checkpoint, session: stages.Session) -> None:
+    """Find out before anything is scored whether there is a place to fold maps into.
+
+    Raises:
+        UnsupportedModelError: there is none.
+        OutputError: the healed checkpoint's directory holds something else.
+    """
+    from shortllm.healing.record import HEALED as RECORD
+    from shortllm.healing.stage import check_healable
+    from shortllm.healing.writing import require_free
+
+    require_free(directory / HEALED, RECORD)
+    check_healable(checkpoint, session)
 
 
 def _heal(

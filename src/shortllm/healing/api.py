@@ -7,7 +7,7 @@ from pathlib import Path
 from shortllm import stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.healing.options import HealOptions, MergeOptions
-from shortllm.healing.record import Healing, Merging
+from shortllm.healing.record import HEALED, MERGED, Healing, Merging
 from shortllm.healing.writing import require_free
 from shortllm.model.blocks import text_config
 from shortllm.recipe import CalibrationOptions, Recipe
@@ -43,7 +43,7 @@ def heal(
     from shortllm.healing import stage
 
     options, target = options or HealOptions(), Path(out)
-    require_free(target, stage.HEALED)
+    require_free(target, HEALED)
     checkpoint = open_checkpoint(model)
     original = stage.open_source(checkpoint, source)
     stage.kept_blocks(checkpoint, original)
@@ -95,7 +95,7 @@ def merge(
     from shortllm.healing import merge_stage
 
     options, target = options or MergeOptions(), Path(out)
-    require_free(target, merge_stage.MERGED)
+    require_free(target, MERGED)
     checkpoint = open_checkpoint(model, revision=revision)
     options.check(checkpoint.block_count)
     recipe = Recipe(model=model, calibration=calibration or CalibrationOptions())

@@ -195,9 +195,7 @@ class _Walk:
         decoder = self._decoder
         assert self._healed is not None
         width = self._healed.shape[-1]
-        sums = tuple(
-            Moments(width, decoder.device, weighted=self._weighted) for _ in range(2)
-        )
+        sums = tuple(Moments(width, decoder.device, weighted=self._weighted) for _ in range(2))
         module = decoder.blocks[b].get_submodule(added.name)
         for group, rows in enumerate(self._groups):
             with _outputs_of(module) as seen:

@@ -69,8 +69,9 @@ def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
         if scale is not None:
             module = decoder.blocks[b].get_submodule(name)
             return Added(name, scale, transposed=not isinstance(module, nn.Linear))
+    config: Any = decoder.model.config
     raise UnsupportedModelError(
-        f"block {b} of model type '{decoder.model.config.model_type}' adds the output of no linear "
+        f"block {b} of model type '{config.model_type}' adds the output of no linear "
         "projection to the stream as it is (a norm may stand behind its MLP, or experts in its "
         "place), so that a map has nothing to be folded into. Heal it with `shortllm retrain`"
     )

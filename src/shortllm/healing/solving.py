@@ -72,9 +72,7 @@ class Moments:
 
     def plus(self, other: Moments) -> Moments:
         """Those of both sets of tokens."""
-        both = Moments(
-            len(self.products_DD), self.products_DD.device, weighted=self.weighted
-        )
+        both = Moments(len(self.products_DD), self.products_DD.device, weighted=self.weighted)
         both.products_DD = self.products_DD + other.products_DD
         both.cross_DD = self.cross_DD + other.cross_DD
         both.missing = self.missing + other.missing

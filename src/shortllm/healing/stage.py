@@ -86,17 +86,32 @@ def heal_fingerprint(
     session: Session,
 ) -> str:
     """Of everything the healed checkpoint depends on."""
+    from shortllm.retraining.preparing import CARDS
+
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
             "source": source.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=["README.md"]),
+            "other files": carried_fingerprint(checkpoint.directory, without=CARDS),
             "heal": options.model_dump(mode="json", exclude={"samples", "length"}),
             "calibration": calibration.info.tokens_fingerprint,
             "dtype": session.dtype(source),
             "device": session.device.type,
         }
     )
+
+
+def check_healable(checkpoint: Checkpoint, session: Session) -> None:
+    """Find out on the first block whether maps can be folded into a model.
+
+    Raises:
+        UnsupportedModelError: they cannot.
+    """
+    from shortllm.healing.folding import require_stored
+    from shortllm.healing.projections import find_added
+
+    for b, added in find_added(session.decoder(checkpoint), [0]).items():
+        require_stored(checkpoint, b, added.name)
 
 
 def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
