@@ -44,7 +44,9 @@ from shortllm.stages import Session
 
 DOWN = {
     "llama": "mlp.down_proj",
+    "mistral": "mlp.down_proj",
     "qwen2": "mlp.down_proj",
+    "qwen3": "mlp.down_proj",
     "phi3": "mlp.down_proj",
     "granite": "mlp.down_proj",
     "gpt_neox": "mlp.dense_4h_to_h",
