@@ -50,7 +50,6 @@ from shortllm.zeroshot import table_beside, write_table
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
     from shortllm.healing.record import Healing
-    from shortllm.recipe import CalibrationOptions
     from shortllm.zeroshot import TaskSet
 
 log = logging.getLogger(__name__)
@@ -91,6 +90,7 @@ def run(
     Raises:
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
+    from shortllm.healing.running import check_healing, heal_in, healing_text_of
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
@@ -118,10 +118,10 @@ def run(
         recipe.calibration,
         recipe.evaluation,
         scoring=scoring,
-        healing=_healing_text(recipe, checkpoint),
+        healing=healing_text_of(recipe, checkpoint),
     )
     if recipe.healing is not None:
-        _check_healing(directory, checkpoint, session)
+        check_healing(directory, checkpoint, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
 
@@ -136,9 +136,9 @@ def run(
     plan.save(directory / "plan.json")
     shortened = prune_in(directory, checkpoint, plan, session)
     models = {"original": checkpoint, PRUNED: shortened}
-    healing = _heal(directory, shortened, checkpoint, recipe, texts, session)
+    healing = heal_in(directory, shortened, checkpoint, recipe, texts, session)
     if healing is not None:
-        models[HEALED] = _made(directory, HEALED)
+        models[HEALED] = made_in(directory, HEALED)
     retraining = _retrain(directory, shortened, recipe, session)
     models |= {name: made_in(directory, name) for name in retraining}
     evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
@@ -308,49 +308,6 @@ def made_in(directory: Path, name: str) -> Checkpoint:
     """A checkpoint of the run, named within it, so that a run's files do not depend on where it
     lies."""
     return replace(open_checkpoint(directory / name), id=name)
-
-
-def _healing_text(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions | None:
-    """How text to heal with is cut; None where nothing is healed without training."""
-    from shortllm.healing.api import healing_text
-
-    if recipe.healing is None:
-        return None
-    return healing_text(recipe.calibration, recipe.healing, checkpoint)
-
-
-def _check_healing(directory: Path, checkpoint: Checkpoint, session: stages.Session) -> None:
-    """Find out before anything is scored whether there is a place to fold maps into.
-
-    Raises:
-        UnsupportedModelError: there is none.
-        OutputError: the healed checkpoint's directory holds something else.
-    """
-    from shortllm.healing.record import HEALED as RECORD
-    from shortllm.healing.stage import check_healable
-    from shortllm.healing.writing import require_free
-
-    require_free(directory / HEALED, RECORD)
-    check_healable(checkpoint, session)
-
-
-def _heal(
-    directory: Path,
-    shortened: Checkpoint,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    texts: stages.Texts,
-    session: stages.Session,
-) -> Healing | None:
-    """A checkpoint with heal.json, where it is asked for."""
-    from shortllm.healing.stage import heal
-
-    if recipe.healing is None or texts.healing is None:
-        return None
-    target = directory / HEALED
-    return heal(
-        shortened, checkpoint, recipe.healing, target, calibration=texts.healing, session=session
-    )
 
 
 def _retrain(

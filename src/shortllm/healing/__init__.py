@@ -9,6 +9,7 @@
     merging.py     blocks folded into one another (LaCo), from the top down
     writing.py     all other tensors copied, what is new beside them
     stage.py merge_stage.py   each of the two, checked by comparison before it gets its name
+    running.py     healing as a stage of a run
     record.py      heal.json, merge.json
 
 Both give plain checkpoints without a new parameter.
