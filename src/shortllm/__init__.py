@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
     from shortllm.errors import ShortLLMError as ShortLLMError
+    from shortllm.healing.api import heal as heal
+    from shortllm.healing.api import merge as merge
+    from shortllm.healing.options import HealOptions as HealOptions
+    from shortllm.healing.options import MergeOptions as MergeOptions
+    from shortllm.healing.record import Healing as Healing
+    from shortllm.healing.record import Merging as Merging
     from shortllm.model.loading import load as load
     from shortllm.planning import Budget as Budget
     from shortllm.recipe import BenchmarkOptions as BenchmarkOptions
@@ -62,6 +68,10 @@ _HOME = {
     "Comparison": "results",
     "Evaluation": "results",
     "EvaluationOptions": "recipe",
+    "HealOptions": "healing.options",
+    "Healing": "healing.record",
+    "MergeOptions": "healing.options",
+    "Merging": "healing.record",
     "PrunePlan": "results",
     "Recipe": "recipe",
     "RetrainOptions": "retraining.options",
@@ -75,8 +85,10 @@ _HOME = {
     "compare_units": "api",
     "evaluate": "api",
     "export_lint": "api",
+    "heal": "healing.api",
     "info": "api",
     "load": "model.loading",
+    "merge": "healing.api",
     "open_checkpoint": "checkpoint.source",
     "plan": "api",
     "prune": "api",

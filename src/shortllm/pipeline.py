@@ -1,7 +1,7 @@
 """A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
-    run.json  calibration.*  scores.json  plan.json  pruned/  retrained/  eval.json  bench.json
-    zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
+    run.json  calibration.*  scores.json  plan.json  pruned/  healed/  retrained/  eval.json
+    bench.json  zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
 
 Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
 it was when the same command is given again; a changed recipe redoes the stages it touches.
@@ -36,6 +36,7 @@ from shortllm.published import Published
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
 from shortllm.rundir import (
+    HEALED,
     PRUNED,
     claim_directory,
     default_directory,
@@ -49,6 +50,7 @@ from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
+    from shortllm.healing.record import Healing
     from shortllm.zeroshot import TaskSet
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class RunResult:
     recipe: Recipe
     """Every default filled in."""
     plan: PrunePlan
+    healing: Healing | None
+    """Without training."""
     retraining: dict[str, Retraining]
     """By the name of the model each has made."""
     evaluation: Evaluation
@@ -70,8 +74,9 @@ class RunResult:
 
     @property
     def checkpoints(self) -> dict[str, Path]:
-        """The shortened checkpoint and those that were retrained from it, by name."""
-        return {name: self.directory / name for name in (PRUNED, *self.retraining)}
+        """The shortened checkpoint and those that were healed from it, by name."""
+        healed = [HEALED] if self.healing else []
+        return {name: self.directory / name for name in (PRUNED, *healed, *self.retraining)}
 
 
 @releasing()
@@ -87,6 +92,7 @@ def run(
     Raises:
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
+    from shortllm.healing.running import check_healing, heal_in, healing_text_of
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
@@ -109,7 +115,15 @@ def run(
     scoring = scored and needs_text
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     check_later_stages(recipe, checkpoint, session)
-    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
+    texts = stages.prepare_texts(
+        checkpoint,
+        recipe.calibration,
+        recipe.evaluation,
+        scoring=scoring,
+        healing=healing_text_of(recipe, checkpoint),
+    )
+    if recipe.healing is not None:
+        check_healing(directory, checkpoint, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
 
@@ -124,6 +138,9 @@ def run(
     plan.save(directory / "plan.json")
     shortened = prune_in(directory, checkpoint, plan, session)
     models = {"original": checkpoint, PRUNED: shortened}
+    healing = heal_in(directory, shortened, checkpoint, recipe, texts, session)
+    if healing is not None:
+        models[HEALED] = made_in(directory, HEALED)
     retraining = _retrain(directory, shortened, recipe, session)
     models |= {name: made_in(directory, name) for name in retraining}
     evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
@@ -136,6 +153,7 @@ def run(
         directory=directory,
         recipe=recipe,
         plan=plan,
+        healing=healing,
         retraining=retraining,
         evaluation=evaluation,
         benchmark=benchmark,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from shortllm.errors import DataError
+from shortllm.healing.options import HealOptions
 from shortllm.planning import Budget
 from shortllm.published import Published
 from shortllm.results import Record, SpecialToken
@@ -108,6 +109,10 @@ class Recipe(Record):
     use_published_order: bool = Field(
         default=False, description="remove by the published order of blocks, and score nothing"
     )
+    healing: HealOptions | None = Field(
+        default=None,
+        description="heal the shortened model without training: linear, or its options",
+    )
     retraining: list[RetrainOptions] = Field(
         default_factory=list,
         description="ways to heal the shortened model, each from the same start; one or a list",
@@ -133,6 +138,13 @@ class Recipe(Record):
     @classmethod
     def _one_or_a_list(cls, given: Any) -> Any:
         return [given] if isinstance(given, (dict, RetrainOptions)) else given
+
+    @field_validator("healing", mode="before")
+    @classmethod
+    def _a_name_or_options(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return None if given == "none" else {"method": given}
+        return given
 
     @property
     def healed(self) -> dict[str, RetrainOptions]:

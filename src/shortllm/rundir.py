@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 PRUNED = "pruned"
 """Directory of the shortened checkpoint, and its name in results."""
 
+HEALED = "healed"
+"""The same of the checkpoint that was healed without training."""
+
 Kind = TypeVar("Kind", bound=ResultFile)
 
 

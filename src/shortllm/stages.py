@@ -143,6 +143,8 @@ class Texts:
     calibration: Calibration | None
     """None where the blocks were given by hand, so that nothing is scored."""
     evaluation: list[EvaluationText]
+    healing: Calibration | None = None
+    """More of the same text, for healing without training."""
 
 
 def calibrate(
@@ -201,6 +203,7 @@ def prepare_texts(
     evaluation: EvaluationOptions,
     *,
     scoring: bool = True,
+    healing: CalibrationOptions | None = None,
 ) -> Texts:
     """Read and tokenize all text of a run; no row serves both purposes.
 
@@ -209,6 +212,7 @@ def prepare_texts(
 
     Args:
         scoring: without, no calibration is made.
+        healing: where text to heal with is asked for, how it is cut: from the rows that calibrate.
     Raises:
         DataError: unreadable or too little text.
     """
@@ -217,21 +221,22 @@ def prepare_texts(
 
     check_length(checkpoint, evaluation.length, "--eval-length")
     rows = None
-    if scoring and calibration.file is None:
+    if (scoring or healing is not None) and calibration.file is None:
         rows = load_rows(calibration.data or "", role="calibration")
     measured = [load_rows(source, role="evaluation") for source in evaluation.data]
     shared = [rows is not None and same_text(rows, other) for other in measured]
     if rows is not None and any(shared):
         rows, _ = split_held_out(rows)
     made = calibrate(checkpoint, calibration, rows) if scoring else None
+    heals = calibrate(checkpoint, healing, rows) if healing is not None else None
     tokenizer = load_tokenizer(checkpoint)
     texts = []
     for other, is_shared in zip(measured, shared, strict=True):
-        kept_apart = split_held_out(other)[1] if is_shared else _behind(other, made)
+        kept_apart = split_held_out(other)[1] if is_shared else _behind(other, made or heals)
         segments = evaluation_segments_of(checkpoint, kept_apart, tokenizer, evaluation)
         held_out = kept_apart is not other
         texts.append(EvaluationText(rows=kept_apart, held_out=held_out, segments=segments))
-    return Texts(calibration=made, evaluation=texts)
+    return Texts(calibration=made, evaluation=texts, healing=heals)
 
 
 def _behind(rows: Rows, calibration: Calibration | None) -> Rows:

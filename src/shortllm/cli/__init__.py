@@ -4,7 +4,8 @@ result.
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
     measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
-    width.py     width, compare-units           demo.py        demo
+    width.py     width, compare-units           healing.py     heal, merge
+    demo.py      demo
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -25,6 +26,7 @@ import typer
 
 from shortllm import __version__
 from shortllm.cli.demo import demo
+from shortllm.cli.healing import heal, merge
 from shortllm.cli.measuring import bench, compare, evaluate, report
 from shortllm.cli.output import is_main_process
 from shortllm.cli.pruning import export_lint, plan, prune
@@ -60,6 +62,8 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("compare-criteria", compare_criteria),
     ("plan", plan),
     ("prune", prune),
+    ("heal", heal),
+    ("merge", merge),
     ("width", width),
     ("retrain", retrain),
     ("eval", evaluate),

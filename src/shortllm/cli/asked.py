@@ -51,6 +51,7 @@ PLACES = {
     "protect_last": "budget.protect_last",
     "period_aligned": "budget.period_aligned",
     "use_published_order": "use_published_order",
+    "heal": "healing",
     "device": "device",
     "dtype": "dtype",
     "stream": "stream",

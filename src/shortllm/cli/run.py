@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -112,6 +112,10 @@ def run(
     prompt: Prompt = None,
     continuations: Continuations = 5,
     new_tokens: NewTokens = 128,
+    heal: Annotated[
+        Optional[Literal["linear", "none"]],  # noqa: UP045
+        typer.Option(help="Heal without training, by linear maps. Default: as the recipe has it."),
+    ] = None,
     retrain: RetrainMethods = None,
     bench: Annotated[
         Optional[bool],  # noqa: UP045
@@ -129,8 +133,8 @@ def run(
     max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
-    """All stages: score, plan, prune, retrain, evaluate, bench, report. Without a model: the
-    embedded one.
+    """All stages: score, plan, prune, heal, retrain, evaluate, bench, report. Without a model:
+    the embedded one.
 
     Removes a quarter of the blocks unless told otherwise. The same command again goes on where an
     interrupted one was.

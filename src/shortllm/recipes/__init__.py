@@ -135,6 +135,7 @@ def _records() -> list[Any]:
         shortllm.EvaluationOptions,
         shortllm.BenchmarkOptions,
         shortllm.RetrainOptions,
+        shortllm.HealOptions,
         shortllm.Budget,
     ]
 
@@ -142,7 +143,8 @@ def _records() -> list[Any]:
 def changed(recipe: Recipe, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """The recipe with other values at dotted places, e.g. `{"calibration.samples": 20}`.
 
-    A place in `retraining` stands for every way of healing; one in `benchmark` asks for it.
+    A place in `retraining` stands for every way of healing; one in `benchmark` or
+    `healing` asks for it.
 
     Raises:
         RecipeError: an unknown place, or a value that does not fit.

@@ -1,27 +1,30 @@
-"""The section on healing: what came back after retraining, and how each retraining went."""
+"""The section on healing: what came back, and how each way of healing went."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from shortllm.healing.record import Healing
 from shortllm.reporting.loading import RunResults
+from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.dots import DotPlot
 from shortllm.reporting.protocol import perplexity_source
 from shortllm.reporting.retraining import retraining_section
-from shortllm.reporting.wording import NONE, number, percent
+from shortllm.reporting.wording import NONE, counted, number, percent
 from shortllm.results import Perplexity
-from shortllm.rundir import PRUNED
+from shortllm.rundir import HEALED, PRUNED
 
 Context = dict[str, Any]
 
 
 def healing(results: RunResults) -> Context | None:
-    """A row per model with its perplexities and what came back, and the curves of each retraining.
+    """A row per model with its perplexities and what came back, the maps folded in, and the curves
+    of each retraining.
 
-    None where nothing was retrained.
+    None where nothing was healed.
     """
-    if not results.retraining:
+    if not results.healed_by:
         return None
     names = [name for name in results.evaluated if name not in ("original", PRUNED)]
     protocols = list(results.protocols().items())
@@ -33,6 +36,8 @@ def healing(results: RunResults) -> Context | None:
         "tasks": any(entry.zeroshot_mean is not None for entry in results.evaluated.values()),
         "plot": plot and {"wide": plot.svg("wide"), "narrow": plot.svg("narrow")},
         "source": perplexity_source(protocols[0][1]) if protocols else "",
+        "maps": _maps(results.healing) if results.healing else None,
+        "retrained": bool(results.retraining),
         "curves": [
             {"name": name, "several": len(results.retraining) > 1, **retraining_section(record)}
             for name, record in results.retraining.items()
@@ -55,22 +60,48 @@ def _row(
     """A model's perplexity on each text, what came back of it, and its mean task score."""
     before, removed = results.perplexities("original"), results.perplexities(PRUNED)
     own = results.perplexities(name)
-    record = results.retraining.get(name)
     cells = []
     for key, _ in protocols:
         share = None
-        if record and key in before and key in removed and key in own:
+        if name in results.healed_by and key in before and key in removed and key in own:
             share = came_back(before[key], removed[key], own[key])
         perplexity = number(own[key].perplexity) if key in own else NONE
         cells.append((perplexity, percent(share) if share is not None else ""))
     mean = results.evaluated[name].zeroshot_mean if name in results.evaluated else None
     return {
         "name": name,
-        "detail": f"{record.steps} steps, {record.trained_parameters:,} parameters trained"
-        if record
-        else "",
+        "detail": _detail(results, name),
         "cells": cells,
         "mean": percent(mean) if mean is not None else NONE,
+    }
+
+
+def _detail(results: RunResults, name: str) -> str:
+    """What healing has done, in a few words."""
+    trained = results.retraining.get(name)
+    if trained is not None:
+        return f"{trained.steps} steps, {trained.trained_parameters:,} parameters trained"
+    if name == HEALED and results.healing is not None:
+        folded = sum(gap.ridge is not None for gap in results.healing.gaps)
+        return f"{counted(folded, 'linear map')} folded in, nothing trained"
+    return ""
+
+
+def _maps(record: Healing) -> Context:
+    """A row per gap: what was removed, what it was folded into, and the error before and after."""
+    return {
+        "summary": f"Linear maps from {record.samples} samples of {record.length} tokens of "
+        f"{model_name(record.data)}",
+        "rows": [
+            (
+                ", ".join(map(str, gap.removed)),
+                "none is before it" if gap.block is None else f"{gap.block}, {gap.projection}",
+                number(gap.ridge) if gap.ridge is not None else NONE,
+                number(gap.error_before) if gap.error_before is not None else NONE,
+                number(gap.error_after) if gap.error_after is not None else NONE,
+            )
+            for gap in record.gaps
+        ],
     }
 
 

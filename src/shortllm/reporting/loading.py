@@ -16,6 +16,8 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ResultFileError
+from shortllm.healing import record as healing_record
+from shortllm.healing.record import Healing
 from shortllm.results import (
     TARGET_FILE,
     UNITS_FILE,
@@ -34,7 +36,7 @@ from shortllm.results import (
     UnitsComparison,
 )
 from shortllm.retraining import RECORD
-from shortllm.rundir import PRUNED
+from shortllm.rundir import HEALED, PRUNED
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class RunResults:
     scores: BlockScores | None
     plan: PrunePlan
     target: Target | None = None
+    healing: Healing | None = None
+    """Without training."""
     retraining: dict[str, Retraining] = field(default_factory=dict)
     """By the name of the model each has made."""
     evaluation: Evaluation | None
@@ -75,6 +79,12 @@ class RunResults:
     @property
     def evaluated(self) -> dict[str, EvaluatedModel]:
         return {entry.name: entry for entry in self.evaluation.models} if self.evaluation else {}
+
+    @property
+    def healed_by(self) -> dict[str, str]:
+        """The method of each healed model, by its name."""
+        methods: dict[str, str] = {HEALED: self.healing.method} if self.healing else {}
+        return methods | {name: record.method for name, record in self.retraining.items()}
 
     def perplexities(self, name: str) -> dict[tuple[object, ...], Perplexity]:
         """Those of one model by protocol: equal keys are numbers of the same tokens."""
@@ -177,6 +187,7 @@ def load_results(run_dir: Path) -> RunResults:
     fingerprints = _fingerprints(results, run_dir)
     return replace(
         results,
+        healing=_load_healing(run_dir, fingerprints),
         retraining=_load_retraining(run_dir, fingerprints),
         benchmark=_load_benchmark(run_dir, fingerprints),
     )
@@ -189,6 +200,16 @@ def _fingerprints(results: RunResults, run_dir: Path) -> dict[str, str]:
     if PRUNED not in fingerprints and (run_dir / PRUNED / "config.json").exists():
         fingerprints[PRUNED] = open_checkpoint(run_dir / PRUNED).fingerprint
     return fingerprints
+
+
+def _load_healing(run_dir: Path, fingerprints: dict[str, str]) -> Healing | None:
+    """How the shortened model was healed without training; left out where it was another model."""
+    path = run_dir / HEALED / healing_record.HEALED
+    record = _load_optional(Healing, path)
+    if record is not None and record.model.fingerprint != fingerprints.get(PRUNED):
+        log.info("%s: what was healed is not %s, left out", path, run_dir / PRUNED)
+        return None
+    return record
 
 
 def _load_retraining(run_dir: Path, fingerprints: dict[str, str]) -> dict[str, Retraining]:

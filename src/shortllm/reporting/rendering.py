@@ -80,7 +80,7 @@ def render_model_card(results: RunResults) -> str:
             protocol=describe_protocol(results),
             criterion=plan.criterion,
             citation=CITATIONS.get(plan.criterion or ""),
-            retrained=bool(results.retraining),
+            healed=bool(results.healed_by),
         )
     )
     return card + "\n"

@@ -147,14 +147,14 @@ def _compared(
     cell: tuple[int, int] | None,
 ) -> ComparedModel:
     measured = _measured(results, name, cell)
-    benchmark, record = results.benchmark, results.retraining.get(name)
+    benchmark, method = results.benchmark, results.healed_by.get(name)
     is_original = name == "original"
     return ComparedModel(
         run=None,
         name=name,
         original=model_name(results.plan.model.id),
         criterion=None if is_original else results.plan.criterion,
-        healed_by=record.method if record else None if name in ("original", PRUNED) else name,
+        healed_by=method or (None if name in ("original", PRUNED) else name),
         blocks=entry.model.blocks,
         parameters=entry.model.parameters,
         bytes=entry.model.bytes,
@@ -167,11 +167,11 @@ def _compared(
 
 
 def _measured(results: RunResults, name: str, cell: tuple[int, int] | None) -> Measurement | None:
-    """The speed of a model; that of a retrained one is the shortened one's, which has its shape."""
+    """The speed of a model; that of a healed one is the shortened one's, which has its shape."""
     if results.benchmark is None or cell is None:
         return None
     own = results.benchmark.find(name, *cell)
-    if own is None and name in results.retraining:
+    if own is None and name in results.healed_by:
         own = results.benchmark.find(PRUNED, *cell)
     return own
 
@@ -323,7 +323,8 @@ def removals(runs: Mapping[str, RunResults]) -> Context:
     rows = []
     for name, results in runs.items():
         plan = results.plan
-        healed = [
+        healed: list[str] = [results.healing.method] if results.healing else []
+        healed += [
             f"{record.method}, {record.steps:,} steps" for record in results.retraining.values()
         ]
         rows.append(

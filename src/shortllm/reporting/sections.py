@@ -37,6 +37,7 @@ from shortllm.rundir import PRUNED
 Context = dict[str, Any]
 
 METHOD_NAMES = {
+    "linear": "Healing by linear maps",
     "lora": "LoRA retraining",
     "full": "Retraining all weights",
     "distill": "Distillation",
@@ -120,14 +121,14 @@ def _regained(results: RunResults) -> str:
     for key in (key for key in before if key in removed):
         healed = {
             name: results.perplexities(name)[key]
-            for name in results.retraining
+            for name in results.healed_by
             if key in results.perplexities(name)
         }
         if not healed:
             continue
         best = min(healed, key=lambda name: healed[name].nll)
         share = came_back(before[key], removed[key], healed[best])
-        method, reached = METHOD_NAMES[results.retraining[best].method], healed[best].perplexity
+        method, reached = METHOD_NAMES[results.healed_by[best]], healed[best].perplexity
         if share is None or share <= 0:
             return f" {method} leads to {number(reached)}."
         return f" {method} brings back {percent(share)} of that ({number(reached)})."

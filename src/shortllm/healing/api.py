@@ -1,0 +1,104 @@
+"""`shortllm.heal(...)` and `shortllm.merge(...)`, as functions of names and options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shortllm import stages
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.healing.options import HealOptions, MergeOptions
+from shortllm.healing.record import HEALED, MERGED, Healing, Merging
+from shortllm.healing.writing import require_free
+from shortllm.model.blocks import text_config
+from shortllm.recipe import CalibrationOptions, Recipe
+
+
+def heal(
+    model: str,
+    out: Path | str,
+    *,
+    options: HealOptions | None = None,
+    source: str | None = None,
+    data: str | None = None,
+    calibration: Path | None = None,
+    bos_every_sample: bool | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    stream: bool | None = None,
+    max_memory: int | None = None,
+) -> Healing:
+    """Heal a shortened checkpoint without training, and write it as a plain checkpoint.
+
+    Args:
+        model: a checkpoint as `shortllm prune` wrote it.
+        out: the new checkpoint directory, which also gets heal.json.
+        source: what it was shortened from; default: what its config.json says.
+        data: calibration text, all rows one after another; default: bookcorpus.
+        calibration: token ids given directly, instead of text.
+        stream: read the blocks one at a time from the files; default: where they do not fit.
+        max_memory: bytes of hidden streams in memory; beyond it they go to a file.
+    Raises:
+        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+    """
+    from shortllm.healing import stage
+
+    options, target = options or HealOptions(), Path(out)
+    require_free(target, HEALED)
+    checkpoint = open_checkpoint(model)
+    original = stage.open_source(checkpoint, source)
+    stage.kept_blocks(checkpoint, original)
+    asked = CalibrationOptions(data=data, file=calibration, bos_every_sample=bos_every_sample)
+    recipe = Recipe(model=original.id, calibration=asked).filled(checkpoint.model_type)
+    ids = stages.calibrate(original, healing_text(recipe.calibration, options, original))
+    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
+    return stage.heal(checkpoint, original, options, target, calibration=ids, session=session)
+
+
+def healing_text(
+    calibration: CalibrationOptions, options: HealOptions, checkpoint: Checkpoint
+) -> CalibrationOptions:
+    """The text that blocks are scored on, in the amount that healing takes; given ids as they
+    are."""
+    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
+    return calibration.model_copy(
+        update={
+            "sampler": "packed",
+            "samples": options.samples,
+            "length": options.sample_length(positions),
+        }
+    )
+
+
+def merge(
+    model: str,
+    out: Path | str,
+    *,
+    options: MergeOptions | None = None,
+    calibration: CalibrationOptions | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    stream: bool | None = None,
+    max_memory: int | None = None,
+) -> Merging:
+    """Fold blocks into one another, from the top down, and write what is left as a plain
+    checkpoint.
+
+    Args:
+        out: the new checkpoint directory, which also gets merge.json.
+        calibration: which text final hidden states are compared on; default: that of scoring.
+        stream: read the blocks one at a time from the files; default: where they do not fit.
+        max_memory: bytes of hidden streams in memory; beyond it they go to a file.
+    Raises:
+        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+    """
+    from shortllm.healing import merge_stage
+
+    options, target = options or MergeOptions(), Path(out)
+    require_free(target, MERGED)
+    checkpoint = open_checkpoint(model, revision=revision)
+    options.check(checkpoint.block_count)
+    recipe = Recipe(model=model, calibration=calibration or CalibrationOptions())
+    ids = stages.calibrate(checkpoint, recipe.filled(checkpoint.model_type).calibration)
+    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
+    return merge_stage.merge(checkpoint, options, target, calibration=ids, session=session)

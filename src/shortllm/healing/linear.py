@@ -1,0 +1,234 @@
+"""The walk that heals: two streams side by side, and at each gap a map solved and folded.
+
+    source    0 ─► 1 ─► 2 ─► 3 ─► 4 ─► 5 ─► 6        what the stream should be
+                             │ wanted     │
+    healed    0 ─► 1′───────────► 4 ─► 5′─────►      blocks 2, 3 and 6 removed
+
+The source goes first through the block before a gap and the gap itself. Then the healed stream
+comes to that block: what its projection adds is summed up against where the source arrived, the map
+is solved and folded (1′), and the healed stream goes through the block as the file will hold it. So
+the maps behind see what is left of earlier errors, and mend them too. Both streams are all that is
+kept of the samples; of the sums there are matrices of the stream's width.
+
+Where blocks are streamed, the block before each gap is read twice.
+
+Shapes: B samples, T tokens, D width, N tokens of one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.healing.folding import Fold, fold, folded_into
+from shortllm.healing.gaps import Gap, gaps_of
+from shortllm.healing.projections import Added
+from shortllm.healing.record import HealedGap
+from shortllm.healing.solving import (
+    Moments,
+    choose_ridge,
+    effective_rank,
+    forced,
+    penalty,
+    solve,
+)
+from shortllm.model.decoder import Decoder
+from shortllm.model.streams import StreamMemory
+from shortllm.model.walk import Advance, block_flops, enter_groups, group_size
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A block on the way, and which streams go through it."""
+
+    block: int
+    source: bool
+    healed: bool
+    gap: Gap | None = None
+    """The gap behind the block, where it is to be measured and healed."""
+
+
+def visits_of(gaps: Collection[Gap], count: int) -> list[Visit]:
+    """The way up to the last gap, through a source of `count` blocks."""
+    removed = {b for gap in gaps for b in gap.blocks}
+    before = {gap.before: gap for gap in gaps}
+    end = max((gap.stop for gap in gaps), default=0)
+    visits = []
+    for b in range(min(end, count)):
+        healed = b not in removed and b not in before
+        visits.append(Visit(b, True, healed))
+        ended = next((gap for gap in gaps if gap.stop == b + 1 and gap.before is not None), None)
+        if ended is not None and ended.before is not None:
+            visits.append(Visit(ended.before, False, True, ended))
+    return visits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Healed:
+    """What the walk has found."""
+
+    gaps: list[HealedGap]
+    folds: dict[int, Fold]
+    """New weights by the source's block number."""
+
+
+@torch.no_grad()
+def heal_gaps(
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    ids_BT: Tensor,
+    removed: Collection[int],
+    added: Mapping[int, Added],
+    *,
+    held_out: int,
+    ridge: float | None,
+    weighted: bool,
+    memory: StreamMemory,
+    advance: Advance = lambda work: None,
+) -> Healed:
+    """Solve a map for every gap that has a block before it, and fold it.
+
+    Args:
+        decoder, checkpoint: the source.
+        added: for the block before each gap the projection to fold into (see `find_added`).
+        held_out: how many samples, the last ones, choose how strongly each map is held back. What
+            is folded in the end is solved on all samples.
+        ridge: hold all maps back so strongly, and choose nothing.
+        weighted: see `Moments`.
+    Raises:
+        UnsupportedModelError: the blocks cannot be called one by one.
+    """
+    walk = _Walk(decoder, ids_BT, memory, weighted=weighted)
+    folds: dict[int, Fold] = {}
+    visits = visits_of(gaps_of(removed), decoder.block_count)
+    skipped = [gap for gap in gaps_of(removed) if gap.before is None]
+    gaps = [HealedGap(block=None, removed=gap.blocks) for gap in skipped]
+    way = decoder.through([visit.block for visit in visits])
+    for visit, b in zip(visits, way, strict=True):
+        if visit.gap is None:
+            walk.through(visit)
+        else:
+            fitted, kept_apart = walk.measure(b, added[b], len(ids_BT) - held_out)
+            one, change_DD = _solve(visit.gap, added[b], fitted, kept_apart, ridge)
+            gaps.append(one)
+            if change_DD is not None:
+                folds[b] = fold(checkpoint, b, added[b], change_DD)
+            with folded_into(decoder, {b: folds[b]}) if b in folds else nullcontext():
+                walk.through(visit)
+        passes = visit.source + visit.healed + (visit.gap is not None)
+        advance(passes * block_flops(decoder, b) * ids_BT.numel())
+    return Healed(gaps=gaps, folds=folds)
+
+
+def heal_flops(decoder: Decoder, removed: Collection[int], tokens: int) -> float:
+    """Floating-point operations of `heal_gaps`, as its `advance` counts them."""
+    return tokens * sum(
+        (visit.source + visit.healed + (visit.gap is not None)) * block_flops(decoder, visit.block)
+        for visit in visits_of(gaps_of(removed), decoder.block_count)
+    )
+
+
+def _solve(
+    gap: Gap, added: Added, fitted: Moments, held_out: Moments, ridge: float | None
+) -> tuple[HealedGap, Tensor | None]:
+    """The map of one gap as what is added to the identity, and what is said of it."""
+    choice = forced(fitted, held_out, ridge) if ridge else choose_ridge(fitted, held_out)
+    both = fitted.plus(held_out)
+    chosen = choice.ridge
+    found = HealedGap(
+        block=gap.before,
+        removed=gap.blocks,
+        projection=added.name,
+        scale=added.scale,
+        ridge=chosen,
+        penalty=None if chosen is None else penalty(both, chosen),
+        effective_rank=None if chosen is None else effective_rank(both, chosen),
+        error_before=choice.before,
+        error_after=choice.after,
+    )
+    return found, None if chosen is None else solve(both, chosen)
+
+
+class _Walk:
+    """Both streams `[B, T, D]` on their way through the blocks of the source."""
+
+    def __init__(
+        self, decoder: Decoder, ids_BT: Tensor, memory: StreamMemory, *, weighted: bool
+    ) -> None:
+        self._decoder = decoder
+        self._weighted = weighted
+        size = group_size(decoder, ids_BT.shape[1])
+        self._groups = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
+        self._entries = enter_groups(decoder, [ids_BT[rows] for rows in self._groups])
+        shape = (len(ids_BT), *self._entries[0].stream_BTD.shape[1:])
+
+        def allocate() -> Tensor:
+            return memory.allocate(shape, decoder.stream_dtype, decoder.device)
+
+        self._allocate = allocate
+        self._source = allocate()
+        self._healed: Tensor | None = None  # until they part there is one stream
+        for rows, entry in zip(self._groups, self._entries, strict=True):
+            self._source[rows] = entry.stream_BTD
+
+    def through(self, visit: Visit) -> None:
+        """Take one or both streams through the block."""
+        if visit.source != visit.healed and self._healed is None:
+            self._healed = self._allocate()
+            self._healed.copy_(self._source)
+        streams = [self._source] if visit.source else []
+        if visit.healed and self._healed is not None:
+            streams.append(self._healed)
+        for stream in streams:
+            for rows in range(len(self._groups)):
+                self._apply(visit.block, stream, rows, keep=True)
+
+    def measure(self, b: int, added: Added, fitted: int) -> tuple[Moments, Moments]:
+        """What block `b` adds to the healed stream against where the source is, for the first
+        `fitted` samples and for the others; both streams stay where they are."""
+        decoder = self._decoder
+        assert self._healed is not None
+        width = self._healed.shape[-1]
+        sums = tuple(Moments(width, decoder.device, weighted=self._weighted) for _ in range(2))
+        module = decoder.blocks[b].get_submodule(added.name)
+        for group, rows in enumerate(self._groups):
+            with _outputs_of(module) as seen:
+                after_BTD = self._apply(b, self._healed, group, keep=False)
+            added_BTD = added.scale * seen[0].double().view(after_BTD.shape)
+            wanted_BTD = self._source[rows].to(decoder.device)
+            border = min(max(fitted - rows.start, 0), len(after_BTD))
+            for part, moments in ((slice(border), sums[0]), (slice(border, None), sums[1])):
+                moments.add(
+                    *(one[part].flatten(0, 1) for one in (added_BTD, after_BTD, wanted_BTD))
+                )
+        return sums[0], sums[1]
+
+    def _apply(self, b: int, stream_BTD: Tensor, group: int, *, keep: bool) -> Tensor:
+        """Take one group of samples of a stream through block `b`."""
+        rows, entry = self._groups[group], self._entries[group]
+        before_BTD = stream_BTD[rows].to(self._decoder.device)
+        after_BTD = self._decoder.apply(b, before_BTD, entry.calls[b])
+        if keep:
+            stream_BTD[rows] = after_BTD.to(stream_BTD)
+        return after_BTD
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the context, what a module returns at each call."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.append(output.clone())
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,205 @@
+"""The stage: from a checkpoint to one whose blocks are folded into one another."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm import __version__
+from shortllm.checkpoint.rules import refuse_type
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.surgery import (
+    PROVENANCE,
+    carried_fingerprint,
+    check_removal,
+    renumbered_tensors,
+    require_apart,
+)
+from shortllm.errors import ShortLLMError
+from shortllm.files import fingerprint, require_writable
+from shortllm.healing.options import MergeOptions
+from shortllm.healing.record import MERGED, Merging
+from shortllm.healing.writing import is_made_by, require_free, write_changed
+from shortllm.results import Cost
+from shortllm.runtime import peak_memory, progress, versions
+from shortllm.stages import Session
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shortllm.calibration import Calibration
+    from shortllm.healing.merging import Merged
+    from shortllm.model.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+
+def merge(
+    checkpoint: Checkpoint,
+    options: MergeOptions,
+    target: Path,
+    *,
+    calibration: Calibration,
+    session: Session,
+) -> Merging:
+    """Fold blocks into one another, and write what is left as checkpoint `target`.
+
+    A target that is up to date is left alone; another one that this stage made is replaced. What is
+    written is loaded again and compared with the sums in memory, before it gets its name.
+
+    Raises:
+        UnsupportedModelError: blocks that cannot be added, or not be removed rightly.
+        ShortLLMError: no merge exceeds the threshold.
+        CheckpointError: the result does not compute what was meant.
+        OutputError: the target cannot be written, or holds something else.
+    """
+    require_apart(checkpoint.directory, target)
+    require_free(target, MERGED)
+    options.check(checkpoint.block_count)
+    refuse_type(checkpoint.config)
+    expected = merge_fingerprint(checkpoint, options, calibration, session)
+    if is_made_by(target, expected, Merging, MERGED):
+        log.info("%s is up to date, skipped", target)
+        return Merging.load(target / MERGED)
+    require_writable(target.absolute().parent, checkpoint.bytes)
+    _merge(checkpoint, options, target, calibration, session, expected)
+    return Merging.load(target / MERGED)
+
+
+def merge_fingerprint(
+    checkpoint: Checkpoint, options: MergeOptions, calibration: Calibration, session: Session
+) -> str:
+    """Of everything the merged checkpoint depends on."""
+    return fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "other files": carried_fingerprint(checkpoint.directory),
+            "merge": options.model_dump(mode="json"),
+            "calibration": calibration.info.tokens_fingerprint,
+            "dtype": session.dtype(checkpoint),
+            "device": session.device.type,
+        }
+    )
+
+
+def _merge(
+    checkpoint: Checkpoint,
+    options: MergeOptions,
+    target: Path,
+    calibration: Calibration,
+    session: Session,
+    expected: str,
+) -> None:
+    """Sweep, write, compare."""
+    from shortllm.checkpoint.verify import caches_rightly, verify_shortened
+    from shortllm.healing.merging import (
+        Merger,
+        merged_tensors,
+        original_blocks,
+        require_alike,
+        sweep,
+    )
+
+    started = time.monotonic()
+    decoder = session.decoder(checkpoint)
+    require_alike(checkpoint, decoder)
+    count = checkpoint.block_count
+    with progress("merging", _work(decoder, options, calibration.ids.numel())) as advance:
+        merger = Merger(
+            decoder,
+            checkpoint,
+            calibration.ids,
+            session.memory(),
+            first=options.protect_first,
+            advance=advance,
+        )
+        swept = sweep(merger, original_blocks(count), options)
+    if len(swept.blocks) == count:
+        best = max(one.cosine for one in swept.tries)
+        raise ShortLLMError(
+            f"no merge leaves a mean cosine above {options.threshold}; the best comes to "
+            f"{best:.3f}. Give a lower --threshold, or a smaller --most-merged"
+        )
+    kept = [one.block for one in swept.blocks]
+    config = check_removal(checkpoint, kept)
+    logits = _logits(decoder, checkpoint, swept.blocks, session)
+    cached = caches_rightly(decoder)
+
+    def verify(written: Path) -> None:
+        verify_shortened(
+            str(target), session.decoder(open_checkpoint(written)), logits, cached=cached
+        )
+
+    record = Merging(
+        model=checkpoint.info(),
+        options=options.model_dump(mode="json"),
+        tries=swept.tries,
+        kept=kept,
+        removed=sorted(set(range(count)) - set(kept)),
+        sums={one.block: dict(one.counts) for one in swept.blocks if one.changed},
+        cosine=swept.cosine,
+        calibration=calibration.info.tokens_fingerprint,
+        dtype=session.dtype(checkpoint),
+        versions=versions(),
+        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+        fingerprint=expected,
+    )
+    prefix = checkpoint.block_names.prefix
+    new = (
+        (f"{prefix}.{place}.{name}", tensor)
+        for place, one in enumerate(swept.blocks)
+        if one.changed
+        for name, tensor in merged_tensors(checkpoint, one)
+    )
+    entries = renumbered_tensors(checkpoint, kept)
+    size = sum(entry.bytes for entry in entries.values())
+    with progress("writing the merged checkpoint", size) as advance:
+        write_changed(
+            checkpoint, entries, new, {**config, PROVENANCE: _provenance(checkpoint, record)},
+            target, record, MERGED, advance=advance, verify=verify,
+        )  # fmt: skip
+
+
+def _work(decoder: Decoder, options: MergeOptions, tokens: int) -> float:
+    """Floating-point operations of a sweep in which nothing is kept: the most it can take."""
+    from shortllm.model.walk import block_flops
+
+    count = decoder.block_count
+    one = [block_flops(decoder, b) for b in range(count)]
+    tries = range(options.protect_first, count - options.protect_last - options.most_merged)
+    return tokens * (sum(one) + sum(sum(one[place:]) for place in tries))
+
+
+def _logits(
+    decoder: Decoder, checkpoint: Checkpoint, blocks: list[Merged], session: Session
+) -> Tensor:
+    """What the merged model computes on the probe, float32 `[2, 24, V]`."""
+    import torch
+
+    from shortllm.checkpoint.verify import probe_ids
+    from shortllm.healing.merging import Merger
+
+    ids_BT = probe_ids(decoder.model.config)
+    place = next(place for place, one in enumerate(blocks) if one.changed)
+    first = blocks[place].block
+    merger = Merger(decoder, checkpoint, ids_BT, session.memory(), first=first)
+    stream_BTD = merger.final(blocks, place).to(decoder.device)
+    with decoder.tail() as logits, torch.no_grad():
+        return logits(stream_BTD, ids_BT.to(decoder.device)).float().cpu()
+
+
+def _provenance(checkpoint: Checkpoint, record: Merging) -> dict[str, Any]:
+    """Where the checkpoint comes from, and what was folded into what."""
+    return {
+        "version": __version__,
+        "source": checkpoint.id,
+        "revision": checkpoint.revision,
+        "source_blocks": checkpoint.block_count,
+        "removed_blocks": record.removed,
+        "criterion": "merge",
+        "fingerprint": record.fingerprint,
+        "merged": {str(block): counts for block, counts in record.sums.items()},
+        "parent": checkpoint.raw_config.get(PROVENANCE),
+    }

@@ -1,0 +1,54 @@
+"""Healing without training as a stage of a run: from `pruned/` to `healed/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shortllm import stages
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.healing.api import healing_text
+from shortllm.healing.record import HEALED as RECORD
+from shortllm.healing.record import Healing
+from shortllm.healing.stage import check_healable, heal
+from shortllm.healing.writing import require_free
+from shortllm.recipe import CalibrationOptions, Recipe
+from shortllm.rundir import HEALED
+
+
+def healing_text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions | None:
+    """How text to heal with is cut; None where nothing is healed without training."""
+    if recipe.healing is None:
+        return None
+    return healing_text(recipe.calibration, recipe.healing, checkpoint)
+
+
+def check_healing(directory: Path, checkpoint: Checkpoint, session: stages.Session) -> None:
+    """Find out before anything is scored whether there is a place to fold maps into.
+
+    Raises:
+        UnsupportedModelError: there is none.
+        OutputError: the healed checkpoint's directory holds something else.
+    """
+    require_free(directory / HEALED, RECORD)
+    check_healable(checkpoint, session)
+
+
+def heal_in(
+    directory: Path,
+    shortened: Checkpoint,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    texts: stages.Texts,
+    session: stages.Session,
+) -> Healing | None:
+    """A checkpoint with heal.json, where it is asked for."""
+    if recipe.healing is None or texts.healing is None:
+        return None
+    return heal(
+        shortened,
+        checkpoint,
+        recipe.healing,
+        directory / HEALED,
+        calibration=texts.healing,
+        session=session,
+    )

@@ -1,0 +1,604 @@
+"""Healing without training: maps equal plain least squares, merges equal their formula."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import retraining
+import torch
+from torch import Tensor, nn
+
+import shortllm
+from shortllm import pipeline
+from shortllm.calibration import Calibration, tokens_fingerprint
+from shortllm.checkpoint import Checkpoint, open_checkpoint
+from shortllm.cli import main
+from shortllm.errors import (
+    CheckpointError,
+    DataError,
+    OutputError,
+    ShortLLMError,
+    UnsupportedModelError,
+)
+from shortllm.healing import merge_stage, stage
+from shortllm.healing.gaps import Gap, gaps_of
+from shortllm.healing.linear import Visit, heal_gaps, visits_of
+from shortllm.healing.merging import Merged, merged, merged_tensors, original_blocks
+from shortllm.healing.options import HealOptions, MergeOptions
+from shortllm.healing.projections import find_added
+from shortllm.healing.record import Healing, Merging
+from shortllm.healing.solving import Moments, choose_ridge, solve
+from shortllm.model.blocks import find_blocks
+from shortllm.model.decoder import Decoder
+from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.recipes import changed, parse_recipe
+from shortllm.results import CalibrationInfo, Evaluation
+from shortllm.retraining.distill import lineage
+from shortllm.stages import Session
+
+DOWN = {
+    "llama": "mlp.down_proj",
+    "mistral": "mlp.down_proj",
+    "qwen2": "mlp.down_proj",
+    "qwen3": "mlp.down_proj",
+    "phi3": "mlp.down_proj",
+    "granite": "mlp.down_proj",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "gpt_neox-serial": "mlp.dense_4h_to_h",
+    "falcon": "mlp.dense_4h_to_h",
+    "phi": "mlp.fc2",
+    "bloom": "mlp.dense_4h_to_h",
+    "opt": "fc2",
+    "gpt2": "mlp.c_proj",
+    "gptj": "mlp.fc_out",
+}
+"""Family -> what it calls its down projection."""
+
+REFUSED = ("gemma2", "gemma3_text", "olmo2", "mixtral", "opt-projected")
+"""Behind their MLP stands a norm, or in its place experts."""
+
+CPU = torch.device("cpu")
+REMOVED = {"contiguous": [2, 3], "scattered": [1, 3, 4]}
+
+
+def calibration(ids_BT: Tensor) -> Calibration:
+    info = CalibrationInfo(
+        source="test", sampler="given", samples=len(ids_BT), length=ids_BT.shape[1], bos="none",
+        tokens_fingerprint=tokens_fingerprint(ids_BT), fingerprint="test",
+    )  # fmt: skip
+    return Calibration(ids=ids_BT, info=info)
+
+
+def text() -> Tensor:
+    return families.token_ids(16, seed=5)
+
+
+def healed(
+    variant: str | Checkpoint,
+    removed: list[int],
+    directory: Path,
+    *,
+    stream: bool | None = None,
+    dtype: str = "auto",
+    **options: Any,
+) -> Healing:
+    """A family's tiny model shortened to `directory/short` and healed to `directory/healed`."""
+    source = families.opened(variant) if isinstance(variant, str) else variant
+    short = open_checkpoint(families.shortened(source, removed, directory / "short"))
+    return stage.heal(
+        short,
+        source,
+        HealOptions(**options),
+        directory / "healed",
+        calibration=calibration(text()),
+        session=Session(device="cpu", stream=stream, dtype=dtype),
+    )
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    return find_blocks(model, model.config)[1]
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=families.token_ids(2, seed=3), use_cache=False).logits
+
+
+def stream_behind(model: nn.Module, block: int, ids_BT: Tensor) -> Tensor:
+    """The stream that leaves a block in a whole forward, float64 `[tokens, width]`."""
+    return outputs(model, [blocks_of(model)[block]], ids_BT)[0]
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, modules: list[nn.Module], ids_BT: Tensor) -> list[Tensor]:
+    """What each module returns in a whole forward, float64 `[tokens, width]`."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(place: int) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            seen[place] = first.double().reshape(ids_BT.numel(), -1)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(n)) for n, module in enumerate(modules)]
+    model(input_ids=ids_BT, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [seen[place] for place in range(len(modules))]
+
+
+def plain_least_squares(
+    variant: str, removed: list[int], down: str, scale: float, ridge: float, weighted: bool
+) -> nn.Module:
+    """The source with maps folded in gap after gap and the blocks bypassed, by whole forwards and
+    `lstsq` on all tokens at once."""
+    ids_BT = text()
+    intact = families.loaded(variant)
+    model = families.load(families.saved(variant))
+    blocks = blocks_of(model)
+    with Decoder(model).without(removed):
+        for gap in gaps_of(removed):
+            assert gap.before is not None
+            wanted_ND = stream_behind(intact, gap.stop - 1, ids_BT)
+            module = blocks[gap.before].get_submodule(down)
+            added_ND, after_ND = outputs(model, [module, blocks[gap.before]], ids_BT)
+            added_ND = scale * added_ND
+            width = added_ND.shape[1]
+            if weighted:
+                size_N1 = wanted_ND.square().mean(1, keepdim=True).sqrt()
+                added_ND, after_ND, wanted_ND = (
+                    one / size_N1 for one in (added_ND, after_ND, wanted_ND)
+                )
+            penalty = ridge * added_ND.square().sum() / width
+            rows = torch.cat([added_ND, penalty.sqrt() * torch.eye(width, dtype=torch.float64)])
+            rest_ND = after_ND - added_ND
+            goal = torch.cat(
+                [wanted_ND - rest_ND, penalty.sqrt() * torch.eye(width, dtype=torch.float64)]
+            )
+            map_DD = torch.linalg.lstsq(rows, goal).solution
+            with torch.no_grad():
+                weight = module.weight.double()
+                linear = isinstance(module, nn.Linear)
+                module.weight.copy_(map_DD.T @ weight if linear else weight @ map_DD)
+                if module.bias is not None:
+                    module.bias.copy_(map_DD.T @ module.bias.double())
+    return model
+
+
+@pytest.mark.parametrize("weighting", ["norm", "none"])
+@pytest.mark.parametrize("shape", REMOVED)
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "granite", "gpt_neox", "opt"])
+def test_maps_equal_plain_least_squares(
+    variant: str, shape: str, weighting: str, tmp_path: Path
+) -> None:
+    removed, ridge = REMOVED[shape], 0.05
+    record = healed(variant, removed, tmp_path, ridge=ridge, weighting=weighting)
+    assert [gap.projection for gap in record.gaps] == [DOWN[variant]] * len(record.gaps)
+    scale = 0.4 if variant == "granite" else 1.0
+    assert [gap.scale for gap in record.gaps] == pytest.approx([scale] * len(record.gaps), rel=1e-4)
+    model = plain_least_squares(variant, removed, DOWN[variant], scale, ridge, weighting == "norm")
+    with Decoder(model).without(removed):
+        expected = logits(model)
+    found = logits(families.load(tmp_path / "healed"))
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    before = logits(families.load(tmp_path / "short"))
+    assert (found - before).abs().max() > 1e-2 * before.abs().max()
+
+
+@pytest.mark.parametrize("variant", DOWN)
+def test_every_family_comes_nearer_to_the_source(variant: str, tmp_path: Path) -> None:
+    record = healed(variant, [2, 4], tmp_path, ridge=0.3)
+    assert [gap.block for gap in record.gaps] == [1, 3]
+    for gap in record.gaps:
+        assert gap.projection == DOWN[variant]
+        assert 0 < gap.effective_rank < 32  # type: ignore[operator]
+    short, after = (open_checkpoint(tmp_path / name) for name in ("short", "healed"))
+    changed_names = {
+        name for name, entry in short.tensors.items() if read(entry) != read(after.tensors[name])
+    }
+    assert {name.rsplit(".", 1)[0].split(".", 3)[-1] for name in changed_names} <= {
+        DOWN[variant], *(f"{b}.{DOWN[variant]}" for b in (1, 2))
+    }  # fmt: skip
+    assert changed_names and len(changed_names) <= 4
+    assert [(n, e.shape, e.dtype) for n, e in short.tensors.items()] == [
+        (n, e.shape, e.dtype) for n, e in after.tensors.items()
+    ]
+    ids_BT = text()
+    wanted = stream_behind(families.loaded(variant), 4, ids_BT)
+    missing = [
+        ((stream_behind(families.load(one.directory), 2, ids_BT) - wanted) ** 2).sum()
+        for one in (short, after)
+    ]
+    assert missing[1] < missing[0]
+
+
+def read(entry: Any) -> bytes:
+    return bytes(entry.file.read_bytes()[entry.offset : entry.offset + entry.bytes])
+
+
+@pytest.mark.parametrize("variant", REFUSED)
+def test_no_place_for_a_map_is_refused(variant: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="adds the output of no linear projection"):
+        healed(variant, [2], tmp_path)
+    assert not (tmp_path / "healed").exists()
+
+
+def test_a_strong_ridge_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    healed("llama", [2, 4], tmp_path, ridge=1e12)
+    short, after = (logits(families.load(tmp_path / name)) for name in ("short", "healed"))
+    assert (short - after).abs().max() <= 1e-6 * short.abs().max()
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox"])
+def test_streamed_equals_resident(variant: str, tmp_path: Path) -> None:
+    records = [
+        healed(variant, [1, 3, 4], tmp_path / str(stream), stream=stream)
+        for stream in (False, True)
+    ]
+    assert records[0].gaps == records[1].gaps
+    files = [tmp_path / str(stream) / "healed" / "model.safetensors" for stream in (False, True)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_checkpoint_in_bfloat16_stays_one(tmp_path: Path) -> None:
+    source = families.save(families.build("llama").bfloat16(), tmp_path / "source")
+    record = healed(open_checkpoint(source), [2], tmp_path, ridge=0.1)
+    tensors = open_checkpoint(tmp_path / "healed").tensors
+    assert {entry.dtype for entry in tensors.values()} == {"BF16"}
+    assert record.dtype == "float32"
+    healed(open_checkpoint(source), [2], tmp_path / "low", ridge=0.1, dtype="bfloat16")
+
+
+def test_sums_do_not_depend_on_how_tokens_are_cut() -> None:
+    generator = torch.Generator().manual_seed(0)
+    added, after, wanted = (torch.randn(300, 8, generator=generator) * 100 for _ in range(3))
+    found = []
+    for size in (1, 7, 300):
+        moments = Moments(8, CPU, weighted=True)
+        for start in range(0, 300, size):
+            moments.add(*(one[start : start + size] for one in (added, after, wanted)))
+        assert moments.products_DD.dtype == torch.float64 and moments.tokens == 300
+        found.append(solve(moments, 1e-3))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-11, atol=1e-13)
+
+
+def test_the_error_of_sums_is_the_error_of_tokens() -> None:
+    generator = torch.Generator().manual_seed(1)
+    added, after, wanted = (torch.randn(50, 6, generator=generator).double() for _ in range(3))
+    moments = Moments(6, CPU, weighted=False)
+    moments.add(added, after, wanted)
+    change = torch.randn(6, 6, generator=generator).double()
+    direct = (added @ change + after - wanted).square().sum().item()
+    assert moments.error(change) == pytest.approx(direct, rel=1e-12)
+    best = solve(moments, 1e-9)
+    direct_best = torch.linalg.lstsq(added, wanted - after).solution
+    torch.testing.assert_close(best, direct_best, rtol=1e-6, atol=1e-6)
+
+
+def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def sums(sign: float) -> Moments:
+        added = torch.randn(64, 4, generator=generator)
+        moments = Moments(4, CPU, weighted=False)
+        moments.add(added, torch.zeros(64, 4), sign * added)
+        return moments
+
+    assert choose_ridge(sums(1.0), sums(-1.0)).ridge is None
+    chosen = choose_ridge(sums(1.0), sums(1.0))
+    assert chosen.ridge is not None and chosen.after < 1e-3 * chosen.before
+    still = Moments(4, CPU, weighted=True)
+    still.add(torch.zeros(5, 4), torch.zeros(5, 4), torch.ones(5, 4))
+    assert not solve(still, 1.0).any()
+
+
+def test_gaps_and_the_way_through_them() -> None:
+    assert gaps_of([4, 0, 1, 6]) == [Gap(0, 2), Gap(4, 5), Gap(6, 7)]
+    gap = Gap(2, 4)
+    assert visits_of([gap], 6) == [
+        Visit(0, True, True),
+        Visit(1, True, False),
+        Visit(2, True, False),
+        Visit(3, True, False),
+        Visit(1, False, True, gap),
+    ]
+
+
+def test_blocks_at_the_start_are_left_as_they_are(tmp_path: Path) -> None:
+    record = healed("llama", [0, 3], tmp_path, ridge=0.1)
+    assert [(gap.block, gap.removed) for gap in record.gaps] == [(None, [0]), (2, [3])]
+    with pytest.raises(UnsupportedModelError, match="lacks the first 2 blocks"):
+        healed("llama", [0, 1], tmp_path / "other")
+
+
+def test_the_last_blocks_may_be_gone(tmp_path: Path) -> None:
+    record = healed("llama", [4, 5], tmp_path, ridge=1e-6)
+    [gap] = record.gaps
+    assert gap.block == 3 and gap.error_after < gap.error_before  # type: ignore[operator]
+
+
+def test_a_shortened_checkpoint_shortened_again(tmp_path: Path) -> None:
+    source = families.opened("llama")
+    once = open_checkpoint(families.shortened(source, [1], tmp_path / "once"))
+    twice = open_checkpoint(families.shortened(once, [2], tmp_path / "twice"))  # 3 of the source
+    record = stage.heal(
+        twice, source, HealOptions(), tmp_path / "healed",
+        calibration=calibration(text()), session=Session(device="cpu"),
+    )  # fmt: skip
+    assert [(gap.block, gap.removed) for gap in record.gaps] == [(0, [1]), (2, [3])]
+
+
+def test_a_finished_one_is_left_alone_and_another_replaced(tmp_path: Path) -> None:
+    first = healed("llama", [2], tmp_path)
+    config = tmp_path / "healed" / "config.json"
+    written = config.stat().st_mtime_ns
+    assert healed("llama", [2], tmp_path) == first
+    assert config.stat().st_mtime_ns == written
+    entry = json.loads(config.read_text())["shortllm"]
+    assert entry["removed_blocks"] == [2] and entry["healed"]["fingerprint"] == first.fingerprint
+    assert healed("llama", [2], tmp_path, ridge=0.5).gaps[0].ridge == 0.5
+
+
+def test_only_what_was_just_shortened_is_healed(tmp_path: Path) -> None:
+    source = families.opened("llama")
+    healed("llama", [2], tmp_path, ridge=0.1)
+    again = open_checkpoint(tmp_path / "healed")
+    arguments: dict[str, Any] = {
+        "calibration": calibration(text()), "session": Session(device="cpu"),
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="down_proj.*retrained, healed or merged"):
+        stage.heal(again, source, HealOptions(), tmp_path / "twice", **arguments)
+    with pytest.raises(CheckpointError, match="does not say which blocks.*shortllm prune"):
+        stage.heal(source, source, HealOptions(), tmp_path / "none", **arguments)
+    short = open_checkpoint(tmp_path / "short")
+    with pytest.raises(CheckpointError, match="from 6 blocks.*has 5.*--source"):
+        stage.heal(short, short, HealOptions(), tmp_path / "own", **arguments)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds something else"):
+        stage.heal(short, source, HealOptions(), tmp_path / "full", **arguments)
+    with pytest.raises(OutputError, match="stays as it is"):
+        stage.heal(short, source, HealOptions(), tmp_path / "short", **arguments)
+    arguments["calibration"] = calibration(text()[:1])
+    with pytest.raises(DataError, match="1 sample is too little"):
+        stage.heal(short, source, HealOptions(), tmp_path / "few", **arguments)
+
+
+def test_the_projection_is_found_in_bfloat16_and_where_it_adds_nothing() -> None:
+    model = families.build("llama")
+    with torch.no_grad():
+        blocks_of(model)[2].mlp.down_proj.weight.zero_()
+    assert find_added(Decoder(model), [2])[2].name == "mlp.down_proj"
+    for variant in ("llama", "granite", "gpt_neox"):
+        found = find_added(Decoder(families.build(variant).bfloat16()), [0, 3])
+        assert {one.name for one in found.values()} == {DOWN[variant]}
+    with pytest.raises(UnsupportedModelError, match="no linear projection"):
+        find_added(Decoder(families.build("gemma2").bfloat16()), [1])
+
+
+def test_the_source_is_left_as_it_was() -> None:
+    decoder = Decoder(families.build("llama"))
+    before = {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
+    heal_gaps(
+        decoder, families.opened("llama"), text(), [2], find_added(decoder, [1]),
+        held_out=4, ridge=0.1, weighted=True, memory=Session(device="cpu").memory(),
+    )  # fmt: skip
+    for name, tensor in decoder.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+# ---- merging
+
+
+def test_a_merge_is_the_formula() -> None:
+    blocks = original_blocks(6)
+    once = merged(blocks, 3, 2)
+    assert [one.block for one in once] == [0, 1, 2, 3]
+    assert once[3].counts == Counter({3: -1, 4: 1, 5: 1})
+    twice = merged(once, 1, 2)  # W1 + (W2 - W1) + (M3 - W1)
+    assert twice[1] == Merged(1, Counter({1: -1, 2: 1, 3: -1, 4: 1, 5: 1}))
+    assert all(sum(one.counts.values()) == 1 for one in twice)
+    assert merged(blocks, 0, 1)[0].counts == Counter({1: 1})
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "gemma2", "opt"])
+def test_merged_tensors_are_sums_of_the_files(variant: str) -> None:
+    checkpoint = families.opened(variant)
+    blocks = blocks_of(families.loaded(variant))
+    states = [block.state_dict() for block in blocks]
+    one = merged(original_blocks(6), 2, 3)[2]
+    for name, tensor in merged_tensors(checkpoint, one):
+        w = [state[name] for state in states]
+        expected = w[2] + (w[3] - w[2]) + (w[4] - w[2]) + (w[5] - w[2])
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)
+
+
+def merge(variant: str, target: Path, *, stream: bool | None = None, **options: Any) -> Merging:
+    given = {"threshold": -1.0, "most_merged": 2, "interval": 2, **options}
+    return merge_stage.merge(
+        families.opened(variant), MergeOptions(**given), target,
+        calibration=calibration(families.token_ids()), session=Session(device="cpu", stream=stream),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "phi3", "gpt_neox", "opt", "gpt2", "gemma2"])
+def test_the_file_holds_the_merge(variant: str, tmp_path: Path) -> None:
+    record = merge(variant, tmp_path / "out", remove=2)
+    assert record.kept == [0, 1, 2, 3] and record.removed == [4, 5]
+    assert record.sums == {3: {3: -1, 4: 1, 5: 1}}
+    whole, small = families.loaded(variant), families.load(tmp_path / "out")
+    states = [block.state_dict() for block in blocks_of(whole)]
+    for name, tensor in blocks_of(small)[3].state_dict().items():
+        expected = states[3][name] + sum(states[k][name] - states[3][name] for k in (4, 5))
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)
+    for b in range(3):
+        for name, tensor in blocks_of(small)[b].state_dict().items():
+            assert torch.equal(tensor, states[b][name])
+    ids_BT = families.token_ids()
+    ends = [stream_behind(one, -1, ids_BT) for one in (whole, small)]
+    cosine = torch.cosine_similarity(*ends, dim=-1).mean().item()
+    assert record.cosine == pytest.approx(cosine, abs=1e-5)
+    assert lineage(open_checkpoint(tmp_path / "out")).kept == [0, 1, 2, 3]
+
+
+def test_the_sweep_goes_down_and_keeps_what_is_alike_enough(tmp_path: Path) -> None:
+    record = merge("llama", tmp_path / "all", protect_first=1)
+    assert [(one.block, one.merged) for one in record.tries] == [(3, [4, 5]), (1, [2, 3])]
+    assert record.kept == [0, 1] and all(one.kept for one in record.tries)
+    assert record.sums == {1: {1: -1, 2: 1, 3: -1, 4: 1, 5: 1}}
+    cosines = sorted(one.cosine for one in merge("llama", tmp_path / "x", remove=1).tries)
+    with pytest.raises(ShortLLMError, match="no merge leaves a mean cosine above 0.9999"):
+        merge("llama", tmp_path / "none", threshold=0.9999)
+    assert cosines and not (tmp_path / "none").exists()
+    record = merge("llama", tmp_path / "last", protect_last=2)
+    assert record.kept[-2:] == [4, 5] and 4 not in record.sums
+    assert math.isfinite(record.cosine)
+
+
+def test_streamed_merges_equal_resident_ones(tmp_path: Path) -> None:
+    records = [merge("llama", tmp_path / str(s), stream=s) for s in (False, True)]
+    assert records[0].tries == records[1].tries
+    files = [tmp_path / str(s) / "model.safetensors" for s in (False, True)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_merge_is_left_alone(tmp_path: Path) -> None:
+    first = merge("llama", tmp_path / "out")
+    assert merge("llama", tmp_path / "out") == first
+    assert merge("llama", tmp_path / "out", remove=1) != first
+
+
+def test_what_cannot_be_merged(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="other names"):
+        merge("mixtral", tmp_path / "out")
+    with pytest.raises(ShortLLMError, match="all but 1 are protected"):
+        merge("llama", tmp_path / "out", protect_first=3, protect_last=2)
+    with pytest.raises(ShortLLMError, match="--remove 5: of 5 blocks .* 4 can go"):
+        merge("llama", tmp_path / "out", remove=5)
+    with pytest.raises(ShortLLMError, match="--threshold 1.5 is no cosine"):
+        merge("llama", tmp_path / "out", threshold=1.5)
+
+
+# ---- commands and runs
+
+
+def call(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    out, err = capfd.readouterr()
+    return int(raised.value.code or 0), out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["heal", "nope", "--out", "x"], "no such directory: nope"),
+        (["heal", "embedded", "--out", "x"], "does not say which blocks"),
+        (["heal", "embedded"], "Missing option"),
+        (["heal", "embedded", "--out", "x", "--method", "liner"], "liner"),
+        (["heal", "embedded", "--out", "x", "--ridge", "0"], "--ridge 0.0 is not above 0"),
+        (["merge", "embedded", "--out", "x", "--remove", "11"], "10 can go at the most"),
+        (["merge", "embedded", "--out", "x", "--protect-last", "11"], "are protected"),
+        (["run", "--heal", "lora"], "lora"),
+    ],
+)
+def test_mistakes_say_what_to_do(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capfd, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert out == "" and not list(tmp_path.iterdir())
+
+
+def test_heal_and_merge_on_the_command_line(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    retraining.shortened(tmp_path)
+    data = str(retraining.text(tmp_path / "text.jsonl"))
+    flags = ["--data", data, "--samples", "8", "--length", "32"]
+    out = str(tmp_path / "healed")
+    code, printed, _ = call(capfd, "heal", str(tmp_path / "short"), "--out", out, *flags)
+    assert code == 0 and "checkpoint: " in printed and "mlp.down_proj" in printed
+    code, printed, _ = call(capfd, "heal", str(tmp_path / "short"), "--out", out, *flags, "--json")
+    assert code == 0 and json.loads(printed)["gaps"][0]["removed"] == [2, 3]
+    moved = tmp_path / "moved"
+    (tmp_path / "whole").rename(moved)
+    other = ["--out", str(tmp_path / "other")]
+    code, _, err = call(capfd, "heal", str(tmp_path / "short"), *other, *flags)
+    assert code == 2 and "Name it with --source" in err
+    code, *_ = call(capfd, "heal", str(tmp_path / "short"), *other, *flags, "--source", str(moved))
+    assert code == 0 and (tmp_path / "other" / "heal.json").is_file()
+    code, printed, _ = call(
+        capfd, "merge", str(moved), "--out", str(tmp_path / "merged"), *flags,
+        "--threshold", "-1", "--remove", "2",
+    )  # fmt: skip
+    assert code == 0 and "6 -> 4 blocks" in printed
+    assert (tmp_path / "merged" / "merge.json").is_file()
+
+
+def test_a_recipe_names_healing_or_gives_its_options() -> None:
+    assert parse_recipe({"healing": "linear"}, "x").healing == HealOptions()
+    assert parse_recipe({"healing": "none"}, "x").healing is None
+    recipe = changed(Recipe(), {"healing.samples": 8})
+    assert recipe.healing == HealOptions(samples=8)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    with pytest.raises(ShortLLMError, match="unknown field 'healing.sample'"):
+        parse_recipe({"healing": {"sample": 8}}, "x")
+
+
+def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> None:
+    recipe = Recipe(
+        healing=HealOptions(), evaluation=EvaluationOptions(max_segments=128, continuations=0)
+    )
+    result = pipeline.run(recipe, out=tmp_path / "run")
+    assert list(result.checkpoints) == ["pruned", "healed"]
+    evaluation = Evaluation.load(tmp_path / "run" / "eval.json")
+    assert [one.name for one in evaluation.models] == ["original", "pruned", "healed"]
+    intact, short, after = (one.perplexity[0].perplexity for one in evaluation.models)
+    assert intact < after < short - 0.02
+    assert result.healing is not None
+    assert result.healing.held_out.healed < result.healing.held_out.shortened
+    page = (tmp_path / "run" / "report.html").read_text()
+    for part in ("What came back", "How the gaps were healed", "Healing by linear maps"):
+        assert part in page
+    assert "retraining has taught" not in page
+    written = (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns
+    pipeline.run(recipe, out=tmp_path / "run")
+    assert (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns == written
+
+
+SHARED = {
+    "stories260K": "stories/valid.jsonl.gz",
+    "stories10L": "stories/valid.txt",
+    "stories10L-redundant": "stories/valid.jsonl.gz",
+    "books5M": "books/valid.jsonl.xz",
+}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", SHARED)
+def test_a_quarter_of_a_real_model_is_better_healed(
+    name: str, shared: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        model=str(shared / "models" / name),
+        calibration=CalibrationOptions(data=str(shared / "data" / SHARED[name])),
+        healing=HealOptions(),
+        evaluation=EvaluationOptions(max_segments=128, continuations=0),
+    )
+    result = pipeline.run(recipe, out=tmp_path / "run")
+    _, short, after = (one.perplexity[0].perplexity for one in result.evaluation.models)
+    assert after < short
+    assert shortllm.open_checkpoint(tmp_path / "run" / "healed").block_count == len(
+        result.plan.kept
+    )
