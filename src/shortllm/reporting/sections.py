@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shortllm import criteria
 from shortllm.planning import removal_order
 from shortllm.reporting.healing import came_back, healing
 from shortllm.reporting.loading import RunResults
@@ -18,6 +19,7 @@ from shortllm.reporting.protocol import (
     segments_phrase,
 )
 from shortllm.reporting.published import published_section
+from shortllm.reporting.selection import selection
 from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import (
     MOST_SIDE_BY_SIDE,
@@ -31,7 +33,7 @@ from shortllm.reporting.wording import (
     signed,
 )
 from shortllm.reporting.zeroshot import zeroshot
-from shortllm.results import BlockScores
+from shortllm.results import BlockScores, Search
 from shortllm.rundir import PRUNED
 
 Context = dict[str, Any]
@@ -58,6 +60,9 @@ IMPORTANCE_LABELS = {
     "relative": "relative size of the block's update [no unit]",
     "angular": "angular distance [fraction of π]",
     "greedy": PLACE,
+    "local": PLACE,
+    "evolve": PLACE,
+    "auto": PLACE,
     "last": PLACE,
     "random": PLACE,
     "even": PLACE,
@@ -245,6 +250,7 @@ def sensitivity(results: RunResults) -> Context | None:
         "place": label == PLACE,
         "inner": scores.options.get("inner"),
         "order": _order(results),
+        "searched": _ordered_by(scores.search) if scores.search else None,
         "span": span,
     }
 
@@ -271,8 +277,16 @@ def _ranks(scores: BlockScores) -> dict[int, int]:
 
 def _order(results: RunResults) -> list[int] | None:
     """The removed blocks in order, where each was chosen with the ones before it gone."""
-    by_rounds = results.scores is not None and results.scores.order is not None
+    scores = results.scores
+    by_rounds = scores is not None and scores.order is not None and scores.removed is None
     return results.plan.order if by_rounds and results.plan.criterion else None
+
+
+def _ordered_by(search: Search) -> str:
+    """The criterion by which the blocks of a searched set, and all others, are ordered."""
+    winner = search.found.criterion
+    searched = criteria.get(winner).needs == "sets"
+    return search.start if searched and search.start else winner
 
 
 def _span(results: RunResults) -> Context | None:
@@ -324,7 +338,8 @@ def block_table(results: RunResults) -> Context | None:
         return None
     count = len(scores.importance)
     rank, new_index = _ranks(scores), results.new_index
-    unscored = results.plan.protected if scores.order is not None else []
+    searched = scores.removed is not None
+    unscored = results.plan.protected if scores.order is not None and not searched else []
     return {
         "rows": [
             {
@@ -341,7 +356,7 @@ def block_table(results: RunResults) -> Context | None:
         "place": IMPORTANCE_LABELS.get(scores.criterion) == PLACE,
         "inner": scores.options.get("inner"),
         "perplexity": scores.criterion == "ppl",
-        "same": scores.values == scores.importance,
+        "same": searched or scores.values == scores.importance,
         "delta_nll": scores.delta_nll is not None,
         "folded": count > LONG_TABLE,
     }
@@ -379,6 +394,7 @@ def speed(results: RunResults) -> Context | None:
 SECTIONS: tuple[tuple[str, str, Callable[[RunResults], Context | None]], ...] = (
     ("figures", "Key figures", key_figures),
     ("sensitivity", "What each block is worth", sensitivity),
+    ("selection", "Which removal won", selection),
     ("strip", "What remains", strip),
     ("blocks", "Every block", block_table),
     ("healing", "What came back", healing),
