@@ -191,11 +191,11 @@ def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
     if value is None and len(kinds) < len(get_args(hint)):
         return None
     kind = kinds[0]
-    if kind is bool and str(value).lower() in TRUTH:
-        return TRUTH[str(value).lower()]
     try:
+        if kind is bool and isinstance(value, str):
+            return TRUTH[value.lower()]
         return value if isinstance(value, kind) else kind(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise CriterionError(
             f"{criterion}.{name} '{value}' is not of type {kind.__name__}"
         ) from error
