@@ -64,7 +64,7 @@ class BlockSearch:
             CriterionError: too few are left for every process to search on one.
         """
         asked, count = self._asked, self._scorer.ranks.count
-        kept = round(asked.options["held_out"] * self._total)
+        kept: int = round(asked.options["held_out"] * self._total)
         if "candidates" in asked.options:
             kept = max(1, kept)
         if self._total - kept < count:
@@ -287,7 +287,8 @@ class BlockSearch:
             )
         scorer.ranks.add_up([totals])
         predictions = count * (scorer.samples().shape[1] - 1)
-        return (totals / predictions).tolist()  # type: ignore[no-any-return]
+        found: list[float] = (totals / predictions).tolist()
+        return found
 
 
 def _number(value: float) -> Tensor:
@@ -334,7 +335,7 @@ def search_flops(scorer: Scorer, asked: Asked) -> float:
     swaps = len(gone) * (sum(map(len, units)) - len(gone))
     rounds = {"local": 2.0 * swaps, "evolve": options.get("generations", 0) * 8.0}
     searches = [asked.name] if asked.name in rounds else [n for n in names if n in rounds]
-    measured = sum(rounds[name] for name in searches)
+    measured: float = sum(rounds[name] for name in searches)
     if options["evaluations"] is not None:
         measured = min(measured, float(options["evaluations"]))
     decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape

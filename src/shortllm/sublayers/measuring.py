@@ -106,7 +106,8 @@ def mean_nlls(
             memory=memory,
             journal=(journal or Journal(None, "")).part(f"sets-{start}"),
         )
-    return (totals / (len(ids_BT) * (ids_BT.shape[1] - 1))).tolist()  # type: ignore[no-any-return]
+    found: list[float] = (totals / (len(ids_BT) * (ids_BT.shape[1] - 1))).tolist()
+    return found
 
 
 def remove_one_by_one(
@@ -182,7 +183,7 @@ def influence(
     size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
     for start in range(0, len(ids_BT), size):
         rows = ids_BT[start : start + size].to(decoder.device)
-        entries = enter_groups(decoder, list(rows.split(group_size(decoder, rows.shape[1]))))
+        entries = enter_groups(decoder, torch.split(rows, group_size(decoder, rows.shape[1])))
         streams = [entry.stream_BTD for entry in entries]
         for b in decoder.through(range(decoder.block_count)):
             for place, entry in enumerate(entries):

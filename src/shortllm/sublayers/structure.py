@@ -44,8 +44,9 @@ def find_sublayers(decoder: Decoder, blocks: Sequence[int]) -> Outputs:
         with without_sublayers(decoder, found, [(b, part) for part in PARTS]), torch.no_grad():
             after_BTD = decoder.apply(b, entry.stream_BTD, entry.calls[b])
         if not torch.equal(after_BTD.to(entry.stream_BTD), entry.stream_BTD):
+            config: Any = decoder.model.config
             raise UnsupportedModelError(
-                f"model type '{decoder.model.config.model_type}' cannot lose single sublayers: "
+                f"model type '{config.model_type}' cannot lose single sublayers: "
                 f"block {b} changes the stream also where its attention and its MLP give zeros (a "
                 "norm over the sum, or a norm with a bias). Remove whole blocks with "
                 "`shortllm prune`"
