@@ -339,6 +339,7 @@ def test_the_report_shows_who_won(planted_run: Path) -> None:
     assert "Which removal won" in page
     assert "<b>influence</b> has the lowest perplexity there" in page
     assert "chosen together by auto, not one by one" in page
+    assert "Men et al. 2024" in page  # whose criterion won
     assert "removed: 3, 7" in page and "removed in this order" not in page
 
 

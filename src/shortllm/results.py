@@ -140,6 +140,7 @@ class Search(Record):
     candidates: list[Candidate] = Field(description="in the order in which they were asked for")
     found: Candidate = Field(description="what is removed")
     start: str | None = Field(description="the candidate that swaps or children began with")
+    ordered_by: str = Field(description="the criterion whose scores order the blocks")
     rounds: list[float] = Field(
         description="mean fitness of the best set after each round, in nats per token"
     )

@@ -85,12 +85,13 @@ def _choose(
             one.held_out is None, one.held_out or 0.0, place[one.criterion]
         ),
     )  # fmt: skip
+    by, removed, _ = sets[winner.criterion]
     record = space.record(
         candidates=found,
         found=winner,
         start=searched.start.criterion if searched else None,
+        ordered_by=by.criterion,
         rounds=searched.rounds if searched else [],
         stopped=searched.stopped if searched else None,
     )
-    by, removed, _ = sets[winner.criterion]
     return scores_of(space, removed, by, record)

@@ -308,6 +308,7 @@ def _scores(
         candidates=candidates,
         found=result,
         start=found.start.criterion,
+        ordered_by=found.start.criterion,
         rounds=found.rounds,
         stopped=found.stopped,
     )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shortllm import criteria
 from shortllm.planning import removal_order
 from shortllm.reporting.healing import came_back, healing
 from shortllm.reporting.loading import RunResults
@@ -33,7 +32,7 @@ from shortllm.reporting.wording import (
     signed,
 )
 from shortllm.reporting.zeroshot import zeroshot
-from shortllm.results import BlockScores, Search
+from shortllm.results import BlockScores
 from shortllm.rundir import PRUNED
 
 Context = dict[str, Any]
@@ -250,7 +249,7 @@ def sensitivity(results: RunResults) -> Context | None:
         "place": label == PLACE,
         "inner": scores.options.get("inner"),
         "order": _order(results),
-        "searched": _ordered_by(scores.search) if scores.search else None,
+        "searched": scores.search.ordered_by if scores.search else None,
         "span": span,
     }
 
@@ -280,13 +279,6 @@ def _order(results: RunResults) -> list[int] | None:
     scores = results.scores
     by_rounds = scores is not None and scores.order is not None and scores.removed is None
     return results.plan.order if by_rounds and results.plan.criterion else None
-
-
-def _ordered_by(search: Search) -> str:
-    """The criterion by which the blocks of a searched set, and all others, are ordered."""
-    winner = search.found.criterion
-    searched = criteria.get(winner).needs == "sets"
-    return search.start if searched and search.start else winner
 
 
 def _span(results: RunResults) -> Context | None:

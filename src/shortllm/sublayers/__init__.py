@@ -7,6 +7,7 @@
     options.py     how much goes, and by which criterion
     record.py      sublayers.json, beside the checkpoint
     stage.py       from a checkpoint to one without sublayers
+    writing.py     zeroed projections on disk
     api.py         the stage as a function of names
 
 A sublayer whose output projection is zero adds nothing to the stream, so that a plain checkpoint

@@ -11,25 +11,20 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
     PROVENANCE,
-    carried_files,
     carried_fingerprint,
     check_removal,
     renumbered_tensors,
     require_apart,
 )
-from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table
-from shortllm.checkpoint.tokenizer import write_special_tokens
-from shortllm.checkpoint.writer import write_tensors
+from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.errors import CriterionError, DataError, OutputError, UnsupportedModelError
-from shortllm.files import PARTIAL, fingerprint, partial_directory, require_writable
+from shortllm.files import PARTIAL, fingerprint, require_writable
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
 from shortllm.results import Cost
@@ -45,17 +40,18 @@ from shortllm.sublayers.structure import (
     whole_blocks,
     without_sublayers,
 )
+from shortllm.sublayers.writing import write_dropped, zeroed_names
+from shortllm.width_pruning.writing import stored_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
     from shortllm.calibration import Calibration
     from shortllm.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
-
-ZEROS = f"zeros{PARTIAL}"
-"""File, without space on the disk, that zeros are copied from while a checkpoint is written."""
 
 
 def drop_sublayers(
@@ -94,15 +90,9 @@ def drop_sublayers(
     require_writable(target.absolute().parent, checkpoint.bytes)
     work = target.with_name(f"{target.name}.choosing{PARTIAL}")
     started = time.monotonic()
-    decoder = session.decoder(checkpoint)
-    outputs = find_sublayers(decoder, sorted({b for b, _ in candidates}))
-    _require_stored(checkpoint, outputs)
-    intact, dropped = None, [DroppedSublayer(block=b, part=p, value=None) for b, p in candidates]
-    if options.criterion is not None and calibration is not None:
-        journal = Journal(work, expected)
-        intact, dropped = _choose(
-            decoder, outputs, candidates, options, calibration, session, journal
-        )
+    outputs, intact, dropped = _find(
+        checkpoint, options, candidates, calibration, session, Journal(work, expected)
+    )
     _write(
         checkpoint, options, target, dropped, intact, outputs,
         calibration=calibration, session=session, expected=expected, started=started,
@@ -167,7 +157,7 @@ def _require_stored(checkpoint: Checkpoint, outputs: Outputs) -> None:
     """Refuse checkpoints whose tensors are called otherwise than the model's parameters."""
     for b, names in outputs.items():
         for name in names.values():
-            stored = _stored(checkpoint, b, name, "weight")
+            stored = stored_name(checkpoint, b, f"{name}.weight")
             if stored not in checkpoint.tensors:
                 raise UnsupportedModelError(
                     f"{checkpoint.id} stores the weights of '{name}' of block {b} under another "
@@ -176,8 +166,24 @@ def _require_stored(checkpoint: Checkpoint, outputs: Outputs) -> None:
                 )
 
 
-def _stored(checkpoint: Checkpoint, b: int, name: str, kind: str) -> str:
-    return f"{checkpoint.block_names.prefix}.{b}.{name}.{kind}"
+def _find(
+    checkpoint: Checkpoint,
+    options: SublayerOptions,
+    candidates: Sequence[Sublayer],
+    calibration: Calibration | None,
+    session: Session,
+    journal: Journal,
+) -> tuple[Outputs, float | None, list[DroppedSublayer]]:
+    """The output projections, the intact perplexity if it was measured, and what goes, in order."""
+    decoder = session.decoder(checkpoint)
+    outputs = find_sublayers(decoder, sorted({b for b, _ in candidates}))
+    _require_stored(checkpoint, outputs)
+    if options.criterion is None or calibration is None:
+        named = [DroppedSublayer(block=b, part=part, value=None) for b, part in candidates]
+        return outputs, None, named
+    ids_BT = calibration.ids
+    intact, dropped = _choose(decoder, outputs, candidates, options, ids_BT, session, journal)
+    return outputs, intact, dropped
 
 
 def _choose(
@@ -185,7 +191,7 @@ def _choose(
     outputs: Outputs,
     candidates: Sequence[Sublayer],
     options: SublayerOptions,
-    calibration: Calibration,
+    ids_BT: Tensor,
     session: Session,
     journal: Journal,
 ) -> tuple[float | None, list[DroppedSublayer]]:
@@ -193,7 +199,7 @@ def _choose(
     from shortllm.model.walk import walk_flops
     from shortllm.sublayers.measuring import Variants, influence, remove_one_by_one, rounds_flops
 
-    number, ids_BT = options.remove, calibration.ids
+    number = options.remove
     assert number is not None
     if options.criterion == "sublayer-influence":
         with progress(
@@ -243,7 +249,7 @@ def _write(
     started: float,
 ) -> None:
     """Write, load again, compare."""
-    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
+    from shortllm.checkpoint.verify import verify_shortened
 
     gone: list[Sublayer] = [(one.block, one.part) for one in dropped]
     fixed = checkpoint.info().fixed
@@ -253,11 +259,8 @@ def _write(
     config, entries = dict(checkpoint.raw_config), dict(checkpoint.tensors)
     if whole:
         config, entries = check_removal(checkpoint, kept), renumbered_tensors(checkpoint, kept)
-    names = _zeroed_names(checkpoint, outputs, zeroed, kept)
-    decoder = session.decoder(checkpoint)
-    with without_sublayers(decoder, outputs, zeroed):
-        logits = bypass_logits(decoder, whole)
-    cached = caches_rightly(decoder)
+    names = zeroed_names(checkpoint, outputs, zeroed, kept)
+    logits, cached = _expected(checkpoint, outputs, zeroed, whole, session)
     record = SublayerDrop(
         model=checkpoint.info(),
         criterion=options.criterion,
@@ -276,59 +279,33 @@ def _write(
         cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
         fingerprint=expected,
     )
-    config[PROVENANCE] = _provenance(checkpoint, record)
-    carried = [name for name in carried_files(checkpoint.directory, target) if name.name != RECORD]
-    with (
-        progress("writing the checkpoint", record.bytes) as advance,
-        partial_directory(target) as directory,
-    ):
-        for name in carried:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-        write_special_tokens(checkpoint, directory)
-        entries |= _zeros(directory / ZEROS, {name: entries[name] for name in names})
-        write_tensors(directory, entries, advance=advance)
-        (directory / ZEROS).unlink(missing_ok=True)
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        written = session.decoder(open_checkpoint(directory))
-        verify_shortened(str(target), written, logits, cached=cached)
-        record.save(directory / RECORD)
+    zeros = {name: entries[name] for name in names}
+
+    def verify(written: Path) -> None:
+        verify_shortened(
+            str(target), session.decoder(open_checkpoint(written)), logits, cached=cached
+        )
+
+    with progress("writing the checkpoint", record.bytes) as advance:
+        write_dropped(
+            checkpoint, entries, zeros, config, target, record, advance=advance, verify=verify
+        )
 
 
-def _zeroed_names(
-    checkpoint: Checkpoint, outputs: Outputs, zeroed: Sequence[Sublayer], kept: Sequence[int]
-) -> list[str]:
-    """The new names of the weights and biases that become zero."""
-    number = {old: new for new, old in enumerate(kept)}
-    found = []
-    for b, part in zeroed:
-        for kind in ("weight", "bias"):
-            stored = _stored(checkpoint, b, outputs[b][part], kind)
-            if stored in checkpoint.tensors:
-                found.append(checkpoint.block_names.renumbered(stored, number[b]))
-    return found
+def _expected(
+    checkpoint: Checkpoint,
+    outputs: Outputs,
+    zeroed: Sequence[Sublayer],
+    whole: Sequence[int],
+    session: Session,
+) -> tuple[Tensor, bool]:
+    """What the result must compute, and whether it must with a cache too.
 
+    A function of its own, so that the source is let go before the result is loaded.
+    """
+    from shortllm.checkpoint.verify import bypass_logits, caches_rightly
 
-def _zeros(file: Path, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors as zeros, all taken from one file that has as many as the largest."""
-    if not entries:
-        return {}
-    with open(file, "wb") as stream:
-        stream.truncate(max(entry.bytes for entry in entries.values()))
-    return {name: replace(entry, file=file, offset=0) for name, entry in entries.items()}
-
-
-def _provenance(checkpoint: Checkpoint, record: SublayerDrop) -> dict[str, Any]:
-    """What config.json says of where the checkpoint comes from."""
-    return {
-        "version": __version__,
-        "source": checkpoint.id,
-        "revision": checkpoint.revision,
-        "source_blocks": checkpoint.block_count,
-        "removed_blocks": record.removed_blocks,
-        "criterion": record.criterion,
-        "sublayers": {part: record.blocks(part) for part in PARTS},
-        "fingerprint": record.fingerprint,
-        "parent": checkpoint.raw_config.get(PROVENANCE),
-    }
+    decoder = session.decoder(checkpoint)
+    with without_sublayers(decoder, outputs, zeroed):
+        logits = bypass_logits(decoder, whole)
+    return logits, caches_rightly(decoder)
