@@ -380,7 +380,7 @@ def test_the_command_says_that_zeros_save_nothing(tmp_path: Path) -> None:
     text = said("--attention", "1,3", "--mlp", 3, "--out", tmp_path / "short")
     assert "1 of 3 sublayers are zeros now" in text
     assert "they take the time and the space they took" in text
-    assert "blocks 3 lost both and are removed" in text
+    assert "block 3 lost both and is removed" in text
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps(families.token_ids().tolist()))
     text = said(

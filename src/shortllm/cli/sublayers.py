@@ -127,7 +127,8 @@ def _print_drop(made: SublayerDrop) -> None:
     if removed:
         saved = made.model.parameters - made.parameters
         typer.echo(
-            f"blocks {', '.join(map(str, removed))} lost both and are removed: "
+            f"{'block' if len(removed) == 1 else 'blocks'} {', '.join(map(str, removed))} lost both "
+            f"and {'is' if len(removed) == 1 else 'are'} removed: "
             f"{made.model.parameters:,} -> {made.parameters:,} parameters "
             f"(-{saved / made.model.parameters:.1%})"
         )
