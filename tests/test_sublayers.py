@@ -38,7 +38,7 @@ from shortllm.sublayers import measuring, stage
 from shortllm.sublayers.measuring import Variants, mean_nlls, remove_one_by_one
 from shortllm.sublayers.options import SublayerOptions
 from shortllm.sublayers.record import RECORD, SublayerDrop
-from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers
+from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers, without_sublayers
 
 SKIPPED = {
     "llama": ("self_attn", "mlp"),
@@ -125,6 +125,25 @@ def test_zeroed_equals_skipped(variant: str, stream: bool, tmp_path: Path) -> No
         [0, 5],
         [],
     )
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in families.VARIANTS if v not in ("mixtral", "opt-projected", *SKIPPED)]
+)
+def test_zeroed_equals_zeros_handed_out(variant: str) -> None:
+    model = families.build(variant)
+    decoder = Decoder(model)
+    outputs = find_sublayers(decoder, (1, 3))
+    gone: list[Sublayer] = [(1, "attention"), (3, "mlp")]
+    with without_sublayers(decoder, outputs, gone):
+        expected = logits_of(model)
+    intact = logits_of(model)
+    for b, part in gone:
+        module: Any = decoder.blocks[b].get_submodule(outputs[b][part])
+        for parameter in module.parameters():
+            parameter.data.zero_()
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, intact, atol=1e-2)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox", "opt"])

@@ -126,9 +126,9 @@ def _print_drop(made: SublayerDrop) -> None:
         )
     if removed:
         saved = made.model.parameters - made.parameters
+        noun, verb = ("block", "is") if len(removed) == 1 else ("blocks", "are")
         typer.echo(
-            f"{'block' if len(removed) == 1 else 'blocks'} {', '.join(map(str, removed))} lost both "
-            f"and {'is' if len(removed) == 1 else 'are'} removed: "
+            f"{noun} {', '.join(map(str, removed))} lost both and {verb} removed: "
             f"{made.model.parameters:,} -> {made.parameters:,} parameters "
             f"(-{saved / made.model.parameters:.1%})"
         )
