@@ -113,7 +113,7 @@ class Cost(Record):
     peak_bytes: int | None = Field(default=None, description="peak resident memory of the process")
 
 
-class Candidate(Record):
+class CandidateSet(Record):
     """One removal that a search began with, chose from, or found."""
 
     criterion: str
@@ -137,8 +137,8 @@ class Search(Record):
     """How a searched set of blocks came about."""
 
     fitness: Literal["ppl", "kl"]
-    candidates: list[Candidate] = Field(description="in the order in which they were asked for")
-    found: Candidate = Field(description="what is removed")
+    candidates: list[CandidateSet] = Field(description="in the order in which they were asked for")
+    found: CandidateSet = Field(description="what is removed")
     start: str | None = Field(description="the candidate that swaps or children began with")
     ordered_by: str = Field(description="the criterion whose scores order the blocks")
     rounds: list[float] = Field(

@@ -21,7 +21,7 @@ from shortllm.errors import BudgetError, CriterionError
 from shortllm.journal import Journal
 from shortllm.metrics import kl_divergence, next_token_nll, perplexity
 from shortllm.planning import Budget, build_plan, most_blocks, removable
-from shortllm.results import BlockScores, Candidate, NotTried, Search
+from shortllm.results import BlockScores, CandidateSet, NotTried, Search
 from shortllm.scoring import Asked, Scorer
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class BlockSearch:
 
     def candidates(
         self, sets: Sequence[tuple[str, Blocks]], values: Sequence[float]
-    ) -> list[Candidate]:
+    ) -> list[CandidateSet]:
         held_out: dict[Blocks, float | None] = {}
         count = self._total - self._searched
         if count:
@@ -201,7 +201,7 @@ class BlockSearch:
                 for removed, value in zip(distinct, entry["values"], strict=True)
             }
         return [
-            Candidate(
+            CandidateSet(
                 criterion=name,
                 removed=sorted(removed),
                 value=self._shown(value),

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from shortllm import criteria
 from shortllm.criteria import Scores, criterion
 from shortllm.errors import CriterionError
-from shortllm.results import Candidate, Search
+from shortllm.results import CandidateSet, Search
 
 Blocks = frozenset[int]
 Fitness = Literal["ppl", "kl"]
@@ -90,7 +90,7 @@ class SearchSpace(Protocol):
 
     def candidates(
         self, sets: Sequence[tuple[str, Blocks]], values: Sequence[float]
-    ) -> list[Candidate]:
+    ) -> list[CandidateSet]:
         """Named sets with their perplexity on the samples kept apart, if there are any."""
 
     def record(self, **found: Any) -> Search:
