@@ -135,8 +135,9 @@ def test_measured_rows_are_kept_apart_from_scored_rows(tmp_path: Path) -> None:
     assert one.intact.rows == (20, 40) and one.intact.split == "held-out"
 
 
-def test_the_defaults_are_every_criterion_but_random() -> None:
-    assert sorted([*comparison.CRITERIA, "random"]) == criteria.names()
+def test_the_defaults_are_every_criterion_but_random_and_searches() -> None:
+    searches = [name for name in criteria.names() if criteria.get(name).needs == "sets"]
+    assert sorted([*comparison.CRITERIA, "random", *searches]) == criteria.names()
 
 
 def test_without_text_to_score_on_all_rows_are_measured(tmp_path: Path) -> None:

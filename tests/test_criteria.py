@@ -30,6 +30,8 @@ from shortllm.scoring import Asked
 
 WITH_TEXT = ["ppl", "kl", "taylor", "influence", "relative", "angular"]
 EVERY = [*WITH_TEXT, "magnitude", "greedy", "last", "random", "even"]
+SEARCHES = ["auto", "evolve", "local"]
+"""Tested in test_search.py."""
 SOME_VARIANTS = ["llama-tied", "mixtral", "gpt2", "gemma3_text", "opt-projected", "smollm3"]
 """Tied embeddings, merged experts, a Conv1D family, two kinds of blocks, projections outside the
 blocks, blocks without positions."""
@@ -38,7 +40,8 @@ GREEDY = {"greedy": {"rounds": 3, "protect_first": 1, "protect_last": 0}}
 
 
 def test_every_criterion_is_tested_here() -> None:
-    assert criteria.names() == sorted(EVERY)
+    assert criteria.names() == sorted([*EVERY, *SEARCHES])
+    assert [name for name in criteria.names() if criteria.get(name).needs == "sets"] == SEARCHES
 
 
 def agree(found: dict[str, Scores], expected: dict[str, Scores], rel: float = 1e-5) -> None:

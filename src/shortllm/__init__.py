@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from shortllm.results import PrunePlan as PrunePlan
     from shortllm.results import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
+    from shortllm.sublayers.api import drop_sublayers as drop_sublayers
+    from shortllm.sublayers.options import SublayerOptions as SublayerOptions
+    from shortllm.sublayers.record import SublayerDrop as SublayerDrop
     from shortllm.width_pruning.api import width as width
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
     from shortllm.width_pruning.record import WidthPruning as WidthPruning
@@ -77,12 +80,15 @@ _HOME = {
     "RetrainOptions": "retraining.options",
     "Retraining": "results",
     "ShortLLMError": "errors",
+    "SublayerDrop": "sublayers.record",
+    "SublayerOptions": "sublayers.options",
     "WidthOptions": "width_pruning.options",
     "WidthPruning": "width_pruning.record",
     "bench": "api",
     "compare": "api",
     "compare_criteria": "api",
     "compare_units": "api",
+    "drop_sublayers": "sublayers.api",
     "evaluate": "api",
     "export_lint": "api",
     "heal": "healing.api",

@@ -56,8 +56,6 @@ SEGMENTS = 64
 """Segments of the text that are measured on unless told otherwise."""
 
 FLOOR = "random"
-BY_BUDGET = ("rounds", "protect_first", "protect_last")
-"""Options of a criterion that removes blocks itself which follow from what is compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +117,9 @@ def prepare_question(
     if not budgets:
         reason = left_out[0].reason if left_out else "give one or more --ratios, e.g. 0.1,0.2"
         raise BudgetError(f"there is no removal to compare: {reason}")
-    limits = dict(zip(BY_BUDGET, (max(budgets), protect_first, protect_last), strict=True))
+    largest = Budget(remove=max(budgets), protect_first=protect_first, protect_last=protect_last)
     return Question(
-        asked=[_fitted(one, limits) for one in asked],
+        asked=[_fitted(one, largest, model, budgets=len(budgets)) for one in asked],
         ratios=ratios,
         budgets=[ComparedBudget(blocks=n, ratios=found) for n, found in budgets.items()],
         left_out=left_out,
@@ -131,22 +129,26 @@ def prepare_question(
     )
 
 
-def _fitted(asked: Asked, limits: dict[str, Any]) -> Asked:
+def _fitted(asked: Asked, largest: Budget, model: ModelInfo, *, budgets: int) -> Asked:
     """A criterion that removes blocks itself with the limits of the comparison."""
     if asked.name == FLOOR:
         raise CriterionError(
             f"'{FLOOR}' is part of every comparison. Leave it out of --criterion, and say how many "
             "draws with --random 10"
         )
-    if asked.inner() is None:
-        return asked
+    if asked.needs == "sets" and budgets > 1:
+        raise CriterionError(
+            f"'{asked.name}' searches for the best removal of one size, and the --ratios come to "
+            f"{budgets}. Give one of them, or leave {asked.name} out"
+        )
+    limits = asked.amount(largest, model)
     for name in limits:
         if asked.options[name] != asked.criterion.defaults[name]:
             raise CriterionError(
                 f"{asked.name}.{name} follows from --ratios, --protect-first and --protect-last "
                 "here. Leave the option out"
             )
-    return Asked.of(asked.name, asked.options | limits)
+    return Asked.of(asked.name, asked.options | limits) if limits else asked
 
 
 def fill_recipe(recipe: Recipe, model_type: str) -> Recipe:

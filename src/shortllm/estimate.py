@@ -120,11 +120,14 @@ def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
 
 
 def alike() -> list[list[str]]:
-    """Names of the criteria that look at the model, those that need the same pass together."""
+    """Names of the criteria that look at the model, those that need the same pass together.
+
+    Without searches: how long one goes on is not known before.
+    """
     groups: dict[criteria.Needs, list[str]] = {}
     for name in criteria.names():
         needs = criteria.get(name).needs
-        if needs != "nothing":
+        if needs not in ("nothing", "sets"):
             groups.setdefault(WATCHED[0] if needs in WATCHED else needs, []).append(name)
     return list(groups.values())
 

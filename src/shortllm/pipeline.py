@@ -29,7 +29,6 @@ from shortllm.planning import (
     build_plan,
     check_budget,
     check_published_order,
-    most_blocks,
     removable,
 )
 from shortllm.published import Published
@@ -221,14 +220,9 @@ def asked_for(recipe: Recipe, checkpoint: Checkpoint) -> Asked:
         CriterionError: unknown criterion or option.
     """
     asked = Asked.of(recipe.criterion, recipe.options)
-    if asked.inner() is None or recipe.budget.blocks is not None:
+    if recipe.budget.blocks is not None:
         return asked
-    budget = recipe.budget
-    amount = {
-        "rounds": most_blocks(budget, checkpoint.info()),
-        "protect_first": budget.protect_first,
-        "protect_last": budget.protect_last,
-    }
+    amount = asked.amount(recipe.budget, checkpoint.info())
     return Asked.of(recipe.criterion, {**amount, **recipe.options})
 
 

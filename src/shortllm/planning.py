@@ -19,7 +19,7 @@ from pydantic import Field
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
 from shortllm.published import Published
-from shortllm.results import BlockScores, ModelInfo, PrunePlan, Record, Size
+from shortllm.results import BlockScores, ModelInfo, PrunePlan, Record, Search, Size
 
 PROTECT_FIRST = 4
 PROTECT_LAST = 2
@@ -360,6 +360,8 @@ def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | 
         span = _span(budget, scores, model, number)
         outside = [block for block in range(model.blocks) if block not in span]
         return removal_order(scores.importance, outside)
+    if scores.removed is not None:
+        return _searched(budget, scores, model, number)
     if scores.order is not None:
         return _followed(budget, scores, model, number)
     ordered = _unit_order(scores.importance, units)
@@ -397,6 +399,44 @@ def _followed(
             f"the same protection (--option {name}.protect_first=... and protect_last=...)"
         )
     return order[:number]
+
+
+def _searched(
+    budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
+) -> list[int]:
+    """The set of blocks that a criterion searched for, which answers its own size alone.
+
+    Raises:
+        BudgetError: another size is asked for, or the set holds blocks that may not go.
+    """
+    name, removed = scores.criterion, scores.removed or []
+    again = f"Score again with --option {name}"
+    if number is not None and number != len(removed):
+        raise BudgetError(
+            f"the scores by '{name}' hold the best removal of {len(removed)} blocks that it found, "
+            f"and of no other number; {number} were asked for. {again}.remove={number}"
+        )
+    held = _parameters(removed, model) / model.parameters
+    if number is None and held < (budget.param_ratio or 0.0):
+        raise BudgetError(
+            f"the {len(removed)} blocks that '{name}' searched for hold {held:.1%} of the "
+            f"parameters, and {budget.param_ratio:.1%} were asked for. {again}.remove="
+            f"{most_blocks(budget, model)}"
+        )
+    units = removable(budget, model)
+    apart = sorted(set(removed).difference(*(u for u in units if set(removed).issuperset(u))))
+    taken = [block for block in apart if block in protected_blocks(budget, model)]
+    if taken:
+        raise BudgetError(
+            f"the scores by '{name}' remove block {taken[0]}, which is protected. {again}."
+            "protect_first=... and protect_last=..., as in the budget"
+        )
+    if apart:
+        raise BudgetError(
+            f"the scores by '{name}' remove block {apart[0]} without the rest of its period. "
+            f"{again}.period_aligned=true"
+        )
+    return list(scores.order or removed)
 
 
 def _is_contiguous(budget: Budget, scores: BlockScores | None) -> bool:
@@ -495,6 +535,8 @@ def _reason(
     kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
     if _is_contiguous(budget, scores):
         chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
+    elif scores.search is not None:
+        return f"Blocks {blocks} {_search_reason(scores.search, scores.criterion)}{kept_safe}."
     elif scores.order is not None:
         chosen = f"were removed one after the other by the criterion '{scores.criterion}'"
     else:
@@ -503,3 +545,29 @@ def _reason(
     periods = f", in whole periods of {model.period} blocks" if whole else ""
     free = model.blocks - len(protected)
     return f"Blocks {blocks} {chosen} among the {free} blocks that may go{periods}{kept_safe}."
+
+
+def _search_reason(search: Search, criterion: str) -> str:
+    """How a searched set came about."""
+    found = search.found
+    if found.criterion != criterion:
+        others = [one for one in search.candidates if one.criterion != found.criterion]
+        beaten = ", ".join(f"{one.criterion} {_figure(one.held_out)}" for one in others)
+        return (
+            f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
+            f"them the perplexity of {search.held_out_samples} calibration samples kept apart is "
+            f"the lowest, {_figure(found.held_out)} ({beaten})"
+        )
+    unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
+    begun = next(one for one in search.candidates if one.criterion == search.start)
+    better = "that found nothing better than its start"
+    if found.removed != begun.removed:
+        better = (
+            f"that brought the {unit} of the search text from {_figure(begun.value)} to "
+            f"{_figure(found.value)}"
+        )
+    return f"were chosen by the search '{criterion}' from the plan by '{search.start}', {better}"
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5g}"

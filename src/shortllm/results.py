@@ -113,6 +113,46 @@ class Cost(Record):
     peak_bytes: int | None = Field(default=None, description="peak resident memory of the process")
 
 
+class CandidateSet(Record):
+    """One removal that a search began with, chose from, or found."""
+
+    criterion: str
+    removed: list[int] = Field(description="ascending")
+    value: float | None = Field(
+        description="on the search samples: perplexity, or KL(intact || without) in nats per token"
+    )
+    held_out: float | None = Field(
+        default=None, description="perplexity on the samples that were kept apart"
+    )
+
+
+class NotTried(Record):
+    """A criterion that has no removal of the kind asked for."""
+
+    criterion: str
+    reason: str
+
+
+class Search(Record):
+    """How a searched set of blocks came about."""
+
+    fitness: Literal["ppl", "kl"]
+    candidates: list[CandidateSet] = Field(description="in the order in which they were asked for")
+    found: CandidateSet = Field(description="what is removed")
+    start: str | None = Field(description="the candidate that swaps or children began with")
+    ordered_by: str = Field(description="the criterion whose scores order the blocks")
+    rounds: list[float] = Field(
+        description="mean fitness of the best set after each round, in nats per token"
+    )
+    stopped: str | None = Field(description="why there were no more rounds")
+    evaluations: float = Field(
+        description="sets measured; one measured on a part of the samples counts as that part"
+    )
+    search_samples: int
+    held_out_samples: int
+    left_out: list[NotTried] = Field(default_factory=list)
+
+
 class BlockScores(ResultFile):
     """scores.json: one importance per block of the original model; higher = keep."""
 
@@ -134,8 +174,13 @@ class BlockScores(ResultFile):
     )
     order: list[int] | None = Field(
         default=None,
-        description="removal order, where each block was chosen with the ones before it gone",
+        description="removal order, where each block was chosen with the ones before it gone; of a "
+        "searched set its blocks, least important first",
     )
+    removed: list[int] | None = Field(
+        default=None, description="the set of blocks that was searched for; answers its size alone"
+    )
+    search: Search | None = Field(default=None, description="how that set came about")
     calibration: str | None = Field(
         default=None, description="tokens_fingerprint of the calibration"
     )

@@ -5,6 +5,7 @@
     logits                 one walk over all removals, or else with
     gradients              one forward and one backward pass
     removals (greedy)      one of the above per round
+    sets (local, evolve)   the passes of the criteria it starts with, and walks (searching.py)
 
 `Scorer` knows which passes are needed and runs them; what a pass is stands in model/.
 """
@@ -19,10 +20,11 @@ from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.criteria import Criterion, Scores
+from shortllm.criteria.search import check_options
 from shortllm.errors import CriterionError
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
-from shortllm.planning import Budget, removable
+from shortllm.planning import Budget, most_blocks, removable
 from shortllm.results import ModelInfo
 from shortllm.runtime import ALONE, Ranks
 
@@ -55,6 +57,8 @@ class Asked:
         criterion = criteria.get(name)
         asked = Asked(criterion, criterion.options(options or {}))
         asked.inner()
+        if asked.needs == "sets":
+            check_options(name, asked.options)
         return asked
 
     @property
@@ -80,11 +84,28 @@ class Asked:
         if self.needs != "removals":
             return None
         inner = Asked.of(self.options["inner"])
-        if inner.needs == "removals":
+        if inner.needs in ("removals", "sets"):
             raise CriterionError(
                 f"{self.name}.inner cannot be '{inner.name}', which removes blocks itself"
             )
         return inner
+
+    def amount(self, budget: Budget, model: ModelInfo) -> dict[str, Any]:
+        """The options of a criterion that removes blocks itself by which it meets a budget.
+
+        Raises:
+            BudgetError: see `most_blocks`.
+        """
+        if self.needs not in ("removals", "sets"):
+            return {}
+        name = "rounds" if self.needs == "removals" else "remove"
+        periods = {"period_aligned": budget.period_aligned} if self.needs == "sets" else {}
+        return {
+            name: most_blocks(budget, model),
+            "protect_first": budget.protect_first,
+            "protect_last": budget.protect_last,
+            **periods,
+        }
 
     def free(self, model: ModelInfo) -> list[int]:
         """The blocks that a criterion that removes blocks may remove."""
@@ -144,6 +165,8 @@ class Scorer:
                 found[one.name] = self._weights(one, candidates)
             elif one.needs == "removals":
                 found[one.name] = self._removals(one, journal.part(one.name))
+            elif one.needs == "sets":
+                found[one.name] = self._sets(one, journal.part(one.name))
         watching = [self._watch(one) for one in asked if one.needs in WATCHED]
         logits = [one for one in asked if one.needs == "logits"]
         gradients = [one for one in asked if one.needs == "gradients"]
@@ -170,7 +193,7 @@ class Scorer:
         blocks = self.checkpoint.block_count
         if one.needs == "streams":
             return _TokenMeans(one, blocks)
-        return _LastTokens(one, blocks, len(self._samples()), self.open_decoder().stream_width)
+        return _LastTokens(one, blocks, len(self.samples()), self.open_decoder().stream_width)
 
     def _forward(self, kept: Sequence[int], watching: Sequence[_Watch], journal: Journal) -> None:
         from shortllm.model.walk import walk
@@ -179,7 +202,7 @@ class Scorer:
         removed = frozenset(range(decoder.block_count)) - set(kept)
         walk(
             decoder,
-            self._samples(),
+            self.samples(),
             [removed],
             observe=watching,
             advance=self.advance,
@@ -200,7 +223,7 @@ class Scorer:
 
         from shortllm.model.walk import walk
 
-        decoder, ids_BT = self.open_decoder(), self._samples()
+        decoder, ids_BT = self.open_decoder(), self.samples()
         totals = torch.zeros(len(asked), 1 + len(candidates), dtype=torch.float64)
 
         def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
@@ -243,7 +266,7 @@ class Scorer:
 
         walk_back(
             decoder,
-            self._samples(),
+            self.samples(),
             list(kept),
             receive,
             ranks=self.ranks,
@@ -280,10 +303,17 @@ class Scorer:
         scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
         return scores
 
+    def _sets(self, one: Asked, journal: Journal) -> Scores:
+        from shortllm.searching import BlockSearch
+
+        scores: Scores = one.call(BlockSearch(self, one, journal))
+        return scores
+
     def work(self, asked: Sequence[Asked]) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.
 
-        Of a criterion that removes blocks as if those were the first ones.
+        Of a criterion that removes blocks as if those were the first ones, and of a search as if
+        it took two rounds.
         """
         blocks = range(self.checkpoint.block_count)
         return self._work(asked, blocks, blocks)
@@ -301,9 +331,13 @@ class Scorer:
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":
                 total += self._work_of_rounds(one)
+            elif one.needs == "sets":
+                from shortllm.searching import search_flops
+
+                total += search_flops(self, one)
         if not needs & {"streams", "last token", "logits", "gradients"}:
             return total
-        decoder, (samples, length) = self.open_decoder(), self._samples().shape
+        decoder, (samples, length) = self.open_decoder(), self.samples().shape
         if "logits" in needs:
             removals = removals_of(decoder.block_count, kept, candidates)
             total += walk_flops(decoder, removals, samples, length)
@@ -324,7 +358,7 @@ class Scorer:
             total += self._work([inner], kept, free[done:])
         return total
 
-    def _samples(self) -> Tensor:
+    def samples(self) -> Tensor:
         assert self.ids_BT is not None, "text was not asked for"
         return self.ids_BT
 

@@ -5,7 +5,7 @@ result.
     scoring.py   info, score, compare-criteria  retraining.py  retrain
     measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
     width.py     width, compare-units           healing.py     heal, merge
-    demo.py      demo
+    sublayers.py drop-sublayers                 demo.py        demo
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -34,6 +34,7 @@ from shortllm.cli.recipes import recipes
 from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
 from shortllm.cli.scoring import compare_criteria, info, score
+from shortllm.cli.sublayers import drop_sublayers
 from shortllm.cli.width import compare_units, width
 from shortllm.errors import ShortLLMError
 
@@ -65,6 +66,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("heal", heal),
     ("merge", merge),
     ("width", width),
+    ("drop-sublayers", drop_sublayers),
     ("retrain", retrain),
     ("eval", evaluate),
     ("bench", bench),

@@ -55,7 +55,7 @@ CriterionName = Annotated[
     typer.Option(
         "--criterion",
         help="Rule that scores the blocks: ppl, kl, taylor, magnitude, influence, relative, "
-        "angular, greedy, last, random, even.",
+        "angular, greedy, last, random, even; searches: local, evolve; auto: the best of several.",
     ),
 ]
 CriterionNames = Annotated[
@@ -64,7 +64,7 @@ CriterionNames = Annotated[
         "--criterion",
         help="Rules that score the blocks, e.g. ppl or taylor,influence: several take as few "
         "passes as there can be. ppl, kl, taylor, magnitude, influence, relative, angular, greedy, "
-        "last, random, even.",
+        "last, random, even; searches: local, evolve; auto: the best of several.",
     ),
 ]
 ComparedCriteria = Annotated[

@@ -38,7 +38,7 @@ from shortllm.cli.options import (
 from shortllm.cli.output import command_line, is_main_process, print_json, print_table
 
 if TYPE_CHECKING:
-    from shortllm.results import BlockScores, Comparison
+    from shortllm.results import BlockScores, Comparison, Search
     from shortllm.summary import ModelSummary
 
 
@@ -229,6 +229,26 @@ def _print_scores(scores: BlockScores) -> None:
     print_table(("block", "importance", "value", "rank (1 = goes first)"), rows)
     if scores.intact is not None:
         typer.echo(f"intact: {scores.intact:.6g}")
+    if scores.search is not None:
+        _print_search(scores.search)
+
+
+def _print_search(search: Search) -> None:
+    """A row per candidate, the one whose set goes marked."""
+    found = search.found
+    listed = [one.criterion for one in search.candidates]
+    extra = [] if found.criterion in listed else [found]
+    rows = [
+        (
+            f"{'* ' if one.criterion == found.criterion else ''}{one.criterion}",
+            ",".join(map(str, one.removed)),
+            *("-" if n is None else f"{n:.6g}" for n in (one.value, one.held_out)),
+        )
+        for one in (*search.candidates, *extra)
+    ]
+    print_table(("set by", "removes", f"{search.fitness}, searched", "ppl, held out"), rows)
+    for left in search.left_out:
+        typer.echo(f"left out: {left.criterion} ({left.reason})")
 
 
 def _ascending(values: list[float]) -> list[int]:

@@ -14,6 +14,8 @@ concern. Importance: *higher = keep*, for every criterion.
     "gradients"   each block          weight x gradient of its weights   a number
     "removals"    the model           a function that scores the blocks  Scores
                                       left when others are gone
+    "sets"        the model           a space of sets of blocks of one   Scores
+                                      size, which can be measured
 
 Streams and logits come in pieces, a group of samples or a slice of tokens at a time.
 
@@ -28,11 +30,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shortllm.errors import CriterionError, did_you_mean
 
-Needs = Literal["nothing", "weights", "streams", "last token", "logits", "gradients", "removals"]
+if TYPE_CHECKING:
+    from shortllm.results import Search
+
+Needs = Literal[
+    "nothing", "weights", "streams", "last token", "logits", "gradients", "removals", "sets"
+]
 
 WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights"})
 """What can be had without calibration text."""
@@ -53,7 +60,12 @@ class Scores:
     spans: list[list[float]] | None = None
     """`spans[n - 1][start]`: importance of the span of `n` blocks from `start`."""
     order: list[int] | None = None
-    """Blocks in the order in which they go, where each was chosen with the ones before it gone."""
+    """Blocks in the order in which they go, where each was chosen with the ones before it gone; of
+    a searched set its blocks, least important first."""
+    removed: list[int] | None = None
+    """The set of blocks that was searched for."""
+    search: Search | None = None
+    """How that set came about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +106,9 @@ class Criterion:
             chosen[name] = _converted(self.name, name, value, hints[name])
         return chosen
 
+
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""What yes and no may be called on a command line."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -177,16 +192,20 @@ def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
         return None
     kind = kinds[0]
     try:
+        if kind is bool and isinstance(value, str):
+            return TRUTH[value.lower()]
         return value if isinstance(value, kind) else kind(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise CriterionError(
             f"{criterion}.{name} '{value}' is not of type {kind.__name__}"
         ) from error
 
 
-from shortllm.criteria import greedy as greedy  # noqa: E402  (each registers its criteria)
+from shortllm.criteria import auto as auto  # noqa: E402  (each registers its criteria)
+from shortllm.criteria import greedy as greedy  # noqa: E402
 from shortllm.criteria import magnitude as magnitude  # noqa: E402
 from shortllm.criteria import removal as removal  # noqa: E402
+from shortllm.criteria import search as search  # noqa: E402
 from shortllm.criteria import similarity as similarity  # noqa: E402
 from shortllm.criteria import taylor as taylor  # noqa: E402
 from shortllm.criteria import trivial as trivial  # noqa: E402

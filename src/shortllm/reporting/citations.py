@@ -104,6 +104,7 @@ CITATIONS = {
     "relative": _SHORTGPT,
     "angular": _DEEPER_LAYERS,
     "greedy": _SLEB,
+    "evolve": _EVOPRESS,
     "llm-pruner": _LLM_PRUNER,
     "wanda-sp": _FLAP,
     "flap": _FLAP,

@@ -55,8 +55,16 @@ def describe_protocol(results: RunResults) -> dict[str, Any]:
         "rows": rows + _version_rows(results.run.versions, of_stages),
         "command": command_line(results.run.command),
         "recipe": list(flattened(_without_published(results.run.recipe))),
-        "citations": cited([criterion or ""]),
+        "citations": cited(_credited(results, criterion or "")),
     }
+
+
+def _credited(results: RunResults, criterion: str) -> list[str]:
+    """The criterion, and the one whose set of blocks it chose."""
+    scores = results.scores
+    if scores is None or scores.search is None or scores.criterion != criterion:
+        return [criterion]
+    return list(dict.fromkeys([criterion, scores.search.found.criterion]))
 
 
 def describe_comparison(results: ComparisonResults) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from shortllm.reporting.protocol import (
     segments_phrase,
 )
 from shortllm.reporting.published import published_section
+from shortllm.reporting.selection import selection
 from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import (
     MOST_SIDE_BY_SIDE,
@@ -59,6 +60,9 @@ IMPORTANCE_LABELS = {
     "relative": "relative size of the block's update [no unit]",
     "angular": "angular distance [fraction of π]",
     "greedy": PLACE,
+    "local": PLACE,
+    "evolve": PLACE,
+    "auto": PLACE,
     "last": PLACE,
     "random": PLACE,
     "even": PLACE,
@@ -246,6 +250,7 @@ def sensitivity(results: RunResults) -> Context | None:
         "place": label == PLACE,
         "inner": scores.options.get("inner"),
         "order": _order(results),
+        "searched": scores.search.ordered_by if scores.search else None,
         "span": span,
     }
 
@@ -272,7 +277,8 @@ def _ranks(scores: BlockScores) -> dict[int, int]:
 
 def _order(results: RunResults) -> list[int] | None:
     """The removed blocks in order, where each was chosen with the ones before it gone."""
-    by_rounds = results.scores is not None and results.scores.order is not None
+    scores = results.scores
+    by_rounds = scores is not None and scores.order is not None and scores.removed is None
     return results.plan.order if by_rounds and results.plan.criterion else None
 
 
@@ -325,7 +331,8 @@ def block_table(results: RunResults) -> Context | None:
         return None
     count = len(scores.importance)
     rank, new_index = _ranks(scores), results.new_index
-    unscored = results.plan.protected if scores.order is not None else []
+    searched = scores.removed is not None
+    unscored = results.plan.protected if scores.order is not None and not searched else []
     return {
         "rows": [
             {
@@ -342,7 +349,7 @@ def block_table(results: RunResults) -> Context | None:
         "place": IMPORTANCE_LABELS.get(scores.criterion) == PLACE,
         "inner": scores.options.get("inner"),
         "perplexity": scores.criterion == "ppl",
-        "same": scores.values == scores.importance,
+        "same": searched or scores.values == scores.importance,
         "delta_nll": scores.delta_nll is not None,
         "folded": count > LONG_TABLE,
     }
@@ -380,6 +387,7 @@ def speed(results: RunResults) -> Context | None:
 SECTIONS: tuple[tuple[str, str, Callable[[RunResults], Context | None]], ...] = (
     ("figures", "Key figures", key_figures),
     ("sensitivity", "What each block is worth", sensitivity),
+    ("selection", "Which removal won", selection),
     ("strip", "What remains", strip),
     ("blocks", "Every block", block_table),
     ("healing", "What came back", healing),

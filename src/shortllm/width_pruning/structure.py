@@ -52,6 +52,25 @@ def find_groups(decoder: Decoder, blocks: Sequence[int]) -> dict[int, BlockGroup
         UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
             or whose heads or neurons cannot go one by one; or blocks that cannot be called alone.
     """
+    return _of_kinds(decoder, blocks, lambda b: _Probe(decoder, b).groups())
+
+
+def find_outputs(decoder: Decoder, blocks: Sequence[int]) -> dict[int, tuple[str, str]]:
+    """The names, within each of `blocks`, of the output projections of its attention and its MLP.
+
+    Raises:
+        UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
+            or blocks that cannot be called alone.
+    """
+    return _of_kinds(
+        decoder, blocks, lambda b: _Probe(decoder, b, "lose single sublayers").outputs()
+    )
+
+
+def _of_kinds(
+    decoder: Decoder, blocks: Sequence[int], find: Callable[[int], Any]
+) -> dict[int, Any]:
+    """What `find` says of each block; those built alike are looked at once."""
     obstacle = decoder.obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(obstacle)
@@ -59,10 +78,9 @@ def find_groups(decoder: Decoder, blocks: Sequence[int]) -> dict[int, BlockGroup
     for b in blocks:
         alike.setdefault(_kind(decoder.blocks[b]), []).append(b)
     members = {same[0]: same for same in alike.values()}
-    found: dict[int, BlockGroups] = {}
+    found: dict[int, Any] = {}
     for b in decoder.through(list(members)):
-        groups = _Probe(decoder, b).groups()
-        found |= dict.fromkeys(members[b], groups)
+        found |= dict.fromkeys(members[b], find(b))
     return found
 
 
@@ -82,7 +100,8 @@ class _Reached(Exception):
 class _Probe:
     """A block whose projections return what they are told to."""
 
-    def __init__(self, decoder: Decoder, b: int) -> None:
+    def __init__(self, decoder: Decoder, b: int, aim: str = "be made narrower") -> None:
+        self._aim = aim
         self._decoder = decoder
         self._b = b
         self._config: Any = decoder.model.config
@@ -98,7 +117,7 @@ class _Probe:
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"model type '{self._config.model_type}' cannot be made narrower: "
+            f"model type '{self._config.model_type}' cannot {self._aim}: "
             f"block {self._b} {reason}. Remove whole blocks of it with `shortllm prune`"
         )
 
@@ -161,9 +180,12 @@ class _Probe:
             for module in self._modules.values():
                 module.__dict__.pop("forward", None)
 
-    def groups(self) -> BlockGroups:
-        """The heads and neurons of the block."""
-        sublayers = self._sublayers()
+    def outputs(self) -> tuple[str, str]:
+        """The output projections of the attention and of the MLP."""
+        return self._outputs(self._sublayers())
+
+    def _outputs(self, sublayers: dict[str, list[str]]) -> tuple[str, str]:
+        """That of the attention, then that of the MLP."""
         mixing = {name: self._mixes(name, inputs) for name, inputs in sublayers.items()}
         if sorted(mixing.values()) != [False, True]:
             held = ", ".join(f"'{name}'" for name in sublayers) or "none"
@@ -172,6 +194,12 @@ class _Probe:
                 f"into the stream: {held})"
             )
         attention, mlp = sorted(sublayers, key=lambda name: not mixing[name])
+        return attention, mlp
+
+    def groups(self) -> BlockGroups:
+        """The heads and neurons of the block."""
+        sublayers = self._sublayers()
+        attention, mlp = self._outputs(sublayers)
         heads = self._coupled(attention, sublayers[attention], "heads")
         neurons = self._coupled(mlp, sublayers[mlp], "neurons")
         count = self._query_heads()

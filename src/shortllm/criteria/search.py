@@ -1,0 +1,339 @@
+"""Searches over sets of blocks of one size, each starting from the best one-shot plan.
+
+    local    swaps one removed block for a kept one: all swaps are measured in one walk and the
+             best is made, while it helps (best improvement)
+    evolve   children of the best set so far have one to three such pairs flipped at random; the
+             better ones are measured on more and more samples (EvoPress)
+
+Neither can end worse than its start on the text that it searches on: only a strictly better set,
+measured on all of that text, takes the place of the one before it. What goes and stays together is
+a unit: a block, or a period of blocks.
+
+    shortllm run MODEL --criterion local --remove 6
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Literal, Protocol
+
+from shortllm import criteria
+from shortllm.criteria import Scores, criterion
+from shortllm.errors import CriterionError
+from shortllm.results import CandidateSet, Search
+
+Blocks = frozenset[int]
+Fitness = Literal["ppl", "kl"]
+
+ONE_SHOT = "ppl,kl,taylor,influence,relative,angular,magnitude"
+"""What is cheap next to a search."""
+
+STAGES = ((0.25, 0.25), (0.5, 0.125), (1.0, 0.125))
+"""Of each stage of selection the part of the samples, and the part of the children that survive;
+of the last stage, where they meet their parent, one does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What a criterion would remove, scored on the search text."""
+
+    criterion: str
+    removed: Blocks
+    importance: list[float]
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """The best set so far."""
+
+    start: Proposal
+    removed: Blocks
+    value: float
+    """Mean fitness on all of the search text, nats; lower is better."""
+    rounds: list[float] = field(default_factory=list)
+    stopped: str = ""
+
+    def take(self, removed: Blocks, value: float) -> bool:
+        """Go on from another set if it is strictly better."""
+        better = value < self.value
+        if better:
+            self.removed, self.value = removed, value
+        self.rounds.append(self.value)
+        return better
+
+
+class SearchSpace(Protocol):
+    """Sets of blocks of one size, and what it takes to measure them."""
+
+    blocks: int
+    units: list[tuple[int, ...]]
+    """What may go, each all or not at all, ascending."""
+
+    def propose(self, names: Sequence[str]) -> list[Proposal]:
+        """What each criterion would remove; those that cannot say are left out."""
+
+    def measure(self, sets: Sequence[Blocks], part: float = 1.0) -> list[float]:
+        """Mean fitness of each set on a part of the search text, nats; infinite where it is no
+        number. All are measured in one walk."""
+
+    def left(self) -> float:
+        """How many more measurements the budget allows."""
+
+    def share(self, part: float) -> float:
+        """What a measurement on a part of the samples counts as, whole samples being taken."""
+
+    def spent(self) -> str:
+        """Why `left` is zero."""
+
+    def candidates(
+        self, sets: Sequence[tuple[str, Blocks]], values: Sequence[float]
+    ) -> list[CandidateSet]:
+        """Named sets with their perplexity on the samples kept apart, if there are any."""
+
+    def record(self, **found: Any) -> Search:
+        """What was found, with what the search knows of itself."""
+
+
+@criterion("local", needs="sets", source="local search by swaps")
+def swap_while_it_helps(
+    space: SearchSpace,
+    *,
+    start: str = ONE_SHOT,
+    fitness: Fitness = "ppl",
+    held_out: float = 0.2,
+    evaluations: int | None = None,
+    minutes: float | None = None,
+    remove: int | None = None,
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    period_aligned: bool = False,
+) -> Scores:
+    """The best one-shot plan, with removed blocks swapped for kept ones while a swap helps.
+
+    Args:
+        start: criteria whose plans are tried as the start.
+        fitness: what is lowered: perplexity, or divergence from the intact model.
+        held_out: part of the calibration samples that the search does not see.
+        evaluations: sets measured at the most, besides the starts.
+        minutes: no round begins after so long.
+        remove: how many blocks go; default: a quarter of them.
+    """
+    found, candidates, values = _begin(space, names_in(start))
+    climb(space, found)
+    return _scores(space, "local", found, candidates, values)
+
+
+@criterion("evolve", needs="sets", source="Sieberling et al. 2024, EvoPress, arXiv:2410.14649")
+def evolve_from_the_best_plan(
+    space: SearchSpace,
+    *,
+    start: str = ONE_SHOT,
+    fitness: Fitness = "kl",
+    generations: int = 30,
+    offspring: int = 16,
+    seed: int = 0,
+    held_out: float = 0.2,
+    evaluations: int | None = None,
+    minutes: float | None = None,
+    remove: int | None = None,
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    period_aligned: bool = False,
+) -> Scores:
+    """The best set of an evolution that starts from the best one-shot plan.
+
+    Args:
+        offspring: children of each generation.
+        evaluations: sets measured at the most, besides the starts; a part of the samples counts
+            as that part.
+    """
+    found, candidates, values = _begin(space, names_in(start))
+    evolve(space, found, generations=generations, offspring=offspring, seed=seed)
+    return _scores(space, "evolve", found, candidates, values)
+
+
+def names_in(text: str) -> list[str]:
+    """The names of a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of a search that no model could meet.
+
+    Raises:
+        CriterionError: naming the option.
+    """
+    lists = "candidates" if "candidates" in options else "start"
+    chosen = names_in(options[lists])
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise CriterionError(
+            f"{name}.{lists} '{options[lists]}' must name criteria, each once, e.g. ppl,influence"
+        )
+    for one in chosen:
+        if criteria.get(one).needs == "sets" and (lists == "start" or one == name):
+            raise CriterionError(f"{name}.{lists} cannot hold '{one}', which searches itself")
+    least = {"evaluations": 1, "generations": 1, "offspring": 1, "remove": 1}
+    for option, value in least.items():
+        if options.get(option) is not None and options[option] < value:
+            raise CriterionError(f"{name}.{option} {options[option]} is none. Give {value} or more")
+    if options["minutes"] is not None and not options["minutes"] > 0:
+        raise CriterionError(f"{name}.minutes {options['minutes']} is no time. Give e.g. 5")
+    if not 0 <= options["held_out"] < 1 or (lists == "candidates" and options["held_out"] == 0):
+        raise CriterionError(
+            f"{name}.held_out {options['held_out']} is no part of the samples. Give e.g. 0.2"
+        )
+
+
+def best_of(proposals: Sequence[Proposal], values: Sequence[float]) -> Found:
+    """The proposal with the lowest value, the first of equals.
+
+    Raises:
+        CriterionError: none of them leaves a model that computes numbers.
+    """
+    value, place = min(zip(values, range(len(values)), strict=True))
+    if math.isinf(value):
+        raise CriterionError(
+            "no one-shot plan leaves a model whose loss is a number. Try --dtype float32, or "
+            "remove fewer blocks"
+        )
+    return Found(start=proposals[place], removed=proposals[place].removed, value=value)
+
+
+def _begin(space: SearchSpace, names: Sequence[str]) -> tuple[Found, list[Proposal], list[float]]:
+    proposals = space.propose(names)
+    values = space.measure([one.removed for one in proposals])
+    return best_of(proposals, values), proposals, values
+
+
+def climb(space: SearchSpace, found: Found) -> None:
+    """Make the best swap of each round while there is one that helps.
+
+    Where the budget allows a part of a round only, the swaps that the start's criterion thinks
+    most of are tried.
+    """
+    while True:
+        swaps = _swaps(space, found)
+        tried = swaps[: int(min(space.left(), len(swaps)))]
+        if not tried:
+            found.stopped = space.spent() if swaps else "no other set of that size"
+            return
+        values = space.measure(tried)
+        value, _, best = min(
+            (value, sorted(removed), removed) for value, removed in zip(values, tried, strict=True)
+        )
+        if not found.take(best, value):
+            found.stopped = "no swap helps" if len(tried) == len(swaps) else space.spent()
+            return
+
+
+def _swaps(space: SearchSpace, found: Found) -> list[Blocks]:
+    """Every set with one unit put back and another taken, the most promising first."""
+    removed, kept = _parts(space, found.removed)
+    importance = found.start.importance
+
+    def gain(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[float, Any]:
+        back, taken = pair
+        return sum(importance[b] for b in taken) - sum(importance[b] for b in back), pair
+
+    pairs = sorted(((back, taken) for back in removed for taken in kept), key=gain)
+    return [found.removed.difference(back).union(taken) for back, taken in pairs]
+
+
+def _parts(
+    space: SearchSpace, removed: Blocks
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The units that are removed, and those that are kept."""
+    gone = [unit for unit in space.units if removed.issuperset(unit)]
+    return gone, [unit for unit in space.units if removed.isdisjoint(unit)]
+
+
+def evolve(
+    space: SearchSpace, found: Found, *, generations: int, offspring: int, seed: int
+) -> None:
+    """So many generations of children of the best set; less where the budget ends before."""
+    random = Random(seed)
+    for _ in range(generations):
+        children = _children(space, found.removed, offspring, random)
+        while children and _cost(space, len(children)) > space.left():
+            children.pop()
+        if not children:
+            found.stopped = space.spent() if space.left() < _cost(space, 1) else "no other set"
+            return
+        count = len(children)
+        for part, survive in STAGES:
+            values = space.measure(children, part)
+            ranked = sorted(zip(values, map(sorted, children), children, strict=True))
+            children = [child for _, _, child in ranked[: math.ceil(survive * count)]]
+        found.take(children[0], ranked[0][0])
+    found.stopped = f"{generations} generations"
+
+
+def _cost(space: SearchSpace, children: int) -> float:
+    """Measurements that a generation of so many children takes."""
+    total, measured = 0.0, children
+    for part, survive in STAGES:
+        total += measured * space.share(part)
+        measured = math.ceil(survive * children)
+    return total
+
+
+def _children(space: SearchSpace, parent: Blocks, count: int, random: Random) -> list[Blocks]:
+    """Up to `count` different sets, each with `min` of two draws from 1 to 3 pairs flipped."""
+    removed, kept = _parts(space, parent)
+    children: dict[Blocks, None] = {}
+    for _ in range(10 * count):  # where there are few sets, draws repeat
+        if len(children) == count or not removed or not kept:
+            break
+        flips = min(random.randint(1, 3), random.randint(1, 3), len(removed), len(kept))
+        back = random.sample(removed, flips)
+        taken = random.sample(kept, flips)
+        children[parent.difference(*back).union(*taken)] = None
+    return list(children)
+
+
+def _scores(
+    space: SearchSpace,
+    name: str,
+    found: Found,
+    proposals: Sequence[Proposal],
+    values: Sequence[float],
+) -> Scores:
+    """What a search hands back, with its start and its result measured on held-out samples."""
+    sets = [(one.criterion, one.removed) for one in proposals]
+    *candidates, result = space.candidates([*sets, (name, found.removed)], [*values, found.value])
+    record = space.record(
+        candidates=candidates,
+        found=result,
+        start=found.start.criterion,
+        ordered_by=found.start.criterion,
+        rounds=found.rounds,
+        stopped=found.stopped,
+    )
+    return scores_of(space, found.removed, found.start, record)
+
+
+def scores_of(space: SearchSpace, removed: Blocks, by: Proposal, record: Search) -> Scores:
+    """A searched set as scores: importance is the place in an order of removal.
+
+    First the set, then the other blocks that may go, both least important first by the criterion
+    of the proposal, and protected ones last. The values are that criterion's.
+    """
+    free = frozenset(block for unit in space.units for block in unit)
+    protected = frozenset(range(space.blocks)) - free
+
+    def ordered(blocks: Iterable[int]) -> list[int]:
+        return sorted(blocks, key=lambda b: (by.importance[b], -b))
+
+    order = ordered(removed)
+    rest = [*ordered(free - removed), *sorted(protected, reverse=True)]
+    place = {b: float(i) for i, b in enumerate([*order, *rest])}
+    return Scores(
+        importance=[place[b] for b in range(space.blocks)],
+        values=by.importance,
+        order=order,
+        removed=sorted(removed),
+        search=record,
+    )

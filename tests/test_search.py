@@ -1,0 +1,468 @@
+"""Searches over sets of blocks, and `auto`, against plain models run one by one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import loaded, opened, saved, score, streamed, token_ids
+from safetensors.torch import load_file, save_file
+from test_criteria import Stopped, counting
+from test_scoring import TORCHRUN, call, equal_scores
+from torch import Tensor
+
+import shortllm
+from shortllm import Budget, CalibrationOptions, EvaluationOptions, Recipe, journal
+from shortllm.comparison import prepare_question
+from shortllm.criteria import Scores
+from shortllm.criteria.search import ONE_SHOT
+from shortllm.embedded import MODEL_DIR
+from shortllm.errors import BudgetError, CriterionError
+from shortllm.journal import Journal
+from shortllm.metrics import kl_divergence, next_token_nll
+from shortllm.model.decoder import Decoder
+from shortllm.planning import build_plan
+from shortllm.results import BlockScores, ModelInfo, Search
+from shortllm.scoring import Asked
+from shortllm.searching import BlockSearch
+
+FREE = {"protect_first": 0, "protect_last": 0}
+ALL_TEXT = {**FREE, "held_out": 0}
+SAMPLES = 8
+
+
+def search(
+    name: str, variant: str = "llama", *, decoder: Decoder | None = None, **options: Any
+) -> Scores:
+    """A search on the tiny model of a variant."""
+    kwargs = {key: options.pop(key) for key in ("journal",) if key in options}
+    return score(
+        decoder or Decoder(loaded(variant)),
+        token_ids(SAMPLES),
+        name,
+        checkpoint=opened(variant),
+        options={name: {"remove": 2, **options}},
+        **kwargs,
+    )[name]
+
+
+def record(scores: Scores) -> Search:
+    assert scores.search is not None
+    return scores.search
+
+
+@torch.no_grad()
+def plainly(variant: str, removed: Sequence[int], fitness: str, ids_BT: Tensor) -> float:
+    """Mean NLL of a whole model without blocks, or its divergence from the intact one."""
+    decoder = Decoder(loaded(variant))
+    intact = decoder.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+    with decoder.without(removed):
+        without = decoder.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+    if fitness == "kl":
+        return float(kl_divergence(intact, without).double().mean())
+    return float(next_token_nll(without, ids_BT[:, 1:].flatten()).double().mean())
+
+
+# ------------------------------------------------------------------ what is found
+
+
+@pytest.mark.parametrize("fitness", ["ppl", "kl"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gpt_neox"])
+def test_local_search_finds_the_best_pair_of_all(variant: str, fitness: str) -> None:
+    found = search("local", variant, fitness=fitness, **ALL_TEXT)
+    values = {
+        pair: plainly(variant, pair, fitness, token_ids(SAMPLES))
+        for pair in itertools.combinations(range(6), 2)
+    }
+    best = min(values, key=lambda pair: values[pair])
+    assert tuple(found.removed or ()) == best
+    shown = math.exp(values[best]) if fitness == "ppl" else values[best]
+    assert record(found).found.value == pytest.approx(shown, rel=1e-5)
+    assert record(found).stopped == "no swap helps"
+
+
+def test_a_start_that_is_no_optimum_is_left_by_the_best_swap() -> None:
+    """From `last`, which knows nothing, each round makes the best of all swaps."""
+    found = search("local", start="last", **ALL_TEXT)
+    current, rounds = frozenset({4, 5}), []
+    while True:
+        swaps = [
+            current - {back} | {taken} for back in current for taken in set(range(6)) - current
+        ]
+        values = {s: plainly("llama", sorted(s), "ppl", token_ids(SAMPLES)) for s in swaps}
+        best = min(values, key=lambda s: values[s])
+        before = plainly("llama", sorted(current), "ppl", token_ids(SAMPLES))
+        rounds.append(min(before, values[best]))
+        if values[best] >= before:
+            break
+        current = best
+    assert len(rounds) > 1 and record(found).rounds == pytest.approx(rounds, rel=1e-5)
+    assert found.removed == sorted(current)
+
+
+@pytest.mark.parametrize("name", ["local", "evolve"])
+@pytest.mark.parametrize("fitness", ["ppl", "kl"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_search_is_never_worse_than_its_start(name: str, fitness: str, seed: int) -> None:
+    options = {"generations": 4, "seed": seed} if name == "evolve" else {}
+    found = search(name, fitness=fitness, remove=3, **FREE, **options)
+    searched = record(found)
+    assert [one.criterion for one in searched.candidates] == ONE_SHOT.split(",")
+    values = {one.criterion: one.value or math.inf for one in searched.candidates}
+    assert searched.start is not None and values[searched.start] == min(values.values())
+    assert (searched.found.value or math.inf) <= values[searched.start]
+    assert searched.rounds == sorted(searched.rounds, reverse=True)
+    assert (searched.search_samples, searched.held_out_samples) == (6, 2)
+    for one in (*searched.candidates, searched.found):
+        value = plainly("llama", one.removed, fitness, token_ids(SAMPLES)[:6])
+        shown = math.exp(value) if fitness == "ppl" else value
+        assert one.value == pytest.approx(shown, rel=1e-5)
+        held_out = plainly("llama", one.removed, "ppl", token_ids(SAMPLES)[6:])
+        assert one.held_out == pytest.approx(math.exp(held_out), rel=1e-5)
+    assert found.order is not None and sorted(found.order) == found.removed
+    assert [found.importance[b] for b in found.order] == [0.0, 1.0, 2.0]
+
+
+def test_evolution_leaves_a_bad_start_and_is_repeatable() -> None:
+    options = {"start": "last", "generations": 6, "fitness": "ppl", **ALL_TEXT}
+    found = search("evolve", **options)
+    assert found == search("evolve", **options)
+    other = search("evolve", **{**options, "seed": 5})
+    start = plainly("llama", [4, 5], "ppl", token_ids(SAMPLES))
+    for one in (found, other):
+        assert record(one).rounds[-1] < start
+        assert len(record(one).rounds) == 6 and record(one).stopped == "6 generations"
+
+
+@pytest.mark.parametrize("name", ["local", "evolve", "auto"])
+def test_protected_blocks_are_never_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[frozenset[int]] = []
+    means = BlockSearch._means
+
+    def spy(self: Any, sets: Any, *args: Any) -> list[float]:
+        tried.extend(sets)
+        return means(self, sets, *args)
+
+    monkeypatch.setattr(BlockSearch, "_means", spy)
+    found = search(name, protect_first=1, protect_last=2)
+    assert {len(removed) for removed in tried} == {2}
+    assert frozenset.union(*tried) == {1, 2, 3}
+    assert max(found.importance[b] for b in (1, 2, 3)) < min(found.importance[b] for b in (0, 4, 5))
+
+
+# ------------------------------------------------------------------ budgets
+
+
+def test_evaluations_and_minutes_end_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = record(search("local", start="last", **ALL_TEXT))
+    assert whole.evaluations > 6
+    few = record(search("local", start="last", evaluations=5, **ALL_TEXT))
+    assert few.evaluations == 6  # the start besides
+    assert few.stopped == "5 evaluations"
+    assert record(search("local", minutes=1e-9, **ALL_TEXT)).stopped == "1e-09 minutes"
+    evolved = record(search("evolve", evaluations=12, **ALL_TEXT))
+    starts = len({tuple(one.removed) for one in evolved.candidates})
+    assert 0 < evolved.evaluations - starts <= 12 and evolved.stopped == "12 evaluations"
+
+
+def test_a_set_answers_its_own_budget_alone() -> None:
+    info = opened("llama").info()
+    found = scores_file(search("local", **FREE), info)
+    plan = build_plan(Budget(remove=2, **FREE), model=info, scores=found)
+    assert plan.removed == found.removed and plan.order == found.order
+    assert "were chosen by the search 'local' from the plan by" in plan.reason
+    with pytest.raises(BudgetError, match=r"and of no other number; 3 were .*local\.remove=3"):
+        build_plan(Budget(remove=3, **FREE), model=info, scores=found)
+    [first, _] = plan.removed
+    with pytest.raises(BudgetError, match=f"remove block {first}, which is protected"):
+        build_plan(
+            Budget(remove=2, protect_first=first + 1, protect_last=0), model=info, scores=found
+        )
+    share = plan.reached.parameter_ratio
+    by_share = Budget(param_ratio=share, **FREE)
+    assert build_plan(by_share, model=info, scores=found).removed == plan.removed
+    with pytest.raises(BudgetError, match=r"Score again with --option local\.remove=3"):
+        build_plan(Budget(param_ratio=share * 1.3, **FREE), model=info, scores=found)
+
+
+def scores_file(found: Scores, info: ModelInfo, criterion: str = "local") -> BlockScores:
+    return BlockScores(
+        model=info, criterion=criterion, importance=found.importance, values=found.values,
+        order=found.order, removed=found.removed, search=found.search, dtype="float32",
+        fingerprint="test",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["local", "evolve", "auto"])
+def test_whole_periods_go_together(name: str) -> None:
+    info = opened("gemma2").info()
+    assert info.period == 2
+    found = search(name, "gemma2", period_aligned=True, **FREE)
+    assert found.removed is not None and found.removed[0] % 2 == 0
+    assert found.removed[1] == found.removed[0] + 1
+    aligned = Budget(remove=2, period_aligned=True, **FREE)
+    made = build_plan(aligned, model=info, scores=scores_file(found, info, name))
+    assert made.removed == found.removed
+    single = found.removed[0]
+    torn = scores_file(found, info, name).model_copy(
+        update={"removed": [single, (single + 3) % 6], "order": [single, (single + 3) % 6]}
+    )
+    with pytest.raises(BudgetError, match=rf"rest of its period. .*{name}\.period_aligned=true"):
+        build_plan(aligned, model=info, scores=torn)
+    if name == "auto":
+        assert [one.criterion for one in record(found).left_out] == ["greedy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("local", {"start": "pppl"}, "unknown criterion 'pppl'"),
+        ("local", {"start": "evolve"}, "local.start cannot hold 'evolve', which searches"),
+        ("local", {"start": "ppl,ppl"}, "must name criteria, each once"),
+        ("local", {"start": ""}, "must name criteria"),
+        ("auto", {"candidates": "ppl,auto"}, "auto.candidates cannot hold 'auto'"),
+        ("auto", {"held_out": 0}, "auto.held_out 0.0 is no part of the samples"),
+        ("local", {"held_out": 1}, "local.held_out 1.0 is no part"),
+        ("local", {"minutes": 0}, "local.minutes 0.0 is no time"),
+        ("local", {"evaluations": 0}, "local.evaluations 0 is none. Give 1 or more"),
+        ("evolve", {"offspring": 0}, "evolve.offspring 0 is none"),
+        ("evolve", {"fitness": "acc"}, "evolve.fitness 'acc' is none of ppl, kl"),
+        ("greedy", {"inner": "local"}, "greedy.inner cannot be 'local'"),
+        ("local", {"period_aligned": "perhaps"}, "'perhaps' is not of type bool"),
+    ],
+)
+def test_impossible_options_are_refused_before_work(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CriterionError, match=message):
+        Asked.of(name, options)
+
+
+def test_what_the_model_or_the_text_cannot_give_is_refused() -> None:
+    with pytest.raises(BudgetError, match="cannot remove 5 of 6 blocks: 2 are protected"):
+        search("local", remove=5, protect_first=1, protect_last=1)
+    with pytest.raises(CriterionError, match="keeps 8 of 8 calibration samples apart"):
+        search("local", held_out=0.99)
+    with pytest.raises(CriterionError, match="'local' has no plan to start from: greedy: "):
+        search("local", "gemma2", start="greedy", period_aligned=True, **FREE)
+
+
+def test_a_comparison_takes_a_search_at_one_budget_only() -> None:
+    info = opened("llama").info()
+    asked = [Asked.of("local")]
+    [fitted] = prepare_question(info, asked, [0.5], draws=1).asked
+    assert fitted.options["remove"] == 3
+    with pytest.raises(CriterionError, match="searches for the best removal of one size"):
+        prepare_question(info, asked, [0.2, 0.5], draws=1)
+
+
+# ------------------------------------------------------------------ auto
+
+
+@pytest.mark.parametrize("seed", [7, 8, 9])
+def test_auto_takes_the_candidate_with_the_lowest_held_out_perplexity(seed: int) -> None:
+    ids_BT = token_ids(SAMPLES, seed=seed)
+    found = score(
+        Decoder(loaded("qwen3")), ids_BT, "auto", checkpoint=opened("qwen3"),
+        options={"auto": {"remove": 2, "candidates": f"{ONE_SHOT},greedy,local,evolve", **FREE}},
+    )["auto"]  # fmt: skip
+    searched = record(found)
+    assert (searched.search_samples, searched.held_out_samples) == (6, 2)
+    names = [one.criterion for one in searched.candidates]
+    assert names == [*ONE_SHOT.split(","), "greedy", "local", "evolve"]
+    held_out = {
+        one.criterion: math.exp(plainly("qwen3", one.removed, "ppl", ids_BT[6:]))
+        for one in searched.candidates
+    }
+    for one in searched.candidates:
+        assert one.held_out == pytest.approx(held_out[one.criterion], rel=1e-5)
+    least = min(held_out.values())
+    assert held_out[searched.found.criterion] == pytest.approx(least, rel=1e-6)
+    assert found.removed == searched.found.removed
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with its blocks 3 and 7 made exact identities."""
+    directory = tmp_path_factory.mktemp("planted") / "model"
+    shutil.copytree(MODEL_DIR, directory)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for b in (3, 7):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{b}.{name}.weight"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def planted_run(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run by `auto` on it, with few candidates."""
+    directory = tmp_path_factory.mktemp("run") / "run"
+    shortllm.run(
+        Recipe(
+            model=str(planted),
+            criterion="auto",
+            options={"candidates": "last,even,influence,magnitude,local"},
+            budget=Budget(remove=2),
+            calibration=CalibrationOptions(data="embedded", samples=6, length=48),
+            evaluation=EvaluationOptions(data=["embedded"], max_segments=4, continuations=0),
+        ),
+        out=directory,
+    )
+    return directory
+
+
+def test_auto_finds_planted_blocks_and_says_why(planted_run: Path) -> None:
+    plan = json.loads((planted_run / "plan.json").read_text())
+    assert plan["removed"] == [3, 7] and plan["criterion"] == "auto"
+    assert "are those of the criterion 'influence', which 'auto' chose" in plan["reason"]
+    scores = BlockScores.load(planted_run / "scores.json")
+    assert scores.search is not None and scores.search.found.criterion == "influence"
+    by_name = {one.criterion: one.held_out or math.inf for one in scores.search.candidates}
+    assert by_name["influence"] == min(by_name.values())
+    assert by_name["influence"] < min(by_name["last"], by_name["even"])
+    evaluation = json.loads((planted_run / "eval.json").read_text())["models"]
+    before, after = (one["perplexity"][0]["nll"] for one in evaluation)
+    assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_the_report_shows_who_won(planted_run: Path) -> None:
+    page = (planted_run / "report.html").read_text()
+    assert "Which removal won" in page
+    assert "<b>influence</b> has the lowest perplexity there" in page
+    assert "chosen together by auto, not one by one" in page
+    assert "Men et al. 2024" in page  # whose criterion won
+    assert "removed: 3, 7" in page and "removed in this order" not in page
+
+
+def test_a_search_is_reported_with_its_start(
+    planted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shortllm.run(
+        Recipe(
+            model=str(planted),
+            criterion="local",
+            options={"start": "last", "evaluations": 12},
+            budget=Budget(remove=2),
+            calibration=CalibrationOptions(data="embedded", samples=5, length=32),
+            evaluation=EvaluationOptions(data=["embedded"], max_segments=2, continuations=0),
+        ),
+        out=tmp_path / "run",
+    )
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "local began with the best of them, by last" in page
+    assert "it ended with: 12 evaluations" in page or "it ended with: no swap helps" in page
+    assert "perplexity, held-out text" in page
+
+
+# ------------------------------------------------------------------ streamed, interrupted, shared
+
+
+@pytest.mark.parametrize("name", ["local", "evolve", "auto"])
+def test_streamed_equals_resident(name: str) -> None:
+    options = {"start": "last,magnitude", "generations": 3} if name == "evolve" else {}
+    resident = search(name, "gemma3_text", **FREE, **options)
+    found = search(name, decoder=streamed("gemma3_text"), variant="gemma3_text", **FREE, **options)
+    assert found.removed == resident.removed and found.order == resident.order
+    one, other = record(found), record(resident)
+    assert one.rounds == pytest.approx(other.rounds, rel=1e-5)
+    assert (one.start, one.stopped, one.evaluations) == (
+        other.start, other.stopped, other.evaluations
+    )  # fmt: skip
+    for left, right in zip(one.candidates, other.candidates, strict=True):
+        assert left.removed == right.removed
+        assert left.held_out == pytest.approx(right.held_out, rel=1e-5)
+
+
+@pytest.mark.parametrize("fitness", ["ppl", "kl"])
+def test_many_sets_go_through_in_several_walks(
+    fitness: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search("local", fitness=fitness, **FREE)
+    monkeypatch.setattr("shortllm.searching.TOGETHER", 3)
+    assert search("local", fitness=fitness, **FREE) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "after"), [("local", 3), ("local", 20), ("local", 33), ("evolve", 26), ("auto", 38)]
+)
+def test_an_interrupted_search_goes_on_where_it_was(
+    name: str, after: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(journal, "MIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(journal, "WORK_PER_WRITING", 0)
+    options = {"generations": 2} if name == "evolve" else {}
+    expected = search(name, "qwen3", decoder=streamed("qwen3"), **FREE, **options)
+    decoder = streamed("qwen3")
+    read: list[int] = []
+
+    def attempt(stop_after: int | None = None) -> Scores:
+        through = type(decoder).through.__get__(decoder)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "through", counting(through, read, stop_after=stop_after))
+            work = Journal(tmp_path / "scoring", "same work")
+            return search(name, "qwen3", decoder=decoder, journal=work, **FREE, **options)
+
+    with pytest.raises(Stopped):
+        attempt(after)
+    first = len(read)
+    read.clear()
+    assert attempt() == expected
+    again = len(read)
+    read.clear()
+    shutil.rmtree(tmp_path / "scoring")
+    attempt()
+    assert again <= len(read) - first + 2  # what was done was not done again
+
+
+def test_processes_that_were_stopped_at_different_places_agree_on_the_earlier() -> None:
+    class Two:
+        """Ranks of which the other one has finished one piece of work."""
+
+        rank, count = 0, 1
+
+        def gather(self, tensor: Tensor) -> list[Tensor]:
+            return [tensor, torch.tensor(1)]
+
+    class Held:
+        def position(self) -> dict[str, Any]:
+            return {"entries": [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 3.0}]}
+
+    unbuilt: Any = object.__new__(BlockSearch)
+    unbuilt._journal = Held()
+    unbuilt._scorer = type("Scorer", (), {"ranks": Two()})()
+    assert unbuilt._finished() == [{"seconds": 1.0}]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(token_ids(7).tolist()))
+    names, options = ["local", "evolve", "auto"], {"evolve": {"generations": 3}}
+    shortllm.score(
+        str(saved("qwen3")), criterion=names, options=options, out=tmp_path / "one",
+        calibration=CalibrationOptions(file=ids),
+    )  # fmt: skip
+    done = call(
+        "score", saved("qwen3"), "--criterion", ",".join(names), "--option",
+        "evolve.generations=3", "--calibration", ids, "--out", tmp_path / "two",
+        launcher=TORCHRUN,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("* local") >= 1 and "* evolve" in done.stdout
+    equal_scores(tmp_path / "two", tmp_path / "one")
+    for name in names:
+        one, two = (
+            BlockScores.load(tmp_path / out / f"scores-{name}.json") for out in ("one", "two")
+        )
+        assert one.removed == two.removed and one.search is not None and two.search is not None
+        assert two.search.rounds == pytest.approx(one.search.rounds, rel=1e-5)
+        assert two.search.stopped == one.search.stopped
