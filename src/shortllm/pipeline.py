@@ -1,6 +1,7 @@
 """A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
-    run.json  calibration.*  scores.json  plan.json  pruned/  retrained/  eval.json  bench.json
+    run.json  calibration.*  scores.json  plan.json  pruned/  retrained/  quantized/  eval.json
+    bench.json
     zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
 
 Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
@@ -32,6 +33,7 @@ from shortllm.planning import (
     removable,
 )
 from shortllm.published import Published
+from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
 from shortllm.rundir import (
@@ -63,14 +65,16 @@ class RunResult:
     plan: PrunePlan
     retraining: dict[str, Retraining]
     """By the name of the model each has made."""
+    quantization: Quantization | None = None
     evaluation: Evaluation
     benchmark: Benchmark | None
     report: Path
 
     @property
     def checkpoints(self) -> dict[str, Path]:
-        """The shortened checkpoint and those that were retrained from it, by name."""
-        return {name: self.directory / name for name in (PRUNED, *self.retraining)}
+        """The shortened checkpoint, those retrained from it, and the quantized one, by name."""
+        quantized = [QUANTIZED] if self.quantization is not None else []
+        return {name: self.directory / name for name in (PRUNED, *self.retraining, *quantized)}
 
 
 def run(
@@ -85,6 +89,7 @@ def run(
     Raises:
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
+    from shortllm.quantizing.running import asked_by, calibration_options, quantize_in
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
@@ -107,7 +112,14 @@ def run(
     scoring = scored and needs_text
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     check_later_stages(recipe, checkpoint, session)
-    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
+    quantizing = asked_by(recipe, checkpoint, session)
+    texts = stages.prepare_texts(
+        checkpoint,
+        recipe.calibration,
+        recipe.evaluation,
+        scoring=scoring,
+        quantization=calibration_options(quantizing),
+    )
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
 
@@ -124,6 +136,10 @@ def run(
     models = {"original": checkpoint, PRUNED: shortened}
     retraining = _retrain(directory, shortened, recipe, session)
     models |= {name: made_in(directory, name) for name in retraining}
+    candidates = {name: models[name] for name in retraining or (PRUNED,)}
+    quantization = quantize_in(directory, candidates, quantizing, texts, session)
+    if quantization is not None:
+        models[QUANTIZED] = made_in(directory, QUANTIZED)
     evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
     benchmark = None
     if recipe.benchmark is not None:
@@ -135,6 +151,7 @@ def run(
         recipe=recipe,
         plan=plan,
         retraining=retraining,
+        quantization=quantization,
         evaluation=evaluation,
         benchmark=benchmark,
         report=write_report(directory),

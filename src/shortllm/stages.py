@@ -143,6 +143,8 @@ class Texts:
     calibration: Calibration | None
     """None where the blocks were given by hand, so that nothing is scored."""
     evaluation: list[EvaluationText]
+    quantization: Calibration | None = None
+    """None where nothing is quantized, or without text."""
 
 
 def calibrate(
@@ -201,14 +203,16 @@ def prepare_texts(
     evaluation: EvaluationOptions,
     *,
     scoring: bool = True,
+    quantization: CalibrationOptions | None = None,
 ) -> Texts:
-    """Read and tokenize all text of a run; no row serves both purposes.
+    """Read and tokenize all text of a run; what is measured serves no other purpose.
 
     Where one source does, its first half calibrates and its second half is measured; of a source
     that given calibration ids came from, the rows behind theirs are measured.
 
     Args:
-        scoring: without, no calibration is made.
+        scoring: without, no calibration for it is made.
+        quantization: the text that a quantization looks at, if it does.
     Raises:
         DataError: unreadable or too little text.
     """
@@ -216,14 +220,18 @@ def prepare_texts(
     from shortllm.evaluation import EvaluationText
 
     check_length(checkpoint, evaluation.length, "--eval-length")
-    rows = None
-    if scoring and calibration.file is None:
-        rows = load_rows(calibration.data or "", role="calibration")
     measured = [load_rows(source, role="evaluation") for source in evaluation.data]
-    shared = [rows is not None and same_text(rows, other) for other in measured]
-    if rows is not None and any(shared):
-        rows, _ = split_held_out(rows)
-    made = calibrate(checkpoint, calibration, rows) if scoring else None
+    shared = [False] * len(measured)
+    made: list[Calibration | None] = []
+    for options in (calibration if scoring else None, quantization):
+        rows = None
+        if options is not None and options.file is None:
+            rows = load_rows(options.data or "", role="calibration")
+            same = [same_text(rows, other) for other in measured]
+            shared = [one or other for one, other in zip(shared, same, strict=True)]
+            if any(same):
+                rows, _ = split_held_out(rows)
+        made.append(None if options is None else calibrate(checkpoint, options, rows))
     tokenizer = load_tokenizer(checkpoint)
     texts = []
     for other, is_shared in zip(measured, shared, strict=True):
@@ -231,18 +239,25 @@ def prepare_texts(
         segments = evaluation_segments_of(checkpoint, kept_apart, tokenizer, evaluation)
         held_out = kept_apart is not other
         texts.append(EvaluationText(rows=kept_apart, held_out=held_out, segments=segments))
-    return Texts(calibration=made, evaluation=texts)
+    return Texts(calibration=made[0], evaluation=texts, quantization=made[1])
 
 
-def _behind(rows: Rows, calibration: Calibration | None) -> Rows:
+def _behind(rows: Rows, calibrations: Sequence[Calibration | None]) -> Rows:
     """The rows behind those that given calibration ids were sampled from; all of another source.
 
     Raises:
         DataError: there are none.
     """
-    if calibration is None or calibration.info.source != rows.source or not calibration.info.rows:
+    start = max(
+        (
+            one.info.rows[1]
+            for one in calibrations
+            if one is not None and one.info.source == rows.source and one.info.rows
+        ),
+        default=None,
+    )
+    if start is None:
         return rows
-    start = calibration.info.rows[1]
     if start >= rows.stop:
         raise DataError(
             f"the calibration was drawn from all rows of {rows.source}, which leaves none to "

@@ -4,7 +4,8 @@ result.
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
     measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
-    width.py     width, compare-units           demo.py        demo
+    width.py     width, compare-units           quantizing.py  quantize
+    demo.py      demo
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -28,6 +29,7 @@ from shortllm.cli.demo import demo
 from shortllm.cli.measuring import bench, compare, evaluate, report
 from shortllm.cli.output import is_main_process
 from shortllm.cli.pruning import export_lint, plan, prune
+from shortllm.cli.quantizing import quantize
 from shortllm.cli.recipes import recipes
 from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
@@ -62,6 +64,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("prune", prune),
     ("width", width),
     ("retrain", retrain),
+    ("quantize", quantize),
     ("eval", evaluate),
     ("bench", bench),
     ("report", report),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -113,6 +113,10 @@ def run(
     continuations: Continuations = 5,
     new_tokens: NewTokens = 128,
     retrain: RetrainMethods = None,
+    quantize: Annotated[
+        Optional[Literal["gptq", "int8", "none"]],  # noqa: UP045
+        typer.Option(help="Quantize the healed model by gptq or int8; none. Default: recipe."),
+    ] = None,
     bench: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option("--bench/--no-bench", help="Measure speed and memory. Default: recipe."),
@@ -129,8 +133,8 @@ def run(
     max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
-    """All stages: score, plan, prune, retrain, evaluate, bench, report. Without a model: the
-    embedded one.
+    """All stages: score, plan, prune, retrain, quantize, evaluate, bench, report. Without a model:
+    the embedded one.
 
     Removes a quarter of the blocks unless told otherwise. The same command again goes on where an
     interrupted one was.

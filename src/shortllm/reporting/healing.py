@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from shortllm.quantizing.record import QUANTIZED
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.plots.dots import DotPlot
 from shortllm.reporting.protocol import perplexity_source
@@ -23,7 +24,7 @@ def healing(results: RunResults) -> Context | None:
     """
     if not results.retraining:
         return None
-    names = [name for name in results.evaluated if name not in ("original", PRUNED)]
+    names = [name for name in results.evaluated if name not in ("original", PRUNED, QUANTIZED)]
     protocols = list(results.protocols().items())
     rows = [_row(results, name, protocols) for name in ("original", PRUNED, *names)]
     plot = _plot(results, ["original", PRUNED, *names]) if names else None
