@@ -426,6 +426,7 @@ def test_the_report_shows_it(healed: Path) -> None:
     page = (healed / "report.html").read_text()
     text = re.sub(r"<[^>]+>", " ", page)
     assert "GPTQ W4A16, groups of 32; 70 linear layers of" in text
+    assert re.search(r"Quantized \(W4A16\) it takes 2\.\d+\WMB, \d+\.\d\W% of the original", text)
     assert "8 samples of 64 tokens from embedded:calibration" in text
     card = (healed / QUANTIZED / "README.md").read_text()
     assert "| quantized |" in card

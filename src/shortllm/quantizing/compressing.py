@@ -107,7 +107,9 @@ def require_device(device: torch.device) -> None:
     Raises:
         ShortLLMError: another device than the first accelerator, or the CPU beside one.
     """
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = None
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
     chosen = "cpu" if accelerator is None else accelerator.type
     if device.type == chosen and not device.index:
         return

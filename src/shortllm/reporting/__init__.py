@@ -5,7 +5,7 @@
                                 │  loading.py     read, and refused where two do not belong together
                                 ▼
     sections.py ──────────►  what each section shows: plain values and phrases
-      healing.py speed.py zeroshot.py retraining.py   some sections by themselves
+      healing.py speed.py zeroshot.py retraining.py quantizing.py   some sections by themselves
       protocol.py              how it was measured, in phrases
       wording.py               numbers and units
       names.py                 models and files by name, never the machine's directories

@@ -210,9 +210,10 @@ def _load_retraining(run_dir: Path, fingerprints: dict[str, str]) -> dict[str, R
 
 
 def _load_quantization(run_dir: Path, fingerprints: dict[str, str]) -> Quantization | None:
-    """How a model of the run was quantized; left out where it is none of this run."""
+    """How a model of the run was quantized; left out where it is none of this run, or was not
+    measured."""
     path = run_dir / QUANTIZED / QUANTIZE_FILE
-    found = _load_optional(Quantization, path)
+    found = _load_optional(Quantization, path) if QUANTIZED in fingerprints else None
     if found is not None and found.model.fingerprint not in fingerprints.values():
         log.info("%s: what was quantized is no model of this run, left out", path)
         return None
