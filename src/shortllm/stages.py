@@ -66,7 +66,7 @@ class Session:
         self._dtype = dtype
         self._stream = stream
         self._max_memory = max_memory
-        self._held: tuple[Checkpoint, Decoder] | None = None
+        self._held: tuple[Checkpoint, Decoder, str] | None = None
 
     @property
     def asked_dtype(self) -> str:
@@ -95,13 +95,14 @@ class Session:
             else:
                 model = load_model(checkpoint, device=self.device, dtype=self._dtype)
                 decoder = Decoder(model)
-            self._held = (checkpoint, decoder)
+            # the fingerprint is read now: the directory may get another name later
+            self._held = (checkpoint, decoder, checkpoint.fingerprint)
         assert self._held is not None
         return self._held[1]
 
     def _holds(self, checkpoint: Checkpoint) -> bool:
         """Whether the model in memory is the one asked for; a streamed one also reads its files."""
-        if self._held is None or self._held[0].fingerprint != checkpoint.fingerprint:
+        if self._held is None or self._held[2] != checkpoint.fingerprint:
             return False
         return not self._held[1].streamed or self._held[0].directory == checkpoint.directory
 

@@ -13,6 +13,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def compress(
 
 def save_compressed(model: Any, directory: Path) -> None:
     """Weights in packed form and the config that says so, as `from_pretrained` reads them."""
-    with _quiet():
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about memory that is in use anyway
         model.save_pretrained(directory, save_compressed=True, max_shard_size="5GB")
 
 
