@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from shortllm.healing.record import Merging as Merging
     from shortllm.model.loading import load as load
     from shortllm.planning import Budget as Budget
+    from shortllm.quantizing.api import quantize as quantize
+    from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
+    from shortllm.quantizing.record import Quantization as Quantization
     from shortllm.recipe import BenchmarkOptions as BenchmarkOptions
     from shortllm.recipe import CalibrationOptions as CalibrationOptions
     from shortllm.recipe import EvaluationOptions as EvaluationOptions
@@ -76,6 +79,8 @@ _HOME = {
     "MergeOptions": "healing.options",
     "Merging": "healing.record",
     "PrunePlan": "results",
+    "Quantization": "quantizing.record",
+    "QuantizeOptions": "quantizing.options",
     "Recipe": "recipe",
     "RetrainOptions": "retraining.options",
     "Retraining": "results",
@@ -98,6 +103,7 @@ _HOME = {
     "open_checkpoint": "checkpoint.source",
     "plan": "api",
     "prune": "api",
+    "quantize": "quantizing.api",
     "report": "api",
     "retrain": "api",
     "run": "api",

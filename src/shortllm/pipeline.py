@@ -1,7 +1,7 @@
 """A whole run in one directory: each stage writes its file, or skips it when it is up to date.
 
-    run.json  calibration.*  scores.json  plan.json  pruned/  healed/  retrained/  eval.json
-    bench.json  zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
+    run.json  calibration.*  scores.json  plan.json  pruned/  healed/  retrained/  quantized/
+    eval.json  bench.json  zeroshot.csv  bench.csv  bench-*.svg  report.html  README.md
 
 Everything a user can get wrong is checked before the first heavy step. A killed run goes on where
 it was when the same command is given again; a changed recipe redoes the stages it touches.
@@ -32,6 +32,7 @@ from shortllm.planning import (
     removable,
 )
 from shortllm.published import Published
+from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
 from shortllm.rundir import (
@@ -67,15 +68,18 @@ class RunResult:
     """Without training."""
     retraining: dict[str, Retraining]
     """By the name of the model each has made."""
+    quantization: Quantization | None = None
     evaluation: Evaluation
     benchmark: Benchmark | None
     report: Path
 
     @property
     def checkpoints(self) -> dict[str, Path]:
-        """The shortened checkpoint and those that were healed from it, by name."""
+        """The shortened checkpoint, those healed from it, and the quantized one, by name."""
         healed = [HEALED] if self.healing else []
-        return {name: self.directory / name for name in (PRUNED, *healed, *self.retraining)}
+        quantized = [QUANTIZED] if self.quantization is not None else []
+        names = (PRUNED, *healed, *self.retraining, *quantized)
+        return {name: self.directory / name for name in names}
 
 
 @releasing()
@@ -92,6 +96,7 @@ def run(
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
     from shortllm.healing.running import check_healing, heal_in, healing_text_of
+    from shortllm.quantizing.running import asked_by, calibration_options, quantize_in
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
@@ -114,12 +119,14 @@ def run(
     scoring = scored and needs_text
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     check_later_stages(recipe, checkpoint, session)
+    quantizing = asked_by(recipe, checkpoint, session)
     texts = stages.prepare_texts(
         checkpoint,
         recipe.calibration,
         recipe.evaluation,
         scoring=scoring,
         healing=healing_text_of(recipe, checkpoint),
+        quantization=calibration_options(quantizing),
     )
     if recipe.healing is not None:
         check_healing(directory, checkpoint, session)
@@ -142,6 +149,10 @@ def run(
         models[HEALED] = made_in(directory, HEALED)
     retraining = _retrain(directory, shortened, recipe, session)
     models |= {name: made_in(directory, name) for name in retraining}
+    candidates = {name: models[name] for name in retraining or (PRUNED,)}
+    quantization = quantize_in(directory, candidates, quantizing, texts, session)
+    if quantization is not None:
+        models[QUANTIZED] = made_in(directory, QUANTIZED)
     evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
     benchmark = None
     if recipe.benchmark is not None:
@@ -154,6 +165,7 @@ def run(
         plan=plan,
         healing=healing,
         retraining=retraining,
+        quantization=quantization,
         evaluation=evaluation,
         benchmark=benchmark,
         report=write_report(directory),

@@ -14,6 +14,7 @@ from shortllm.errors import DataError
 from shortllm.healing.options import HealOptions
 from shortllm.planning import Budget
 from shortllm.published import Published
+from shortllm.quantizing.options import EMBEDDED_DEFAULTS, QuantizeOptions
 from shortllm.results import Record, SpecialToken
 from shortllm.retraining.options import RetrainOptions
 
@@ -117,6 +118,9 @@ class Recipe(Record):
         default_factory=list,
         description="ways to heal the shortened model, each from the same start; one or a list",
     )
+    quantization: QuantizeOptions | None = Field(
+        default=None, description="how the healed model is quantized; default: it is not"
+    )
     evaluation: EvaluationOptions = EvaluationOptions()
     benchmark: BenchmarkOptions | None = Field(
         default=None, description="how speed is measured; default: it is not"
@@ -186,9 +190,20 @@ class Recipe(Record):
             retraining = [
                 one.model_copy(update={"data": one.data or EMBEDDED}) for one in retraining
             ]
+        quantization = self.quantization
+        if quantization is not None and quantization.needs_text:
+            defaults = {"data": EMBEDDED, **EMBEDDED_DEFAULTS} if embedded else {}
+            if quantization.file is not None:
+                defaults = {name: defaults[name] for name in ("group_size",) if name in defaults}
+            missing = {k: v for k, v in defaults.items() if getattr(quantization, k) is None}
+            missing["bos_every_sample"] = (
+                every if quantization.bos_every_sample is None else quantization.bos_every_sample
+            )
+            quantization = quantization.model_copy(update=missing)
         return self.model_copy(
             update={
                 "retraining": retraining,
+                "quantization": quantization,
                 "calibration": self.calibration.model_copy(
                     update={"data": data, "bos_every_sample": every}
                 ),

@@ -76,7 +76,9 @@ class ModelInfo(Record):
     revision: str | None = Field(default=None, description="commit of the Hub snapshot")
     model_type: str
     blocks: int
-    parameters: int = Field(description="elements of all stored tensors, tied ones once")
+    parameters: int = Field(
+        description="elements of all stored tensors, tied ones once, packed ones each by itself"
+    )
     parameters_per_block: list[int] = Field(default_factory=list)
     bytes: int = Field(description="bytes of all stored tensors")
     period: int = Field(default=1, description="after how many blocks the kinds of blocks repeat")

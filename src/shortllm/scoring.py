@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shortllm import criteria
+from shortllm.checkpoint.packed import is_packed
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.criteria import Criterion, Scores
 from shortllm.criteria.search import check_options
-from shortllm.errors import CriterionError
+from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
 from shortllm.planning import Budget, most_blocks, removable
@@ -141,13 +142,26 @@ class Scorer:
 
         Raises:
             CriterionError: a score is not finite.
-            UnsupportedModelError: the model's blocks cannot be called one by one.
+            UnsupportedModelError: the model's blocks cannot be called one by one, or its weights
+                are packed and the criterion looks at them.
         """
+        self._require_plain_weights(asked)
         blocks = range(self.checkpoint.block_count)
         found = self._score(asked, blocks, blocks, self.journal)
         for name, scores in found.items():
             criteria.require_finite(name, scores.importance)
         return found
+
+    def _require_plain_weights(self, asked: Sequence[Asked]) -> None:
+        """Refuse to take packed integers for weights, or to look for gradients of rounded ones."""
+        if not is_packed(self.checkpoint.raw_config):
+            return
+        for one in asked:
+            if (one.inner() or one).needs in ("weights", "gradients"):
+                raise UnsupportedModelError(
+                    f"{one.name} looks at weights, and {self.checkpoint.id} is quantized. Score "
+                    "the unquantized model, or by ppl, kl or influence"
+                )
 
     def _score(
         self,

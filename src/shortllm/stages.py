@@ -66,7 +66,7 @@ class Session:
         self._dtype = dtype
         self._stream = stream
         self._max_memory = max_memory
-        self._held: tuple[Checkpoint, Decoder] | None = None
+        self._held: tuple[Checkpoint, Decoder, str] | None = None
 
     @property
     def asked_dtype(self) -> str:
@@ -95,13 +95,14 @@ class Session:
             else:
                 model = load_model(checkpoint, device=self.device, dtype=self._dtype)
                 decoder = Decoder(model)
-            self._held = (checkpoint, decoder)
+            # the fingerprint is read now: the directory may get another name later
+            self._held = (checkpoint, decoder, checkpoint.fingerprint)
         assert self._held is not None
         return self._held[1]
 
     def _holds(self, checkpoint: Checkpoint) -> bool:
         """Whether the model in memory is the one asked for; a streamed one also reads its files."""
-        if self._held is None or self._held[0].fingerprint != checkpoint.fingerprint:
+        if self._held is None or self._held[2] != checkpoint.fingerprint:
             return False
         return not self._held[1].streamed or self._held[0].directory == checkpoint.directory
 
@@ -145,6 +146,8 @@ class Texts:
     evaluation: list[EvaluationText]
     healing: Calibration | None = None
     """More of the same text, for healing without training."""
+    quantization: Calibration | None = None
+    """None where nothing is quantized, or without text."""
 
 
 def calibrate(
@@ -204,15 +207,17 @@ def prepare_texts(
     *,
     scoring: bool = True,
     healing: CalibrationOptions | None = None,
+    quantization: CalibrationOptions | None = None,
 ) -> Texts:
-    """Read and tokenize all text of a run; no row serves both purposes.
+    """Read and tokenize all text of a run; what is measured serves no other purpose.
 
     Where one source does, its first half calibrates and its second half is measured; of a source
     that given calibration ids came from, the rows behind theirs are measured.
 
     Args:
-        scoring: without, no calibration is made.
+        scoring: without, no calibration for it is made.
         healing: where text to heal with is asked for, how it is cut: from the rows that calibrate.
+        quantization: the text that a quantization looks at, if it does.
     Raises:
         DataError: unreadable or too little text.
     """
@@ -220,34 +225,46 @@ def prepare_texts(
     from shortllm.evaluation import EvaluationText
 
     check_length(checkpoint, evaluation.length, "--eval-length")
-    rows = None
-    if (scoring or healing is not None) and calibration.file is None:
-        rows = load_rows(calibration.data or "", role="calibration")
     measured = [load_rows(source, role="evaluation") for source in evaluation.data]
-    shared = [rows is not None and same_text(rows, other) for other in measured]
-    if rows is not None and any(shared):
-        rows, _ = split_held_out(rows)
-    made = calibrate(checkpoint, calibration, rows) if scoring else None
-    heals = calibrate(checkpoint, healing, rows) if healing is not None else None
+    shared = [False] * len(measured)
+    if healing is not None and calibration.file is None:
+        healing = healing.model_copy(update={"data": calibration.data})
+    made: list[Calibration | None] = []
+    for options in (calibration if scoring else None, healing, quantization):
+        rows = None
+        if options is not None and options.file is None:
+            rows = load_rows(options.data or "", role="calibration")
+            same = [same_text(rows, other) for other in measured]
+            shared = [one or other for one, other in zip(shared, same, strict=True)]
+            if any(same):
+                rows, _ = split_held_out(rows)
+        made.append(None if options is None else calibrate(checkpoint, options, rows))
     tokenizer = load_tokenizer(checkpoint)
     texts = []
     for other, is_shared in zip(measured, shared, strict=True):
-        kept_apart = split_held_out(other)[1] if is_shared else _behind(other, made or heals)
+        kept_apart = split_held_out(other)[1] if is_shared else _behind(other, made)
         segments = evaluation_segments_of(checkpoint, kept_apart, tokenizer, evaluation)
         held_out = kept_apart is not other
         texts.append(EvaluationText(rows=kept_apart, held_out=held_out, segments=segments))
-    return Texts(calibration=made, evaluation=texts, healing=heals)
+    return Texts(calibration=made[0], evaluation=texts, healing=made[1], quantization=made[2])
 
 
-def _behind(rows: Rows, calibration: Calibration | None) -> Rows:
+def _behind(rows: Rows, calibrations: Sequence[Calibration | None]) -> Rows:
     """The rows behind those that given calibration ids were sampled from; all of another source.
 
     Raises:
         DataError: there are none.
     """
-    if calibration is None or calibration.info.source != rows.source or not calibration.info.rows:
+    start = max(
+        (
+            one.info.rows[1]
+            for one in calibrations
+            if one is not None and one.info.source == rows.source and one.info.rows
+        ),
+        default=None,
+    )
+    if start is None:
         return rows
-    start = calibration.info.rows[1]
     if start >= rows.stop:
         raise DataError(
             f"the calibration was drawn from all rows of {rows.source}, which leaves none to "

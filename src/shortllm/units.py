@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, get_args
 
 from shortllm import criteria, pipeline, rundir, stages
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import BudgetError, CriterionError, did_you_mean
+from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
 from shortllm.files import fingerprint
 from shortllm.locking import releasing
 from shortllm.planning import Budget, build_plan, check_budget
@@ -97,6 +97,11 @@ def compare_units_in(
     from shortllm.reporting import write_units
 
     depth, width = asked_methods(names)
+    if recipe.quantization is not None:
+        raise RecipeError(
+            "the recipe quantizes, and width and depth are compared before that. Give "
+            "--set quantization=null"
+        )
     rundir.claim_directory(directory, checkpoint)
     check_budget(recipe.budget, checkpoint.info())
     pipeline.check_any_removal(checkpoint, recipe.budget)

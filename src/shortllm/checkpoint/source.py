@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
+from shortllm.checkpoint.packed import unpacked_elements
 from shortllm.checkpoint.shapes import SHAPES, per_block_config
 from shortllm.checkpoint.tensors import (
     TensorEntry,
@@ -85,12 +86,12 @@ class Checkpoint:
 
     @cached_property
     def parameters_per_block(self) -> list[int]:
-        """Stored elements of each block."""
+        """Parameters of each block."""
         totals = [0] * self.block_count
-        for entry in self.tensors.values():
-            block = self.block_names.block_of(entry.name)
+        for name, elements in self.elements.items():
+            block = self.block_names.block_of(name)
             if block is not None:
-                totals[block] += entry.elements
+                totals[block] += elements
         return totals
 
     @cached_property
@@ -114,8 +115,13 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored elements; tied tensors are stored once."""
-        return sum(entry.elements for entry in self.tensors.values())
+        """Stored elements, packed ones each by itself; tied tensors are stored once."""
+        return sum(self.elements.values())
+
+    @cached_property
+    def elements(self) -> dict[str, int]:
+        """How many parameters each stored tensor stands for."""
+        return unpacked_elements(self.tensors, self.raw_config)
 
     @property
     def bytes(self) -> int:

@@ -137,6 +137,19 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
     return result
 
 
+def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
+    held: dict[str, Any] = checkpoint.raw_config.get(PROVENANCE) or {
+        "version": __version__,
+        "source": checkpoint.id,
+        "revision": checkpoint.revision,
+        "source_blocks": checkpoint.block_count,
+        "removed_blocks": [],
+        "parent": None,
+    }
+    return held
+
+
 def require_apart(source: Path, target: Path) -> None:
     """Refuse a target whose replacement would delete the source.
 

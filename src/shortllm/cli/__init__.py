@@ -5,7 +5,8 @@ result.
     scoring.py   info, score, compare-criteria  retraining.py  retrain
     measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
     width.py     width, compare-units           healing.py     heal, merge
-    sublayers.py drop-sublayers                 demo.py        demo
+    sublayers.py drop-sublayers                 quantizing.py  quantize
+    demo.py      demo
     options.py   flags that several commands share, and how they are read
     output.py    tables and JSON
 
@@ -30,6 +31,7 @@ from shortllm.cli.healing import heal, merge
 from shortllm.cli.measuring import bench, compare, evaluate, report
 from shortllm.cli.output import is_main_process
 from shortllm.cli.pruning import export_lint, plan, prune
+from shortllm.cli.quantizing import quantize
 from shortllm.cli.recipes import recipes
 from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
@@ -68,6 +70,7 @@ _COMMANDS: list[tuple[str, Callable[..., None]]] = [
     ("width", width),
     ("drop-sublayers", drop_sublayers),
     ("retrain", retrain),
+    ("quantize", quantize),
     ("eval", evaluate),
     ("bench", bench),
     ("report", report),

@@ -126,6 +126,10 @@ def changes_of(ctx: typer.Context, places: Sequence[str]) -> dict[str, Any]:
         options = options_in(typed["option"], [criterion or "ppl"])
         changes["options"] = single(options, criterion or next(iter(options)))
         changes.setdefault("criterion", next(iter(options)))
+    if typed.get("quantize") == "none":
+        changes["quantization"] = None
+    elif "quantize" in typed:
+        changes["quantization.method"] = typed["quantize"]
     if "bench" in typed:
         changes["benchmark"] = {} if typed["bench"] else None
     return changes | places_in(places)

@@ -117,6 +117,10 @@ def run(
         typer.Option(help="Heal without training, by linear maps. Default: as the recipe has it."),
     ] = None,
     retrain: RetrainMethods = None,
+    quantize: Annotated[
+        Optional[Literal["gptq", "int8", "none"]],  # noqa: UP045
+        typer.Option(help="Quantize the healed model by gptq or int8; none. Default: recipe."),
+    ] = None,
     bench: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option("--bench/--no-bench", help="Measure speed and memory. Default: recipe."),
@@ -133,7 +137,8 @@ def run(
     max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
-    """All stages: score, plan, prune, heal, retrain, evaluate, bench, report. Without a model:
+    """All stages: score, plan, prune, heal, retrain, quantize, evaluate, bench, report. Without a
+    model:
     the embedded one.
 
     Removes a quarter of the blocks unless told otherwise. The same command again goes on where an

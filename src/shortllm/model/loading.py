@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shortllm.checkpoint.packed import is_packed
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.model.blocks import auto_class
@@ -53,7 +56,7 @@ def room_for(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating type most of the checkpoint's elements are stored in."""
+    """The floating type most of the checkpoint's elements are in; packed ones say nothing."""
     types = {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -62,8 +65,11 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     }
     elements: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
-        elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.elements
-    return types.get(max(elements, key=lambda code: elements[code]), torch.bfloat16)
+        if entry.dtype in types:
+            elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.elements
+    if not elements:
+        return torch.bfloat16
+    return types[max(elements, key=lambda code: elements[code])]
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto") -> nn.Module:
@@ -77,7 +83,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
     _require_memory(checkpoint, device, compute)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet_bars(checkpoint):
             model, loading = auto_class(checkpoint.config).from_pretrained(
                 checkpoint.directory,
                 dtype=compute,
@@ -88,11 +94,20 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
     check_loading(checkpoint.id, loading)
+    if is_packed(checkpoint.raw_config):
+        with quiet_bars(checkpoint):
+            unpack(model)
     check_finite(checkpoint.id, model)
     for name, number in token_ids(checkpoint.special_tokens).items():
         setattr(model.config, name, number)
         setattr(model.generation_config, name, number)
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def unpack(model: nn.Module) -> None:
+    """Have compressed-tensors unpack the weights now: it does so at the first forward."""
+    with torch.no_grad():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
 
 
 def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
@@ -158,6 +173,16 @@ def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
             f"{str(dtype).removeprefix('torch.')} on {device}, "
             f"{free / 2**30:.1f} GiB are free.{smaller}"
         )
+
+
+@contextmanager
+def quiet_bars(checkpoint: Checkpoint) -> Iterator[None]:
+    """No bars of compressed-tensors either, which shows some for checkpoints in its format."""
+    if not is_packed(checkpoint.raw_config):
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """The report of a run: one self-contained HTML page and a model card, made from the result files.
 
     run.json  calibration.json  scores.json  plan.json  target.json
-    healed/heal.json  retrained/retrain.json  eval.json  bench.json
+    healed/heal.json  retrained/retrain.json  quantized/quantize.json  eval.json  bench.json
                                 │  loading.py     read, and refused where two do not belong together
                                 ▼
     sections.py ──────────►  what each section shows: plain values and phrases
-      healing.py speed.py zeroshot.py retraining.py   some sections by themselves
+      healing.py speed.py zeroshot.py retraining.py quantizing.py   some sections by themselves
       protocol.py              how it was measured, in phrases
       wording.py               numbers and units
       names.py                 models and files by name, never the machine's directories
@@ -33,6 +33,7 @@ import os
 from pathlib import Path
 
 from shortllm.files import explained, write_text
+from shortllm.quantizing.record import QUANTIZED
 from shortllm.reporting.loading import load_comparison, load_results, load_units
 from shortllm.reporting.rendering import (
     is_our_card,
@@ -49,8 +50,9 @@ __all__ = ["write_comparison", "write_report", "write_units"]
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` and the model card `README.md` of a run; returns the page's path.
 
-    The card is also laid into `pruned/` and the healed checkpoints, so that it travels with the
-    models; the README that came there with the original stays beside it as `README.original.md`.
+    The card is also laid into `pruned/`, the healed and the quantized checkpoints, so that it
+    travels with the models; the README that came there with the original stays beside it as
+    `README.original.md`.
 
     Raises:
         ResultFileError: a needed result file is missing or damaged, or two do not belong together.
@@ -59,7 +61,7 @@ def write_report(run_dir: Path) -> Path:
     results = load_results(run_dir)
     page, card = render_page(results), render_model_card(results)
     write_text(run_dir / "README.md", card)
-    for name in (PRUNED, *results.healed_by):
+    for name in (PRUNED, *results.healed_by, QUANTIZED):
         if (run_dir / name).is_dir():
             _keep_original_card(run_dir / name)
             write_text(run_dir / name / "README.md", card)

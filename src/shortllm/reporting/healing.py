@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shortllm.healing.record import Healing
+from shortllm.quantizing.record import QUANTIZED
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.dots import DotPlot
@@ -26,7 +27,7 @@ def healing(results: RunResults) -> Context | None:
     """
     if not results.healed_by:
         return None
-    names = [name for name in results.evaluated if name not in ("original", PRUNED)]
+    names = [name for name in results.evaluated if name not in ("original", PRUNED, QUANTIZED)]
     protocols = list(results.protocols().items())
     rows = [_row(results, name, protocols) for name in ("original", PRUNED, *names)]
     plot = _plot(results, ["original", PRUNED, *names]) if names else None

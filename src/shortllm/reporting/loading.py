@@ -18,6 +18,8 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ResultFileError
 from shortllm.healing import record as healing_record
 from shortllm.healing.record import Healing
+from shortllm.quantizing.record import QUANTIZED, Quantization
+from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
 from shortllm.results import (
     TARGET_FILE,
     UNITS_FILE,
@@ -73,6 +75,7 @@ class RunResults:
     """Without training."""
     retraining: dict[str, Retraining] = field(default_factory=dict)
     """By the name of the model each has made."""
+    quantization: Quantization | None = None
     evaluation: Evaluation | None
     benchmark: Benchmark | None = None
 
@@ -189,6 +192,7 @@ def load_results(run_dir: Path) -> RunResults:
         results,
         healing=_load_healing(run_dir, fingerprints),
         retraining=_load_retraining(run_dir, fingerprints),
+        quantization=_load_quantization(run_dir, fingerprints),
         benchmark=_load_benchmark(run_dir, fingerprints),
     )
 
@@ -224,6 +228,17 @@ def _load_retraining(run_dir: Path, fingerprints: dict[str, str]) -> dict[str, R
             log.info("%s: what was retrained is not %s, left out", path, run_dir / PRUNED)
     order = list(fingerprints)
     return dict(sorted(records.items(), key=lambda item: [*order, item[0]].index(item[0])))
+
+
+def _load_quantization(run_dir: Path, fingerprints: dict[str, str]) -> Quantization | None:
+    """How a model of the run was quantized; left out where it is none of this run, or was not
+    measured."""
+    path = run_dir / QUANTIZED / QUANTIZE_FILE
+    found = _load_optional(Quantization, path) if QUANTIZED in fingerprints else None
+    if found is not None and found.model.fingerprint not in fingerprints.values():
+        log.info("%s: what was quantized is no model of this run, left out", path)
+        return None
+    return found
 
 
 def _load_benchmark(run_dir: Path, fingerprints: dict[str, str]) -> Benchmark | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from shortllm.quantizing.record import Quantization
 from shortllm.reporting.citations import cited
 from shortllm.reporting.loading import ComparisonResults, RunResults, UnitsResults
 from shortllm.reporting.names import (
@@ -41,13 +42,17 @@ def describe_protocol(results: RunResults) -> dict[str, Any]:
     if calibration:
         rows.append(("calibration", calibration_phrase(calibration)))
         rows.append(("calibration tokens", _calibration_detail(calibration)))
+    if results.quantization:
+        rows += _quantization_rows(results.quantization)
     for entry in results.protocols().values():
         rows.append((f"perplexity, {perplexity_source(entry)}", _perplexity_protocol(entry)))
     if scores:
         rows.append(("scoring dtype", scores.dtype))
     if results.evaluation:
         rows.append(("evaluation dtype", results.evaluation.dtype))
+    quantization = results.quantization
     of_stages = {
+        "versions (quantization)": quantization.versions if quantization else {},
         "versions (scoring)": scores.versions if scores else {},
         "versions (evaluation)": results.evaluation.versions if results.evaluation else {},
     }
@@ -165,6 +170,21 @@ def _perplexity_protocol(entry: Perplexity) -> str:
         f"{_PERPLEXITY_BOS[entry.bos]}, {counted(entry.predictions, 'prediction')}, "
         f"tokens {entry.tokens_fingerprint[:12]}"
     )
+
+
+def _quantization_rows(found: Quantization) -> list[tuple[str, str]]:
+    """What was quantized and how, and on which text."""
+    rows = [
+        (
+            "quantization",
+            f"{found.described}; {counted(found.layers, 'linear layer')} of "
+            f"{model_name(found.model.id)}",
+        )
+    ]
+    if found.calibration is not None:
+        detail = _calibration_detail(found.calibration)
+        rows.append(("quantized on", f"{calibration_phrase(found.calibration)}, {detail}"))
+    return rows
 
 
 def _rows_phrase(rows: tuple[int, int] | None) -> str:

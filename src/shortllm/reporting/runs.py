@@ -17,6 +17,7 @@ from pydantic import Field
 
 from shortllm import __version__
 from shortllm.errors import ResultFileError
+from shortllm.quantizing.record import QUANTIZED
 from shortllm.reporting.loading import RunResults, load_results
 from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.pareto import Kind, ParetoPlot, Point, front
@@ -37,6 +38,7 @@ class ComparedModel(Record):
     original: str
     criterion: str | None
     healed_by: str | None = None
+    quantized_by: str | None = None
     blocks: int
     parameters: int
     bytes: int
@@ -51,6 +53,8 @@ class ComparedModel(Record):
         """What happened to it."""
         if self.run is None:
             return "original"
+        if self.quantized_by is not None:
+            return "quantized"
         return "pruned" if self.healed_by is None else "retrained"
 
 
@@ -149,12 +153,15 @@ def _compared(
     measured = _measured(results, name, cell)
     benchmark, method = results.benchmark, results.healed_by.get(name)
     is_original = name == "original"
+    quantization = results.quantization
+    unhealed = ("original", PRUNED, QUANTIZED)
     return ComparedModel(
         run=None,
         name=name,
         original=model_name(results.plan.model.id),
         criterion=None if is_original else results.plan.criterion,
-        healed_by=method or (None if name in ("original", PRUNED) else name),
+        healed_by=method or (None if name in unhealed else name),
+        quantized_by=quantization.method if quantization and name == QUANTIZED else None,
         blocks=entry.model.blocks,
         parameters=entry.model.parameters,
         bytes=entry.model.bytes,
@@ -259,6 +266,8 @@ def trade_plots(
     """
     text = main_text(models)
     axes = [("parameters", "parameters [millions]", 1e-6)] if size else []
+    if any(one.quantized_by for one in models):
+        axes.append(("bytes", "bytes on disk [MB]", 1e-6))
     if cell is not None:
         batch, new_tokens = cell
         how = f"batch {batch}, {new_tokens} new tokens"

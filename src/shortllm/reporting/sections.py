@@ -18,6 +18,7 @@ from shortllm.reporting.protocol import (
     segments_phrase,
 )
 from shortllm.reporting.published import published_section
+from shortllm.reporting.quantizing import quantized_sentence
 from shortllm.reporting.selection import selection
 from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import (
@@ -116,7 +117,7 @@ def verdict(results: RunResults) -> str:
         source, before, after = compared[1]
         move = f"from {number(before)} to" if after != before else "stays at"
         sentence += f", and {move} {number(after)} on {source}"
-    return f"{sentence}.{_regained(results)}{_gained(results)}"
+    return f"{sentence}.{_regained(results)}{quantized_sentence(results)}{_gained(results)}"
 
 
 def _regained(results: RunResults) -> str:

@@ -21,7 +21,7 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data import Records, load_rows, open_records
-from shortllm.errors import DataError, ShortLLMError
+from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.files import PARTIAL, fingerprint, require_writable, write_text
 from shortllm.locking import LOCK, hold
 from shortllm.model.blocks import text_config
@@ -146,6 +146,11 @@ def check(
         ShortLLMError: any of its kinds.
     """
     require_extra(options)
+    if checkpoint.raw_config.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"{checkpoint.id} is quantized, and rounded weights cannot be trained. Retrain the "
+            "unquantized checkpoint, then quantize it"
+        )
     options = options.filled(positions(checkpoint))
     assert options.length is not None
     check_length(checkpoint, options.length, "--length")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE, carried_files
+from shortllm.checkpoint.surgery import PROVENANCE, carried_files, held_provenance
 from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.errors import CheckpointError
 from shortllm.files import partial_directory
@@ -101,14 +101,7 @@ def _save_plain(checkpoint: Checkpoint, plain: Any, directory: Path) -> None:
 
 def _provenance(checkpoint: Checkpoint, record: Retraining) -> dict[str, Any]:
     """Where the checkpoint comes from, and how it was retrained; `before` keeps earlier times."""
-    held = checkpoint.raw_config.get(PROVENANCE) or {
-        "version": __version__,
-        "source": checkpoint.id,
-        "revision": checkpoint.revision,
-        "source_blocks": checkpoint.block_count,
-        "removed_blocks": [],
-        "parent": None,
-    }
+    held = held_provenance(checkpoint)
     retrained = {
         "version": __version__,
         "method": record.method,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOG_SPREAD = 4.0
 """Highest over lowest quality from which on their axis is logarithmic."""
 
-Kind = Literal["original", "pruned", "retrained"]
+Kind = Literal["original", "pruned", "retrained", "quantized"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,41 @@
+"""`shortllm.quantize(...)`, as a function of names and options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shortllm import stages
+from shortllm.checkpoint.source import open_checkpoint
+from shortllm.quantizing.options import QuantizeOptions
+from shortllm.quantizing.record import Quantization
+from shortllm.quantizing.stage import calibration_options, check, require_free
+from shortllm.quantizing.stage import quantize as quantize_stage
+from shortllm.recipe import Recipe
+
+
+def quantize(
+    model: str,
+    out: Path | str,
+    *,
+    options: QuantizeOptions | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+) -> Quantization:
+    """Write a quantized checkpoint, which plain transformers loads.
+
+    Args:
+        out: the new checkpoint directory, which also gets quantize.json. It may hold nothing else;
+            a checkpoint quantized by another recipe is replaced.
+    Raises:
+        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+    """
+    checkpoint = open_checkpoint(model, revision=revision)
+    recipe = Recipe(model=model, quantization=options or QuantizeOptions())
+    asked = recipe.filled(checkpoint.model_type).quantization
+    assert asked is not None
+    require_free(Path(out))
+    session = stages.Session(device=device)
+    asked, _ = check(checkpoint, asked, session=session)
+    text = calibration_options(asked)
+    ids = stages.calibrate(checkpoint, text) if text is not None else None
+    return quantize_stage(checkpoint, asked, Path(out), calibration=ids, session=session)
