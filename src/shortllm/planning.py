@@ -556,7 +556,7 @@ def _search_reason(search: Search, criterion: str) -> str:
         return (
             f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
             f"them the perplexity of {search.held_out_samples} calibration samples kept apart is "
-            f"the lowest, {_figure(found.held_out)} ({beaten})"
+            f"{_figure(found.held_out)}, and by no other candidate lower ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
     begun = next(one for one in search.candidates if one.criterion == search.start)
