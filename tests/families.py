@@ -230,7 +230,7 @@ def score(
     **kwargs: Any,
 ) -> dict[str, Scores]:
     """Scores by criteria; the checkpoint is needed for those that look at stored weights."""
-    source: Any = checkpoint or SimpleNamespace(block_count=decoder.block_count)
+    source: Any = checkpoint or SimpleNamespace(block_count=decoder.block_count, raw_config={})
     scorer = Scorer(checkpoint=source, open_decoder=lambda: decoder, ids_BT=ids_BT, **kwargs)
     return scorer.score([Asked.of(name, (options or {}).get(name)) for name in names])
 
