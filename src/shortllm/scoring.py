@@ -123,6 +123,22 @@ class Asked:
         return self.criterion.function(*arguments, **self.options)
 
 
+def require_plain_weights(checkpoint: Checkpoint, asked: Sequence[Asked]) -> None:
+    """Refuse to take packed integers for weights, or to look for gradients of rounded ones.
+
+    Raises:
+        UnsupportedModelError: naming the criterion.
+    """
+    if not is_packed(checkpoint.raw_config):
+        return
+    for one in asked:
+        if (one.inner() or one).needs in ("weights", "gradients"):
+            raise UnsupportedModelError(
+                f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "
+                "unquantized model, or by ppl, kl or influence"
+            )
+
+
 @dataclass(kw_only=True)
 class Scorer:
     """A model, samples, and the means to run passes over them."""
@@ -142,26 +158,13 @@ class Scorer:
 
         Raises:
             CriterionError: a score is not finite.
-            UnsupportedModelError: the model's blocks cannot be called one by one, or its weights
-                are packed and the criterion looks at them.
+            UnsupportedModelError: the model's blocks cannot be called one by one.
         """
-        self._require_plain_weights(asked)
         blocks = range(self.checkpoint.block_count)
         found = self._score(asked, blocks, blocks, self.journal)
         for name, scores in found.items():
             criteria.require_finite(name, scores.importance)
         return found
-
-    def _require_plain_weights(self, asked: Sequence[Asked]) -> None:
-        """Refuse to take packed integers for weights, or to look for gradients of rounded ones."""
-        if not is_packed(self.checkpoint.raw_config):
-            return
-        for one in asked:
-            if (one.inner() or one).needs in ("weights", "gradients"):
-                raise UnsupportedModelError(
-                    f"{one.name} looks at weights, and {self.checkpoint.id} is quantized. Score "
-                    "the unquantized model, or by ppl, kl or influence"
-                )
 
     def _score(
         self,

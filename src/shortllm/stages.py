@@ -35,7 +35,7 @@ from shortllm.runtime import (
     progress,
     versions,
 )
-from shortllm.scoring import Asked, Scorer
+from shortllm.scoring import Asked, Scorer, require_plain_weights
 
 if TYPE_CHECKING:
     import torch
@@ -339,8 +339,10 @@ def score(
         ranks: the processes that share the samples.
     Raises:
         CriterionError: a score that cannot be ranked.
-        CheckpointError: weights that are missing or not finite.
+        CheckpointError: weights that are missing or not finite, or packed ones that a criterion
+            looks at.
     """
+    require_plain_weights(checkpoint, asked)
     expected = {
         one.name: scores_fingerprint(checkpoint, one, calibration, session) for one in asked
     }
