@@ -283,7 +283,7 @@ def test_files_and_skipping_what_is_up_to_date(
     options = QUICK.model_copy(update={"batches": [1, 2], "runs": 1})
     models = [str(saved("llama")), str(short)]
     found = shortllm.bench(models, options=options, device="cpu", out=tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.glob("[!.]*")}
     assert names == {
         "bench.json",
         "bench.csv",
@@ -296,7 +296,7 @@ def test_files_and_skipping_what_is_up_to_date(
     assert again == found and "is up to date, skipped" in caplog.text
     other = options.model_copy(update={"batches": [1]})
     shortllm.bench(models, options=other, device="cpu", out=tmp_path)
-    left = {path.name for path in tmp_path.iterdir()}
+    left = {path.name for path in tmp_path.glob("[!.]*")}
     assert left == {"bench.json", "bench.csv", "bench-speedup.svg"}
 
 
@@ -317,7 +317,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     monkeypatch.setattr(Turns, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shortllm.bench([str(short)], options=options, device="cpu", out=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.partial"}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"bench.partial"}
     kept = Benchmark.load(tmp_path / "bench.partial").measurements
     with caplog.at_level("INFO"):
         found = shortllm.bench([str(short)], options=options, device="cpu", out=tmp_path)
