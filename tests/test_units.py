@@ -10,7 +10,7 @@ import pytest
 
 import shortllm
 from shortllm.cli import main
-from shortllm.errors import BudgetError, CriterionError, ShortLLMError
+from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.reporting.loading import load_units
 from shortllm.reporting.units import compared, terminal_table
@@ -153,6 +153,35 @@ def test_models_without_heads_of_their_own_are_refused_before_scoring(
     with pytest.raises(ShortLLMError, match="cannot remove 11 of 12 blocks"):
         shortllm.compare_units(recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_heals_without_training_is_refused(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"healing": shortllm.HealOptions()})
+    with pytest.raises(RecipeError, match="heals without training"):
+        shortllm.compare_units(recipe, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "batches"),
+    [
+        (["--set", "benchmark.runs=1"], [1, 4, 16, 64]),
+        (["--set", "benchmark.batches=[3]"], [3]),
+        (["--batch", "2,5", "--set", "benchmark.batches=[3]"], [2, 5]),
+    ],
+)
+def test_batch_sizes_are_the_recipes_unless_typed(
+    flags: list[str], batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def stop(recipe: Recipe, **kwargs: object) -> None:
+        seen.append(recipe)
+        raise ShortLLMError("enough")
+
+    monkeypatch.setattr(shortllm, "compare_units", stop, raising=False)
+    with pytest.raises(SystemExit):
+        main(["compare-units", *flags])
+    assert seen[0].benchmark is not None and seen[0].benchmark.batches == batches
 
 
 def test_on_the_command_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

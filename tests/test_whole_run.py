@@ -200,6 +200,8 @@ def test_changes_keep_what_they_do_not_name() -> None:
         ("modle: x\n", "unknown field 'modle'. Did you mean 'model'"),
         ("evaluation: {taks: [a]}\n", "unknown field 'evaluation.taks'. Did you mean 'tasks'"),
         ("retraining: {rnak: 4}\n", "unknown field 'retraining.rnak'. Did you mean 'rank'"),
+        ("quantization: {grup_size: 3}\n", "'quantization.grup_size'. Did you mean 'group_size'"),
+        ("benchmark: {batch: 3}\n", "'benchmark.batch'. Did you mean 'batches'"),
         ("calibration: {samples: many}\n", "calibration.samples: Input should be a valid integer"),
         ("model: [a\n", "is not YAML"),
         ("just words\n", "holds no fields"),

@@ -37,7 +37,7 @@ DEPTH = ("ppl", "taylor")
 """Criteria of depth pruning that are compared by default."""
 WIDTH: tuple[Method, ...] = get_args(Method)
 
-HEALED = "-healed"
+HEALED_SUFFIX = "-healed"
 """What the name of a healed candidate ends in."""
 
 TOLERANCE = 0.01
@@ -101,6 +101,11 @@ def compare_units_in(
         raise RecipeError(
             "the recipe quantizes, and width and depth are compared before that. Give "
             "--set quantization=null"
+        )
+    if recipe.healing is not None:
+        raise RecipeError(
+            "the recipe heals without training, which width pruning has no gaps for. Give "
+            "--set healing=null, and --retrain for a healing of all"
         )
     rundir.claim_directory(directory, checkpoint)
     check_budget(recipe.budget, checkpoint.info())
@@ -191,7 +196,7 @@ def _healed(
     healed = {}
     for name, checkpoint in made.items():
         for options in recipe.retraining[:1]:
-            target = f"{name}{HEALED}"
+            target = f"{name}{HEALED_SUFFIX}"
             retrain(checkpoint, options, directory / target, session=session)
             healed[target] = pipeline.made_in(directory, target)
     return healed
@@ -211,7 +216,7 @@ def _record(
             unit="width" if name in WIDTH else "depth",
             parameters=one.parameters,
             missed=one.parameters / goal - 1,
-            healed=f"{name}{HEALED}" if f"{name}{HEALED}" in healed else None,
+            healed=f"{name}{HEALED_SUFFIX}" if f"{name}{HEALED_SUFFIX}" in healed else None,
         )
         for name, one in made.items()
     ]

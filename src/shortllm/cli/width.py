@@ -191,9 +191,10 @@ def compare_units(
     task_data: TaskData = None,
     limit: Limit = None,
     retrain: RetrainMethods = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes that speed is measured at.")] = (
-        "1,4,16,64"
-    ),
+    batch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Batch sizes that speed is measured at. Default: 1,4,16,64, or recipe."),
+    ] = None,
     places: Places = None,
     revision: Revision = None,
     device: Device = "auto",
@@ -208,7 +209,10 @@ def compare_units(
     from shortllm.recipes import changed
 
     asked = recipe_of(ctx, model, recipe, retrain, places or [])
-    asked = changed(asked, {"benchmark.batches": counts_in(batch, "--batch")}, "command line")
+    held = asked.benchmark is not None and "batches" in asked.benchmark.model_fields_set
+    if batch is not None or not held:
+        sizes = counts_in(batch or "1,4,16,64", "--batch")
+        asked = changed(asked, {"benchmark.batches": sizes}, "command line")
     found = shortllm.compare_units(
         asked, methods=names_in(methods), out=out, command=command_line()
     )

@@ -14,13 +14,14 @@ import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from shortllm.errors import RecipeError, did_you_mean
 from shortllm.recipe import Recipe
+from shortllm.results import Record
 
 log = logging.getLogger(__name__)
 
@@ -108,36 +109,26 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
         first = error.errors(include_url=False)[0]
         place = [part for part in first["loc"] if isinstance(part, str)]
         if first["type"] == "extra_forbidden":
-            fields = _fields(content, place[:-1])
+            fields = _fields(place[:-1])
             raise RecipeError(
                 f"{where}: unknown field '{'.'.join(place)}'.{did_you_mean(place[-1], fields)}"
             ) from error
         raise RecipeError(f"{where}: {'.'.join(place)}: {first['msg']}") from error
 
 
-def _fields(content: Mapping[str, Any], place: list[str]) -> list[str]:
+def _fields(place: list[str]) -> list[str]:
     """Names of the fields that may stand at a place in a recipe."""
     kind: Any = Recipe
     for part in place:
-        annotation = str(kind.model_fields[part].annotation)
-        kind = next(one for one in _records() if one.__name__ in annotation)
+        kind = _record_in(kind.model_fields[part].annotation)
     return list(kind.model_fields)
 
 
-def _records() -> list[Any]:
-    import shortllm
-    from shortllm.published import Published, PublishedFigures
-
-    return [
-        PublishedFigures,
-        Published,  # behind the longer name
-        shortllm.CalibrationOptions,
-        shortllm.EvaluationOptions,
-        shortllm.BenchmarkOptions,
-        shortllm.RetrainOptions,
-        shortllm.HealOptions,
-        shortllm.Budget,
-    ]
+def _record_in(annotation: Any) -> Any:
+    """The record that a field holds, alone, in a list or a dict, or where it may be null."""
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        return annotation
+    return next(filter(None, map(_record_in, get_args(annotation))), None)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:

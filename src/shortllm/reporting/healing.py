@@ -36,7 +36,6 @@ def healing(results: RunResults) -> Context | None:
         "rows": rows if names else [],
         "tasks": any(entry.zeroshot_mean is not None for entry in results.evaluated.values()),
         "plot": plot and {"wide": plot.svg("wide"), "narrow": plot.svg("narrow")},
-        "source": perplexity_source(protocols[0][1]) if protocols else "",
         "maps": _maps(results.healing) if results.healing else None,
         "retrained": bool(results.retraining),
         "curves": [
