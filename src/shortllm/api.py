@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from shortllm import comparison, pipeline, rundir, stages, targets, units
+from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import (
@@ -36,6 +37,7 @@ from shortllm.results import (
     Retraining,
     UnitsComparison,
 )
+from shortllm.retraining import RECORD as RETRAINED
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize
@@ -555,7 +557,7 @@ def retrain(
 
     options, out = options or RetrainOptions(), Path(out)
     checkpoint = open_checkpoint(model, revision=revision)
-    stage.require_free(out)
+    require_free(out, RETRAINED)
     session = stages.Session(device=device, dtype=dtype)
     ranks = join_training(session)
     return stage.retrain(checkpoint, options, out, session=session, ranks=ranks)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm import stages, targets
+from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.errors import RecipeError, ShortLLMError
@@ -35,6 +36,7 @@ from shortllm.published import Published
 from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
+from shortllm.retraining import RECORD as RETRAINED
 from shortllm.rundir import (
     HEALED,
     PRUNED,
@@ -322,11 +324,11 @@ def _retrain(
     directory: Path, shortened: Checkpoint, recipe: Recipe, session: stages.Session
 ) -> dict[str, Retraining]:
     """A checkpoint with retrain.json for each way of healing, by name."""
-    from shortllm.retraining.stage import require_free, retrain
+    from shortllm.retraining.stage import retrain
 
     records = {}
     for name, options in recipe.healed.items():
-        require_free(directory / name)
+        require_free(directory / name, RETRAINED)
         records[name] = retrain(shortened, options, directory / name, session=session)
     return records
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from shortllm import stages
+from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.healing.options import HealOptions, MergeOptions
-from shortllm.healing.record import HEALED, MERGED, Healing, Merging
-from shortllm.healing.writing import require_free
+from shortllm.healing.record import HEAL_FILE, MERGE_FILE, Healing, Merging
 from shortllm.model.blocks import text_config
 from shortllm.recipe import CalibrationOptions, Recipe
 
@@ -43,7 +43,7 @@ def heal(
     from shortllm.healing import stage
 
     options, target = options or HealOptions(), Path(out)
-    require_free(target, HEALED)
+    require_free(target, HEAL_FILE)
     checkpoint = open_checkpoint(model)
     original = stage.open_source(checkpoint, source)
     stage.kept_blocks(checkpoint, original)
@@ -95,7 +95,7 @@ def merge(
     from shortllm.healing import merge_stage
 
     options, target = options or MergeOptions(), Path(out)
-    require_free(target, MERGED)
+    require_free(target, MERGE_FILE)
     checkpoint = open_checkpoint(model, revision=revision)
     options.check(checkpoint.block_count)
     recipe = Recipe(model=model, calibration=calibration or CalibrationOptions())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import __version__
+from shortllm.checkpoint.made import is_made_by, require_free
 from shortllm.checkpoint.rules import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
@@ -20,8 +21,8 @@ from shortllm.checkpoint.surgery import (
 from shortllm.errors import ShortLLMError
 from shortllm.files import fingerprint, require_writable
 from shortllm.healing.options import MergeOptions
-from shortllm.healing.record import MERGED, Merging
-from shortllm.healing.writing import is_made_by, require_free, write_changed
+from shortllm.healing.record import MERGE_FILE, Merging
+from shortllm.healing.writing import write_changed
 from shortllm.results import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session
@@ -56,16 +57,16 @@ def merge(
         OutputError: the target cannot be written, or holds something else.
     """
     require_apart(checkpoint.directory, target)
-    require_free(target, MERGED)
+    require_free(target, MERGE_FILE)
     options.check(checkpoint.block_count)
     refuse_type(checkpoint.config)
     expected = merge_fingerprint(checkpoint, options, calibration, session)
-    if is_made_by(target, expected, Merging, MERGED):
+    if is_made_by(target, expected, Merging, MERGE_FILE):
         log.info("%s is up to date, skipped", target)
-        return Merging.load(target / MERGED)
+        return Merging.load(target / MERGE_FILE)
     require_writable(target.absolute().parent, checkpoint.bytes)
     _merge(checkpoint, options, target, calibration, session, expected)
-    return Merging.load(target / MERGED)
+    return Merging.load(target / MERGE_FILE)
 
 
 def merge_fingerprint(
@@ -158,7 +159,7 @@ def _merge(
     with progress("writing the merged checkpoint", size) as advance:
         write_changed(
             checkpoint, entries, new, {**config, PROVENANCE: _provenance(checkpoint, record)},
-            target, record, MERGED, advance=advance, verify=verify,
+            target, record, MERGE_FILE, advance=advance, verify=verify,
         )  # fmt: skip
 
 

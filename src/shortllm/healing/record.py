@@ -8,8 +8,8 @@ from pydantic import Field
 
 from shortllm.results import Cost, ModelInfo, Record, ResultFile
 
-HEALED = "heal.json"
-MERGED = "merge.json"
+HEAL_FILE = "heal.json"
+MERGE_FILE = "merge.json"
 
 
 class HealedGap(Record):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from shortllm import stages
+from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.healing.api import healing_text
-from shortllm.healing.record import HEALED as RECORD
-from shortllm.healing.record import Healing
+from shortllm.healing.record import HEAL_FILE, Healing
 from shortllm.healing.stage import check_healable, heal
-from shortllm.healing.writing import require_free
 from shortllm.recipe import CalibrationOptions, Recipe
 from shortllm.rundir import HEALED
 
@@ -29,7 +28,7 @@ def check_healing(directory: Path, checkpoint: Checkpoint, session: stages.Sessi
         UnsupportedModelError: there is none.
         OutputError: the healed checkpoint's directory holds something else.
     """
-    require_free(directory / HEALED, RECORD)
+    require_free(directory / HEALED, HEAL_FILE)
     check_healable(checkpoint, session)
 
 

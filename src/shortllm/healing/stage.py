@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import __version__
+from shortllm.checkpoint.made import CARDS, is_made_by, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
     PROVENANCE,
@@ -21,8 +22,8 @@ from shortllm.errors import CheckpointError, DataError, ShortLLMError, Unsupport
 from shortllm.files import fingerprint, require_writable
 from shortllm.healing.gaps import gaps_of
 from shortllm.healing.options import HealOptions
-from shortllm.healing.record import HEALED, Healing, HeldOut
-from shortllm.healing.writing import is_made_by, require_free, write_changed
+from shortllm.healing.record import HEAL_FILE, Healing, HeldOut
+from shortllm.healing.writing import write_changed
 from shortllm.results import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session
@@ -65,17 +66,17 @@ def heal(
     """
     for held in (checkpoint, source):
         require_apart(held.directory, target)
-    require_free(target, HEALED)
+    require_free(target, HEAL_FILE)
     kept = kept_blocks(checkpoint, source)
     _check_samples(calibration)
     expected = heal_fingerprint(checkpoint, source, options, calibration, session)
-    if is_made_by(target, expected, Healing, HEALED):
+    if is_made_by(target, expected, Healing, HEAL_FILE, under="healed"):
         log.info("%s is up to date, skipped", target)
-        return Healing.load(target / HEALED)
+        return Healing.load(target / HEAL_FILE)
     require_writable(target.absolute().parent, checkpoint.bytes)
     require_same_weights(checkpoint, source, kept)
     _heal(checkpoint, source, kept, options, target, calibration, session, expected)
-    return Healing.load(target / HEALED)
+    return Healing.load(target / HEAL_FILE)
 
 
 def heal_fingerprint(
@@ -86,7 +87,6 @@ def heal_fingerprint(
     session: Session,
 ) -> str:
     """Of everything the healed checkpoint depends on."""
-    from shortllm.retraining.preparing import CARDS
 
     return fingerprint(
         {
@@ -284,7 +284,7 @@ def _heal(
     config = {**checkpoint.raw_config, PROVENANCE: _provenance(checkpoint, record)}
     with progress("writing the healed checkpoint", checkpoint.bytes) as advance:
         write_changed(
-            checkpoint, dict(checkpoint.tensors), new, config, target, record, HEALED,
+            checkpoint, dict(checkpoint.tensors), new, config, target, record, HEAL_FILE,
             advance=advance, verify=verify,
         )  # fmt: skip
 

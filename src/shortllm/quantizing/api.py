@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from shortllm import stages
+from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.quantizing.options import QuantizeOptions
-from shortllm.quantizing.record import Quantization
-from shortllm.quantizing.stage import calibration_options, check, require_free
+from shortllm.quantizing.record import RECORD, Quantization
+from shortllm.quantizing.stage import calibration_options, check
 from shortllm.quantizing.stage import quantize as quantize_stage
 from shortllm.recipe import Recipe
 
@@ -33,7 +34,7 @@ def quantize(
     recipe = Recipe(model=model, quantization=options or QuantizeOptions())
     asked = recipe.filled(checkpoint.model_type).quantization
     assert asked is not None
-    require_free(Path(out))
+    require_free(Path(out), RECORD)
     session = stages.Session(device=device)
     asked, _ = check(checkpoint, asked, session=session)
     text = calibration_options(asked)

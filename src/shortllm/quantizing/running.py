@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shortllm import stages
+from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import ResultFileError
 from shortllm.quantizing.options import QuantizeOptions
-from shortllm.quantizing.record import QUANTIZED, Quantization
-from shortllm.quantizing.stage import calibration_options, check, quantize, require_free
+from shortllm.quantizing.record import QUANTIZED, RECORD, Quantization
+from shortllm.quantizing.stage import calibration_options, check, quantize
 from shortllm.recipe import Recipe
 from shortllm.results import Evaluation
 
@@ -48,7 +49,7 @@ def quantize_in(
     """
     if options is None:
         return None
-    require_free(directory / QUANTIZED)
+    require_free(directory / QUANTIZED, RECORD)
     name = best_of(candidates, texts, session, directory / "eval.json")
     if len(candidates) > 1:
         log.info("%s has the lowest perplexity and is quantized", name)

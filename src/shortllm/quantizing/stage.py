@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.checkpoint.made import CARDS, is_made_by, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
-from shortllm.errors import CheckpointError, DataError, OutputError, ShortLLMError
+from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.files import fingerprint, require_writable
 from shortllm.quantizing.layers import Layers, find_layers, require_group_size
 from shortllm.quantizing.options import QuantizeOptions
@@ -18,7 +19,7 @@ from shortllm.quantizing.packages import extra_versions, require_extra
 from shortllm.quantizing.record import RECORD, Quantization
 from shortllm.recipe import CalibrationOptions
 from shortllm.results import Cost
-from shortllm.retraining.preparing import CARDS, positions
+from shortllm.retraining.preparing import positions
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session
 
@@ -99,15 +100,14 @@ def quantize(
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
-    from shortllm.quantizing.writing import is_quantized_by
 
     options, layers = check(checkpoint, options, session=session)
     if options.needs_text and calibration is None:
         raise DataError(f"--method {options.method} looks at text. Give --data")
     require_apart(checkpoint.directory, target)
-    require_free(target)
+    require_free(target, RECORD)
     expected = quantized_fingerprint(checkpoint, options, calibration, session)
-    if is_quantized_by(target, expected):
+    if is_made_by(target, expected, Quantization, RECORD, under="quantized"):
         log.info("%s is up to date, skipped", target)
         return Quantization.load(target / RECORD)
     if (target / RECORD).is_file():
@@ -134,18 +134,6 @@ def quantized_fingerprint(
             "device": session.device.type,
         }
     )
-
-
-def require_free(target: Path) -> None:
-    """Refuse a target that holds something else than a quantized checkpoint.
-
-    Raises:
-        OutputError: it is a file, or a directory with other things in it.
-    """
-    if target.is_file():
-        raise OutputError(f"--out {target} is a file. Give a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
-        raise OutputError(f"{target} holds something else. Choose another --out, or delete it")
 
 
 def _quantize(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
+from shortllm.checkpoint.made import copy_carried
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import PROVENANCE, carried_files, held_provenance
-from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.files import partial_directory
 from shortllm.quantizing.compressing import save_compressed
 from shortllm.quantizing.record import RECORD, Quantization
@@ -45,11 +44,9 @@ def write_quantized(
         written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         for name in OWN_FILES:
             (directory / name).unlink(missing_ok=True)
-        for file in carried_files(checkpoint.directory, target):
-            if file.parts[0] in LEFT_BEHIND:
-                continue
-            (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / file, directory / file)
+        carried = carried_files(checkpoint.directory, target)
+        kept = [file for file in carried if file.parts[0] not in LEFT_BEHIND]
+        copy_carried(checkpoint, kept, directory)
         config = {
             **checkpoint.raw_config,
             "quantization_config": written["quantization_config"],
@@ -74,15 +71,3 @@ def _provenance(checkpoint: Checkpoint, record: Quantization) -> dict[str, Any]:
         "fingerprint": record.fingerprint,
     }
     return {**held_provenance(checkpoint), "quantized": quantized}
-
-
-def is_quantized_by(target: Path, expected: str) -> bool:
-    """Whether `target` is a finished quantized checkpoint with this fingerprint."""
-    try:
-        record = Quantization.load(target / RECORD)
-        read_tensor_table(target)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what the package raises is a ValueError
-        return False
-    held = ((config.get(PROVENANCE) or {}).get("quantized") or {}).get("fingerprint")
-    return record.fingerprint == held == expected

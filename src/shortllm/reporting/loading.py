@@ -16,8 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ResultFileError
-from shortllm.healing import record as healing_record
-from shortllm.healing.record import Healing
+from shortllm.healing.record import HEAL_FILE, Healing
 from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
 from shortllm.results import (
@@ -208,7 +207,7 @@ def _fingerprints(results: RunResults, run_dir: Path) -> dict[str, str]:
 
 def _load_healing(run_dir: Path, fingerprints: dict[str, str]) -> Healing | None:
     """How the shortened model was healed without training; left out where it was another model."""
-    path = run_dir / HEALED / healing_record.HEALED
+    path = run_dir / HEALED / HEAL_FILE
     record = _load_optional(Healing, path)
     if record is not None and record.model.fingerprint != fingerprints.get(PRUNED):
         log.info("%s: what was healed is not %s, left out", path, run_dir / PRUNED)

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from shortllm.checkpoint.made import CARDS
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -48,9 +49,6 @@ POLL_S = 0.2
 
 STATE_BYTES = {"lora": 0.5, "last-blocks": 8, "full": 24, "distill": 24}
 """Bytes of disk for each parameter: up to two states of float32 weights and AdamW's moments."""
-
-CARDS = {"README.md", "README.original.md"}
-"""Model cards, which a report lays beside the weights, do not count as a change."""
 
 UNFINGERPRINTED = {"data", "eval_data", "teacher", "report_to"}
 """Options that say where something lies: what lies there counts instead."""

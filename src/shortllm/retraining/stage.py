@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shortllm.checkpoint.made import is_made_by
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import OutputError
 from shortllm.locking import releasing
 from shortllm.results import Cost, Retraining
 from shortllm.retraining import RECORD
 from shortllm.retraining.options import RetrainOptions
 from shortllm.retraining.preparing import Prepared, compute_dtype, prepare
-from shortllm.retraining.writing import LOGS, is_retrained_by, write_retrained
+from shortllm.retraining.writing import LOGS, write_retrained
 from shortllm.runtime import ALONE, Ranks, peak_memory, versions
 from shortllm.stages import Session
 
@@ -42,7 +42,7 @@ def retrain(
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
     prepared = prepare(checkpoint, options, target, session=session, ranks=ranks)
-    if is_retrained_by(target, prepared.fingerprint):
+    if is_made_by(target, prepared.fingerprint, Retraining, RECORD, under="retrained"):
         log.info("%s is up to date, skipped", target)
     else:
         if (target / RECORD).is_file():
@@ -52,20 +52,6 @@ def retrain(
     if ranks.is_main:
         shutil.rmtree(prepared.work, ignore_errors=True)
     return Retraining.load(target / RECORD)
-
-
-def require_free(target: Path) -> None:
-    """Refuse a target that holds something else than a retrained checkpoint.
-
-    Raises:
-        OutputError: it is a file, or a directory with other things in it.
-    """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputError(f"--out {target} is a file. Give a directory")
-    if any(target.iterdir()) and not (target / RECORD).is_file():
-        raise OutputError(f"{target} holds something else. Choose another --out, or delete it")
 
 
 def _train_and_write(prepared: Prepared, target: Path, session: Session, ranks: Ranks) -> None:

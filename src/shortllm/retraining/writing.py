@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from shortllm import __version__
+from shortllm.checkpoint.made import copy_carried
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import PROVENANCE, carried_files, held_provenance
-from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.errors import CheckpointError
 from shortllm.files import partial_directory
 from shortllm.model.loading import load_model, quiet_transformers, stored_dtype
@@ -92,11 +92,9 @@ def _save_plain(checkpoint: Checkpoint, plain: Any, directory: Path) -> None:
         plain.save_pretrained(directory)
     for file in ("config.json", "generation_config.json"):
         (directory / file).unlink(missing_ok=True)
-    for name in carried_files(checkpoint.directory):
-        if name.parts[0] in (LOGS, RECORD):
-            continue
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.directory / name, directory / name)
+    carried = carried_files(checkpoint.directory)
+    kept = [name for name in carried if name.parts[0] not in (LOGS, RECORD)]
+    copy_carried(checkpoint, kept, directory)
 
 
 def _provenance(checkpoint: Checkpoint, record: Retraining) -> dict[str, Any]:
@@ -125,19 +123,6 @@ def _compare(directory: Path, plain: nn.Module) -> None:
     for name, tensor in plain.state_dict().items():
         if not torch.equal(found[name], tensor):
             raise CheckpointError(f"{directory}: tensor '{name}' is not what was written")
-
-
-def is_retrained_by(target: Path, expected: str) -> bool:
-    """Whether `target` is a finished retrained checkpoint with this fingerprint."""
-    try:
-        record = Retraining.load(target / RECORD)
-        read_tensor_table(target)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what the package raises is a ValueError
-        return False
-    entry = config.get(PROVENANCE) or {}
-    held = (entry.get("retrained") or {}).get("fingerprint")
-    return record.fingerprint == held == expected
 
 
 def _name(dtype: torch.dtype) -> str:

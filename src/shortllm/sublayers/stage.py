@@ -6,7 +6,6 @@ that loses both sublayers is removed, as by a plan.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -14,16 +13,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shortllm.checkpoint.made import is_made_by, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
-    PROVENANCE,
     carried_fingerprint,
     check_removal,
     renumbered_tensors,
     require_apart,
 )
-from shortllm.checkpoint.tensors import read_tensor_table
-from shortllm.errors import CriterionError, DataError, OutputError, UnsupportedModelError
+from shortllm.errors import CriterionError, DataError, UnsupportedModelError
 from shortllm.files import PARTIAL, fingerprint, require_writable
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
@@ -81,9 +79,9 @@ def drop_sublayers(
     if options.criterion is not None and calibration is None:
         raise DataError(f"--criterion {options.criterion} looks at text. Give calibration ids")
     require_apart(checkpoint.directory, target)
-    require_free(target)
+    require_free(target, RECORD)
     expected = drop_fingerprint(checkpoint, options, calibration, session)
-    if is_made_by(target, expected):
+    if is_made_by(target, expected, SublayerDrop, RECORD):
         log.info("%s is up to date, skipped", target)
         return SublayerDrop.load(target / RECORD)
     _refuse_quantized(checkpoint)
@@ -119,30 +117,6 @@ def drop_fingerprint(
             "device": session.device.type,
         }
     )
-
-
-def require_free(target: Path) -> None:
-    """Refuse a target that holds something else than a checkpoint of this stage.
-
-    Raises:
-        OutputError: it is a file, or a directory with other things in it.
-    """
-    if target.is_file():
-        raise OutputError(f"--out {target} is a file. Give a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
-        raise OutputError(f"{target} holds something else. Choose another --out, or delete it")
-
-
-def is_made_by(target: Path, expected: str) -> bool:
-    """Whether `target` is a finished checkpoint of this stage with this fingerprint."""
-    try:
-        record = SublayerDrop.load(target / RECORD)
-        read_tensor_table(target)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what the package raises is a ValueError
-        return False
-    held = (config.get(PROVENANCE) or {}).get("fingerprint")
-    return record.fingerprint == held == expected
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

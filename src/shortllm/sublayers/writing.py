@@ -6,26 +6,19 @@ written. Everything is written under a temporary name, checked, and renamed.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
+from shortllm.checkpoint.made import write_made
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE, carried_files
+from shortllm.checkpoint.surgery import PROVENANCE
 from shortllm.checkpoint.tensors import TensorEntry
-from shortllm.checkpoint.tokenizer import write_special_tokens
-from shortllm.checkpoint.writer import write_tensors
-from shortllm.files import PARTIAL, partial_directory
 from shortllm.sublayers.record import RECORD, SublayerDrop
 from shortllm.sublayers.structure import PARTS, Outputs, Sublayer
 from shortllm.width_pruning.writing import stored_name
-
-ZEROS = f"zeros{PARTIAL}"
-"""The file that zeros are copied from."""
 
 
 def write_dropped(
@@ -48,19 +41,17 @@ def write_dropped(
     Raises:
         OutputError: the target cannot be written.
     """
-    carried = [name for name in carried_files(checkpoint.directory, target) if name.name != RECORD]
-    with partial_directory(target) as directory:
-        for name in carried:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-        write_special_tokens(checkpoint, directory)
-        written = entries | _zeros(directory / ZEROS, zeros)
-        write_tensors(directory, written, advance=advance)
-        (directory / ZEROS).unlink(missing_ok=True)
-        text = json.dumps({**config, PROVENANCE: _provenance(checkpoint, record)}, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        verify(directory)
-        record.save(directory / RECORD)
+    write_made(
+        checkpoint,
+        entries,
+        lambda directory: _zeros(directory, zeros),
+        {**config, PROVENANCE: _provenance(checkpoint, record)},
+        target,
+        record,
+        RECORD,
+        advance=advance,
+        verify=verify,
+    )
 
 
 def zeroed_names(
@@ -77,10 +68,12 @@ def zeroed_names(
     return found
 
 
-def _zeros(file: Path, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _zeros(directory: Path, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The tensors as zeros, all taken from one file that has as many as the largest."""
     if not entries:
         return {}
+    directory.mkdir()
+    file = directory / "zeros"
     with open(file, "wb") as stream:
         stream.truncate(max(entry.bytes for entry in entries.values()))
     return {name: replace(entry, file=file, offset=0) for name, entry in entries.items()}

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.checkpoint.made import is_made_by, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
-from shortllm.errors import DataError, OutputError, UnsupportedModelError
+from shortllm.errors import DataError, UnsupportedModelError
 from shortllm.files import fingerprint, require_writable
 from shortllm.model.blocks import text_config
 from shortllm.results import Cost
@@ -54,15 +55,13 @@ def width(
         CheckpointError: the result does not compute what was meant.
         OutputError: the target cannot be written, or holds something else.
     """
-    from shortllm.width_pruning.writing import is_narrowed_by
-
     options = options.filled(checkpoint.block_count)
     if options.needs_text and calibration is None:
         raise DataError(f"--method {options.method} looks at text. Give calibration ids")
     require_apart(checkpoint.directory, target)
-    require_free(target)
+    require_free(target, RECORD)
     expected = width_fingerprint(checkpoint, options, calibration, session)
-    if is_narrowed_by(target, expected):
+    if is_made_by(target, expected, WidthPruning, RECORD):
         log.info("%s is up to date, skipped", target)
         return WidthPruning.load(target / RECORD)
     _refuse_parts(checkpoint)
@@ -89,18 +88,6 @@ def width_fingerprint(
             "device": session.device.type,
         }
     )
-
-
-def require_free(target: Path) -> None:
-    """Refuse a target that holds something else than a narrower checkpoint.
-
-    Raises:
-        OutputError: it is a file, or a directory with other things in it.
-    """
-    if target.is_file():
-        raise OutputError(f"--out {target} is a file. Give a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
-        raise OutputError(f"{target} holds something else. Choose another --out, or delete it")
 
 
 def _refuse_parts(checkpoint: Checkpoint) -> None:

@@ -7,8 +7,6 @@ renamed.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from shortllm import __version__
+from shortllm.checkpoint.made import write_made
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE, carried_files
+from shortllm.checkpoint.surgery import PROVENANCE
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_tensor_table
-from shortllm.checkpoint.tokenizer import write_special_tokens
-from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import UnsupportedModelError
-from shortllm.files import partial_directory, require_writable
+from shortllm.files import require_writable
 from shortllm.width_pruning.groups import BlockGroups, Removed
 from shortllm.width_pruning.record import RECORD, WidthPruning
-
-NEW = "new"
-"""Directory of the tensors that the source does not hold, while the checkpoint is written."""
 
 
 def require_plain_names(checkpoint: Checkpoint, groups: Mapping[int, BlockGroups]) -> None:
@@ -112,19 +106,17 @@ def write_narrowed(
         OutputError: the target cannot be written.
     """
     require_writable(target.absolute().parent, sum(entry.bytes for entry in entries.values()))
-    carried = [name for name in carried_files(checkpoint.directory, target) if name.name != RECORD]
-    with partial_directory(target) as directory:
-        for name in carried:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-        write_special_tokens(checkpoint, directory)
-        written = entries | _written(new, directory / NEW)
-        write_tensors(directory, written, advance=advance)
-        shutil.rmtree(directory / NEW, ignore_errors=True)
-        text = json.dumps({**config, PROVENANCE: provenance(checkpoint, record)}, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        verify(directory)
-        record.save(directory / RECORD)
+    write_made(
+        checkpoint,
+        entries,
+        lambda directory: _written(new, directory),
+        {**config, PROVENANCE: provenance(checkpoint, record)},
+        target,
+        record,
+        RECORD,
+        advance=advance,
+        verify=verify,
+    )
 
 
 def _written(tensors: dict[str, Tensor], directory: Path) -> dict[str, TensorEntry]:
@@ -138,15 +130,3 @@ def _written(tensors: dict[str, Tensor], directory: Path) -> dict[str, TensorEnt
         {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / SAFETENSORS
     )
     return read_tensor_table(directory)
-
-
-def is_narrowed_by(target: Path, expected: str) -> bool:
-    """Whether `target` is a finished narrower checkpoint with this fingerprint."""
-    try:
-        record = WidthPruning.load(target / RECORD)
-        read_tensor_table(target)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what the package raises is a ValueError
-        return False
-    held = (config.get(PROVENANCE) or {}).get("fingerprint")
-    return record.fingerprint == held == expected

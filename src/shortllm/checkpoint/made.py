@@ -1,0 +1,106 @@
+"""Checkpoints that a stage makes: whose a target is, whether it is up to date, how it is written.
+
+Each has a record beside its weights (width.json, heal.json, ...), which carries the fingerprint of
+what made it, as config.json does under `shortllm`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.surgery import PROVENANCE, carried_files
+from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table
+from shortllm.checkpoint.tokenizer import write_special_tokens
+from shortllm.checkpoint.writer import write_tensors
+from shortllm.errors import OutputError
+from shortllm.files import partial_directory
+from shortllm.results import ResultFile
+
+NEW = "new"
+"""Directory of the tensors that the source does not hold, while a checkpoint is written."""
+
+CARDS = {"README.md", "README.original.md"}
+"""Model cards, which a report lays beside the weights, do not count as a change."""
+
+
+def require_free(target: Path, record: str) -> None:
+    """Refuse a target that holds something else than what the same stage has made.
+
+    Args:
+        record: the file by which that is known.
+    Raises:
+        OutputError: it is a file, or a directory with other things in it.
+    """
+    if target.is_file():
+        raise OutputError(f"--out {target} is a file. Give a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
+        raise OutputError(f"{target} holds something else. Choose another --out, or delete it")
+
+
+def is_made_by(
+    target: Path, expected: str, kind: type[ResultFile], record: str, *, under: str | None = None
+) -> bool:
+    """Whether `target` is a finished checkpoint whose record and config have this fingerprint.
+
+    Args:
+        kind, record: the class and the file of the record.
+        under: the key within the config's entry that the fingerprint stands under, if any.
+    """
+    try:
+        found = kind.load(target / record)
+        read_tensor_table(target)
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what the package raises is a ValueError
+        return False
+    entry = config.get(PROVENANCE) or {}
+    held = (entry if under is None else entry.get(under) or {}).get("fingerprint")
+    return bool(found.fingerprint == held == expected)
+
+
+def copy_carried(checkpoint: Checkpoint, names: Iterable[Path], directory: Path) -> None:
+    """Copy files that a new checkpoint takes along, see `carried_files`."""
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.directory / name, directory / name)
+
+
+def write_made(
+    checkpoint: Checkpoint,
+    entries: Mapping[str, TensorEntry],
+    new: Callable[[Path], Mapping[str, TensorEntry]],
+    config: Mapping[str, Any],
+    target: Path,
+    record: ResultFile,
+    name: str,
+    *,
+    advance: Callable[[int], None],
+    verify: Callable[[Path], None],
+) -> None:
+    """Write a checkpoint as directory `target`, whole or not at all.
+
+    Args:
+        entries: new tensor name -> stored tensor, copied from where it is.
+        new: makes files in a directory that is deleted afterwards, and gives the tensors in them,
+            which take the place of entries or come on top.
+        config: the content of config.json.
+        record: goes into the directory as the file `name`.
+        verify: called with the written directory before it gets its final name; may raise.
+    Raises:
+        OutputError: the target cannot be written.
+    """
+    carried = [file for file in carried_files(checkpoint.directory, target) if file.name != name]
+    with partial_directory(target) as directory:
+        copy_carried(checkpoint, carried, directory)
+        write_special_tokens(checkpoint, directory)
+        written = {**entries, **new(directory / NEW)}
+        write_tensors(directory, written, advance=advance)
+        shutil.rmtree(directory / NEW, ignore_errors=True)
+        text = json.dumps(config, indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        verify(directory)
+        record.save(directory / name)
