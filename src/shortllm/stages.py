@@ -229,11 +229,15 @@ def prepare_texts(
     shared = [False] * len(measured)
     if healing is not None and calibration.file is None:
         healing = healing.model_copy(update={"data": calibration.data})
+    loaded: dict[str, Rows] = {}
     made: list[Calibration | None] = []
     for options in (calibration if scoring else None, healing, quantization):
         rows = None
         if options is not None and options.file is None:
-            rows = load_rows(options.data or "", role="calibration")
+            source = options.data or ""
+            if source not in loaded:
+                loaded[source] = load_rows(source, role="calibration")
+            rows = loaded[source]
             same = [same_text(rows, other) for other in measured]
             shared = [one or other for one, other in zip(shared, same, strict=True)]
             if any(same):
