@@ -60,7 +60,7 @@ class Clock:
 def windows(data: str, packing: str, place: Path) -> Any:
     """The data as windows."""
     from shortllm.checkpoint import open_checkpoint
-    from shortllm.data import open_records
+    from shortllm.data.records import open_records
     from shortllm.retraining.documents import documents, kind_of
     from shortllm.retraining.options import RetrainOptions
     from shortllm.retraining.store import open_corpus, write_corpus

@@ -23,7 +23,8 @@ from shortllm.calibration import (
     sample_random,
     tokens_fingerprint,
 )
-from shortllm.data import Rows, load_rows
+from shortllm.data.rows import Rows
+from shortllm.data.sources import load_rows
 from shortllm.errors import DataError, OutputError, ResultFileError
 from shortllm.segments import evaluation_segments
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shortllm
 from shortllm.checkpoint import open_checkpoint
-from shortllm.data import open_records
+from shortllm.data.records import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.metrics import kl_divergence

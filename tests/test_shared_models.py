@@ -12,7 +12,7 @@ import torch
 
 import shortllm
 from shortllm import pipeline, stages
-from shortllm.data import load_rows
+from shortllm.data.sources import load_rows
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 
 pytestmark = pytest.mark.shared

@@ -305,7 +305,7 @@ def evaluate(
     Raises:
         DataError: unreadable text, or models whose tokenizers make different tokens of it.
     """
-    from shortllm.data import load_rows
+    from shortllm.data.sources import load_rows
     from shortllm.evaluation import EvaluationText
 
     if not models:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shortllm.data import Rows, load_rows
+from shortllm.data.rows import Rows
+from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
 from shortllm.files import fingerprint, require_writable, write_bytes
 from shortllm.results import CalibrationInfo

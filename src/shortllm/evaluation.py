@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shortllm.calibration import tokens_fingerprint
-from shortllm.data import Rows
+from shortllm.data.rows import Rows
 from shortllm.errors import CheckpointError
 from shortllm.metrics import perplexity
 from shortllm.model.blocks import text_config

@@ -19,7 +19,7 @@ from pathlib import Path
 from shortllm import pipeline, stages
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data import load_rows
+from shortllm.data.sources import load_rows
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation import EvaluationText
 from shortllm.files import write_text

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from shortllm.calibration import Calibration
-    from shortllm.data import Rows
+    from shortllm.data.rows import Rows
     from shortllm.evaluation import EvaluationText
     from shortllm.model.decoder import Decoder
     from shortllm.model.streams import StreamMemory
@@ -161,7 +161,7 @@ def calibrate(
         DataError: too little text, or ids the model cannot take.
     """
     from shortllm.calibration import build_calibration, check_ids, load_calibration
-    from shortllm.data import load_rows
+    from shortllm.data.sources import load_rows
 
     if options.file is not None:
         calibration = load_calibration(options.file)
@@ -221,7 +221,8 @@ def prepare_texts(
     Raises:
         DataError: unreadable or too little text.
     """
-    from shortllm.data import load_rows, same_text, split_held_out
+    from shortllm.data.rows import same_text, split_held_out
+    from shortllm.data.sources import load_rows
     from shortllm.evaluation import EvaluationText
 
     check_length(checkpoint, evaluation.length, "--eval-length")

@@ -30,7 +30,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from shortllm.data import DATA_VARIABLE, PACKED_SUFFIXES, data_directory, load_records
+from shortllm.data.built_ins import DATA_VARIABLE, data_directory
+from shortllm.data.local import PACKED_SUFFIXES, load_records
 from shortllm.embedded import TASKS_DIR
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.files import fingerprint, write_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -28,9 +28,6 @@ from shortllm.cli.options import (
     names_in,
 )
 from shortllm.cli.output import print_benchmark, print_evaluation, print_json, print_table
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -31,9 +31,6 @@ from shortllm.cli.options import (
 )
 from shortllm.cli.output import plan_line, print_json
 from shortllm.errors import BudgetError
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(

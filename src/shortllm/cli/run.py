@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -60,9 +60,6 @@ from shortllm.cli.output import (
     print_json,
     task_scores,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(

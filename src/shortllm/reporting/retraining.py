@@ -5,14 +5,11 @@ context = retraining_section(Retraining.load(run_dir / "retrained" / "retrain.js
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shortllm.reporting.plots.losses import LossPlot
 from shortllm.reporting.wording import counted, number, short_count
 from shortllm.results import Retraining
-
-if TYPE_CHECKING:
-    pass
 
 Context = dict[str, Any]
 

@@ -10,16 +10,13 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shortllm.files import write_text
 from shortllm.reporting.plots.drawing import standalone
 from shortllm.reporting.plots.lines import Line, LinePlot
 from shortllm.reporting.wording import NONE, counted, number, percent, short_bytes
 from shortllm.results import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
-
-if TYPE_CHECKING:
-    pass
 
 MOST_LINES = 4
 """Batch sizes that the plot of speed-ups shows at the most."""

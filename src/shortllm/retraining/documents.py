@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from shortllm.data import Records
+from shortllm.data.records import Records
 from shortllm.errors import DataError
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from shortllm.checkpoint.made import CARDS
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data import Records, load_rows, open_records
+from shortllm.data.records import Records, open_records
+from shortllm.data.sources import load_rows
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.files import PARTIAL, fingerprint, require_writable, write_text
 from shortllm.locking import LOCK, hold
