@@ -55,7 +55,8 @@ def described(name: str, model: Any, prompt_tokens: int, dtype: str) -> Any:
     from shortllm.benchmark import weight_bytes
     from shortllm.files import fingerprint
     from shortllm.model.decoder import Decoder
-    from shortllm.results import BenchmarkedModel, ModelInfo
+    from shortllm.results.benchmark import BenchmarkedModel
+    from shortllm.results.record import ModelInfo
 
     decoder = Decoder(model)
     info = ModelInfo(
@@ -84,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from shortllm.files import fingerprint
     from shortllm.recipe import BenchmarkOptions
     from shortllm.reporting.speed import table, write_benchmark
-    from shortllm.results import Benchmark
+    from shortllm.results.benchmark import Benchmark
     from shortllm.rundir import finished
 
     device = torch.device(arguments.device)

@@ -27,7 +27,7 @@ from shortllm.meters import Sampler, is_out_of_memory, meter_of
 from shortllm.recipe import BENCHMARK_PRESETS, BenchmarkOptions
 from shortllm.reporting import speed
 from shortllm.reporting.rendering import _templates
-from shortllm.results import Benchmark, Measurement, PeakMemory
+from shortllm.results.benchmark import Benchmark, Measurement, PeakMemory
 
 CPU = torch.device("cpu")
 QUICK = BenchmarkOptions(new_tokens=[4], warmup=1, runs=2)

@@ -24,7 +24,9 @@ from shortllm.metrics import next_token_nll
 from shortllm.model.decoder import Decoder
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
 from shortllm.reporting.comparison import spans
-from shortllm.results import BlockScores, Comparison, Contender, Perplexity, RemovedSet
+from shortllm.results.comparison import Comparison, Contender, RemovedSet
+from shortllm.results.evaluation import Perplexity
+from shortllm.results.scores import BlockScores
 from shortllm.standings import standings, verdict
 
 NAMES = ["ppl", "angular", "greedy", "even"]

@@ -38,7 +38,8 @@ from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.recipes import changed, parse_recipe
-from shortllm.results import CalibrationInfo, Evaluation
+from shortllm.results.evaluation import Evaluation
+from shortllm.results.scores import CalibrationInfo
 from shortllm.retraining.distill import lineage
 from shortllm.stages import Session
 

@@ -20,7 +20,9 @@ from shortllm import embedded, pipeline, rundir, stages
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.locking import LOCK, hold, releasing
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results import BlockScores, Evaluation, PrunePlan
+from shortllm.results.evaluation import Evaluation
+from shortllm.results.plan import PrunePlan
+from shortllm.results.scores import BlockScores
 
 RECIPE = Recipe(
     budget=shortllm.Budget(remove=2),

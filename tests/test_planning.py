@@ -19,7 +19,9 @@ from shortllm.planning import (
     removable,
     removal_order,
 )
-from shortllm.results import BlockScores, ModelInfo, PrunePlan
+from shortllm.results.plan import PrunePlan
+from shortllm.results.record import ModelInfo
+from shortllm.results.scores import BlockScores
 
 
 def model(blocks: int = 12, per_block: list[int] | None = None, outside: int = 100) -> ModelInfo:

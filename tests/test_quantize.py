@@ -30,7 +30,7 @@ from shortllm.quantizing.stage import calibration_options, check
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.runs import compared_models
-from shortllm.results import Evaluation
+from shortllm.results.evaluation import Evaluation
 from shortllm.retraining.options import RetrainOptions
 
 CPU = torch.device("cpu")

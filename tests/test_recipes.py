@@ -27,7 +27,8 @@ from shortllm.published import Published, PublishedFigures, beside, compared_blo
 from shortllm.recipe import BenchmarkOptions, EvaluationOptions, Recipe
 from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text
 from shortllm.released import measure_released, released_recipes
-from shortllm.results import EvaluatedModel, Evaluation, ModelInfo, Perplexity, TaskScore
+from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity, TaskScore
+from shortllm.results.record import ModelInfo
 from shortllm.scoring import Asked
 from shortllm.zeroshot import EMBEDDED_TASKS, METRICS, task_names
 

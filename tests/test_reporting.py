@@ -21,18 +21,10 @@ from shortllm.reporting.plots.criteria import ComparisonPlot, CriterionLine
 from shortllm.reporting.plots.sensitivity import SensitivityPlot
 from shortllm.reporting.sections import IMPORTANCE_LABELS, LONG_TABLE
 from shortllm.reporting.wording import THIN, change, number
-from shortllm.results import (
-    BlockScores,
-    CalibrationInfo,
-    Cost,
-    EvaluatedModel,
-    Evaluation,
-    ModelInfo,
-    Perplexity,
-    PrunePlan,
-    Samples,
-    Size,
-)
+from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity, Samples
+from shortllm.results.plan import PrunePlan, Size
+from shortllm.results.record import Cost, ModelInfo
+from shortllm.results.scores import BlockScores, CalibrationInfo
 
 TOKENS = "ca11b" * 12
 SCORES = "5c" * 32

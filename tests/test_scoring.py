@@ -22,7 +22,7 @@ from shortllm import journal, stages
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.model import loading
 from shortllm.model.streamed import StreamedWeights
-from shortllm.results import BlockScores
+from shortllm.results.scores import BlockScores
 
 EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
 SAMPLES = 5

@@ -29,7 +29,8 @@ from shortllm.journal import Journal
 from shortllm.metrics import kl_divergence, next_token_nll
 from shortllm.model.decoder import Decoder
 from shortllm.planning import build_plan
-from shortllm.results import BlockScores, ModelInfo, Search
+from shortllm.results.record import ModelInfo
+from shortllm.results.scores import BlockScores, Search
 from shortllm.scoring import Asked
 from shortllm.searching import BlockSearch
 

@@ -20,7 +20,8 @@ from shortllm.errors import BudgetError, CheckpointError
 from shortllm.model.decoder import Decoder
 from shortllm.planning import Budget
 from shortllm.recipe import BenchmarkOptions
-from shortllm.results import BlockScores, DepthSpeed, Target
+from shortllm.results.plan import DepthSpeed, Target
+from shortllm.results.scores import BlockScores
 from shortllm.stages import Session
 
 CPU = Session(device="cpu")

@@ -14,7 +14,9 @@ from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMEr
 from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.reporting.loading import load_units
 from shortllm.reporting.units import compared, terminal_table
-from shortllm.results import Benchmark, Evaluation, UnitsComparison
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.evaluation import Evaluation
+from shortllm.results.units import UnitsComparison
 from shortllm.retraining.options import RetrainOptions
 from shortllm.stages import Session
 from shortllm.units import DEPTH, WIDTH, asked_methods

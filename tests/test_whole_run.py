@@ -25,8 +25,10 @@ from shortllm.reporting.healing import came_back
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.plots.pareto import Point, front
 from shortllm.reporting.runs import compared_models, load_runs
-from shortllm.results import Benchmark, Evaluation, Perplexity, Retraining
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.evaluation import Evaluation, Perplexity
 from shortllm.retraining.options import RetrainOptions
+from shortllm.retraining.record import Retraining
 
 QUICK = {"length": 64, "batch": 2, "max_steps": 4, "eval_every": 2, "held_out": 4, "report_to": []}
 RECIPE = Recipe(

@@ -30,7 +30,7 @@ from shortllm.errors import (
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
-from shortllm.results import CalibrationInfo
+from shortllm.results.scores import CalibrationInfo
 from shortllm.retraining.options import RetrainOptions
 from shortllm.stages import Session
 from shortllm.width_pruning import stage

@@ -27,7 +27,7 @@ from shortllm.recipe import EvaluationOptions, Recipe
 from shortllm.reporting import sections, write_report
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.zeroshot import zeroshot
-from shortllm.results import Evaluation
+from shortllm.results.evaluation import Evaluation
 from shortllm.zeroshot import (
     EMBEDDED_TASKS,
     METRICS,

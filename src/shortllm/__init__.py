@@ -50,13 +50,13 @@ if TYPE_CHECKING:
     from shortllm.recipe import CalibrationOptions as CalibrationOptions
     from shortllm.recipe import EvaluationOptions as EvaluationOptions
     from shortllm.recipe import Recipe as Recipe
-    from shortllm.results import Benchmark as Benchmark
-    from shortllm.results import BlockScores as BlockScores
-    from shortllm.results import Comparison as Comparison
-    from shortllm.results import Evaluation as Evaluation
-    from shortllm.results import PrunePlan as PrunePlan
-    from shortllm.results import Retraining as Retraining
+    from shortllm.results.benchmark import Benchmark as Benchmark
+    from shortllm.results.comparison import Comparison as Comparison
+    from shortllm.results.evaluation import Evaluation as Evaluation
+    from shortllm.results.plan import PrunePlan as PrunePlan
+    from shortllm.results.scores import BlockScores as BlockScores
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
+    from shortllm.retraining.record import Retraining as Retraining
     from shortllm.sublayers.api import drop_sublayers as drop_sublayers
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
     from shortllm.sublayers.record import SublayerDrop as SublayerDrop
@@ -65,25 +65,25 @@ if TYPE_CHECKING:
     from shortllm.width_pruning.record import WidthPruning as WidthPruning
 
 _HOME = {
-    "Benchmark": "results",
+    "Benchmark": "results.benchmark",
     "BenchmarkOptions": "recipe",
-    "BlockScores": "results",
+    "BlockScores": "results.scores",
     "Budget": "planning",
     "CalibrationOptions": "recipe",
     "Checkpoint": "checkpoint.source",
-    "Comparison": "results",
-    "Evaluation": "results",
+    "Comparison": "results.comparison",
+    "Evaluation": "results.evaluation",
     "EvaluationOptions": "recipe",
     "HealOptions": "healing.options",
     "Healing": "healing.record",
     "MergeOptions": "healing.options",
     "Merging": "healing.record",
-    "PrunePlan": "results",
+    "PrunePlan": "results.plan",
     "Quantization": "quantizing.record",
     "QuantizeOptions": "quantizing.options",
     "Recipe": "recipe",
     "RetrainOptions": "retraining.options",
-    "Retraining": "results",
+    "Retraining": "retraining.record",
     "ShortLLMError": "errors",
     "SublayerDrop": "sublayers.record",
     "SublayerOptions": "sublayers.options",

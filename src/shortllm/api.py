@@ -28,16 +28,14 @@ from shortllm.locking import releasing
 from shortllm.pipeline import RunResult
 from shortllm.planning import Budget, build_plan
 from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results import (
-    Benchmark,
-    BlockScores,
-    Comparison,
-    Evaluation,
-    PrunePlan,
-    Retraining,
-    UnitsComparison,
-)
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.comparison import Comparison
+from shortllm.results.evaluation import Evaluation
+from shortllm.results.plan import PrunePlan
+from shortllm.results.scores import BlockScores
+from shortllm.results.units import UnitsComparison
 from shortllm.retraining import RECORD as RETRAINED
+from shortllm.retraining.record import Retraining
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
 from shortllm.summary import ModelSummary, summarize

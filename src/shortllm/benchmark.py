@@ -39,7 +39,7 @@ from shortllm.model.blocks import text_config
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, quiet_transformers
 from shortllm.recipe import BenchmarkOptions
-from shortllm.results import (
+from shortllm.results.benchmark import (
     UNFINISHED_BENCHMARK,
     Benchmark,
     BenchmarkedModel,

@@ -29,7 +29,7 @@ from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
 from shortllm.files import fingerprint, require_writable, write_bytes
-from shortllm.results import CalibrationInfo
+from shortllm.results.scores import CalibrationInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

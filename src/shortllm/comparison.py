@@ -26,16 +26,9 @@ from shortllm.files import PARTIAL, fingerprint
 from shortllm.locking import releasing
 from shortllm.planning import Budget, build_plan, most_blocks, removal_order
 from shortllm.recipe import Recipe
-from shortllm.results import (
-    BlockScores,
-    ComparedBudget,
-    Comparison,
-    Contender,
-    Cost,
-    LeftOut,
-    ModelInfo,
-    RemovedSet,
-)
+from shortllm.results.comparison import ComparedBudget, Comparison, Contender, LeftOut, RemovedSet
+from shortllm.results.record import Cost, ModelInfo
+from shortllm.results.scores import BlockScores
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, progress, versions
 from shortllm.scoring import Asked
 

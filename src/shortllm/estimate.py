@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
-from shortllm.results import Record
+from shortllm.results.record import Record
 from shortllm.scoring import WATCHED, Asked, Scorer
 
 if TYPE_CHECKING:

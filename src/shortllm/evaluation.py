@@ -22,7 +22,7 @@ from shortllm.model.blocks import text_config
 from shortllm.model.decoder import Decoder
 from shortllm.model.streams import StreamMemory
 from shortllm.model.walk import mean_nll
-from shortllm.results import Perplexity, Samples
+from shortllm.results.evaluation import Perplexity, Samples
 from shortllm.segments import Segments
 
 Advance = Callable[[float], None]

@@ -35,8 +35,12 @@ from shortllm.planning import (
 from shortllm.published import Published
 from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.recipe import BenchmarkOptions, Recipe
-from shortllm.results import Benchmark, BlockScores, Evaluation, PrunePlan, Retraining
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.evaluation import Evaluation
+from shortllm.results.plan import PrunePlan
+from shortllm.results.scores import BlockScores
 from shortllm.retraining import RECORD as RETRAINED
+from shortllm.retraining.record import Retraining
 from shortllm.rundir import (
     HEALED,
     PRUNED,

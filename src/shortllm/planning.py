@@ -19,7 +19,9 @@ from pydantic import Field
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
 from shortllm.published import Published
-from shortllm.results import BlockScores, ModelInfo, PrunePlan, Record, Search, Size
+from shortllm.results.plan import PrunePlan, Size
+from shortllm.results.record import ModelInfo, Record
+from shortllm.results.scores import BlockScores, Search
 
 PROTECT_FIRST = 4
 PROTECT_LAST = 2

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from shortllm.results import EvaluatedModel, Evaluation, Record
+from shortllm.results.evaluation import EvaluatedModel, Evaluation
+from shortllm.results.record import Record
 
 if TYPE_CHECKING:
     from shortllm.recipe import EvaluationOptions

@@ -15,7 +15,7 @@ from shortllm.healing.options import HealOptions
 from shortllm.planning import Budget
 from shortllm.published import Published
 from shortllm.quantizing.options import EMBEDDED_DEFAULTS, QuantizeOptions
-from shortllm.results import Record, SpecialToken
+from shortllm.results.record import Record, SpecialToken
 from shortllm.retraining.options import RetrainOptions
 
 PROMPT = "The Leaning Tower of Pisa is known for"

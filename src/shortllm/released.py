@@ -26,7 +26,8 @@ from shortllm.files import write_text
 from shortllm.locking import releasing
 from shortllm.published import Beside, Bos, our_numbers, published_numbers, side_by_side
 from shortllm.recipe import Recipe
-from shortllm.results import Benchmark, EvaluatedModel
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.evaluation import EvaluatedModel
 from shortllm.rundir import claim_directory, write_run_file
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import PARTIAL, require_writable, write_text
 from shortllm.locking import LOCK, hold
 from shortllm.recipe import Recipe
-from shortllm.results import ResultFile
+from shortllm.results.record import ResultFile
 from shortllm.runtime import versions
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
 from shortllm.planning import Budget, most_blocks, removable
-from shortllm.results import ModelInfo
+from shortllm.results.record import ModelInfo
 from shortllm.runtime import ALONE, Ranks
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from shortllm.errors import BudgetError, CriterionError
 from shortllm.journal import Journal
 from shortllm.metrics import kl_divergence, next_token_nll, perplexity
 from shortllm.planning import Budget, build_plan, most_blocks, removable
-from shortllm.results import BlockScores, CandidateSet, NotTried, Search
+from shortllm.results.scores import BlockScores, CandidateSet, NotTried, Search
 from shortllm.scoring import Asked, Scorer
 
 if TYPE_CHECKING:

@@ -25,7 +25,10 @@ from shortllm.files import fingerprint, require_writable
 from shortllm.journal import Journal
 from shortllm.model.blocks import text_config
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
-from shortllm.results import BlockScores, Cost, EvaluatedModel, Evaluation, PrunePlan
+from shortllm.results.evaluation import EvaluatedModel, Evaluation
+from shortllm.results.plan import PrunePlan
+from shortllm.results.record import Cost
+from shortllm.results.scores import BlockScores
 from shortllm.runtime import (
     ALONE,
     Ranks,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shortllm.results import Comparison, Contender
+from shortllm.results.comparison import Comparison, Contender
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.estimate import Estimate, Options, Probe, Setting, estimates, probe_machine
-from shortllm.results import ModelInfo, Record
+from shortllm.results.record import ModelInfo, Record
 
 
 class ModelSummary(Record):

@@ -27,7 +27,9 @@ from shortllm.files import fingerprint
 from shortllm.model.blocks import text_config
 from shortllm.planning import Budget, protected_blocks, removable
 from shortllm.recipe import BenchmarkOptions
-from shortllm.results import TARGET_FILE, DepthSpeed, ModelInfo, Target, paired_speedup
+from shortllm.results.benchmark import paired_speedup
+from shortllm.results.plan import TARGET_FILE, DepthSpeed, Target
+from shortllm.results.record import ModelInfo
 from shortllm.runtime import progress
 from shortllm.stages import Session
 

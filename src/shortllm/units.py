@@ -25,7 +25,8 @@ from shortllm.files import fingerprint
 from shortllm.locking import releasing
 from shortllm.planning import Budget, build_plan, check_budget
 from shortllm.recipe import BenchmarkOptions, Recipe
-from shortllm.results import UNITS_FILE, Candidate, Evaluation, UnitsComparison
+from shortllm.results.evaluation import Evaluation
+from shortllm.results.units import UNITS_FILE, Candidate, UnitsComparison
 from shortllm.runtime import versions
 from shortllm.scoring import Asked
 from shortllm.width_pruning.options import Method, WidthOptions

@@ -35,7 +35,7 @@ from shortllm.data.local import PACKED_SUFFIXES, load_records
 from shortllm.embedded import TASKS_DIR
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.files import fingerprint, write_text
-from shortllm.results import Evaluation, TaskScore
+from shortllm.results.evaluation import Evaluation, TaskScore
 from shortllm.runtime import progress
 
 if TYPE_CHECKING:

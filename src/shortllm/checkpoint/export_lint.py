@@ -19,7 +19,7 @@ from pydantic import Field
 from shortllm.checkpoint.shapes import SHAPES
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.model.blocks import block_count, text_config
-from shortllm.results import Record
+from shortllm.results.record import Record
 
 Target = Literal["gguf", "vllm"]
 Verdict = Literal["ok", "wrong", "unknown"]

@@ -19,7 +19,7 @@ from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import OutputError
 from shortllm.files import partial_directory
-from shortllm.results import ResultFile
+from shortllm.results.record import ResultFile
 
 NEW = "new"
 """Directory of the tensors that the source does not hold, while a checkpoint is written."""

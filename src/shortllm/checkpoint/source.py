@@ -19,7 +19,7 @@ from shortllm.checkpoint.tensors import (
     weight_files,
 )
 from shortllm.errors import CheckpointError, UnsupportedModelError
-from shortllm.results import ModelInfo, SpecialToken
+from shortllm.results.record import ModelInfo, SpecialToken
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.signature import BlockStructure

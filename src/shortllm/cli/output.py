@@ -12,7 +12,9 @@ import typer
 
 if TYPE_CHECKING:
     from shortllm.published import Beside, Published
-    from shortllm.results import Benchmark, Evaluation, PrunePlan
+    from shortllm.results.benchmark import Benchmark
+    from shortllm.results.evaluation import Evaluation
+    from shortllm.results.plan import PrunePlan
 
 
 def print_json(content: Any) -> None:

@@ -12,7 +12,7 @@ from shortllm.cli.options import Device, EvalLength, Json, Revision
 from shortllm.cli.output import is_main_process, print_json, print_table
 
 if TYPE_CHECKING:
-    from shortllm.results import Retraining
+    from shortllm.retraining.record import Retraining
 
 
 def retrain(

@@ -38,7 +38,8 @@ from shortllm.cli.options import (
 from shortllm.cli.output import command_line, is_main_process, print_json, print_table
 
 if TYPE_CHECKING:
-    from shortllm.results import BlockScores, Comparison, Search
+    from shortllm.results.comparison import Comparison
+    from shortllm.results.scores import BlockScores, Search
     from shortllm.summary import ModelSummary
 
 

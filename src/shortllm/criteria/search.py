@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from shortllm import criteria
 from shortllm.criteria import Scores, criterion
 from shortllm.errors import CriterionError
-from shortllm.results import CandidateSet, Search
+from shortllm.results.scores import CandidateSet, Search
 
 Blocks = frozenset[int]
 Fitness = Literal["ppl", "kl"]

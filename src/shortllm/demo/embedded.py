@@ -21,7 +21,7 @@ from shortllm.files import require_writable
 from shortllm.pipeline import asked_for, score_in
 from shortllm.planning import build_plan
 from shortllm.recipe import Recipe
-from shortllm.results import PrunePlan
+from shortllm.results.plan import PrunePlan
 from shortllm.stages import Session, calibrate, is_pruned_by, prune, pruned_fingerprint
 
 log = logging.getLogger(__name__)

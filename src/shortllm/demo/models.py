@@ -14,7 +14,7 @@ from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.meters import Meter, meter_of
 from shortllm.model.blocks import text_config
 from shortllm.model.loading import load_model
-from shortllm.results import ModelInfo
+from shortllm.results.record import ModelInfo
 from shortllm.retraining.distill import lineage
 from shortllm.stages import Session, vocabulary
 from shortllm.targets import cache_bytes

@@ -23,7 +23,7 @@ from shortllm.files import fingerprint, require_writable
 from shortllm.healing.options import MergeOptions
 from shortllm.healing.record import MERGE_FILE, Merging
 from shortllm.healing.writing import write_changed
-from shortllm.results import Cost
+from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session
 

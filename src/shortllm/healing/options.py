@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from shortllm.errors import ShortLLMError
-from shortllm.results import Record
+from shortllm.results.record import Record
 
 LENGTH = 256
 """Tokens per sample where nothing is said; fewer where the model has fewer positions."""

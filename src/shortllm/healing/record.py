@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from shortllm.results import Cost, ModelInfo, Record, ResultFile
+from shortllm.results.record import Cost, ModelInfo, Record, ResultFile
 
 HEAL_FILE = "heal.json"
 MERGE_FILE = "merge.json"

@@ -24,7 +24,7 @@ from shortllm.healing.gaps import gaps_of
 from shortllm.healing.options import HealOptions
 from shortllm.healing.record import HEAL_FILE, Healing, HeldOut
 from shortllm.healing.writing import write_changed
-from shortllm.results import Cost
+from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session
 

@@ -16,7 +16,7 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_tensor_table
 from shortllm.errors import CheckpointError
 from shortllm.files import require_writable
-from shortllm.results import ResultFile
+from shortllm.results.record import ResultFile
 
 
 def write_changed(

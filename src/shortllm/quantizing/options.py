@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from shortllm.errors import DataError, ShortLLMError
-from shortllm.results import Record
+from shortllm.results.record import Record
 
 Method = Literal["gptq", "int8"]
 

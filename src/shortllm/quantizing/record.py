@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import Field
 
 from shortllm.quantizing.options import Method
-from shortllm.results import CalibrationInfo, Cost, ModelInfo, ResultFile
+from shortllm.results.record import Cost, ModelInfo, ResultFile
+from shortllm.results.scores import CalibrationInfo
 
 RECORD = "quantize.json"
 

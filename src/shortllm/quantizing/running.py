@@ -14,7 +14,7 @@ from shortllm.quantizing.options import QuantizeOptions
 from shortllm.quantizing.record import QUANTIZED, RECORD, Quantization
 from shortllm.quantizing.stage import calibration_options, check, quantize
 from shortllm.recipe import Recipe
-from shortllm.results import Evaluation
+from shortllm.results.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
 

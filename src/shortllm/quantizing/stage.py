@@ -18,7 +18,7 @@ from shortllm.quantizing.options import QuantizeOptions
 from shortllm.quantizing.packages import extra_versions, require_extra
 from shortllm.quantizing.record import RECORD, Quantization
 from shortllm.recipe import CalibrationOptions
-from shortllm.results import Cost
+from shortllm.results.record import Cost
 from shortllm.retraining.preparing import positions
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session

@@ -15,7 +15,7 @@ from shortllm.reporting.protocol import (
     segments_phrase,
 )
 from shortllm.reporting.wording import NONE, counted, number, percent
-from shortllm.results import Comparison, Contender
+from shortllm.results.comparison import Comparison, Contender
 from shortllm.standings import Standing, standings, verdict
 
 Context = dict[str, Any]

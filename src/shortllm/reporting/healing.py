@@ -13,7 +13,7 @@ from shortllm.reporting.plots.dots import DotPlot
 from shortllm.reporting.protocol import perplexity_source
 from shortllm.reporting.retraining import retraining_section
 from shortllm.reporting.wording import NONE, counted, number, percent
-from shortllm.results import Perplexity
+from shortllm.results.evaluation import Perplexity
 from shortllm.rundir import HEALED, PRUNED
 
 Context = dict[str, Any]

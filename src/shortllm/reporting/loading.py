@@ -19,24 +19,15 @@ from shortllm.errors import ResultFileError
 from shortllm.healing.record import HEAL_FILE, Healing
 from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
-from shortllm.results import (
-    TARGET_FILE,
-    UNITS_FILE,
-    Benchmark,
-    BlockScores,
-    CalibrationInfo,
-    Comparison,
-    EvaluatedModel,
-    Evaluation,
-    Perplexity,
-    PrunePlan,
-    Record,
-    ResultFile,
-    Retraining,
-    Target,
-    UnitsComparison,
-)
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.comparison import Comparison
+from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity
+from shortllm.results.plan import TARGET_FILE, PrunePlan, Target
+from shortllm.results.record import Record, ResultFile
+from shortllm.results.scores import BlockScores, CalibrationInfo
+from shortllm.results.units import UNITS_FILE, UnitsComparison
 from shortllm.retraining import RECORD
+from shortllm.retraining.record import Retraining
 from shortllm.rundir import HEALED, PRUNED
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shortllm.reporting.wording import NONE
-from shortllm.results import ModelInfo
+from shortllm.results.record import ModelInfo
 
 
 def model_name(model_id: str) -> str:

@@ -16,7 +16,9 @@ from shortllm.reporting.names import (
     without_directories,
 )
 from shortllm.reporting.wording import counted
-from shortllm.results import CalibrationInfo, ModelInfo, Perplexity
+from shortllm.results.evaluation import Perplexity
+from shortllm.results.record import ModelInfo
+from shortllm.results.scores import CalibrationInfo
 
 _CALIBRATION_BOS = {
     "tokenizer": "where the tokenizer adds it",

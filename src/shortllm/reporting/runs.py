@@ -23,7 +23,9 @@ from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.pareto import Kind, ParetoPlot, Point, front
 from shortllm.reporting.protocol import perplexity_source, segments_phrase
 from shortllm.reporting.wording import NONE, counted, number, percent, short_bytes, short_count
-from shortllm.results import EvaluatedModel, Measurement, Perplexity, Record
+from shortllm.results.benchmark import Measurement
+from shortllm.results.evaluation import EvaluatedModel, Perplexity
+from shortllm.results.record import Record
 from shortllm.rundir import PRUNED
 
 Context = dict[str, Any]

@@ -33,7 +33,7 @@ from shortllm.reporting.wording import (
     signed,
 )
 from shortllm.reporting.zeroshot import zeroshot
-from shortllm.results import BlockScores
+from shortllm.results.scores import BlockScores
 from shortllm.rundir import PRUNED
 
 Context = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 from shortllm.reporting.comparison import spans
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.wording import counted, number
-from shortllm.results import Search
+from shortllm.results.scores import Search
 
 Context = dict[str, Any]
 

@@ -11,7 +11,8 @@ from shortllm.reporting.protocol import describe_units, perplexity_source
 from shortllm.reporting.runs import ComparedModel, main_text, trade
 from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import NONE, THIN, number, percent, short_bytes, short_count, signed
-from shortllm.results import Benchmark, Candidate
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.units import Candidate
 
 Context = dict[str, Any]
 

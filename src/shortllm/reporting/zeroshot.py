@@ -15,7 +15,7 @@ from shortllm.reporting.wording import (
     percent,
     signed,
 )
-from shortllm.results import TaskScore
+from shortllm.results.evaluation import TaskScore
 from shortllm.zeroshot import is_share
 
 

@@ -1,6 +1,7 @@
 """Retraining heals what removing blocks has cost: `retrain`, the stage after `prune`.
 
     options.py     every choice, and the defaults of each method
+    record.py      retrain.json
     preparing.py   what can be got wrong is checked, the data tokenized     documents.py store.py
     training.py    model, windows and Trainer put together and run          windows.py trainer.py
                      which weights: trainable.py     which loss: objective.py distill.py cache.py

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from shortllm.errors import DataError, ShortLLMError, did_you_mean
-from shortllm.results import Record
+from shortllm.results.record import Record
 
 Method = Literal["lora", "full", "distill", "last-blocks"]
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from shortllm.checkpoint.made import is_made_by
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.locking import releasing
-from shortllm.results import Cost, Retraining
+from shortllm.results.record import Cost
 from shortllm.retraining import RECORD
 from shortllm.retraining.options import RetrainOptions
 from shortllm.retraining.preparing import Prepared, compute_dtype, prepare
+from shortllm.retraining.record import Retraining
 from shortllm.retraining.writing import LOGS, write_retrained
 from shortllm.runtime import ALONE, Ranks, peak_memory, versions
 from shortllm.stages import Session

@@ -19,13 +19,13 @@ from transformers import TrainingArguments, set_seed
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model, quiet_transformers
-from shortllm.results import TrainingData
 from shortllm.retraining.cache import CachedTeacher, write_cache
 from shortllm.retraining.distill import lineage, teacher_blocks
 from shortllm.retraining.objective import Objective, TeacherLoss, answer_loss, cached_loss
 from shortllm.retraining.options import RetrainOptions, micro_batch, warmup
 from shortllm.retraining.preparing import Prepared, compute_dtype
 from shortllm.retraining.processes import is_sharded, shard_on_cpu_too
+from shortllm.retraining.record import TrainingData
 from shortllm.retraining.trainable import make_trainable
 from shortllm.retraining.trainer import (
     BEST_METRIC,

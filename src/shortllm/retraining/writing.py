@@ -23,8 +23,8 @@ from shortllm.checkpoint.surgery import PROVENANCE, carried_files, held_provenan
 from shortllm.errors import CheckpointError
 from shortllm.files import partial_directory
 from shortllm.model.loading import load_model, quiet_transformers, stored_dtype
-from shortllm.results import Retraining
 from shortllm.retraining import RECORD
+from shortllm.retraining.record import Retraining
 
 log = logging.getLogger(__name__)
 

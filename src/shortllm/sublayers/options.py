@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.planning import Budget, protected_blocks
-from shortllm.results import ModelInfo, Record
+from shortllm.results.record import ModelInfo, Record
 from shortllm.sublayers.structure import PARTS, Sublayer
 
 SublayerCriterion = Literal["sublayer-ppl", "sublayer-influence"]

@@ -25,7 +25,7 @@ from shortllm.errors import CriterionError, DataError, UnsupportedModelError
 from shortllm.files import PARTIAL, fingerprint, require_writable
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
-from shortllm.results import Cost
+from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session
 from shortllm.sublayers.options import SublayerOptions

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from shortllm.errors import BudgetError, ShortLLMError
-from shortllm.results import Record
+from shortllm.results.record import Record
 
 Method = Literal["llm-pruner", "wanda-sp", "flap"]
 Importance = Literal["first", "second", "mixed", "vectorised", "l1", "l2", "random"]

@@ -14,7 +14,7 @@ from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
 from shortllm.errors import DataError, UnsupportedModelError
 from shortllm.files import fingerprint, require_writable
 from shortllm.model.blocks import text_config
-from shortllm.results import Cost
+from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.stages import Session
 from shortllm.width_pruning.options import WidthOptions

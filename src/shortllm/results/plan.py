@@ -1,0 +1,90 @@
+"""plan.json and target.json: which blocks go, and how a target came to their number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from shortllm.results.record import ModelInfo, Record, ResultFile
+
+
+class Size(Record):
+    """How much, in blocks and in parameters."""
+
+    blocks: int
+    block_ratio: float
+    parameters: int
+    parameter_ratio: float
+
+
+class PrunePlan(ResultFile):
+    """plan.json: which blocks go, in which order, and why."""
+
+    model: ModelInfo
+    criterion: str | None = Field(description="null where the blocks were given by hand")
+    kept: list[int]
+    removed: list[int] = Field(description="ascending")
+    protected: list[int] = Field(description="blocks the plan was not allowed to remove")
+    order: list[int] = Field(description="removal order, least important first")
+    asked: dict[str, Any] = Field(
+        description="the budget as asked, e.g. {'remove': 3} or {'ratio': 0.25}"
+    )
+    reached: Size = Field(description="what the removal takes away")
+    reason: str = Field(description="one sentence for a reader")
+    scores: str | None = Field(default=None, description="fingerprint of the scores used")
+
+    @model_validator(mode="after")
+    def _is_a_partition(self) -> Self:
+        """Every block is either kept or removed, once, and something is kept."""
+        for name, blocks in (("kept", self.kept), ("removed", self.removed)):
+            if blocks != sorted(set(blocks)):
+                raise ValueError(f"{name} must list block numbers once each, ascending")
+        if sorted(self.kept + self.removed) != list(range(self.model.blocks)) or not self.kept:
+            raise ValueError(f"kept and removed must share out the {self.model.blocks} blocks")
+        if sorted(self.order) != self.removed:
+            raise ValueError("order must hold the removed blocks")
+        return self
+
+
+class DepthSpeed(Record):
+    """How fast a model is with its last blocks passed by."""
+
+    blocks: int = Field(description="blocks that ran")
+    latency_s: float = Field(description="median")
+    speedup: float = Field(description="over the intact model")
+
+
+TARGET_FILE = "target.json"
+
+
+class Target(ResultFile):
+    """target.json: the number of blocks that a target came to."""
+
+    model: ModelInfo
+    asked: dict[str, float] = Field(description="e.g. {'target_speedup': 1.3}")
+    remove: int = Field(description="blocks to remove")
+    expected: float = Field(
+        description="speed-up by a straight line; parameters or bytes of what is left, at the most"
+    )
+    reached: float = Field(description="the same, verified: measured again, or as expected")
+    dtype: str | None = Field(default=None, description="type that bytes were counted in")
+    depths: list[DepthSpeed] = Field(default_factory=list, description="what was measured")
+
+    @property
+    def described(self) -> str:
+        """One line for a reader."""
+        [(name, value)] = self.asked.items()
+        removed = f"{self.remove} of {self.model.blocks} blocks removed"
+        if name == "target_speedup":
+            return f"speed-up {value:g}: {removed}, {self.reached:.3g} measured"
+        if name == "target_params":
+            return f"{value:,.0f} parameters: {removed}, {self.reached:,.0f} left at the most"
+        return f"{value / 2**30:.3g} GiB: {removed}, {self.reached / 2**30:.3g} GiB at the most"
+
+    @property
+    def is_met(self) -> bool:
+        """Whether what was verified is what was asked for."""
+        [(name, value)] = self.asked.items()
+        return self.reached >= value if name == "target_speedup" else self.reached <= value

@@ -1,0 +1,86 @@
+"""What every result file is, and what several of them hold: the model, and what a stage cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+
+from shortllm.errors import ResultFileError, did_you_mean
+from shortllm.files import write_text
+
+SpecialToken = Literal["bos", "eos", "unk", "pad"]
+
+
+class Record(BaseModel):
+    """A frozen piece of a result file; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ResultFile(Record):
+    """A record that is a whole JSON file in the run directory."""
+
+    fingerprint: str = Field(description="sha256 of the inputs that made this file")
+
+    def save(self, path: Path) -> None:
+        """Write the file under a temporary name, then rename it into place."""
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file back.
+
+        Raises:
+            ResultFileError: missing, not JSON, or with keys or values this kind of file cannot
+                hold.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise ResultFileError(
+                f"{path} is not a {cls.__name__} file: {_explain(error, cls)}"
+            ) from error
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first problem of a validation in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        return f"unknown key '{where}'.{did_you_mean(where, kind.model_fields)}"
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+class ModelInfo(Record):
+    """Which model a result speaks of, and how large it is."""
+
+    id: str = Field(description="the Hub id or the directory as the user gave it")
+    revision: str | None = Field(default=None, description="commit of the Hub snapshot")
+    model_type: str
+    blocks: int
+    parameters: int = Field(
+        description="elements of all stored tensors, tied ones once, packed ones each by itself"
+    )
+    parameters_per_block: list[int] = Field(default_factory=list)
+    bytes: int = Field(description="bytes of all stored tensors")
+    period: int = Field(default=1, description="after how many blocks the kinds of blocks repeat")
+    fixed: dict[int, str] = Field(
+        default_factory=dict,
+        description="blocks that cannot go while all others stay, and why",
+    )
+    fingerprint: str = Field(
+        description="sha256 over config, tensor table and samples of each tensor"
+    )
+
+
+class Cost(Record):
+    """What a stage cost; the only part of a result that differs between two equal runs."""
+
+    seconds: float
+    peak_bytes: int | None = Field(default=None, description="peak resident memory of the process")
