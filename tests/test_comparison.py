@@ -27,7 +27,9 @@ from shortllm.reporting.comparison import spans
 from shortllm.results.comparison import Comparison, Contender, RemovedSet
 from shortllm.results.evaluation import Perplexity
 from shortllm.results.scores import BlockScores
+from shortllm.session import Session
 from shortllm.standings import standings, verdict
+from shortllm.texts import prepare_texts
 
 NAMES = ["ppl", "angular", "greedy", "even"]
 RATIOS = [0.08, 0.1, 0.3, 0.9]
@@ -70,10 +72,10 @@ def test_every_perplexity_is_that_of_a_plain_evaluation(found: Comparison) -> No
     checkpoint = shortllm.open_checkpoint("embedded")
     recipe = shortllm.Recipe(calibration=CALIBRATION, evaluation=EVALUATION)
     recipe = comparison.fill_recipe(recipe, checkpoint.model_type)
-    [text] = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation).evaluation
+    [text] = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation).evaluation
     ids_BT = text.segments.ids
     assert ids_BT.shape == (3, 32)
-    decoder = stages.Session(device="cpu").decoder(checkpoint)
+    decoder = Session(device="cpu").decoder(checkpoint)
     assert isinstance(decoder, Decoder)
 
     def plain(removed: list[int]) -> float:

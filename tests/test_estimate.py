@@ -15,7 +15,7 @@ from shortllm.errors import CriterionError
 from shortllm.estimate import Estimate, Probe, Setting, estimates, probe_machine
 from shortllm.model.decoder import Decoder
 from shortllm.scoring import Asked, Scorer
-from shortllm.stages import Session
+from shortllm.session import Session
 
 SAMPLES = 3
 

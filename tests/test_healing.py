@@ -41,7 +41,7 @@ from shortllm.recipes import changed, parse_recipe
 from shortllm.results.evaluation import Evaluation
 from shortllm.results.scores import CalibrationInfo
 from shortllm.retraining.distill import lineage
-from shortllm.stages import Session
+from shortllm.session import Session
 
 DOWN = {
     "llama": "mlp.down_proj",

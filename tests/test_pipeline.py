@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 import shortllm
-from shortllm import embedded, pipeline, rundir, stages
+from shortllm import embedded, pipeline, rundir
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.locking import LOCK, hold, releasing
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results.evaluation import Evaluation
 from shortllm.results.plan import PrunePlan
 from shortllm.results.scores import BlockScores
+from shortllm.texts import prepare_texts
 
 RECIPE = Recipe(
     budget=shortllm.Budget(remove=2),
@@ -267,7 +268,7 @@ def test_no_row_both_calibrates_and_is_measured(tmp_path: Path) -> None:
     checkpoint = shortllm.open_checkpoint("embedded")
     spelled = f"{tmp_path}/../{tmp_path.name}/rows.json"
     for calibrating, measuring in ((str(path), str(path)), (str(path), spelled)):
-        texts = stages.prepare_texts(
+        texts = prepare_texts(
             checkpoint,
             CalibrationOptions(data=calibrating, samples=2, length=64),
             EvaluationOptions(data=[measuring]),
@@ -275,7 +276,7 @@ def test_no_row_both_calibrates_and_is_measured(tmp_path: Path) -> None:
         assert texts.calibration is not None and texts.calibration.info.rows == (0, 20)
         assert (texts.evaluation[0].rows.start, texts.evaluation[0].held_out) == (20, True)
     texts.calibration.save(tmp_path / "earlier")
-    again = stages.prepare_texts(
+    again = prepare_texts(
         checkpoint,
         CalibrationOptions(file=tmp_path / "earlier"),
         EvaluationOptions(data=[str(path)]),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import shortllm
-from shortllm import pipeline, stages
+from shortllm import pipeline
 from shortllm.checkpoint import open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.cli import main
@@ -32,6 +32,8 @@ from shortllm.reporting.loading import load_results
 from shortllm.reporting.runs import compared_models
 from shortllm.results.evaluation import Evaluation
 from shortllm.retraining.options import RetrainOptions
+from shortllm.session import Session
+from shortllm.texts import calibrate, prepare_texts
 
 CPU = torch.device("cpu")
 SMALL = {"samples": 16, "length": 128}
@@ -145,10 +147,10 @@ def test_gptq_beats_rounding_to_nearest_on_the_calibration_text() -> None:
     embedded = open_checkpoint("embedded")
     options = Recipe(quantization=QuantizeOptions(group_size=96, **SMALL)).filled("llama")
     assert options.quantization is not None
-    filled, layers = check(embedded, options.quantization, session=stages.Session(device="cpu"))
+    filled, layers = check(embedded, options.quantization, session=Session(device="cpu"))
     text = calibration_options(filled)
     assert text is not None
-    ids_BT = stages.calibrate(embedded, text).ids
+    ids_BT = calibrate(embedded, text).ids
     gptq = modifier_of(filled, layers)
     nearest = QuantizationModifier(config_groups=gptq.config_groups, ignore=gptq.ignore)
     logits = {}
@@ -436,7 +438,7 @@ def test_what_is_measured_was_not_calibrated_on(healed: Path) -> None:
     ).filled("llama")
     assert recipe.quantization is not None
     text = calibration_options(recipe.quantization)
-    texts = stages.prepare_texts(
+    texts = prepare_texts(
         open_checkpoint("embedded"),
         recipe.calibration,
         recipe.evaluation,
@@ -475,12 +477,12 @@ def test_the_same_run_again_does_nothing(healed: Path) -> None:
 @quantizes
 def test_the_best_is_found_without_an_earlier_evaluation(healed: Path, tmp_path: Path) -> None:
     recipe = RECIPE.filled("llama")
-    texts = stages.prepare_texts(
+    texts = prepare_texts(
         open_checkpoint("embedded"), recipe.calibration, recipe.evaluation, scoring=False
     )
     names = ("retrained-lora", "retrained-full")
     candidates = {name: open_checkpoint(healed / name) for name in names}
-    session = stages.Session(device="cpu")
+    session = Session(device="cpu")
     known = best_of(candidates, texts, session, healed / "eval.json")
     assert best_of(candidates, texts, session, tmp_path / "eval.json") == known
 

@@ -23,6 +23,7 @@ from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.model import loading
 from shortllm.model.streamed import StreamedWeights
 from shortllm.results.scores import BlockScores
+from shortllm.session import Session
 
 EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
 SAMPLES = 5
@@ -271,15 +272,15 @@ def test_a_model_that_does_not_fit_is_streamed_and_says_so(
 ) -> None:
     checkpoint = opened("qwen3")
     caplog.set_level(logging.INFO)
-    assert not stages.Session().decoder(checkpoint).streamed
+    assert not Session().decoder(checkpoint).streamed
     assert caplog.text == ""
     needed = checkpoint.parameters * 4
     monkeypatch.setattr(loading, "available_memory", lambda device: needed)
-    assert stages.Session().decoder(checkpoint).streamed
+    assert Session().decoder(checkpoint).streamed
     assert "blocks are read one at a time from the files (streamed)" in caplog.text
-    assert not stages.Session(stream=False).decoder(checkpoint).streamed
+    assert not Session(stream=False).decoder(checkpoint).streamed
     monkeypatch.undo()
-    assert stages.Session(stream=True).decoder(checkpoint).streamed
+    assert Session(stream=True).decoder(checkpoint).streamed
 
 
 def test_a_streamed_model_is_run_from_end_to_end(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import shortllm
 from shortllm import pipeline, stages
 from shortllm.data.sources import load_rows
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.texts import evaluation_segments_of
 
 pytestmark = pytest.mark.shared
 
@@ -135,7 +136,7 @@ def test_scores_and_perplexity_equal_an_independent_measurement(
     checkpoint = shortllm.open_checkpoint(model)
     tokenizer = stages.load_tokenizer(checkpoint)
     rows = load_rows(str(tmp_path / "text.json"))
-    ids = stages.evaluation_segments_of(checkpoint, rows, tokenizer, windows).ids
+    ids = evaluation_segments_of(checkpoint, rows, tokenizer, windows).ids
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     scores = shortllm.score(model, calibration=CalibrationOptions(file=tmp_path / "ids.json"))
     assert scores.intact == pytest.approx(intact, abs=0.005)

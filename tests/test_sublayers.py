@@ -33,7 +33,7 @@ from shortllm.journal import Journal
 from shortllm.metrics import next_token_nll
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
-from shortllm.stages import Session
+from shortllm.session import Session
 from shortllm.sublayers import measuring, stage
 from shortllm.sublayers.measuring import Variants, mean_nlls, remove_one_by_one
 from shortllm.sublayers.options import SublayerOptions

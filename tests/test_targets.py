@@ -22,7 +22,7 @@ from shortllm.planning import Budget
 from shortllm.recipe import BenchmarkOptions
 from shortllm.results.plan import DepthSpeed, Target
 from shortllm.results.scores import BlockScores
-from shortllm.stages import Session
+from shortllm.session import Session
 
 CPU = Session(device="cpu")
 FREE: dict[str, Any] = {"protect_first": 0, "protect_last": 0}

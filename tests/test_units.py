@@ -18,7 +18,7 @@ from shortllm.results.benchmark import Benchmark
 from shortllm.results.evaluation import Evaluation
 from shortllm.results.units import UnitsComparison
 from shortllm.retraining.options import RetrainOptions
-from shortllm.stages import Session
+from shortllm.session import Session
 from shortllm.units import DEPTH, WIDTH, asked_methods
 from shortllm.width_pruning.options import WidthOptions
 from shortllm.width_pruning.record import WidthPruning

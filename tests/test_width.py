@@ -32,7 +32,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
 from shortllm.results.scores import CalibrationInfo
 from shortllm.retraining.options import RetrainOptions
-from shortllm.stages import Session
+from shortllm.session import Session
 from shortllm.width_pruning import stage
 from shortllm.width_pruning.choosing import removed_units
 from shortllm.width_pruning.measuring import taylor_importance

@@ -28,6 +28,7 @@ from shortllm.reporting import sections, write_report
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.zeroshot import zeroshot
 from shortllm.results.evaluation import Evaluation
+from shortllm.session import Session
 from shortllm.zeroshot import (
     EMBEDDED_TASKS,
     METRICS,
@@ -198,7 +199,7 @@ def test_embedded_tasks_score_as_a_plain_measurement_does(short: Path) -> None:
     evaluation = evaluate("embedded", str(short), tasks=["embedded"], limit=20)
     for place, directory in enumerate((embedded.MODEL_DIR, short)):
         checkpoint = shortllm.open_checkpoint(str(directory))
-        model = stages.Session(device="cpu").decoder(checkpoint).model
+        model = Session(device="cpu").decoder(checkpoint).model
         tokenizer = stages.load_tokenizer(checkpoint)
         for task, score in zip(embedded.tasks(), evaluation.models[place].zeroshot, strict=True):
             assert score.task == f"shortllm_{task.name}"
@@ -336,7 +337,7 @@ def test_a_group_scores_by_its_own_metric_and_a_tag_by_its_tasks(tmp_path: Path)
         version=singly.version,
     )
     checkpoint = shortllm.open_checkpoint("embedded")
-    model = stages.Session(device="cpu").decoder(checkpoint).model
+    model = Session(device="cpu").decoder(checkpoint).model
     tokenizer = stages.load_tokenizer(checkpoint)
     where, who = measure_tasks(model, tokenizer, singly, name="one")
     [both] = measure_tasks(model, tokenizer, group, name="one")
@@ -415,7 +416,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path) -> Non
 
 def test_a_model_that_answers_nan_is_no_model_at_chance() -> None:
     checkpoint = shortllm.open_checkpoint("embedded")
-    model: Any = stages.Session(device="cpu").decoder(checkpoint).model
+    model: Any = Session(device="cpu").decoder(checkpoint).model
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     tasks = load_tasks(["shortllm_where"], limit=2)
     with pytest.raises(CheckpointError, match="logits are NaN"):

@@ -38,7 +38,9 @@ from shortllm.retraining import RECORD as RETRAINED
 from shortllm.retraining.record import Retraining
 from shortllm.runtime import join_ranks
 from shortllm.scoring import Asked
+from shortllm.session import Session
 from shortllm.summary import ModelSummary, summarize
+from shortllm.texts import calibrate, check_length, evaluation_segments_of
 from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ def score(  # type: ignore[misc]
         rundir.claim_directory(out, checkpoint)
     session = pipeline.session_of(recipe)
     text = any(one.needs_text for one in asked)
-    ids = stages.calibrate(checkpoint, recipe.calibration) if text else None
+    ids = calibrate(checkpoint, recipe.calibration) if text else None
     if out is None:
         found = stages.score(checkpoint, ids, asked, session=session, ranks=ranks)
     else:
@@ -196,7 +198,7 @@ def plan(
     directory = None if out is None else out.parent
     target = None
     if budget.target() is not None:
-        session = stages.Session(device=device, dtype=dtype)
+        session = Session(device=device, dtype=dtype)
         checkpoint = _scored_checkpoint(scores)
         budget, target = targets.resolve(budget, checkpoint, session, directory=directory)
     made = build_plan(budget, model=scores.model, scores=scores)
@@ -277,7 +279,7 @@ def prune(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is not empty. Choose another --out, or delete it")
     require_writable(out.parent)
-    session = stages.Session(device=device, dtype=dtype, stream=stream) if verify else None
+    session = Session(device=device, dtype=dtype, stream=stream) if verify else None
     stages.prune(checkpoint, plan, out, session=session)
     return out
 
@@ -315,17 +317,17 @@ def evaluate(
     recipe = Recipe(model=models[0], evaluation=options).filled(first.model_type)
     if out is not None:
         require_file_target(out)
-    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
+    session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     task_set = stages.prepare_tasks(list(checkpoints.values()), options, session)
     sources = recipe.evaluation.data if options.data or not options.tasks else []
     rows = [load_rows(source, role="evaluation") for source in sources]
     texts = {}
     for name, checkpoint in checkpoints.items():
         if rows:
-            stages.check_length(checkpoint, recipe.evaluation.length, "--length")
+            check_length(checkpoint, recipe.evaluation.length, "--length")
         tokenizer = load_tokenizer(checkpoint)
         texts[name] = [
-            stages.evaluation_segments_of(
+            evaluation_segments_of(
                 checkpoint, source, tokenizer, recipe.evaluation, option="--length"
             )
             for source in rows
@@ -517,7 +519,7 @@ def bench(
     if not models:
         raise ShortLLMError("no model to measure. Give one or more")
     options = options or BenchmarkOptions()
-    session = stages.Session(device=device, dtype=dtype)
+    session = Session(device=device, dtype=dtype)
     checkpoints = _named(models)
     if out is not None and out.is_file():
         raise OutputError(f"--out {out} is a file. Give a directory")
@@ -556,6 +558,6 @@ def retrain(
     options, out = options or RetrainOptions(), Path(out)
     checkpoint = open_checkpoint(model, revision=revision)
     require_free(out, RETRAINED)
-    session = stages.Session(device=device, dtype=dtype)
+    session = Session(device=device, dtype=dtype)
     ranks = join_training(session)
     return stage.retrain(checkpoint, options, out, session=session, ranks=ranks)

@@ -47,7 +47,8 @@ from shortllm.results.benchmark import (
     PeakMemory,
 )
 from shortllm.runtime import progress, versions
-from shortllm.stages import Session, vocabulary
+from shortllm.session import Session
+from shortllm.texts import vocabulary
 
 log = logging.getLogger(__name__)
 

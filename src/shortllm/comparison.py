@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm import pipeline, rundir, stages
+from shortllm import pipeline, rundir
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.files import PARTIAL, fingerprint
@@ -31,6 +31,8 @@ from shortllm.results.record import Cost, ModelInfo
 from shortllm.results.scores import BlockScores
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, progress, versions
 from shortllm.scoring import Asked
+from shortllm.session import Session
+from shortllm.texts import prepare_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,7 +195,7 @@ def compare_in(
         rundir.claim_directory(directory, checkpoint)
     session = pipeline.session_of(recipe)
     scoring = any(one.needs_text for one in question.asked)
-    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
+    texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
     [text] = texts.evaluation
     if ranks.is_main:
         rundir.write_run_file(directory, _choices(recipe, question), checkpoint, command)
@@ -234,7 +236,7 @@ def compare(
     scores: dict[str, BlockScores],
     text: EvaluationText,
     *,
-    session: stages.Session,
+    session: Session,
     directory: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> Comparison:
@@ -290,7 +292,7 @@ def comparison_fingerprint(
     question: Question,
     scores: dict[str, BlockScores],
     text: EvaluationText,
-    session: stages.Session,
+    session: Session,
 ) -> str:
     """Of everything the comparison depends on."""
     from shortllm.calibration import tokens_fingerprint

@@ -52,6 +52,8 @@ from shortllm.rundir import (
 )
 from shortllm.runtime import ALONE, Ranks
 from shortllm.scoring import Asked
+from shortllm.session import Session
+from shortllm.texts import Texts, prepare_texts
 from shortllm.zeroshot import table_beside, write_table
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ def run(
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     check_later_stages(recipe, checkpoint, session)
     quantizing = asked_by(recipe, checkpoint, session)
-    texts = stages.prepare_texts(
+    texts = prepare_texts(
         checkpoint,
         recipe.calibration,
         recipe.evaluation,
@@ -193,7 +195,7 @@ def _order_to_follow(recipe: Recipe) -> Published | None:
     return recipe.published
 
 
-def check_later_stages(recipe: Recipe, checkpoint: Checkpoint, session: stages.Session) -> None:
+def check_later_stages(recipe: Recipe, checkpoint: Checkpoint, session: Session) -> None:
     """Find out before anything is scored whether healing and benchmark can begin at all.
 
     Raises:
@@ -244,9 +246,9 @@ def asked_for(recipe: Recipe, checkpoint: Checkpoint) -> Asked:
     return Asked.of(recipe.criterion, {**amount, **recipe.options})
 
 
-def session_of(recipe: Recipe) -> stages.Session:
+def session_of(recipe: Recipe) -> Session:
     """Where and how a recipe's models are run."""
-    return stages.Session(
+    return Session(
         device=recipe.device,
         dtype=recipe.dtype,
         stream=recipe.stream,
@@ -264,7 +266,7 @@ def score_in(
     checkpoint: Checkpoint,
     asked: Sequence[Asked],
     calibration: Calibration | None,
-    session: stages.Session,
+    session: Session,
     ranks: Ranks = ALONE,
 ) -> dict[str, BlockScores]:
     """calibration.* and the file of each criterion's scores; those up to date are not made again.
@@ -306,7 +308,7 @@ def prune_in(
     directory: Path,
     checkpoint: Checkpoint,
     plan: PrunePlan,
-    session: stages.Session,
+    session: Session,
     name: str = PRUNED,
 ) -> Checkpoint:
     """The shortened checkpoint `name`, unless it is up to date."""
@@ -325,7 +327,7 @@ def made_in(directory: Path, name: str) -> Checkpoint:
 
 
 def _retrain(
-    directory: Path, shortened: Checkpoint, recipe: Recipe, session: stages.Session
+    directory: Path, shortened: Checkpoint, recipe: Recipe, session: Session
 ) -> dict[str, Retraining]:
     """A checkpoint with retrain.json for each way of healing, by name."""
     from shortllm.retraining.stage import retrain
@@ -341,9 +343,9 @@ def evaluate_in(
     directory: Path,
     models: Mapping[str, Checkpoint],
     recipe: Recipe,
-    texts: stages.Texts,
+    texts: Texts,
     tasks: TaskSet | None,
-    session: stages.Session,
+    session: Session,
 ) -> Evaluation:
     """eval.json, and zeroshot.csv where there are tasks, unless they are up to date."""
     path = directory / "eval.json"
@@ -365,7 +367,7 @@ def bench_in(
     directory: Path,
     checkpoints: Mapping[str, Checkpoint],
     options: BenchmarkOptions,
-    session: stages.Session,
+    session: Session,
 ) -> Benchmark:
     """bench.json with its table and plots, unless they are up to date."""
     from shortllm.benchmark import benchmark_fingerprint, measure_speed

@@ -29,6 +29,7 @@ from shortllm.recipe import Recipe
 from shortllm.results.benchmark import Benchmark
 from shortllm.results.evaluation import EvaluatedModel
 from shortllm.rundir import claim_directory, write_run_file
+from shortllm.texts import Texts, check_length, evaluation_segments_of
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Meas
         from shortllm.benchmark import check_speed
 
         check_speed({hub_id: checkpoint}, recipe.benchmark, session)
-    texts = stages.Texts(calibration=None, evaluation=_texts(checkpoint, recipe))
+    texts = Texts(calibration=None, evaluation=_texts(checkpoint, recipe))
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
     models = {Path(hub_id).name: checkpoint}
     evaluation = pipeline.evaluate_in(directory, models, recipe, texts, tasks, session)
@@ -137,14 +138,14 @@ def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Meas
 
 def _texts(checkpoint: Checkpoint, recipe: Recipe) -> list[EvaluationText]:
     """Each text twice: with BOS before the first segment, and before every one."""
-    stages.check_length(checkpoint, recipe.evaluation.length, "--eval-length")
+    check_length(checkpoint, recipe.evaluation.length, "--eval-length")
     tokenizer = load_tokenizer(checkpoint)
     rows = [load_rows(source, role="evaluation") for source in recipe.evaluation.data]
     return [
         EvaluationText(
             rows=source,
             held_out=False,
-            segments=stages.evaluation_segments_of(
+            segments=evaluation_segments_of(
                 checkpoint, source, tokenizer, recipe.evaluation.model_copy(update={"bos": bos})
             ),
         )

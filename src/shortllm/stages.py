@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +19,10 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, check_removal, require_apart
 from shortllm.checkpoint.tensors import read_tensor_table
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.errors import CheckpointError, DataError, ShortLLMError
+from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.files import fingerprint, require_writable
 from shortllm.journal import Journal
-from shortllm.model.blocks import text_config
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
+from shortllm.recipe import EvaluationOptions
 from shortllm.results.evaluation import EvaluatedModel, Evaluation
 from shortllm.results.plan import PrunePlan
 from shortllm.results.record import Cost
@@ -32,283 +30,20 @@ from shortllm.results.scores import BlockScores
 from shortllm.runtime import (
     ALONE,
     Ranks,
-    choose_device,
-    choose_dtype,
     peak_memory,
     progress,
     versions,
 )
 from shortllm.scoring import Asked, Scorer, require_plain_weights
+from shortllm.session import Session
 
 if TYPE_CHECKING:
-    import torch
-
     from shortllm.calibration import Calibration
-    from shortllm.data.rows import Rows
     from shortllm.evaluation import EvaluationText
-    from shortllm.model.decoder import Decoder
-    from shortllm.model.streams import StreamMemory
-    from shortllm.segments import Segments
     from shortllm.zeroshot import TaskSet
 
+
 log = logging.getLogger(__name__)
-
-
-class Session:
-    """Device, computation type, and the one model that is held at a time."""
-
-    def __init__(
-        self,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        stream: bool | None = None,
-        max_memory: int | None = None,
-    ) -> None:
-        self.device = choose_device(device)
-        self._dtype = dtype
-        self._stream = stream
-        self._max_memory = max_memory
-        self._held: tuple[Checkpoint, Decoder, str] | None = None
-
-    @property
-    def asked_dtype(self) -> str:
-        """The computation type as it was asked for, `auto` included."""
-        return self._dtype
-
-    def release(self) -> None:
-        """Let the model go that is held."""
-        self._held = None
-        gc.collect()
-
-    def decoder(self, checkpoint: Checkpoint) -> Decoder:
-        """The checkpoint's decoder, opened unless it is the one held; another one is let go first.
-
-        Its blocks are in memory where they fit, else they are read one at a time from the files.
-        """
-        from shortllm.model.decoder import Decoder
-        from shortllm.model.loading import load_model
-        from shortllm.model.streamed import open_streamed
-
-        if not self._holds(checkpoint):
-            self.release()
-            if self.streams(checkpoint):
-                dtype = self._torch_dtype(checkpoint)
-                decoder = open_streamed(checkpoint, device=self.device, dtype=dtype)
-            else:
-                model = load_model(checkpoint, device=self.device, dtype=self._dtype)
-                decoder = Decoder(model)
-            # the fingerprint is read now: the directory may get another name later
-            self._held = (checkpoint, decoder, checkpoint.fingerprint)
-        assert self._held is not None
-        return self._held[1]
-
-    def _holds(self, checkpoint: Checkpoint) -> bool:
-        """Whether the model in memory is the one asked for; a streamed one also reads its files."""
-        if self._held is None or self._held[2] != checkpoint.fingerprint:
-            return False
-        return not self._held[1].streamed or self._held[0].directory == checkpoint.directory
-
-    def memory(self, directory: Path | None = None) -> StreamMemory:
-        """Where hidden streams are kept; beyond the limit in a file in `directory`."""
-        from shortllm.model.streams import StreamMemory
-
-        return StreamMemory(limit=self._max_memory, directory=directory)
-
-    def dtype(self, checkpoint: Checkpoint) -> str:
-        """Name of the computation type for a checkpoint, e.g. `float32`."""
-        return str(self._torch_dtype(checkpoint)).removeprefix("torch.")
-
-    def _torch_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
-        from shortllm.model.loading import stored_dtype
-
-        return choose_dtype(self._dtype, self.device, stored_dtype(checkpoint))
-
-    def streams(self, checkpoint: Checkpoint) -> bool:
-        """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
-        from shortllm.model.loading import room_for
-
-        if self._stream is not None:
-            return self._stream
-        room = room_for(checkpoint, device=self.device, dtype=self._torch_dtype(checkpoint))
-        if not room.suffices:
-            log.info(
-                "%s: %s; its blocks are read one at a time from the files (streamed)",
-                checkpoint.id,
-                room,
-            )
-        return not room.suffices
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Texts:
-    """The text of a run, tokenized: what blocks are scored on and what models are measured on."""
-
-    calibration: Calibration | None
-    """None where the blocks were given by hand, so that nothing is scored."""
-    evaluation: list[EvaluationText]
-    healing: Calibration | None = None
-    """More of the same text, for healing without training."""
-    quantization: Calibration | None = None
-    """None where nothing is quantized, or without text."""
-
-
-def calibrate(
-    checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None
-) -> Calibration:
-    """Calibration ids from data or from a file, checked against the model.
-
-    Args:
-        rows: the rows to sample from, where not all of `options.data` may be used.
-    Raises:
-        DataError: too little text, or ids the model cannot take.
-    """
-    from shortllm.calibration import build_calibration, check_ids, load_calibration
-    from shortllm.data.sources import load_rows
-
-    if options.file is not None:
-        calibration = load_calibration(options.file)
-    else:
-        source = rows if rows is not None else load_rows(options.data or "", role="calibration")
-        calibration = build_calibration(
-            source,
-            load_tokenizer(checkpoint),
-            sampler=options.sampler,
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
-            bos_every_sample=bool(options.bos_every_sample),
-        )
-    check_ids(calibration.ids, vocabulary(checkpoint))
-    check_length(checkpoint, calibration.ids.shape[1], "--length")
-    return calibration
-
-
-def vocabulary(checkpoint: Checkpoint) -> int:
-    """Number of token ids the model has embeddings for."""
-    return int(text_config(checkpoint.config).vocab_size)
-
-
-def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
-    """Refuse more tokens than the model has positions for.
-
-    Raises:
-        DataError: naming the option to change.
-    """
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    if isinstance(room, int) and length > room:
-        raise DataError(
-            f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} "
-            f"{room} or less"
-        )
-
-
-def prepare_texts(
-    checkpoint: Checkpoint,
-    calibration: CalibrationOptions,
-    evaluation: EvaluationOptions,
-    *,
-    scoring: bool = True,
-    healing: CalibrationOptions | None = None,
-    quantization: CalibrationOptions | None = None,
-) -> Texts:
-    """Read and tokenize all text of a run; what is measured serves no other purpose.
-
-    Where one source does, its first half calibrates and its second half is measured; of a source
-    that given calibration ids came from, the rows behind theirs are measured.
-
-    Args:
-        scoring: without, no calibration for it is made.
-        healing: where text to heal with is asked for, how it is cut: from the rows that calibrate.
-        quantization: the text that a quantization looks at, if it does.
-    Raises:
-        DataError: unreadable or too little text.
-    """
-    from shortllm.data.rows import same_text, split_held_out
-    from shortllm.data.sources import load_rows
-    from shortllm.evaluation import EvaluationText
-
-    check_length(checkpoint, evaluation.length, "--eval-length")
-    measured = [load_rows(source, role="evaluation") for source in evaluation.data]
-    shared = [False] * len(measured)
-    if healing is not None and calibration.file is None:
-        healing = healing.model_copy(update={"data": calibration.data})
-    loaded: dict[str, Rows] = {}
-    made: list[Calibration | None] = []
-    for options in (calibration if scoring else None, healing, quantization):
-        rows = None
-        if options is not None and options.file is None:
-            source = options.data or ""
-            if source not in loaded:
-                loaded[source] = load_rows(source, role="calibration")
-            rows = loaded[source]
-            same = [same_text(rows, other) for other in measured]
-            shared = [one or other for one, other in zip(shared, same, strict=True)]
-            if any(same):
-                rows, _ = split_held_out(rows)
-        made.append(None if options is None else calibrate(checkpoint, options, rows))
-    tokenizer = load_tokenizer(checkpoint)
-    texts = []
-    for other, is_shared in zip(measured, shared, strict=True):
-        kept_apart = split_held_out(other)[1] if is_shared else _behind(other, made)
-        segments = evaluation_segments_of(checkpoint, kept_apart, tokenizer, evaluation)
-        held_out = kept_apart is not other
-        texts.append(EvaluationText(rows=kept_apart, held_out=held_out, segments=segments))
-    return Texts(calibration=made[0], evaluation=texts, healing=made[1], quantization=made[2])
-
-
-def _behind(rows: Rows, calibrations: Sequence[Calibration | None]) -> Rows:
-    """The rows behind those that given calibration ids were sampled from; all of another source.
-
-    Raises:
-        DataError: there are none.
-    """
-    start = max(
-        (
-            one.info.rows[1]
-            for one in calibrations
-            if one is not None and one.info.source == rows.source and one.info.rows
-        ),
-        default=None,
-    )
-    if start is None:
-        return rows
-    if start >= rows.stop:
-        raise DataError(
-            f"the calibration was drawn from all rows of {rows.source}, which leaves none to "
-            "measure on. Give other text as --eval-data"
-        )
-    return rows.span(start, len(rows))
-
-
-def evaluation_segments_of(
-    checkpoint: Checkpoint,
-    rows: Rows,
-    tokenizer: Any,
-    options: EvaluationOptions,
-    *,
-    option: str = "--eval-length",
-) -> Segments:
-    """Rows cut into the segments that perplexity is measured on, checked against the model.
-
-    Args:
-        option: what the command line calls `options.length`.
-    Raises:
-        DataError: not one full segment, or ids the model has no embeddings for.
-    """
-    from shortllm.calibration import check_ids
-    from shortllm.segments import evaluation_segments
-
-    segments = evaluation_segments(
-        rows,
-        tokenizer,
-        length=options.length,
-        bos=options.bos or "first",
-        max_segments=options.max_segments,
-        option=option,
-    )
-    check_ids(segments.ids, vocabulary(checkpoint), where=rows.source)
-    return segments
 
 
 def scores_fingerprint(

@@ -31,7 +31,7 @@ from shortllm.results.benchmark import paired_speedup
 from shortllm.results.plan import TARGET_FILE, DepthSpeed, Target
 from shortllm.results.record import ModelInfo
 from shortllm.runtime import progress
-from shortllm.stages import Session
+from shortllm.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,8 @@ from shortllm.results.evaluation import Evaluation
 from shortllm.results.units import UNITS_FILE, Candidate, UnitsComparison
 from shortllm.runtime import versions
 from shortllm.scoring import Asked
+from shortllm.session import Session
+from shortllm.texts import prepare_texts
 from shortllm.width_pruning.options import Method, WidthOptions
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def compare_units_in(
     session = pipeline.session_of(recipe)
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     pipeline.check_later_stages(recipe, checkpoint, session)
-    texts = stages.prepare_texts(checkpoint, recipe.calibration, recipe.evaluation)
+    texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation)
     rundir.write_run_file(
         directory, recipe.model_dump(mode="json") | {"methods": list(names)}, checkpoint, command
     )
@@ -140,7 +142,7 @@ def _shorter(
     budget: Budget,
     asked: Sequence[Asked],
     calibration: Calibration | None,
-    session: stages.Session,
+    session: Session,
 ) -> dict[str, Checkpoint]:
     """A checkpoint with fewer blocks by each criterion, and its plan beside it."""
     scores = pipeline.score_in(directory, checkpoint, asked, calibration, session)
@@ -158,7 +160,7 @@ def _narrower(
     methods: Sequence[Method],
     goal: int,
     calibration: Calibration | None,
-    session: stages.Session,
+    session: Session,
 ) -> dict[str, Checkpoint]:
     """A checkpoint with fewer heads and neurons by each method, of `goal` parameters or nearly.
 
@@ -189,7 +191,7 @@ def _narrower(
 
 
 def _healed(
-    directory: Path, made: Mapping[str, Checkpoint], recipe: Recipe, session: stages.Session
+    directory: Path, made: Mapping[str, Checkpoint], recipe: Recipe, session: Session
 ) -> dict[str, Checkpoint]:
     """Each candidate after the same retraining; none where the recipe has none."""
     from shortllm.retraining.stage import retrain

@@ -22,7 +22,9 @@ from shortllm.pipeline import asked_for, score_in
 from shortllm.planning import build_plan
 from shortllm.recipe import Recipe
 from shortllm.results.plan import PrunePlan
-from shortllm.stages import Session, calibrate, is_pruned_by, prune, pruned_fingerprint
+from shortllm.session import Session
+from shortllm.stages import is_pruned_by, prune, pruned_fingerprint
+from shortllm.texts import calibrate
 
 log = logging.getLogger(__name__)
 

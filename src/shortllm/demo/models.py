@@ -16,8 +16,9 @@ from shortllm.model.blocks import text_config
 from shortllm.model.loading import load_model
 from shortllm.results.record import ModelInfo
 from shortllm.retraining.distill import lineage
-from shortllm.stages import Session, vocabulary
+from shortllm.session import Session
 from shortllm.targets import cache_bytes
+from shortllm.texts import vocabulary
 
 if TYPE_CHECKING:
     import torch

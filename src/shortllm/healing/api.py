@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm import stages
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.healing.options import HealOptions, MergeOptions
 from shortllm.healing.record import HEAL_FILE, MERGE_FILE, Healing, Merging
 from shortllm.model.blocks import text_config
 from shortllm.recipe import CalibrationOptions, Recipe
+from shortllm.session import Session
+from shortllm.texts import calibrate
 
 
 def heal(
@@ -49,8 +50,8 @@ def heal(
     stage.kept_blocks(checkpoint, original)
     asked = CalibrationOptions(data=data, file=calibration, bos_every_sample=bos_every_sample)
     recipe = Recipe(model=original.id, calibration=asked).filled(checkpoint.model_type)
-    ids = stages.calibrate(original, healing_text(recipe.calibration, options, original))
-    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
+    ids = calibrate(original, healing_text(recipe.calibration, options, original))
+    session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return stage.heal(checkpoint, original, options, target, calibration=ids, session=session)
 
 
@@ -99,6 +100,6 @@ def merge(
     checkpoint = open_checkpoint(model, revision=revision)
     options.check(checkpoint.block_count)
     recipe = Recipe(model=model, calibration=calibration or CalibrationOptions())
-    ids = stages.calibrate(checkpoint, recipe.filled(checkpoint.model_type).calibration)
-    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
+    ids = calibrate(checkpoint, recipe.filled(checkpoint.model_type).calibration)
+    session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return merge_stage.merge(checkpoint, options, target, calibration=ids, session=session)

@@ -25,7 +25,7 @@ from shortllm.healing.record import MERGE_FILE, Merging
 from shortllm.healing.writing import write_changed
 from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.stages import Session
+from shortllm.session import Session
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm import stages
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.healing.api import healing_text
@@ -12,6 +11,8 @@ from shortllm.healing.record import HEAL_FILE, Healing
 from shortllm.healing.stage import check_healable, heal
 from shortllm.recipe import CalibrationOptions, Recipe
 from shortllm.rundir import HEALED
+from shortllm.session import Session
+from shortllm.texts import Texts
 
 
 def healing_text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions | None:
@@ -21,7 +22,7 @@ def healing_text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOption
     return healing_text(recipe.calibration, recipe.healing, checkpoint)
 
 
-def check_healing(directory: Path, checkpoint: Checkpoint, session: stages.Session) -> None:
+def check_healing(directory: Path, checkpoint: Checkpoint, session: Session) -> None:
     """Find out before anything is scored whether there is a place to fold maps into.
 
     Raises:
@@ -37,8 +38,8 @@ def heal_in(
     shortened: Checkpoint,
     checkpoint: Checkpoint,
     recipe: Recipe,
-    texts: stages.Texts,
-    session: stages.Session,
+    texts: Texts,
+    session: Session,
 ) -> Healing | None:
     """A checkpoint with heal.json, where it is asked for."""
     if recipe.healing is None or texts.healing is None:

@@ -26,7 +26,7 @@ from shortllm.healing.record import HEAL_FILE, Healing, HeldOut
 from shortllm.healing.writing import write_changed
 from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.stages import Session
+from shortllm.session import Session
 
 if TYPE_CHECKING:
     from torch import Tensor

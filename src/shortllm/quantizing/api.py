@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm import stages
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.quantizing.options import QuantizeOptions
@@ -12,6 +11,8 @@ from shortllm.quantizing.record import RECORD, Quantization
 from shortllm.quantizing.stage import calibration_options, check
 from shortllm.quantizing.stage import quantize as quantize_stage
 from shortllm.recipe import Recipe
+from shortllm.session import Session
+from shortllm.texts import calibrate
 
 
 def quantize(
@@ -35,8 +36,8 @@ def quantize(
     asked = recipe.filled(checkpoint.model_type).quantization
     assert asked is not None
     require_free(Path(out), RECORD)
-    session = stages.Session(device=device)
+    session = Session(device=device)
     asked, _ = check(checkpoint, asked, session=session)
     text = calibration_options(asked)
-    ids = stages.calibrate(checkpoint, text) if text is not None else None
+    ids = calibrate(checkpoint, text) if text is not None else None
     return quantize_stage(checkpoint, asked, Path(out), calibration=ids, session=session)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from shortllm import stages
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import ResultFileError
@@ -15,6 +14,8 @@ from shortllm.quantizing.record import QUANTIZED, RECORD, Quantization
 from shortllm.quantizing.stage import calibration_options, check, quantize
 from shortllm.recipe import Recipe
 from shortllm.results.evaluation import Evaluation
+from shortllm.session import Session
+from shortllm.texts import Texts
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +23,7 @@ log = logging.getLogger(__name__)
 __all__ = ["asked_by", "best_of", "calibration_options", "quantize_in"]
 
 
-def asked_by(
-    recipe: Recipe, checkpoint: Checkpoint, session: stages.Session
-) -> QuantizeOptions | None:
+def asked_by(recipe: Recipe, checkpoint: Checkpoint, session: Session) -> QuantizeOptions | None:
     """How a run quantizes, checked on the model as it is before blocks go.
 
     Raises:
@@ -39,8 +38,8 @@ def quantize_in(
     directory: Path,
     candidates: Mapping[str, Checkpoint],
     options: QuantizeOptions | None,
-    texts: stages.Texts,
-    session: stages.Session,
+    texts: Texts,
+    session: Session,
 ) -> Quantization | None:
     """quantized/ in a run directory, unless it is up to date; nothing where nothing is asked.
 
@@ -64,8 +63,8 @@ def quantize_in(
 
 def best_of(
     candidates: Mapping[str, Checkpoint],
-    texts: stages.Texts,
-    session: stages.Session,
+    texts: Texts,
+    session: Session,
     evaluation: Path,
 ) -> str:
     """The name of the model with the lowest perplexity on the first text.

@@ -21,7 +21,7 @@ from shortllm.recipe import CalibrationOptions
 from shortllm.results.record import Cost
 from shortllm.retraining.preparing import positions
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.stages import Session
+from shortllm.session import Session
 
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration

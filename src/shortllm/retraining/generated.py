@@ -18,7 +18,7 @@ from shortllm.retraining.documents import Document
 if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint
     from shortllm.retraining.options import RetrainOptions
-    from shortllm.stages import Session
+    from shortllm.session import Session
 
 WRITTEN_AT_ONCE = 32
 

@@ -36,12 +36,8 @@ from shortllm.retraining.store import Corpus, open_corpus, write_corpus
 from shortllm.retraining.windows import Packing
 from shortllm.runtime import Ranks
 from shortllm.segments import Segments
-from shortllm.stages import (
-    Session,
-    check_length,
-    evaluation_segments_of,
-    vocabulary,
-)
+from shortllm.session import Session
+from shortllm.texts import check_length, evaluation_segments_of, vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
 from shortllm.runtime import ALONE, Ranks, join_ranks
-from shortllm.stages import Session
+from shortllm.session import Session
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

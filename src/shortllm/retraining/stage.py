@@ -17,7 +17,7 @@ from shortllm.retraining.preparing import Prepared, compute_dtype, prepare
 from shortllm.retraining.record import Retraining
 from shortllm.retraining.writing import LOGS, write_retrained
 from shortllm.runtime import ALONE, Ranks, peak_memory, versions
-from shortllm.stages import Session
+from shortllm.session import Session
 
 if TYPE_CHECKING:
     from shortllm.retraining.training import Trained

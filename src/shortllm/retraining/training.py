@@ -37,7 +37,8 @@ from shortllm.retraining.trainer import (
 )
 from shortllm.retraining.windows import Segmented, Windows, collate, keeps_apart
 from shortllm.runtime import Ranks, progress
-from shortllm.stages import Session, vocabulary
+from shortllm.session import Session
+from shortllm.texts import vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm import stages
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.recipe import CalibrationOptions, Recipe
+from shortllm.session import Session
 from shortllm.sublayers.options import SublayerOptions
 from shortllm.sublayers.record import SublayerDrop
 from shortllm.sublayers.stage import drop_sublayers as stage
+from shortllm.texts import calibrate
 
 
 def drop_sublayers(
@@ -43,6 +44,6 @@ def drop_sublayers(
     if options.criterion is not None:
         given = calibration or CalibrationOptions()
         recipe = Recipe(model=model, calibration=given).filled(checkpoint.model_type)
-        ids = stages.calibrate(checkpoint, recipe.calibration)
-    session = stages.Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
+        ids = calibrate(checkpoint, recipe.calibration)
+    session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return stage(checkpoint, options, Path(out), calibration=ids, session=session)

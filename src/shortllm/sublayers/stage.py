@@ -27,7 +27,7 @@ from shortllm.journal import Journal
 from shortllm.metrics import perplexity
 from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.stages import Session
+from shortllm.session import Session
 from shortllm.sublayers.options import SublayerOptions
 from shortllm.sublayers.record import RECORD, DroppedSublayer, SublayerDrop
 from shortllm.sublayers.structure import (

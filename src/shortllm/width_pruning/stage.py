@@ -16,7 +16,7 @@ from shortllm.files import fingerprint, require_writable
 from shortllm.model.blocks import text_config
 from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.stages import Session
+from shortllm.session import Session
 from shortllm.width_pruning.options import WidthOptions
 from shortllm.width_pruning.record import RECORD, NarrowedBlock, WidthPruning, WidthSize
 
