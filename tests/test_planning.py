@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
+from shortllm.budget import Budget, check_budget, most_blocks, removable
 from shortllm.criteria import require_finite
 from shortllm.errors import BudgetError, CriterionError, ResultFileError
-from shortllm.planning import (
-    Budget,
-    build_plan,
-    check_budget,
-    most_blocks,
-    removable,
-    removal_order,
-)
+from shortllm.planning import build_plan, removal_order
 from shortllm.results.plan import PrunePlan
 from shortllm.results.record import ModelInfo
 from shortllm.results.scores import BlockScores

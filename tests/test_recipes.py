@@ -18,11 +18,12 @@ from test_cli import call
 
 import shortllm
 from shortllm import embedded, pipeline, rundir
+from shortllm.budget import check_budget, protected_blocks
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import BudgetError, CheckpointError, RecipeError
-from shortllm.planning import build_plan, check_budget, protected_blocks
+from shortllm.planning import build_plan
 from shortllm.published import Published, PublishedFigures, beside, compared_blocks
 from shortllm.recipe import BenchmarkOptions, EvaluationOptions, Recipe
 from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text

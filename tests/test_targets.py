@@ -16,9 +16,9 @@ from test_cli import SMALL, call
 
 import shortllm
 from shortllm import targets
+from shortllm.budget import Budget
 from shortllm.errors import BudgetError, CheckpointError
 from shortllm.model.decoder import Decoder
-from shortllm.planning import Budget
 from shortllm.recipe import BenchmarkOptions
 from shortllm.results.plan import DepthSpeed, Target
 from shortllm.results.scores import BlockScores

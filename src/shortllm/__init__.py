@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shortllm.api import retrain as retrain
     from shortllm.api import run as run
     from shortllm.api import score as score
+    from shortllm.budget import Budget as Budget
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
     from shortllm.errors import ShortLLMError as ShortLLMError
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from shortllm.healing.record import Healing as Healing
     from shortllm.healing.record import Merging as Merging
     from shortllm.model.loading import load as load
-    from shortllm.planning import Budget as Budget
     from shortllm.quantizing.api import quantize as quantize
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
     from shortllm.quantizing.record import Quantization as Quantization
@@ -68,7 +68,7 @@ _HOME = {
     "Benchmark": "results.benchmark",
     "BenchmarkOptions": "recipe",
     "BlockScores": "results.scores",
-    "Budget": "planning",
+    "Budget": "budget",
     "CalibrationOptions": "recipe",
     "Checkpoint": "checkpoint.source",
     "Comparison": "results.comparison",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from shortllm import comparison, pipeline, rundir, stages, targets, units
+from shortllm.budget import Budget
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -26,7 +27,7 @@ from shortllm.errors import (
 from shortllm.files import require_file_target, require_writable
 from shortllm.locking import releasing
 from shortllm.pipeline import RunResult
-from shortllm.planning import Budget, build_plan
+from shortllm.planning import build_plan
 from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results.benchmark import Benchmark
 from shortllm.results.comparison import Comparison

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import pipeline, rundir
+from shortllm.budget import Budget, most_blocks
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.files import PARTIAL, fingerprint
 from shortllm.locking import releasing
-from shortllm.planning import Budget, build_plan, most_blocks, removal_order
+from shortllm.planning import build_plan, removal_order
 from shortllm.recipe import Recipe
 from shortllm.results.comparison import ComparedBudget, Comparison, Contender, LeftOut, RemovedSet
 from shortllm.results.record import Cost, ModelInfo

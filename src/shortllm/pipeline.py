@@ -19,19 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm import stages, targets
+from shortllm.budget import Budget, check_budget, removable
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.journal import journal_directory
 from shortllm.locking import hold, releasing
-from shortllm.planning import (
-    Budget,
-    build_plan,
-    check_budget,
-    check_published_order,
-    removable,
-)
+from shortllm.planning import build_plan, check_published_order
 from shortllm.published import Published
 from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.recipe import BenchmarkOptions, Recipe

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from shortllm.budget import Budget
 from shortllm.errors import DataError
 from shortllm.healing.options import HealOptions
-from shortllm.planning import Budget
 from shortllm.published import Published
 from shortllm.quantizing.options import EMBEDDED_DEFAULTS, QuantizeOptions
 from shortllm.results.record import Record, SpecialToken

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shortllm import criteria
+from shortllm.budget import Budget, most_blocks, removable
 from shortllm.checkpoint.packed import is_packed
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_tensor
@@ -25,7 +26,6 @@ from shortllm.criteria.search import check_options
 from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
-from shortllm.planning import Budget, most_blocks, removable
 from shortllm.results.record import ModelInfo
 from shortllm.runtime import ALONE, Ranks
 

@@ -52,8 +52,8 @@ def summarize(
         options: for a criterion its options.
         probe: measure the machine for two seconds; without, no times are foretold.
     """
+    from shortllm.budget import Budget, protected_blocks
     from shortllm.model.loading import room_for, stored_dtype
-    from shortllm.planning import Budget, protected_blocks
     from shortllm.runtime import choose_device, choose_dtype
 
     info = checkpoint.info()

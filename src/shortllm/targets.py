@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shortllm.budget import Budget, protected_blocks, removable
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, ResultFileError
 from shortllm.files import fingerprint
 from shortllm.model.blocks import text_config
-from shortllm.planning import Budget, protected_blocks, removable
 from shortllm.recipe import BenchmarkOptions
 from shortllm.results.benchmark import paired_speedup
 from shortllm.results.plan import TARGET_FILE, DepthSpeed, Target

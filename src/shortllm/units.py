@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from shortllm import criteria, pipeline, rundir, stages
+from shortllm.budget import Budget, check_budget
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
 from shortllm.files import fingerprint
 from shortllm.locking import releasing
-from shortllm.planning import Budget, build_plan, check_budget
+from shortllm.planning import build_plan
 from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results.evaluation import Evaluation
 from shortllm.results.units import UNITS_FILE, Candidate, UnitsComparison

@@ -11,7 +11,7 @@ import typer
 from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 
 if TYPE_CHECKING:
-    from shortllm.planning import Budget
+    from shortllm.budget import Budget
     from shortllm.recipe import CalibrationOptions
 
 # `Optional` because typer reads these at run time on Python

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from shortllm.budget import Budget, protected_blocks
 from shortllm.errors import BudgetError, CriterionError
-from shortllm.planning import Budget, protected_blocks
 from shortllm.results.record import ModelInfo, Record
 from shortllm.sublayers.structure import PARTS, Sublayer
 
