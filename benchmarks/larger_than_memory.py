@@ -115,10 +115,11 @@ def resident_taylor(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of Taylor scores with the model in memory."""
     import torch
 
+    from shortllm.asked import Asked
     from shortllm.checkpoint.source import open_checkpoint
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
-    from shortllm.scoring import Asked, Scorer
+    from shortllm.scoring import Scorer
 
     checkpoint = open_checkpoint(arguments.model)
 

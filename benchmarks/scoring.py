@@ -52,10 +52,11 @@ def walk(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[fl
     """Perplexity without each block, or the order of so many removals, by shortllm."""
     import torch
 
+    from shortllm.asked import Asked
     from shortllm.checkpoint import open_checkpoint
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
-    from shortllm.scoring import Asked, Scorer
+    from shortllm.scoring import Scorer
 
     checkpoint = open_checkpoint(model)
     decoder = Decoder(load_model(checkpoint, device=torch.device("cpu"), dtype=dtype))

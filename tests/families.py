@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from shortllm.asked import Asked
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import write_shortened
 from shortllm.criteria import Scores
@@ -30,7 +31,7 @@ from shortllm.model.blocks import auto_class
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import quiet_transformers
 from shortllm.model.streamed import open_streamed
-from shortllm.scoring import Asked, Scorer
+from shortllm.scoring import Scorer
 
 VOCABULARY = 97
 WINDOW = 5

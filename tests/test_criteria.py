@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shortllm import criteria, journal
+from shortllm.asked import Asked
 from shortllm.criteria import Scores
 from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
@@ -26,7 +27,6 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.streamed import open_streamed
 from shortllm.model.streams import StreamMemory
 from shortllm.runtime import ALONE
-from shortllm.scoring import Asked
 
 WITH_TEXT = ["ppl", "kl", "taylor", "influence", "relative", "angular"]
 EVERY = [*WITH_TEXT, "magnitude", "greedy", "last", "random", "even"]

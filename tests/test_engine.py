@@ -26,12 +26,13 @@ from families import (
 from torch import Tensor, nn
 
 from shortllm import criteria
+from shortllm.asked import Asked
 from shortllm.criteria import Scores
 from shortllm.errors import UnsupportedModelError
 from shortllm.metrics import next_token_nll
 from shortllm.model import walk
 from shortllm.model.decoder import BlockCall, Decoder
-from shortllm.scoring import Asked, Scorer, removals_of
+from shortllm.scoring import Scorer, removals_of
 
 
 def score_ppl(model: nn.Module, ids_BT: Tensor) -> Scores:

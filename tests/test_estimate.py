@@ -10,11 +10,12 @@ import torch
 from families import LENGTH, loaded, opened, saved, token_ids
 
 from shortllm import criteria, estimate, info
+from shortllm.asked import Asked
 from shortllm.checkpoint import Checkpoint
 from shortllm.errors import CriterionError
 from shortllm.estimate import Estimate, Probe, Setting, estimates, probe_machine
 from shortllm.model.decoder import Decoder
-from shortllm.scoring import Asked, Scorer
+from shortllm.scoring import Scorer
 from shortllm.session import Session
 
 SAMPLES = 3

@@ -18,6 +18,7 @@ from test_cli import call
 
 import shortllm
 from shortllm import embedded, pipeline, rundir
+from shortllm.asked import Asked
 from shortllm.budget import check_budget, protected_blocks
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import check_removal
@@ -30,7 +31,6 @@ from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, r
 from shortllm.released import measure_released, released_recipes
 from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity, TaskScore
 from shortllm.results.record import ModelInfo
-from shortllm.scoring import Asked
 from shortllm.zeroshot import EMBEDDED_TASKS, METRICS, task_names
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}

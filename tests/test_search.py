@@ -20,6 +20,7 @@ from torch import Tensor
 
 import shortllm
 from shortllm import Budget, CalibrationOptions, EvaluationOptions, Recipe, journal
+from shortllm.asked import Asked
 from shortllm.comparison import prepare_question
 from shortllm.criteria import Scores
 from shortllm.criteria.search import ONE_SHOT
@@ -31,7 +32,6 @@ from shortllm.model.decoder import Decoder
 from shortllm.planning import build_plan
 from shortllm.results.record import ModelInfo
 from shortllm.results.scores import BlockScores, Search
-from shortllm.scoring import Asked
 from shortllm.searching import BlockSearch
 
 FREE = {"protect_first": 0, "protect_last": 0}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from shortllm import comparison, pipeline, rundir, stages, targets, units
+from shortllm.asked import Asked
 from shortllm.budget import Budget
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -38,7 +39,6 @@ from shortllm.results.units import UnitsComparison
 from shortllm.retraining import RECORD as RETRAINED
 from shortllm.retraining.record import Retraining
 from shortllm.runtime import join_ranks
-from shortllm.scoring import Asked
 from shortllm.session import Session
 from shortllm.summary import ModelSummary, summarize
 from shortllm.texts import calibrate, check_length, evaluation_segments_of

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import pipeline, rundir
+from shortllm.asked import Asked
 from shortllm.budget import Budget, most_blocks
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, DataError
@@ -31,7 +32,6 @@ from shortllm.results.comparison import ComparedBudget, Comparison, Contender, L
 from shortllm.results.record import Cost, ModelInfo
 from shortllm.results.scores import BlockScores
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, progress, versions
-from shortllm.scoring import Asked
 from shortllm.session import Session
 from shortllm.texts import prepare_texts
 

@@ -32,10 +32,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
+from shortllm.asked import Asked
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.results.record import Record
-from shortllm.scoring import WATCHED, Asked, Scorer
+from shortllm.scoring import Scorer
+from shortllm.watching import WATCHED
 
 if TYPE_CHECKING:
     import torch

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm import stages, targets
+from shortllm.asked import Asked
 from shortllm.budget import Budget, check_budget, removable
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -46,7 +47,6 @@ from shortllm.rundir import (
     write_run_file,
 )
 from shortllm.runtime import ALONE, Ranks
-from shortllm.scoring import Asked
 from shortllm.session import Session
 from shortllm.texts import Texts, prepare_texts
 from shortllm.zeroshot import table_beside, write_table

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from shortllm import criteria
-from shortllm.budget import Budget, most_blocks, removable
-from shortllm.checkpoint.packed import is_packed
+from shortllm.asked import Asked
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.criteria import Criterion, Scores
-from shortllm.criteria.search import check_options
-from shortllm.errors import CriterionError, UnsupportedModelError
+from shortllm.criteria import Scores
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
-from shortllm.results.record import ModelInfo
 from shortllm.runtime import ALONE, Ranks
+from shortllm.watching import WATCHED, LastTokens, TokenMeans, Watch, plain_scores, spread_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,107 +33,6 @@ if TYPE_CHECKING:
     from shortllm.model.streams import StreamMemory
 
 Advance = Callable[[float], None]
-
-WATCHED: tuple[criteria.Needs, ...] = ("streams", "last token")
-"""What is seen when the samples go through the blocks once, in whatever pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A criterion with every option filled in."""
-
-    criterion: Criterion
-    options: dict[str, Any]
-
-    @staticmethod
-    def of(name: str, options: dict[str, Any] | None = None) -> Asked:
-        """Look a criterion up and check its options.
-
-        Raises:
-            CriterionError: unknown criterion or option, or an impossible value.
-        """
-        criterion = criteria.get(name)
-        asked = Asked(criterion, criterion.options(options or {}))
-        asked.inner()
-        if asked.needs == "sets":
-            check_options(name, asked.options)
-        return asked
-
-    @property
-    def name(self) -> str:
-        return self.criterion.name
-
-    @property
-    def needs(self) -> criteria.Needs:
-        return self.criterion.needs
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether calibration text is looked at."""
-        inner = self.inner()
-        return self.criterion.needs_text if inner is None else inner.needs_text
-
-    def inner(self) -> Asked | None:
-        """The criterion that this one scores with in each round, if it does.
-
-        Raises:
-            CriterionError: there is no such criterion, or it works in rounds itself.
-        """
-        if self.needs != "removals":
-            return None
-        inner = Asked.of(self.options["inner"])
-        if inner.needs in ("removals", "sets"):
-            raise CriterionError(
-                f"{self.name}.inner cannot be '{inner.name}', which removes blocks itself"
-            )
-        return inner
-
-    def amount(self, budget: Budget, model: ModelInfo) -> dict[str, Any]:
-        """The options of a criterion that removes blocks itself by which it meets a budget.
-
-        Raises:
-            BudgetError: see `most_blocks`.
-        """
-        if self.needs not in ("removals", "sets"):
-            return {}
-        name = "rounds" if self.needs == "removals" else "remove"
-        periods = {"period_aligned": budget.period_aligned} if self.needs == "sets" else {}
-        return {
-            name: most_blocks(budget, model),
-            "protect_first": budget.protect_first,
-            "protect_last": budget.protect_last,
-            **periods,
-        }
-
-    def free(self, model: ModelInfo) -> list[int]:
-        """The blocks that a criterion that removes blocks may remove."""
-        first, last = self.options["protect_first"], self.options["protect_last"]
-        budget = Budget(ratio=0.5, protect_first=first, protect_last=last)
-        return [block for [block] in removable(budget, model)]
-
-    def rounds(self, model: ModelInfo) -> int:
-        """How many blocks a criterion that removes blocks removes."""
-        free = len(self.free(model))
-        return min(self.options["rounds"] or max(1, free // 2), free)
-
-    def call(self, *arguments: Any) -> Any:
-        return self.criterion.function(*arguments, **self.options)
-
-
-def require_plain_weights(checkpoint: Checkpoint, asked: Sequence[Asked]) -> None:
-    """Refuse to take packed integers for weights, or to look for gradients of rounded ones.
-
-    Raises:
-        UnsupportedModelError: naming the criterion.
-    """
-    if not is_packed(checkpoint.raw_config):
-        return
-    for one in asked:
-        if (one.inner() or one).needs in ("weights", "gradients"):
-            raise UnsupportedModelError(
-                f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "
-                "unquantized model, or by ppl, kl or influence"
-            )
 
 
 @dataclass(kw_only=True)
@@ -177,7 +73,7 @@ class Scorer:
         found: dict[str, Scores] = {}
         for one in asked:
             if one.needs == "nothing":
-                found[one.name] = _plain(one.call(self.checkpoint.block_count))
+                found[one.name] = plain_scores(one.call(self.checkpoint.block_count))
             elif one.needs == "weights":
                 found[one.name] = self._weights(one, candidates)
             elif one.needs == "removals":
@@ -204,15 +100,15 @@ class Scorer:
             entries = self.checkpoint.block_weights(b)
             values[b] = one.call({entry.name: read_tensor(entry) for entry in entries})
             self.advance(2.0 * sum(entry.elements for entry in entries))
-        return _plain(values)
+        return plain_scores(values)
 
-    def _watch(self, one: Asked) -> _Watch:
+    def _watch(self, one: Asked) -> Watch:
         blocks = self.checkpoint.block_count
         if one.needs == "streams":
-            return _TokenMeans(one, blocks)
-        return _LastTokens(one, blocks, len(self.samples()), self.open_decoder().stream_width)
+            return TokenMeans(one, blocks)
+        return LastTokens(one, blocks, len(self.samples()), self.open_decoder().stream_width)
 
-    def _forward(self, kept: Sequence[int], watching: Sequence[_Watch], journal: Journal) -> None:
+    def _forward(self, kept: Sequence[int], watching: Sequence[Watch], journal: Journal) -> None:
         from shortllm.model.walk import walk
 
         decoder = self.open_decoder()
@@ -232,7 +128,7 @@ class Scorer:
         asked: Sequence[Asked],
         kept: Sequence[int],
         candidates: Sequence[int],
-        watching: Sequence[_Watch],
+        watching: Sequence[Watch],
         journal: Journal,
     ) -> dict[str, Scores]:
         """The model of `kept` and each model with one more block gone, in one walk."""
@@ -269,7 +165,7 @@ class Scorer:
         self,
         asked: Sequence[Asked],
         kept: Sequence[int],
-        watching: Sequence[_Watch],
+        watching: Sequence[Watch],
         journal: Journal,
     ) -> dict[str, Scores]:
         from shortllm.model.backward import walk_back
@@ -294,7 +190,7 @@ class Scorer:
             results=lambda: values,
             restore=values.update,
         )
-        return {name: _plain(found) for name, found in values.items()}
+        return {name: plain_scores(found) for name, found in values.items()}
 
     def _removals(self, one: Asked, journal: Journal) -> Scores:
         """Rounds of an inner criterion; each finished round is in the journal."""
@@ -380,65 +276,6 @@ class Scorer:
         return self.ids_BT
 
 
-class _Watch(Protocol):
-    """An observer of a pass that turns what it saw into scores."""
-
-    asked: Asked
-    state: dict[str, Tensor]
-
-    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None: ...
-
-    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
-        """Scores of the blocks `kept`, from what all processes saw."""
-
-
-class _TokenMeans:
-    """The mean over tokens of a number per token, for each block."""
-
-    def __init__(self, asked: Asked, blocks: int) -> None:
-        import torch
-
-        self.asked = asked
-        self._sums = torch.zeros(blocks, 2, dtype=torch.float64)
-        """Sum and count of each block."""
-        self.state = {asked.name: self._sums}
-
-    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
-        values_BT = self.asked.call(before_BTD.flatten(2), after_BTD.flatten(2))
-        self._sums[b, 0] += values_BT.double().sum().item()
-        self._sums[b, 1] += values_BT.numel()
-
-    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
-        ranks.add_up([self._sums])
-        return _plain([total / count if count else 0.0 for total, count in self._sums.tolist()])
-
-
-class _LastTokens:
-    """The stream of each sample's last token before and after each block."""
-
-    def __init__(self, asked: Asked, blocks: int, samples: int, width: int) -> None:
-        import torch
-
-        self.asked = asked
-        self._before = torch.zeros(blocks, samples, width)
-        self._after = torch.zeros(samples, width)
-        self.state = {f"{asked.name}-before": self._before, f"{asked.name}-after": self._after}
-
-    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
-        self._before[b, rows] = before_BTD[:, -1].flatten(1).to(self._before)
-        self._after[rows] = after_BTD[:, -1].flatten(1).to(self._after)
-
-    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
-        import torch
-
-        depths = torch.cat([self._before[list(kept)], self._after[None]])
-        found: Scores = self.asked.call(torch.cat(ranks.gather(depths), dim=1))
-        blocks = len(self._before)
-        if len(kept) == blocks:
-            return found
-        return _plain(_spread(found.importance, kept, blocks))
-
-
 def removals_of(
     blocks: int, kept: Sequence[int], candidates: Iterable[int]
 ) -> list[frozenset[int]]:
@@ -447,24 +284,12 @@ def removals_of(
     return [gone, *(gone | {b} for b in candidates)]
 
 
-def _plain(values: list[float]) -> Scores:
-    return Scores(importance=values, values=values)
-
-
-def _spread(values: Sequence[float], blocks: Sequence[int], count: int) -> list[float]:
-    """Numbers of some blocks as a list with one of every block."""
-    spread = [0.0] * count
-    for b, value in zip(blocks, values, strict=True):
-        spread[b] = value
-    return spread
-
-
 def _of_means(one: Asked, means: list[float], candidates: Sequence[int], count: int) -> Scores:
     """Scores from the mean of the intact model and those without each candidate."""
     intact, *without = means
     report = perplexity if one.criterion.in_nats else float
-    values = _spread([report(mean) for mean in without], candidates, count)
-    change = _spread([mean - intact for mean in without], candidates, count)
+    values = spread_out([report(mean) for mean in without], candidates, count)
+    change = spread_out([mean - intact for mean in without], candidates, count)
     return Scores(
         importance=values,
         values=values,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from shortllm.asked import Asked
 from shortllm.budget import Budget, most_blocks, removable
 from shortllm.criteria.search import Blocks, Proposal, names_in
 from shortllm.errors import BudgetError, CriterionError
@@ -23,7 +24,7 @@ from shortllm.journal import Journal
 from shortllm.metrics import kl_divergence, next_token_nll, perplexity
 from shortllm.planning import build_plan
 from shortllm.results.scores import BlockScores, CandidateSet, NotTried, Search
-from shortllm.scoring import Asked, Scorer
+from shortllm.scoring import Scorer
 
 if TYPE_CHECKING:
     from torch import Tensor

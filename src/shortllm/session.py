@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from shortllm.model.decoder import Decoder
     from shortllm.model.streams import StreamMemory
 
-
 log = logging.getLogger(__name__)
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.asked import Asked, require_plain_weights
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, check_removal, require_apart
 from shortllm.checkpoint.tensors import read_tensor_table
@@ -34,14 +35,13 @@ from shortllm.runtime import (
     progress,
     versions,
 )
-from shortllm.scoring import Asked, Scorer, require_plain_weights
+from shortllm.scoring import Scorer
 from shortllm.session import Session
 
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
     from shortllm.evaluation import EvaluationText
     from shortllm.zeroshot import TaskSet
-
 
 log = logging.getLogger(__name__)
 

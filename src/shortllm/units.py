@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from shortllm import criteria, pipeline, rundir, stages
+from shortllm.asked import Asked
 from shortllm.budget import Budget, check_budget
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
@@ -29,7 +30,6 @@ from shortllm.recipe import BenchmarkOptions, Recipe
 from shortllm.results.evaluation import Evaluation
 from shortllm.results.units import UNITS_FILE, Candidate, UnitsComparison
 from shortllm.runtime import versions
-from shortllm.scoring import Asked
 from shortllm.session import Session
 from shortllm.texts import prepare_texts
 from shortllm.width_pruning.options import Method, WidthOptions

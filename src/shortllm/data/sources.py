@@ -17,9 +17,7 @@ from shortllm.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     from shortllm.embedded.world import Split
 
-
 logger = logging.getLogger(__name__)
-
 
 Role = Literal["calibration", "evaluation"]
 """What rows are for; it decides only which split a name without a split means."""

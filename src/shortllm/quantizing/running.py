@@ -19,7 +19,6 @@ from shortllm.texts import Texts
 
 log = logging.getLogger(__name__)
 
-
 __all__ = ["asked_by", "best_of", "calibration_options", "quantize_in"]
 
 

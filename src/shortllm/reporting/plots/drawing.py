@@ -40,7 +40,6 @@ LINES = 8
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
 
-
 _STANDALONE = {
     "ink": "#1b1d21",
     "muted": "#5d626b",
