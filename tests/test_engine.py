@@ -31,7 +31,8 @@ from shortllm.criteria import Scores
 from shortllm.errors import UnsupportedModelError
 from shortllm.metrics import next_token_nll
 from shortllm.model import walk
-from shortllm.model.decoder import BlockCall, Decoder
+from shortllm.model.calls import BlockCall
+from shortllm.model.decoder import Decoder
 from shortllm.scoring import Scorer, removals_of
 
 

@@ -79,6 +79,7 @@ class LastTokens:
 
 
 def plain_scores(values: list[float]) -> Scores:
+    """Scores whose importance is the raw number itself."""
     return Scores(importance=values, values=values)
 
 

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import find_blocks, text_config
 from shortllm.model.bypass import bypassed
-
-Forward = Callable[..., Any]
+from shortllm.model.calls import BlockCall, Forward, equal_arguments
 
 CHECKED_TOKENS = 8
 """Tokens with which a model is checked once before its blocks are called one by one."""
@@ -45,30 +44,6 @@ class BlockWeights(Protocol):
 
     def stand_in(self) -> AbstractContextManager[None]:
         """Within the context all blocks have some weights, which take the memory of one block."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """Everything but the stream that the model's forward hands to one block."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    stream_name: str | None
-    """Keyword under which the stream is handed over; None if it is the first argument."""
-
-    def on(self, forward: Forward, stream_BTD: Tensor) -> Any:
-        """Call `forward` (a block, or a block's own forward) on another stream."""
-        if self.stream_name is None:
-            return forward(stream_BTD, *self.args, **self.kwargs)
-        return forward(*self.args, **{**self.kwargs, self.stream_name: stream_BTD})
-
-    @staticmethod
-    def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-        """Part the arguments of a block into the stream and the rest."""
-        if args:
-            return args[0], BlockCall(args[1:], kwargs, None)
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        return kwargs["hidden_states"], BlockCall((), rest, "hidden_states")
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +306,7 @@ class Decoder:
         _, plain = self._record(ids_BT)
         _, shifted = self._record(ids_BT, shift=1.0)
         for b, (one, other) in enumerate(zip(plain, shifted, strict=True)):
-            if not _equal((one.args, one.kwargs), (other.args, other.kwargs), opaque=True):
+            if not equal_arguments((one.args, one.kwargs), (other.args, other.kwargs), opaque=True):
                 raise UnsupportedModelError(
                     f"block {b} of '{self.blocks_name}' receives state of earlier blocks besides "
                     "the stream; removing single blocks is not defined for this model type"
@@ -372,34 +347,3 @@ class Decoder:
         finally:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
-
-
-def equal_calls(one: Sequence[BlockCall], other: Sequence[BlockCall]) -> bool:
-    """Whether two batches call the blocks with the same arguments."""
-    return all(
-        _equal((a.args, a.kwargs), (b.args, b.kwargs), opaque=False)
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _equal(one: Any, other: Any, *, opaque: bool) -> bool:
-    """Deep equality of call arguments, tensors and plain values by value.
-
-    Args:
-        opaque: what two objects of one type count as that cannot be looked into.
-    """
-    if one is other:
-        return True
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(
-            _equal(a, b, opaque=opaque) for a, b in zip(one, other, strict=True)
-        )
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(
-            _equal(one[key], other[key], opaque=opaque) for key in one
-        )
-    if type(one) is type(other):
-        return bool(one == other) if isinstance(one, (bool, int, float, str)) else opaque
-    return False

@@ -32,7 +32,8 @@ from torch import Tensor
 from shortllm.errors import UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.metrics import next_token_nll
-from shortllm.model.decoder import Decoder, Entry, equal_calls
+from shortllm.model.calls import equal_calls
+from shortllm.model.decoder import Decoder, Entry
 from shortllm.model.streams import StreamMemory
 
 Advance = Callable[[float], None]

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from shortllm.journal import Journal
 from shortllm.metrics import cosine, next_token_nll
-from shortllm.model.decoder import BlockCall, Decoder, Entry
+from shortllm.model.calls import BlockCall
+from shortllm.model.decoder import Decoder, Entry
 from shortllm.model.streams import StreamMemory
 from shortllm.model.walk import block_flops, enter_groups, group_size, walk, walk_flops
 from shortllm.searching import TOGETHER
