@@ -253,7 +253,7 @@ def test_wrong_arguments(
 
 
 def test_amounts_of_memory() -> None:
-    from shortllm.cli.options import bytes_in
+    from shortllm.cli.values import bytes_in
 
     assert bytes_in(None) is None
     assert bytes_in("4GiB") == 4 * 2**30

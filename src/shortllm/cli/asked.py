@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from shortllm.cli.options import (
+from shortllm.cli.values import (
     bytes_in,
     names_in,
     numbers_in,

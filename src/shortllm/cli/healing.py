@@ -22,10 +22,9 @@ from shortllm.cli.options import (
     Sampler,
     Seed,
     Stream,
-    bytes_in,
-    calibration_of,
 )
 from shortllm.cli.output import print_json, print_table
+from shortllm.cli.values import bytes_in, calibration_of
 
 if TYPE_CHECKING:
     from shortllm.healing.record import Healing, Merging

@@ -23,11 +23,9 @@ from shortllm.cli.options import (
     Stream,
     TaskData,
     Tasks,
-    bytes_in,
-    counts_in,
-    names_in,
 )
 from shortllm.cli.output import print_benchmark, print_evaluation, print_json, print_table
+from shortllm.cli.values import bytes_in, counts_in, names_in
 
 
 def evaluate(

@@ -25,11 +25,9 @@ from shortllm.cli.options import (
     TargetMemory,
     TargetParams,
     TargetSpeedup,
-    budget_of,
-    numbers_in,
-    targets_of,
 )
 from shortllm.cli.output import plan_line, print_json
+from shortllm.cli.values import budget_of, numbers_in, targets_of
 from shortllm.errors import BudgetError
 
 

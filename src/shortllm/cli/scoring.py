@@ -29,13 +29,9 @@ from shortllm.cli.options import (
     Sampler,
     Seed,
     Stream,
-    bytes_in,
-    calibration_of,
-    names_in,
-    options_in,
-    ratios_in,
 )
 from shortllm.cli.output import command_line, is_main_process, print_json, print_table
+from shortllm.cli.values import bytes_in, calibration_of, names_in, options_in, ratios_in
 
 if TYPE_CHECKING:
     from shortllm.results.comparison import Comparison

@@ -24,11 +24,9 @@ from shortllm.cli.options import (
     Sampler,
     Seed,
     Stream,
-    bytes_in,
-    calibration_of,
-    counts_in,
 )
 from shortllm.cli.output import print_json, print_table
+from shortllm.cli.values import bytes_in, calibration_of, counts_in
 
 if TYPE_CHECKING:
     from shortllm.sublayers.record import SublayerDrop

@@ -33,12 +33,9 @@ from shortllm.cli.options import (
     Stream,
     TaskData,
     Tasks,
-    bytes_in,
-    calibration_of,
-    counts_in,
-    names_in,
 )
 from shortllm.cli.output import command_line, print_json, print_table
+from shortllm.cli.values import bytes_in, calibration_of, counts_in, names_in
 
 if TYPE_CHECKING:
     from shortllm.width_pruning.record import WidthPruning
