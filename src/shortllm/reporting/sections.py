@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortllm.planning import removal_order
-from shortllm.reporting.healing import came_back, healing
+from shortllm.reporting.healing import healing
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.sensitivity import SensitivityPlot
@@ -18,16 +18,15 @@ from shortllm.reporting.protocol import (
     segments_phrase,
 )
 from shortllm.reporting.published import published_section
-from shortllm.reporting.quantizing import quantized_sentence
 from shortllm.reporting.selection import selection
 from shortllm.reporting.speed import speed_context
+from shortllm.reporting.verdict import verdict
 from shortllm.reporting.wording import (
     MOST_SIDE_BY_SIDE,
     NONE,
     change,
     counted,
     number,
-    percent,
     short_bytes,
     short_count,
     signed,
@@ -37,15 +36,6 @@ from shortllm.results.scores import BlockScores
 from shortllm.rundir import PRUNED
 
 Context = dict[str, Any]
-
-METHOD_NAMES = {
-    "linear": "Healing by linear maps",
-    "lora": "LoRA retraining",
-    "full": "Retraining all weights",
-    "distill": "Distillation",
-    "last-blocks": "Retraining the last blocks",
-}
-"""What the verdict calls a way of healing."""
 
 LONG_TABLE = 16
 """A table of more blocks than this is folded away until asked for."""
@@ -82,84 +72,6 @@ def head(results: RunResults) -> Context:
         "after": len(plan.kept),
         "version": results.run.shortllm,
         "verdict": verdict(results),
-    }
-
-
-def verdict(results: RunResults) -> str:
-    """What was removed, what it saves, what it costs, in one sentence."""
-    plan = results.plan
-    if not plan.removed:
-        return f"No block was removed: all {plan.model.blocks} remain."
-    saved = percent(plan.reached.parameter_ratio)
-    sentence = (
-        f"Removing {len(plan.removed)} of {counted(plan.model.blocks, 'block')} saves "
-        f"{saved} of the parameters"
-    )
-    pruned = results.evaluated.get(PRUNED)
-    if pruned:
-        saved_bytes = percent(1 - pruned.model.bytes / plan.model.bytes)
-        sentence += f" and {'' if saved_bytes == saved else f'{saved_bytes} '}of the bytes on disk"
-    compared = [
-        (source, before, after) for source, (before, after) in _before_and_after(results).items()
-    ]
-    if not compared:
-        return f"{sentence}; the perplexity was not measured.{_gained(results)}"
-    source, before, after = compared[0]
-    if after == before:
-        sentence += f"; perplexity stays at {number(before)} on {source}"
-    else:
-        verb = "rises" if after > before else "falls"
-        sentence += (
-            f"; perplexity {verb} from {number(before)} to {number(after)} "
-            f"({change(before, after)}) on {source}"
-        )
-    if len(compared) > 1:
-        source, before, after = compared[1]
-        move = f"from {number(before)} to" if after != before else "stays at"
-        sentence += f", and {move} {number(after)} on {source}"
-    return f"{sentence}.{_regained(results)}{quantized_sentence(results)}{_gained(results)}"
-
-
-def _regained(results: RunResults) -> str:
-    """What the best way of healing has brought back, on the first text; empty without healing."""
-    before, removed = results.perplexities("original"), results.perplexities(PRUNED)
-    for key in (key for key in before if key in removed):
-        healed = {
-            name: results.perplexities(name)[key]
-            for name in results.healed_by
-            if key in results.perplexities(name)
-        }
-        if not healed:
-            continue
-        best = min(healed, key=lambda name: healed[name].nll)
-        share = came_back(before[key], removed[key], healed[best])
-        method, reached = METHOD_NAMES[results.healed_by[best]], healed[best].perplexity
-        if share is None or share <= 0:
-            return f" {method} leads to {number(reached)}."
-        return f" {method} brings back {percent(share)} of that ({number(reached)})."
-    return ""
-
-
-def _gained(results: RunResults) -> str:
-    """How much faster the shortened model generates; empty where it was not measured."""
-    found = results.benchmark
-    if found is None:
-        return ""
-    for one in found.measurements:
-        speedup = found.speedup(one)
-        if one.model == PRUNED and speedup is not None:
-            batch = f"batch {one.batch}, {one.new_tokens} new tokens"
-            return f" It generates {number(speedup, 3)} times as fast ({batch})."
-    return ""
-
-
-def _before_and_after(results: RunResults) -> dict[str, tuple[float, float]]:
-    """Perplexities per text, where original and pruned model saw the same tokens."""
-    after = results.perplexities(PRUNED)
-    return {
-        perplexity_source(entry): (entry.perplexity, after[key].perplexity)
-        for key, entry in results.perplexities("original").items()
-        if key in after
     }
 
 
