@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.rules import (
+from shortllm.checkpoint.shortening import (
     period_hint,
     refuse_type,
     sliced_axis,

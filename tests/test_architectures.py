@@ -14,7 +14,7 @@ from families import build, config_of, load, opened, save, shortened
 from safetensors.torch import load_file, save_file
 
 from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.rules import structurally_protected
+from shortllm.checkpoint.shortening import structurally_protected
 from shortllm.checkpoint.surgery import check_removal
 from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
 from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened

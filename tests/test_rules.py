@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from shortllm.checkpoint import open_checkpoint
 from shortllm.checkpoint.names import find_block_names
-from shortllm.checkpoint.rules import refuse_block_names_in_config, shorten_config
+from shortllm.checkpoint.shortening import refuse_block_names_in_config, shorten_config
 from shortllm.checkpoint.signature import (
     Renumbering,
     block_signature,

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from shortllm.checkpoint.rules import period_hint, sliced_axis
+from shortllm.checkpoint.shortening import period_hint, sliced_axis
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import build_empty, find_blocks, text_config
 

@@ -70,7 +70,7 @@ class Checkpoint:
     @cached_property
     def block_names(self) -> BlockNames:
         """Where the blocks stand among the tensor names."""
-        from shortllm.checkpoint.rules import prediction_heads
+        from shortllm.checkpoint.shortening import prediction_heads
 
         def fits(prefix: str) -> bool:
             found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
@@ -147,7 +147,7 @@ class Checkpoint:
 
     def info(self) -> ModelInfo:
         """Identity and size, as result files carry them."""
-        from shortllm.checkpoint.rules import structurally_protected
+        from shortllm.checkpoint.shortening import structurally_protected
 
         return ModelInfo(
             id=self.id,

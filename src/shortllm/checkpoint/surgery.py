@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
-from shortllm.checkpoint.rules import (
+from shortllm.checkpoint.shortening import (
     refuse_block_names_in_config,
     refuse_protected,
     refuse_type,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm import __version__
 from shortllm.checkpoint.made import is_made_by, require_free
-from shortllm.checkpoint.rules import refuse_type
+from shortllm.checkpoint.shortening import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
     PROVENANCE,
