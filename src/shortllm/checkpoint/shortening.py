@@ -1,4 +1,4 @@
-"""The config of the model that is left, by the tables of rules.py, and what these refuse or protect.
+"""The config of the model that is left, by the tables of rules.py; what must not go at all.
 
 In a multimodal model the fields of the text decoder are changed and all others carried along.
 """

@@ -1,4 +1,4 @@
-"""How what was typed is read: budgets, lists, amounts of memory, options of criteria, fields of recipes."""
+"""How what was typed is read: budgets, lists, amounts of memory, options, fields of recipes."""
 
 from __future__ import annotations
 
