@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from shortllm import comparison, pipeline, rundir, stages, targets, units
-from shortllm.asked import Asked
+from shortllm.asked import asked_criteria
 from shortllm.budget import Budget
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import (
     CheckpointError,
-    CriterionError,
     DataError,
     OutputError,
     ResultFileError,
@@ -149,26 +148,6 @@ def score(  # type: ignore[misc]
                 rundir.write_run_file(out, chosen, checkpoint, command)
             found = pipeline.score_in(out, checkpoint, asked, ids, session, ranks)
     return found[names[0]] if isinstance(criterion, str) else found
-
-
-def asked_criteria(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[Asked]:
-    """Criteria by name with their options.
-
-    Raises:
-        CriterionError: an unknown name or option, none or the same twice, or options of another.
-    """
-    if not names or len(set(names)) != len(names):
-        raise CriterionError(
-            f"{', '.join(names) or 'nothing'} was asked for. Name each criterion once"
-        )
-    asked = [Asked.of(name, dict(options.get(name, {}))) for name in names]
-    for name in options:
-        if name not in names:
-            raise CriterionError(
-                f"an option of criterion '{name}' was given, but what is asked for is "
-                f"{', '.join(names)}"
-            )
-    return asked
 
 
 def plan(

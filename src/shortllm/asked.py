@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,26 @@ class Asked:
 
     def call(self, *arguments: Any) -> Any:
         return self.criterion.function(*arguments, **self.options)
+
+
+def asked_criteria(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[Asked]:
+    """Criteria by name with their options.
+
+    Raises:
+        CriterionError: an unknown name or option, none or the same twice, or options of another.
+    """
+    if not names or len(set(names)) != len(names):
+        raise CriterionError(
+            f"{', '.join(names) or 'nothing'} was asked for. Name each criterion once"
+        )
+    asked = [Asked.of(name, dict(options.get(name, {}))) for name in names]
+    for name in options:
+        if name not in names:
+            raise CriterionError(
+                f"an option of criterion '{name}' was given, but what is asked for is "
+                f"{', '.join(names)}"
+            )
+    return asked
 
 
 def require_plain_weights(checkpoint: Checkpoint, asked: Sequence[Asked]) -> None:
