@@ -31,7 +31,7 @@ from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, r
 from shortllm.released import measure_released, released_recipes
 from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity, TaskScore
 from shortllm.results.record import ModelInfo
-from shortllm.zeroshot import EMBEDDED_TASKS, METRICS, task_names
+from shortllm.zeroshot.tasks import EMBEDDED_TASKS, METRICS, task_names
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
 PUBLISHED = [name for name, recipe in RECIPES.items() if recipe.published is not None]

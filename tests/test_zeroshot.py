@@ -29,15 +29,9 @@ from shortllm.reporting.loading import load_results
 from shortllm.reporting.zeroshot import zeroshot
 from shortllm.results.evaluation import Evaluation
 from shortllm.session import Session
-from shortllm.zeroshot import (
-    EMBEDDED_TASKS,
-    METRICS,
-    load_tasks,
-    mean_score,
-    measure_tasks,
-    require_harness,
-    task_names,
-)
+from shortllm.zeroshot.measuring import measure_tasks
+from shortllm.zeroshot.scores import mean_score
+from shortllm.zeroshot.tasks import EMBEDDED_TASKS, METRICS, load_tasks, require_harness, task_names
 
 pytest.importorskip("lm_eval")
 

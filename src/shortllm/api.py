@@ -41,7 +41,7 @@ from shortllm.runtime import join_ranks
 from shortllm.session import Session
 from shortllm.summary import ModelSummary, summarize
 from shortllm.texts import calibrate, check_length, evaluation_segments_of
-from shortllm.zeroshot import table_beside, write_table
+from shortllm.zeroshot.scores import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.export_lint import ExportFinding

@@ -49,12 +49,12 @@ from shortllm.rundir import (
 from shortllm.runtime import ALONE, Ranks
 from shortllm.session import Session
 from shortllm.texts import Texts, prepare_texts
-from shortllm.zeroshot import table_beside, write_table
+from shortllm.zeroshot.scores import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
     from shortllm.healing.record import Healing
-    from shortllm.zeroshot import TaskSet
+    from shortllm.zeroshot.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 

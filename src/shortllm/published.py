@@ -107,7 +107,7 @@ def side_by_side(
 
 def published_numbers(figures: PublishedFigures) -> dict[str, float]:
     """What was published about a model, by quantity; the protocol is part of a quantity's name."""
-    from shortllm.zeroshot import METRICS
+    from shortllm.zeroshot.tasks import METRICS
 
     numbers: dict[str, float] = {}
     if figures.parameters is not None:
@@ -122,7 +122,7 @@ def published_numbers(figures: PublishedFigures) -> dict[str, float]:
 
 def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, float]:
     """What was measured of a model by the protocol of the paper, by quantity."""
-    from shortllm.zeroshot import METRICS
+    from shortllm.zeroshot.tasks import METRICS
 
     numbers: dict[str, float] = {PARAMETERS: model.model.parameters}
     if options.max_segments is None:

@@ -41,7 +41,7 @@ from shortllm.session import Session
 if TYPE_CHECKING:
     from shortllm.calibration import Calibration
     from shortllm.evaluation import EvaluationText
-    from shortllm.zeroshot import TaskSet
+    from shortllm.zeroshot.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def prepare_tasks(
         ShortLLMError: an unknown task, or a model whose blocks are to be streamed.
         DataError: documents that are missing or cannot be read.
     """
-    from shortllm.zeroshot import load_tasks
+    from shortllm.zeroshot.tasks import load_tasks
 
     if not options.tasks:
         return None
@@ -293,7 +293,8 @@ def _evaluate_one(
 ) -> EvaluatedModel:
     from shortllm.evaluation import generate_samples, measure_perplexity
     from shortllm.model.walk import NOTHING, walk_flops
-    from shortllm.zeroshot import mean_score, measure_tasks
+    from shortllm.zeroshot.measuring import measure_tasks
+    from shortllm.zeroshot.scores import mean_score
 
     decoder = session.decoder(checkpoint)
     work = sum(walk_flops(decoder, [NOTHING], *text.segments.ids.shape) for text in texts)

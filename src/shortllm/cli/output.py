@@ -77,7 +77,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def _print_tasks(evaluation: Evaluation) -> None:
     """A row per task, a column per model: the score and its standard error."""
-    from shortllm.zeroshot import metric_phrase, score_phrase
+    from shortllm.zeroshot.scores import metric_phrase, score_phrase
 
     models = evaluation.models
     by_task = zip(*(model.zeroshot for model in models), strict=True)

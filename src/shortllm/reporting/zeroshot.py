@@ -16,7 +16,7 @@ from shortllm.reporting.wording import (
     signed,
 )
 from shortllm.results.evaluation import TaskScore
-from shortllm.zeroshot import is_share
+from shortllm.zeroshot.scores import is_share
 
 
 def zeroshot(results: RunResults) -> dict[str, Any] | None:

@@ -1,0 +1,128 @@
+"""Tasks put to a loaded model by the harness, and one score of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.files import fingerprint
+from shortllm.results.evaluation import TaskScore
+from shortllm.runtime import progress
+from shortllm.zeroshot.tasks import METRICS, TaskSet, quiet_harness
+
+log = logging.getLogger(__name__)
+
+BOOTSTRAPS = 1000
+"""Draws behind the standard error of a metric that is no mean."""
+
+
+def measure_tasks(model: Any, tokenizer: Any, tasks: TaskSet, *, name: str) -> list[TaskScore]:
+    """Put the tasks to a model; a score per task, or per group that has a metric of its own.
+
+    Args:
+        model: a causal language model of transformers, in memory.
+        name: how the model is called on the progress bar.
+    Raises:
+        ShortLLMError: the batches do not fit into the device's memory.
+        CheckpointError: the model's logits are NaN.
+    """
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    with progress(f"tasks put to {name}", 1.0) as advance, quiet_harness():
+        harness_model = _harness_model(model, tokenizer, tasks.batch_size, advance)
+        try:
+            found = evaluate(
+                lm=harness_model,
+                task_dict=tasks.loaded,
+                limit=tasks.limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ShortLLMError(
+                f"{tasks.batch_size} sequences at once do not fit into the memory of "
+                f"{model.device}. Give a smaller --batch-size"
+            ) from error
+    return [
+        _task_score(entry, found, tasks)
+        for asked, members in tasks.members.items()
+        for entry in ([asked] if _metrics(found["results"].get(asked, {})) else members)
+    ]
+
+
+def _harness_model(
+    model: Any, tokenizer: Any, batch_size: int, advance: Callable[[float], None]
+) -> Any:
+    """The harness's own model class around a loaded model; `advance` gets the share of work."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):  # type: ignore[misc]
+        """Tells how far it is, and goes no further once the logits mean nothing."""
+
+        share = 0.0
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            if override_bs is None:  # else these are only a part of the work
+                read = {(*context, *answer[:-1]) for _, context, answer in requests}
+                self.share = 1.0 / len(read)  # what is read alike is read once
+            room = self.max_length + 1  # the last token is only predicted
+            longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
+            if longer:
+                log.info(
+                    "%d of %d prompts with an answer are longer than %d tokens: they lose their "
+                    "beginning",
+                    longer,
+                    len(requests),
+                    room,
+                )
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits_BTV = super()._model_call(inps, *args, **kwargs)
+            if logits_BTV.isnan().any():
+                raise CheckpointError(
+                    "the model's logits are NaN, so that its answers mean nothing. Try --dtype "
+                    "float32"
+                )
+            advance(len(inps) * self.share)
+            return logits_BTV
+
+    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a task by metric, without its filter where that is the plain one."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in measured.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+
+
+def _task_score(task: str, found: Mapping[str, Any], tasks: TaskSet) -> TaskScore:
+    """One line of the result from what the harness returned."""
+    measured = found["results"][task]
+    metrics = _metrics(measured)
+    if not metrics:
+        raise ShortLLMError(f"task '{task}' has no metric. Leave it out")
+    metric = METRICS.get(task) or next(iter(metrics))
+    name, _, rule = metric.partition(",")
+    stderr = measured.get(f"{name}_stderr,{rule or 'none'}")
+    members = tasks.members.get(task, [task])
+    version = found["versions"].get(task)
+    return TaskScore(
+        task=task,
+        metric=metric,
+        score=metrics.pop(metric),
+        stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+        others=metrics,
+        documents=sum(found["n-samples"][member]["effective"] for member in members),
+        documents_fingerprint=fingerprint([tasks.documents[member] for member in members]),
+        shots=found["n-shot"].get(task),
+        version=None if version is None else str(version),
+    )
