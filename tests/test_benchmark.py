@@ -21,13 +21,13 @@ from test_cli import call
 
 import shortllm
 from shortllm import benchmark, meters
-from shortllm.benchmark import Subject, Turns, in_turn, weight_bytes
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.meters import Sampler, is_out_of_memory, meter_of
 from shortllm.recipe import BENCHMARK_PRESETS, BenchmarkOptions
 from shortllm.reporting import speed
 from shortllm.reporting.rendering import _templates
 from shortllm.results.benchmark import Benchmark, Measurement, PeakMemory
+from shortllm.turns import Runs, Subject, Turns, in_turn, measurement_of, weight_bytes
 
 CPU = torch.device("cpu")
 QUICK = BenchmarkOptions(new_tokens=[4], warmup=1, runs=2)
@@ -96,21 +96,21 @@ def test_every_run_makes_the_asked_number_of_tokens_though_the_model_would_stop(
 
 
 def test_the_figures_of_a_cell() -> None:
-    runs = benchmark._Runs(
+    runs = Runs(
         latencies_s=[2.0, 3.0, 7.0],
         first_tokens_s=[0.5, 0.6, 1.0],
         utilisation=[0.5, 0.7],
         memory=PeakMemory(process_bytes=10),
     )
-    found = benchmark._measurement("A", 4, 25, runs, swapped=False)
+    found = measurement_of("A", 4, 25, runs, swapped=False)
     assert (found.latency_mean_s, found.latency_median_s) == (4.0, 3.0)
     assert found.latency_std_s == pytest.approx(7**0.5)
     assert found.tokens_per_s == 4 * 25 / 4.0
     assert found.first_token_s == 0.6
     assert found.per_token_s == pytest.approx((3.0 - 0.6) / 24)
     assert (found.utilisation_mean, found.utilisation_max) == (pytest.approx(0.6), 0.7)
-    alone = benchmark._Runs(latencies_s=[2.0], first_tokens_s=[2.0])
-    one = benchmark._measurement("A", 1, 1, alone, swapped=False)
+    alone = Runs(latencies_s=[2.0], first_tokens_s=[2.0])
+    one = measurement_of("A", 1, 1, alone, swapped=False)
     assert one.latency_std_s is None and one.per_token_s is None and one.utilisation_mean is None
 
 

@@ -16,13 +16,8 @@ but the one that runs wait off the device.
 
 from __future__ import annotations
 
-import gc
 import logging
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +29,7 @@ from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, DataError, ResultFileError, ShortLLMError
 from shortllm.evaluation import TEMPERATURE, TOP_K, TOP_P
 from shortllm.files import fingerprint
-from shortllm.meters import Meter, Sampler, bounded_memory, is_out_of_memory, load_average, meter_of
+from shortllm.meters import Meter, load_average, meter_of
 from shortllm.model.blocks import text_config
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, quiet_transformers
@@ -43,42 +38,16 @@ from shortllm.results.benchmark import (
     UNFINISHED_BENCHMARK,
     Benchmark,
     BenchmarkedModel,
-    Measurement,
-    PeakMemory,
 )
 from shortllm.runtime import progress, versions
 from shortllm.session import Session
 from shortllm.texts import vocabulary
+from shortllm.turns import CPU, Subject, Turns
 
 log = logging.getLogger(__name__)
 
-Advance = Callable[[float], None]
-
 STAND_IN_TOKENS = 12
 """Length of the prompt for a model without a tokenizer; about that of the usual prompt."""
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Subject:
-    """A model that is measured, its prompt `[T]`, and the context its runs happen in."""
-
-    name: str
-    model: Any
-    prompt_T: Tensor
-    within: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-@dataclass(slots=True)
-class _Runs:
-    """What the runs of one subject in one cell have shown so far."""
-
-    latencies_s: list[float] = field(default_factory=list)
-    first_tokens_s: list[float] = field(default_factory=list)
-    utilisation: list[float] = field(default_factory=list)
-    memory: PeakMemory | None = None
-    failed: bool = False
 
 
 def check_options(options: BenchmarkOptions) -> None:
@@ -233,218 +202,6 @@ def _unfinished(path: Path, expected: str) -> Benchmark | None:
     return earlier
 
 
-class Turns:
-    """Models that are measured in turn on one device."""
-
-    def __init__(
-        self,
-        subjects: Sequence[Subject],
-        options: BenchmarkOptions,
-        device: torch.device,
-        meter: Meter,
-    ) -> None:
-        self.subjects = subjects
-        self.options = options
-        self._device = device
-        self._meter = meter
-        self._arguments = _compiling() if options.compile else {}
-        self._movable = device.type != "cpu" and len(subjects) > 1
-
-    def measure(
-        self, batch: int, new_tokens: int, advance: Advance = lambda runs: None
-    ) -> list[Measurement]:
-        """One cell of the sweep: a measurement for each subject.
-
-        Args:
-            advance: called with the number of runs done since its last call.
-        Raises:
-            ShortLLMError: a model that was to be compiled and cannot be.
-        """
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), quiet_transformers():
-            swapped = False
-            runs = self._alternate(batch, new_tokens, advance, swapped=False)
-            if runs is None:
-                swapped = True
-                runs = self._alternate(batch, new_tokens, advance, swapped=True)
-        assert runs is not None
-        return [
-            _measurement(one.name, batch, new_tokens, found, swapped=swapped)
-            for one, found in zip(self.subjects, runs, strict=True)
-        ]
-
-    def _alternate(
-        self, batch: int, new_tokens: int, advance: Advance, *, swapped: bool
-    ) -> list[_Runs] | None:
-        """All runs of a cell, in turn; None where some do not fit beside the other models.
-
-        Args:
-            swapped: keep on the device only the model that runs.
-        """
-        self._forget_shapes()
-        found = [_Runs() for _ in self.subjects]
-        for number in range(self.options.warmup + self.options.runs):
-            for place in in_turn(len(self.subjects), number):
-                if not found[place].failed:
-                    run = self._run(place, found[place], number, batch, new_tokens, swapped)
-                    if not self._fits(run):
-                        if self._movable and not swapped:
-                            return None
-                        found[place] = _Runs(failed=True)
-                advance(1)
-        return found
-
-    def _run(
-        self, place: int, runs: _Runs, number: int, batch: int, new_tokens: int, swapped: bool
-    ) -> Callable[[], None]:
-        """The run of one subject in one turn, to be called."""
-        subject = self.subjects[place]
-
-        def run() -> None:
-            self._bring(subject, swapped=swapped)
-            torch.manual_seed(self.options.seed + number)
-            if number < self.options.warmup - 1:
-                self._generate(subject, batch, new_tokens)
-            elif number == self.options.warmup - 1:
-                runs.memory = self._peak_memory(subject, batch, new_tokens, swapped=swapped)
-            else:
-                with Sampler(self._meter) as sampler:
-                    latency = self._seconds(subject, batch, new_tokens)
-                first_token = self._seconds(subject, batch, 1)
-                runs.latencies_s.append(latency)
-                runs.utilisation.extend(sampler.utilisation)
-                runs.first_tokens_s.append(first_token)
-
-        return run
-
-    def _fits(self, run: Callable[[], None]) -> bool:
-        """Make a run; False if memory did not suffice, with what it took given back."""
-        try:
-            with bounded_memory(self._device):
-                run()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            return True
-        gc.collect()  # here the traceback no longer holds what the run had made
-        self._meter.release()
-        return False
-
-    def _bring(self, subject: Subject, *, swapped: bool) -> None:
-        """Have the subject on the device, and the other models too unless they are swapped."""
-        if self._device.type == "cpu":
-            return
-        for other in self.subjects:
-            if other.model is not subject.model:
-                other.model.to(CPU if swapped else self._device)
-        if swapped:
-            self._meter.release()
-        subject.model.to(self._device)
-
-    def _seconds(self, subject: Subject, batch: int, new_tokens: int) -> float:
-        """Time of one run from an idle device to an idle device, by the monotonic clock."""
-        self._meter.synchronize()
-        start = time.perf_counter()
-        self._generate(subject, batch, new_tokens)
-        self._meter.synchronize()
-        return time.perf_counter() - start
-
-    def _peak_memory(
-        self, subject: Subject, batch: int, new_tokens: int, *, swapped: bool
-    ) -> PeakMemory:
-        """Peaks of one run, less the weights of the other models held meanwhile."""
-        self._meter.release()
-        self._meter.reset()
-        with Sampler(self._meter) as sampler:
-            self._generate(subject, batch, new_tokens)
-            self._meter.synchronize()
-            kept = self._meter.peaks()
-        models = {id(one.model): one.model for one in self.subjects}
-        del models[id(subject.model)]
-        others = 0 if swapped else sum(map(weight_bytes, models.values()))
-        peaks = {name: sampler.peak(name, kept) for name in PeakMemory.model_fields}
-        return PeakMemory(
-            **{name: None if peak is None else peak - others for name, peak in peaks.items()}
-        )
-
-    def _generate(self, subject: Subject, batch: int, new_tokens: int) -> None:
-        """Sample exactly `new_tokens` tokens for each of `batch` copies of the prompt."""
-        ids_BT = subject.prompt_T.repeat(batch, 1).to(self._device)
-        with subject.within():
-            output = subject.model.generate(
-                input_ids=ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
-                do_sample=True,
-                top_k=TOP_K,
-                top_p=TOP_P,
-                temperature=TEMPERATURE,
-                num_beams=1,
-                use_cache=True,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,  # never used: all sequences have one length
-                **self._arguments,
-            )
-        assert output.shape[1] == ids_BT.shape[1] + new_tokens
-        if self._arguments and new_tokens > 1 and not hasattr(subject.model, "_compiled_call"):
-            raise ShortLLMError(
-                f"{subject.name} cannot be compiled: text of model type "
-                f"'{subject.model.config.model_type}' is not generated with a static cache. Leave "
-                "out --compile"
-            )
-
-    def _forget_shapes(self) -> None:
-        """Compile anew for every cell: for its shapes alone, as if there were no other.
-
-        A model also remembers its longest static cache (transformers 5), and would use it for
-        shorter texts as well.
-        """
-        if self.options.compile:
-            torch.compiler.reset()
-            for subject in self.subjects:
-                for name in ("_compiled_call", "_previous_max_cache_length"):
-                    subject.model.__dict__.pop(name, None)
-
-
-def in_turn(count: int, number: int) -> list[int]:
-    """The order of `count` models in turn `number`: each turn begins with the next one."""
-    return [(number + place) % count for place in range(count)]
-
-
-def weight_bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
-    tensors = {id(one): one for one in (*model.parameters(), *model.buffers())}
-    return sum(one.numel() * one.element_size() for one in tensors.values())
-
-
-def _measurement(
-    name: str, batch: int, new_tokens: int, runs: _Runs, *, swapped: bool
-) -> Measurement:
-    """The figures of one model in one cell."""
-    if runs.failed:
-        return Measurement(model=name, batch=batch, new_tokens=new_tokens, status="out of memory")
-    latencies = runs.latencies_s
-    mean, median = statistics.fmean(latencies), statistics.median(latencies)
-    first = statistics.median(runs.first_tokens_s)
-    return Measurement(
-        model=name,
-        batch=batch,
-        new_tokens=new_tokens,
-        latencies_s=latencies,
-        latency_mean_s=mean,
-        latency_std_s=statistics.stdev(latencies) if len(latencies) > 1 else None,
-        latency_median_s=median,
-        tokens_per_s=batch * new_tokens / mean,
-        first_token_s=first,
-        per_token_s=(median - first) / (new_tokens - 1) if new_tokens > 1 else None,
-        memory=runs.memory,
-        utilisation_mean=statistics.fmean(runs.utilisation) if runs.utilisation else None,
-        utilisation_max=max(runs.utilisation, default=None),
-        swapped=swapped,
-    )
-
-
 def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
     """Token ids `[T]` of the prompt; arbitrary ones for a model without a tokenizer.
 
@@ -519,12 +276,3 @@ def _described(subject: Subject, checkpoint: Checkpoint, session: Session) -> Be
         prompt_tokens=len(subject.prompt_T),
         dtype=session.dtype(checkpoint),
     )
-
-
-def _compiling() -> dict[str, Any]:
-    """What `generate` is told so that it compiles the model, on any device."""
-    from transformers import CompileConfig
-
-    config = CompileConfig()
-    config._compile_all_devices = True  # without it a CPU is left out without a word
-    return {"cache_implementation": "static", "compile_config": config}

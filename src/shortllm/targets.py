@@ -268,8 +268,9 @@ def measure_depths(
     Raises:
         BudgetError: the model does not fit into memory.
     """
-    from shortllm.benchmark import Subject, Turns, prompt_ids
+    from shortllm.benchmark import prompt_ids
     from shortllm.meters import meter_of
+    from shortllm.turns import Subject, Turns
 
     decoder = session.decoder(checkpoint)
     if decoder.streamed:

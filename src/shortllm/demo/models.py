@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shortllm.benchmark import weight_bytes
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, ShortLLMError
@@ -19,6 +18,7 @@ from shortllm.retraining.distill import lineage
 from shortllm.session import Session
 from shortllm.targets import cache_bytes
 from shortllm.texts import vocabulary
+from shortllm.turns import weight_bytes
 
 if TYPE_CHECKING:
     import torch
