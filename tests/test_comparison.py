@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import shortllm
-from shortllm import comparison, criteria, embedded, journal, stages
+from shortllm import criteria, embedded, journal, stages
 from shortllm.cli import main
+from shortllm.comparison.question import CRITERIA, fill_recipe
 from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.metrics import next_token_nll
 from shortllm.model.decoder import Decoder
@@ -71,7 +72,7 @@ def without_cost(path: Path) -> dict[str, Any]:
 def test_every_perplexity_is_that_of_a_plain_evaluation(found: Comparison) -> None:
     checkpoint = shortllm.open_checkpoint("embedded")
     recipe = shortllm.Recipe(calibration=CALIBRATION, evaluation=EVALUATION)
-    recipe = comparison.fill_recipe(recipe, checkpoint.model_type)
+    recipe = fill_recipe(recipe, checkpoint.model_type)
     [text] = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation).evaluation
     ids_BT = text.segments.ids
     assert ids_BT.shape == (3, 32)
@@ -141,7 +142,7 @@ def test_measured_rows_are_kept_apart_from_scored_rows(tmp_path: Path) -> None:
 
 def test_the_defaults_are_every_criterion_but_random_and_searches() -> None:
     searches = [name for name in criteria.names() if criteria.get(name).needs == "sets"]
-    assert sorted([*comparison.CRITERIA, "random", *searches]) == criteria.names()
+    assert sorted([*CRITERIA, "random", *searches]) == criteria.names()
 
 
 def test_without_text_to_score_on_all_rows_are_measured(tmp_path: Path) -> None:

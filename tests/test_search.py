@@ -21,7 +21,7 @@ from torch import Tensor
 import shortllm
 from shortllm import Budget, CalibrationOptions, EvaluationOptions, Recipe, journal
 from shortllm.asked import Asked
-from shortllm.comparison import prepare_question
+from shortllm.comparison.question import prepare_question
 from shortllm.criteria import Scores
 from shortllm.criteria.search import ONE_SHOT
 from shortllm.embedded import MODEL_DIR

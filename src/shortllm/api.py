@@ -11,12 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from shortllm import comparison, pipeline, rundir, stages, targets, units
+from shortllm import pipeline, rundir, stages, targets, units
 from shortllm.asked import asked_criteria
 from shortllm.budget import Budget
 from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.comparison.question import (
+    CRITERIA,
+    RANDOM_DRAWS,
+    RATIOS,
+    fill_recipe,
+    prepare_question,
+)
+from shortllm.comparison.stage import compare_in, default_directory
 from shortllm.errors import (
     CheckpointError,
     DataError,
@@ -358,10 +366,10 @@ def export_lint(model: str, *, revision: str | None = None) -> list[ExportFindin
 def compare_criteria(
     model: str = "embedded",
     *,
-    criterion: Sequence[str] = comparison.CRITERIA,
+    criterion: Sequence[str] = CRITERIA,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    ratios: Sequence[float] = comparison.RATIOS,
-    random: int = comparison.RANDOM_DRAWS,
+    ratios: Sequence[float] = RATIOS,
+    random: int = RANDOM_DRAWS,
     protect_first: int | None = None,
     protect_last: int | None = None,
     calibration: CalibrationOptions | None = None,
@@ -391,7 +399,7 @@ def compare_criteria(
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
     checkpoint = open_checkpoint(model, revision=revision)
-    question = comparison.prepare_question(
+    question = prepare_question(
         checkpoint.info(), asked_criteria(criterion, options or {}), ratios, draws=random,
         protect_first=protect_first, protect_last=protect_last,
     )  # fmt: skip
@@ -409,9 +417,9 @@ def compare_criteria(
             "max_memory": max_memory,
         }
     )
-    recipe = comparison.fill_recipe(recipe, checkpoint.model_type)
-    directory = out or comparison.default_directory(model)
-    return comparison.compare_in(directory, checkpoint, question, recipe, command=command)
+    recipe = fill_recipe(recipe, checkpoint.model_type)
+    directory = out or default_directory(model)
+    return compare_in(directory, checkpoint, question, recipe, command=command)
 
 
 def report(run_dir: Path) -> Path:

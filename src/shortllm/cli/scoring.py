@@ -178,7 +178,8 @@ def compare_criteria(
     removals, in one pass over held-out text. The same command again skips what is up to date.
     """
     import shortllm
-    from shortllm.comparison import CRITERIA, default_directory
+    from shortllm.comparison.question import CRITERIA
+    from shortllm.comparison.stage import default_directory
 
     names = list(CRITERIA) if criterion is None else names_in(criterion)
     directory = out or default_directory(model)

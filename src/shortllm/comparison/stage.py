@@ -1,13 +1,4 @@
-"""Which criterion to trust for this model: what each one removes, measured side by side.
-
-    scores by each criterion ─► a plan per budget ─┐
-    seeded random draws ───────────────────────────┴─► one walk over all removed sets ─► Comparison
-
-Removed sets that begin alike share their block passes, and equal ones are measured once. The text
-measured on is kept apart from the text scored on, as in a run.
-
-    shortllm compare-criteria MODEL --data stories.jsonl --out runs/compare
-"""
+"""Scores by each criterion, a plan per budget, and one walk over all removed sets."""
 
 from __future__ import annotations
 
@@ -21,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm import pipeline, rundir
 from shortllm.asked import Asked
-from shortllm.budget import Budget, most_blocks
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import BudgetError, CriterionError, DataError
+from shortllm.comparison.question import FLOOR, Question
 from shortllm.files import PARTIAL, fingerprint
 from shortllm.locking import releasing
 from shortllm.planning import build_plan, removal_order
 from shortllm.recipe import Recipe
-from shortllm.results.comparison import ComparedBudget, Comparison, Contender, LeftOut, RemovedSet
+from shortllm.results.comparison import Comparison, Contender, RemovedSet
 from shortllm.results.record import Cost, ModelInfo
 from shortllm.results.scores import BlockScores
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, progress, versions
@@ -40,131 +30,6 @@ if TYPE_CHECKING:
 
     from shortllm.evaluation import EvaluationText
     from shortllm.model.decoder import Decoder
-CRITERIA = (
-    "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "greedy", "last",
-    "even",
-)  # fmt: skip
-"""What is compared unless told otherwise; random draws always are."""
-
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-RANDOM_DRAWS = 10
-SEGMENTS = 64
-"""Segments of the text that are measured on unless told otherwise."""
-
-FLOOR = "random"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What is compared, checked against the model."""
-
-    asked: list[Asked]
-    ratios: list[float]
-    budgets: list[ComparedBudget]
-    left_out: list[LeftOut]
-    draws: int
-    """Number of random removals at each budget."""
-    protect_first: int | None = None
-    protect_last: int | None = None
-
-    def budget(self, blocks: int) -> Budget:
-        """The budget of a plan that removes so many blocks."""
-        return Budget(
-            remove=blocks, protect_first=self.protect_first, protect_last=self.protect_last
-        )
-
-    def protected(self, count: int) -> list[int]:
-        """Blocks of a model of `count` blocks that no removal may touch."""
-        return self.budget(1).protected(count)
-
-
-def prepare_question(
-    model: ModelInfo,
-    asked: Sequence[Asked],
-    ratios: Sequence[float],
-    *,
-    draws: int = RANDOM_DRAWS,
-    protect_first: int | None = None,
-    protect_last: int | None = None,
-) -> Question:
-    """Fit criteria and ratios to a model.
-
-    Ratios that come to the same number of blocks are one budget; those that no removal can meet are
-    left out with the reason. A criterion that removes blocks itself gets the largest budget.
-
-    Raises:
-        BudgetError: a ratio that is none, none that can be met, or no random draw.
-        CriterionError: `random` among the criteria, or an option that follows from the budgets.
-    """
-    if draws < 1:
-        raise BudgetError(f"{draws} random removals are no floor. Give --random 1 or more")
-    budgets: dict[int, list[float]] = {}
-    left_out: list[LeftOut] = []
-    ratios = sorted(set(ratios))
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise BudgetError(f"--ratios {ratio} is not between 0 and 1. Give e.g. 0.1,0.2,0.3")
-        budget = Budget(ratio=ratio, protect_first=protect_first, protect_last=protect_last)
-        budget.protected(model.blocks)
-        try:
-            budgets.setdefault(most_blocks(budget, model), []).append(ratio)
-        except BudgetError as error:
-            left_out.append(LeftOut(ratio=ratio, reason=str(error)))
-    if not budgets:
-        reason = left_out[0].reason if left_out else "give one or more --ratios, e.g. 0.1,0.2"
-        raise BudgetError(f"there is no removal to compare: {reason}")
-    largest = Budget(remove=max(budgets), protect_first=protect_first, protect_last=protect_last)
-    return Question(
-        asked=[_fitted(one, largest, model, budgets=len(budgets)) for one in asked],
-        ratios=ratios,
-        budgets=[ComparedBudget(blocks=n, ratios=found) for n, found in budgets.items()],
-        left_out=left_out,
-        draws=draws,
-        protect_first=protect_first,
-        protect_last=protect_last,
-    )
-
-
-def _fitted(asked: Asked, largest: Budget, model: ModelInfo, *, budgets: int) -> Asked:
-    """A criterion that removes blocks itself with the limits of the comparison."""
-    if asked.name == FLOOR:
-        raise CriterionError(
-            f"'{FLOOR}' is part of every comparison. Leave it out of --criterion, and say how many "
-            "draws with --random 10"
-        )
-    if asked.needs == "sets" and budgets > 1:
-        raise CriterionError(
-            f"'{asked.name}' searches for the best removal of one size, and the --ratios come to "
-            f"{budgets}. Give one of them, or leave {asked.name} out"
-        )
-    limits = asked.amount(largest, model)
-    for name in limits:
-        if asked.options[name] != asked.criterion.defaults[name]:
-            raise CriterionError(
-                f"{asked.name}.{name} follows from --ratios, --protect-first and --protect-last "
-                "here. Leave the option out"
-            )
-    return Asked.of(asked.name, asked.options | limits) if limits else asked
-
-
-def fill_recipe(recipe: Recipe, model_type: str) -> Recipe:
-    """The recipe with its defaults filled in, of which two are a comparison's own: one text, and
-    not all of it.
-
-    Raises:
-        DataError: several texts; a table and a plot show one perplexity.
-    """
-    given = recipe.evaluation.data
-    if len(given) > 1:
-        raise DataError(
-            f"criteria are compared on one text, and {len(given)} were given: {', '.join(given)}. "
-            "Give one as --eval-data"
-        )
-    segments = recipe.evaluation.max_segments or SEGMENTS
-    evaluation = recipe.evaluation.model_copy(update={"max_segments": segments})
-    filled = recipe.model_copy(update={"evaluation": evaluation}).filled(model_type)
-    evaluation = filled.evaluation.model_copy(update={"data": filled.evaluation.data[:1]})
-    return filled.model_copy(update={"evaluation": evaluation})
 
 
 def default_directory(model: str) -> Path:
