@@ -20,21 +20,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from shortllm.api import bench as bench
-    from shortllm.api import compare as compare
-    from shortllm.api import compare_criteria as compare_criteria
-    from shortllm.api import compare_units as compare_units
     from shortllm.api import evaluate as evaluate
     from shortllm.api import export_lint as export_lint
     from shortllm.api import info as info
     from shortllm.api import plan as plan
     from shortllm.api import prune as prune
     from shortllm.api import report as report
-    from shortllm.api import retrain as retrain
     from shortllm.api import run as run
     from shortllm.api import score as score
     from shortllm.budget import Budget as Budget
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
+    from shortllm.comparison.api import compare as compare
+    from shortllm.comparison.api import compare_criteria as compare_criteria
+    from shortllm.comparison.api import compare_units as compare_units
     from shortllm.errors import ShortLLMError as ShortLLMError
     from shortllm.healing.api import heal as heal
     from shortllm.healing.api import merge as merge
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from shortllm.results.evaluation import Evaluation as Evaluation
     from shortllm.results.plan import PrunePlan as PrunePlan
     from shortllm.results.scores import BlockScores as BlockScores
+    from shortllm.retraining.api import retrain as retrain
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
     from shortllm.retraining.record import Retraining as Retraining
     from shortllm.sublayers.api import drop_sublayers as drop_sublayers
@@ -90,9 +90,9 @@ _HOME = {
     "WidthOptions": "width_pruning.options",
     "WidthPruning": "width_pruning.record",
     "bench": "api",
-    "compare": "api",
-    "compare_criteria": "api",
-    "compare_units": "api",
+    "compare": "comparison.api",
+    "compare_criteria": "comparison.api",
+    "compare_units": "comparison.api",
     "drop_sublayers": "sublayers.api",
     "evaluate": "api",
     "export_lint": "api",
@@ -105,7 +105,7 @@ _HOME = {
     "prune": "api",
     "quantize": "quantizing.api",
     "report": "api",
-    "retrain": "api",
+    "retrain": "retraining.api",
     "run": "api",
     "score": "api",
     "width": "width_pruning.api",

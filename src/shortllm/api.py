@@ -11,20 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from shortllm import pipeline, rundir, stages, targets, units
+from shortllm import pipeline, rundir, stages, targets
 from shortllm.asked import asked_criteria
 from shortllm.budget import Budget
-from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.comparison.question import (
-    CRITERIA,
-    RANDOM_DRAWS,
-    RATIOS,
-    fill_recipe,
-    prepare_question,
-)
-from shortllm.comparison.stage import compare_in, default_directory
 from shortllm.errors import (
     CheckpointError,
     DataError,
@@ -38,13 +29,9 @@ from shortllm.pipeline import RunResult
 from shortllm.planning import build_plan
 from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results.benchmark import Benchmark
-from shortllm.results.comparison import Comparison
 from shortllm.results.evaluation import Evaluation
 from shortllm.results.plan import PrunePlan
 from shortllm.results.scores import BlockScores
-from shortllm.results.units import UnitsComparison
-from shortllm.retraining import RECORD as RETRAINED
-from shortllm.retraining.record import Retraining
 from shortllm.runtime import join_ranks
 from shortllm.session import Session
 from shortllm.summary import ModelSummary, summarize
@@ -53,8 +40,6 @@ from shortllm.zeroshot.scores import table_beside, write_table
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.export_lint import ExportFinding
-    from shortllm.reporting.runs import ComparedModel
-    from shortllm.retraining.options import RetrainOptions
 
 
 def info(
@@ -363,65 +348,6 @@ def export_lint(model: str, *, revision: str | None = None) -> list[ExportFindin
     return lint_export(open_checkpoint(model, revision=revision))
 
 
-def compare_criteria(
-    model: str = "embedded",
-    *,
-    criterion: Sequence[str] = CRITERIA,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    ratios: Sequence[float] = RATIOS,
-    random: int = RANDOM_DRAWS,
-    protect_first: int | None = None,
-    protect_last: int | None = None,
-    calibration: CalibrationOptions | None = None,
-    evaluation: EvaluationOptions | None = None,
-    out: Path | None = None,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    stream: bool | None = None,
-    max_memory: int | None = None,
-    command: list[str] | None = None,
-) -> Comparison:
-    """What each criterion removes at several budgets, and the perplexity that is left.
-
-    Writes the scores, comparison.json and comparison.html; what is up to date is not made again.
-    Under `accelerate launch` or `torchrun` the samples are shared, as in `score`.
-
-    Args:
-        criterion: names of criteria.
-        options: for each criterion its options.
-        ratios: parts of the blocks to remove.
-        random: how many random removals of each size are the floor.
-        evaluation: the one text to measure on; default: held-out rows of the calibration text, or
-            wikitext2, and 64 segments of it.
-        out: run directory; default `runs/<model>-comparison`.
-    Raises:
-        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
-    """
-    checkpoint = open_checkpoint(model, revision=revision)
-    question = prepare_question(
-        checkpoint.info(), asked_criteria(criterion, options or {}), ratios, draws=random,
-        protect_first=protect_first, protect_last=protect_last,
-    )  # fmt: skip
-    recipe = Recipe.model_validate(
-        {
-            "model": model,
-            "revision": revision,
-            "criterion": ",".join(criterion),
-            "options": options or {},
-            "calibration": calibration or CalibrationOptions(),
-            "evaluation": evaluation or EvaluationOptions(),
-            "device": device,
-            "dtype": dtype,
-            "stream": stream,
-            "max_memory": max_memory,
-        }
-    )
-    recipe = fill_recipe(recipe, checkpoint.model_type)
-    directory = out or default_directory(model)
-    return compare_in(directory, checkpoint, question, recipe, command=command)
-
-
 def report(run_dir: Path) -> Path:
     """Write the page of a run directory from its files: report.html and the model card, or
     comparison.html where it holds no plan but a comparison."""
@@ -431,52 +357,6 @@ def report(run_dir: Path) -> Path:
     if (run_dir / "comparison.json").exists() and not (run_dir / "plan.json").exists():
         return write_comparison(run_dir)
     return write_report(run_dir)
-
-
-def compare_units(
-    recipe: Recipe,
-    *,
-    methods: Sequence[str] = (*units.DEPTH, *units.WIDTH),
-    out: Path | None = None,
-    command: list[str] | None = None,
-) -> UnitsComparison:
-    """Width against depth pruning at the same number of parameters: quality, speed, memory.
-
-    Writes the checkpoints, their evaluation and benchmark, units.json and units.html; what is up to
-    date is not made again.
-
-    Args:
-        recipe: model, budget of depth, calibration, evaluation, benchmark, and the retraining
-            that heals all alike, if any.
-        methods: criteria of depth, the first of which sets the number of parameters, and methods
-            of width.
-        out: run directory; default `runs/<model>-units`.
-    Raises:
-        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
-    """
-    units.asked_methods(methods)
-    checkpoint = open_checkpoint(
-        recipe.model, revision=recipe.revision, special_tokens=recipe.special_tokens
-    )
-    directory = out or units.default_directory(recipe.model)
-    filled = recipe.filled(checkpoint.model_type)
-    return units.compare_units_in(directory, checkpoint, filled, methods, command=command)
-
-
-def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> list[ComparedModel]:
-    """Several runs on one page: every model, quality against size and against latency.
-
-    Args:
-        runs: directories of finished runs.
-        out: the page.
-    Returns:
-        One entry per model; an original that several runs share stands there once.
-    Raises:
-        ResultFileError: a directory that holds no finished run.
-    """
-    from shortllm.reporting.runs import write_runs
-
-    return write_runs([Path(one) for one in runs], Path(out))
 
 
 def run(
@@ -516,36 +396,3 @@ def bench(
         return measure_speed(checkpoints, options, session=session)
     require_writable(out)
     return pipeline.bench_in(out, checkpoints, options, session)
-
-
-def retrain(
-    model: str,
-    out: Path | str,
-    *,
-    options: RetrainOptions | None = None,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> Retraining:
-    """Heal a shortened checkpoint by retraining, and write it as a plain checkpoint.
-
-    Under `accelerate launch` or `torchrun` all processes train and the main one writes. The same
-    call again goes on where an interrupted one was.
-
-    Args:
-        out: the new checkpoint directory, with retrain.json, and for LoRA the adapter. It may hold
-            nothing else; a retrained checkpoint of another recipe is replaced.
-        dtype: computation type; default: bfloat16 on CUDA, float32 elsewhere.
-    Raises:
-        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
-    """
-    from shortllm.retraining import stage
-    from shortllm.retraining.options import RetrainOptions
-    from shortllm.retraining.processes import join_training
-
-    options, out = options or RetrainOptions(), Path(out)
-    checkpoint = open_checkpoint(model, revision=revision)
-    require_free(out, RETRAINED)
-    session = Session(device=device, dtype=dtype)
-    ranks = join_training(session)
-    return stage.retrain(checkpoint, options, out, session=session, ranks=ranks)

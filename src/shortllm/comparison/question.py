@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shortllm.asked import Asked
 from shortllm.budget import Budget, most_blocks
@@ -12,9 +11,6 @@ from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.recipe import Recipe
 from shortllm.results.comparison import ComparedBudget, LeftOut
 from shortllm.results.record import ModelInfo
-
-if TYPE_CHECKING:
-    pass
 
 CRITERIA = (
     "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "greedy", "last",
