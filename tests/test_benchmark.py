@@ -27,6 +27,7 @@ from shortllm.recipe import BENCHMARK_PRESETS, BenchmarkOptions
 from shortllm.reporting import speed
 from shortllm.reporting.rendering import _templates
 from shortllm.results.benchmark import Benchmark, Measurement, PeakMemory
+from shortllm.session import Session
 from shortllm.turns import Runs, Subject, Turns, in_turn, measurement_of, weight_bytes
 
 CPU = torch.device("cpu")
@@ -272,7 +273,7 @@ def test_an_attention_implementation_is_taken_by_the_model(short: Path) -> None:
     found = shortllm.bench([str(short)], options=options, device="cpu")
     assert found.attention == "eager"
     loaded = benchmark._load(
-        shortllm.open_checkpoint(short), "eager", benchmark.Session(device="cpu")
+        shortllm.open_checkpoint(short), "eager", Session(device="cpu")
     )
     assert loaded.config._attn_implementation == "eager"
 

@@ -99,7 +99,8 @@ def run(
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
     from shortllm.healing.running import check_healing, heal_in, healing_text_of
-    from shortllm.quantizing.running import asked_by, calibration_options, quantize_in
+    from shortllm.quantizing.running import asked_by, quantize_in
+    from shortllm.quantizing.stage import calibration_options
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()

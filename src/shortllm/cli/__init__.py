@@ -7,7 +7,7 @@ result.
     width.py     width, compare-units           healing.py     heal, merge
     sublayers.py drop-sublayers                 quantizing.py  quantize
     demo.py      demo
-    options.py   flags that several commands share, and how they are read
+    options.py   flags that several commands share; values.py  how what was typed is read
     output.py    tables and JSON
 
 Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard

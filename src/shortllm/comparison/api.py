@@ -1,4 +1,4 @@
-"""`shortllm.compare_criteria(...)`, `compare_units`, `compare`, as functions of names and options."""
+"""`shortllm.compare_criteria(...)`, `compare_units` and `compare`, as functions of names."""
 
 from __future__ import annotations
 

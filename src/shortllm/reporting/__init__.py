@@ -5,6 +5,7 @@
                                 │  loading.py     read, and refused where two do not belong together
                                 ▼
     sections.py ──────────►  what each section shows: plain values and phrases
+      verdict.py               the one sentence at the top
       healing.py speed.py zeroshot.py retraining.py quantizing.py   some sections by themselves
       protocol.py              how it was measured, in phrases
       wording.py               numbers and units
