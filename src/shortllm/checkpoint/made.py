@@ -7,10 +7,11 @@ what made it, as config.json does under `shortllm`.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import PROVENANCE, carried_files
@@ -20,6 +21,10 @@ from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import OutputError
 from shortllm.files import partial_directory
 from shortllm.results.record import ResultFile
+
+log = logging.getLogger(__name__)
+
+Made = TypeVar("Made", bound=ResultFile)
 
 NEW = "new"
 """Directory of the tensors that the source does not hold, while a checkpoint is written."""
@@ -60,6 +65,20 @@ def is_made_by(
     entry = config.get(PROVENANCE) or {}
     held = (entry if under is None else entry.get(under) or {}).get("fingerprint")
     return bool(found.fingerprint == held == expected)
+
+
+def finished(
+    target: Path, expected: str, kind: type[Made], record: str, *, under: str | None = None
+) -> Made | None:
+    """The record of a target that is up to date, saying so; None where it has to be made.
+
+    Args:
+        kind, record, under: as for `is_made_by`.
+    """
+    if not is_made_by(target, expected, kind, record, under=under):
+        return None
+    log.info("%s is up to date, skipped", target)
+    return kind.load(target / record)
 
 
 def copy_carried(checkpoint: Checkpoint, names: Iterable[Path], directory: Path) -> None:

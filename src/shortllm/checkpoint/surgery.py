@@ -93,15 +93,8 @@ def write_shortened(
     config = check_removal(checkpoint, kept)
     entries = renumbered_tensors(checkpoint, kept)
     require_writable(target.parent, sum(entry.bytes for entry in entries.values()))
-    config[PROVENANCE] = {
-        "version": __version__,
-        "source": checkpoint.id,
-        "revision": checkpoint.revision,
-        "source_blocks": checkpoint.block_count,
-        "removed_blocks": sorted(set(range(checkpoint.block_count)) - set(kept)),
-        **provenance,
-        "parent": checkpoint.raw_config.get(PROVENANCE),
-    }
+    removed = sorted(set(range(checkpoint.block_count)) - set(kept))
+    config[PROVENANCE] = provenance_of(checkpoint, removed, **provenance)
     heads = checkpoint.block_names.heads
     if heads:
         log.info("the prediction heads behind the last block are left out")
@@ -137,17 +130,23 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
     return result
 
 
-def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
-    held: dict[str, Any] = checkpoint.raw_config.get(PROVENANCE) or {
+def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
+    """What config.json says of a checkpoint made from this one by removing blocks, and `how`."""
+    return {
         "version": __version__,
         "source": checkpoint.id,
         "revision": checkpoint.revision,
         "source_blocks": checkpoint.block_count,
-        "removed_blocks": [],
-        "parent": None,
+        "removed_blocks": list(removed),
+        **how,
+        "parent": checkpoint.raw_config.get(PROVENANCE),
     }
-    return held
+
+
+def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
+    held: dict[str, Any] | None = checkpoint.raw_config.get(PROVENANCE)
+    return held or provenance_of(checkpoint, [])
 
 
 def require_apart(source: Path, target: Path) -> None:

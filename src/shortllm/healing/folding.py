@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.stored import require_stored, stored_name
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
 from shortllm.healing.projections import Added
@@ -37,29 +38,17 @@ class Fold:
         return found if self.bias is None else found | {f"{self.name}.bias": self.bias}
 
 
-def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
-    """The name in the files of a tensor of block `b`."""
-    return f"{checkpoint.block_names.prefix}.{b}.{name}"
-
-
-def require_stored(checkpoint: Checkpoint, b: int, name: str) -> None:
+def require_floats(checkpoint: Checkpoint, b: int, name: str) -> None:
     """Refuse a checkpoint that does not store the weights of a projection as floats of its own.
 
     Raises:
         UnsupportedModelError: naming the tensor.
     """
-    stored = stored_name(checkpoint, b, f"{name}.weight")
-    entry = checkpoint.tensors.get(stored)
-    if entry is None:
-        raise UnsupportedModelError(
-            f"{checkpoint.id} stores the weights of '{name}' of block {b} under another name than "
-            f"'{stored}', so that nothing can be folded into them. Save it again with "
-            "transformers' save_pretrained"
-        )
+    entry = require_stored(checkpoint, b, name, so_that="nothing can be folded into them")
     if entry.dtype not in ("F64", "F32", "F16", "BF16"):
         raise UnsupportedModelError(
-            f"{checkpoint.id} stores '{stored}' as {entry.dtype}, and nothing can be folded into "
-            "quantized weights. Give the unquantized model"
+            f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and nothing can be folded "
+            "into quantized weights. Give the unquantized model"
         )
 
 

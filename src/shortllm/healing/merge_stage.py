@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from shortllm import __version__
-from shortllm.checkpoint.made import is_made_by, require_free
+from shortllm.checkpoint.made import finished, require_free
 from shortllm.checkpoint.shortening import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
     PROVENANCE,
     carried_fingerprint,
     check_removal,
+    provenance_of,
     renumbered_tensors,
     require_apart,
 )
@@ -61,9 +61,9 @@ def merge(
     options.check(checkpoint.block_count)
     refuse_type(checkpoint.config)
     expected = merge_fingerprint(checkpoint, options, calibration, session)
-    if is_made_by(target, expected, Merging, MERGE_FILE):
-        log.info("%s is up to date, skipped", target)
-        return Merging.load(target / MERGE_FILE)
+    found = finished(target, expected, Merging, MERGE_FILE)
+    if found is not None:
+        return found
     require_writable(target.absolute().parent, checkpoint.bytes)
     _merge(checkpoint, options, target, calibration, session, expected)
     return Merging.load(target / MERGE_FILE)
@@ -154,11 +154,18 @@ def _merge(
         if one.changed
         for name, tensor in merged_tensors(checkpoint, one)
     )
+    provenance = provenance_of(
+        checkpoint,
+        record.removed,
+        criterion="merge",
+        merged={str(block): counts for block, counts in record.sums.items()},
+        fingerprint=record.fingerprint,
+    )
     entries = renumbered_tensors(checkpoint, kept)
     size = sum(entry.bytes for entry in entries.values())
     with progress("writing the merged checkpoint", size) as advance:
         write_changed(
-            checkpoint, entries, new, {**config, PROVENANCE: _provenance(checkpoint, record)},
+            checkpoint, entries, new, {**config, PROVENANCE: provenance},
             target, record, MERGE_FILE, advance=advance, verify=verify,
         )  # fmt: skip
 
@@ -189,18 +196,3 @@ def _logits(
     stream_BTD = merger.final(blocks, place).to(decoder.device)
     with decoder.tail() as logits, torch.no_grad():
         return logits(stream_BTD, ids_BT.to(decoder.device)).float().cpu()
-
-
-def _provenance(checkpoint: Checkpoint, record: Merging) -> dict[str, Any]:
-    """Where the checkpoint comes from, and what was folded into what."""
-    return {
-        "version": __version__,
-        "source": checkpoint.id,
-        "revision": checkpoint.revision,
-        "source_blocks": checkpoint.block_count,
-        "removed_blocks": record.removed,
-        "criterion": "merge",
-        "fingerprint": record.fingerprint,
-        "merged": {str(block): counts for block, counts in record.sums.items()},
-        "parent": checkpoint.raw_config.get(PROVENANCE),
-    }

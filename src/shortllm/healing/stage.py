@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import __version__
-from shortllm.checkpoint.made import CARDS, is_made_by, require_free
+from shortllm.checkpoint.made import CARDS, finished, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
     PROVENANCE,
@@ -70,9 +70,9 @@ def heal(
     kept = kept_blocks(checkpoint, source)
     _check_samples(calibration)
     expected = heal_fingerprint(checkpoint, source, options, calibration, session)
-    if is_made_by(target, expected, Healing, HEAL_FILE, under="healed"):
-        log.info("%s is up to date, skipped", target)
-        return Healing.load(target / HEAL_FILE)
+    found = finished(target, expected, Healing, HEAL_FILE, under="healed")
+    if found is not None:
+        return found
     require_writable(target.absolute().parent, checkpoint.bytes)
     require_same_weights(checkpoint, source, kept)
     _heal(checkpoint, source, kept, options, target, calibration, session, expected)
@@ -107,11 +107,11 @@ def check_healable(checkpoint: Checkpoint, session: Session) -> None:
     Raises:
         UnsupportedModelError: they cannot.
     """
-    from shortllm.healing.folding import require_stored
+    from shortllm.healing.folding import require_floats
     from shortllm.healing.projections import find_added
 
     for b, added in find_added(session.decoder(checkpoint), [0]).items():
-        require_stored(checkpoint, b, added.name)
+        require_floats(checkpoint, b, added.name)
 
 
 def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
@@ -224,8 +224,9 @@ def _heal(
     expected: str,
 ) -> None:
     """Solve, fold, measure, write, compare."""
+    from shortllm.checkpoint.stored import stored_name
     from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
-    from shortllm.healing.folding import folded_into, require_stored, stored_name
+    from shortllm.healing.folding import folded_into, require_floats
     from shortllm.healing.linear import heal_flops, heal_gaps
     from shortllm.healing.projections import find_added
 
@@ -236,7 +237,7 @@ def _heal(
     decoder = session.decoder(source)
     added = find_added(decoder, [g.before for g in gaps_of(removed) if g.before is not None])
     for b, one in added.items():
-        require_stored(source, b, one.name)
+        require_floats(source, b, one.name)
     with progress("healing", heal_flops(decoder, removed, ids_BT.numel())) as advance:
         healed = heal_gaps(
             decoder,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.made import CARDS, is_made_by, require_free
+from shortllm.checkpoint.made import CARDS, finished, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
@@ -107,9 +107,9 @@ def quantize(
     require_apart(checkpoint.directory, target)
     require_free(target, RECORD)
     expected = quantized_fingerprint(checkpoint, options, calibration, session)
-    if is_made_by(target, expected, Quantization, RECORD, under="quantized"):
-        log.info("%s is up to date, skipped", target)
-        return Quantization.load(target / RECORD)
+    found = finished(target, expected, Quantization, RECORD, under="quantized")
+    if found is not None:
+        return found
     if (target / RECORD).is_file():
         log.info("%s was quantized by another recipe, and will be replaced", target)
     require_writable(target.absolute().parent, checkpoint.bytes)

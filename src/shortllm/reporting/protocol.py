@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shortllm.quantizing.record import Quantization
 from shortllm.reporting.citations import cited
-from shortllm.reporting.loading import ComparisonResults, RunResults, UnitsResults
+from shortllm.reporting.loading import ComparisonResults, RunFile, RunResults, UnitsResults
 from shortllm.reporting.names import (
     command_line,
     flattened,
@@ -58,11 +58,24 @@ def describe_protocol(results: RunResults) -> dict[str, Any]:
         "versions (scoring)": scores.versions if scores else {},
         "versions (evaluation)": results.evaluation.versions if results.evaluation else {},
     }
+    # what was published has a section of its own
+    chosen = {name: value for name, value in results.run.recipe.items() if name != "published"}
+    run = results.run.model_copy(update={"recipe": chosen})
+    return _protocol(run, rows, of_stages, _credited(results, criterion or ""))
+
+
+def _protocol(
+    run: RunFile,
+    rows: list[tuple[str, str]],
+    of_stages: dict[str, dict[str, str]],
+    criteria: Sequence[str],
+) -> dict[str, Any]:
+    """Rows, command, recipe and papers."""
     return {
-        "rows": rows + _version_rows(results.run.versions, of_stages),
-        "command": command_line(results.run.command),
-        "recipe": list(flattened(_without_published(results.run.recipe))),
-        "citations": cited(_credited(results, criterion or "")),
+        "rows": rows + _version_rows(run.versions, of_stages),
+        "command": command_line(run.command),
+        "recipe": list(flattened(run.recipe)),
+        "citations": cited(criteria),
     }
 
 
@@ -92,17 +105,7 @@ def describe_comparison(results: ComparisonResults) -> dict[str, Any]:
         ("dtype", found.dtype),
     ]
     of_stages = {"versions (measurement)": found.versions}
-    return {
-        "rows": rows + _version_rows(results.run.versions, of_stages),
-        "command": command_line(results.run.command),
-        "recipe": list(flattened(results.run.recipe)),
-        "citations": cited([one.criterion for one in found.criteria]),
-    }
-
-
-def _without_published(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen; what was published has a section of its own."""
-    return {name: value for name, value in recipe.items() if name != "published"}
+    return _protocol(results.run, rows, of_stages, [one.criterion for one in found.criteria])
 
 
 def describe_units(results: UnitsResults) -> dict[str, Any]:
@@ -113,12 +116,7 @@ def describe_units(results: UnitsResults) -> dict[str, Any]:
         rows.append((f"perplexity, {perplexity_source(one)}", _perplexity_protocol(one)))
     rows.append(("dtype", evaluation.dtype))
     of_stages = {"versions (evaluation)": evaluation.versions}
-    return {
-        "rows": rows + _version_rows(results.run.versions, of_stages),
-        "command": command_line(results.run.command),
-        "recipe": list(flattened(results.run.recipe)),
-        "citations": cited([one.name for one in units.candidates]),
-    }
+    return _protocol(results.run, rows, of_stages, [one.name for one in units.candidates])
 
 
 def calibration_phrase(calibration: CalibrationInfo) -> str:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm.checkpoint.made import is_made_by
+from shortllm.checkpoint.made import finished
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.locking import releasing
 from shortllm.results.record import Cost
@@ -43,9 +43,8 @@ def retrain(
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
     prepared = prepare(checkpoint, options, target, session=session, ranks=ranks)
-    if is_made_by(target, prepared.fingerprint, Retraining, RECORD, under="retrained"):
-        log.info("%s is up to date, skipped", target)
-    else:
+    found = finished(target, prepared.fingerprint, Retraining, RECORD, under="retrained")
+    if found is None:
         if (target / RECORD).is_file():
             log.info("%s was retrained by another recipe, and will be replaced", target)
         _train_and_write(prepared, target, session, ranks)

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm.checkpoint.made import is_made_by, require_free
+from shortllm.checkpoint.made import finished, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.stored import require_stored
 from shortllm.checkpoint.surgery import (
     carried_fingerprint,
     check_removal,
@@ -39,7 +40,6 @@ from shortllm.sublayers.structure import (
     without_sublayers,
 )
 from shortllm.sublayers.writing import write_dropped, zeroed_names
-from shortllm.width_pruning.writing import stored_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +81,9 @@ def drop_sublayers(
     require_apart(checkpoint.directory, target)
     require_free(target, RECORD)
     expected = drop_fingerprint(checkpoint, options, calibration, session)
-    if is_made_by(target, expected, SublayerDrop, RECORD):
-        log.info("%s is up to date, skipped", target)
-        return SublayerDrop.load(target / RECORD)
+    found = finished(target, expected, SublayerDrop, RECORD)
+    if found is not None:
+        return found
     _refuse_quantized(checkpoint)
     require_writable(target.absolute().parent, checkpoint.bytes)
     work = target.with_name(f"{target.name}.choosing{PARTIAL}")
@@ -127,19 +127,6 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _require_stored(checkpoint: Checkpoint, outputs: Outputs) -> None:
-    """Refuse checkpoints whose tensors are called otherwise than the model's parameters."""
-    for b, names in outputs.items():
-        for name in names.values():
-            stored = stored_name(checkpoint, b, f"{name}.weight")
-            if stored not in checkpoint.tensors:
-                raise UnsupportedModelError(
-                    f"{checkpoint.id} stores the weights of '{name}' of block {b} under another "
-                    f"name than '{stored}', so that they cannot be set to zero. Save it again with "
-                    "transformers' save_pretrained"
-                )
-
-
 def _find(
     checkpoint: Checkpoint,
     options: SublayerOptions,
@@ -151,7 +138,9 @@ def _find(
     """The output projections, the intact perplexity if it was measured, and what goes, in order."""
     decoder = session.decoder(checkpoint)
     outputs = find_sublayers(decoder, sorted({b for b, _ in candidates}))
-    _require_stored(checkpoint, outputs)
+    for b, names in outputs.items():
+        for name in names.values():
+            require_stored(checkpoint, b, name, so_that="they cannot be set to zero")
     if options.criterion is None or calibration is None:
         named = [DroppedSublayer(block=b, part=part, value=None) for b, part in candidates]
         return outputs, None, named

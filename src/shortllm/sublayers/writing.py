@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shortllm import __version__
 from shortllm.checkpoint.made import write_made
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE
+from shortllm.checkpoint.stored import stored_name
+from shortllm.checkpoint.surgery import PROVENANCE, provenance_of
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.sublayers.record import RECORD, SublayerDrop
 from shortllm.sublayers.structure import PARTS, Outputs, Sublayer
-from shortllm.width_pruning.writing import stored_name
 
 
 def write_dropped(
@@ -41,11 +40,18 @@ def write_dropped(
     Raises:
         OutputError: the target cannot be written.
     """
+    provenance = provenance_of(
+        checkpoint,
+        record.removed_blocks,
+        criterion=record.criterion,
+        sublayers={part: record.blocks(part) for part in PARTS},
+        fingerprint=record.fingerprint,
+    )
     write_made(
         checkpoint,
         entries,
         lambda directory: _zeros(directory, zeros),
-        {**config, PROVENANCE: _provenance(checkpoint, record)},
+        {**config, PROVENANCE: provenance},
         target,
         record,
         RECORD,
@@ -77,18 +83,3 @@ def _zeros(directory: Path, entries: dict[str, TensorEntry]) -> dict[str, Tensor
     with open(file, "wb") as stream:
         stream.truncate(max(entry.bytes for entry in entries.values()))
     return {name: replace(entry, file=file, offset=0) for name, entry in entries.items()}
-
-
-def _provenance(checkpoint: Checkpoint, record: SublayerDrop) -> dict[str, Any]:
-    """What config.json says of where the checkpoint comes from."""
-    return {
-        "version": __version__,
-        "source": checkpoint.id,
-        "revision": checkpoint.revision,
-        "source_blocks": checkpoint.block_count,
-        "removed_blocks": record.removed_blocks,
-        "criterion": record.criterion,
-        "sublayers": {part: record.blocks(part) for part in PARTS},
-        "fingerprint": record.fingerprint,
-        "parent": checkpoint.raw_config.get(PROVENANCE),
-    }

@@ -15,7 +15,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.streams import StreamMemory
 from shortllm.runtime import progress
 from shortllm.width_pruning.choosing import choose_from_list, choose_per_block
-from shortllm.width_pruning.groups import BlockGroups, Removed
+from shortllm.width_pruning.groups import BlockGroups, Removed, Sublayer
 from shortllm.width_pruning.measuring import (
     BlockMoments,
     mean_biases,
@@ -26,6 +26,7 @@ from shortllm.width_pruning.measuring import (
 from shortllm.width_pruning.options import WidthOptions
 from shortllm.width_pruning.scores import (
     BlockImportance,
+    Moments,
     drawn,
     fluctuation,
     magnitude,
@@ -99,6 +100,26 @@ def _pruner_importance(
         return taylor_importance(decoder, ids_BT, groups, kind, memory=memory, advance=advance)
 
 
+def _by_moments(
+    rule: Callable[[Tensor, Sublayer, Moments], Tensor],
+    decoder: Decoder,
+    groups: Groups,
+    b: int,
+    moments: BlockMoments,
+) -> BlockImportance:
+    """The importance of a block's units by what was seen at its output projections."""
+    return BlockImportance(
+        *(
+            rule(
+                output_weight(decoder.blocks[b], groups[b], sublayer),
+                sublayer,
+                moments[sublayer.output],
+            )
+            for sublayer in groups[b].sublayers
+        )
+    )
+
+
 def _choose_in_sequence(
     decoder: Decoder,
     ids_BT: Tensor,
@@ -110,15 +131,7 @@ def _choose_in_sequence(
     chosen = Chosen(removed={}, importance={})
 
     def decide(b: int, moments: BlockMoments) -> Removed:
-        scores = [
-            weighted_input(
-                output_weight(decoder.blocks[b], groups[b], sublayer),
-                sublayer,
-                moments[sublayer.output],
-            )
-            for sublayer in groups[b].sublayers
-        ]
-        chosen.importance[b] = BlockImportance(*scores)
+        chosen.importance[b] = _by_moments(weighted_input, decoder, groups, b, moments)
         gone = choose_per_block(chosen.importance[b], groups[b], counts[b], b)
         chosen.removed[b] = gone
         return gone
@@ -143,15 +156,7 @@ def _choose_by_fluctuation(
     means: dict[int, dict[str, Tensor]] = {}
 
     def decide(b: int, moments: BlockMoments) -> None:
-        scores = [
-            fluctuation(
-                output_weight(decoder.blocks[b], groups[b], sublayer),
-                sublayer,
-                moments[sublayer.output],
-            )
-            for sublayer in groups[b].sublayers
-        ]
-        importance[b] = BlockImportance(*scores)
+        importance[b] = _by_moments(fluctuation, decoder, groups, b, moments)
         means[b] = {name: seen.mean_C for name, seen in moments.items()}
 
     with _walking(decoder, ids_BT, groups, sequential=False) as advance:

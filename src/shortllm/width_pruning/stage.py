@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.made import is_made_by, require_free
+from shortllm.checkpoint.made import finished, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
 from shortllm.errors import DataError, UnsupportedModelError
@@ -61,9 +61,9 @@ def width(
     require_apart(checkpoint.directory, target)
     require_free(target, RECORD)
     expected = width_fingerprint(checkpoint, options, calibration, session)
-    if is_made_by(target, expected, WidthPruning, RECORD):
-        log.info("%s is up to date, skipped", target)
-        return WidthPruning.load(target / RECORD)
+    found = finished(target, expected, WidthPruning, RECORD)
+    if found is not None:
+        return found
     _refuse_parts(checkpoint)
     require_writable(target.absolute().parent)
     _prune(checkpoint, options, target, calibration, session, expected)
@@ -228,9 +228,9 @@ def _new_tensors(
     """
     import torch
 
+    from shortllm.checkpoint.stored import stored_name
     from shortllm.checkpoint.tensors import read_tensor
     from shortllm.model.loading import stored_dtype
-    from shortllm.width_pruning.writing import stored_name
 
     dtype = stored_dtype(checkpoint)
     new: dict[str, torch.Tensor] = {}

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from shortllm import __version__
 from shortllm.checkpoint.made import write_made
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE
+from shortllm.checkpoint.stored import require_stored, stored_name
+from shortllm.checkpoint.surgery import PROVENANCE, provenance_of
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_tensor_table
-from shortllm.errors import UnsupportedModelError
 from shortllm.files import require_writable
 from shortllm.width_pruning.groups import BlockGroups, Removed
 from shortllm.width_pruning.record import RECORD, WidthPruning
@@ -33,18 +32,7 @@ def require_plain_names(checkpoint: Checkpoint, groups: Mapping[int, BlockGroups
     for b, of_block in groups.items():
         for sublayer in of_block.sublayers:
             for name in (*sublayer.unit_of_row_R, sublayer.output):
-                stored = stored_name(checkpoint, b, f"{name}.weight")
-                if stored not in checkpoint.tensors:
-                    raise UnsupportedModelError(
-                        f"{checkpoint.id} stores the weights of '{name}' of block {b} under "
-                        f"another name than '{stored}', so that they cannot be cut. Save it again "
-                        "with transformers' save_pretrained"
-                    )
-
-
-def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
-    """The name in the files of a tensor of block `b`."""
-    return f"{checkpoint.block_names.prefix}.{b}.{name}"
+                require_stored(checkpoint, b, name, so_that="they cannot be cut")
 
 
 def narrowed_tensors(
@@ -71,20 +59,6 @@ def narrowed_tensors(
     return result
 
 
-def provenance(checkpoint: Checkpoint, record: WidthPruning) -> dict[str, Any]:
-    """What config.json says of where the checkpoint comes from."""
-    return {
-        "version": __version__,
-        "source": checkpoint.id,
-        "revision": checkpoint.revision,
-        "source_blocks": checkpoint.block_count,
-        "removed_blocks": [],
-        "width": {"method": record.method, **record.options, "shapes": record.shapes},
-        "fingerprint": record.fingerprint,
-        "parent": checkpoint.raw_config.get(PROVENANCE),
-    }
-
-
 def write_narrowed(
     checkpoint: Checkpoint,
     entries: dict[str, TensorEntry],
@@ -106,11 +80,13 @@ def write_narrowed(
         OutputError: the target cannot be written.
     """
     require_writable(target.absolute().parent, sum(entry.bytes for entry in entries.values()))
+    width = {"method": record.method, **record.options, "shapes": record.shapes}
+    provenance = provenance_of(checkpoint, [], width=width, fingerprint=record.fingerprint)
     write_made(
         checkpoint,
         entries,
         lambda directory: _written(new, directory),
-        {**config, PROVENANCE: provenance(checkpoint, record)},
+        {**config, PROVENANCE: provenance},
         target,
         record,
         RECORD,
