@@ -33,7 +33,7 @@ INTRO = """# Gallery
 Small models, every criterion, and width against depth at one size: a fifth of the parameters
 removed, the same {steps} steps of LoRA for all. Made by `python docs/make_gallery.py --shared
 ../shared`. Open marks are models that were not healed; speeds are those of two processor cores,
-and mean something as ratios.
+and mean something as ratios. books5M was healed on books, which the two texts are not.
 
 """
 CITED = {

@@ -125,7 +125,7 @@ def healed(
         str(paths["none"]), paths["lora"],
         options=RetrainOptions(
             data=one.text, form="text", length=128, batch=8, max_steps=STEPS, rows=4000,
-            learning_rate=2e-3, schedule="cosine", held_out=20, report_to=[],
+            learning_rate=1e-3, schedule="cosine", held_out=20, report_to=[],
         ),
     )  # fmt: skip
     models = shortllm.evaluate([str(path) for path in paths.values()], options=evaluation).models
