@@ -33,7 +33,7 @@ INTRO = """# Gallery
 Small models, every criterion, and width against depth at one size: a fifth of the parameters
 removed, the same {steps} steps of LoRA for all. Made by `python docs/make_gallery.py --shared
 ../shared`. Open marks are models that were not healed; speeds are those of two processor cores,
-and mean something as ratios.
+and mean something as ratios. books5M was healed on books, which the two texts are not.
 
 """
 CITED = {
@@ -85,8 +85,11 @@ def recipe_of(one: Shown, steps: int) -> Recipe:
     )  # fmt: skip
 
 
-def page_of(one: Shown, runs: Path, steps: int) -> str:
-    """Make what is missing, draw the plots, and return the model's section in Markdown."""
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def section_of(one: Shown, runs: Path, steps: int) -> tuple[Table, str]:
+    """Make what is missing, draw the plots; the model's table, and its plots in Markdown."""
     plots = {}
     found = shortllm.compare_criteria(
         one.model,
@@ -109,11 +112,19 @@ def page_of(one: Shown, runs: Path, steps: int) -> str:
     for name, svg in plots.items():
         write_text(IMAGES / f"{one.name}-{name}.svg", standalone(svg))
         lines += [f"![{one.name}: {CITED[name]}](images/gallery/{one.name}-{name}.svg)", ""]
-    head, rows = terminal_table(results)
-    lines.append(f"| {' | '.join(head)} |")
-    lines.append(f"|---|---|{'---:|' * (len(head) - 2)}")
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, ""])
+    return terminal_table(results), "\n".join(lines)
+
+
+def joined(tables: dict[str, Table]) -> str:
+    """The tables of all models as one; of those measured on other texts as one more."""
+    lines = []
+    for head in dict.fromkeys(head for head, _ in tables.values()):
+        lines += [f"| model | {' | '.join(head)} |", f"|---|---|---|{'---:|' * (len(head) - 2)}"]
+        for name, (own, rows) in tables.items():
+            if own == head:
+                lines += [f"| {name} | {' | '.join(row)} |" for row in rows]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -124,10 +135,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.shared is not None:
         os.environ.setdefault("SHORTLLM_DATA", str(arguments.shared / "data"))
-    sections = [
-        page_of(one, arguments.runs, arguments.steps) for one in shown_models(arguments.shared)
-    ]
-    write_text(DOCS / "gallery.md", INTRO.format(steps=arguments.steps) + "\n".join(sections))
+    tables: dict[str, Table] = {}
+    sections = []
+    for one in shown_models(arguments.shared):
+        tables[one.name], section = section_of(one, arguments.runs, arguments.steps)
+        sections.append(section)
+    page = [INTRO.format(steps=arguments.steps) + joined(tables), *sections]
+    write_text(DOCS / "gallery.md", "\n".join(page))
 
 
 if __name__ == "__main__":

@@ -464,6 +464,24 @@ def test_the_sweep_goes_down_and_keeps_what_is_alike_enough(tmp_path: Path) -> N
     assert math.isfinite(record.cosine)
 
 
+def test_named_blocks_are_folded_into_the_one_before_each_gap(tmp_path: Path) -> None:
+    record = MergeOptions(blocks=[5, 2, 3])
+    made = merge_stage.merge(
+        families.opened("llama"), record, tmp_path / "out",
+        calibration=calibration(families.token_ids()), session=Session(device="cpu"),
+    )  # fmt: skip
+    assert made.kept == [0, 1, 4] and made.removed == [2, 3, 5]
+    assert made.sums == {1: {1: -1, 2: 1, 3: 1}, 4: {5: 1}}
+    assert [(one.block, one.merged) for one in made.tries] == [(4, [5]), (1, [2, 3])]
+    whole, small = families.loaded("llama"), families.load(tmp_path / "out")
+    for name, tensor in blocks_of(small)[2].state_dict().items():
+        assert torch.equal(tensor, blocks_of(whole)[5].state_dict()[name])
+    ids_BT = families.token_ids()
+    ends = [stream_behind(one, -1, ids_BT) for one in (whole, small)]
+    cosine = torch.cosine_similarity(*ends, dim=-1).mean().item()
+    assert made.cosine == pytest.approx(cosine, abs=1e-5)
+
+
 def test_streamed_merges_equal_resident_ones(tmp_path: Path) -> None:
     records = [merge("llama", tmp_path / str(s), stream=s) for s in (False, True)]
     assert records[0].tries == records[1].tries
@@ -508,6 +526,13 @@ def call(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (["heal", "embedded", "--out", "x", "--ridge", "0"], "--ridge 0.0 is not above 0"),
         (["merge", "embedded", "--out", "x", "--remove", "11"], "10 can go at the most"),
         (["merge", "embedded", "--out", "x", "--protect-last", "11"], "are protected"),
+        (["merge", "embedded", "--out", "x", "--blocks", "0,3"], "block 0 has no block before it"),
+        (["merge", "embedded", "--out", "x", "--blocks", "3,12"], "no block 12 among 12"),
+        (["merge", "embedded", "--out", "x", "--blocks", "3,3"], "name each block"),
+        (
+            ["merge", "embedded", "--out", "x", "--blocks", "3", "--remove", "2"],
+            "nothing is left for a sweep",
+        ),
         (["run", "--heal", "lora"], "lora"),
     ],
 )

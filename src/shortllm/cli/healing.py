@@ -24,7 +24,7 @@ from shortllm.cli.options import (
     Stream,
 )
 from shortllm.cli.output import print_json, print_table
-from shortllm.cli.values import bytes_in, calibration_of
+from shortllm.cli.values import bytes_in, calibration_of, numbers_in
 
 if TYPE_CHECKING:
     from shortllm.healing.record import Healing, Merging
@@ -130,6 +130,13 @@ def _number(value: float | None) -> str:
 def merge(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")] = ...,  # type: ignore[assignment]
+    blocks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Fold exactly these into the block before each gap, e.g. 6,7,9. Default: found by "
+            "a sweep from the top, with the five options below."
+        ),
+    ] = None,
     threshold: Annotated[
         float,
         typer.Option(
@@ -169,10 +176,12 @@ def merge(
     """Shorten a model by folding blocks into one another (LaCo), from the top down."""
     import shortllm
 
+    named = None if blocks is None else numbers_in(blocks)
     made = shortllm.merge(
         model,
         out,
         options=shortllm.MergeOptions(
+            blocks=named,
             threshold=threshold,
             interval=interval,
             most_merged=most_merged,

@@ -20,6 +20,7 @@ from shortllm.checkpoint.surgery import (
 )
 from shortllm.errors import ShortLLMError
 from shortllm.files import fingerprint, require_writable
+from shortllm.healing.gaps import gaps_of
 from shortllm.healing.options import MergeOptions
 from shortllm.healing.record import MERGE_FILE, Merging
 from shortllm.healing.writing import write_changed
@@ -93,10 +94,11 @@ def _merge(
     session: Session,
     expected: str,
 ) -> None:
-    """Sweep, write, compare."""
+    """Find the sums, write, compare."""
     from shortllm.checkpoint.verify import caches_rightly, verify_shortened
     from shortllm.healing.merging import (
         Merger,
+        fold_named,
         merged_tensors,
         original_blocks,
         require_alike,
@@ -113,10 +115,13 @@ def _merge(
             checkpoint,
             calibration.ids,
             session.memory(),
-            first=options.protect_first,
+            first=_places(options, count)[0],
             advance=advance,
         )
-        swept = sweep(merger, original_blocks(count), options)
+        if options.blocks is None:
+            swept = sweep(merger, original_blocks(count), options)
+        else:
+            swept = fold_named(merger, original_blocks(count), options.blocks)
     if len(swept.blocks) == count:
         best = max(one.cosine for one in swept.tries)
         raise ShortLLMError(
@@ -170,14 +175,21 @@ def _merge(
         )  # fmt: skip
 
 
+def _places(options: MergeOptions, count: int) -> list[int]:
+    """Blocks that others may be folded into, ascending."""
+    if options.blocks is not None:
+        return [gap.start - 1 for gap in gaps_of(options.blocks)]
+    return list(range(options.protect_first, count - options.protect_last - 1))
+
+
 def _work(decoder: Decoder, options: MergeOptions, tokens: int) -> float:
-    """Floating-point operations of a sweep in which nothing is kept: the most it can take."""
+    """Floating-point operations if every place is tried and all above it kept: the most it can
+    take."""
     from shortllm.model.walk import block_flops
 
     count = decoder.block_count
     one = [block_flops(decoder, b) for b in range(count)]
-    tries = range(options.protect_first, count - options.protect_last - options.most_merged)
-    return tokens * (sum(one) + sum(sum(one[place:]) for place in tries))
+    return tokens * (sum(one) + sum(sum(one[place:]) for place in _places(options, count)))
 
 
 def _logits(

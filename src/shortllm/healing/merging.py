@@ -15,7 +15,7 @@ Shapes: B samples, T tokens, D width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
+from shortllm.healing.gaps import gaps_of
 from shortllm.healing.options import MergeOptions
 from shortllm.healing.record import Merge
 from shortllm.metrics import cosine
@@ -213,6 +214,18 @@ def _put(decoder: Decoder, checkpoint: Checkpoint, one: Merged) -> None:
     for name, tensor in merged_tensors(checkpoint, one):
         if name in state:  # some store what is computed, too
             state[name].copy_(tensor)
+
+
+def fold_named(merger: Merger, blocks: list[Merged], named: Collection[int]) -> Swept:
+    """Fold each gap of named blocks into the block before it, from the top down, whatever comes of
+    it."""
+    tries: list[Merge] = []
+    for gap in reversed(gaps_of(named)):
+        place, others = gap.start - 1, len(gap.blocks)
+        blocks = merged(blocks, place, others)
+        likeness = merger.likeness(blocks, place)
+        tries.append(Merge(block=place, merged=gap.blocks, cosine=likeness, kept=True))
+    return Swept(blocks=blocks, tries=tries, cosine=tries[-1].cosine)
 
 
 def sweep(merger: Merger, blocks: list[Merged], options: MergeOptions) -> Swept:

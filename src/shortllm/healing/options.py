@@ -46,6 +46,11 @@ class HealOptions(Record):
 class MergeOptions(Record):
     """How blocks are folded into one another."""
 
+    blocks: list[int] | None = Field(
+        default=None,
+        description="fold these blocks into the one before each gap they leave; default: a sweep "
+        "from the top finds which, by the fields below",
+    )
     threshold: float = Field(
         default=0.65,
         description="least mean cosine between the final hidden states of the merged and the "
@@ -67,9 +72,11 @@ class MergeOptions(Record):
         """Refuse what cannot be done with so many blocks.
 
         Raises:
-            ShortLLMError: too few blocks are free, or fewer than are to go; or a threshold that is
-                no cosine.
+            ShortLLMError: too few blocks are free, or fewer than are to go; a threshold that is
+                no cosine; or named blocks that the model lacks, or with none before them.
         """
+        if self.blocks is not None:
+            return self._check_named(self.blocks, blocks)
         free = blocks - self.protect_first - self.protect_last
         if free < 2:
             raise ShortLLMError(
@@ -85,3 +92,24 @@ class MergeOptions(Record):
             raise ShortLLMError(
                 f"--threshold {self.threshold} is no cosine below 1. Give e.g. 0.65"
             )
+
+    def _check_named(self, named: list[int], count: int) -> None:
+        if self != MergeOptions(blocks=named):
+            raise ShortLLMError(
+                "--blocks says what is folded, and nothing is left for a sweep to find. Leave out "
+                "--threshold, --interval, --most-merged, --remove and --protect-first or -last"
+            )
+        if not named or len(set(named)) != len(named):
+            raise ShortLLMError(
+                f"--blocks {','.join(map(str, named)) or 'without a number'}: name each block to "
+                "fold into the one before it once, e.g. 6,7,9"
+            )
+        for block in named:
+            if not 0 <= block < count:
+                raise ShortLLMError(
+                    f"there is no block {block} among {count}. Give numbers from 1 to {count - 1}"
+                )
+            if block == 0:
+                raise ShortLLMError(
+                    "block 0 has no block before it that it could be folded into. Give others"
+                )

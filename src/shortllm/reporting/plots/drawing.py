@@ -110,8 +110,20 @@ def tick(value: float) -> str:
     return f"{value:,.10g}".replace("-", "−")
 
 
-def drawn(draw: Callable[..., None], *, width: Width, size: tuple[float, float], alt: str) -> str:
-    """What `draw(axes, narrow=...)` draws, as an inline `<svg>` element."""
+def drawn(
+    draw: Callable[..., None],
+    *,
+    width: Width,
+    size: tuple[float, float],
+    alt: str,
+    grid: tuple[int, int] | None = None,
+) -> str:
+    """What `draw(axes, narrow=...)` draws, as an inline `<svg>` element.
+
+    Args:
+        size: inches.
+        grid: rows and columns of plots; `draw` then gets an array of so many axes.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -127,7 +139,8 @@ def drawn(draw: Callable[..., None], *, width: Width, size: tuple[float, float],
     ):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        draw(figure.add_subplot(), narrow=width == "narrow")
+        axes = figure.subplots(*grid, squeeze=False) if grid else figure.add_subplot()
+        draw(axes, narrow=width == "narrow")
         return _as_inline_svg(figure, alt=alt)
 
 
