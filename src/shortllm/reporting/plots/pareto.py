@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -103,9 +104,11 @@ class ParetoPlot:
         if self.is_log:
             axes.set_yscale("log")
         heights = [point.y for point in self.points]
-        decades = 1.0 if min(heights) <= 0 else max(heights) / min(heights)
+        decades = math.log10(max(heights) / min(heights)) if min(heights) > 0 else 0.0
         mark_heights(axes, decades, log=self.is_log)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if narrow else 8))
+        axes.xaxis.set_major_locator(
+            MaxNLocator(nbins=4 if narrow else 8, steps=[1, 2, 2.5, 5, 10])
+        )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.margins(x=0.08, y=0.1)
         axes.set_xlabel(self.x_label, color=COLOURS["muted"])
