@@ -1,12 +1,12 @@
 # make run    install into .venv and run the whole pipeline on the embedded model
-# make test   install into .venv, then lint, types, tests
+# make test   install into .venv, then lint, types, tests, and whether a release would work
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 TESTS ?= tests
 XDIST ?= 2
 
-.PHONY: run install test test-latest lint types tests clean
+.PHONY: run install test test-latest lint types tests release-check clean
 
 run: $(VENV)/installed
 	$(VENV)/bin/shortllm run
@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-test: lint types tests
+test: lint types tests release-check
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -31,6 +31,10 @@ types: $(VENV)/installed
 
 tests: $(VENV)/installed
 	$(VENV)/bin/pytest --numprocesses $(XDIST) $(TESTS)
+
+# sdist and wheel in dist/, and the wheel without extras in an environment of its own
+release-check: $(VENV)/installed
+	$(VENV)/bin/python tests/check_release.py
 
 # the same tests against the newest transformers, in an environment of their own
 test-latest: .venv-latest/installed

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import file_tree
 import pytest
 import torch
 from families import loaded, score, token_ids
@@ -21,6 +22,11 @@ def test_the_script_in_the_text_is_the_script(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text()
     script = (DOCS / f"{name}.py").read_text()
     assert f"```python\n{script}```\n" in text
+
+
+def test_the_tree_names_every_file() -> None:
+    written = file_tree.BLOCK.findall(file_tree.PAGE.read_text(encoding="utf-8"))
+    assert written == [file_tree.tree()], "run: python tests/file_tree.py --write"
 
 
 @pytest.mark.parametrize("top", [1, 3])

@@ -17,9 +17,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import gradio as gr
+from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.source import EMBEDDED
 from shortllm.demo import charts, markup
@@ -27,6 +25,9 @@ from shortllm.demo.generating import Limits, Request, generate
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
 from shortllm.recipe import EMBEDDED_PROMPT, PROMPT
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 LONGEST_QUEUE = 64
 """Requests that may wait; another one is refused."""
@@ -101,6 +102,8 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """The whole page, its buttons connected."""
+        import gradio as gr
+
         with gr.Blocks(title="shortllm demo", analytics_enabled=False, fill_width=True) as page:
             gr.HTML(markup.title(self._all))
             with gr.Column():
@@ -137,6 +140,8 @@ class Page:
         return page
 
     def _prompt(self) -> Any:
+        import gradio as gr
+
         prompt = gr.Textbox(
             self._defaults.prompt, label="Prompt", lines=3, max_lines=10, elem_id="prompt"
         )
@@ -148,6 +153,8 @@ class Page:
 
     def _settings(self) -> list[Any]:
         """Plain numbers: what is out of bounds is said in the panel."""
+        import gradio as gr
+
         asked = self._defaults
         with gr.Row(elem_classes="settings"):
             return [
@@ -165,6 +172,8 @@ class Page:
     # What it does.
 
     def _connect(self, parts: _Parts, page: gr.Blocks) -> None:
+        import gradio as gr
+
         places = list(range(len(self._all)))
         if len(places) > 1:
             for place in places:
@@ -174,7 +183,7 @@ class Page:
         parts.stop.click(self._stopper(parts), outputs=shown, **UNQUEUED)
         fields = [parts.prompt, *parts.settings, *parts.panels, parts.chart, parts.rounds]
         parts.reset.click(self._defaults_again, outputs=fields, **UNQUEUED)
-        page.unload(self._leave)
+        page.unload(_told_who(self._leave))
         gr.api(self._api, api_name="generate", **ONE_AT_A_TIME)
 
     def _connect_button(self, parts: _Parts, button: Any, places: list[int]) -> None:
@@ -191,7 +200,7 @@ class Page:
         )
 
     def _beginner(self, parts: _Parts, places: list[int]) -> Callable[..., Any]:
-        def begin(request: gr.Request) -> dict[Any, Any]:
+        def begin(request: Any) -> dict[Any, Any]:
             panels = [parts.panels[place] for place in places]
             if len(self._turns) >= MOST_VISITORS:
                 busy = markup.failed("too many requests are waiting. Try again in a moment")
@@ -200,9 +209,11 @@ class Page:
             waiting = dict.fromkeys(panels, markup.waiting())
             return waiting | _controls(parts, busy=True) | {parts.ticket: turn.ticket}
 
-        return begin
+        return _told_who(begin)
 
     def _runner(self, parts: _Parts) -> Callable[..., Any]:
+        import gradio as gr
+
         def run(
             ticket: str,
             rounds: list[charts.Round],
@@ -213,7 +224,7 @@ class Page:
             top_k: int,
             top_p: float,
             temperature: float,
-            request: gr.Request,
+            request: Any,
         ) -> Iterator[Any]:
             visitor = str(request.session_hash)
             turn = self._turns.get(visitor)
@@ -244,7 +255,7 @@ class Page:
                 self._turns.pop(visitor, None)
             yield _controls(parts, busy=False)
 
-        return run
+        return _told_who(run)
 
     def _written(
         self, place: int, asked: Request, stop: threading.Event
@@ -262,7 +273,9 @@ class Page:
             yield markup.failed(str(error)), None
 
     def _stopper(self, parts: _Parts) -> Callable[..., Any]:
-        def stop(request: gr.Request) -> Any:
+        import gradio as gr
+
+        def stop(request: Any) -> Any:
             visitor = str(request.session_hash)
             turn = self._turns.get(visitor)
             if turn is None:
@@ -274,7 +287,7 @@ class Page:
             panels = [parts.panels[place] for place in turn.places]
             return dict.fromkeys(panels, markup.not_begun()) | _controls(parts, busy=False)
 
-        return stop
+        return _told_who(stop)
 
     def _defaults_again(self) -> list[Any]:
         asked = self._defaults
@@ -288,7 +301,7 @@ class Page:
         )
         return [asked.prompt, *settings, *[markup.idle() for _ in self._all], "", []]
 
-    def _leave(self, request: gr.Request) -> None:
+    def _leave(self, request: Any) -> None:
         """Nobody is there to read on."""
         turn = self._turns.pop(str(request.session_hash), None)
         if turn is not None:
@@ -306,6 +319,8 @@ class Page:
         temperature: float = 1.0,
     ) -> dict[str, Any]:
         """Text of one model, by name."""
+        import gradio as gr
+
         asked = Request(
             prompt=prompt,
             new_tokens=output_tokens,
@@ -323,8 +338,18 @@ class Page:
         return asdict(last) | {"tokens_per_s": last.tokens_per_s}
 
 
+def _told_who(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose `request` gradio fills in with the visitor's: it goes by the type."""
+    import gradio as gr
+
+    handler.__annotations__["request"] = gr.Request
+    return handler
+
+
 def _controls(parts: _Parts, *, busy: bool) -> dict[Any, Any]:
     """Buttons in and out of use."""
+    import gradio as gr
+
     buttons = [*parts.buttons, parts.every, parts.reset]
     return {button: gr.update(interactive=not busy) for button in buttons} | {
         parts.stop: gr.update(interactive=busy)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
-
-import gradio as gr
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from typing import TYPE_CHECKING, Any
 
 from shortllm.demo.generating import Limits
 from shortllm.demo.models import Models
 from shortllm.demo.page import Page
 from shortllm.errors import ShortLLMError
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +45,8 @@ def serve(
     Raises:
         ShortLLMError: the address cannot be taken.
     """
+    from starlette.middleware import Middleware
+
     if share or host not in (LOCALHOST, "localhost", "::1"):
         log.warning("whoever can reach the page can use the models, and there are no accounts")
     page = Page(models, limits).blocks()
@@ -78,6 +79,8 @@ def serve(
 
 def theme() -> gr.themes.Base:
     """Fonts of the system alone: nothing is loaded from elsewhere."""
+    import gradio as gr
+
     sans = ("Inter", "Helvetica Neue", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
     mono = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "monospace")
     return gr.themes.Base(
@@ -93,6 +96,8 @@ class Guard:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.responses import PlainTextResponse
+
         if scope["type"] == "http" and "/upload" in scope["path"]:
             await PlainTextResponse("nothing can be uploaded here", 403)(scope, receive, send)
             return
