@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE, carried_files
+from shortllm.checkpoint.surgery import PROVENANCE, carried_files, carried_fingerprint
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import OutputError
-from shortllm.files import partial_directory
+from shortllm.files import fingerprint, partial_directory
 from shortllm.results.record import ResultFile
+
+if TYPE_CHECKING:
+    from shortllm.calibration import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,34 @@ def require_free(target: Path, record: str) -> None:
         raise OutputError(f"--out {target} is a file. Give a directory")
     if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
         raise OutputError(f"{target} holds something else. Choose another --out, or delete it")
+
+
+def made_fingerprint(
+    checkpoint: Checkpoint,
+    *,
+    calibration: Calibration | None,
+    dtype: str,
+    device: str,
+    without: Collection[str] = (),
+    **of: Any,
+) -> str:
+    """Of everything that a checkpoint made from another one depends on.
+
+    Args:
+        calibration: the tokens that were looked at, if any.
+        without: files beside the weights that do not count.
+        of: the choices of the stage, under its name; and what else the result depends on.
+    """
+    return fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "other files": carried_fingerprint(checkpoint.directory, without=without),
+            "calibration": calibration.info.tokens_fingerprint if calibration else None,
+            "dtype": dtype,
+            "device": device,
+            **of,
+        }
+    )
 
 
 def is_made_by(

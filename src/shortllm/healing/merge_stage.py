@@ -7,19 +7,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm.checkpoint.made import finished, require_free
+from shortllm.checkpoint.made import finished, made_fingerprint, require_free
 from shortllm.checkpoint.shortening import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
     PROVENANCE,
-    carried_fingerprint,
     check_removal,
     provenance_of,
     renumbered_tensors,
     require_apart,
 )
 from shortllm.errors import ShortLLMError
-from shortllm.files import fingerprint, require_writable
+from shortllm.files import require_writable
 from shortllm.healing.gaps import gaps_of
 from shortllm.healing.options import MergeOptions
 from shortllm.healing.record import MERGE_FILE, Merging
@@ -61,29 +60,19 @@ def merge(
     require_free(target, MERGE_FILE)
     options.check(checkpoint.block_count)
     refuse_type(checkpoint.config)
-    expected = merge_fingerprint(checkpoint, options, calibration, session)
+    expected = made_fingerprint(
+        checkpoint,
+        calibration=calibration,
+        dtype=session.dtype(checkpoint),
+        device=session.device.type,
+        merge=options.model_dump(mode="json"),
+    )
     found = finished(target, expected, Merging, MERGE_FILE)
     if found is not None:
         return found
     require_writable(target.absolute().parent, checkpoint.bytes)
     _merge(checkpoint, options, target, calibration, session, expected)
     return Merging.load(target / MERGE_FILE)
-
-
-def merge_fingerprint(
-    checkpoint: Checkpoint, options: MergeOptions, calibration: Calibration, session: Session
-) -> str:
-    """Of everything the merged checkpoint depends on."""
-    return fingerprint(
-        {
-            "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory),
-            "merge": options.model_dump(mode="json"),
-            "calibration": calibration.info.tokens_fingerprint,
-            "dtype": session.dtype(checkpoint),
-            "device": session.device.type,
-        }
-    )
 
 
 def _merge(

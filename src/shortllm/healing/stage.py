@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import __version__
-from shortllm.checkpoint.made import CARDS, finished, require_free
+from shortllm.checkpoint.made import CARDS, finished, made_fingerprint, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.surgery import (
     PROVENANCE,
-    carried_fingerprint,
     renumbered_tensors,
     require_apart,
 )
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
-from shortllm.files import fingerprint, require_writable
+from shortllm.files import require_writable
 from shortllm.healing.gaps import gaps_of
 from shortllm.healing.options import HealOptions
 from shortllm.healing.record import HEAL_FILE, Healing, HeldOut
@@ -69,7 +68,15 @@ def heal(
     require_free(target, HEAL_FILE)
     kept = kept_blocks(checkpoint, source)
     _check_samples(calibration)
-    expected = heal_fingerprint(checkpoint, source, options, calibration, session)
+    expected = made_fingerprint(
+        checkpoint,
+        calibration=calibration,
+        dtype=session.dtype(source),
+        device=session.device.type,
+        without=CARDS,
+        source=source.fingerprint,
+        heal=options.model_dump(mode="json", exclude={"samples", "length"}),
+    )
     found = finished(target, expected, Healing, HEAL_FILE, under="healed")
     if found is not None:
         return found
@@ -77,28 +84,6 @@ def heal(
     require_same_weights(checkpoint, source, kept)
     _heal(checkpoint, source, kept, options, target, calibration, session, expected)
     return Healing.load(target / HEAL_FILE)
-
-
-def heal_fingerprint(
-    checkpoint: Checkpoint,
-    source: Checkpoint,
-    options: HealOptions,
-    calibration: Calibration,
-    session: Session,
-) -> str:
-    """Of everything the healed checkpoint depends on."""
-
-    return fingerprint(
-        {
-            "model": checkpoint.fingerprint,
-            "source": source.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=CARDS),
-            "heal": options.model_dump(mode="json", exclude={"samples", "length"}),
-            "calibration": calibration.info.tokens_fingerprint,
-            "dtype": session.dtype(source),
-            "device": session.device.type,
-        }
-    )
 
 
 def check_healable(checkpoint: Checkpoint, session: Session) -> None:

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.made import CARDS, finished, require_free
+from shortllm.checkpoint.made import CARDS, finished, made_fingerprint, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
+from shortllm.checkpoint.surgery import require_apart
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
-from shortllm.files import fingerprint, require_writable
+from shortllm.files import require_writable
 from shortllm.quantizing.layers import Layers, find_layers, require_group_size
 from shortllm.quantizing.options import QuantizeOptions
 from shortllm.quantizing.packages import extra_versions, require_extra
@@ -106,7 +106,14 @@ def quantize(
         raise DataError(f"--method {options.method} looks at text. Give --data")
     require_apart(checkpoint.directory, target)
     require_free(target, RECORD)
-    expected = quantized_fingerprint(checkpoint, options, calibration, session)
+    expected = made_fingerprint(
+        checkpoint,
+        calibration=calibration if options.needs_text else None,
+        dtype="as stored",
+        device=session.device.type,
+        without=CARDS,
+        options=options.model_dump(mode="json", exclude=PLACES),
+    )
     found = finished(target, expected, Quantization, RECORD, under="quantized")
     if found is not None:
         return found
@@ -115,25 +122,6 @@ def quantize(
     require_writable(target.absolute().parent, checkpoint.bytes)
     _quantize(checkpoint, options, layers, target, calibration, session, expected)
     return Quantization.load(target / RECORD)
-
-
-def quantized_fingerprint(
-    checkpoint: Checkpoint,
-    options: QuantizeOptions,
-    calibration: Calibration | None,
-    session: Session,
-) -> str:
-    """Of everything the quantized checkpoint depends on."""
-    text = calibration is not None and options.needs_text
-    return fingerprint(
-        {
-            "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=CARDS),
-            "options": options.model_dump(mode="json", exclude=PLACES),
-            "calibration": calibration.info.tokens_fingerprint if calibration and text else None,
-            "device": session.device.type,
-        }
-    )
 
 
 def _quantize(

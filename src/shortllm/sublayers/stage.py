@@ -13,17 +13,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm.checkpoint.made import finished, require_free
+from shortllm.checkpoint.made import finished, made_fingerprint, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.stored import require_stored
 from shortllm.checkpoint.surgery import (
-    carried_fingerprint,
     check_removal,
     renumbered_tensors,
     require_apart,
 )
 from shortllm.errors import CriterionError, DataError, UnsupportedModelError
-from shortllm.files import PARTIAL, fingerprint, require_writable
+from shortllm.files import PARTIAL, require_writable
 from shortllm.journal import Journal
 from shortllm.metrics import perplexity
 from shortllm.results.record import Cost
@@ -80,7 +79,13 @@ def drop_sublayers(
         raise DataError(f"--criterion {options.criterion} looks at text. Give calibration ids")
     require_apart(checkpoint.directory, target)
     require_free(target, RECORD)
-    expected = drop_fingerprint(checkpoint, options, calibration, session)
+    expected = made_fingerprint(
+        checkpoint,
+        calibration=None if options.criterion is None else calibration,
+        dtype=session.dtype(checkpoint),
+        device=session.device.type,
+        sublayers=options.model_dump(mode="json"),
+    )
     found = finished(target, expected, SublayerDrop, RECORD)
     if found is not None:
         return found
@@ -97,26 +102,6 @@ def drop_sublayers(
     )  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     return SublayerDrop.load(target / RECORD)
-
-
-def drop_fingerprint(
-    checkpoint: Checkpoint,
-    options: SublayerOptions,
-    calibration: Calibration | None,
-    session: Session,
-) -> str:
-    """Of everything the checkpoint without sublayers depends on."""
-    text = calibration is not None and options.criterion is not None
-    return fingerprint(
-        {
-            "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory),
-            "sublayers": options.model_dump(mode="json"),
-            "calibration": calibration.info.tokens_fingerprint if calibration and text else None,
-            "dtype": session.dtype(checkpoint),
-            "device": session.device.type,
-        }
-    )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

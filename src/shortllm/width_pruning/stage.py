@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.made import finished, require_free
+from shortllm.checkpoint.made import finished, made_fingerprint, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
+from shortllm.checkpoint.surgery import require_apart
 from shortllm.errors import DataError, UnsupportedModelError
-from shortllm.files import fingerprint, require_writable
+from shortllm.files import require_writable
 from shortllm.model.blocks import text_config
 from shortllm.results.record import Cost
 from shortllm.runtime import peak_memory, progress, versions
@@ -60,7 +60,13 @@ def width(
         raise DataError(f"--method {options.method} looks at text. Give calibration ids")
     require_apart(checkpoint.directory, target)
     require_free(target, RECORD)
-    expected = width_fingerprint(checkpoint, options, calibration, session)
+    expected = made_fingerprint(
+        checkpoint,
+        calibration=calibration if options.needs_text else None,
+        dtype=session.dtype(checkpoint),
+        device=session.device.type,
+        width=options.model_dump(mode="json"),
+    )
     found = finished(target, expected, WidthPruning, RECORD)
     if found is not None:
         return found
@@ -68,26 +74,6 @@ def width(
     require_writable(target.absolute().parent)
     _prune(checkpoint, options, target, calibration, session, expected)
     return WidthPruning.load(target / RECORD)
-
-
-def width_fingerprint(
-    checkpoint: Checkpoint,
-    options: WidthOptions,
-    calibration: Calibration | None,
-    session: Session,
-) -> str:
-    """Of everything the narrower checkpoint depends on."""
-    text = calibration is not None and options.needs_text
-    return fingerprint(
-        {
-            "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory),
-            "width": options.model_dump(mode="json"),
-            "calibration": calibration.info.tokens_fingerprint if calibration and text else None,
-            "dtype": session.dtype(checkpoint),
-            "device": session.device.type,
-        }
-    )
 
 
 def _refuse_parts(checkpoint: Checkpoint) -> None:
