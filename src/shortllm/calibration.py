@@ -15,7 +15,6 @@ pair is never taken for a whole one.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +27,7 @@ import torch
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
-from shortllm.files import fingerprint, require_writable, write_bytes
+from shortllm.files import fingerprint, parsed_json, require_writable, write_bytes
 from shortllm.results.scores import CalibrationInfo
 
 if TYPE_CHECKING:
@@ -375,7 +374,7 @@ def _read_tensor(path: Path) -> torch.Tensor:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parsed_json(path.read_bytes(), measured=True)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} as JSON: {error}") from error
 

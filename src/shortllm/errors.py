@@ -16,9 +16,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1200
+"""Characters of a message, which may quote names and values of a damaged file."""
+
 
 class ShortLLMError(ValueError):
-    """Base of every error a user can cause; its message is complete without a traceback."""
+    """Base of every error a user can cause; its message is complete without a traceback.
+
+    What it quotes from files is made printable, and cut in the middle where it is very long.
+    """
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        if len(text) <= LONGEST:
+            return text
+        return f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
 
 
 class CheckpointError(ShortLLMError):
@@ -51,6 +63,14 @@ class OutputError(ShortLLMError):
 
 class ResultFileError(ShortLLMError):
     """A result file of an earlier stage is missing, damaged or of another kind."""
+
+
+def printable(text: str) -> str:
+    """The text with what no terminal should be sent (control codes, half characters) spelt out."""
+    return "".join(
+        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
+        for one in text
+    )
 
 
 def did_you_mean(name: str, available: Iterable[str]) -> str:

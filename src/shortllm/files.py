@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,90 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def checksum(path: Path) -> int:
+    """A sum over the bytes of a file, by which damage is noticed, though not malice."""
+    total = 0
+    with open(path, "rb", buffering=0) as stream:
+        while piece := stream.read(2**20):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+MAX_DEPTH = 100
+"""Lists and objects within one another that a file may hold: far more than any has."""
+
+MAX_NUMBER = 2**63
+"""Whole numbers in result files and recipes stay below; readers of other languages count on it."""
+
+
+def parsed_json(data: bytes | str, *, measured: bool = False) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        measured: numbers must be finite and fit into 64 bits, as in every file of our own.
+    Raises:
+        ValueError: it is no JSON, holds such a number, or is nested so deep that whoever walks
+            through it would fail.
+    """
+    try:
+        content = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from error
+    require_shallow(content)
+    if measured:
+        for value in leaves(content):
+            require_number(value)
+    return content
+
+
+def require_shallow(content: Any, *, most: int | None = None) -> None:
+    """Refuse lists and dicts that are nested too deep, or hold more than `most` values, those that
+    stand in several places counted in each.
+
+    Raises:
+        ValueError: saying which.
+    """
+    level, count = [content], 1
+    for _ in range(MAX_DEPTH):
+        level = [item for held in level for item in _items(held)]
+        count += len(level)
+        if most is not None and count > most:
+            raise ValueError(f"it holds more than {most:,} values")
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def leaves(content: Any) -> Iterator[Any]:
+    """Everything in nested lists and dicts that is neither, in any order."""
+    held = [content]
+    while held:
+        one = held.pop()
+        if isinstance(one, (list, dict)):
+            held.extend(_items(one))
+        else:
+            yield one
+
+
+def require_number(value: Any) -> None:
+    """Refuse a number that is not finite, or a whole one beyond 64 bits.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    if isinstance(value, int) and abs(value) >= MAX_NUMBER:
+        raise ValueError("a whole number in it has more than 64 bits")
+
+
+def _items(held: Any) -> Iterable[Any]:
+    """What stands in a list or a dict."""
+    if isinstance(held, dict):
+        return held.values()
+    return held if isinstance(held, list) else ()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8 so that no reader sees half a file."""
     write_bytes(path, text.encode())
@@ -31,23 +117,29 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to a sibling name, then rename it, so that no reader sees half a file."""
-    with explained(path.parent):
+    with explained(path.parent, needed_bytes=len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
-        with open(partial, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
-def partial_directory(target: Path) -> Iterator[Path]:
+def partial_directory(target: Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
     """A fresh directory beside `target` which becomes `target` when the body ends without an error.
 
     A finished `target` is replaced; leftovers of an earlier interrupted try are removed first.
     After an error the unfinished directory is removed as well, so the disk space comes back.
 
+    Args:
+        needed_bytes: about how much will be written, for the message where it does not fit.
     Raises:
         OutputError: it cannot be written, or is or holds the present working directory.
     """
@@ -58,7 +150,7 @@ def partial_directory(target: Path) -> Iterator[Path]:
         )
     partial = target.with_name(target.name + PARTIAL)
     old = target.with_name(target.name + ".old" + PARTIAL)
-    with explained(target.parent):
+    with explained(target.parent, needed_bytes=needed_bytes):
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -75,23 +167,62 @@ def partial_directory(target: Path) -> Iterator[Path]:
             raise
 
 
+ANOTHER = "choose another --out"
+"""The way out of a place that cannot be written, where the user has named it."""
+
+
 @contextmanager
-def explained(directory: Path) -> Iterator[None]:
-    """Turn the system's write errors below `directory` into an OutputError to act on."""
+def explained(
+    directory: Path, *, needed_bytes: int | None = None, way_out: str = ANOTHER
+) -> Iterator[None]:
+    """Turn the system's write errors below `directory` into an OutputError to act on.
+
+    Args:
+        needed_bytes: about how much was to be written, if that is known.
+        way_out: what to do beside making room.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except OutputError:
+        raise
+    except Exception as error:
+        if _is_full(error):
             free = shutil.disk_usage(existing_parent(directory)).free
+            needed = f", about {in_bytes(needed_bytes)} are needed" if needed_bytes else ""
             raise OutputError(
-                f"no space left in {directory}: {free / 2**20:.0f} MiB are free. "
-                "Free some space or choose another --out"
+                f"no space left on the disk of {directory}: {in_bytes(free)} are free{needed}. "
+                f"Nothing half-written was kept. Make room and give the same command again, or "
+                f"{way_out}"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(
-                f"no permission to write in {directory} ({error.strerror}). Choose another --out"
+                f"no permission to write in {directory} ({error.strerror}). "
+                f"{way_out[:1].upper()}{way_out[1:]}"
             ) from error
         raise
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether something could not be written for lack of space.
+
+    Libraries have errors of their own for it: safetensors 0.8 gives the system's words, torch 2.13
+    says of a file that it is shorter than what was written.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    text = str(error)
+    return (
+        os.strerror(errno.ENOSPC) in text
+        or "PytorchStreamWriter failed" in text
+        or ("inline_container" in text and "unexpected pos" in text)
+    )
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for a message: '817 bytes', '35 KiB', '3,104 MiB'."""
+    if count < 10 * 2**10:
+        return f"{count} bytes"
+    return f"{count / 2**10:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:,.0f} MiB"
 
 
 def require_writable(directory: Path, needed_bytes: int = 0) -> None:
@@ -108,9 +239,8 @@ def require_writable(directory: Path, needed_bytes: int = 0) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise OutputError(
-            f"{directory} needs {needed_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free "
-            "there. "
-            "Free some space or choose another --out"
+            f"not enough space on the disk of {directory}: {in_bytes(needed_bytes)} are needed, "
+            f"{in_bytes(free)} are free. Make room and give the same command again, or {ANOTHER}"
         )
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shortllm.errors import OutputError
-from shortllm.files import explained
+from shortllm.files import explained, parsed_json
 
 try:
     import fcntl
@@ -65,7 +65,7 @@ def hold(directory: Path) -> None:
 def _named(holder: str) -> str:
     """Process, machine and time of a lock's file."""
     try:
-        who = json.loads(holder)
+        who = parsed_json(holder)
         return f"process {who['process']} on {who['host']}, since {who['since']}"
     except (ValueError, KeyError, TypeError):  # it has just begun
         return "another process"

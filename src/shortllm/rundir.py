@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError, ResultFileError
-from shortllm.files import PARTIAL, require_writable, write_text
+from shortllm.files import PARTIAL, parsed_json, require_writable, write_text
 from shortllm.locking import LOCK, hold
 from shortllm.recipe import Recipe
 from shortllm.results.record import ResultFile
@@ -82,7 +82,7 @@ def _listing(directory: Path) -> list[Path]:
 def _run_model(directory: Path) -> dict[str, Any] | None:
     """The `model` entry of a directory's run.json; None if it has no readable one."""
     try:
-        content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        content = parsed_json((directory / "run.json").read_bytes())
         model = content["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

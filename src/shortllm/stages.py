@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -17,8 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.asked import Asked, require_plain_weights
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import carried_fingerprint, check_removal, require_apart
-from shortllm.checkpoint.tensors import read_tensor_table
+from shortllm.checkpoint.surgery import (
+    PROVENANCE,
+    carried_fingerprint,
+    check_removal,
+    require_apart,
+)
+from shortllm.checkpoint.tensors import read_json, read_tensor_table
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.files import fingerprint, require_writable
@@ -201,13 +205,11 @@ def pruned_fingerprint(checkpoint: Checkpoint, plan: PrunePlan) -> str:
 def is_pruned_by(target: Path, expected: str) -> bool:
     """Whether `target` is a finished shortened checkpoint with this fingerprint."""
     try:
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        held = read_json(target / "config.json")[PROVENANCE]["fingerprint"]
         read_tensor_table(target)
-    except (OSError, ValueError):  # a CheckpointError is a ValueError
+    except (OSError, ValueError, LookupError, TypeError):  # a CheckpointError is a ValueError
         return False
-    return (
-        isinstance(config, dict) and (config.get("shortllm") or {}).get("fingerprint") == expected
-    )
+    return bool(held == expected)
 
 
 def prepare_tasks(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.surgery import PROVENANCE, carried_files, carried_fingerprint
-from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table
+from shortllm.checkpoint.tensors import TensorEntry, read_json, read_tensor_table
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import OutputError
@@ -90,11 +90,10 @@ def is_made_by(
     try:
         found = kind.load(target / record)
         read_tensor_table(target)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what the package raises is a ValueError
+        entry = read_json(target / "config.json")[PROVENANCE]
+        held = (entry if under is None else entry[under])["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):  # what the package raises is a ValueError
         return False
-    entry = config.get(PROVENANCE) or {}
-    held = (entry if under is None else entry.get(under) or {}).get("fingerprint")
     return bool(found.fingerprint == held == expected)
 
 
@@ -144,7 +143,8 @@ def write_made(
         OutputError: the target cannot be written.
     """
     carried = [file for file in carried_files(checkpoint.directory, target) if file.name != name]
-    with partial_directory(target) as directory:
+    needed = sum(entry.bytes for entry in entries.values())
+    with partial_directory(target, needed_bytes=needed) as directory:
         copy_carried(checkpoint, carried, directory)
         write_special_tokens(checkpoint, directory)
         written = {**entries, **new(directory / NEW)}

@@ -19,10 +19,13 @@ from shortllm.checkpoint.tensors import (
     weight_files,
 )
 from shortllm.errors import CheckpointError, UnsupportedModelError
-from shortllm.results.record import ModelInfo, SpecialToken
+from shortllm.results.record import MAX_BLOCKS, ModelInfo, SpecialToken
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.signature import BlockStructure
+
+COUNTS = ("layers", "layer", "blocks", "depth")
+"""What the names of config fields end with that count blocks."""
 
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
@@ -309,15 +312,33 @@ def _checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
     raw_config = read_json(config_file)
     if not isinstance(raw_config, dict):
         raise CheckpointError(f"{config_file} is not a model config")
+    require_possible(raw_config, config_file)
     config = _load_config(directory, raw_config)
     _require_decoder(config, raw_config)
     return raw_config, config
 
 
+def require_possible(raw: dict[str, Any], file: Path) -> None:
+    """Refuse a config with more blocks than any model has, which would be built one by one.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            require_possible(value, file)
+        counts = isinstance(value, (int, float)) and name.endswith(COUNTS)
+        if counts and value > MAX_BLOCKS:
+            raise CheckpointError(
+                f"{file} says {name} {value:g}, and no model has more than {MAX_BLOCKS:,}. "
+                "Download it again"
+            )
+
+
 def _load_config(directory: Path, raw_config: dict[str, Any]) -> Any:
     """The transformers config object of a checkpoint directory."""
     model_type = raw_config.get("model_type")
-    if not model_type:
+    if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
             f"{directory / 'config.json'} names no model_type; it is not a transformers checkpoint"
         )
@@ -330,7 +351,6 @@ def read_config(directory: Path, model_type: str) -> Any:
     Raises:
         UnsupportedModelError: transformers does not know the model type, or refuses its values.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     raw = read_json(directory / "config.json")
@@ -338,7 +358,7 @@ def read_config(directory: Path, model_type: str) -> Any:
         if SHAPES in raw:
             return per_block_config(raw)
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # config classes raise whatever their values lead to
         import transformers
 
         raise UnsupportedModelError(

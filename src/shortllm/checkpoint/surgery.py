@@ -31,7 +31,7 @@ from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import OutputError
-from shortllm.files import PARTIAL, partial_directory, require_writable
+from shortllm.files import PARTIAL, explained, partial_directory, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,10 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
 
 def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
     """The transformers config object that a file holding `raw` will give."""
-    with tempfile.TemporaryDirectory() as directory:
+    with (
+        explained(Path(tempfile.gettempdir()), way_out="set TMPDIR to another directory"),
+        tempfile.TemporaryDirectory() as directory,
+    ):
         (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         return read_config(Path(directory), original.model_type)
 
@@ -92,14 +95,16 @@ def write_shortened(
     carried = carried_files(checkpoint.directory, target)
     config = check_removal(checkpoint, kept)
     entries = renumbered_tensors(checkpoint, kept)
-    require_writable(target.parent, sum(entry.bytes for entry in entries.values()))
+    needed = sum(entry.bytes for entry in entries.values())
+    needed += sum((checkpoint.directory / name).stat().st_size for name in carried)
+    require_writable(target.absolute().parent, needed)
     removed = sorted(set(range(checkpoint.block_count)) - set(kept))
     config[PROVENANCE] = provenance_of(checkpoint, removed, **provenance)
     heads = checkpoint.block_names.heads
     if heads:
         log.info("the prediction heads behind the last block are left out")
         config[PROVENANCE]["dropped_heads"] = heads
-    with partial_directory(target) as directory:
+    with partial_directory(target, needed_bytes=needed) as directory:
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, directory / name)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.checkpoint.inside import named_file
+from shortllm.checkpoint.pickled import load_pickled
 from shortllm.errors import CheckpointError
+from shortllm.files import parsed_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,9 @@ ITEM_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes per element of each safetensors dtype whose elements are whole bytes."""
+
+ITEM_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits per element of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ def read_json(path: Path) -> Any:
         CheckpointError: unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parsed_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -165,25 +169,20 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
             f"{index} promises tensor '{missing[0]}' in {weight_map[missing[0]]}, which does not "
             "hold it" + (f" ({len(missing)} such tensors)" if len(missing) > 1 else "")
         )
+    # what a shard holds and the index leaves out is loaded by transformers too
     return {
         name: entry
         for shard, table in tables.items()
         for name, entry in table.items()
-        if weight_map.get(name) == shard
+        if weight_map.get(name, shard) == shard
     }
 
 
 def _read_shard(index: Path, shard: Any) -> dict[str, TensorEntry]:
     """The table of one shard, whose name comes from the index and is not trusted."""
-    if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
-        raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
-    path = index.parent / shard
-    if not path.is_file():
-        raise CheckpointError(
-            f"{index} names the shard {shard}, which is not there. Finish the download of "
-            f"{index.parent}"
-        )
-    return _read_safetensors(path) if shard.endswith(".safetensors") else _read_pickled(path)
+    if index.name == SAFETENSORS_INDEX:
+        return _read_safetensors(named_file(index, shard, ".safetensors"))
+    return _read_pickled(named_file(index, shard, ".bin"))
 
 
 def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
@@ -198,7 +197,7 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
                     f"{path} is truncated or not a safetensors file ({size} bytes). Download it "
                     "again"
                 )
-            header = json.loads(stream.read(header_bytes))
+            header = _strict_json(stream.read(header_bytes))
             entries = list(_entries(path, header, data_start=8 + header_bytes))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
@@ -212,17 +211,37 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
+def _strict_json(text: bytes) -> Any:
+    """JSON as the format wants it: an object in UTF-8, without NaN and half characters."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    if not text.startswith(b"{"):
+        raise ValueError("it is no table of tensors")
+    try:
+        header = json.loads(text.decode("utf-8"), parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("lists and objects are nested too deep") from error
+    json.dumps(header, ensure_ascii=False).encode("utf-8")
+    return header
+
+
 def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> Iterator[TensorEntry]:
     """Header items as entries, in the order of their data."""
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata is no table of texts")
     for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         start, stop = item["data_offsets"]
         shape = tuple(item["shape"])
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop - start)):
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop - start)):
             raise ValueError(f"tensor '{name}' has an impossible shape or place")
         entry = TensorEntry(name, path, item["dtype"], shape, stop - start, data_start + start)
-        item_bytes = ITEM_BYTES.get(entry.dtype)
-        if item_bytes is not None and entry.elements * item_bytes != entry.bytes:
+        bits = 8 * ITEM_BYTES.get(entry.dtype, 0) or ITEM_BITS.get(entry.dtype)
+        if bits is None:
+            raise ValueError(f"tensor '{name}' has the unknown type {entry.dtype!r}")
+        if entry.elements * bits != 8 * entry.bytes:
             raise ValueError(
                 f"tensor '{name}' of shape {list(shape)} and type {entry.dtype} cannot have "
                 f"{entry.bytes} bytes"
@@ -266,40 +285,6 @@ def _read_pickled(path: Path) -> dict[str, TensorEntry]:
             name, path, codes[tensor.dtype], tuple(tensor.shape), tensor.nbytes, None
         )  # fmt: skip
     return table
-
-
-def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` through the weights-only loader, memory-mapped where the file allows.
-
-    Raises:
-        CheckpointError: the file is damaged, or holds anything but tensors (it could run code).
-    """
-    return _load_pickled(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _load_pickled(path: Path, changed_ns: int) -> dict[str, Tensor]:
-    """`load_pickled`, remembering the last file: its tensors are asked for one by one."""
-    import torch
-
-    for mmap in (True, False):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} holds more than tensors and is refused, since loading it could run code. "
-                "Convert it to safetensors where you trust it"
-            ) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            if mmap:
-                continue  # files of torch < 1.6 cannot be memory-mapped
-            raise CheckpointError(f"{path} is damaged or truncated ({error})") from error
-        if not isinstance(content, dict) or not all(
-            isinstance(v, torch.Tensor) for v in content.values()
-        ):
-            raise CheckpointError(f"{path} is not a plain table of tensors")
-        return content
-    raise AssertionError("unreachable")
 
 
 def pickled_bytes(entry: TensorEntry) -> memoryview:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.source import Checkpoint, token_ids
+from shortllm.checkpoint.tensors import read_json
 from shortllm.errors import CheckpointError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -74,6 +75,8 @@ def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / GENERATION_CONFIG
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds no fields. Download it again")
         content |= token_ids(checkpoint.special_tokens)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -162,7 +162,7 @@ def bytes_in(text: str | None) -> int | None:
     unit = text.strip()[len(number) :].strip().upper()
     try:
         return int(float(number) * units[unit])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise ShortLLMError(f"'{text}' is no amount of memory such as 4GiB or 500MB") from error
 
 
@@ -189,15 +189,15 @@ def places_in(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: another form.
     """
-    import yaml
+    from shortllm.recipes.reading import parsed_yaml
 
     places: dict[str, Any] = {}
     for text in given:
         place, equals, value = text.partition("=")
         try:
-            places[place.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set '{text}': the value is not YAML") from error
+            places[place.strip()] = parsed_yaml(value)
+        except ValueError as error:
+            raise RecipeError(f"--set '{text}': the value is not YAML ({error})") from error
         if not equals or not place.strip():
             raise RecipeError(
                 f"--set '{text}' is not of the form FIELD=VALUE, e.g. retraining.max_steps=200"

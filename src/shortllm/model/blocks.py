@@ -143,24 +143,15 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
         UnsupportedModelError: transformers cannot build it from this config.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
 
-    errors = (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        IndexError,
-        StrictDataclassError,
-    )
     try:
         with torch.device("meta"):
             model: nn.Module = auto_class(config).from_config(
                 config, **({} if dtype is None else {"dtype": dtype})
             )
-    except errors as error:
+    except Exception as error:  # model classes raise whatever a config's values lead to
         raise UnsupportedModelError(
-            f"transformers cannot build model type '{config.model_type}' from this config: {error}"
+            f"transformers cannot build model type '{config.model_type}' from this config: "
+            f"{str(error) or type(error).__name__}"
         ) from error
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shortllm.files import require_writable
+from shortllm.files import explained, require_writable
 from shortllm.runtime import available_memory
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,25 @@ class StreamMemory:
 
     def _on_disk(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
         directory = self.directory or Path(tempfile.gettempdir())
-        directory.mkdir(parents=True, exist_ok=True)
-        require_writable(directory, size)
-        log.info("streams of %.1f GiB are kept in a file in %s", size / 2**30, directory)
-        handle, name = tempfile.mkstemp(prefix="streams-", suffix=".partial", dir=directory)
-        os.close(handle)
-        flat = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype)
-        os.unlink(name)  # the mapping keeps the data; after a kill nothing is left behind
+        with explained(directory, needed_bytes=size, way_out="raise --max-memory"):
+            directory.mkdir(parents=True, exist_ok=True)
+            require_writable(directory, size)
+            log.info("streams of %.1f GiB are kept in a file in %s", size / 2**30, directory)
+            handle, name = tempfile.mkstemp(prefix="streams-", suffix=".partial", dir=directory)
+            try:
+                _reserve(handle, size)
+                flat = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype)
+            finally:
+                os.close(handle)
+                os.unlink(name)  # the mapping keeps the data; after a kill nothing is left behind
         return flat.view(tuple(shape))
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Take the space of a file now: of a mapped one that runs out of it the process is killed."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise

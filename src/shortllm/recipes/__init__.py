@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from shortllm.errors import RecipeError, did_you_mean
 from shortllm.recipe import Recipe
+from shortllm.recipes.reading import parsed_yaml
 from shortllm.results.record import Record
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,11 @@ def load_recipe(name: str | Path) -> Recipe:
         RecipeError: no such recipe, or one that cannot be read.
     """
     path = _file_of(name)
+    text = recipe_text(name)
     try:
-        content = yaml.safe_load(recipe_text(name))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path} is not YAML: {reason}") from error
+        content = parsed_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"{path} is no recipe in YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(
             f"{path} holds no fields. A recipe looks like this: `shortllm recipes show {DEFAULT}`"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
@@ -16,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ResultFileError
+from shortllm.files import parsed_json
 from shortllm.healing.record import HEAL_FILE, Healing
 from shortllm.quantizing.record import QUANTIZED, Quantization
 from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
@@ -271,7 +271,9 @@ def load_run_file(path: Path, *, remedy: str = _RUN) -> RunFile:
         ResultFileError: it is missing or damaged.
     """
     try:
-        return RunFile.model_validate_json(path.read_bytes())
+        data = path.read_bytes()
+        found = RunFile.model_validate_json(data)
+        parsed_json(data)
     except FileNotFoundError as error:
         raise ResultFileError(f"{path} is missing. Make it with: {remedy}") from error
     except OSError as error:
@@ -282,6 +284,11 @@ def load_run_file(path: Path, *, remedy: str = _RUN) -> RunFile:
         raise ResultFileError(
             f"{path} is damaged: {problem}. Make it again with: {remedy}"
         ) from error
+    except ValueError as error:
+        raise ResultFileError(
+            f"{path} is damaged: {error}. Make it again with: {remedy}"
+        ) from error
+    return found
 
 
 def _contradictions(results: RunResults) -> Iterator[tuple[str, str]]:
@@ -330,7 +337,7 @@ def _pruned_contradictions(results: RunResults, run_dir: Path) -> Iterator[tuple
     words = ("shortllm", "prune", plan.model.id, "--plan", run_dir, "--out", config.parent)
     remedy = f"{_RUN}, or {shlex.join(map(str, words))}"
     try:
-        provenance = json.loads(config.read_bytes())["shortllm"]
+        provenance = parsed_json(config.read_bytes())["shortllm"]
         removed, blocks = provenance["removed_blocks"], provenance["source_blocks"]
     except OSError as error:
         raise ResultFileError(f"cannot read {config}: {error.strerror}") from error

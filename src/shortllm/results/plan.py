@@ -41,10 +41,15 @@ class PrunePlan(ResultFile):
         for name, blocks in (("kept", self.kept), ("removed", self.removed)):
             if blocks != sorted(set(blocks)):
                 raise ValueError(f"{name} must list block numbers once each, ascending")
-        if sorted(self.kept + self.removed) != list(range(self.model.blocks)) or not self.kept:
+        numbers = list(range(self.model.blocks))
+        if sorted(self.kept + self.removed) != numbers or not self.kept:
             raise ValueError(f"kept and removed must share out the {self.model.blocks} blocks")
         if sorted(self.order) != self.removed:
             raise ValueError("order must hold the removed blocks")
+        if not set(self.protected) <= set(numbers) - set(self.removed):
+            raise ValueError("protected must hold blocks that stay")
+        if self.reached.blocks != len(self.removed):
+            raise ValueError(f"reached speaks of {self.reached.blocks} removed blocks")
         return self
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from shortllm.errors import ResultFileError, did_you_mean
-from shortllm.files import write_text
+from shortllm.files import parsed_json, write_text
+
+MAX_BLOCKS = 10_000
+"""Blocks of a model at the most: one that says it has more is damaged."""
 
 SpecialToken = Literal["bos", "eos", "unk", "pad"]
 
 
 class Record(BaseModel):
-    """A frozen piece of a result file; unknown keys are refused."""
+    """A frozen piece of a result file; unknown keys are refused, and numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ResultFile(Record):
@@ -39,13 +42,18 @@ class ResultFile(Record):
                 hold.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            data = path.read_bytes()
+            found = cls.model_validate_json(data)
+            parsed_json(data, measured=True)
         except OSError as error:
             raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
         except ValidationError as error:
             raise ResultFileError(
                 f"{path} is not a {cls.__name__} file: {_explain(error, cls)}"
             ) from error
+        except ValueError as error:
+            raise ResultFileError(f"{path} is not a {cls.__name__} file: {error}") from error
+        return found
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -63,13 +71,16 @@ class ModelInfo(Record):
     id: str = Field(description="the Hub id or the directory as the user gave it")
     revision: str | None = Field(default=None, description="commit of the Hub snapshot")
     model_type: str
-    blocks: int
+    blocks: int = Field(ge=1, le=MAX_BLOCKS)
     parameters: int = Field(
-        description="elements of all stored tensors, tied ones once, packed ones each by itself"
+        ge=1,
+        description="elements of all stored tensors, tied ones once, packed ones each by itself",
     )
-    parameters_per_block: list[int] = Field(default_factory=list)
-    bytes: int = Field(description="bytes of all stored tensors")
-    period: int = Field(default=1, description="after how many blocks the kinds of blocks repeat")
+    parameters_per_block: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    bytes: int = Field(ge=1, description="bytes of all stored tensors")
+    period: int = Field(
+        default=1, ge=1, description="after how many blocks the kinds of blocks repeat"
+    )
     fixed: dict[int, str] = Field(
         default_factory=dict,
         description="blocks that cannot go while all others stay, and why",
@@ -77,6 +88,17 @@ class ModelInfo(Record):
     fingerprint: str = Field(
         description="sha256 over config, tensor table and samples of each tensor"
     )
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        """What is said of blocks is said of each, and of no others."""
+        if self.parameters_per_block and len(self.parameters_per_block) != self.blocks:
+            raise ValueError(f"parameters_per_block must have one entry for each of {self.blocks}")
+        if sum(self.parameters_per_block) > self.parameters:
+            raise ValueError("the blocks cannot hold more parameters than the model")
+        if self.period > self.blocks or not set(self.fixed) <= set(range(self.blocks)):
+            raise ValueError(f"period and fixed must speak of the {self.blocks} blocks")
+        return self
 
 
 class Cost(Record):

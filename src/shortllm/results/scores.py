@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from shortllm.results.record import Cost, ModelInfo, Record, ResultFile
 
@@ -100,3 +101,24 @@ class BlockScores(ResultFile):
     dtype: str = Field(description="computation type of the scoring pass")
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
+
+    @model_validator(mode="after")
+    def _is_of_every_block(self) -> Self:
+        """One number for each block, one for each span, and an order of blocks that there are."""
+        count = self.model.blocks
+        for name, numbers in (
+            ("importance", self.importance),
+            ("values", self.values),
+            ("delta_nll", self.delta_nll),
+        ):
+            if numbers is not None and len(numbers) != count:
+                raise ValueError(f"{name} has {len(numbers)} entries, and the model {count} blocks")
+        lengths = [len(starts) for starts in self.spans or ()]
+        if lengths != list(range(count, 0, -1))[: len(lengths)]:
+            raise ValueError(f"spans must have one entry for each start in {count} blocks")
+        for name, blocks in (("order", self.order or []), ("removed", self.removed or [])):
+            if len(set(blocks)) != len(blocks) or not set(blocks) <= set(range(count)):
+                raise ValueError(f"{name} must hold block numbers below {count}, once each")
+        if self.removed is not None and sorted(self.order or self.removed) != sorted(self.removed):
+            raise ValueError("order must hold the removed blocks")
+        return self

@@ -101,6 +101,9 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
             self._writing = True
             try:
                 super()._save_checkpoint(model, trial)
+            except BaseException:
+                shutil.rmtree(states / WRITING, ignore_errors=True)
+                raise
             finally:
                 self._writing = False
             self.accelerator.wait_for_everyone()

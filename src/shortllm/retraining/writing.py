@@ -53,7 +53,7 @@ def write_retrained(
         CheckpointError: what was read back is not what was written.
         OutputError: the target cannot be written.
     """
-    with partial_directory(target) as directory:
+    with partial_directory(target, needed_bytes=checkpoint.bytes) as directory:
         if record.method == "lora":
             save_adapter(model, weights, directory / ADAPTER, checkpoint.id)
             plain = merged(checkpoint, directory / ADAPTER)

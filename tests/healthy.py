@@ -1,0 +1,323 @@
+"""Healthy files of every kind that the package reads, small enough to be damaged by the thousand."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+from architectures import tiny_config
+from families import VARIANTS, build, save
+from safetensors.torch import load_file, save_file
+from test_reporting import TOKENS, make_run
+from transformers import AutoConfig
+
+import shortllm.sublayers.record
+import shortllm.width_pruning.record  # noqa: F401  # for `kinds_of`
+from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX
+from shortllm.healing.record import HEAL_FILE, Healing
+from shortllm.planning import Budget, build_plan
+from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
+from shortllm.quantizing.record import Quantization
+from shortllm.results import (
+    TARGET_FILE,
+    UNITS_FILE,
+    Benchmark,
+    BlockScores,
+    Comparison,
+    Evaluation,
+    ModelInfo,
+    PrunePlan,
+    Record,
+    ResultFile,
+    Retraining,
+    Target,
+    UnitsComparison,
+)
+from shortllm.retraining import RECORD as RETRAIN_FILE
+
+BLOCKS = 4
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "sliding_window": 5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "tie_word_embeddings": True},
+    "gemma3_text": {"sliding_window_pattern": 2, "query_pre_attn_scalar": 4},
+    "qwen3_moe": {
+        "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4,
+        "mlp_only_layers": [1], "decoder_sparse_step": 2,
+    },
+    "gpt2": None,
+    "gemma3": None,
+}  # fmt: skip
+"""Model type -> arguments beside the small ones: plain blocks, kinds of blocks by a list or by a
+number, lists of block numbers, other names of the fields, and a part for the text."""
+
+
+def write_checkpoint(model_type: str, directory: Path) -> Path:
+    """A checkpoint of one of the types above."""
+    arguments = CONFIGS[model_type]
+    if model_type == "gpt2":
+        sizes = {**VARIANTS["gpt2"], "vocab_size": 11, "n_embd": 8, "n_layer": BLOCKS, "n_head": 2}
+        config = AutoConfig.for_model("gpt2", **sizes)
+    elif arguments is None:
+        config = tiny_config(model_type)
+    else:
+        config = AutoConfig.for_model(model_type, **_SMALL, **arguments)
+    return save(build(config), directory)
+
+
+def share_out(directory: Path, shards: int = 3) -> None:
+    """The one file of weights as several with their index."""
+    tensors = load_file(directory / SAFETENSORS)
+    (directory / SAFETENSORS).unlink()
+    weight_map = {
+        name: f"model-{1 + place % shards:05d}-of-{shards:05d}.safetensors"
+        for place, name in enumerate(sorted(tensors))
+    }
+    for shard in set(weight_map.values()):
+        part = {name: tensors[name] for name, held in weight_map.items() if held == shard}
+        save_file(part, directory / shard, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": weight_map,
+    }
+    (directory / SAFETENSORS_INDEX).write_text(json.dumps(index))
+
+
+def pickle_weights(directory: Path, *, zipped: bool) -> None:
+    """The one file of weights as a `.bin`."""
+    tensors = load_file(directory / SAFETENSORS)
+    (directory / SAFETENSORS).unlink()
+    torch.save(tensors, directory / PICKLED, _use_new_zipfile_serialization=zipped)
+
+
+# ---- records
+
+
+def example(annotation: Any, name: str = "") -> Any:
+    """A value that fits a type annotation: something in every list and dict, and no null."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return arguments[0]
+    if origin in (Union, types.UnionType):
+        return example(next(one for one in arguments if one is not type(None)), name)
+    if origin is list:
+        return [example(arguments[0], name)] * 2
+    if origin is tuple:
+        return tuple(example(one, name) for one in arguments)
+    if origin is dict:
+        return {example(arguments[0]): example(arguments[1], name)}
+    if isinstance(annotation, type) and issubclass(annotation, ModelInfo):
+        return small_model()
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        return of(annotation)
+    simple = {str: f"some {name}", int: 3, float: 0.5, bool: True, Any: 1, Path: Path("some/file")}
+    return simple[annotation]
+
+
+def of(kind: type[Any], **fields: Any) -> Any:
+    """A record whose other fields are examples of their types."""
+    others = {
+        name: example(field.annotation, name)
+        for name, field in kind.model_fields.items()
+        if name not in fields
+    }
+    return kind(**fields, **others)
+
+
+def small_model(blocks: int = BLOCKS, name: str = "acme/tiny") -> ModelInfo:
+    return ModelInfo(
+        id=name,
+        revision="0123456789abcdef",
+        model_type="llama",
+        blocks=blocks,
+        parameters=100 * blocks + 50,
+        parameters_per_block=[100] * blocks,
+        bytes=2 * (100 * blocks + 50),
+        fixed={0: "it holds the norm behind the embeddings"},
+        fingerprint="ab" * 32,
+    )
+
+
+def scores_of(model: ModelInfo, **fields: Any) -> BlockScores:
+    """Scores of every block of a model."""
+    values = [12.5 + abs(block - 2) for block in range(model.blocks)]
+    common: dict[str, Any] = {
+        "model": model, "criterion": "ppl", "importance": values, "values": values, "intact": 11.0,
+        "delta_nll": [math.log(value / 11.0) for value in values], "dtype": "float32",
+        "calibration": TOKENS, "options": {"power": 2}, "fingerprint": "5c" * 32,
+    }  # fmt: skip
+    return BlockScores(**common | fields)
+
+
+def spans_of(model: ModelInfo) -> BlockScores:
+    """Scores of blocks and of spans of them."""
+    spans = [
+        [0.1 * length + 0.01 * start for start in range(model.blocks - length + 1)]
+        for length in range(1, model.blocks + 1)
+    ]
+    return scores_of(model, criterion="angular", spans=spans)
+
+
+def plan_of(model: ModelInfo) -> PrunePlan:
+    budget = Budget(remove=1, protect_first=1, protect_last=0)
+    return build_plan(budget, model=model, scores=scores_of(model))
+
+
+def records() -> dict[type[ResultFile], list[ResultFile]]:
+    """Healthy records of every class that is a result file."""
+    model = small_model()
+    ordered = scores_of(model, criterion="greedy", order=[2, 1])
+    searched = of(BlockScores, **{
+        **scores_of(model, criterion="local", removed=[2], order=[2]).model_dump(exclude={"search"}),
+    })  # fmt: skip
+    own: dict[type[ResultFile], list[ResultFile]] = {
+        BlockScores: [scores_of(model), spans_of(model), ordered, searched],
+        PrunePlan: [plan_of(model)],
+        Comparison: [comparison()],
+        Benchmark: [benchmark()],
+        Target: [of(Target, model=model, asked={"target_speedup": 1.3}, remove=1)],
+    }
+    return {kind: own.get(kind) or [of(kind)] for kind in kinds_of(ResultFile)}
+
+
+def kinds_of(base: type[Any]) -> list[type[Any]]:
+    """Every class of result file there is."""
+    return [
+        kind for below in base.__subclasses__() for kind in (below, *kinds_of(below))
+        if kind.__module__.startswith("shortllm.")
+    ]  # fmt: skip
+
+
+def comparison() -> Comparison:
+    def contender(name: str) -> dict[str, Any]:
+        sets = [
+            {"order": list(range(1, 1 + size)), "nll": 2.4, "perplexity": 11.5} for size in (1, 2)
+        ]
+        return {"criterion": name, "source": "arXiv:2402.02834", "scores": "5c" * 32, "sets": sets}
+
+    return of(
+        Comparison,
+        budgets=[{"blocks": 1, "ratios": [0.25]}, {"blocks": 2, "ratios": [0.5]}],
+        criteria=[contender("ppl"), contender("magnitude")],
+        random=[contender("random"), contender("random")],
+        calibration=TOKENS,
+    )
+
+
+def benchmark(*names: str, fingerprints: tuple[str, ...] = ()) -> Benchmark:
+    names = names or ("original", "pruned")
+    models = [
+        {
+            "name": name,
+            "model": small_model(BLOCKS - place).model_copy(
+                update={"fingerprint": fingerprints[place] if fingerprints else "ab" * 32}
+            ),
+            "head_parameters": 88, "prompt_tokens": 7, "dtype": "float32",
+        }
+        for place, name in enumerate(names)
+    ]  # fmt: skip
+    measurements = [
+        {
+            "model": name, "batch": batch, "new_tokens": 32, "status": "ok",
+            "latencies_s": [0.5 - 0.1 * place, 0.51 - 0.1 * place],
+            "latency_mean_s": 0.505 - 0.1 * place, "latency_std_s": 0.007,
+            "latency_median_s": 0.505 - 0.1 * place, "tokens_per_s": 63.0, "first_token_s": 0.02,
+            "per_token_s": 0.015, "memory": {"process_bytes": 10**8}, "utilisation_mean": 0.9,
+            "utilisation_max": 1.0,
+        }
+        for batch in (1, 4)
+        for place, name in enumerate(names)
+    ]  # fmt: skip
+    return of(Benchmark, models=models, measurements=measurements, device="cpu")
+
+
+# ---- run directories
+
+
+def write_run(directory: Path) -> Path:
+    """A finished run with every stage, as its files lie."""
+    make_run(directory)
+    plan = PrunePlan.load(directory / "plan.json")
+    evaluation = Evaluation.load(directory / "eval.json")
+    pruned = evaluation.models[1]
+    original, short = plan.model.fingerprint, "cd" * 32
+    pruned = pruned.model_copy(
+        update={"model": pruned.model.model_copy(update={"fingerprint": short})}
+    )
+    names = {"healed": "ee" * 32, "retrained": "ef" * 32, "quantized": "f0" * 32}
+    others = [
+        pruned.model_copy(
+            update={
+                "name": name,
+                "model": pruned.model.model_copy(update={"fingerprint": fingerprint}),
+            }
+        )
+        for name, fingerprint in names.items()
+    ]
+    evaluation.model_copy(update={"models": [evaluation.models[0], pruned, *others]}).save(
+        directory / "eval.json"
+    )
+    provenance = {"removed_blocks": plan.removed, "source_blocks": plan.model.blocks}
+    for name in ("pruned", *names):
+        (directory / name).mkdir()
+    (directory / "pruned" / "config.json").write_text(json.dumps({"shortllm": provenance}))
+    of(Target, model=plan.model, asked={"target_params": 1e6}).save(directory / TARGET_FILE)
+    of(Healing, model=pruned.model).save(directory / "healed" / HEAL_FILE)
+    curves = {
+        "train": [(1, 2.5), (2, 2.4), (3, 2.2)],
+        "held_out": [(0, 2.6), (3, 2.3)],
+        "wikitext2": [(0, 2.8), (3, 2.5)],
+    }
+    of(Retraining, model=pruned.model, curves=curves).save(directory / "retrained" / RETRAIN_FILE)
+    options = {"group_size": 32, "act_order": False}
+    of(Quantization, model=pruned.model, options=options).save(
+        directory / "quantized" / QUANTIZE_FILE
+    )
+    benchmark(fingerprints=(original, short)).save(directory / "bench.json")
+    return directory
+
+
+def write_comparison(directory: Path) -> Path:
+    """A finished comparison of criteria."""
+    make_run(directory)
+    for name in ("plan.json", "scores.json", "eval.json"):
+        (directory / name).unlink()
+    comparison().save(directory / "comparison.json")
+    return directory
+
+
+def write_units(directory: Path) -> Path:
+    """A finished comparison of width and depth."""
+    make_run(directory)
+    (directory / "plan.json").unlink()
+    names = ("ppl", "flap")
+    candidates = [
+        {"name": name, "unit": unit, "parameters": 900_000, "missed": 0.01, "healed": None}
+        for name, unit in zip(names, ("depth", "width"), strict=True)
+    ]
+    of(UnitsComparison, candidates=candidates).save(directory / UNITS_FILE)
+    evaluation = Evaluation.load(directory / "eval.json")
+    original, pruned = evaluation.models
+    models = [original, *(pruned.model_copy(update={"name": name}) for name in names)]
+    evaluation.model_copy(update={"models": models}).save(directory / "eval.json")
+    benchmark("original", *names).save(directory / "bench.json")
+    return directory
