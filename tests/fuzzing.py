@@ -12,6 +12,7 @@ left behind after a refusal. See fuzz_kinds.py for what is damaged, mutations.py
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import resource
 import signal
@@ -164,6 +165,8 @@ def fuzz(names: list[str], bench: Bench, *, seed: int) -> list[Outcome]:
     """Judge inputs by their names, `kind:number`."""
     outcomes = []
     here = Path.cwd()
+    gc.collect()
+    gc.freeze()  # what the libraries hold need not be walked through each time a model is let go
     os.chdir(bench.root)  # where a tag of YAML would leave its file
     try:
         with quiet_transformers():
@@ -174,6 +177,7 @@ def fuzz(names: list[str], bench: Bench, *, seed: int) -> list[Outcome]:
                     print(f"\r{len(outcomes)} of {len(names)}", end="", file=sys.stderr)
     finally:
         os.chdir(here)
+        gc.unfreeze()
     return outcomes
 
 
@@ -181,7 +185,8 @@ def summary(outcomes: list[Outcome], *, seed: int, seconds: float) -> str:
     """One page."""
     lines = [
         f"{len(outcomes)} damaged inputs, seed {seed}, {seconds:.0f} s",
-        f"{'kind':14} {'inputs':>7} {'right':>7} {'refused':>8} {'failed':>7} {'slowest':>9}",
+        f"{'kind':14} {'inputs':>7} {'right':>7} {'refused':>8} {'failed':>7} {'seconds':>8} "
+        f"{'slowest':>9}",
     ]
     kinds = list(dict.fromkeys(outcome.name.partition(":")[0] for outcome in outcomes))
     for kind in [*kinds, ""]:
@@ -190,7 +195,7 @@ def summary(outcomes: list[Outcome], *, seed: int, seconds: float) -> str:
         slowest = max(own, key=lambda one: one.seconds)
         lines.append(
             f"{kind or 'all':14} {len(own):7} {counts[0]:7} {counts[1]:8} {counts[2]:7} "
-            f"{slowest.seconds:7.2f} s  {slowest.name}"
+            f"{sum(one.seconds for one in own):8.1f} {slowest.seconds:7.2f} s  {slowest.name}"
         )
     different = {_words(one.said) for one in outcomes if one.verdict == "refused"}
     lines.append(f"different messages: {len(different)}")

@@ -1,4 +1,4 @@
-"""Healthy files of every kind that the package reads, small enough to be damaged by the thousand."""
+"""Healthy files of every kind that the package reads, small enough to be damaged by thousands."""
 
 from __future__ import annotations
 
@@ -17,27 +17,21 @@ from transformers import AutoConfig
 
 import shortllm.sublayers.record
 import shortllm.width_pruning.record  # noqa: F401  # for `kinds_of`
+from shortllm.budget import Budget
 from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX
 from shortllm.healing.record import HEAL_FILE, Healing
-from shortllm.planning import Budget, build_plan
+from shortllm.planning import build_plan
 from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
 from shortllm.quantizing.record import Quantization
-from shortllm.results import (
-    TARGET_FILE,
-    UNITS_FILE,
-    Benchmark,
-    BlockScores,
-    Comparison,
-    Evaluation,
-    ModelInfo,
-    PrunePlan,
-    Record,
-    ResultFile,
-    Retraining,
-    Target,
-    UnitsComparison,
-)
+from shortllm.results.benchmark import Benchmark
+from shortllm.results.comparison import Comparison
+from shortllm.results.evaluation import Evaluation
+from shortllm.results.plan import TARGET_FILE, PrunePlan, Target
+from shortllm.results.record import ModelInfo, Record, ResultFile
+from shortllm.results.scores import BlockScores
+from shortllm.results.units import UNITS_FILE, UnitsComparison
 from shortllm.retraining import RECORD as RETRAIN_FILE
+from shortllm.retraining.record import Retraining
 
 BLOCKS = 4
 
@@ -55,6 +49,8 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+
+QUANTIZE_OPTIONS = {"group_size": 32, "act_order": False}
 
 CONFIGS: dict[str, Any] = {
     "llama": {},
@@ -186,14 +182,14 @@ def records() -> dict[type[ResultFile], list[ResultFile]]:
     """Healthy records of every class that is a result file."""
     model = small_model()
     ordered = scores_of(model, criterion="greedy", order=[2, 1])
-    searched = of(BlockScores, **{
-        **scores_of(model, criterion="local", removed=[2], order=[2]).model_dump(exclude={"search"}),
-    })  # fmt: skip
+    local = scores_of(model, criterion="local", removed=[2], order=[2])
+    searched = of(BlockScores, **local.model_dump(exclude={"search"}))
     own: dict[type[ResultFile], list[ResultFile]] = {
         BlockScores: [scores_of(model), spans_of(model), ordered, searched],
         PrunePlan: [plan_of(model)],
         Comparison: [comparison()],
         Benchmark: [benchmark()],
+        Quantization: [of(Quantization, options=QUANTIZE_OPTIONS)],
         Target: [of(Target, model=model, asked={"target_speedup": 1.3}, remove=1)],
     }
     return {kind: own.get(kind) or [of(kind)] for kind in kinds_of(ResultFile)}
@@ -288,8 +284,7 @@ def write_run(directory: Path) -> Path:
         "wikitext2": [(0, 2.8), (3, 2.5)],
     }
     of(Retraining, model=pruned.model, curves=curves).save(directory / "retrained" / RETRAIN_FILE)
-    options = {"group_size": 32, "act_order": False}
-    of(Quantization, model=pruned.model, options=options).save(
+    of(Quantization, model=pruned.model, options=QUANTIZE_OPTIONS).save(
         directory / "quantized" / QUANTIZE_FILE
     )
     benchmark(fingerprints=(original, short)).save(directory / "bench.json")

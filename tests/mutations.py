@@ -37,7 +37,8 @@ VALUES: list[Any] = [
 """What takes the place of a value."""
 
 BROKEN: list[Any] = [
-    Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP), Raw("01"), Raw("undefined"),
+    Raw("[" * DEEP + "]" * DEEP), Raw('{"a":' * DEEP + "1" + "}" * DEEP), Raw("01"),
+    Raw("undefined"),
     Raw("'x'"), Raw('"\\x"'), Raw('"\\ud800"'), Raw("1,"), Raw("/* */ 1"), Raw(""),
 ]  # fmt: skip
 """What makes a file no JSON, or one that is too deep to read."""

@@ -281,7 +281,7 @@ def _working(setting: Setting, decoder: Decoder, asked: Asked) -> int:
     if needs == "logits" and not on_cpu:
         tokens = max(tokens, min(tokens * decoder.block_count, GPU_GROUP_TOKENS))
     outputs = max(
-        sum(p.numel() // p.shape[-1] for p in block.parameters() if p.ndim > 1)
+        sum(p.numel() // max(1, p.shape[-1]) for p in block.parameters() if p.ndim > 1)
         for block in decoder.blocks
     )
     call = tokens * outputs * itemsize

@@ -43,7 +43,7 @@ MAX_NUMBER = 2**63
 
 
 def parsed_json(data: bytes | str, *, measured: bool = False) -> Any:
-    """What a JSON text holds.
+    """What a JSON text holds, in UTF-8.
 
     Args:
         measured: numbers must be finite and fit into 64 bits, as in every file of our own.
@@ -52,13 +52,13 @@ def parsed_json(data: bytes | str, *, measured: bool = False) -> Any:
             through it would fail.
     """
     try:
-        content = json.loads(data)
+        content = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
     except RecursionError as error:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from error
     require_shallow(content)
     if measured:
         for value in leaves(content):
-            require_number(value)
+            require_sound(value)
     return content
 
 
@@ -91,16 +91,18 @@ def leaves(content: Any) -> Iterator[Any]:
             yield one
 
 
-def require_number(value: Any) -> None:
-    """Refuse a number that is not finite, or a whole one beyond 64 bits.
+def require_sound(value: Any) -> None:
+    """Refuse a number that is not finite or has more than 64 bits, and text that is half a letter.
 
     Raises:
-        ValueError: naming it.
+        ValueError: saying which.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is no finite number")
     if isinstance(value, int) and abs(value) >= MAX_NUMBER:
         raise ValueError("a whole number in it has more than 64 bits")
+    if isinstance(value, str):
+        value.encode("utf-8")
 
 
 def _items(held: Any) -> Iterable[Any]:

@@ -55,7 +55,7 @@ class Session:
         Its blocks are in memory where they fit, else they are read one at a time from the files.
         """
         from shortllm.model.decoder import Decoder
-        from shortllm.model.loading import load_model
+        from shortllm.model.loading import load_model, require_runs
         from shortllm.model.streamed import open_streamed
 
         if not self._holds(checkpoint):
@@ -65,6 +65,7 @@ class Session:
                 decoder = open_streamed(checkpoint, device=self.device, dtype=dtype)
             else:
                 model = load_model(checkpoint, device=self.device, dtype=self._dtype)
+                require_runs(checkpoint, model)
                 decoder = Decoder(model)
             # the fingerprint is read now: the directory may get another name later
             self._held = (checkpoint, decoder, checkpoint.fingerprint)

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from shortllm.checkpoint.shapes import SHAPES
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import block_count, text_config
 from shortllm.results.record import Record
 
@@ -192,7 +193,14 @@ def _lint(checkpoint: Checkpoint, target: Target) -> ExportFinding:
     config = text_config(checkpoint.config)
     rules = BY_TYPE[target].get(config.model_type, [])
     fields = [rule for field, rule in BY_FIELD[target].items() if hasattr(config, field)]
-    for problem in _problems([*rules, *fields], config):
+    try:
+        problems = list(_problems([*rules, *fields], config))
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"config.json of {checkpoint.id} holds a value that no '{config.model_type}' has: "
+            f"{error}. Download it again"
+        ) from error
+    for problem in problems:
         return ExportFinding(
             target=target,
             verdict="wrong",

@@ -9,26 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.checkpoint.config import checked_config
+from shortllm.checkpoint.hub import EMBEDDED as EMBEDDED
+from shortllm.checkpoint.hub import locate, named_revision
 from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
 from shortllm.checkpoint.packed import unpacked_elements
-from shortllm.checkpoint.shapes import SHAPES, per_block_config
-from shortllm.checkpoint.tensors import (
-    TensorEntry,
-    read_json,
-    read_tensor_table,
-    weight_files,
-)
-from shortllm.errors import CheckpointError, UnsupportedModelError
-from shortllm.results.record import MAX_BLOCKS, ModelInfo, SpecialToken
+from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table
+from shortllm.results.record import ModelInfo, SpecialToken
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.signature import BlockStructure
-
-COUNTS = ("layers", "layer", "blocks", "depth")
-"""What the names of config fields end with that count blocks."""
-
-EMBEDDED = "embedded"
-"""The name of the model that comes with the package."""
 
 SAMPLE_BYTES = 4096
 """How much goes into a checkpoint's fingerprint at each place that is looked at."""
@@ -202,13 +192,16 @@ def open_checkpoint(
     directory of that name is `./embedded`.
 
     Args:
+        source: of a Hub id also `MODEL@REVISION`.
         special_tokens: ids of `bos`, `eos`, `unk`, `pad` where the files name wrong ones.
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
-        UnsupportedModelError: not a decoder-only causal language model that transformers knows.
+        UnsupportedModelError: not a decoder-only causal language model that transformers knows, or
+            one that brings code of its own, see `shortllm.checkpoint.trust`.
     """
-    directory, commit = _locate(source, revision)
-    raw_config, config = _checked_config(str(source), directory)
+    source, revision = named_revision(source, revision)
+    directory, commit = locate(source, revision)
+    raw_config, config = checked_config(str(source), directory)
     tensors = read_tensor_table(directory)
     special = dict(special_tokens or {})
     raw_config = raw_config | token_ids(special)
@@ -220,174 +213,3 @@ def open_checkpoint(
 def token_ids(special_tokens: Mapping[SpecialToken, int]) -> dict[str, int]:
     """As config files call them, e.g. `{"bos_token_id": 1}`; of unknown words they say nothing."""
     return {f"{kind}_token_id": number for kind, number in special_tokens.items() if kind != "unk"}
-
-
-def _locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    """Directory and, for a Hub id, the commit of the snapshot."""
-    if source == EMBEDDED:
-        from shortllm.embedded import MODEL_DIR
-
-        return MODEL_DIR, None
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.is_file():
-        raise CheckpointError(
-            f"{source} is a file. Give the checkpoint's directory: {path.parent or Path('.')}"
-        )
-    name = str(source)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_like_path:
-        raise CheckpointError(
-            f"no such directory: {source}. Give a checkpoint directory, a Hub id (it needs its "
-            f"owner, e.g. openai-community/gpt2), or '{EMBEDDED}'"
-        )
-    return _download(name, revision)
-
-
-def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Snapshot of a Hub repository, safetensors preferred; from the cache alone when offline.
-
-    The config comes first, so that what cannot be shortened costs no download of weights.
-    """
-    folder = _snapshot(hub_id, revision, ["config.json"])
-    _checked_config(hub_id, folder)
-    commit = folder.name
-    text_files = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
-    folder = _snapshot(hub_id, commit, [*text_files, "*.safetensors"])
-    if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(hub_id, commit, ["*.bin"])
-    return folder, commit
-
-
-def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot's directory, with the files of the repository's top level that fit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    second_copies = ["consolidated*", "*/*"]
-    try:
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=second_copies
-        )
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"'{hub_id}' has no revision '{revision}'") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"no directory and no Hub repository is called '{hub_id}' (or it is private: `hf "
-            "auth login`)"
-        ) from error
-    except HFValidationError as error:
-        raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"'{hub_id}' is not a local directory, not in the local Hub cache, and could not be "
-            f"downloaded ({type(error).__name__}). Check the name and the network, or give a "
-            "local directory"
-        ) from error
-    return Path(folder)
-
-
-def _checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
-    """config.json as it stands and as a transformers object, of a decoder for certain."""
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        weights = directory.is_dir() and weight_files(directory)
-        held = "weights but no config.json" if weights else "no config.json"
-        raise CheckpointError(
-            f"{source} is not a checkpoint: the directory holds {held}. "
-            "Give a directory that transformers' from_pretrained can load"
-        )
-    raw_config = read_json(config_file)
-    if not isinstance(raw_config, dict):
-        raise CheckpointError(f"{config_file} is not a model config")
-    require_possible(raw_config, config_file)
-    config = _load_config(directory, raw_config)
-    _require_decoder(config, raw_config)
-    return raw_config, config
-
-
-def require_possible(raw: dict[str, Any], file: Path) -> None:
-    """Refuse a config with more blocks than any model has, which would be built one by one.
-
-    Raises:
-        CheckpointError: naming the field.
-    """
-    for name, value in raw.items():
-        if isinstance(value, dict):
-            require_possible(value, file)
-        counts = isinstance(value, (int, float)) and name.endswith(COUNTS)
-        if counts and value > MAX_BLOCKS:
-            raise CheckpointError(
-                f"{file} says {name} {value:g}, and no model has more than {MAX_BLOCKS:,}. "
-                "Download it again"
-            )
-
-
-def _load_config(directory: Path, raw_config: dict[str, Any]) -> Any:
-    """The transformers config object of a checkpoint directory."""
-    model_type = raw_config.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise CheckpointError(
-            f"{directory / 'config.json'} names no model_type; it is not a transformers checkpoint"
-        )
-    return read_config(directory, model_type)
-
-
-def read_config(directory: Path, model_type: str) -> Any:
-    """config.json as a transformers object, every default filled in; never by code beside it.
-
-    Raises:
-        UnsupportedModelError: transformers does not know the model type, or refuses its values.
-    """
-    from transformers import AutoConfig
-
-    raw = read_json(directory / "config.json")
-    try:
-        if SHAPES in raw:
-            return per_block_config(raw)
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # config classes raise whatever their values lead to
-        import transformers
-
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot read the config of model type "
-            f"'{model_type}': {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-
-
-def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
-    """Refuse what is not a decoder-only causal language model, alone or behind other towers."""
-    from shortllm.model.blocks import model_classes, text_config
-
-    model_type = config.model_type
-    parts = (config, text_config(config))
-    if any(getattr(part, "is_encoder_decoder", False) for part in parts):
-        raise UnsupportedModelError(
-            f"model type '{model_type}' is an encoder-decoder; shortllm shortens decoder-only "
-            "models"
-        )
-    text_only, wrapped = model_classes(model_type)
-    classes = text_only | (wrapped if text_config(config) is not config else set())
-    if not classes:
-        raise UnsupportedModelError(
-            f"model type '{model_type}' has no causal language model in transformers; "
-            "shortllm shortens decoder-only models"
-        )
-    named = raw_config.get("architectures") or []
-    if named and not classes.intersection(named):
-        raise UnsupportedModelError(
-            f"the checkpoint was saved as {named[0]}, not as a causal language model "
-            f"({', '.join(sorted(classes))})"
-        )

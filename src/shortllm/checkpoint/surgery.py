@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
+from shortllm.checkpoint.config import read_config
 from shortllm.checkpoint.shortening import (
     refuse_block_names_in_config,
     refuse_protected,
@@ -26,9 +27,10 @@ from shortllm.checkpoint.shortening import (
     shorten_config,
     sliced_axis,
 )
-from shortllm.checkpoint.source import Checkpoint, read_config
+from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.checkpoint.tokenizer import write_special_tokens
+from shortllm.checkpoint.trust import is_own_code
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import OutputError
 from shortllm.files import PARTIAL, explained, partial_directory, require_writable
@@ -62,6 +64,10 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
 
 def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
     """The transformers config object that a file holding `raw` will give."""
+    if is_own_code(original):  # its code does not lie beside the file
+        config = type(original).from_dict(raw)
+        config._name_or_path = original._name_or_path
+        return config
     with (
         explained(Path(tempfile.gettempdir()), way_out="set TMPDIR to another directory"),
         tempfile.TemporaryDirectory() as directory,

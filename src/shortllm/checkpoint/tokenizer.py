@@ -13,6 +13,7 @@ from typing import Any
 
 from shortllm.checkpoint.source import Checkpoint, token_ids
 from shortllm.checkpoint.tensors import read_json
+from shortllm.checkpoint.trust import FLAG, is_trusted
 from shortllm.errors import CheckpointError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -49,19 +50,26 @@ def _load(checkpoint: Checkpoint, **named: Any) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.directory,
                 config=checkpoint.config,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=is_trusted(),
                 **named,
             )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            tokenizer("a")  # some damage shows at the first use only
+    except Exception as error:  # whatever the values in its files lead to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "trust_remote_code" in reason:
+            raise CheckpointError(
+                f"the tokenizer of {checkpoint.id} comes with Python code of its own, which was "
+                f"not run. Read it, and if you trust it give the same command with {FLAG}"
+            ) from error
         raise CheckpointError(
             f"{checkpoint.id} has no tokenizer that transformers can load ({reason}). "
             "Copy the tokenizer files into the directory"
         ) from error
+    return tokenizer
 
 
 def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:

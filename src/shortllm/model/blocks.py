@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from shortllm.checkpoint.shapes import block_shapes
+from shortllm.checkpoint.trust import is_own_code
 from shortllm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -146,9 +147,10 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            model: nn.Module = auto_class(config).from_config(
-                config, **({} if dtype is None else {"dtype": dtype})
-            )
+            arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+            if is_own_code(config):
+                arguments["trust_remote_code"] = True
+            model: nn.Module = auto_class(config).from_config(config, **arguments)
     except Exception as error:  # model classes raise whatever a config's values lead to
         raise UnsupportedModelError(
             f"transformers cannot build model type '{config.model_type}' from this config: "

@@ -16,14 +16,19 @@ from torch import nn
 
 from shortllm.checkpoint.packed import is_packed
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
+from shortllm.checkpoint.trust import is_own_code
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.model.blocks import auto_class
+from shortllm.model.blocks import auto_class, text_config
 from shortllm.runtime import available_memory, choose_dtype
 
 log = logging.getLogger(__name__)
 
 ROOM_BESIDE_WEIGHTS = 1.15
 """Free memory that a model in memory takes, as a multiple of its weights."""
+
+
+PROBE_TOKENS = 8
+"""Tokens of the forward by which a model is tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +94,9 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
                 dtype=compute,
                 output_loading_info=True,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=is_own_code(checkpoint.config),
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever the values in a config lead to
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
     check_loading(checkpoint.id, loading)
     if is_packed(checkpoint.raw_config):
@@ -102,6 +107,26 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
         setattr(model.config, name, number)
         setattr(model.generation_config, name, number)
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def require_runs(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse a model whose own forward fails on a few tokens: its config does not fit together.
+
+    Raises:
+        CheckpointError: with what the model's class said.
+    """
+    count = int(text_config(checkpoint.config).vocab_size)
+    ids_BT = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None] % count
+    try:
+        model(input_ids=ids_BT, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the values in a config lead to
+        raise CheckpointError(
+            f"{checkpoint.id} cannot be run: {str(error) or type(error).__name__}. Are the values "
+            f"in its config.json those of the model type '{checkpoint.model_type}'?"
+        ) from error
 
 
 def unpack(model: nn.Module) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from shortllm.quantizing.options import Method
 from shortllm.results.record import Cost, ModelInfo, ResultFile
@@ -32,6 +33,14 @@ class Quantization(ResultFile):
     device: str
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
+
+    @model_validator(mode="after")
+    def _says_how(self) -> Self:
+        """What `described` needs is there."""
+        missing = {"group_size", "act_order"} - set(self.options)
+        if self.method == "gptq" and missing:
+            raise ValueError(f"options of gptq must say {' and '.join(sorted(missing))}")
+        return self
 
     @property
     def described(self) -> str:

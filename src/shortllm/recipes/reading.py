@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from shortllm.files import require_number, require_shallow
+from shortllm.files import require_shallow, require_sound
 
 MAX_VALUES = 100_000
 """Values of a recipe, those counted again that are referred to again."""
@@ -62,10 +62,11 @@ def _require_plain(content: Any) -> None:
             for key in one:
                 if not isinstance(key, str):
                     raise ValueError(f"{key!r} is no name of a field. Put it in quotes")
+                require_sound(key)
             held.extend(one.values())
         elif isinstance(one, list):
             held.extend(one)
         elif isinstance(one, PLAIN):
-            require_number(one)
+            require_sound(one)
         else:
             raise ValueError(f"{one} is a {type(one).__name__}. Put it in quotes")

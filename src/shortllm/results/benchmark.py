@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from shortllm.files import PARTIAL
 from shortllm.results.record import ModelInfo, Record, ResultFile
@@ -39,7 +40,7 @@ class Measurement(Record):
     batch: int
     new_tokens: int = Field(description="tokens that every sequence was made to have")
     status: Literal["ok", "out of memory"] = "ok"
-    latencies_s: list[float] = Field(
+    latencies_s: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list, description="seconds of each measured run, in order"
     )
     latency_mean_s: float | None = None
@@ -81,7 +82,7 @@ class BenchmarkedModel(Record):
 
     name: str
     model: ModelInfo
-    head_parameters: int = Field(description="elements of the output projection")
+    head_parameters: int = Field(ge=1, description="elements of the output projection")
     prompt_tokens: int
     dtype: str
 
@@ -112,6 +113,21 @@ class Benchmark(ResultFile):
         default=None, description="of the machine over the minute before the measuring began"
     )
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_of_its_models(self) -> Self:
+        """Every measurement is one of a model, and in each cell all were run equally often."""
+        names = [one.name for one in self.models]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("models must hold at least one, each under a name of its own")
+        runs: dict[tuple[int, int], int] = {}
+        for one in self.measurements:
+            if one.model not in names:
+                raise ValueError(f"a measurement is of '{one.model}', which is none of the models")
+            count = len(one.latencies_s)
+            if count and runs.setdefault((one.batch, one.new_tokens), count) != count:
+                raise ValueError("the models of one cell must have been run equally often")
+        return self
 
     def find(self, model: str, batch: int, new_tokens: int) -> Measurement | None:
         """The measurement of a model in one cell of the sweep."""

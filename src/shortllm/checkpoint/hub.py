@@ -1,0 +1,131 @@
+"""Where a checkpoint lies: a directory, or a snapshot of a Hub repository.
+
+A Hub id is resolved to a commit once, when the model is opened; all files are those of that commit,
+which every record and the new checkpoint's config name. `MODEL@REVISION` asks for a branch, tag or
+commit. Without a network the cache alone is asked.
+
+    models--acme--tiny/refs/main            0123abcd
+    models--acme--tiny/snapshots/0123abcd/  config.json, model.safetensors, ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shortllm.checkpoint.config import checked_config
+from shortllm.checkpoint.trust import is_trusted
+from shortllm.errors import CheckpointError
+
+EMBEDDED = "embedded"
+"""The name of the model that comes with the package."""
+
+
+def named_revision(source: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
+    """A Hub id `MODEL@REVISION` as model and revision; anything else as it is.
+
+    Raises:
+        CheckpointError: another revision is given beside it, or none behind the sign.
+    """
+    name, sign, named = str(source).rpartition("@")
+    if not sign or not isinstance(source, str) or _exists(source) or not _may_be_hub_id(name):
+        return source, revision
+    if not named:
+        raise CheckpointError(f"'{source}' is not of the form MODEL@REVISION")
+    if revision is not None and revision != named:
+        raise CheckpointError(
+            f"'{source}' asks for revision {named}, and --revision for {revision}. Give one of them"
+        )
+    return name, named
+
+
+def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """Directory and, for a Hub id, the commit of the snapshot.
+
+    Raises:
+        CheckpointError: there is no such directory, and no such repository to be had.
+    """
+    if source == EMBEDDED:
+        from shortllm.embedded import MODEL_DIR
+
+        return MODEL_DIR, None
+    path = Path(source).expanduser()
+    if _exists(source):
+        if path.is_dir():
+            return path, None
+        raise CheckpointError(
+            f"{source} is a file. Give the checkpoint's directory: {path.parent or Path('.')}"
+        )
+    if not _may_be_hub_id(str(source)):
+        raise CheckpointError(
+            f"no such directory: {source}. Give a checkpoint directory, a Hub id (it needs its "
+            f"owner, e.g. openai-community/gpt2), or '{EMBEDDED}'"
+        )
+    return _download(str(source), revision)
+
+
+def _exists(source: str | Path) -> bool:
+    """Whether a file or directory has this name."""
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a name that none can have
+        return False
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+
+
+def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
+    """Snapshot of a Hub repository, safetensors preferred; from the cache alone when offline.
+
+    The config comes first, so that what cannot be shortened costs no download of weights.
+    """
+    code = ["*.py"] if is_trusted() else []
+    folder = _snapshot(hub_id, revision, ["config.json", *code])
+    checked_config(hub_id, folder)
+    commit = folder.name
+    text_files = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+    folder = _snapshot(hub_id, commit, [*text_files, *code, "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(hub_id, commit, ["*.bin"])
+    return folder, commit
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot's directory, with the files of the repository's top level that fit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = "" if revision is None else f" at revision {revision}"
+    second_copies = ["consolidated*", "*/*"]
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=second_copies
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"'{hub_id}' has no revision '{revision}'") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"no directory and no Hub repository is called '{hub_id}' (or it is private: `hf "
+            "auth login`)"
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"'{hub_id}' is not a local directory, not in the local Hub cache{at}, and could not "
+            f"be downloaded ({type(error).__name__}). Check the name and the network, or give a "
+            "local directory"
+        ) from error
+    return Path(folder)
