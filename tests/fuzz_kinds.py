@@ -44,6 +44,7 @@ from shortllm.budget import Budget
 from shortllm.calibration import Calibration, check_ids, load_calibration, tokens_fingerprint
 from shortllm.checkpoint import Checkpoint, open_checkpoint
 from shortllm.checkpoint.export_lint import lint_export
+from shortllm.checkpoint.shortening import sliced_axis
 from shortllm.checkpoint.tensors import (
     PICKLED,
     SAFETENSORS,
@@ -373,7 +374,10 @@ def check_shortened(checkpoint: Checkpoint, plan: PrunePlan, target: Path) -> No
     for name, entry in checkpoint.tensors.items():
         block = checkpoint.block_names.block_of(name)
         if block is None and not checkpoint.block_names.is_head(name):
-            expected[name, entry.dtype, entry.shape] += 1
+            shape, axis = list(entry.shape), sliced_axis(name)
+            if axis is not None:  # it holds a share of every block
+                shape[axis] = shape[axis] * len(plan.kept) // checkpoint.block_count
+            expected[name, entry.dtype, tuple(shape)] += 1
         elif block in plan.kept:
             rest = name[len(names) :].split(".", 2)[2]
             expected[f"{names}.{plan.kept.index(block)}.{rest}", entry.dtype, entry.shape] += 1
@@ -381,7 +385,8 @@ def check_shortened(checkpoint: Checkpoint, plan: PrunePlan, target: Path) -> No
     assert expected == Counter((name, *one[:2]) for name, one in held.items())
     for name, entry in checkpoint.tensors.items():
         block = checkpoint.block_names.block_of(name)
-        if block is None and not checkpoint.block_names.is_head(name):
+        outside = block is None and not checkpoint.block_names.is_head(name)
+        if outside and sliced_axis(name) is None:
             assert read_tensor(entry).view(-1).view(torch.uint8).numpy().tobytes() == held[name][2]
 
 
@@ -738,11 +743,18 @@ def journals(random: Random, bench: Bench) -> Act:
     return act
 
 
+def _with_tokenizer(directory: Path) -> None:
+    """A small checkpoint with the embedded model's tokenizer."""
+    write_checkpoint("llama", directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, directory / name)
+
+
 def tokenizers(random: Random, bench: Bench) -> Act:
     """A damaged tokenizer: refused, or one that gives token ids."""
     from shortllm.checkpoint.tokenizer import load_tokenizer
 
-    bench.lay(MODEL_DIR)
+    bench.lay(bench.kept("with-tokenizer", _with_tokenizer))
     file = bench.source / random.choice(["tokenizer_config.json", "tokenizer.json"])
     if random.random() < 0.3:
         file.write_bytes(damaged_bytes(random, file.read_bytes()))
@@ -761,7 +773,7 @@ KINDS: dict[str, tuple[Callable[[Random, Bench], Act], float]] = {
     "headers": (headers, 4),
     "indexes": (indexes, 3),
     "pickles": (pickles, 1),
-    "configs": (configs, 3.5),
+    "configs": (configs, 3),
     "recipes": (recipes, 4),
     "result files": (result_files, 5),
     "plans": (plans, 2),

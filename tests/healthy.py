@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -62,6 +63,9 @@ CONFIGS: dict[str, Any] = {
     },
     "gpt2": None,
     "gemma3": None,
+    "smollm3": None,
+    "deepseek_v3": None,
+    "mamba2": None,
 }  # fmt: skip
 """Model type -> arguments beside the small ones: plain blocks, kinds of blocks by a list or by a
 number, lists of block numbers, other names of the fields, and a part for the text."""
@@ -178,6 +182,7 @@ def plan_of(model: ModelInfo) -> PrunePlan:
     return build_plan(budget, model=model, scores=scores_of(model))
 
 
+@cache
 def records() -> dict[type[ResultFile], list[ResultFile]]:
     """Healthy records of every class that is a result file."""
     model = small_model()

@@ -17,12 +17,11 @@ from typing import Any
 from pydantic import Field
 
 from shortllm.errors import BudgetError
+from shortllm.results.plan import TARGETS
 from shortllm.results.record import ModelInfo, Record
 
 PROTECT_FIRST = 4
 PROTECT_LAST = 2
-
-TARGETS = ("target_params", "target_memory", "target_speedup")
 
 
 class Budget(Record):

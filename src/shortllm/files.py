@@ -152,10 +152,8 @@ def partial_directory(target: Path, *, needed_bytes: int | None = None) -> Itera
         )
     partial = target.with_name(target.name + PARTIAL)
     old = target.with_name(target.name + ".old" + PARTIAL)
-    with explained(target.parent, needed_bytes=needed_bytes):
-        shutil.rmtree(partial, ignore_errors=True)
+    with explained(target.parent, needed_bytes=needed_bytes), _alone_in(partial, target):
         shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
             yield partial
             if target.exists():
@@ -167,6 +165,35 @@ def partial_directory(target: Path, *, needed_bytes: int | None = None) -> Itera
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _alone_in(partial: Path, target: Path) -> Iterator[None]:
+    """An empty directory `partial` that no other process writes into meanwhile.
+
+    Raises:
+        OutputError: another process is writing the same target.
+    """
+    from shortllm.locking import LOCK, lock
+
+    if partial.is_dir():  # of an interrupted try, or of one that goes on
+        stale = lock(partial, target)
+        shutil.rmtree(partial, ignore_errors=True)
+        if stale is not None:
+            os.close(stale)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise OutputError(
+            f"{target} is being written by another process. Wait for it, or choose another --out"
+        ) from error
+    held = lock(partial, target)
+    try:
+        yield
+    finally:
+        (target / LOCK).unlink(missing_ok=True)  # where the directory has got its name
+        if held is not None:
+            os.close(held)
 
 
 ANOTHER = "choose another --out"

@@ -39,6 +39,24 @@ def hold(directory: Path) -> None:
         return
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(directory, directory)
+    if descriptor is not None:
+        _held[directory] = descriptor
+
+
+def lock(directory: Path, asked: Path) -> int | None:
+    """Lock a directory that is there, for as long as the descriptor that is returned stays open.
+
+    Args:
+        asked: what the message calls it.
+    Returns:
+        None where the system has no locks.
+    Raises:
+        OutputError: another process holds it, saying which and since when; or it cannot be written.
+    """
+    if fcntl is None:
+        return None
+    with explained(directory):
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,12 +64,11 @@ def hold(directory: Path) -> None:
         holder = os.read(descriptor, 4096).decode(errors="replace")
         os.close(descriptor)
         raise OutputError(
-            f"{directory} is being written by {_named(holder)}. Wait for it, or choose another "
-            "--out"
+            f"{asked} is being written by {_named(holder)}. Wait for it, or choose another --out"
         ) from error
     except OSError:  # a file system without locks
         os.close(descriptor)
-        return
+        return None
     who = {
         "process": os.getpid(),
         "host": socket.gethostname(),
@@ -59,7 +76,7 @@ def hold(directory: Path) -> None:
     }
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps(who).encode())
-    _held[directory] = descriptor
+    return descriptor
 
 
 def _named(holder: str) -> str:

@@ -51,6 +51,11 @@ def build_plan(
     Raises:
         BudgetError: the budget cannot be met, or there are no scores to choose by.
     """
+    if not model.parameters_per_block:
+        raise BudgetError(
+            f"it is not said how large each block of {model.id} is. Score it again with "
+            "`shortllm score`"
+        )
     count = model.blocks
     protected = protected_blocks(budget, model)
     number = amount_of(budget, model)

@@ -11,8 +11,8 @@ from shortllm.checkpoint.trust import brings_code, is_own_code, require_trust
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.results.record import MAX_BLOCKS
 
-COUNTS = ("layers", "layer", "blocks", "depth")
-"""What the names of config fields end with that count blocks."""
+COUNTS = ("layers", "layer", "blocks", "depth", "iters", "iterations", "loops", "cycles")
+"""What the names of config fields end with that count blocks, or how often some are run."""
 
 ADAPTER = "adapter_config.json"
 
@@ -57,7 +57,8 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
 
 
 def _require_possible(raw: dict[str, Any], file: Path) -> None:
-    """Refuse a config with more blocks than any model has, which would be built one by one.
+    """Refuse a config with more blocks than any model has, which would be built one by one, or run
+    as often.
 
     Raises:
         CheckpointError: naming the field.

@@ -182,13 +182,20 @@ class BlockStructure:
     """Of all parameters and stored buffers."""
     period: int
     """After how many blocks their kinds repeat; the block count if they never do."""
+    parameters: int
+    """Of the whole model, tied ones once."""
 
 
 def block_structure(config: Any) -> BlockStructure:
     """Build a config's model without its weights, and look at its blocks."""
-    name, blocks = find_blocks(build_empty(config), config)
-    elements = sum(tensor.numel() for tensor in blocks.state_dict().values())
-    return BlockStructure(name, elements, _period([block_signature(block) for block in blocks]))
+    model = build_empty(config)
+    name, blocks = find_blocks(model, config)
+    return BlockStructure(
+        name=name,
+        elements=sum(tensor.numel() for tensor in blocks.state_dict().values()),
+        period=_period([block_signature(block) for block in blocks]),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
 
 
 def _period(signatures: Sequence[Signature]) -> int:

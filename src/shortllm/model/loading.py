@@ -18,7 +18,7 @@ from shortllm.checkpoint.packed import is_packed
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.checkpoint.trust import is_own_code
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.model.blocks import auto_class, text_config
+from shortllm.model.blocks import auto_class, build_empty, text_config
 from shortllm.runtime import available_memory, choose_dtype
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
         ShortLLMError: the weights do not fit into the free memory.
     """
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
+    _require_described(checkpoint)
     _require_memory(checkpoint, device, compute)
     try:
         with quiet_transformers(), quiet_bars(checkpoint):
@@ -97,7 +98,8 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
                 trust_remote_code=is_own_code(checkpoint.config),
             )
     except Exception as error:  # whatever the values in a config lead to
-        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
+        reason = _misshapen(checkpoint) or error
+        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {reason}") from error
     check_loading(checkpoint.id, loading)
     if is_packed(checkpoint.raw_config):
         with quiet_bars(checkpoint):
@@ -147,6 +149,7 @@ def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> A
         CheckpointError: no checkpoint, or one whose tensors do not fit the model.
     """
     checkpoint = open_checkpoint(source, revision=revision)
+    _require_described(checkpoint)
     model, loading = auto_class(checkpoint.config).from_pretrained(
         checkpoint.directory, output_loading_info=True, local_files_only=True, **kwargs
     )
@@ -185,6 +188,31 @@ def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(
             f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean nothing"
         )
+
+
+def _require_described(checkpoint: Checkpoint) -> None:
+    """The config must not describe a model far larger than what is stored: memory for all of it
+    would be taken before the difference is found."""
+    described, stored = checkpoint.structure.parameters, checkpoint.parameters
+    if "quantization_config" in checkpoint.raw_config or described <= 2 * stored:
+        return
+    raise CheckpointError(
+        f"config.json of {checkpoint.id} describes a model of {described:,} parameters, and its "
+        f"files hold {stored:,}. Download both again"
+    )
+
+
+def _misshapen(checkpoint: Checkpoint) -> str | None:
+    """What is said of the first tensor that has another shape than the config gives it, if any."""
+    model = build_empty(checkpoint.config)
+    for name, tensor in model.state_dict().items():
+        entry = checkpoint.tensors.get(name)
+        if entry is not None and entry.shape != tuple(tensor.shape):
+            return (
+                f"tensor '{name}' is stored as {list(entry.shape)}, and its config.json describes "
+                f"{list(tensor.shape)}. Download both again"
+            )
+    return None
 
 
 def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

@@ -63,6 +63,9 @@ class DepthSpeed(Record):
 
 TARGET_FILE = "target.json"
 
+TARGETS = ("target_params", "target_memory", "target_speedup")
+"""What a budget may say of what is left."""
+
 
 class Target(ResultFile):
     """target.json: the number of blocks that a target came to."""
@@ -76,6 +79,13 @@ class Target(ResultFile):
     reached: float = Field(description="the same, verified: measured again, or as expected")
     dtype: str | None = Field(default=None, description="type that bytes were counted in")
     depths: list[DepthSpeed] = Field(default_factory=list, description="what was measured")
+
+    @model_validator(mode="after")
+    def _is_one_target(self) -> Self:
+        """One amount was asked for, of a kind that there is."""
+        if len(self.asked) != 1 or not set(self.asked) <= set(TARGETS):
+            raise ValueError(f"asked must hold one of {', '.join(TARGETS)}")
+        return self
 
     @property
     def described(self) -> str:

@@ -1,0 +1,141 @@
+"""Damaged files: a small share of what `python tests/fuzzing.py` tries, and the fuzzer itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from fuzz_kinds import KINDS, Act, Bench
+from fuzzing import fuzz, judge, shares, summary
+from healthy import kinds_of, records
+
+from shortllm.errors import ShortLLMError
+from shortllm.results.record import ResultFile
+
+INPUTS = 1200
+SEED = 2026
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("fuzz").resolve())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_give_a_right_result_or_a_clear_error(kind: str, bench: Bench) -> None:
+    names = [f"{kind}:{number}" for number in range(shares(INPUTS)[kind])]
+    outcomes = fuzz(names, bench, seed=SEED)
+    failed = [one for one in outcomes if one.verdict == "failed"]
+    assert not failed, summary(outcomes, seed=SEED, seconds=0.0)
+    assert any(one.verdict == "right" for one in outcomes)
+    assert any(one.verdict == "refused" for one in outcomes) == (kind != "journals")
+
+
+def test_every_class_of_result_file_is_damaged() -> None:
+    assert set(records()) == set(kinds_of(ResultFile))
+    assert len(records()) == 14
+
+
+# ---- the fuzzer notices
+
+
+def doing(what: Callable[[Bench], None]) -> Callable[[Random, Bench], Act]:
+    """A kind of input with which always the same is done."""
+
+    def kind(random: Random, bench: Bench) -> Act:
+        (bench.source / "input.json").write_text("{}")
+        return lambda: what(bench)
+
+    return kind
+
+
+def stray(bench: Bench) -> None:
+    (bench.out / "half.partial").mkdir()
+    raise ShortLLMError("a good message, and something left behind")
+
+
+def change(bench: Bench) -> None:
+    (bench.source / "input.json").write_text("[]")
+
+
+def refuse(message: str) -> Callable[[Bench], None]:
+    def act(bench: Bench) -> None:
+        raise ShortLLMError(message)
+
+    return act
+
+
+def hoard(bench: Bench) -> None:
+    torch.zeros(160 * 2**20).sum()
+
+
+def wrong(bench: Bench) -> None:
+    raise AssertionError("another table")
+
+
+def panic(bench: Bench) -> None:
+    raise BaseException("of another language")
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        (wrong, "AssertionError at test_fuzzing.py"),
+        (panic, "BaseException at test_fuzzing.py"),
+        (lambda bench: time.sleep(5), "TookTooLong"),
+        (lambda bench: {}["missing"], "KeyError"),
+        (stray, "left behind: half.partial"),
+        (change, "the input was changed"),
+        (refuse("no"), "the message says nothing"),
+        (hoard, "MiB of memory were taken"),
+    ],
+)
+def test_what_is_a_failure(what: Callable[[Bench], None], said: str, tmp_path: Path) -> None:
+    outcome = judge("x:0", doing(what), Bench(tmp_path), seed=0, limit_s=0.5)
+    assert outcome.verdict == "failed" and said in outcome.said
+    page = summary([outcome], seed=3, seconds=1.0)
+    assert "FAILED 1 x" in page and "--seed 3 --only 'x:0'" in page
+
+
+def test_what_is_none(tmp_path: Path) -> None:
+    def right(bench: Bench) -> None:
+        (bench.out / "result.json").write_text("{}")
+
+    bench = Bench(tmp_path)
+    assert judge("x:0", doing(right), bench, seed=0).verdict == "right"
+    refused = judge("x:0", doing(refuse("this is refused, as it is wrong")), bench, seed=0)
+    assert (refused.verdict, refused.said) == ("refused", "this is refused, as it is wrong")
+
+
+def test_an_input_follows_from_its_name(tmp_path: Path) -> None:
+    def damaged(name: str, seed: int) -> bytes:
+        bench = Bench(tmp_path)
+        judge(name, KINDS["result files"][0], bench, seed=seed)
+        return (bench.source / "record.json").read_bytes()
+
+    assert damaged("result files:3", 1) == damaged("result files:3", 1)
+    assert (
+        len(
+            {
+                damaged("result files:3", 1),
+                damaged("result files:4", 1),
+                damaged("result files:3", 2),
+            }
+        )
+        == 3
+    )
+
+
+# ---- messages
+
+
+def test_messages_are_fit_for_a_terminal() -> None:
+    message = str(ShortLLMError("tensor '\x1b[31m\ud800\x00é' of\nshape [2]"))
+    assert message == "tensor '\\x1b[31m\\ud800\\x00é' of\nshape [2]"
+    message.encode()
+    long = str(ShortLLMError("first " + "k" * 10_000 + " last"))
+    assert len(long) < 1500 and long.startswith("first ") and long.endswith(" last")
