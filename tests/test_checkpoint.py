@@ -302,7 +302,10 @@ def test_code_beside_the_config_is_never_run(source: Path, monkeypatch: pytest.M
     rewrite_config(source, model_type="own", auto_map=auto_map)
     code = f"import pathlib\npathlib.Path({str(source / 'ran')!r}).touch()\nclass OwnConfig: ...\n"
     (source / "own.py").write_text(code)
-    with pytest.raises(UnsupportedModelError, match="cannot read the config of model type 'own'"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"Python code of its own \(own.py\).*'own'. It was not run.*--trust-remote-code",
+    ):
         open_checkpoint(source)
     assert not (source / "ran").exists()
 

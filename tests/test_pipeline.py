@@ -191,7 +191,7 @@ def test_too_little_space_is_found_before_work(
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
-    with pytest.raises(OutputError, match="MiB are free there"):
+    with pytest.raises(OutputError, match="KiB are needed, 1 bytes are free"):
         pipeline.run(RECIPE, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -374,7 +374,7 @@ def _read_tensor(path: Path) -> torch.Tensor:
 
 def _read_json(path: Path) -> Any:
     try:
-        return parsed_json(path.read_bytes(), measured=True)
+        return parsed_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} as JSON: {error}") from error
 

@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, which builds plain values only, with an end to merged tables too."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)  # type: ignore[no-untyped-call]
+        super().flatten_mapping(node)
         if len(node.value) > MAX_VALUES:
             raise yaml.constructor.ConstructorError(
                 None, None, f"merging gives more than {MAX_VALUES:,} values", node.start_mark
