@@ -66,20 +66,6 @@ def test_every_flag_in_the_text_exists(page: Path) -> None:
                 assert word in known, f"{page.name}: no command has {word}"
 
 
-def test_the_list_of_files_names_every_module() -> None:
-    text = (REPOSITORY / "README.md").read_text()
-    listing = text[text.index("```text\nsrc/shortllm/") :].split("```")[1]
-    source = REPOSITORY / "src" / "shortllm"
-    listed = set(re.findall(r"\b(\w+)\.py\b", listing))
-    assert {path.stem for path in source.glob("*.py")} - listed == {"__init__"}
-    there = {path.stem for path in source.rglob("*.py")}
-    there |= {path.stem for path in (*DOCS.glob("*.py"), *REPOSITORY.glob("benchmarks/*.py"))}
-    assert not listed - there
-    for folder in source.iterdir():
-        if (folder / "__init__.py").exists():
-            assert f"  {folder.name}/" in listing
-
-
 @pytest.mark.parametrize("name", ["reproduce_ppl", "reproduce_perplexity"])
 def test_the_script_in_the_text_is_the_script(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text()

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 import shortllm
 from shortllm.recipes import DIRECTORY, recipe_names
-from shortllm.results import ResultFile
+from shortllm.results.record import ResultFile
 from shortllm.schemas import _HOME, NAMES, schema
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -37,7 +37,7 @@ def validate(name: str, content: Any) -> None:
 
 def test_every_result_file_has_a_schema() -> None:
     for module in pkgutil.walk_packages(shortllm.__path__, "shortllm."):
-        if module.name.endswith(("results", ".record")):
+        if ".results." in module.name or module.name.endswith(".record"):
             import_module(module.name)
     kinds = {kind.__name__ for kind in ResultFile.__subclasses__()}
     assert len(kinds) == 14

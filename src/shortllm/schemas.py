@@ -14,19 +14,19 @@ RECIPE = "recipe"
 
 _HOME = {
     RECIPE: "recipe.Recipe",
-    "bench": "results.Benchmark",
-    "calibration": "results.CalibrationInfo",
-    "comparison": "results.Comparison",
-    "eval": "results.Evaluation",
+    "bench": "results.benchmark.Benchmark",
+    "calibration": "results.scores.CalibrationInfo",
+    "comparison": "results.comparison.Comparison",
+    "eval": "results.evaluation.Evaluation",
     "heal": "healing.record.Healing",
     "merge": "healing.record.Merging",
-    "plan": "results.PrunePlan",
+    "plan": "results.plan.PrunePlan",
     "quantize": "quantizing.record.Quantization",
-    "retrain": "results.Retraining",
-    "scores": "results.BlockScores",
+    "retrain": "retraining.record.Retraining",
+    "scores": "results.scores.BlockScores",
     "sublayers": "sublayers.record.SublayerDrop",
-    "target": "results.Target",
-    "units": "results.UnitsComparison",
+    "target": "results.plan.Target",
+    "units": "results.units.UnitsComparison",
     "width": "width_pruning.record.WidthPruning",
 }
 """Name of a file, without `.json` -> the record it holds."""
