@@ -36,6 +36,7 @@ from stand_ins import STAND_INS, built_in_texts, cache_directory, stand_in
 
 import shortllm
 from shortllm import criteria, quantizing, schemas
+from shortllm.checkpoint import rules, shortening
 from shortllm.cli import main
 from shortllm.recipes import load_recipe, parse_recipe, recipe_names
 
@@ -179,6 +180,9 @@ class Reader:
         patch.setenv("SHORTLLM_DATA", str(built_in_texts()))
         patch.setenv("XDG_CACHE_HOME", str(cache_directory() / "home"))
         patch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+        per_block = set(rules.PER_BLOCK)
+        for module in (rules, shortening):
+            patch.setattr(module, "PER_BLOCK", per_block)
         for name, value in {"group_size": 16, "samples": 2, "length": 64}.items():
             patch.setitem(quantizing.options.DEFAULTS, name, value)
 
@@ -197,7 +201,7 @@ class Reader:
             if fence.language == "sh":
                 out = "".join([self.command(one, fence) for one in commands(fence.text)])
             elif fence.language == "python":
-                self.python(fence)
+                out = self.python(fence)
             elif fence.language == "json":
                 json.loads(fence.text)
             elif fence.language == "text" and fence.follows:
@@ -217,8 +221,9 @@ class Reader:
         Draft202012Validator(schemas.schema("recipe")).validate(yaml.safe_load(fence.text))
         Path("my.yaml").write_text(fence.text, encoding="utf-8")
 
-    def python(self, fence: Fence) -> None:
-        """Run Python code; names stay for the blocks below."""
+    def python(self, fence: Fence) -> str:
+        """Run Python code, and return what it printed; names stay for the blocks below."""
+        self.said()
         code = compile(fence.text, str(fence), "exec")
         files = [file for file in REPOSITORY.glob("docs/*.py") if file.read_text() == fence.text]
         if files:  # a script of ours as it stands: a command of the page runs it
@@ -230,6 +235,7 @@ class Reader:
                 )
             self.provide(re.findall(r'"([^"\n]+)"', fence.text))
             exec(code, self.names)
+        return self.said()
 
     def command(self, command: Command, fence: Fence) -> str:
         """Read a command line, and run it where it can run here; returns what it printed."""
