@@ -1,12 +1,12 @@
 # make run    install into .venv and run the whole pipeline on the embedded model
-# make test   install into .venv, then lint, types, tests, and whether a release would work
+# make test   install into .venv, then lint, types, documentation, tests, and whether a release would work
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 TESTS ?= tests
 XDIST ?= 2
 
-.PHONY: run install test test-latest lint types tests release-check clean
+.PHONY: run install test test-latest lint types docs tests release-check clean
 
 run: $(VENV)/installed
 	$(VENV)/bin/shortllm run
@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-test: lint types tests release-check
+test: lint types docs tests release-check
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -28,6 +28,10 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
+
+# the site, in site/; a warning is an error
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 tests: $(VENV)/installed
 	$(VENV)/bin/pytest --numprocesses $(XDIST) $(TESTS)
@@ -49,4 +53,4 @@ test-latest: .venv-latest/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-latest .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .venv-latest .pytest_cache .mypy_cache .ruff_cache build dist site

@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "CONTRIBUTING.md"
-BLOCK = re.compile(r"(?<=<!-- tree -->\n```\n).*?(?=```\n<!-- /tree -->)", re.DOTALL)
+BLOCK = re.compile(r"(?<=<!-- tree -->\n```text\n).*?(?=```\n<!-- /tree -->)", re.DOTALL)
 PACKAGE = "src/shortllm"
 
 DESCRIBED = {
@@ -33,9 +33,12 @@ DESCRIBED = {
     "Makefile": "environments, checks, runs",
     "README.md": "what it is, what it does, what was measured",
     "constraints.txt": "versions known to work together",
+    "mkdocs.yml": "the site: theme, plugins, pages in their order",
     "pyproject.toml": "the package: dependencies, extras, tools",
     "benchmarks/gpu.sh": "the benchmarks of one GPU, one after the other",
     "docs/images/*": "pictures in the documents",
+    "docs/schemas/*": "JSON schemas of recipes and result files",
+    "docs/site.css": "how the site looks beside its theme",
     "docs/reproduce_perplexity.py": "the script of reproduce_perplexity.md",
     "docs/reproduce_ppl.py": "the script of reproduce_ppl.md",
     f"{PACKAGE}/py.typed": "says that the package carries types",
@@ -48,7 +51,7 @@ DESCRIBED = {
 }
 """File, or pattern of files that share a line -> what the line says."""
 
-PASSED_BY = {"PKG-INFO", "__pycache__", "build", "dist", "runs", ".git"}
+PASSED_BY = {"PKG-INFO", "__pycache__", "build", "dist", "runs", "site", ".git"}
 """What else lies in a tree without git: what building, running and testing leave."""
 
 

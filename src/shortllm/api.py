@@ -56,7 +56,8 @@ def info(
     """What a model is made of, what can go, and what scoring it takes.
 
     Args:
-        samples, length: the calibration that scoring is foretold for.
+        samples: of the calibration that scoring is foretold for.
+        length: tokens of each of them.
         options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
         probe: measure the machine for two seconds, and read a few of the model's tensors; without,
             no times are foretold and only headers are read.
@@ -157,7 +158,8 @@ def plan(
         scores: scores, a scores.json, or a run directory, which then gets plan.json too.
         out: where to save the plan; default plan.json beside the scores, if those are a file. How
             a target came to its number of blocks is saved beside it as target.json.
-        device, dtype: for a target of speed or memory, which is that of the model scored.
+        device: for a target of speed, which is that of the model scored.
+        dtype: for a target of speed or memory.
     Raises:
         BudgetError: a budget that cannot be met.
         CheckpointError: a target, and the model scored is no longer there.

@@ -138,12 +138,18 @@ class Recipe(Record):
         default=None, description="what was published about this model and criterion"
     )
 
-    @field_validator("retraining", mode="before")
+    @field_validator(
+        "retraining", mode="before", json_schema_input_type=RetrainOptions | list[RetrainOptions]
+    )
     @classmethod
     def _one_or_a_list(cls, given: Any) -> Any:
         return [given] if isinstance(given, (dict, RetrainOptions)) else given
 
-    @field_validator("healing", mode="before")
+    @field_validator(
+        "healing",
+        mode="before",
+        json_schema_input_type=HealOptions | Literal["linear", "none"] | None,
+    )
     @classmethod
     def _a_name_or_options(cls, given: Any) -> Any:
         if isinstance(given, str):

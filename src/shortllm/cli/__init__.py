@@ -3,7 +3,7 @@ result.
 
     run.py       run                            pruning.py     plan, prune, export-lint
     scoring.py   info, score, compare-criteria  retraining.py  retrain
-    measuring.py eval, bench, report, compare   recipes.py     recipes list, show, run
+    measuring.py eval, bench, report, compare   recipes.py     recipes list, show, schema, run
     width.py     width, compare-units           healing.py     heal, merge
     sublayers.py drop-sublayers                 quantizing.py  quantize
     demo.py      demo

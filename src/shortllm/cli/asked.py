@@ -51,7 +51,6 @@ PLACES = {
     "protect_last": "budget.protect_last",
     "period_aligned": "budget.period_aligned",
     "use_published_order": "use_published_order",
-    "heal": "healing",
     "device": "device",
     "dtype": "dtype",
     "stream": "stream",
@@ -126,10 +125,11 @@ def changes_of(ctx: typer.Context, places: Sequence[str]) -> dict[str, Any]:
         options = options_in(typed["option"], [criterion or "ppl"])
         changes["options"] = single(options, criterion or next(iter(options)))
         changes.setdefault("criterion", next(iter(options)))
-    if typed.get("quantize") == "none":
-        changes["quantization"] = None
-    elif "quantize" in typed:
-        changes["quantization.method"] = typed["quantize"]
+    for flag, field in (("heal", "healing"), ("quantize", "quantization")):
+        if typed.get(flag) == "none":
+            changes[field] = None
+        elif flag in typed:
+            changes[f"{field}.method"] = typed[flag]
     if "bench" in typed:
         changes["benchmark"] = {} if typed["bench"] else None
     return changes | places_in(places)

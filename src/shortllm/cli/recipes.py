@@ -1,4 +1,4 @@
-"""`recipes list`, `show`, `run`: the runs that come with the package."""
+"""`recipes list`, `show`, `schema`, `run`: the runs that come with the package."""
 
 from __future__ import annotations
 
@@ -71,6 +71,16 @@ def show(
     from shortllm.recipes import recipe_text
 
     typer.echo(recipe_text(name), nl=False)
+
+
+@recipes.command(name="schema")
+def print_schema() -> None:
+    """The JSON schema of recipes, by which an editor completes and checks them."""
+    import json
+
+    from shortllm.schemas import RECIPE, schema
+
+    typer.echo(json.dumps(schema(RECIPE), indent=1))
 
 
 def _by_name(command: Callable[..., None]) -> Callable[..., None]:

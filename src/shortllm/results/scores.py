@@ -84,7 +84,7 @@ class BlockScores(ResultFile):
     )
     spans: list[list[float]] | None = Field(
         default=None,
-        description="spans[n-1][start] is the importance of the n blocks from start on",
+        description="`spans[n-1][start]` is the importance of the n blocks from start on",
     )
     order: list[int] | None = Field(
         default=None,

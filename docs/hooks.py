@@ -1,0 +1,59 @@
+"""What mkdocs adds to docs/: pages made from what is written elsewhere, so that it is there once.
+
+index.md, contributing.md, changelog.md   README.md, CONTRIBUTING.md, CHANGELOG.md
+commands.md                               every command with its flags, from the command line
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
+"""Page -> the file of the repository that it shows."""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages."""
+    for page, source in PAGES.items():
+        text = (REPOSITORY / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=_from_docs(text)))
+    files.append(File.generated(config, "commands.md", content=command_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links from docs/ to a file beside it lead to its page."""
+    for page, source in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({page}")
+    return markdown
+
+
+def _from_docs(text: str) -> str:
+    """Links of the repository's root as docs/ has them."""
+    for page, source in PAGES.items():
+        text = text.replace(f"]({source}", f"]({page}")
+    return text.replace("](docs/", "](")
+
+
+def command_page() -> str:
+    """All commands as Markdown, by typer's own `typer utils docs`."""
+    from typer.cli import get_docs_for_click
+    from typer.main import get_command
+
+    from shortllm.cli import app
+
+    command = get_command(app)
+    with command.make_context("shortllm", [], resilient_parsing=True) as context:
+        text = get_docs_for_click(obj=command, ctx=context, name="shortllm")
+    text = text[text.index("\n## ") :]  # behind the list of commands, which cuts what they do short
+    text = re.sub(r"^\* `--help`: .*\n", "", text, flags=re.MULTILINE)
+    return "# Commands\n\n`shortllm COMMAND --help` prints the same.\n" + text

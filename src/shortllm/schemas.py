@@ -1,0 +1,45 @@
+"""JSON schemas of recipes and result files, for editors and for programs that read them.
+
+shortllm recipes schema > recipe.schema.json     that of a recipe
+python docs/make_schemas.py                      all of them, into docs/schemas/
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+RECIPE = "recipe"
+"""The schema of a recipe, which is written by hand, in YAML."""
+
+_HOME = {
+    RECIPE: "recipe.Recipe",
+    "bench": "results.benchmark.Benchmark",
+    "calibration": "results.scores.CalibrationInfo",
+    "comparison": "results.comparison.Comparison",
+    "eval": "results.evaluation.Evaluation",
+    "heal": "healing.record.Healing",
+    "merge": "healing.record.Merging",
+    "plan": "results.plan.PrunePlan",
+    "quantize": "quantizing.record.Quantization",
+    "retrain": "retraining.record.Retraining",
+    "scores": "results.scores.BlockScores",
+    "sublayers": "sublayers.record.SublayerDrop",
+    "target": "results.plan.Target",
+    "units": "results.units.UnitsComparison",
+    "width": "width_pruning.record.WidthPruning",
+}
+"""Name of a file, without `.json` -> the record it holds."""
+
+NAMES = tuple(_HOME)
+
+
+def schema(name: str) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a kind of file.
+
+    Raises:
+        KeyError: a name that is not in `NAMES`.
+    """
+    module, _, record = _HOME[name].rpartition(".")
+    kind = getattr(import_module(f"shortllm.{module}"), record)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}

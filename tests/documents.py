@@ -1,0 +1,469 @@
+"""The documents as a reader would follow them: every fenced block of a page, run in order.
+
+    fences(page)           the blocks of a page
+    Reader(...)            one page's directory, its stand-ins, and how each kind of block is run
+    commands(text)         the command lines of a block
+
+A block is run as it stands, in a directory that holds small stand-ins under the names the documents
+use (`Qwen/Qwen3-0.6B`, `my_text.jsonl`, `runs/qwen3`, ...); built-in texts are looked up in a
+directory of small ones. Of commands whose own numbers would take minutes the line is read as it
+stands, and then run with the flags of CHEAPER behind it. What cannot run here is marked by a
+comment above its block, `<!-- not run: needs a GPU -->`; its commands are read up to the call of
+the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from stand_ins import STAND_INS, built_in_texts, cache_directory, stand_in
+
+import shortllm
+from shortllm import criteria, quantizing, schemas
+from shortllm.checkpoint import rules, shortening
+from shortllm.cli import main
+from shortllm.recipes import load_recipe, parse_recipe, recipe_names
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
+LANGUAGES = ("sh", "python", "yaml", "json", "text")
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+
+# ---- reading
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A fenced block."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    not_run: str | None
+    """Why it cannot be run here."""
+    follows: bool
+    """Whether nothing stands between it and the block before."""
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def fences(page: Path) -> list[Fence]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    found, end = [], 0
+    for match in FENCE.finditer(text):
+        found.append(
+            Fence(
+                page=page,
+                line=text.count("\n", 0, match.start("text")),
+                language=match["language"],
+                text=match["text"],
+                not_run=match["reason"],
+                follows=bool(found) and not text[end : match.start()].strip(),
+            )
+        )
+        end = match.end()
+    marks = len(re.findall(r"^\s*```", text, re.MULTILINE))
+    assert marks == 2 * len(found), f"{page.name}: a block is indented or not closed"
+    assert text.count("<!-- not run") == sum(one.not_run is not None for one in found), page.name
+    return found
+
+
+def code_spans(page: Path) -> list[str]:
+    """The code in the running text of a page, each on one line."""
+    return [" ".join(span.split()) for span in CODE.findall(FENCE.sub("", page.read_text("utf-8")))]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command line: words, and the variables set for it."""
+
+    words: list[str]
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+
+def commands(text: str) -> list[Command]:
+    """The command lines of a block; what stands behind a `#` is for the reader."""
+    found = []
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        words = shlex.split(line, comments=True)
+        variables = {}
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            name, _, variables[name] = words.pop(0).partition("=")
+        if words:
+            found.append(Command(words, variables))
+    return found
+
+
+# ---- running
+
+
+def _fields(**values: object) -> list[str]:
+    """`--set` for fields of a recipe, `__` standing for a dot."""
+    places = [f"{name.replace('__', '.')}={value}" for name, value in values.items()]
+    return [word for place in places for word in ("--set", place)]
+
+
+BENCH = _fields(
+    benchmark__runs=1, benchmark__warmup=1, benchmark__new_tokens=[2], benchmark__batches=[1]
+)
+STEPS = _fields(retraining__max_steps=2, retraining__batch=2, retraining__length=256)
+FEW = ["--samples", "4", "--length", "32"]
+CHEAPER: list[tuple[str, list[str]]] = [
+    ("shortllm run", ["--new-tokens", "2", "--max-segments", "4", *FEW]),
+    ("recipes run", ["--new-tokens", "2", "--max-segments", "4", *FEW, *BENCH, *STEPS]),
+    ("shortllm run --bench", BENCH),
+    ("shortllm run --retrain", STEPS),
+    ("shortllm compare-units", ["--methods", "ppl,flap", "--batch", "1", "--max-segments", "4"]),
+    ("shortllm compare-units", [*FEW, *BENCH, *STEPS]),
+    ("shortllm compare-criteria", ["--max-segments", "4", "--random", "2", *FEW]),
+    ("shortllm bench", ["--warmup", "1", "--runs", "1", "--new-tokens", "2", "--batch", "1,2"]),
+    ("shortllm retrain", ["--max-steps", "2", "--batch", "2", "--length", "256"]),
+    ("shortllm heal", FEW),
+    ("--heal linear", _fields(healing__samples=4, healing__length=32)),
+    ("shortllm eval --limit", ["--limit", "4"]),
+    ("shortllm merge", ["--threshold", "0", *FEW]),  # random blocks do not fold into one another
+]
+"""Flags that are put behind a command that has all of these words."""
+
+
+class Stopped(Exception):
+    """The library was called: what was typed could be read."""
+
+
+class Reader:
+    """One page's directory, and how its blocks are run."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch, said: Callable[[], str]) -> None:
+        """
+        Args:
+            directory: an empty one.
+            said: what was printed since its last call.
+        """
+        self.directory, self.patch, self.said = directory / "work", patch, said
+        self.names: dict[str, Any] = {"__name__": "page"}
+        self.address = ""
+        self.inputs: list[str] = []
+        """What recipes of the page name."""
+        self.directory.mkdir()
+        for name in ("docs", "tests", "benchmarks", "Makefile", "pyproject.toml"):
+            (self.directory / name).symlink_to(REPOSITORY / name)
+        patch.chdir(self.directory)
+        patch.setenv("SHORTLLM_DATA", str(built_in_texts()))
+        patch.setenv("XDG_CACHE_HOME", str(cache_directory() / "home"))
+        patch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+        per_block = set(rules.PER_BLOCK)
+        for module in (rules, shortening):
+            patch.setattr(module, "PER_BLOCK", per_block)
+        for name, value in {"group_size": 16, "samples": 2, "length": 64}.items():
+            patch.setitem(quantizing.options.DEFAULTS, name, value)
+
+    def read(self, page: Path) -> None:
+        """Run all blocks of a page.
+
+        Raises:
+            AssertionError: naming the page and line of the block that does not do what it shows.
+        """
+        blocks = fences(page)
+        for fence in blocks:
+            if fence.language == "yaml":  # commands above it may name it
+                self.recipe(fence)
+        out = ""
+        for fence in blocks:
+            if fence.language == "sh":
+                out = "".join([self.command(one, fence) for one in commands(fence.text)])
+            elif fence.language == "python":
+                out = self.python(fence)
+            elif fence.language == "json":
+                json.loads(fence.text)
+            elif fence.language == "text" and fence.follows:
+                self.output(fence, out)
+        for path in self.directory.rglob("*.json"):
+            name = "scores" if path.stem.startswith("scores-") else path.stem
+            if name in schemas.NAMES:
+                Draft202012Validator(schemas.schema(name)).validate(json.loads(path.read_text()))
+
+    # kinds of blocks
+
+    def recipe(self, fence: Fence) -> None:
+        """A recipe: every field is one, and it lies where commands of the page look for it."""
+        recipe = parse_recipe(yaml.safe_load(fence.text), str(fence))
+        self.inputs += [recipe.model, recipe.calibration.data or ""]
+        self.inputs += [one.data or "" for one in recipe.retraining]
+        Draft202012Validator(schemas.schema("recipe")).validate(yaml.safe_load(fence.text))
+        Path("my.yaml").write_text(fence.text, encoding="utf-8")
+
+    def python(self, fence: Fence) -> str:
+        """Run Python code, and return what it printed; names stay for the blocks below."""
+        self.said()
+        code = compile(fence.text, str(fence), "exec")
+        files = [file for file in REPOSITORY.glob("docs/*.py") if file.read_text() == fence.text]
+        if files:  # a script of ours as it stands: a command of the page runs it
+            assert f"python docs/{files[0].name} " in fence.page.read_text(), fence
+        elif fence.not_run is None:
+            if self.address:
+                code = compile(
+                    fence.text.replace("http://127.0.0.1:7860", self.address), str(fence), "exec"
+                )
+            self.provide(re.findall(r'"([^"\n]+)"', fence.text))
+            exec(code, self.names)
+        return self.said()
+
+    def command(self, command: Command, fence: Fence) -> str:
+        """Read a command line, and run it where it can run here; returns what it printed."""
+        where = f"{fence}: {command}"
+        program, *words = command.words
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in command.variables.items():
+                self.provide_texts(value)
+                patch.setenv(name, value)
+            models = [load_recipe(word).model for word in words if word in recipe_names()]
+            self.provide([*words, *models, *self.inputs])
+            ours = READERS[program](words, where)
+            if ours is not None:
+                self.parse(ours, where)
+            if fence.not_run is not None:
+                return ""
+            if program == "shortllm":
+                return self.call(self.cheap(command.words)[1:], where)
+            if program == "python":
+                return self.script(words, where)
+            assert program in LAUNCHERS, f"{where}: mark the block with <!-- not run: WHY -->"
+            return self.process(LAUNCHERS[program] + self.cheap(command.words)[1:], where)
+
+    def look(self, command: Command, where: str) -> None:
+        """Read a command line of the running text, in which arguments may be left out."""
+        ours = READERS[command.words[0]](command.words[1:], where)
+        if ours is not None:
+            self.parse(ours, where, whole=False)
+
+    def output(self, fence: Fence, out: str) -> None:
+        """Every line that a page shows as printed was printed, but for its numbers."""
+        printed = {_shape(line) for line in out.splitlines()}
+        for line in fence.text.splitlines():
+            if line.strip() not in ("", "..."):
+                assert _shape(line) in printed, f"{fence}: not printed: {line}\n{out}"
+
+    # programs
+
+    def parse(self, words: list[str], where: str, *, whole: bool = True) -> None:
+        """Have the command line read what was typed, up to the call of the library."""
+
+        def stop(*given: Any, **options: Any) -> None:
+            for name in _criteria_in(options):
+                criteria.get(name)
+            raise Stopped
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in shortllm.__all__:
+                if name.islower() and not name.startswith("__") and name != "load":
+                    patch.setattr(shortllm, name, stop, raising=False)
+            patch.setattr("shortllm.released.measure_released", stop)
+            patch.setattr("shortllm.demo.models.open_models", stop)
+            patch.setattr("shortllm.demo.embedded.embedded_models", stop)
+            try:
+                main(words)
+            except Stopped:
+                self.said()
+            except SystemExit as stopped:
+                said = self.said()
+                left_out = not whole and ("Missing " in said or ".yaml. See:" in said)
+                assert left_out or not stopped.code, f"{where}\n{said}"
+
+    def cheap(self, words: list[str]) -> list[str]:
+        """The words with flags behind them that make it a matter of seconds."""
+        extra = [flags for need, flags in CHEAPER if set(need.split()) <= set(words)]
+        return [*words, *(flag for flags in extra for flag in flags)]
+
+    def call(self, words: list[str], where: str) -> str:
+        """Run a command of ours in this process."""
+        self.said()
+        if words[0] == "demo":
+            return self.demo(words, where)
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        said = self.said()
+        assert not stopped.value.code, f"{where}\n{said}"
+        return said
+
+    def demo(self, words: list[str], where: str) -> str:
+        """Start the page; it is served until the test ends."""
+
+        class Pressed:
+            def wait(self) -> None:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            module = sys.modules["shortllm.cli.demo"]
+            patch.setattr(module, "threading", SimpleNamespace(Event=Pressed))
+            with pytest.raises(SystemExit):
+                main(words)
+        said = self.said()
+        found = re.search(r"demo of .*: (http://\S+?)/?\s", said)
+        assert found, f"{where}\n{said}"
+        self.address = found[1]
+        return said
+
+    def script(self, words: list[str], where: str) -> str:
+        """`python FILE ...` or `python -c CODE` in this process."""
+        self.said()
+        if words[0] == "-c":
+            exec(words[1], {})
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", words)
+                runpy.run_path(words[0], run_name="__main__")
+        said = self.said()
+        assert said, f"{where} printed nothing"
+        return said
+
+    def process(self, words: list[str], where: str) -> str:
+        """Launchers of several processes."""
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)
+        }  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{where}\n{done.stderr}"
+        return done.stdout
+
+    # what is there
+
+    def provide(self, words: Iterable[str]) -> None:
+        """Lay stand-ins where a command looks for them."""
+        before = ""
+        for word in words:
+            for name in {word, *re.split(r"[=,]", word)} & STAND_INS.keys():
+                if before != "--out" and not Path(name).exists():
+                    source = stand_in(name)
+                    Path(name).parent.mkdir(parents=True, exist_ok=True)
+                    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, name)
+            before = word
+
+    def provide_texts(self, directory: str) -> None:
+        """The directory of built-in texts under another name."""
+        if not Path(directory).exists():
+            Path(directory).parent.mkdir(parents=True, exist_ok=True)
+            Path(directory).symlink_to(built_in_texts())
+
+
+def _criteria_in(options: dict[str, Any]) -> Iterator[str]:
+    given = options.get("criterion", ())
+    yield from [given] if isinstance(given, str) else given
+
+
+def _shape(line: str) -> str:
+    """A line without its numbers and the space between its columns."""
+    return " ".join(re.sub(r"\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", line).split())
+
+
+# ---- what reads the words of a program; returns those of ours, if it starts us
+
+
+def _read_ours(words: list[str], where: str) -> list[str]:
+    return words
+
+
+def _read_make(words: list[str], where: str) -> None:
+    subprocess.run(["make", "--dry-run", *words], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def _read_pip(words: list[str], where: str) -> None:
+    assert words[0] in ("install", "download"), where
+    extras = shortllm_extras()
+    for word in words[1:]:
+        match = re.fullmatch(r"(?:shortllm|\.)(?:\[([\w,]+)\])?", word)
+        if match is not None:
+            assert set(filter(None, (match[1] or "").split(","))) <= extras, where
+
+
+def shortllm_extras() -> set[str]:
+    """The extras that pyproject.toml declares."""
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    section = text.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    return set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+
+
+def _read_python(words: list[str], where: str) -> list[str] | None:
+    if words[0] == "-c":
+        compile(words[1], where, "exec")
+    elif words[:2] == ["-m", "shortllm"]:
+        return words[2:]
+    else:
+        source = (REPOSITORY / words[0]).read_text()
+        for word in words[1:]:
+            if word.startswith("--"):
+                assert f'"{word}"' in source, f"{where}: no {word} in {words[0]}"
+    return None
+
+
+def _launched(parser: argparse.ArgumentParser, words: list[str], where: str) -> list[str]:
+    given = parser.parse_args(words)
+    assert given.module and given.training_script == "shortllm", where
+    return list(given.training_script_args)
+
+
+def _read_torchrun(words: list[str], where: str) -> list[str]:
+    from torch.distributed.run import get_args_parser
+
+    return _launched(get_args_parser(), words, where)
+
+
+def _read_accelerate(words: list[str], where: str) -> list[str]:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch", where
+    return _launched(launch_command_parser(), words[1:], where)
+
+
+def _read_lm_eval(words: list[str], where: str) -> None:
+    from lm_eval._cli import HarnessCLI
+
+    HarnessCLI()._parser.parse_args(["run", *words])
+
+
+def _read_sh(words: list[str], where: str) -> None:
+    assert (REPOSITORY / words[0]).is_file(), where
+
+
+READERS: dict[str, Callable[[list[str], str], list[str] | None]] = {
+    "sh": _read_sh,
+    "shortllm": _read_ours,
+    "make": _read_make,
+    "pip": _read_pip,
+    "python": _read_python,
+    "torchrun": _read_torchrun,
+    "accelerate": _read_accelerate,
+    "lm_eval": _read_lm_eval,
+}
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+}

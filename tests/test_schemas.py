@@ -1,0 +1,84 @@
+"""JSON schemas: all records have one, the copies in docs are current, recipes are valid by it."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import re
+import runpy
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+
+import shortllm
+from shortllm.recipes import DIRECTORY, recipe_names
+from shortllm.results.record import ResultFile
+from shortllm.schemas import _HOME, NAMES, schema
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2 as editors read it, where `1e-4` is a number."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"-?\d+(\.\d+)?[eE][-+]?\d+$"), list("-0123456789")
+)
+
+
+def validate(name: str, content: Any) -> None:
+    Draft202012Validator(schema(name)).validate(content)
+
+
+def test_every_result_file_has_a_schema() -> None:
+    for module in pkgutil.walk_packages(shortllm.__path__, "shortllm."):
+        if ".results." in module.name or module.name.endswith(".record"):
+            import_module(module.name)
+    kinds = {kind.__name__ for kind in ResultFile.__subclasses__()}
+    assert len(kinds) == 14
+    assert kinds | {"Recipe"} == {place.rpartition(".")[2] for place in _HOME.values()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_copy_in_docs_is_current(name: str) -> None:
+    made = schema(name)
+    Draft202012Validator.check_schema(made)
+    path = DOCS / "schemas" / f"{name}.schema.json"
+    assert json.loads(path.read_text()) == made, "run: python docs/make_schemas.py"
+
+
+def test_the_script_writes_them(tmp_path: Path) -> None:
+    script = tmp_path / "make_schemas.py"
+    script.write_text((DOCS / "make_schemas.py").read_text())
+    runpy.run_path(str(script), run_name="__main__")
+    for path in (tmp_path / "schemas").iterdir():
+        assert path.read_text() == (DOCS / "schemas" / path.name).read_text()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_valid(name: str) -> None:
+    validate("recipe", yaml.load((DIRECTORY / f"{name}.yaml").read_text(), Loader))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"modle": "x"},
+        {"calibration": {"samples": "many"}},
+        {"healing": "lora"},
+        {"retraining": {"rnak": 4}},
+        {"dtype": "int3"},
+    ],
+)
+def test_mistakes_are_not(content: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        validate("recipe", content)
+
+
+def test_short_forms_are_valid() -> None:
+    validate("recipe", {"healing": "linear", "retraining": {"method": "full", "data": "c4"}})
