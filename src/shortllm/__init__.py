@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shortllm.budget import Budget as Budget
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
+    from shortllm.checkpoint.trust import trusting_remote_code as trusting_remote_code
     from shortllm.comparison.api import compare as compare
     from shortllm.comparison.api import compare_criteria as compare_criteria
     from shortllm.comparison.api import compare_units as compare_units
@@ -108,6 +109,7 @@ _HOME = {
     "retrain": "retraining.api",
     "run": "api",
     "score": "api",
+    "trusting_remote_code": "checkpoint.trust",
     "width": "width_pruning.api",
 }
 """Public name -> the module it is loaded from. No module may be called like a public name."""

@@ -15,6 +15,7 @@ from shortllm import pipeline, rundir, stages, targets
 from shortllm.asked import asked_criteria
 from shortllm.budget import Budget
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.surgery import PROVENANCE
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import (
     CheckpointError,
@@ -113,7 +114,7 @@ def score(  # type: ignore[misc]
     """
     names = [criterion] if isinstance(criterion, str) else list(criterion)
     asked = asked_criteria(names, options or {})
-    checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, out))
     recipe = Recipe.model_validate(
         {
             "model": model,
@@ -240,12 +241,14 @@ def prune(
         UnsupportedModelError: removing these blocks would give a wrong model.
         OutputError: `out` holds something else or cannot be written.
     """
-    checkpoint = open_checkpoint(model, revision=revision)
     out = Path(out)
     if isinstance(plan, (str, Path)):
         plan = Path(plan)
         plan = PrunePlan.load(plan / "plan.json" if plan.is_dir() else plan)
-    elif not isinstance(plan, PrunePlan):
+    if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
+        revision = plan.model.revision  # the one that was planned for
+    checkpoint = open_checkpoint(model, revision=revision)
+    if not isinstance(plan, PrunePlan):
         plan = build_plan(Budget(blocks=list(plan)), model=checkpoint.info())
     stages.require_same_model(plan, checkpoint)
     if stages.is_pruned_by(out, stages.pruned_fingerprint(checkpoint, plan)):
@@ -332,11 +335,20 @@ def evaluate(
 
 
 def _named(models: Sequence[str]) -> dict[str, Checkpoint]:
-    """Each model under the last part of its path, or all of it where that is taken."""
+    """Each model under the last part of its path, or all of it where that is taken.
+
+    A Hub model that others were made from is opened at the revision which these record, unless one
+    is asked for: the Hub's newest may be another.
+    """
+    opened = {model: open_checkpoint(model) for model in models if Path(model).is_dir()}
+    entries = [one.raw_config.get(PROVENANCE) for one in opened.values()]
+    held = [entry for entry in entries if isinstance(entry, dict)]
+    origins = {str(entry.get("source")): entry.get("revision") for entry in held}
     checkpoints: dict[str, Checkpoint] = {}
     for model in models:
         short = Path(model).name or model
-        checkpoints[model if short in checkpoints else short] = open_checkpoint(model)
+        one = opened.get(model) or open_checkpoint(model, revision=origins.get(model))
+        checkpoints[model if short in checkpoints else short] = one
     return checkpoints
 
 

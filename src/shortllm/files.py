@@ -154,17 +154,17 @@ def partial_directory(target: Path, *, needed_bytes: int | None = None) -> Itera
     old = target.with_name(target.name + ".old" + PARTIAL)
     with explained(target.parent, needed_bytes=needed_bytes), _alone_in(partial, target):
         shutil.rmtree(old, ignore_errors=True)
+        yield partial
+        if not target.exists():
+            os.replace(partial, target)
+            return
+        os.replace(target, old)
         try:
-            yield partial
-            if target.exists():
-                os.replace(target, old)
-                os.replace(partial, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(partial, target)
+            os.replace(partial, target)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            os.replace(old, target)
             raise
+        shutil.rmtree(old)
 
 
 @contextmanager
@@ -187,11 +187,15 @@ def _alone_in(partial: Path, target: Path) -> Iterator[None]:
         raise OutputError(
             f"{target} is being written by another process. Wait for it, or choose another --out"
         ) from error
-    held = lock(partial, target)
+    held = None
     try:
+        held = lock(partial, target)
         yield
+        (target / LOCK).unlink(missing_ok=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
-        (target / LOCK).unlink(missing_ok=True)  # where the directory has got its name
         if held is not None:
             os.close(held)
 
@@ -231,6 +235,10 @@ def explained(
         raise
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a full quota, and a file that may not grow."""
+
+
 def _is_full(error: Exception) -> bool:
     """Whether something could not be written for lack of space.
 
@@ -238,13 +246,10 @@ def _is_full(error: Exception) -> bool:
     says of a file that it is shorter than what was written.
     """
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return error.errno in NO_ROOM
     text = str(error)
-    return (
-        os.strerror(errno.ENOSPC) in text
-        or "PytorchStreamWriter failed" in text
-        or ("inline_container" in text and "unexpected pos" in text)
-    )
+    said_by_torch = "PytorchStreamWriter failed" in text or "unexpected pos" in text
+    return said_by_torch or any(os.strerror(number) in text for number in NO_ROOM)
 
 
 def in_bytes(count: int) -> str:

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shortllm.errors import OutputError
@@ -74,8 +74,9 @@ def lock(directory: Path, asked: Path) -> int | None:
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(who).encode())
+    with suppress(OSError):  # on a full disk it does not say who
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(who).encode())
     return descriptor
 
 

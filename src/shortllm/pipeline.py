@@ -44,6 +44,7 @@ from shortllm.rundir import (
     default_directory,
     delete,
     finished,
+    pinned,
     write_run_file,
 )
 from shortllm.runtime import ALONE, Ranks
@@ -107,8 +108,10 @@ def run(
     needs_text = Asked.of(recipe.criterion, recipe.options).needs_text
     recipe.budget.asked()
     published = _order_to_follow(recipe)
+    directory = Path(out) if out is not None else default_directory(recipe)
+    revision = pinned(recipe.model, recipe.revision, directory)
     checkpoint = open_checkpoint(
-        recipe.model, revision=recipe.revision, special_tokens=recipe.special_tokens
+        recipe.model, revision=revision, special_tokens=recipe.special_tokens
     )
     recipe = recipe.filled(checkpoint.model_type)
     if published is not None:
@@ -116,7 +119,6 @@ def run(
     if recipe.budget.target() is None:
         check_budget(recipe.budget, checkpoint.info())
     check_any_removal(checkpoint, recipe.budget)
-    directory = Path(out) if out is not None else default_directory(recipe)
     claim_directory(directory, checkpoint)
     session = session_of(recipe)
     scored = recipe.budget.blocks is None and published is None

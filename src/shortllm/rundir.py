@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shortllm import __version__
+from shortllm.checkpoint.hub import named_revision
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import PARTIAL, parsed_json, require_writable, write_text
@@ -73,6 +74,18 @@ def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
                 "--out, or delete it"
             )
     require_writable(directory, checkpoint.bytes)
+
+
+def pinned(model: str, revision: str | None, directory: Path | None) -> str | None:
+    """The revision of a Hub model to open for a run: as asked, or the one that an earlier start of
+    the run in this directory has recorded, so that all of its stages are of one commit."""
+    if directory is None or named_revision(model, revision)[1] is not None:
+        return revision
+    held = _run_model(directory) or {}
+    if held.get("id") != model or not isinstance(held.get("revision"), str):
+        return revision
+    log.info("%s: going on with revision %s, which %s records", model, held["revision"], directory)
+    return str(held["revision"])
 
 
 def _listing(directory: Path) -> list[Path]:

@@ -156,8 +156,8 @@ def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) ->
 
 def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
-    held: dict[str, Any] | None = checkpoint.raw_config.get(PROVENANCE)
-    return held or provenance_of(checkpoint, [])
+    held = checkpoint.raw_config.get(PROVENANCE)
+    return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
 
 
 def require_apart(source: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Annotated, Any
 
 import typer
@@ -98,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _print_notes()
     _insist_on_interrupts()
     try:
-        code = app(args=arguments, standalone_mode=False)
+        # in a context of its own: what one command is trusted with, the next one is not
+        code = copy_context().run(app, args=arguments, standalone_mode=False)
     except ShortLLMError as error:
         if os.environ.get("SHORTLLM_DEBUG"):
             raise

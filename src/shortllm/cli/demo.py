@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from shortllm.cli.options import Device, Dtype
+from shortllm.cli.options import Device, Dtype, TrustRemoteCode
 from shortllm.errors import ShortLLMError
 
 Place = Annotated[
@@ -36,6 +36,7 @@ def demo(
     share: Annotated[
         bool, typer.Option("--share", help="Also through a public address, by gradio's servers.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_tokens: Annotated[

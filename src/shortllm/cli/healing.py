@@ -22,6 +22,7 @@ from shortllm.cli.options import (
     Sampler,
     Seed,
     Stream,
+    TrustRemoteCode,
 )
 from shortllm.cli.output import print_json, print_table
 from shortllm.cli.values import bytes_in, calibration_of, numbers_in
@@ -68,6 +69,7 @@ def heal(
         typer.Option(min=2, help="Tokens per sample. Default: 256, or all positions."),
     ] = None,
     bos_every_sample: BosEverySample = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,
@@ -167,6 +169,7 @@ def merge(
     seed: Seed = 1234,
     bos_every_sample: BosEverySample = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,

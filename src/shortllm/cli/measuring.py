@@ -23,6 +23,7 @@ from shortllm.cli.options import (
     Stream,
     TaskData,
     Tasks,
+    TrustRemoteCode,
 )
 from shortllm.cli.output import print_benchmark, print_evaluation, print_json, print_table
 from shortllm.cli.values import bytes_in, counts_in, names_in
@@ -50,6 +51,7 @@ def evaluate(
     limit: Limit = None,
     batch_size: BatchSize = 8,
     out: Annotated[Optional[Path], typer.Option(help="Write the result to this file.")] = None,  # noqa: UP045
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,
@@ -122,6 +124,7 @@ def bench(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Directory for bench.json, bench.csv and plots, e.g. a run directory."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,

@@ -12,7 +12,28 @@ import typer
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'.")
 ]
-Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub model.")]  # noqa: UP045
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub model, as in MODEL@REVISION.")
+]  # noqa: UP045
+
+
+def _trust(given: bool) -> bool:
+    """Note at once that the flag was given: every model that is opened afterwards may need it."""
+    if given:
+        from shortllm.checkpoint.trust import trust_from_now_on
+
+        trust_from_now_on()
+    return given
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        callback=_trust,
+        help="Run Python code that comes with a checkpoint. Default: refuse it.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -25,6 +25,7 @@ from shortllm.cli.options import (
     TargetMemory,
     TargetParams,
     TargetSpeedup,
+    TrustRemoteCode,
 )
 from shortllm.cli.output import plan_line, print_json
 from shortllm.cli.values import budget_of, numbers_in, targets_of
@@ -50,6 +51,7 @@ def plan(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Where to write the plan. Default: plan.json beside the scores."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -91,6 +93,7 @@ def prune(
         ),
     ] = True,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,
@@ -119,6 +122,7 @@ def export_lint(
         str, typer.Argument(metavar="CHECKPOINT", help="A finished checkpoint, or a Hub id.")
     ],
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly."""

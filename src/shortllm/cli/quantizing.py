@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from shortllm.cli.options import BosEverySample, CalibrationFile, Device, Json, Revision, Seed
+from shortllm.cli.options import (
+    BosEverySample,
+    CalibrationFile,
+    Device,
+    Json,
+    Revision,
+    Seed,
+    TrustRemoteCode,
+)
 from shortllm.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ def quantize(
     seed: Seed = 1234,
     bos_every_sample: BosEverySample = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from shortllm.cli.options import Device, EvalLength, Json, Revision
+from shortllm.cli.options import Device, EvalLength, Json, Revision, TrustRemoteCode
 from shortllm.cli.output import is_main_process, print_json, print_table
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def retrain(
         typer.Option(help="Documents the teacher writes for --data generated."),
     ] = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],

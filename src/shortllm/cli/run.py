@@ -49,6 +49,7 @@ from shortllm.cli.options import (
     TargetSpeedup,
     TaskData,
     Tasks,
+    TrustRemoteCode,
 )
 from shortllm.cli.output import (
     command_line,
@@ -128,6 +129,7 @@ def run(
     limit: Limit = None,
     batch_size: BatchSize = 8,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,

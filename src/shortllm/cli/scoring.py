@@ -29,6 +29,7 @@ from shortllm.cli.options import (
     Sampler,
     Seed,
     Stream,
+    TrustRemoteCode,
 )
 from shortllm.cli.output import command_line, is_main_process, print_json, print_table
 from shortllm.cli.values import bytes_in, calibration_of, names_in, options_in, ratios_in
@@ -44,6 +45,7 @@ def info(
     revision: Revision = None,
     samples: SampleCount = 10,
     length: Length = 128,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     option: CriterionOption = None,
@@ -89,6 +91,7 @@ def score(
     seed: Seed = 1234,
     bos_every_sample: BosEverySample = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,
@@ -166,6 +169,7 @@ def compare_criteria(
         int, typer.Option(min=1, help="Measure on the first so many segments.")
     ] = 64,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,

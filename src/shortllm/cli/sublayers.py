@@ -24,6 +24,7 @@ from shortllm.cli.options import (
     Sampler,
     Seed,
     Stream,
+    TrustRemoteCode,
 )
 from shortllm.cli.output import print_json, print_table
 from shortllm.cli.values import bytes_in, calibration_of, counts_in
@@ -64,6 +65,7 @@ def drop_sublayers(
     seed: Seed = 1234,
     bos_every_sample: BosEverySample = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,

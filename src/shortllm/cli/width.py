@@ -33,6 +33,7 @@ from shortllm.cli.options import (
     Stream,
     TaskData,
     Tasks,
+    TrustRemoteCode,
 )
 from shortllm.cli.output import command_line, print_json, print_table
 from shortllm.cli.values import bytes_in, calibration_of, counts_in, names_in
@@ -93,6 +94,7 @@ def width(
     seed: Seed = 1234,
     bos_every_sample: BosEverySample = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     stream: Stream = None,
@@ -194,6 +196,7 @@ def compare_units(
     ] = None,
     places: Places = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,

@@ -20,6 +20,7 @@ from shortllm.comparison.stage import compare_in, default_directory
 from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.results.comparison import Comparison
 from shortllm.results.units import UnitsComparison
+from shortllm.rundir import pinned
 
 if TYPE_CHECKING:
     from shortllm.reporting.runs import ComparedModel
@@ -60,7 +61,8 @@ def compare_criteria(
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
-    checkpoint = open_checkpoint(model, revision=revision)
+    directory = out or default_directory(model)
+    checkpoint = open_checkpoint(model, revision=pinned(model, revision, directory))
     question = prepare_question(
         checkpoint.info(), asked_criteria(criterion, options or {}), ratios, draws=random,
         protect_first=protect_first, protect_last=protect_last,
@@ -80,7 +82,6 @@ def compare_criteria(
         }
     )
     recipe = fill_recipe(recipe, checkpoint.model_type)
-    directory = out or default_directory(model)
     return compare_in(directory, checkpoint, question, recipe, command=command)
 
 
@@ -106,10 +107,12 @@ def compare_units(
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
     units.asked_methods(methods)
-    checkpoint = open_checkpoint(
-        recipe.model, revision=recipe.revision, special_tokens=recipe.special_tokens
-    )
     directory = out or units.default_directory(recipe.model)
+    checkpoint = open_checkpoint(
+        recipe.model,
+        revision=pinned(recipe.model, recipe.revision, directory),
+        special_tokens=recipe.special_tokens,
+    )
     filled = recipe.filled(checkpoint.model_type)
     return units.compare_units_in(directory, checkpoint, filled, methods, command=command)
 

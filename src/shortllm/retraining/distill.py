@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE
+from shortllm.checkpoint.surgery import PROVENANCE, held_provenance
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.metrics import kl_divergence
 from shortllm.model.blocks import find_blocks, text_config
+from shortllm.results.record import MAX_BLOCKS
 
 if TYPE_CHECKING:
     from shortllm.retraining.options import RetrainOptions
@@ -56,9 +57,15 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
             f"{checkpoint.id} does not say from which model it was shortened. Name the model to "
             "learn from with --teacher"
         )
-    removals = []
+    removals: list[tuple[int, set[int]]] = []
     while True:
-        removals.append((int(entry["source_blocks"]), set(entry["removed_blocks"])))
+        count, removed = entry.get("source_blocks"), entry["removed_blocks"]
+        if not isinstance(count, int) or count > MAX_BLOCKS or not isinstance(removed, list):
+            raise CheckpointError(
+                f"{checkpoint.id}: what its config.json says of the removed blocks is damaged. "
+                "Name the model to learn from with --teacher"
+            )
+        removals.append((count, {block for block in removed if isinstance(block, int)}))
         parent = entry.get("parent")
         if not isinstance(parent, dict) or "removed_blocks" not in parent:
             break
@@ -72,7 +79,7 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
             f"{len(kept)}. Name the model to learn from with --teacher"
         )
     return Lineage(
-        source=str(entry["source"]),
+        source=str(entry.get("source")),
         revision=entry.get("revision"),
         blocks=removals[-1][0],
         kept=kept,
@@ -121,7 +128,7 @@ def _check_block_map(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
 
 
 def _source_blocks(checkpoint: Checkpoint) -> int:
-    entry = checkpoint.raw_config.get(PROVENANCE) or {}
+    entry = held_provenance(checkpoint)
     while isinstance(entry.get("parent"), dict) and "source_blocks" in entry["parent"]:
         entry = entry["parent"]
     return int(entry.get("source_blocks", checkpoint.block_count))

@@ -35,6 +35,7 @@ from transformers.trainer_callback import ExportableState
 
 from shortllm.files import PARTIAL, explained
 from shortllm.retraining.objective import Objective, mean_nll, summed_nll
+from shortllm.retraining.states import STATE_FILE
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ HELD_OUT = "held_out"
 
 BEST_METRIC = f"eval_{HELD_OUT}_loss"
 WRITING = "writing" + PARTIAL
-STATE_FILE = "trainer_state.json"
 
 
 class HealingTrainer(Trainer):  # type: ignore[misc]
@@ -240,12 +240,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def _move(self, state: TrainerState) -> None:
         self._advance(state.global_step - self._done)
         self._done = state.global_step
-
-
-def last_state(states: Path) -> Path | None:
-    """The newest whole state in a directory."""
-    found = [path for path in states.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def read_history(state: TrainerState) -> dict[str, list[tuple[int, float]]]:

@@ -26,6 +26,7 @@ from shortllm.retraining.options import RetrainOptions, micro_batch, warmup
 from shortllm.retraining.preparing import Prepared, compute_dtype
 from shortllm.retraining.processes import is_sharded, shard_on_cpu_too
 from shortllm.retraining.record import TrainingData
+from shortllm.retraining.states import last_state, require_sound
 from shortllm.retraining.trainable import make_trainable
 from shortllm.retraining.trainer import (
     BEST_METRIC,
@@ -33,7 +34,6 @@ from shortllm.retraining.trainer import (
     HealingTrainer,
     Meter,
     Progress,
-    last_state,
 )
 from shortllm.retraining.windows import Segmented, Windows, collate, keeps_apart
 from shortllm.runtime import Ranks, progress
@@ -252,6 +252,7 @@ def _run(trainer: HealingTrainer, states: Path, options: RetrainOptions) -> None
     """
     state = last_state(states)
     if state is not None:
+        require_sound(state)
         log.info("going on from step %s", state.name.rpartition("-")[2])
     trainer.args.eval_on_start = state is None
     total = total_steps(options, len(trainer.train_dataset))
