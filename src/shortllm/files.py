@@ -77,7 +77,11 @@ def partial_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained(directory: Path) -> Iterator[None]:
-    """Turn the system's write errors below `directory` into an OutputError to act on."""
+    """Turn the system's write errors below `directory` into one to act on.
+
+    Raises:
+        OutputError: no space, or no permission.
+    """
     try:
         yield
     except OSError as error:
