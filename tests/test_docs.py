@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import file_tree
 import pytest
 import torch
 import typer
 from documents import LANGUAGES, PAGES, REPOSITORY, Reader, code_spans, commands, fences
-from families import loaded, score, token_ids
+from families import loaded, saved, score, token_ids
 
-from shortllm import criteria
+import shortllm
+import shortllm.healing.options
+import shortllm.quantizing.options
+import shortllm.retraining.options
+import shortllm.sublayers.options
+import shortllm.width_pruning.options
+from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
 from shortllm.cli import app
 from shortllm.model.decoder import Decoder
+from shortllm.reporting.citations import CITATIONS
 
 DOCS = REPOSITORY / "docs"
 BY_NAME = {"ids": lambda page: page.stem}
@@ -42,6 +50,55 @@ def test_every_command_in_the_text_can_be_typed(page: Path, reader: Reader) -> N
         if re.match(r"(shortllm|python|pip|make|sh) \S", span):
             [command] = commands(span)
             reader.look(command, f"{page.name}: {span}")
+
+
+NEEDS = {
+    "nothing": "nothing", "weights": "weights", "streams": "forward", "last token": "forward",
+    "logits": "walk", "gradients": "gradients", "removals": "rounds", "sets": "rounds",
+}  # fmt: skip
+"""What a criterion needs -> what the table of methods calls it."""
+
+
+def rows_of(page: str) -> dict[str, list[str]]:
+    """Each name in a row's first cell -> the other cells."""
+    found = {}
+    for line in (DOCS / page).read_text().splitlines():
+        if line.startswith("| `"):
+            first, *cells = re.split(r"\s*\|\s*", line.strip("| "))
+            found |= {name: cells for name in re.findall(r"`([\w-]+)`", first)}
+    return found
+
+
+@pytest.mark.parametrize("name", criteria.names())
+def test_the_table_of_methods_tells_of_every_criterion(name: str) -> None:
+    registered, cells = criteria.get(name), rows_of("methods.md")[name]
+    assert NEEDS[registered.needs] in cells
+    arxiv = re.search(r"arXiv:(\S+)", registered.source)
+    assert arxiv is None or f"arxiv.org/abs/{arxiv[1]}" in cells[-1]
+    told = rows_of("search.md") if registered.needs == "sets" else re.findall(r"`(\w+)`", cells[1])
+    assert registered.defaults.keys() <= set(told)
+
+
+def test_the_table_of_methods_tells_of_every_other_method() -> None:
+    rows = rows_of("methods.md")
+    names = [
+        *get_args(width_pruning.options.Method),
+        *get_args(quantizing.options.Method),
+        *retraining.options.DEFAULTS,
+        *sublayers.options.CRITERIA,
+        *get_args(healing.options.HealOptions.model_fields["method"].annotation),
+        "merge",
+    ]
+    assert rows.keys() == {*names, *criteria.names()}
+    for name, citation in CITATIONS.items():
+        assert citation.url in rows[name][-1], name
+
+
+def test_the_entry_of_a_shortened_checkpoint_is_as_shown(tmp_path: Path) -> None:
+    shortllm.prune(str(saved("llama")), [2], tmp_path / "short", verify=False)
+    written = json.loads((tmp_path / "short" / "config.json").read_text())["shortllm"]
+    [shown] = [one for one in fences(DOCS / "file_formats.md") if one.language == "json"]
+    assert json.loads(shown.text)["shortllm"].keys() == written.keys()
 
 
 def flags() -> set[str]:

@@ -62,6 +62,12 @@ def info(
         options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
         probe: measure the machine for two seconds, and read a few of the model's tensors; without,
             no times are foretold and only headers are read.
+    Returns:
+        Blocks, parameters, bytes, and an estimate for each kind of pass.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        CriterionError: an unknown criterion or option.
+        ShortLLMError: a device that is not there.
     """
     return summarize(
         open_checkpoint(model, revision=revision),
@@ -161,6 +167,8 @@ def plan(
             a target came to its number of blocks is saved beside it as target.json.
         device: for a target of speed, which is that of the model scored.
         dtype: for a target of speed or memory.
+    Returns:
+        What stays, what goes, in which order, and why.
     Raises:
         BudgetError: a budget that cannot be met.
         CheckpointError: a target, and the model scored is no longer there.
@@ -237,6 +245,8 @@ def prune(
         out: the new checkpoint directory; must not exist, unless it is the same shortened
             checkpoint.
         verify: load original and result and compare what they compute; without, structure only.
+    Returns:
+        `out`.
     Raises:
         UnsupportedModelError: removing these blocks would give a wrong model.
         OutputError: `out` holds something else or cannot be written.
@@ -280,8 +290,11 @@ def evaluate(
             where tasks are asked for.
         tasks: zero-shot tasks, besides those in the options; see `shortllm.zeroshot`.
         out: a file for the evaluation, e.g. eval.json; task scores go to zeroshot.csv beside it.
+    Returns:
+        One entry per model, in the order given.
     Raises:
         DataError: unreadable text, or models whose tokenizers make different tokens of it.
+        ShortLLMError: any other of its kinds, before a model is loaded wherever that can be known.
     """
     from shortllm.data.sources import load_rows
     from shortllm.evaluation import EvaluationText
@@ -356,6 +369,11 @@ def export_lint(model: str, *, revision: str | None = None) -> list[ExportFindin
     """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly, by rule.
 
     Reads the config and headers only.
+
+    Returns:
+        A verdict for each program, with the reason and a way out where there is one.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
     """
     from shortllm.checkpoint.export_lint import lint_export
 
@@ -364,7 +382,13 @@ def export_lint(model: str, *, revision: str | None = None) -> list[ExportFindin
 
 def report(run_dir: Path) -> Path:
     """Write the page of a run directory from its files: report.html and the model card, or
-    comparison.html where it holds no plan but a comparison."""
+    comparison.html where it holds no plan but a comparison.
+
+    Returns:
+        The page.
+    Raises:
+        ResultFileError: a directory that holds no finished run, or files that do not fit together.
+    """
     from shortllm.reporting import write_comparison, write_report
 
     run_dir = Path(run_dir)
@@ -376,7 +400,20 @@ def report(run_dir: Path) -> Path:
 def run(
     recipe: Recipe | None = None, *, out: Path | None = None, command: list[str] | None = None
 ) -> RunResult:
-    """All stages in one directory; see `shortllm.pipeline.run`."""
+    """From a model's name to a shortened, and healed, checkpoint and a report, in one directory.
+
+    What is there and up to date is not made again.
+
+    Args:
+        recipe: every choice; the default shortens the embedded model by a quarter.
+        out: run directory; default `runs/<model>-<criterion>-<budget>`.
+        command: the command line, for run.json and the report.
+    Returns:
+        Where it was done, and what was made (plan, checkpoints by name, evaluation, benchmark,
+        page).
+    Raises:
+        ShortLLMError: any of its kinds, before heavy work wherever that can be known.
+    """
     return pipeline.run(recipe, out=out, command=command)
 
 
@@ -393,6 +430,8 @@ def bench(
     Args:
         out: a directory for bench.json, bench.csv and the plots; a run directory will do. An
             interrupted sweep goes on where it was.
+    Returns:
+        A measurement for each model, batch and length; speed-ups are against the first model.
     Raises:
         ShortLLMError: what cannot be measured here, before any model is loaded.
     """

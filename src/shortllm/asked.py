@@ -39,10 +39,12 @@ class Asked:
 
     @property
     def name(self) -> str:
+        """The criterion's name."""
         return self.criterion.name
 
     @property
     def needs(self) -> criteria.Needs:
+        """What the criterion looks at."""
         return self.criterion.needs
 
     @property
@@ -95,6 +97,7 @@ class Asked:
         return min(self.options["rounds"] or max(1, free // 2), free)
 
     def call(self, *arguments: Any) -> Any:
+        """What the criterion's function returns, with the options as asked."""
         return self.criterion.function(*arguments, **self.options)
 
 

@@ -213,6 +213,9 @@ def explained(
     Args:
         needed_bytes: about how much was to be written, if that is known.
         way_out: what to do beside making room.
+
+    Raises:
+        OutputError: no space, or no permission.
     """
     try:
         yield

@@ -106,23 +106,26 @@ class CpuMeter:
         return used.user + used.system, time.perf_counter()
 
     def synchronize(self) -> None:
-        pass
+        """Nothing: the CPU is done when it returns."""
 
     def reset(self) -> None:
+        """Begin a run: clocks and the high-water mark anew."""
         self._before = self._clocks()
         self._high_water.reset()
 
     def peaks(self) -> Sample:
+        """Highest resident memory since `reset`."""
         return Sample(process_bytes=self._high_water.read())
 
     def sample(self) -> Sample:
+        """Busy share since the last sample, and resident memory."""
         before, now = self._before, self._clocks()
         self._before = now
         busy = (now[0] - before[0]) / max(now[1] - before[1], 1e-9) / self._processors
         return Sample(utilisation=busy, process_bytes=self._process.memory_info().rss)
 
     def release(self) -> None:
-        pass
+        """Nothing: there is no cache to give back."""
 
 
 class _HighWater:
@@ -161,16 +164,19 @@ class CudaMeter:
         self._handle = None if torch.version.hip else nvml_handle(device)
 
     def synchronize(self) -> None:
+        """Wait until the device is idle."""
         import torch
 
         torch.cuda.synchronize(self._device)
 
     def reset(self) -> None:
+        """Begin a run: peaks anew."""
         import torch
 
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def peaks(self) -> Sample:
+        """Peaks of torch's allocator since `reset`."""
         import torch
 
         return Sample(
@@ -179,12 +185,14 @@ class CudaMeter:
         )
 
     def sample(self) -> Sample:
+        """NVML's reading of the device."""
         if self._handle is None:
             return Sample()
         busy, used = nvml_reading(self._handle)
         return Sample(utilisation=busy, device_bytes=used)
 
     def release(self) -> None:
+        """Give cached memory back to the device."""
         import torch
 
         torch.cuda.empty_cache()
@@ -240,17 +248,20 @@ class MpsMeter:
         self.name = f"{_processor()} GPU"
 
     def synchronize(self) -> None:
+        """Wait until the device is idle."""
         import torch
 
         torch.mps.synchronize()
 
     def reset(self) -> None:
-        pass
+        """Nothing: the device keeps no peaks."""
 
     def peaks(self) -> Sample:
+        """What is in use now."""
         return self.sample()
 
     def sample(self) -> Sample:
+        """What torch's allocator has now."""
         import torch
 
         return Sample(
@@ -259,6 +270,7 @@ class MpsMeter:
         )
 
     def release(self) -> None:
+        """Give cached memory back to the device."""
         import torch
 
         torch.mps.empty_cache()

@@ -143,10 +143,12 @@ def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, 
 
 
 def perplexity_of(text: str, bos: str) -> str:
+    """What a perplexity is called in a table."""
     return f"perplexity {text}, BOS {bos}"
 
 
 def task_of(task: str, metric: str) -> str:
+    """What a task's score is called in a table."""
     return f"{task} {metric} [%]"
 
 

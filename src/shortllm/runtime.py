@@ -47,7 +47,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Computation type: `auto` is float32 on a CPU, else the checkpoint's own type."""
+    """Computation type: `auto` is float32 on a CPU, else the checkpoint's own type.
+
+    Raises:
+        ShortLLMError: an unknown type.
+    """
     import torch
 
     if name not in DTYPES:

@@ -272,6 +272,7 @@ class Scorer:
         return total
 
     def samples(self) -> Tensor:
+        """The calibration ids `[B, T]`."""
         assert self.ids_BT is not None, "text was not asked for"
         return self.ids_BT
 

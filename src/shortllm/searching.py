@@ -98,6 +98,7 @@ class BlockSearch:
         return max(1, math.ceil(part * self._searched))
 
     def share(self, part: float) -> float:
+        """The samples of a part, as a share of those the search sees."""
         return self._count(part) / self._searched
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
@@ -172,6 +173,7 @@ class BlockSearch:
         return [self._known[removed, count] for removed in sets]
 
     def left(self) -> float:
+        """Evaluations that may still be spent."""
         minutes = self._asked.options["minutes"]
         if minutes is not None and self._seconds >= 60 * minutes:
             return 0.0
@@ -181,6 +183,7 @@ class BlockSearch:
         return max(0.0, float(allowed) + self._at_start - self._evaluations)
 
     def spent(self) -> str:
+        """What ran out, for the record."""
         minutes = self._asked.options["minutes"]
         if minutes is not None and self._seconds >= 60 * minutes:
             return f"{minutes:g} minutes"
@@ -189,6 +192,7 @@ class BlockSearch:
     def candidates(
         self, sets: Sequence[tuple[str, Blocks]], values: Sequence[float]
     ) -> list[CandidateSet]:
+        """Sets with their values, measured on the held-out samples too."""
         held_out: dict[Blocks, float | None] = {}
         count = self._total - self._searched
         if count:
@@ -213,6 +217,7 @@ class BlockSearch:
         ]
 
     def record(self, **found: Any) -> Search:
+        """What was found, with what the search knows of itself."""
         return Search(
             fitness=self._asked.options["fitness"],
             evaluations=round(self._evaluations, 3),

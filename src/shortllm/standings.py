@@ -29,6 +29,7 @@ class Standing:
 
     @property
     def random_mean(self) -> float:
+        """Mean perplexity of the random removals."""
         return sum(self.random) / len(self.random)
 
 

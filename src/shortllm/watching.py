@@ -46,6 +46,7 @@ class TokenMeans:
         self._sums[b, 1] += values_BT.numel()
 
     def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
+        """Means over all tokens of all processes."""
         ranks.add_up([self._sums])
         return plain_scores(
             [total / count if count else 0.0 for total, count in self._sums.tolist()]
@@ -68,6 +69,7 @@ class LastTokens:
         self._after[rows] = after_BTD[:, -1].flatten(1).to(self._after)
 
     def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
+        """The criterion's scores of all samples of all processes."""
         import torch
 
         depths = torch.cat([self._before[list(kept)], self._after[None]])

@@ -45,10 +45,12 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
+        """The type that config.json names."""
         return str(self.config.model_type)
 
     @property
     def block_count(self) -> int:
+        """Blocks of the (text) decoder."""
         from shortllm.model.blocks import block_count
 
         return block_count(self.config)
@@ -194,6 +196,8 @@ def open_checkpoint(
     Args:
         source: of a Hub id also `MODEL@REVISION`.
         special_tokens: ids of `bos`, `eos`, `unk`, `pad` where the files name wrong ones.
+    Returns:
+        Its config and tensor table, by which all stages read it.
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: not a decoder-only causal language model that transformers knows, or

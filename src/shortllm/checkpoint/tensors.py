@@ -69,6 +69,7 @@ class TensorEntry:
 
     @property
     def elements(self) -> int:
+        """Numbers in the tensor."""
         return math.prod(self.shape)
 
     def part(self, axis: int, count: int, kept: Sequence[int]) -> TensorEntry:

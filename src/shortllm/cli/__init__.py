@@ -89,6 +89,7 @@ app.add_typer(recipes, name="recipes")
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
+    """What `shortllm` without a command does."""
     if version:
         typer.echo(__version__)
         raise typer.Exit()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def print_json(content: Any) -> None:
+    """One line of JSON on standard output."""
     import json
 
     typer.echo(json.dumps(content))
@@ -35,6 +36,7 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def plan_line(plan: PrunePlan) -> str:
+    """A plan in one line: blocks before and after, which go, what that saves."""
     reached = plan.reached
     return (
         f"{plan.model.id}: {plan.model.blocks} -> {len(plan.kept)} blocks, without "
@@ -43,6 +45,7 @@ def plan_line(plan: PrunePlan) -> str:
 
 
 def perplexities(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Perplexity by model and text, for `--json`."""
     return {
         model.name: {entry.source: entry.perplexity for entry in model.perplexity}
         for model in evaluation.models
@@ -50,6 +53,7 @@ def perplexities(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 
 def task_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Scores by model and task, for `--json`."""
     return {
         model.name: {entry.task: entry.score for entry in model.zeroshot}
         for model in evaluation.models
@@ -57,6 +61,7 @@ def task_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
+    """A row per model: blocks, perplexities, task scores."""
     first = evaluation.models[0]
     sources = tuple(f"ppl {Path(entry.source).name}" for entry in first.perplexity)
     rows = [
@@ -89,6 +94,7 @@ def _print_tasks(evaluation: Evaluation) -> None:
 
 
 def is_main_process() -> bool:
+    """Whether this process speaks to the user, of those a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -98,6 +104,7 @@ def command_line() -> list[str]:
 
 
 def print_benchmark(found: Benchmark) -> None:
+    """The device, then a row per model, batch and length."""
     from shortllm.reporting.speed import table
 
     typer.echo(

@@ -25,6 +25,11 @@ def budget_of(
     *,
     targets: dict[str, Any],
 ) -> Budget:
+    """The flags of a budget as one.
+
+    Raises:
+        BudgetError: none or several amounts, or text of another form.
+    """
     import shortllm
 
     budget = shortllm.Budget(
@@ -60,6 +65,7 @@ def calibration_of(
     seed: int,
     bos_every_sample: bool | None,
 ) -> CalibrationOptions:
+    """The flags of calibration as options."""
     import shortllm
 
     return shortllm.CalibrationOptions(
@@ -93,7 +99,11 @@ def ratios_in(text: str) -> list[float]:
 
 
 def numbers_in(text: str) -> list[int]:
-    """`3,4,8` as block numbers."""
+    """`3,4,8` as block numbers.
+
+    Raises:
+        BudgetError: another form.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:

@@ -58,6 +58,8 @@ def compare_criteria(
         evaluation: the one text to measure on; default: held-out rows of the calibration text, or
             wikitext2, and 64 segments of it.
         out: run directory; default `runs/<model>-comparison`.
+    Returns:
+        What each criterion and each random draw removes, and what is left.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
@@ -103,6 +105,8 @@ def compare_units(
         methods: criteria of depth, the first of which sets the number of parameters, and methods
             of width.
         out: run directory; default `runs/<model>-units`.
+    Returns:
+        The candidates; what they can do and how fast they are stands in the files.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """

@@ -123,6 +123,8 @@ def criterion(
     Args:
         in_nats: the function returns negative log-likelihoods: report exp of their mean (a
             perplexity), and the change of the mean beside it.
+    Raises:
+        ValueError: the name is taken, and by whom.
     """
 
     def register(function: Function) -> Function:

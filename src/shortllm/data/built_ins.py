@@ -124,7 +124,11 @@ BUILT_INS: dict[str, BuiltIn] = {
 
 
 def data_directory() -> Path | None:
-    """The directory named by SHORTLLM_DATA, None where it is unset or empty."""
+    """The directory named by SHORTLLM_DATA, None where it is unset or empty.
+
+    Raises:
+        DataError: it is no directory.
+    """
     named = os.environ.get(DATA_VARIABLE)
     if not named:
         return None

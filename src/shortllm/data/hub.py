@@ -40,7 +40,11 @@ def hub_rows(place: HubPlace, column: str | None, *, source: str, or_else: str =
 
 
 def load_hub(place: HubPlace, source: str, or_else: str, *, streaming: bool = False) -> Any:
-    """The data set itself: on disk, or with `streaming` read over the network as it is used."""
+    """The data set itself: on disk, or with `streaming` read over the network as it is used.
+
+    Raises:
+        DataError: `datasets` is not installed, or the Hub does not give it.
+    """
     try:
         import datasets
     except ImportError as error:

@@ -27,6 +27,7 @@ DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
 
 
 def supported() -> str:
+    """The kinds of files there are, for messages."""
     return (
         f"{', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}; each plain, {' or '.join(PACKED_SUFFIXES)}"
     )
@@ -138,7 +139,11 @@ def _json_records(path: Path, kind: str) -> Iterator[Any]:
 
 
 def record_texts(path: Path | str, records: Iterator[Any], column: str | None) -> Iterator[str]:
-    """One text per record; the first record decides which column. Records may be plain strings."""
+    """One text per record; the first record decides which column. Records may be plain strings.
+
+    Raises:
+        DataError: a record without text in that column.
+    """
     chosen: str | None = None
     for number, record in enumerate(records):
         if isinstance(record, str) and column is None:
@@ -192,7 +197,11 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def choose_column(where: str, names: list[str], text_names: list[str], column: str | None) -> str:
-    """The asked column if it exists; without one a default name, else the only column of text."""
+    """The asked column if it exists; without one a default name, else the only column of text.
+
+    Raises:
+        DataError: there is no such column, or none that is clear.
+    """
     if column is not None:
         if column in names:
             return column

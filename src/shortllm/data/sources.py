@@ -59,7 +59,11 @@ def load_rows(source: str, *, column: str | None = None, role: Role = "evaluatio
 
 
 def split_column(source: str, column: str | None) -> tuple[str, str | None]:
-    """`FILE#column` as (FILE, column); a `#` in an existing file's name belongs to the name."""
+    """`FILE#column` as (FILE, column); a `#` in an existing file's name belongs to the name.
+
+    Raises:
+        DataError: two columns, or none behind the `#`.
+    """
     if "#" not in source or Path(source).expanduser().is_file():
         return source, column
     name, _, named = source.rpartition("#")
@@ -111,6 +115,11 @@ def _built_in_rows(name: str, split: str, column: str | None, role: Role) -> Row
 
 
 def embedded_rows(source: str, split: str, column: str | None) -> Rows:
+    """A split of the embedded world's text.
+
+    Raises:
+        DataError: a column was named.
+    """
     if column is not None:
         raise DataError(
             f"'{source}': embedded rows are plain text without columns. Leave the column out"

@@ -44,6 +44,7 @@ class Round:
 
     @classmethod
     def of(cls, number: int, asked: Request, bars: Sequence[Bar]) -> Round:
+        """A round as it was asked for."""
         return cls(number=number, batch=asked.batch, new_tokens=asked.new_tokens, bars=tuple(bars))
 
 

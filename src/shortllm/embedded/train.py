@@ -342,6 +342,7 @@ def measure_task(
 
 
 def main() -> None:
+    """Train the embedded model, or measure it again."""
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the new model")
     parser.add_argument("--steps", type=int, default=Settings().steps, help="training steps")

@@ -38,6 +38,8 @@ def heal(
         calibration: token ids given directly, instead of text.
         stream: read the blocks one at a time from the files; default: where they do not fit.
         max_memory: bytes of hidden streams in memory; beyond it they go to a file.
+    Returns:
+        What heal.json holds, each gap with its error before and after among it.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
@@ -90,6 +92,8 @@ def merge(
         calibration: which text final hidden states are compared on; default: that of scoring.
         stream: read the blocks one at a time from the files; default: where they do not fit.
         max_memory: bytes of hidden streams in memory; beyond it they go to a file.
+    Returns:
+        What merge.json holds, every try with its cosine among it.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """

@@ -24,6 +24,7 @@ class Gap:
 
     @property
     def blocks(self) -> list[int]:
+        """The removed blocks, ascending."""
         return list(range(self.start, self.stop))
 
 

@@ -44,6 +44,7 @@ class Merged:
 
     @property
     def changed(self) -> bool:
+        """Whether other blocks were folded into it."""
         return self.counts != Counter({self.block: 1})
 
 

@@ -105,6 +105,7 @@ def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
     Raises:
         CheckpointError: the checkpoint does not say, or the source has another number of blocks.
         ShortLLMError: there is nothing to heal.
+        UnsupportedModelError: only the first blocks are gone, with none before them.
     """
     origin = origin_of(checkpoint)
     if origin.blocks != source.block_count:

@@ -41,7 +41,11 @@ def count_field(config: Any) -> str:
 
 
 def block_count(config: Any) -> int:
-    """Number of blocks of the text decoder, under whichever name the config class keeps it."""
+    """Number of blocks of the text decoder, under whichever name the config class keeps it.
+
+    Raises:
+        UnsupportedModelError: the config says no number of blocks.
+    """
     text = text_config(config)
     count = getattr(text, count_field(text), None)
     if not isinstance(count, int) or count < 1:

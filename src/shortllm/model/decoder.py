@@ -90,6 +90,7 @@ class Decoder:
 
     @property
     def block_count(self) -> int:
+        """Blocks in memory or in the files."""
         return len(self.blocks)
 
     @property
@@ -98,10 +99,12 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
+        """Where the embeddings are, and blocks compute."""
         return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The computation type."""
         return self._embedding.dtype
 
     @property

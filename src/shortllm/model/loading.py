@@ -145,6 +145,8 @@ def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> A
 
     Args:
         kwargs: of `from_pretrained`, e.g. `dtype` or `device_map`.
+    Returns:
+        The model, of the class that transformers has for its type.
     Raises:
         CheckpointError: no checkpoint, or one whose tensors do not fit the model.
     """
@@ -158,7 +160,11 @@ def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> A
 
 
 def check_loading(name: str, loading: dict[str, Any]) -> None:
-    """Treat every difference between a checkpoint's tensors and the model's as an error."""
+    """Treat every difference between a checkpoint's tensors and the model's as an error.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
+    """
     for kind, meaning in (
         ("missing_keys", "does not hold"),
         ("unexpected_keys", "holds, besides what the model has,"),
@@ -179,7 +185,11 @@ def check_finite(name: str, model: nn.Module) -> None:
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
-    """Refuse the tensor `key` of model `name` if it holds NaN or infinite values."""
+    """Refuse the tensor `key` of model `name` if it holds NaN or infinite values.
+
+    Raises:
+        CheckpointError: it does.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return
     # one pass and no copies, as the mask of finite values would need; NaN goes through

@@ -28,6 +28,8 @@ def quantize(
     Args:
         out: the new checkpoint directory, which also gets quantize.json. It may hold nothing else;
             a checkpoint quantized by another recipe is replaced.
+    Returns:
+        What quantize.json holds, bytes before and after among it.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """

@@ -18,18 +18,22 @@ class Citation:
 
     @property
     def url(self) -> str:
+        """The paper's page."""
         return f"https://arxiv.org/abs/{self.arxiv}"
 
     @property
     def year(self) -> str:
+        """Of its arXiv number."""
         return f"20{self.arxiv[:2]}"
 
     @property
     def short(self) -> str:
+        """First author and year."""
         return f"{self.authors.split(',')[0]} et al. {self.year}"
 
     @property
     def bibtex(self) -> str:
+        """The entry for a bibliography."""
         return (
             f"@article{{{self.key},\n"
             f"  title   = {{{self.title}}},\n"

@@ -70,6 +70,7 @@ class RunResults:
 
     @property
     def evaluated(self) -> dict[str, EvaluatedModel]:
+        """What was measured, by the model's name; empty if nothing was."""
         return {entry.name: entry for entry in self.evaluation.models} if self.evaluation else {}
 
     @property
@@ -95,6 +96,7 @@ class RunResults:
         return {block: index for index, block in enumerate(self.plan.kept)}
 
     def status(self, block: int) -> Status:
+        """What the plan does with a block."""
         if block in self.plan.removed:
             return "removed"
         return "protected" if block in self.plan.protected else "kept"
@@ -120,6 +122,7 @@ class UnitsResults:
 
     @property
     def evaluated(self) -> dict[str, EvaluatedModel]:
+        """What was measured, by the model's name."""
         return {entry.name: entry for entry in self.evaluation.models}
 
 

@@ -27,6 +27,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def signed(value: float, digits: int = 4) -> str:
+    """A number with its sign."""
     return f"{'+' if value > 0 else ''}{number(value, digits)}"
 
 
@@ -51,6 +52,7 @@ def _scaled(value: int | None, units: Sequence[str]) -> str:
 
 
 def percent(ratio: float) -> str:
+    """A ratio as percent, one digit."""
     return f"{ratio * 100:.1f}{THIN}%".replace("-", "−")
 
 

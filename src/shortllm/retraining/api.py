@@ -33,6 +33,8 @@ def retrain(
         out: the new checkpoint directory, with retrain.json, and for LoRA the adapter. It may hold
             nothing else; a retrained checkpoint of another recipe is replaced.
         dtype: computation type; default: bfloat16 on CUDA, float32 elsewhere.
+    Returns:
+        What retrain.json holds, the loss curves among it.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """

@@ -91,10 +91,12 @@ class Store:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all documents."""
         return int(self._content["tokens"])
 
     @property
     def documents(self) -> int:
+        """How many documents there are."""
         return int(self._content["documents"])
 
     @property

@@ -174,14 +174,17 @@ class Meter(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.tokens_here = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
         self._since = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
         self.seconds, self._since = self.elapsed(), time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Stop the training where its minutes are over."""
         if self.max_minutes is not None and self._agree(self.elapsed() >= 60 * self.max_minutes):
             self.stopped = "minutes"
             control.should_training_stop = True
@@ -196,6 +199,7 @@ class Meter(TrainerCallback, ExportableState):  # type: ignore[misc]
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        """Keep the losses, and stop where patience is over."""
         if self.patience is None or BEST_METRIC not in metrics:
             return
         better = state.best_metric is None or metrics[BEST_METRIC] < state.best_metric
@@ -222,12 +226,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._done = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Draw the bar where training goes on."""
         self._move(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
         self._move(state)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Say the losses of the state that was saved."""
         losses = [
             f"{key.removeprefix('eval_').removesuffix('_loss')} {value:.4f}"
             for entry in state.log_history

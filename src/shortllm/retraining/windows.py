@@ -42,7 +42,8 @@ LOW_PRECISION_PROBE_TOLERANCE = 3e-2
 class Teacher(Protocol):
     """What a teacher said about the targets of each window, kept on disk."""
 
-    def of(self, window: int) -> dict[str, Tensor]: ...
+    def of(self, window: int) -> dict[str, Tensor]:
+        """What the teacher says of a window."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):

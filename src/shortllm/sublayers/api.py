@@ -35,6 +35,8 @@ def drop_sublayers(
         calibration: which text a criterion sees; default: that of scoring.
         stream: read the blocks one at a time from the files; default: where they do not fit.
         max_memory: bytes of hidden streams in memory; beyond it they go to a file.
+    Returns:
+        What sublayers.json holds, what went and why among it.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """

@@ -62,11 +62,13 @@ class Variants:
         return frozenset(range(self.block_count)) - kept
 
     def enter(self, ids_BT: Tensor) -> Entry:
+        """Enter the model; each block's call is made once per variant."""
         entry = self._decoder.enter(ids_BT)
         calls = [call for call in entry.calls for _ in VARIANTS]
         return Entry(entry.ids_BT, entry.stream_BTD, calls)
 
     def through(self, order: Sequence[int]) -> Iterator[int]:
+        """The variants in order, each while its block's weights are there."""
         of_block: dict[int, list[int]] = {}
         for v in order:
             of_block.setdefault(v // len(VARIANTS), []).append(v)
@@ -74,6 +76,7 @@ class Variants:
             yield from of_block[b]
 
     def apply(self, v: int, stream_BTD: Tensor, call: BlockCall) -> Tensor:
+        """The stream behind a block that lacks what the variant lacks."""
         b, variant = divmod(v, len(VARIANTS))
         lacking = [(b, part) for part in VARIANTS[variant]]
         with without_sublayers(self._decoder, self._outputs, lacking):

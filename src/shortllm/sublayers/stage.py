@@ -73,6 +73,7 @@ def drop_sublayers(
         CriterionError: the criterion gives numbers that cannot be ranked.
         CheckpointError: the result does not compute what was meant.
         OutputError: the target cannot be written, or holds something else.
+        DataError: a criterion, and no text.
     """
     candidates = options.candidates(checkpoint.info())
     if options.criterion is not None and calibration is None:

@@ -33,6 +33,8 @@ def width(
             samples of 64 tokens.
         stream: read the blocks one at a time from the files; default: where they do not fit.
         max_memory: bytes of hidden streams in memory; beyond it they go to a file.
+    Returns:
+        What width.json holds, what went from each block among it.
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """

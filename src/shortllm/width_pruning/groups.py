@@ -33,6 +33,7 @@ class Sublayer:
 
     @property
     def units(self) -> int:
+        """How many units there are."""
         return int(self.unit_of_channel_C.max()) + 1
 
     @property
@@ -95,10 +96,12 @@ class BlockGroups:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one query head."""
         return self.attention.unit_width // self.query_heads
 
     @property
     def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        """Attention, then MLP."""
         return self.attention, self.mlp
 
     def matrix(self, name: str, tensor: Tensor) -> Tensor:

@@ -41,14 +41,17 @@ class Moments:
 
     @property
     def mean_C(self) -> Tensor:
+        """Mean input of each channel."""
         return self.sum_C / self.count
 
     @property
     def variance_C(self) -> Tensor:
+        """Its variance, of all tokens."""
         return (self.squares_C / self.count - self.mean_C.square()).clamp(min=0)
 
     @property
     def root_mean_square_C(self) -> Tensor:
+        """Square root of its mean square."""
         return (self.squares_C / self.count).sqrt()
 
 

@@ -54,6 +54,7 @@ def width(
         BudgetError: the ratio removes nothing or everything.
         CheckpointError: the result does not compute what was meant.
         OutputError: the target cannot be written, or holds something else.
+        DataError: an importance that looks at text, and no text.
     """
     options = options.filled(checkpoint.block_count)
     if options.needs_text and calibration is None:

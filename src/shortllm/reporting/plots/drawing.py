@@ -104,6 +104,7 @@ def plain_frame(axes: Axes, *, bottom: bool) -> None:
 
 
 def tick(value: float) -> str:
+    """The number at a mark of an axis."""
     if value and not 1e-4 <= abs(value) < 1e6:
         mantissa, power = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}".replace("-", "−")
