@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from shortllm.api import bench as bench
-    from shortllm.api import evaluate as evaluate
     from shortllm.api import export_lint as export_lint
     from shortllm.api import info as info
     from shortllm.api import plan as plan
@@ -42,6 +40,8 @@ if TYPE_CHECKING:
     from shortllm.healing.options import MergeOptions as MergeOptions
     from shortllm.healing.record import Healing as Healing
     from shortllm.healing.record import Merging as Merging
+    from shortllm.measuring import bench as bench
+    from shortllm.measuring import evaluate as evaluate
     from shortllm.model.loading import load as load
     from shortllm.quantizing.api import quantize as quantize
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
@@ -90,12 +90,12 @@ _HOME = {
     "SublayerOptions": "sublayers.options",
     "WidthOptions": "width_pruning.options",
     "WidthPruning": "width_pruning.record",
-    "bench": "api",
+    "bench": "measuring",
     "compare": "comparison.api",
     "compare_criteria": "comparison.api",
     "compare_units": "comparison.api",
     "drop_sublayers": "sublayers.api",
-    "evaluate": "api",
+    "evaluate": "measuring",
     "export_lint": "api",
     "heal": "healing.api",
     "info": "api",
