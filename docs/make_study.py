@@ -21,7 +21,7 @@ from typing import Any
 
 import shortllm
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.files import write_text
+from shortllm.files import fingerprint, write_text
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
 from shortllm.reporting.comparison import spans
 from shortllm.reporting.plots.drawing import (
@@ -35,7 +35,9 @@ SINGLE = CRITERIA[:5]
 """What `auto` is held against."""
 RATIOS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
 WAYS = ("none", "linear", "merge", "lora")
-SAMPLES = 64
+SAMPLES = 160
+HELD_OUT = 0.6
+"""Part of the samples that searches do not see, and `auto` decides by."""
 STEPS = 50
 SEGMENTS = 200
 
@@ -44,7 +46,8 @@ INTRO = """# Which blocks, and how to heal
 Perplexity on held-out text after a tenth to a half of the blocks was removed by each criterion and
 search: as it is (*none*), healed without training by linear maps ([`heal`](heal.md)), with the
 removed blocks folded into the one before them ([`merge --blocks`](heal.md#merging)), and after
-{steps} steps of LoRA, the same for all. Scores and searches saw {samples} samples of 128 tokens.
+{steps} steps of LoRA, the same for all. Scores saw {samples} samples of 128 tokens; searches had
+{searched:.0%} of them to search on, and the others for `auto` to decide by.
 Made by `python docs/make_study.py --shared ../shared`; the numbers are in [study.json](study.json).
 
 ![Perplexity against the part of the blocks removed, by model and way to heal](images/study.svg)
@@ -89,6 +92,7 @@ def study(one: Studied, runs: Path) -> list[dict[str, Any]]:
         found = shortllm.compare_criteria(
             one.model,
             criterion=CRITERIA,
+            options={name: {"held_out": HELD_OUT} for name in ("evolve", "local", "auto")},
             ratios=[(remove + 0.01) / blocks],
             calibration=CalibrationOptions(data=one.text, samples=SAMPLES),
             evaluation=evaluation,
@@ -128,8 +132,14 @@ def healed(
             learning_rate=1e-3, schedule="cosine", held_out=20, report_to=[],
         ),
     )  # fmt: skip
+    made = [open_checkpoint(str(path)).fingerprint for path in paths.values()]
+    expected, kept = fingerprint([made, evaluation.model_dump()]), directory / "measured.json"
+    if kept.exists() and (measured := json.loads(kept.read_text()))["fingerprint"] == expected:
+        return measured["perplexity"]  # type: ignore[no-any-return]
     models = shortllm.evaluate([str(path) for path in paths.values()], options=evaluation).models
-    return {way: model.perplexity[0].perplexity for way, model in zip(WAYS, models, strict=True)}
+    found = {way: one.perplexity[0].perplexity for way, one in zip(WAYS, models, strict=True)}
+    write_text(kept, json.dumps({"fingerprint": expected, "perplexity": found}))
+    return found
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
@@ -233,16 +243,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, help="directory with models/ and data/")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
+    parser.add_argument("--only", help="make what is missing of this model, and write no page")
     arguments = parser.parse_args()
     logging.getLogger("shortllm").setLevel(logging.ERROR)
-    rows = [
-        row
-        for one in studied_models(arguments.shared)
-        for row in study(one, arguments.runs)
-    ]  # fmt: skip
+    models = studied_models(arguments.shared)
+    chosen = [one for one in models if arguments.only in (None, one.name)]
+    rows = [row for one in chosen for row in study(one, arguments.runs)]
+    if arguments.only is not None:
+        return
     write_text(DOCS / "study.json", json.dumps(rows, indent=1) + "\n")
     write_text(DOCS / "images" / "study.svg", plot(rows))
-    intro = INTRO.format(steps=STEPS, samples=SAMPLES)
+    intro = INTRO.format(steps=STEPS, samples=SAMPLES, searched=1 - HELD_OUT)
     write_text(
         DOCS / "study.md", "\n".join([intro + "\n".join(findings(rows)), "", *table(rows)]) + "\n"
     )
