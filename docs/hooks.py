@@ -2,6 +2,8 @@
 
 index.md, contributing.md, changelog.md   README.md, CONTRIBUTING.md, CHANGELOG.md
 commands.md                               every command with its flags, from the command line
+
+The page of the Python functions is mkdocstrings'; `Sections` parts docstrings as it reads them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,6 +38,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for page, source in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({page}")
     return markdown
+
+
+class Sections(griffe.Extension):
+    """A blank line before each section of a docstring, where ours have none."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Change what was read; the source stays as it is."""
+        if obj.docstring is not None:
+            text = obj.docstring.value
+            obj.docstring.value = re.sub(r"\n+(Args|Returns|Raises):\n", r"\n\n\1:\n", text)
 
 
 def _from_docs(text: str) -> str:
