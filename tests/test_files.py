@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from shortllm.errors import OutputError
-from shortllm.files import partial_directory, require_file_target, write_text
+from shortllm.files import parsed_json, partial_directory, require_file_target, write_text
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -47,6 +52,84 @@ def test_a_link_as_target_fills_what_it_points_at(tmp_path: Path) -> None:
         (directory / "new.txt").touch()
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk" / "new.txt").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from shortllm.files import partial_directory
+with partial_directory(Path(sys.argv[1])) as directory:
+    (directory / "theirs.txt").touch()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_that_write_one_checkpoint_do_not_meet(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    command = [sys.executable, "-c", HOLD, target]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=f"{target} is being written by process {holder.pid}"):
+            with partial_directory(target):
+                raise AssertionError("not reached")
+        assert (tmp_path / "out.partial" / "theirs.txt").exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    with partial_directory(target) as directory:  # a killed process holds nothing
+        (directory / "ours.txt").touch()
+    assert [path.name for path in target.iterdir()] == ["ours.txt"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_swap_that_fails_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    with partial_directory(target) as directory:
+        (directory / "old.txt").touch()
+    replace = os.replace
+
+    def failing(source: Path, to: Path) -> None:
+        if source.name == "out.partial":
+            raise OSError("the machine has other worries")
+        replace(source, to)
+
+    monkeypatch.setattr("shortllm.files.os.replace", failing)
+    with pytest.raises(OSError, match="other worries"), partial_directory(target) as directory:
+        (directory / "new.txt").touch()
+    assert [path.name for path in target.iterdir()] == ["old.txt"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"[" * 100_000, "nested more than 100 deep"),
+        (b"[" * 150 + b"]" * 150, "nested more than 100 deep"),
+        (b'{"a": ' * 100_000, "nested more than 100 deep"),
+        (b"{", "Expecting"),
+        (b"\xff", "utf-8"),
+        ("[1]".encode("utf-16"), "utf-8"),
+        (b"[NaN]", "nan is no finite number"),
+        (b"[1e999]", "inf is no finite number"),
+        (b"[18446744073709551616]", "more than 64 bits"),
+        (b"1" * 5000, "digits"),
+        (b'["\\ud800"]', "surrogates not allowed"),
+    ],
+)
+def test_json_that_is_none_of_ours(text: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed_json(text, measured=True)
+
+
+def test_json_of_others_may_hold_more() -> None:
+    text = b'{"time_step_limit": [0.0, Infinity], "big": 18446744073709551616}'
+    assert parsed_json(text) == {"time_step_limit": [0.0, math.inf], "big": 2**64}
+    deep = "[" * 99 + "]" * 99
+    assert parsed_json(deep) == json.loads(deep)
 
 
 def test_a_directory_instead_of_a_file(tmp_path: Path) -> None:

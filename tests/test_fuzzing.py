@@ -73,6 +73,10 @@ def hoard(bench: Bench) -> None:
     torch.zeros(160 * 2**20).sum()
 
 
+def linger(bench: Bench) -> None:
+    time.sleep(30)
+
+
 def wrong(bench: Bench) -> None:
     raise AssertionError("another table")
 
@@ -86,7 +90,7 @@ def panic(bench: Bench) -> None:
     [
         (wrong, "AssertionError at test_fuzzing.py"),
         (panic, "BaseException at test_fuzzing.py"),
-        (lambda bench: time.sleep(5), "TookTooLong"),
+        (linger, "TookTooLong"),
         (lambda bench: {}["missing"], "KeyError"),
         (stray, "left behind: half.partial"),
         (change, "the input was changed"),
@@ -95,7 +99,8 @@ def panic(bench: Bench) -> None:
     ],
 )
 def test_what_is_a_failure(what: Callable[[Bench], None], said: str, tmp_path: Path) -> None:
-    outcome = judge("x:0", doing(what), Bench(tmp_path), seed=0, limit_s=0.5)
+    limit_s = 0.5 if what is linger else 60.0
+    outcome = judge("x:0", doing(what), Bench(tmp_path), seed=0, limit_s=limit_s)
     assert outcome.verdict == "failed" and said in outcome.said
     page = summary([outcome], seed=3, seconds=1.0)
     assert "FAILED 1 x" in page and "--seed 3 --only 'x:0'" in page

@@ -16,6 +16,9 @@ from shortllm.checkpoint.config import checked_config
 from shortllm.checkpoint.trust import is_trusted
 from shortllm.errors import CheckpointError
 
+SECOND_COPIES = ["consolidated*", "*/*"]
+"""Files of a repository that hold the weights once more, or belong to something else."""
+
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
 
@@ -92,23 +95,22 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot's directory, with the files of the repository's top level that fit."""
-    from huggingface_hub import snapshot_download
+    """The snapshot's directory, with the files of the repository's top level that fit.
+
+    Raises:
+        CheckpointError: there is no such repository or revision, neither on the Hub nor in the
+            cache.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     at = "" if revision is None else f" at revision {revision}"
-    second_copies = ["consolidated*", "*/*"]
     try:
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=second_copies
-        )
+        return _download_or_find(hub_id, revision, patterns)
     except GatedRepoError as error:
         raise CheckpointError(
             f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
@@ -122,10 +124,27 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # whatever the network is made of
         raise CheckpointError(
             f"'{hub_id}' is not a local directory, not in the local Hub cache{at}, and could not "
             f"be downloaded ({type(error).__name__}). Check the name and the network, or give a "
             "local directory"
         ) from error
-    return Path(folder)
+
+
+def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot from the Hub, or where that cannot be reached what the cache holds of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    which = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": SECOND_COPIES}
+    try:
+        return Path(snapshot_download(hub_id, **which))
+    except (HfHubHTTPError, HFValidationError):  # an answer, which counts
+        raise
+    except Exception as error:
+        # of a commit huggingface_hub 1.33 asks the Hub for a list, even where all is in the cache
+        try:
+            return Path(snapshot_download(hub_id, local_files_only=True, **which))
+        except Exception:
+            raise error from None

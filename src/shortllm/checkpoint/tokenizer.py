@@ -60,7 +60,7 @@ def _load(checkpoint: Checkpoint, **named: Any) -> Any:
             tokenizer("a")  # some damage shows at the first use only
     except Exception as error:  # whatever the values in its files lead to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise CheckpointError(
                 f"the tokenizer of {checkpoint.id} comes with Python code of its own, which was "
                 f"not run. Read it, and if you trust it give the same command with {FLAG}"

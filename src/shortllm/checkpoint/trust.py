@@ -71,7 +71,7 @@ def require_trust(source: str, directory: Path, raw_config: dict[str, Any]) -> N
             f"{source}: auto_map in config.json must name the classes of its own code for "
             f"{' and '.join(CLASSES)}"
         )
-    files = sorted({named[one].partition(".")[0] + ".py" for one in CLASSES})
+    files = sorted({named[one].rpartition(".")[0] + ".py" for one in CLASSES})
     if not is_trusted():
         raise UnsupportedModelError(
             f"{source} comes with Python code of its own ({', '.join(files)}), as transformers "
@@ -79,7 +79,7 @@ def require_trust(source: str, directory: Path, raw_config: dict[str, Any]) -> N
             f"it, and if you trust it give the same command with {FLAG}"
         )
     for file in files:
-        if "--" in file or "/" in file or ".." in file:
+        if "--" in file or "/" in file or file.startswith("."):
             raise CheckpointError(
                 f"{source} names code of another repository ({file.removesuffix('.py')}), which "
                 "no revision pins. Put that file beside config.json, and name it in auto_map"
