@@ -48,7 +48,9 @@ search: as it is (*none*), healed without training by linear maps ([`heal`](heal
 removed blocks folded into the one before them ([`merge --blocks`](heal.md#merging)), and after
 {steps} steps of LoRA, the same for all. Scores saw {samples} samples of 128 tokens; searches had
 {searched:.0%} of them to search on, and the others for `auto` to decide by.
-Made by `python docs/make_study.py --shared ../shared`; the numbers are in [study.json](study.json).
+The text of the stories models is of another source than the one that they were scored and healed
+on. Made by `python docs/make_study.py --shared ../shared`, which writes
+[study.json](study.json) too.
 
 ![Perplexity against the part of the blocks removed, by model and way to heal](images/study.svg)
 
