@@ -38,6 +38,7 @@ DESCRIBED = {
     "benchmarks/gpu.sh": "the benchmarks of one GPU, one after the other",
     "docs/images/*": "pictures in the documents",
     "docs/schemas/*": "JSON schemas of recipes and result files",
+    "docs/study.json": "the numbers of study.md",
     "docs/site.css": "how the site looks beside its theme",
     "docs/reproduce_perplexity.py": "the script of reproduce_perplexity.md",
     "docs/reproduce_ppl.py": "the script of reproduce_ppl.md",

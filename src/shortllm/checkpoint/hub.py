@@ -10,6 +10,7 @@ commit. Without a network the cache alone is asked.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from shortllm.checkpoint.config import checked_config
@@ -137,14 +138,20 @@ def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) ->
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    which = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": SECOND_COPIES}
+    download = partial(
+        snapshot_download,
+        hub_id,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=SECOND_COPIES,
+    )
     try:
-        return Path(snapshot_download(hub_id, **which))
+        return Path(download())
     except (HfHubHTTPError, HFValidationError):  # an answer, which counts
         raise
     except Exception as error:
         # of a commit huggingface_hub 1.33 asks the Hub for a list, even where all is in the cache
         try:
-            return Path(snapshot_download(hub_id, local_files_only=True, **which))
+            return Path(download(local_files_only=True))
         except Exception:
             raise error from None
