@@ -23,6 +23,7 @@ PACKAGE = "src/shortllm"
 
 DESCRIBED = {
     ".ci/run": "what continuous integration runs",
+    ".github/workflows/docs.yml": "the documentation builds without a warning",
     ".github/workflows/publish.yml": "a tag is built, checked and published",
     ".github/workflows/tests.yml": "the same as .ci/run on the oldest and newest Python",
     ".gitignore": "what is no part of the repository",
