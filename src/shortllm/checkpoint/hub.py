@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from shortllm.checkpoint.config import checked_config
 from shortllm.checkpoint.trust import is_trusted
@@ -35,6 +36,8 @@ def named_revision(source: str | Path, revision: str | None) -> tuple[str | Path
         return source, revision
     if not named:
         raise CheckpointError(f"'{source}' is not of the form MODEL@REVISION")
+    if _exists(name):
+        raise CheckpointError(f"'{name}' is a directory here, and has no revisions. Leave @ out")
     if revision is not None and revision != named:
         raise CheckpointError(
             f"'{source}' asks for revision {named}, and --revision for {revision}. Give one of them"
