@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from shortllm.checkpoint.config import checked_config
 from shortllm.checkpoint.trust import is_trusted
@@ -139,7 +138,11 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
 def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     """The snapshot from the Hub, or where that cannot be reached what the cache holds of it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     download = partial(
         snapshot_download,
@@ -150,7 +153,7 @@ def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) ->
     )
     try:
         return Path(download())
-    except (HfHubHTTPError, HFValidationError):  # an answer, which counts
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):  # an answer
         raise
     except Exception as error:
         # of a commit huggingface_hub 1.33 asks the Hub for a list, even where all is in the cache
