@@ -106,6 +106,11 @@ def test_a_directory_may_have_the_sign_in_its_name(
         assert (checkpoint.id, checkpoint.revision) == (source, None)
     with pytest.raises(CheckpointError, match="no such directory: ./tiny@work"):
         open_checkpoint("./tiny@work")
+    Path("acme").mkdir()
+    Path("tiny@home").rename("acme/tiny")
+    assert open_checkpoint("acme/tiny").revision is None
+    with pytest.raises(CheckpointError, match="'acme/tiny' is a directory here, and has no rev"):
+        open_checkpoint("acme/tiny@main")
 
 
 def test_a_run_stays_at_its_commit(

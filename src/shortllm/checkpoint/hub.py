@@ -35,6 +35,8 @@ def named_revision(source: str | Path, revision: str | None) -> tuple[str | Path
         return source, revision
     if not named:
         raise CheckpointError(f"'{source}' is not of the form MODEL@REVISION")
+    if _exists(name):
+        raise CheckpointError(f"'{name}' is a directory here, and has no revisions. Leave @ out")
     if revision is not None and revision != named:
         raise CheckpointError(
             f"'{source}' asks for revision {named}, and --revision for {revision}. Give one of them"
@@ -136,7 +138,11 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
 def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     """The snapshot from the Hub, or where that cannot be reached what the cache holds of it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     download = partial(
         snapshot_download,
@@ -147,7 +153,7 @@ def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) ->
     )
     try:
         return Path(download())
-    except (HfHubHTTPError, HFValidationError):  # an answer, which counts
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):  # an answer
         raise
     except Exception as error:
         # of a commit huggingface_hub 1.33 asks the Hub for a list, even where all is in the cache

@@ -74,7 +74,11 @@ def _load(checkpoint: Checkpoint, **named: Any) -> Any:
 
 def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:
     """Put the special tokens right in the tokenizer and the generation config of a new checkpoint;
-    in its config.json they are."""
+    in its config.json they are.
+
+    Raises:
+        CheckpointError: there is no such tokenizer, or the generation config is damaged.
+    """
     if not checkpoint.special_tokens:
         return
     tokenizer = load_tokenizer(checkpoint)

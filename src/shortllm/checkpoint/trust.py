@@ -28,7 +28,15 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusting_remote_code() -> Iterator[None]:
-    """Within the context the Python code of every checkpoint that is opened may be run."""
+    """Within the context the Python code of every checkpoint that is opened may be run.
+
+    Types that transformers knows are not loaded by such code even then.
+
+    Returns:
+        A context.
+    Raises:
+        UnsupportedModelError: outside of it, of a checkpoint that comes with code.
+    """
     before = _trusted.set(True)
     try:
         yield
