@@ -140,6 +140,8 @@ FEW = ["--samples", "4", "--length", "32"]
 CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm run", ["--new-tokens", "2", "--max-segments", "4", *FEW]),
     ("recipes run", ["--new-tokens", "2", "--max-segments", "4", *FEW, *BENCH, *STEPS]),
+    ("shortllm run runs/first", [*BENCH, *STEPS, "--limit", "4"]),  # the embedded model's recipe
+    ("shortllm run influence", ["--limit", "4"]),
     ("shortllm run --bench", BENCH),
     ("shortllm run --retrain", STEPS),
     ("shortllm compare-units", ["--methods", "ppl,flap", "--batch", "1", "--max-segments", "4"]),
@@ -170,7 +172,7 @@ class Reader:
         """
         self.directory, self.patch, self.said = directory / "work", patch, said
         self.names: dict[str, Any] = {"__name__": "page"}
-        self.address = ""
+        self.address, self.verbatim = "", True
         self.inputs: list[str] = []
         """What recipes of the page name."""
         self.directory.mkdir()
@@ -266,11 +268,20 @@ class Reader:
             self.parse(ours, where, whole=False)
 
     def output(self, fence: Fence, out: str) -> None:
-        """Every line that a page shows as printed was printed, but for its numbers."""
-        printed = {_shape(line) for line in out.splitlines()}
+        """Every line that a page shows as printed was printed, `...` standing for others.
+
+        Numbers are those printed, but where the command before ran with other flags.
+        """
+        printed: dict[str, list[list[float]]] = {}
+        for line in out.splitlines():
+            printed.setdefault(_shape(line), []).append(_numbers(line))
         for line in fence.text.splitlines():
-            if line.strip() not in ("", "..."):
-                assert _shape(line) in printed, f"{fence}: not printed: {line}\n{out}"
+            if line.strip() in ("", "..."):
+                continue
+            assert _shape(line) in printed, f"{fence}: not printed: {line}\n{out}"
+            near = pytest.approx(_numbers(line), rel=0.01)
+            alike = any(numbers == near for numbers in printed[_shape(line)])
+            assert alike or not self.verbatim, f"{fence}: other numbers: {line}\n{out}"
 
     # programs
 
@@ -301,6 +312,7 @@ class Reader:
     def cheap(self, words: list[str]) -> list[str]:
         """The words with flags behind them that make it a matter of seconds."""
         extra = [flags for need, flags in CHEAPER if set(need.split()) <= set(words)]
+        self.verbatim = self.verbatim and not extra
         return [*words, *(flag for flags in extra for flag in flags)]
 
     def call(self, words: list[str], where: str) -> str:
@@ -379,9 +391,16 @@ def _criteria_in(options: dict[str, Any]) -> Iterator[str]:
     yield from [given] if isinstance(given, str) else given
 
 
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
 def _shape(line: str) -> str:
-    """A line without its numbers and the space between its columns."""
-    return " ".join(re.sub(r"\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", line).split())
+    """A line without its numbers, marks of the best and the space between its columns."""
+    return " ".join(NUMBER.sub("#", line).replace("*", " ").split())
+
+
+def _numbers(line: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in NUMBER.findall(line)]
 
 
 # ---- what reads the words of a program; returns those of ours, if it starts us
