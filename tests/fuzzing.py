@@ -29,7 +29,8 @@ from random import Random
 if __name__ == "__main__":
     import conftest  # noqa: F401  # offline, one thread
 
-from fuzz_kinds import KINDS, Act, Bench
+from fuzz_bench import Act, Bench
+from fuzz_kinds import KINDS
 
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import quiet_transformers

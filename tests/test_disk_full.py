@@ -198,35 +198,36 @@ def test_too_little_room_is_said_before_training(
     assert list(disk.place.iterdir()) == []
 
 
+STATE_BYTES = {"lora": 2**16, "full": 2**20}
+"""Less than a state on a small disk that holds the text too, and less than its largest file."""
+
+
+@pytest.mark.parametrize("scarce", WAYS, indirect=True)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_disk_that_fills_up_during_training(
     method: str,
-    disk: SmallDisk,
-    unchecked: None,
+    scarce: Scarce,
     tmp_path: Path,
     rows: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """States are written at steps 2, 4 and 6; room is left for less than all that is kept."""
-    short, target = shortened(tmp_path), disk.place / "healed"
+    short, target = shortened(tmp_path), scarce.place / "healed"
     chosen = options(method=method, data=rows, micro_batch=2)
     expected = tmp_path / "expected"
     shortllm.retrain(str(short), expected, options=chosen, device="cpu")
     before = listing(short)
-    whole_state = {"lora": 2**16, "full": 3 * open_checkpoint(short).bytes}[method]
-    disk.resize(2**17 + whole_state * 3 // 2)
-    with pytest.raises(OutputError, match=FULL):
+    size = STATE_BYTES[method] * (2 if scarce.way == "small disk" else 1)
+    with scarce.room(size), pytest.raises(OutputError, match=FULL):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
     assert not target.exists()
-    states = disk.place / "healed.training.partial" / "states"
+    states = scarce.place / "healed.training.partial" / "states"
     held = sorted(path.name for path in states.iterdir())
     assert all((states / name / "trainer_state.json").is_file() for name in held)
     assert listing(short) == before
-    disk.resize(ROOM)
     with caplog.at_level(logging.INFO, logger="shortllm"):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
     assert ("going on from step" in caplog.text) == bool(held)
-    assert not leftovers(disk.place)
+    assert not leftovers(scarce.place)
     assert (target / SAFETENSORS).read_bytes() == (expected / SAFETENSORS).read_bytes()
 
 

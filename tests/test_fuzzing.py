@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 import torch
-from fuzz_kinds import KINDS, Act, Bench
+from fuzz_bench import Act, Bench
+from fuzz_kinds import KINDS
 from fuzzing import fuzz, judge, shares, summary
 from healthy import kinds_of, records
 
