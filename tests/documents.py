@@ -140,6 +140,7 @@ FEW = ["--samples", "4", "--length", "32"]
 CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm run", ["--new-tokens", "2", "--max-segments", "4", *FEW]),
     ("recipes run", ["--new-tokens", "2", "--max-segments", "4", *FEW, *BENCH, *STEPS]),
+    ("recipes run llama-1-7b-taylor", _fields(retraining__epochs="null")),
     ("shortllm run runs/first", [*BENCH, *STEPS, "--limit", "4"]),  # the embedded model's recipe
     ("shortllm run influence", ["--limit", "4"]),
     ("shortllm run --bench", BENCH),

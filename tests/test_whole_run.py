@@ -205,7 +205,7 @@ def test_changes_keep_what_they_do_not_name() -> None:
         ("quantization: {grup_size: 3}\n", "'quantization.grup_size'. Did you mean 'group_size'"),
         ("benchmark: {batch: 3}\n", "'benchmark.batch'. Did you mean 'batches'"),
         ("calibration: {samples: many}\n", "calibration.samples: Input should be a valid integer"),
-        ("model: [a\n", "is not YAML"),
+        ("model: [a\n", "is no recipe in YAML"),
         ("just words\n", "holds no fields"),
         ("", "holds no fields"),
     ],
