@@ -20,6 +20,7 @@ from fuzz_results import (
     reports,
     result_files,
     surgeries,
+    texts,
     tokenizers,
 )
 
@@ -34,6 +35,7 @@ KINDS: dict[str, tuple[Callable[[Random, Bench], Act], float]] = {
     "surgeries": (surgeries, 1),
     "reports": (reports, 1),
     "calibrations": (calibrations, 1),
+    "texts": (texts, 1),
     "journals": (journals, 0.5),
     "tokenizers": (tokenizers, 0.5),
 }

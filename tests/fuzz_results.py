@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,6 +33,8 @@ import shortllm
 from shortllm.budget import Budget
 from shortllm.calibration import Calibration, check_ids, load_calibration, tokens_fingerprint
 from shortllm.checkpoint import open_checkpoint
+from shortllm.data.records import open_records
+from shortllm.data.sources import load_rows
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import ShortLLMError
 from shortllm.journal import Journal
@@ -198,6 +204,58 @@ def calibrations(random: Random, bench: Bench) -> Act:
         assert int(found.ids.min()) >= 0 and int(found.ids.max()) < 11
 
     return act
+
+
+def texts(random: Random, bench: Bench) -> Act:
+    """Damaged text to calibrate, measure or train on: refused, or rows that can be tokenized."""
+    bench.lay(bench.kept("texts", _write_texts))
+    file = random.choice(sorted(bench.source.iterdir()))
+    if file.suffix == ".jsonl" and random.random() < 0.6:
+        lines = file.read_text().splitlines()
+        place = random.randrange(len(lines))
+        lines[place] = damaged(random, json.loads(lines[place])).replace("\n", " ")
+        file.write_text("\n".join(lines))
+    elif file.name == "rows.json" and random.random() < 0.6:
+        file.write_text(damaged(random, json.loads(file.read_text())))
+    else:
+        file.write_bytes(damaged_bytes(random, file.read_bytes()))
+
+    def act() -> None:
+        rows = load_rows(str(file), role="calibration")
+        assert len(rows) > 0
+        tokenizer = _tokenizer()
+        for row in rows[: min(len(rows), 20)]:
+            assert isinstance(row, str)
+            assert all(isinstance(token, int) for token in tokenizer(row)["input_ids"])
+        read = list(open_records(str(file)).texts())
+        assert [text for text in read if text] == [row for row in rows if row]
+
+    return act
+
+
+def _write_texts(directory: Path) -> None:
+    """A few rows in every form that is read."""
+    directory.mkdir()
+    rows = [f"There was a drum in room {number}.\nIt was loud." for number in range(6)]
+    records = [{"text": row, "number": number} for number, row in enumerate(rows)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / "rows.jsonl").write_text(lines)
+    (directory / "rows.json").write_text(json.dumps(rows))
+    (directory / "rows.txt").write_text("\n".join(rows))
+    (directory / "packed.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (directory / "packed.txt.xz").write_bytes(lzma.compress("\n".join(rows).encode()))
+    if find_spec("pyarrow"):
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(records), directory / "rows.parquet")
+
+
+@cache
+def _tokenizer() -> Any:
+    from shortllm.checkpoint.tokenizer import load_tokenizer
+
+    return load_tokenizer(open_checkpoint("embedded"))
 
 
 def journals(random: Random, bench: Bench) -> Act:

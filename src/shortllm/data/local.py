@@ -20,7 +20,7 @@ from shortllm.errors import DataError, did_you_mean
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".tokens")
 RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 PACKED_SUFFIXES = (".gz", ".xz")
-UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError)
+UNREADABLE = (OSError, EOFError, RecursionError, lzma.LZMAError, zlib.error, ValueError)
 """What reading a damaged file raises."""
 DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
 """Columns taken without being named, the first that exists."""
@@ -128,14 +128,24 @@ def _json_records(path: Path, kind: str) -> Iterator[Any]:
         with _open(path) as stream:
             if stream.read(4096).lstrip().startswith(b"["):
                 stream.seek(0)
-                yield from json.load(stream)
+                yield from map(_in_whole_letters, json.load(stream))
                 return
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
+                yield _in_whole_letters(json.loads(line))
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"line {number} of {path} is not JSON: {error}") from error
+
+
+def _in_whole_letters(record: Any) -> Any:
+    """A record whose texts hold `?` for what is half a letter in JSON (`"\\ud800"`): no tokenizer
+    takes that."""
+    if isinstance(record, dict):
+        return {key: _in_whole_letters(value) for key, value in record.items()}
+    if isinstance(record, str) and not record.isascii():
+        return record.encode("utf-8", "replace").decode("utf-8")
+    return record
 
 
 def record_texts(path: Path | str, records: Iterator[Any], column: str | None) -> Iterator[str]:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortllm.errors import DataError
-from shortllm.files import partial_directory, write_text
+from shortllm.files import parsed_json, partial_directory, write_text
 from shortllm.retraining.documents import Document
 
 HOLD_OUT_EVERY = 10
@@ -86,8 +86,14 @@ class Store:
 
     @cached_property
     def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.directory / "store.json").read_bytes())
+        content: dict[str, Any] = parsed_json((self.directory / "store.json").read_bytes())
         return content
+
+    def is_whole(self) -> bool:
+        """Whether the files are as long as what was written."""
+        item = np.dtype(_id_type(int(self._content["vocabulary"]))).itemsize
+        sizes = {"ids.bin": item * self.tokens, "documents.bin": 16 * self.documents}
+        return all((self.directory / name).stat().st_size == n for name, n in sizes.items())
 
     @property
     def tokens(self) -> int:
@@ -184,11 +190,25 @@ def write_corpus(
 
 
 def open_corpus(directory: Path) -> Corpus:
-    """A corpus that `write_corpus` made."""
-    counts = json.loads((directory / "corpus.json").read_bytes())
-    return Corpus(
-        train=Store(directory / "train"), held_out=Store(directory / "held_out"), **counts
-    )
+    """A corpus that `write_corpus` made.
+
+    Raises:
+        DataError: it was damaged since.
+    """
+    try:
+        counts = parsed_json((directory / "corpus.json").read_bytes())
+        stores = [Store(directory / name) for name in ("train", "held_out")]
+        whole = all(store.is_whole() for store in stores)
+        corpus = Corpus(
+            train=stores[0], held_out=stores[1], cut=counts["cut"], dropped=counts["dropped"]
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(
+            f"the tokenized text in {directory} is damaged. Delete {directory.parent} to begin anew"
+        )
+    return corpus
 
 
 def _id_type(vocabulary: int) -> str:
