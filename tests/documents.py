@@ -135,13 +135,18 @@ def _fields(**values: object) -> list[str]:
 BENCH = _fields(
     benchmark__runs=1, benchmark__warmup=1, benchmark__new_tokens=[2], benchmark__batches=[1]
 )
-STEPS = _fields(retraining__max_steps=2, retraining__batch=2, retraining__length=256)
+STEPS = _fields(
+    retraining__max_steps=2, retraining__epochs="null", retraining__batch=2, retraining__length=256,
+    retraining__micro_batch="null",
+)  # fmt: skip
 FEW = ["--samples", "4", "--length", "32"]
 CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm run", ["--new-tokens", "2", "--max-segments", "4", *FEW]),
     ("recipes run", ["--new-tokens", "2", "--max-segments", "4", *FEW, *BENCH, *STEPS]),
-    ("recipes run llama-1-7b-taylor", _fields(retraining__epochs="null")),
-    ("shortllm run runs/first", [*BENCH, *STEPS, "--limit", "4"]),  # the embedded model's recipe
+    (  # the embedded model's recipe, which must remove what the page shows
+        "shortllm run runs/first",
+        [*BENCH, *STEPS, "--limit", "4", "--samples", "10", "--length", "128"],
+    ),
     ("shortllm run influence", ["--limit", "4"]),
     ("shortllm run --bench", BENCH),
     ("shortllm run --retrain", STEPS),
