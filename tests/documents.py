@@ -15,6 +15,7 @@ the library.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -116,6 +117,8 @@ def commands(text: str) -> list[Command]:
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         words = shlex.split(line, comments=True)
         variables = {}
+        if ">" in words:  # where a shell would write what is printed
+            words = words[: words.index(">")]
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, variables[name] = words.pop(0).partition("=")
         if words:
@@ -133,29 +136,30 @@ def _fields(**values: object) -> list[str]:
 
 
 BENCH = _fields(
-    benchmark__runs=1, benchmark__warmup=1, benchmark__new_tokens=[2], benchmark__batches=[1]
+    benchmark__runs=2, benchmark__warmup=1, benchmark__new_tokens=[2], benchmark__batches=[1]
 )
 STEPS = _fields(
-    retraining__max_steps=2, retraining__epochs="null", retraining__batch=2, retraining__length=256,
-    retraining__micro_batch="null",
-)  # fmt: skip
+    retraining__max_steps=2,
+    retraining__epochs="null",
+    retraining__batch=2,
+    retraining__micro_batch=2,
+    retraining__length=256,
+)
 FEW = ["--samples", "4", "--length", "32"]
 CHEAPER: list[tuple[str, list[str]]] = [
-    ("shortllm run", ["--new-tokens", "2", "--max-segments", "4", *FEW]),
+    ("shortllm run", ["--new-tokens", "2", "--max-segments", "4"]),
+    ("shortllm run --data", FEW),
     ("recipes run", ["--new-tokens", "2", "--max-segments", "4", *FEW, *BENCH, *STEPS]),
-    (  # the embedded model's recipe, which must remove what the page shows
-        "shortllm run runs/first",
-        [*BENCH, *STEPS, "--limit", "4", "--samples", "10", "--length", "128"],
-    ),
+    ("shortllm run runs/first", [*BENCH, *STEPS, "--limit", "4"]),  # the embedded model's recipe
     ("shortllm run influence", ["--limit", "4"]),
     ("shortllm run --bench", BENCH),
     ("shortllm run --retrain", STEPS),
     ("shortllm compare-units", ["--methods", "ppl,flap", "--batch", "1", "--max-segments", "4"]),
     ("shortllm compare-units", [*FEW, *BENCH, *STEPS]),
     ("shortllm compare-criteria", ["--max-segments", "4", "--random", "2", *FEW]),
-    ("shortllm bench", ["--warmup", "1", "--runs", "1", "--new-tokens", "2", "--batch", "1,2"]),
+    ("shortllm bench", ["--warmup", "1", "--runs", "2", "--new-tokens", "2", "--batch", "1,2"]),
     ("shortllm retrain", ["--max-steps", "2", "--batch", "2", "--length", "256"]),
-    ("shortllm heal", FEW),
+    ("shortllm heal", ["--samples", "16", "--length", "64"]),
     ("--heal linear", _fields(healing__samples=4, healing__length=32)),
     ("shortllm eval --limit", ["--limit", "4"]),
     ("shortllm merge", ["--threshold", "0", *FEW]),  # random blocks do not fold into one another
@@ -182,6 +186,7 @@ class Reader:
         self.inputs: list[str] = []
         """What recipes of the page name."""
         self.directory.mkdir()
+        gc.freeze()  # what is imported need not be gone through whenever a model is let go
         for name in ("docs", "tests", "benchmarks", "Makefile", "pyproject.toml"):
             (self.directory / name).symlink_to(REPOSITORY / name)
         patch.chdir(self.directory)
