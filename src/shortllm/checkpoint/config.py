@@ -107,7 +107,8 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
 
     model_type = config.model_type
     parts = (config, _text_part(config, text_config))
-    if not all(isinstance(part, PretrainedConfig) for part in parts):
+    whole = all(isinstance(part, PretrainedConfig) for part in parts)
+    if not (whole and all(isinstance(part.model_type, str) for part in parts)):
         raise UnsupportedModelError(
             f"model type '{model_type}': the part of config.json that describes its text decoder "
             "is none. Download it again"

@@ -32,9 +32,8 @@ COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
 
 def count_field(config: Any) -> str:
     """Name under which a text decoder's config keeps its block count."""
-    kind = str(config.model_type)  # what a damaged config holds may be anything
-    if kind in COUNT_BY_TYPE:
-        return COUNT_BY_TYPE[kind]
+    if config.model_type in COUNT_BY_TYPE:
+        return COUNT_BY_TYPE[config.model_type]
     for name in DECODER_COUNTS:
         if hasattr(config, name):
             return name
