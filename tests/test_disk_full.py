@@ -43,9 +43,9 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The room that was there when it was looked at is gone afterwards."""
     for module in (
-        "api", "stages", "files", "rundir", "checkpoint.surgery", "healing.stage",
-        "healing.writing", "sublayers.stage", "width_pruning.stage", "width_pruning.writing",
-        "retraining.preparing", "model.streams",
+        "api", "stages", "files", "rundir", "checkpoint.made", "checkpoint.surgery",
+        "healing.stage", "sublayers.stage", "width_pruning.stage", "retraining.preparing",
+        "model.streams",
     ):  # fmt: skip
         monkeypatch.setattr(f"shortllm.{module}.require_writable", lambda *a: None)
 

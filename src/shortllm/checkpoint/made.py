@@ -19,7 +19,7 @@ from shortllm.checkpoint.tensors import TensorEntry, read_json, read_tensor_tabl
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import OutputError
-from shortllm.files import fingerprint, partial_directory
+from shortllm.files import fingerprint, partial_directory, require_writable
 from shortllm.results.record import ResultFile
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def write_made(
     """
     carried = [file for file in carried_files(checkpoint.directory, target) if file.name != name]
     needed = sum(entry.bytes for entry in entries.values())
+    require_writable(target.absolute().parent, needed)
     with partial_directory(target, needed_bytes=needed) as directory:
         copy_carried(checkpoint, carried, directory)
         write_special_tokens(checkpoint, directory)
