@@ -1,6 +1,6 @@
 """Small things under the names that the documents use, made at the first call.
 
-stand_in("Qwen/Qwen3-0.6B")   28 blocks of width 32    built_in_texts()   for SHORTLLM_DATA
+stand_in("Qwen/Qwen3-0.6B")   20 blocks of width 32    built_in_texts()   for SHORTLLM_DATA
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _lines(count: int) -> Callable[[Path], object]:
 
 
 STAND_INS: dict[str, Callable[[Path], Any]] = {
-    "Qwen/Qwen3-0.6B": _model("qwen3", 28),
+    "Qwen/Qwen3-0.6B": _model("qwen3", 20),
     "qwen3-short": _without("Qwen/Qwen3-0.6B", [12, 13, 17]),
     "qwen3-healed": _without("Qwen/Qwen3-0.6B", [12, 13, 17]),
     "MODEL": _model("llama", 12),
@@ -72,7 +72,7 @@ STAND_INS: dict[str, Callable[[Path], Any]] = {
     "narrow": _without("MODEL", [2, 5]),
     "my-model": _model("llama", 12),
     "my/model": _model("llama", 12),
-    "baffo32/decapoda-research-llama-7B-hf": _model("llama", 32),
+    "baffo32/decapoda-research-llama-7B-hf": _model("llama", 12),
     "../shared/models/stories10L": _model("llama", 12),
     "../shared/models/books5M": _model("llama", 12),
     "runs/qwen3": _finished_run,
