@@ -402,12 +402,17 @@ def _criteria_in(options: dict[str, Any]) -> Iterator[str]:
     yield from [given] if isinstance(given, str) else given
 
 
+POWER = re.compile(r" × #[⁻⁰¹²³⁴-⁹]+|(?<=#)[ \N{THIN SPACE}\N{NO-BREAK SPACE}][kMG](?=B)")
+"""Of a number without its digits: "# × #⁻⁵", and the M of "# MB"."""
+
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def _shape(line: str) -> str:
-    """A line without its numbers, marks of the best and the space between its columns."""
-    return " ".join(NUMBER.sub("#", line).replace("*", " ").split())
+    """A line without its numbers and their powers of ten, marks of the best and the space between
+    its columns."""
+    line = POWER.sub("", NUMBER.sub("#", line))
+    return " ".join(line.replace("*", " ").split())
 
 
 def _numbers(line: str) -> list[float]:
