@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,12 @@ import torch
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported need not be gone through whenever a model is let go."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ the library.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import re
@@ -162,6 +161,9 @@ CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm heal", ["--samples", "16", "--length", "64"]),
     ("--heal linear", _fields(healing__samples=4, healing__length=32)),
     ("shortllm eval --limit", ["--limit", "4"]),
+    ("shortllm eval --max-segments", ["--max-segments", "4"]),
+    ("shortllm run --tasks", ["--limit", "4"]),
+    ("recipes run my.yaml", ["--limit", "4"]),
     ("shortllm merge", ["--threshold", "0", *FEW]),  # random blocks do not fold into one another
 ]
 """Flags that are put behind a command that has all of these words."""
@@ -186,7 +188,6 @@ class Reader:
         self.inputs: list[str] = []
         """What recipes of the page name."""
         self.directory.mkdir()
-        gc.freeze()  # what is imported need not be gone through whenever a model is let go
         for name in ("docs", "tests", "benchmarks", "Makefile", "pyproject.toml"):
             (self.directory / name).symlink_to(REPOSITORY / name)
         patch.chdir(self.directory)
@@ -402,7 +403,7 @@ def _criteria_in(options: dict[str, Any]) -> Iterator[str]:
     yield from [given] if isinstance(given, str) else given
 
 
-POWER = re.compile(r" × #[⁻⁰¹²³⁴-⁹]+|(?<=#)[ \N{THIN SPACE}\N{NO-BREAK SPACE}][kMG](?=B)")
+POWER = re.compile(r" × #[⁻⁰¹²³⁴-⁹]+|(?<=#)\s[kMG](?=B)")
 """Of a number without its digits: "# × #⁻⁵", and the M of "# MB"."""
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
 
 from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.pickled import load_pickled
 from shortllm.checkpoint.tensors import (
     PICKLED,
     PICKLED_INDEX,
@@ -547,6 +548,14 @@ def test_a_truncated_pickle(keep: int, source: Path) -> None:
     os.truncate(source / PICKLED, keep)
     with pytest.raises(CheckpointError, match="is damaged or truncated|holds more than tensors"):
         open_checkpoint(source)
+
+
+def test_another_pickle_at_the_same_time(tmp_path: Path) -> None:
+    file = tmp_path / PICKLED
+    for value in (1.0, 2.0):
+        torch.save({"a": torch.full([2], value)}, file)
+        os.utime(file, (1, 1))
+        assert load_pickled(file)["a"].tolist() == [value, value]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ line. Every command reads such files through this module.
 from __future__ import annotations
 
 import pickle
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from shortllm.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+SETTLED_NS = 100_000_000
+"""From this age on a changed file has another time; clocks of file systems are coarse."""
+
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` through the weights-only loader, memory-mapped where the file allows.
@@ -24,12 +28,19 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is damaged, or holds anything but tensors (it could run code).
     """
-    return _load_pickled(path, path.stat().st_mtime_ns)
+    changed_ns = max(path.stat().st_mtime_ns, path.stat().st_ctime_ns)
+    if time.time_ns() - changed_ns < SETTLED_NS:
+        return _load(path)
+    return _remembered(path, changed_ns)
 
 
 @lru_cache(maxsize=1)
-def _load_pickled(path: Path, changed_ns: int) -> dict[str, Tensor]:
-    """`load_pickled`, remembering the last file: its tensors are asked for one by one."""
+def _remembered(path: Path, changed_ns: int) -> dict[str, Tensor]:
+    """The last file's content: its tensors are asked for one by one."""
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
     import torch
 
     for mmap in (True, False):
