@@ -210,7 +210,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                     f"**{row[way]:.4g}**" if row[way] == best[way] else f"{row[way]:.4g}"
                     for way in WAYS
                 ]
-                of = f"{count} of {row['blocks']}"
+                of = f"{count}\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{row['blocks']}"
                 by = ", ".join(f"`{criterion}`" for criterion in row["criteria"])
                 lines.append(f"| | {of} | {by} | {spans(row['removed'])} | {' | '.join(cells)} |")
     return lines
