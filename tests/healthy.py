@@ -103,7 +103,8 @@ def share_out(directory: Path, shards: int = 3) -> None:
 
 
 def pickle_weights(directory: Path, *, zipped: bool) -> None:
-    """The one file of weights as a `.bin`."""
+    """The one file of weights as a `.bin`; the older form names its parts by addresses, which are
+    others in every process."""
     tensors = load_file(directory / SAFETENSORS)
     (directory / SAFETENSORS).unlink()
     torch.save(tensors, directory / PICKLED, _use_new_zipfile_serialization=zipped)
