@@ -126,6 +126,8 @@ def test_ctrl_c_exits_with_130_and_can_be_resumed(tmp_path: Path) -> None:
         "run",
         "--remove",
         "2",
+        "--samples",
+        "2",
         *SCORED_AND_MEASURED,
         "--out",
         str(tmp_path / "run"),

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import children
 import pytest
 
 import shortllm
@@ -31,16 +30,6 @@ RECIPE = Recipe(
     evaluation=EvaluationOptions(max_segments=12, continuations=1, new_tokens=8),
 )
 COMMAND = ["shortllm", "run", "embedded", "--remove", "2"]
-
-
-RUN = """
-import sys
-from pathlib import Path
-from shortllm import pipeline
-from shortllm.recipe import Recipe
-recipe = Recipe.model_validate_json(sys.argv[1])
-pipeline.run(recipe, out=Path(sys.argv[2]), command=sys.argv[3:])
-"""
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -152,15 +141,9 @@ def test_killed_at_any_moment_the_same_command_completes_with_the_same_files(
     moment: Callable[[Path], bool], finished: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "killed"
-    child = subprocess.Popen(
-        [sys.executable, "-c", RUN, RECIPE.model_dump_json(), directory, *COMMAND],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: the same sums
+    ended = children.killed_when(
+        lambda: moment(directory), children.run, RECIPE.model_dump_json(), directory, COMMAND
     )
-    deadline = time.monotonic() + 120
-    while not moment(directory) and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    child.kill()
-    ended = child.wait()
     assert moment(directory), "the moment never came"
     assert ended == -signal.SIGKILL, "the run ended before it could be killed"
     pipeline.run(RECIPE, out=directory, command=COMMAND)

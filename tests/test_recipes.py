@@ -286,11 +286,11 @@ def own(tmp_path: Path) -> Path:
 @pytest.fixture
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small texts under the names of the paper's."""
-    rows = embedded.rows("test", 60)
+    rows = embedded.rows("test", 24)
     for place in ("wikitext2/wiki.test.raw", "ptb/ptb.valid.txt"):
         path = tmp_path / "data" / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(rows[:40] if "ptb" in place else rows) + "\n")
+        path.write_text("\n".join(rows[:16] if "ptb" in place else rows) + "\n")
     monkeypatch.setenv("SHORTLLM_DATA", str(tmp_path / "data"))
 
 

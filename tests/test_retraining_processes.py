@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import children
 import families
 import pytest
 import retraining as tiny
@@ -104,17 +104,9 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_weights(
 ) -> None:
     out = tmp_path / "killed"
     options = options_of(place, kind)
-    child = subprocess.Popen(
-        [sys.executable, *arguments_of(place, out, options)],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-    )
     work = work_directory(out)
-    deadline = time.monotonic() + 300
-    while not MOMENTS[moment](work) and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    child.kill()
-    ended = child.wait()
+    [_, _, *words] = arguments_of(place, out, options)
+    ended = children.killed_when(lambda: MOMENTS[moment](work), children.command, words)
     assert ended == -signal.SIGKILL, "the training ended before it could be killed"
     assert work.is_dir() and not out.exists()
     record = heal(place, out, options)

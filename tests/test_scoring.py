@@ -9,10 +9,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import torch
 from families import opened, saved, token_ids
@@ -315,6 +315,12 @@ def test_streams_that_fit_nowhere_are_refused(tmp_path: Path, monkeypatch: Any) 
 # ------------------------------------------------------------------ interrupted
 
 
+def eagerly(words: list[str]) -> None:
+    """A command whose journal is written at every block, as where a block takes its time."""
+    journal.MIN_INTERVAL_S = journal.WORK_PER_WRITING = 0
+    children.command(words)
+
+
 @pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize("criterion", ["ppl", "taylor"])
@@ -323,28 +329,16 @@ def test_a_killed_command_goes_on_where_it_was(
 ) -> None:
     model = shared / "models" / "stories10L"
     data = shared / "data" / "stories" / "valid.jsonl.gz"
-    arguments = [
-        "score", model, "--stream", "--criterion", criterion, "--data", data, "--samples", 64
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }  # fmt: skip
-    # the journal is written at every block, as it would be where a block takes its time
-    eager = (
-        "import shortllm.journal as j; j.MIN_INTERVAL_S = j.WORK_PER_WRITING = 0;"
-        "from shortllm.cli import main; main()"
-    )
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", eager, *map(str, arguments), "--out", str(killed)], env=environment
-    )
+    words = [
+        "score", model, "--stream", "--criterion", criterion, "--data", data, "--samples", 64,
+        "--out", killed,
+    ]  # fmt: skip
     written = killed / "scoring.partial"
-    deadline = time.monotonic() + 120
-    while not list(written.rglob("position.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    ended = children.killed_when(
+        lambda: list(written.rglob("position.json")), eagerly, [str(word) for word in words]
+    )
+    assert ended == -signal.SIGKILL
     assert list(written.rglob("position.json"))
     assert not (killed / "scores.json").exists()
     for out in (killed, tmp_path / "whole"):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 
 import shortllm
@@ -41,13 +38,6 @@ RECIPE = Recipe(
     evaluation=EvaluationOptions(max_segments=12, continuations=0),
     benchmark=BenchmarkOptions(new_tokens=[4], warmup=1, runs=2),
 )
-RUN = """
-import sys
-from pathlib import Path
-from shortllm import pipeline
-from shortllm.recipe import Recipe
-pipeline.run(Recipe.model_validate_json(sys.argv[1]), out=Path(sys.argv[2]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -129,17 +119,12 @@ def test_killed_while_healing_the_same_command_completes_with_the_same_weights(
     healed: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "killed"
-    child = subprocess.Popen(
-        [sys.executable, "-c", RUN, RECIPE.model_dump_json(exclude_unset=True), directory],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: the same sums
-        stderr=subprocess.DEVNULL,
-    )
     states = directory / "retrained-full.training.partial"
-    deadline = time.monotonic() + 180
-    while not list(states.glob("**/checkpoint-2")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    ended = children.killed_when(
+        lambda: list(states.glob("**/checkpoint-2")),
+        children.run, RECIPE.model_dump_json(exclude_unset=True), directory,
+    )  # fmt: skip
+    assert ended == -signal.SIGKILL, "the run ended before it could be killed"
     assert (directory / "retrained-lora" / "retrain.json").exists()
     assert not (directory / "retrained-full").exists()
     pipeline.run(RECIPE, out=directory)
