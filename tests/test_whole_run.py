@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shortllm.reporting.healing import came_back
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.plots.pareto import Point, front
 from shortllm.reporting.runs import compared_models, load_runs
+from shortllm.reporting.verdict import verdict
 from shortllm.results.benchmark import Benchmark
 from shortllm.results.evaluation import Evaluation, Perplexity
 from shortllm.retraining.options import RetrainOptions
@@ -52,13 +54,16 @@ def test_every_way_of_healing_makes_a_checkpoint_that_is_measured(healed: Path) 
     names = [entry.name for entry in evaluation.models]
     assert names == ["original", "pruned", "retrained-lora", "retrained-full"]
     pruned = evaluation.models[1].model
+    of_the_run = (healed / "README.md").read_text()
     for name in names[2:]:
         record = Retraining.load(healed / name / "retrain.json")
         assert record.model.fingerprint == pruned.fingerprint and record.steps == 4
         assert [step for step, _ in record.curves["held_out"]] == [0, 2, 4]
         checkpoint = shortllm.open_checkpoint(healed / name)
         assert checkpoint.block_count == 10
-        assert (healed / name / "README.md").read_text() == (healed / "README.md").read_text()
+        card = (healed / name / "README.md").read_text()
+        shown = f'path = "{name}"  #'
+        assert shown in card and card.replace(shown, 'path = "pruned"  #') == of_the_run
     assert (healed / "retrained-lora" / "adapter" / "adapter_model.safetensors").exists()
     benchmark = Benchmark.load(healed / "bench.json")
     assert [one.name for one in benchmark.models] == ["original", "pruned"]
@@ -66,7 +71,7 @@ def test_every_way_of_healing_makes_a_checkpoint_that_is_measured(healed: Path) 
 
 def test_the_report_says_what_came_back_and_what_it_gained(healed: Path) -> None:
     page = (healed / "report.html").read_text()
-    for part in ("What came back", "retrained-lora", "What it gained", "It generates"):
+    for part in ("What came back", "retrained-lora", "What it gained"):
         assert part in page
     results = load_results(healed)
     before, removed = results.perplexities("original"), results.perplexities("pruned")
@@ -76,6 +81,20 @@ def test_the_report_says_what_came_back_and_what_it_gained(healed: Path) -> None
     assert share is not None and f"{100 * share:.1f}".replace("-", "−") in page
     card = (healed / "README.md").read_text()
     assert "Not retrained" not in card and "retrained-lora" in card
+
+
+@pytest.mark.parametrize(
+    ("scatter", "said"), [(0.05, "It generates"), (0.5, "single runs scatter by ± 50.0\u202f%")]
+)
+def test_a_speed_that_scatters_is_no_verdict(scatter: float, said: str, healed: Path) -> None:
+    results = load_results(healed)
+    assert results.benchmark is not None
+    measurements = [
+        one.model_copy(update={"latency_mean_s": 1.0, "latency_std_s": scatter})
+        for one in results.benchmark.measurements
+    ]
+    benchmark = results.benchmark.model_copy(update={"measurements": measurements})
+    assert said in verdict(replace(results, benchmark=benchmark))
 
 
 def test_the_same_run_again_skips_all_of_it(

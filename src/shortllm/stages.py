@@ -300,7 +300,8 @@ def _evaluate_one(
 
     decoder = session.decoder(checkpoint)
     work = sum(walk_flops(decoder, [NOTHING], *text.segments.ids.shape) for text in texts)
-    with progress(f"perplexity of {name}", work) as advance:
+    segments = sum(len(text.segments.ids) for text in texts)
+    with progress(f"perplexity of {name} on {segments:,} segments", work) as advance:
         perplexities = [
             measure_perplexity(decoder, text, memory=session.memory(), advance=advance)
             for text in texts

@@ -45,7 +45,8 @@ Data = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         help="Calibration text: a .txt, .jsonl, .json or .parquet file, a Hub data set "
-        "name[:config[:split]], or a built-in name. Default: bookcorpus."
+        "name[:config[:split]], or a built-in name. Default: bookcorpus; for the embedded "
+        "model its own."
     ),
 ]
 CalibrationFile = Annotated[

@@ -60,12 +60,12 @@ def write_report(run_dir: Path) -> Path:
         OutputError: the run directory cannot be written.
     """
     results = load_results(run_dir)
-    page, card = render_page(results), render_model_card(results)
-    write_text(run_dir / "README.md", card)
+    page = render_page(results)
+    write_text(run_dir / "README.md", render_model_card(results, PRUNED))
     for name in (PRUNED, *results.healed_by, QUANTIZED):
         if (run_dir / name).is_dir():
             _keep_original_card(run_dir / name)
-            write_text(run_dir / name / "README.md", card)
+            write_text(run_dir / name / "README.md", render_model_card(results, name))
     write_text(run_dir / "report.html", page)
     return run_dir / "report.html"
 

@@ -74,6 +74,7 @@ def _protocol(
     return {
         "rows": rows + _version_rows(run.versions, of_stages),
         "command": command_line(run.command),
+        "cut": any("/" in word for word in run.command[1:]),
         "recipe": list(flattened(run.recipe)),
         "citations": cited(criteria),
     }

@@ -65,14 +65,19 @@ def _page(
     return template.render(head=head, sections=shown) + "\n"
 
 
-def render_model_card(results: RunResults) -> str:
-    """The model card: Markdown with the Hub's YAML front matter."""
+def render_model_card(results: RunResults, directory: str) -> str:
+    """The model card: Markdown with the Hub's YAML front matter.
+
+    Args:
+        directory: the name of the checkpoint that it shows how to load.
+    """
     plan = results.plan
     card = (
         _templates()
         .get_template("model_card.md.j2")
         .render(
             head=sections.head(results),
+            directory=directory,
             base_model=hub_id(plan.model),
             plan=plan,
             protected=sorted(plan.protected),

@@ -76,8 +76,8 @@ def load_runs(directories: Sequence[Path]) -> dict[str, RunResults]:
         results = load_results(place)
         if results.evaluation is None:
             raise ResultFileError(
-                f"{place} holds no evaluation, so that there is nothing to compare. Finish it "
-                "with: shortllm run"
+                f"{place} holds no evaluation, so that there is nothing to compare. Finish it: the "
+                "command that began it stands in its run.json"
             )
         runs[_name_among(place, places)] = results
     return runs
@@ -313,7 +313,7 @@ def table(models: Sequence[ComparedModel]) -> tuple[tuple[str, ...], list[tuple[
     tasks = any(one.zeroshot_mean is not None for one in models)
     speed = any(one.latency_s is not None for one in models)
     columns = ["", "model", "blocks", "parameters", "bytes", *(f"ppl {text}" for text in texts)]
-    columns += ["tasks"] * tasks + ["latency [s]", "speed-up"] * speed
+    columns += ["tasks"] * tasks + ["median latency [s]", "speed-up"] * speed
     rows = []
     for place, one in enumerate(models, start=1):
         name = one.original if one.run is None else f"{one.run}: {one.name}"

@@ -14,6 +14,7 @@ from shortllm.reporting.wording import (
     number,
     percent,
 )
+from shortllm.results.benchmark import Measurement
 from shortllm.rundir import PRUNED
 
 METHOD_NAMES = {
@@ -81,6 +82,10 @@ def _regained(results: RunResults) -> str:
     return ""
 
 
+SCATTER = 0.3
+"""Standard deviation of a latency, as a part of its mean, above which it says nothing."""
+
+
 def _gained(results: RunResults) -> str:
     """How much faster the shortened model generates; empty where it was not measured."""
     found = results.benchmark
@@ -90,8 +95,20 @@ def _gained(results: RunResults) -> str:
         speedup = found.speedup(one)
         if one.model == PRUNED and speedup is not None:
             batch = f"batch {one.batch}, {one.new_tokens} new tokens"
+            first = found.find(found.models[0].name, one.batch, one.new_tokens)
+            scatter = max(_scatter(each) for each in (first, one) if each is not None)
+            if scatter > SCATTER:
+                return (
+                    f" How fast it generates cannot be said: single runs scatter by "
+                    f"± {percent(scatter)} ({batch}). Measure on a quiet machine."
+                )
             return f" It generates {number(speedup, 3)} times as fast ({batch})."
     return ""
+
+
+def _scatter(one: Measurement) -> float:
+    """Standard deviation of the latency as a part of its mean."""
+    return (one.latency_std_s or 0.0) / (one.latency_mean_s or 1.0)
 
 
 def _before_and_after(results: RunResults) -> dict[str, tuple[float, float]]:
