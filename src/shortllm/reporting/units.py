@@ -158,7 +158,7 @@ def terminal_table(results: UnitsResults) -> tuple[tuple[str, ...], list[tuple[s
         columns += [f"healed {text}" for text in shown["texts"]]
     columns += ["tasks", "healed"] if shown["tasks"] and shown["healed"] else []
     columns += ["tasks"] if shown["tasks"] and not shown["healed"] else []
-    columns += ["median s", "speed-up", "peak"]
+    columns += ["median latency s", "speed-up", "peak"]
     rows = []
     for row in shown["rows"]:
         cells = [row["name"], row["unit"], row["parameters"], *row["before"]]
