@@ -172,13 +172,11 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def progress(task: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A progress bar with the time left, on a terminal's standard error; elsewhere the task's name.
+    """A progress bar with the time left, on a terminal's standard error; silent elsewhere.
 
     Yields a function to call with the amount of work done since its last call.
     """
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        if os.environ.get("RANK", "0") == "0":
-            log.info("%s", task)
         yield lambda amount: None
         return
     from rich.console import Console
