@@ -444,13 +444,13 @@ def test_scores_equal_those_of_the_harness_alone(shared: Path, tmp_path: Path) -
     short = shortllm.prune(
         str(shared / "models" / "stories260K"), [2], tmp_path / "short", verify=False
     )
-    ours = evaluate(str(short), tasks=["paper"], task_data=shared / "data", limit=10)
+    ours = evaluate(str(short), tasks=["paper"], task_data=shared / "data", limit=20)
     makes = shared / "lm_eval_tasks" / "make_tasks.py"
     subprocess.run([sys.executable, makes, tmp_path / "tasks"], check=True, capture_output=True)
     names = ",".join(f"{task}_local" for task in METRICS)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={short},dtype=float32", "--batch_size", "8"]
-    command += ["--include_path", tmp_path / "tasks", "--tasks", names, "--limit", "10"]
+    command += ["--include_path", tmp_path / "tasks", "--tasks", names, "--limit", "20"]
     command += ["--output_path", tmp_path / "out"]
     environment = {
         **os.environ,

@@ -99,7 +99,7 @@ def _gained(results: RunResults) -> str:
             scatter = max(_scatter(each) for each in (first, one) if each is not None)
             if scatter > SCATTER:
                 return (
-                    f" How fast it generates cannot be said: single runs scatter by "
+                    " How fast it generates cannot be said: single runs scatter by "
                     f"± {percent(scatter)} ({batch}). Measure on a quiet machine."
                 )
             return f" It generates {number(speedup, 3)} times as fast ({batch})."
