@@ -20,8 +20,8 @@ import venv
 from pathlib import Path
 from zipfile import ZipFile
 
-from file_tree import PACKAGE, REPOSITORY, tracked
-
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = "src/shortllm"
 DIST = REPOSITORY / "dist"
 
 MOST_SECONDS = 3.0
@@ -62,6 +62,11 @@ def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
     return done.stdout
 
 
+def tracked() -> set[str]:
+    """Every file of the repository."""
+    return {name for name in run("git", "ls-files", "-z").split("\0") if name}
+
+
 def build(scratch: Path) -> tuple[Path, Path]:
     """The sdist, and the wheel built from it, in dist/; one built from the tree holds the same."""
     shutil.rmtree(DIST, ignore_errors=True)
@@ -82,7 +87,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 def check_files(sdist: Path, wheel: Path) -> None:
     """The wheel holds the package and nothing else, the sdist the whole repository."""
-    files = set(tracked())
+    files = tracked()
     package = {name.removeprefix("src/") for name in files if name.startswith(f"{PACKAGE}/")}
     held = {name for name in contents(wheel) if ".dist-info/" not in name}
     require_same("the wheel", held, package)

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-import file_tree
 import pytest
 import torch
 import typer
@@ -128,11 +127,6 @@ def test_the_script_in_the_text_is_the_script(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text()
     script = (DOCS / f"{name}.py").read_text()
     assert f"```python\n{script}```\n" in text
-
-
-def test_the_tree_names_every_file() -> None:
-    written = file_tree.BLOCK.findall(file_tree.PAGE.read_text(encoding="utf-8"))
-    assert written == [file_tree.tree()], "run: python tests/file_tree.py --write"
 
 
 @pytest.mark.parametrize("top", [1, 3])
