@@ -5,9 +5,10 @@
     python tools/capabilities.py --json           the inventory of this version
     python tools/capabilities.py --against FILE   against another inventory
 
-The inventory of 0.1 is tests/golden/inventory_0.1.json. It has every command with its flags (type, default, help), every public Python name with
-its signature, every field of recipes and result files, the recipes, and the environment variables.
-What was renamed on purpose is listed in tools/renamed.json.
+The inventory of 0.1 is tests/golden/inventory_0.1.json. It has every command with its flags (type,
+default, help), every public Python name with its arguments or members, every field of recipes and
+result files, the recipes, and the environment variables. What was renamed or removed on purpose is
+listed in tools/renamed.json: {"commands": {"shortllm old": "shortllm new", "shortllm run --old": ""}}.
 """
 
 from __future__ import annotations
