@@ -8,7 +8,7 @@
 The inventory of 0.1 is tests/golden/inventory_0.1.json. It has every command with its flags (type,
 default, help), every public Python name with its arguments or members, every field of recipes and
 result files, the recipes, and the environment variables. What was renamed or removed on purpose is
-listed in tools/renamed.json, as {"commands": {"shortllm old": "shortllm new", "shortllm x --y": ""}}.
+listed in tools/renamed.json, as {"commands": {"shortllm old": "shortllm new"}}.
 """
 
 from __future__ import annotations
