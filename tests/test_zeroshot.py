@@ -188,7 +188,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_embedded_tasks_score_as_a_plain_measurement_does(short: Path) -> None:
     """Both models: the harness, with documents loaded once, against torch and nothing else."""
-    from shortllm.embedded.measure import task_accuracy
+    from measure import task_accuracy
 
     evaluation = evaluate("embedded", str(short), tasks=["embedded"], limit=20)
     for place, directory in enumerate((embedded.MODEL_DIR, short)):

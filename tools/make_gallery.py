@@ -1,7 +1,7 @@
 """The gallery: criteria, and width against depth, on small models, as plots and a page.
 
-    python docs/make_gallery.py                      # the embedded model: some minutes on two cores
-    python docs/make_gallery.py --shared ../shared   # and the real models of that directory
+    python tools/make_gallery.py                     # the embedded model: some minutes on two cores
+    python tools/make_gallery.py --shared ../shared  # and the real models of that directory
 
 Writes docs/gallery.md and docs/images/gallery/*.svg. The runs behind it stay in --runs, where
 what is up to date is not made again.
@@ -25,13 +25,13 @@ from shortllm.reporting.speed import all_plots
 from shortllm.reporting.units import compared, smallest_cell, terminal_table
 from shortllm.retraining.options import RetrainOptions
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images" / "gallery"
 RATIO = 0.2
 INTRO = """# Gallery
 
 Small models, every criterion, and width against depth at one size: a fifth of the parameters
-removed, the same {steps} steps of LoRA for all. Made by `python docs/make_gallery.py --shared
+removed, the same {steps} steps of LoRA for all. Made by `python tools/make_gallery.py --shared
 ../shared`. Open marks are models that were not healed; speeds are those of two processor cores,
 and mean something as ratios. books5M was healed on books, which the two texts are not.
 

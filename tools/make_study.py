@@ -1,7 +1,7 @@
 """The study: what each criterion and search removes from small models, and each way to heal it.
 
-    python docs/make_study.py                      # the embedded model: some minutes on two cores
-    python docs/make_study.py --shared ../shared   # and the real models of that directory: an hour
+    python tools/make_study.py                      # the embedded model: some minutes on two cores
+    python tools/make_study.py --shared ../shared   # and the real models of that directory: an hour
 
 One removal by every criterion at each budget; each is measured as it is, with linear maps folded in
 (`shortllm heal`), folded into the block before (`shortllm merge --blocks`), and after the same LoRA
@@ -26,11 +26,16 @@ from shortllm.files import fingerprint, write_text
 from shortllm.recipe import CalibrationOptions, EvaluationOptions
 from shortllm.reporting.comparison import spans
 from shortllm.reporting.plots.drawing import (
-    COLOURS, drawn, line_style, mark_heights, plain_frame, standalone,
+    COLOURS,
+    drawn,
+    line_style,
+    mark_heights,
+    plain_frame,
+    standalone,
 )  # fmt: skip
 from shortllm.retraining.options import RetrainOptions
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 CRITERIA = ("ppl", "taylor", "influence", "angular", "greedy", "evolve", "local", "auto")
 SINGLE = CRITERIA[:5]
 """What `auto` is held against."""
@@ -51,7 +56,7 @@ removed blocks folded into the one before them ([`merge --blocks`](heal.md#mergi
 {searched:.0%} of them to search on, and the others for `auto` to decide by.
 The stories models are measured on every fifth story of the data set, and scored and healed on the
 others; books5M is measured on six books that it never saw. Made by
-`python docs/make_study.py --shared ../shared`, which writes [study.json](study.json) too.
+`python tools/make_study.py --shared ../shared`, which writes [study.json](study.json) too.
 
 ![Perplexity against the part of the blocks removed, by model and way to heal](images/study.svg)
 

@@ -1,6 +1,6 @@
 """Make the embedded model: build the tokenizer, train a small Llama from scratch, measure it.
 
-    python -m shortllm.embedded.train --out src/shortllm/embedded/model
+    python tools/embedded/train.py --out src/shortllm/embedded/model
 
 takes about half an hour on two CPU cores. Pages of the `train` split are packed end to end into
 windows. Muon moves the matrices of the blocks, AdamW all else; the learning rate rises quickly,
@@ -26,17 +26,17 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from shortllm.embedded.measure import (
+from measure import (
     perplexity,
     removal_perplexities,
     task_accuracy,
     token_rows,
     without_blocks,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from shortllm.embedded.questions import TASKS, Task
 from shortllm.embedded.world import pages, rows
 
