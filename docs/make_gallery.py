@@ -16,7 +16,10 @@ from pathlib import Path
 
 import shortllm
 from shortllm.files import write_text
-from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.benchmark.options import BenchmarkOptions
+from shortllm.data.options import CalibrationOptions
+from shortllm.evaluation.options import EvaluationOptions
+from shortllm.recipe import Recipe
 from shortllm.reporting.comparison import criteria_plot
 from shortllm.reporting.loading import load_units
 from shortllm.reporting.plots.drawing import standalone

@@ -23,11 +23,17 @@ from typing import Any
 import shortllm
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.files import fingerprint, write_text
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
+from shortllm.data.options import CalibrationOptions
+from shortllm.evaluation.options import EvaluationOptions
 from shortllm.reporting.comparison import spans
 from shortllm.reporting.plots.drawing import (
-    COLOURS, drawn, line_style, mark_heights, plain_frame, standalone,
-)  # fmt: skip
+    COLOURS,
+    drawn,
+    line_style,
+    mark_heights,
+    plain_frame,
+    standalone,
+)
 from shortllm.retraining.options import RetrainOptions
 
 DOCS = Path(__file__).parent

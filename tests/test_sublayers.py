@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import shortllm
 from shortllm import journal
-from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.cli import app
 from shortllm.errors import (
     BudgetError,
@@ -30,14 +30,14 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.journal import Journal
-from shortllm.metrics import next_token_nll
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
-from shortllm.session import Session
-from shortllm.sublayers import measuring, stage
-from shortllm.sublayers.measuring import Variants, mean_nlls, remove_one_by_one
-from shortllm.sublayers.options import SublayerOptions
-from shortllm.sublayers.record import RECORD, SublayerDrop
+from shortllm.model.metrics import next_token_nll
+from shortllm.model.session import Session
+from shortllm.sublayers import influence as measuring
+from shortllm.sublayers import stage
+from shortllm.sublayers.influence import Variants, mean_nlls, remove_one_by_one
+from shortllm.sublayers.options import RECORD, SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers, without_sublayers
 
 SKIPPED = {

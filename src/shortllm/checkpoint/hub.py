@@ -13,8 +13,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from shortllm.checkpoint.config import checked_config
-from shortllm.checkpoint.trust import is_trusted
+from shortllm.checkpoint.config import checked_config, is_trusted
 from shortllm.errors import CheckpointError
 
 SECOND_COPIES = ["consolidated*", "*/*"]

@@ -20,7 +20,7 @@ Revision = Annotated[
 def _trust(given: bool) -> bool:
     """Note at once that the flag was given: every model that is opened afterwards may need it."""
     if given:
-        from shortllm.checkpoint.trust import trust_from_now_on
+        from shortllm.checkpoint.config import trust_from_now_on
 
         trust_from_now_on()
     return given

@@ -30,7 +30,7 @@ from shortllm.cli.output import print_json, print_table
 from shortllm.cli.values import bytes_in, calibration_of, counts_in
 
 if TYPE_CHECKING:
-    from shortllm.sublayers.record import SublayerDrop
+    from shortllm.sublayers.options import SublayerDrop
 
 
 def drop_sublayers(

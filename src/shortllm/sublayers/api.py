@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.recipe import CalibrationOptions, Recipe
-from shortllm.session import Session
-from shortllm.sublayers.options import SublayerOptions
-from shortllm.sublayers.record import SublayerDrop
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
+from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.sublayers.stage import drop_sublayers as stage
-from shortllm.texts import calibrate
 
 
 def drop_sublayers(

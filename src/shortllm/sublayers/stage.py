@@ -13,23 +13,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm.checkpoint.made import finished, made_fingerprint, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.stored import require_stored
-from shortllm.checkpoint.surgery import (
-    check_removal,
-    renumbered_tensors,
-    require_apart,
-)
 from shortllm.errors import CriterionError, DataError, UnsupportedModelError
 from shortllm.files import PARTIAL, require_writable
 from shortllm.journal import Journal
-from shortllm.metrics import perplexity
-from shortllm.results.record import Cost
+from shortllm.model.metrics import perplexity
+from shortllm.model.session import Session
+from shortllm.records import Cost
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.session import Session
-from shortllm.sublayers.options import SublayerOptions
-from shortllm.sublayers.record import RECORD, DroppedSublayer, SublayerDrop
+from shortllm.sublayers.options import RECORD, DroppedSublayer, SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import (
     PARTS,
     Outputs,
@@ -39,13 +31,15 @@ from shortllm.sublayers.structure import (
     without_sublayers,
 )
 from shortllm.sublayers.writing import write_dropped, zeroed_names
+from shortllm.surgery.apply import check_removal, renumbered_tensors, require_apart
+from shortllm.surgery.derived import finished, made_fingerprint, require_free, require_stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from shortllm.calibration import Calibration
+    from shortllm.data.calibration import Calibration
     from shortllm.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -146,7 +140,7 @@ def _choose(
 ) -> tuple[float | None, list[DroppedSublayer]]:
     """The intact model's perplexity, if it was measured, and what goes, in order."""
     from shortllm.model.walk import walk_flops
-    from shortllm.sublayers.measuring import Variants, influence, remove_one_by_one, rounds_flops
+    from shortllm.sublayers.influence import Variants, influence, remove_one_by_one, rounds_flops
 
     number = options.remove
     assert number is not None
@@ -198,7 +192,7 @@ def _write(
     started: float,
 ) -> None:
     """Write, load again, compare."""
-    from shortllm.checkpoint.verify import verify_shortened
+    from shortllm.surgery.verify import verify_shortened
 
     gone: list[Sublayer] = [(one.block, one.part) for one in dropped]
     fixed = checkpoint.info().fixed
@@ -252,7 +246,7 @@ def _expected(
 
     A function of its own, so that the source is let go before the result is loaded.
     """
-    from shortllm.checkpoint.verify import bypass_logits, caches_rightly
+    from shortllm.surgery.verify import bypass_logits, caches_rightly
 
     decoder = session.decoder(checkpoint)
     with without_sublayers(decoder, outputs, zeroed):

@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.made import write_made
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.stored import stored_name
-from shortllm.checkpoint.surgery import PROVENANCE, provenance_of
 from shortllm.checkpoint.tensors import TensorEntry
-from shortllm.sublayers.record import RECORD, SublayerDrop
+from shortllm.sublayers.options import RECORD, SublayerDrop
 from shortllm.sublayers.structure import PARTS, Outputs, Sublayer
+from shortllm.surgery.apply import PROVENANCE, provenance_of
+from shortllm.surgery.derived import stored_name, write_made
 
 
 def write_dropped(
