@@ -63,10 +63,10 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, int, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure."""
-    from shortllm.asked import Asked
+    from shortllm.criteria.selection import Asked
     from shortllm.model.decoder import Decoder
+    from shortllm.pruning.scoring import Scorer
     from shortllm.runtime import versions
-    from shortllm.scoring import Scorer
 
     shape = dict(SHAPES[arguments.shape])
     shape["num_hidden_layers"] = arguments.blocks or shape["num_hidden_layers"]

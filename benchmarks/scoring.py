@@ -52,11 +52,11 @@ def walk(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[fl
     """Perplexity without each block, or the order of so many removals, by shortllm."""
     import torch
 
-    from shortllm.asked import Asked
-    from shortllm.checkpoint import open_checkpoint
+    from shortllm.checkpoint.source import open_checkpoint
+    from shortllm.criteria.selection import Asked
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
-    from shortllm.scoring import Scorer
+    from shortllm.pruning.scoring import Scorer
 
     checkpoint = open_checkpoint(model)
     decoder = Decoder(load_model(checkpoint, device=torch.device("cpu"), dtype=dtype))

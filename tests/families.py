@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from shortllm.asked import Asked
-from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import write_shortened
+from shortllm.checkpoint.config import auto_class
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Scores
-from shortllm.model.blocks import auto_class
+from shortllm.criteria.selection import Asked
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import quiet_transformers
 from shortllm.model.streamed import open_streamed
-from shortllm.scoring import Scorer
+from shortllm.pruning.scoring import Scorer
+from shortllm.surgery.apply import write_shortened
 
 VOCABULARY = 97
 WINDOW = 5

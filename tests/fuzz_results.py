@@ -30,17 +30,16 @@ from healthy import (
 from mutations import damaged, damaged_bytes
 
 import shortllm
-from shortllm.budget import Budget
-from shortllm.calibration import Calibration, check_ids, load_calibration, tokens_fingerprint
-from shortllm.checkpoint import open_checkpoint
-from shortllm.data.records import open_records
-from shortllm.data.sources import load_rows
+from shortllm.checkpoint.source import open_checkpoint
+from shortllm.data.calibration import Calibration, check_ids, load_calibration, tokens_fingerprint
+from shortllm.data.options import CalibrationInfo
+from shortllm.data.sources import load_rows, open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import ShortLLMError
 from shortllm.journal import Journal
+from shortllm.pruning.budget import Budget
+from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.reporting.plots import drawing
-from shortllm.results.plan import PrunePlan
-from shortllm.results.scores import BlockScores, CalibrationInfo
 
 
 def result_files(random: Random, bench: Bench) -> Act:

@@ -20,15 +20,28 @@ from families import build, opened, saved, shortened
 from test_cli import call
 
 import shortllm
-from shortllm import benchmark, meters
+from shortllm.benchmark import bench as benchmark
+from shortllm.benchmark import meters
+from shortllm.benchmark.interleaved import (
+    Runs,
+    Subject,
+    Turns,
+    in_turn,
+    measurement_of,
+    weight_bytes,
+)
+from shortllm.benchmark.meters import Sampler, is_out_of_memory, meter_of
+from shortllm.benchmark.options import (
+    BENCHMARK_PRESETS,
+    Benchmark,
+    BenchmarkOptions,
+    Measurement,
+    PeakMemory,
+)
 from shortllm.errors import DataError, OutputError, ShortLLMError
-from shortllm.meters import Sampler, is_out_of_memory, meter_of
-from shortllm.recipe import BENCHMARK_PRESETS, BenchmarkOptions
+from shortllm.model.session import Session
 from shortllm.reporting import speed
 from shortllm.reporting.rendering import _templates
-from shortllm.results.benchmark import Benchmark, Measurement, PeakMemory
-from shortllm.session import Session
-from shortllm.turns import Runs, Subject, Turns, in_turn, measurement_of, weight_bytes
 
 CPU = torch.device("cpu")
 QUICK = BenchmarkOptions(new_tokens=[4], warmup=1, runs=2)

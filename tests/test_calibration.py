@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from shortllm.calibration import (
+from shortllm.data.calibration import (
     Calibration,
     build_calibration,
     check_ids,
@@ -25,8 +25,8 @@ from shortllm.calibration import (
 )
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
+from shortllm.data.texts import evaluation_segments
 from shortllm.errors import DataError, OutputError, ResultFileError
-from shortllm.segments import evaluation_segments
 
 BOS = 0
 

@@ -17,13 +17,13 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, T5Config
 
-from shortllm.checkpoint import open_checkpoint
-from shortllm.checkpoint.pickled import load_pickled
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import (
     PICKLED,
     PICKLED_INDEX,
     SAFETENSORS,
     SAFETENSORS_INDEX,
+    load_pickled,
     read_tensor_table,
 )
 from shortllm.embedded import MODEL_DIR

@@ -19,18 +19,17 @@ import torch
 import shortllm
 from shortllm import criteria, embedded, journal, stages
 from shortllm.cli import main
-from shortllm.comparison.question import CRITERIA, fill_recipe
+from shortllm.comparison.options import CRITERIA, Comparison, Contender, RemovedSet, fill_recipe
+from shortllm.comparison.ranking import standings, verdict
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import prepare_texts
 from shortllm.errors import ResultFileError, ShortLLMError
-from shortllm.metrics import next_token_nll
+from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.model.decoder import Decoder
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
+from shortllm.model.metrics import next_token_nll
+from shortllm.model.session import Session
+from shortllm.pruning.records import BlockScores
 from shortllm.reporting.comparison import spans
-from shortllm.results.comparison import Comparison, Contender, RemovedSet
-from shortllm.results.evaluation import Perplexity
-from shortllm.results.scores import BlockScores
-from shortllm.session import Session
-from shortllm.standings import standings, verdict
-from shortllm.texts import prepare_texts
 
 NAMES = ["ppl", "angular", "greedy", "even"]
 RATIOS = [0.08, 0.1, 0.3, 0.9]

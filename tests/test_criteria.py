@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shortllm import criteria, journal
-from shortllm.asked import Asked
 from shortllm.criteria import Scores
+from shortllm.criteria.selection import Asked
 from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
-from shortllm.metrics import next_token_nll, reduce_powers
 from shortllm.model import walk
 from shortllm.model.backward import block_weights, walk_back
 from shortllm.model.decoder import Decoder
+from shortllm.model.hidden_states import StreamMemory
+from shortllm.model.metrics import next_token_nll, reduce_powers
 from shortllm.model.streamed import open_streamed
-from shortllm.model.streams import StreamMemory
 from shortllm.runtime import ALONE
 
 WITH_TEXT = ["ppl", "kl", "taylor", "influence", "relative", "angular"]
@@ -293,7 +293,7 @@ def stored_weights(model: nn.Module) -> Any:
 
     from families import save
 
-    from shortllm.checkpoint import open_checkpoint
+    from shortllm.checkpoint.source import open_checkpoint
 
     directory = tempfile.mkdtemp()
     return open_checkpoint(save(model, Path(directory)))

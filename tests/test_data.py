@@ -16,10 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shortllm.data.built_ins import BUILT_INS
-from shortllm.data.records import open_records
 from shortllm.data.rows import PackedTexts, Rows, split_held_out
-from shortllm.data.sources import load_rows
+from shortllm.data.sources import BUILT_INS, load_rows, open_records
 from shortllm.errors import DataError
 
 TEXTS = ["one two", "", "drei \u00fc\u2028vier", " five \U0001f40d "]
@@ -348,7 +346,7 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, shortllm.data.records; "
+        "import sys, shortllm.data.sources; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'pyarrow')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -28,7 +28,7 @@ from shortllm.demo import charts, embedded, generating, markup, page, serving
 from shortllm.demo.generating import Limits, Progress, Request, generate
 from shortllm.demo.models import Models, named_models, open_models
 from shortllm.errors import OutputError, ShortLLMError
-from shortllm.session import Session
+from shortllm.model.session import Session
 
 CHROMIUM = Path("/usr/bin/chromium")
 PROMPT = "There was a drum in the school."

@@ -18,12 +18,12 @@ from families import shortened as without
 from retraining import options, shortened, text
 
 import shortllm
-from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS
 from shortllm.errors import OutputError
 from shortllm.files import partial_directory, write_text
 from shortllm.journal import Journal
-from shortllm.model.streams import StreamMemory
+from shortllm.model.hidden_states import StreamMemory
 from shortllm.retraining import stage
 
 FULL = r"no space left on the disk of .*: .* are free.*Nothing half-written was kept. Make room"

@@ -26,14 +26,13 @@ from families import (
 from torch import Tensor, nn
 
 from shortllm import criteria
-from shortllm.asked import Asked
 from shortllm.criteria import Scores
+from shortllm.criteria.selection import Asked
 from shortllm.errors import UnsupportedModelError
-from shortllm.metrics import next_token_nll
 from shortllm.model import walk
-from shortllm.model.calls import BlockCall
-from shortllm.model.decoder import Decoder
-from shortllm.scoring import Scorer, removals_of
+from shortllm.model.decoder import BlockCall, Decoder
+from shortllm.model.metrics import next_token_nll
+from shortllm.pruning.scoring import Scorer, removals_of
 
 
 def score_ppl(model: nn.Module, ids_BT: Tensor) -> Scores:

@@ -9,14 +9,16 @@ import pytest
 import torch
 from families import LENGTH, loaded, opened, saved, token_ids
 
-from shortllm import criteria, estimate, info
-from shortllm.asked import Asked
-from shortllm.checkpoint import Checkpoint
+from shortllm import criteria
+from shortllm.api import info
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.criteria.selection import Asked
 from shortllm.errors import CriterionError
-from shortllm.estimate import Estimate, Probe, Setting, estimates, probe_machine
 from shortllm.model.decoder import Decoder
-from shortllm.scoring import Scorer
-from shortllm.session import Session
+from shortllm.model.session import Session
+from shortllm.pruning import estimate
+from shortllm.pruning.estimate import Estimate, Probe, Setting, estimates, probe_machine
+from shortllm.pruning.scoring import Scorer
 
 SAMPLES = 3
 

@@ -15,7 +15,7 @@ from fuzzing import fuzz, judge, shares, summary
 from healthy import kinds_of, records
 
 from shortllm.errors import ShortLLMError
-from shortllm.results.record import ResultFile
+from shortllm.records import ResultFile
 
 INPUTS = 1200
 SEED = 2026

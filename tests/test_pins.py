@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import shortllm
 from shortllm import pipeline
-from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS
+from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, OutputError
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
+from shortllm.evaluation.options import EvaluationOptions
 
 ID = "acme/tiny"
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from shortllm.budget import Budget, check_budget, most_blocks, removable
 from shortllm.criteria import require_finite
 from shortllm.errors import BudgetError, CriterionError, ResultFileError
-from shortllm.planning import build_plan, removal_order
-from shortllm.results.plan import PrunePlan
-from shortllm.results.record import ModelInfo
-from shortllm.results.scores import BlockScores
+from shortllm.pruning.budget import Budget, check_budget, most_blocks, removable
+from shortllm.pruning.planning import build_plan, removal_order
+from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.records import ModelInfo
 
 
 def model(blocks: int = 12, per_block: list[int] | None = None, outside: int = 100) -> ModelInfo:

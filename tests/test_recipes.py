@@ -17,21 +17,29 @@ from families import build, config_of, save
 from test_cli import call
 
 import shortllm
-from shortllm import embedded, pipeline, rundir
-from shortllm.asked import Asked
-from shortllm.budget import check_budget, protected_blocks
-from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import check_removal
+from shortllm import embedded, pipeline
+from shortllm import run_directory as rundir
+from shortllm.benchmark.options import BenchmarkOptions
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.criteria.selection import Asked
 from shortllm.errors import BudgetError, CheckpointError, RecipeError
-from shortllm.planning import build_plan
+from shortllm.evaluation.options import (
+    EvaluatedModel,
+    Evaluation,
+    EvaluationOptions,
+    Perplexity,
+    TaskScore,
+)
+from shortllm.evaluation.tasks import EMBEDDED_TASKS, METRICS, task_names
+from shortllm.pruning.budget import check_budget, protected_blocks
+from shortllm.pruning.planning import build_plan
 from shortllm.published import Published, PublishedFigures, beside, compared_blocks
-from shortllm.recipe import BenchmarkOptions, EvaluationOptions, Recipe
+from shortllm.recipe import Recipe
 from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text
+from shortllm.records import ModelInfo
 from shortllm.released import measure_released, released_recipes
-from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity, TaskScore
-from shortllm.results.record import ModelInfo
-from shortllm.zeroshot.tasks import EMBEDDED_TASKS, METRICS, task_names
+from shortllm.surgery.apply import check_removal
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
 PUBLISHED = [name for name, recipe in RECIPES.items() if recipe.published is not None]
@@ -459,7 +467,7 @@ def test_released_checkpoints_are_measured_one_after_the_other(
     assert len(table) == 7 and table[0] == "recipe,checkpoint,quantity,ours,published"
 
     monkeypatch.setattr("shortllm.model.loading.load_model", None)  # needing a model would fail
-    monkeypatch.setattr("shortllm.benchmark.load_model", None)
+    monkeypatch.setattr("shortllm.benchmark.bench.load_model", None)
     with caplog.at_level(logging.INFO, logger="shortllm"):
         again = measure_released(recipes, out=out)
     assert again == found and caplog.text.count("eval.json is up to date") == 2

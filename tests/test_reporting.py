@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 from shortllm import criteria
+from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
+from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity, Samples
+from shortllm.pruning.records import BlockScores, PrunePlan, Size
+from shortllm.records import Cost, ModelInfo
 from shortllm.reporting import write_report
 from shortllm.reporting.citations import CITATIONS, cited
 from shortllm.reporting.names import model_name
@@ -21,10 +25,6 @@ from shortllm.reporting.plots.criteria import ComparisonPlot, CriterionLine
 from shortllm.reporting.plots.sensitivity import SensitivityPlot
 from shortllm.reporting.sections import IMPORTANCE_LABELS, LONG_TABLE
 from shortllm.reporting.wording import THIN, change, number
-from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity, Samples
-from shortllm.results.plan import PrunePlan, Size
-from shortllm.results.record import Cost, ModelInfo
-from shortllm.results.scores import BlockScores, CalibrationInfo
 
 TOKENS = "ca11b" * 12
 SCORES = "5c" * 32

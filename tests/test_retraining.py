@@ -19,25 +19,26 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shortllm
-from shortllm.checkpoint import open_checkpoint
-from shortllm.data.records import open_records
+from shortllm.checkpoint.source import open_checkpoint
+from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
-from shortllm.metrics import kl_divergence
+from shortllm.model.metrics import kl_divergence
 from shortllm.reporting.retraining import retraining_section
 from shortllm.retraining import CONFIGS
 from shortllm.retraining.cache import CachedTeacher, target_rows, write_cache
-from shortllm.retraining.distill import (
+from shortllm.retraining.distillation import (
     Streams,
+    answer_loss,
     hidden_loss,
     kept_loss,
     lineage,
     recorded,
     soft_loss,
+    summed_nll,
     teacher_blocks,
 )
 from shortllm.retraining.documents import Document, documents, kind_of, template_of
-from shortllm.retraining.objective import answer_loss, summed_nll
 from shortllm.retraining.options import RetrainOptions, micro_batch, warmup
 from shortllm.retraining.preparing import work_directory
 from shortllm.retraining.store import Corpus, open_corpus, write_corpus

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 import shortllm
 from shortllm.recipes import DIRECTORY, recipe_names
-from shortllm.results.record import ResultFile
+from shortllm.records import ResultFile
 from shortllm.schemas import _HOME, NAMES, schema
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -21,9 +21,9 @@ import shortllm
 from shortllm import journal, stages
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.model import loading
+from shortllm.model.session import Session
 from shortllm.model.streamed import StreamedWeights
-from shortllm.results.scores import BlockScores
-from shortllm.session import Session
+from shortllm.pruning.records import BlockScores
 
 EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
 SAMPLES = 5
@@ -305,7 +305,7 @@ def test_a_streamed_model_is_run_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_streams_that_fit_nowhere_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    from shortllm.model.streams import StreamMemory
+    from shortllm.model.hidden_states import StreamMemory
 
     memory = StreamMemory(limit=0, directory=tmp_path)
     with pytest.raises(OutputError, match="MiB are needed, .* MiB are free"):

@@ -19,20 +19,25 @@ from test_scoring import TORCHRUN, call, equal_scores
 from torch import Tensor
 
 import shortllm
-from shortllm import Budget, CalibrationOptions, EvaluationOptions, Recipe, journal
-from shortllm.asked import Asked
-from shortllm.comparison.question import prepare_question
+from shortllm import journal
+from shortllm.comparison.options import prepare_question
 from shortllm.criteria import Scores
+from shortllm.criteria.records import Search
 from shortllm.criteria.search import ONE_SHOT
+from shortllm.criteria.selection import Asked
+from shortllm.data.options import CalibrationOptions
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import BudgetError, CriterionError
+from shortllm.evaluation.options import EvaluationOptions
 from shortllm.journal import Journal
-from shortllm.metrics import kl_divergence, next_token_nll
 from shortllm.model.decoder import Decoder
-from shortllm.planning import build_plan
-from shortllm.results.record import ModelInfo
-from shortllm.results.scores import BlockScores, Search
-from shortllm.searching import BlockSearch
+from shortllm.model.metrics import kl_divergence, next_token_nll
+from shortllm.pruning.budget import Budget
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import BlockScores
+from shortllm.pruning.search_space import BlockSearch
+from shortllm.recipe import Recipe
+from shortllm.records import ModelInfo
 
 FREE = {"protect_first": 0, "protect_last": 0}
 ALL_TEXT = {**FREE, "held_out": 0}
@@ -388,7 +393,7 @@ def test_many_sets_go_through_in_several_walks(
     fitness: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = search("local", fitness=fitness, **FREE)
-    monkeypatch.setattr("shortllm.searching.TOGETHER", 3)
+    monkeypatch.setattr("shortllm.pruning.search_space.TOGETHER", 3)
     assert search("local", fitness=fitness, **FREE) == expected
 
 

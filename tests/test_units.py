@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 import shortllm
+from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.cli import main
+from shortllm.comparison.options import UnitsComparison
+from shortllm.comparison.width_vs_depth import DEPTH, WIDTH, asked_methods
+from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
-from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
 from shortllm.reporting.loading import load_units
 from shortllm.reporting.units import compared, terminal_table
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.evaluation import Evaluation
-from shortllm.results.units import UnitsComparison
 from shortllm.retraining.options import RetrainOptions
-from shortllm.session import Session
-from shortllm.units import DEPTH, WIDTH, asked_methods
-from shortllm.width_pruning.options import WidthOptions
-from shortllm.width_pruning.record import WidthPruning
-from shortllm.width_pruning.sizing import removing
+from shortllm.width_pruning.choosing import removing
+from shortllm.width_pruning.options import WidthOptions, WidthPruning
 from shortllm.width_pruning.structure import find_groups
 
 RECIPE = Recipe(

@@ -15,19 +15,19 @@ import pytest
 
 import shortllm
 from shortllm import pipeline
+from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.cli import main
+from shortllm.data.options import CalibrationOptions
 from shortllm.errors import RecipeError, ResultFileError, ShortLLMError
-from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.evaluation.options import Evaluation, EvaluationOptions, Perplexity
+from shortllm.recipe import Recipe
 from shortllm.recipes import changed, load_recipe, recipe_names
 from shortllm.reporting.healing import came_back
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.plots.pareto import Point, front
 from shortllm.reporting.runs import compared_models, load_runs
 from shortllm.reporting.verdict import verdict
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.evaluation import Evaluation, Perplexity
-from shortllm.retraining.options import RetrainOptions
-from shortllm.retraining.record import Retraining
+from shortllm.retraining.options import Retraining, RetrainOptions
 
 QUICK = {"length": 64, "batch": 2, "max_steps": 4, "eval_every": 2, "held_out": 4, "report_to": []}
 RECIPE = Recipe(

@@ -23,15 +23,20 @@ import shortllm
 from shortllm import embedded, pipeline, stages
 from shortllm.cli import main
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
-from shortllm.recipe import EvaluationOptions, Recipe
+from shortllm.evaluation.harness import mean_score, measure_tasks
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.tasks import (
+    EMBEDDED_TASKS,
+    METRICS,
+    load_tasks,
+    require_harness,
+    task_names,
+)
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
 from shortllm.reporting import sections, write_report
 from shortllm.reporting.loading import load_results
 from shortllm.reporting.zeroshot import zeroshot
-from shortllm.results.evaluation import Evaluation
-from shortllm.session import Session
-from shortllm.zeroshot.measuring import measure_tasks
-from shortllm.zeroshot.scores import mean_score
-from shortllm.zeroshot.tasks import EMBEDDED_TASKS, METRICS, load_tasks, require_harness, task_names
 
 pytest.importorskip("lm_eval")
 

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import shortllm
+from shortllm import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe, RetrainOptions
 from shortllm.files import write_text
-from shortllm.recipe import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe
 from shortllm.reporting.comparison import criteria_plot
 from shortllm.reporting.loading import load_units
 from shortllm.reporting.plots.drawing import standalone
 from shortllm.reporting.runs import trade_plots
 from shortllm.reporting.speed import all_plots
 from shortllm.reporting.units import compared, smallest_cell, terminal_table
-from shortllm.retraining.options import RetrainOptions
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images" / "gallery"

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import shortllm
+from shortllm import CalibrationOptions, EvaluationOptions, RetrainOptions
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.files import fingerprint, write_text
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
 from shortllm.reporting.comparison import spans
 from shortllm.reporting.plots.drawing import (
     COLOURS,
@@ -32,8 +32,7 @@ from shortllm.reporting.plots.drawing import (
     mark_heights,
     plain_frame,
     standalone,
-)  # fmt: skip
-from shortllm.retraining.options import RetrainOptions
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 CRITERIA = ("ppl", "taylor", "influence", "angular", "greedy", "evolve", "local", "auto")

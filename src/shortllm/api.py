@@ -11,29 +11,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from shortllm import pipeline, rundir, stages, targets
-from shortllm.asked import asked_criteria
-from shortllm.budget import Budget
+from shortllm import pipeline, stages
+from shortllm import run_directory as rundir
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.errors import (
-    CheckpointError,
-    OutputError,
-    ResultFileError,
-)
-from shortllm.files import require_file_target, require_writable
-from shortllm.locking import releasing
+from shortllm.criteria.selection import asked_criteria
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.errors import CheckpointError, OutputError, ResultFileError
+from shortllm.files import releasing, require_file_target, require_writable
+from shortllm.model.session import Session
 from shortllm.pipeline import RunResult
-from shortllm.planning import build_plan
-from shortllm.recipe import CalibrationOptions, Recipe
-from shortllm.results.plan import PrunePlan
-from shortllm.results.scores import BlockScores
+from shortllm.pruning import targets
+from shortllm.pruning.budget import Budget
+from shortllm.pruning.estimate import ModelSummary, summarize
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.recipe import Recipe
 from shortllm.runtime import join_ranks
-from shortllm.session import Session
-from shortllm.summary import ModelSummary, summarize
-from shortllm.texts import calibrate
 
 if TYPE_CHECKING:
-    from shortllm.checkpoint.export_lint import ExportFinding
+    from shortllm.surgery.export_lint import ExportFinding
 
 
 def info(
@@ -275,7 +272,7 @@ def export_lint(model: str, *, revision: str | None = None) -> list[ExportFindin
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
     """
-    from shortllm.checkpoint.export_lint import lint_export
+    from shortllm.surgery.export_lint import lint_export
 
     return lint_export(open_checkpoint(model, revision=revision))
 

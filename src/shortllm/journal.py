@@ -15,14 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.files import (
-    PARTIAL,
-    checksum,
-    explained,
-    fingerprint,
-    parsed_json,
-    write_text,
-)
+from shortllm.files import PARTIAL, checksum, explained, fingerprint, parsed_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor

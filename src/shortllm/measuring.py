@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shortllm import pipeline, stages
+from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.texts import check_length, evaluation_segments_of
 from shortllm.errors import DataError, OutputError, ShortLLMError
+from shortllm.evaluation.harness import table_beside, write_table
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.files import require_file_target, require_writable
-from shortllm.recipe import BenchmarkOptions, EvaluationOptions, Recipe
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.evaluation import Evaluation
-from shortllm.session import Session
-from shortllm.texts import check_length, evaluation_segments_of
-from shortllm.zeroshot.scores import table_beside, write_table
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
+from shortllm.surgery.apply import PROVENANCE
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
         ShortLLMError: any other of its kinds, before a model is loaded wherever that can be known.
     """
     from shortllm.data.sources import load_rows
-    from shortllm.evaluation import EvaluationText
+    from shortllm.evaluation.perplexity import EvaluationText
 
     if not models:
         raise ShortLLMError("no model to evaluate. Give one or more")
@@ -112,7 +112,7 @@ def bench(
     Raises:
         ShortLLMError: what cannot be measured here, before any model is loaded.
     """
-    from shortllm.benchmark import check_speed, measure_speed
+    from shortllm.benchmark.bench import check_speed, measure_speed
 
     if not models:
         raise ShortLLMError("no model to measure. Give one or more")

@@ -18,26 +18,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm import stages, targets
-from shortllm.asked import Asked
-from shortllm.budget import Budget, check_budget, removable
-from shortllm.checkpoint.made import require_free
+from shortllm import stages
+from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import check_removal
+from shortllm.criteria.selection import Asked
+from shortllm.data.texts import Texts, prepare_texts
 from shortllm.errors import RecipeError, ShortLLMError
+from shortllm.evaluation.harness import table_beside, write_table
+from shortllm.evaluation.options import Evaluation
+from shortllm.files import hold, releasing
 from shortllm.journal import journal_directory
-from shortllm.locking import hold, releasing
-from shortllm.planning import build_plan, check_published_order
+from shortllm.model.session import Session
+from shortllm.pruning import targets
+from shortllm.pruning.budget import Budget, check_budget, removable
+from shortllm.pruning.planning import build_plan, check_published_order
+from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.published import Published
-from shortllm.quantizing.record import QUANTIZED, Quantization
-from shortllm.recipe import BenchmarkOptions, Recipe
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.evaluation import Evaluation
-from shortllm.results.plan import PrunePlan
-from shortllm.results.scores import BlockScores
+from shortllm.quantizing.options import QUANTIZED, Quantization
+from shortllm.recipe import Recipe
 from shortllm.retraining import RECORD as RETRAINED
-from shortllm.retraining.record import Retraining
-from shortllm.rundir import (
+from shortllm.retraining.options import Retraining
+from shortllm.run_directory import (
     HEALED,
     PRUNED,
     claim_directory,
@@ -48,14 +49,13 @@ from shortllm.rundir import (
     write_run_file,
 )
 from shortllm.runtime import ALONE, Ranks
-from shortllm.session import Session
-from shortllm.texts import Texts, prepare_texts
-from shortllm.zeroshot.scores import table_beside, write_table
+from shortllm.surgery.apply import check_removal
+from shortllm.surgery.made import require_free
 
 if TYPE_CHECKING:
-    from shortllm.calibration import Calibration
-    from shortllm.healing.record import Healing
-    from shortllm.zeroshot.tasks import TaskSet
+    from shortllm.data.calibration import Calibration
+    from shortllm.evaluation.tasks import TaskSet
+    from shortllm.healing.options import Healing
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def check_later_stages(recipe: Recipe, checkpoint: Checkpoint, session: Session)
 
         check(checkpoint, options, session=session, ranks=ALONE)
     if recipe.benchmark is not None:
-        from shortllm.benchmark import check_speed
+        from shortllm.benchmark.bench import check_speed
 
         check_speed({recipe.model: checkpoint}, recipe.benchmark, session)
 
@@ -368,8 +368,8 @@ def bench_in(
     session: Session,
 ) -> Benchmark:
     """bench.json with its table and plots, unless they are up to date."""
-    from shortllm.benchmark import benchmark_fingerprint, measure_speed
-    from shortllm.meters import meter_of
+    from shortllm.benchmark.bench import benchmark_fingerprint, measure_speed
+    from shortllm.benchmark.meters import meter_of
     from shortllm.reporting.speed import write_benchmark
 
     expected = benchmark_fingerprint(checkpoints, options, session, meter_of(session.device))

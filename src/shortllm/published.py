@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from shortllm.results.evaluation import EvaluatedModel, Evaluation
-from shortllm.results.record import Record
+from shortllm.evaluation.options import EvaluatedModel, Evaluation
+from shortllm.records import Record
 
 if TYPE_CHECKING:
-    from shortllm.recipe import EvaluationOptions
+    from shortllm.evaluation.options import EvaluationOptions
 
 Bos = Literal["first", "every"]
 
@@ -107,7 +107,7 @@ def side_by_side(
 
 def published_numbers(figures: PublishedFigures) -> dict[str, float]:
     """What was published about a model, by quantity; the protocol is part of a quantity's name."""
-    from shortllm.zeroshot.tasks import METRICS
+    from shortllm.evaluation.tasks import METRICS
 
     numbers: dict[str, float] = {}
     if figures.parameters is not None:
@@ -122,7 +122,7 @@ def published_numbers(figures: PublishedFigures) -> dict[str, float]:
 
 def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, float]:
     """What was measured of a model by the protocol of the paper, by quantity."""
-    from shortllm.zeroshot.tasks import METRICS
+    from shortllm.evaluation.tasks import METRICS
 
     numbers: dict[str, float] = {PARAMETERS: model.model.parameters}
     if options.max_segments is None:

@@ -5,90 +5,23 @@ Unknown keys are refused. A knob starts as a field here and may earn a flag late
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from shortllm.budget import Budget
-from shortllm.errors import DataError
+from shortllm.benchmark.options import PROMPT, BenchmarkOptions
+from shortllm.data.options import CalibrationOptions
+from shortllm.evaluation.options import EvaluationOptions
 from shortllm.healing.options import HealOptions
+from shortllm.pruning.budget import Budget
 from shortllm.published import Published
 from shortllm.quantizing.options import EMBEDDED_DEFAULTS, QuantizeOptions
-from shortllm.results.record import Record, SpecialToken
+from shortllm.records import Record, SpecialToken
 from shortllm.retraining.options import RetrainOptions
-
-PROMPT = "The Leaning Tower of Pisa is known for"
 
 EMBEDDED_PROMPT = "There was a drum in the school."
 EMBEDDED_SEGMENTS = 256
 """The embedded model gets a prompt from its own world and a text that takes seconds."""
-
-BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
-"""Model types whose predictions mean nothing without a BOS at the start of every sample."""
-
-
-class CalibrationOptions(Record):
-    """Which tokens blocks are scored on; the defaults are those of Shortened LLaMA."""
-
-    data: str | None = Field(default=None, description="data source; default bookcorpus")
-    file: Path | None = Field(default=None, description="token ids given directly, instead of data")
-    sampler: Literal["random", "packed"] = "random"
-    samples: int = 10
-    length: int = Field(default=128, description="tokens per sample")
-    seed: int = 1234
-    bos_every_sample: bool | None = Field(
-        default=None, description="begin every sample with BOS; default: for Gemma types only"
-    )
-
-
-class EvaluationOptions(Record):
-    """On what, and how, models are measured; the defaults are the paper protocol."""
-
-    data: list[str] = Field(
-        default_factory=list,
-        description="data sources; default: calibration rows kept apart, or wikitext2 and ptb",
-    )
-    length: int = Field(default=128, description="tokens per segment; 2048 is the usual protocol")
-    bos: Literal["first", "every", "none"] | None = Field(
-        default=None, description="default: first; every for Gemma types"
-    )
-    max_segments: int | None = Field(
-        default=None, description="measure only the first so many segments"
-    )
-    prompt: str | None = Field(default=None, description="prompt of the generation samples")
-    continuations: int = Field(default=5, description="generation samples per model; 0 for none")
-    new_tokens: int = 128
-    seed: int = 0
-    tasks: list[str] = Field(
-        default_factory=list, description="zero-shot tasks by name, or the sets paper and embedded"
-    )
-    task_data: Path | None = Field(
-        default=None, description="directory of the tasks' documents; default: SHORTLLM_DATA, Hub"
-    )
-    limit: int | None = Field(default=None, ge=1, description="documents per task; default: all")
-    batch_size: int = Field(default=8, ge=1, description="sequences per forward pass of a task")
-
-
-BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
-    "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]},
-}
-"""Named sweeps; `paper` is that of Shortened LLaMA."""
-
-
-class BenchmarkOptions(Record):
-    """How speed and memory are measured; the defaults are the paper's prompt, sampling and runs."""
-
-    batches: list[int] = Field(default=[1], description="sequences generated at once, one by one")
-    new_tokens: list[int] = Field(default=[128], description="lengths of what is generated")
-    warmup: int = Field(default=10, description="runs before those that are measured, at least 1")
-    runs: int = Field(default=20, description="measured runs of each model")
-    prompt: str = PROMPT
-    compile: bool = Field(default=False, description="static cache and torch.compile")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        default=None, description="attention implementation; default: the model's own"
-    )
-    seed: int = 0
 
 
 class Recipe(Record):
@@ -175,22 +108,15 @@ class Recipe(Record):
         Raises:
             DataError: calibration ids as well as text to take them from.
         """
-        from shortllm.checkpoint.source import EMBEDDED
+        from shortllm.checkpoint.hub import EMBEDDED
+        from shortllm.data.calibration import resolve_calibration
 
-        if self.calibration.file is not None and self.calibration.data is not None:
-            raise DataError(
-                "--calibration gives the token ids to score on, so that --data has no use. "
-                "Leave one out, and give the text to measure on as --eval-data"
-            )
         embedded = self.model == EMBEDDED
-        every = self.calibration.bos_every_sample
-        every = model_type in BOS_EVERY_SAMPLE if every is None else every
-        data = self.calibration.data
+        calibration = resolve_calibration(self.calibration, model_type, embedded=embedded)
+        data, every = self.calibration.data, calibration.bos_every_sample
         evaluated = self.evaluation.data
         if not evaluated:
             evaluated = [data] if data else [EMBEDDED] if embedded else ["wikitext2", "ptb"]
-        if data is None and self.calibration.file is None:
-            data = EMBEDDED if embedded else "bookcorpus"
         retraining = self.retraining
         if embedded:
             retraining = [
@@ -210,9 +136,7 @@ class Recipe(Record):
             update={
                 "retraining": retraining,
                 "quantization": quantization,
-                "calibration": self.calibration.model_copy(
-                    update={"data": data, "bos_every_sample": every}
-                ),
+                "calibration": calibration,
                 "evaluation": self.evaluation.model_copy(
                     update={
                         "data": evaluated,

@@ -17,19 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shortllm import pipeline, stages
+from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.sources import load_rows
+from shortllm.data.texts import Texts, check_length, evaluation_segments_of
 from shortllm.errors import ShortLLMError
-from shortllm.evaluation import EvaluationText
-from shortllm.files import write_text
-from shortllm.locking import releasing
+from shortllm.evaluation.options import EvaluatedModel
+from shortllm.evaluation.perplexity import EvaluationText
+from shortllm.files import releasing, write_text
 from shortllm.published import Beside, Bos, our_numbers, published_numbers, side_by_side
 from shortllm.recipe import Recipe
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.evaluation import EvaluatedModel
-from shortllm.rundir import claim_directory, write_run_file
-from shortllm.texts import Texts, check_length, evaluation_segments_of
+from shortllm.run_directory import claim_directory, write_run_file
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Meas
     claim_directory(directory, checkpoint)
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     if recipe.benchmark is not None:
-        from shortllm.benchmark import check_speed
+        from shortllm.benchmark.bench import check_speed
 
         check_speed({hub_id: checkpoint}, recipe.benchmark, session)
     texts = Texts(calibration=None, evaluation=_texts(checkpoint, recipe))

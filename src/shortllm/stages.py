@@ -14,38 +14,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.asked import Asked, require_plain_weights
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import (
-    PROVENANCE,
-    carried_fingerprint,
-    check_removal,
-    require_apart,
-)
 from shortllm.checkpoint.tensors import read_json, read_tensor_table
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.criteria.selection import Asked, require_plain_weights
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.evaluation.options import EvaluatedModel, Evaluation, EvaluationOptions
 from shortllm.files import fingerprint, require_writable
 from shortllm.journal import Journal
-from shortllm.recipe import EvaluationOptions
-from shortllm.results.evaluation import EvaluatedModel, Evaluation
-from shortllm.results.plan import PrunePlan
-from shortllm.results.record import Cost
-from shortllm.results.scores import BlockScores
-from shortllm.runtime import (
-    ALONE,
-    Ranks,
-    peak_memory,
-    progress,
-    versions,
-)
-from shortllm.scoring import Scorer
-from shortllm.session import Session
+from shortllm.model.session import Session
+from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.pruning.scoring import Scorer
+from shortllm.records import Cost
+from shortllm.runtime import ALONE, Ranks, peak_memory, progress, versions
+from shortllm.surgery.apply import PROVENANCE, carried_fingerprint, check_removal, require_apart
 
 if TYPE_CHECKING:
-    from shortllm.calibration import Calibration
-    from shortllm.evaluation import EvaluationText
-    from shortllm.zeroshot.tasks import TaskSet
+    from shortllm.data.calibration import Calibration
+    from shortllm.evaluation.perplexity import EvaluationText
+    from shortllm.evaluation.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +129,8 @@ def prune(
         OutputError: the target cannot be written.
     """
     from shortllm.checkpoint.source import open_checkpoint
-    from shortllm.checkpoint.surgery import renumbered_tensors, write_shortened
-    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
+    from shortllm.surgery.apply import renumbered_tensors, write_shortened
+    from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
 
     require_same_model(plan, checkpoint)
     require_apart(checkpoint.directory, target)
@@ -221,7 +208,7 @@ def prepare_tasks(
         ShortLLMError: an unknown task, or a model whose blocks are to be streamed.
         DataError: documents that are missing or cannot be read.
     """
-    from shortllm.zeroshot.tasks import load_tasks
+    from shortllm.evaluation.tasks import load_tasks
 
     if not options.tasks:
         return None
@@ -245,7 +232,7 @@ def evaluation_fingerprint(
     tasks: TaskSet | None = None,
 ) -> str:
     """Of everything the evaluation depends on."""
-    from shortllm.calibration import tokens_fingerprint
+    from shortllm.data.calibration import tokens_fingerprint
 
     inputs = {
         "models": [(name, checkpoint.fingerprint) for name, checkpoint in models],
@@ -293,10 +280,9 @@ def _evaluate_one(
     session: Session,
     tasks: TaskSet | None,
 ) -> EvaluatedModel:
-    from shortllm.evaluation import generate_samples, measure_perplexity
+    from shortllm.evaluation.harness import mean_score, measure_tasks
+    from shortllm.evaluation.perplexity import generate_samples, measure_perplexity
     from shortllm.model.walk import NOTHING, walk_flops
-    from shortllm.zeroshot.measuring import measure_tasks
-    from shortllm.zeroshot.scores import mean_score
 
     decoder = session.decoder(checkpoint)
     work = sum(walk_flops(decoder, [NOTHING], *text.segments.ids.shape) for text in texts)

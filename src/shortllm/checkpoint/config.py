@@ -1,15 +1,37 @@
-"""config.json, as it stands and as an object of transformers, of a decoder for certain."""
+"""config.json, as it stands and as an object of transformers, of a decoder for certain.
+
+Whether Python code that comes with a checkpoint may be run: never, unless the user says so.
+
+Some checkpoints bring modules of their own (`auto_map` in config.json) in place of a model type
+that transformers knows. To load such a model is to run that code, with all rights of the user. So
+it is refused, naming the flag, and types that transformers knows are never loaded by such code.
+
+    shortllm score MODEL --trust-remote-code
+    with shortllm.trusting_remote_code(): shortllm.score(MODEL)
+
+
+Checkpoints whose blocks differ in width: their shapes stand in config.json, block by block.
+
+    "model_type": "llama with a shape per block (load it with shortllm.load)"
+    "per_block_shapes": [{"num_attention_heads": 4, ..., "projections": {...}}, ...]
+
+No model class of transformers builds such blocks. The model type is one that it does not know, so
+that its loader refuses the checkpoint and repeats what to do, in place of filling tensors of the
+wrong shape with random numbers. Here the type's own config class reads the rest, and
+model/shapes.py builds the blocks.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.shapes import SHAPES, per_block_config
+from torch import nn
+
 from shortllm.checkpoint.tensors import read_json, weight_files
-from shortllm.checkpoint.trust import brings_code, is_own_code, require_trust
 from shortllm.errors import CheckpointError, UnsupportedModelError
-from shortllm.results.record import MAX_BLOCKS
+from shortllm.records import MAX_BLOCKS
+from shortllm.runtime import is_trusted
 
 COUNTS = ("layers", "layer", "blocks", "depth", "iters", "iterations", "loops", "cycles")
 """What the names of config fields end with that count blocks, or how often some are run."""
@@ -103,7 +125,7 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     """Refuse what is not a decoder-only causal language model, alone or behind other towers."""
     from transformers import PretrainedConfig
 
-    from shortllm.model.blocks import model_classes, text_config
+    from shortllm.checkpoint.config import model_classes, text_config
 
     model_type = config.model_type
     parts = (config, _text_part(config, text_config))
@@ -145,3 +167,168 @@ def _text_part(config: Any, text_config: Any) -> Any:
         return text_config(config)
     except Exception:  # of a type whose parts are not what its class takes them for
         return None
+
+
+FLAG = "--trust-remote-code"
+
+CLASSES = ("AutoConfig", "AutoModelForCausalLM")
+"""What the code of a checkpoint must bring."""
+
+
+def brings_code(raw_config: dict[str, Any]) -> bool:
+    """Whether a config.json names code for a model type that transformers does not know."""
+    from transformers import CONFIG_MAPPING
+
+    return bool(raw_config.get("auto_map")) and raw_config.get("model_type") not in CONFIG_MAPPING
+
+
+def is_own_code(config: Any) -> bool:
+    """Whether a transformers config is of a class that came with a checkpoint."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
+def require_trust(source: str, directory: Path, raw_config: dict[str, Any]) -> None:
+    """Refuse code that the user has not asked for, and code that is not in the checkpoint.
+
+    Raises:
+        UnsupportedModelError: the flag is missing, named; or a class that a model takes.
+        CheckpointError: the code is not there, or that of another repository.
+    """
+    named = raw_config["auto_map"]
+    if not isinstance(named, dict) or not all(isinstance(named.get(one), str) for one in CLASSES):
+        raise UnsupportedModelError(
+            f"{source}: auto_map in config.json must name the classes of its own code for "
+            f"{' and '.join(CLASSES)}"
+        )
+    files = sorted({named[one].rpartition(".")[0] + ".py" for one in CLASSES})
+    if not is_trusted():
+        raise UnsupportedModelError(
+            f"{source} comes with Python code of its own ({', '.join(files)}), as transformers "
+            f"does not know its model type '{raw_config.get('model_type')}'. It was not run. Read "
+            f"it, and if you trust it give the same command with {FLAG}"
+        )
+    for file in files:
+        if "--" in file or "/" in file or file.startswith("."):
+            raise CheckpointError(
+                f"{source} names code of another repository ({file.removesuffix('.py')}), which "
+                "no revision pins. Put that file beside config.json, and name it in auto_map"
+            )
+        if not (directory / file).is_file():
+            raise CheckpointError(
+                f"{source} names the code {file}, which is not there. Finish the download of "
+                f"{directory}"
+            )
+
+
+SHAPES = "per_block_shapes"
+"""Config field with one entry per block."""
+
+MARK = " with a shape per block (load it with shortllm.load)"
+"""What the model type of such a checkpoint ends with."""
+
+
+def marked(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the model type that transformers refuses."""
+    return {**raw, "model_type": plain_type(raw) + MARK}
+
+
+def plain_type(raw: dict[str, Any]) -> str:
+    """The model type without the mark."""
+    return str(raw["model_type"]).removesuffix(MARK)
+
+
+def per_block_config(raw: dict[str, Any]) -> Any:
+    """The transformers config of such a config.json, of the plain type, shapes included.
+
+    Raises:
+        KeyError: transformers does not know the plain type.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = plain_type(raw)
+    return CONFIG_MAPPING[model_type].from_dict({**raw, "model_type": model_type})
+
+
+def block_shapes(config: Any) -> list[dict[str, Any]] | None:
+    """The entries of a transformers config, one per block; None for a plain checkpoint."""
+    return getattr(config, SHAPES, None)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text decoder (the config itself for most)."""
+    return config.get_text_config(decoder=True)
+
+
+DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
+"""Where configs of encoder-decoders, also used for a decoder alone, keep the decoder's count."""
+
+COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
+"""Types whose `num_hidden_layers` counts something else than blocks."""
+
+
+def count_field(config: Any) -> str:
+    """Name under which a text decoder's config keeps its block count."""
+    if config.model_type in COUNT_BY_TYPE:
+        return COUNT_BY_TYPE[config.model_type]
+    for name in DECODER_COUNTS:
+        if hasattr(config, name):
+            return name
+    return type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")  # type: ignore[no-any-return]
+
+
+def block_count(config: Any) -> int:
+    """Number of blocks of the text decoder, under whichever name the config class keeps it.
+
+    Raises:
+        UnsupportedModelError: the config says no number of blocks.
+    """
+    text = text_config(config)
+    count = getattr(text, count_field(text), None)
+    if not isinstance(count, int) or count < 1:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' states no block count ({count_field(text)})"
+        )
+    return count
+
+
+def _config_type(model: nn.Module, name: str) -> str | None:
+    """Model type of the nearest config above the module `name`."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return str(getattr(config, "model_type", None))
+    return None
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a config's model with its text head.
+
+    `AutoModelForCausalLM`, but for types that only have a class with towers for images around the
+    text decoder, or whose checkpoint names that class, and for blocks that differ in width.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text_only, wrapped = model_classes(config.model_type)
+    named = set(getattr(config, "architectures", None) or ())
+    if block_shapes(config) is not None:
+        from shortllm.model.shapes import per_block_class
+
+        return per_block_class(min(text_only & named or text_only))
+    if wrapped and (not text_only or named & wrapped - text_only):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def model_classes(model_type: str) -> tuple[set[str], set[str]]:
+    """Names of a type's classes in transformers' tables for causal and for image-text models."""
+    from transformers.models.auto import modeling_auto
+
+    def names(table: dict[str, Any]) -> set[str]:
+        found = table.get(model_type) or ()
+        return {found} if isinstance(found, str) else set(found)
+
+    return (
+        names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        names(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    )

@@ -1,31 +1,108 @@
-"""The tensor table of a checkpoint: name -> file, dtype, shape and byte range, without reading the
+"""Files that an index names: they must lie in the checkpoint's own directory.
+
+An index comes with a download and is not trusted: a name such as `../other` or `/etc/passwd`, or a
+link to such a place, would have a foreign file read and copied into a new checkpoint. The cache of
+the Hub is the one layout whose links lead out of a directory, and rightly so:
+
+    models--acme--tiny/snapshots/0123abcd/model-00001-of-00002.safetensors -> ../../blobs/5c5c...
+
+
+The tensor table of a checkpoint: name -> file, dtype, shape and byte range, without reading the
 data.
 
 Safetensors files are read by their header alone, which is checked against the file's length, so
 that a truncated or damaged file is an error before any work starts. Pickled files (`.bin`) go
 through torch's weights-only loader, memory-mapped, and never execute code.
+
+
+Quantized checkpoints in the format of compressed-tensors: what a stored tensor stands for.
+
+    X.weight_packed   several weights to an int32        X.weight_shape   rows and columns
+    X.weight          8-bit weights, one to a byte       X.weight_scale, ...   beside either
+
+Counted as the weights they stand for, so that a quantized model has the parameters of its source.
+
+
+Pickled weights (`.bin`): read by torch's weights-only loader, which runs no code.
+
+A pickle is a program, and one that was made to do harm does it when it is loaded. The weights-only
+loader knows how to rebuild tensors and nothing else; whatever it refuses is refused here, in one
+line. Every command reads such files through this module.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import pickle
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.inside import named_file
-from shortllm.checkpoint.pickled import load_pickled
 from shortllm.errors import CheckpointError
 from shortllm.files import parsed_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+def named_file(index: Path, name: Any, suffix: str) -> Path:
+    """The file `name` beside an index.
+
+    Args:
+        suffix: what it must end with.
+    Raises:
+        CheckpointError: it is not there, lies or leads elsewhere, or is of another kind.
+    """
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(
+            f"{index} names a shard outside its own directory: {name!r}. It is not read; download "
+            "the checkpoint again, from a source you trust"
+        )
+    if not name.endswith(suffix):
+        raise CheckpointError(
+            f"{index} names the shard {name!r}, which is no {suffix} file. Download it again"
+        )
+    path = index.parent / name
+    real = _place(path)
+    if real is None:
+        raise CheckpointError(
+            f"{index} names the shard {name}, which is not there. Finish the download of "
+            f"{index.parent}"
+        )
+    if not any(real.is_relative_to(root) for root in _roots(index.parent)):
+        raise CheckpointError(
+            f"{index} names a shard outside its own directory: {name} is a link to {real}. It is "
+            "not read; put the file itself in the place of the link if it belongs there"
+        )
+    return path
+
+
+def _place(path: Path) -> Path | None:
+    """Where a file really lies; None if there is none."""
+    try:
+        return path.resolve(strict=True) if path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle, half letters
+        return None
+
+
+def _roots(directory: Path) -> list[Path]:
+    """Where files of a checkpoint may lie: its directory, or the blobs of its Hub cache."""
+    directory = directory.resolve()
+    if directory.parent.name == "snapshots":
+        return [directory, directory.parent.parent / "blobs"]
+    return [directory]
+
+
 SAFETENSORS = "model.safetensors"
+
 SAFETENSORS_INDEX = "model.safetensors.index.json"
+
 PICKLED = "pytorch_model.bin"
+
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 MAX_HEADER_BYTES = 100_000_000
@@ -323,3 +400,99 @@ def read_tensor(entry: TensorEntry) -> Tensor:
                 raise CheckpointError(f"{entry.file} ended early; was it changed meanwhile?")
             position += count
     return data.view(TYPES[entry.dtype]).view(entry.shape)
+
+
+PACKED = ".weight_packed"
+
+SHAPE = ".weight_shape"
+
+BESIDE = (SHAPE, ".weight_scale", ".weight_zero_point", ".weight_g_idx")
+
+
+def is_packed(raw_config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a checkpoint in this format."""
+    held = raw_config.get("quantization_config")
+    return isinstance(held, Mapping) and held.get("quant_method") == "compressed-tensors"
+
+
+def unpacked_elements(
+    tensors: Mapping[str, TensorEntry], raw_config: Mapping[str, Any]
+) -> dict[str, int]:
+    """Tensor name -> number of weights it stands for; 0 for what only says how to read others."""
+    counts = {name: entry.elements for name, entry in tensors.items()}
+    if not is_packed(raw_config):
+        return counts
+    for name in tensors:
+        layer = name.rpartition(".")[0]
+        if name.endswith(PACKED) and layer + SHAPE in tensors:
+            rows, columns = read_tensor(tensors[layer + SHAPE]).tolist()
+            counts[name] = rows * columns
+        elif name.endswith(BESIDE) and (layer + PACKED in tensors or layer + ".weight" in tensors):
+            counts[name] = 0
+    return counts
+
+
+SETTLED_NS = 100_000_000
+"""From this age on a changed file has another time; clocks of file systems are coarse."""
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` through the weights-only loader, memory-mapped where the file allows.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds anything but tensors (it could run code).
+    """
+    changed_ns = max(path.stat().st_mtime_ns, path.stat().st_ctime_ns)
+    if time.time_ns() - changed_ns < SETTLED_NS:
+        return _load(path)
+    return _remembered(path, changed_ns)
+
+
+@lru_cache(maxsize=1)
+def _remembered(path: Path, changed_ns: int) -> dict[str, Tensor]:
+    """The last file's content: its tensors are asked for one by one."""
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    for mmap in (True, False):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds more than tensors and is refused, since loading it could run code. "
+                "Convert it to safetensors where you trust it"
+            ) from error
+        except Exception as error:  # whatever torch's reader stumbles over
+            if mmap:
+                continue  # files of torch < 1.6 cannot be memory-mapped
+            raise CheckpointError(
+                f"{path} is damaged or truncated ({_reason(error)}). Download it again"
+            ) from error
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items()
+        ):
+            raise CheckpointError(
+                f"{path} is not a plain table of tensors. Convert it to safetensors"
+            )
+        return content
+    raise AssertionError("unreachable")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor with memory of its own behind every element.
+
+    A view that repeats its memory lets a file of a few bytes stand for any amount.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a foreign error."""
+    return str(error).split("\n", 1)[0] or type(error).__name__

@@ -58,7 +58,7 @@ def demo(
     from shortllm.demo.generating import Limits
     from shortllm.demo.models import named_models, open_models
     from shortllm.demo.serving import serve
-    from shortllm.session import Session
+    from shortllm.model.session import Session
 
     session = Session(device=device, dtype=dtype)
     given = {"original": original, "width": width, "depth": depth}

@@ -135,7 +135,7 @@ def bench(
     when the same command is given again.
     """
     import shortllm
-    from shortllm.recipe import BENCHMARK_PRESETS, PROMPT
+    from shortllm.benchmark.options import BENCHMARK_PRESETS, PROMPT
 
     sweep = BENCHMARK_PRESETS[preset] if preset else {"batches": [1], "new_tokens": [128]}
     measured = shortllm.bench(

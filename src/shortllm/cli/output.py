@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from shortllm.benchmark.options import Benchmark
+    from shortllm.evaluation.options import Evaluation
+    from shortllm.pruning.records import PrunePlan
     from shortllm.published import Beside, Published
-    from shortllm.results.benchmark import Benchmark
-    from shortllm.results.evaluation import Evaluation
-    from shortllm.results.plan import PrunePlan
 
 
 def print_json(content: Any) -> None:
@@ -82,7 +82,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def _print_tasks(evaluation: Evaluation) -> None:
     """A row per task, a column per model: the score and its standard error."""
-    from shortllm.zeroshot.scores import metric_phrase, score_phrase
+    from shortllm.evaluation.harness import metric_phrase, score_phrase
 
     models = evaluation.models
     by_task = zip(*(model.zeroshot for model in models), strict=True)

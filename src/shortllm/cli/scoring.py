@@ -35,9 +35,10 @@ from shortllm.cli.output import command_line, is_main_process, print_json, print
 from shortllm.cli.values import bytes_in, calibration_of, names_in, options_in, ratios_in
 
 if TYPE_CHECKING:
-    from shortllm.results.comparison import Comparison
-    from shortllm.results.scores import BlockScores, Search
-    from shortllm.summary import ModelSummary
+    from shortllm.comparison.options import Comparison
+    from shortllm.criteria.records import Search
+    from shortllm.pruning.estimate import ModelSummary
+    from shortllm.pruning.records import BlockScores
 
 
 def info(
@@ -182,8 +183,8 @@ def compare_criteria(
     removals, in one pass over held-out text. The same command again skips what is up to date.
     """
     import shortllm
-    from shortllm.comparison.question import CRITERIA
-    from shortllm.comparison.stage import default_directory
+    from shortllm.comparison.criteria import default_directory
+    from shortllm.comparison.options import CRITERIA
 
     names = list(CRITERIA) if criterion is None else names_in(criterion)
     directory = out or default_directory(model)
@@ -254,13 +255,13 @@ def _print_search(search: Search) -> None:
 
 
 def _ascending(values: list[float]) -> list[int]:
-    from shortllm.planning import removal_order
+    from shortllm.pruning.planning import removal_order
 
     return removal_order(values, protected=[])
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    from shortllm.standings import standings, verdict
+    from shortllm.comparison.ranking import standings, verdict
 
     columns, intact = standings(comparison), comparison.intact
     typer.echo(

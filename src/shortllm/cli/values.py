@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 
 if TYPE_CHECKING:
-    from shortllm.budget import Budget
-    from shortllm.recipe import CalibrationOptions
+    from shortllm.data.options import CalibrationOptions
+    from shortllm.pruning.budget import Budget
 
 
 def budget_of(

@@ -39,7 +39,7 @@ from shortllm.cli.output import command_line, print_json, print_table
 from shortllm.cli.values import bytes_in, calibration_of, counts_in, names_in
 
 if TYPE_CHECKING:
-    from shortllm.width_pruning.record import WidthPruning
+    from shortllm.width_pruning.options import WidthPruning
 
 
 def width(
@@ -219,9 +219,9 @@ def compare_units(
     if json:
         print_json(found.model_dump(mode="json"))
         return
+    from shortllm.comparison.width_vs_depth import default_directory
     from shortllm.reporting.loading import load_units
     from shortllm.reporting.units import terminal_table
-    from shortllm.units import default_directory
 
     directory = out or default_directory(asked.model)
     print_table(*terminal_table(load_units(directory)))

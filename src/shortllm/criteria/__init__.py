@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 from shortllm.errors import CriterionError, did_you_mean
 
 if TYPE_CHECKING:
-    from shortllm.results.scores import Search
+    from shortllm.criteria.records import Search
 
 Needs = Literal[
     "nothing", "weights", "streams", "last token", "logits", "gradients", "removals", "sets"

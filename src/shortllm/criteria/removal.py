@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shortllm.criteria import criterion
-from shortllm.metrics import kl_divergence, next_token_nll
+from shortllm.model.metrics import kl_divergence, next_token_nll
 
 if TYPE_CHECKING:
     from torch import Tensor

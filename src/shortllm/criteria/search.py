@@ -22,8 +22,8 @@ from typing import Any, Literal, Protocol
 
 from shortllm import criteria
 from shortllm.criteria import Scores, criterion
+from shortllm.criteria.records import CandidateSet, Search
 from shortllm.errors import CriterionError
-from shortllm.results.scores import CandidateSet, Search
 
 Blocks = frozenset[int]
 Fitness = Literal["ppl", "kl"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shortllm.criteria import Scores, criterion
-from shortllm.metrics import angular_distance, cosine
+from shortllm.model.metrics import angular_distance, cosine
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from shortllm.criteria import criterion
-from shortllm.metrics import Reduction, reduce_powers
+from shortllm.model.metrics import Reduction, reduce_powers
 
 if TYPE_CHECKING:
     from torch import Tensor

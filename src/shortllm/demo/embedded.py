@@ -15,16 +15,17 @@ from pathlib import Path
 
 import shortllm
 from shortllm import __version__
-from shortllm.checkpoint.source import EMBEDDED, Checkpoint, open_checkpoint
+from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.data.texts import calibrate
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import require_writable
+from shortllm.model.session import Session
 from shortllm.pipeline import asked_for, score_in
-from shortllm.planning import build_plan
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import PrunePlan
 from shortllm.recipe import Recipe
-from shortllm.results.plan import PrunePlan
-from shortllm.session import Session
 from shortllm.stages import is_pruned_by, prune, pruned_fingerprint
-from shortllm.texts import calibrate
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,6 @@ def width_version(target: Path, session: Session) -> Path:
         target,
         options=shortllm.WidthOptions(method="flap", ratio=RATIO),
         device=str(session.device),
-        dtype=session.asked_dtype,
+        dtype=session.runtime.dtype,
     )
     return target

@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shortllm.calibration import check_ids
+from shortllm.benchmark.meters import Sampler, bounded_memory, is_out_of_memory
+from shortllm.data.calibration import check_ids
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import DataError, ShortLLMError
-from shortllm.evaluation import TEMPERATURE, TOP_K, TOP_P
-from shortllm.meters import Sampler, bounded_memory, is_out_of_memory
+from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
 from shortllm.model.loading import quiet_transformers
 from shortllm.runtime import available_memory
 

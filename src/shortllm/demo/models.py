@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shortllm.benchmark.interleaved import weight_bytes
+from shortllm.benchmark.meters import Meter, meter_of
+from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.texts import vocabulary
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.meters import Meter, meter_of
-from shortllm.model.blocks import text_config
 from shortllm.model.loading import load_model
-from shortllm.results.record import ModelInfo
-from shortllm.retraining.distill import lineage
-from shortllm.session import Session
-from shortllm.targets import cache_bytes
-from shortllm.texts import vocabulary
-from shortllm.turns import weight_bytes
+from shortllm.model.session import Session
+from shortllm.pruning.targets import cache_bytes
+from shortllm.records import ModelInfo
+from shortllm.retraining.distillation import lineage
 
 if TYPE_CHECKING:
     import torch

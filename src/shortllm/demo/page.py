@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.source import EMBEDDED
+from shortllm.benchmark.options import PROMPT
+from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.demo import charts, markup
 from shortllm.demo.generating import Limits, Request, generate
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
-from shortllm.recipe import EMBEDDED_PROMPT, PROMPT
+from shortllm.recipe import EMBEDDED_PROMPT
 
 if TYPE_CHECKING:
     import gradio as gr

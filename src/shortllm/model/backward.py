@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from shortllm.checkpoint.names import is_weight
 from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder, Entry
-from shortllm.model.streams import StreamMemory
+from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.walk import (
     Advance,
     Observer,

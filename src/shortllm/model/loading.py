@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.packed import is_packed
+from shortllm.checkpoint.config import auto_class, is_own_code, text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
-from shortllm.checkpoint.trust import is_own_code
+from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.model.blocks import auto_class, build_empty, text_config
+from shortllm.model.blocks import build_empty
 from shortllm.runtime import available_memory, choose_dtype
 
 log = logging.getLogger(__name__)

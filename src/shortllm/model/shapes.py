@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.shapes import block_shapes, marked, per_block_config
+from shortllm.checkpoint.config import block_shapes, marked, per_block_config
 from shortllm.checkpoint.tensors import read_json
 
 HEAD_COUNTS = {

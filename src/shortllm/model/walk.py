@@ -31,10 +31,9 @@ from torch import Tensor
 
 from shortllm.errors import UnsupportedModelError
 from shortllm.journal import Journal
-from shortllm.metrics import next_token_nll
-from shortllm.model.calls import equal_calls
-from shortllm.model.decoder import Decoder, Entry
-from shortllm.model.streams import StreamMemory
+from shortllm.model.decoder import Decoder, Entry, equal_calls
+from shortllm.model.hidden_states import StreamMemory
+from shortllm.model.metrics import next_token_nll
 
 Advance = Callable[[float], None]
 Consume = Callable[[int, Tensor, Tensor, Tensor], None]

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from shortllm.errors import RecipeError, did_you_mean
 from shortllm.recipe import Recipe
 from shortllm.recipes.reading import parsed_yaml
-from shortllm.results.record import Record
+from shortllm.records import Record
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ import os
 from pathlib import Path
 
 from shortllm.files import explained, write_text
-from shortllm.quantizing.record import QUANTIZED
+from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting.loading import load_comparison, load_results, load_units
 from shortllm.reporting.rendering import (
     is_our_card,
@@ -43,7 +43,7 @@ from shortllm.reporting.rendering import (
     render_page,
     render_units,
 )
-from shortllm.rundir import PRUNED
+from shortllm.run_directory import PRUNED
 
 __all__ = ["write_comparison", "write_report", "write_units"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from shortllm.comparison.options import Comparison, Contender
+from shortllm.comparison.ranking import Standing, standings, verdict
 from shortllm.reporting.loading import ComparisonResults
 from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.criteria import ComparisonPlot, CriterionLine
@@ -15,8 +17,6 @@ from shortllm.reporting.protocol import (
     segments_phrase,
 )
 from shortllm.reporting.wording import NONE, counted, number, percent
-from shortllm.results.comparison import Comparison, Contender
-from shortllm.standings import Standing, standings, verdict
 
 Context = dict[str, Any]
 

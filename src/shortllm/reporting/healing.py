@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shortllm.healing.record import Healing
-from shortllm.quantizing.record import QUANTIZED
+from shortllm.evaluation.options import Perplexity
+from shortllm.healing.options import Healing
+from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.dots import DotPlot
 from shortllm.reporting.protocol import perplexity_source
 from shortllm.reporting.retraining import retraining_section
 from shortllm.reporting.wording import NONE, counted, number, percent
-from shortllm.results.evaluation import Perplexity
-from shortllm.rundir import HEALED, PRUNED
+from shortllm.run_directory import HEALED, PRUNED
 
 Context = dict[str, Any]
 

@@ -12,22 +12,21 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import open_checkpoint
+from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
+from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
+from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
 from shortllm.files import parsed_json
-from shortllm.healing.record import HEAL_FILE, Healing
-from shortllm.quantizing.record import QUANTIZED, Quantization
-from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.comparison import Comparison
-from shortllm.results.evaluation import EvaluatedModel, Evaluation, Perplexity
-from shortllm.results.plan import TARGET_FILE, PrunePlan, Target
-from shortllm.results.record import Record, ResultFile
-from shortllm.results.scores import BlockScores, CalibrationInfo
-from shortllm.results.units import UNITS_FILE, UnitsComparison
+from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
+from shortllm.quantizing.options import QUANTIZED, Quantization
+from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
+from shortllm.records import Record, ResultFile
 from shortllm.retraining import RECORD
-from shortllm.retraining.record import Retraining
-from shortllm.rundir import HEALED, PRUNED
+from shortllm.retraining.options import Retraining
+from shortllm.run_directory import HEALED, PRUNED
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from shortllm.records import ModelInfo
 from shortllm.reporting.wording import NONE
-from shortllm.results.record import ModelInfo
 
 
 def model_name(model_id: str) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shortllm.quantizing.record import Quantization
+from shortllm.data.options import CalibrationInfo
+from shortllm.evaluation.options import Perplexity
+from shortllm.quantizing.options import Quantization
+from shortllm.records import ModelInfo
 from shortllm.reporting.citations import cited
 from shortllm.reporting.loading import ComparisonResults, RunFile, RunResults, UnitsResults
 from shortllm.reporting.names import (
@@ -16,9 +19,6 @@ from shortllm.reporting.names import (
     without_directories,
 )
 from shortllm.reporting.wording import counted
-from shortllm.results.evaluation import Perplexity
-from shortllm.results.record import ModelInfo
-from shortllm.results.scores import CalibrationInfo
 
 _CALIBRATION_BOS = {
     "tokenizer": "where the tokenizer adds it",

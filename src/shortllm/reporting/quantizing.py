@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shortllm.quantizing.record import QUANTIZED
+from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.wording import number, percent, short_bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from shortllm.reporting.plots.losses import LossPlot
 from shortllm.reporting.wording import counted, number, short_count
-from shortllm.retraining.record import Retraining
+from shortllm.retraining.options import Retraining
 
 Context = dict[str, Any]
 

@@ -16,17 +16,17 @@ from typing import Any
 from pydantic import Field
 
 from shortllm import __version__
+from shortllm.benchmark.options import Measurement
 from shortllm.errors import ResultFileError
-from shortllm.quantizing.record import QUANTIZED
+from shortllm.evaluation.options import EvaluatedModel, Perplexity
+from shortllm.quantizing.options import QUANTIZED
+from shortllm.records import Record
 from shortllm.reporting.loading import RunResults, load_results
 from shortllm.reporting.names import model_name
 from shortllm.reporting.plots.pareto import Kind, ParetoPlot, Point, front
 from shortllm.reporting.protocol import perplexity_source, segments_phrase
 from shortllm.reporting.wording import NONE, counted, number, percent, short_bytes, short_count
-from shortllm.results.benchmark import Measurement
-from shortllm.results.evaluation import EvaluatedModel, Perplexity
-from shortllm.results.record import Record
-from shortllm.rundir import PRUNED
+from shortllm.run_directory import PRUNED
 
 Context = dict[str, Any]
 Key = tuple[object, ...]

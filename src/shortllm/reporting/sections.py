@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shortllm.planning import removal_order
+from shortllm.pruning.planning import removal_order
+from shortllm.pruning.records import BlockScores
 from shortllm.reporting.healing import healing
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.names import model_name
@@ -32,8 +33,7 @@ from shortllm.reporting.wording import (
     signed,
 )
 from shortllm.reporting.zeroshot import zeroshot
-from shortllm.results.scores import BlockScores
-from shortllm.rundir import PRUNED
+from shortllm.run_directory import PRUNED
 
 Context = dict[str, Any]
 

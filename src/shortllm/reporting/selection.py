@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from shortllm.criteria.records import Search
 from shortllm.reporting.comparison import spans
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.wording import counted, number
-from shortllm.results.scores import Search
 
 Context = dict[str, Any]
 

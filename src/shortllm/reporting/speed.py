@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
 from shortllm.files import write_text
 from shortllm.reporting.plots.drawing import standalone
 from shortllm.reporting.plots.lines import Line, LinePlot
 from shortllm.reporting.wording import NONE, counted, number, percent, short_bytes
-from shortllm.results.benchmark import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
 
 MOST_LINES = 4
 """Batch sizes that the plot of speed-ups shows at the most."""

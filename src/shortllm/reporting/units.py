@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from shortllm import __version__
+from shortllm.benchmark.options import Benchmark
+from shortllm.comparison.options import Candidate
 from shortllm.reporting.loading import UnitsResults
 from shortllm.reporting.names import flattened, model_name
 from shortllm.reporting.protocol import describe_units, perplexity_source
 from shortllm.reporting.runs import ComparedModel, main_text, trade
 from shortllm.reporting.speed import speed_context
 from shortllm.reporting.wording import NONE, THIN, number, percent, short_bytes, short_count, signed
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.units import Candidate
 
 Context = dict[str, Any]
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+from shortllm.benchmark.options import Measurement
 from shortllm.reporting.healing import came_back
 from shortllm.reporting.loading import RunResults
-from shortllm.reporting.protocol import (
-    perplexity_source,
-)
+from shortllm.reporting.protocol import perplexity_source
 from shortllm.reporting.quantizing import quantized_sentence
-from shortllm.reporting.wording import (
-    change,
-    counted,
-    number,
-    percent,
-)
-from shortllm.results.benchmark import Measurement
-from shortllm.rundir import PRUNED
+from shortllm.reporting.wording import change, counted, number, percent
+from shortllm.run_directory import PRUNED
 
 METHOD_NAMES = {
     "linear": "Healing by linear maps",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from shortllm.evaluation.harness import is_share
+from shortllm.evaluation.options import TaskScore
 from shortllm.reporting.loading import RunResults
 from shortllm.reporting.wording import (
     MOST_SIDE_BY_SIDE,
@@ -15,8 +17,6 @@ from shortllm.reporting.wording import (
     percent,
     signed,
 )
-from shortllm.results.evaluation import TaskScore
-from shortllm.zeroshot.scores import is_share
 
 
 def zeroshot(results: RunResults) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-from shortllm.checkpoint.pickled import load_pickled
+from shortllm.checkpoint.tensors import load_pickled
 from shortllm.errors import CheckpointError
 from shortllm.files import parsed_json
 

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from shortllm.files import PARTIAL, explained
-from shortllm.retraining.objective import Objective, mean_nll, summed_nll
+from shortllm.retraining.distillation import Objective, mean_nll, summed_nll
 from shortllm.retraining.states import STATE_FILE
 
 log = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.recipe import CalibrationOptions, Recipe
-from shortllm.session import Session
-from shortllm.texts import calibrate
-from shortllm.width_pruning.options import SAMPLE_LENGTH, WidthOptions
-from shortllm.width_pruning.record import WidthPruning
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
+from shortllm.width_pruning.options import SAMPLE_LENGTH, WidthOptions, WidthPruning
 from shortllm.width_pruning.stage import width as width_stage
 
 

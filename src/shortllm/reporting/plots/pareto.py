@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from shortllm.reporting.plots.drawing import (
+from shortllm.reporting.plots.drawing import (  # fmt: skip
     COLOURS,
     LINES,
     MARKERS,
@@ -17,7 +17,7 @@ from shortllm.reporting.plots.drawing import (
     mark_heights,
     plain_frame,
     tick,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
