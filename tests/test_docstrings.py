@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import shortllm
@@ -48,9 +49,8 @@ def test_functions_that_users_call_document_arguments_results_and_errors() -> No
     for name, function in public_names().items():
         if inspect.isfunction(function):
             text, signature = inspect.getdoc(function) or "", inspect.signature(function)
-            wanted = {"Raises"}
-            if len(signature.parameters) > MANY:
-                wanted.add("Args")
+            many = len(signature.parameters) > MANY
+            wanted = {"Args", "Raises"} if many else {"Raises"} & raising(function)
             if signature.return_annotation not in (None, "None", signature.empty):
                 wanted.add("Returns")
             found = {one for one in wanted if f"\n{one}:\n" in text}
@@ -66,6 +66,12 @@ def test_public_names_are_described_and_have_a_place_on_the_page() -> None:
         if inspect.isclass(named) and inspect.getdoc(named) == inspect.getdoc(named.__base__):
             problems.append(f"shortllm.{name} has no docstring of its own")
     assert not problems, "\n".join(problems)
+
+
+def raising(function: Callable[..., object]) -> set[str]:
+    """`Raises` where the function itself has a raise statement."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    return {"Raises" for node in ast.walk(tree) if isinstance(node, ast.Raise)}
 
 
 def public_names() -> dict[str, object]:

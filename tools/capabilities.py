@@ -120,7 +120,7 @@ def python_names() -> dict[str, Any]:
                 default = parameter.default
                 found[f"{name}({parameter.name})"] = {
                     "kind": "argument",
-                    "default": None if default is parameter.empty else str(default),
+                    "default": "required" if default is parameter.empty else str(default),
                 }
     return found
 
