@@ -10,7 +10,7 @@ XDIST ?= 2
 PIP = $(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 PYTEST = $(VENV)/bin/pytest --numprocesses $(XDIST)
 
-.PHONY: run install test test-all test-latest lint types docs tests all-tests \
+.PHONY: run install test test-all test-latest lint words layers types docs tests all-tests \
 	release-check golden clean
 
 run: $(VENV)/run-installed
@@ -36,6 +36,15 @@ test-all: lint types docs all-tests release-check
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# words that are not to come back: tools/retired_words.txt
+words: $(VENV)/installed
+	$(VENV)/bin/python tools/check_words.py
+
+# imports go down only, see `How the parts fit` in CONTRIBUTING, and packages have no cycles
+layers: $(VENV)/installed
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/python tools/measure_code.py --check
 
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
