@@ -26,7 +26,7 @@ from shortllm.journal import Journal
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.retraining import stage
 
-FULL = r"no space left on the disk of .*: .* are free.*Nothing half-written was kept. Make room"
+FULL = r"no space left on the disk of .*: .* are free.*Nothing half-written was kept. Make space"
 ROOM = 64 * 2**20
 
 
@@ -101,7 +101,7 @@ def test_too_little_room_is_said_before_surgery(disk: SmallDisk) -> None:
     source = saved("llama")
     before, target = listing(source), disk.place / "short"
     disk.resize(48 * 2**10)
-    with pytest.raises(OutputError, match=r"KiB are needed, .* are free. Make room and give the"):
+    with pytest.raises(OutputError, match=r"KiB are needed, .* are free. Make space and run the"):
         shortllm.prune(str(source), [1], target, verify=False)
     assert list(disk.place.iterdir()) == [] and listing(source) == before
     disk.resize(ROOM)
@@ -194,7 +194,7 @@ def test_too_little_room_is_said_before_training(
 ) -> None:
     short = shortened(tmp_path)
     disk.resize(256 * 2**10)
-    with pytest.raises(OutputError, match=r"KiB are needed, .* are free. Make room and give the"):
+    with pytest.raises(OutputError, match=r"KiB are needed, .* are free. Make space and run the"):
         shortllm.retrain(str(short), disk.place / "healed", options=options(data=rows))
     assert list(disk.place.iterdir()) == []
 

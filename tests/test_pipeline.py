@@ -219,7 +219,7 @@ def test_a_killed_start_does_not_lock_the_directory(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from shortllm.locking import hold
+from shortllm.files import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
