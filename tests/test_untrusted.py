@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 import shortllm
 from shortllm import pipeline
-from shortllm.checkpoint.config import trusting_remote_code
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import (
     PICKLED,
@@ -36,6 +35,7 @@ from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.retraining import states, training
+from shortllm.runtime import trusting_remote_code
 
 # ---- links and paths in an index
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from shortllm.api import score as score
     from shortllm.benchmark.options import Benchmark as Benchmark
     from shortllm.benchmark.options import BenchmarkOptions as BenchmarkOptions
-    from shortllm.checkpoint.config import trusting_remote_code as trusting_remote_code
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
     from shortllm.comparison.compare import compare as compare
@@ -58,7 +57,9 @@ if TYPE_CHECKING:
     from shortllm.retraining.api import retrain as retrain
     from shortllm.retraining.options import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
-    from shortllm.sublayers.api import drop_sublayers as drop_sublayers
+    from shortllm.runtime import Runtime as Runtime
+    from shortllm.runtime import trusting_remote_code as trusting_remote_code
+    from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
     from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
     from shortllm.width_pruning.api import width as width
@@ -85,6 +86,7 @@ _HOME = {
     "Recipe": "recipe",
     "RetrainOptions": "retraining.options",
     "Retraining": "retraining.options",
+    "Runtime": "runtime",
     "ShortLLMError": "errors",
     "SublayerDrop": "sublayers.options",
     "SublayerOptions": "sublayers.options",
@@ -94,7 +96,7 @@ _HOME = {
     "compare": "comparison.compare",
     "compare_criteria": "comparison.compare",
     "compare_units": "comparison.compare",
-    "drop_sublayers": "sublayers.api",
+    "drop_sublayers": "sublayers.drop",
     "evaluate": "measuring",
     "export_lint": "api",
     "heal": "healing.api",
@@ -109,7 +111,7 @@ _HOME = {
     "retrain": "retraining.api",
     "run": "api",
     "score": "api",
-    "trusting_remote_code": "checkpoint.config",
+    "trusting_remote_code": "runtime",
     "width": "width_pruning.api",
 }
 """Public name -> the module it is loaded from. No module may be called like a public name."""

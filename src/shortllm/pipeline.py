@@ -50,7 +50,7 @@ from shortllm.run_directory import (
 )
 from shortllm.runtime import ALONE, Ranks
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.derived import require_free
+from shortllm.surgery.made import require_free
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration

@@ -11,7 +11,6 @@ from pydantic import Field, field_validator
 
 from shortllm.benchmark.options import PROMPT, BenchmarkOptions
 from shortllm.data.options import CalibrationOptions
-from shortllm.errors import DataError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.healing.options import HealOptions
 from shortllm.pruning.budget import Budget
@@ -23,9 +22,6 @@ from shortllm.retraining.options import RetrainOptions
 EMBEDDED_PROMPT = "There was a drum in the school."
 EMBEDDED_SEGMENTS = 256
 """The embedded model gets a prompt from its own world and a text that takes seconds."""
-
-BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
-"""Model types whose predictions mean nothing without a BOS at the start of every sample."""
 
 
 class Recipe(Record):
@@ -113,21 +109,14 @@ class Recipe(Record):
             DataError: calibration ids as well as text to take them from.
         """
         from shortllm.checkpoint.hub import EMBEDDED
+        from shortllm.data.calibration import resolve_calibration
 
-        if self.calibration.file is not None and self.calibration.data is not None:
-            raise DataError(
-                "--calibration gives the token ids to score on, so that --data has no use. "
-                "Leave one out, and give the text to measure on as --eval-data"
-            )
         embedded = self.model == EMBEDDED
-        every = self.calibration.bos_every_sample
-        every = model_type in BOS_EVERY_SAMPLE if every is None else every
-        data = self.calibration.data
+        calibration = resolve_calibration(self.calibration, model_type, embedded=embedded)
+        data, every = self.calibration.data, calibration.bos_every_sample
         evaluated = self.evaluation.data
         if not evaluated:
             evaluated = [data] if data else [EMBEDDED] if embedded else ["wikitext2", "ptb"]
-        if data is None and self.calibration.file is None:
-            data = EMBEDDED if embedded else "bookcorpus"
         retraining = self.retraining
         if embedded:
             retraining = [
@@ -147,9 +136,7 @@ class Recipe(Record):
             update={
                 "retraining": retraining,
                 "quantization": quantization,
-                "calibration": self.calibration.model_copy(
-                    update={"data": data, "bos_every_sample": every}
-                ),
+                "calibration": calibration,
                 "evaluation": self.evaluation.model_copy(
                     update={
                         "data": evaluated,

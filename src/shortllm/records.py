@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -101,3 +101,15 @@ class Cost(Record):
 
     seconds: float
     peak_bytes: int | None = Field(default=None, description="peak resident memory of the process")
+
+
+class DerivedRecord(ResultFile):
+    """A record that lies next to the weights of a checkpoint that was derived from another one."""
+
+    FILE: ClassVar[str]
+    """Name of the file in the checkpoint's directory."""
+
+    model: ModelInfo = Field(description="the checkpoint before")
+    options: dict[str, Any]
+    versions: dict[str, str] = Field(default_factory=dict)
+    cost: Cost | None = None

@@ -23,9 +23,6 @@ model/shapes.py builds the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from torch import nn
 from shortllm.checkpoint.tensors import read_json, weight_files
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.records import MAX_BLOCKS
+from shortllm.runtime import is_trusted
 
 COUNTS = ("layers", "layer", "blocks", "depth", "iters", "iterations", "loops", "cycles")
 """What the names of config fields end with that count blocks, or how often some are run."""
@@ -175,36 +173,6 @@ FLAG = "--trust-remote-code"
 
 CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 """What the code of a checkpoint must bring."""
-
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
-
-
-@contextmanager
-def trusting_remote_code() -> Iterator[None]:
-    """Within the context the Python code of every checkpoint that is opened may be run.
-
-    Types that transformers knows are not loaded by such code even then.
-
-    Returns:
-        A context.
-    Raises:
-        UnsupportedModelError: outside of it, of a checkpoint that comes with code.
-    """
-    before = _trusted.set(True)
-    try:
-        yield
-    finally:
-        _trusted.reset(before)
-
-
-def trust_from_now_on() -> None:
-    """The same to the end of the process: for the command line, which is told so once."""
-    _trusted.set(True)
-
-
-def is_trusted() -> bool:
-    """Whether the user has said that code of checkpoints may be run."""
-    return _trusted.get()
 
 
 def brings_code(raw_config: dict[str, Any]) -> bool:

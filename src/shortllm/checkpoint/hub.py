@@ -13,8 +13,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from shortllm.checkpoint.config import checked_config, is_trusted
+from shortllm.checkpoint.config import checked_config
 from shortllm.errors import CheckpointError
+from shortllm.runtime import is_trusted
 
 SECOND_COPIES = ["consolidated*", "*/*"]
 """Files of a repository that hold the weights once more, or belong to something else."""

@@ -11,10 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.config import FLAG, is_trusted
+from shortllm.checkpoint.config import FLAG
 from shortllm.checkpoint.source import Checkpoint, token_ids
 from shortllm.checkpoint.tensors import read_json
 from shortllm.errors import CheckpointError
+from shortllm.runtime import is_trusted
 
 GENERATION_CONFIG = "generation_config.json"
 

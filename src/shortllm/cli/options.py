@@ -20,9 +20,9 @@ Revision = Annotated[
 def _trust(given: bool) -> bool:
     """Note at once that the flag was given: every model that is opened afterwards may need it."""
     if given:
-        from shortllm.checkpoint.config import trust_from_now_on
+        from shortllm.runtime import trusting_remote_code
 
-        trust_from_now_on()
+        trusting_remote_code().__enter__()
     return given
 
 
@@ -39,6 +39,7 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Computation type; auto: float32 on a CPU, else the checkpoint's own."),
 ]
+Out = Annotated[Path, typer.Option(help="Directory of the new checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
 
 Data = Annotated[

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shortllm.data.options import CalibrationInfo
+from shortllm.data.options import CalibrationInfo, CalibrationOptions
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
@@ -43,6 +43,30 @@ INFO_FILE = "calibration.json"
 
 ROWS_PER_BATCH = 1000
 """Rows tokenized in one call when many are needed: enough to use all cores, small in memory."""
+
+
+BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
+"""Model types whose predictions mean nothing without a BOS at the start of every sample."""
+
+
+def resolve_calibration(
+    options: CalibrationOptions, model_type: str, *, embedded: bool
+) -> CalibrationOptions:
+    """The same options with the defaults that depend on the model filled in.
+
+    Args:
+        embedded: whether the model is the embedded one, which has text of its own.
+    """
+    if options.file is not None and options.data is not None:
+        raise DataError(
+            "--calibration gives token ids, so --data has no effect. Leave one of them out, and "
+            "give the text to measure on as --eval-data"
+        )
+    data, every = options.data, options.bos_every_sample
+    if data is None and options.file is None:
+        data = "embedded" if embedded else "bookcorpus"
+    every = model_type in BOS_EVERY_SAMPLE if every is None else every
+    return options.model_copy(update={"data": data, "bos_every_sample": every})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

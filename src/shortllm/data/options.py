@@ -1,26 +1,41 @@
-"""options."""
+"""Which text a stage looks at, and the record of the tokens that were taken from it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from shortllm.records import Record, ResultFile
+from shortllm.options import Flag, Options
+from shortllm.records import ResultFile
 
 
-class CalibrationOptions(Record):
-    """Which tokens blocks are scored on; the defaults are those of Shortened LLaMA."""
+class CalibrationOptions(Options):
+    """Calibration text; the defaults are those of Shortened LLaMA."""
 
-    data: str | None = Field(default=None, description="data source; default bookcorpus")
-    file: Path | None = Field(default=None, description="token ids given directly, instead of data")
-    sampler: Literal["random", "packed"] = "random"
-    samples: int = 10
-    length: int = Field(default=128, description="tokens per sample")
-    seed: int = 1234
+    panel: ClassVar[str] = "Calibration text"
+
+    data: str | None = Field(
+        default=None,
+        description="Text: a .txt, .jsonl, .json, .csv or .parquet file, a Hub data set "
+        "name[:config[:split]], or a built-in name. Default: bookcorpus.",
+    )
+    file: Annotated[Path | None, Flag(name="--calibration")] = Field(
+        default=None,
+        description="Token ids instead of text: an earlier run, or a JSON list of lists.",
+    )
+    sampler: Literal["random", "packed"] = Field(
+        default="random",
+        description="How windows are cut. random: from random documents. packed: one after the "
+        "other from all documents joined.",
+    )
+    samples: int = Field(default=10, ge=1, description="Number of calibration samples.")
+    length: int = Field(default=128, ge=2, description="Tokens per calibration sample.")
+    seed: int = Field(default=1234, description="Seed of the sampler.")
     bos_every_sample: bool | None = Field(
-        default=None, description="begin every sample with BOS; default: for Gemma types only"
+        default=None,
+        description="Start every sample with BOS. Default: only for Gemma models.",
     )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.options import CalibrationOptions
@@ -59,9 +60,16 @@ def calibrate(
     Raises:
         DataError: too little text, or ids the model cannot take.
     """
-    from shortllm.data.calibration import build_calibration, check_ids, load_calibration
+    from shortllm.data.calibration import (
+        build_calibration,
+        check_ids,
+        load_calibration,
+        resolve_calibration,
+    )
     from shortllm.data.sources import load_rows
 
+    embedded = checkpoint.id == EMBEDDED
+    options = resolve_calibration(options, checkpoint.model_type, embedded=embedded)
     if options.file is not None:
         calibration = load_calibration(options.file)
     else:

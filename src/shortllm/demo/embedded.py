@@ -94,6 +94,6 @@ def width_version(target: Path, session: Session) -> Path:
         target,
         options=shortllm.WidthOptions(method="flap", ratio=RATIO),
         device=str(session.device),
-        dtype=session.asked_dtype,
+        dtype=session.runtime.dtype,
     )
     return target

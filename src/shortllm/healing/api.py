@@ -11,7 +11,7 @@ from shortllm.data.texts import calibrate
 from shortllm.healing.options import HEAL_FILE, Healing, HealOptions
 from shortllm.model.session import Session
 from shortllm.recipe import Recipe
-from shortllm.surgery.derived import require_free
+from shortllm.surgery.made import require_free
 
 
 def heal(

@@ -32,7 +32,7 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import is_projection
 from shortllm.model.decoder import Decoder, Entry
-from shortllm.surgery.derived import require_stored, stored_name
+from shortllm.surgery.made import require_stored, stored_name
 
 TOKENS = 4
 

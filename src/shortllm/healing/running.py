@@ -13,7 +13,7 @@ from shortllm.healing.stage import check_healable, heal
 from shortllm.model.session import Session
 from shortllm.recipe import Recipe
 from shortllm.run_directory import HEALED
-from shortllm.surgery.derived import require_free
+from shortllm.surgery.made import require_free
 
 
 def healing_text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions | None:

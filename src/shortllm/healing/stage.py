@@ -19,7 +19,7 @@ from shortllm.pruning.budget import gaps_of
 from shortllm.records import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.surgery.apply import PROVENANCE, renumbered_tensors, require_apart
-from shortllm.surgery.derived import CARDS, finished, made_fingerprint, require_free, write_changed
+from shortllm.surgery.made import CARDS, finished, made_fingerprint, require_free, write_changed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,7 +205,7 @@ def _heal(
     """Solve, fold, measure, write, compare."""
     from shortllm.healing.folding import find_added, folded_into, require_floats
     from shortllm.healing.linear import heal_flops, heal_gaps
-    from shortllm.surgery.derived import stored_name
+    from shortllm.surgery.made import stored_name
     from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
 
     started = time.monotonic()

@@ -10,7 +10,7 @@ from shortllm.data.texts import calibrate
 from shortllm.merging.options import MERGE_FILE, MergeOptions, Merging
 from shortllm.model.session import Session
 from shortllm.recipe import Recipe
-from shortllm.surgery.derived import require_free
+from shortllm.surgery.made import require_free
 
 
 def merge(

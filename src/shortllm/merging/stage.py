@@ -23,7 +23,7 @@ from shortllm.surgery.apply import (
     renumbered_tensors,
     require_apart,
 )
-from shortllm.surgery.derived import finished, made_fingerprint, require_free, write_changed
+from shortllm.surgery.made import finished, made_fingerprint, require_free, write_changed
 
 if TYPE_CHECKING:
     from torch import Tensor

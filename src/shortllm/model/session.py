@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.runtime import choose_device, choose_dtype
+from shortllm.options import options_from
+from shortllm.runtime import Runtime, choose_device, choose_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -23,24 +24,11 @@ log = logging.getLogger(__name__)
 class Session:
     """Device, computation type, and the one model that is held at a time."""
 
-    def __init__(
-        self,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        stream: bool | None = None,
-        max_memory: int | None = None,
-    ) -> None:
-        self.device = choose_device(device)
-        self._dtype = dtype
-        self._stream = stream
-        self._max_memory = max_memory
+    def __init__(self, runtime: Runtime | None = None, **options: Any) -> None:
+        """Take a `Runtime`, or its fields as keywords."""
+        self.runtime = options_from(Runtime, options, base=runtime)
+        self.device = choose_device(self.runtime.device)
         self._held: tuple[Checkpoint, Decoder, str] | None = None
-
-    @property
-    def asked_dtype(self) -> str:
-        """The computation type as it was asked for, `auto` included."""
-        return self._dtype
 
     def release(self) -> None:
         """Let the model go that is held."""
@@ -62,7 +50,7 @@ class Session:
                 dtype = self._torch_dtype(checkpoint)
                 decoder = open_streamed(checkpoint, device=self.device, dtype=dtype)
             else:
-                model = load_model(checkpoint, device=self.device, dtype=self._dtype)
+                model = load_model(checkpoint, device=self.device, dtype=self.runtime.dtype)
                 require_runs(checkpoint, model)
                 decoder = Decoder(model)
             # the fingerprint is read now: the directory may get another name later
@@ -80,7 +68,7 @@ class Session:
         """Where hidden streams are kept; beyond the limit in a file in `directory`."""
         from shortllm.model.hidden_states import StreamMemory
 
-        return StreamMemory(limit=self._max_memory, directory=directory)
+        return StreamMemory(limit=self.runtime.max_memory, directory=directory)
 
     def dtype(self, checkpoint: Checkpoint) -> str:
         """Name of the computation type for a checkpoint, e.g. `float32`."""
@@ -89,14 +77,14 @@ class Session:
     def _torch_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         from shortllm.model.loading import stored_dtype
 
-        return choose_dtype(self._dtype, self.device, stored_dtype(checkpoint))
+        return choose_dtype(self.runtime.dtype, self.device, stored_dtype(checkpoint))
 
     def streams(self, checkpoint: Checkpoint) -> bool:
         """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
         from shortllm.model.loading import room_for
 
-        if self._stream is not None:
-            return self._stream
+        if self.runtime.stream is not None:
+            return self.runtime.stream
         room = room_for(checkpoint, device=self.device, dtype=self._torch_dtype(checkpoint))
         if not room.suffices:
             log.info(

@@ -11,7 +11,7 @@ from shortllm.quantizing.options import RECORD, Quantization, QuantizeOptions
 from shortllm.quantizing.stage import calibration_options, check
 from shortllm.quantizing.stage import quantize as quantize_stage
 from shortllm.recipe import Recipe
-from shortllm.surgery.derived import require_free
+from shortllm.surgery.made import require_free
 
 
 def quantize(

@@ -14,7 +14,7 @@ from shortllm.model.session import Session
 from shortllm.quantizing.options import QUANTIZED, RECORD, Quantization, QuantizeOptions
 from shortllm.quantizing.stage import calibration_options, check, quantize
 from shortllm.recipe import Recipe
-from shortllm.surgery.derived import require_free
+from shortllm.surgery.made import require_free
 
 log = logging.getLogger(__name__)
 

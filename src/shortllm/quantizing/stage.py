@@ -25,7 +25,7 @@ from shortllm.records import Cost
 from shortllm.retraining.preparing import positions
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.surgery.apply import require_apart
-from shortllm.surgery.derived import CARDS, finished, made_fingerprint, require_free
+from shortllm.surgery.made import CARDS, finished, made_fingerprint, require_free
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration

@@ -14,7 +14,7 @@ from shortllm.quantizing.compressing import save_compressed
 from shortllm.quantizing.options import RECORD, Quantization
 from shortllm.retraining import RECORD as RETRAINED
 from shortllm.surgery.apply import PROVENANCE, carried_files, held_provenance
-from shortllm.surgery.derived import copy_carried
+from shortllm.surgery.made import copy_carried
 
 LEFT_BEHIND = {RETRAINED, RECORD, "adapter", "logs"}
 """What speaks of the source's weights alone."""

@@ -9,7 +9,7 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.model.session import Session
 from shortllm.retraining import RECORD as RETRAINED
 from shortllm.retraining.options import Retraining
-from shortllm.surgery.derived import require_free
+from shortllm.surgery.made import require_free
 
 if TYPE_CHECKING:
     from shortllm.retraining.options import RetrainOptions

@@ -20,13 +20,13 @@ from typing import Any
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.calibration import BOS_EVERY_SAMPLE
 from shortllm.data.sources import Records, load_rows, open_records
 from shortllm.data.texts import Segments, check_length, evaluation_segments_of, vocabulary
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.files import LOCK, PARTIAL, fingerprint, hold, require_writable, write_text
 from shortllm.model.session import Session
-from shortllm.recipe import BOS_EVERY_SAMPLE
 from shortllm.retraining.distillation import open_teacher
 from shortllm.retraining.documents import Kind, documents, kind_of, template_of, written_by
 from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions, micro_batch
@@ -34,7 +34,7 @@ from shortllm.retraining.store import Corpus, open_corpus, write_corpus
 from shortllm.retraining.windows import Packing
 from shortllm.runtime import Ranks
 from shortllm.surgery.apply import carried_fingerprint, require_apart
-from shortllm.surgery.derived import CARDS
+from shortllm.surgery.made import CARDS
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def check_device(session: Session, ranks: Ranks) -> None:
             f"training takes the first GPU it sees, not {session.device}. Use --device auto, and "
             f"choose with CUDA_VISIBLE_DEVICES={session.device.index}"
         )
-    if session.asked_dtype == "float16":
+    if session.runtime.dtype == "float16":
         raise ShortLLMError("--dtype float16 cannot be trained. Use bfloat16 or float32")
 
 
@@ -339,6 +339,6 @@ def retrained_fingerprint(
 
 def compute_dtype(session: Session) -> str:
     """Computation type of a training: bfloat16 on CUDA, float32 elsewhere, or as asked."""
-    if session.asked_dtype != "auto":
-        return session.asked_dtype
+    if session.runtime.dtype != "auto":
+        return session.runtime.dtype
     return "bfloat16" if session.device.type == "cuda" else "float32"

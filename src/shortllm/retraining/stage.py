@@ -16,7 +16,7 @@ from shortllm.retraining.options import Retraining, RetrainOptions
 from shortllm.retraining.preparing import Prepared, compute_dtype, prepare
 from shortllm.retraining.writing import LOGS, write_retrained
 from shortllm.runtime import ALONE, Ranks, peak_memory, versions
-from shortllm.surgery.derived import finished
+from shortllm.surgery.made import finished
 
 if TYPE_CHECKING:
     from shortllm.retraining.training import Trained

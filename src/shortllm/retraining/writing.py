@@ -24,7 +24,7 @@ from shortllm.model.loading import load_model, quiet_transformers, stored_dtype
 from shortllm.retraining import RECORD
 from shortllm.retraining.options import Retraining
 from shortllm.surgery.apply import PROVENANCE, carried_files, held_provenance
-from shortllm.surgery.derived import copy_carried
+from shortllm.surgery.made import copy_carried
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,12 @@
-"""Checkpoints that a stage makes: whose a target is, whether it is up to date, how it is written.
+"""Checkpoints derived from another one: checked, written whole or not at all, verified, recorded.
 
-Each has a record beside its weights (width.json, heal.json, ...), which carries the fingerprint of
-what made it, as config.json does under `shortllm`.
+    a stage ──► Draft: config, weights, record ──► derive ──► target/
+                                                     config.json   where it comes from
+                                                     heal.json     the record, with a fingerprint
 
-
-Tensors of a block in the files, by the names that the model's parameters have in memory.
-
-A checkpoint with a few new tensors: all others are copied, byte by byte, from where they are.
-
-Everything is written under a temporary name, checked, and renamed.
+The record's fingerprint covers everything the result depends on. A target that carries the expected
+one is up to date and skipped; one that the same stage wrote from other inputs is replaced; anything
+else in the way is an error.
 """
 
 from __future__ import annotations
@@ -16,224 +14,221 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_json, read_tensor_table
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import fingerprint, partial_directory, require_writable
-from shortllm.records import ResultFile
-from shortllm.surgery.apply import PROVENANCE, carried_files, carried_fingerprint
+from shortllm.model.session import Session
+from shortllm.records import Cost, DerivedRecord
+from shortllm.runtime import peak_memory, progress, versions
+from shortllm.surgery.apply import PROVENANCE, carried_files, carried_fingerprint, require_apart
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
 
-
 log = logging.getLogger(__name__)
 
-Made = TypeVar("Made", bound=ResultFile)
+Derived = TypeVar("Derived", bound=DerivedRecord)
+Advance = Callable[[int], None]
 
 NEW = "new"
-"""Directory of the tensors that the source does not hold, while a checkpoint is written."""
+"""Directory of the tensors that the source lacks, while a checkpoint is written."""
 
 CARDS = {"README.md", "README.original.md"}
-"""Model cards, which a report lays beside the weights, do not count as a change."""
+"""Model cards, which a report writes next to the weights, do not count as a change."""
+
+RECORDS = {
+    f"{name}.json" for name in ("heal", "merge", "width", "sublayers", "quantize", "retrain")
+}
+"""Records of derived checkpoints, which speak of the weights next to them and are not copied on."""
 
 
-def require_free(target: Path, record: str) -> None:
-    """Refuse a target that holds something else than what the same stage has made.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a stage wants to write; nothing has been written yet."""
 
-    Args:
-        record: the file by which that is known.
-    Raises:
-        OutputError: it is a file, or a directory with other things in it.
-    """
-    if target.is_file():
-        raise OutputError(f"--out {target} is a file. Give a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
-        raise OutputError(f"{target} holds something else. Choose another --out, or delete it")
+    record: Mapping[str, Any]
+    """Fields of the stage's record, without model, versions, cost and fingerprint."""
+    config: Mapping[str, Any]
+    """config.json, without the entry that says where the checkpoint comes from."""
+    provenance: Mapping[str, Any]
+    """That entry, without the fingerprint."""
+    bytes: int
+    """About how much will be written."""
+    write: Callable[[Path, Advance], None]
+    """Writes the weights into a directory; called with a function to report bytes written to."""
+    verify: Callable[[Path], None]
+    """Called with the written directory before it gets its name; raises if it is wrong."""
+    leave: Collection[str] = field(default_factory=frozenset)
+    """First parts of the names of files next to the source's weights that are not copied."""
 
 
-def made_fingerprint(
+def derive(
+    kind: type[Derived],
+    target: Path,
     checkpoint: Checkpoint,
+    draft: Callable[[], Draft],
     *,
-    calibration: Calibration | None,
-    dtype: str,
-    device: str,
-    without: Collection[str] = (),
-    **of: Any,
-) -> str:
-    """Of everything that a checkpoint made from another one depends on.
+    expected: str,
+    source: Checkpoint | None = None,
+) -> Derived:
+    """Write the checkpoint `target`, unless it is up to date, and return its record.
 
     Args:
-        calibration: the tokens that were looked at, if any.
-        without: files beside the weights that do not count.
-        of: the choices of the stage, under its name; and what else the result depends on.
+        draft: does the work of the stage; only called where something is to be written.
+        expected: see `derived_fingerprint`.
+        source: another checkpoint that must not be overwritten.
+    Raises:
+        OutputError: the target holds something else, or cannot be written.
+    """
+    for one in (checkpoint, source or checkpoint):
+        require_apart(one.directory, target)
+    require_free(target, kind.FILE)
+    if is_up_to_date(target, kind, expected):
+        log.info("%s is up to date, skipped", target)
+        return kind.load(target / kind.FILE)
+    if (target / kind.FILE).is_file():
+        log.info("%s was written from other inputs and will be replaced", target)
+    require_writable(target.absolute().parent)
+    started = time.monotonic()
+    drafted = draft()
+    record = kind.model_validate(
+        {
+            "model": checkpoint.info(),
+            "versions": versions(),
+            **drafted.record,
+            "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+            "fingerprint": expected,
+        }
+    )
+    _write(checkpoint, target, drafted, record)
+    return kind.load(target / kind.FILE)
+
+
+def derived_fingerprint(
+    checkpoint: Checkpoint, *, calibration: Calibration | None, session: Session, **choices: Any
+) -> str:
+    """The fingerprint of everything that a derived checkpoint depends on.
+
+    Args:
+        calibration: the tokens that the stage looks at, if any.
+        choices: the options of the stage, under its name, and what else the result depends on.
     """
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=without),
+            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
             "calibration": calibration.info.tokens_fingerprint if calibration else None,
-            "dtype": dtype,
-            "device": device,
-            **of,
+            "dtype": session.dtype(checkpoint),
+            "device": session.device.type,
+            **choices,
         }
     )
 
 
-def is_made_by(
-    target: Path, expected: str, kind: type[ResultFile], record: str, *, under: str | None = None
-) -> bool:
-    """Whether `target` is a finished checkpoint whose record and config have this fingerprint.
+def require_free(target: Path, record: str) -> None:
+    """Refuse a target that contains anything but an earlier result of the same stage.
 
     Args:
-        kind, record: the class and the file of the record.
-        under: the key within the config's entry that the fingerprint stands under, if any.
+        record: the file that an earlier result contains.
     """
+    if target.is_file():
+        raise OutputError(f"--out {target} is a file. Give a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
+        raise OutputError(f"{target} contains something else. Choose another --out, or delete it")
+
+
+def is_up_to_date(target: Path, kind: type[DerivedRecord], expected: str) -> bool:
+    """Whether `target` is a finished checkpoint whose record and config have this fingerprint."""
     try:
-        found = kind.load(target / record)
+        found = kind.load(target / kind.FILE)
         read_tensor_table(target)
-        entry = read_json(target / "config.json")[PROVENANCE]
-        held = (entry if under is None else entry[under])["fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError):  # what the package raises is a ValueError
+        entry = read_json(target / "config.json")[PROVENANCE]["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):  # CheckpointError is a ValueError
         return False
-    return bool(found.fingerprint == held == expected)
+    return bool(found.fingerprint == entry == expected)
 
 
-def finished(
-    target: Path, expected: str, kind: type[Made], record: str, *, under: str | None = None
-) -> Made | None:
-    """The record of a target that is up to date, saying so; None where it has to be made.
-
-    Args:
-        kind, record, under: as for `is_made_by`.
-    """
-    if not is_made_by(target, expected, kind, record, under=under):
-        return None
-    log.info("%s is up to date, skipped", target)
-    return kind.load(target / record)
-
-
-def copy_carried(checkpoint: Checkpoint, names: Iterable[Path], directory: Path) -> None:
-    """Copy files that a new checkpoint takes along, see `carried_files`."""
-    for name in names:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.directory / name, directory / name)
-
-
-def write_made(
-    checkpoint: Checkpoint,
-    entries: Mapping[str, TensorEntry],
-    new: Callable[[Path], Mapping[str, TensorEntry]],
-    config: Mapping[str, Any],
-    target: Path,
-    record: ResultFile,
-    name: str,
-    *,
-    advance: Callable[[int], None],
-    verify: Callable[[Path], None],
-) -> None:
-    """Write a checkpoint as directory `target`, whole or not at all.
-
-    Args:
-        entries: new tensor name -> stored tensor, copied from where it is.
-        new: makes files in a directory that is deleted afterwards, and gives the tensors in them,
-            which take the place of entries or come on top.
-        config: the content of config.json.
-        record: goes into the directory as the file `name`.
-        verify: called with the written directory before it gets its final name; may raise.
-    Raises:
-        OutputError: the target cannot be written.
-    """
-    carried = [file for file in carried_files(checkpoint.directory, target) if file.name != name]
-    needed = sum(entry.bytes for entry in entries.values())
-    require_writable(target.absolute().parent, needed)
-    with partial_directory(target, needed_bytes=needed) as directory:
-        copy_carried(checkpoint, carried, directory)
+def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRecord) -> None:
+    """Copy the other files, write weights and config, verify, save the record, rename."""
+    left = {*RECORDS, *draft.leave}
+    carried = [
+        file for file in carried_files(checkpoint.directory, target) if file.parts[0] not in left
+    ]
+    config = {
+        **draft.config,
+        PROVENANCE: {**draft.provenance, "fingerprint": record.fingerprint},
+    }
+    with (
+        partial_directory(target, needed_bytes=draft.bytes) as directory,
+        progress(f"writing {target.name}", draft.bytes) as advance,
+    ):
+        for name in carried:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.directory / name, directory / name)
         write_special_tokens(checkpoint, directory)
-        written = {**entries, **new(directory / NEW)}
-        write_tensors(directory, written, advance=advance)
-        shutil.rmtree(directory / NEW, ignore_errors=True)
+        draft.write(directory, advance)
         text = json.dumps(config, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-        verify(directory)
-        record.save(directory / name)
+        draft.verify(directory)
+        record.save(directory / type(record).FILE)
 
 
-def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
-    """The name in the files of a tensor of block `b`."""
-    return f"{checkpoint.block_names.prefix}.{b}.{name}"
-
-
-def require_stored(checkpoint: Checkpoint, b: int, name: str, *, so_that: str) -> TensorEntry:
-    """The weights of the projection `name` of block `b`.
+def copying(
+    entries: Mapping[str, TensorEntry],
+    new: Iterable[tuple[str, Tensor]] | Callable[[Path], Mapping[str, TensorEntry]] = (),
+) -> Callable[[Path, Advance], None]:
+    """A `Draft.write` that copies stored tensors byte by byte, and adds or replaces some.
 
     Args:
-        so_that: what cannot be done without, e.g. 'they cannot be cut'.
-    Raises:
-        UnsupportedModelError: the files call them otherwise than the model does.
+        entries: new tensor name -> stored tensor, in the order of the files.
+        new: tensors by name, one in memory at a time; one that replaces an entry must have its
+            shape and type. Or a function that writes files into a directory, which is deleted
+            afterwards, and returns the tensors in them.
     """
-    stored = stored_name(checkpoint, b, f"{name}.weight")
-    entry = checkpoint.tensors.get(stored)
-    if entry is None:
-        raise UnsupportedModelError(
-            f"{checkpoint.id} stores the weights of '{name}' of block {b} under another name than "
-            f"'{stored}', so that {so_that}. Save it again with transformers' save_pretrained"
-        )
-    return entry
+
+    def write(directory: Path, advance: Advance) -> None:
+        room = directory / NEW
+        added = new(room) if callable(new) else _saved(entries, new, room)
+        write_tensors(directory, {**entries, **added}, advance=advance)
+        shutil.rmtree(room, ignore_errors=True)
+
+    return write
 
 
-def write_changed(
-    checkpoint: Checkpoint,
-    entries: dict[str, TensorEntry],
-    new: Iterable[tuple[str, Tensor]],
-    config: dict[str, Any],
-    target: Path,
-    record: ResultFile,
-    name: str,
-    *,
-    advance: Callable[[int], None],
-    verify: Callable[[Path], None],
-) -> None:
-    """Write a checkpoint as directory `target`, whole or not at all.
+def verifying(
+    target: Path, session: Session, logits: Tensor, *, cached: bool
+) -> Callable[[Path], None]:
+    """A `Draft.verify` that loads the written checkpoint and compares what it computes.
 
     Args:
-        entries: all tensors by their new names, in the order in which they are stored.
-        new: those of them that are not copied, with their names, of the stored shape and type;
-            one is in memory at a time.
-        record: goes into the directory as the file `name`.
-        verify: called with the written directory before it gets its final name; may raise.
-    Raises:
-        OutputError: the target cannot be written.
+        logits: what it must compute on the probe, see `bypass_logits`.
+        cached: whether it must compute the same with a cache.
     """
-    write_made(
-        checkpoint,
-        entries,
-        lambda directory: _write_new(entries, new, directory),
-        config,
-        target,
-        record,
-        name,
-        advance=advance,
-        verify=verify,
-    )
+
+    def verify(written: Path) -> None:
+        from shortllm.surgery.verify import verify_shortened
+
+        decoder = session.decoder(open_checkpoint(written))
+        verify_shortened(str(target), decoder, logits, cached=cached)
+
+    return verify
 
 
-def _write_new(
-    entries: dict[str, TensorEntry], new: Iterable[tuple[str, Tensor]], directory: Path
+def _saved(
+    entries: Mapping[str, TensorEntry], new: Iterable[tuple[str, Tensor]], directory: Path
 ) -> dict[str, TensorEntry]:
-    """Each new tensor in a file of its own.
-
-    Raises:
-        CheckpointError: one has another shape or type than what it takes the place of.
-    """
+    """Save each new tensor in a file of its own."""
     from safetensors.torch import save_file
 
     written: dict[str, TensorEntry] = {}
@@ -242,10 +237,31 @@ def _write_new(
         own.mkdir(parents=True)
         save_file({name: tensor.contiguous()}, own / SAFETENSORS)
         written |= read_tensor_table(own)
-        held = entries[name]
+        held = entries.get(name, written[name])
         if (held.shape, held.dtype) != (written[name].shape, written[name].dtype):
             raise CheckpointError(
                 f"the new tensor '{name}' is {written[name].dtype} {list(written[name].shape)}, "
-                f"where {held.dtype} {list(held.shape)} is stored"
+                f"but the stored one is {held.dtype} {list(held.shape)}"
             )
     return written
+
+
+def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
+    """The name in the files of a tensor of block `b`."""
+    return f"{checkpoint.block_names.prefix}.{b}.{name}"
+
+
+def require_stored(checkpoint: Checkpoint, b: int, name: str, *, needed_to: str) -> TensorEntry:
+    """The stored weights of the projection `name` of block `b`.
+
+    Args:
+        needed_to: what cannot be done without them, e.g. `cut them`.
+    """
+    stored = stored_name(checkpoint, b, f"{name}.weight")
+    entry = checkpoint.tensors.get(stored)
+    if entry is None:
+        raise UnsupportedModelError(
+            f"cannot {needed_to}: {checkpoint.id} stores the weights of '{name}' of block {b} "
+            f"under another name than '{stored}'. Save it again with transformers' save_pretrained"
+        )
+    return entry

@@ -16,7 +16,7 @@ from shortllm.model.session import Session
 from shortllm.records import Cost
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.surgery.apply import require_apart
-from shortllm.surgery.derived import finished, made_fingerprint, require_free
+from shortllm.surgery.made import finished, made_fingerprint, require_free
 from shortllm.width_pruning.options import (
     RECORD,
     NarrowedBlock,
@@ -218,7 +218,7 @@ def _new_tensors(
 
     from shortllm.checkpoint.tensors import read_tensor
     from shortllm.model.loading import stored_dtype
-    from shortllm.surgery.derived import stored_name
+    from shortllm.surgery.made import stored_name
 
     dtype = stored_dtype(checkpoint)
     new: dict[str, torch.Tensor] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_tensor_table
 from shortllm.surgery.apply import PROVENANCE, provenance_of
-from shortllm.surgery.derived import require_stored, stored_name, write_made
+from shortllm.surgery.made import require_stored, stored_name, write_made
 from shortllm.width_pruning.groups import BlockGroups, Removed
 from shortllm.width_pruning.options import RECORD, WidthPruning
 
