@@ -179,14 +179,14 @@ def test_a_file_instead_of_its_directory(source: Path) -> None:
 
 def test_a_directory_of_other_things(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match="is not a checkpoint: the directory holds no config.json"
+        CheckpointError, match="is not a checkpoint: the directory has no config.json"
     ):
         open_checkpoint(tmp_path)
 
 
 def test_weights_without_config(source: Path) -> None:
     (source / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="holds weights but no config.json"):
+    with pytest.raises(CheckpointError, match="has weights but no config.json"):
         open_checkpoint(source)
 
 
@@ -594,7 +594,7 @@ def test_a_weight_that_is_no_number(value: float, source: Path) -> None:
 
     change_tensors(source, change)
     with pytest.raises(
-        CheckpointError, match="'model.layers.3.self_attn.q_proj.weight' holds NaN or infinite"
+        CheckpointError, match="'model.layers.3.self_attn.q_proj.weight' contains NaN or infinite"
     ):
         load_model(open_checkpoint(source), device=CPU)
 
@@ -602,7 +602,7 @@ def test_a_weight_that_is_no_number(value: float, source: Path) -> None:
 def test_a_tensor_the_model_needs_is_missing(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
     with pytest.raises(
-        CheckpointError, match="does not hold tensor 'model.layers.2.mlp.up_proj.weight'"
+        CheckpointError, match="tensor 'model.layers.2.mlp.up_proj.weight' is missing"
     ):
         load_model(open_checkpoint(source), device=CPU)
 
@@ -610,14 +610,17 @@ def test_a_tensor_the_model_needs_is_missing(source: Path) -> None:
 def test_a_tensor_the_model_has_no_place_for(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.update({"model.layers.2.gate": torch.ones(2)}))
     with pytest.raises(
-        CheckpointError, match="holds, besides what the model has, tensor 'model.layers.2.gate'"
+        CheckpointError, match="tensor 'model.layers.2.gate' is not part of the model"
     ):
         load_model(open_checkpoint(source), device=CPU)
 
 
 def test_a_tensor_of_another_shape(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-    with pytest.raises(CheckpointError, match="cannot load|in another shape"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'model.norm.weight' is stored as \[31\], but its config.json describes \[32\]",
+    ):
         load_model(open_checkpoint(source), device=CPU)
 
 

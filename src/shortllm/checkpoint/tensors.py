@@ -115,14 +115,14 @@ def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: no weights, a missing shard, a damaged file, or an index that does not fit.
     """
-    if (directory / SAFETENSORS).is_file():
-        return _read_safetensors(directory / SAFETENSORS)
-    if (directory / SAFETENSORS_INDEX).is_file():
-        return _read_sharded(directory / SAFETENSORS_INDEX)
-    if (directory / PICKLED).is_file():
-        return _read_pickled(directory / PICKLED)
-    if (directory / PICKLED_INDEX).is_file():
-        return _read_sharded(directory / PICKLED_INDEX)
+    for name, read in (
+        (SAFETENSORS, _read_safetensors),
+        (SAFETENSORS_INDEX, _read_sharded),
+        (PICKLED, _read_pickled),
+        (PICKLED_INDEX, _read_sharded),
+    ):
+        if (directory / name).is_file():
+            return read(directory / name)
     raise CheckpointError(
         f"{directory} has a config.json but no weights: expected {SAFETENSORS}, "
         f"{SAFETENSORS_INDEX} or {PICKLED}. Was the download finished?"
@@ -166,7 +166,10 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
     tables: dict[str, dict[str, TensorEntry]] = {}
     for shard in weight_map.values():
         if not isinstance(shard, str) or shard not in tables:
-            tables[str(shard)] = _read_shard(index, shard)
+            if index.name == SAFETENSORS_INDEX:
+                tables[str(shard)] = _read_safetensors(named_file(index, shard, ".safetensors"))
+            else:
+                tables[str(shard)] = _read_pickled(named_file(index, shard, ".bin"))
     missing = [name for name, shard in weight_map.items() if name not in tables[shard]]
     if missing:
         raise CheckpointError(
@@ -180,13 +183,6 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
         for name, entry in table.items()
         if weight_map.get(name, shard) == shard
     }
-
-
-def _read_shard(index: Path, shard: Any) -> dict[str, TensorEntry]:
-    """The table of one shard, whose name comes from the index and is not trusted."""
-    if index.name == SAFETENSORS_INDEX:
-        return _read_safetensors(named_file(index, shard, ".safetensors"))
-    return _read_pickled(named_file(index, shard, ".bin"))
 
 
 def named_file(index: Path, name: Any, suffix: str) -> Path:
@@ -270,10 +266,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     """The data of one stored tensor, in memory of its own and in its stored type.
 
     Read, not memory-mapped: mapped pages would count as this process's memory for as long as the
-    system likes to keep them.
-
-    Raises:
-        CheckpointError: the file ended early, or its type is not known to torch.
+    system keeps them.
     """
     import torch
     from safetensors.torch import _TYPES as TYPES
@@ -342,10 +335,8 @@ def _load_pickled(path: Path, changed_ns: int) -> dict[str, Tensor]:
     import torch
 
     try:
-        # files of torch < 1.6 are not zip archives and cannot be memory-mapped
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        mmap = zipfile.is_zipfile(path)  # files of torch < 1.6 cannot be memory-mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and is refused, since loading it could run code. "
@@ -400,11 +391,10 @@ def unpacked_elements(
         return counts
     for name in tensors:
         layer = name.rpartition(".")[0]
+        weights = layer + PACKED in tensors or layer + ".weight" in tensors
         if name.endswith(PACKED) and layer + SHAPE in tensors:
             rows, columns = read_tensor(tensors[layer + SHAPE]).tolist()
             counts[name] = rows * columns
-        elif name.endswith(PACKING_INFO) and not {layer + PACKED, layer + ".weight"}.isdisjoint(
-            tensors
-        ):
+        elif name.endswith(PACKING_INFO) and weights:
             counts[name] = 0
     return counts
