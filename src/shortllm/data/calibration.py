@@ -15,6 +15,7 @@ pair is never taken for a whole one.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +29,7 @@ from shortllm.data.options import CalibrationInfo, CalibrationOptions
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
-from shortllm.files import fingerprint, parsed_json, require_writable, write_bytes
+from shortllm.files import fingerprint, require_writable, write_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -398,7 +399,7 @@ def _read_tensor(path: Path) -> torch.Tensor:
 
 def _read_json(path: Path) -> Any:
     try:
-        return parsed_json(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} as JSON: {error}") from error
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -99,8 +99,8 @@ def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
     Raises:
         DataError: naming the option to change.
     """
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    if isinstance(room, int) and length > room:
+    room = context_length(checkpoint.config)
+    if room is not None and length > room:
         raise DataError(
             f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} "
             f"{room} or less"

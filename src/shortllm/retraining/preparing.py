@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE
@@ -183,8 +183,7 @@ def require_extra(options: RetrainOptions) -> None:
 
 def positions(checkpoint: Checkpoint) -> int | None:
     """Positions the model has; None where its config does not say."""
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    return room if isinstance(room, int) else None
+    return context_length(checkpoint.config)
 
 
 def check_device(session: Session, ranks: Ranks) -> None:
