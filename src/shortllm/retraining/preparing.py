@@ -20,7 +20,8 @@ from typing import Any
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.sources import Records, load_rows, open_records
+from shortllm.data.rows import Records
+from shortllm.data.sources import load_rows, open_records
 from shortllm.data.texts import Segments, check_length, evaluation_segments_of, vocabulary
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
