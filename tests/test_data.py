@@ -217,7 +217,7 @@ def test_a_changed_file_is_read_anew_and_nothing_is_written(
 
 
 def test_rows_in_several_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shortllm.data.rows.ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr("shortllm.data.rows.CHUNK_CHARACTERS", 5)
     texts = [str(number) for number in range(10)]
     rows = Rows.of("x", ArrowTexts.of(iter(texts)))
     assert (list(rows), rows[7], rows[2:5]) == (texts, "7", ["2", "3", "4"])

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Protocol, cast, overload
 
@@ -45,8 +45,8 @@ UNREADABLE = (OSError, EOFError, RecursionError, lzma.LZMAError, zlib.error, csv
 DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
 """Columns taken when none is named: the first of these that exists."""
 
-ROWS_PER_CHUNK = 10_000
-"""Rows in one Arrow buffer."""
+CHUNK_CHARACTERS = 2**20
+"""About so many characters are put into one Arrow buffer."""
 
 
 class Texts(Protocol):
@@ -68,10 +68,14 @@ class ArrowTexts:
         """Copy texts into memory: a row costs its UTF-8 bytes and 8 more."""
         import pyarrow as pa
 
-        stream = iter(texts)
-        chunks = []
-        while some := list(islice(stream, ROWS_PER_CHUNK)):
-            chunks.append(pa.array(some, pa.large_string()))
+        chunks, held, size = [], [], 0
+        for text in texts:
+            held.append(text)
+            size += len(text) + 1
+            if size >= CHUNK_CHARACTERS:
+                chunks.append(pa.array(held, pa.large_string()))
+                held, size = [], 0
+        chunks.append(pa.array(held, pa.large_string()))
         return cls(pa.chunked_array(chunks, pa.large_string()))
 
     def __len__(self) -> int:
