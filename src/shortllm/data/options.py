@@ -1,4 +1,4 @@
-"""options."""
+"""What a user chooses about calibration, and the record of the ids that came of it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class CalibrationOptions(Record):
     data: str | None = Field(default=None, description="data source; default bookcorpus")
     file: Path | None = Field(default=None, description="token ids given directly, instead of data")
     sampler: Literal["random", "packed"] = "random"
-    samples: int = 10
-    length: int = Field(default=128, description="tokens per sample")
+    samples: int = Field(default=10, ge=1)
+    length: int = Field(default=128, ge=2, description="tokens per sample")
     seed: int = 1234
     bos_every_sample: bool | None = Field(
         default=None, description="begin every sample with BOS; default: for Gemma types only"
@@ -25,7 +25,7 @@ class CalibrationOptions(Record):
 
 
 class CalibrationInfo(ResultFile):
-    """Where the calibration ids came from; they lie beside it in calibration.safetensors."""
+    """Where the calibration ids came from; they lie next to it in calibration.safetensors."""
 
     source: str = Field(description="data source as given, or the file the ids were taken from")
     rows: tuple[int, int] | None = Field(

@@ -20,14 +20,15 @@ from typing import Any
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.calibration import BOS_EVERY_SAMPLE
 from shortllm.data.rows import Records
 from shortllm.data.sources import load_rows, open_records
-from shortllm.data.texts import Segments, check_length, evaluation_segments_of, vocabulary
+from shortllm.data.texts import Segments, check_length, vocabulary
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, fingerprint, hold, require_writable, write_text
 from shortllm.model.session import Session
-from shortllm.recipe import BOS_EVERY_SAMPLE
 from shortllm.retraining.distillation import open_teacher
 from shortllm.retraining.documents import Kind, documents, kind_of, template_of, written_by
 from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions, micro_batch
