@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+Advance = Callable[[float], None]
+"""Called with the amount of work done since its last call, as `progress` yields it."""
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """`auto` (an accelerator if there is one, else the CPU) or a torch device name.
@@ -171,7 +174,7 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def progress(task: str, total: float) -> Iterator[Callable[[float], None]]:
+def progress(task: str, total: float) -> Iterator[Advance]:
     """A progress bar with the time left, on a terminal's standard error; silent elsewhere.
 
     Yields a function to call with the amount of work done since its last call.

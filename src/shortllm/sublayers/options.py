@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from shortllm.errors import BudgetError, CriterionError
-from shortllm.pruning.budget import Budget, protected_blocks
+from shortllm.protection import protected_in
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
 from shortllm.sublayers.structure import PARTS, Sublayer
 
@@ -60,8 +60,7 @@ class SublayerOptions(Record):
                 "sublayer-influence) with --remove 4, or name blocks with --attention 3,4 and "
                 "--mlp 7"
             )
-        budget = Budget(ratio=0.5, protect_first=self.protect_first, protect_last=self.protect_last)
-        protected = set(protected_blocks(budget, model))
+        protected = set(protected_in(model, self.protect_first, self.protect_last))
         kinds = PARTS if self.parts == "joint" else (self.parts,)
         found = [(b, part) for b in range(model.blocks) if b not in protected for part in kinds]
         most = min(len(found), 2 * model.blocks - 1)
