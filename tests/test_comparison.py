@@ -19,7 +19,7 @@ import torch
 import shortllm
 from shortllm import criteria, embedded, journal, stages
 from shortllm.cli import main
-from shortllm.comparison.options import CRITERIA, Comparison, Contender, RemovedSet, fill_recipe
+from shortllm.comparison.options import Comparison, Contender, RemovedSet, fill_recipe
 from shortllm.comparison.ranking import standings, verdict
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import ResultFileError, ShortLLMError
@@ -140,8 +140,8 @@ def test_measured_rows_are_kept_apart_from_scored_rows(tmp_path: Path) -> None:
 
 
 def test_the_defaults_are_every_criterion_but_random_and_searches() -> None:
-    searches = [name for name in criteria.names() if criteria.get(name).needs == "sets"]
-    assert sorted([*CRITERIA, "random", *searches]) == criteria.names()
+    searches = criteria.names_by_need("sets")
+    assert sorted([*criteria.compared(), "random", *searches]) == criteria.names()
 
 
 def test_without_text_to_score_on_all_rows_are_measured(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.errors import BudgetError, CheckpointError, RecipeError
 from shortllm.evaluation.options import (
     EvaluatedModel,
@@ -102,7 +102,7 @@ def test_a_recipe_fits_its_model(name: str, shapes: Path) -> None:
     checkpoint = shaped(recipe.model, shapes)
     recipe = recipe.filled(checkpoint.model_type)
     assert recipe.about and "\n" not in recipe.about
-    asked = Asked.of(recipe.criterion, recipe.options)
+    asked = resolve(recipe.criterion, recipe.options)
     assert asked.name == recipe.criterion
     recipe.budget.asked()
     check_budget(recipe.budget, checkpoint.info())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 from shortllm import pipeline, stages
 from shortllm import run_directory as rundir
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.criteria.selection import asked_criteria
+from shortllm.criteria.selection import resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, OutputError, ResultFileError
@@ -109,7 +109,7 @@ def score(  # type: ignore[misc]
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
     names = [criterion] if isinstance(criterion, str) else list(criterion)
-    asked = asked_criteria(names, options or {})
+    asked = resolve_all(names, options or {})
     checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, out))
     recipe = Recipe.model_validate(
         {

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from shortllm import stages
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.evaluation.harness import table_beside, write_table
 from shortllm.evaluation.options import Evaluation
@@ -30,7 +30,7 @@ from shortllm.files import hold, releasing
 from shortllm.journal import journal_directory
 from shortllm.model.session import Session
 from shortllm.pruning import targets
-from shortllm.pruning.budget import Budget, check_budget, removable
+from shortllm.pruning.budget import Budget, check_budget, removable, removal_options
 from shortllm.pruning.planning import build_plan, check_published_order
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.published import Published
@@ -105,7 +105,7 @@ def run(
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
-    needs_text = Asked.of(recipe.criterion, recipe.options).needs_text
+    needs_text = resolve(recipe.criterion, recipe.options).needs_text
     recipe.budget.asked()
     published = _order_to_follow(recipe)
     directory = Path(out) if out is not None else default_directory(recipe)
@@ -231,17 +231,17 @@ def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
     check_removal(checkpoint, [block for block in range(count) if block not in set(removed)])
 
 
-def asked_for(recipe: Recipe, checkpoint: Checkpoint) -> Asked:
+def asked_for(recipe: Recipe, checkpoint: Checkpoint) -> ResolvedCriterion:
     """The criterion of a recipe; one that removes blocks itself gets the budget's amount.
 
     Raises:
         CriterionError: unknown criterion or option.
     """
-    asked = Asked.of(recipe.criterion, recipe.options)
+    asked = resolve(recipe.criterion, recipe.options)
     if recipe.budget.blocks is not None:
         return asked
-    amount = asked.amount(recipe.budget, checkpoint.info())
-    return Asked.of(recipe.criterion, {**amount, **recipe.options})
+    amount = removal_options(asked, recipe.budget, checkpoint.info())
+    return resolve(recipe.criterion, {**amount, **recipe.options})
 
 
 def session_of(recipe: Recipe) -> Session:
@@ -254,7 +254,9 @@ def session_of(recipe: Recipe) -> Session:
     )
 
 
-def scores_file(directory: Path, asked: Sequence[Asked], one: Asked) -> Path:
+def scores_file(
+    directory: Path, asked: Sequence[ResolvedCriterion], one: ResolvedCriterion
+) -> Path:
     """scores.json for a single criterion; of several, one file each, named after it."""
     return directory / ("scores.json" if len(asked) == 1 else f"scores-{one.name}.json")
 
@@ -262,7 +264,7 @@ def scores_file(directory: Path, asked: Sequence[Asked], one: Asked) -> Path:
 def score_in(
     directory: Path,
     checkpoint: Checkpoint,
-    asked: Sequence[Asked],
+    asked: Sequence[ResolvedCriterion],
     calibration: Calibration | None,
     session: Session,
     ranks: Ranks = ALONE,

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_json, read_tensor_table
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.criteria.selection import Asked, require_plain_weights
+from shortllm.criteria.selection import ResolvedCriterion
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, EvaluationOptions
 from shortllm.files import fingerprint, require_writable
 from shortllm.journal import Journal
 from shortllm.model.session import Session
 from shortllm.pruning.records import BlockScores, PrunePlan
-from shortllm.pruning.scoring import Scorer
+from shortllm.pruning.scoring import Scorer, require_plain_weights
+from shortllm.pruning.search_space import BlockSearch
 from shortllm.records import Cost
 from shortllm.runtime import ALONE, Ranks, peak_memory, progress, versions
 from shortllm.surgery.apply import PROVENANCE, carried_fingerprint, check_removal, require_apart
@@ -38,7 +39,10 @@ log = logging.getLogger(__name__)
 
 
 def scores_fingerprint(
-    checkpoint: Checkpoint, asked: Asked, calibration: Calibration | None, session: Session
+    checkpoint: Checkpoint,
+    asked: ResolvedCriterion,
+    calibration: Calibration | None,
+    session: Session,
 ) -> str:
     """Of everything the scores of one criterion depend on."""
     inputs: dict[str, Any] = {
@@ -58,7 +62,7 @@ def scores_fingerprint(
 def score(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
-    asked: Sequence[Asked],
+    asked: Sequence[ResolvedCriterion],
     *,
     session: Session,
     directory: Path | None = None,
@@ -86,6 +90,7 @@ def score(
         checkpoint=checkpoint,
         open_decoder=lambda: session.decoder(checkpoint),
         ids_BT=ranks.mine(calibration.ids) if calibration is not None and text else None,
+        search_spaces=BlockSearch,
         ranks=ranks,
         memory=session.memory(directory),
         journal=Journal(own, fingerprint(expected)),

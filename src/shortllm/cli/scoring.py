@@ -54,7 +54,7 @@ def info(
         bool,
         typer.Option(
             "--probe/--no-probe",
-            help="Measure this machine for two seconds; without, no times are foretold.",
+            help="Measure this machine for two seconds; otherwise times are not estimated.",
         ),
     ] = True,
     json: Json = False,
@@ -183,10 +183,10 @@ def compare_criteria(
     removals, in one pass over held-out text. The same command again skips what is up to date.
     """
     import shortllm
+    from shortllm import criteria
     from shortllm.comparison.criteria import default_directory
-    from shortllm.comparison.options import CRITERIA
 
-    names = list(CRITERIA) if criterion is None else names_in(criterion)
+    names = criteria.compared() if criterion is None else names_in(criterion)
     directory = out or default_directory(model)
     found = shortllm.compare_criteria(
         model,
@@ -325,7 +325,7 @@ def _print_summary(summary: ModelSummary) -> None:
 def _print_estimates(summary: ModelSummary) -> None:
     typer.echo(
         f"\nscoring on {summary.samples} x {summary.length} tokens in {summary.dtype} on "
-        f"{summary.device}, foretold"
+        f"{summary.device} (estimated)"
     )
     rows = [
         (

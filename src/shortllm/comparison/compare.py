@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm import criteria
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.comparison import width_vs_depth as units
 from shortllm.comparison.criteria import compare_in, default_directory
 from shortllm.comparison.options import (
-    CRITERIA,
     RANDOM_DRAWS,
     RATIOS,
     Comparison,
@@ -18,7 +18,7 @@ from shortllm.comparison.options import (
     fill_recipe,
     prepare_question,
 )
-from shortllm.criteria.selection import asked_criteria
+from shortllm.criteria.selection import resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.recipe import Recipe
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def compare_criteria(
     model: str = "embedded",
     *,
-    criterion: Sequence[str] = CRITERIA,
+    criterion: Sequence[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     ratios: Sequence[float] = RATIOS,
     random: int = RANDOM_DRAWS,
@@ -53,7 +53,7 @@ def compare_criteria(
     Under `accelerate launch` or `torchrun` the samples are shared, as in `score`.
 
     Args:
-        criterion: names of criteria.
+        criterion: names of criteria; default: all but searches and random removals.
         options: for each criterion its options.
         ratios: parts of the blocks to remove.
         random: how many random removals of each size are the floor.
@@ -65,10 +65,11 @@ def compare_criteria(
     Raises:
         ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
     """
+    criterion = criteria.compared() if criterion is None else criterion
     directory = out or default_directory(model)
     checkpoint = open_checkpoint(model, revision=pinned(model, revision, directory))
     question = prepare_question(
-        checkpoint.info(), asked_criteria(criterion, options or {}), ratios, draws=random,
+        checkpoint.info(), resolve_all(criterion, options or {}), ratios, draws=random,
         protect_first=protect_first, protect_last=protect_last,
     )  # fmt: skip
     recipe = Recipe.model_validate(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from shortllm import pipeline
 from shortllm import run_directory as rundir
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.comparison.options import FLOOR, Comparison, Contender, Question, RemovedSet
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model.session import Session
@@ -25,10 +24,7 @@ from shortllm.records import Cost, ModelInfo
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, progress, versions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shortllm.evaluation.perplexity import EvaluationText
-    from shortllm.model.decoder import Decoder
 
 
 def default_directory(model: str) -> Path:
@@ -118,7 +114,7 @@ def compare(
     """
     from shortllm.evaluation.perplexity import as_perplexity
     from shortllm.journal import Journal
-    from shortllm.model.walk import NOTHING, walk_flops
+    from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
 
     info = checkpoint.info()
     chosen, drawn = _chosen(info, question, scores), _drawn(info, question)
@@ -231,7 +227,7 @@ def _drawn(model: ModelInfo, question: Question) -> list[_Removals]:
     """What plans by `random` with the seeds 0, 1, ... remove."""
     found = []
     for seed in range(question.draws):
-        one = Asked.of(FLOOR, {"seed": seed})
+        one = resolve(FLOOR, {"seed": seed})
         order = removal_order(one.call(model.blocks), question.protected(model.blocks))
         found.append(
             _Removals(
@@ -242,34 +238,4 @@ def _drawn(model: ModelInfo, question: Question) -> list[_Removals]:
                 orders=[order[: budget.blocks] for budget in question.budgets],
             )
         )
-    return found
-
-
-def mean_nlls(
-    decoder: Decoder,
-    ids_BT: Tensor,
-    removals: Sequence[frozenset[int]],
-    *,
-    ranks: Ranks = ALONE,
-    **kwargs: Any,
-) -> list[float]:
-    """Mean next-token NLL of each shortened model, nats, over the predictions of all processes.
-
-    Args:
-        kwargs: `advance`, `memory` and `journal` of the walk.
-    """
-    import torch
-
-    from shortllm.model.metrics import next_token_nll
-    from shortllm.model.walk import walk
-
-    totals = torch.zeros(len(removals), dtype=torch.float64)
-
-    def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-        totals[m] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-    walk(decoder, ids_BT, removals, consume=consume, **kwargs)
-    ranks.add_up([totals])
-    predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
-    found: list[float] = (totals / predictions).tolist()
     return found

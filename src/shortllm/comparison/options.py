@@ -14,18 +14,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.evaluation.options import Perplexity
-from shortllm.pruning.budget import Budget, most_blocks
+from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.recipe import Recipe
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
-
-CRITERIA = (
-    "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "greedy", "last",
-    "even",
-)  # fmt: skip
-"""What is compared unless told otherwise; random draws always are."""
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -41,7 +35,7 @@ FLOOR = "random"
 class Question:
     """What is compared, checked against the model."""
 
-    asked: list[Asked]
+    asked: list[ResolvedCriterion]
     ratios: list[float]
     budgets: list[ComparedBudget]
     left_out: list[LeftOut]
@@ -63,7 +57,7 @@ class Question:
 
 def prepare_question(
     model: ModelInfo,
-    asked: Sequence[Asked],
+    asked: Sequence[ResolvedCriterion],
     ratios: Sequence[float],
     *,
     draws: int = RANDOM_DRAWS,
@@ -108,7 +102,9 @@ def prepare_question(
     )
 
 
-def _fitted(asked: Asked, largest: Budget, model: ModelInfo, *, budgets: int) -> Asked:
+def _fitted(
+    asked: ResolvedCriterion, largest: Budget, model: ModelInfo, *, budgets: int
+) -> ResolvedCriterion:
     """A criterion that removes blocks itself with the limits of the comparison."""
     if asked.name == FLOOR:
         raise CriterionError(
@@ -120,14 +116,14 @@ def _fitted(asked: Asked, largest: Budget, model: ModelInfo, *, budgets: int) ->
             f"'{asked.name}' searches for the best removal of one size, and the --ratios come to "
             f"{budgets}. Give one of them, or leave {asked.name} out"
         )
-    limits = asked.amount(largest, model)
+    limits = removal_options(asked, largest, model)
     for name in limits:
         if asked.options[name] != asked.criterion.defaults[name]:
             raise CriterionError(
                 f"{asked.name}.{name} follows from --ratios, --protect-first and --protect-last "
                 "here. Leave the option out"
             )
-    return Asked.of(asked.name, asked.options | limits) if limits else asked
+    return resolve(asked.name, asked.options | limits) if limits else asked
 
 
 def fill_recipe(recipe: Recipe, model_type: str) -> Recipe:

@@ -23,7 +23,7 @@ from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.comparison.options import UNITS_FILE, Candidate, UnitsComparison
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import prepare_texts
@@ -56,7 +56,7 @@ def default_directory(model: str) -> Path:
     return Path("runs") / f"{rundir.short_name(model)}-units"
 
 
-def asked_methods(names: Sequence[str]) -> tuple[list[Asked], list[Method]]:
+def asked_methods(names: Sequence[str]) -> tuple[list[ResolvedCriterion], list[Method]]:
     """The criteria of depth and the methods of width among some names.
 
     Raises:
@@ -72,7 +72,7 @@ def asked_methods(names: Sequence[str]) -> tuple[list[Asked], list[Method]]:
             raise CriterionError(
                 f"'{name}' is neither a criterion nor a width method.{did_you_mean(name, known)}"
             )
-    asked = [Asked.of(name, {}) for name in depth]
+    asked = [resolve(name, {}) for name in depth]
     if not asked:
         raise CriterionError(
             "no criterion of depth was named, and it sets the number of parameters for all. Add "
@@ -144,7 +144,7 @@ def _shorter(
     directory: Path,
     checkpoint: Checkpoint,
     budget: Budget,
-    asked: Sequence[Asked],
+    asked: Sequence[ResolvedCriterion],
     calibration: Calibration | None,
     session: Session,
 ) -> dict[str, Checkpoint]:

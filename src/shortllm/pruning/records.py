@@ -1,7 +1,4 @@
-"""calibration.json and scores.json: the text scored on, and one importance per block.
-
-plan.json and target.json: which blocks go, and how a target came to their number.
-"""
+"""scores.json, plan.json and target.json: importances, the removed blocks, and their number."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from shortllm.criteria.records import Search
+from shortllm.pruning.budget import TARGETS
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
 
 
@@ -123,9 +121,6 @@ class DepthSpeed(Record):
 
 
 TARGET_FILE = "target.json"
-
-TARGETS = ("target_params", "target_memory", "target_speedup")
-"""What a budget may say of what is left."""
 
 
 class Target(ResultFile):
