@@ -118,7 +118,9 @@ def drop_from(
         chosen = _choose(checkpoint, options, allowed, seen, session, Journal(work, expected))
         return _draft(checkpoint, options, chosen, target, seen, session)
 
-    record = derive(SublayerDrop, target, checkpoint, draft, expected=expected)
+    record = derive(
+        SublayerDrop, target, checkpoint, draft, expected=expected, needed_bytes=checkpoint.bytes
+    )
     shutil.rmtree(work, ignore_errors=True)
     return record
 
