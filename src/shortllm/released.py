@@ -12,17 +12,19 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shortllm import pipeline, stages
+from shortllm import pipeline
+from shortllm.benchmark.bench import bench_in
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.sources import load_rows
 from shortllm.data.texts import check_length
 from shortllm.errors import ShortLLMError
+from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import EvaluatedModel
 from shortllm.evaluation.perplexity import EvaluationText
 from shortllm.evaluation.texts import Texts, evaluation_segments_of
@@ -80,7 +82,7 @@ def measure_released(
     recipes: Mapping[str, Recipe],
     *,
     out: Path | str = DIRECTORY,
-    command: list[str] | None = None,
+    command: Sequence[str] = (),
 ) -> Released:
     """Evaluate and benchmark the released checkpoints of recipes, one after the other.
 
@@ -96,23 +98,23 @@ def measure_released(
         try:
             measured[name] = _measure(recipe, out / name, command)
         except ShortLLMError as error:
-            log.warning("%s cannot be measured, the others go on", name)
+            log.warning("%s cannot be measured, the others are still measured", name)
             failed[name] = str(error)
     _write_table(out / TABLE, measured)
     return Released(measured=measured, failed=failed, table=out / TABLE)
 
 
 @releasing()
-def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Measured:
+def _measure(recipe: Recipe, directory: Path, command: Sequence[str]) -> Measured:
     published = recipe.published
     assert published is not None and published.checkpoint is not None
     hub_id, figures = published.checkpoint, published.released
     checkpoint = open_checkpoint(hub_id, special_tokens=recipe.special_tokens)
     recipe = recipe.model_copy(update={"model": hub_id, "revision": None})
-    recipe = recipe.filled(checkpoint.model_type)
+    recipe = recipe.resolved(checkpoint.model_type)
     session = pipeline.session_of(recipe)
     claim_directory(directory, checkpoint)
-    tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
+    tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     if recipe.benchmark is not None:
         from shortllm.benchmark.bench import check_speed
 
@@ -124,7 +126,7 @@ def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Meas
     session.release()
     benchmark = None
     if recipe.benchmark is not None:
-        benchmark = pipeline.bench_in(directory, models, recipe.benchmark, session)
+        benchmark = bench_in(directory, models, recipe.benchmark, session)
     [evaluated] = evaluation.models
     return Measured(
         checkpoint=hub_id,

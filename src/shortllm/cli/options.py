@@ -227,3 +227,13 @@ Places = Annotated[
         "may be repeated.",
     ),
 ]
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Set any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
+        "can be repeated.",
+    ),
+]

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from shortllm import criteria
 from shortllm.criteria.selection import ResolvedCriterion, resolve
-from shortllm.errors import BudgetError, CriterionError, DataError
+from shortllm.data.options import CalibrationOptions
+from shortllm.errors import BudgetError, CriterionError
 from shortllm.evaluation.options import Perplexity
+from shortllm.options import Flag, Nested, Options
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
-from shortllm.recipe import Recipe
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -29,6 +31,58 @@ SEGMENTS = 64
 """Segments of the text that are measured on unless told otherwise."""
 
 FLOOR = "random"
+
+
+class ComparisonText(Options):
+    """The one text that criteria are compared on."""
+
+    panel: ClassVar[str] = "Evaluation"
+
+    data: str | None = Field(
+        default=None,
+        description="Text to measure on. Default: rows of --data that calibration did not use, or "
+        "wikitext2.",
+    )
+    length: int = Field(
+        default=128, ge=2, description="Tokens per window; 2048 is the usual protocol."
+    )
+    bos: Literal["first", "every", "none"] | None = Field(
+        default=None,
+        description="Add BOS before the first window or before every one. Default: first; every "
+        "for Gemma models.",
+    )
+    max_segments: int = Field(default=SEGMENTS, ge=1, description="Measure this many windows.")
+
+
+class ComparisonOptions(Options):
+    """Which criteria are compared, at which budgets, on which text."""
+
+    panel: ClassVar[str] = "Comparison"
+
+    criteria: Annotated[list[str], Flag(name="--criterion", metavar="NAME,NAME")] = Field(
+        default_factory=criteria.compared, description="Criteria to compare."
+    )
+    ratios: Annotated[list[float], Flag(metavar="0.1,0.2")] = Field(
+        default=list(RATIOS), description="Parts of the blocks to remove."
+    )
+    random: int = Field(
+        default=RANDOM_DRAWS,
+        ge=1,
+        description="Random removals of each size, which a criterion must beat.",
+    )
+    protect_first: int | None = Field(
+        default=None,
+        description="Keep this many blocks at the start. Default: 4, at most a quarter of all.",
+    )
+    protect_last: int | None = Field(
+        default=None,
+        description="Keep this many blocks at the end. Default: 2, at most a quarter of all.",
+    )
+    calibration: CalibrationOptions = CalibrationOptions()
+    evaluation: Annotated[
+        ComparisonText,
+        Nested(rename={"data": "eval_data", "length": "eval_length", "bos": "eval_bos"}),
+    ] = ComparisonText()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,26 +178,6 @@ def _fitted(
                 "here. Leave the option out"
             )
     return resolve(asked.name, asked.options | limits) if limits else asked
-
-
-def fill_recipe(recipe: Recipe, model_type: str) -> Recipe:
-    """The recipe with its defaults filled in, of which two are a comparison's own: one text, and
-    not all of it.
-
-    Raises:
-        DataError: several texts; a table and a plot show one perplexity.
-    """
-    given = recipe.evaluation.data
-    if len(given) > 1:
-        raise DataError(
-            f"criteria are compared on one text, and {len(given)} were given: {', '.join(given)}. "
-            "Give one as --eval-data"
-        )
-    segments = recipe.evaluation.max_segments or SEGMENTS
-    evaluation = recipe.evaluation.model_copy(update={"max_segments": segments})
-    filled = recipe.model_copy(update={"evaluation": evaluation}).filled(model_type)
-    evaluation = filled.evaluation.model_copy(update={"data": filled.evaluation.data[:1]})
-    return filled.model_copy(update={"evaluation": evaluation})
 
 
 class ComparedBudget(Record):

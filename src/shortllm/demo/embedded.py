@@ -21,9 +21,10 @@ from shortllm.data.texts import calibrate
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import require_writable
 from shortllm.model.session import Session
-from shortllm.pipeline import asked_for, score_in
+from shortllm.pipeline import resolved_criterion
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan
+from shortllm.pruning.score import score_in
 from shortllm.recipe import Recipe
 from shortllm.stages import is_pruned_by, prune, pruned_fingerprint
 
@@ -67,10 +68,10 @@ def depth_version(target: Path, checkpoint: Checkpoint, session: Session) -> Pat
     if _is_made(target, checkpoint, plan_file):
         return target
     log.info("shortening the embedded model, on first use alone")
-    recipe = Recipe(model=EMBEDDED).filled(checkpoint.model_type)
+    recipe = Recipe(model=EMBEDDED).resolved(checkpoint.model_type)
     budget = recipe.budget.model_copy(update={"ratio": RATIO})
     calibration = calibrate(checkpoint, recipe.calibration)
-    asked = asked_for(recipe, checkpoint)
+    asked = resolved_criterion(recipe, checkpoint)
     [scores] = score_in(target.parent, checkpoint, [asked], calibration, session).values()
     plan = build_plan(budget, model=checkpoint.info(), scores=scores)
     prune(checkpoint, plan, target, session=session)

@@ -25,7 +25,7 @@ from shortllm.demo import charts, markup
 from shortllm.demo.generating import Limits, Request, generate
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
-from shortllm.recipe import EMBEDDED_PROMPT
+from shortllm.evaluation.evaluate import EMBEDDED_PROMPT
 
 if TYPE_CHECKING:
     import gradio as gr

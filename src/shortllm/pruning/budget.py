@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from shortllm.errors import BudgetError
+from shortllm.options import Flag, Options
 from shortllm.protection import protected_ends, protected_in
-from shortllm.records import ModelInfo, Record
+from shortllm.records import ModelInfo
 
 if TYPE_CHECKING:
     from shortllm.criteria.selection import ResolvedCriterion
@@ -33,38 +34,58 @@ TARGETS = ("target_params", "target_memory", "target_speedup")
 """The amounts of a budget that describe what remains."""
 
 
-class Budget(Record):
-    """How much to remove, and what to keep; exactly one of the amounts or targets is given."""
+def parameters_in(text: str) -> int:
+    """`1.0B`, `350M` or a plain number as a count of parameters."""
+    number = text.strip().rstrip("KkMmBbTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(round(float(number) * 10.0 ** {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}[unit]))
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError("not a number of parameters such as 1.0B or 350M") from None
 
-    remove: int | None = Field(default=None, description="number of blocks")
+
+class Budget(Options):
+    """How much to remove, and what to keep; exactly one amount or target is given."""
+
+    panel: ClassVar[str] = "Budget"
+
+    remove: int | None = Field(default=None, description="Number of blocks to remove.")
     ratio: float | None = Field(
-        default=None, description="part of the blocks, rounded to the nearest number"
+        default=None, description="Part of the blocks to remove, e.g. 0.25."
     )
     param_ratio: float | None = Field(
-        default=None, description="part of all parameters; as few blocks as reach it"
+        default=None,
+        description="Part of all parameters to remove, with as few blocks as reach it.",
     )
-    blocks: list[int] | None = Field(
-        default=None, description="exactly these blocks; protection does not apply"
+    blocks: Annotated[list[int] | None, Flag(metavar="3,4,8")] = Field(
+        default=None, description="Remove exactly these blocks, counted from 0."
     )
-    target_params: int | None = Field(default=None, description="parameters left, at most")
-    target_memory: int | None = Field(
-        default=None, description="bytes of weights and cache left, at most"
+    target_params: Annotated[int | None, Flag(parse=parameters_in, metavar="1.0B")] = Field(
+        default=None, description="Keep at most this many parameters, e.g. 1.0B or 350M."
+    )
+    target_memory: Annotated[ByteSize | None, Flag(metavar="8GiB")] = Field(
+        default=None, description="Need at most this much memory for weights and cache, e.g. 8GiB."
     )
     target_speedup: float | None = Field(
-        default=None, description="how many times as fast as the intact model, at least"
+        default=None, description="Be at least this many times as fast, measured here, e.g. 1.3."
     )
-    contiguous: bool | None = Field(
+    contiguous: Annotated[bool | None, Flag(name="--contiguous/--scattered")] = Field(
         default=None,
-        description="one span of blocks; default: where the criterion scores spans",
+        description="Remove one span of blocks, or single blocks. Default: a span where the "
+        "criterion scores spans.",
     )
     protect_first: int | None = Field(
-        default=None, description="leading blocks kept; default 4, at most a quarter of the blocks"
+        default=None,
+        description="Keep this many blocks at the start. Default: 4, at most a quarter of all.",
     )
     protect_last: int | None = Field(
-        default=None, description="trailing blocks kept; default 2, at most a quarter of the blocks"
+        default=None,
+        description="Keep this many blocks at the end. Default: 2, at most a quarter of all.",
     )
     period_aligned: bool = Field(
-        default=False, description="remove only whole periods of the pattern of blocks"
+        default=False,
+        description="Remove only whole periods where the kinds of blocks repeat, as llama.cpp and "
+        "vLLM expect.",
     )
 
     def asked(self) -> dict[str, Any]:

@@ -29,13 +29,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import OBSERVED
 from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.options import accepts
 from shortllm.protection import protected_in
 from shortllm.pruning.probe import Probe, probe_machine
 from shortllm.pruning.scoring import Scorer
 from shortllm.records import ModelInfo, Record
+from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
     import torch
@@ -353,4 +355,44 @@ def summarize(
         estimates=estimates(setting, measured),
         streamed=not room.suffices,
         why=str(room),
+    )
+
+
+@accepts(runtime=Runtime)
+def info(
+    model: str,
+    *,
+    runtime: Runtime,
+    revision: str | None = None,
+    samples: int = 10,
+    length: int = 128,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: bool = True,
+) -> ModelSummary:
+    """What a model consists of, which blocks can be removed, and what scoring it takes.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        runtime: where to compute; its fields can be given as keywords.
+        revision: of a Hub model.
+        samples: calibration samples that the estimate is for.
+        length: tokens of each of them.
+        options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
+        probe: measure the machine for two seconds and read a few of the model's tensors. Otherwise
+            only headers are read and no times are estimated.
+    Returns:
+        Blocks, parameters, bytes, and an estimate for each kind of pass.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        CriterionError: an unknown criterion or option.
+        ShortLLMError: a device that is missing.
+    """
+    return summarize(
+        open_checkpoint(model, revision=revision),
+        samples=samples,
+        length=length,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        options=options or {},
+        probe=probe,
     )

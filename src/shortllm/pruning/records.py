@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from shortllm.criteria.records import Search
 from shortllm.pruning.budget import TARGETS
-from shortllm.records import Cost, ModelInfo, Record, ResultFile
+from shortllm.records import Cost, DerivedRecord, ModelInfo, Record, ResultFile
 
 
 class BlockScores(ResultFile):
@@ -110,6 +110,19 @@ class PrunePlan(ResultFile):
         if self.reached.blocks != len(self.removed):
             raise ValueError(f"reached speaks of {self.reached.blocks} removed blocks")
         return self
+
+
+class Pruning(DerivedRecord):
+    """prune.json: which blocks were removed from a checkpoint."""
+
+    FILE: ClassVar[str] = "prune.json"
+
+    criterion: str | None = Field(description="null if the blocks were named")
+    kept: list[int] = Field(description="block numbers of the source, ascending")
+    removed: list[int] = Field(description="block numbers of the source, ascending")
+    dropped_heads: int = Field(
+        default=0, description="prediction heads behind the last block that were left out"
+    )
 
 
 class DepthSpeed(Record):

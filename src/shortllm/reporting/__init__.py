@@ -45,7 +45,7 @@ from shortllm.reporting.rendering import (
 )
 from shortllm.run_directory import PRUNED
 
-__all__ = ["write_comparison", "write_report", "write_units"]
+__all__ = ["report", "write_comparison", "write_report", "write_units"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -100,3 +100,22 @@ def _keep_original_card(checkpoint: Path) -> None:
     with translate_os_errors(checkpoint):
         if not is_our_card(readme.read_text(encoding="utf-8", errors="replace")):
             os.replace(readme, checkpoint / "README.original.md")
+
+
+def report(run_dir: Path | str) -> Path:
+    """Write the page of a run directory from its files.
+
+    That is report.html and the model card, or comparison.html where the directory contains a
+    comparison instead of a plan.
+
+    Args:
+        run_dir: a directory of a finished run.
+    Returns:
+        The page.
+    Raises:
+        ResultFileError: no finished run, or files that do not belong together.
+    """
+    directory = Path(run_dir)
+    if (directory / "comparison.json").exists() and not (directory / "plan.json").exists():
+        return write_comparison(directory)
+    return write_report(directory)

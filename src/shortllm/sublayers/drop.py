@@ -23,6 +23,7 @@ from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
 from shortllm.model.session import Session
 from shortllm.options import accepts
+from shortllm.protection import protected_in
 from shortllm.records import ModelInfo
 from shortllm.runtime import Runtime, progress
 from shortllm.sublayers.options import DroppedSublayer, SublayerDrop, SublayerOptions
@@ -117,7 +118,9 @@ def drop_from(
         chosen = _choose(checkpoint, options, allowed, seen, session, Journal(work, expected))
         return _draft(checkpoint, options, chosen, target, seen, session)
 
-    record = derive(SublayerDrop, target, checkpoint, draft, expected=expected)
+    record = derive(
+        SublayerDrop, target, checkpoint, draft, expected=expected, needed_bytes=checkpoint.bytes
+    )
     shutil.rmtree(work, ignore_errors=True)
     return record
 
