@@ -13,7 +13,6 @@ same work.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ class Limits:
     batch: int = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """What to generate; top-k 0 keeps all tokens, temperature 0 takes the most likely one."""
 
@@ -87,29 +86,19 @@ class Progress:
 
 def check_request(request: Request, limits: Limits) -> None:
     """Refuse numbers out of bounds, naming the field and what is allowed."""
-    whole: list[tuple[str, Any, int, int]] = [
-        ("output tokens", request.new_tokens, 1, limits.new_tokens),
-        ("batch size", request.batch, 1, limits.batch),
-        ("seed", request.seed, 0, 2**32 - 1),
-        ("top-k", request.top_k, 0, 1_000_000),
-    ]
-    for name, value, low, high in whole:
-        if not isinstance(value, int) or not low <= value <= high:
-            raise ShortLLMError(
-                f"{name} must be a whole number from {low} to {high:,}, not {_shown(value)}"
-            )
-    if not _is_number(request.top_p) or not 0 < request.top_p <= 1:
-        raise ShortLLMError(f"top-p must be above 0 and at most 1, not {_shown(request.top_p)}")
-    if not _is_number(request.temperature) or not 0 <= request.temperature <= 5:
-        raise ShortLLMError(f"temperature must be from 0 to 5, not {_shown(request.temperature)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    return "empty" if value is None else f"{value}"
+    bounds: tuple[tuple[str, Any, type, int, int], ...] = (
+        ("output tokens", request.new_tokens, int, 1, limits.new_tokens),
+        ("batch size", request.batch, int, 1, limits.batch),
+        ("seed", request.seed, int, 0, 2**32 - 1),
+        ("top-k", request.top_k, int, 0, 1_000_000),
+        ("top-p", request.top_p, float, 0, 1),
+        ("temperature", request.temperature, float, 0, 5),
+    )
+    for name, value, kind, low, high in bounds:
+        if not isinstance(value, (int, kind)) or not low <= value <= high:
+            number = "a whole number" if kind is int else "a number"
+            given = "empty" if value is None else value
+            raise ShortLLMError(f"{name} must be {number} from {low} to {high:,}, not {given}")
 
 
 def prompt_ids(model: DemoModel, request: Request, limits: Limits) -> Tensor:
@@ -165,13 +154,9 @@ class Tokens(BaseStreamer):  # type: ignore[no-untyped-call,misc]
         self.steps: list[Tensor] = []
         """The prompt `[B, T]`, then the new tokens `[B]` of each step."""
         self.seconds: list[float] = []
-        """When each step was done, from `start`."""
-        self.stop = False
+        """When each step was done, after `started`."""
         self.started = 0.0
-
-    def start(self) -> None:
-        """Start the clock."""
-        self.started = time.perf_counter()
+        self.stop = False
 
     def put(self, value: Tensor) -> None:
         """Called by `generate` with tokens in CPU memory."""
@@ -204,10 +189,9 @@ def decode(tokenizer: Any, prompt: list[int], continuations: list[list[int]]) ->
     texts = []
     for ids in continuations:
         whole = tokenizer.decode(prompt + ids, skip_special_tokens=True)
-        alone = not whole.startswith(before)
-        texts.append(
-            tokenizer.decode(ids, skip_special_tokens=True) if alone else whole[len(before) :]
-        )
+        if not whole.startswith(before):
+            whole, before = tokenizer.decode(ids, skip_special_tokens=True), ""
+        texts.append(whole[len(before) :])
     return texts
 
 
@@ -266,45 +250,36 @@ def _run(
     outcome: Future[int | None],
 ) -> None:
     """The thread that generates: the result is the peak memory without the other models."""
+    device, meter = models.device, models.meter
+    ids_BT = prompt_T.repeat(request.batch, 1).to(device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if request.temperature > 0:
+        sampling = {"do_sample": True, "temperature": request.temperature}
+        sampling |= {"top_k": request.top_k, "top_p": request.top_p}
     try:
-        models.meter.reset()
-        with Sampler(models.meter) as sampler, bounded_memory(models.device):
-            write(model, request, prompt_T, tokens, models.device)
-            models.meter.synchronize()
-            kept = models.meter.peaks()
-        name = "process_bytes" if models.device.type == "cpu" else "allocated_bytes"
+        meter.reset()
+        with (
+            Sampler(meter) as sampler,
+            bounded_memory(device),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            quiet_transformers(),
+        ):
+            torch.manual_seed(request.seed)
+            tokens.started = time.perf_counter()
+            model.model.generate(
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                num_beams=1,
+                min_new_tokens=request.new_tokens,
+                max_new_tokens=request.new_tokens,
+                pad_token_id=0,  # never used: all sequences have the same length
+                streamer=tokens,
+                **sampling,
+            )
+            meter.synchronize()
+            kept = meter.peaks()
+        name = "process_bytes" if device.type == "cpu" else "allocated_bytes"
         peak = sampler.peak(name, kept)
         outcome.set_result(None if peak is None else peak - models.other_weight_bytes(model))
     except BaseException as error:  # raised again where the states are read
         outcome.set_exception(error)
-
-
-def write(
-    model: DemoModel, request: Request, prompt_T: Tensor, tokens: Tokens, device: torch.device
-) -> None:
-    """One call of the model's own `generate`, timed by `tokens`."""
-    ids_BT = prompt_T.repeat(request.batch, 1).to(device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if request.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "top_k": request.top_k,
-            "top_p": request.top_p,
-            "temperature": request.temperature,
-        }
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        quiet_transformers(),
-    ):
-        torch.manual_seed(request.seed)
-        tokens.start()
-        model.model.generate(
-            input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            num_beams=1,
-            min_new_tokens=request.new_tokens,
-            max_new_tokens=request.new_tokens,
-            pad_token_id=0,  # never used: all sequences have the same length
-            streamer=tokens,
-            **sampling,
-        )

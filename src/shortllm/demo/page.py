@@ -1,8 +1,8 @@
-"""The page: a prompt and its settings, a panel per model, the last runs; and its server.
+"""The page: a prompt and its settings, a panel per model, charts of the last runs; and its server.
 
 Gradio's queue runs one event at a time for all visitors, so that the figures of one model do not
 suffer from another. Stop cancels the visitor's events: gradio closes their generators, and the
-model stops at its next token. Whatever is wrong with a request is said in the panel.
+model stops at its next token. What is wrong with a request is said in the panel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -31,27 +31,26 @@ LOCALHOST = "127.0.0.1"
 QUEUE_SIZE = 32
 """Requests that may wait; the next one is refused."""
 RUNS = 4
-"""Runs in the charts."""
-COLORS = (
-    "#0072b2", "#d55e00", "#008a62", "#b3589a", "#3c9dd0", "#c98500", "#93633a", "#a8416f",
-)  # fmt: skip
+"""Runs that have a chart."""
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+COLORS = ("#0072b2", "#d55e00", "#008a62", "#b3589a", "#3c9dd0", "#c98500", "#93633a", "#a8416f")
 """Of the models; a ninth one has the first color again."""
-OWN_CONTENT = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+OWN_CONTENT = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 """The browser loads nothing from other servers, whatever gradio's page requests."""
 CSS = """
-footer { display: none !important; }
-#examples button { max-width: 22rem; }
+.html-container { padding: .6rem 0 0 !important; }
 .head h3 { margin: 0 0 .5rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .head h3 { border-left: .6rem solid var(--color); padding-left: .5rem; }
-.numbers { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: 0; }
-.numbers dt { font-size: .8rem; color: var(--body-text-color-subdued); }
+.numbers { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; margin: 0; }
+.numbers dt { font-size: .8rem; opacity: .7; }
 .numbers dd { margin: 0; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .blocks { display: flex; gap: 3px; height: 1.1rem; margin-top: .7rem; }
 .blocks i { flex: 1 1 0; min-width: 1px; border-radius: 2px; }
 .blocks .kept { background: linear-gradient(to top, var(--color) calc(100% * var(--part)),
   color-mix(in srgb, var(--color) 18%, transparent) 0); }
-.blocks .gone { border: 1px dashed var(--color); opacity: .6; }
-.figures [role=alert] { color: var(--error-text-color); overflow-wrap: anywhere; }
+.blocks .gone { border: 1px dashed var(--color); opacity: .7; }
+.figures p { color: var(--error-text-color); overflow-wrap: anywhere; }
 """
 EMBEDDED_EXAMPLES = (
     EMBEDDED_PROMPT,
@@ -68,30 +67,24 @@ EXAMPLES = (
     "def fibonacci(n):",
 )
 
-SETTINGS = tuple(field.name for field in fields(Request))
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one press of a button requested, and the tokens per second of each model."""
+
+    number: int
+    request: Request
+    rates: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Panel:
-    """What a model has on the page."""
+    """A model and its components on the page."""
 
     model: DemoModel
     button: gr.Button
     text: gr.Textbox
     figures: gr.HTML
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One press of a button: what was requested, and the throughput of each model."""
-
-    number: int
-    request: Request
-    tokens_per_s: dict[str, float]
 
 
 class Page:
@@ -101,77 +94,59 @@ class Page:
         import gradio as gr
 
         self._models, self._limits = models, limits
-        self._first = models.models[0]
+        self._first, count = models.models[0], len(models.models)
         self._examples = EMBEDDED_EXAMPLES if self._first.info.id == EMBEDDED else EXAMPLES
-        self._defaults = Request(prompt=self._examples[0], new_tokens=min(64, limits.new_tokens))
-        self._colors = {
-            model.name: COLORS[place % len(COLORS)] for place, model in enumerate(models.models)
-        }
-        count = len(models.models)
-        title = (
-            "One prompt, one model" if count == 1 else f"One prompt, {count} models side by side"
-        )
+        self._defaults = Request(self._examples[0], min(64, limits.new_tokens))
+        colors = [COLORS[place % len(COLORS)] for place in range(count)]
+        self._colors = dict(zip((one.name for one in models.models), colors, strict=True))
         with gr.Blocks(title="shortllm demo", analytics_enabled=False, fill_width=True) as blocks:
-            gr.Markdown(f"# {title}")
+            what = "one model" if count == 1 else f"{count} models side by side"
+            gr.Markdown(f"# One prompt, {what}")
             self._inputs = self._build_inputs()
-            with gr.Row(elem_id="actions"):
-                self._all = gr.Button(
-                    "Generate" if count == 1 else "Generate all", variant="primary", elem_id="all"
+            with gr.Row():
+                label = "Generate" if count == 1 else "Generate all"
+                every = gr.Button(
+                    label, variant="primary", scale=0, min_width=130, size="md", elem_id="all"
                 )
-                self._stop = gr.Button("Stop", elem_id="stop")
-                self._reset = gr.Button("Reset", elem_id="reset")
+                stop = gr.Button("Stop", scale=0, min_width=80, size="md", elem_id="stop")
+                reset = gr.Button("Reset", scale=0, min_width=80, size="md", elem_id="reset")
             with gr.Row(elem_id="panels"):
                 self._panels = [self._build_panel(model) for model in models.models]
             with gr.Row(elem_id="runs"):
                 self._charts = [self._build_chart() for _ in range(RUNS)]
             self._history = gr.State([])
-            self._connect()
+            self._connect(every, stop, reset)
         self.blocks = blocks.queue(max_size=QUEUE_SIZE)
 
     def _build_inputs(self) -> list[Any]:
-        """The prompt, then the settings in the order of `Request`."""
+        """The prompt and the settings, in the order of `Request`."""
         import gradio as gr
 
         default = self._defaults
         prompt = gr.Textbox(default.prompt, label="Prompt", lines=3, max_lines=10, elem_id="prompt")
         gr.Examples([[one] for one in self._examples], prompt, elem_id="examples")
-        settings = (
-            ("Output tokens", default.new_tokens, 0),
-            ("Batch size", default.batch, 0),
-            ("Seed", default.seed, 0),
-            ("Top-k", default.top_k, 0),
-            ("Top-p", default.top_p, None),
-            ("Temperature", default.temperature, None),
-        )
-        with gr.Row(elem_id="settings"):
-            return [prompt] + [
-                gr.Number(
-                    value,
-                    label=label,
-                    precision=digits,
-                    min_width=100,
-                    elem_id=label.lower().replace(" ", "-"),
-                )
-                for label, value, digits in settings
-            ]
+        labels = ("Output tokens", "Batch size", "Seed", "Top-k", "Top-p", "Temperature")
+        inputs = [prompt]
+        with gr.Row():
+            for label, value in zip(labels, astuple(default)[1:], strict=True):
+                digits = 0 if isinstance(value, int) else None
+                name = label.lower().replace(" ", "-")
+                inputs += [
+                    gr.Number(value, label=label, precision=digits, min_width=100, elem_id=name)
+                ]
+        return inputs
 
     def _build_panel(self, model: DemoModel) -> Panel:
         import gradio as gr
 
+        several, empty = len(self._models.models) > 1, "Nothing generated yet"
         with gr.Column(min_width=280):
             gr.HTML(head(model, self._first, self._colors[model.name]))
-            return Panel(
-                model=model,
-                button=gr.Button("Generate", size="sm", visible=len(self._models.models) > 1),
-                text=gr.Textbox(
-                    show_label=False,
-                    placeholder="Nothing generated yet",
-                    lines=10,
-                    max_lines=10,
-                    interactive=False,
-                ),
-                figures=gr.HTML(figures(None)),
+            button = gr.Button("Generate", size="sm", visible=several)
+            text = gr.Textbox(
+                placeholder=empty, lines=10, max_lines=10, interactive=False, container=False
             )
+            return Panel(model=model, button=button, text=text, figures=gr.HTML(figures(None)))
 
     def _build_chart(self) -> gr.BarPlot:
         import gradio as gr
@@ -183,64 +158,57 @@ class Page:
             color_map=self._colors,
             colors_in_legend=[],
             sort=list(self._colors),
+            label="Run",
             x_title=" ",
             height=180,
             min_width=240,
             visible=False,
         )
 
-    def _connect(self) -> None:
+    def _connect(self, every: gr.Button, stop: gr.Button, reset: gr.Button) -> None:
         import gradio as gr
 
-        one_at_a_time: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
         outputs = [part for panel in self._panels for part in (panel.text, panel.figures)]
         outputs += [*self._charts, self._history]
-        buttons = [(self._all, self._panels), *((one.button, [one]) for one in self._panels)]
         runs = [
             button.click(
                 self._runner(panels),
                 inputs=[self._history, *self._inputs],
                 outputs=outputs,
+                show_progress="minimal",
                 show_progress_on=[panel.text for panel in panels],
-                api_visibility="private",
-                **one_at_a_time,
+                **ONE_AT_A_TIME,
+                **PRIVATE,
             )
-            for button, panels in buttons
+            for button, panels in [
+                (every, self._panels),
+                *((panel.button, [panel]) for panel in self._panels),
+            ]
         ]
-        self._stop.click(None, cancels=runs, api_visibility="private")
-        self._reset.click(
-            self._default_values,
-            outputs=[*self._inputs, *outputs],
-            cancels=runs,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        gr.api(self._api, api_name="generate", **one_at_a_time)
+        stop.click(None, cancels=runs, **PRIVATE)
+        everything = [*self._inputs, *outputs]
+        reset.click(self._start_over, outputs=everything, cancels=runs, queue=False, **PRIVATE)
+        gr.api(self._api, api_name="generate", **ONE_AT_A_TIME)
 
     def _runner(self, panels: list[Panel]) -> Callable[..., Iterator[dict[Any, Any]]]:
         """What a button does: generate in these panels, one after another."""
 
         def run(history: list[Run], *inputs: Any) -> Iterator[dict[Any, Any]]:
-            request = Request(**dict(zip(SETTINGS, inputs, strict=True)))
+            request, rates = Request(*inputs), {}
             number = history[-1].number + 1 if history else 1
-            rates: dict[str, float] = {}
-            empty = {panel.text: "" for panel in panels}
-            yield empty | {panel.figures: figures(None) for panel in panels}
+            yield cleared(panels)
             for panel in panels:
                 states = generate(self._models, panel.model, request, limits=self._limits)
                 try:
                     with closing(states):
                         for now in states:
-                            yield {
-                                panel.text: shown(request.prompt, now.texts),
-                                panel.figures: figures(now),
-                            }
+                            text = written(request.prompt, now.texts)
+                            yield {panel.text: text, panel.figures: figures(now)}
                 except ShortLLMError as error:
                     yield {panel.figures: failure(error)}
                     continue
                 rates[panel.model.name] = now.tokens_per_s or 0.0
-                latest = Run(number=number, request=request, tokens_per_s=dict(rates))
+                latest = Run(number=number, request=request, rates=dict(rates))
                 yield self._drawn([*history, latest])
 
         return run
@@ -251,30 +219,21 @@ class Page:
         import pandas as pd
 
         history = history[-RUNS:]
-        highest = max((rate for run in history for rate in run.tokens_per_s.values()), default=0)
-        updates: dict[Any, Any] = {self._history: history}
-        for place, chart in enumerate(self._charts):
-            if place >= len(history):
-                updates[chart] = gr.update(visible=False)
-                continue
-            run = history[-1 - place]
-            rates = pd.DataFrame(run.tokens_per_s.items(), columns=["model", "tokens/s"])
-            asked = counted(run.request.new_tokens, "token")
+        highest = max((rate for run in history for rate in run.rates.values()), default=0)
+        updates: dict[Any, Any] = dict.fromkeys(self._charts, gr.update(visible=False))
+        for chart, run in zip(self._charts, reversed(history), strict=False):
+            # every chart has all models: the plot keeps the colors of those it had first
+            rates = [(name, run.rates.get(name)) for name in self._colors]
             batch = f" × {run.request.batch}" if run.request.batch > 1 else ""
-            updates[chart] = gr.update(
-                value=rates,
-                y_lim=[0, highest],
-                visible=True,
-                label=f"Run {run.number}: {asked}{batch}",
-            )
-        return updates
+            label = f"Run {run.number}: {counted(run.request.new_tokens, 'token')}{batch}"
+            frame = pd.DataFrame(rates, columns=["model", "tokens/s"])
+            updates[chart] = gr.update(value=frame, y_lim=[0, highest], label=label, visible=True)
+        return updates | {self._history: history}
 
-    def _default_values(self) -> dict[Any, Any]:
+    def _start_over(self) -> dict[Any, Any]:
         """Everything as it was when the page was opened."""
-        values = [getattr(self._defaults, name) for name in SETTINGS]
-        cleared = {panel.text: "" for panel in self._panels}
-        cleared |= {panel.figures: figures(None) for panel in self._panels}
-        return dict(zip(self._inputs, values, strict=True)) | cleared | self._drawn([])
+        inputs = dict(zip(self._inputs, astuple(self._defaults), strict=True))
+        return inputs | cleared(self._panels) | self._drawn([])
 
     def _api(
         self,
@@ -290,8 +249,7 @@ class Page:
         """Text of one model, by name."""
         import gradio as gr
 
-        settings = (prompt, output_tokens, batch_size, seed, top_k, top_p, temperature)
-        request = Request(**dict(zip(SETTINGS, settings, strict=True)))
+        request = Request(prompt, output_tokens, batch_size, seed, top_k, top_p, temperature)
         try:
             chosen = self._models.named(model)
             *_, last = generate(self._models, chosen, request, limits=self._limits)
@@ -300,20 +258,24 @@ class Page:
         return asdict(last) | {"tokens_per_s": last.tokens_per_s}
 
 
-def shown(prompt: str, texts: list[str]) -> str:
+def cleared(panels: list[Panel]) -> dict[Any, Any]:
+    """The panels without text and figures."""
+    texts: dict[Any, Any] = {panel.text: "" for panel in panels}
+    return texts | {panel.figures: figures(None) for panel in panels}
+
+
+def written(prompt: str, texts: list[str]) -> str:
     """Prompt and text; the texts of a batch are numbered."""
     if len(texts) == 1:
         return prompt + texts[0]
-    return "\n\n".join(
-        [prompt, *(f"{number}. {text.lstrip()}" for number, text in enumerate(texts, 1))]
-    )
+    numbered = [f"{number}. {text.lstrip()}" for number, text in enumerate(texts, 1)]
+    return "\n\n".join([prompt, *numbered])
 
 
 def head(model: DemoModel, first: DemoModel, color: str) -> str:
     """Name and size of a model, and a cell per block of the model it was shortened from.
 
-    A cell is filled by the block's share of the largest block's parameters; a removed block is
-    dashed.
+    A cell is filled as far as its block has parameters; a removed block is dashed.
     """
     info = model.info
     largest = max(*info.parameters_per_block, *first.info.parameters_per_block)
@@ -324,9 +286,9 @@ def head(model: DemoModel, first: DemoModel, color: str) -> str:
         else '<i class="gone"></i>'
         for block in range(model.source_blocks)
     )
-    less = change(first.info.parameters, info.parameters) if model is not first else ""
+    less = "" if model is first else change(first.info.parameters, info.parameters)
     sizes = {
-        "parameters": f"{short_count(info.parameters)} {less}".strip(),
+        "parameters": f"{short_count(info.parameters)} {less}",
         "blocks": str(info.blocks),
         "size": short_bytes(info.bytes),
     }
@@ -339,21 +301,21 @@ def head(model: DemoModel, first: DemoModel, color: str) -> str:
 
 def figures(progress: Progress | None) -> str:
     """Time, tokens, throughput and memory of a text; a dash for what is not known."""
+    state = "idle" if progress is None else progress.state
     shown = dict.fromkeys(("time", "tokens", "throughput", "first token", "memory"), NONE)
-    if progress is not None and progress.tokens_per_s and progress.first_token_s:
-        shown |= {
+    if progress and progress.tokens_per_s and progress.first_token_s:
+        shown = {
             "time": f"{progress.seconds:.2f} s",
             "tokens": f"{progress.tokens:,}",
             "throughput": f"{progress.tokens_per_s:,.0f} tokens/s",
             "first token": f"{1000 * progress.first_token_s:,.0f} ms",
             "memory": short_bytes(progress.peak_bytes),
         }
-    state = progress.state if progress else "idle"
     return f'<div class="figures" data-state="{state}">{numbers(shown)}</div>'
 
 
 def failure(error: ShortLLMError) -> str:
-    """What a request cannot have, in place of the figures."""
+    """Why a request was refused, in place of the figures."""
     message = str(error)
     sentence = escape(message[0].upper() + message[1:])
     return f'<div class="figures" data-state="failed"><p role="alert">{sentence}.</p></div>'
@@ -361,8 +323,8 @@ def failure(error: ShortLLMError) -> str:
 
 def numbers(values: Mapping[str, str]) -> str:
     """Names above their values."""
-    pairs = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
-    return f'<dl class="numbers">{pairs}</dl>'
+    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
+    return f'<dl class="numbers">{"".join(pairs)}</dl>'
 
 
 def serve(
@@ -375,7 +337,7 @@ def serve(
 ) -> tuple[gr.Blocks, str]:
     """Serve the page from background threads; returns the page and its address.
 
-    Without a port, the first free one from 7860 on; `share` adds a public address that gradio
+    The default port is the first free one from 7860 on. `share` adds a public address that gradio
     gives out for a week.
     """
     import gradio as gr
@@ -384,8 +346,10 @@ def serve(
     if share or host not in (LOCALHOST, "localhost", "::1"):
         log.warning("anyone who can reach the page can use the models: there are no accounts")
     page = Page(models, limits).blocks
-    system_fonts = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
-    system_mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
+    sans, mono = (  # of the system: others would be loaded from elsewhere
+        [gr.themes.Font(name) for name in names]
+        for names in (("system-ui", "sans-serif"), ("ui-monospace", "monospace"))
+    )
     try:
         _, local, public = page.launch(
             server_name=host,
@@ -393,7 +357,6 @@ def serve(
             share=share,
             prevent_thread_lock=True,
             quiet=True,
-            show_error=False,
             allowed_paths=[],
             ssr_mode=False,
             pwa=False,
@@ -401,7 +364,7 @@ def serve(
             run_history=False,
             enable_monitoring=False,
             footer_links=[],
-            theme=gr.themes.Default(font=system_fonts, font_mono=system_mono),
+            theme=gr.themes.Default(primary_hue="blue", font=sans, font_mono=mono),
             css=CSS,
             app_kwargs={"middleware": [Middleware(Guard)]},
         )
@@ -413,6 +376,11 @@ def serve(
     return page, public or local
 
 
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+
+
 class Guard:
     """Refuses uploads, for which the page has no use, and content from other servers."""
 
@@ -422,14 +390,14 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.responses import PlainTextResponse
 
-        if scope["type"] == "http" and "/upload" in scope["path"]:
-            await PlainTextResponse("uploads are not allowed", 403)(scope, receive, send)
-            return
-
         async def guarded(message: Scope) -> None:
             if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", OWN_CONTENT.encode())
+                policy = (b"content-security-policy", OWN_CONTENT)
                 message = {**message, "headers": [*message["headers"], policy]}
             await send(message)
 
-        await self._app(scope, receive, guarded)
+        if scope["type"] == "http" and "/upload" in scope["path"]:
+            refusal = PlainTextResponse("uploads are not allowed", 403)
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, guarded)
