@@ -159,7 +159,6 @@ class Page:
             colors_in_legend=[],
             sort=list(self._colors),
             label="Run",
-            x_title=" ",
             height=180,
             min_width=240,
             visible=False,
