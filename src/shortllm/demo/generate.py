@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -86,17 +86,17 @@ class Progress:
 
 def check_request(request: Request, limits: Limits) -> None:
     """Refuse numbers out of bounds, naming the field and what is allowed."""
-    bounds: tuple[tuple[str, Any, type, int, int], ...] = (
-        ("output tokens", request.new_tokens, int, 1, limits.new_tokens),
-        ("batch size", request.batch, int, 1, limits.batch),
-        ("seed", request.seed, int, 0, 2**32 - 1),
-        ("top-k", request.top_k, int, 0, 1_000_000),
-        ("top-p", request.top_p, float, 0, 1),
-        ("temperature", request.temperature, float, 0, 5),
+    bounds: tuple[tuple[str, Any, Any, int, int], ...] = (
+        ("output tokens", request.new_tokens, (int,), 1, limits.new_tokens),
+        ("batch size", request.batch, (int,), 1, limits.batch),
+        ("seed", request.seed, (int,), 0, 2**32 - 1),
+        ("top-k", request.top_k, (int,), 0, 1_000_000),
+        ("top-p", request.top_p, (int, float), 0, 1),
+        ("temperature", request.temperature, (int, float), 0, 5),
     )
-    for name, value, kind, low, high in bounds:
-        if not isinstance(value, (int, kind)) or not low <= value <= high:
-            number = "a whole number" if kind is int else "a number"
+    for name, value, kinds, low, high in bounds:
+        if not (isinstance(value, kinds) and low <= value <= high):
+            number = "a number" if float in kinds else "a whole number"
             given = "empty" if value is None else value
             raise ShortLLMError(f"{name} must be {number} from {low} to {high:,}, not {given}")
 
@@ -147,7 +147,7 @@ class _Stopped(Exception):
     """Ends `generate` from within."""
 
 
-class Tokens(BaseStreamer):  # type: ignore[no-untyped-call,misc]
+class Tokens(BaseStreamer):  # type: ignore[misc]
     """Receives each step's tokens from `generate`; does nothing with them that takes time."""
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ def decode(tokenizer: Any, prompt: list[int], continuations: list[list[int]]) ->
 
 def generate(
     models: Models, model: DemoModel, request: Request, *, limits: Limits
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """States of the text while it is generated; the last one is `done`.
 
     The same request gives the same text. Only one text of `models` is generated at a time. When

@@ -8,7 +8,7 @@ model stops at its next token. What is wrong with a request is said in the panel
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
 from html import escape
@@ -24,6 +24,12 @@ from shortllm.reporting.wording import NONE, change, counted, short_bytes, short
 
 if TYPE_CHECKING:
     import gradio as gr
+    from starlette.middleware.base import RequestResponseEndpoint
+    from starlette.requests import Request as HTTPRequest
+    from starlette.responses import Response
+
+History = list[tuple[str, dict[str, float]]]
+"""Per run its title, and tokens per second by model."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 COLORS = ("#0072b2", "#d55e00", "#008a62", "#b3589a", "#3c9dd0", "#c98500", "#93633a", "#a8416f")
 """Of the models; a ninth one has the first color again."""
-OWN_CONTENT = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+OWN_CONTENT = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 """The browser loads nothing from other servers, whatever gradio's page requests."""
 CSS = """
 .html-container { padding: .6rem 0 0 !important; }
@@ -66,15 +72,6 @@ EXAMPLES = (
     "The three most important things to know about the sea are",
     "def fibonacci(n):",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What one press of a button requested, and the tokens per second of each model."""
-
-    number: int
-    request: Request
-    rates: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -192,9 +189,9 @@ class Page:
     def _runner(self, panels: list[Panel]) -> Callable[..., Iterator[dict[Any, Any]]]:
         """What a button does: generate in these panels, one after another."""
 
-        def run(history: list[Run], *inputs: Any) -> Iterator[dict[Any, Any]]:
-            request, rates = Request(*inputs), {}
-            number = history[-1].number + 1 if history else 1
+        def run(history: History, *inputs: Any) -> Iterator[dict[Any, Any]]:
+            request = Request(*inputs)
+            rates: dict[str, float] = {}
             yield cleared(panels)
             for panel in panels:
                 states = generate(self._models, panel.model, request, limits=self._limits)
@@ -207,26 +204,25 @@ class Page:
                     yield {panel.figures: failure(error)}
                     continue
                 rates[panel.model.name] = now.tokens_per_s or 0.0
-                latest = Run(number=number, request=request, rates=dict(rates))
-                yield self._drawn([*history, latest])
+                batch = f" × {request.batch}" if request.batch > 1 else ""
+                title = f"Run {len(history) + 1}: {counted(request.new_tokens, 'token')}{batch}"
+                yield self._drawn([*history, (title, dict(rates))])
 
         return run
 
-    def _drawn(self, history: list[Run]) -> dict[Any, Any]:
+    def _drawn(self, history: History) -> dict[Any, Any]:
         """The charts of the last runs, the newest first, all to one scale."""
         import gradio as gr
-        import pandas as pd
+        import pandas as pd  # type: ignore[import-untyped]
 
-        history = history[-RUNS:]
-        highest = max((rate for run in history for rate in run.rates.values()), default=0)
+        shown = history[-RUNS:][::-1]
+        highest = max((rate for _, rates in shown for rate in rates.values()), default=0)
         updates: dict[Any, Any] = dict.fromkeys(self._charts, gr.update(visible=False))
-        for chart, run in zip(self._charts, reversed(history), strict=False):
+        for chart, (title, rates) in zip(self._charts, shown, strict=False):
             # every chart has all models: the plot keeps the colors of those it had first
-            rates = [(name, run.rates.get(name)) for name in self._colors]
-            batch = f" × {run.request.batch}" if run.request.batch > 1 else ""
-            label = f"Run {run.number}: {counted(run.request.new_tokens, 'token')}{batch}"
-            frame = pd.DataFrame(rates, columns=["model", "tokens/s"])
-            updates[chart] = gr.update(value=frame, y_lim=[0, highest], label=label, visible=True)
+            rows = [(name, rates.get(name)) for name in self._colors]
+            frame = pd.DataFrame(rows, columns=["model", "tokens/s"])
+            updates[chart] = gr.update(value=frame, y_lim=[0, highest], label=title, visible=True)
         return updates | {self._history: history}
 
     def _start_over(self) -> dict[Any, Any]:
@@ -341,6 +337,7 @@ def serve(
     """
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
 
     if share or host not in (LOCALHOST, "localhost", "::1"):
         log.warning("anyone who can reach the page can use the models: there are no accounts")
@@ -365,7 +362,7 @@ def serve(
             footer_links=[],
             theme=gr.themes.Default(primary_hue="blue", font=sans, font_mono=mono),
             css=CSS,
-            app_kwargs={"middleware": [Middleware(Guard)]},
+            app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, dispatch=guard)]},
         )
     except OSError as error:
         where = host if port is None else f"port {port} of {host}"
@@ -375,28 +372,12 @@ def serve(
     return page, public or local
 
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
+async def guard(request: HTTPRequest, pass_on: RequestResponseEndpoint) -> Response:
+    """Refuse uploads, for which the page has no use, and content from other servers."""
+    from starlette.responses import PlainTextResponse
 
-
-class Guard:
-    """Refuses uploads, for which the page has no use, and content from other servers."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.responses import PlainTextResponse
-
-        async def guarded(message: Scope) -> None:
-            if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", OWN_CONTENT)
-                message = {**message, "headers": [*message["headers"], policy]}
-            await send(message)
-
-        if scope["type"] == "http" and "/upload" in scope["path"]:
-            refusal = PlainTextResponse("uploads are not allowed", 403)
-            await refusal(scope, receive, send)
-        else:
-            await self._app(scope, receive, guarded)
+    if "/upload" in request.url.path:
+        return PlainTextResponse("uploads are not allowed", 403)
+    response = await pass_on(request)
+    response.headers["content-security-policy"] = OWN_CONTENT
+    return response
