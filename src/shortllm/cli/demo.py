@@ -52,10 +52,9 @@ def demo(
         raise ShortLLMError("the demo needs gradio. Install it with: pip install 'shortllm[demo]'")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-    from shortllm.demo.embedded import embedded_models
-    from shortllm.demo.generating import Limits
-    from shortllm.demo.models import named_models, open_models
-    from shortllm.demo.serving import serve
+    from shortllm.demo.generate import Limits
+    from shortllm.demo.models import embedded_models, named_models, open_models
+    from shortllm.demo.page import serve
     from shortllm.model.session import Session
 
     session = Session(runtime)
