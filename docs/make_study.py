@@ -25,15 +25,8 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.files import fingerprint, write_text
 from shortllm.data.options import CalibrationOptions
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.reporting.comparison import spans
-from shortllm.reporting.plots.drawing import (
-    COLOURS,
-    drawn,
-    line_style,
-    mark_heights,
-    plain_frame,
-    standalone,
-)
+from shortllm.format import spans
+from shortllm.reporting.plots import COLOURS, drawn, line_style, mark_heights, plain_frame, standalone  # fmt: skip
 from shortllm.retraining.options import RetrainOptions
 
 DOCS = Path(__file__).parent
@@ -166,7 +159,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
     """A row of plots per model, a column per way to heal, a line per criterion."""
     names = list(dict.fromkeys(row["model"] for row in rows))
 
-    def draw(grid: Any, *, narrow: bool) -> None:
+    def draw(grid: Any) -> None:
         for i, name in enumerate(names):
             own = [row for row in rows if row["model"] == name]
             heights = [row[way] for row in own for way in WAYS if way != "merge"]
@@ -196,7 +189,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
 
     alt = "Perplexity against the part of the blocks removed, by model, criterion and healing."
     size = (10.5, 2.4 * len(names) + 0.6)
-    return standalone(drawn(draw, width="wide", size=size, alt=alt, grid=(len(names), len(WAYS))))
+    return standalone(drawn(draw, size=size, alt=alt, grid=(len(names), len(WAYS))))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

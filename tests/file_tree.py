@@ -48,7 +48,7 @@ DESCRIBED = {
     f"{PACKAGE}/embedded/model/*": "the embedded model, its tokenizer, how it was trained",
     f"{PACKAGE}/embedded/tasks/*": "its task sets, described for lm-evaluation-harness",
     f"{PACKAGE}/recipes/*.yaml": "a whole run each",
-    f"{PACKAGE}/reporting/templates/*": "pages, the model card, a partial per section; their style",
+    f"{PACKAGE}/reporting/templates/*": "the page, its style, and the model card",
     f"{PACKAGE}/retraining/configs/*": "how `accelerate launch` shares a training out over 8 GPUs",
 }
 """File, or pattern of files that share a line -> what the line says."""

@@ -17,7 +17,7 @@ from shortllm.cli.run import run
 from shortllm.errors import RecipeError
 
 if TYPE_CHECKING:
-    from shortllm.released import Measured, Released
+    from shortllm.published import Measured, Released
 
 recipes = typer.Typer(
     help="Whole runs in a file each: list, show and run those that come with the package.",
@@ -131,8 +131,8 @@ def _run_published(given: dict[str, Any]) -> None:
     Raises:
         RecipeError: a flag about something else than measuring.
     """
+    from shortllm.published import DIRECTORY, measure_released, released_recipes
     from shortllm.recipes import changed, load_recipe, recipe_names
-    from shortllm.released import DIRECTORY, measure_released, released_recipes
 
     changes = changes_of(given["ctx"], given["places"] or [])
     for place in (*changes, *(["retraining"] if given["retrain"] else [])):
@@ -148,7 +148,7 @@ def _run_published(given: dict[str, Any]) -> None:
         print_json(
             {
                 "measured": {
-                    name: [row.model_dump() for row in one.beside]
+                    name: [row.model_dump() for row in one.comparison]
                     for name, one in found.measured.items()
                 },
                 "failed": found.failed,

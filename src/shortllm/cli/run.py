@@ -144,13 +144,13 @@ def run(
     interrupted one was.
     """
     import shortllm
-    from shortllm.published import beside
+    from shortllm.published import published_comparison
 
     asked = recipe_of(ctx, model, recipe, retrain, places or [])
     result = shortllm.run(asked, out=out, command=command_line())
     published, rows = result.recipe.published, []
     if published is not None:
-        rows = beside(published, result.evaluation, result.recipe.evaluation)
+        rows = published_comparison(published, result.evaluation, result.recipe.evaluation)
     if json:
         print_json(
             {

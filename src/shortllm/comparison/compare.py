@@ -25,7 +25,7 @@ from shortllm.recipe import Recipe
 from shortllm.run_directory import pinned
 
 if TYPE_CHECKING:
-    from shortllm.reporting.runs import ComparedModel
+    from shortllm.reporting.comparison import ComparedModel
 
 
 def compare_criteria(
@@ -134,6 +134,6 @@ def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> 
     Raises:
         ResultFileError: a directory that holds no finished run.
     """
-    from shortllm.reporting.runs import write_runs
+    from shortllm.reporting import write_runs
 
     return write_runs([Path(one) for one in runs], Path(out))
