@@ -326,7 +326,7 @@ def bench_in(
 ) -> Benchmark:
     """bench.json with its table and plots, unless they are up to date."""
     from shortllm.benchmark.meters import meter_of
-    from shortllm.reporting.speed import write_benchmark
+    from shortllm.reporting.measurements import write_benchmark
 
     expected = benchmark_fingerprint(checkpoints, options, session, meter_of(session.device))
     found = finished(Benchmark, directory / "bench.json", expected)

@@ -118,11 +118,11 @@ def compare_units(
         print_json(found.model_dump(mode="json"))
         return
     from shortllm.comparison.width_vs_depth import default_directory
-    from shortllm.reporting.loading import load_units
-    from shortllm.reporting.units import terminal_table
+    from shortllm.reporting.load import load_units
+    from shortllm.reporting.units_page import units_table
 
     directory = out or default_directory(chosen.model)
-    print_table(*terminal_table(load_units(directory)))
+    print_table(*units_table(load_units(directory)).plain())
     typer.echo(f"page: {directory / 'units.html'}")
 
 

@@ -91,13 +91,13 @@ def compare(
     Example: shortllm compare runs/qwen3 runs/other
     """
     import shortllm
-    from shortllm.reporting.runs import table
+    from shortllm.reporting.runs_page import runs_table
 
     models = shortllm.compare(runs, out=out)
     if json:
         print_json([one.model_dump(mode="json") for one in models])
         return
-    print_table(*table(models))
+    print_table(*runs_table(models).plain())
     typer.echo(f"page: {out}")
 
 

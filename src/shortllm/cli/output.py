@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shortllm.benchmark.options import Benchmark
     from shortllm.evaluation.options import Evaluation
     from shortllm.pruning.records import PrunePlan
-    from shortllm.published import Beside, Published
+    from shortllm.published import Published, PublishedComparison
 
 
 def print_json(content: Any) -> None:
@@ -121,17 +121,18 @@ def command_line() -> list[str]:
 
 def print_benchmark(found: Benchmark) -> None:
     """The device, then a row per model, batch and length."""
-    from shortllm.reporting.speed import table
+    from shortllm.reporting.measurements import benchmark_table
 
     typer.echo(
         f"{found.device_name}, {'compiled, ' if found.compiled else ''}"
         f"{found.warmup} warm-up and {found.runs} measured runs of each model, in turn"
     )
-    head, rows = table(found)
-    print_table(head, rows)
+    print_table(*benchmark_table(found).plain())
 
 
-def print_published(published: Published, plan: PrunePlan, rows: Sequence[Beside]) -> None:
+def print_published(
+    published: Published, plan: PrunePlan, rows: Sequence[PublishedComparison]
+) -> None:
     """Blocks and numbers, ours and the published ones."""
     from shortllm.published import compared_blocks
 

@@ -164,7 +164,7 @@ def _run_published(
         print_json(
             {
                 "measured": {
-                    name: [row.model_dump() for row in one.beside]
+                    name: [row.model_dump() for row in one.comparison]
                     for name, one in found.measured.items()
                 },
                 "failed": found.failed,

@@ -180,11 +180,11 @@ def only(options: dict[str, dict[str, object]], criterion: str) -> dict[str, obj
 
 def print_run(result: RunResult, *, json: bool) -> None:
     """The plan, what was measured, and where everything is."""
-    from shortllm.published import beside
+    from shortllm.published import published_comparison
 
     published, rows = result.recipe.published, []
     if published is not None:
-        rows = beside(published, result.evaluation, result.recipe.evaluation)
+        rows = published_comparison(published, result.evaluation, result.recipe.evaluation)
     if json:
         print_json(
             {

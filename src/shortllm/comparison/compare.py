@@ -23,7 +23,7 @@ from shortllm.run_directory import pinned
 from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
-    from shortllm.reporting.runs import ComparedModel
+    from shortllm.reporting.comparison import ComparedModel
 
 
 @accepts(comparison=ComparisonOptions, runtime=Runtime)
@@ -121,6 +121,6 @@ def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> 
     Raises:
         ResultFileError: a directory that holds no finished run.
     """
-    from shortllm.reporting.runs import write_runs
+    from shortllm.reporting import write_runs
 
     return write_runs([Path(one) for one in runs], Path(out))

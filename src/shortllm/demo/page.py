@@ -21,7 +21,7 @@ from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.evaluate import EMBEDDED_PROMPT
 from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
-from shortllm.reporting.wording import NONE, change, counted, short_bytes, short_count
+from shortllm.format import NONE, change, counted, short_bytes, short_count
 
 if TYPE_CHECKING:
     import gradio as gr

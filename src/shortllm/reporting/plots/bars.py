@@ -1,4 +1,4 @@
-"""One bar per block: what each is worth by the criterion."""
+"""One bar per block: its importance by the criterion."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shortllm.reporting.plots.drawing import (
+from shortllm.reporting.parts import Figure, Status
+from shortllm.reporting.plots import (
     COLOURS,
     LOG_RANGE,
-    Width,
+    WIDTH,
     drawn,
+    label_axes,
+    legend_above,
     mark_heights,
     plain_frame,
 )
@@ -19,19 +22,19 @@ from shortllm.reporting.plots.drawing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from shortllm.reporting.loading import Status
-
 LOG_SPREAD = 30.0
 """Largest over smallest bar from which on the axis is logarithmic."""
 MARKER_PT = 6.5
 """Size of the marker that stands for a bar."""
 FLAT_SPREAD = 0.15
 """Bars that differ by less than this part of the largest get an axis that does not start at 0."""
+SPAN_PT = 420
+"""Width of all bars together, in points."""
 _HATCHES: dict[Status, str | None] = {"kept": None, "removed": "//////", "protected": "------"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SensitivityPlot:
+class BarPlot:
     """One bar per original block; `heights` and `statuses` are in block order."""
 
     heights: Sequence[float]
@@ -59,10 +62,9 @@ class SensitivityPlot:
             return max(0.0, math.floor((low - 0.3 * (high - low)) / step) * step)
         return 0.0
 
-    def svg(self, width: Width) -> str:
-        """The plot as an inline `<svg>` element, for a page column or for a phone."""
-        size = (7.6, 3.3) if width == "wide" else (3.6, 3.1)
-        return drawn(self._draw, width=width, size=size, alt=self._description())
+    def figure(self) -> Figure:
+        """The plot as a part of a page."""
+        return drawn(self._draw, size=(WIDTH, 2.9), alt=self._description())
 
     def _description(self) -> str:
         removed = [str(block) for block, status in enumerate(self.statuses) if status == "removed"]
@@ -71,13 +73,13 @@ class SensitivityPlot:
             f"Removed: {', '.join(removed) or 'none'}."
         )
 
-    def _draw(self, axes: Axes, *, narrow: bool) -> None:
+    def _draw(self, axes: Axes) -> None:
         from matplotlib.markers import CARETDOWN
 
         floor = self.log_floor
         foot = self.linear_floor if floor is None else floor
         below = [block for block, h in enumerate(self.heights) if floor is not None and h <= floor]
-        pitch_pt = (205 if narrow else 505) / len(self.heights)
+        pitch_pt = SPAN_PT / len(self.heights)
         self._draw_bars(axes, foot, skip=set(below), pitch_pt=pitch_pt)
         if floor is not None:
             axes.set_yscale("log")
@@ -95,8 +97,8 @@ class SensitivityPlot:
                     markersize=MARKER_PT, color=COLOURS[status], clip_on=False, zorder=4,
                 )  # fmt: skip
         self._draw_crosses(axes, foot, below=set(below), pitch_pt=pitch_pt)
-        self._draw_axes(axes, narrow=narrow)
-        self._draw_legend(axes, narrow=narrow, below=bool(below))
+        self._draw_axes(axes)
+        self._draw_legend(axes, below=bool(below))
 
     def _draw_bars(self, axes: Axes, foot: float, *, skip: set[int], pitch_pt: float) -> None:
         """Bars by status, told apart by colour and by hatch."""
@@ -118,16 +120,13 @@ class SensitivityPlot:
                     color=COLOURS["removed"],
                 )  # fmt: skip
 
-    def _draw_axes(self, axes: Axes, *, narrow: bool) -> None:
+    def _draw_axes(self, axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator
 
         count = len(self.heights)
         axes.set_xlim(-0.7, count - 0.3)
-        axes.xaxis.set_major_locator(
-            MaxNLocator(nbins=8 if narrow else 16, integer=True, min_n_ticks=1)
-        )
-        axes.set_xlabel("block (index in the original model)", color=COLOURS["muted"])
-        axes.set_ylabel(self.y_label, color=COLOURS["muted"])
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+        label_axes(axes, "block (index in the original model)", self.y_label)
         floor = self.log_floor
         decades = 0.0 if floor is None else math.log10(max(self.heights) / floor)
         whole = all(float(height).is_integer() for height in self.heights)
@@ -137,7 +136,7 @@ class SensitivityPlot:
             axes.axhline(0, color=COLOURS["ink"], linewidth=0.8, zorder=3)
         plain_frame(axes, bottom=not at_zero)
 
-    def _draw_legend(self, axes: Axes, *, narrow: bool, below: bool) -> None:
+    def _draw_legend(self, axes: Axes, *, below: bool) -> None:
         from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
 
@@ -156,11 +155,7 @@ class SensitivityPlot:
                 Line2D([], [], linestyle="none", marker="v", markersize=0.7 * MARKER_PT,
                        color=COLOURS["muted"], label=self.below_label)
             )  # fmt: skip
-        axes.legend(
-            handles=entries, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2 if narrow else 4,
-            frameon=False, labelcolor=COLOURS["ink"], borderaxespad=0.4, handlelength=1.6,
-            handleheight=0.9, columnspacing=1.4, borderpad=0,
-        )  # fmt: skip
+        legend_above(axes, handles=entries, handleheight=0.9)
 
 
 def _bar_style(status: Status, *, pitch_pt: float = 100) -> dict[str, Any]:
