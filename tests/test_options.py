@@ -125,7 +125,7 @@ def test_remote_code_is_trusted_only_within_the_call() -> None:
 def test_a_wrong_value_names_the_flag_or_the_keyword() -> None:
     with pytest.raises(ShortLLMError, match="^--ridge -1.0: must be greater than 0$"):
         run(Outer, "--ridge", "-1")
-    with pytest.raises(ShortLLMError, match="^--layers a,2: must be a valid integer"):
+    with pytest.raises(ShortLLMError, match="^--layers a: must be a valid integer"):
         run(Outer, "--layers", "a,2")
     with pytest.raises(ShortLLMError, match="^other_samples 0: must be greater than or equal to 1"):
         fit("m", other_samples=0)
