@@ -28,7 +28,7 @@ MOST_SECONDS = 3.0
 """`shortllm --help` on a processor: far above what it takes, and other work does not count."""
 
 EXTRAS = (
-    "accelerate", "datasets", "gradio", "llmcompressor", "lm_eval", "peft", "pyarrow", "pynvml",
+    "accelerate", "gradio", "llmcompressor", "lm_eval", "peft", "pynvml",
 )  # fmt: skip
 """What only the extras bring."""
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from shortllm.checkpoint.config import auto_class
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Scores
 from shortllm.criteria.selection import Asked
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import quiet_transformers
 from shortllm.model.streamed import open_streamed
+from shortllm.model.structure import auto_class
 from shortllm.pruning.scoring import Scorer
 from shortllm.surgery.apply import write_shortened
 

@@ -22,9 +22,9 @@ from shortllm.cli import main
 from shortllm.comparison.options import CRITERIA, Comparison, Contender, RemovedSet, fill_recipe
 from shortllm.comparison.ranking import standings, verdict
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import prepare_texts
 from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.model.decoder import Decoder
 from shortllm.model.metrics import next_token_nll
 from shortllm.model.session import Session

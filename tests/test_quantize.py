@@ -20,9 +20,10 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.cli import main
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate, prepare_texts
+from shortllm.data.texts import calibrate
 from shortllm.errors import DataError, OutputError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.model.loading import load_model, stored_dtype
 from shortllm.model.session import Session
 from shortllm.quantizing import compressing as packages

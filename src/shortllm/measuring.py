@@ -9,10 +9,11 @@ from shortllm import pipeline, stages
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.texts import check_length, evaluation_segments_of
+from shortllm.data.texts import check_length
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.evaluation.harness import table_beside, write_table
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import require_file_target, require_writable
 from shortllm.model.session import Session
 from shortllm.recipe import Recipe

@@ -22,10 +22,10 @@ from shortllm import stages
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.selection import Asked
-from shortllm.data.texts import Texts, prepare_texts
 from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.evaluation.harness import table_beside, write_table
 from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import hold, releasing
 from shortllm.journal import journal_directory
 from shortllm.model.session import Session

@@ -21,10 +21,11 @@ from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import Texts, check_length, evaluation_segments_of
+from shortllm.data.texts import check_length
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.options import EvaluatedModel
 from shortllm.evaluation.perplexity import EvaluationText
+from shortllm.evaluation.texts import Texts, evaluation_segments_of
 from shortllm.files import releasing, write_text
 from shortllm.published import Beside, Bos, our_numbers, published_numbers, side_by_side
 from shortllm.recipe import Recipe

@@ -12,7 +12,7 @@ from shortllm import __version__
 from shortllm.checkpoint.hub import named_revision
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError, ResultFileError
-from shortllm.files import LOCK, PARTIAL, hold, parsed_json, require_writable, write_text
+from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
 from shortllm.recipe import Recipe
 from shortllm.records import ResultFile
 from shortllm.runtime import versions
@@ -94,7 +94,7 @@ def _listing(directory: Path) -> list[Path]:
 def _run_model(directory: Path) -> dict[str, Any] | None:
     """The `model` entry of a directory's run.json; None if it has no readable one."""
     try:
-        content = parsed_json((directory / "run.json").read_bytes())
+        content = json.loads((directory / "run.json").read_bytes())
         model = content["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -32,7 +32,7 @@ from shortllm.benchmark.options import (
     BenchmarkedModel,
     BenchmarkOptions,
 )
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.texts import vocabulary
@@ -225,8 +225,8 @@ def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
 
 def _check_positions(checkpoint: Checkpoint, prompt: int, new_tokens: int) -> None:
     """Refuse longer texts than the model has positions for."""
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    if isinstance(room, int) and prompt + new_tokens > room:
+    room = context_length(checkpoint.config)
+    if room is not None and prompt + new_tokens > room:
         raise DataError(
             f"{prompt} tokens of the prompt and {new_tokens} new ones exceed the {room} positions "
             f"of {checkpoint.id}. Give --new-tokens {room - prompt} or less"

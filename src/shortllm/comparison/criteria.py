@@ -15,7 +15,7 @@ from shortllm import run_directory as rundir
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.comparison.options import FLOOR, Comparison, Contender, Question, RemovedSet
 from shortllm.criteria.selection import Asked
-from shortllm.data.texts import prepare_texts
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model.session import Session
 from shortllm.pruning.planning import build_plan, removal_order

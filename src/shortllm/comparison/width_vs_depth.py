@@ -24,9 +24,9 @@ from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.comparison.options import UNITS_FILE, Candidate, UnitsComparison
 from shortllm.criteria.selection import Asked
-from shortllm.data.texts import prepare_texts
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
 from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
 from shortllm.model.session import Session
 from shortllm.pruning.budget import Budget, check_budget

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.benchmark.interleaved import weight_bytes
 from shortllm.benchmark.meters import Meter, meter_of
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.texts import vocabulary
@@ -122,7 +122,6 @@ def _opened(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session)
     except CheckpointError:  # it was not shortened, or does not say how
         kept, source_blocks = list(range(checkpoint.block_count)), checkpoint.block_count
     dtype = session.dtype(checkpoint)
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
     return DemoModel(
         name=name,
         info=checkpoint.info(),
@@ -131,6 +130,6 @@ def _opened(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session)
         model=load_model(checkpoint, device=session.device, dtype=dtype),
         tokenizer=tokenizer,
         vocabulary=vocabulary(checkpoint),
-        positions=room if isinstance(room, int) else None,
+        positions=context_length(checkpoint.config),
         cache_bytes=checkpoint.block_count * cache_bytes(checkpoint, dtype),
     )

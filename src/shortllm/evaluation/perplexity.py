@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.data.calibration import tokens_fingerprint
 from shortllm.data.rows import Rows
 from shortllm.data.texts import Segments
@@ -105,7 +105,7 @@ def generate_samples(
     device = next(model.parameters()).device
     encoded = tokenizer(prompt, return_tensors="pt").to(device)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    room = getattr(text_config(model.config), "max_position_embeddings", None)
+    room = context_length(model.config)
     if room is not None:
         new_tokens = max(1, min(new_tokens, room - ids.shape[1]))
     with (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
@@ -62,7 +62,7 @@ def healing_text(
 ) -> CalibrationOptions:
     """The text that blocks are scored on, in the amount that healing takes; given ids as they
     are."""
-    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
+    positions = context_length(checkpoint.config)
     return calibration.model_copy(
         update={
             "sampler": "packed",

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shortllm.files import explained, require_writable
+from shortllm.files import require_writable, translate_os_errors
 from shortllm.runtime import available_memory
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class StreamMemory:
 
     def _on_disk(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
         directory = self.directory or Path(tempfile.gettempdir())
-        with explained(directory, needed_bytes=size, way_out="raise --max-memory"):
+        with translate_os_errors(directory, needed_bytes=size, hint="raise --max-memory"):
             directory.mkdir(parents=True, exist_ok=True)
             require_writable(directory, size)
             log.info("streams of %.1f GiB are kept in a file in %s", size / 2**30, directory)

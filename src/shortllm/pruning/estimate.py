@@ -186,8 +186,8 @@ def _computing(setting: Setting, asked: Asked, flops: float, probe: Probe) -> fl
 def _weightless(setting: Setting) -> Decoder:
     """The decoder of a checkpoint without memory for its weights: enough to count by."""
 
-    from shortllm.model.blocks import build_empty
     from shortllm.model.decoder import Decoder
+    from shortllm.model.structure import build_empty
 
     class Weightless(Decoder):
         @property

@@ -33,7 +33,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shortllm.files import explained, write_text
+from shortllm.files import translate_os_errors, write_text
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting.loading import load_comparison, load_results, load_units
 from shortllm.reporting.rendering import (
@@ -97,6 +97,6 @@ def _keep_original_card(checkpoint: Path) -> None:
     readme = checkpoint / "README.md"
     if not readme.exists():
         return
-    with explained(checkpoint):
+    with translate_os_errors(checkpoint):
         if not is_our_card(readme.read_text(encoding="utf-8", errors="replace")):
             os.replace(readme, checkpoint / "README.original.md")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
 from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
-from shortllm.files import parsed_json
 from shortllm.healing.options import HEAL_FILE, Healing
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
@@ -272,9 +272,7 @@ def load_run_file(path: Path, *, remedy: str = _RUN) -> RunFile:
         ResultFileError: it is missing or damaged.
     """
     try:
-        data = path.read_bytes()
-        found = RunFile.model_validate_json(data)
-        parsed_json(data)
+        found = RunFile.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ResultFileError(f"{path} is missing. Make it with: {remedy}") from error
     except OSError as error:
@@ -335,7 +333,7 @@ def _pruned_contradictions(results: RunResults, run_dir: Path) -> Iterator[tuple
     words = ("shortllm", "prune", plan.model.id, "--plan", run_dir, "--out", config.parent)
     remedy = f"{_RUN}, or {shlex.join(map(str, words))}"
     try:
-        provenance = parsed_json(config.read_bytes())["shortllm"]
+        provenance = json.loads(config.read_bytes())["shortllm"]
         removed, blocks = provenance["removed_blocks"], provenance["source_blocks"]
     except OSError as error:
         raise ResultFileError(f"cannot read {config}: {error.strerror}") from error

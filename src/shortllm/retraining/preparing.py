@@ -17,14 +17,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE
-from shortllm.data.sources import Records, load_rows, open_records
-from shortllm.data.texts import Segments, check_length, evaluation_segments_of, vocabulary
+from shortllm.data.rows import Records
+from shortllm.data.sources import load_rows, open_records
+from shortllm.data.texts import Segments, check_length, vocabulary
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, fingerprint, hold, require_writable, write_text
 from shortllm.model.session import Session
 from shortllm.retraining.distillation import open_teacher
@@ -183,8 +185,7 @@ def require_extra(options: RetrainOptions) -> None:
 
 def positions(checkpoint: Checkpoint) -> int | None:
     """Positions the model has; None where its config does not say."""
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    return room if isinstance(room, int) else None
+    return context_length(checkpoint.config)
 
 
 def check_device(session: Session, ranks: Ranks) -> None:

@@ -32,7 +32,7 @@ from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import OutputError
-from shortllm.files import PARTIAL, explained, partial_directory, require_writable
+from shortllm.files import PARTIAL, partial_directory, require_writable, translate_os_errors
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
         config._name_or_path = original._name_or_path
         return config
     with (
-        explained(Path(tempfile.gettempdir()), way_out="set TMPDIR to another directory"),
+        translate_os_errors(Path(tempfile.gettempdir()), hint="set TMPDIR to another directory"),
         tempfile.TemporaryDirectory() as directory,
     ):
         (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
