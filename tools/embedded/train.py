@@ -5,8 +5,8 @@
 takes about half an hour on two CPU cores. Pages of the `train` split are packed end to end into
 windows. Muon moves the matrices of the blocks, AdamW all else; the learning rate rises quickly,
 then falls in a straight line to zero. In the last part of training the windows are twice as long,
-so that the whole context is in use. Next to the model it writes `training.json`: settings, versions,
-the loss curve, and what the saved weights reach on held-out splits.
+so that the whole context is in use. It also writes `training.json`: settings,
+versions, the loss curve, and what the saved weights reach on held-out splits.
 """
 
 import argparse
