@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shortllm import __version__
-from shortllm.reporting.citations import CITATIONS
+from shortllm.reporting.methods import criterion_info
 
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = REPOSITORY / ".github" / "workflows"
@@ -72,7 +72,8 @@ def test_the_citation_names_the_developers_and_the_paper() -> None:
     assert f'license = "{cited["license"]}"' in project
     assert cited.get("version", __version__) == __version__
     [paper] = cited["references"]
-    known = CITATIONS["ppl"]
+    known = criterion_info("ppl").paper
+    assert known is not None
     names = [f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]]
     assert " and ".join(names) == known.authors
     found = (paper["type"], paper["title"], str(paper["year"]))

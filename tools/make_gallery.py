@@ -17,12 +17,13 @@ from pathlib import Path
 import shortllm
 from shortllm import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe, RetrainOptions
 from shortllm.files import write_text
-from shortllm.reporting.comparison import criteria_plot
-from shortllm.reporting.loading import load_units
-from shortllm.reporting.plots.drawing import standalone
-from shortllm.reporting.runs import trade_plots
-from shortllm.reporting.speed import all_plots
-from shortllm.reporting.units import compared, smallest_cell, terminal_table
+from shortllm.reporting.comparison import common_cell, trade_plots
+from shortllm.reporting.criteria_page import criteria_plot
+from shortllm.reporting.load import load_units
+from shortllm.reporting.measurements import all_plots
+from shortllm.reporting.parts import Figure
+from shortllm.reporting.plots import standalone
+from shortllm.reporting.units_page import units_models, units_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images" / "gallery"
@@ -97,29 +98,27 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def section_of(one: Shown, runs: Path, steps: int) -> tuple[Table, str]:
     """Make what is missing, draw the plots; the model's table, and its plots in Markdown."""
-    plots = {}
+    plots: dict[str, Figure] = {}
     found = shortllm.compare_criteria(
         one.model,
         calibration=CalibrationOptions(data=one.calibration),
         evaluation=EvaluationOptions(data=one.texts[-1:]),
         out=runs / f"{one.name}-criteria",
     )
-    plots["criteria"] = criteria_plot(found).svg("wide")
+    plots["criteria"] = criteria_plot(found).figure()
     directory = runs / f"{one.name}-units"
     shortllm.compare_units(recipe_of(one, steps), out=directory)
     results = load_units(directory)
-    cell = smallest_cell(results.benchmark)
-    for name, plot in trade_plots(compared(results), cell, size=False, numbered=False).items():
-        plots[name] = plot.svg("wide")
+    cell = common_cell(results.benchmark)
+    for name, plot in trade_plots(units_models(results), cell, size=False, numbered=False).items():
+        plots[name] = plot.figure()
     speed = all_plots(results.benchmark)
-    plots["throughput"] = next(plot for name, plot in speed.items() if "throughput" in name).svg(
-        "wide"
-    )
+    plots["throughput"] = next(p for name, p in speed.items() if "throughput" in name).figure()
     lines = [f"## {one.name}", ""]
-    for name, svg in plots.items():
-        write_text(IMAGES / f"{one.name}-{name}.svg", standalone(svg))
+    for name, figure in plots.items():
+        write_text(IMAGES / f"{one.name}-{name}.svg", standalone(figure))
         lines += [f"![{one.name}: {CITED[name]}](images/gallery/{one.name}-{name}.svg)", ""]
-    head, rows = terminal_table(results)  # without memory, most of which is the libraries'
+    head, rows = units_table(results).plain()  # without memory, most of which is the libraries'
     for source, text in TEXTS.items():
         head = tuple(name.replace(source, text) for name in head)
     return (head[:-1], [row[:-1] for row in rows]), "\n".join(lines)
@@ -129,7 +128,7 @@ def joined(tables: dict[str, Table]) -> str:
     """The tables of all models as one; of those measured on other texts as one more."""
     lines = []
     for head in dict.fromkeys(head for head, _ in tables.values()):
-        lines += [f"| model | {' | '.join(head)} |", f"|---|---|---|{'---:|' * (len(head) - 2)}"]
+        lines += [f"| model | {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 1)}"]
         for name, (own, rows) in tables.items():
             if own == head:
                 lines += [f"| {name} | {' | '.join(row)} |" for row in rows]

@@ -24,8 +24,8 @@ import shortllm
 from shortllm import CalibrationOptions, EvaluationOptions, RetrainOptions
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.files import fingerprint, write_text
-from shortllm.reporting.comparison import spans
-from shortllm.reporting.plots.drawing import (
+from shortllm.format import spans
+from shortllm.reporting.plots import (
     COLOURS,
     drawn,
     line_style,
@@ -164,7 +164,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
     """A row of plots per model, a column per way to heal, a line per criterion."""
     names = list(dict.fromkeys(row["model"] for row in rows))
 
-    def draw(grid: Any, *, narrow: bool) -> None:
+    def draw(grid: Any) -> None:
         for i, name in enumerate(names):
             own = [row for row in rows if row["model"] == name]
             heights = [row[way] for row in own for way in WAYS if way != "merge"]
@@ -194,7 +194,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
 
     alt = "Perplexity against the part of the blocks removed, by model, criterion and healing."
     size = (10.5, 2.4 * len(names) + 0.6)
-    return standalone(drawn(draw, width="wide", size=size, alt=alt, grid=(len(names), len(WAYS))))
+    return standalone(drawn(draw, size=size, alt=alt, grid=(len(names), len(WAYS))))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
