@@ -21,7 +21,7 @@ from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.decoder import Decoder
 from shortllm.model.structure import auto_class
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
+from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
 
 IMAGES_AND_TEXT = (
     "aya_vision", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl",
@@ -171,7 +171,7 @@ def test_a_model_without_a_right_cache_is_compared_without(
 ) -> None:
     model = build("llama")
     decoder = Decoder(model)
-    assert caches_rightly(decoder)
+    assert kv_cache_matches(decoder)
     expected = bypass_logits(decoder)
     plain = model.forward
 
@@ -179,7 +179,7 @@ def test_a_model_without_a_right_cache_is_compared_without(
         return plain(use_cache=use_cache, **kwargs)  # forgets what was read before
 
     monkeypatch.setattr(model, "forward", forward)
-    assert not caches_rightly(decoder)
+    assert not kv_cache_matches(decoder)
     verify_shortened("forgetful", decoder, expected, cached=False)
     with pytest.raises(CheckpointError, match="other text with a cache than without"):
         verify_shortened("forgetful", decoder, expected)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from shortllm.api import export_lint as export_lint
     from shortllm.api import info as info
     from shortllm.api import plan as plan
     from shortllm.api import prune as prune
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
     from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
+    from shortllm.surgery.export_lint import export_lint as export_lint
     from shortllm.width_pruning.api import width as width
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
     from shortllm.width_pruning.options import WidthPruning as WidthPruning
@@ -98,7 +98,7 @@ _HOME = {
     "compare_units": "comparison.compare",
     "drop_sublayers": "sublayers.drop",
     "evaluate": "measuring",
-    "export_lint": "api",
+    "export_lint": "surgery.export_lint",
     "heal": "healing.api",
     "info": "api",
     "load": "model.loading",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from shortllm import pipeline, stages
 from shortllm import run_directory as rundir
@@ -28,9 +28,6 @@ from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.recipe import Recipe
 from shortllm.runtime import join_ranks
-
-if TYPE_CHECKING:
-    from shortllm.surgery.export_lint import ExportFinding
 
 
 def info(
@@ -260,21 +257,6 @@ def prune(
     session = Session(device=device, dtype=dtype, stream=stream) if verify else None
     stages.prune(checkpoint, plan, out, session=session)
     return out
-
-
-def export_lint(model: str, *, revision: str | None = None) -> list[ExportFinding]:
-    """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly, by rule.
-
-    Reads the config and headers only.
-
-    Returns:
-        A verdict for each program, with the reason and a way out where there is one.
-    Raises:
-        CheckpointError: no checkpoint, or a damaged one.
-    """
-    from shortllm.surgery.export_lint import lint_export
-
-    return lint_export(open_checkpoint(model, revision=revision))
 
 
 def report(run_dir: Path) -> Path:

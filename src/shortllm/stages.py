@@ -130,7 +130,7 @@ def prune(
     """
     from shortllm.checkpoint.source import open_checkpoint
     from shortllm.surgery.apply import renumbered_tensors, write_shortened
-    from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
 
     require_same_model(plan, checkpoint)
     require_apart(checkpoint.directory, target)
@@ -141,7 +141,7 @@ def prune(
     if session is not None:
         original = session.decoder(checkpoint)
         expected = bypass_logits(original, plan.removed)
-        cached = caches_rightly(original)
+        cached = kv_cache_matches(original)
 
     def verify(written: Path) -> None:
         if session is not None and expected is not None:

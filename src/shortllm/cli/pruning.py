@@ -125,7 +125,7 @@ def export_lint(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Whether llama.cpp (GGUF) and vLLM will represent a checkpoint rightly."""
+    """Whether llama.cpp (GGUF) and vLLM will run a checkpoint correctly."""
     import shortllm
 
     findings = shortllm.export_lint(model, revision=revision)
@@ -133,7 +133,7 @@ def export_lint(
         print_json([finding.model_dump(mode="json") for finding in findings])
         return
     for finding in findings:
-        way_out = f". {finding.way_out}" if finding.way_out else ""
-        typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){way_out}")
+        hint = f". {finding.hint}" if finding.hint else ""
+        typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){hint}")
         for name, value in finding.fields.items():
             typer.echo(f"    {name}: {value}")
