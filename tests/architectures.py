@@ -456,7 +456,7 @@ def _config(directory: Path) -> str:
 
 def _reason(error: UnsupportedModelError) -> str:
     """The part of a message behind what every refusal says."""
-    return str(error).partition("cannot be shortened rightly: ")[2] or str(error)
+    return str(error).partition("cannot be shortened correctly: ")[2] or str(error)
 
 
 def page(outcomes: list[Outcome], made_with: str = transformers.__version__) -> str:

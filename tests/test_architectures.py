@@ -107,7 +107,7 @@ def test_a_head_that_the_config_does_not_speak_of_is_refused(tmp_path: Path) -> 
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     config["num_nextn_predict_layers"] = 0
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="speaks of no prediction head there"):
+    with pytest.raises(UnsupportedModelError, match="names no prediction head there"):
         open_checkpoint(checkpoint.directory).block_names  # noqa: B018
 
 
@@ -139,7 +139,7 @@ def test_shares_of_kept_blocks_are_cut_out_of_a_tensor(
 
 def test_a_tensor_without_equal_shares_is_refused() -> None:
     entry = opened("llama").tensors["model.norm.weight"]
-    with pytest.raises(CheckpointError, match="does not hold 5 equal shares along axis 0"):
+    with pytest.raises(CheckpointError, match="does not consist of 5 equal shares along axis 0"):
         entry.part(0, 5, [0])
 
 

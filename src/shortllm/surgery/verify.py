@@ -111,9 +111,7 @@ def verify_shortened(
     except CACHE_ERRORS as error:
         raise CheckpointError(f"{name} cannot generate with a cache: {error}") from error
     if found is not None:
-        _compare(
-            found, plain, tolerance, f"{name} generates other text with a cache than without"
-        )
+        _compare(found, plain, tolerance, f"{name} generates other text with a cache than without")
 
 
 def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
