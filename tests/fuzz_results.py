@@ -39,7 +39,7 @@ from shortllm.errors import ShortLLMError
 from shortllm.journal import Journal
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.records import BlockScores, PrunePlan
-from shortllm.reporting.plots import drawing
+from shortllm.reporting import plots
 
 
 def result_files(random: Random, bench: Bench) -> Act:
@@ -168,12 +168,12 @@ def reports(random: Random, bench: Bench) -> Act:
 @contextmanager
 def _undrawn() -> Iterator[None]:
     """Plots are made, but not drawn, which would take most of the time."""
-    drawn = drawing._as_inline_svg
-    drawing._as_inline_svg = lambda figure, alt: "<svg></svg>"
+    drawn = plots._svg
+    plots._svg = lambda figure, name: "<svg></svg>"
     try:
         yield
     finally:
-        drawing._as_inline_svg = drawn
+        plots._svg = drawn
 
 
 def calibrations(random: Random, bench: Bench) -> Act:

@@ -8,7 +8,6 @@ here with nothing removed, so that a model is measured that does not fit into me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,8 @@ from shortllm.evaluation.options import Perplexity, Samples
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity
-from shortllm.model.walk import mean_nll
-
-Advance = Callable[[float], None]
+from shortllm.model.walk import NOTHING, mean_nlls
+from shortllm.runtime import Advance
 
 TOP_K = 50
 
@@ -58,7 +56,9 @@ def measure_perplexity(
     Raises:
         CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
     """
-    return as_perplexity(text, mean_nll(decoder, text.segments.ids, memory=memory, advance=advance))
+    ids_BT = text.segments.ids
+    [nll] = mean_nlls(decoder, ids_BT, [NOTHING], memory=memory, advance=advance)
+    return as_perplexity(text, nll)
 
 
 def as_perplexity(text: EvaluationText, nll: float) -> Perplexity:

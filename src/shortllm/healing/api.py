@@ -51,7 +51,7 @@ def heal(
     original = stage.open_source(checkpoint, source)
     stage.kept_blocks(checkpoint, original)
     asked = CalibrationOptions(data=data, file=calibration, bos_every_sample=bos_every_sample)
-    recipe = Recipe(model=original.id, calibration=asked).filled(checkpoint.model_type)
+    recipe = Recipe(model=original.id, calibration=asked).resolved(checkpoint.model_type)
     ids = calibrate(original, healing_text(recipe.calibration, options, original))
     session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return stage.heal(checkpoint, original, options, target, calibration=ids, session=session)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from shortllm.errors import RecipeError, did_you_mean
+from shortllm.options import validation_message
 from shortllm.recipe import Recipe
 from shortllm.records import Record
 
@@ -50,7 +51,12 @@ def load_recipe(name: str | Path) -> Recipe:
         raise RecipeError(f"{path} is not a recipe in YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(
-            f"{path} has no fields. A recipe looks like this: `shortllm recipes show {DEFAULT}`"
+            f"{path} contains no fields. For an example see: shortllm recipes show {DEFAULT}"
+        )
+    if "trust_remote_code" in content:
+        raise RecipeError(
+            f"{path}: a recipe cannot allow remote code. Give --trust-remote-code on the command "
+            "line instead"
         )
     return parse_recipe(content, str(path))
 
@@ -84,7 +90,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if names.count(key.value) > 1:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"'{key.value}' is given twice, in line {line} first")
+                raise yaml.YAMLError(f"'{key.value}' is given twice, first in line {line}")
         return super().construct_mapping(node, deep)
 
 
@@ -136,8 +142,6 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
 
     Args:
         where: what the message of an error calls them.
-    Raises:
-        RecipeError: an unknown field, or a value that does not fit.
     """
     try:
         return Recipe.model_validate(content)
@@ -149,7 +153,23 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
             raise RecipeError(
                 f"{where}: unknown field '{'.'.join(place)}'.{did_you_mean(place[-1], fields)}"
             ) from error
-        raise RecipeError(f"{where}: {'.'.join(place)}: {first['msg']}") from error
+        raise RecipeError(f"{where}: {validation_message(error)}") from error
+
+
+def settings_in(given: Sequence[str]) -> dict[str, Any]:
+    """`retraining.max_steps=200` and the like as values by their place in a recipe."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        place, equals, value = text.partition("=")
+        if not equals or not place.strip():
+            raise RecipeError(
+                f"--set '{text}' must have the form FIELD=VALUE, e.g. retraining.max_steps=200"
+            )
+        try:
+            settings[place.strip()] = parse_yaml(value)
+        except ValueError as error:
+            raise RecipeError(f"--set '{text}': the value is not YAML ({error})") from error
+    return settings
 
 
 def _fields(place: list[str]) -> list[str]:

@@ -1,10 +1,8 @@
-"""Remove blocks from a checkpoint on disk: kept tensors are copied under their new names.
+"""What a checkpoint without some blocks consists of: config, tensors, other files, origin.
 
-The model is never built in memory. Bytes go from file to file inside the kernel, so memory stays
-flat for any model size, and the work takes as long as copying the kept bytes. Tied tensors are
-stored once and stay so. Everything is written next to the target and renamed when complete.
-
-    shortllm prune MODEL --blocks 3,4 --out DIR
+The model is never built in memory: kept tensors are copied under their new names, from file to file
+inside the kernel. Memory stays flat for any model size, and the work takes as long as copying the
+kept bytes. Tied tensors are stored once and stay so.
 """
 
 from __future__ import annotations
@@ -12,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +24,16 @@ from shortllm.checkpoint.shorten_config import (
     shorten_config,
     sliced_axis,
 )
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
-from shortllm.checkpoint.tokenizer import write_special_tokens
-from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import OutputError
-from shortllm.files import PARTIAL, partial_directory, require_writable, translate_os_errors
+from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.surgery.guard import check_signatures
 
 log = logging.getLogger(__name__)
 
 PROVENANCE = "shortllm"
 """Key in config.json for the origin of a shortened checkpoint."""
-
-Advance = Callable[[int], None]
 
 
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
@@ -72,51 +65,6 @@ def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
     ):
         (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         return read_config(Path(directory), original.model_type)
-
-
-def write_shortened(
-    checkpoint: Checkpoint,
-    kept: Sequence[int],
-    target: Path,
-    *,
-    provenance: dict[str, Any],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    advance: Advance = lambda copied: None,
-    verify: Callable[[Path], None] = lambda written: None,
-) -> None:
-    """Write the checkpoint of the blocks `kept` as directory `target`, whole or not at all.
-
-    Args:
-        kept: kept block numbers, ascending.
-        provenance: goes into config.json under `shortllm`, with the version and the source.
-        advance: called with the number of bytes copied since its last call.
-        verify: called with the written directory before it gets its final name; may raise.
-    Raises:
-        UnsupportedModelError: removing these blocks would give a wrong model.
-        OutputError: the target cannot be written, or contains the source.
-    """
-    require_apart(checkpoint.directory, target)
-    carried = carried_files(checkpoint.directory, target)
-    config = check_removal(checkpoint, kept)
-    entries = renumbered_tensors(checkpoint, kept)
-    needed = sum(entry.bytes for entry in entries.values())
-    needed += sum((checkpoint.directory / name).stat().st_size for name in carried)
-    require_writable(target.absolute().parent, needed)
-    removed = sorted(set(range(checkpoint.block_count)) - set(kept))
-    config[PROVENANCE] = provenance_of(checkpoint, removed, **provenance)
-    heads = checkpoint.block_names.heads
-    if heads:
-        log.info("the prediction heads after the last block are left out")
-        config[PROVENANCE]["dropped_heads"] = heads
-    with partial_directory(target, needed_bytes=needed) as directory:
-        for name in carried:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-        write_special_tokens(checkpoint, directory)
-        write_tensors(directory, entries, max_shard_bytes=max_shard_bytes, advance=advance)
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        verify(directory)
 
 
 def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
@@ -156,6 +104,23 @@ def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """The origin that a checkpoint's config states; for a plain one, that no block is removed."""
     held = checkpoint.raw_config.get(PROVENANCE)
     return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
+
+
+def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
+    """Open each model under the last part of its path, or all of it where that is taken.
+
+    A Hub model that another one was derived from is opened at the revision recorded there.
+    """
+    opened = {model: open_checkpoint(model) for model in models if Path(model).is_dir()}
+    entries = [one.raw_config.get(PROVENANCE) for one in opened.values()]
+    held = [entry for entry in entries if isinstance(entry, dict)]
+    origins = {str(entry.get("source")): entry.get("revision") for entry in held}
+    checkpoints: dict[str, Checkpoint] = {}
+    for model in models:
+        short = Path(model).name or model
+        one = opened.get(model) or open_checkpoint(model, revision=origins.get(model))
+        checkpoints[model if short in checkpoints else short] = one
+    return checkpoints
 
 
 def require_apart(source: Path, target: Path) -> None:

@@ -19,7 +19,9 @@ from pydantic import Field
 from shortllm.checkpoint.config import SHAPES, block_count, text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import UnsupportedModelError
+from shortllm.options import accepts
 from shortllm.records import Record
+from shortllm.runtime import Runtime
 
 Target = Literal["gguf", "vllm"]
 
@@ -189,16 +191,20 @@ BY_FIELD: dict[Target, dict[str, Rule]] = {
 """Target -> config field -> what the program requires of every type that has the field."""
 
 
-def export_lint(model: str, *, revision: str | None = None) -> list[ExportFinding]:
-    """Whether llama.cpp (GGUF) and vLLM will run a checkpoint correctly, by rule.
+@accepts(runtime=Runtime)
+def export_lint(
+    model: str, *, runtime: Runtime, revision: str | None = None
+) -> list[ExportFinding]:
+    """Check by rule whether llama.cpp (GGUF) and vLLM will run a checkpoint correctly.
 
     Reads only the config and the headers of the weights.
 
     Args:
-        model: a checkpoint directory, a Hub id, or `embedded`.
-        revision: branch, tag or commit of a Hub id.
+        model: a checkpoint directory or Hub id.
+        runtime: only its `trust_remote_code` matters; it can be given as a keyword.
+        revision: of a Hub model.
     Returns:
-        A verdict for each program, with the reason and, where there is one, a hint what to do.
+        A verdict for each program, with the reason and, where there is one, a hint.
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
     """
