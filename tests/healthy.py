@@ -149,7 +149,7 @@ def small_model(blocks: int = BLOCKS, name: str = "acme/tiny") -> ModelInfo:
         parameters=100 * blocks + 50,
         parameters_per_block=[100] * blocks,
         bytes=2 * (100 * blocks + 50),
-        fixed={0: "it holds the norm behind the embeddings"},
+        fixed={0: "it contains the norm after the embeddings"},
         fingerprint="ab" * 32,
     )
 

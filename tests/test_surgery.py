@@ -320,7 +320,7 @@ def test_the_target_itself_is_not_carried(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [".", "..", "../source"])
 def test_the_source_is_never_replaced(target: str, tmp_path: Path) -> None:
     source = copied("llama", tmp_path / "source")
-    with pytest.raises(OutputError, match="the original model, which stays as it is"):
+    with pytest.raises(OutputError, match="the original model, which is never changed"):
         shortened(open_checkpoint(source), [2], source / target)
     assert open_checkpoint(source).fingerprint == opened("llama").fingerprint
 

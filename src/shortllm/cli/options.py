@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -19,12 +20,16 @@ Revision = Annotated[
 ]  # noqa: UP045
 
 
+_until_exit = ExitStack()
+"""Contexts that last as long as the process."""
+
+
 def _trust(given: bool) -> bool:
     """Note at once that the flag was given: every model that is opened afterwards may need it."""
     if given:
         from shortllm.runtime import trusting_remote_code
 
-        trusting_remote_code().__enter__()
+        _until_exit.enter_context(trusting_remote_code())
     return given
 
 

@@ -206,7 +206,7 @@ def _heal(
     from shortllm.healing.folding import find_added, folded_into, require_floats
     from shortllm.healing.linear import heal_flops, heal_gaps
     from shortllm.surgery.made import stored_name
-    from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
 
     started = time.monotonic()
     removed = sorted(set(range(source.block_count)) - set(kept))
@@ -232,7 +232,7 @@ def _heal(
     measured = _measure(decoder, ids_BT[-held_out:], removed, healed, session.memory())
     with folded_into(decoder, healed.folds):
         logits = bypass_logits(decoder, removed)
-        cached = caches_rightly(decoder)
+        cached = kv_cache_matches(decoder)
 
     def verify(written: Path) -> None:
         verify_shortened(

@@ -91,7 +91,7 @@ def _merge(
         require_alike,
         sweep,
     )
-    from shortllm.surgery.verify import caches_rightly, verify_shortened
+    from shortllm.surgery.verify import kv_cache_matches, verify_shortened
 
     started = time.monotonic()
     decoder = session.decoder(checkpoint)
@@ -119,7 +119,7 @@ def _merge(
     kept = [one.block for one in swept.blocks]
     config = check_removal(checkpoint, kept)
     logits = _logits(decoder, checkpoint, swept.blocks, session)
-    cached = caches_rightly(decoder)
+    cached = kv_cache_matches(decoder)
 
     def verify(written: Path) -> None:
         verify_shortened(

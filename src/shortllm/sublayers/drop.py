@@ -302,12 +302,12 @@ def _expected(
 
     A function of its own, so that the source is released before the result is loaded.
     """
-    from shortllm.surgery.verify import bypass_logits, caches_rightly
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
 
     decoder = session.decoder(checkpoint)
     with without_sublayers(decoder, outputs, zeroed):
         logits = bypass_logits(decoder, whole)
-    return logits, caches_rightly(decoder)
+    return logits, kv_cache_matches(decoder)
 
 
 def zeroed_names(

@@ -110,7 +110,7 @@ def _prune(
     expected: str,
 ) -> None:
     """Find, choose, write, compare."""
-    from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
     from shortllm.width_pruning.choosing import removed_counts
     from shortllm.width_pruning.groups import without_units
     from shortllm.width_pruning.methods import choose
@@ -139,7 +139,7 @@ def _prune(
     new, biases = _new_tensors(checkpoint, chosen, uniform)
     with without_units(decoder, groups, chosen.removed, biases):
         logits = bypass_logits(decoder)
-    cached = caches_rightly(decoder)
+    cached = kv_cache_matches(decoder)
 
     def verify(written: Path) -> None:
         narrower = session.decoder(open_checkpoint(written))
