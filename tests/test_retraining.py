@@ -194,6 +194,29 @@ def test_too_little_to_train_on_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_store_is_read_across_batches_and_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shortllm.retraining.store.TOKENS_AT_ONCE", 20)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(2, 9, (31,), generator=generator).tolist()
+    found = [Document(torch.randint(0, 1024, (n,), generator=generator).tolist()) for n in sizes]
+    store = corpus_of(found, tmp_path / "corpus", held_out=1).train
+    flat = [token for document in found[1:] for token in document.ids]
+    assert all_ids(store) == flat and store.documents == 30
+    for start, stop in ((0, 1), (5, 60), (len(flat) - 3, len(flat))):
+        assert store.ids(start, stop).tolist() == flat[start:stop]
+
+
+@pytest.mark.parametrize("damaged", ["train.arrow", "held_out.arrow", "corpus.json"])
+def test_a_damaged_corpus_is_an_error(damaged: str, tmp_path: Path) -> None:
+    corpus_of([Document([1, 2, 3])] * 4, tmp_path / "work" / "corpus")
+    file = tmp_path / "work" / "corpus" / damaged
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=f"is damaged. Delete {tmp_path / 'work'} to start again"):
+        open_corpus(tmp_path / "work" / "corpus")
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     """Documents of 4, 3 and 6 tokens that are trained on: 10.., 20.., 30..; prompts of 2, 0, 1."""
@@ -390,6 +413,25 @@ def test_a_cached_teacher_says_what_the_teacher_says(corpus: Corpus, tmp_path: P
     torch.testing.assert_close(
         batch["teacher_log_probs"].float(), expected.values, rtol=1e-3, atol=1e-3
     )
+
+
+def test_an_interrupted_cache_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shortllm.retraining.windows.WINDOWS_PER_FILE", 2)
+    corpus = corpus_of([Document([1, 2, 3, n]) for n in range(4)], tmp_path / "corpus")
+    windows = Windows(corpus.train, length=4, packing="stream", apart=False)
+    teacher, cache = families.loaded("llama"), tmp_path / "cache"
+
+    def predictions() -> list[list[float]]:
+        write_cache(teacher, windows, cache, k=3, batch=1, ranks=ALONE, advance=lambda done: None)
+        return [CachedTeacher(cache).of(n)["teacher_log_probs"].tolist() for n in range(3)]
+
+    before = predictions()
+    assert [len(rows) for rows in before] == [3, 3, 3]
+    first, second = sorted(cache.iterdir())
+    stamp = first.stat().st_mtime_ns
+    second.unlink()
+    assert predictions() == before
+    assert first.stat().st_mtime_ns == stamp and sorted(cache.iterdir()) == [first, second]
 
 
 def test_lineage_goes_back_through_every_shortening(tmp_path: Path, place: Path) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ from shortllm.retraining.documents import Document
 HOLD_OUT_EVERY = 10
 """The first of every so many documents is held out, until there are enough."""
 
-STORED_AT_ONCE = 1000
-"""Documents in one batch of an Arrow file."""
+TOKENS_AT_ONCE = 2**20
+"""About so many tokens are written in one batch of an Arrow file."""
 
 SMALL_VOCABULARY = 2**16
 
@@ -41,15 +41,15 @@ class _StoreWriter:
 
         self._vocabulary = vocabulary
         self._source = source
-        small = vocabulary <= SMALL_VOCABULARY
-        self._bytes = "<u2" if small else "<u4"
-        kind = pa.uint16() if small else pa.uint32()
-        self._schema = pa.schema({"ids": pa.list_(kind), "prompt": pa.int64()})
+        self._dtype = np.dtype("<u2" if vocabulary <= SMALL_VOCABULARY else "<u4")
+        ids = pa.list_(pa.from_numpy_dtype(self._dtype))
+        self._schema = pa.schema({"ids": ids, "prompt": pa.int64()})
         self._stream = open(path, "wb")
         self._file = pa.ipc.new_file(self._stream, self._schema)
-        self._held: list[Document] = []
+        self._ids: list[NDArray[Any]] = []
+        self._prompts: list[int] = []
         self._digest = hashlib.sha256()
-        self.tokens = 0
+        self.tokens = self._written = 0
         self.count = 0
 
     def add(self, document: Document) -> None:
@@ -63,12 +63,14 @@ class _StoreWriter:
                 f"{self._source}: token id {max(document.ids)} is outside the model's vocabulary "
                 f"of {self._vocabulary}. The tokenizer next to the model is not the model's"
             )
-        self._digest.update(array("q", [self.tokens, document.prompt]).tobytes())
-        self._digest.update(np.array(document.ids, dtype=self._bytes).tobytes())
-        self.tokens += len(document.ids)
+        ids = np.array(document.ids, dtype=self._dtype)
+        self._digest.update(np.array([self.tokens, document.prompt], dtype="<i8").tobytes())
+        self._digest.update(ids.tobytes())
+        self.tokens += len(ids)
         self.count += 1
-        self._held.append(document)
-        if len(self._held) == STORED_AT_ONCE:
+        self._ids.append(ids)
+        self._prompts.append(document.prompt)
+        if self.tokens - self._written >= TOKENS_AT_ONCE:
             self._write()
 
     def close(self) -> str:
@@ -81,12 +83,9 @@ class _StoreWriter:
     def _write(self) -> None:
         import pyarrow as pa
 
-        columns = {
-            "ids": [document.ids for document in self._held],
-            "prompt": [document.prompt for document in self._held],
-        }
+        columns = {"ids": self._ids, "prompt": self._prompts}
         self._file.write_batch(pa.RecordBatch.from_pydict(columns, schema=self._schema))
-        self._held = []
+        self._ids, self._prompts, self._written = [], [], self.tokens
 
 
 class Store:
