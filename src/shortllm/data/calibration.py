@@ -31,13 +31,8 @@ BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_te
 def resolve_calibration(
     options: CalibrationOptions, model_type: str, *, embedded: bool = False
 ) -> CalibrationOptions:
-    """The options with every default that depends on the model filled in.
-
-    Args:
-        embedded: whether the model is the embedded one, which has text of its own.
-    Raises:
-        DataError: calibration ids as well as text to sample them from.
-    """
+    """The options with every default that depends on the model filled in; the `embedded` model has
+    text of its own."""
     if options.file is not None and options.data is not None:
         raise DataError(
             "--calibration gives the token ids to score on, so that --data has no use. "
@@ -60,11 +55,7 @@ class Calibration:
     info: CalibrationInfo
 
     def save(self, run_dir: Path) -> None:
-        """Write calibration.safetensors, then calibration.json; each is complete or not there.
-
-        Raises:
-            OutputError: the directory cannot be written.
-        """
+        """Write calibration.safetensors, then calibration.json; each is complete or not there."""
         from safetensors.torch import save
 
         require_writable(run_dir)
@@ -90,11 +81,7 @@ def _little_endian(numbers: torch.Tensor) -> bytes:
 def check_ids(
     ids: torch.Tensor, vocab_size: int | None = None, *, where: str = "calibration"
 ) -> None:
-    """Check that ids can be fed to a model with `vocab_size` embeddings (unchecked when None).
-
-    Raises:
-        DataError: not int64 [1 or more, 2 or more], a negative id, or one outside the vocabulary.
-    """
+    """Check that ids can be fed to a model with `vocab_size` embeddings (unchecked when None)."""
     if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         kind = str(ids.dtype).removeprefix("torch.")
         raise DataError(
@@ -116,11 +103,6 @@ def load_calibration(path: Path | str) -> Calibration:
 
     An earlier run's record is kept as it is; ids without one are recorded as `given`. The
     vocabulary is not known here: call `check_ids(ids, vocab_size)` when it is.
-
-    Raises:
-        DataError: missing, unreadable, not rectangular, too small, negative, or ids that are not
-            those that their record describes.
-        ResultFileError: a damaged calibration.json.
     """
     path = Path(path)
     if path.is_dir():

@@ -64,11 +64,7 @@ class Document:
 
 
 def kind_of(records: Records, requested: Literal["auto", "instructions", "text"]) -> Kind:
-    """What the records are, told by the first of them unless the user says it.
-
-    Raises:
-        DataError: there are none.
-    """
+    """What the records are, told by the first of them unless the user says it."""
     first = next(records.read(), None)
     if first is None:
         raise DataError(f"'{records.source}' holds no rows. Give a file or a split with rows in it")
@@ -79,11 +75,7 @@ def kind_of(records: Records, requested: Literal["auto", "instructions", "text"]
 
 
 def template_of(tokenizer: Any, requested: Literal["auto", "alpaca", "chat"]) -> Template:
-    """How instructions are formatted.
-
-    Raises:
-        DataError: a chat template is requested and there is none.
-    """
+    """How instructions are formatted."""
     has_one = getattr(tokenizer, "chat_template", None) is not None
     if requested == "chat" and not has_one:
         raise DataError(
@@ -97,11 +89,7 @@ def template_of(tokenizer: Any, requested: Literal["auto", "alpaca", "chat"]) ->
 def documents(
     records: Records, kind: Kind, tokenizer: Any, options: RetrainOptions
 ) -> Iterator[Document]:
-    """Every record as a document, one after the other.
-
-    Raises:
-        DataError: a record without what its kind needs.
-    """
+    """Every record as a document, one after the other."""
     if kind == "text":
         yield from _texts(records, tokenizer, options.rows)
         return
@@ -136,11 +124,7 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _instruction(source: str, number: int, row: Any) -> dict[str, str]:
-    """A record's instruction, input and output.
-
-    Raises:
-        DataError: one that is needed is missing, empty or not text.
-    """
+    """A record's instruction, input and output."""
     if not isinstance(row, dict):
         raise DataError(
             f"row {number} of '{source}' is a {type(row).__name__}, and an instruction is a record "
@@ -206,11 +190,7 @@ def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
 def written_by(
     session: Session, teacher: Checkpoint, tokenizer: Any, options: RetrainOptions
 ) -> Iterator[Document]:
-    """Documents sampled from the teacher, as many as requested or as the steps take.
-
-    Raises:
-        DataError: the tokenizer has no token that begins a text.
-    """
+    """Documents sampled from the teacher, as many as requested or as the steps take."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise DataError(

@@ -53,11 +53,7 @@ class _StoreWriter:
         self.count = 0
 
     def add(self, document: Document) -> None:
-        """Append one document.
-
-        Raises:
-            DataError: an id that the model has no embedding for.
-        """
+        """Append one document."""
         if max(document.ids) >= self._vocabulary:
             raise DataError(
                 f"{self._source}: token id {max(document.ids)} is outside the model's vocabulary "
@@ -154,8 +150,6 @@ def write_corpus(
         held_out: documents to hold out at most, the first of every ten.
         longest: tokens a document is cut to; None to keep all.
         enough: tokens to train on after which no more is read; None to read all.
-    Raises:
-        DataError: fewer than two documents, or unusable ids.
     """
     cut = dropped = 0
     with partial_directory(target) as directory:
@@ -185,11 +179,7 @@ def write_corpus(
 
 
 def open_corpus(directory: Path) -> Corpus:
-    """A corpus that `write_corpus` wrote.
-
-    Raises:
-        DataError: it was damaged since.
-    """
+    """A corpus that `write_corpus` wrote."""
     try:
         content = parsed_json((directory / "corpus.json").read_bytes())
         train, held_out = (

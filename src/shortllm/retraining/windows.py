@@ -256,9 +256,8 @@ def write_cache(
 ) -> None:
     """Run the teacher over all windows, and keep its predictions; files that exist are kept.
 
-    Args:
-        batch: windows that go through the teacher at a time.
-        advance: called with the number of windows done since its last call.
+    `batch` windows go through the teacher at a time; `advance` is called with the number of windows
+    done since its last call.
     """
     directory.mkdir(parents=True, exist_ok=True)
     count = -(-len(windows) // WINDOWS_PER_FILE)
