@@ -119,10 +119,10 @@ def test_named_column(tmp_path: Path, kind: str) -> None:
         (
             "data.tsv",
             "text\na\n",
-            r"what kind of data .*data\.tsv holds\. Supported: \.txt.*\.parquet",
+            r"what kind of data is in .*data\.tsv\. Supported: \.txt.*\.parquet",
         ),
         ("data", "a", r"Supported: "),
-        ("empty.txt", "", r"holds no rows"),
+        ("empty.txt", "", r"has no rows"),
         ("latin.txt", b"caf\xe9", r"cannot read .*latin\.txt as txt: 'utf-8' codec"),
         (
             "cut.txt.gz",
@@ -291,7 +291,7 @@ def test_built_in_names_from_the_local_directory(
     assert list(load_rows("bookcorpus", role="calibration")) == ["first", "second"]
     assert list(load_rows("alpaca")) == ["done"]
     assert load_rows("alpaca#instruction").source == "alpaca:train#instruction"
-    with pytest.raises(DataError, match="holds no ptb/ptb.test.txt .ptb:validation is there."):
+    with pytest.raises(DataError, match="has no ptb/ptb.test.txt .ptb:validation is there."):
         load_rows("ptb:test")
 
 

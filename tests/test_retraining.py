@@ -610,7 +610,7 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "alpaca.jsonl", "length": 8}, "At least 2 are needed"),
         ({"method": "full"}, "--method full needs text to train on"),
         ({"data": "nowhere.jsonl"}, "no such file"),
-        ({"data": "empty.jsonl"}, "holds no rows"),
+        ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "text.jsonl", "length": 600}, "600 tokens exceed the 512 positions"),
         ({"data": "text.jsonl", "max_steps": 0}, "--max-steps 0 means nothing"),
         ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both say how long"),

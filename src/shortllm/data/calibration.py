@@ -107,7 +107,7 @@ def load_calibration(path: Path | str) -> Calibration:
     path = Path(path)
     if path.is_dir():
         if not (path / INFO_FILE).is_file():
-            raise DataError(f"{path} holds no finished calibration: {INFO_FILE} is missing")
+            raise DataError(f"{path} has no finished calibration: {INFO_FILE} is missing")
         path = path / INFO_FILE
     if not path.is_file():
         raise DataError(f"no such calibration file: {path}")
@@ -131,7 +131,7 @@ def _recorded(ids_path: Path, info_path: Path) -> Calibration:
     ids = _read_tensor(ids_path)
     if tokens_fingerprint(ids) != info.tokens_fingerprint:
         raise DataError(
-            f"{ids_path} does not hold the ids that {info_path.name} describes. "
+            f"{ids_path} does not contain the ids that {info_path.name} describes. "
             "Calibrate again, or move the .json away to use the ids as they are"
         )
     return Calibration(ids=ids, info=info)
@@ -160,7 +160,7 @@ def _read_tensor(path: Path) -> torch.Tensor:
         raise DataError(f"cannot read token ids from {path}: {error}") from error
     if "ids" not in tensors:
         raise DataError(
-            f"{path} has no tensor 'ids'; it holds {', '.join(sorted(tensors)) or 'nothing'}"
+            f"{path} has no tensor 'ids'; it has {', '.join(sorted(tensors)) or 'nothing'}"
         )
     check_ids(tensors["ids"], where=str(path))
     return tensors["ids"]
@@ -187,7 +187,9 @@ def _tensor_of_lists(content: list[Any], path: Path) -> torch.Tensor:
         for token in sample:
             # bool is an int in Python; ids beyond 32 bits belong to no vocabulary
             if type(token) is not int or not -(2**31) <= token < 2**31:
-                raise DataError(f"{path}: sample {number} holds {token!r}, which is not a token id")
+                raise DataError(
+                    f"{path}: sample {number} contains {token!r}, which is not a token id"
+                )
     ids = torch.tensor(content, dtype=torch.int64)
     check_ids(ids, where=str(path))
     return ids

@@ -102,7 +102,7 @@ class Rows(Sequence[str]):
     def of(cls, source: str, texts: Texts) -> Rows:
         """All of `texts`."""
         if len(texts) == 0:
-            raise DataError(f"'{source}' holds no rows. Give a file or a split with text in it")
+            raise DataError(f"'{source}' has no rows. Give a file or a split with text in it")
         return cls(source, texts, 0, len(texts))
 
     def span(self, start: int, stop: int) -> Rows:
@@ -192,7 +192,7 @@ def kind_of(path: Path) -> str:
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
     if kind not in TEXT_SUFFIXES + RECORD_SUFFIXES:
-        raise DataError(f"cannot tell what kind of data {path} holds. Supported: {supported()}")
+        raise DataError(f"cannot tell what kind of data is in {path}. Supported: {supported()}")
     return kind
 
 
@@ -228,7 +228,7 @@ def load_records(path: Path) -> list[dict[str, Any]]:
     """All records of a file at once."""
     records = list(file_records(path))
     if not records or not all(isinstance(record, dict) for record in records):
-        raise DataError(f"{path} is no list of records. Give one JSON object per line")
+        raise DataError(f"{path} is not a list of records. Give one JSON object per line")
     return records
 
 

@@ -317,13 +317,11 @@ def _local_hint(name: str, split: str) -> str:
     if (directory := data_directory()) is None:
         return (
             "Without the Hub, give a local file (--data FILE), or set "
-            f"{DATA_VARIABLE} to a directory that holds {wanted}"
+            f"{DATA_VARIABLE} to a directory with {wanted}"
         )
     there = [other for other in patterns if _local_files(patterns[other])]
     found = f" ({', '.join(f'{name}:{other}' for other in there)} is there)" if there else ""
-    return (
-        f"{DATA_VARIABLE}={directory} holds no {wanted}{found}. Put it there, or give a local file"
-    )
+    return f"{DATA_VARIABLE}={directory} has no {wanted}{found}. Put it there, or give a local file"
 
 
 def _embedded(found: _Resolved) -> list[str]:

@@ -67,7 +67,7 @@ def kind_of(records: Records, requested: Literal["auto", "instructions", "text"]
     """What the records are, told by the first of them unless the user says it."""
     first = next(records.read(), None)
     if first is None:
-        raise DataError(f"'{records.source}' holds no rows. Give a file or a split with rows in it")
+        raise DataError(f"'{records.source}' has no rows. Give a file or a split with rows in it")
     if requested != "auto":
         return requested
     answers = isinstance(first, dict) and {"instruction", "output"} <= first.keys()

@@ -192,7 +192,7 @@ def _fit(store: Store, length: int) -> Spans:
 def keeps_apart(model: nn.Module, vocabulary: int) -> bool:
     """Whether two documents in one window, told by their positions, do not see each other.
 
-    Tried: the logits of the second must be those it has when it stands alone.
+    Tried: the logits of the second must be those it has when it is alone.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
