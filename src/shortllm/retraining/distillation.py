@@ -33,7 +33,7 @@ from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.model.blocks import find_blocks
 from shortllm.model.metrics import kl_divergence, next_token_nll
 from shortllm.records import MAX_BLOCKS
-from shortllm.retraining.cache import target_rows
+from shortllm.retraining.windows import target_rows
 from shortllm.surgery.apply import PROVENANCE, held_provenance
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model, quiet_transformers
 from shortllm.model.session import Session
-from shortllm.retraining.cache import CachedTeacher, write_cache
 from shortllm.retraining.distillation import (
     Objective,
     TeacherLoss,
@@ -36,7 +35,14 @@ from shortllm.retraining.processes import is_sharded, shard_on_cpu_too
 from shortllm.retraining.states import last_state, require_sound
 from shortllm.retraining.trainable import make_trainable
 from shortllm.retraining.trainer import BEST_METRIC, HELD_OUT, HealingTrainer, Meter, Progress
-from shortllm.retraining.windows import Segmented, Windows, collate, keeps_apart
+from shortllm.retraining.windows import (
+    CachedTeacher,
+    Segmented,
+    Windows,
+    collate,
+    keeps_apart,
+    write_cache,
+)
 from shortllm.runtime import Ranks, progress
 
 log = logging.getLogger(__name__)
