@@ -52,11 +52,11 @@ def build(shape: dict[str, int], blocks: int, device: torch.device, dtype: str) 
 
 def described(name: str, model: Any, prompt_tokens: int, dtype: str) -> Any:
     """What the result says of a model that has no files."""
+    from shortllm.benchmark.interleaved import weight_bytes
+    from shortllm.benchmark.options import BenchmarkedModel
     from shortllm.files import fingerprint
     from shortllm.model.decoder import Decoder
-    from shortllm.results.benchmark import BenchmarkedModel
-    from shortllm.results.record import ModelInfo
-    from shortllm.turns import weight_bytes
+    from shortllm.records import ModelInfo
 
     decoder = Decoder(model)
     info = ModelInfo(
@@ -81,13 +81,12 @@ def described(name: str, model: Any, prompt_tokens: int, dtype: str) -> Any:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain and compiled, each into a directory of its own."""
-    from shortllm.benchmark import STAND_IN_TOKENS, check_options, sweep
+    from shortllm.benchmark.bench import STAND_IN_TOKENS, check_options, sweep
+    from shortllm.benchmark.interleaved import Subject
+    from shortllm.benchmark.options import Benchmark, BenchmarkOptions
     from shortllm.files import fingerprint
-    from shortllm.recipe import BenchmarkOptions
-    from shortllm.reporting.speed import table, write_benchmark
-    from shortllm.results.benchmark import Benchmark
-    from shortllm.rundir import finished
-    from shortllm.turns import Subject
+    from shortllm.reporting.measurements import benchmark_table, write_benchmark
+    from shortllm.run_directory import finished
 
     device = torch.device(arguments.device)
     ways = [
@@ -123,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 subjects, models, options, device=device, fingerprint=expected, directory=directory
             )
             write_benchmark(directory, result)
-        head, rows = table(result)
+        head, rows = benchmark_table(result).plain()
         for row in [(name, *[""] * (len(head) - 1)), head, *rows]:
             print("  ".join(cell.rjust(12) for cell in row), file=sys.stderr)
         found[name] = result.model_dump(mode="json")

@@ -40,7 +40,7 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     import transformers  # noqa: F401  (its import is not what is measured)
 
     import shortllm
-    from shortllm.recipe import CalibrationOptions
+    from shortllm.data.options import CalibrationOptions
     from shortllm.runtime import peak_memory
 
     names = arguments.criteria[0].split(",")
@@ -115,11 +115,11 @@ def resident_taylor(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of Taylor scores with the model in memory."""
     import torch
 
-    from shortllm.asked import Asked
     from shortllm.checkpoint.source import open_checkpoint
+    from shortllm.criteria.selection import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
-    from shortllm.scoring import Scorer
+    from shortllm.pruning.scoring import Scorer
 
     checkpoint = open_checkpoint(arguments.model)
 
@@ -128,7 +128,7 @@ def resident_taylor(arguments: argparse.Namespace) -> dict[str, Any]:
         scorer = Scorer(
             checkpoint=checkpoint, open_decoder=lambda: decoder, ids_BT=token_ids(arguments)
         )
-        return scorer.score([Asked.of("taylor")])["taylor"].values
+        return scorer.score([resolve("taylor")])["taylor"].values
 
     return memory_of(run, lambda: load_model(checkpoint, device=torch.device("cpu")))
 

@@ -59,13 +59,13 @@ class Clock:
 
 def windows(data: str, packing: str, place: Path) -> Any:
     """The data as windows."""
-    from shortllm.checkpoint import open_checkpoint
-    from shortllm.data.records import open_records
+    from shortllm.checkpoint.source import open_checkpoint
+    from shortllm.checkpoint.tokenizer import load_tokenizer
+    from shortllm.data.sources import open_records
     from shortllm.retraining.documents import documents, kind_of
     from shortllm.retraining.options import RetrainOptions
     from shortllm.retraining.store import open_corpus, write_corpus
     from shortllm.retraining.windows import Windows
-    from shortllm.stages import load_tokenizer
 
     records = open_records(data)
     found = documents(
@@ -118,7 +118,7 @@ def ours(data: Any, model: Any, place: Path, steps: int) -> Clock:
     """Training by shortllm's Trainer and loss."""
     from torch.utils.data import Subset
 
-    from shortllm.retraining.objective import answer_loss
+    from shortllm.retraining.distillation import answer_loss
     from shortllm.retraining.trainer import HELD_OUT, HealingTrainer, Meter
     from shortllm.retraining.windows import collate
 

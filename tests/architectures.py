@@ -29,28 +29,23 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.shortening import (
+from shortllm.checkpoint.config import count_field, model_classes, text_config
+from shortllm.checkpoint.shorten_config import (
     period_hint,
     refuse_type,
     sliced_axis,
     structurally_protected,
 )
-from shortllm.checkpoint.surgery import check_removal
-from shortllm.checkpoint.verify import (
-    bypass_logits,
-    caches_rightly,
-    probe_ids,
-    verify_shortened,
-)
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import UnsupportedModelError
-from shortllm.metrics import next_token_nll
 from shortllm.model.backward import block_weights, walk_back
-from shortllm.model.blocks import count_field, model_classes, text_config
 from shortllm.model.decoder import Decoder
+from shortllm.model.metrics import next_token_nll
 from shortllm.model.streamed import open_streamed
 from shortllm.model.walk import walk
 from shortllm.runtime import ALONE
+from shortllm.surgery.apply import check_removal
+from shortllm.surgery.verify import bypass_logits, caches_rightly, probe_ids, verify_shortened
 
 BLOCKS = 6
 REMOVED = ([0], [2], [5], [1, 3, 4])

@@ -36,7 +36,8 @@ from stand_ins import STAND_INS, built_in_texts, cache_directory, stand_in
 
 import shortllm
 from shortllm import criteria, quantizing, schemas
-from shortllm.checkpoint import rules, shortening
+from shortllm.checkpoint import rules
+from shortllm.checkpoint import shorten_config as shortening
 from shortllm.cli import main
 from shortllm.recipes import load_recipe, parse_recipe, recipe_names
 

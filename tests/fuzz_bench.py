@@ -21,20 +21,16 @@ from healthy import (
 from safetensors import safe_open
 
 from shortllm import stages
-from shortllm.budget import Budget
-from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.export_lint import lint_export
-from shortllm.checkpoint.shortening import sliced_axis
-from shortllm.checkpoint.tensors import (
-    SAFETENSORS,
-    SAFETENSORS_INDEX,
-    read_tensor,
-)
-from shortllm.planning import build_plan
-from shortllm.results.plan import PrunePlan
-from shortllm.results.record import ModelInfo
-from shortllm.session import Session
-from shortllm.summary import summarize
+from shortllm.checkpoint.shorten_config import sliced_axis
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor
+from shortllm.model.session import Session
+from shortllm.pruning.budget import Budget
+from shortllm.pruning.estimate import summarize
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import PrunePlan
+from shortllm.records import ModelInfo
+from shortllm.surgery.export_lint import lint_export
 
 Act = Callable[[], None]
 

@@ -16,13 +16,8 @@ from healthy import (
 )
 from mutations import damaged, damaged_bytes, text_of
 
-from shortllm.checkpoint import open_checkpoint
-from shortllm.checkpoint.tensors import (
-    PICKLED,
-    SAFETENSORS,
-    SAFETENSORS_INDEX,
-    read_tensor,
-)
+from shortllm.checkpoint.source import open_checkpoint
+from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX, read_tensor
 
 
 def headers(random: Random, bench: Bench) -> Act:

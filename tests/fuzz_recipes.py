@@ -16,12 +16,12 @@ from healthy import (
 )
 from mutations import damaged, damaged_bytes
 
-from shortllm.planning import build_plan
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import BlockScores
 from shortllm.recipe import Recipe
 from shortllm.recipes import DIRECTORY as RECIPES
 from shortllm.recipes import changed, load_recipe
-from shortllm.results.record import ModelInfo
-from shortllm.results.scores import BlockScores
+from shortllm.records import ModelInfo
 
 HEALTHY_RECIPES = {
     "embedded": (RECIPES / "embedded.yaml").read_text(),

@@ -16,23 +16,19 @@ from safetensors.torch import load_file, save_file
 from test_reporting import TOKENS, make_run
 from transformers import AutoConfig
 
-import shortllm.sublayers.record
-import shortllm.width_pruning.record  # noqa: F401  # for `kinds_of`
-from shortllm.budget import Budget
+from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX
-from shortllm.healing.record import HEAL_FILE, Healing
-from shortllm.planning import build_plan
-from shortllm.quantizing.record import RECORD as QUANTIZE_FILE
-from shortllm.quantizing.record import Quantization
-from shortllm.results.benchmark import Benchmark
-from shortllm.results.comparison import Comparison
-from shortllm.results.evaluation import Evaluation
-from shortllm.results.plan import TARGET_FILE, PrunePlan, Target
-from shortllm.results.record import ModelInfo, Record, ResultFile
-from shortllm.results.scores import BlockScores
-from shortllm.results.units import UNITS_FILE, UnitsComparison
+from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
+from shortllm.evaluation.options import Evaluation
+from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.pruning.budget import Budget
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
+from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
+from shortllm.quantizing.options import Quantization
+from shortllm.records import ModelInfo, Record, ResultFile
 from shortllm.retraining import RECORD as RETRAIN_FILE
-from shortllm.retraining.record import Retraining
+from shortllm.retraining.options import Retraining
 
 BLOCKS = 4
 

@@ -14,7 +14,7 @@ from typing import Any
 import families
 
 import shortllm
-from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.embedded import MODEL_DIR, rows
 
 REMOVED = [2, 3]

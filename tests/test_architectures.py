@@ -13,15 +13,15 @@ from architectures import Outcome, examine, model_types, page, tiny_config
 from families import build, config_of, load, opened, save, shortened
 from safetensors.torch import load_file, save_file
 
-from shortllm.checkpoint import Checkpoint, open_checkpoint
-from shortllm.checkpoint.shortening import structurally_protected
-from shortllm.checkpoint.surgery import check_removal
+from shortllm.checkpoint.shorten_config import structurally_protected
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
-from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, UnsupportedModelError
-from shortllm.model.blocks import auto_class
 from shortllm.model.decoder import Decoder
+from shortllm.model.structure import auto_class
+from shortllm.surgery.apply import check_removal
+from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
 
 IMAGES_AND_TEXT = (
     "aya_vision", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from families import load
 
-from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ["--samples", "2", "--length", "16"]

@@ -12,9 +12,9 @@ from families import WINDOW, build, config_of, opened, save, saved, shortened
 from typer.testing import CliRunner
 
 import shortllm
-from shortllm.checkpoint import open_checkpoint
-from shortllm.checkpoint.export_lint import ExportFinding, lint_export
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.cli import app
+from shortllm.surgery.export_lint import ExportFinding, lint_export
 
 
 def lint(config: Any, directory: Path) -> dict[str, ExportFinding]:

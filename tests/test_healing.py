@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import shortllm
 from shortllm import pipeline
-from shortllm.calibration import Calibration, tokens_fingerprint
-from shortllm.checkpoint import Checkpoint, open_checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.cli import main
+from shortllm.data.calibration import Calibration, tokens_fingerprint
+from shortllm.data.options import CalibrationInfo, CalibrationOptions
 from shortllm.errors import (
     CheckpointError,
     DataError,
@@ -26,22 +27,21 @@ from shortllm.errors import (
     ShortLLMError,
     UnsupportedModelError,
 )
-from shortllm.healing import merge_stage, stage
-from shortllm.healing.gaps import Gap, gaps_of
-from shortllm.healing.linear import Visit, heal_gaps, visits_of
-from shortllm.healing.merging import Merged, merged, merged_tensors, original_blocks
-from shortllm.healing.options import HealOptions, MergeOptions
-from shortllm.healing.projections import find_added
-from shortllm.healing.record import Healing, Merging
-from shortllm.healing.solving import Moments, choose_ridge, solve
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.healing import stage
+from shortllm.healing.folding import find_added
+from shortllm.healing.linear import Moments, Visit, choose_ridge, heal_gaps, solve, visits_of
+from shortllm.healing.options import Healing, HealOptions
+from shortllm.merging import stage as merge_stage
+from shortllm.merging.laco import Merged, merged, merged_tensors, original_blocks
+from shortllm.merging.options import MergeOptions, Merging
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
-from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
+from shortllm.model.session import Session
+from shortllm.pruning.budget import Gap, gaps_of
+from shortllm.recipe import Recipe
 from shortllm.recipes import changed, parse_recipe
-from shortllm.results.evaluation import Evaluation
-from shortllm.results.scores import CalibrationInfo
-from shortllm.retraining.distill import lineage
-from shortllm.session import Session
+from shortllm.retraining.distillation import lineage
 
 DOWN = {
     "llama": "mlp.down_proj",

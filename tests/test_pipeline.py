@@ -15,14 +15,15 @@ import children
 import pytest
 
 import shortllm
-from shortllm import embedded, pipeline, rundir
+from shortllm import embedded, pipeline
+from shortllm import run_directory as rundir
+from shortllm.data.options import CalibrationOptions
 from shortllm.errors import OutputError, ShortLLMError
-from shortllm.locking import LOCK, hold, releasing
-from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.results.evaluation import Evaluation
-from shortllm.results.plan import PrunePlan
-from shortllm.results.scores import BlockScores
-from shortllm.texts import prepare_texts
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.texts import prepare_texts
+from shortllm.files import LOCK, hold, releasing
+from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.recipe import Recipe
 
 RECIPE = Recipe(
     budget=shortllm.Budget(remove=2),
@@ -218,7 +219,7 @@ def test_a_killed_start_does_not_lock_the_directory(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from shortllm.locking import hold
+from shortllm.files import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

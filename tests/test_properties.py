@@ -23,11 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from shortllm.budget import Budget, most_blocks, protected_blocks, removable
 from shortllm.checkpoint.names import BlockNames, find_block_names
 from shortllm.checkpoint.rules import BLOCK_NUMBERS, LEADING, PER_BLOCK
-from shortllm.checkpoint.shortening import shorten_config
-from shortllm.checkpoint.surgery import as_read_from_disk
+from shortllm.checkpoint.shorten_config import shorten_config
 from shortllm.checkpoint.tensors import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
@@ -37,9 +35,11 @@ from shortllm.checkpoint.tensors import (
 )
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import BudgetError, UnsupportedModelError
-from shortllm.planning import build_plan
-from shortllm.results.plan import PrunePlan
-from shortllm.results.record import ModelInfo
+from shortllm.pruning.budget import Budget, most_blocks, protected_blocks, removable
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import PrunePlan
+from shortllm.records import ModelInfo
+from shortllm.surgery.apply import as_read_from_disk
 
 often = settings(deadline=None, max_examples=100)
 seldom = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])

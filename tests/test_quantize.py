@@ -16,24 +16,25 @@ import torch
 
 import shortllm
 from shortllm import pipeline
-from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.cli import main
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
 from shortllm.errors import DataError, OutputError, ShortLLMError, UnsupportedModelError
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.quantizing import packages
-from shortllm.quantizing.layers import find_layers, fitting_sizes, require_group_size
-from shortllm.quantizing.options import QuantizeOptions
-from shortllm.quantizing.record import QUANTIZED, RECORD, Quantization
+from shortllm.model.session import Session
+from shortllm.quantizing import compressing as packages
+from shortllm.quantizing.compressing import find_layers, fitting_sizes, require_group_size
+from shortllm.quantizing.options import QUANTIZED, RECORD, Quantization, QuantizeOptions
 from shortllm.quantizing.running import best_of
 from shortllm.quantizing.stage import calibration_options, check
-from shortllm.recipe import CalibrationOptions, EvaluationOptions, Recipe
-from shortllm.reporting.loading import load_results
-from shortllm.reporting.runs import compared_models
-from shortllm.results.evaluation import Evaluation
+from shortllm.recipe import Recipe
+from shortllm.reporting.load import load_results
+from shortllm.reporting.runs_page import compared_models
 from shortllm.retraining.options import RetrainOptions
-from shortllm.session import Session
-from shortllm.texts import calibrate, prepare_texts
 
 CPU = torch.device("cpu")
 SMALL = {"samples": 16, "length": 128}
@@ -455,7 +456,7 @@ def test_the_report_shows_it(healed: Path) -> None:
     page = (healed / "report.html").read_text()
     text = re.sub(r"<[^>]+>", " ", page)
     assert "GPTQ W4A16, groups of 32; 70 linear layers of" in text
-    assert re.search(r"Quantized \(W4A16\) it takes 2\.\d+\WMB, \d+\.\d\W% of the original", text)
+    assert re.search(r"Quantized to W4A16, it takes 2\.\d+\WMB \(\d+\.\d\W% of the original", text)
     assert "8 samples of 64 tokens from embedded:calibration" in text
     card = (healed / QUANTIZED / "README.md").read_text()
     assert "| quantized |" in card

@@ -13,8 +13,9 @@ from retraining import options, shortened, text
 
 import shortllm
 from shortllm import pipeline
+from shortllm.data.options import CalibrationOptions
 from shortllm.errors import OutputError
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
+from shortllm.evaluation.options import EvaluationOptions
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ import shortllm
 from shortllm import journal, stages
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.model import loading
+from shortllm.model.session import Session
 from shortllm.model.streamed import StreamedWeights
-from shortllm.results.scores import BlockScores
-from shortllm.session import Session
+from shortllm.pruning.records import BlockScores
 
 EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
 SAMPLES = 5
@@ -233,8 +233,11 @@ def test_criteria_without_text_need_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--criterion", "ppl,ppl"], "ppl, ppl was asked for. Name each criterion once"),
-        (["--criterion", ","], "nothing was asked for"),
+        (
+            ["--criterion", "ppl,ppl"],
+            "--criterion ppl, ppl must name criteria, each once",
+        ),
+        (["--criterion", ","], "--criterion nothing must name"),
         (["--criterion", "ppl,tailor"], "unknown criterion 'tailor'. Did you mean 'taylor'"),
         (["--option", "taylor.power=2"], "option of criterion 'taylor' was given, but"),
         (["--option", "power=2"], "is not of the form CRITERION.NAME=VALUE"),
@@ -305,7 +308,7 @@ def test_a_streamed_model_is_run_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_streams_that_fit_nowhere_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    from shortllm.model.streams import StreamMemory
+    from shortllm.model.hidden_states import StreamMemory
 
     memory = StreamMemory(limit=0, directory=tmp_path)
     with pytest.raises(OutputError, match="MiB are needed, .* MiB are free"):

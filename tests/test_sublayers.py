@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import shortllm
 from shortllm import journal
-from shortllm.checkpoint import open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.cli import app
 from shortllm.errors import (
     BudgetError,
@@ -30,14 +30,15 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.journal import Journal
-from shortllm.metrics import next_token_nll
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
-from shortllm.session import Session
-from shortllm.sublayers import measuring, stage
-from shortllm.sublayers.measuring import Variants, mean_nlls, remove_one_by_one
-from shortllm.sublayers.options import SublayerOptions
-from shortllm.sublayers.record import RECORD, SublayerDrop
+from shortllm.model.metrics import next_token_nll
+from shortllm.model.session import Session
+from shortllm.model.walk import mean_nlls
+from shortllm.sublayers import drop as stage
+from shortllm.sublayers import influence as measuring
+from shortllm.sublayers.influence import Variants, remove_one_by_one
+from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers, without_sublayers
 
 SKIPPED = {
@@ -99,7 +100,7 @@ def drop(
 ) -> SublayerDrop:
     checkpoint = families.opened(variant) if isinstance(variant, str) else open_checkpoint(variant)
     given = SublayerOptions(**{**FREE, **options})
-    return stage.drop_sublayers(
+    return stage.drop_from(
         checkpoint, given, target, calibration=calibration(),
         session=Session(device="cpu", stream=stream),
     )  # fmt: skip
@@ -163,7 +164,7 @@ def test_only_output_projections_change(variant: str, tmp_path: Path) -> None:
     assert made.zeroed_parameters == sum(before[name].numel() for name in changed)
     assert (made.parameters, made.bytes) == (made.model.parameters, made.model.bytes)
     assert sorted(path.name for path in (tmp_path / "short").iterdir()) == sorted(
-        [*(path.name for path in families.saved(variant).iterdir()), RECORD]
+        [*(path.name for path in families.saved(variant).iterdir()), SublayerDrop.FILE]
     )
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     about = config.pop("shortllm")
@@ -212,10 +213,10 @@ def test_what_is_up_to_date_is_left_alone_and_other_things_are_not_replaced(
         patch.setattr(stage, "find_sublayers", lambda *args: pytest.fail("worked again"))
         assert drop("llama", target, criterion="sublayer-influence", remove=2) == made
     other = drop("llama", target, criterion="sublayer-influence", remove=3)
-    assert len(other.dropped) == 3 and SublayerDrop.load(target / RECORD) == other
+    assert len(other.dropped) == 3 and SublayerDrop.load(target / SublayerDrop.FILE) == other
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="contains something else"):
         drop("llama", tmp_path / "full", attention=[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "short"]
 
@@ -242,7 +243,9 @@ def test_one_walk_gives_the_numbers_of_models_one_by_one(variant: str) -> None:
         frozenset(), *(frozenset({one}) for one in ALL),
         frozenset({(1, "mlp"), (2, "attention"), (2, "mlp"), (5, "mlp")}),
     ]  # fmt: skip
-    found = mean_nlls(Variants(decoder, outputs), families.token_ids(), sets)
+    variants = Variants(decoder, outputs)
+    removals = [variants.without(removed) for removed in sets]
+    found = mean_nlls(variants.as_decoder(), families.token_ids(), removals)
     expected = [plain_nll(variant, removed) for removed in sets]
     assert found == pytest.approx(expected, rel=1e-5)
     assert len({round(value, 4) for value in found}) > 10
@@ -365,17 +368,17 @@ def test_models_whose_sublayers_cannot_go_are_refused(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, CriterionError, "nothing says which sublayers go. Give --criterion"),
+        ({}, CriterionError, "nothing says which sublayers to remove. Give --criterion"),
         ({"criterion": "sublayer-ppl"}, CriterionError, "with --remove 4"),
-        ({"remove": 2}, CriterionError, "nothing says which sublayers go"),
-        ({"remove": 2, "mlp": [3]}, CriterionError, "--criterion and --remove have no use"),
-        ({"criterion": "sublayer-ppl", "remove": 12}, BudgetError, "Ask for 1 to 11"),
+        ({"remove": 2}, CriterionError, "nothing says which sublayers to remove"),
+        ({"remove": 2, "mlp": [3]}, CriterionError, "so --criterion and --remove have no effect"),
+        ({"criterion": "sublayer-ppl", "remove": 12}, BudgetError, "Give 1 to 11"),
         (
             {"criterion": "sublayer-ppl", "remove": 5, "parts": "mlp", "protect_first": 2},
             BudgetError,
-            r"4 may go \(mlp of 4 blocks that are not protected\). Ask for 1 to 4, or pass",
+            r"4 may go \(mlp of 4 unprotected blocks\). Give 1 to 4, or pass",
         ),
-        ({"attention": [6]}, BudgetError, "--attention: there is no block 6: .* 0 to 5"),
+        ({"attention": [6]}, BudgetError, "--attention 6: the model has blocks 0 to 5"),
         ({"mlp": [1, 1]}, BudgetError, "--mlp names a block twice: 1,1"),
         ({"mlp": [*range(6)], "attention": [*range(6)]}, BudgetError, "every sublayer is named"),
     ],
@@ -398,8 +401,8 @@ def test_the_command_says_that_zeros_save_nothing(tmp_path: Path) -> None:
 
     text = said("--attention", "1,3", "--mlp", 3, "--out", tmp_path / "short")
     assert "1 of 3 sublayers are zeros now" in text
-    assert "they take the time and the space they took" in text
-    assert "block 3 lost both and is removed" in text
+    assert "They still take memory and time" in text
+    assert "block 3 lost both sublayers and was removed" in text
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps(families.token_ids().tolist()))
     text = said(

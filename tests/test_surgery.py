@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shortllm import __version__
-from shortllm.checkpoint import open_checkpoint
-from shortllm.checkpoint.surgery import carried_files, carried_fingerprint, write_shortened
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor_table
-from shortllm.checkpoint.verify import bypass_logits, verify_shortened
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, OutputError
 from shortllm.model.decoder import Decoder
+from shortllm.surgery.apply import carried_files, carried_fingerprint, write_shortened
+from shortllm.surgery.verify import bypass_logits, verify_shortened
 
 REMOVED = ([0], [3], [-1], [0, 2, 3])
 

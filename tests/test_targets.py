@@ -15,14 +15,13 @@ from families import loaded, opened, shortened
 from test_cli import SMALL, call
 
 import shortllm
-from shortllm import targets
-from shortllm.budget import Budget
+from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.errors import BudgetError, CheckpointError
 from shortllm.model.decoder import Decoder
-from shortllm.recipe import BenchmarkOptions
-from shortllm.results.plan import DepthSpeed, Target
-from shortllm.results.scores import BlockScores
-from shortllm.session import Session
+from shortllm.model.session import Session
+from shortllm.pruning import targets
+from shortllm.pruning.budget import Budget
+from shortllm.pruning.records import BlockScores, DepthSpeed, Target
 
 CPU = Session(device="cpu")
 FREE: dict[str, Any] = {"protect_first": 0, "protect_last": 0}

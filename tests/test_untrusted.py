@@ -22,8 +22,8 @@ from test_cli import call
 from transformers import AutoModelForCausalLM
 
 import shortllm
-from shortllm import pipeline, trusting_remote_code
-from shortllm.checkpoint import open_checkpoint
+from shortllm import pipeline
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import (
     PICKLED,
     PICKLED_INDEX,
@@ -31,9 +31,11 @@ from shortllm.checkpoint.tensors import (
     SAFETENSORS_INDEX,
     read_tensor_table,
 )
+from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
+from shortllm.evaluation.options import EvaluationOptions
 from shortllm.retraining import states, training
+from shortllm.runtime import trusting_remote_code
 
 # ---- links and paths in an index
 

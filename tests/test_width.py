@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import shortllm
-from shortllm.calibration import Calibration, tokens_fingerprint
-from shortllm.checkpoint import Checkpoint, open_checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.data.calibration import Calibration, tokens_fingerprint
+from shortllm.data.options import CalibrationInfo, CalibrationOptions
 from shortllm.errors import (
     BudgetError,
     CriterionError,
@@ -27,17 +28,15 @@ from shortllm.errors import (
     ShortLLMError,
     UnsupportedModelError,
 )
+from shortllm.evaluation.options import EvaluationOptions
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
-from shortllm.recipe import CalibrationOptions, EvaluationOptions
-from shortllm.results.scores import CalibrationInfo
+from shortllm.model.session import Session
 from shortllm.retraining.options import RetrainOptions
-from shortllm.session import Session
 from shortllm.width_pruning import stage
 from shortllm.width_pruning.choosing import removed_units
-from shortllm.width_pruning.measuring import taylor_importance
-from shortllm.width_pruning.options import WidthOptions
-from shortllm.width_pruning.record import RECORD, WidthPruning
+from shortllm.width_pruning.importance import taylor_importance
+from shortllm.width_pruning.options import RECORD, WidthOptions, WidthPruning
 from shortllm.width_pruning.structure import find_groups
 
 LLAMA_LIKE = ("self_attn.o_proj", "mlp.down_proj")

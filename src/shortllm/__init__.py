@@ -19,97 +19,99 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from shortllm.api import export_lint as export_lint
-    from shortllm.api import info as info
-    from shortllm.api import plan as plan
-    from shortllm.api import prune as prune
-    from shortllm.api import report as report
-    from shortllm.api import run as run
-    from shortllm.api import score as score
-    from shortllm.budget import Budget as Budget
+    from shortllm.benchmark.bench import bench as bench
+    from shortllm.benchmark.options import Benchmark as Benchmark
+    from shortllm.benchmark.options import BenchmarkOptions as BenchmarkOptions
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
-    from shortllm.checkpoint.trust import trusting_remote_code as trusting_remote_code
-    from shortllm.comparison.api import compare as compare
-    from shortllm.comparison.api import compare_criteria as compare_criteria
-    from shortllm.comparison.api import compare_units as compare_units
+    from shortllm.comparison.compare import compare as compare
+    from shortllm.comparison.compare import compare_criteria as compare_criteria
+    from shortllm.comparison.compare import compare_units as compare_units
+    from shortllm.comparison.options import Comparison as Comparison
+    from shortllm.data.options import CalibrationOptions as CalibrationOptions
     from shortllm.errors import ShortLLMError as ShortLLMError
+    from shortllm.evaluation.evaluate import evaluate as evaluate
+    from shortllm.evaluation.options import Evaluation as Evaluation
+    from shortllm.evaluation.options import EvaluationOptions as EvaluationOptions
     from shortllm.healing.api import heal as heal
-    from shortllm.healing.api import merge as merge
+    from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
-    from shortllm.healing.options import MergeOptions as MergeOptions
-    from shortllm.healing.record import Healing as Healing
-    from shortllm.healing.record import Merging as Merging
-    from shortllm.measuring import bench as bench
-    from shortllm.measuring import evaluate as evaluate
+    from shortllm.merging.merge import merge as merge
+    from shortllm.merging.options import MergeOptions as MergeOptions
+    from shortllm.merging.options import Merging as Merging
     from shortllm.model.loading import load as load
+    from shortllm.pipeline import run as run
+    from shortllm.pruning.budget import Budget as Budget
+    from shortllm.pruning.estimate import info as info
+    from shortllm.pruning.plan import plan as plan
+    from shortllm.pruning.prune import prune as prune
+    from shortllm.pruning.records import BlockScores as BlockScores
+    from shortllm.pruning.records import PrunePlan as PrunePlan
+    from shortllm.pruning.score import score as score
     from shortllm.quantizing.api import quantize as quantize
+    from shortllm.quantizing.options import Quantization as Quantization
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
-    from shortllm.quantizing.record import Quantization as Quantization
-    from shortllm.recipe import BenchmarkOptions as BenchmarkOptions
-    from shortllm.recipe import CalibrationOptions as CalibrationOptions
-    from shortllm.recipe import EvaluationOptions as EvaluationOptions
     from shortllm.recipe import Recipe as Recipe
-    from shortllm.results.benchmark import Benchmark as Benchmark
-    from shortllm.results.comparison import Comparison as Comparison
-    from shortllm.results.evaluation import Evaluation as Evaluation
-    from shortllm.results.plan import PrunePlan as PrunePlan
-    from shortllm.results.scores import BlockScores as BlockScores
+    from shortllm.reporting import report as report
     from shortllm.retraining.api import retrain as retrain
+    from shortllm.retraining.options import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
-    from shortllm.retraining.record import Retraining as Retraining
-    from shortllm.sublayers.api import drop_sublayers as drop_sublayers
+    from shortllm.runtime import Runtime as Runtime
+    from shortllm.runtime import trusting_remote_code as trusting_remote_code
+    from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
+    from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
-    from shortllm.sublayers.record import SublayerDrop as SublayerDrop
+    from shortllm.surgery.export_lint import export_lint as export_lint
     from shortllm.width_pruning.api import width as width
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
-    from shortllm.width_pruning.record import WidthPruning as WidthPruning
+    from shortllm.width_pruning.options import WidthPruning as WidthPruning
 
 _HOME = {
-    "Benchmark": "results.benchmark",
-    "BenchmarkOptions": "recipe",
-    "BlockScores": "results.scores",
-    "Budget": "budget",
-    "CalibrationOptions": "recipe",
+    "Benchmark": "benchmark.options",
+    "BenchmarkOptions": "benchmark.options",
+    "BlockScores": "pruning.records",
+    "Budget": "pruning.budget",
+    "CalibrationOptions": "data.options",
     "Checkpoint": "checkpoint.source",
-    "Comparison": "results.comparison",
-    "Evaluation": "results.evaluation",
-    "EvaluationOptions": "recipe",
+    "Comparison": "comparison.options",
+    "Evaluation": "evaluation.options",
+    "EvaluationOptions": "evaluation.options",
     "HealOptions": "healing.options",
-    "Healing": "healing.record",
-    "MergeOptions": "healing.options",
-    "Merging": "healing.record",
-    "PrunePlan": "results.plan",
-    "Quantization": "quantizing.record",
+    "Healing": "healing.options",
+    "MergeOptions": "merging.options",
+    "Merging": "merging.options",
+    "PrunePlan": "pruning.records",
+    "Quantization": "quantizing.options",
     "QuantizeOptions": "quantizing.options",
     "Recipe": "recipe",
     "RetrainOptions": "retraining.options",
-    "Retraining": "retraining.record",
+    "Retraining": "retraining.options",
+    "Runtime": "runtime",
     "ShortLLMError": "errors",
-    "SublayerDrop": "sublayers.record",
+    "SublayerDrop": "sublayers.options",
     "SublayerOptions": "sublayers.options",
     "WidthOptions": "width_pruning.options",
-    "WidthPruning": "width_pruning.record",
-    "bench": "measuring",
-    "compare": "comparison.api",
-    "compare_criteria": "comparison.api",
-    "compare_units": "comparison.api",
-    "drop_sublayers": "sublayers.api",
-    "evaluate": "measuring",
-    "export_lint": "api",
+    "WidthPruning": "width_pruning.options",
+    "bench": "benchmark.bench",
+    "compare": "comparison.compare",
+    "compare_criteria": "comparison.compare",
+    "compare_units": "comparison.compare",
+    "drop_sublayers": "sublayers.drop",
+    "evaluate": "evaluation.evaluate",
+    "export_lint": "surgery.export_lint",
     "heal": "healing.api",
-    "info": "api",
+    "info": "pruning.estimate",
     "load": "model.loading",
-    "merge": "healing.api",
+    "merge": "merging.merge",
     "open_checkpoint": "checkpoint.source",
-    "plan": "api",
-    "prune": "api",
+    "plan": "pruning.plan",
+    "prune": "pruning.prune",
     "quantize": "quantizing.api",
-    "report": "api",
+    "report": "reporting",
     "retrain": "retraining.api",
-    "run": "api",
-    "score": "api",
-    "trusting_remote_code": "checkpoint.trust",
+    "run": "pipeline",
+    "score": "pruning.score",
+    "trusting_remote_code": "runtime",
     "width": "width_pruning.api",
 }
 """Public name -> the module it is loaded from. No module may be called like a public name."""

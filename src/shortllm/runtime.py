@@ -8,12 +8,16 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import ByteSize, Field
 
 from shortllm import __version__
 from shortllm.errors import ShortLLMError
+from shortllm.options import Flag, Options
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,60 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Advance = Callable[[float], None]
+"""Called with the amount of work done since its last call, as `progress` yields it."""
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusting_remote_code() -> Iterator[None]:
+    """Allow the Python code of every checkpoint that is opened within the context.
+
+    Model types that transformers knows never run such code.
+
+    Returns:
+        A context.
+    """
+    before = _trusted.set(True)
+    try:
+        yield
+    finally:
+        _trusted.reset(before)
+
+
+def is_trusted() -> bool:
+    """Whether code of checkpoints may be run."""
+    return _trusted.get()
+
+
+class Runtime(Options):
+    """Where and how models run."""
+
+    panel: ClassVar[str] = "Device and memory"
+
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 or mps.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Computation type. auto: float32 on a CPU, else the checkpoint's own.",
+    )
+    stream: bool | None = Field(
+        default=None,
+        description="Read the blocks one at a time from the files. Default: only where the model "
+        "does not fit.",
+    )
+    max_memory: ByteSize | None = Field(
+        default=None,
+        description="Keep hidden states beyond this size in a file, e.g. 4GiB. Default: half of "
+        "the free memory.",
+    )
+    trust_remote_code: Annotated[bool, Flag(name="--trust-remote-code")] = Field(
+        default=False, description="Run Python code that comes with a checkpoint."
+    )
+
+    def applied(self) -> AbstractContextManager[None]:
+        """A context in which code of checkpoints may be run, if these options allow it."""
+        return trusting_remote_code() if self.trust_remote_code else nullcontext()
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -171,7 +229,7 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def progress(task: str, total: float) -> Iterator[Callable[[float], None]]:
+def progress(task: str, total: float) -> Iterator[Advance]:
     """A progress bar with the time left, on a terminal's standard error; silent elsewhere.
 
     Yields a function to call with the amount of work done since its last call.

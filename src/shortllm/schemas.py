@@ -1,7 +1,7 @@
 """JSON schemas of recipes and result files, for editors and for programs that read them.
 
 shortllm recipes schema > recipe.schema.json     that of a recipe
-python docs/make_schemas.py                      all of them, into docs/schemas/
+python tools/make_schemas.py                     all of them, into docs/schemas/
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ RECIPE = "recipe"
 
 _HOME = {
     RECIPE: "recipe.Recipe",
-    "bench": "results.benchmark.Benchmark",
-    "calibration": "results.scores.CalibrationInfo",
-    "comparison": "results.comparison.Comparison",
-    "eval": "results.evaluation.Evaluation",
-    "heal": "healing.record.Healing",
-    "merge": "healing.record.Merging",
-    "plan": "results.plan.PrunePlan",
-    "quantize": "quantizing.record.Quantization",
-    "retrain": "retraining.record.Retraining",
-    "scores": "results.scores.BlockScores",
-    "sublayers": "sublayers.record.SublayerDrop",
-    "target": "results.plan.Target",
-    "units": "results.units.UnitsComparison",
-    "width": "width_pruning.record.WidthPruning",
+    "bench": "benchmark.options.Benchmark",
+    "calibration": "data.options.CalibrationInfo",
+    "comparison": "comparison.options.Comparison",
+    "eval": "evaluation.options.Evaluation",
+    "heal": "healing.options.Healing",
+    "merge": "merging.options.Merging",
+    "plan": "pruning.records.PrunePlan",
+    "quantize": "quantizing.options.Quantization",
+    "retrain": "retraining.options.Retraining",
+    "scores": "pruning.records.BlockScores",
+    "sublayers": "sublayers.options.SublayerDrop",
+    "target": "pruning.records.Target",
+    "units": "comparison.options.UnitsComparison",
+    "width": "width_pruning.options.WidthPruning",
 }
 """Name of a file, without `.json` -> the record it holds."""
 

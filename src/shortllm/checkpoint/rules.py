@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shortllm.model.blocks import block_count
+from shortllm.checkpoint.config import block_count
 
 Kept = Sequence[int]
 

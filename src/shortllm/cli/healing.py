@@ -28,7 +28,8 @@ from shortllm.cli.output import print_json, print_table
 from shortllm.cli.values import bytes_in, calibration_of, numbers_in
 
 if TYPE_CHECKING:
-    from shortllm.healing.record import Healing, Merging
+    from shortllm.healing.options import Healing
+    from shortllm.merging.options import Merging
 
 
 def heal(

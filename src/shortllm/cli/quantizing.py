@@ -19,7 +19,7 @@ from shortllm.cli.options import (
 from shortllm.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from shortllm.quantizing.record import Quantization
+    from shortllm.quantizing.options import Quantization
 
 
 def quantize(

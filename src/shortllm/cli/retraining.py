@@ -12,7 +12,7 @@ from shortllm.cli.options import Device, EvalLength, Json, Revision, TrustRemote
 from shortllm.cli.output import is_main_process, print_json, print_table
 
 if TYPE_CHECKING:
-    from shortllm.retraining.record import Retraining
+    from shortllm.retraining.options import Retraining
 
 
 def retrain(

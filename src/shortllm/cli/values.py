@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 
 if TYPE_CHECKING:
-    from shortllm.budget import Budget
-    from shortllm.recipe import CalibrationOptions
+    from shortllm.data.options import CalibrationOptions
+    from shortllm.pruning.budget import Budget
 
 
 def budget_of(
@@ -199,13 +199,13 @@ def places_in(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: another form.
     """
-    from shortllm.recipes.reading import parsed_yaml
+    from shortllm.recipes import parse_yaml
 
     places: dict[str, Any] = {}
     for text in given:
         place, equals, value = text.partition("=")
         try:
-            places[place.strip()] = parsed_yaml(value)
+            places[place.strip()] = parse_yaml(value)
         except ValueError as error:
             raise RecipeError(f"--set '{text}': the value is not YAML ({error})") from error
         if not equals or not place.strip():

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from shortllm.benchmark.meters import Sampler, bounded_memory, is_out_of_memory
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import DataError, ShortLLMError
-from shortllm.evaluation import TEMPERATURE, TOP_K, TOP_P
-from shortllm.meters import Sampler, bounded_memory, is_out_of_memory
+from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
 from shortllm.model.loading import quiet_transformers
 from shortllm.runtime import available_memory
 

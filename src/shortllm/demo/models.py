@@ -21,19 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import shortllm
 from shortllm import __version__
-from shortllm.checkpoint.source import EMBEDDED, Checkpoint, open_checkpoint
+from shortllm.benchmark.interleaved import weight_bytes
+from shortllm.benchmark.meters import Meter, meter_of
+from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.texts import vocabulary
 from shortllm.errors import CheckpointError, OutputError, ShortLLMError
 from shortllm.files import require_writable
-from shortllm.meters import Meter, meter_of
-from shortllm.model.blocks import text_config
 from shortllm.model.loading import load_model
-from shortllm.results.record import ModelInfo
-from shortllm.retraining.distill import lineage
-from shortllm.session import Session
-from shortllm.targets import cache_bytes
-from shortllm.texts import vocabulary
-from shortllm.turns import weight_bytes
+from shortllm.model.session import Session
+from shortllm.pruning.targets import cache_bytes
+from shortllm.records import ModelInfo
+from shortllm.retraining.distillation import lineage
 
 if TYPE_CHECKING:
     import torch
@@ -162,15 +163,15 @@ def cache_directory() -> Path:
 
 def _shorten_embedded(home: Path, session: Session) -> tuple[Path, Path]:
     """Write `width/` and `depth/` into `home`; each step skips what is up to date."""
-    device, dtype = str(session.device), session.asked_dtype
+    runtime = session.runtime
     width, depth = home / "width", home / "depth"
     options = shortllm.WidthOptions(method="flap", ratio=RATIO)
-    shortllm.width(EMBEDDED, width, options=options, device=device, dtype=dtype)
-    scores = shortllm.score(EMBEDDED, out=home / "scores", device=device, dtype=dtype)
-    plan = shortllm.plan(scores, shortllm.Budget(ratio=RATIO))
+    shortllm.width(EMBEDDED, width, options=options, device=runtime.device, dtype=runtime.dtype)
+    scores = shortllm.score(EMBEDDED, out=home / "scores", runtime=runtime)
+    plan = shortllm.plan(scores, ratio=RATIO)
     try:
-        shortllm.prune(EMBEDDED, plan, depth, device=device, dtype=dtype)
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
     except OutputError:  # prune never replaces a damaged checkpoint, but this one is the demo's own
         shutil.rmtree(depth, ignore_errors=True)
-        shortllm.prune(EMBEDDED, plan, depth, device=device, dtype=dtype)
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
     return width, depth

@@ -14,13 +14,14 @@ from dataclasses import asdict, astuple, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.source import EMBEDDED
+from shortllm.benchmark.options import PROMPT
+from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.demo.generate import Limits, Progress, Request, generate
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
-from shortllm.evaluation import TEMPERATURE, TOP_K, TOP_P
-from shortllm.recipe import EMBEDDED_PROMPT, PROMPT
-from shortllm.reporting.wording import NONE, change, counted, short_bytes, short_count
+from shortllm.evaluation.evaluate import EMBEDDED_PROMPT
+from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.format import NONE, change, counted, short_bytes, short_count
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm.checkpoint.made import require_free
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.healing.options import HealOptions, MergeOptions
-from shortllm.healing.record import HEAL_FILE, MERGE_FILE, Healing, Merging
-from shortllm.model.blocks import text_config
-from shortllm.recipe import CalibrationOptions, Recipe
-from shortllm.session import Session
-from shortllm.texts import calibrate
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.healing.options import HEAL_FILE, Healing, HealOptions
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
+from shortllm.surgery.made import require_free
 
 
 def heal(
@@ -51,7 +51,7 @@ def heal(
     original = stage.open_source(checkpoint, source)
     stage.kept_blocks(checkpoint, original)
     asked = CalibrationOptions(data=data, file=calibration, bos_every_sample=bos_every_sample)
-    recipe = Recipe(model=original.id, calibration=asked).filled(checkpoint.model_type)
+    recipe = Recipe(model=original.id, calibration=asked).resolved(checkpoint.model_type)
     ids = calibrate(original, healing_text(recipe.calibration, options, original))
     session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return stage.heal(checkpoint, original, options, target, calibration=ids, session=session)
@@ -62,7 +62,7 @@ def healing_text(
 ) -> CalibrationOptions:
     """The text that blocks are scored on, in the amount that healing takes; given ids as they
     are."""
-    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
+    positions = context_length(checkpoint.config)
     return calibration.model_copy(
         update={
             "sampler": "packed",
@@ -70,40 +70,3 @@ def healing_text(
             "length": options.sample_length(positions),
         }
     )
-
-
-def merge(
-    model: str,
-    out: Path | str,
-    *,
-    options: MergeOptions | None = None,
-    calibration: CalibrationOptions | None = None,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    stream: bool | None = None,
-    max_memory: int | None = None,
-) -> Merging:
-    """Fold blocks into one another, from the top down, and write what is left as a plain
-    checkpoint.
-
-    Args:
-        out: the new checkpoint directory, which also gets merge.json.
-        calibration: which text final hidden states are compared on; default: that of scoring.
-        stream: read the blocks one at a time from the files; default: where they do not fit.
-        max_memory: bytes of hidden streams in memory; beyond it they go to a file.
-    Returns:
-        What merge.json holds, every try with its cosine among it.
-    Raises:
-        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
-    """
-    from shortllm.healing import merge_stage
-
-    options, target = options or MergeOptions(), Path(out)
-    require_free(target, MERGE_FILE)
-    checkpoint = open_checkpoint(model, revision=revision)
-    options.check(checkpoint.block_count)
-    recipe = Recipe(model=model, calibration=calibration or CalibrationOptions())
-    ids = calibrate(checkpoint, recipe.filled(checkpoint.model_type).calibration)
-    session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
-    return merge_stage.merge(checkpoint, options, target, calibration=ids, session=session)

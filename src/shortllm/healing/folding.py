@@ -1,4 +1,15 @@
-"""A map folded into the weights of a projection, for the file and for a model in memory.
+"""Find the projection of a block whose output is added to the stream, whatever the family.
+
+By experiment: a number of its own is added to the output of one projection after the other. Where
+the block's output moves by exactly that, times one factor (1 in most families, the residual
+multiplier of granite), nothing but an addition stands behind the projection, and a map of what is
+added can be folded into its weights. Behind the attention of a serial block stands its MLP, behind
+the MLP of gemma2 a norm, behind an expert a choice: those move otherwise.
+
+Where attention and MLP are both added (parallel blocks) the one that is run last is taken.
+
+
+A map folded into the weights of a projection, for the file and for a model in memory.
 
     x ─► W ─► M ─► T          becomes          x ─► Tᵀ W ─► M T
 
@@ -8,19 +19,143 @@ Shapes: D outputs of the projection.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.stored import require_stored, stored_name
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
-from shortllm.healing.projections import Added
-from shortllm.model.decoder import Decoder
+from shortllm.model.blocks import is_projection
+from shortllm.model.decoder import Decoder, Entry
+from shortllm.surgery.made import require_stored, stored_name
+
+TOKENS = 4
+
+SIZES = (1.0, 30.0)
+"""How far outputs are moved, in parts of the stream: what is no addition shows at one of them."""
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A projection whose output is added to the stream."""
+
+    name: str
+    """Within the block."""
+    scale: float
+    """What the block multiplies the output with before it is added."""
+    transposed: bool
+    """Whether the matrix is kept as inputs x outputs."""
+
+
+def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
+    """For each of `blocks` the last projection whose output is added to the stream.
+
+    Raises:
+        UnsupportedModelError: a block has none, or blocks cannot be called one by one.
+    """
+    obstacle = decoder.obstacle()
+    if obstacle is not None:
+        raise UnsupportedModelError(obstacle)
+    ids_BT = torch.arange(1, TOKENS + 1)[None] % decoder.vocabulary
+    entry = decoder.enter(ids_BT)
+    return {b: _find(decoder, b, entry) for b in decoder.through(blocks)}
+
+
+@torch.no_grad()
+def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
+    outputs = _outputs(decoder, b, entry)
+    width = entry.stream_BTD.shape[-1]
+    candidates = [
+        name
+        for name, seen in outputs.items()
+        if len(seen) == 1 and seen[0].shape[-1] == width and seen[0].numel() == TOKENS * width
+    ]
+    for name in reversed(candidates):  # in the order in which they are run
+        scale = _scale(decoder, b, entry, name, outputs[name][0])
+        if scale is not None:
+            module = decoder.blocks[b].get_submodule(name)
+            return Added(name, scale, transposed=not isinstance(module, nn.Linear))
+    config: Any = decoder.model.config
+    raise UnsupportedModelError(
+        f"block {b} of model type '{config.model_type}' adds the output of no linear "
+        "projection to the stream as it is (a norm may stand behind its MLP, or experts in its "
+        "place), so that a map has nothing to be folded into. Heal it with `shortllm retrain`"
+    )
+
+
+def _outputs(decoder: Decoder, b: int, entry: Entry) -> dict[str, list[Tensor]]:
+    """What each projection of the block returns, in the order in which they are first run."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen.setdefault(name, []).append(output.clone())
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in decoder.blocks[b].named_modules()
+        if is_projection(module)
+    ]
+    try:
+        decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) -> float | None:
+    """The factor with which the output is added to the stream; None if it is used otherwise."""
+    size = max(_size(output), _size(entry.stream_BTD)) or 1.0
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(output.shape, generator=generator).to(output)
+    before = _moved(decoder, b, entry, name, torch.zeros_like(output))
+    found: list[float] = []
+    for times in SIZES:
+        step = (output + times * size * noise) - output  # as it is after rounding
+        after = _moved(decoder, b, entry, name, step)
+        change = (after - before).double().flatten()
+        wanted = step.double().flatten()
+        scale = (change @ wanted / (wanted @ wanted)).item()
+        if not scale:
+            return None
+        rounding = 8 * torch.finfo(output.dtype).eps * max(
+            after.abs().max().item(), before.abs().max().item()
+        )  # fmt: skip
+        allowed = 1e-4 * (scale * wanted).abs().max().item() + rounding
+        if not (change - scale * wanted).abs().max().item() <= allowed:
+            return None
+        found.append(scale)
+    if not abs(found[0] - found[1]) <= 1e-2 * abs(found[1]):
+        return None
+    return 1.0 if abs(found[1] - 1.0) < 1e-3 else found[1]  # but for rounding
+
+
+def _size(given: Tensor) -> float:
+    """Root of the mean square."""
+    return given.float().square().mean().sqrt().item()
+
+
+def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> Tensor:
+    """The block's output where `step` is added to what a projection returns."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + step
+
+    handle = decoder.blocks[b].get_submodule(name).register_forward_hook(hook)
+    try:
+        return decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,24 @@
-"""The walk that heals: two streams side by side, and at each gap a map solved and folded.
+"""The least-squares map of one gap, from sums over tokens alone.
+
+A projection adds `M` to the stream, which then is `Z`, and `H` is where the stream should be.
+Replacing `M` by `M T` with `T = I + D` leaves `R - M D`, with `R = H - Z` what is missing, so that
+
+    min_T  ‖(M T + Y) - H‖² + λ‖T - I‖²    is    min_D  ‖M D - R‖² + λ‖D‖²    (Y = Z - M)
+
+and its answer `D = (MᵀM + λI)⁻¹ MᵀR` needs two matrices, whatever the number of tokens. How much
+of the error is left on other tokens follows from the same sums of theirs.
+
+Where we differ from the paper: by default the error of each token counts in parts of the token's
+own mean square in `H`, which is what the norm at the entry of the next block will divide it by.
+Streams hold a few tokens of a hundred times the size of all others; with every token counted alike
+(`weighting="none"`, the formula above) these alone decide, and the others may be left worse.
+
+Source: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819; the sums are float64 throughout.
+
+Shapes: N tokens, D width.
+
+
+The walk that heals: two streams side by side, and at each gap a map solved and folded.
 
     source    0 ─► 1 ─► 2 ─► 3 ─► 4 ─► 5 ─► 6        what the stream should be
                              │ wanted     │
@@ -17,7 +37,7 @@ Shapes: B samples, T tokens, D width, N tokens of one group.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,21 +46,125 @@ import torch
 from torch import Tensor, nn
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.healing.folding import Fold, fold, folded_into
-from shortllm.healing.gaps import Gap, gaps_of
-from shortllm.healing.projections import Added
-from shortllm.healing.record import HealedGap
-from shortllm.healing.solving import (
-    Moments,
-    choose_ridge,
-    effective_rank,
-    forced,
-    penalty,
-    solve,
-)
+from shortllm.healing.folding import Added, Fold, fold, folded_into
+from shortllm.healing.options import HealedGap
 from shortllm.model.decoder import Decoder
-from shortllm.model.streams import StreamMemory
-from shortllm.model.walk import Advance, block_flops, enter_groups, group_size
+from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
+from shortllm.pruning.budget import Gap, gaps_of
+from shortllm.runtime import Advance
+
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
+"""How strongly the map is held back, in parts of the mean square of `M` summed over tokens."""
+
+
+class Moments:
+    """Sums over tokens of what the map depends on."""
+
+    def __init__(self, width: int, device: torch.device, *, weighted: bool) -> None:
+        """
+        Args:
+            weighted: count each token in parts of its own mean square in H.
+        """
+        if device.type == "mps":  # which has no float64
+            device = torch.device("cpu")
+        zeros = torch.zeros((width, width), dtype=torch.float64, device=device)
+        self.weighted = weighted
+        self.products_DD = zeros
+        """MᵀM"""
+        self.cross_DD = zeros.clone()
+        """MᵀR"""
+        self.missing = 0.0
+        """‖R‖²"""
+        self.wanted = 0.0
+        """‖H‖²"""
+        self.tokens = 0
+
+    def add(self, added_ND: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
+        """Take in more tokens: what is added to the stream, the stream then, where it should be."""
+        added_ND, after_ND, wanted_ND = (
+            given.to(self.products_DD.device).double() for given in (added_ND, after_ND, wanted_ND)
+        )
+        if self.weighted and len(wanted_ND):
+            floor = torch.finfo(torch.float32).tiny
+            scale_N1 = wanted_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
+            added_ND, after_ND, wanted_ND = (
+                given * scale_N1 for given in (added_ND, after_ND, wanted_ND)
+            )
+        missing_ND = wanted_ND - after_ND
+        self.products_DD += added_ND.T @ added_ND
+        self.cross_DD += added_ND.T @ missing_ND
+        self.missing += missing_ND.square().sum().item()
+        self.wanted += wanted_ND.square().sum().item()
+        self.tokens += len(added_ND)
+
+    def plus(self, other: Moments) -> Moments:
+        """Those of both sets of tokens."""
+        both = Moments(len(self.products_DD), self.products_DD.device, weighted=self.weighted)
+        both.products_DD = self.products_DD + other.products_DD
+        both.cross_DD = self.cross_DD + other.cross_DD
+        both.missing = self.missing + other.missing
+        both.wanted = self.wanted + other.wanted
+        both.tokens = self.tokens + other.tokens
+        return both
+
+    def error(self, change_DD: Tensor) -> float:
+        """‖M D - R‖²"""
+        linear = (change_DD * self.cross_DD).sum()
+        square = (change_DD * (self.products_DD @ change_DD)).sum()
+        return self.missing - 2 * linear.item() + square.item()
+
+    def relative(self, error: float) -> float:
+        """A squared error in parts of ‖H‖²."""
+        return error / self.wanted if self.wanted else 0.0
+
+
+def penalty(moments: Moments, ridge: float) -> float:
+    """λ of a ridge: so many times the mean eigenvalue of MᵀM."""
+    return ridge * moments.products_DD.diagonal().mean().item()
+
+
+def solve(moments: Moments, ridge: float) -> Tensor:
+    """`D` of the map `T = I + D`, float64 `[D, D]`; zero where nothing is added to the stream."""
+    held = penalty(moments, ridge)
+    if not held:
+        return torch.zeros_like(moments.cross_DD)
+    matrix_DD = moments.products_DD.clone()
+    matrix_DD.diagonal().add_(held)
+    return torch.cholesky_solve(moments.cross_DD, torch.linalg.cholesky(matrix_DD))
+
+
+def effective_rank(moments: Moments, ridge: float) -> float:
+    """How many directions of `M` the map is free in: sum of e / (e + λ) over eigenvalues of MᵀM."""
+    held = penalty(moments, ridge)
+    values_D = torch.linalg.eigvalsh(moments.products_DD).clamp_min(0.0)
+    return float((values_D / (values_D + held)).sum().item()) if held else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How strongly a map is held back, and what it does on held-out tokens."""
+
+    ridge: float | None
+    """None: no map of those tried does better there than none at all."""
+    before: float
+    """‖R‖² in parts of ‖H‖²"""
+    after: float
+
+
+def choose_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES) -> Choice:
+    """The ridge whose map, solved on some tokens, leaves the least squared error on others."""
+    best, least = None, held_out.missing
+    for ridge in ridges:
+        left = held_out.error(solve(fitted, ridge))
+        if left < least:
+            best, least = ridge, left
+    return Choice(best, held_out.relative(held_out.missing), held_out.relative(least))
+
+
+def forced(fitted: Moments, held_out: Moments, ridge: float) -> Choice:
+    """A ridge that was asked for, whatever it does on held-out tokens."""
+    left = held_out.error(solve(fitted, ridge))
+    return Choice(ridge, held_out.relative(held_out.missing), held_out.relative(left))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,31 +287,19 @@ class _Walk:
     ) -> None:
         self._decoder = decoder
         self._weighted = weighted
-        size = group_size(decoder, ids_BT.shape[1])
-        self._groups = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
-        self._entries = enter_groups(decoder, [ids_BT[rows] for rows in self._groups])
-        shape = (len(ids_BT), *self._entries[0].stream_BTD.shape[1:])
-
-        def allocate() -> Tensor:
-            return memory.allocate(shape, decoder.stream_dtype, decoder.device)
-
-        self._allocate = allocate
-        self._source = allocate()
-        self._healed: Tensor | None = None  # until they part there is one stream
-        for rows, entry in zip(self._groups, self._entries, strict=True):
-            self._source[rows] = entry.stream_BTD
+        self._groups = SampleGroups(decoder, ids_BT, memory)
+        self._source = self._groups.entering()
+        self._healed: Tensor | None = None  # one stream until they differ
 
     def through(self, visit: Visit) -> None:
         """Take one or both streams through the block."""
         if visit.source != visit.healed and self._healed is None:
-            self._healed = self._allocate()
-            self._healed.copy_(self._source)
+            self._healed = self._groups.allocate().copy_(self._source)
         streams = [self._source] if visit.source else []
         if visit.healed and self._healed is not None:
             streams.append(self._healed)
         for stream in streams:
-            for rows in range(len(self._groups)):
-                self._apply(visit.block, stream, rows, keep=True)
+            self._groups.apply(visit.block, stream)
 
     def measure(self, b: int, added: Added, fitted: int) -> tuple[Moments, Moments]:
         """What block `b` adds to the healed stream against where the source is, for the first
@@ -197,9 +309,9 @@ class _Walk:
         width = self._healed.shape[-1]
         sums = tuple(Moments(width, decoder.device, weighted=self._weighted) for _ in range(2))
         module = decoder.blocks[b].get_submodule(added.name)
-        for group, rows in enumerate(self._groups):
+        for group, rows in enumerate(self._groups.rows):
             with _outputs_of(module) as seen:
-                after_BTD = self._apply(b, self._healed, group, keep=False)
+                after_BTD = self._groups.after(b, self._healed, group)
             added_BTD = added.scale * seen[0].double().view(after_BTD.shape)
             wanted_BTD = self._source[rows].to(decoder.device)
             border = min(max(fitted - rows.start, 0), len(after_BTD))
@@ -208,15 +320,6 @@ class _Walk:
                     *(one[part].flatten(0, 1) for one in (added_BTD, after_BTD, wanted_BTD))
                 )
         return sums[0], sums[1]
-
-    def _apply(self, b: int, stream_BTD: Tensor, group: int, *, keep: bool) -> Tensor:
-        """Take one group of samples of a stream through block `b`."""
-        rows, entry = self._groups[group], self._entries[group]
-        before_BTD = stream_BTD[rows].to(self._decoder.device)
-        after_BTD = self._decoder.apply(b, before_BTD, entry.calls[b])
-        if keep:
-            stream_BTD[rows] = after_BTD.to(stream_BTD)
-        return after_BTD
 
 
 @contextmanager

@@ -1,13 +1,12 @@
-"""Every choice of a healing without training, and of merging blocks."""
+"""options."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from shortllm.errors import ShortLLMError
-from shortllm.results.record import Record
+from shortllm.records import Cost, ModelInfo, Record, ResultFile
 
 LENGTH = 256
 """Tokens per sample where nothing is said; fewer where the model has fewer positions."""
@@ -43,73 +42,63 @@ class HealOptions(Record):
         return self.length or min(LENGTH, positions or LENGTH)
 
 
-class MergeOptions(Record):
-    """How blocks are folded into one another."""
+HEAL_FILE = "heal.json"
 
-    blocks: list[int] | None = Field(
+
+class HealedGap(Record):
+    """One gap; block numbers are those of the source."""
+
+    block: int | None = Field(
+        description="the block before the gap; null where there is none, which cannot be healed"
+    )
+    removed: list[int]
+    projection: str | None = Field(
+        default=None, description="what the map was folded into, by its name within the block"
+    )
+    scale: float | None = Field(
+        default=None, description="what the block multiplies the projection's output with"
+    )
+    ridge: float | None = Field(
         default=None,
-        description="fold these blocks into the one before each gap they leave; default: a sweep "
-        "from the top finds which, by the fields below",
+        description="parts of the mean square of what the map is given; null: left as it was, as "
+        "no map does better on held-out samples",
     )
-    threshold: float = Field(
-        default=0.65,
-        description="least mean cosine between the final hidden states of the merged and the "
-        "original model at which a merge is kept",
+    penalty: float | None = Field(default=None, description="the λ that comes to")
+    effective_rank: float | None = Field(
+        default=None, description="directions the map is free in: sum of e / (e + λ)"
     )
-    interval: int = Field(
-        default=2, ge=1, description="blocks to go down after a merge that is kept; else 1"
+    error_before: float | None = Field(
+        default=None,
+        description="squared distance to the source's stream on held-out samples, in parts of its "
+        "square",
     )
-    most_merged: int = Field(
-        default=3, ge=1, description="blocks folded into another one at once, at the most"
+    error_after: float | None = Field(
+        default=None, description="the same with the map of the other samples"
     )
-    remove: int | None = Field(
-        default=None, ge=1, description="end once so many blocks are gone; default: never"
-    )
-    protect_first: int = Field(default=1, ge=0, description="first blocks that stay as they are")
-    protect_last: int = Field(default=0, ge=0, description="last blocks that stay as they are")
 
-    def check(self, blocks: int) -> None:
-        """Refuse what cannot be done with so many blocks.
 
-        Raises:
-            ShortLLMError: too few blocks are free, or fewer than are to go; a threshold that is
-                no cosine; or named blocks that the model lacks, or with none before them.
-        """
-        if self.blocks is not None:
-            return self._check_named(self.blocks, blocks)
-        free = blocks - self.protect_first - self.protect_last
-        if free < 2:
-            raise ShortLLMError(
-                f"a merge takes two blocks, and of {blocks} all but {max(free, 0)} are protected. "
-                "Give smaller --protect-first and --protect-last"
-            )
-        if self.remove is not None and self.remove >= free:
-            raise ShortLLMError(
-                f"--remove {self.remove}: of {free} blocks that are not protected {free - 1} can "
-                f"go at the most. Give --remove {free - 1} or less"
-            )
-        if not -1 <= self.threshold < 1:
-            raise ShortLLMError(
-                f"--threshold {self.threshold} is no cosine below 1. Give e.g. 0.65"
-            )
+class HeldOut(Record):
+    """Mean next-token loss on the held-out samples, nats."""
 
-    def _check_named(self, named: list[int], count: int) -> None:
-        if self != MergeOptions(blocks=named):
-            raise ShortLLMError(
-                "--blocks says what is folded, and nothing is left for a sweep to find. Leave out "
-                "--threshold, --interval, --most-merged, --remove and --protect-first or -last"
-            )
-        if not named or len(set(named)) != len(named):
-            raise ShortLLMError(
-                f"--blocks {','.join(map(str, named)) or 'without a number'}: name each block to "
-                "fold into the one before it once, e.g. 6,7,9"
-            )
-        for block in named:
-            if not 0 <= block < count:
-                raise ShortLLMError(
-                    f"there is no block {block} among {count}. Give numbers from 1 to {count - 1}"
-                )
-            if block == 0:
-                raise ShortLLMError(
-                    "block 0 has no block before it that it could be folded into. Give others"
-                )
+    samples: int
+    source: float
+    shortened: float
+    healed: float
+
+
+class Healing(ResultFile):
+    """heal.json: how a shortened checkpoint was healed without training."""
+
+    model: ModelInfo = Field(description="the checkpoint before")
+    source: ModelInfo = Field(description="the one it was shortened from")
+    method: Literal["linear"]
+    options: dict[str, Any]
+    gaps: list[HealedGap] = Field(description="in the order in which they were healed")
+    held_out: HeldOut
+    calibration: str = Field(description="tokens_fingerprint of the calibration")
+    data: str = Field(description="where the calibration came from")
+    samples: int
+    length: int = Field(description="tokens per sample")
+    dtype: str = Field(description="computation type of the walk; sums are float64")
+    versions: dict[str, str] = Field(default_factory=dict)
+    cost: Cost | None = None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.data.options import CalibrationOptions
+from shortllm.evaluation.texts import Texts
 from shortllm.healing.api import healing_text
-from shortllm.healing.record import HEAL_FILE, Healing
+from shortllm.healing.options import HEAL_FILE, Healing
 from shortllm.healing.stage import check_healable, heal
-from shortllm.recipe import CalibrationOptions, Recipe
-from shortllm.rundir import HEALED
-from shortllm.session import Session
-from shortllm.texts import Texts
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
+from shortllm.run_directory import HEALED
+from shortllm.surgery.made import require_free
 
 
 def healing_text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions | None:

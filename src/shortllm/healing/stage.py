@@ -9,32 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import __version__
-from shortllm.checkpoint.made import CARDS, finished, made_fingerprint, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import (
-    PROVENANCE,
-    renumbered_tensors,
-    require_apart,
-)
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.files import require_writable
-from shortllm.healing.gaps import gaps_of
-from shortllm.healing.options import HealOptions
-from shortllm.healing.record import HEAL_FILE, Healing, HeldOut
-from shortllm.healing.writing import write_changed
-from shortllm.results.record import Cost
+from shortllm.healing.options import HEAL_FILE, Healing, HealOptions, HeldOut
+from shortllm.model.session import Session
+from shortllm.pruning.budget import gaps_of
+from shortllm.records import Cost
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.session import Session
+from shortllm.surgery.apply import PROVENANCE, renumbered_tensors, require_apart
+from shortllm.surgery.made import CARDS, finished, made_fingerprint, require_free, write_changed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shortllm.calibration import Calibration
+    from shortllm.data.calibration import Calibration
     from shortllm.healing.linear import Healed
     from shortllm.model.decoder import Decoder
-    from shortllm.model.streams import StreamMemory
-    from shortllm.retraining.distill import Lineage
+    from shortllm.model.hidden_states import StreamMemory
+    from shortllm.retraining.distillation import Lineage
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +86,7 @@ def check_healable(checkpoint: Checkpoint, session: Session) -> None:
     Raises:
         UnsupportedModelError: they cannot.
     """
-    from shortllm.healing.folding import require_floats
-    from shortllm.healing.projections import find_added
+    from shortllm.healing.folding import find_added, require_floats
 
     for b, added in find_added(session.decoder(checkpoint), [0]).items():
         require_floats(checkpoint, b, added.name)
@@ -133,7 +126,7 @@ def origin_of(checkpoint: Checkpoint) -> Lineage:
     Raises:
         CheckpointError: its config.json does not say.
     """
-    from shortllm.retraining.distill import lineage
+    from shortllm.retraining.distillation import lineage
 
     try:
         return lineage(checkpoint)
@@ -210,11 +203,10 @@ def _heal(
     expected: str,
 ) -> None:
     """Solve, fold, measure, write, compare."""
-    from shortllm.checkpoint.stored import stored_name
-    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
-    from shortllm.healing.folding import folded_into, require_floats
+    from shortllm.healing.folding import find_added, folded_into, require_floats
     from shortllm.healing.linear import heal_flops, heal_gaps
-    from shortllm.healing.projections import find_added
+    from shortllm.surgery.made import stored_name
+    from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
 
     started = time.monotonic()
     removed = sorted(set(range(source.block_count)) - set(kept))
@@ -285,22 +277,12 @@ def _measure(
 ) -> HeldOut:
     """Mean next-token loss of source, shortened and healed model on the held-out samples."""
     from shortllm.healing.folding import folded_into
-    from shortllm.metrics import next_token_nll
-    from shortllm.model.walk import NOTHING, walk
-
-    def losses(removals: list[Collection[int]]) -> list[float]:
-        totals = [0.0] * len(removals)
-
-        def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-            totals[m] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-        walk(decoder, ids_BT, removals, consume=consume, memory=memory)
-        return [total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1)) for total in totals]
+    from shortllm.model.walk import NOTHING, mean_nlls
 
     gone = frozenset(removed)
-    before, shortened = losses([NOTHING, gone])
+    before, shortened = mean_nlls(decoder, ids_BT, [NOTHING, gone], memory=memory)
     with folded_into(decoder, healed.folds):
-        [after] = losses([gone])
+        [after] = mean_nlls(decoder, ids_BT, [gone], memory=memory)
     if after > shortened:
         log.warning(
             "on held-out text the healed model is worse than the shortened one: %.4f against %.4f "

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.quantizing.options import QuantizeOptions
-from shortllm.quantizing.record import RECORD, Quantization
+from shortllm.data.texts import calibrate
+from shortllm.model.session import Session
+from shortllm.quantizing.options import RECORD, Quantization, QuantizeOptions
 from shortllm.quantizing.stage import calibration_options, check
 from shortllm.quantizing.stage import quantize as quantize_stage
 from shortllm.recipe import Recipe
-from shortllm.session import Session
-from shortllm.texts import calibrate
+from shortllm.surgery.made import require_free
 
 
 def quantize(
@@ -35,7 +34,7 @@ def quantize(
     """
     checkpoint = open_checkpoint(model, revision=revision)
     recipe = Recipe(model=model, quantization=options or QuantizeOptions())
-    asked = recipe.filled(checkpoint.model_type).quantization
+    asked = recipe.resolved(checkpoint.model_type).quantization
     assert asked is not None
     require_free(Path(out), RECORD)
     session = Session(device=device)

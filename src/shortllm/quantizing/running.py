@@ -6,16 +6,15 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import ResultFileError
-from shortllm.quantizing.options import QuantizeOptions
-from shortllm.quantizing.record import QUANTIZED, RECORD, Quantization
+from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.texts import Texts
+from shortllm.model.session import Session
+from shortllm.quantizing.options import QUANTIZED, RECORD, Quantization, QuantizeOptions
 from shortllm.quantizing.stage import calibration_options, check, quantize
 from shortllm.recipe import Recipe
-from shortllm.results.evaluation import Evaluation
-from shortllm.session import Session
-from shortllm.texts import Texts
+from shortllm.surgery.made import require_free
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +72,8 @@ def best_of(
     """
     if len(candidates) == 1:
         return next(iter(candidates))
-    from shortllm.calibration import tokens_fingerprint
-    from shortllm.evaluation import measure_perplexity
+    from shortllm.data.calibration import tokens_fingerprint
+    from shortllm.evaluation.perplexity import measure_perplexity
 
     text = texts.evaluation[0]
     tokens = tokens_fingerprint(text.segments.ids)

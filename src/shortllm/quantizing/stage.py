@@ -8,23 +8,27 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.made import CARDS, finished, made_fingerprint, require_free
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import require_apart
+from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.files import require_writable
-from shortllm.quantizing.layers import Layers, find_layers, require_group_size
-from shortllm.quantizing.options import QuantizeOptions
-from shortllm.quantizing.packages import extra_versions, require_extra
-from shortllm.quantizing.record import RECORD, Quantization
-from shortllm.recipe import CalibrationOptions
-from shortllm.results.record import Cost
+from shortllm.model.session import Session
+from shortllm.quantizing.compressing import (
+    Layers,
+    extra_versions,
+    find_layers,
+    require_extra,
+    require_group_size,
+)
+from shortllm.quantizing.options import RECORD, Quantization, QuantizeOptions
+from shortllm.records import Cost
 from shortllm.retraining.preparing import positions
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.session import Session
+from shortllm.surgery.apply import require_apart
+from shortllm.surgery.made import CARDS, finished, made_fingerprint, require_free
 
 if TYPE_CHECKING:
-    from shortllm.calibration import Calibration
+    from shortllm.data.calibration import Calibration
     from shortllm.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -174,7 +178,7 @@ def require_usable(name: str, decoder: Decoder) -> None:
     """
     import torch
 
-    from shortllm.checkpoint.verify import CACHE_ERRORS, bypass_logits, probe_ids
+    from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids
 
     ids_BT = probe_ids(decoder.model.config)
     logits_BTV = bypass_logits(decoder)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
-from shortllm.checkpoint.made import copy_carried
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE, carried_files, held_provenance
 from shortllm.files import partial_directory
 from shortllm.quantizing.compressing import save_compressed
-from shortllm.quantizing.record import RECORD, Quantization
+from shortllm.quantizing.options import RECORD, Quantization
 from shortllm.retraining import RECORD as RETRAINED
+from shortllm.surgery.apply import PROVENANCE, carried_files, held_provenance
+from shortllm.surgery.made import copy_carried
 
 LEFT_BEHIND = {RETRAINED, RECORD, "adapter", "logs"}
 """What speaks of the source's weights alone."""

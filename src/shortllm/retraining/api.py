@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm.checkpoint.made import require_free
 from shortllm.checkpoint.source import open_checkpoint
+from shortllm.model.session import Session
 from shortllm.retraining import RECORD as RETRAINED
-from shortllm.retraining.record import Retraining
-from shortllm.session import Session
+from shortllm.retraining.options import Retraining
+from shortllm.surgery.made import require_free
 
 if TYPE_CHECKING:
     from shortllm.retraining.options import RetrainOptions

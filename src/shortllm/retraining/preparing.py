@@ -17,27 +17,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.made import CARDS
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.surgery import carried_fingerprint, require_apart
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.records import Records, open_records
-from shortllm.data.sources import load_rows
+from shortllm.data.calibration import BOS_EVERY_SAMPLE
+from shortllm.data.rows import Records
+from shortllm.data.sources import load_rows, open_records
+from shortllm.data.texts import Segments, check_length, vocabulary
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
-from shortllm.files import PARTIAL, fingerprint, require_writable, write_text
-from shortllm.locking import LOCK, hold
-from shortllm.model.blocks import text_config
-from shortllm.recipe import BOS_EVERY_SAMPLE, EvaluationOptions
-from shortllm.retraining.distill import open_teacher
-from shortllm.retraining.documents import Kind, documents, kind_of, template_of
-from shortllm.retraining.generated import written_by
+from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import evaluation_segments_of
+from shortllm.files import LOCK, PARTIAL, fingerprint, hold, require_writable, write_text
+from shortllm.model.session import Session
+from shortllm.retraining.distillation import open_teacher
+from shortllm.retraining.documents import Kind, documents, kind_of, template_of, written_by
 from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions, micro_batch
 from shortllm.retraining.store import Corpus, open_corpus, write_corpus
 from shortllm.retraining.windows import Packing
 from shortllm.runtime import Ranks
-from shortllm.segments import Segments
-from shortllm.session import Session
-from shortllm.texts import check_length, evaluation_segments_of, vocabulary
+from shortllm.surgery.apply import carried_fingerprint, require_apart
+from shortllm.surgery.made import CARDS
 
 log = logging.getLogger(__name__)
 
@@ -186,8 +185,7 @@ def require_extra(options: RetrainOptions) -> None:
 
 def positions(checkpoint: Checkpoint) -> int | None:
     """Positions the model has; None where its config does not say."""
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    return room if isinstance(room, int) else None
+    return context_length(checkpoint.config)
 
 
 def check_device(session: Session, ranks: Ranks) -> None:
@@ -201,7 +199,7 @@ def check_device(session: Session, ranks: Ranks) -> None:
             f"training takes the first GPU it sees, not {session.device}. Use --device auto, and "
             f"choose with CUDA_VISIBLE_DEVICES={session.device.index}"
         )
-    if session.asked_dtype == "float16":
+    if session.runtime.dtype == "float16":
         raise ShortLLMError("--dtype float16 cannot be trained. Use bfloat16 or float32")
 
 
@@ -333,7 +331,7 @@ def retrained_fingerprint(
     base: dict[str, Any], corpus: Corpus, evaluation: dict[str, Segments]
 ) -> str:
     """Of everything that a retrained checkpoint depends on."""
-    from shortllm.calibration import tokens_fingerprint
+    from shortllm.data.calibration import tokens_fingerprint
 
     texts = {name: tokens_fingerprint(segments.ids) for name, segments in evaluation.items()}
     tokens = [corpus.train.fingerprint, corpus.held_out.fingerprint]
@@ -342,6 +340,6 @@ def retrained_fingerprint(
 
 def compute_dtype(session: Session) -> str:
     """Computation type of a training: bfloat16 on CUDA, float32 elsewhere, or as asked."""
-    if session.asked_dtype != "auto":
-        return session.asked_dtype
+    if session.runtime.dtype != "auto":
+        return session.runtime.dtype
     return "bfloat16" if session.device.type == "cuda" else "float32"

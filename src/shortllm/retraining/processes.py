@@ -7,8 +7,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
+from shortllm.model.session import Session
 from shortllm.runtime import ALONE, Ranks, join_ranks
-from shortllm.session import Session
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

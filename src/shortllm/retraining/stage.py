@@ -7,17 +7,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm.checkpoint.made import finished
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.locking import releasing
-from shortllm.results.record import Cost
+from shortllm.files import releasing
+from shortllm.model.session import Session
+from shortllm.records import Cost
 from shortllm.retraining import RECORD
-from shortllm.retraining.options import RetrainOptions
+from shortllm.retraining.options import Retraining, RetrainOptions
 from shortllm.retraining.preparing import Prepared, compute_dtype, prepare
-from shortllm.retraining.record import Retraining
 from shortllm.retraining.writing import LOGS, write_retrained
 from shortllm.runtime import ALONE, Ranks, peak_memory, versions
-from shortllm.session import Session
+from shortllm.surgery.made import finished
 
 if TYPE_CHECKING:
     from shortllm.retraining.training import Trained

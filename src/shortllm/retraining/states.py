@@ -7,12 +7,12 @@ model is trained on.
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
-from shortllm.checkpoint.pickled import load_pickled
+from shortllm.checkpoint.tensors import load_pickled
 from shortllm.errors import CheckpointError
-from shortllm.files import parsed_json
 
 STATE_FILE = "trainer_state.json"
 
@@ -37,7 +37,7 @@ def require_sound(state: Path) -> None:
     """
     work = state.parent.parent
     try:
-        parsed_json((state / STATE_FILE).read_bytes())
+        json.loads((state / STATE_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(_damaged(state / STATE_FILE, state, work)) from error
     for pattern in WEIGHTS:

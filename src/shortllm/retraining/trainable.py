@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from shortllm.errors import ShortLLMError, UnsupportedModelError
-from shortllm.model.blocks import find_blocks
+from shortllm.model.blocks import find_blocks, is_projection
 
 if TYPE_CHECKING:
     from shortllm.retraining.options import RetrainOptions
@@ -67,13 +67,6 @@ def find_targets(model: Any, rank: int) -> Targets:
             f"at least {rank} rows and columns. Give a smaller --rank, or use --method full"
         )
     return Targets(modules=modules, parameters=parameters)
-
-
-def is_projection(module: nn.Module) -> bool:
-    """Whether a module is one matrix that its input is multiplied with."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def add_adapters(model: nn.Module, options: RetrainOptions) -> nn.Module:

@@ -33,8 +33,8 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from shortllm.files import PARTIAL, explained
-from shortllm.retraining.objective import Objective, mean_nll, summed_nll
+from shortllm.files import PARTIAL, translate_os_errors
+from shortllm.retraining.distillation import Objective, mean_nll, summed_nll
 from shortllm.retraining.states import STATE_FILE
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         """Write a state beside the others, then give it its name and delete those of no use."""
         self.meter.add_up(self.accelerator)
         states = Path(self.args.output_dir)
-        with explained(states):
+        with translate_os_errors(states):
             if self.args.should_save:
                 shutil.rmtree(states / WRITING, ignore_errors=True)
             self.accelerator.wait_for_everyone()

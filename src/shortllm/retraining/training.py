@@ -17,28 +17,27 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model, quiet_transformers
+from shortllm.model.session import Session
 from shortllm.retraining.cache import CachedTeacher, write_cache
-from shortllm.retraining.distill import lineage, teacher_blocks
-from shortllm.retraining.objective import Objective, TeacherLoss, answer_loss, cached_loss
-from shortllm.retraining.options import RetrainOptions, micro_batch, warmup
+from shortllm.retraining.distillation import (
+    Objective,
+    TeacherLoss,
+    answer_loss,
+    cached_loss,
+    lineage,
+    teacher_blocks,
+)
+from shortllm.retraining.options import RetrainOptions, TrainingData, micro_batch, warmup
 from shortllm.retraining.preparing import Prepared, compute_dtype
 from shortllm.retraining.processes import is_sharded, shard_on_cpu_too
-from shortllm.retraining.record import TrainingData
 from shortllm.retraining.states import last_state, require_sound
 from shortllm.retraining.trainable import make_trainable
-from shortllm.retraining.trainer import (
-    BEST_METRIC,
-    HELD_OUT,
-    HealingTrainer,
-    Meter,
-    Progress,
-)
+from shortllm.retraining.trainer import BEST_METRIC, HELD_OUT, HealingTrainer, Meter, Progress
 from shortllm.retraining.windows import Segmented, Windows, collate, keeps_apart
 from shortllm.runtime import Ranks, progress
-from shortllm.session import Session
-from shortllm.texts import vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from shortllm import __version__
-from shortllm.checkpoint.made import copy_carried
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import PROVENANCE, carried_files, held_provenance
 from shortllm.errors import CheckpointError
 from shortllm.files import partial_directory
 from shortllm.model.loading import load_model, quiet_transformers, stored_dtype
 from shortllm.retraining import RECORD
-from shortllm.retraining.record import Retraining
+from shortllm.retraining.options import Retraining
+from shortllm.surgery.apply import PROVENANCE, carried_files, held_provenance
+from shortllm.surgery.made import copy_carried
 
 log = logging.getLogger(__name__)
 

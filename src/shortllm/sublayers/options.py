@@ -1,90 +1,81 @@
-"""Every choice of a removal of sublayers in one record."""
+"""The options of removing single sublayers, and the record of what was removed."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from shortllm.budget import Budget, protected_blocks
-from shortllm.errors import BudgetError, CriterionError
-from shortllm.results.record import ModelInfo, Record
-from shortllm.sublayers.structure import PARTS, Sublayer
+from shortllm.data.options import CalibrationOptions
+from shortllm.options import Flag, Options
+from shortllm.records import DerivedRecord, Record
 
-SublayerCriterion = Literal["sublayer-ppl", "sublayer-influence"]
-CRITERIA = ("sublayer-ppl", "sublayer-influence")
+BLOCK_LIST = Flag(metavar="3,4")
 
 
-class SublayerOptions(Record):
-    """Which sublayers go: named, or so many by a criterion."""
+class SublayerOptions(Options):
+    """Which sublayers to remove: a number of them by a criterion, or named ones."""
 
-    criterion: SublayerCriterion | None = Field(
-        default=None, description="rule that chooses; null where sublayers are named"
+    panel: ClassVar[str] = "Sublayers"
+
+    criterion: Literal["sublayer-ppl", "sublayer-influence"] | None = Field(
+        default=None,
+        description="How to choose. sublayer-ppl: the lowest perplexity without it, one sublayer "
+        "after the other. sublayer-influence: the smallest change of the hidden state's "
+        "direction.",
     )
-    remove: int | None = Field(default=None, description="number of sublayers that go")
+    remove: int | None = Field(default=None, description="Number of sublayers to remove.")
     parts: Literal["joint", "attention", "mlp"] = Field(
-        default="joint", description="what may go: both kinds in one list, or one kind alone"
+        default="joint",
+        description="What a criterion may remove: both kinds in one ranking, or one kind.",
     )
-    attention: list[int] = Field(
-        default_factory=list, description="blocks whose attention goes, by name"
+    attention: Annotated[list[int], BLOCK_LIST] = Field(
+        default_factory=list, description="Remove the attention of exactly these blocks."
     )
-    mlp: list[int] = Field(default_factory=list, description="blocks whose MLP goes, by name")
+    mlp: Annotated[list[int], BLOCK_LIST] = Field(
+        default_factory=list, description="Remove the MLP of exactly these blocks."
+    )
     protect_first: int | None = Field(
-        default=None, description="leading blocks kept whole; default 4, at most a quarter"
+        default=None,
+        description="Keep this many blocks at the start whole. Default: 4, at most a quarter.",
     )
     protect_last: int | None = Field(
-        default=None, description="trailing blocks kept whole; default 2, at most a quarter"
+        default=None,
+        description="Keep this many blocks at the end whole. Default: 2, at most a quarter.",
+    )
+    calibration: CalibrationOptions = CalibrationOptions()
+
+
+class DroppedSublayer(Record):
+    """A sublayer that was removed."""
+
+    block: int = Field(description="in the source")
+    part: Literal["attention", "mlp"]
+    value: float | None = Field(
+        description="perplexity without it and those before it, or 1 - cosine similarity of the "
+        "hidden state before and after it; null if it was named"
     )
 
-    def named(self) -> list[Sublayer]:
-        """The sublayers that are named, ascending."""
-        found: list[Sublayer] = [(b, "attention") for b in self.attention]
-        return sorted([*found, *((b, "mlp") for b in self.mlp)])
 
-    def candidates(self, model: ModelInfo) -> list[Sublayer]:
-        """What may go, ascending: the named ones, or those of blocks that are not protected.
+class SublayerDrop(DerivedRecord):
+    """sublayers.json: attentions and MLPs removed from a checkpoint."""
 
-        Raises:
-            CriterionError: neither or both of a criterion and names.
-            BudgetError: names or a number that the model cannot meet.
-        """
-        if self.named():
-            return self._named_of(model)
-        if self.criterion is None or self.remove is None:
-            raise CriterionError(
-                "nothing says which sublayers go. Give --criterion sublayer-ppl (or "
-                "sublayer-influence) with --remove 4, or name blocks with --attention 3,4 and "
-                "--mlp 7"
-            )
-        budget = Budget(ratio=0.5, protect_first=self.protect_first, protect_last=self.protect_last)
-        protected = set(protected_blocks(budget, model))
-        kinds = PARTS if self.parts == "joint" else (self.parts,)
-        found = [(b, part) for b in range(model.blocks) if b not in protected for part in kinds]
-        most = min(len(found), 2 * model.blocks - 1)
-        if not 0 < self.remove <= most:
-            raise BudgetError(
-                f"cannot remove {self.remove} sublayers: {len(found)} may go "
-                f"({', '.join(kinds)} of {model.blocks - len(protected)} blocks that are not "
-                f"protected). Ask for 1 to {most}"
-                + (", or pass --protect-first 0 --protect-last 0" if protected else "")
-            )
-        return found
+    FILE: ClassVar[str] = "sublayers.json"
 
-    def _named_of(self, model: ModelInfo) -> list[Sublayer]:
-        if self.criterion is not None or self.remove is not None:
-            raise CriterionError(
-                "--attention and --mlp name what goes, so that --criterion and --remove have no "
-                "use. Leave out the one or the other"
-            )
-        for flag, blocks in (("--attention", self.attention), ("--mlp", self.mlp)):
-            outside = [b for b in blocks if not 0 <= b < model.blocks]
-            if outside:
-                raise BudgetError(
-                    f"{flag}: there is no block {outside[0]}: the model's blocks are 0 to "
-                    f"{model.blocks - 1}"
-                )
-            if len(set(blocks)) != len(blocks):
-                raise BudgetError(f"{flag} names a block twice: {','.join(map(str, blocks))}")
-        if len(self.named()) == 2 * model.blocks:
-            raise BudgetError("every sublayer is named. Something must stay: name fewer")
-        return self.named()
+    criterion: str | None = Field(description="null if the sublayers were named")
+    dropped: list[DroppedSublayer] = Field(description="in the order of removal")
+    intact: float | None = Field(default=None, description="perplexity of the intact model")
+    removed_blocks: list[int] = Field(
+        description="blocks of the source that lost both sublayers and were removed"
+    )
+    zeroed_parameters: int = Field(description="parameters stored as zeros")
+    parameters: int = Field(description="of all stored tensors, zeros included")
+    bytes: int
+    calibration: str | None = Field(
+        default=None, description="tokens_fingerprint of the calibration"
+    )
+    dtype: str = Field(description="computation type of the scoring pass")
+
+    def blocks(self, part: str) -> list[int]:
+        """Blocks of the source that lost this part, ascending."""
+        return sorted(one.block for one in self.dropped if one.part == part)

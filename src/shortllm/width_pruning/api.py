@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.recipe import CalibrationOptions, Recipe
-from shortllm.session import Session
-from shortllm.texts import calibrate
-from shortllm.width_pruning.options import SAMPLE_LENGTH, WidthOptions
-from shortllm.width_pruning.record import WidthPruning
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.model.session import Session
+from shortllm.recipe import Recipe
+from shortllm.width_pruning.options import SAMPLE_LENGTH, WidthOptions, WidthPruning
 from shortllm.width_pruning.stage import width as width_stage
 
 
@@ -43,7 +43,7 @@ def width(
     if calibration is None:
         length = SAMPLE_LENGTH.get(options.method, CalibrationOptions().length)
         calibration = CalibrationOptions(length=length)
-    recipe = Recipe(model=model, calibration=calibration).filled(checkpoint.model_type)
+    recipe = Recipe(model=model, calibration=calibration).resolved(checkpoint.model_type)
     ids = calibrate(checkpoint, recipe.calibration) if options.needs_text else None
     session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return width_stage(checkpoint, options, Path(out), calibration=ids, session=session)

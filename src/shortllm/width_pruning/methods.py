@@ -12,27 +12,25 @@ from torch import Tensor
 
 from shortllm.model.backward import walk_back_flops
 from shortllm.model.decoder import Decoder
-from shortllm.model.streams import StreamMemory
+from shortllm.model.hidden_states import StreamMemory
 from shortllm.runtime import progress
 from shortllm.width_pruning.choosing import choose_from_list, choose_per_block
 from shortllm.width_pruning.groups import BlockGroups, Removed, Sublayer
-from shortllm.width_pruning.measuring import (
-    BlockMoments,
-    mean_biases,
-    taylor_importance,
-    walk_narrowing,
-    walk_narrowing_flops,
-)
-from shortllm.width_pruning.options import WidthOptions
-from shortllm.width_pruning.scores import (
+from shortllm.width_pruning.importance import (
     BlockImportance,
+    BlockMoments,
     Moments,
     drawn,
     fluctuation,
     magnitude,
+    mean_biases,
     output_weight,
+    taylor_importance,
+    walk_narrowing,
+    walk_narrowing_flops,
     weighted_input,
 )
+from shortllm.width_pruning.options import WidthOptions
 
 if TYPE_CHECKING:
     Groups = Mapping[int, BlockGroups]

@@ -8,22 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.made import finished, made_fingerprint, require_free
+from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.surgery import require_apart
 from shortllm.errors import DataError, UnsupportedModelError
 from shortllm.files import require_writable
-from shortllm.model.blocks import text_config
-from shortllm.results.record import Cost
+from shortllm.model.session import Session
+from shortllm.records import Cost
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.session import Session
-from shortllm.width_pruning.options import WidthOptions
-from shortllm.width_pruning.record import RECORD, NarrowedBlock, WidthPruning, WidthSize
+from shortllm.surgery.apply import require_apart
+from shortllm.surgery.made import finished, made_fingerprint, require_free
+from shortllm.width_pruning.options import (
+    RECORD,
+    NarrowedBlock,
+    WidthOptions,
+    WidthPruning,
+    WidthSize,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from shortllm.calibration import Calibration
+    from shortllm.data.calibration import Calibration
     from shortllm.width_pruning.groups import BlockGroups
     from shortllm.width_pruning.methods import Chosen
 
@@ -105,16 +110,12 @@ def _prune(
     expected: str,
 ) -> None:
     """Find, choose, write, compare."""
-    from shortllm.checkpoint.verify import bypass_logits, caches_rightly, verify_shortened
+    from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
     from shortllm.width_pruning.choosing import removed_counts
     from shortllm.width_pruning.groups import without_units
     from shortllm.width_pruning.methods import choose
     from shortllm.width_pruning.structure import find_groups
-    from shortllm.width_pruning.writing import (
-        narrowed_tensors,
-        require_plain_names,
-        write_narrowed,
-    )
+    from shortllm.width_pruning.writing import narrowed_tensors, require_plain_names, write_narrowed
 
     assert options.start is not None and options.end is not None
     started = time.monotonic()
@@ -184,8 +185,8 @@ def _uniform_layout(
     Raises:
         UnsupportedModelError: a plain one was asked for, and the type's config cannot say it.
     """
-    from shortllm.checkpoint.shapes import block_shapes
-    from shortllm.width_pruning.shaping import uniform_config
+    from shortllm.checkpoint.config import block_shapes
+    from shortllm.width_pruning.reshape import uniform_config
 
     if options.shapes == "per-block" or not counts:
         return None
@@ -215,9 +216,9 @@ def _new_tensors(
     """
     import torch
 
-    from shortllm.checkpoint.stored import stored_name
     from shortllm.checkpoint.tensors import read_tensor
     from shortllm.model.loading import stored_dtype
+    from shortllm.surgery.made import stored_name
 
     dtype = stored_dtype(checkpoint)
     new: dict[str, torch.Tensor] = {}
@@ -244,7 +245,7 @@ def _config(
     uniform: Layout | None,
 ) -> dict[str, Any]:
     """config.json of the narrower checkpoint."""
-    from shortllm.width_pruning.shaping import per_block_config
+    from shortllm.width_pruning.reshape import per_block_config
 
     if uniform is not None:
         return uniform[0]

@@ -13,13 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from shortllm.checkpoint.made import write_made
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.stored import require_stored, stored_name
-from shortllm.checkpoint.surgery import PROVENANCE, provenance_of
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_tensor_table
+from shortllm.surgery.apply import PROVENANCE, provenance_of
+from shortllm.surgery.made import require_stored, stored_name, write_made
 from shortllm.width_pruning.groups import BlockGroups, Removed
-from shortllm.width_pruning.record import RECORD, WidthPruning
+from shortllm.width_pruning.options import RECORD, WidthPruning
 
 
 def require_plain_names(checkpoint: Checkpoint, groups: Mapping[int, BlockGroups]) -> None:

@@ -1,0 +1,271 @@
+"""Models that take turns on one device: the runs of one cell of a sweep, and what they have shown.
+
+warm-up        model A, model B, model A, ...        the last one tells the peak memory
+measured runs  A B | B A | A B | ...                 latency and utilisation, then the time
+                                                     to the first token in a run of its own
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shortllm.benchmark.meters import Meter, Sampler, bounded_memory, is_out_of_memory
+from shortllm.benchmark.options import BenchmarkOptions, Measurement, PeakMemory
+from shortllm.errors import ShortLLMError
+from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.model.loading import quiet_transformers
+
+Advance = Callable[[float], None]
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """A model that is measured, its prompt `[T]`, and the context its runs happen in."""
+
+    name: str
+    model: Any
+    prompt_T: Tensor
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(slots=True)
+class Runs:
+    """What the runs of one subject in one cell have shown so far."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    first_tokens_s: list[float] = field(default_factory=list)
+    utilisation: list[float] = field(default_factory=list)
+    memory: PeakMemory | None = None
+    failed: bool = False
+
+
+class Turns:
+    """Models that are measured in turn on one device."""
+
+    def __init__(
+        self,
+        subjects: Sequence[Subject],
+        options: BenchmarkOptions,
+        device: torch.device,
+        meter: Meter,
+    ) -> None:
+        self.subjects = subjects
+        self.options = options
+        self._device = device
+        self._meter = meter
+        self._arguments = compiling() if options.compile else {}
+        self._movable = device.type != "cpu" and len(subjects) > 1
+
+    def measure(
+        self, batch: int, new_tokens: int, advance: Advance = lambda runs: None
+    ) -> list[Measurement]:
+        """One cell of the sweep: a measurement for each subject.
+
+        Args:
+            advance: called with the number of runs done since its last call.
+        Raises:
+            ShortLLMError: a model that was to be compiled and cannot be.
+        """
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), quiet_transformers():
+            swapped = False
+            runs = self._alternate(batch, new_tokens, advance, swapped=False)
+            if runs is None:
+                swapped = True
+                runs = self._alternate(batch, new_tokens, advance, swapped=True)
+        assert runs is not None
+        return [
+            measurement_of(one.name, batch, new_tokens, found, swapped=swapped)
+            for one, found in zip(self.subjects, runs, strict=True)
+        ]
+
+    def _alternate(
+        self, batch: int, new_tokens: int, advance: Advance, *, swapped: bool
+    ) -> list[Runs] | None:
+        """All runs of a cell, in turn; None where some do not fit beside the other models.
+
+        Args:
+            swapped: keep on the device only the model that runs.
+        """
+        self._forget_shapes()
+        found = [Runs() for _ in self.subjects]
+        for number in range(self.options.warmup + self.options.runs):
+            for place in in_turn(len(self.subjects), number):
+                if not found[place].failed:
+                    run = self._run(place, found[place], number, batch, new_tokens, swapped)
+                    if not self._fits(run):
+                        if self._movable and not swapped:
+                            return None
+                        found[place] = Runs(failed=True)
+                advance(1)
+        return found
+
+    def _run(
+        self, place: int, runs: Runs, number: int, batch: int, new_tokens: int, swapped: bool
+    ) -> Callable[[], None]:
+        """The run of one subject in one turn, to be called."""
+        subject = self.subjects[place]
+
+        def run() -> None:
+            self._bring(subject, swapped=swapped)
+            torch.manual_seed(self.options.seed + number)
+            if number < self.options.warmup - 1:
+                self._generate(subject, batch, new_tokens)
+            elif number == self.options.warmup - 1:
+                runs.memory = self._peak_memory(subject, batch, new_tokens, swapped=swapped)
+            else:
+                with Sampler(self._meter) as sampler:
+                    latency = self._seconds(subject, batch, new_tokens)
+                first_token = self._seconds(subject, batch, 1)
+                runs.latencies_s.append(latency)
+                runs.utilisation.extend(sampler.utilisation)
+                runs.first_tokens_s.append(first_token)
+
+        return run
+
+    def _fits(self, run: Callable[[], None]) -> bool:
+        """Make a run; False if memory did not suffice, with what it took given back."""
+        try:
+            with bounded_memory(self._device):
+                run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        gc.collect()  # here the traceback no longer holds what the run had made
+        self._meter.release()
+        return False
+
+    def _bring(self, subject: Subject, *, swapped: bool) -> None:
+        """Have the subject on the device, and the other models too unless they are swapped."""
+        if self._device.type == "cpu":
+            return
+        for other in self.subjects:
+            if other.model is not subject.model:
+                other.model.to(CPU if swapped else self._device)
+        if swapped:
+            self._meter.release()
+        subject.model.to(self._device)
+
+    def _seconds(self, subject: Subject, batch: int, new_tokens: int) -> float:
+        """Time of one run from an idle device to an idle device, by the monotonic clock."""
+        self._meter.synchronize()
+        start = time.perf_counter()
+        self._generate(subject, batch, new_tokens)
+        self._meter.synchronize()
+        return time.perf_counter() - start
+
+    def _peak_memory(
+        self, subject: Subject, batch: int, new_tokens: int, *, swapped: bool
+    ) -> PeakMemory:
+        """Peaks of one run, less the weights of the other models held meanwhile."""
+        self._meter.release()
+        self._meter.reset()
+        with Sampler(self._meter) as sampler:
+            self._generate(subject, batch, new_tokens)
+            self._meter.synchronize()
+            kept = self._meter.peaks()
+        models = {id(one.model): one.model for one in self.subjects}
+        del models[id(subject.model)]
+        others = 0 if swapped else sum(map(weight_bytes, models.values()))
+        peaks = {name: sampler.peak(name, kept) for name in PeakMemory.model_fields}
+        return PeakMemory(
+            **{name: None if peak is None else peak - others for name, peak in peaks.items()}
+        )
+
+    def _generate(self, subject: Subject, batch: int, new_tokens: int) -> None:
+        """Sample exactly `new_tokens` tokens for each of `batch` copies of the prompt."""
+        ids_BT = subject.prompt_T.repeat(batch, 1).to(self._device)
+        with subject.within():
+            output = subject.model.generate(
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                do_sample=True,
+                top_k=TOP_K,
+                top_p=TOP_P,
+                temperature=TEMPERATURE,
+                num_beams=1,
+                use_cache=True,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,  # never used: all sequences have one length
+                **self._arguments,
+            )
+        assert output.shape[1] == ids_BT.shape[1] + new_tokens
+        if self._arguments and new_tokens > 1 and not hasattr(subject.model, "_compiled_call"):
+            raise ShortLLMError(
+                f"{subject.name} cannot be compiled: text of model type "
+                f"'{subject.model.config.model_type}' is not generated with a static cache. Leave "
+                "out --compile"
+            )
+
+    def _forget_shapes(self) -> None:
+        """Compile anew for every cell: for its shapes alone, as if there were no other.
+
+        A model also remembers its longest static cache (transformers 5), and would use it for
+        shorter texts as well.
+        """
+        if self.options.compile:
+            torch.compiler.reset()
+            for subject in self.subjects:
+                for name in ("_compiled_call", "_previous_max_cache_length"):
+                    subject.model.__dict__.pop(name, None)
+
+
+def in_turn(count: int, number: int) -> list[int]:
+    """The order of `count` models in turn `number`: each turn begins with the next one."""
+    return [(number + place) % count for place in range(count)]
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters and buffers, shared ones once."""
+    tensors = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    return sum(one.numel() * one.element_size() for one in tensors.values())
+
+
+def measurement_of(
+    name: str, batch: int, new_tokens: int, runs: Runs, *, swapped: bool
+) -> Measurement:
+    """The figures of one model in one cell."""
+    if runs.failed:
+        return Measurement(model=name, batch=batch, new_tokens=new_tokens, status="out of memory")
+    latencies = runs.latencies_s
+    mean, median = statistics.fmean(latencies), statistics.median(latencies)
+    first = statistics.median(runs.first_tokens_s)
+    return Measurement(
+        model=name,
+        batch=batch,
+        new_tokens=new_tokens,
+        latencies_s=latencies,
+        latency_mean_s=mean,
+        latency_std_s=statistics.stdev(latencies) if len(latencies) > 1 else None,
+        latency_median_s=median,
+        tokens_per_s=batch * new_tokens / mean,
+        first_token_s=first,
+        per_token_s=(median - first) / (new_tokens - 1) if new_tokens > 1 else None,
+        memory=runs.memory,
+        utilisation_mean=statistics.fmean(runs.utilisation) if runs.utilisation else None,
+        utilisation_max=max(runs.utilisation, default=None),
+        swapped=swapped,
+    )
+
+
+def compiling() -> dict[str, Any]:
+    """What `generate` is told so that it compiles the model, on any device."""
+    from transformers import CompileConfig
+
+    config = CompileConfig()
+    config._compile_all_devices = True  # without it a CPU is left out without a word
+    return {"cache_implementation": "static", "compile_config": config}

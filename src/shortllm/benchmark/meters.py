@@ -1,0 +1,370 @@
+"""What a device tells of a run: when it is done, how much memory it took, how busy it was.
+
+meter_of(device) ─► Meter      synchronize, reset, peaks, sample, release
+Sampler(meter)                 a thread that samples while a run goes on
+
+          when it is done    peak memory                    utilisation
+cuda      synchronise        allocator; NVML, device        NVML, the device in use
+mps       synchronise        allocator, sampled             not told
+cpu       at once            resident memory of the         time of this process over
+                             process                        that of the processors it may use
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shortllm.errors import ShortLLMError
+from shortllm.runtime import available_memory
+
+if TYPE_CHECKING:
+    import torch
+
+
+INTERVAL_S = 0.1
+"""Between two samples; NVML itself averages over 1/6 s to 1 s."""
+
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    "can't start new thread",
+)
+"""What the messages of errors say that have no class of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One moment of a run; None is what the device does not tell."""
+
+    utilisation: float | None = None
+    """0 to 1, since the sample before."""
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    process_bytes: int | None = None
+
+
+class Meter(Protocol):
+    """What is read of one device."""
+
+    name: str
+
+    def synchronize(self) -> None:
+        """Return when everything asked of the device is done."""
+
+    def reset(self) -> None:
+        """Forget the peaks so far."""
+
+    def peaks(self) -> Sample:
+        """Memory peaks since the last reset, as far as the device keeps them itself."""
+
+    def sample(self) -> Sample:
+        """How busy the device was since the last sample, and what memory is in use."""
+
+    def release(self) -> None:
+        """Give memory back that is held but not used."""
+
+
+def meter_of(device: torch.device) -> Meter:
+    """The meter of a device.
+
+    Raises:
+        ShortLLMError: one that cannot be measured, or the library that reads it is missing.
+    """
+    meters: dict[str, Any] = {"cpu": CpuMeter, "cuda": CudaMeter, "mps": MpsMeter}
+    if device.type not in meters:
+        raise ShortLLMError(f"device '{device}' cannot be measured. Available: {', '.join(meters)}")
+    meter: Meter = meters[device.type](device)
+    return meter
+
+
+class CpuMeter:
+    """This process on a CPU, whose work is done when a call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        import psutil
+
+        self.name = _processor()
+        self._process = psutil.Process()
+        self._processors = usable_processors()
+        self._before = self._clocks()
+        self._high_water = _HighWater()
+
+    def _clocks(self) -> tuple[float, float]:
+        """Seconds of work of this process, and seconds by the wall clock."""
+        used = self._process.cpu_times()
+        return used.user + used.system, time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing: the CPU is done when it returns."""
+
+    def reset(self) -> None:
+        """Begin a run: clocks and the high-water mark anew."""
+        self._before = self._clocks()
+        self._high_water.reset()
+
+    def peaks(self) -> Sample:
+        """Highest resident memory since `reset`."""
+        return Sample(process_bytes=self._high_water.read())
+
+    def sample(self) -> Sample:
+        """Busy share since the last sample, and resident memory."""
+        before, now = self._before, self._clocks()
+        self._before = now
+        busy = (now[0] - before[0]) / max(now[1] - before[1], 1e-9) / self._processors
+        return Sample(utilisation=busy, process_bytes=self._process.memory_info().rss)
+
+    def release(self) -> None:
+        """Nothing: there is no cache to give back."""
+
+
+class _HighWater:
+    """The kernel's own mark of the highest resident memory, where it can be set back (Linux)."""
+
+    _status = Path("/proc/self/status")
+    _reset = Path("/proc/self/clear_refs")
+
+    def __init__(self) -> None:
+        self._usable = os.access(self._reset, os.W_OK)
+
+    def reset(self) -> None:
+        if self._usable:
+            try:
+                self._reset.write_text("5")
+            except OSError:  # some containers show the file and refuse the writing
+                self._usable = False
+
+    def read(self) -> int | None:
+        if not self._usable:
+            return None
+        for line in self._status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return None
+
+
+class CudaMeter:
+    """A CUDA device by torch's allocator and NVML; a ROCm device by torch's allocator alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device = device
+        self.name = torch.cuda.get_device_name(device)
+        self._handle = None if torch.version.hip else nvml_handle(device)
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle."""
+        import torch
+
+        torch.cuda.synchronize(self._device)
+
+    def reset(self) -> None:
+        """Begin a run: peaks anew."""
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peaks(self) -> Sample:
+        """Peaks of torch's allocator since `reset`."""
+        import torch
+
+        return Sample(
+            allocated_bytes=torch.cuda.max_memory_allocated(self._device),
+            reserved_bytes=torch.cuda.max_memory_reserved(self._device),
+        )
+
+    def sample(self) -> Sample:
+        """NVML's reading of the device."""
+        if self._handle is None:
+            return Sample()
+        busy, used = nvml_reading(self._handle)
+        return Sample(utilisation=busy, device_bytes=used)
+
+    def release(self) -> None:
+        """Give cached memory back to the device."""
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def nvml_handle(device: torch.device) -> Any:
+    """NVML's handle of the device that torch calls by this number, whatever its number there.
+
+    Raises:
+        ShortLLMError: NVML's Python bindings are missing, or there is no driver.
+    """
+    import torch
+
+    try:
+        import pynvml
+    except ImportError as error:
+        raise ShortLLMError(
+            "measuring on a CUDA device needs nvidia-ml-py. Install it with: "
+            "pip install 'shortllm[gpu]'"
+        ) from error
+    identity = str(torch.cuda.get_device_properties(device).uuid)
+    try:
+        pynvml.nvmlInit()
+        prefix = "" if identity.startswith(("GPU-", "MIG-")) else "GPU-"
+        return pynvml.nvmlDeviceGetHandleByUUID(prefix + identity)
+    except pynvml.NVMLError as error:
+        raise ShortLLMError(
+            f"NVML does not know the device {device} ({error}). Check the driver with nvidia-smi"
+        ) from error
+
+
+def nvml_reading(handle: Any) -> tuple[float | None, int | None]:
+    """Utilisation (0 to 1) and bytes in use of a device, all processes; None where not told."""
+    import pynvml
+
+    def told(read: Any) -> Any:
+        try:
+            return read(handle)
+        except pynvml.NVMLError:  # parts of a shared device do not tell
+            return None
+
+    rates, memory = told(pynvml.nvmlDeviceGetUtilizationRates), told(pynvml.nvmlDeviceGetMemoryInfo)
+    return (
+        None if rates is None else rates.gpu / 100,
+        None if memory is None else int(memory.used),
+    )
+
+
+class MpsMeter:
+    """An Apple GPU; it keeps no peaks, so that memory is sampled."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.name = f"{_processor()} GPU"
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle."""
+        import torch
+
+        torch.mps.synchronize()
+
+    def reset(self) -> None:
+        """Nothing: the device keeps no peaks."""
+
+    def peaks(self) -> Sample:
+        """What is in use now."""
+        return self.sample()
+
+    def sample(self) -> Sample:
+        """What torch's allocator has now."""
+        import torch
+
+        return Sample(
+            allocated_bytes=torch.mps.current_allocated_memory(),
+            reserved_bytes=torch.mps.driver_allocated_memory(),
+        )
+
+    def release(self) -> None:
+        """Give cached memory back to the device."""
+        import torch
+
+        torch.mps.empty_cache()
+
+
+class Sampler:
+    """Samples a meter from a thread within a `with` block; the last sample is taken at its end."""
+
+    def __init__(self, meter: Meter, interval_s: float = INTERVAL_S) -> None:
+        self._meter = meter
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.samples: list[Sample] = []
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self.samples.append(self._meter.sample())
+
+    def __enter__(self) -> Sampler:
+        self._meter.sample()  # what the first sample counts from
+        self._thread.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.samples.append(self._meter.sample())
+
+    @property
+    def utilisation(self) -> list[float]:
+        """Of every sample that tells it."""
+        return [one.utilisation for one in self.samples if one.utilisation is not None]
+
+    def peak(self, name: str, kept: Sample) -> int | None:
+        """The highest of the samples and of what the device kept itself, in bytes."""
+        found = [getattr(one, name) for one in (kept, *self.samples)]
+        return max((value for value in found if value is not None), default=None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on any device."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in OUT_OF_MEMORY)
+
+
+@contextmanager
+def bounded_memory(device: torch.device) -> Iterator[None]:
+    """Within the context, a CPU process that asks for more than is free gets an error.
+
+    Otherwise Linux would grant it and then kill the process. Elsewhere nothing is done: other
+    devices raise by themselves.
+    """
+    if device.type != "cpu" or platform.system() != "Linux":
+        yield
+        return
+    import resource
+
+    import psutil
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = psutil.Process().memory_info().data + (available_memory(device) or 0)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def usable_processors() -> int:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run over the last minute, of the whole machine; None if not told."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _processor() -> str:
+    """The processor by its name, as far as the system says it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

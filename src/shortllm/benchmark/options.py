@@ -1,0 +1,177 @@
+"""bench.json: latency, throughput and memory of models that were measured in turn."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from shortllm.files import PARTIAL
+from shortllm.options import Flag, Options
+from shortllm.records import ModelInfo, Record, ResultFile
+
+PROMPT = "The Leaning Tower of Pisa is known for"
+
+BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
+    "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]},
+}
+"""Named sweeps; `paper` is that of Shortened LLaMA."""
+
+
+class BenchmarkOptions(Options):
+    """How speed and memory are measured; the defaults are those of Shortened LLaMA."""
+
+    panel: ClassVar[str] = "Benchmark"
+
+    batches: Annotated[list[int], Flag(name="--batch", metavar="1,4,16")] = Field(
+        default=[1], description="Batch sizes: sequences generated at once."
+    )
+    new_tokens: Annotated[list[int], Flag(metavar="128,512")] = Field(
+        default=[128], description="Numbers of tokens to generate."
+    )
+    warmup: int = Field(default=10, ge=1, description="Runs of each model before measuring.")
+    runs: int = Field(default=20, ge=1, description="Measured runs of each model.")
+    prompt: str = Field(default=PROMPT, description="Prompt to continue.")
+    compile: bool = Field(default=False, description="Use a static cache and torch.compile.")
+    attention: Annotated[
+        Literal["sdpa", "eager", "flash_attention_2"] | None, Flag(name="--attn")
+    ] = Field(default=None, description="Attention implementation. Default: the model's own.")
+    seed: Annotated[int, Flag(hidden=True)] = Field(default=0, description="Seed of the sampling.")
+
+
+UNFINISHED_BENCHMARK = f"bench{PARTIAL}"
+"""File in which the finished cells of a sweep are kept until bench.json is written."""
+
+
+class PeakMemory(Record):
+    """Peak memory of one run; what a device does not tell is null.
+
+    The weights of other models that are measured in turn with this one are not counted.
+    """
+
+    allocated_bytes: int | None = Field(default=None, description="by torch's allocator")
+    reserved_bytes: int | None = Field(
+        default=None, description="held by torch's allocator, in use or not"
+    )
+    device_bytes: int | None = Field(
+        default=None, description="in use on the whole device, by NVML; other processes count"
+    )
+    process_bytes: int | None = Field(
+        default=None, description="resident memory of the process, on a CPU"
+    )
+
+
+class Measurement(Record):
+    """One model generating with one batch size and length; no figures if memory did not suffice."""
+
+    model: str = Field(description="name of one of the models")
+    batch: int
+    new_tokens: int = Field(description="tokens that every sequence was made to have")
+    status: Literal["ok", "out of memory"] = "ok"
+    latencies_s: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="seconds of each measured run, in order"
+    )
+    latency_mean_s: float | None = None
+    latency_std_s: float | None = Field(default=None, description="of the sample; null for one run")
+    latency_median_s: float | None = None
+    tokens_per_s: float | None = Field(
+        default=None, description="throughput: batch x new tokens / mean latency"
+    )
+    first_token_s: float | None = Field(
+        default=None, description="median time to the first token, in runs of their own"
+    )
+    per_token_s: float | None = Field(
+        default=None, description="(median latency - first token) / (new tokens - 1)"
+    )
+    memory: PeakMemory | None = None
+    utilisation_mean: float | None = Field(
+        default=None,
+        description="0 to 1: of the device by NVML, or of the processors open to a CPU process",
+    )
+    utilisation_max: float | None = None
+    swapped: bool = Field(
+        default=False, description="the other models were moved off the device meanwhile"
+    )
+
+
+def paired_speedup(first: Measurement, other: Measurement) -> float | None:
+    """Latency of the first over the other's: the median over the runs that were measured in turn.
+
+    Pairing each run with its neighbour takes out what drifts between runs.
+    """
+    if not first.latencies_s or not other.latencies_s:
+        return None
+    pairs = zip(first.latencies_s, other.latencies_s, strict=True)
+    return statistics.median(before / after for before, after in pairs)
+
+
+class BenchmarkedModel(Record):
+    """Which model a name in bench.json stands for."""
+
+    name: str
+    model: ModelInfo
+    head_parameters: int = Field(ge=1, description="elements of the output projection")
+    prompt_tokens: int
+    dtype: str
+
+    @property
+    def work_per_token(self) -> int:
+        """Parameters that take part in each token: blocks and head, dense blocks assumed."""
+        return sum(self.model.parameters_per_block) + self.head_parameters
+
+
+class Benchmark(ResultFile):
+    """bench.json: speed and memory of models that were measured in turn."""
+
+    models: list[BenchmarkedModel] = Field(description="speed-ups are against the first")
+    measurements: list[Measurement] = Field(description="by new tokens, batch and model")
+    prompt: str
+    top_k: int
+    top_p: float
+    temperature: float
+    seed: int
+    warmup: int = Field(description="runs before the measured ones, per model and cell")
+    runs: int
+    compiled: bool = Field(description="static cache and torch.compile")
+    attention: str | None = Field(default=None, description="as asked for; null: the model's own")
+    device: str = Field(description="cpu, cuda or mps")
+    device_name: str
+    threads: int = Field(description="threads torch uses for one operation on the CPU")
+    load_average: float | None = Field(
+        default=None, description="of the machine over the minute before the measuring began"
+    )
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_of_its_models(self) -> Self:
+        """Every measurement is one of a model, and in each cell all were run equally often."""
+        names = [one.name for one in self.models]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("models must hold at least one, each under a name of its own")
+        runs: dict[tuple[int, int], int] = {}
+        for one in self.measurements:
+            if one.model not in names:
+                raise ValueError(f"a measurement is of '{one.model}', which is none of the models")
+            count = len(one.latencies_s)
+            if count and runs.setdefault((one.batch, one.new_tokens), count) != count:
+                raise ValueError("the models of one cell must have been run equally often")
+        return self
+
+    def find(self, model: str, batch: int, new_tokens: int) -> Measurement | None:
+        """The measurement of a model in one cell of the sweep."""
+        for one in self.measurements:
+            if (one.model, one.batch, one.new_tokens) == (model, batch, new_tokens):
+                return one
+        return None
+
+    def speedup(self, one: Measurement) -> float | None:
+        """How many times as fast as the first model; None where one of the two has no latency."""
+        first = self.find(self.models[0].name, one.batch, one.new_tokens)
+        return None if first is None else paired_speedup(first, one)
+
+    def ideal_speedup(self, model: str) -> float:
+        """What removing blocks would give if time were that of blocks plus head alone."""
+        work = {one.name: one.work_per_token for one in self.models}
+        return work[self.models[0].name] / work[model]

@@ -1,0 +1,233 @@
+"""The config of the model that is left, by the tables of rules.py; what must not go at all.
+
+In a multimodal model the fields of the text decoder are changed and all others carried along.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+from shortllm.checkpoint.config import DECODER_COUNTS, block_count, count_field, text_config
+from shortllm.checkpoint.rules import (
+    BLOCK_KEYS,
+    BLOCK_NUMBERS,
+    FOLLOWERS,
+    LAST_OF,
+    LEADING,
+    NOT_PER_BLOCK,
+    PER_BLOCK,
+    PERIODS,
+    PREDICTION_HEADS,
+    PROTECTED_BY_FIELD,
+    PROTECTED_BY_TYPE,
+    REFUSED,
+    REWRITTEN,
+    SLICED,
+    TRAILING,
+    Kept,
+)
+from shortllm.errors import UnsupportedModelError
+
+
+def shorten_config(
+    raw: dict[str, Any], config: Any, kept: Kept, *, heads: int = 0
+) -> dict[str, Any]:
+    """config.json of the model that keeps only the blocks `kept`.
+
+    Args:
+        raw: config.json as read; fields that do not concern blocks are carried over as they are.
+        config: the same config as a transformers object, so that derived defaults are known too.
+        kept: kept block numbers, ascending.
+        heads: prediction heads stored behind the last block, which go.
+    Returns:
+        A new dict; explicit lists are written where the original derived them from a period.
+    Raises:
+        UnsupportedModelError: no rule says how this config is shortened.
+    """
+    refuse_type(config)
+    result = copy.deepcopy(raw)
+    text = text_config(config)
+    part = _text_part(result, config, text)
+    part.update(_shortened_fields(dict(part), text, kept))
+    part.update(_counts(part, text, len(kept)))
+    if heads:
+        part.update({field: 0 for field in PREDICTION_HEADS if hasattr(text, field)})
+    return result
+
+
+def _text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
+    """The part of config.json that describes the text decoder, in place.
+
+    Older multimodal configs hold its fields at the top.
+    """
+    if text is config:
+        return raw
+    key = next(name for name in config.sub_configs if getattr(config, name, None) is text)
+    if raw.get(key) is None and count_field(text) in raw:
+        return raw
+    if raw.get(key) is None:
+        raw[key] = {"model_type": text.model_type}
+    return raw[key]  # type: ignore[no-any-return]
+
+
+def _shortened_fields(raw: dict[str, Any], config: Any, kept: Kept) -> dict[str, Any]:
+    """The changed fields, by the tables."""
+    count = block_count(config)
+    new_number = {old: new for new, old in enumerate(kept)}
+    result: dict[str, Any] = {}
+    for field, value in {**raw, **config.to_dict()}.items():
+        if field in LEADING and isinstance(value, int):
+            result[field] = sum(block < value for block in kept)
+        elif field in LAST_OF and isinstance(value, int):
+            result[field] = sum(block <= value for block in kept) - 1
+        elif field in TRAILING and isinstance(value, int):
+            result[field] = sum(block >= count - value for block in kept)
+        elif field in BLOCK_NUMBERS and isinstance(value, (list, tuple)):
+            base = BLOCK_NUMBERS[field]
+            numbers = [new_number[b - base] + base for b in value if b - base in new_number]
+            result[field] = numbers
+        elif field in BLOCK_KEYS and field in raw and isinstance(raw[field], dict):
+            result[field] = {
+                str(new_number[int(key)]).zfill(len(key)): entry
+                for key, entry in raw[field].items()
+                if int(key) in new_number
+            }
+        elif _per_block(field, value, count, removed=len(kept) < count):
+            cut = [value[block] for block in kept]
+            result[field] = "".join(cut) if isinstance(value, str) else cut
+    for field, rule in REWRITTEN.items():
+        if getattr(config, field, None) is not None:
+            result |= rule(config, kept)
+    return result
+
+
+def _per_block(field: str, value: Any, count: int, *, removed: bool) -> bool:
+    """Whether a field holds one entry per block, as the table says of its name.
+
+    Raises:
+        UnsupportedModelError: it is a list as long as the model, and the table does not say.
+    """
+    if field in PER_BLOCK:
+        return isinstance(value, (list, tuple, str)) and len(value) == count
+    if not isinstance(value, (list, tuple)) or len(value) != count or not removed:
+        return False
+    if field in NOT_PER_BLOCK or field.endswith(("_token_id", "_token_ids", "_tokens_ids")):
+        return False
+    raise UnsupportedModelError(
+        f"config field '{field}' has as many entries as the model has blocks, and no rule says "
+        "whether it holds one per block; shortening this model type is not supported yet"
+    )
+
+
+def _counts(raw: dict[str, Any], config: Any, count: int) -> dict[str, int]:
+    """The block count under every name the file uses for it, or else the class's own name."""
+    own = count_field(config)
+    names = ["num_hidden_layers", own]
+    if own in DECODER_COUNTS or config.model_type in FOLLOWERS:
+        names = [own]
+    counts = dict.fromkeys([name for name in names if name in raw] or [own], count)
+    followers = FOLLOWERS.get(config.model_type, {})
+    return counts | {field: factor * count for field, factor in followers.items()}
+
+
+def prediction_heads(config: Any) -> int:
+    """How many prediction heads a checkpoint of this config may hold behind its last block."""
+    text = text_config(config)
+    counts = (getattr(text, field, None) for field in PREDICTION_HEADS)
+    return max((count for count in counts if isinstance(count, int)), default=0)
+
+
+def refuse_type(config: Any) -> None:
+    """Refuse types that no rule covers.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    for part in (config, text_config(config)):
+        reason = REFUSED.get(part.model_type, lambda config: None)(part)
+        if reason:
+            raise UnsupportedModelError(
+                f"model type '{part.model_type}' cannot be shortened rightly: {reason}"
+            )
+
+
+def _protected(config: Any, kept: Kept) -> dict[int, str]:
+    """Removed blocks that cannot go while `kept` stay, with the reason."""
+    rules = [rule for field, rule in PROTECTED_BY_FIELD.items() if hasattr(config, field)]
+    rules += [PROTECTED_BY_TYPE[t] for t in [config.model_type] if t in PROTECTED_BY_TYPE]
+    return {block: reason for rule in rules for block, reason in rule(config, kept).items()}
+
+
+def structurally_protected(config: Any) -> dict[int, str]:
+    """Blocks that cannot go while all others stay, with the reason: plans must avoid them.
+
+    Args:
+        config: the model's transformers config, of a multimodal model too.
+    """
+    text = text_config(config)
+    count = block_count(config)
+    found: dict[int, str] = {}
+    for block in range(count if count > 1 else 0):
+        found |= _protected(text, [*range(block), *range(block + 1, count)])
+    return found
+
+
+def refuse_protected(config: Any, kept: Kept) -> None:
+    """Refuse the removal of a block that others depend on or that is built like no other.
+
+    Raises:
+        UnsupportedModelError: naming the block and the reason.
+    """
+    text = text_config(config)
+    for block, reason in sorted(_protected(text, kept).items()):
+        raise UnsupportedModelError(
+            f"block {block} of model type '{text.model_type}' cannot be removed: {reason}. "
+            "Choose other blocks"
+        )
+
+
+def period_hint(config: Any) -> str:
+    """Why single blocks cannot go where a type gives its pattern by periods alone; else empty."""
+    text = text_config(config)
+    periods = {field: getattr(text, field, None) for field in PERIODS}
+    given = {field: value for field, value in periods.items() if isinstance(value, int)}
+    length = math.lcm(*given.values())
+    if length == 1:
+        return ""
+    fields = " and ".join(f"{field} {value}" for field, value in given.items())
+    return (
+        f" The type gives its pattern by {fields}, with no list of blocks: remove whole periods "
+        f"of {length} blocks, with --period-aligned"
+    )
+
+
+def sliced_axis(name: str) -> int | None:
+    """The axis along which a tensor outside the blocks holds a share of every block, or None."""
+    return next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
+
+
+def refuse_block_names_in_config(raw: dict[str, Any], prefix: str) -> None:
+    """Refuse configs that name single blocks in their values (exclusion lists of quantizers do).
+
+    Raises:
+        UnsupportedModelError: naming the value.
+    """
+
+    def strings(value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, dict):
+            return [s for key, item in value.items() for s in (key, *strings(item))]
+        if isinstance(value, list):
+            return [s for item in value for s in strings(item)]
+        return []
+
+    head = prefix + "."
+    for text in strings(raw):
+        place = text.find(head)
+        if place >= 0 and text[place + len(head) :][:1].isdigit():
+            raise UnsupportedModelError(
+                f"config.json names a single block ('{text}'), which surgery cannot renumber yet"
+            )

@@ -1,0 +1,168 @@
+"""Flags made from option records: name, type, help, bounds, choices, default and panel.
+
+    @flags(options=HealOptions, runtime=Runtime)
+    def heal(model: Model, out: Out, options: HealOptions, runtime: Runtime, json: Json = False):
+
+gives `heal` a flag for each field of both records. Only what was typed is validated, so that a
+record can be laid over another one, as `run` does with a recipe.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from annotated_types import Ge, Gt, Le, Lt
+
+from shortllm.errors import ShortLLMError
+from shortllm.options import OptionField, Options, option_fields, options_from
+
+PLAIN = (bool, int, float, str, Path)
+"""Types that typer reads itself; the text of others goes to pydantic."""
+
+
+def flags(**records: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these records; it is called with the records, filled in."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        fields = _fields(records)
+
+        @functools.wraps(function)
+        def command(ctx: typer.Context, **values: Any) -> None:
+            typed = {name: _parsed(fields[name], values[name]) for name in typed_flags(ctx, fields)}
+            built = {
+                parameter: options_from(
+                    kind,
+                    {name: typed[name] for name in option_fields(kind) if name in typed},
+                    shown=lambda one: one.option,
+                )
+                for parameter, kind in records.items()
+            }
+            own = {name: value for name, value in values.items() if name not in fields}
+            if "ctx" in inspect.signature(function).parameters:
+                own["ctx"] = ctx
+            function(**own, **built)
+
+        command.__signature__ = _signature(function, records, fields)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def typed_flags(ctx: typer.Context, fields: Mapping[str, OptionField]) -> list[str]:
+    """Names of the fields whose flags were typed."""
+    return [
+        name
+        for name in fields
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+
+
+def _fields(records: Mapping[str, type[Options]]) -> dict[str, OptionField]:
+    """All fields by flat name; a name that two records share is one flag, which sets both."""
+    found: dict[str, OptionField] = {}
+    for kind in records.values():
+        for name, one in option_fields(kind).items():
+            if not one.flag.hidden:
+                found.setdefault(name, one)
+    return found
+
+
+def _signature(
+    function: Callable[..., None],
+    records: Mapping[str, type[Options]],
+    fields: Mapping[str, OptionField],
+) -> inspect.Signature:
+    """What typer reads: the command's own parameters, then one for each flag."""
+    hints = get_type_hints(function, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    context = inspect.Parameter("ctx", keyword, annotation=typer.Context)
+    own = [
+        one.replace(kind=keyword, annotation=hints[one.name])
+        for one in inspect.signature(function).parameters.values()
+        if one.name not in records and one.name != "ctx"
+    ]
+    made = [_parameter(one) for one in fields.values()]
+    last = [one for one in own if one.name == "json"]
+    first = [one for one in own if one.name != "json"]
+    return inspect.Signature([context, *first, *made, *last])
+
+
+def _parameter(one: OptionField) -> inspect.Parameter:
+    """One flag."""
+    kind, optional = _typer_type(one)
+    default = one.info.get_default(call_default_factory=True)
+    if kind not in PLAIN and get_origin(kind) is not Literal and get_origin(kind) is not list:
+        kind, default = str, None if default is None else str(default)
+    declared = [one.flag.name] if one.flag.name else []
+    option = typer.Option(
+        *declared,
+        help=one.info.description,
+        rich_help_panel=one.panel,
+        metavar=one.flag.metavar,
+        show_default=default not in (None, [], False),
+        **_bounds(one, kind),
+    )
+    required = one.info.is_required()
+    if optional or default is None and not required:
+        kind = kind | None
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else default,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _typer_type(one: OptionField) -> tuple[Any, bool]:
+    """The type that typer reads, and whether None is allowed."""
+    annotation = one.info.annotation
+    optional = False
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        optional = len(kinds) < len(get_args(annotation))
+        annotation = kinds[0] if len(kinds) == 1 else str
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if one.flag.parse is not None:
+        return str, True
+    if get_origin(annotation) is list:
+        return (list[str], True) if one.flag.repeated else (str, True)
+    return annotation, optional
+
+
+def _bounds(one: OptionField, kind: Any) -> dict[str, Any]:
+    """Inclusive bounds that typer shows and checks; others are pydantic's."""
+    if kind not in (int, float):
+        return {}
+    found: dict[str, Any] = {}
+    for bound in one.info.metadata:
+        if isinstance(bound, Ge):
+            found["min"] = bound.ge
+        elif isinstance(bound, Le):
+            found["max"] = bound.le
+        elif isinstance(bound, Gt) and kind is int:
+            found["min"] = bound.gt + 1  # type: ignore[operator]
+        elif isinstance(bound, Lt) and kind is int:
+            found["max"] = bound.lt - 1  # type: ignore[operator]
+    return found
+
+
+def _parsed(one: OptionField, value: Any) -> Any:
+    """A typed value as the record takes it: lists are split at commas."""
+    if one.flag.parse is not None:
+        try:
+            return one.flag.parse(value)
+        except ValueError as error:
+            if isinstance(error, ShortLLMError):
+                raise
+            raise ShortLLMError(f"{one.option} '{value}': {error}") from error
+    annotations = (one.info.annotation, *get_args(one.info.annotation))
+    if isinstance(value, str) and any(get_origin(kind) is list for kind in annotations):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value

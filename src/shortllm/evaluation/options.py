@@ -1,0 +1,124 @@
+"""eval.json: perplexity, task scores and samples of each model, with their protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from shortllm.options import Flag, Options
+from shortllm.records import ModelInfo, Record, ResultFile
+
+
+class EvaluationOptions(Options):
+    """On what, and how, models are measured; the defaults are the protocol of Shortened LLaMA."""
+
+    panel: ClassVar[str] = "Evaluation"
+
+    data: Annotated[list[str], Flag(repeated=True)] = Field(
+        default_factory=list,
+        description="Text to measure perplexity on; can be repeated. Default: rows of --data that "
+        "calibration did not use, or wikitext2 and ptb.",
+    )
+    length: int = Field(
+        default=128, ge=2, description="Tokens per window; 2048 is the usual protocol."
+    )
+    bos: Literal["first", "every", "none"] | None = Field(
+        default=None,
+        description="Add BOS before the first window or before every one. Default: first; every "
+        "for Gemma models.",
+    )
+    max_segments: int | None = Field(
+        default=None, ge=1, description="Measure only this many windows."
+    )
+    prompt: str | None = Field(default=None, description="Prompt of the generated samples.")
+    continuations: int | None = Field(
+        default=None,
+        ge=0,
+        description="Generated samples per model; 0 for none. Default: 5 in a run, none in eval.",
+    )
+    new_tokens: int = Field(default=128, ge=1, description="Tokens of each generated sample.")
+    seed: Annotated[int, Flag(hidden=True)] = Field(
+        default=0, description="Seed of the generated samples."
+    )
+    tasks: Annotated[list[str], Flag(metavar="TASK,TASK")] = Field(
+        default_factory=list,
+        description="Zero-shot tasks of lm-evaluation-harness, e.g. boolq,piqa. paper: the seven "
+        "of Shortened LLaMA; embedded: those of the embedded model.",
+    )
+    task_data: Path | None = Field(
+        default=None,
+        description="Directory of the tasks' documents, DIR/TASK/SPLIT.jsonl. Default: "
+        "SHORTLLM_DATA, then the Hub.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Ask only this many documents of each task."
+    )
+    batch_size: int = Field(default=8, ge=1, description="Sequences per forward pass of a task.")
+
+
+class Perplexity(Record):
+    """One perplexity with its protocol."""
+
+    source: str
+    rows: tuple[int, int] | None = None
+    split: str | None = Field(
+        default=None, description="'held-out' where rows were kept apart from calibration"
+    )
+    length: int = Field(description="tokens per segment; segments do not overlap")
+    bos: Literal["first", "every", "none"]
+    segments: int
+    predictions: int
+    tokens_fingerprint: str
+    nll: float = Field(description="mean negative log-likelihood in nats per predicted token")
+    perplexity: float
+
+
+class Samples(Record):
+    """Continuations of one prompt."""
+
+    prompt: str
+    texts: list[str] = Field(description="the continuations, without the prompt")
+    new_tokens: int
+    top_k: int
+    top_p: float
+    temperature: float
+    seed: int
+
+
+class TaskScore(Record):
+    """What a model scores in one task of lm-evaluation-harness."""
+
+    task: str
+    metric: str = Field(description="the one reported, e.g. 'acc_norm' or 'exact_match,flexible'")
+    score: float = Field(description="as the harness gives it: an accuracy in [0, 1]")
+    stderr: float | None = Field(default=None, description="standard error of the score")
+    others: dict[str, float] = Field(
+        default_factory=dict, description="the task's other metrics, by name"
+    )
+    documents: int = Field(description="documents asked about")
+    documents_fingerprint: str = Field(description="sha256 of these documents")
+    shots: int | None = Field(default=None, description="solved examples shown before each")
+    version: str | None = Field(default=None, description="the task's version in the harness")
+
+
+class EvaluatedModel(Record):
+    """One model's line in eval.json."""
+
+    name: str = Field(description="e.g. 'original' or 'pruned'")
+    model: ModelInfo
+    perplexity: list[Perplexity]
+    zeroshot: list[TaskScore] = Field(default_factory=list)
+    zeroshot_mean: float | None = Field(
+        default=None, description="plain mean of the scores, where all are accuracies"
+    )
+    samples: Samples | None = None
+
+
+class Evaluation(ResultFile):
+    """eval.json: one entry per model measured, all by the same protocol."""
+
+    models: list[EvaluatedModel]
+    dtype: str
+    versions: dict[str, str] = Field(default_factory=dict)

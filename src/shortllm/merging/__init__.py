@@ -1,0 +1,1 @@
+"""Blocks folded into one another (LaCo)."""

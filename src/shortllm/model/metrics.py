@@ -1,0 +1,93 @@
+"""Pure maths on tensors: losses, distances and reductions. No files, no devices, no printing.
+
+torch is imported when a function is called, so that criteria can be listed without it.
+
+Shapes: N predictions, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reduction = Literal["sum", "mean", "max", "prod"]
+
+REDUCED_AT_ONCE = 2**22
+"""Entries of which a float32 copy is made at a time."""
+
+
+def next_token_nll(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, nats, float32, shape `[N]`."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits_NV.float(), target_N, reduction="none")
+
+
+def kl_divergence(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
+    """KL(p || q) of two next-token distributions, nats, float32, `[N]`; 0 for equal logits."""
+    import torch.nn.functional as F
+
+    p_log_NV = F.log_softmax(p_logits_NV.float(), dim=-1)
+    q_log_NV = F.log_softmax(q_logits_NV.float(), dim=-1)
+    return (p_log_NV.exp() * (p_log_NV - q_log_NV)).sum(dim=-1)
+
+
+def perplexity(mean_nll: float) -> float:
+    """exp of a mean NLL in nats; infinity where that exceeds a float."""
+    return math.exp(mean_nll) if mean_nll < 709.0 else math.inf
+
+
+def cosine(one_D: Tensor, other_D: Tensor) -> Tensor:
+    """Cosine along the last dimension, float32; exactly 1 for equal vectors."""
+    one_D, other_D = one_D.float(), other_D.float()
+    dot = (one_D * other_D).sum(dim=-1)
+    squares = (one_D * one_D).sum(dim=-1) * (other_D * other_D).sum(dim=-1)
+    return dot / squares.sqrt().clamp_min(1e-30)
+
+
+def angular_distance(one_D: Tensor, other_D: Tensor) -> Tensor:
+    """Angle between vectors along the last dimension in parts of pi: in [0, 1], float32."""
+    return cosine(one_D, other_D).clamp(-1.0, 1.0).arccos() / math.pi
+
+
+def reduce_powers(
+    tensors: Iterable[Tensor], *, power: int, over_weights: Reduction, over_block: Reduction
+) -> float:
+    """`abs(x) ** power` of all entries, reduced over each tensor, then over the tensors.
+
+    If either reduction is a product the result is its natural logarithm, which ranks the same and
+    does not leave the range of floats.
+    """
+    reduced = [_reduced(x.flatten(), power, over_weights) for x in tensors]
+    if "prod" not in (over_weights, over_block):
+        totals = {"sum": sum(reduced), "max": max(reduced), "mean": sum(reduced) / len(reduced)}
+        return totals[over_block]
+    if over_weights != "prod":
+        return sum(math.log(value) if value else -math.inf for value in reduced)
+    if over_block == "prod":
+        return sum(reduced)
+    highest = max(reduced)
+    if over_block == "max" or math.isinf(highest):
+        return highest
+    total = highest + math.log(sum(math.exp(value - highest) for value in reduced))
+    return total - math.log(len(reduced)) if over_block == "mean" else total
+
+
+def _reduced(x_N: Tensor, power: int, reduction: Reduction) -> float:
+    """`abs(x) ** power` reduced over all entries; of a product the logarithm.
+
+    In pieces, so that float32 copies of a large tensor do not add to the memory it takes.
+    """
+    import torch
+
+    pieces = (piece.abs().float() for piece in torch.split(x_N, REDUCED_AT_ONCE))
+    if reduction == "max":
+        return float(max(piece.max().item() for piece in pieces) ** power)
+    if reduction == "prod":
+        return power * math.fsum(piece.log().sum(dtype=torch.float64).item() for piece in pieces)
+    total = math.fsum(piece.pow(power).sum(dtype=torch.float64).item() for piece in pieces)
+    return total / len(x_N) if reduction == "mean" else total

@@ -1,0 +1,95 @@
+"""Where and how models run: device, computation type, and the one model held at a time."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.options import options_from
+from shortllm.runtime import Runtime, choose_device, choose_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from shortllm.model.decoder import Decoder
+    from shortllm.model.hidden_states import StreamMemory
+
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """Device, computation type, and the one model that is held at a time."""
+
+    def __init__(self, runtime: Runtime | None = None, **options: Any) -> None:
+        """Take a `Runtime`, or its fields as keywords."""
+        self.runtime = options_from(Runtime, options, base=runtime)
+        self.device = choose_device(self.runtime.device)
+        self._held: tuple[Checkpoint, Decoder, str] | None = None
+
+    def release(self) -> None:
+        """Let the model go that is held."""
+        self._held = None
+        gc.collect()
+
+    def decoder(self, checkpoint: Checkpoint) -> Decoder:
+        """The checkpoint's decoder, opened unless it is the one held; another one is let go first.
+
+        Its blocks are in memory where they fit, else they are read one at a time from the files.
+        """
+        from shortllm.model.decoder import Decoder
+        from shortllm.model.loading import load_model, require_runs
+        from shortllm.model.streamed import open_streamed
+
+        if not self._holds(checkpoint):
+            self.release()
+            if self.streams(checkpoint):
+                dtype = self._torch_dtype(checkpoint)
+                decoder = open_streamed(checkpoint, device=self.device, dtype=dtype)
+            else:
+                model = load_model(checkpoint, device=self.device, dtype=self.runtime.dtype)
+                require_runs(checkpoint, model)
+                decoder = Decoder(model)
+            # the fingerprint is read now: the directory may get another name later
+            self._held = (checkpoint, decoder, checkpoint.fingerprint)
+        assert self._held is not None
+        return self._held[1]
+
+    def _holds(self, checkpoint: Checkpoint) -> bool:
+        """Whether the model in memory is the one asked for; a streamed one also reads its files."""
+        if self._held is None or self._held[2] != checkpoint.fingerprint:
+            return False
+        return not self._held[1].streamed or self._held[0].directory == checkpoint.directory
+
+    def memory(self, directory: Path | None = None) -> StreamMemory:
+        """Where hidden streams are kept; beyond the limit in a file in `directory`."""
+        from shortllm.model.hidden_states import StreamMemory
+
+        return StreamMemory(limit=self.runtime.max_memory, directory=directory)
+
+    def dtype(self, checkpoint: Checkpoint) -> str:
+        """Name of the computation type for a checkpoint, e.g. `float32`."""
+        return str(self._torch_dtype(checkpoint)).removeprefix("torch.")
+
+    def _torch_dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        from shortllm.model.loading import stored_dtype
+
+        return choose_dtype(self.runtime.dtype, self.device, stored_dtype(checkpoint))
+
+    def streams(self, checkpoint: Checkpoint) -> bool:
+        """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
+        from shortllm.model.loading import room_for
+
+        if self.runtime.stream is not None:
+            return self.runtime.stream
+        room = room_for(checkpoint, device=self.device, dtype=self._torch_dtype(checkpoint))
+        if not room.suffices:
+            log.info(
+                "%s: %s; its blocks are read one at a time from the files (streamed)",
+                checkpoint.id,
+                room,
+            )
+        return not room.suffices

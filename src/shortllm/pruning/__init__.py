@@ -1,0 +1,1 @@
+"""Depth pruning: score blocks, plan a removal, write the shorter checkpoint."""

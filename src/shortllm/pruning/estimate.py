@@ -1,0 +1,398 @@
+"""Time and memory of scoring, estimated from a checkpoint's headers and a probe of the machine.
+
+    operations  those of the passes that a criterion needs, counted as their progress bars do:
+                ppl, kl      2 x block parameters x tokens x L(L+1)/2 block passes, and the head
+                             for L+1 models
+                taylor       2 x block parameters x tokens x 4 L, and the head twice
+                influence .. 2 x block parameters x tokens x L
+                greedy       a sum over rounds
+    seconds     opening + computing + max(0, reading - computing)
+                opening      bytes read at first / read rate: all, or in a streamed pass all but
+                             the blocks
+                computing    operations / (matrix rate x EFFICIENCY); for criteria of weights alone
+                             their number / reducing rate
+                reading      0, or in a streamed pass bytes of the blocks x how often they are read
+                             / read rate: overlaps with computing
+    peak        libraries + weights in memory + hidden streams + the temporaries of one call of a
+                block, of its gradients or of the head
+
+Weights in memory are the whole model, or in a streamed pass those outside the blocks, one block,
+and the next one being read. Experts count as if all of them were used, and blocks as if they could
+be called one by one, which few types do not allow. Criteria of weights alone never build the model:
+they read one block after the other and reduce it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shortllm import criteria
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.criteria import OBSERVED
+from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.options import accepts
+from shortllm.protection import protected_in
+from shortllm.pruning.probe import Probe, probe_machine
+from shortllm.pruning.scoring import Scorer
+from shortllm.records import ModelInfo, Record
+from shortllm.runtime import Runtime
+
+if TYPE_CHECKING:
+    import torch
+
+    from shortllm.model.decoder import Decoder
+
+
+EFFICIENCY = {"cpu": 0.8}
+"""Part of the probe's matrix rate that a pass reaches, by kind of device (benchmarks/)."""
+
+OTHER_EFFICIENCY = 0.6
+
+KEPT_TENSOR_BYTES = 32 * 2**20
+"""glibc's allocator keeps the memory of freed tensors below this size (see mallopt)."""
+
+Options = Mapping[str, Mapping[str, Any]]
+
+READINGS: dict[criteria.Needs, int] = {
+    "weights": 1,
+    "streams": 1,
+    "last token": 1,
+    "logits": 1,
+    "gradients": 2,
+}
+"""How many times a pass goes through the blocks."""
+
+
+class Estimate(Record):
+    """Cost of scoring by any of several criteria that need the same pass, in one of two ways."""
+
+    criteria: list[str]
+    streamed: bool
+    flops: float
+    peak_bytes: int
+    """Resident memory of the process on a CPU; elsewhere memory of the device."""
+    seconds: float | None
+    """None without a probe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is scored, on what, and how."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    samples: int
+    length: int
+    options: Options
+    """Options of criteria, by name; defaults where missing."""
+
+
+def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
+    """Each kind of pass, with the model in memory and streamed.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build the model type.
+    """
+    decoder = _weightless(setting)
+    return [
+        _estimate(setting, decoder, names, probe, streamed=streamed)
+        for names in by_pass()
+        for streamed in (False, True)
+    ]
+
+
+def by_pass() -> list[list[str]]:
+    """Names of the criteria that look at the model, grouped by the pass they need.
+
+    Without searches: how long one takes is not known before.
+    """
+    groups: dict[criteria.Needs, list[str]] = {}
+    for name in criteria.names():
+        needs = criteria.get(name).needs
+        if needs not in ("nothing", "sets"):
+            groups.setdefault("streams" if needs in OBSERVED else needs, []).append(name)
+    return list(groups.values())
+
+
+def _estimate(
+    setting: Setting,
+    decoder: Decoder,
+    names: list[str],
+    probe: Probe | None,
+    *,
+    streamed: bool,
+) -> Estimate:
+    criterion = resolve(names[0], dict(setting.options.get(names[0], {})))
+    flops = _scorer(setting, decoder).work([criterion])
+    seconds = None
+    if probe is not None:
+        opening, reading = _read_bytes(setting, criterion, streamed=streamed)
+        computing = _computing(setting, criterion, flops, probe)
+        waiting = max(0.0, reading / probe.read_bytes_per_s - computing)
+        seconds = opening / probe.read_bytes_per_s + computing + waiting
+    return Estimate(
+        criteria=names,
+        streamed=streamed,
+        flops=flops,
+        peak_bytes=_peak_bytes(setting, decoder, criterion, streamed=streamed),
+        seconds=seconds,
+    )
+
+
+def _computing(setting: Setting, criterion: ResolvedCriterion, flops: float, probe: Probe) -> float:
+    """Seconds of a pass without waiting for data."""
+    if criterion.needs == "weights":
+        return sum(setting.checkpoint.parameters_per_block) / probe.reduced_per_s
+    return flops / (probe.matrix_flops_per_s * _efficiency(setting.device))
+
+
+def _weightless(setting: Setting) -> Decoder:
+    """The decoder of a checkpoint without memory for its weights: enough for counting."""
+
+    from shortllm.model.decoder import Decoder
+    from shortllm.model.structure import build_empty
+
+    class Weightless(Decoder):
+        @property
+        def device(self) -> torch.device:
+            return setting.device
+
+        def obstacle(self) -> str | None:
+            return None  # finding one takes weights
+
+    return Weightless(build_empty(setting.checkpoint.config, dtype=setting.dtype))
+
+
+def _scorer(setting: Setting, decoder: Decoder) -> Scorer:
+    import torch
+
+    ids_BT = torch.empty(setting.samples, setting.length, dtype=torch.long, device="meta")
+    return Scorer(checkpoint=setting.checkpoint, open_decoder=lambda: decoder, ids_BT=ids_BT)
+
+
+def _efficiency(device: torch.device) -> float:
+    return EFFICIENCY.get(device.type, OTHER_EFFICIENCY)
+
+
+def _read_bytes(
+    setting: Setting, criterion: ResolvedCriterion, *, streamed: bool
+) -> tuple[float, float]:
+    """Bytes read before a pass, and during it."""
+    total, blocks = setting.checkpoint.bytes, sum(setting.checkpoint.bytes_per_block)
+    if criterion.needs == "weights":
+        return float(blocks), 0.0
+    if not streamed:
+        return float(total), 0.0
+    inner = criterion.inner() or criterion
+    count = setting.checkpoint.block_count
+    rounds = 1 if inner is criterion else criterion.rounds(setting.checkpoint.info())
+    depths = sum(count - done for done in range(rounds)) / count
+    return float(total - blocks), READINGS[inner.needs] * depths * blocks
+
+
+def _peak_bytes(
+    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, *, streamed: bool
+) -> int:
+    """Memory at the worst moment: while the model is opened, or during a pass."""
+    checkpoint, itemsize = setting.checkpoint, setting.dtype.itemsize
+    one_block = max(checkpoint.bytes_per_block)
+    base = _libraries(setting.device)
+    if criterion.needs == "weights":
+        return base + one_block
+    weights = itemsize * sum(p.numel() for p in decoder.model.parameters())
+    in_blocks = itemsize * sum(p.numel() for p in decoder.blocks.parameters())
+    opened, ahead = weights, 0
+    mapped = checkpoint.bytes
+    if streamed:
+        opened, mapped = weights - in_blocks, checkpoint.bytes - sum(checkpoint.bytes_per_block)
+        ahead = one_block + itemsize * max(checkpoint.parameters_per_block)
+        ahead *= 2 if _kept_by_allocator(setting) else 1
+    if setting.device.type != "cpu" or _same_type(setting):
+        mapped = 0  # only the copy on the device, or the mapped file itself, takes memory
+    working = ahead + _streams(setting, decoder, criterion, streamed=streamed)
+    working += _working(setting, decoder, criterion)
+    return base + opened + max(mapped, working)
+
+
+def _kept_by_allocator(setting: Setting) -> bool:
+    """Whether the memory of a freed block is not returned to the system."""
+    largest = max(entry.bytes for entry in setting.checkpoint.block_weights(0))
+    return setting.device.type == "cpu" and largest < KEPT_TENSOR_BYTES
+
+
+def _same_type(setting: Setting) -> bool:
+    from shortllm.model.loading import stored_dtype
+
+    return stored_dtype(setting.checkpoint) == setting.dtype
+
+
+def _streams(
+    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, *, streamed: bool
+) -> int:
+    """Bytes of hidden streams, and of the copies that enter the first block."""
+    from shortllm.checkpoint.config import text_config
+    from shortllm.model.hidden_states import group_size
+
+    needs = (criterion.inner() or criterion).needs
+    width = int(text_config(setting.checkpoint.config).hidden_size)
+    one = setting.length * width * setting.dtype.itemsize
+    group = min(setting.samples, group_size(decoder, setting.length))
+    walked = setting.samples if streamed else group
+    depth = decoder.block_count + 1
+    if needs == "logits":
+        return one * (depth + 1) * walked
+    if needs == "gradients":
+        return one * (depth + 2) * setting.samples
+    return one * 2 * walked
+
+
+def _working(setting: Setting, decoder: Decoder, criterion: ResolvedCriterion) -> int:
+    """Bytes of one call at a time: of a block, or the gradients of one, or a slice of the head."""
+    from shortllm.model.hidden_states import GPU_GROUP_TOKENS, group_size
+    from shortllm.model.walk import CPU_LOSS_BYTES, GPU_LOSS_BYTES
+
+    needs, itemsize = (criterion.inner() or criterion).needs, setting.dtype.itemsize
+    on_cpu = setting.device.type == "cpu"
+    tokens = setting.length * min(setting.samples, group_size(decoder, setting.length))
+    if needs == "logits" and not on_cpu:
+        tokens = max(tokens, min(tokens * decoder.block_count, GPU_GROUP_TOKENS))
+    outputs = max(
+        sum(p.numel() // max(1, p.shape[-1]) for p in block.parameters() if p.ndim > 1)
+        for block in decoder.blocks
+    )
+    call = tokens * outputs * itemsize
+    if needs in OBSERVED:
+        return call
+    loss = CPU_LOSS_BYTES if on_cpu else GPU_LOSS_BYTES
+    loss = min(loss, setting.samples * setting.length * decoder.vocabulary * (itemsize + 8))
+    if needs == "logits":
+        return max(call, loss)
+    largest = max(p.numel() for p in decoder.blocks.parameters())
+    gradients = 4 * max(sum(p.numel() for p in block.parameters()) for block in decoder.blocks)
+    return max(2 * call + gradients + largest * (itemsize + 4), loss)
+
+
+def _libraries(device: torch.device) -> int:
+    """Memory of this process with everything imported and no model; none on a device."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+
+
+class ModelSummary(Record):
+    """`shortllm info` as data."""
+
+    model: ModelInfo
+    parameters_outside: int
+    """Elements outside the blocks: embeddings, final norm, head."""
+    bytes_per_block: list[int]
+    protected: list[int]
+    """Blocks that are protected by default."""
+    samples: int
+    length: int
+    device: str
+    dtype: str
+    """Computation type."""
+    probe: Probe | None
+    estimates: list[Estimate]
+    """For each kind of pass, with the model in memory and streamed."""
+    streamed: bool
+    """Whether scoring would read blocks one at a time now, by default."""
+    why: str
+    """Memory needed and free, on which that depends."""
+
+    def saved_by(self, blocks: int) -> tuple[float, float]:
+        """Parts of the parameters and of the bytes of `blocks` average blocks."""
+        share = blocks / self.model.blocks
+        parameters = sum(self.model.parameters_per_block) * share / self.model.parameters
+        return parameters, sum(self.bytes_per_block) * share / self.model.bytes
+
+
+def summarize(
+    checkpoint: Checkpoint,
+    *,
+    samples: int = 10,
+    length: int = 128,
+    device: str = "auto",
+    dtype: str = "auto",
+    options: Options | None = None,
+    probe: bool = True,
+) -> ModelSummary:
+    """Sizes of a checkpoint's parts, and the cost of scoring `samples` of `length` tokens.
+
+    Args:
+        options: options of criteria, by name.
+        probe: measure the machine for two seconds; otherwise times are not estimated.
+    """
+    from shortllm.model.loading import room_for, stored_dtype
+    from shortllm.runtime import choose_device, choose_dtype
+
+    info = checkpoint.info()
+    chosen = choose_device(device)
+    setting = Setting(
+        checkpoint=checkpoint,
+        device=chosen,
+        dtype=choose_dtype(dtype, chosen, stored_dtype(checkpoint)),
+        samples=samples,
+        length=length,
+        options=options or {},
+    )
+    room = room_for(checkpoint, device=chosen, dtype=setting.dtype)
+    measured = probe_machine(checkpoint, chosen, setting.dtype) if probe else None
+    return ModelSummary(
+        model=info,
+        parameters_outside=info.parameters - sum(info.parameters_per_block),
+        bytes_per_block=checkpoint.bytes_per_block,
+        protected=protected_in(info),
+        samples=samples,
+        length=length,
+        device=str(chosen),
+        dtype=str(setting.dtype).removeprefix("torch."),
+        probe=measured,
+        estimates=estimates(setting, measured),
+        streamed=not room.suffices,
+        why=str(room),
+    )
+
+
+@accepts(runtime=Runtime)
+def info(
+    model: str,
+    *,
+    runtime: Runtime,
+    revision: str | None = None,
+    samples: int = 10,
+    length: int = 128,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: bool = True,
+) -> ModelSummary:
+    """What a model consists of, which blocks can be removed, and what scoring it takes.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        runtime: where to compute; its fields can be given as keywords.
+        revision: of a Hub model.
+        samples: calibration samples that the estimate is for.
+        length: tokens of each of them.
+        options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
+        probe: measure the machine for two seconds and read a few of the model's tensors. Otherwise
+            only headers are read and no times are estimated.
+    Returns:
+        Blocks, parameters, bytes, and an estimate for each kind of pass.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        CriterionError: an unknown criterion or option.
+        ShortLLMError: a device that is missing.
+    """
+    return summarize(
+        open_checkpoint(model, revision=revision),
+        samples=samples,
+        length=length,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        options=options or {},
+        probe=probe,
+    )

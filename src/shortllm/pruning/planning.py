@@ -1,0 +1,345 @@
+"""Scores and a budget in, a plan out: which blocks go, in which order, and why. Pure, no torch.
+
+What is asked for and what is free is the budget's (budget.py). Of equally important blocks the
+later goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shortllm.criteria.records import Search
+from shortllm.errors import BudgetError
+from shortllm.files import fingerprint
+from shortllm.pruning.budget import (
+    Budget,
+    amount_of,
+    most_blocks,
+    parameters_of,
+    protected_blocks,
+    removable,
+)
+from shortllm.pruning.records import BlockScores, PrunePlan, Size
+from shortllm.published import Published
+from shortllm.records import ModelInfo
+
+
+def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list[int]:
+    """Unprotected blocks, least important first; of equals the later first."""
+    free = set(range(len(importance))) - set(protected)
+    return sorted(free, key=lambda block: (importance[block], -block))
+
+
+def _unit_order(importance: Sequence[float], units: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What goes together, least important first; its importance is the sum of its blocks'."""
+    totals = {tuple(unit): sum(importance[block] for block in unit) for unit in units}
+    return [list(unit) for unit in sorted(totals, key=lambda unit: (totals[unit], -unit[0]))]
+
+
+def build_plan(
+    budget: Budget,
+    *,
+    model: ModelInfo,
+    scores: BlockScores | None = None,
+    published: Published | None = None,
+) -> PrunePlan:
+    """Choose the blocks.
+
+    Args:
+        scores: needed unless the budget names the blocks itself.
+        published: an order of blocks to go by instead of scores.
+    Raises:
+        BudgetError: the budget cannot be met, or there are no scores to choose by.
+    """
+    if not model.parameters_per_block:
+        raise BudgetError(
+            f"it is not said how large each block of {model.id} is. Score it again with "
+            "`shortllm score`"
+        )
+    count = model.blocks
+    protected = protected_blocks(budget, model)
+    number = amount_of(budget, model)
+    if budget.blocks is not None:
+        order = list(budget.blocks)
+        scores = published = None
+    elif published is not None:
+        scores = None
+        order = _published_order(budget, published, model, number)
+    elif scores is None:
+        raise BudgetError("a budget without block numbers needs scores. Run `shortllm score` first")
+    else:
+        order = _order(budget, scores, model, number)
+    removed = sorted(order)
+    freed = parameters_of(removed, model)
+    asked = budget.asked()
+    return PrunePlan(
+        model=model,
+        criterion=scores.criterion if scores else published.criterion if published else None,
+        kept=[block for block in range(count) if block not in set(removed)],
+        removed=removed,
+        protected=protected,
+        order=order,
+        asked=asked,
+        reached=Size(
+            blocks=len(removed),
+            block_ratio=len(removed) / count,
+            parameters=freed,
+            parameter_ratio=freed / model.parameters,
+        ),
+        reason=(
+            _published_reason(published, removed, protected, model)
+            if published
+            else _reason(scores, removed, protected, model, budget)
+        ),
+        scores=scores.fingerprint if scores else None,
+        fingerprint=fingerprint(
+            {
+                "model": model.fingerprint,
+                "scores": scores.fingerprint if scores else None,
+                "asked": asked,
+                "contiguous": budget.contiguous,
+                "protected": protected,
+                **({"period": model.period} if budget.period_aligned else {}),
+                **({"published": published.order} if published else {}),
+            }
+        ),
+    )
+
+
+def check_published_order(budget: Budget, published: Published, model: ModelInfo) -> None:
+    """Refuse, before any work, a published order that no plan can be made of.
+
+    Raises:
+        BudgetError: it speaks of other blocks than the model has, or something else is asked for.
+    """
+    if sorted(published.order) != list(range(model.blocks)):
+        raise BudgetError(
+            f"the published order is one of {len(published.order)} blocks, and {model.id} has "
+            f"{model.blocks}. Leave out --use-published-order"
+        )
+    for flag, asked in (("--blocks", budget.blocks), ("--contiguous", budget.contiguous)):
+        if asked:
+            raise BudgetError(
+                f"{flag} and --use-published-order both say which blocks go. Leave one of them out"
+            )
+
+
+def _published_order(
+    budget: Budget, published: Published, model: ModelInfo, number: int | None
+) -> list[int]:
+    """The blocks that go, the published order's first ones that may.
+
+    Raises:
+        BudgetError: see `check_published_order`.
+    """
+    check_published_order(budget, published, model)
+    place = {block: float(rank) for rank, block in enumerate(published.order)}
+    ranks = [place[block] for block in range(model.blocks)]
+    ordered = _unit_order(ranks, removable(budget, model))
+    if number is None:
+        number = _reaching(budget.param_ratio or 0.0, ordered, model)
+    return [block for unit in ordered for block in unit][:number]
+
+
+def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
+    """The blocks that go, in the order in which they go.
+
+    Raises:
+        BudgetError: the scores do not reach that far.
+    """
+    units = removable(budget, model)
+    if _is_contiguous(budget, scores):
+        span = _span(budget, scores, model, number)
+        outside = [block for block in range(model.blocks) if block not in span]
+        return removal_order(scores.importance, outside)
+    if scores.removed is not None:
+        return _searched(budget, scores, model, number)
+    if scores.order is not None:
+        return _followed(budget, scores, model, number)
+    ordered = _unit_order(scores.importance, units)
+    if number is None:
+        number = _reaching(budget.param_ratio or 0.0, ordered, model)
+    return [block for unit in ordered for block in unit][:number]
+
+
+def _followed(
+    budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
+) -> list[int]:
+    """The beginning of a removal order that a criterion found block by block.
+
+    Raises:
+        BudgetError: it is too short, holds protected blocks, or whole periods are asked for.
+    """
+    name, order = scores.criterion, scores.order or []
+    if budget.period_aligned and model.period > 1:
+        raise BudgetError(
+            f"'{name}' removes single blocks, one after the other. Leave out --period-aligned, or "
+            "score by another criterion"
+        )
+    if number is None:
+        number = _reaching(budget.param_ratio or 0.0, [[block] for block in order], model)
+    if number > len(order):
+        raise BudgetError(
+            f"the scores by '{name}' hold the order of {len(order)} removals, and {number} were "
+            f"asked for. Score again with --option {name}.rounds={number}"
+        )
+    protected = set(protected_blocks(budget, model))
+    taken = [block for block in order[:number] if block in protected]
+    if taken:
+        raise BudgetError(
+            f"the scores by '{name}' remove block {taken[0]}, which is protected. Score again with "
+            f"the same protection (--option {name}.protect_first=... and protect_last=...)"
+        )
+    return order[:number]
+
+
+def _searched(
+    budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
+) -> list[int]:
+    """The set of blocks that a criterion searched for, which answers its own size alone.
+
+    Raises:
+        BudgetError: another size is asked for, or the set holds blocks that may not go.
+    """
+    name, removed = scores.criterion, scores.removed or []
+    again = f"Score again with --option {name}"
+    if number is not None and number != len(removed):
+        raise BudgetError(
+            f"the scores by '{name}' hold the best removal of {len(removed)} blocks that it found, "
+            f"and of no other number; {number} were asked for. {again}.remove={number}"
+        )
+    held = parameters_of(removed, model) / model.parameters
+    if number is None and held < (budget.param_ratio or 0.0):
+        raise BudgetError(
+            f"the {len(removed)} blocks that '{name}' searched for hold {held:.1%} of the "
+            f"parameters, and {budget.param_ratio:.1%} were asked for. {again}.remove="
+            f"{most_blocks(budget, model)}"
+        )
+    units = removable(budget, model)
+    apart = sorted(set(removed).difference(*(u for u in units if set(removed).issuperset(u))))
+    taken = [block for block in apart if block in protected_blocks(budget, model)]
+    if taken:
+        raise BudgetError(
+            f"the scores by '{name}' remove block {taken[0]}, which is protected. {again}."
+            "protect_first=... and protect_last=..., as in the budget"
+        )
+    if apart:
+        raise BudgetError(
+            f"the scores by '{name}' remove block {apart[0]} without the rest of its period. "
+            f"{again}.period_aligned=true"
+        )
+    return list(scores.order or removed)
+
+
+def _is_contiguous(budget: Budget, scores: BlockScores | None) -> bool:
+    """Whether one span goes: as asked, or where the criterion scores spans."""
+    spans = scores is not None and scores.spans is not None
+    return spans if budget.contiguous is None else budget.contiguous
+
+
+def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> range:
+    """The least important span of removable blocks that meets the budget.
+
+    Raises:
+        BudgetError: the criterion scores no spans, or protected blocks leave no room.
+    """
+    if scores.spans is None:
+        raise BudgetError(
+            f"criterion '{scores.criterion}' scores no spans of blocks. Leave out --contiguous, or "
+            "score by 'angular'"
+        )
+    units = removable(budget, model)
+    size = len(units[0]) if units else 1
+    lengths = [number] if number is not None else range(size, model.blocks, size)
+    for n in lengths:
+        runs = [units[i : i + n // size] for i in range(len(units) - n // size + 1)]
+        starts = [run[0][0] for run in runs if run[-1][-1] - run[0][0] == n - 1]
+        if not starts:
+            break
+        values = scores.spans[n - 1]
+        start = min(starts, key=lambda s: (values[s], -s))
+        span = range(start, start + n)
+        enough = (budget.param_ratio or 0.0) * model.parameters
+        if number is not None or parameters_of(span, model) >= enough:
+            return span
+    raise BudgetError(
+        "no span of unprotected blocks is that large. Ask for less, or pass --scattered to remove "
+        "single blocks, or --protect-first 0 --protect-last 0"
+    )
+
+
+def _reaching(ratio: float, units: Sequence[Sequence[int]], model: ModelInfo) -> int:
+    """How many blocks, in the order of `units`, hold at least `ratio` of all parameters."""
+    freed = number = 0
+    for unit in units:
+        freed += parameters_of(unit, model)
+        number += len(unit)
+        if freed >= ratio * model.parameters and number < model.blocks:
+            return number
+    raise BudgetError(
+        f"no removal of some but not all blocks takes {ratio:.1%} of the parameters. Ask for less"
+    )
+
+
+def _published_reason(
+    published: Published, removed: list[int], protected: list[int], model: ModelInfo
+) -> str:
+    """One sentence for a reader of the plan."""
+    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
+    return (
+        f"Blocks {', '.join(map(str, removed))} come first in the order published for the "
+        f"criterion '{published.criterion}' ({published.source}) among the "
+        f"{model.blocks - len(protected)} blocks that may go{kept_safe}. Nothing was scored."
+    )
+
+
+def _reason(
+    scores: BlockScores | None,
+    removed: list[int],
+    protected: list[int],
+    model: ModelInfo,
+    budget: Budget,
+) -> str:
+    """One sentence for a reader of the plan."""
+    blocks = ", ".join(map(str, removed))
+    if scores is None:
+        return f"Blocks {blocks} of {model.blocks} were named by hand."
+    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
+    if _is_contiguous(budget, scores):
+        chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
+    elif scores.search is not None:
+        return f"Blocks {blocks} {_search_reason(scores.search, scores.criterion)}{kept_safe}."
+    elif scores.order is not None:
+        chosen = f"were removed one after the other by the criterion '{scores.criterion}'"
+    else:
+        chosen = f"have the lowest importance by the criterion '{scores.criterion}'"
+    whole = budget.period_aligned and model.period > 1
+    periods = f", in whole periods of {model.period} blocks" if whole else ""
+    free = model.blocks - len(protected)
+    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{periods}{kept_safe}."
+
+
+def _search_reason(search: Search, criterion: str) -> str:
+    """How a searched set came about."""
+    found = search.found
+    if found.criterion != criterion:
+        others = [one for one in search.candidates if one.criterion != found.criterion]
+        beaten = ", ".join(f"{one.criterion} {_figure(one.held_out)}" for one in others)
+        return (
+            f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
+            f"them the perplexity of {search.held_out_samples} calibration samples kept apart is "
+            f"{_figure(found.held_out)}, and by no other candidate lower ({beaten})"
+        )
+    unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
+    begun = next(one for one in search.candidates if one.criterion == search.start)
+    better = "that found nothing better than its start"
+    if found.removed != begun.removed:
+        better = (
+            f"that brought the {unit} of the search text from {_figure(begun.value)} to "
+            f"{_figure(found.value)}"
+        )
+    return f"were chosen by the search '{criterion}' from the plan by '{search.start}', {better}"
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5g}"

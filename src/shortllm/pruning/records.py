@@ -1,0 +1,174 @@
+"""scores.json, plan.json and target.json: importances, the removed blocks, and their number."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from shortllm.criteria.records import Search
+from shortllm.pruning.budget import TARGETS
+from shortllm.records import Cost, DerivedRecord, ModelInfo, Record, ResultFile
+
+
+class BlockScores(ResultFile):
+    """scores.json: one importance per block of the original model; higher = keep."""
+
+    model: ModelInfo
+    criterion: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    importance: list[float]
+    values: list[float] = Field(
+        description="the criterion's raw numbers, e.g. perplexity without the block"
+    )
+    intact: float | None = Field(default=None, description="the raw number of the intact model")
+    delta_nll: list[float] | None = Field(
+        default=None,
+        description="mean NLL without the block minus that of the intact model, in nats per token",
+    )
+    spans: list[list[float]] | None = Field(
+        default=None,
+        description="`spans[n-1][start]` is the importance of the n blocks from start on",
+    )
+    order: list[int] | None = Field(
+        default=None,
+        description="removal order, where each block was chosen with the ones before it gone; of a "
+        "searched set its blocks, least important first",
+    )
+    removed: list[int] | None = Field(
+        default=None, description="the set of blocks that was searched for; answers its size alone"
+    )
+    search: Search | None = Field(default=None, description="how that set came about")
+    calibration: str | None = Field(
+        default=None, description="tokens_fingerprint of the calibration"
+    )
+    dtype: str = Field(description="computation type of the scoring pass")
+    versions: dict[str, str] = Field(default_factory=dict)
+    cost: Cost | None = None
+
+    @model_validator(mode="after")
+    def _is_of_every_block(self) -> Self:
+        """One number for each block, one for each span, and an order of blocks that there are."""
+        count = self.model.blocks
+        for name, numbers in (
+            ("importance", self.importance),
+            ("values", self.values),
+            ("delta_nll", self.delta_nll),
+        ):
+            if numbers is not None and len(numbers) != count:
+                raise ValueError(f"{name} has {len(numbers)} entries, and the model {count} blocks")
+        lengths = [len(starts) for starts in self.spans or ()]
+        if lengths != list(range(count, 0, -1))[: len(lengths)]:
+            raise ValueError(f"spans must have one entry for each start in {count} blocks")
+        for name, blocks in (("order", self.order or []), ("removed", self.removed or [])):
+            if len(set(blocks)) != len(blocks) or not set(blocks) <= set(range(count)):
+                raise ValueError(f"{name} must hold block numbers below {count}, once each")
+        if self.removed is not None and sorted(self.order or self.removed) != sorted(self.removed):
+            raise ValueError("order must hold the removed blocks")
+        return self
+
+
+class Size(Record):
+    """How much, in blocks and in parameters."""
+
+    blocks: int
+    block_ratio: float
+    parameters: int
+    parameter_ratio: float
+
+
+class PrunePlan(ResultFile):
+    """plan.json: which blocks go, in which order, and why."""
+
+    model: ModelInfo
+    criterion: str | None = Field(description="null where the blocks were given by hand")
+    kept: list[int]
+    removed: list[int] = Field(description="ascending")
+    protected: list[int] = Field(description="blocks the plan was not allowed to remove")
+    order: list[int] = Field(description="removal order, least important first")
+    asked: dict[str, Any] = Field(
+        description="the budget as asked, e.g. {'remove': 3} or {'ratio': 0.25}"
+    )
+    reached: Size = Field(description="what the removal takes away")
+    reason: str = Field(description="one sentence for a reader")
+    scores: str | None = Field(default=None, description="fingerprint of the scores used")
+
+    @model_validator(mode="after")
+    def _is_a_partition(self) -> Self:
+        """Every block is either kept or removed, once, and something is kept."""
+        for name, blocks in (("kept", self.kept), ("removed", self.removed)):
+            if blocks != sorted(set(blocks)):
+                raise ValueError(f"{name} must list block numbers once each, ascending")
+        numbers = list(range(self.model.blocks))
+        if sorted(self.kept + self.removed) != numbers or not self.kept:
+            raise ValueError(f"kept and removed must share out the {self.model.blocks} blocks")
+        if sorted(self.order) != self.removed:
+            raise ValueError("order must hold the removed blocks")
+        if not set(self.protected) <= set(numbers) - set(self.removed):
+            raise ValueError("protected must hold blocks that stay")
+        if self.reached.blocks != len(self.removed):
+            raise ValueError(f"reached speaks of {self.reached.blocks} removed blocks")
+        return self
+
+
+class Pruning(DerivedRecord):
+    """prune.json: which blocks were removed from a checkpoint."""
+
+    FILE: ClassVar[str] = "prune.json"
+
+    criterion: str | None = Field(description="null if the blocks were named")
+    kept: list[int] = Field(description="block numbers of the source, ascending")
+    removed: list[int] = Field(description="block numbers of the source, ascending")
+    dropped_heads: int = Field(
+        default=0, description="prediction heads behind the last block that were left out"
+    )
+
+
+class DepthSpeed(Record):
+    """How fast a model is with its last blocks passed by."""
+
+    blocks: int = Field(description="blocks that ran")
+    latency_s: float = Field(description="median")
+    speedup: float = Field(description="over the intact model")
+
+
+TARGET_FILE = "target.json"
+
+
+class Target(ResultFile):
+    """target.json: the number of blocks that a target came to."""
+
+    model: ModelInfo
+    asked: dict[str, float] = Field(description="e.g. {'target_speedup': 1.3}")
+    remove: int = Field(description="blocks to remove")
+    expected: float = Field(
+        description="speed-up by a straight line; parameters or bytes of what is left, at the most"
+    )
+    reached: float = Field(description="the same, verified: measured again, or as expected")
+    dtype: str | None = Field(default=None, description="type that bytes were counted in")
+    depths: list[DepthSpeed] = Field(default_factory=list, description="what was measured")
+
+    @model_validator(mode="after")
+    def _is_one_target(self) -> Self:
+        """One amount was asked for, of a kind that there is."""
+        if len(self.asked) != 1 or not set(self.asked) <= set(TARGETS):
+            raise ValueError(f"asked must hold one of {', '.join(TARGETS)}")
+        return self
+
+    @property
+    def described(self) -> str:
+        """One line for a reader."""
+        [(name, value)] = self.asked.items()
+        removed = f"{self.remove} of {self.model.blocks} blocks removed"
+        if name == "target_speedup":
+            return f"speed-up {value:g}: {removed}, {self.reached:.3g} measured"
+        if name == "target_params":
+            return f"{value:,.0f} parameters: {removed}, {self.reached:,.0f} left at the most"
+        return f"{value / 2**30:.3g} GiB: {removed}, {self.reached / 2**30:.3g} GiB at the most"
+
+    @property
+    def is_met(self) -> bool:
+        """Whether what was verified is what was asked for."""
+        [(name, value)] = self.asked.items()
+        return self.reached >= value if name == "target_speedup" else self.reached <= value

@@ -1,0 +1,397 @@
+"""Scores by one or several criteria in as few passes over a model as possible.
+
+    nothing, weights      no pass: weights are read from the files, one block at a time
+    logits                one walk over all removals
+    gradients             one forward and one backward pass
+    streams, last token   observers of either of these, else of one forward pass
+    removals              one of the above per round
+    sets                  the passes of the criteria it starts with, and walks (search_space.py)
+
+`Scorer` knows which passes are needed and runs them; the passes themselves are in model/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shortllm import criteria
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.tensors import is_packed, read_tensor
+from shortllm.criteria import OBSERVED, Scores
+from shortllm.criteria.selection import ResolvedCriterion
+from shortllm.errors import UnsupportedModelError
+from shortllm.journal import Journal
+from shortllm.model.metrics import perplexity
+from shortllm.runtime import ALONE, Advance, Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shortllm.model.decoder import Decoder
+    from shortllm.model.hidden_states import StreamMemory
+
+
+class SearchSpaces(Protocol):
+    """How a criterion that searches measures sets of blocks: `search_space.BlockSearch`."""
+
+    def __call__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal) -> Any:
+        """The space of sets that the criterion searches."""
+
+    def flops(self, scorer: Scorer, searching: ResolvedCriterion) -> float:
+        """Estimated floating-point operations of its search."""
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """A model, samples, and the passes over them."""
+
+    checkpoint: Checkpoint
+    open_decoder: Callable[[], Decoder]
+    """Called when a pass needs the model."""
+    ids_BT: Tensor | None
+    """This process's samples; None if no criterion needs text."""
+    search_spaces: SearchSpaces | None = None
+    """Needed for criteria that search."""
+    ranks: Ranks = ALONE
+    memory: StreamMemory | None = None
+    journal: Journal = field(default_factory=lambda: Journal(None, ""))
+    advance: Advance = lambda work: None
+
+    def score(self, resolved: Sequence[ResolvedCriterion]) -> dict[str, Scores]:
+        """Scores of all blocks by each criterion.
+
+        Raises:
+            CriterionError: a score is not finite.
+            UnsupportedModelError: the model's blocks cannot be called one by one.
+        """
+        blocks = range(self.checkpoint.block_count)
+        found = self._score(resolved, blocks, blocks, self.journal)
+        for name, scores in found.items():
+            criteria.require_finite(name, scores.importance)
+        return found
+
+    def _score(
+        self,
+        resolved: Sequence[ResolvedCriterion],
+        kept: Sequence[int],
+        candidates: Sequence[int],
+        journal: Journal,
+    ) -> dict[str, Scores]:
+        """Scores of the blocks `candidates` in the model of the blocks `kept`; 0 for others."""
+        found: dict[str, Scores] = {}
+        for one in resolved:
+            if one.needs == "nothing":
+                found[one.name] = plain_scores(one.call(self.checkpoint.block_count))
+            elif one.needs == "weights":
+                found[one.name] = self._weights(one, candidates)
+            elif one.needs == "removals":
+                found[one.name] = self._removals(one, journal.part(one.name))
+            elif one.needs == "sets":
+                found[one.name] = self._sets(one, journal.part(one.name))
+        observers = [self._observer(one) for one in resolved if one.needs in OBSERVED]
+        logits = [one for one in resolved if one.needs == "logits"]
+        gradients = [one for one in resolved if one.needs == "gradients"]
+        if logits:
+            found |= self._logits(logits, kept, candidates, observers, journal.part("logits"))
+        if gradients:
+            seen = [] if logits else observers
+            found |= self._gradients(gradients, kept, seen, journal.part("gradients"))
+        if observers and not logits and not gradients:
+            self._forward(kept, observers, journal.part("forward"))
+        found |= {one.criterion.name: one.scores(kept, self.ranks) for one in observers}
+        return {one.name: found[one.name] for one in resolved}
+
+    def _weights(self, one: ResolvedCriterion, candidates: Sequence[int]) -> Scores:
+        """One block's weights in memory at a time, straight from the files."""
+        values = [0.0] * self.checkpoint.block_count
+        for b in candidates:
+            entries = self.checkpoint.block_weights(b)
+            values[b] = one.call({entry.name: read_tensor(entry) for entry in entries})
+            self.advance(2.0 * sum(entry.elements for entry in entries))
+        return plain_scores(values)
+
+    def _observer(self, one: ResolvedCriterion) -> ScoringObserver:
+        blocks = self.checkpoint.block_count
+        if one.needs == "streams":
+            return TokenMeans(one, blocks)
+        return LastTokens(one, blocks, len(self.samples()), self.open_decoder().stream_width)
+
+    def _forward(
+        self, kept: Sequence[int], observers: Sequence[ScoringObserver], journal: Journal
+    ) -> None:
+        from shortllm.model.walk import walk
+
+        decoder = self.open_decoder()
+        removed = frozenset(range(decoder.block_count)) - set(kept)
+        walk(
+            decoder,
+            self.samples(),
+            [removed],
+            observe=observers,
+            advance=self.advance,
+            memory=self.memory,
+            journal=journal,
+        )
+
+    def _logits(
+        self,
+        resolved: Sequence[ResolvedCriterion],
+        kept: Sequence[int],
+        candidates: Sequence[int],
+        observers: Sequence[ScoringObserver],
+        journal: Journal,
+    ) -> dict[str, Scores]:
+        """The model of `kept` and each model with one more block removed, in one walk."""
+        from shortllm.model.walk import mean_values
+
+        decoder = self.open_decoder()
+        means = mean_values(
+            decoder,
+            self.samples(),
+            removals_of(decoder.block_count, kept, candidates),
+            [one.call for one in resolved],
+            ranks=self.ranks,
+            observe=observers,
+            advance=self.advance,
+            memory=self.memory,
+            journal=journal,
+        )
+        return {
+            one.name: _of_means(one, mean, candidates, decoder.block_count)
+            for one, mean in zip(resolved, means, strict=True)
+        }
+
+    def _gradients(
+        self,
+        resolved: Sequence[ResolvedCriterion],
+        kept: Sequence[int],
+        observers: Sequence[ScoringObserver],
+        journal: Journal,
+    ) -> dict[str, Scores]:
+        from shortllm.model.backward import walk_back
+
+        decoder = self.open_decoder()
+        values = {one.name: [0.0] * decoder.block_count for one in resolved}
+
+        def receive(b: int, products: dict[str, Tensor]) -> None:
+            for one in resolved:
+                values[one.name][b] = one.call(products)
+
+        walk_back(
+            decoder,
+            self.samples(),
+            list(kept),
+            receive,
+            ranks=self.ranks,
+            observe=observers,
+            advance=self.advance,
+            memory=self.memory,
+            journal=journal,
+            results=lambda: values,
+            restore=values.update,
+        )
+        return {name: plain_scores(found) for name, found in values.items()}
+
+    def _removals(self, one: ResolvedCriterion, journal: Journal) -> Scores:
+        """Rounds of an inner criterion; each finished round is in the journal."""
+        inner = one.inner()
+        assert inner is not None
+        blocks = self.checkpoint.block_count
+        rounds: list[dict[str, float]] = (journal.position() or {"rounds": []})["rounds"]
+        taken = 0
+
+        def rescore(removed: Sequence[int], candidates: Sequence[int]) -> dict[int, float]:
+            nonlocal taken
+            if taken == len(rounds):
+                kept = [b for b in range(blocks) if b not in set(removed)]
+                part = journal.part(f"round-{taken}")
+                found = self._score([inner], kept, candidates, part)[inner.name].importance
+                criteria.require_finite(inner.name, [found[b] for b in candidates])
+                part.discard()
+                rounds.append({str(b): found[b] for b in candidates})
+                journal.commit({"rounds": rounds}, {})
+            taken += 1
+            return {int(b): value for b, value in rounds[taken - 1].items()}
+
+        scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
+        return scores
+
+    def _sets(self, one: ResolvedCriterion, journal: Journal) -> Scores:
+        assert self.search_spaces is not None
+        scores: Scores = one.call(self.search_spaces(self, one, journal))
+        return scores
+
+    def work(self, resolved: Sequence[ResolvedCriterion]) -> float:
+        """Floating-point operations of `score`, the total of what `advance` is told.
+
+        A criterion that removes blocks is counted as if the first ones went, a search as if it
+        took two rounds.
+        """
+        blocks = range(self.checkpoint.block_count)
+        return self._work(resolved, blocks, blocks)
+
+    def _work(
+        self, resolved: Sequence[ResolvedCriterion], kept: Sequence[int], candidates: Sequence[int]
+    ) -> float:
+        from shortllm.model.backward import walk_back_flops
+        from shortllm.model.walk import walk_flops
+
+        total, needs = 0.0, {one.needs for one in resolved}
+        for one in resolved:
+            if one.needs == "weights":
+                weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
+                total += 2.0 * sum(entry.elements for entry in weights)
+            elif one.needs == "removals":
+                total += self._work_of_rounds(one)
+            elif one.needs == "sets":
+                assert self.search_spaces is not None
+                total += self.search_spaces.flops(self, one)
+        if not needs & {"streams", "last token", "logits", "gradients"}:
+            return total
+        decoder, (samples, length) = self.open_decoder(), self.samples().shape
+        if "logits" in needs:
+            removals = removals_of(decoder.block_count, kept, candidates)
+            total += walk_flops(decoder, removals, samples, length)
+        if "gradients" in needs:
+            total += walk_back_flops(decoder, kept, samples, length)
+        if not needs & {"logits", "gradients"}:
+            removed = [frozenset(range(decoder.block_count)) - set(kept)]
+            total += walk_flops(decoder, removed, samples, length, head=False)
+        return total
+
+    def _work_of_rounds(self, one: ResolvedCriterion) -> float:
+        inner, free = one.inner(), one.free(self.checkpoint.info())
+        assert inner is not None
+        total = 0.0
+        for done in range(one.rounds(self.checkpoint.info())):
+            gone = set(free[:done])
+            kept = [b for b in range(self.checkpoint.block_count) if b not in gone]
+            total += self._work([inner], kept, free[done:])
+        return total
+
+    def samples(self) -> Tensor:
+        """The calibration ids `[B, T]`."""
+        assert self.ids_BT is not None, "no criterion needs text"
+        return self.ids_BT
+
+
+def removals_of(
+    blocks: int, kept: Sequence[int], candidates: Iterable[int]
+) -> list[frozenset[int]]:
+    """The model of the blocks `kept`, and each model without one more of the candidates."""
+    gone = frozenset(range(blocks)) - set(kept)
+    return [gone, *(gone | {b} for b in candidates)]
+
+
+def _of_means(
+    one: ResolvedCriterion, means: list[float], candidates: Sequence[int], count: int
+) -> Scores:
+    """Scores from the mean of the intact model and those without each candidate."""
+    intact, *without = means
+    report = perplexity if one.criterion.in_nats else float
+    values = spread_out([report(mean) for mean in without], candidates, count)
+    change = spread_out([mean - intact for mean in without], candidates, count)
+    return Scores(
+        importance=values,
+        values=values,
+        intact=report(intact),
+        delta_nll=change if one.criterion.in_nats else None,
+    )
+
+
+class ScoringObserver(Protocol):
+    """Observes the streams of a pass, and turns what it saw into scores."""
+
+    criterion: ResolvedCriterion
+    state: dict[str, Tensor]
+
+    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None: ...
+
+    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
+        """Scores of the blocks `kept`, from the samples of all processes."""
+
+
+class TokenMeans:
+    """The mean over tokens of a number per token, for each block."""
+
+    def __init__(self, criterion: ResolvedCriterion, blocks: int) -> None:
+        import torch
+
+        self.criterion = criterion
+        self._sums = torch.zeros(blocks, 2, dtype=torch.float64)
+        """Sum and count of each block."""
+        self.state = {criterion.name: self._sums}
+
+    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
+        values_BT = self.criterion.call(before_BTD.flatten(2), after_BTD.flatten(2))
+        self._sums[b, 0] += values_BT.double().sum().item()
+        self._sums[b, 1] += values_BT.numel()
+
+    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
+        """Means over all tokens of all processes."""
+        ranks.add_up([self._sums])
+        return plain_scores(
+            [total / count if count else 0.0 for total, count in self._sums.tolist()]
+        )
+
+
+class LastTokens:
+    """The stream of each sample's last token before and after each block."""
+
+    def __init__(self, criterion: ResolvedCriterion, blocks: int, samples: int, width: int) -> None:
+        import torch
+
+        self.criterion = criterion
+        self._before = torch.zeros(blocks, samples, width)
+        self._after = torch.zeros(samples, width)
+        self.state = {
+            f"{criterion.name}-before": self._before,
+            f"{criterion.name}-after": self._after,
+        }
+
+    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
+        self._before[b, rows] = before_BTD[:, -1].flatten(1).to(self._before)
+        self._after[rows] = after_BTD[:, -1].flatten(1).to(self._after)
+
+    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
+        """The criterion's scores of all samples of all processes."""
+        import torch
+
+        depths = torch.cat([self._before[list(kept)], self._after[None]])
+        found: Scores = self.criterion.call(torch.cat(ranks.gather(depths), dim=1))
+        blocks = len(self._before)
+        if len(kept) == blocks:
+            return found
+        return plain_scores(spread_out(found.importance, kept, blocks))
+
+
+def plain_scores(values: list[float]) -> Scores:
+    """Scores whose importance is the raw number itself."""
+    return Scores(importance=values, values=values)
+
+
+def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> list[float]:
+    """Numbers of some blocks as a list with one of every block."""
+    spread = [0.0] * count
+    for b, value in zip(blocks, values, strict=True):
+        spread[b] = value
+    return spread
+
+
+def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[ResolvedCriterion]) -> None:
+    """Refuse to score packed integers as weights, or by gradients of quantized ones.
+
+    Raises:
+        UnsupportedModelError: naming the criterion.
+    """
+    if not is_packed(checkpoint.raw_config):
+        return
+    for one in resolved:
+        if (one.inner() or one).needs in ("weights", "gradients"):
+            others = ", ".join(criteria.names_by_need("logits", *OBSERVED))
+            raise UnsupportedModelError(
+                f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "
+                f"unquantized model, or use one of {others}"
+            )

@@ -1,0 +1,311 @@
+"""What a search runs on: its candidate sets, measured on one part of the samples.
+
+Every list of sets that a search measures goes through the model in one walk, in which sets that
+begin alike share their block passes. Each finished list is in the journal, so that an interrupted
+search, which decides by these numbers alone, resumes where it was. Each of several processes has
+its share of every part of the samples, and all see the same sums.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from shortllm.criteria.records import CandidateSet, NotTried, Search
+from shortllm.criteria.search import Blocks, Proposal, names_in
+from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.errors import BudgetError, CriterionError
+from shortllm.journal import Journal
+from shortllm.model.metrics import perplexity
+from shortllm.pruning.budget import Budget, most_blocks, removable, removal_options
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import BlockScores
+from shortllm.pruning.scoring import Scorer
+from shortllm.records import ModelInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+QUARTER = 0.25
+"""Part of the blocks to remove if no number is given."""
+
+
+class BlockSearch:
+    """The space of sets of a criterion that searches; see `criteria.search.SearchSpace`."""
+
+    def __init__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal) -> None:
+        self._scorer = scorer
+        self._searching = searching
+        self._options = searching.options
+        self._journal = journal
+        self._model = scorer.checkpoint.info()
+        self._budget = budget_of(searching, self._model)
+        self.blocks = self._model.blocks
+        self.units = [tuple(unit) for unit in removable(self._budget, self._model)]
+        self._total = int(scorer.ranks.total(float(len(scorer.samples()))))
+        self._searched = self._total - self._held_out()
+        self._evaluations = 0.0
+        self._at_start = 0.0
+        """Evaluations of the starts, which the limit does not count."""
+        self._known: dict[tuple[Blocks, int], float] = {}
+        self._left_out: list[NotTried] = []
+        self._began = time.monotonic()
+        self._entries = self._finished()
+        self._taken = 0
+        self._seconds = 0.0
+
+    def _held_out(self) -> int:
+        """How many samples the search does not see: the last ones.
+
+        Raises:
+            CriterionError: too few are left for every process to search on one.
+        """
+        name, options, count = self._searching.name, self._options, self._scorer.ranks.count
+        held_out: int = round(options["held_out"] * self._total)
+        if "candidates" in options:
+            held_out = max(1, held_out)
+        if self._total - held_out < count:
+            raise CriterionError(
+                f"'{name}' holds out {held_out} of {self._total} calibration samples, which "
+                f"leaves {self._total - held_out} to search on in {count} "
+                f"process{'' if count == 1 else 'es'}. Give more --samples, or a smaller "
+                f"{name}.held_out"
+            )
+        return held_out
+
+    @staticmethod
+    def flops(scorer: Scorer, searching: ResolvedCriterion) -> float:
+        """Floating-point operations of a search, as its method estimates its measurements."""
+        from shortllm.model.walk import walk_flops
+
+        options, model = searching.options, scorer.checkpoint.info()
+        budget = budget_of(searching, model)
+        named = [resolve(name) for name in names_in(options.get("candidates") or options["start"])]
+        shots = _with_amounts([one for one in named if one.needs != "sets"], budget, model)
+        units = removable(budget, model)
+        gone = [block for unit in units for block in unit][: budget.remove]
+        swaps = len(gone) * (sum(map(len, units)) - len(gone))
+        methods = [one.criterion.search for one in (searching, *named)]
+        measured = sum(one.measurements(options, swaps) for one in methods if one is not None)
+        if options["evaluations"] is not None:
+            measured = min(measured, float(options["evaluations"]))
+        decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape
+        each = walk_flops(decoder, [frozenset(gone)], samples, length)
+        return scorer.work(shots) + (measured + len(shots)) * each
+
+    def _finished(self) -> list[dict[str, Any]]:
+        """The measurements of an interrupted search that all processes have."""
+        import torch
+
+        entries: list[dict[str, Any]] = (self._journal.position() or {"entries": []})["entries"]
+        ranks = self._scorer.ranks
+        counts = [int(found.item()) for found in ranks.gather(torch.tensor(len(entries)))]
+        return entries[: min(counts)]
+
+    def _part(self, start: int, stop: int) -> Tensor:
+        """This process's share of the samples numbered from `start` to before `stop`."""
+        ranks = self._scorer.ranks
+        first, behind = (len(range(ranks.rank, n, ranks.count)) for n in (start, stop))
+        return self._scorer.samples()[first:behind]
+
+    def _count(self, part: float) -> int:
+        """Samples in a part of those searched on."""
+        return max(1, math.ceil(part * self._searched))
+
+    def share(self, part: float) -> float:
+        """The samples of a part, as a share of those the search sees."""
+        return self._count(part) / self._searched
+
+    def propose(self, names: Sequence[str]) -> list[Proposal]:
+        """What each criterion removes.
+
+        Raises:
+            CriterionError: none of them can meet the budget.
+        """
+        entry = self._entry("propose", partial(self._scored, names))
+        self._left_out = [NotTried(**one) for one in entry["left_out"]]
+        if not entry["proposals"]:
+            reason = self._left_out[0]
+            raise CriterionError(
+                f"'{self._searching.name}' has no plan to start from: {reason.criterion}: "
+                f"{reason.reason}"
+            )
+        return [
+            Proposal(
+                criterion=one["criterion"],
+                removed=frozenset(one["removed"]),
+                importance=one["importance"],
+            )
+            for one in entry["proposals"]
+        ]
+
+    def _scored(self, names: Sequence[str], journal: Journal) -> dict[str, Any]:
+        resolved = _with_amounts([resolve(name) for name in names], self._budget, self._model)
+        scorer = replace(
+            self._scorer, ids_BT=self._part(0, self._searched), journal=journal.part("scores")
+        )
+        proposals, left_out = [], []
+        for name, found in scorer.score(resolved).items():
+            scores = BlockScores(
+                model=self._model,
+                criterion=name,
+                importance=found.importance,
+                values=found.values,
+                spans=found.spans,
+                order=found.order,
+                dtype="",
+                fingerprint="",
+            )
+            try:
+                removed = build_plan(self._budget, model=self._model, scores=scores).removed
+            except BudgetError as error:
+                left_out.append({"criterion": name, "reason": str(error)})
+                continue
+            proposals.append(
+                {"criterion": name, "removed": removed, "importance": found.importance}
+            )
+        return {"proposals": proposals, "left_out": left_out}
+
+    def measure(self, sets: Sequence[Blocks], part: float = 1.0) -> list[float]:
+        """Mean fitness of each set, nats; those measured before are remembered."""
+        count = self._count(part)
+        new = sorted({s for s in sets if (s, count) not in self._known}, key=sorted)
+        if new:
+            ids_BT = self._part(0, count)
+            kl = self._options["fitness"] == "kl"
+            entry = self._entry("measure", partial(self._means, new, ids_BT, kl))
+            for removed, value in zip(new, entry["values"], strict=True):
+                self._known[removed, count] = value if math.isfinite(value) else math.inf
+            self._evaluations += len(new) * count / self._searched
+            if not self._at_start:
+                self._at_start = self._evaluations
+        return [self._known[removed, count] for removed in sets]
+
+    def left(self) -> float:
+        """Evaluations that are still allowed."""
+        minutes = self._options["minutes"]
+        if minutes is not None and self._seconds >= 60 * minutes:
+            return 0.0
+        allowed = self._options["evaluations"]
+        if allowed is None:
+            return math.inf
+        return max(0.0, float(allowed) + self._at_start - self._evaluations)
+
+    def spent(self) -> str:
+        """The limit that was reached, for the record."""
+        minutes = self._options["minutes"]
+        if minutes is not None and self._seconds >= 60 * minutes:
+            return f"{minutes:g} minutes"
+        return f"{self._options['evaluations']} evaluations"
+
+    def candidates(
+        self, sets: Sequence[tuple[str, Blocks]], values: Sequence[float]
+    ) -> list[CandidateSet]:
+        """Sets with their values, measured on the held-out samples too."""
+        held_out: dict[Blocks, float | None] = {}
+        count = self._total - self._searched
+        if count:
+            distinct = sorted({removed for _, removed in sets}, key=sorted)
+            ids_BT = self._part(self._searched, self._total)
+            entry = self._entry("held-out", partial(self._means, distinct, ids_BT, False))
+            held_out = {
+                removed: _finite(perplexity(value))
+                for removed, value in zip(distinct, entry["values"], strict=True)
+            }
+        return [
+            CandidateSet(
+                criterion=name,
+                removed=sorted(removed),
+                value=self._shown(value),
+                held_out=held_out.get(removed),
+            )
+            for (name, removed), value in zip(sets, values, strict=True)
+        ]
+
+    def record(self, **found: Any) -> Search:
+        """The result, with the search's own settings and counts."""
+        return Search(
+            fitness=self._options["fitness"],
+            evaluations=round(self._evaluations, 3),
+            search_samples=self._searched,
+            held_out_samples=self._total - self._searched,
+            left_out=self._left_out,
+            **found,
+        )
+
+    def _shown(self, value: float) -> float | None:
+        """A mean fitness as it is reported."""
+        return _finite(perplexity(value) if self._options["fitness"] == "ppl" else value)
+
+    def _entry(self, name: str, work: Callable[[Journal], dict[str, Any]]) -> dict[str, Any]:
+        """The next piece of work: from the journal, or done now and written there."""
+        if self._taken == len(self._entries):
+            part = self._journal.part(f"{name}-{self._taken}")
+            done = work(part)
+            spent = time.monotonic() - self._began
+            # the slowest process's time, so that all stop at the same place
+            seconds = max(map(float, self._scorer.ranks.gather(_number(spent))))
+            self._entries.append({**done, "seconds": self._before() + seconds})
+            self._began = time.monotonic()
+            self._journal.commit({"entries": self._entries}, {})
+            part.discard()
+        entry = self._entries[self._taken]
+        self._taken += 1
+        self._seconds = entry["seconds"]
+        return entry
+
+    def _before(self) -> float:
+        return float(self._entries[-1]["seconds"]) if self._entries else 0.0
+
+    def _means(
+        self, sets: Sequence[Blocks], ids_BT: Tensor, kl: bool, journal: Journal
+    ) -> dict[str, Any]:
+        """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
+        from shortllm.model.walk import TOGETHER, mean_nlls
+
+        scorer = self._scorer
+        values = mean_nlls(
+            scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
+            advance=scorer.advance, memory=scorer.memory, journal=journal,
+        )  # fmt: skip
+        return {"values": values}
+
+
+def _number(value: float) -> Tensor:
+    import torch
+
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def budget_of(searching: ResolvedCriterion, model: ModelInfo) -> Budget:
+    """How many blocks a search removes, and which it may not remove.
+
+    Raises:
+        BudgetError: it cannot be met.
+    """
+    options = searching.options
+    remove = options["remove"]
+    budget = Budget(
+        remove=remove,
+        ratio=QUARTER if remove is None else None,
+        protect_first=options["protect_first"],
+        protect_last=options["protect_last"],
+        period_aligned=options["period_aligned"],
+    )
+    return budget.model_copy(update={"ratio": None, "remove": most_blocks(budget, model)})
+
+
+def _with_amounts(
+    resolved: Sequence[ResolvedCriterion], budget: Budget, model: ModelInfo
+) -> list[ResolvedCriterion]:
+    """Criteria with the options by which those that remove blocks themselves meet a budget."""
+    return [resolve(one.name, removal_options(one, budget, model)) for one in resolved]

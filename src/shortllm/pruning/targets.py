@@ -1,0 +1,299 @@
+"""Targets turned into a number of blocks: what is left should be so small, or so fast.
+
+    --target-params 1.0B      at most so many parameters
+    --target-memory 8GiB      weights in the computation type, and the keys and values of one
+                              sequence of 2,048 tokens: at most so many bytes
+    --target-speedup 1.3      at least so many times as fast as the intact model, generating
+
+Sizes are counted for the smallest blocks that may go, so that whichever go, the target is met.
+Speed is measured: the intact model and two shorter ones, whose last blocks are passed by in memory,
+take turns; the number of blocks follows from a straight line and is then measured itself.
+
+    shortllm plan runs/qwen3 --target-speedup 1.3
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shortllm.benchmark.options import BenchmarkOptions, paired_speedup
+from shortllm.checkpoint.config import context_length, text_config
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.errors import BudgetError, ResultFileError
+from shortllm.files import fingerprint
+from shortllm.model.session import Session
+from shortllm.pruning.budget import Budget, protected_blocks, removable
+from shortllm.pruning.records import TARGET_FILE, DepthSpeed, Target
+from shortllm.records import ModelInfo
+from shortllm.runtime import progress
+
+log = logging.getLogger(__name__)
+
+CACHED_TOKENS = 2048
+"""Length of the one sequence whose keys and values count as memory; less if the model has less."""
+
+SPEED_OPTIONS = BenchmarkOptions(new_tokens=[32], warmup=2, runs=5)
+"""How depths are measured: the usual prompt, batch 1."""
+
+
+def resolve(
+    budget: Budget, checkpoint: Checkpoint, session: Session, *, directory: Path | None = None
+) -> tuple[Budget, Target | None]:
+    """The budget with its target replaced by a number of blocks, and how that came about.
+
+    A budget without a target is returned as it is.
+
+    Args:
+        session: device and computation type; a speed-up is measured with its model.
+        directory: where an earlier target.json from the same inputs spares the measuring.
+    Raises:
+        BudgetError: a target that is met already or cannot be reached.
+    """
+    asked = budget.target()
+    if asked is None:
+        return budget, None
+    budget.asked()
+    name, value = asked
+    found = _finished(directory, _fingerprint(budget, checkpoint, session)) if directory else None
+    if found is None:
+        find = _by_speed if name == "target_speedup" else _by_size
+        found = find(budget, checkpoint, session)
+    log.info("%s", found.described)
+    if not found.is_met:
+        log.warning(
+            "the target of %s is missed: %s was measured. Ask for more than --remove %d",
+            value,
+            round(found.reached, 3),
+            found.remove,
+        )
+    return budget.model_copy(update={name: None, "remove": found.remove}), found
+
+
+def keep(target: Target | None, directory: Path) -> None:
+    """Write target.json; without a target, delete that of an earlier budget."""
+    if target is None:
+        (directory / TARGET_FILE).unlink(missing_ok=True)
+    else:
+        target.save(directory / TARGET_FILE)
+
+
+def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> str:
+    """Of everything the number of blocks depends on, but for what else the machine is doing."""
+    return fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "asked": budget.asked(),
+            "removable": removable(budget, checkpoint.info()),
+            "dtype": session.dtype(checkpoint),
+            "device": session.device.type,
+            "options": SPEED_OPTIONS.model_dump(mode="json"),
+        }
+    )
+
+
+def _finished(directory: Path, expected: str) -> Target | None:
+    """What an earlier call found from the same inputs."""
+    try:
+        found = Target.load(directory / TARGET_FILE)
+    except ResultFileError:
+        return None
+    return found if found.fingerprint == expected else None
+
+
+def _free(budget: Budget, model: ModelInfo) -> list[list[int]]:
+    """What goes together and may go, so that something stays: blocks, or periods of them.
+
+    Raises:
+        BudgetError: nothing may.
+    """
+    units = removable(budget, model)
+    if sum(map(len, units)) == model.blocks:
+        units.pop()
+    if not units:
+        raise BudgetError(
+            f"none of the {model.blocks} blocks may go. Pass --protect-first 0 --protect-last 0"
+        )
+    return units
+
+
+def _relief(budget: Budget, model: ModelInfo) -> str:
+    """The way out of a target that protected blocks stand in the way of."""
+    blocked = protected_blocks(budget, model)
+    return ", or pass --protect-first 0 --protect-last 0" if blocked else ""
+
+
+def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target:
+    """As few blocks as bring parameters or memory down to the target, whichever go."""
+    name, value = budget.target() or ("", 0.0)
+    model = checkpoint.info()
+    shown: Callable[[float], str] = _gibibytes
+    if name == "target_memory":
+        per_block, total = memory_of(checkpoint, session.dtype(checkpoint))
+    else:
+        per_block, total, shown = model.parameters_per_block, model.parameters, _parameters
+    if total <= value:
+        raise BudgetError(
+            f"{model.id} takes {shown(total)}, so that nothing has to go for "
+            f"--{name.replace('_', '-')} {shown(value)}. Ask for less"
+        )
+    units = _free(budget, model)
+    left, step = {0: total}, len(units[0])
+    for size in sorted(sum(per_block[block] for block in unit) for unit in units):
+        left[max(left) + step] = min(left.values()) - size
+    most = max(left)
+    if left[most] > value:
+        raise BudgetError(
+            f"{model.id} still takes {shown(left[most])} without {most} of its {model.blocks} "
+            f"blocks, which is all that may go, and {shown(value)} were asked for. Ask for "
+            f"{shown(left[most])} or more{_relief(budget, model)}"
+        )
+    remove = next(number for number, size in left.items() if size <= value)
+    return Target(
+        model=model,
+        asked=budget.asked(),
+        remove=remove,
+        expected=left[remove],
+        reached=left[remove],
+        dtype=session.dtype(checkpoint) if name == "target_memory" else None,
+        fingerprint=_fingerprint(budget, checkpoint, session),
+    )
+
+
+def _parameters(value: float) -> str:
+    return f"{value:,.0f} parameters"
+
+
+def _gibibytes(value: float) -> str:
+    return f"{value / 2**30:.3f} GiB"
+
+
+def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
+    """Bytes of each block and of the whole model: weights, and a block's share of the cache.
+
+    The cache is that of `CACHED_TOKENS` tokens by the config's head fields: keys and values of
+    every head that has its own.
+    """
+    import torch
+
+    itemsize = getattr(torch, dtype).itemsize
+    room = context_length(checkpoint.config)
+    tokens = CACHED_TOKENS if room is None else min(CACHED_TOKENS, room)
+    cache = tokens * cache_bytes(checkpoint, dtype)
+    per_block = [number * itemsize + cache for number in checkpoint.parameters_per_block]
+    return per_block, checkpoint.parameters * itemsize + cache * checkpoint.block_count
+
+
+def cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of the keys and values of one token in one block, by the config's head fields.
+
+    0 where the config names no attention heads.
+    """
+    import torch
+
+    config: Any = text_config(checkpoint.config)
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * heads * width * getattr(torch, dtype).itemsize)
+
+
+def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target:
+    """As few blocks as make the model fast enough, by measuring a few depths."""
+    _, value = budget.target() or ("", 0.0)
+    model = checkpoint.info()
+    units, count = _free(budget, model), model.blocks
+    step, most = len(units[0]), sum(map(len, units))
+    guess = min(most, max(step, round(count * (1 - 1 / value))))
+    shorter = dict.fromkeys((count - guess, count - most))
+    depths = measure_depths(checkpoint, session, [count, *shorter])
+    expected = speedup_line(depths)
+    fast = [removed for removed in range(step, most + 1, step) if expected(removed) >= value]
+    if not fast:
+        raise BudgetError(
+            f"{checkpoint.id} is {expected(most):.2f} times as fast without {most} of its {count} "
+            f"blocks, which is all that may go, and {value:g} was asked for. Ask for less"
+            f"{_relief(budget, model)}"
+        )
+    _, again = measure_depths(checkpoint, session, [count, count - fast[0]])
+    return Target(
+        model=model,
+        asked=budget.asked(),
+        remove=fast[0],
+        expected=expected(fast[0]),
+        reached=again.speedup,
+        depths=depths,
+        fingerprint=_fingerprint(budget, checkpoint, session),
+    )
+
+
+def speedup_line(depths: Sequence[DepthSpeed]) -> Callable[[int], float]:
+    """Speed-up by number of blocks removed, if time falls with them along a straight line.
+
+    The line goes through the intact model, the first of the depths, and is the nearest to the
+    others in the sense of least squares of relative time. Infinite where it reaches zero.
+    """
+    removed = [depths[0].blocks - one.blocks for one in depths]
+    saved = sum(k * (1 - 1 / one.speedup) for k, one in zip(removed, depths, strict=True))
+    per_block = saved / sum(k * k for k in removed)
+
+    def speedup(number: int) -> float:
+        left = 1 - per_block * number
+        return 1 / left if left > 0 else math.inf
+
+    return speedup
+
+
+def measure_depths(
+    checkpoint: Checkpoint, session: Session, depths: Sequence[int]
+) -> list[DepthSpeed]:
+    """Speed of the model cut off after so many blocks, measured in turn; the first is the intact.
+
+    The last blocks are passed by, so that positions in the cache, which the first ones count, stay
+    right; which blocks go makes no difference to the speed where all are of one size.
+
+    Raises:
+        BudgetError: the model does not fit into memory.
+    """
+    from shortllm.benchmark.bench import prompt_ids
+    from shortllm.benchmark.interleaved import Subject, Turns
+    from shortllm.benchmark.meters import meter_of
+
+    decoder = session.decoder(checkpoint)
+    if decoder.streamed:
+        raise BudgetError(
+            f"{checkpoint.id} does not fit into memory, where --target-speedup measures it. Give "
+            "--remove or --target-params"
+        )
+    prompt_T = prompt_ids(checkpoint, SPEED_OPTIONS.prompt)
+    subjects = [
+        Subject(
+            name=str(depth),
+            model=decoder.model,
+            prompt_T=prompt_T,
+            within=partial(decoder.without, range(depth, decoder.block_count)),
+        )
+        for depth in depths
+    ]
+    turns = Turns(subjects, SPEED_OPTIONS, session.device, meter_of(session.device))
+    [batch], [new_tokens] = SPEED_OPTIONS.batches, SPEED_OPTIONS.new_tokens
+    runs = len(subjects) * (SPEED_OPTIONS.warmup + SPEED_OPTIONS.runs)
+    with progress("measuring the speed of a few depths", runs) as advance:
+        measured = turns.measure(batch, new_tokens, advance)
+    first = measured[0]
+    found = []
+    for depth, one in zip(depths, measured, strict=True):
+        latency, speedup = one.latency_median_s, paired_speedup(first, one)
+        if latency is None or speedup is None:
+            raise BudgetError(
+                f"memory does not suffice to generate with {checkpoint.id}. Give --remove or "
+                "--target-params instead of --target-speedup"
+            )
+        found.append(DepthSpeed(blocks=depth, latency_s=latency, speedup=speedup))
+    return found

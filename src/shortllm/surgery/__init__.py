@@ -1,0 +1,1 @@
+"""A checkpoint from a checkpoint: derived, guarded, verified."""

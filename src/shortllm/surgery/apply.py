@@ -1,0 +1,189 @@
+"""A plan applied to a checkpoint on disk: kept tensors are copied under their new names.
+
+The model is never built in memory. Bytes go from file to file inside the kernel, so memory stays
+flat whatever the model's size, and the work takes as long as copying the kept bytes. Tied tensors
+are stored once and stay so. Everything is written beside the target and renamed when complete.
+
+    shortllm prune MODEL --blocks 3,4 --out DIR
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from shortllm import __version__
+from shortllm.checkpoint.config import is_own_code, read_config
+from shortllm.checkpoint.shorten_config import (
+    refuse_block_names_in_config,
+    refuse_protected,
+    refuse_type,
+    shorten_config,
+    sliced_axis,
+)
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tensors import TensorEntry, weight_files
+from shortllm.errors import OutputError
+from shortllm.files import PARTIAL, translate_os_errors
+
+log = logging.getLogger(__name__)
+
+PROVENANCE = "shortllm"
+"""Key in config.json under which a shortened checkpoint says where it comes from."""
+
+Advance = Callable[[int], None]
+
+
+def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
+    """The shortened config.json, after the rules and the structural guard; nothing is written.
+
+    Args:
+        kept: kept block numbers, ascending.
+    Raises:
+        UnsupportedModelError: removing these blocks would give a wrong model.
+    """
+    from shortllm.surgery.guard import check_signatures
+
+    refuse_type(checkpoint.config)
+    names = checkpoint.block_names
+    refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
+    shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept, heads=names.heads)
+    refuse_protected(checkpoint.config, kept)
+    check_signatures(checkpoint.config, as_read_from_disk(checkpoint.config, shortened), kept)
+    return shortened
+
+
+def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
+    """The transformers config object that a file holding `raw` will give."""
+    if is_own_code(original):  # its code does not lie beside the file
+        config = type(original).from_dict(raw)
+        config._name_or_path = original._name_or_path
+        return config
+    with (
+        translate_os_errors(Path(tempfile.gettempdir()), hint="set TMPDIR to another directory"),
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        return read_config(Path(directory), original.model_type)
+
+
+def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
+    """New tensor name -> stored tensor, in file order.
+
+    Absent are the tensors of removed blocks and of prediction heads behind the last block; of
+    tensors outside the blocks that hold a share of every block, the shares of kept blocks stay.
+    """
+    names = checkpoint.block_names
+    new_number = {old: new for new, old in enumerate(kept)}
+    result: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.tensors.items():
+        block, axis = names.block_of(name), sliced_axis(name)
+        if block is None and axis is not None:
+            result[name] = entry.part(axis, names.count, kept)
+        elif block is None and not names.is_head(name):
+            result[name] = entry
+        elif block in new_number:
+            result[names.renumbered(name, new_number[block])] = entry
+    return result
+
+
+def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
+    """What config.json says of a checkpoint made from this one by removing blocks, and `how`."""
+    return {
+        "version": __version__,
+        "source": checkpoint.id,
+        "revision": checkpoint.revision,
+        "source_blocks": checkpoint.block_count,
+        "removed_blocks": list(removed),
+        **how,
+        "parent": checkpoint.raw_config.get(PROVENANCE),
+    }
+
+
+def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
+    held = checkpoint.raw_config.get(PROVENANCE)
+    return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
+
+
+def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
+    """Open each model under the last part of its path, or all of it where that is taken.
+
+    A Hub model that another one was derived from is opened at the revision recorded there.
+    """
+    opened = {model: open_checkpoint(model) for model in models if Path(model).is_dir()}
+    entries = [one.raw_config.get(PROVENANCE) for one in opened.values()]
+    held = [entry for entry in entries if isinstance(entry, dict)]
+    origins = {str(entry.get("source")): entry.get("revision") for entry in held}
+    checkpoints: dict[str, Checkpoint] = {}
+    for model in models:
+        short = Path(model).name or model
+        one = opened.get(model) or open_checkpoint(model, revision=origins.get(model))
+        checkpoints[model if short in checkpoints else short] = one
+    return checkpoints
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Refuse a target whose replacement would delete the source.
+
+    Raises:
+        OutputError: the target is the source directory or holds it.
+    """
+    source, target = source.resolve(), target.resolve()
+    if target == source or target in source.parents:
+        relation = "is" if target == source else "holds"
+        raise OutputError(
+            f"{target} {relation} the original model, which stays as it is. Choose another --out"
+        )
+
+
+def carried_files(source: Path, target: Path | None = None) -> list[Path]:
+    """Tokenizer, generation config and all else beside the weights, relative to `source`, sorted.
+
+    Left behind are config.json, hidden files and whatever is unfinished, and of the directories
+    those that hold a model or a run at any depth, and those that `target` is or lies in.
+    """
+    outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
+    weights = weight_files(source)
+    carried: list[Path] = []
+    for path in sorted(source.iterdir()):
+        if path.name in weights or path.name == "config.json":
+            continue
+        if path.name.startswith(".") or path.name.endswith(PARTIAL):
+            continue
+        if path.is_file():
+            carried.append(path.relative_to(source))
+        elif path.is_dir() and path.resolve() not in outputs and not _holds_output(path):
+            carried += sorted(p.relative_to(source) for p in path.rglob("*") if p.is_file())
+    return carried
+
+
+def _holds_output(directory: Path) -> bool:
+    """Whether weights (of another format or model), a run, or unfinished work lie in it."""
+    if weight_files(directory) or (directory / "run.json").exists():
+        return True
+    return any(
+        path.name.endswith(PARTIAL) or (path.is_dir() and _holds_output(path))
+        for path in directory.iterdir()
+        if not path.is_symlink()
+    )
+
+
+def carried_fingerprint(source: Path, *, without: Collection[str] = ()) -> str:
+    """sha256 over names and contents of the files that a new checkpoint takes along.
+
+    Args:
+        without: names of files that do not count.
+    """
+    digest = hashlib.sha256()
+    for name in carried_files(source):
+        if str(name) in without:
+            continue
+        content = hashlib.sha256((source / name).read_bytes()).hexdigest()
+        digest.update(f"{content} {name.as_posix()}\n".encode())
+    return digest.hexdigest()

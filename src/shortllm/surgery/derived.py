@@ -1,0 +1,276 @@
+"""Checkpoints derived from another one: checked, written whole or not at all, verified, recorded.
+
+    a stage ──► Draft: config, weights, record ──► derive ──► target/
+                                                     config.json   where it comes from
+                                                     heal.json     the record, with a fingerprint
+
+The record's fingerprint covers everything the result depends on. A target that carries the expected
+one is up to date and skipped; one that the same stage wrote from other inputs is replaced; anything
+else in the way is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_json, read_tensor_table
+from shortllm.checkpoint.tokenizer import write_special_tokens
+from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
+from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
+from shortllm.files import fingerprint, partial_directory, require_writable
+from shortllm.model.session import Session
+from shortllm.records import Cost, DerivedRecord
+from shortllm.runtime import peak_memory, progress, versions
+from shortllm.surgery.apply import PROVENANCE, carried_files, carried_fingerprint, require_apart
+
+if TYPE_CHECKING:
+    from shortllm.data.calibration import Calibration
+
+log = logging.getLogger(__name__)
+
+Derived = TypeVar("Derived", bound=DerivedRecord)
+Advance = Callable[[int], None]
+
+NEW = "new"
+"""Directory of the tensors that the source lacks, while a checkpoint is written."""
+
+CARDS = {"README.md", "README.original.md"}
+"""Model cards, which a report writes next to the weights, do not count as a change."""
+
+RECORDS = {
+    f"{name}.json"
+    for name in ("prune", "heal", "merge", "width", "sublayers", "quantize", "retrain")
+}
+"""Records of derived checkpoints, which speak of the weights next to them and are not copied on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a stage wants to write; nothing has been written yet."""
+
+    record: Mapping[str, Any]
+    """Fields of the stage's record, without model, versions, cost and fingerprint."""
+    config: Mapping[str, Any]
+    """config.json, without the entry that says where the checkpoint comes from."""
+    provenance: Mapping[str, Any]
+    """That entry, without the fingerprint."""
+    bytes: int
+    """About how much will be written."""
+    write: Callable[[Path, Advance], None]
+    """Writes the weights into a directory; called with a function to report bytes written to."""
+    verify: Callable[[Path], None]
+    """Called with the written directory before it gets its name; raises if it is wrong."""
+    leave: Collection[str] = field(default_factory=frozenset)
+    """First parts of the names of files next to the source's weights that are not copied."""
+
+
+def derive(
+    kind: type[Derived],
+    target: Path,
+    checkpoint: Checkpoint,
+    draft: Callable[[], Draft],
+    *,
+    expected: str,
+    source: Checkpoint | None = None,
+    needed_bytes: int = 0,
+) -> Derived:
+    """Write the checkpoint `target`, unless it is up to date, and return its record.
+
+    Args:
+        draft: does the work of the stage; only called where something is to be written.
+        expected: see `derived_fingerprint`.
+        source: another checkpoint that must not be overwritten.
+        needed_bytes: about how much will be written, where that is known before the work.
+    Raises:
+        OutputError: the target holds something else, or cannot be written.
+    """
+    for one in (checkpoint, source or checkpoint):
+        require_apart(one.directory, target)
+    require_free(target, kind.FILE)
+    if is_up_to_date(target, kind, expected):
+        log.info("%s is up to date, skipped", target)
+        return kind.load(target / kind.FILE)
+    if (target / kind.FILE).is_file():
+        log.info("%s was written from other inputs and will be replaced", target)
+    require_writable(target.absolute().parent, needed_bytes)
+    started = time.monotonic()
+    drafted = draft()
+    record = kind.model_validate(
+        {
+            "model": checkpoint.info(),
+            "versions": versions(),
+            **drafted.record,
+            "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+            "fingerprint": expected,
+        }
+    )
+    _write(checkpoint, target, drafted, record)
+    return kind.load(target / kind.FILE)
+
+
+def derived_fingerprint(
+    checkpoint: Checkpoint, *, calibration: Calibration | None, session: Session, **choices: Any
+) -> str:
+    """The fingerprint of everything that a derived checkpoint depends on.
+
+    Args:
+        calibration: the tokens that the stage looks at, if any.
+        choices: the options of the stage, under its name, and what else the result depends on.
+    """
+    return fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
+            "calibration": calibration.info.tokens_fingerprint if calibration else None,
+            "dtype": session.dtype(checkpoint),
+            "device": session.device.type,
+            **choices,
+        }
+    )
+
+
+def require_free(target: Path, record: str) -> None:
+    """Refuse a target that contains anything but an earlier result of the same stage.
+
+    Args:
+        record: the file that an earlier result contains.
+    """
+    if target.is_file():
+        raise OutputError(f"--out {target} is a file. Give a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
+        raise OutputError(f"{target} contains something else. Choose another --out, or delete it")
+
+
+def is_up_to_date(target: Path, kind: type[DerivedRecord], expected: str) -> bool:
+    """Whether `target` is a finished checkpoint whose record and config have this fingerprint."""
+    try:
+        found = kind.load(target / kind.FILE)
+        read_tensor_table(target)
+        entry = read_json(target / "config.json")[PROVENANCE]["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):  # CheckpointError is a ValueError
+        return False
+    return bool(found.fingerprint == entry == expected)
+
+
+def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRecord) -> None:
+    """Copy the other files, write weights and config, verify, save the record, rename."""
+    left = {*RECORDS, *draft.leave}
+    carried = [
+        file for file in carried_files(checkpoint.directory, target) if file.parts[0] not in left
+    ]
+    needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
+    require_writable(target.absolute().parent, needed)
+    config = {
+        **draft.config,
+        PROVENANCE: {**draft.provenance, "fingerprint": record.fingerprint},
+    }
+    with (
+        partial_directory(target, needed_bytes=needed) as directory,
+        progress(f"writing {target.name}", draft.bytes) as advance,
+    ):
+        for name in carried:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.directory / name, directory / name)
+        write_special_tokens(checkpoint, directory)
+        draft.write(directory, advance)
+        text = json.dumps(config, indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        draft.verify(directory)
+        record.save(directory / type(record).FILE)
+
+
+def copying(
+    entries: Mapping[str, TensorEntry],
+    new: Iterable[tuple[str, Tensor]] | Callable[[Path], Mapping[str, TensorEntry]] = (),
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Callable[[Path, Advance], None]:
+    """A `Draft.write` that copies stored tensors byte by byte, and adds or replaces some.
+
+    Args:
+        entries: new tensor name -> stored tensor, in the order of the files.
+        new: tensors by name, one in memory at a time; one that replaces an entry must have its
+            shape and type. Or a function that writes files into a directory, which is deleted
+            afterwards, and returns the tensors in them.
+    """
+
+    def write(directory: Path, advance: Advance) -> None:
+        room = directory / NEW
+        added = new(room) if callable(new) else _saved(entries, new, room)
+        write_tensors(
+            directory, {**entries, **added}, max_shard_bytes=max_shard_bytes, advance=advance
+        )
+        shutil.rmtree(room, ignore_errors=True)
+
+    return write
+
+
+def verifying(
+    target: Path, session: Session, logits: Tensor, *, cached: bool
+) -> Callable[[Path], None]:
+    """A `Draft.verify` that loads the written checkpoint and compares what it computes.
+
+    Args:
+        logits: what it must compute on the probe, see `bypass_logits`.
+        cached: whether it must compute the same with a cache.
+    """
+
+    def verify(written: Path) -> None:
+        from shortllm.surgery.verify import verify_shortened
+
+        decoder = session.decoder(open_checkpoint(written))
+        verify_shortened(str(target), decoder, logits, cached=cached)
+
+    return verify
+
+
+def _saved(
+    entries: Mapping[str, TensorEntry], new: Iterable[tuple[str, Tensor]], directory: Path
+) -> dict[str, TensorEntry]:
+    """Save each new tensor in a file of its own."""
+    from safetensors.torch import save_file
+
+    written: dict[str, TensorEntry] = {}
+    for number, (name, tensor) in enumerate(new):
+        own = directory / str(number)
+        own.mkdir(parents=True)
+        save_file({name: tensor.contiguous()}, own / SAFETENSORS)
+        written |= read_tensor_table(own)
+        held = entries.get(name, written[name])
+        if (held.shape, held.dtype) != (written[name].shape, written[name].dtype):
+            raise CheckpointError(
+                f"the new tensor '{name}' is {written[name].dtype} {list(written[name].shape)}, "
+                f"but the stored one is {held.dtype} {list(held.shape)}"
+            )
+    return written
+
+
+def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
+    """The name in the files of a tensor of block `b`."""
+    return f"{checkpoint.block_names.prefix}.{b}.{name}"
+
+
+def require_stored(checkpoint: Checkpoint, b: int, name: str, *, needed_to: str) -> TensorEntry:
+    """The stored weights of the projection `name` of block `b`.
+
+    Args:
+        needed_to: what cannot be done without them, e.g. `cut them`.
+    """
+    stored = stored_name(checkpoint, b, f"{name}.weight")
+    entry = checkpoint.tensors.get(stored)
+    if entry is None:
+        raise UnsupportedModelError(
+            f"cannot {needed_to}: {checkpoint.id} stores the weights of '{name}' of block {b} "
+            f"under another name than '{stored}'. Save it again with transformers' save_pretrained"
+        )
+    return entry

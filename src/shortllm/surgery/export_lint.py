@@ -1,0 +1,254 @@
+"""Whether other programs will represent a finished checkpoint rightly: by rule, one table each.
+
+Some programs do not read how the blocks of a type differ but know it by heart: every second block
+attends fully, every fourth has no positions. A shortened model that no longer follows is silently
+wrong there, while plans of whole periods (`--period-aligned`) stay right. What no rule speaks of is
+said to be unknown.
+
+    shortllm export-lint CHECKPOINT
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from shortllm.checkpoint.config import SHAPES, block_count, text_config
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.errors import UnsupportedModelError
+from shortllm.options import accepts
+from shortllm.records import Record
+from shortllm.runtime import Runtime
+
+Target = Literal["gguf", "vllm"]
+
+Verdict = Literal["ok", "wrong", "unknown"]
+
+NAMES: dict[Target, str] = {"gguf": "llama.cpp (GGUF)", "vllm": "vLLM"}
+"""What a target is called in text."""
+
+PERIODS_HELP = "Plan again with --period-aligned, so that only whole periods go"
+
+ELSEWHERE = "Run it with transformers instead"
+
+ALIKE = {
+    "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "qwen2",
+    "qwen3", "stablelm", "starcoder2",
+}  # fmt: skip
+"""Types that both programs build from the block count, where all blocks are built alike."""
+
+
+class ExportFinding(Record):
+    """What one program will make of a checkpoint."""
+
+    target: Target
+    verdict: Verdict
+    reason: str
+    fields: dict[str, Any] = Field(
+        default_factory=dict, description="config fields the verdict rests on"
+    )
+    way_out: str | None = Field(default=None, description="what to do where it is wrong")
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A program expects `value` in every `period`-th entry of a field and nowhere else."""
+
+    field: str
+    period: int
+    value: Any
+    meaning: str
+
+    def __call__(self, config: Any) -> Problem | None:
+        entries = getattr(config, self.field, None) or []
+        wanted = [(block + 1) % self.period == 0 for block in range(len(entries))]
+        if [entry == self.value for entry in entries] == wanted:
+            return None
+        return Problem(
+            f"it takes it for granted that every block whose number from one is a multiple of "
+            f"{self.period} {self.meaning}, and no other; here {self.field} says otherwise",
+            {self.field: list(entries)},
+            PERIODS_HELP,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a checkpoint will be wrong in a program."""
+
+    reason: str
+    fields: dict[str, Any]
+    way_out: str
+
+
+Rule = Callable[[Any], Problem | None]
+
+
+def _scale_by_count(blocks: int) -> Rule:
+    """The program knows the attention scale by the block count: at `blocks` another one."""
+
+    def rule(config: Any) -> Problem | None:
+        count, head_dim = block_count(config), config.head_dim
+        used = config.hidden_size // config.num_attention_heads if count == blocks else head_dim
+        if used == config.query_pre_attn_scalar:
+            return None
+        fields = ("num_hidden_layers", "query_pre_attn_scalar", "head_dim")
+        return Problem(
+            f"it scales attention by 1/sqrt({used}) in a model of {count} blocks and does not read "
+            "query_pre_attn_scalar",
+            {name: getattr(config, name) for name in fields},
+            ELSEWHERE,
+        )
+
+    return rule
+
+
+def _shared_keys_from(block: int) -> Rule:
+    """The program knows by heart from which block on keys and values are shared."""
+
+    def rule(config: Any) -> Problem | None:
+        first = block_count(config) - config.num_kv_shared_layers
+        if first == block:
+            return None
+        return Problem(
+            f"it takes it for granted that blocks from {block} on share keys and values; here "
+            f"those from {first} on do",
+            {name: getattr(config, name) for name in ("num_hidden_layers", "num_kv_shared_layers")},
+            f"Remove only blocks from {block} on, or run it with transformers instead",
+        )
+
+    return rule
+
+
+def _experts_by_step(config: Any) -> Problem | None:
+    step = config.interleave_moe_layer_step
+    if config.moe_layers == list(range(step - 1, block_count(config), step)):
+        return None
+    return Problem(
+        "it reads interleave_moe_layer_step, which no longer says which blocks have experts",
+        {name: getattr(config, name) for name in ("interleave_moe_layer_step", "moe_layers")},
+        PERIODS_HELP,
+    )
+
+
+def _one_window(config: Any) -> Problem | None:
+    if not getattr(config, "use_sliding_window", False):
+        return None
+    if config.max_window_layers == block_count(config):
+        return None
+    return Problem(
+        "it refuses a sliding window in some but not all blocks: max_window_layers must be "
+        "num_hidden_layers",
+        {
+            name: getattr(config, name)
+            for name in ("max_window_layers", "num_hidden_layers", "sliding_window")
+        },
+        ELSEWHERE,
+    )
+
+
+def _one_shape(config: Any) -> Problem:
+    return Problem(
+        "it builds all blocks in one shape",
+        {"shapes": len({str(shapes) for shapes in getattr(config, SHAPES)})},
+        "Make it narrower with --shapes uniform, or load it with shortllm.load",
+    )
+
+
+def _full_every(period: int) -> Pattern:
+    return Pattern("layer_types", period, "full_attention", "attends to all tokens")
+
+
+def _no_positions_every(period: int) -> Pattern:
+    return Pattern("no_rope_layers", period, 0, "has no rotary positions")
+
+
+BY_TYPE: dict[Target, dict[str, list[Rule]]] = {
+    "gguf": {
+        "cohere2": [_full_every(4)],
+        "gemma2": [_full_every(2), _scale_by_count(46)],
+        "gemma3_text": [_full_every(6), _scale_by_count(62)],
+        "gemma3n_text": [_full_every(5), _shared_keys_from(20)],
+        "gpt_oss": [_full_every(2)],
+        "llama4_text": [_no_positions_every(4), _experts_by_step],
+        "smollm3": [_no_positions_every(4)],
+    },
+    "vllm": {"gpt_oss": [_full_every(2)]},
+}
+"""Target -> model type -> what the program knows by heart, all of it, of this type's blocks."""
+
+BY_FIELD: dict[Target, dict[str, Rule]] = {
+    "gguf": {SHAPES: _one_shape},
+    "vllm": {SHAPES: _one_shape, "max_window_layers": _one_window},
+}
+"""Target -> config field -> what the program demands of every type that has the field."""
+
+
+def lint_export(checkpoint: Checkpoint) -> list[ExportFinding]:
+    """What each target will make of a checkpoint."""
+    return [_lint(checkpoint, target) for target in get_args(Target)]
+
+
+def _lint(checkpoint: Checkpoint, target: Target) -> ExportFinding:
+    config = text_config(checkpoint.config)
+    rules = BY_TYPE[target].get(config.model_type, [])
+    fields = [rule for field, rule in BY_FIELD[target].items() if hasattr(config, field)]
+    try:
+        problems = list(_problems([*rules, *fields], config))
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"config.json of {checkpoint.id} holds a value that no '{config.model_type}' has: "
+            f"{error}. Download it again"
+        ) from error
+    for problem in problems:
+        return ExportFinding(
+            target=target,
+            verdict="wrong",
+            reason=f"{NAMES[target]} will not represent this model: {problem.reason}",
+            fields=problem.fields,
+            way_out=problem.way_out,
+        )
+    if rules:
+        reason = f"the blocks follow what {NAMES[target]} takes for granted of this type"
+        return ExportFinding(target=target, verdict="ok", reason=reason)
+    if config.model_type in ALIKE and checkpoint.structure.period == 1:
+        reason = "all blocks are built alike, and their number is read from the config"
+        return ExportFinding(target=target, verdict="ok", reason=reason)
+    differ = checkpoint.structure.period > 1
+    return ExportFinding(
+        target=target,
+        verdict="unknown",
+        reason=f"no rule says how {NAMES[target]} reads model type '{config.model_type}'"
+        f"{', whose blocks differ by their place' if differ else ''}",
+        way_out="Compare its output with that of transformers",
+    )
+
+
+def _problems(rules: list[Rule], config: Any) -> Iterator[Problem]:
+    for rule in rules:
+        problem = rule(config)
+        if problem:
+            yield problem
+
+
+@accepts(runtime=Runtime)
+def export_lint(
+    model: str, *, runtime: Runtime, revision: str | None = None
+) -> list[ExportFinding]:
+    """Check by rule whether llama.cpp (GGUF) and vLLM will load a checkpoint correctly.
+
+    Reads the config and headers only.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        runtime: only its `trust_remote_code` matters; it can be given as a keyword.
+        revision: of a Hub model.
+    Returns:
+        A verdict for each program, with the reason and, where there is one, a hint.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    return lint_export(open_checkpoint(model, revision=revision))

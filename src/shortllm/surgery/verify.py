@@ -1,0 +1,155 @@
+"""Check what was written: reload it, compare it with the original with blocks bypassed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortllm.checkpoint.config import text_config
+from shortllm.errors import CheckpointError
+from shortllm.model.decoder import Decoder
+from shortllm.model.walk import walk
+
+PROBE_SHAPE = (2, 24)
+"""Samples and tokens of the comparison."""
+
+CACHED_TOKENS = 4
+"""How many of the tokens are read one by one when the cache is checked."""
+
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""What models call their cache in their output, and take it as; the newest name first."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+LOW_PRECISION_TOLERANCE = 5e-2
+"""Largest difference of two logits relative to the largest logit, by computation type.
+
+Surgery copies weights bit by bit, so that the first comparison is exact on one machine; the bound
+is for kernels that choose another order of summation (with a cache above all).
+"""
+
+CACHE_ERRORS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError)
+"""What a model raises that was not made for its cache."""
+
+
+def probe_ids(config: Any) -> Tensor:
+    """Fixed pseudo-random token ids, `[2, 24]`, none of them padding (some models skip it)."""
+    text = text_config(config)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, text.vocab_size, PROBE_SHAPE, generator=generator)
+    padding = getattr(text, "pad_token_id", None)
+    return ids if padding is None else torch.where(ids == padding, (ids + 1) % text.vocab_size, ids)
+
+
+@torch.no_grad()
+def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
+    """Logits on the probe with the blocks `removed` bypassed, float32 `[2, 24, V]`.
+
+    Of streamed blocks all but the last token's, which predicts nothing: `[2, 23, V]`.
+    """
+    ids = probe_ids(decoder.model.config)
+    if not decoder.streamed:
+        with decoder.without(removed):
+            return _logits(decoder.model, ids)
+    rows: list[Tensor] = []
+    walk(
+        decoder,
+        ids,
+        [frozenset(removed)],
+        consume=lambda m, logits_NV, first_NV, target_N: rows.append(logits_NV.float().cpu()),
+    )
+    return torch.cat(rows).view(len(ids), -1, decoder.vocabulary)
+
+
+@torch.inference_mode()
+def caches_rightly(original: Decoder) -> bool:
+    """Whether the original computes the same with a cache as without (some types never do).
+
+    Not looked at where blocks are streamed.
+    """
+    if original.streamed:
+        return False
+    ids = probe_ids(original.model.config)
+    try:
+        cached = _cached_logits(original.model, ids)
+    except CACHE_ERRORS:
+        return False
+    if cached is None:
+        return True
+    plain = _logits(original.model, ids)
+    return cached.shape == plain.shape and _difference(cached, plain) <= _tolerance(original)
+
+
+@torch.inference_mode()
+def verify_shortened(
+    name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True
+) -> None:
+    """Compare a reloaded model with `expected` (see `bypass_logits`), without and with cache.
+
+    Args:
+        cached: whether to compare with a cache too (see `caches_rightly`).
+    Raises:
+        CheckpointError: the logits differ, or cached generation differs from generation without.
+    """
+    ids = probe_ids(shortened.model.config)
+    plain = bypass_logits(shortened)
+    tolerance = _tolerance(shortened)
+    columns = min(plain.shape[1], expected.shape[1])
+    _compare(
+        plain[:, :columns],
+        expected[:, :columns],
+        tolerance,
+        f"{name} does not compute what the original without the blocks computes",
+    )
+    if not cached or shortened.streamed:
+        return
+    try:
+        found = _cached_logits(shortened.model, ids)
+    except CACHE_ERRORS as error:
+        raise CheckpointError(f"{name} cannot generate with a cache: {error}") from error
+    if found is not None:
+        _compare(found, plain, tolerance, f"{name} generates other text with a cache than without")
+
+
+def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
+    device = next(model.parameters()).device
+    return model(input_ids=ids.to(device), use_cache=False, **kwargs).logits.float().cpu()  # type: ignore[no-any-return]
+
+
+def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """Logits of a forward over all but the last tokens, continued token by token from its cache.
+
+    None where the type has no cache.
+    """
+    ids = ids.to(next(model.parameters()).device)
+    start = ids.shape[1] - CACHED_TOKENS
+    output = model(input_ids=ids[:, :start], use_cache=True)
+    kind = next((name for name in CACHES if getattr(output, name, None) is not None), None)
+    if kind is None:
+        return None
+    pieces = [output.logits]
+    for t in range(start, ids.shape[1]):
+        cache = {kind: getattr(output, kind)}
+        output = model(input_ids=ids[:, t : t + 1], use_cache=True, **cache)
+        pieces.append(output.logits)
+    return torch.cat(pieces, dim=1).float().cpu()
+
+
+def _tolerance(decoder: Decoder) -> float:
+    return TOLERANCE.get(decoder.dtype, LOW_PRECISION_TOLERANCE)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of two logits relative to the largest expected one."""
+    return (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
+
+
+def _compare(found: Tensor, expected: Tensor, tolerance: float, message: str) -> None:
+    difference = _difference(found, expected)
+    if not difference <= tolerance:
+        raise CheckpointError(
+            f"{message}: logits differ by {difference:.1e} (relative), {tolerance:.0e} allowed"
+        )

@@ -1,0 +1,175 @@
+"""The config of a narrower checkpoint: by the family's own fields, or with a shape per block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shortllm.checkpoint.config import SHAPES, block_shapes, marked
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.errors import UnsupportedModelError
+from shortllm.model.blocks import find_blocks
+from shortllm.model.loading import quiet_transformers
+from shortllm.model.structure import build_empty
+from shortllm.surgery.apply import as_read_from_disk
+from shortllm.width_pruning.groups import BlockGroups, Removed
+
+NEURON_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+"""What configs call the number of neurons."""
+
+KV_FIELDS = ("num_key_value_heads", "num_kv_heads")
+
+BIAS_FIELDS = ("attention_bias", "mlp_bias")
+"""Fields that give the projections of a block their biases, those of the outputs among them."""
+
+TensorShapes = dict[str, tuple[int, ...]]
+"""Name within a block -> shape."""
+
+
+def narrowed_shapes(
+    shapes: TensorShapes, groups: BlockGroups, counts: tuple[int, int]
+) -> TensorShapes:
+    """The shapes of a block's tensors with so many heads (units) and neurons gone."""
+    result = dict(shapes)
+    for sublayer, gone in zip(groups.sublayers, counts, strict=True):
+        for name, units in sublayer.unit_of_row_R.items():
+            rows = len(units) - gone * len(units) // sublayer.units
+            result[f"{name}.weight"] = _with_size(groups, name, shapes, rows=rows)
+            if f"{name}.bias" in result:
+                result[f"{name}.bias"] = (rows,)
+        channels = len(sublayer.unit_of_channel_C) - gone * sublayer.unit_width
+        name = sublayer.output
+        result[f"{name}.weight"] = _with_size(groups, name, shapes, columns=channels)
+    return result
+
+
+def _with_size(
+    groups: BlockGroups,
+    name: str,
+    shapes: TensorShapes,
+    *,
+    rows: int | None = None,
+    columns: int | None = None,
+) -> tuple[int, ...]:
+    """The shape of a weight with another number of outputs or inputs."""
+    shape = shapes[f"{name}.weight"]
+    before = shape[::-1] if name in groups.transposed else shape
+    after = (rows or before[0], columns or before[1])
+    return after[::-1] if name in groups.transposed else after
+
+
+def uniform_config(
+    checkpoint: Checkpoint,
+    groups: Mapping[int, BlockGroups],
+    counts: tuple[int, int],
+    *,
+    bias: bool,
+) -> tuple[dict[str, Any], TensorShapes]:
+    """config.json where every block loses the same number of heads and neurons.
+
+    Args:
+        counts: how many units of attention and how many neurons go from each block.
+        bias: whether the output projections are to have biases.
+    Returns:
+        The config, and the biases that the family gets only together with those of the outputs.
+    Raises:
+        UnsupportedModelError: the type's config cannot say it.
+    """
+    first = groups[0]
+    heads, neurons = first.attention.units - counts[0], first.mlp.units - counts[1]
+    raw = _with_counts(checkpoint, heads, neurons, first)
+    if bias:
+        raw |= {name: True for name in BIAS_FIELDS if hasattr(checkpoint.config, name)}
+    model_type = checkpoint.model_type
+    way_out = "Give --shapes per-block, a checkpoint for shortllm.load"
+    said = f"{heads * first.query_heads} heads of {first.head_dim} and {neurons} neurons"
+    try:
+        with quiet_transformers():
+            built = _built_shapes(as_read_from_disk(checkpoint.config, raw))
+    except UnsupportedModelError as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise UnsupportedModelError(
+            f"the config of model type '{model_type}' cannot say that each block has {said} "
+            f"({reason}). {way_out}"
+        ) from error
+    added: TensorShapes = {}
+    for b, before in enumerate(_built_shapes(checkpoint.config)):
+        expected = narrowed_shapes(before, groups[b], counts)
+        outputs = [f"{sublayer.output}.bias" for sublayer in groups[b].sublayers]
+        missing = [name for name in outputs if bias and name not in built[b]]
+        if missing:
+            raise UnsupportedModelError(
+                f"the config of model type '{model_type}' cannot give '{missing[0]}', where flap "
+                f"keeps the mean of what it removes. {way_out}, or --no-bias"
+            )
+        new = {name: shape for name, shape in built[b].items() if name not in expected}
+        wrong = [name for name, shape in expected.items() if built[b].get(name) != shape]
+        wrong += [name for name in new if not bias or not name.endswith(".bias")]
+        if wrong:
+            found, wanted = built[b].get(wrong[0]), expected.get(wrong[0])
+            raise UnsupportedModelError(
+                f"the config of model type '{model_type}' cannot say that each block has {said}: "
+                f"'{wrong[0]}' would be {found} instead of {wanted}. {way_out}"
+            )
+        added = {name: shape for name, shape in new.items() if name not in outputs}
+    return raw, added
+
+
+def _with_counts(
+    checkpoint: Checkpoint, heads: int, neurons: int, groups: BlockGroups
+) -> dict[str, Any]:
+    """config.json with other counts, under every name that the type's config has for them."""
+    config, renamed = checkpoint.config, type(checkpoint.config).attribute_map
+    fields = {"num_attention_heads": heads * groups.query_heads, "head_dim": groups.head_dim}
+    fields |= {name: heads for name in KV_FIELDS if hasattr(config, name)}
+    fields |= {name: neurons for name in NEURON_FIELDS if hasattr(config, name)}
+    return {**checkpoint.raw_config, **{renamed.get(name, name): n for name, n in fields.items()}}
+
+
+def _built_shapes(config: Any) -> list[TensorShapes]:
+    """Shapes of the parameters of each block that a config builds."""
+    model = build_empty(config)
+    _, blocks = find_blocks(model, config)
+    return [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in blocks]
+
+
+def per_block_config(
+    checkpoint: Checkpoint,
+    groups: Mapping[int, BlockGroups],
+    removed: Mapping[int, Removed],
+    *,
+    biased: Mapping[int, list[str]],
+) -> dict[str, Any]:
+    """config.json with the shapes of each block.
+
+    Args:
+        biased: for each block the output projections that get a bias.
+    """
+    before = block_shapes(checkpoint.config) or [{}] * checkpoint.block_count
+    entries = [
+        _entry(before[b], groups[b], removed[b], biased.get(b, [])) if b in removed else before[b]
+        for b in range(checkpoint.block_count)
+    ]
+    # transformers takes some types for others: e.g. mistral with layer_types for ministral
+    raw = {**checkpoint.raw_config, "model_type": checkpoint.model_type}
+    return {**marked(raw), SHAPES: entries}
+
+
+def _entry(
+    before: dict[str, Any], groups: BlockGroups, removed: Removed, biased: list[str]
+) -> dict[str, Any]:
+    """The shapes of one block."""
+    heads, neurons = groups.attention.units - len(removed.heads), groups.mlp.units
+    projections: dict[str, list[int]] = {}
+    for sublayer, units in removed.pairs(groups):
+        for name in sublayer.unit_of_row_R:
+            projections[name] = [len(sublayer.kept_rows(name, units)), groups.width]
+        projections[sublayer.output] = [groups.width, len(sublayer.kept_channels(units))]
+    return {
+        "num_attention_heads": heads * groups.query_heads,
+        "num_key_value_heads": heads,
+        "attention_width": heads * groups.attention.unit_width,
+        "intermediate_size": neurons - len(removed.neurons),
+        "projections": projections,
+        "biases": sorted({*before.get("biases", []), *biased}),
+    }
