@@ -130,6 +130,14 @@ def test_half_a_character_is_held_back(models: Models, monkeypatch: pytest.Monke
     assert {one.texts[0] for one in running[1:]} <= {"a"} and last.texts == ["a\ufffd"]
 
 
+def test_texts_of_a_batch_that_do_not_follow_the_decoded_prompt_are_decoded_alone() -> None:
+    class Joining:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "é" if ids == [1, 2] else "".join(map(str, ids))
+
+    assert generating.decode(Joining(), [1], [[2], [3]]) == ["2", "3"]
+
+
 def test_nothing_is_decoded_in_the_thread_that_generates(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
