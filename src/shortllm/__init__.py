@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
     from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
-    from shortllm.width_pruning.api import width as width
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
     from shortllm.width_pruning.options import WidthPruning as WidthPruning
+    from shortllm.width_pruning.prune_width import width as width
 
 _HOME = {
     "Benchmark": "benchmark.options",
@@ -112,7 +112,7 @@ _HOME = {
     "run": "api",
     "score": "api",
     "trusting_remote_code": "runtime",
-    "width": "width_pruning.api",
+    "width": "width_pruning.prune_width",
 }
 """Public name -> the module it is loaded from. No module may be called like a public name."""
 
