@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shortllm.data.options import CalibrationOptions
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, Record
+from shortllm.registry import described
+from shortllm.sublayers.criteria import CRITERIA
 
 BLOCK_LIST = Flag(metavar="3,4")
 
@@ -18,11 +20,10 @@ class SublayerOptions(Options):
 
     panel: ClassVar[str] = "Sublayers"
 
-    criterion: Literal["sublayer-ppl", "sublayer-influence"] | None = Field(
+    criterion: Annotated[str | None, Flag(metavar="|".join(CRITERIA.names()))] = Field(
         default=None,
-        description="How to choose. sublayer-ppl: the lowest perplexity without it, one sublayer "
-        "after the other. sublayer-influence: the smallest change of the hidden state's "
-        "direction.",
+        description="How to choose. " + described(CRITERIA),
+        json_schema_extra={"enum": [*CRITERIA.names(), None]},
     )
     remove: int | None = Field(default=None, description="Number of sublayers to remove.")
     parts: Literal["joint", "attention", "mlp"] = Field(
@@ -44,6 +45,11 @@ class SublayerOptions(Options):
         description="Keep this many blocks at the end whole. Default: 2, at most a quarter.",
     )
     calibration: CalibrationOptions = CalibrationOptions()
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else CRITERIA.get(name).name
 
 
 class DroppedSublayer(Record):

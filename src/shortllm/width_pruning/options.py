@@ -144,7 +144,7 @@ class WidthPruning(DerivedRecord):
 
     FILE: ClassVar[str] = "width.json"
 
-    method: str = Field(json_schema_extra={"enum": METHODS.names()})
+    method: str
     shapes: Literal["uniform", "per-block"] = Field(
         description="uniform: a plain checkpoint; per-block: loaded by shortllm.load"
     )
@@ -157,8 +157,3 @@ class WidthPruning(DerivedRecord):
         default=None, description="tokens_fingerprint of the calibration"
     )
     dtype: str = Field(description="computation type of the scoring pass")
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return METHODS.get(name).name

@@ -163,10 +163,10 @@ class _Probe:
                 seen[name] = given.reshape(count, TOKENS, -1)
                 if name == until:
                     raise _Reached
-                told = values.get(name, self._base[name]).expand(count, -1, -1)
+                result = values.get(name, self._base[name]).expand(count, -1, -1)
                 # a copy, as some blocks add to it in place
-                told = told.clone(memory_format=torch.contiguous_format)
-                return told.reshape(*given.shape[:-1], -1)
+                result = result.clone(memory_format=torch.contiguous_format)
+                return result.reshape(*given.shape[:-1], -1)
 
             return forward
 
@@ -288,8 +288,8 @@ class _Probe:
         sublayer = Sublayer(output, unit_C, parts)
         if sublayer.units == 1:
             raise self._refusal(
-                f"has {kind} that cannot be removed one by one: all are coupled (by a shared head, or a "
-                "norm over all of them)"
+                f"has {kind} that cannot be removed one by one: all are coupled (by a shared head, "
+                "or a norm over all of them)"
             )
         for units in (unit_C, *parts.values()):
             sizes_U = torch.bincount(units, minlength=sublayer.units)

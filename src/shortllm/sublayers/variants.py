@@ -1,13 +1,7 @@
-"""How much each sublayer matters.
+"""All candidates of a round measured in one walk, the same that measures whole blocks.
 
-    sublayer-ppl        one after the other: of all that are left the one goes without which the
-                        perplexity is lowest (BlockPruner, arXiv:2406.10594)
-    sublayer-influence  1 - cos(stream before, stream after) of each sublayer, from one pass ("What
-                        matters in Transformers", arXiv:2406.15786)
-
-All candidates of a round are measured in one walk, the same that whole blocks are measured in: a
-block counts there as three of which each model has at most one: whole, without its attention, and
-without its MLP. So models that begin alike share their passes here too.
+There a block counts as three, of which each model has at most one: whole, without its attention,
+and without its MLP. So models that begin alike share their passes here too.
 
 Shapes: B samples, T tokens, D width, V vocabulary, N predictions of one slice.
 """
@@ -23,19 +17,19 @@ from torch import Tensor
 from shortllm.journal import Journal
 from shortllm.model.decoder import BlockCall, Decoder, Entry
 from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.metrics import cosine, next_token_nll
-from shortllm.model.walk import block_flops, enter_groups, group_size, walk, walk_flops
+from shortllm.model.metrics import next_token_nll
+from shortllm.model.walk import walk, walk_flops
 from shortllm.pruning.search_space import TOGETHER
 from shortllm.sublayers.structure import PARTS, Outputs, Part, Sublayer, without_sublayers
 
 Advance = Callable[[float], None]
 
 VARIANTS: tuple[tuple[Part, ...], ...] = ((), ("attention",), ("mlp",))
-"""What each of the three that a block counts as lacks."""
+"""What each of the three variants of a block lacks."""
 
 
 class Variants:
-    """A decoder to `walk` over in which each block counts as three; else the decoder itself."""
+    """A decoder to `walk` over in which each block counts as three."""
 
     def __init__(self, decoder: Decoder, outputs: Outputs) -> None:
         self._decoder = decoder
@@ -47,11 +41,11 @@ class Variants:
         return getattr(self._decoder, name)
 
     def as_decoder(self) -> Decoder:
-        """This, for what works on a decoder by these methods alone."""
+        """The same object, typed as a decoder for functions that use these methods only."""
         return cast(Decoder, self)
 
     def without(self, removed: Collection[Sublayer]) -> frozenset[int]:
-        """A model without some sublayers, as the set of what it lacks of this decoder's blocks."""
+        """A model without some sublayers, as the set of variants that it lacks."""
         gone = set(removed)
         kept = set()
         for b in range(self._decoder.block_count):
@@ -67,7 +61,7 @@ class Variants:
         return Entry(entry.ids_BT, entry.stream_BTD, calls)
 
     def through(self, order: Sequence[int]) -> Iterator[int]:
-        """The variants in order, each while its block's weights are there."""
+        """The variants in order, each while its block's weights are in memory."""
         of_block: dict[int, list[int]] = {}
         for v in order:
             of_block.setdefault(v // len(VARIANTS), []).append(v)
@@ -75,7 +69,7 @@ class Variants:
             yield from of_block[b]
 
     def apply(self, v: int, stream_BTD: Tensor, call: BlockCall) -> Tensor:
-        """The stream behind a block that lacks what the variant lacks."""
+        """The hidden state after a block that lacks what the variant lacks."""
         b, variant = divmod(v, len(VARIANTS))
         lacking = [(b, part) for part in VARIANTS[variant]]
         with without_sublayers(self._decoder, self._outputs, lacking):
@@ -123,11 +117,11 @@ def remove_one_by_one(
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> tuple[float, list[tuple[Sublayer, float]]]:
-    """The intact model's mean NLL, and the sublayers in the order in which they go, each with the
-    mean NLL without it and those before it, nats.
+    """The intact model's mean NLL, and the sublayers in the order of removal, each with the mean
+    NLL without it and those before it, nats.
 
-    Of equals the one of the later block goes, and of one block the attention. Finished rounds are
-    in the journal. A NLL that is no number counts as infinite.
+    Of equal ones the one of the later block goes first, and of one block the attention. Finished
+    rounds are in the journal. A NLL that is not a number counts as infinite.
     """
     journal = journal or Journal(None, "")
     rounds: list[list[float]] = (journal.position() or {"rounds": []})["rounds"]
@@ -157,7 +151,7 @@ def remove_one_by_one(
 def rounds_flops(
     variants: Variants, candidates: Sequence[Sublayer], number: int, samples: int, length: int
 ) -> float:
-    """Floating-point operations of `remove_one_by_one`, as if the first candidates went."""
+    """Floating-point operations of `remove_one_by_one`, as if the first candidates were removed."""
     total = 0.0
     for done in range(number):
         gone = frozenset(candidates[:done])
@@ -167,69 +161,3 @@ def rounds_flops(
             together = removals[start : start + TOGETHER]
             total += walk_flops(variants.as_decoder(), together, samples, length)
     return total
-
-
-def influence(
-    decoder: Decoder,
-    outputs: Outputs,
-    ids_BT: Tensor,
-    *,
-    advance: Advance = lambda work: None,
-) -> dict[Sublayer, float]:
-    """1 - cos(stream before, stream after) of each sublayer, mean over tokens; in [0, 2].
-
-    What attention adds is seen by the block without its MLP. Where the MLP reads what the attention
-    wrote, its stream before is the one behind the attention; where both read the same (parallel
-    blocks), it is the one entering the block, and what it adds is seen without the attention.
-    """
-    sums = {(b, part): 0.0 for b in sorted(outputs) for part in PARTS}
-    size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
-    for start in range(0, len(ids_BT), size):
-        rows = ids_BT[start : start + size].to(decoder.device)
-        entries = enter_groups(decoder, torch.split(rows, group_size(decoder, rows.shape[1])))
-        streams = [entry.stream_BTD for entry in entries]
-        for b in decoder.through(range(decoder.block_count)):
-            for place, entry in enumerate(entries):
-                before_BTD = streams[place]
-                with torch.no_grad():
-                    after_BTD = decoder.apply(b, before_BTD, entry.calls[b])
-                    if b in outputs:
-                        found = _similarities(decoder, outputs, b, entry, before_BTD, after_BTD)
-                        for part, value in zip(PARTS, found, strict=True):
-                            sums[b, part] += value
-                streams[place] = after_BTD.to(before_BTD)
-            advance(block_flops(decoder, b) * rows.numel())
-    return {one: 1.0 - total / ids_BT.numel() for one, total in sums.items()}
-
-
-def _similarities(
-    decoder: Decoder,
-    outputs: Outputs,
-    b: int,
-    entry: Entry,
-    before_BTD: Tensor,
-    after_BTD: Tensor,
-) -> tuple[float, float]:
-    """Sums over tokens of cos(before, after), of the attention and of the MLP."""
-
-    def without(part: Part) -> Tensor:
-        with without_sublayers(decoder, outputs, [(b, part)]):
-            return decoder.apply(b, before_BTD, entry.calls[b])
-
-    def total(one_BTD: Tensor, other_BTD: Tensor) -> float:
-        return float(cosine(one_BTD.flatten(2), other_BTD.flatten(2)).double().sum().item())
-
-    without_mlp_BTD = without("mlp")
-    attention = total(before_BTD, without_mlp_BTD)
-    seen: list[Tensor] = []
-    output = decoder.blocks[b].get_submodule(outputs[b]["mlp"])
-    handle = output.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        decoder.apply(b, before_BTD, entry.calls[b])
-        without_attention_BTD = without("attention")
-    finally:
-        handle.remove()
-    intact, alone = (given.float() for given in seen)
-    if bool((intact - alone).abs().max() <= 1e-5 * intact.abs().max()):
-        return attention, total(before_BTD, without_attention_BTD)
-    return attention, total(without_mlp_BTD, after_BTD)
