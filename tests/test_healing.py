@@ -32,12 +32,13 @@ from shortllm.healing import stage
 from shortllm.healing.folding import find_added
 from shortllm.healing.linear import Moments, Visit, choose_ridge, heal_gaps, solve, visits_of
 from shortllm.healing.options import Healing, HealOptions
-from shortllm.merging import stage as merge_stage
 from shortllm.merging.laco import Merged, merged, merged_tensors, original_blocks
+from shortllm.merging.merge import merge_from
 from shortllm.merging.options import MergeOptions, Merging
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
+from shortllm.options import options_from
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.recipe import Recipe
 from shortllm.recipes import changed, parse_recipe
@@ -423,9 +424,9 @@ def test_merged_tensors_are_sums_of_the_files(variant: str) -> None:
 
 
 def merge(variant: str, target: Path, *, stream: bool | None = None, **options: Any) -> Merging:
-    given = {"threshold": -1.0, "most_merged": 2, "interval": 2, **options}
-    return merge_stage.merge(
-        families.opened(variant), MergeOptions(**given), target,
+    given = {"threshold": -1.0, "max_merged": 2, "interval": 2, **options}
+    return merge_from(
+        families.opened(variant), options_from(MergeOptions, given), target,
         calibration=calibration(families.token_ids()), session=Session(device="cpu", stream=stream),
     )  # fmt: skip
 
@@ -466,7 +467,7 @@ def test_the_sweep_goes_down_and_keeps_what_is_alike_enough(tmp_path: Path) -> N
 
 def test_named_blocks_are_folded_into_the_one_before_each_gap(tmp_path: Path) -> None:
     record = MergeOptions(blocks=[5, 2, 3])
-    made = merge_stage.merge(
+    made = merge_from(
         families.opened("llama"), record, tmp_path / "out",
         calibration=calibration(families.token_ids()), session=Session(device="cpu"),
     )  # fmt: skip
@@ -480,6 +481,10 @@ def test_named_blocks_are_folded_into_the_one_before_each_gap(tmp_path: Path) ->
     ends = [stream_behind(one, -1, ids_BT) for one in (whole, small)]
     cosine = torch.cosine_similarity(*ends, dim=-1).mean().item()
     assert made.cosine == pytest.approx(cosine, abs=1e-5)
+    for model, value in ((whole, made.intact_perplexity), (small, made.perplexity)):
+        with torch.no_grad():
+            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        assert value == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
 def test_streamed_merges_equal_resident_ones(tmp_path: Path) -> None:
@@ -500,9 +505,9 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
         merge("mixtral", tmp_path / "out")
     with pytest.raises(ShortLLMError, match="all but 1 are protected"):
         merge("llama", tmp_path / "out", protect_first=3, protect_last=2)
-    with pytest.raises(ShortLLMError, match="--remove 5: of 5 blocks .* 4 can go"):
+    with pytest.raises(ShortLLMError, match="--remove 5: at most 4 of 5 unprotected blocks"):
         merge("llama", tmp_path / "out", remove=5)
-    with pytest.raises(ShortLLMError, match="--threshold 1.5 is no cosine"):
+    with pytest.raises(ShortLLMError, match="threshold 1.5: must be less than 1"):
         merge("llama", tmp_path / "out", threshold=1.5)
 
 
@@ -524,14 +529,17 @@ def call(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (["heal", "embedded"], "Missing option"),
         (["heal", "embedded", "--out", "x", "--method", "liner"], "liner"),
         (["heal", "embedded", "--out", "x", "--ridge", "0"], "--ridge 0.0 is not above 0"),
-        (["merge", "embedded", "--out", "x", "--remove", "11"], "10 can go at the most"),
+        (
+            ["merge", "embedded", "--out", "x", "--remove", "11"],
+            "at most 10 of 11 unprotected blocks",
+        ),
         (["merge", "embedded", "--out", "x", "--protect-last", "11"], "are protected"),
         (["merge", "embedded", "--out", "x", "--blocks", "0,3"], "block 0 has no block before it"),
         (["merge", "embedded", "--out", "x", "--blocks", "3,12"], "no block 12 among 12"),
         (["merge", "embedded", "--out", "x", "--blocks", "3,3"], "name each block"),
         (
             ["merge", "embedded", "--out", "x", "--blocks", "3", "--remove", "2"],
-            "nothing is left for a sweep",
+            "there is no sweep and --remove has no effect",
         ),
         (["run", "--heal", "lora"], "lora"),
     ],
@@ -568,7 +576,7 @@ def test_heal_and_merge_on_the_command_line(
         capfd, "merge", str(moved), "--out", str(tmp_path / "merged"), *flags,
         "--threshold", "-1", "--remove", "2",
     )  # fmt: skip
-    assert code == 0 and "6 -> 4 blocks" in printed
+    assert code == 0 and "6 -> 4 blocks" in printed and "perplexity on the" in printed
     assert (tmp_path / "merged" / "merge.json").is_file()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
+from shortllm.cli.flags import flags
 from shortllm.cli.options import (
     BosEverySample,
     CalibrationFile,
@@ -14,18 +15,17 @@ from shortllm.cli.options import (
     Device,
     Dtype,
     Json,
-    Length,
     MaxMemory,
     ModelArgument,
+    Out,
     Revision,
-    SampleCount,
-    Sampler,
-    Seed,
     Stream,
     TrustRemoteCode,
 )
 from shortllm.cli.output import print_json, print_table
-from shortllm.cli.values import bytes_in, calibration_of, numbers_in
+from shortllm.cli.values import bytes_in
+from shortllm.merging.options import MergeOptions
+from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
     from shortllm.healing.options import Healing
@@ -130,87 +130,33 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+@flags(options=MergeOptions, runtime=Runtime)
 def merge(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")] = ...,  # type: ignore[assignment]
-    blocks: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Fold exactly these into the block before each gap, e.g. 6,7,9. Default: found by "
-            "a sweep from the top, with the five options below."
-        ),
-    ] = None,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            help="Least mean cosine between the final hidden states of merged and original model."
-        ),
-    ] = 0.65,
-    interval: Annotated[
-        int, typer.Option(min=1, help="Blocks to go down after a merge that is kept.")
-    ] = 2,
-    most_merged: Annotated[
-        int, typer.Option(min=1, help="Blocks folded into another one at once, at the most.")
-    ] = 3,
-    remove: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="End once so many blocks are gone. Default: at the bottom."),
-    ] = None,
-    protect_first: Annotated[
-        int, typer.Option(min=0, help="First blocks that stay as they are.")
-    ] = 1,
-    protect_last: Annotated[
-        int, typer.Option(min=0, help="Last blocks that stay as they are.")
-    ] = 0,
-    data: Data = None,
-    calibration: CalibrationFile = None,
-    sampler: Sampler = "random",
-    samples: SampleCount = 10,
-    length: Length = 128,
-    seed: Seed = 1234,
-    bos_every_sample: BosEverySample = None,
+    out: Out,
+    options: MergeOptions,
+    runtime: Runtime,
     revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    stream: Stream = None,
-    max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
-    """Shorten a model by folding blocks into one another (LaCo), from the top down."""
+    """Shorten a model by folding blocks into one another (LaCo), from the top down.
+
+    A baseline to compare removal with.
+
+    Example: shortllm merge MODEL --data my_text.jsonl --threshold 0.65 --out merged
+    """
     import shortllm
 
-    named = None if blocks is None else numbers_in(blocks)
-    made = shortllm.merge(
-        model,
-        out,
-        options=shortllm.MergeOptions(
-            blocks=named,
-            threshold=threshold,
-            interval=interval,
-            most_merged=most_merged,
-            remove=remove,
-            protect_first=protect_first,
-            protect_last=protect_last,
-        ),
-        calibration=calibration_of(
-            data, calibration, sampler, samples, length, seed, bos_every_sample
-        ),
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        stream=stream,
-        max_memory=bytes_in(max_memory),
-    )
+    record = shortllm.merge(model, out, options=options, runtime=runtime, revision=revision)
     if json:
-        print_json(made.model_dump(mode="json"))
+        print_json(record.model_dump(mode="json"))
         return
-    _print_merging(made)
+    _print_merging(record)
     typer.echo(f"checkpoint: {out}")
 
 
-def _print_merging(made: Merging) -> None:
-    """A row per try."""
+def _print_merging(record: Merging) -> None:
+    """A row per try, then the cosine next to the perplexities."""
     rows = [
         (
             str(one.block),
@@ -218,10 +164,14 @@ def _print_merging(made: Merging) -> None:
             f"{one.cosine:.4f}",
             "kept" if one.kept else "",
         )
-        for one in made.tries
+        for one in record.tries
     ]
     print_table(("block", "merged into it", "cosine", ""), rows)
     typer.echo(
-        f"{made.model.id}: {made.model.blocks} -> {len(made.kept)} blocks, mean cosine of the "
-        f"final hidden states {made.cosine:.4f}"
+        f"{record.model.id}: {record.model.blocks} -> {len(record.kept)} blocks, mean cosine of "
+        f"the final hidden states {record.cosine:.4f}"
+    )
+    typer.echo(
+        f"perplexity on the calibration text: {record.intact_perplexity:.4f} -> "
+        f"{record.perplexity:.4f}"
     )
