@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from shortllm.data.options import CalibrationOptions
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, Record
 from shortllm.registry import described
 from shortllm.sublayers.criteria import CRITERIA
+
+CriterionName = Annotated[
+    str,
+    AfterValidator(lambda name: CRITERIA.get(name).name),
+    Field(json_schema_extra={"enum": CRITERIA.names()}),
+]
 
 BLOCK_LIST = Flag(metavar="3,4")
 
@@ -20,10 +26,8 @@ class SublayerOptions(Options):
 
     panel: ClassVar[str] = "Sublayers"
 
-    criterion: Annotated[str | None, Flag(metavar="|".join(CRITERIA.names()))] = Field(
-        default=None,
-        description="How to choose. " + described(CRITERIA),
-        json_schema_extra={"enum": [*CRITERIA.names(), None]},
+    criterion: Annotated[CriterionName | None, Flag(metavar="|".join(CRITERIA.names()))] = Field(
+        default=None, description="How to choose. " + described(CRITERIA)
     )
     remove: int | None = Field(default=None, description="Number of sublayers to remove.")
     parts: Literal["joint", "attention", "mlp"] = Field(
@@ -45,11 +49,6 @@ class SublayerOptions(Options):
         description="Keep this many blocks at the end whole. Default: 2, at most a quarter.",
     )
     calibration: CalibrationOptions = CalibrationOptions()
-
-    @field_validator("criterion")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        return None if name is None else CRITERIA.get(name).name
 
 
 class DroppedSublayer(Record):

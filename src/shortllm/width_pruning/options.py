@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from shortllm.data.options import CalibrationOptions
@@ -14,6 +14,13 @@ from shortllm.registry import described
 from shortllm.width_pruning.methods import METHODS
 
 Importance = Literal["first", "second", "mixed", "vectorised", "l1", "l2", "random"]
+
+MethodName = Annotated[
+    str,
+    AfterValidator(lambda name: METHODS.get(name).name),
+    Field(json_schema_extra={"enum": METHODS.names()}),
+    Flag(metavar="|".join(METHODS.names())),
+]
 
 SAMPLE_LENGTH = 128
 """Tokens per calibration sample, unless the method has a number of its own."""
@@ -38,10 +45,8 @@ class WidthOptions(Options):
 
     panel: ClassVar[str] = "Heads and neurons"
 
-    method: Annotated[str, Flag(metavar="|".join(METHODS.names()))] = Field(
-        default="llm-pruner",
-        description="How to choose. " + described(METHODS),
-        json_schema_extra={"enum": METHODS.names()},
+    method: MethodName = Field(
+        default="llm-pruner", description="How to choose. " + described(METHODS)
     )
     ratio: float = Field(
         gt=0,
@@ -81,11 +86,6 @@ class WidthOptions(Options):
         "auto: plain where possible.",
     )
     calibration: WidthCalibration = WidthCalibration()
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return METHODS.get(name).name
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> Self:
