@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from shortllm.errors import ShortLLMError as ShortLLMError
     from shortllm.evaluation.options import Evaluation as Evaluation
     from shortllm.evaluation.options import EvaluationOptions as EvaluationOptions
-    from shortllm.healing.api import heal as heal
+    from shortllm.healing.heal import heal as heal
     from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
     from shortllm.measuring import bench as bench
@@ -99,7 +99,7 @@ _HOME = {
     "drop_sublayers": "sublayers.drop",
     "evaluate": "measuring",
     "export_lint": "api",
-    "heal": "healing.api",
+    "heal": "healing.heal",
     "info": "api",
     "load": "model.loading",
     "merge": "merging.merge",

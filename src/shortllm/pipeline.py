@@ -22,11 +22,13 @@ from shortllm import stages
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.selection import Asked
+from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import Texts, prepare_texts
 from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.evaluation.harness import table_beside, write_table
 from shortllm.evaluation.options import Evaluation
 from shortllm.files import hold, releasing
+from shortllm.healing.options import Healing
 from shortllm.journal import journal_directory
 from shortllm.model.session import Session
 from shortllm.pruning import targets
@@ -50,12 +52,11 @@ from shortllm.run_directory import (
 )
 from shortllm.runtime import ALONE, Ranks
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.made import require_free
+from shortllm.surgery.derived import require_free
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
     from shortllm.evaluation.tasks import TaskSet
-    from shortllm.healing.options import Healing
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,6 @@ def run(
     Raises:
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
-    from shortllm.healing.running import check_healing, heal_in, healing_text_of
     from shortllm.quantizing.running import asked_by, quantize_in
     from shortllm.quantizing.stage import calibration_options
     from shortllm.reporting import write_report
@@ -131,11 +131,10 @@ def run(
         recipe.calibration,
         recipe.evaluation,
         scoring=scoring,
-        healing=healing_text_of(recipe, checkpoint),
+        healing=_healing_text(recipe, checkpoint),
         quantization=calibration_options(quantizing),
     )
-    if recipe.healing is not None:
-        check_healing(directory, checkpoint, session)
+    _check_healing(directory, checkpoint, recipe, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     asked = asked_for(recipe.model_copy(update={"budget": budget}), checkpoint)
 
@@ -150,7 +149,7 @@ def run(
     plan.save(directory / "plan.json")
     shortened = prune_in(directory, checkpoint, plan, session)
     models = {"original": checkpoint, PRUNED: shortened}
-    healing = heal_in(directory, shortened, checkpoint, recipe, texts, session)
+    healing = _heal(directory, shortened, checkpoint, recipe, texts, session)
     if healing is not None:
         models[HEALED] = made_in(directory, HEALED)
     retraining = _retrain(directory, shortened, recipe, session)
@@ -322,6 +321,49 @@ def made_in(directory: Path, name: str) -> Checkpoint:
     """A checkpoint of the run, named within it, so that a run's files do not depend on where it
     lies."""
     return replace(open_checkpoint(directory / name), id=name)
+
+
+def _healing_text(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationOptions | None:
+    """The text to heal with, if the recipe heals without training."""
+    from shortllm.healing.heal import healing_text
+
+    if recipe.healing is None:
+        return None
+    return healing_text(recipe.healing, checkpoint, recipe.calibration)
+
+
+def _check_healing(
+    directory: Path, checkpoint: Checkpoint, recipe: Recipe, session: Session
+) -> None:
+    """Find out before anything is scored whether the model can be healed."""
+    from shortllm.healing.heal import check_healable
+
+    if recipe.healing is not None:
+        require_free(directory / HEALED, Healing.FILE)
+        check_healable(recipe.healing, checkpoint, session)
+
+
+def _heal(
+    directory: Path,
+    shortened: Checkpoint,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    texts: Texts,
+    session: Session,
+) -> Healing | None:
+    """healed/ with heal.json, if the recipe heals without training."""
+    from shortllm.healing.heal import heal_from
+
+    if recipe.healing is None or texts.healing is None:
+        return None
+    return heal_from(
+        shortened,
+        checkpoint,
+        recipe.healing,
+        directory / HEALED,
+        calibration=texts.healing,
+        session=session,
+    )
 
 
 def _retrain(

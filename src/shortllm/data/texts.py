@@ -135,8 +135,6 @@ def prepare_texts(
     check_length(checkpoint, evaluation.length, "--eval-length")
     measured = [load_rows(source, role="evaluation") for source in evaluation.data]
     shared = [False] * len(measured)
-    if healing is not None and calibration.file is None:
-        healing = healing.model_copy(update={"data": calibration.data})
     loaded: dict[str, Rows] = {}
     made: list[Calibration | None] = []
     for options in (calibration if scoring else None, healing, quantization):

@@ -19,7 +19,7 @@ from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
 from shortllm.files import parsed_json
-from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.healing.options import Healing
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
 from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
@@ -199,7 +199,7 @@ def _fingerprints(results: RunResults, run_dir: Path) -> dict[str, str]:
 
 def _load_healing(run_dir: Path, fingerprints: dict[str, str]) -> Healing | None:
     """How the shortened model was healed without training; left out where it was another model."""
-    path = run_dir / HEALED / HEAL_FILE
+    path = run_dir / HEALED / Healing.FILE
     record = _load_optional(Healing, path)
     if record is not None and record.model.fingerprint != fingerprints.get(PRUNED):
         log.info("%s: what was healed is not %s, left out", path, run_dir / PRUNED)
