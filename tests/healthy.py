@@ -20,7 +20,7 @@ from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX
 from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
 from shortllm.evaluation.options import Evaluation
-from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.healing.options import Healing
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
@@ -279,7 +279,7 @@ def write_run(directory: Path) -> Path:
         (directory / name).mkdir()
     (directory / "pruned" / "config.json").write_text(json.dumps({"shortllm": provenance}))
     of(Target, model=plan.model, asked={"target_params": 1e6}).save(directory / TARGET_FILE)
-    of(Healing, model=pruned.model).save(directory / "healed" / HEAL_FILE)
+    of(Healing, model=pruned.model).save(directory / "healed" / Healing.FILE)
     curves = {
         "train": [(1, 2.5), (2, 2.4), (3, 2.2)],
         "held_out": [(0, 2.6), (3, 2.3)],

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortllm.errors import DataError
-from shortllm.files import parsed_json, partial_directory, write_text
+from shortllm.files import partial_directory, write_text
 from shortllm.retraining.documents import Document
 
 HOLD_OUT_EVERY = 10
@@ -181,7 +181,7 @@ def write_corpus(
 def open_corpus(directory: Path) -> Corpus:
     """A corpus that `write_corpus` wrote."""
     try:
-        content = parsed_json((directory / "corpus.json").read_bytes())
+        content = json.loads((directory / "corpus.json").read_bytes())
         train, held_out = (
             Store(directory / f"{name}.arrow", str(content[name])) for name in ("train", "held_out")
         )

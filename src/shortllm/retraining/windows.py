@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from shortllm.files import PARTIAL, explained
+from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.retraining.store import Store
 from shortllm.runtime import Ranks
 
@@ -291,7 +291,7 @@ def _write_file(
         )
 
     table = pa.table({"ids": by_window(ids), "log_probs": by_window(log_probs)})
-    with explained(path.parent):
+    with translate_os_errors(path.parent):
         partial = path.with_name(path.name + PARTIAL)
         with open(partial, "wb") as stream, pa.ipc.new_file(stream, table.schema) as file:
             file.write_table(table)
