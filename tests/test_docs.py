@@ -17,7 +17,7 @@ from families import loaded, saved, score, token_ids
 import shortllm
 import shortllm.healing.options
 import shortllm.quantizing.options
-import shortllm.retraining.options
+import shortllm.retraining.methods
 import shortllm.sublayers.options
 import shortllm.width_pruning.options
 from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
@@ -84,7 +84,7 @@ def test_the_table_of_methods_tells_of_every_other_method() -> None:
     names = [
         *get_args(width_pruning.options.Method),
         *get_args(quantizing.options.Method),
-        *retraining.options.DEFAULTS,
+        *retraining.methods.METHODS.names(),
         *sublayers.options.CRITERIA,
         *get_args(healing.options.HealOptions.model_fields["method"].annotation),
         "merge",

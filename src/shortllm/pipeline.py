@@ -36,7 +36,6 @@ from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.published import Published
 from shortllm.quantizing.options import QUANTIZED, Quantization
 from shortllm.recipe import Recipe
-from shortllm.retraining import RECORD as RETRAINED
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import (
     HEALED,
@@ -50,7 +49,6 @@ from shortllm.run_directory import (
 )
 from shortllm.runtime import ALONE, Ranks
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.made import require_free
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
@@ -209,9 +207,9 @@ def check_later_stages(recipe: Recipe, checkpoint: Checkpoint, session: Session)
             "that out, or use a smaller --dtype or another --device"
         )
     for options in recipe.retraining:
-        from shortllm.retraining.preparing import check
+        from shortllm.retraining.setup import check
 
-        check(checkpoint, options, session=session, ranks=ALONE)
+        check(checkpoint, options, session=session)
     if recipe.benchmark is not None:
         from shortllm.benchmark.bench import check_speed
 
@@ -328,12 +326,11 @@ def _retrain(
     directory: Path, shortened: Checkpoint, recipe: Recipe, session: Session
 ) -> dict[str, Retraining]:
     """A checkpoint with retrain.json for each way of healing, by name."""
-    from shortllm.retraining.stage import retrain
+    from shortllm.retraining.retrain import retrain_from
 
     records = {}
     for name, options in recipe.healed.items():
-        require_free(directory / name, RETRAINED)
-        records[name] = retrain(shortened, options, directory / name, session=session)
+        records[name] = retrain_from(shortened, options, directory / name, session=session)
     return records
 
 

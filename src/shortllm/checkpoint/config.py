@@ -266,6 +266,12 @@ COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
 """Types whose `num_hidden_layers` counts something else than blocks."""
 
 
+def context_length(config: Any) -> int | None:
+    """Positions that the model has; None where its config does not say."""
+    length = getattr(text_config(config), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
 def count_field(config: Any) -> str:
     """Name under which a text decoder's config keeps its block count."""
     if config.model_type in COUNT_BY_TYPE:

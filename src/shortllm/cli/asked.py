@@ -140,12 +140,13 @@ def _healed(base: Recipe, methods: str | None) -> Recipe:
     if methods is None:
         return base
     import shortllm
-    from shortllm.retraining.options import DEFAULTS as METHODS
+    from shortllm.retraining.methods import METHODS
 
     names = [] if methods == "none" else names_in(methods)
     for name in names:
-        if name not in METHODS:
-            raise RecipeError(f"--retrain {name}: no such method.{did_you_mean(name, METHODS)}")
+        if name not in METHODS.names():
+            hint = did_you_mean(name, METHODS.names())
+            raise RecipeError(f"--retrain {name}: no such method.{hint}")
     held: dict[str, shortllm.RetrainOptions] = {one.method: one for one in base.retraining}
     chosen = [
         held.get(name) or shortllm.RetrainOptions.model_validate({"method": name}) for name in names

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shortllm.healing.linear import Healed
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
-    from shortllm.retraining.distillation import Lineage
+    from shortllm.surgery.apply import Lineage
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def origin_of(checkpoint: Checkpoint) -> Lineage:
     Raises:
         CheckpointError: its config.json does not say.
     """
-    from shortllm.retraining.distillation import lineage
+    from shortllm.surgery.apply import lineage
 
     try:
         return lineage(checkpoint)

@@ -15,6 +15,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
-from shortllm.errors import OutputError
+from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import PARTIAL, explained, partial_directory, require_writable
+from shortllm.records import MAX_BLOCKS
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,57 @@ def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
     held = checkpoint.raw_config.get(PROVENANCE)
     return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Which blocks of which model a shortened checkpoint contains."""
+
+    source: str
+    revision: str | None
+    blocks: int
+    """Number of blocks of the source."""
+    kept: list[int]
+    """For each block of the checkpoint its number in the source."""
+
+
+def lineage(checkpoint: Checkpoint) -> Lineage:
+    """The original model of a checkpoint that was shortened once or several times.
+
+    Raises:
+        CheckpointError: its config.json does not say, or contradicts its number of blocks.
+    """
+    entry = checkpoint.raw_config.get(PROVENANCE)
+    if not isinstance(entry, dict) or "removed_blocks" not in entry:
+        raise CheckpointError(
+            f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
+            f"no removed blocks under '{PROVENANCE}'"
+        )
+    removals: list[tuple[int, set[int]]] = []
+    parent: Any = entry
+    while isinstance(parent, dict) and "removed_blocks" in parent:
+        entry = parent
+        count, removed = entry.get("source_blocks"), entry["removed_blocks"]
+        if not isinstance(count, int) or count > MAX_BLOCKS or not isinstance(removed, list):
+            raise CheckpointError(
+                f"{checkpoint.id}: the list of removed blocks in its config.json is damaged"
+            )
+        removals.append((count, {block for block in removed if isinstance(block, int)}))
+        parent = entry.get("parent")
+    kept = list(range(removals[-1][0]))
+    for _, gone in reversed(removals):
+        kept = [block for place, block in enumerate(kept) if place not in gone]
+    if len(kept) != checkpoint.block_count:
+        raise CheckpointError(
+            f"{checkpoint.id} has {checkpoint.block_count} blocks, but by the removed blocks in "
+            f"its config.json it must have {len(kept)}"
+        )
+    return Lineage(
+        source=str(entry.get("source")),
+        revision=entry.get("revision"),
+        blocks=removals[-1][0],
+        kept=kept,
+    )
 
 
 def require_apart(source: Path, target: Path) -> None:

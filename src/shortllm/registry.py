@@ -1,0 +1,76 @@
+"""Registries of methods: each method is registered, by name, in the file that defines it.
+
+REGISTRY = Registry[Criterion]("criterion", CriterionError)
+REGISTRY.add("ppl", criterion)          in the decorator of each method
+import_modules(__name__, __path__)      at the end of the package, so that new files are found
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from shortllm.errors import ShortLLMError, did_you_mean
+
+
+class Method(Protocol):
+    """What a registry asks of its entries."""
+
+    @property
+    def function(self) -> Any:
+        """The registered function; an error names the module it is from."""
+
+
+Entry = TypeVar("Entry", bound=Method)
+
+
+class Registry(Generic[Entry]):
+    """Methods of one kind by name, in the order of their registration."""
+
+    def __init__(self, kind: str, error: type[ShortLLMError]) -> None:
+        """
+        Args:
+            kind: what one entry is called in messages, e.g. 'criterion'.
+            error: raised for an unknown name.
+        """
+        self._kind = kind
+        self._error = error
+        self._entries: dict[str, Entry] = {}
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Register an entry.
+
+        Raises:
+            ValueError: the name is taken, and by which module.
+        """
+        if name in self._entries:
+            owner = self._entries[name].function.__module__
+            raise ValueError(f"{self._kind} '{name}' is already registered by {owner}")
+        self._entries[name] = entry
+
+    def get(self, name: str) -> Entry:
+        """The entry of that name; an unknown name raises the registry's error."""
+        if name not in self._entries:
+            hint = did_you_mean(name, self._entries)
+            raise self._error(f"unknown {self._kind} '{name}'.{hint}")
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+
+def import_modules(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, so that each registers its methods; sorted by name."""
+    for name in sorted(module.name for module in pkgutil.iter_modules(path)):
+        importlib.import_module(f"{package}.{name}")
+
+
+def first_line(function: Any) -> str:
+    """The first line of a function's docstring: the help of the method it defines."""
+    return (function.__doc__ or "").strip().partition("\n")[0]
