@@ -55,7 +55,7 @@ class Method:
     """What is trained, towards what; one line."""
     paper: str
     function: MakeTrainable
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: TEXT_DEFAULTS)
     """Option -> its value where none is given."""
     options: tuple[str, ...] = ()
     """Options that only this method has."""
@@ -118,7 +118,6 @@ def lora(model: nn.Module, options: RetrainOptions) -> nn.Module:
     "full",
     label="Retraining all weights",
     paper="Kim et al. 2024, arXiv:2402.02834",
-    defaults=TEXT_DEFAULTS,
 )
 def full(model: nn.Module, options: RetrainOptions) -> nn.Module:
     """All weights, continued pretraining."""
@@ -129,7 +128,6 @@ def full(model: nn.Module, options: RetrainOptions) -> nn.Module:
     "distill",
     label="Distillation",
     paper="Hinton et al. 2015, arXiv:1503.02531",
-    defaults=TEXT_DEFAULTS,
     options=("teacher", "temperature", "top_k", "hidden_weight", "generate"),
     has_teacher=True,
 )

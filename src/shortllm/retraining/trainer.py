@@ -52,8 +52,8 @@ WRITING = "writing" + PARTIAL
 
 STATE_FILE = "trainer_state.json"
 
-PICKLES = ("*.pt", "*.pth", "*.bin")
-"""Optimizer, scheduler and random generators of a state, and weights of another program's."""
+PICKLES = ("*.pt", "*.pth", "*model*.bin")
+"""Optimizer, scheduler, random generators, and weights where there are none in safetensors."""
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]
