@@ -312,7 +312,7 @@ class Reader:
                     patch.setattr(shortllm, name, stop, raising=False)
             patch.setattr("shortllm.released.measure_released", stop)
             patch.setattr("shortllm.demo.models.open_models", stop)
-            patch.setattr("shortllm.demo.embedded.embedded_models", stop)
+            patch.setattr("shortllm.demo.models.embedded_models", stop)
             try:
                 main(words)
             except Stopped:

@@ -24,7 +24,8 @@ from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
-from shortllm.reporting.retraining import retraining_section
+from shortllm.reporting.healing import retraining_parts
+from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
 from shortllm.retraining.cache import CachedTeacher, target_rows, write_cache
 from shortllm.retraining.distillation import (
@@ -539,12 +540,14 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         place, tmp_path / "out", method="distill", data="text.jsonl", eval_data=["embedded"],
         eval_length=64, eval_segments=5,
     )  # fmt: skip
-    section = retraining_section(record)
-    assert section["wide"].startswith("<svg") and "embedded:test" in section["wide"]
-    assert section["wide"] == retraining_section(record)["wide"] != section["narrow"]
+    figure, details = retraining_parts(record, "out")
+    assert isinstance(figure, Figure) and isinstance(details, Details)
+    assert figure.svg.startswith("<svg") and "embedded:test" in figure.svg
+    assert figure == retraining_parts(record, "out")[0]
     first = record.curves["held_out"][0][1]
-    assert f"{record.steps} steps, held-out loss {first:.3f} → " in section["summary"]
-    assert dict(section["rows"])["teacher"] == str(place / "whole")
+    assert f"{record.steps} steps, held-out loss {first:.3f} → " in details.summary
+    [terms] = details.parts
+    assert isinstance(terms, Terms) and dict(terms.rows)["teacher"] == "whole"
 
 
 # ------------------------------------------------------------------ bad input

@@ -16,10 +16,10 @@ from shortllm.checkpoint.names import find_block_names
 from shortllm.checkpoint.shorten_config import refuse_block_names_in_config, shorten_config
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import build_empty, find_blocks
-from shortllm.model.structure import Renumbering, block_signature, block_structure, difference
+from shortllm.model.blocks import find_blocks
+from shortllm.model.structure import block_signature, block_structure, build_empty
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.guard import check_signatures
+from shortllm.surgery.guard import Renumbering, check_signatures, difference
 
 
 def shorten(config: Any, kept: list[int], **raw: Any) -> dict[str, Any]:

@@ -233,8 +233,11 @@ def test_criteria_without_text_need_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--criterion", "ppl,ppl"], "ppl, ppl was asked for. Name each criterion once"),
-        (["--criterion", ","], "nothing was asked for"),
+        (
+            ["--criterion", "ppl,ppl"],
+            "--criterion ppl, ppl must name criteria, each once",
+        ),
+        (["--criterion", ","], "--criterion nothing must name"),
         (["--criterion", "ppl,tailor"], "unknown criterion 'tailor'. Did you mean 'taylor'"),
         (["--option", "taylor.power=2"], "option of criterion 'taylor' was given, but"),
         (["--option", "power=2"], "is not of the form CRITERION.NAME=VALUE"),

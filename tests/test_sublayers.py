@@ -34,9 +34,10 @@ from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.metrics import next_token_nll
 from shortllm.model.session import Session
+from shortllm.model.walk import mean_nlls
 from shortllm.sublayers import drop as stage
 from shortllm.sublayers import influence as measuring
-from shortllm.sublayers.influence import Variants, mean_nlls, remove_one_by_one
+from shortllm.sublayers.influence import Variants, remove_one_by_one
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers, without_sublayers
 
@@ -242,7 +243,9 @@ def test_one_walk_gives_the_numbers_of_models_one_by_one(variant: str) -> None:
         frozenset(), *(frozenset({one}) for one in ALL),
         frozenset({(1, "mlp"), (2, "attention"), (2, "mlp"), (5, "mlp")}),
     ]  # fmt: skip
-    found = mean_nlls(Variants(decoder, outputs), families.token_ids(), sets)
+    variants = Variants(decoder, outputs)
+    removals = [variants.without(removed) for removed in sets]
+    found = mean_nlls(variants.as_decoder(), families.token_ids(), removals)
     expected = [plain_nll(variant, removed) for removed in sets]
     assert found == pytest.approx(expected, rel=1e-5)
     assert len({round(value, 4) for value in found}) > 10

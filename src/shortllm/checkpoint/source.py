@@ -7,17 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shortllm.checkpoint.config import checked_config
+from shortllm.checkpoint.config import block_count, checked_config
 from shortllm.checkpoint.hub import locate, named_revision
 from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
+from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table, unpacked_elements
+from shortllm.model.structure import BlockStructure, block_structure
 from shortllm.records import ModelInfo, SpecialToken
-
-if TYPE_CHECKING:
-    from shortllm.model.structure import BlockStructure
-
 
 SAMPLE_BYTES = 4096
 """How much goes into a checkpoint's fingerprint at each place that is looked at."""
@@ -50,21 +48,16 @@ class Checkpoint:
     @property
     def block_count(self) -> int:
         """Blocks of the (text) decoder."""
-        from shortllm.checkpoint.config import block_count
-
         return block_count(self.config)
 
     @cached_property
     def structure(self) -> BlockStructure:
         """The blocks of the model that the config describes."""
-        from shortllm.model.structure import block_structure
-
         return block_structure(self.config)
 
     @cached_property
     def block_names(self) -> BlockNames:
         """Where the blocks stand among the tensor names."""
-        from shortllm.checkpoint.shorten_config import prediction_heads
 
         def fits(prefix: str) -> bool:
             found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
@@ -141,8 +134,6 @@ class Checkpoint:
 
     def info(self) -> ModelInfo:
         """Identity and size, as result files carry them."""
-        from shortllm.checkpoint.shorten_config import structurally_protected
-
         return ModelInfo(
             id=self.id,
             revision=self.revision,

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from shortllm.checkpoint.tensors import (
-    ITEM_BYTES,
     SAFETENSORS,
     SAFETENSORS_INDEX,
     Cut,
@@ -82,7 +81,7 @@ def _cut(entries: dict[str, TensorEntry], limit: int) -> Iterator[dict[str, Tens
 def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) -> None:
     """One safetensors file: length of the header, header, data."""
     # wider types first, so that every tensor starts at a multiple of its item size
-    ordered = sorted(shard.items(), key=lambda item: -ITEM_BYTES.get(item[1].dtype, 1))
+    ordered = sorted(shard.items(), key=lambda item: -item[1].item_bytes)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, entry in ordered:

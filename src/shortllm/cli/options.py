@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
+from shortllm import criteria
+
 # `Optional` because typer reads these at run time on Python
 # 3.10.
 ModelArgument = Annotated[
@@ -70,25 +72,23 @@ CriterionName = Annotated[
     str,
     typer.Option(
         "--criterion",
-        help="Rule that scores the blocks: ppl, kl, taylor, magnitude, influence, relative, "
-        "angular, greedy, last, random, even; searches: local, evolve; auto: the best of several.",
+        help=f"Rule that scores the blocks: {criteria.help_text()}.",
     ),
 ]
 CriterionNames = Annotated[
     str,
     typer.Option(
         "--criterion",
-        help="Rules that score the blocks, e.g. ppl or taylor,influence: several take as few "
-        "passes as there can be. ppl, kl, taylor, magnitude, influence, relative, angular, greedy, "
-        "last, random, even; searches: local, evolve; auto: the best of several.",
+        help="Rules that score the blocks, e.g. ppl or taylor,influence: several share as few "
+        f"passes as possible. {criteria.help_text()}.",
     ),
 ]
 ComparedCriteria = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--criterion",
-        help="Rules to compare, e.g. ppl,taylor,influence. Default: ppl, kl, taylor, magnitude, "
-        "influence, relative, angular, greedy, last, even.",
+        help="Rules to compare, e.g. ppl,taylor,influence. Default: "
+        f"{', '.join(criteria.compared())}.",
     ),
 ]
 CriterionOption = Annotated[
@@ -118,7 +118,7 @@ Contiguous = Annotated[
     typer.Option(
         "--contiguous/--scattered",
         help="Remove one span of blocks, or single ones. Default: a span where the criterion "
-        "scores spans (angular).",
+        f"scores spans ({', '.join(criteria.names_by_need('last token'))}).",
     ),
 ]
 
@@ -225,5 +225,15 @@ Places = Annotated[
         metavar="FIELD=VALUE",
         help="Any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
         "may be repeated.",
+    ),
+]
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Set any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
+        "can be repeated.",
     ),
 ]

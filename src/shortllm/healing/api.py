@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
@@ -51,7 +51,7 @@ def heal(
     original = stage.open_source(checkpoint, source)
     stage.kept_blocks(checkpoint, original)
     asked = CalibrationOptions(data=data, file=calibration, bos_every_sample=bos_every_sample)
-    recipe = Recipe(model=original.id, calibration=asked).filled(checkpoint.model_type)
+    recipe = Recipe(model=original.id, calibration=asked).resolved(checkpoint.model_type)
     ids = calibrate(original, healing_text(recipe.calibration, options, original))
     session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return stage.heal(checkpoint, original, options, target, calibration=ids, session=session)
@@ -62,7 +62,7 @@ def healing_text(
 ) -> CalibrationOptions:
     """The text that blocks are scored on, in the amount that healing takes; given ids as they
     are."""
-    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
+    positions = context_length(checkpoint.config)
     return calibration.model_copy(
         update={
             "sampler": "packed",

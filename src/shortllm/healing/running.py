@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import Texts
+from shortllm.evaluation.texts import Texts
 from shortllm.healing.api import healing_text
 from shortllm.healing.options import HEAL_FILE, Healing
 from shortllm.healing.stage import check_healable, heal

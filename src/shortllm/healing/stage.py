@@ -277,22 +277,12 @@ def _measure(
 ) -> HeldOut:
     """Mean next-token loss of source, shortened and healed model on the held-out samples."""
     from shortllm.healing.folding import folded_into
-    from shortllm.model.metrics import next_token_nll
-    from shortllm.model.walk import NOTHING, walk
-
-    def losses(removals: list[Collection[int]]) -> list[float]:
-        totals = [0.0] * len(removals)
-
-        def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-            totals[m] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-        walk(decoder, ids_BT, removals, consume=consume, memory=memory)
-        return [total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1)) for total in totals]
+    from shortllm.model.walk import NOTHING, mean_nlls
 
     gone = frozenset(removed)
-    before, shortened = losses([NOTHING, gone])
+    before, shortened = mean_nlls(decoder, ids_BT, [NOTHING, gone], memory=memory)
     with folded_into(decoder, healed.folds):
-        [after] = losses([gone])
+        [after] = mean_nlls(decoder, ids_BT, [gone], memory=memory)
     if after > shortened:
         log.warning(
             "on held-out text the healed model is worse than the shortened one: %.4f against %.4f "

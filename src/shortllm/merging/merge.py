@@ -45,6 +45,6 @@ def merge(
     checkpoint = open_checkpoint(model, revision=revision)
     options.check(checkpoint.block_count)
     recipe = Recipe(model=model, calibration=calibration or CalibrationOptions())
-    ids = calibrate(checkpoint, recipe.filled(checkpoint.model_type).calibration)
+    ids = calibrate(checkpoint, recipe.resolved(checkpoint.model_type).calibration)
     session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return merge_stage.merge(checkpoint, options, target, calibration=ids, session=session)

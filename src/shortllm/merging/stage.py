@@ -173,7 +173,7 @@ def _places(options: MergeOptions, count: int) -> list[int]:
 def _work(decoder: Decoder, options: MergeOptions, tokens: int) -> float:
     """Floating-point operations if every place is tried and all above it kept: the most it can
     take."""
-    from shortllm.model.walk import block_flops
+    from shortllm.model.hidden_states import block_flops
 
     count = decoder.block_count
     one = [block_flops(decoder, b) for b in range(count)]

@@ -17,6 +17,7 @@ from torch import nn
 
 from shortllm.checkpoint.config import block_shapes, marked, per_block_config
 from shortllm.checkpoint.tensors import read_json
+from shortllm.model.blocks import find_blocks
 
 HEAD_COUNTS = {
     "num_heads": "num_attention_heads",
@@ -85,8 +86,6 @@ class PerBlockModel:
     """What a model class gets in front of it for blocks that differ in width."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        from shortllm.model.blocks import find_blocks
-
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         _, blocks = find_blocks(model, config)

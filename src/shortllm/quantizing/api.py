@@ -34,7 +34,7 @@ def quantize(
     """
     checkpoint = open_checkpoint(model, revision=revision)
     recipe = Recipe(model=model, quantization=options or QuantizeOptions())
-    asked = recipe.filled(checkpoint.model_type).quantization
+    asked = recipe.resolved(checkpoint.model_type).quantization
     assert asked is not None
     require_free(Path(out), RECORD)
     session = Session(device=device)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.data.texts import Texts
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.texts import Texts
 from shortllm.model.session import Session
 from shortllm.quantizing.options import QUANTIZED, RECORD, Quantization, QuantizeOptions
 from shortllm.quantizing.stage import calibration_options, check, quantize

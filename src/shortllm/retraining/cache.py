@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shortllm.files import PARTIAL, explained
+from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.retraining.windows import NO_TARGET, Windows, collate
 from shortllm.runtime import Ranks
 
@@ -88,7 +88,7 @@ def _write_file(
         "log_probs": torch.cat(log_probs),
         "first": torch.tensor(first),
     }
-    with explained(path.parent):
+    with translate_os_errors(path.parent):
         partial = path.with_name(path.name + PARTIAL)
         save_file(tensors, partial)
         os.replace(partial, path)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shortllm.data.sources import Records
+from shortllm.data.rows import Records
 from shortllm.errors import DataError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.files import explained, releasing
+from shortllm.files import releasing, translate_os_errors
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.records import Cost
@@ -203,7 +203,7 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
 
     for config in model.peft_config.values():
         config.base_model_name_or_path = checkpoint.id  # not a path on this machine
-    with explained(job.work):
+    with translate_os_errors(job.work):
         model.save_pretrained(
             job.work / ADAPTER, state_dict=trained.weights, save_embedding_layers=False
         )

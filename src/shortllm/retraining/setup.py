@@ -21,10 +21,12 @@ from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
-from shortllm.data.sources import Records, load_rows, open_records
-from shortllm.data.texts import Segments, check_length, evaluation_segments_of, vocabulary
+from shortllm.data.rows import Records
+from shortllm.data.sources import load_rows, open_records
+from shortllm.data.texts import Segments, check_length, vocabulary
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
 from shortllm.model.session import Session
 from shortllm.retraining.documents import (

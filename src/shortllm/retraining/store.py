@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortllm.errors import DataError
-from shortllm.files import parsed_json, partial_directory, write_text
+from shortllm.files import partial_directory, write_text
 from shortllm.retraining.documents import Document
 
 HOLD_OUT_EVERY = 10
@@ -86,7 +86,7 @@ class Store:
 
     @cached_property
     def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = parsed_json((self.directory / "store.json").read_bytes())
+        content: dict[str, Any] = json.loads((self.directory / "store.json").read_bytes())
         return content
 
     def is_whole(self) -> bool:
@@ -196,7 +196,7 @@ def open_corpus(directory: Path) -> Corpus:
         DataError: it was damaged since.
     """
     try:
-        counts = parsed_json((directory / "corpus.json").read_bytes())
+        counts = json.loads((directory / "corpus.json").read_bytes())
         stores = [Store(directory / name) for name in ("train", "held_out")]
         whole = all(store.is_whole() for store in stores)
         corpus = Corpus(

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from shortllm.errors import CheckpointError
-from shortllm.files import PARTIAL, explained
+from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.retraining.distillation import Objective, mean_nll, summed_nll
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         """Write a state under a temporary name, rename it, delete those no longer needed."""
         self.meter.add_tokens(self.accelerator)
         states = Path(self.args.output_dir)
-        with explained(states):
+        with translate_os_errors(states):
             if self.args.should_save:
                 shutil.rmtree(states / WRITING, ignore_errors=True)
             self.accelerator.wait_for_everyone()

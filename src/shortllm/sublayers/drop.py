@@ -23,7 +23,7 @@ from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
 from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.pruning.budget import Budget, protected_blocks
+from shortllm.protection import protected_in
 from shortllm.records import ModelInfo
 from shortllm.runtime import Runtime, progress
 from shortllm.sublayers.options import DroppedSublayer, SublayerDrop, SublayerOptions
@@ -118,7 +118,9 @@ def drop_from(
         chosen = _choose(checkpoint, options, allowed, seen, session, Journal(work, expected))
         return _draft(checkpoint, options, chosen, target, seen, session)
 
-    record = derive(SublayerDrop, target, checkpoint, draft, expected=expected)
+    record = derive(
+        SublayerDrop, target, checkpoint, draft, expected=expected, needed_bytes=checkpoint.bytes
+    )
     shutil.rmtree(work, ignore_errors=True)
     return record
 
@@ -136,10 +138,7 @@ def candidates(options: SublayerOptions, model: ModelInfo) -> list[Sublayer]:
             "nothing says which sublayers to remove. Give --criterion sublayer-ppl (or "
             "sublayer-influence) with --remove 4, or name blocks with --attention 3,4 and --mlp 7"
         )
-    budget = Budget(
-        ratio=0.5, protect_first=options.protect_first, protect_last=options.protect_last
-    )
-    protected = set(protected_blocks(budget, model))
+    protected = set(protected_in(model, options.protect_first, options.protect_last))
     kinds = PARTS if options.parts == "joint" else (options.parts,)
     found = [(b, part) for b in range(model.blocks) if b not in protected for part in kinds]
     most = min(len(found), 2 * model.blocks - 1)

@@ -14,7 +14,7 @@ Shapes: B samples, T tokens, D width, V vocabulary, N predictions of one slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from shortllm.journal import Journal
 from shortllm.model.decoder import BlockCall, Decoder, Entry
-from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.metrics import cosine, next_token_nll
-from shortllm.model.walk import block_flops, enter_groups, group_size, walk, walk_flops
-from shortllm.pruning.search_space import TOGETHER
+from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops, group_size
+from shortllm.model.metrics import cosine
+from shortllm.model.walk import TOGETHER, mean_nlls, walk_flops
+from shortllm.runtime import Advance
 from shortllm.sublayers.structure import PARTS, Outputs, Part, Sublayer, without_sublayers
-
-Advance = Callable[[float], None]
 
 VARIANTS: tuple[tuple[Part, ...], ...] = ((), ("attention",), ("mlp",))
 """What each of the three that a block counts as lacks."""
@@ -82,37 +80,6 @@ class Variants:
             return self._decoder.apply(b, stream_BTD, call)
 
 
-def mean_nlls(
-    variants: Variants,
-    ids_BT: Tensor,
-    sets: Sequence[Collection[Sublayer]],
-    *,
-    advance: Advance = lambda work: None,
-    memory: StreamMemory | None = None,
-    journal: Journal | None = None,
-) -> list[float]:
-    """Mean next-token NLL without each set of sublayers, nats."""
-    totals = torch.zeros(len(sets), dtype=torch.float64)
-    for start in range(0, len(sets), TOGETHER):
-
-        def consume(
-            m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor, start: int = start
-        ) -> None:
-            totals[start + m] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-        walk(
-            variants.as_decoder(),
-            ids_BT,
-            [variants.without(removed) for removed in sets[start : start + TOGETHER]],
-            consume=consume,
-            advance=advance,
-            memory=memory,
-            journal=(journal or Journal(None, "")).part(f"sets-{start}"),
-        )
-    found: list[float] = (totals / (len(ids_BT) * (ids_BT.shape[1] - 1))).tolist()
-    return found
-
-
 def remove_one_by_one(
     variants: Variants,
     ids_BT: Tensor,
@@ -140,9 +107,11 @@ def remove_one_by_one(
         if place == len(rounds):
             part = journal.part(f"round-{place}")
             sets = [*first, *(gone | {one} for one in left)]
-            rounds.append(
-                mean_nlls(variants, ids_BT, sets, advance=advance, memory=memory, journal=part)
-            )
+            means = mean_nlls(
+                variants.as_decoder(), ids_BT, [variants.without(one) for one in sets],
+                together=TOGETHER, advance=advance, memory=memory, journal=part,
+            )  # fmt: skip
+            rounds.append(means)
             journal.commit({"rounds": rounds}, {})
             part.discard()
         values = [value if value == value else float("inf") for value in rounds[place]]
@@ -175,6 +144,7 @@ def influence(
     ids_BT: Tensor,
     *,
     advance: Advance = lambda work: None,
+    memory: StreamMemory | None = None,
 ) -> dict[Sublayer, float]:
     """1 - cos(stream before, stream after) of each sublayer, mean over tokens; in [0, 2].
 
@@ -185,20 +155,19 @@ def influence(
     sums = {(b, part): 0.0 for b in sorted(outputs) for part in PARTS}
     size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
     for start in range(0, len(ids_BT), size):
-        rows = ids_BT[start : start + size].to(decoder.device)
-        entries = enter_groups(decoder, torch.split(rows, group_size(decoder, rows.shape[1])))
-        streams = [entry.stream_BTD for entry in entries]
+        groups = SampleGroups(decoder, ids_BT[start : start + size], memory)
+        stream_BTD = groups.entering()
         for b in decoder.through(range(decoder.block_count)):
-            for place, entry in enumerate(entries):
-                before_BTD = streams[place]
+            for rows, entry in groups:
+                before_BTD = stream_BTD[rows].to(decoder.device)
                 with torch.no_grad():
                     after_BTD = decoder.apply(b, before_BTD, entry.calls[b])
                     if b in outputs:
                         found = _similarities(decoder, outputs, b, entry, before_BTD, after_BTD)
                         for part, value in zip(PARTS, found, strict=True):
                             sums[b, part] += value
-                streams[place] = after_BTD.to(before_BTD)
-            advance(block_flops(decoder, b) * rows.numel())
+                stream_BTD[rows] = after_BTD.to(stream_BTD)
+            advance(block_flops(decoder, b) * groups.ids_BT.numel())
     return {one: 1.0 - total / ids_BT.numel() for one, total in sums.items()}
 
 

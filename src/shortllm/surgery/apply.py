@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -28,12 +27,10 @@ from shortllm.checkpoint.shorten_config import (
     shorten_config,
     sliced_axis,
 )
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
-from shortllm.checkpoint.tokenizer import write_special_tokens
-from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import CheckpointError, OutputError
-from shortllm.files import PARTIAL, explained, partial_directory, require_writable
+from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.records import MAX_BLOCKS
 
 log = logging.getLogger(__name__)
@@ -70,56 +67,11 @@ def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
         config._name_or_path = original._name_or_path
         return config
     with (
-        explained(Path(tempfile.gettempdir()), way_out="set TMPDIR to another directory"),
+        translate_os_errors(Path(tempfile.gettempdir()), hint="set TMPDIR to another directory"),
         tempfile.TemporaryDirectory() as directory,
     ):
         (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         return read_config(Path(directory), original.model_type)
-
-
-def write_shortened(
-    checkpoint: Checkpoint,
-    kept: Sequence[int],
-    target: Path,
-    *,
-    provenance: dict[str, Any],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    advance: Advance = lambda copied: None,
-    verify: Callable[[Path], None] = lambda written: None,
-) -> None:
-    """Write the checkpoint of the blocks `kept` as directory `target`, whole or not at all.
-
-    Args:
-        kept: kept block numbers, ascending.
-        provenance: goes into config.json under `shortllm`, beside the version and the source.
-        advance: called with the number of bytes copied since its last call.
-        verify: called with the written directory before it gets its final name; may raise.
-    Raises:
-        UnsupportedModelError: removing these blocks would give a wrong model.
-        OutputError: the target cannot be written, or holds the source.
-    """
-    require_apart(checkpoint.directory, target)
-    carried = carried_files(checkpoint.directory, target)
-    config = check_removal(checkpoint, kept)
-    entries = renumbered_tensors(checkpoint, kept)
-    needed = sum(entry.bytes for entry in entries.values())
-    needed += sum((checkpoint.directory / name).stat().st_size for name in carried)
-    require_writable(target.absolute().parent, needed)
-    removed = sorted(set(range(checkpoint.block_count)) - set(kept))
-    config[PROVENANCE] = provenance_of(checkpoint, removed, **provenance)
-    heads = checkpoint.block_names.heads
-    if heads:
-        log.info("the prediction heads behind the last block are left out")
-        config[PROVENANCE]["dropped_heads"] = heads
-    with partial_directory(target, needed_bytes=needed) as directory:
-        for name in carried:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-        write_special_tokens(checkpoint, directory)
-        write_tensors(directory, entries, max_shard_bytes=max_shard_bytes, advance=advance)
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        verify(directory)
 
 
 def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
@@ -210,6 +162,23 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
         blocks=removals[-1][0],
         kept=kept,
     )
+
+
+def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
+    """Open each model under the last part of its path, or all of it where that is taken.
+
+    A Hub model that another one was derived from is opened at the revision recorded there.
+    """
+    opened = {model: open_checkpoint(model) for model in models if Path(model).is_dir()}
+    entries = [one.raw_config.get(PROVENANCE) for one in opened.values()]
+    held = [entry for entry in entries if isinstance(entry, dict)]
+    origins = {str(entry.get("source")): entry.get("revision") for entry in held}
+    checkpoints: dict[str, Checkpoint] = {}
+    for model in models:
+        short = Path(model).name or model
+        one = opened.get(model) or open_checkpoint(model, revision=origins.get(model))
+        checkpoints[model if short in checkpoints else short] = one
+    return checkpoints
 
 
 def require_apart(source: Path, target: Path) -> None:

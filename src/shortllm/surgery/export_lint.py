@@ -17,9 +17,11 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from shortllm.checkpoint.config import SHAPES, block_count, text_config
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import UnsupportedModelError
+from shortllm.options import accepts
 from shortllm.records import Record
+from shortllm.runtime import Runtime
 
 Target = Literal["gguf", "vllm"]
 
@@ -230,3 +232,23 @@ def _problems(rules: list[Rule], config: Any) -> Iterator[Problem]:
         problem = rule(config)
         if problem:
             yield problem
+
+
+@accepts(runtime=Runtime)
+def export_lint(
+    model: str, *, runtime: Runtime, revision: str | None = None
+) -> list[ExportFinding]:
+    """Check by rule whether llama.cpp (GGUF) and vLLM will load a checkpoint correctly.
+
+    Reads the config and headers only.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        runtime: only its `trust_remote_code` matters; it can be given as a keyword.
+        revision: of a Hub model.
+    Returns:
+        A verdict for each program, with the reason and, where there is one, a hint.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    return lint_export(open_checkpoint(model, revision=revision))

@@ -10,13 +10,22 @@ or name another block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.shorten_config import period_hint, sliced_axis
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.structure import Renumbering, Signature, _signatures, difference
+from shortllm.model.blocks import find_blocks
+from shortllm.model.structure import Signature, block_signature, build_empty, same_number
+
+REFERENCES = {"kv_shared_layer_index"}
+"""Attributes that hold the number of another block."""
+
+ANSWERED = {"store_full_length_kv"}
+"""Attributes that may differ, as a rule keeps what they stand for: sources of shared keys stay."""
 
 
 def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None:
@@ -43,8 +52,8 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
         if problem:
             raise UnsupportedModelError(
                 f"removing these blocks from model type '{original.model_type}' would turn block "
-                f"{old} into a "
-                f"different block: {problem}. No rule covers this yet.{period_hint(original)}"
+                f"{old} into a different block: {problem}. No rule covers this yet."
+                f"{period_hint(original)}"
             )
     expected = _sliced(outside_before, len(before), len(kept))
     for place in {**expected, **outside_after}:
@@ -53,8 +62,7 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
             continue
         raise UnsupportedModelError(
             f"removing blocks from model type '{original.model_type}' would change tensors "
-            "outside the blocks: "
-            f"{place} is {shape} instead of {was}. No rule covers this yet"
+            f"outside the blocks: {place} is {shape} instead of {was}. No rule covers this yet"
         )
 
 
@@ -67,3 +75,71 @@ def _sliced(outside: Signature, count: int, kept: int) -> Signature:
             share = shape[axis] // count
             result[place] = (*shape[:axis], share * kept, *shape[axis + 1 :])
     return result
+
+
+def _signatures(config: Any) -> tuple[list[Signature], Signature]:
+    """The signature of each block, and the shapes of all tensors outside the blocks."""
+    model = build_empty(config)
+    name, blocks = find_blocks(model, config)
+    outside = {
+        f"shape of {key}": tuple(tensor.shape)
+        for key, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not key.startswith(name + ".")
+    }
+    return [block_signature(block) for block in blocks], outside
+
+
+@dataclass(frozen=True, slots=True)
+class Renumbering:
+    """How block numbers change, for attributes that hold some."""
+
+    kept: Sequence[int]
+    """Original numbers of the kept blocks, ascending."""
+    count: int
+    places: int = 1
+    """How many numbers each block takes, where a block of several sublayers takes more."""
+
+    def explains(self, before: Any, after: Any, block: int) -> bool:
+        """Whether `after` says of the shortened model what `before` said of the original."""
+        new_number = {old: new for new, old in enumerate(self.kept)}
+        if isinstance(before, (list, tuple)):
+            if len(before) == self.count and list(after) == [before[old] for old in self.kept]:
+                return True
+            numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in before)
+            renumbered = [new_number[n] for n in before if n in new_number]
+            return numbers and list(after) == renumbered
+        if isinstance(before, dict):
+            return bool(after == {new_number[n]: v for n, v in before.items() if n in new_number})
+        return any(
+            same_number(before, after, block * places, new_number[block] * places, places)
+            for places in {1, self.places}
+        )
+
+    def refers_alike(self, before: Any, after: Any) -> bool:
+        """Whether two numbers of another block mean the same one."""
+        return before in self.kept and self.kept.index(before) == after
+
+
+def difference(
+    original: Signature, shortened: Signature, block: int, numbers: Renumbering
+) -> str | None:
+    """The first place where two signatures differ, None if they agree.
+
+    May differ: the block's own number, and lists with one entry per block or of block numbers.
+
+    Args:
+        block: original number of the block.
+    """
+    for place in {**original, **shortened}:
+        before, after = original.get(place, "absent"), shortened.get(place, "absent")
+        attribute = place.split(".")[-1]
+        if before == after or attribute in ANSWERED:
+            continue
+        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
+            continue
+        if attribute in REFERENCES and numbers.refers_alike(before, after):
+            continue
+        if type(before) is type(after) and numbers.explains(before, after, block):
+            continue
+        return f"{place} is {after!r} instead of {before!r}"
+    return None

@@ -43,7 +43,7 @@ def width(
     if calibration is None:
         length = SAMPLE_LENGTH.get(options.method, CalibrationOptions().length)
         calibration = CalibrationOptions(length=length)
-    recipe = Recipe(model=model, calibration=calibration).filled(checkpoint.model_type)
+    recipe = Recipe(model=model, calibration=calibration).resolved(checkpoint.model_type)
     ids = calibrate(checkpoint, recipe.calibration) if options.needs_text else None
     session = Session(device=device, dtype=dtype, stream=stream, max_memory=max_memory)
     return width_stage(checkpoint, options, Path(out), calibration=ids, session=session)

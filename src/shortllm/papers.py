@@ -1,0 +1,96 @@
+"""The papers behind the methods: what a page links to, and a model card cites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """One paper on arXiv; as text it is a short citation."""
+
+    key: str
+    authors: str
+    """As BibTeX has them: 'Last, First and Last, First'."""
+    title: str
+    arxiv: str
+
+    def __str__(self) -> str:
+        return f"{self.short}, {self.title.split(':')[0]}, arXiv:{self.arxiv}"
+
+    @property
+    def url(self) -> str:
+        """The paper's page."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    @property
+    def year(self) -> str:
+        """Year of its arXiv number."""
+        return f"20{self.arxiv[:2]}"
+
+    @property
+    def short(self) -> str:
+        """First author and year."""
+        return f"{self.authors.split(',')[0]} et al. {self.year}"
+
+    @property
+    def bibtex(self) -> str:
+        """The entry for a bibliography."""
+        return (
+            f"@article{{{self.key},\n"
+            f"  title   = {{{self.title}}},\n"
+            f"  author  = {{{self.authors}}},\n"
+            f"  journal = {{arXiv preprint arXiv:{self.arxiv}}},\n"
+            f"  year    = {{{self.year}}},\n"
+            "}"
+        )
+
+
+SHORTENED_LLAMA = Paper(
+    key="kim2024shortened",
+    authors="Kim, Bo-Kyeong and Kim, Geonmin and Kim, Tae-Ho and Castells, Thibault and "
+    "Choi, Shinkook and Shin, Junho and Song, Hyoung-Kyu",
+    title="Shortened LLaMA: Depth Pruning for Large Language Models "
+    "with Comparison of Retraining Methods",
+    arxiv="2402.02834",
+)
+EVOPRESS = Paper(
+    key="sieberling2024evopress",
+    authors="Sieberling, Oliver and Kuznedelev, Denis and Kurtic, Eldar and Alistarh, Dan",
+    title="EvoPress: Accurate Dynamic Model Compression via Evolutionary Search",
+    arxiv="2410.14649",
+)
+SHORTGPT = Paper(
+    key="men2024shortgpt",
+    authors="Men, Xin and Xu, Mingyu and Zhang, Qingyu and Wang, Bingning and Lin, Hongyu and "
+    "Lu, Yaojie and Han, Xianpei and Chen, Weipeng",
+    title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+    arxiv="2403.03853",
+)
+DEEPER_LAYERS = Paper(
+    key="gromov2024unreasonable",
+    authors="Gromov, Andrey and Tirumala, Kushal and Shapourian, Hassan and Glorioso, Paolo and "
+    "Roberts, Daniel A.",
+    title="The Unreasonable Ineffectiveness of the Deeper Layers",
+    arxiv="2403.17887",
+)
+SLEB = Paper(
+    key="song2024sleb",
+    authors="Song, Jiwon and Oh, Kyungseok and Kim, Taesu and Kim, Hyungjun and Kim, Yulhwa and "
+    "Kim, Jae-Joon",
+    title="SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer "
+    "Blocks",
+    arxiv="2402.09025",
+)
+LLM_PRUNER = Paper(
+    key="ma2023llmpruner",
+    authors="Ma, Xinyin and Fang, Gongfan and Wang, Xinchao",
+    title="LLM-Pruner: On the Structural Pruning of Large Language Models",
+    arxiv="2305.11627",
+)
+FLAP = Paper(
+    key="an2023fluctuation",
+    authors="An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao",
+    title="Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+    arxiv="2312.11983",
+)
