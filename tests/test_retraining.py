@@ -24,6 +24,7 @@ from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
+from shortllm.papers import LORA
 from shortllm.reporting.healing import retraining_parts
 from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
@@ -621,7 +622,7 @@ def test_defaults_are_the_paper_s(place: Path) -> None:
 
 def test_every_method_is_described_once() -> None:
     for one in METHODS:
-        assert one.label and one.help.endswith(".") and "arXiv:" in one.paper
+        assert one.label and one.help.endswith(".") and one.paper.arxiv
         assert {*one.defaults, *one.options} <= RetrainOptions.model_fields.keys()
         assert one.name in (RetrainOptions.model_fields["method"].description or "")
     owned = [option for one in METHODS for option in one.options]
@@ -637,7 +638,7 @@ def test_a_new_method_needs_no_other_edit(
             parameter.requires_grad_("norm" in name)
         return model
 
-    about = Method(name="norms", label="", help="", paper="", function=norms, freezes=True)
+    about = Method(name="norms", label="", help="", paper=LORA, function=norms, freezes=True)
     monkeypatch.setitem(METHODS._entries, "norms", about)
     changes = {"data": "text.jsonl", "learning_rate": 1e-2}
     with pytest.raises(ShortLLMError, match="--rank belongs to --method lora, not to norms"):

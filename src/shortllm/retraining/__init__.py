@@ -16,5 +16,3 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
 """Configurations for `accelerate launch`: DDP and FSDP on 8 GPUs."""
-
-RECORD = "retrain.json"

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from shortllm.errors import ShortLLMError
+from shortllm.papers import DISTILLATION, LAST_BLOCKS, LORA, SHORTENED_LLAMA, Paper
 from shortllm.registry import Registry, first_line
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Method:
     """What a sentence calls it, e.g. 'LoRA retraining'."""
     help: str
     """What is trained, towards what; one line."""
-    paper: str
+    paper: Paper
     function: MakeTrainable
     defaults: Mapping[str, Any] = field(default_factory=lambda: TEXT_DEFAULTS)
     """Option -> its value where none is given."""
@@ -100,7 +101,7 @@ def method(name: str, **about: Any) -> Callable[[MakeTrainable], MakeTrainable]:
 @method(
     "lora",
     label="LoRA retraining",
-    paper="Hu et al. 2021, arXiv:2106.09685",
+    paper=LORA,
     defaults=INSTRUCTION_DEFAULTS,
     options=("rank", "alpha", "dropout"),
     packages=("accelerate", "peft"),
@@ -117,7 +118,7 @@ def lora(model: nn.Module, options: RetrainOptions) -> nn.Module:
 @method(
     "full",
     label="Retraining all weights",
-    paper="Kim et al. 2024, arXiv:2402.02834",
+    paper=SHORTENED_LLAMA,
 )
 def full(model: nn.Module, options: RetrainOptions) -> nn.Module:
     """All weights, continued pretraining."""
@@ -127,7 +128,7 @@ def full(model: nn.Module, options: RetrainOptions) -> nn.Module:
 @method(
     "distill",
     label="Distillation",
-    paper="Hinton et al. 2015, arXiv:1503.02531",
+    paper=DISTILLATION,
     options=("teacher", "temperature", "top_k", "hidden_weight", "generate"),
     has_teacher=True,
 )
@@ -139,7 +140,7 @@ def distill(model: nn.Module, options: RetrainOptions) -> nn.Module:
 @method(
     "last-blocks",
     label="Retraining the last blocks",
-    paper="Lu et al. 2024, arXiv:2411.15558",
+    paper=LAST_BLOCKS,
     defaults=INSTRUCTION_DEFAULTS,
     options=("blocks",),
     freezes=True,
