@@ -28,7 +28,6 @@ from shortllm.papers import LORA
 from shortllm.reporting.healing import retraining_parts
 from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
-from shortllm.retraining.cache import CachedTeacher, target_rows, write_cache
 from shortllm.retraining.distillation import (
     answer_loss,
     hidden_loss,
@@ -42,9 +41,17 @@ from shortllm.retraining.documents import Document, documents, kind_of, template
 from shortllm.retraining.methods import METHODS, Method
 from shortllm.retraining.options import RetrainOptions
 from shortllm.retraining.setup import resolve, work_directory
-from shortllm.retraining.store import Corpus, open_corpus, write_corpus
+from shortllm.retraining.store import Corpus, Store, open_corpus, write_corpus
 from shortllm.retraining.trainable import add_adapters, find_targets, train_last_blocks
-from shortllm.retraining.windows import NO_TARGET, Windows, collate, keeps_apart
+from shortllm.retraining.windows import (
+    NO_TARGET,
+    CachedTeacher,
+    Windows,
+    collate,
+    keeps_apart,
+    target_rows,
+    write_cache,
+)
 from shortllm.runtime import ALONE
 from shortllm.surgery.apply import lineage
 
@@ -146,10 +153,15 @@ def corpus_of(found: list[Document], target: Path, **changes: Any) -> Corpus:
     return open_corpus(target)
 
 
+def all_ids(store: Store) -> list[int]:
+    ids: list[int] = store.ids(0, store.tokens).tolist()
+    return ids
+
+
 def test_one_document_in_ten_is_held_out(tmp_path: Path) -> None:
     found = [Document([number, number + 1]) for number in range(1, 101)]
     corpus = corpus_of(found, tmp_path / "corpus")
-    assert corpus.held_out.ids.tolist() == [1, 2, 11, 12, 21, 22]
+    assert all_ids(corpus.held_out) == [1, 2, 11, 12, 21, 22]
     assert (corpus.train.documents, corpus.train.tokens) == (97, 194)
     assert corpus.train.starts[:3].tolist() == [0, 2, 4]
     other = corpus_of(found[:-1], tmp_path / "other")
@@ -173,7 +185,7 @@ def test_long_documents_are_cut_and_hopeless_ones_dropped(tmp_path: Path) -> Non
     ]  # fmt: skip
     corpus = corpus_of(found, tmp_path / "corpus", longest=10)
     assert (corpus.cut, corpus.dropped) == (2, 1)
-    assert corpus.train.ids.tolist() == [2] * 10 + [4] * 5
+    assert all_ids(corpus.train) == [2] * 10 + [4] * 5
 
 
 def test_too_little_to_train_on_is_an_error(tmp_path: Path) -> None:
@@ -182,6 +194,29 @@ def test_too_little_to_train_on_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="token id 5000 is outside the model's vocabulary"):
         corpus_of([Document([1, 5000])], tmp_path / "corpus")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_read_across_batches_and_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shortllm.retraining.store.TOKENS_AT_ONCE", 20)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(2, 9, (31,), generator=generator).tolist()
+    found = [Document(torch.randint(0, 1024, (n,), generator=generator).tolist()) for n in sizes]
+    store = corpus_of(found, tmp_path / "corpus", held_out=1).train
+    flat = [token for document in found[1:] for token in document.ids]
+    assert all_ids(store) == flat and store.documents == 30
+    for start, stop in ((0, 1), (5, 60), (len(flat) - 3, len(flat))):
+        assert store.ids(start, stop).tolist() == flat[start:stop]
+
+
+@pytest.mark.parametrize("damaged", ["train.arrow", "held_out.arrow", "corpus.json"])
+def test_a_damaged_corpus_is_an_error(damaged: str, tmp_path: Path) -> None:
+    corpus_of([Document([1, 2, 3])] * 4, tmp_path / "work" / "corpus")
+    file = tmp_path / "work" / "corpus" / damaged
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=f"is damaged. Delete {tmp_path / 'work'} to start again"):
+        open_corpus(tmp_path / "work" / "corpus")
 
 
 @pytest.fixture
@@ -382,6 +417,25 @@ def test_a_cached_teacher_says_what_the_teacher_says(corpus: Corpus, tmp_path: P
     )
 
 
+def test_an_interrupted_cache_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shortllm.retraining.windows.WINDOWS_PER_FILE", 2)
+    corpus = corpus_of([Document([1, 2, 3, n]) for n in range(4)], tmp_path / "corpus")
+    windows = Windows(corpus.train, length=4, packing="stream", apart=False)
+    teacher, cache = families.loaded("llama"), tmp_path / "cache"
+
+    def predictions() -> list[list[float]]:
+        write_cache(teacher, windows, cache, k=3, batch=1, ranks=ALONE, advance=lambda done: None)
+        return [CachedTeacher(cache).of(n)["teacher_log_probs"].tolist() for n in range(3)]
+
+    before = predictions()
+    assert [len(rows) for rows in before] == [3, 3, 3]
+    first, second = sorted(cache.iterdir())
+    stamp = first.stat().st_mtime_ns
+    second.unlink()
+    assert predictions() == before
+    assert first.stat().st_mtime_ns == stamp and sorted(cache.iterdir()) == [first, second]
+
+
 def test_lineage_goes_back_through_every_shortening(tmp_path: Path, place: Path) -> None:
     short = open_checkpoint(place / "short")
     assert lineage(short).kept == [0, 1, 4, 5]
@@ -560,7 +614,7 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "alpaca.jsonl", "length": 8}, "At least 2 are needed"),
         ({"method": "full"}, "--method full needs text to train on"),
         ({"data": "nowhere.jsonl"}, "no such file"),
-        ({"data": "empty.jsonl"}, "holds no rows"),
+        ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "text.jsonl", "length": 600}, "600 tokens exceed the 512 positions"),
         ({"data": "text.jsonl", "max_steps": 0}, "max_steps 0: must be greater than 0"),
         ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both set the duration"),

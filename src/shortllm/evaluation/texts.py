@@ -52,8 +52,6 @@ def prepare_texts(
         scoring: whether `calibration` is sampled at all.
         healing: how text to heal with is sampled, from the rows that calibrate; None for none.
         quantization: the text that a quantization looks at; None for none.
-    Raises:
-        DataError: unreadable or too little text.
     """
     from shortllm.evaluation.perplexity import EvaluationText
 
@@ -125,13 +123,8 @@ def evaluation_segments_of(
     *,
     option: str = "--eval-length",
 ) -> Segments:
-    """Rows cut into the windows that perplexity is measured on, checked against the model.
-
-    Args:
-        option: what the command line calls `options.length`.
-    Raises:
-        DataError: not one full window, or ids the model has no embeddings for.
-    """
+    """Rows cut into the windows that perplexity is measured on, checked against the model; `option`
+    is what the command line calls `options.length`."""
     segments = evaluation_segments(
         rows,
         tokenizer,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from shortllm.model.blocks import find_blocks
 from shortllm.model.metrics import kl_divergence, next_token_nll
-from shortllm.retraining.cache import target_rows
+from shortllm.retraining.windows import target_rows
 
 
 def teacher_blocks(kept: list[int], teacher_count: int) -> list[int]:

@@ -19,7 +19,6 @@ from transformers import TrainingArguments, set_seed
 from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model, quiet_transformers
-from shortllm.retraining.cache import CachedTeacher, write_cache
 from shortllm.retraining.distillation import (
     Objective,
     TeacherLoss,
@@ -37,7 +36,14 @@ from shortllm.retraining.trainer import (
     last_state,
     require_loadable,
 )
-from shortllm.retraining.windows import Segmented, Windows, collate, keeps_apart
+from shortllm.retraining.windows import (
+    CachedTeacher,
+    Segmented,
+    Windows,
+    collate,
+    keeps_apart,
+    write_cache,
+)
 from shortllm.runtime import progress
 from shortllm.surgery.apply import lineage
 
