@@ -27,7 +27,6 @@ from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
 from shortllm.quantizing.options import Quantization
 from shortllm.records import ModelInfo, Record, ResultFile
-from shortllm.retraining import RECORD as RETRAIN_FILE
 from shortllm.retraining.options import Retraining
 
 BLOCKS = 4
@@ -285,7 +284,9 @@ def write_run(directory: Path) -> Path:
         "held_out": [(0, 2.6), (3, 2.3)],
         "wikitext2": [(0, 2.8), (3, 2.5)],
     }
-    of(Retraining, model=pruned.model, curves=curves).save(directory / "retrained" / RETRAIN_FILE)
+    of(Retraining, model=pruned.model, curves=curves).save(
+        directory / "retrained" / Retraining.FILE
+    )
     of(Quantization, model=pruned.model, options=QUANTIZE_OPTIONS).save(
         directory / "quantized" / QUANTIZE_FILE
     )

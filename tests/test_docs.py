@@ -16,7 +16,7 @@ from families import loaded, saved, score, token_ids
 import shortllm
 import shortllm.healing.options
 import shortllm.quantizing.options
-import shortllm.retraining.options
+import shortllm.retraining.methods
 import shortllm.sublayers.criteria
 import shortllm.width_pruning.methods
 from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
@@ -83,7 +83,7 @@ def test_the_table_of_methods_tells_of_every_other_method() -> None:
     names = [
         *width_pruning.methods.METHODS.names(),
         *get_args(quantizing.options.Method),
-        *retraining.options.DEFAULTS,
+        *retraining.methods.METHODS.names(),
         *sublayers.criteria.CRITERIA.names(),
         *get_args(healing.options.HealOptions.model_fields["method"].annotation),
         "merge",

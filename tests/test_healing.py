@@ -49,7 +49,7 @@ from shortllm.options import options_from
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.recipe import Recipe
 from shortllm.recipes import changed, parse_recipe
-from shortllm.retraining.distillation import lineage
+from shortllm.surgery.apply import lineage
 
 DOWN = {
     "llama": "mlp.down_proj",

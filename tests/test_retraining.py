@@ -24,25 +24,25 @@ from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
+from shortllm.papers import LORA
 from shortllm.reporting.healing import retraining_parts
 from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
 from shortllm.retraining.distillation import (
-    Streams,
     answer_loss,
     hidden_loss,
-    kept_loss,
-    lineage,
-    recorded,
+    recording,
     soft_loss,
     summed_nll,
     teacher_blocks,
+    top_k_loss,
 )
 from shortllm.retraining.documents import Document, documents, kind_of, template_of
-from shortllm.retraining.options import RetrainOptions, micro_batch, warmup
-from shortllm.retraining.preparing import work_directory
+from shortllm.retraining.methods import METHODS, Method
+from shortllm.retraining.options import RetrainOptions
+from shortllm.retraining.setup import resolve, work_directory
 from shortllm.retraining.store import Corpus, Store, open_corpus, write_corpus
-from shortllm.retraining.trainable import find_targets, make_trainable, train_last_blocks
+from shortllm.retraining.trainable import add_adapters, find_targets, train_last_blocks
 from shortllm.retraining.windows import (
     NO_TARGET,
     CachedTeacher,
@@ -53,6 +53,7 @@ from shortllm.retraining.windows import (
     write_cache,
 )
 from shortllm.runtime import ALONE
+from shortllm.surgery.apply import lineage
 
 pytest.importorskip("peft")
 
@@ -306,7 +307,7 @@ def test_adapters_reach_every_projection_and_merge_exactly(variant: str) -> None
     ]  # fmt: skip
     assert set(inside) <= set(targets.modules)
     assert len(targets.modules + targets.parameters) >= 2 * 6
-    adapted = make_trainable(model, RetrainOptions(method="lora", rank=2, dropout=0.0)).eval()
+    adapted = add_adapters(model, RetrainOptions(rank=2, dropout=0.0)).eval()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     ids = families.token_ids()
@@ -363,7 +364,7 @@ def test_soft_losses_by_hand() -> None:
     rest_p, rest_q = 1 - top.values.exp().sum(-1), 1 - q.sum(-1)
     by_hand = (top.values.exp() * (top.values - q.log())).sum()
     by_hand += (rest_p * (rest_p.log() - rest_q.log())).sum()
-    found = kept_loss(top.indices, top.values, student)
+    found = top_k_loss(top.indices, top.values, student)
     assert found.item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert 0 < found.item() < whole  # a coarser view sees less
     assert torch.isclose(p.gather(-1, top.indices).log(), top.values).all()
@@ -385,7 +386,7 @@ def test_hidden_states_are_compared_across_the_gap(place: Path) -> None:
     for new, old in enumerate(kept):
         student.model.layers[new].load_state_dict(source.model.layers[old].state_dict())
     ids = families.token_ids()
-    with recorded(student) as one, recorded(source) as other:
+    with recording(student) as one, recording(source) as other:
         student(input_ids=ids)
         source(input_ids=ids)
     rows = torch.arange(ids.numel())
@@ -393,7 +394,7 @@ def test_hidden_states_are_compared_across_the_gap(place: Path) -> None:
         0, abs=1e-9
     )
     assert hidden_loss(one, other, kept, rows).item() == pytest.approx(0, abs=1e-9)
-    shifted = Streams({block: stream * 2 for block, stream in one.of.items()})
+    shifted = {block: output * 2 for block, output in one.items()}
     assert hidden_loss(shifted, other, kept, rows).item() == pytest.approx(len(rows), rel=1e-5)
 
 
@@ -448,7 +449,7 @@ def test_lineage_goes_back_through_every_shortening(tmp_path: Path, place: Path)
 # ------------------------------------------------------------------ whole trainings
 
 
-METHODS: dict[str, dict[str, Any]] = {
+TRAININGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "data": "alpaca.jsonl", "length": 256},
     "lora-packed": {"method": "lora", "data": "alpaca.jsonl", "length": 400, "packing": True},
     "full": {"method": "full", "data": "text.jsonl"},
@@ -463,15 +464,15 @@ METHODS: dict[str, dict[str, Any]] = {
 def retrain(place: Path, out: Path, model: str = "short", **changes: Any) -> shortllm.Retraining:
     if changes.get("data", "generated") != "generated":
         changes["data"] = str(place / changes["data"])
-    return shortllm.retrain(str(place / model), out, options=tiny.options(**changes), device="cpu")
+    return shortllm.retrain(str(place / model), out, **{**tiny.QUICK, **changes}, device="cpu")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_every_method_ends_with_a_plain_checkpoint(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "healed"
-    record = retrain(place, out, **METHODS[name])
+    record = retrain(place, out, **TRAININGS[name])
     held_out = dict(record.curves["held_out"])
     assert list(held_out) == [0, 2, 4, 6], "also before the first step"
     assert record.best_step == min([2, 4, 6], key=lambda step: held_out[step])
@@ -615,15 +616,15 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "nowhere.jsonl"}, "no such file"),
         ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "text.jsonl", "length": 600}, "600 tokens exceed the 512 positions"),
-        ({"data": "text.jsonl", "max_steps": 0}, "--max-steps 0 means nothing"),
-        ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both say how long"),
+        ({"data": "text.jsonl", "max_steps": 0}, "max_steps 0: must be greater than 0"),
+        ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both set the duration"),
         ({"data": "text.jsonl", "temperature": 2}, "--temperature belongs to --method distill"),
         ({"data": "text.jsonl", "method": "full", "rank": 4}, "--rank belongs to --method lora"),
         ({"data": "text.jsonl", "micro_batch": 3}, "--micro-batch 3 does not divide the 4"),
         ({"data": "text.jsonl", "template": "chat"}, "--template chat is for instructions"),
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
         ({"data": "generated"}, "text that a teacher writes"),
-        ({"data": "text.jsonl", "rank": 64}, "hold no linear projection"),
+        ({"data": "text.jsonl", "rank": 64}, "have no linear projection"),
         ({"data": "text.jsonl", "report_to": ["nothing"]}, "pip install nothing"),
         ({"data": "text.jsonl", "eval_data": ["embedded", "embedded"]}, "given twice"),
         (
@@ -645,7 +646,7 @@ def test_bad_options_are_refused(
 
 def test_a_directory_with_other_things_is_refused_untouched(place: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="contains something else"):
         retrain(place, tmp_path, method="full", data="text.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -654,22 +655,52 @@ def test_a_missing_extra_is_named_before_anything_else(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "shortllm.retraining.preparing.find_spec", lambda name: None if name == "peft" else "there"
+        "shortllm.retraining.methods.find_spec", lambda name: None if name == "peft" else "there"
     )
     with pytest.raises(ShortLLMError, match=r"needs peft.*pip install 'shortllm\[train\]'"):
         retrain(place, tmp_path / "out", data="alpaca.jsonl", length=256)
 
 
-def test_defaults_are_the_paper_s() -> None:
-    lora = RetrainOptions().filled(4096)
+def test_defaults_are_the_paper_s(place: Path) -> None:
+    model = open_checkpoint(place / "short")
+    lora = resolve(RetrainOptions(), model)
     assert (lora.data, lora.length, lora.learning_rate, lora.epochs) == ("alpaca", 256, 1e-4, 2.0)
     assert (lora.rank, lora.alpha, lora.dropout, lora.batch) == (8, 16, 0.05, 64)
-    assert (warmup(lora, 1556), warmup(lora, 50)) == (100, 5)
-    full = RetrainOptions(method="full", data="c4").filled(512)
-    assert (full.length, full.schedule) == (512, "cosine")
-    assert micro_batch(lora, 1) == 16 and micro_batch(lora, 8) == 8
-    with pytest.raises(ShortLLMError, match="cannot be shared by 3 processes"):
-        micro_batch(lora, 3)
+    assert (lora.warmup(1556), lora.warmup(50)) == (100, 5)
+    full = resolve(RetrainOptions(method="full", data="c4"), model)
+    assert (full.length, full.schedule) == (512, "cosine"), "the model has 512 positions"
+    assert lora.micro_batch_of(1) == 16 and lora.micro_batch_of(8) == 8
+    with pytest.raises(ShortLLMError, match="cannot be divided among 3 processes"):
+        lora.micro_batch_of(3)
+
+
+def test_every_method_is_described_once() -> None:
+    for one in METHODS:
+        assert one.label and one.help.endswith(".") and one.paper.arxiv
+        assert {*one.defaults, *one.options} <= RetrainOptions.model_fields.keys()
+        assert one.name in (RetrainOptions.model_fields["method"].description or "")
+    owned = [option for one in METHODS for option in one.options]
+    assert len(owned) == len(set(owned))
+
+
+def test_a_new_method_needs_no_other_edit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def norms(model: nn.Module, options: RetrainOptions) -> nn.Module:
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+        return model
+
+    about = Method(name="norms", label="", help="", paper=LORA, function=norms, freezes=True)
+    monkeypatch.setitem(METHODS._entries, "norms", about)
+    changes = {"data": "text.jsonl", "learning_rate": 1e-2}
+    with pytest.raises(ShortLLMError, match="--rank belongs to --method lora, not to norms"):
+        retrain(place, tmp_path / "out", method="norms", rank=4, **changes)
+    retrain(place, tmp_path / "out", method="norms", **changes)
+    found, before = weights(tmp_path / "out"), weights(place / "short")
+    changed = {name for name in found if not torch.equal(found[name], before[name])}
+    assert changed and all("norm" in name for name in changed)
 
 
 def test_the_command_prints_what_came_of_it(

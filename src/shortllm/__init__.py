@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
     from shortllm.recipe import Recipe as Recipe
     from shortllm.reporting import report as report
-    from shortllm.retraining.api import retrain as retrain
     from shortllm.retraining.options import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
+    from shortllm.retraining.retrain import retrain as retrain
     from shortllm.runtime import Runtime as Runtime
     from shortllm.runtime import trusting_remote_code as trusting_remote_code
     from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
@@ -108,7 +108,7 @@ _HOME = {
     "prune": "pruning.prune",
     "quantize": "quantizing.api",
     "report": "reporting",
-    "retrain": "retraining.api",
+    "retrain": "retraining.retrain",
     "run": "pipeline",
     "score": "pruning.score",
     "trusting_remote_code": "runtime",

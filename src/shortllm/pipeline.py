@@ -39,7 +39,6 @@ from shortllm.pruning.score import score_in
 from shortllm.published import Published
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
-from shortllm.retraining import RECORD as RETRAINED
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import (
     HEALED,
@@ -51,7 +50,7 @@ from shortllm.run_directory import (
     short_name,
     write_run_file,
 )
-from shortllm.runtime import ALONE, Runtime
+from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal
 from shortllm.surgery.derived import require_free
 
@@ -238,9 +237,9 @@ def check_later_stages(
             "that out, or use a smaller --dtype or another --device"
         )
     for options in recipe.retraining:
-        from shortllm.retraining.preparing import check
+        from shortllm.retraining.setup import check
 
-        check(checkpoint, options, session=session, ranks=ALONE)
+        check(checkpoint, options, session=session)
     if recipe.benchmark is not None:
         from shortllm.benchmark.bench import check_speed
 
@@ -358,12 +357,12 @@ def _heal(run: _Prepared, shortened: Checkpoint) -> Healing | None:
 
 def _retrain(run: _Prepared, shortened: Checkpoint) -> dict[str, Retraining]:
     """A retrained checkpoint for each way of retraining, by name."""
-    from shortllm.retraining.stage import retrain
+    from shortllm.retraining.retrain import retrain_from
 
     records = {}
     for name, options in run.recipe.healed.items():
-        require_free(run.directory / name, RETRAINED)
-        records[name] = retrain(shortened, options, run.directory / name, session=run.session)
+        target = run.directory / name
+        records[name] = retrain_from(shortened, options, target, session=run.session)
     return records
 
 

@@ -25,6 +25,7 @@ from shortllm.errors import CriterionError
 from shortllm.options import overlaid
 from shortllm.pruning.budget import TARGETS
 from shortllm.recipe import Recipe
+from shortllm.retraining.methods import METHODS
 
 if TYPE_CHECKING:
     from shortllm.pipeline import RunResult
@@ -49,8 +50,8 @@ Retrain = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD",
-        help="Retrain by lora, full, distill or last-blocks; several, e.g. lora,full, each from "
-        "the same start; or none. Default: the recipe's.",
+        help=f"Retrain by {', '.join(METHODS.names())}; several with commas, each from the same "
+        "start; or none. Default: the recipe's.",
     ),
 ]
 Quantize = Annotated[

@@ -205,13 +205,13 @@ def _healed(
     directory: Path, made: Mapping[str, Checkpoint], recipe: Recipe, session: Session
 ) -> dict[str, Checkpoint]:
     """Each candidate after the same retraining; none where the recipe has none."""
-    from shortllm.retraining.stage import retrain
+    from shortllm.retraining.retrain import retrain_from
 
     healed = {}
     for name, checkpoint in made.items():
         for options in recipe.retraining[:1]:
             target = f"{name}{HEALED_SUFFIX}"
-            retrain(checkpoint, options, directory / target, session=session)
+            retrain_from(checkpoint, options, directory / target, session=session)
             healed[target] = pipeline.opened_within(directory, target)
     return healed
 

@@ -25,7 +25,7 @@ from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import PROVENANCE, renumbered_tensors
+from shortllm.surgery.apply import PROVENANCE, Lineage, lineage, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.data.calibration import Calibration
-    from shortllm.retraining.distillation import Lineage
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +172,6 @@ def origin_of(checkpoint: Checkpoint) -> Lineage:
     Raises:
         CheckpointError: its config.json does not say.
     """
-    from shortllm.retraining.distillation import lineage
-
     try:
         return lineage(checkpoint)
     except CheckpointError as error:

@@ -28,7 +28,6 @@ from shortllm.quantizing.options import QUANTIZED, Quantization
 from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
 from shortllm.records import ModelInfo, Record, ResultFile
 from shortllm.reporting.parts import Status
-from shortllm.retraining import RECORD as RETRAIN_FILE
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import HEALED, PRUNED
 
@@ -328,7 +327,7 @@ def _load_retraining(run_dir: Path, models: Mapping[str, str]) -> dict[str, Retr
     """By directory; those evaluated first and in the order of eval.json."""
     found = {
         path.parent.name: _load_about(Retraining, path, [models.get(PRUNED)])
-        for path in sorted(run_dir.glob(f"*/{RETRAIN_FILE}"))
+        for path in sorted(run_dir.glob(f"*/{Retraining.FILE}"))
     }
     order = [*models, *found]
     records = {name: record for name, record in found.items() if record is not None}
