@@ -283,7 +283,7 @@ def test_other_files_are_carried_along(tmp_path: Path) -> None:
         (source / name).write_text(text)
     target = shortened(open_checkpoint(source), [5], tmp_path / "short")
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert found == {*carried, "config.json", SAFETENSORS}
+    assert found == {*carried, "config.json", "prune.json", SAFETENSORS}
     assert all((target / name).read_text() == text for name, text in carried.items())
 
 
@@ -303,9 +303,10 @@ def test_an_output_inside_the_source_is_not_carried(
         shortened(checkpoint, [2], target)
         found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
         assert found == {
-            "config.json", "generation_config.json", SAFETENSORS, "extra/words.txt"
+            "config.json", "generation_config.json", "prune.json", SAFETENSORS, "extra/words.txt"
         }  # fmt: skip
-    assert carried_fingerprint(source) == before == carried_fingerprint(Path("short"))
+    again = carried_fingerprint(Path("short"), without={"prune.json"})
+    assert carried_fingerprint(source) == before == again
     Path("extra/words.txt").write_text("two")
     assert carried_fingerprint(source) != before
 
@@ -382,25 +383,33 @@ def stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("verifying", [False, True])
-def test_an_interrupted_surgery_leaves_nothing(
-    verifying: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stop_surgery(monkeypatch: pytest.MonkeyPatch, *, verifying: bool) -> None:
+    """Interrupt surgery while it writes tensors, or while the result is verified."""
     if verifying:
         monkeypatch.setattr("shortllm.pruning.prune._verifying", lambda *a: stop)
     else:
         monkeypatch.setattr("shortllm.surgery.derived.write_tensors", stop)
+
+
+@pytest.mark.parametrize("verifying", [False, True])
+def test_an_interrupted_surgery_leaves_nothing(
+    verifying: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_surgery(monkeypatch, verifying=verifying)
     with pytest.raises(KeyboardInterrupt):
         shortened(opened("llama"), [1], tmp_path / "short")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["advance", "verify"])
-def test_an_interrupted_surgery_keeps_the_earlier_result(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verifying", [False, True])
+def test_an_interrupted_surgery_keeps_the_earlier_result(
+    verifying: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = shortened(opened("llama"), [1], tmp_path / "short")
     before = {path.name: path.read_bytes() for path in target.iterdir()}
+    stop_surgery(monkeypatch, verifying=verifying)
     with pytest.raises(KeyboardInterrupt):
-        shortened(opened("llama"), [2, 3], target, **{where: stop})
+        shortened(opened("llama"), [2, 3], target)
     assert list(tmp_path.iterdir()) == [target]
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
@@ -413,8 +422,8 @@ def test_an_earlier_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
     shortened(opened("llama"), [2, 3], target)
     assert list(tmp_path.iterdir()) == [target]
     assert {path.name for path in target.iterdir()} == {
-        path.name for path in saved("llama").iterdir()
-    }
+        *(path.name for path in saved("llama").iterdir()), "prune.json"
+    }  # fmt: skip
     assert load(target).config.num_hidden_layers == 4
 
 
