@@ -404,7 +404,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
     name: str, after: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(journal, "MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(journal, "WORK_PER_WRITING", 0)
+    monkeypatch.setattr(journal, "WORK_PER_COMMIT", 0)
     options = {"generations": 2} if name == "evolve" else {}
     expected = search(name, "qwen3", decoder=streamed("qwen3"), **FREE, **options)
     decoder = streamed("qwen3")

@@ -101,7 +101,8 @@ CriterionOption = Annotated[
     typer.Option(
         "--option",
         metavar="CRITERION.NAME=VALUE",
-        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; may be repeated.",
+        rich_help_panel="Scoring",
+        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; can be repeated.",
     ),
 ]
 Stream = Annotated[
@@ -238,6 +239,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
+        rich_help_panel="Recipe",
         help="Set any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
         "can be repeated.",
     ),

@@ -282,7 +282,8 @@ def head(model: DemoModel, first: DemoModel, color: str) -> str:
         else '<i class="gone"></i>'
         for block in range(model.source_blocks)
     )
-    less = "" if model is first else change(first.info.parameters, info.parameters)
+    same = info.parameters == first.info.parameters
+    less = "" if same else change(first.info.parameters, info.parameters)
     sizes = {
         "parameters": f"{short_count(info.parameters)} {less}",
         "blocks": str(info.blocks),

@@ -12,6 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from shortllm.checkpoint.shorten_config import (
 )
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
-from shortllm.errors import OutputError
+from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import PARTIAL, translate_os_errors
+from shortllm.records import MAX_BLOCKS
 from shortllm.surgery.guard import check_signatures
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,57 @@ def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """The origin that a checkpoint's config states; for a plain one, that no block is removed."""
     held = checkpoint.raw_config.get(PROVENANCE)
     return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Which blocks of which model a shortened checkpoint contains."""
+
+    source: str
+    revision: str | None
+    blocks: int
+    """Number of blocks of the source."""
+    kept: list[int]
+    """For each block of the checkpoint its number in the source."""
+
+
+def lineage(checkpoint: Checkpoint) -> Lineage:
+    """The original model of a checkpoint that was shortened once or several times.
+
+    Raises:
+        CheckpointError: its config.json does not say, or contradicts its number of blocks.
+    """
+    entry = checkpoint.raw_config.get(PROVENANCE)
+    if not isinstance(entry, dict) or "removed_blocks" not in entry:
+        raise CheckpointError(
+            f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
+            f"no removed blocks under '{PROVENANCE}'"
+        )
+    removals: list[tuple[int, set[int]]] = []
+    parent: Any = entry
+    while isinstance(parent, dict) and "removed_blocks" in parent:
+        entry = parent
+        count, removed = entry.get("source_blocks"), entry["removed_blocks"]
+        if not isinstance(count, int) or count > MAX_BLOCKS or not isinstance(removed, list):
+            raise CheckpointError(
+                f"{checkpoint.id}: the list of removed blocks in its config.json is damaged"
+            )
+        removals.append((count, {block for block in removed if isinstance(block, int)}))
+        parent = entry.get("parent")
+    kept = list(range(removals[-1][0]))
+    for _, gone in reversed(removals):
+        kept = [block for place, block in enumerate(kept) if place not in gone]
+    if len(kept) != checkpoint.block_count:
+        raise CheckpointError(
+            f"{checkpoint.id} has {checkpoint.block_count} blocks, but by the removed blocks in "
+            f"its config.json it must have {len(kept)}"
+        )
+    return Lineage(
+        source=str(entry.get("source")),
+        revision=entry.get("revision"),
+        blocks=removals[-1][0],
+        kept=kept,
+    )
 
 
 def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
