@@ -35,13 +35,13 @@ HIDDEN = Flag(hidden=True)
 class Recipe(Runtime):
     """A whole run."""
 
-    panel: ClassVar[str] = "Run"
+    panel: ClassVar[str] = "Scoring"
 
     about: Annotated[str, HIDDEN] = Field(default="", description="What it does, in one line.")
     model: Annotated[str, HIDDEN] = Field(
         default="embedded", description="Checkpoint directory, Hub id, or 'embedded'."
     )
-    revision: str | None = Field(
+    revision: Annotated[str | None, Flag(panel="Recipe")] = Field(
         default=None, description="Branch, tag or commit of a Hub model, as in MODEL@REVISION."
     )
     special_tokens: Annotated[dict[SpecialToken, int], HIDDEN] = Field(
