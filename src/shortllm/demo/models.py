@@ -34,7 +34,7 @@ from shortllm.model.loading import load_model
 from shortllm.model.session import Session
 from shortllm.pruning.targets import cache_bytes
 from shortllm.records import ModelInfo
-from shortllm.retraining.distillation import lineage
+from shortllm.surgery.apply import lineage
 
 if TYPE_CHECKING:
     import torch
