@@ -116,7 +116,7 @@ def recipes(random: Random, bench: Bench) -> Act:
         recipe.healed  # noqa: B018
         again = changed(recipe, {"calibration.samples": 20, "budget.remove": 1}, "command line")
         assert again.calibration.samples == 20
-        filled = recipe.filled("llama")
+        filled = recipe.resolved("llama")
         assert filled.calibration.data is not None or filled.calibration.file is not None
         for options in filled.retraining:
             options.filled(64)

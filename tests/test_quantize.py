@@ -146,7 +146,7 @@ def test_gptq_beats_rounding_to_nearest_on_the_calibration_text() -> None:
     from shortllm.quantizing.compressing import compress, modifier_of
 
     embedded = open_checkpoint("embedded")
-    options = Recipe(quantization=QuantizeOptions(group_size=96, **SMALL)).filled("llama")
+    options = Recipe(quantization=QuantizeOptions(group_size=96, **SMALL)).resolved("llama")
     assert options.quantization is not None
     filled, layers = check(embedded, options.quantization, session=Session(device="cpu"))
     text = calibration_options(filled)
@@ -306,7 +306,7 @@ def test_defaults_are_the_papers_and_fit_the_model() -> None:
     filled = QuantizeOptions().filled(4096)
     assert (filled.group_size, filled.samples, filled.length, filled.data) == (128, 128, 2048, "c4")
     assert QuantizeOptions().filled(512).length == 512
-    embedded = Recipe(quantization=QuantizeOptions()).filled("llama").quantization
+    embedded = Recipe(quantization=QuantizeOptions()).resolved("llama").quantization
     assert embedded is not None and (embedded.group_size, embedded.data) == (32, "embedded")
 
 
@@ -328,7 +328,7 @@ def test_without_the_extra_the_error_says_what_to_install(
     assert stop.value.code == 2
     assert "pip install 'shortllm[quantize]'" in capsys.readouterr().err
     with pytest.raises(ShortLLMError, match="needs llm-compressor"):
-        pipeline.run(Recipe(quantization=QuantizeOptions()), out=tmp_path / "run")
+        pipeline.run(recipe=Recipe(quantization=QuantizeOptions()), out=tmp_path / "run")
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
@@ -402,7 +402,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "run"
-    pipeline.run(RECIPE, out=directory)
+    pipeline.run(recipe=RECIPE, out=directory)
     return directory
 
 
@@ -436,7 +436,7 @@ def test_what_is_measured_was_not_calibrated_on(healed: Path) -> None:
         update={
             "evaluation": EvaluationOptions(data=["embedded:calibration"], max_segments=12),
         }
-    ).filled("llama")
+    ).resolved("llama")
     assert recipe.quantization is not None
     text = calibration_options(recipe.quantization)
     texts = prepare_texts(
@@ -470,14 +470,14 @@ def test_the_report_shows_it(healed: Path) -> None:
 def test_the_same_run_again_does_nothing(healed: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in healed.glob("*/model.safetensors")}
     before = (healed / "eval.json").stat().st_mtime_ns
-    pipeline.run(RECIPE, out=healed)
+    pipeline.run(recipe=RECIPE, out=healed)
     assert files == {path: path.stat().st_mtime_ns for path in healed.glob("*/model.safetensors")}
     assert (healed / "eval.json").stat().st_mtime_ns == before
 
 
 @quantizes
 def test_the_best_is_found_without_an_earlier_evaluation(healed: Path, tmp_path: Path) -> None:
-    recipe = RECIPE.filled("llama")
+    recipe = RECIPE.resolved("llama")
     texts = prepare_texts(
         open_checkpoint("embedded"), recipe.calibration, recipe.evaluation, scoring=False
     )
