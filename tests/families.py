@@ -30,9 +30,9 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.loading import quiet_transformers
 from shortllm.model.streamed import open_streamed
 from shortllm.model.structure import auto_class
+from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.scoring import Scorer
 from shortllm.pruning.search_space import BlockSearch
-from shortllm.surgery.apply import write_shortened
 
 VOCABULARY = 97
 WINDOW = 5
@@ -219,7 +219,7 @@ def shortened(checkpoint: Checkpoint, removed: Iterable[int], target: Path, **kw
     """Surgery to disk by the blocks to remove; returns `target`."""
     gone = set(removed)
     kept = [block for block in range(checkpoint.block_count) if block not in gone]
-    write_shortened(checkpoint, kept, target, provenance=kwargs.pop("provenance", {}), **kwargs)
+    write_pruned(checkpoint, kept, target, **kwargs)
     return target
 
 

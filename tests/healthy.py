@@ -20,14 +20,13 @@ from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX
 from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
 from shortllm.evaluation.options import Evaluation
-from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.healing.options import Healing
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
 from shortllm.quantizing.options import Quantization
 from shortllm.records import ModelInfo, Record, ResultFile
-from shortllm.retraining import RECORD as RETRAIN_FILE
 from shortllm.retraining.options import Retraining
 
 BLOCKS = 4
@@ -149,7 +148,7 @@ def small_model(blocks: int = BLOCKS, name: str = "acme/tiny") -> ModelInfo:
         parameters=100 * blocks + 50,
         parameters_per_block=[100] * blocks,
         bytes=2 * (100 * blocks + 50),
-        fixed={0: "it holds the norm behind the embeddings"},
+        fixed={0: "it contains the norm after the embeddings"},
         fingerprint="ab" * 32,
     )
 
@@ -279,13 +278,15 @@ def write_run(directory: Path) -> Path:
         (directory / name).mkdir()
     (directory / "pruned" / "config.json").write_text(json.dumps({"shortllm": provenance}))
     of(Target, model=plan.model, asked={"target_params": 1e6}).save(directory / TARGET_FILE)
-    of(Healing, model=pruned.model).save(directory / "healed" / HEAL_FILE)
+    of(Healing, model=pruned.model).save(directory / "healed" / Healing.FILE)
     curves = {
         "train": [(1, 2.5), (2, 2.4), (3, 2.2)],
         "held_out": [(0, 2.6), (3, 2.3)],
         "wikitext2": [(0, 2.8), (3, 2.5)],
     }
-    of(Retraining, model=pruned.model, curves=curves).save(directory / "retrained" / RETRAIN_FILE)
+    of(Retraining, model=pruned.model, curves=curves).save(
+        directory / "retrained" / Retraining.FILE
+    )
     of(Quantization, model=pruned.model, options=QUANTIZE_OPTIONS).save(
         directory / "quantized" / QUANTIZE_FILE
     )

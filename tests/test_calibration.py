@@ -302,7 +302,7 @@ def test_round_trip(made: Calibration, tmp_path: Path, given: str) -> None:
 def test_pair_that_does_not_belong_together(made: Calibration, tmp_path: Path) -> None:
     made.save(tmp_path)
     save_file({"ids": made.ids + 1}, tmp_path / "calibration.safetensors")
-    with pytest.raises(DataError, match="does not hold the ids that calibration.json describes"):
+    with pytest.raises(DataError, match="does not contain the ids that calibration.json describes"):
         load_calibration(tmp_path)
     (tmp_path / "calibration.json").unlink()
     with pytest.raises(DataError, match="no finished calibration: calibration.json is missing"):
@@ -336,9 +336,9 @@ def test_list_of_lists(tmp_path: Path) -> None:
         ("[[]]", r"at least 1 sample of 2 tokens, these are int64 \[1, 0\]"),
         ("[[1], [2]]", r"at least 1 sample of 2 tokens, these are int64 \[2, 1\]"),
         ("[[1, -2]]", "cannot be negative, the lowest is -2"),
-        ("[[1, 2.5]]", "sample 0 holds 2.5, which is not a token id"),
-        ("[[1, 2], [1, true]]", "sample 1 holds True"),
-        ('[["a", "b"]]', "sample 0 holds 'a'"),
+        ("[[1, 2.5]]", "sample 0 contains 2.5, which is not a token id"),
+        ("[[1, 2], [1, true]]", "sample 1 contains True"),
+        ('[["a", "b"]]', "sample 0 contains 'a'"),
         (f"[[1, {10**30}]]", "which is not a token id"),
         ("[[1, 2]", "cannot read .* as JSON"),
     ],
@@ -359,7 +359,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read token ids from .*cut"):
         load_calibration(tmp_path / "cut.safetensors")
     save_file({"tokens": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="has no tensor 'ids'; it holds tokens"):
+    with pytest.raises(DataError, match="has no tensor 'ids'; it has tokens"):
         load_calibration(tmp_path / "other.safetensors")
     save_file({"ids": torch.ones(2, 2)}, tmp_path / "float.safetensors")
     with pytest.raises(DataError, match=r"must be int64 .* these are float32 \[2, 2\]"):

@@ -19,6 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import fill_datasets_cache
 
 from shortllm.data.rows import ArrowTexts, Rows, split_held_out
 from shortllm.data.sources import BUILT_INS, load_rows, open_records
@@ -119,10 +120,10 @@ def test_named_column(tmp_path: Path, kind: str) -> None:
         (
             "data.tsv",
             "text\na\n",
-            r"what kind of data .*data\.tsv holds\. Supported: \.txt.*\.parquet",
+            r"what kind of data is in .*data\.tsv\. Supported: \.txt.*\.parquet",
         ),
         ("data", "a", r"Supported: "),
-        ("empty.txt", "", r"holds no rows"),
+        ("empty.txt", "", r"has no rows"),
         ("latin.txt", b"caf\xe9", r"cannot read .*latin\.txt as txt: 'utf-8' codec"),
         (
             "cut.txt.gz",
@@ -291,7 +292,7 @@ def test_built_in_names_from_the_local_directory(
     assert list(load_rows("bookcorpus", role="calibration")) == ["first", "second"]
     assert list(load_rows("alpaca")) == ["done"]
     assert load_rows("alpaca#instruction").source == "alpaca:train#instruction"
-    with pytest.raises(DataError, match="holds no ptb/ptb.test.txt .ptb:validation is there."):
+    with pytest.raises(DataError, match="has no ptb/ptb.test.txt .ptb:validation is there."):
         load_rows("ptb:test")
 
 
@@ -329,6 +330,23 @@ def test_embedded_splits_differ() -> None:
 def test_unreachable_hub(source: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(source)
+
+
+def test_a_data_set_in_the_cache_is_read_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["one", "", "2020-01-01 and more"]
+    fill_datasets_cache(tmp_path, "acme/rows", [{"n": 1, "body": t} for t in texts], monkeypatch)
+    rows = load_rows("acme/rows")
+    assert (list(rows), rows.source, rows[1:3]) == (texts, "acme/rows::test", texts[1:])
+    assert list(load_rows("acme/rows:default:test[1:]#body")) == texts[1:]
+    records = open_records("acme/rows::test")
+    assert list(records.read()) == list(records.read()) == [{"n": 1, "body": t} for t in texts]
+    assert list(records.texts()) == texts
+    with pytest.raises(DataError, match="has no column 'boddy'. Did you mean 'body'"):
+        load_rows("acme/rows#boddy")
+    with pytest.raises(DataError, match="cannot load 'acme/rows:default:train'.*HF_HUB_OFFLINE"):
+        load_rows("acme/rows:default:train")
 
 
 class _Asked(dict[str, Any]):

@@ -25,7 +25,7 @@ from shortllm.errors import OutputError
 from shortllm.files import partial_directory, write_text
 from shortllm.journal import Journal
 from shortllm.model.hidden_states import StreamMemory
-from shortllm.retraining import stage
+from shortllm.retraining import retrain as retraining
 
 FULL = r"no space left on the disk of .*: .* are free.*Nothing half-written was kept. Make space"
 ROOM = 64 * 2**20
@@ -227,7 +227,7 @@ def test_a_disk_that_fills_up_during_training(
     assert listing(short) == before
     with caplog.at_level(logging.INFO, logger="shortllm"):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
-    assert ("going on from step" in caplog.text) == bool(held)
+    assert ("resuming from step" in caplog.text) == bool(held)
     assert not leftovers(scarce.place)
     assert (target / SAFETENSORS).read_bytes() == (expected / SAFETENSORS).read_bytes()
 
@@ -242,7 +242,7 @@ def test_a_disk_that_fills_up_while_the_healed_model_is_written(
 ) -> None:
     short, target = shortened(tmp_path), disk.place / "healed"
     chosen = options(data=rows)
-    original = stage.write_retrained
+    original = retraining._save
     fillers = []
 
     def crowded(*arguments: Any, **keywords: Any) -> None:
@@ -250,16 +250,16 @@ def test_a_disk_that_fills_up_while_the_healed_model_is_written(
         fillers.append(disk.place)
         original(*arguments, **keywords)
 
-    monkeypatch.setattr(stage, "write_retrained", crowded)
+    monkeypatch.setattr(retraining, "_save", crowded)
     with pytest.raises(OutputError, match=FULL + "|about .* are needed"):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
     assert fillers and not target.exists()
     assert [path.name for path in disk.place.iterdir()] == ["healed.training.partial"]
     disk.resize(ROOM)
-    monkeypatch.setattr(stage, "write_retrained", original)
+    monkeypatch.setattr(retraining, "_save", original)
     with caplog.at_level(logging.INFO, logger="shortllm"):
         record = shortllm.retrain(str(short), target, options=chosen, device="cpu")
-    assert "going on from step 6" in caplog.text and record.steps == 6
+    assert "resuming from step 6" in caplog.text and record.steps == 6
     assert open_checkpoint(target).block_count == 4 and not leftovers(disk.place)
 
 

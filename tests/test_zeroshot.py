@@ -378,8 +378,8 @@ def test_names_that_cannot_be_are_refused(asked: list[str], message: str) -> Non
     ("records", "message"),
     [
         (None, r"has no boolq/validation.jsonl for task 'boolq'"),
-        ([], "is no list of records"),
-        (["text"], "is no list of records"),
+        ([], "is not a list of records"),
+        (["text"], "is not a list of records"),
         ([{"question": "is it", "label": 1}], "documents of task 'boolq' cannot be used.*passage"),
     ],
 )

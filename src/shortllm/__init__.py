@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from shortllm.evaluation.evaluate import evaluate as evaluate
     from shortllm.evaluation.options import Evaluation as Evaluation
     from shortllm.evaluation.options import EvaluationOptions as EvaluationOptions
-    from shortllm.healing.api import heal as heal
+    from shortllm.healing.heal import heal as heal
     from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
     from shortllm.merging.merge import merge as merge
@@ -53,18 +53,18 @@ if TYPE_CHECKING:
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
     from shortllm.recipe import Recipe as Recipe
     from shortllm.reporting import report as report
-    from shortllm.retraining.api import retrain as retrain
     from shortllm.retraining.options import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
+    from shortllm.retraining.retrain import retrain as retrain
     from shortllm.runtime import Runtime as Runtime
     from shortllm.runtime import trusting_remote_code as trusting_remote_code
     from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
     from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
     from shortllm.surgery.export_lint import export_lint as export_lint
-    from shortllm.width_pruning.api import width as width
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
     from shortllm.width_pruning.options import WidthPruning as WidthPruning
+    from shortllm.width_pruning.prune_width import width as width
 
 _HOME = {
     "Benchmark": "benchmark.options",
@@ -99,7 +99,7 @@ _HOME = {
     "drop_sublayers": "sublayers.drop",
     "evaluate": "evaluation.evaluate",
     "export_lint": "surgery.export_lint",
-    "heal": "healing.api",
+    "heal": "healing.heal",
     "info": "pruning.estimate",
     "load": "model.loading",
     "merge": "merging.merge",
@@ -108,11 +108,11 @@ _HOME = {
     "prune": "pruning.prune",
     "quantize": "quantizing.api",
     "report": "reporting",
-    "retrain": "retraining.api",
+    "retrain": "retraining.retrain",
     "run": "pipeline",
     "score": "pruning.score",
     "trusting_remote_code": "runtime",
-    "width": "width_pruning.api",
+    "width": "width_pruning.prune_width",
 }
 """Public name -> the module it is loaded from. No module may be called like a public name."""
 

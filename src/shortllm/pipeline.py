@@ -26,6 +26,7 @@ from shortllm.evaluation.harness import table_beside, write_table
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import releasing
+from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.model.session import Session
 from shortllm.options import accepts, overlaid
@@ -38,7 +39,6 @@ from shortllm.pruning.score import score_in
 from shortllm.published import Published
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
-from shortllm.retraining import RECORD as RETRAINED
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import (
     HEALED,
@@ -50,7 +50,7 @@ from shortllm.run_directory import (
     short_name,
     write_run_file,
 )
-from shortllm.runtime import ALONE, Runtime
+from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal
 from shortllm.surgery.derived import require_free
 
@@ -180,7 +180,8 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     quantizing = check_later_stages(recipe, checkpoint, session)
     texts = _texts(recipe, checkpoint, scoring=scored and needs_text, quantizing=quantizing)
     if recipe.healing is not None:
-        _check_healing(directory, checkpoint, session)
+        require_free(directory / HEALED, Healing.FILE)
+        check_healable(recipe.healing, checkpoint, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     criterion = resolved_criterion(recipe.model_copy(update={"budget": budget}), checkpoint)
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
@@ -236,9 +237,9 @@ def check_later_stages(
             "that out, or use a smaller --dtype or another --device"
         )
     for options in recipe.retraining:
-        from shortllm.retraining.preparing import check
+        from shortllm.retraining.setup import check
 
-        check(checkpoint, options, session=session, ranks=ALONE)
+        check(checkpoint, options, session=session)
     if recipe.benchmark is not None:
         from shortllm.benchmark.bench import check_speed
 
@@ -252,23 +253,19 @@ def _texts(
     recipe: Recipe, checkpoint: Checkpoint, *, scoring: bool, quantizing: QuantizeOptions | None
 ) -> Texts:
     """All text of the run, read and tokenized once."""
-    from shortllm.healing.running import healing_text_of
     from shortllm.quantizing.stage import calibration_options
 
+    healing = None
+    if recipe.healing is not None:
+        healing = healing_text(recipe.healing, checkpoint, recipe.calibration)
     return prepare_texts(
         checkpoint,
         recipe.calibration,
         recipe.evaluation,
         scoring=scoring,
-        healing=healing_text_of(recipe, checkpoint),
+        healing=healing,
         quantization=calibration_options(quantizing),
     )
-
-
-def _check_healing(directory: Path, checkpoint: Checkpoint, session: Session) -> None:
-    from shortllm.healing.running import check_healing
-
-    check_healing(directory, checkpoint, session)
 
 
 def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
@@ -322,13 +319,12 @@ class _Made:
 
 def _derive(run: _Prepared, plan: PrunePlan) -> tuple[dict[str, Checkpoint], _Made]:
     """pruned/ and the checkpoints derived from it, by name, and their records."""
-    from shortllm.healing.running import heal_in
     from shortllm.quantizing.running import quantize_in
 
     prune_from(run.checkpoint, plan, run.directory / PRUNED, session=run.session)
     shortened = opened_within(run.directory, PRUNED)
     models = {"original": run.checkpoint, PRUNED: shortened}
-    healing = heal_in(run.directory, shortened, run.checkpoint, run.recipe, run.texts, run.session)
+    healing = _heal(run, shortened)
     if healing is not None:
         models[HEALED] = opened_within(run.directory, HEALED)
     retraining = _retrain(run, shortened)
@@ -345,14 +341,28 @@ def opened_within(directory: Path, name: str) -> Checkpoint:
     return replace(open_checkpoint(directory / name), id=name)
 
 
+def _heal(run: _Prepared, shortened: Checkpoint) -> Healing | None:
+    """healed/, where the recipe repairs the model without training."""
+    if run.recipe.healing is None or run.texts.healing is None:
+        return None
+    return heal_from(
+        shortened,
+        run.checkpoint,
+        run.recipe.healing,
+        run.directory / HEALED,
+        calibration=run.texts.healing,
+        session=run.session,
+    )
+
+
 def _retrain(run: _Prepared, shortened: Checkpoint) -> dict[str, Retraining]:
     """A retrained checkpoint for each way of retraining, by name."""
-    from shortllm.retraining.stage import retrain
+    from shortllm.retraining.retrain import retrain_from
 
     records = {}
     for name, options in run.recipe.healed.items():
-        require_free(run.directory / name, RETRAINED)
-        records[name] = retrain(shortened, options, run.directory / name, session=run.session)
+        target = run.directory / name
+        records[name] = retrain_from(shortened, options, target, session=run.session)
     return records
 
 

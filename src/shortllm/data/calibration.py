@@ -32,13 +32,8 @@ BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_te
 def resolve_calibration(
     options: CalibrationOptions, model_type: str, *, embedded: bool = False
 ) -> CalibrationOptions:
-    """The options with every default that depends on the model filled in.
-
-    Args:
-        embedded: whether the model is the embedded one, which has text of its own.
-    Raises:
-        DataError: calibration ids as well as text to sample them from.
-    """
+    """The options with every default that depends on the model filled in; the `embedded` model has
+    text of its own."""
     if options.file is not None and options.data is not None:
         raise DataError(
             "--calibration gives token ids, so --data has no effect. Leave one of them out, and "
@@ -61,11 +56,7 @@ class Calibration:
     info: CalibrationInfo
 
     def save(self, run_dir: Path) -> None:
-        """Write calibration.safetensors, then calibration.json; each is complete or not there.
-
-        Raises:
-            OutputError: the directory cannot be written.
-        """
+        """Write calibration.safetensors, then calibration.json; each is complete or not there."""
         from safetensors.torch import save
 
         require_writable(run_dir)
@@ -91,11 +82,7 @@ def _little_endian(numbers: torch.Tensor) -> bytes:
 def check_ids(
     ids: torch.Tensor, vocab_size: int | None = None, *, where: str = "calibration"
 ) -> None:
-    """Check that ids can be fed to a model with `vocab_size` embeddings (unchecked when None).
-
-    Raises:
-        DataError: not int64 [1 or more, 2 or more], a negative id, or one outside the vocabulary.
-    """
+    """Check that ids can be fed to a model with `vocab_size` embeddings (unchecked when None)."""
     if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         kind = str(ids.dtype).removeprefix("torch.")
         raise DataError(
@@ -117,16 +104,11 @@ def load_calibration(path: Path | str) -> Calibration:
 
     An earlier run's record is kept as it is; ids without one are recorded as `given`. The
     vocabulary is not known here: call `check_ids(ids, vocab_size)` when it is.
-
-    Raises:
-        DataError: missing, unreadable, not rectangular, too small, negative, or ids that are not
-            those that their record describes.
-        ResultFileError: a damaged calibration.json.
     """
     path = Path(path)
     if path.is_dir():
         if not (path / INFO_FILE).is_file():
-            raise DataError(f"{path} holds no finished calibration: {INFO_FILE} is missing")
+            raise DataError(f"{path} has no finished calibration: {INFO_FILE} is missing")
         path = path / INFO_FILE
     if not path.is_file():
         raise DataError(f"no such calibration file: {path}")
@@ -150,7 +132,7 @@ def _recorded(ids_path: Path, info_path: Path) -> Calibration:
     ids = _read_tensor(ids_path)
     if tokens_fingerprint(ids) != info.tokens_fingerprint:
         raise DataError(
-            f"{ids_path} does not hold the ids that {info_path.name} describes. "
+            f"{ids_path} does not contain the ids that {info_path.name} describes. "
             "Calibrate again, or move the .json away to use the ids as they are"
         )
     return Calibration(ids=ids, info=info)
@@ -179,7 +161,7 @@ def _read_tensor(path: Path) -> torch.Tensor:
         raise DataError(f"cannot read token ids from {path}: {error}") from error
     if "ids" not in tensors:
         raise DataError(
-            f"{path} has no tensor 'ids'; it holds {', '.join(sorted(tensors)) or 'nothing'}"
+            f"{path} has no tensor 'ids'; it has {', '.join(sorted(tensors)) or 'nothing'}"
         )
     check_ids(tensors["ids"], where=str(path))
     return tensors["ids"]
@@ -206,7 +188,9 @@ def _tensor_of_lists(content: list[Any], path: Path) -> torch.Tensor:
         for token in sample:
             # bool is an int in Python; ids beyond 32 bits belong to no vocabulary
             if type(token) is not int or not -(2**31) <= token < 2**31:
-                raise DataError(f"{path}: sample {number} holds {token!r}, which is not a token id")
+                raise DataError(
+                    f"{path}: sample {number} contains {token!r}, which is not a token id"
+                )
     ids = torch.tensor(content, dtype=torch.int64)
     check_ids(ids, where=str(path))
     return ids

@@ -100,21 +100,13 @@ class Rows(Sequence[str]):
 
     @classmethod
     def of(cls, source: str, texts: Texts) -> Rows:
-        """All of `texts`.
-
-        Raises:
-            DataError: there are none.
-        """
+        """All of `texts`."""
         if len(texts) == 0:
-            raise DataError(f"'{source}' holds no rows. Give a file or a split with text in it")
+            raise DataError(f"'{source}' has no rows. Give a file or a split with text in it")
         return cls(source, texts, 0, len(texts))
 
     def span(self, start: int, stop: int) -> Rows:
-        """The rows `[start, stop)` of this view; they keep their numbers in the whole source.
-
-        Raises:
-            DataError: the span reaches outside this view.
-        """
+        """The rows `[start, stop)` of this view; they keep their numbers in the whole source."""
         if not 0 <= start <= stop <= len(self):
             raise DataError(
                 f"'{self.source}' has {len(self)} rows here: [{start}, {stop}) is not among them"
@@ -166,9 +158,6 @@ def split_held_out(rows: Rows) -> tuple[Rows, Rows]:
     """(calibration, evaluation): the first half of the rows, and the rest.
 
     For data with a single split, so that no row is measured that blocks were chosen on.
-
-    Raises:
-        DataError: fewer than two rows.
     """
     if len(rows) < 2:
         raise DataError(
@@ -197,17 +186,13 @@ def supported() -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says what a file contains, without that of its packing.
-
-    Raises:
-        DataError: the suffix is not a known one.
-    """
+    """The suffix that says what a file contains, without that of its packing."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
     if kind not in TEXT_SUFFIXES + RECORD_SUFFIXES:
-        raise DataError(f"cannot tell what kind of data {path} holds. Supported: {supported()}")
+        raise DataError(f"cannot tell what kind of data is in {path}. Supported: {supported()}")
     return kind
 
 
@@ -225,13 +210,7 @@ def file_texts(
 
 
 def file_records(path: Path, column: str | None = None) -> Iterator[Any]:
-    """The records of one file: the lines of a text file, else dicts with all columns.
-
-    Args:
-        column: the column the caller wants, which a text file does not have.
-    Raises:
-        DataError: unreadable, or not what its suffix says.
-    """
+    """The records of one file: dicts, or the lines of a text file, which has no `column`."""
     kind = kind_of(path)
     if kind in TEXT_SUFFIXES and column is not None:
         raise DataError(f"{path} is a text file and has no column '{column}'. Leave the column out")
@@ -246,23 +225,15 @@ def file_records(path: Path, column: str | None = None) -> Iterator[Any]:
 
 
 def load_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file at once.
-
-    Raises:
-        DataError: it cannot be read, or contains anything but records.
-    """
+    """All records of a file at once."""
     records = list(file_records(path))
     if not records or not all(isinstance(record, dict) for record in records):
-        raise DataError(f"{path} is no list of records. Give one JSON object per line")
+        raise DataError(f"{path} is not a list of records. Give one JSON object per line")
     return records
 
 
 def record_texts(path: Path | str, records: Iterable[Any], column: str | None) -> Iterator[str]:
-    """One text per record; the first record decides which column. Records may be plain strings.
-
-    Raises:
-        DataError: a record without text in that column.
-    """
+    """One text per record; the first record decides which column. Records may be plain strings."""
     chosen: str | None = None
     for number, record in enumerate(records):
         if isinstance(record, str) and column is None:
@@ -280,11 +251,7 @@ def record_texts(path: Path | str, records: Iterable[Any], column: str | None) -
 
 
 def choose_column(where: str, names: list[str], text_names: list[str], column: str | None) -> str:
-    """The named column if it exists; without one a default name, else the only column of text.
-
-    Raises:
-        DataError: there is no such column, or no clear choice.
-    """
+    """The named column if it exists; without one a default name, else the only column of text."""
     if column is not None:
         if column in names:
             return column

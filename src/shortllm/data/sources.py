@@ -173,9 +173,6 @@ def load_rows(source: str, *, column: str | None = None, role: Role = "evaluatio
             `sentence`, `content`, else the only text column.
         role: chooses the split of a source that names none: of a built-in by the table above, of
             a Hub data set `test` to evaluate and `train` otherwise.
-    Raises:
-        DataError: an unknown name, a missing, unreadable or empty file, an unclear column, or a
-            data set the Hub does not give.
     """
     found = _resolve(source, column, role)
     column = found.column
@@ -195,9 +192,6 @@ def open_records(source: str) -> Records:
 
     The names are those of `load_rows`, but a record keeps all its columns (of `alpaca` not the
     answers alone).
-
-    Raises:
-        DataError: as `load_rows`, of a file's content when it is read.
     """
     found = _resolve(source, None, "training")
     lines = bool(found.files) and kind_of(found.files[0]) in TEXT_SUFFIXES
@@ -291,11 +285,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def data_directory() -> Path | None:
-    """The directory that SHORTLLM_DATA names, None where it is unset or empty.
-
-    Raises:
-        DataError: it is not a directory.
-    """
+    """The directory that SHORTLLM_DATA names, None where it is unset or empty."""
     named = os.environ.get(DATA_VARIABLE)
     if not named:
         return None
@@ -327,13 +317,11 @@ def _local_hint(name: str, split: str) -> str:
     if (directory := data_directory()) is None:
         return (
             "Without the Hub, give a local file (--data FILE), or set "
-            f"{DATA_VARIABLE} to a directory that holds {wanted}"
+            f"{DATA_VARIABLE} to a directory with {wanted}"
         )
     there = [other for other in patterns if _local_files(patterns[other])]
     found = f" ({', '.join(f'{name}:{other}' for other in there)} is there)" if there else ""
-    return (
-        f"{DATA_VARIABLE}={directory} holds no {wanted}{found}. Put it there, or give a local file"
-    )
+    return f"{DATA_VARIABLE}={directory} has no {wanted}{found}. Put it there, or give a local file"
 
 
 def _embedded(found: _Resolved) -> list[str]:

@@ -54,13 +54,8 @@ ROWS_PER_BATCH = 1000
 def calibrate(
     checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None
 ) -> Calibration:
-    """Calibration ids from data or from a file, checked against the model.
-
-    Args:
-        rows: the rows to sample from, where not all of `options.data` may be used.
-    Raises:
-        DataError: too little text, or ids the model cannot take.
-    """
+    """Calibration ids from `rows`, else from the data or the file of the options, checked against
+    the model."""
     embedded = checkpoint.id == EMBEDDED
     options = resolve_calibration(options, checkpoint.model_type, embedded=embedded)
     if options.file is not None:
@@ -80,11 +75,7 @@ def vocabulary(checkpoint: Checkpoint) -> int:
 
 
 def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
-    """Refuse more tokens than the model has positions for.
-
-    Raises:
-        DataError: naming the option to change.
-    """
+    """Refuse more tokens than the model has positions for."""
     room = context_length(checkpoint.config)
     if room is not None and length > room:
         raise DataError(
@@ -96,11 +87,7 @@ def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
 def build_calibration(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
 ) -> Calibration:
-    """Sample rows, and record how.
-
-    Raises:
-        DataError: too little text, or there is no BOS to put.
-    """
+    """Sample rows, and record how."""
     is_random = options.sampler == "random"
     ids = (sample_random if is_random else sample_packed)(rows, tokenizer, options)
     bos = "tokenizer" if is_random and tokenizer.bos_token_id is not None else "none"
@@ -126,9 +113,6 @@ def sample_random(
     it starts where its row starts. With `bos_every_sample` (Gemma needs it) they are tokenized
     without, and each window becomes [BOS] + window[:-1]. The same rows, tokenizer and seed give the
     ids behind the published scores. Source: Shortened LLaMA, arXiv:2402.02834.
-
-    Raises:
-        DataError: fewer than `samples` rows have `length` tokens, or there is no BOS to put.
     """
     samples, length = options.samples, options.length
     bos = _bos_of(tokenizer) if options.bos_every_sample else None
@@ -206,9 +190,6 @@ def sample_packed(
     Rows are tokenized without special tokens and nothing is put between them. With
     `bos_every_sample` each piece is [BOS] and `length - 1` tokens. Reading stops as soon as there
     are enough.
-
-    Raises:
-        DataError: too few tokens in all rows, or there is no BOS to put.
     """
     samples = options.samples
     bos = _bos_of(tokenizer) if options.bos_every_sample else None
@@ -278,9 +259,6 @@ def evaluation_segments(
 
     A tokenizer without BOS (Qwen2) always gets `none`; `Segments.bos` says so. With
     `max_segments` only as many rows are read as it takes, so the source may be larger than memory.
-
-    Raises:
-        DataError: not one full window, or a length or count that gives none.
     """
     if length < 2:
         raise DataError(

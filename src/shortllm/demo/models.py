@@ -34,7 +34,7 @@ from shortllm.model.loading import load_model
 from shortllm.model.session import Session
 from shortllm.pruning.targets import cache_bytes
 from shortllm.records import ModelInfo
-from shortllm.retraining.distillation import lineage
+from shortllm.surgery.apply import lineage
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class DemoModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Models:
-    """All models of the page; the one that generates holds the lock."""
+    """All models of the page; a text is generated under the lock."""
 
     models: list[DemoModel]
     device: torch.device

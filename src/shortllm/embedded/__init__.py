@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["MODEL_DIR", "TASKS_DIR", "rows", "tasks"]
 
 MODEL_DIR = Path(__file__).parent / "model"
-"""The embedded model: a directory for `from_pretrained`, with `training.json` beside it."""
+"""The embedded model: a directory for `from_pretrained`, with `training.json` in it."""
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 """The task sets as YAML files: an include path for lm-evaluation-harness."""

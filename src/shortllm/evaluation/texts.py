@@ -52,15 +52,11 @@ def prepare_texts(
         scoring: whether `calibration` is sampled at all.
         healing: how text to heal with is sampled, from the rows that calibrate; None for none.
         quantization: the text that a quantization looks at; None for none.
-    Raises:
-        DataError: unreadable or too little text.
     """
     from shortllm.evaluation.perplexity import EvaluationText
 
     check_length(checkpoint, evaluation.length, "--eval-length")
     measured = [load_rows(source, role="evaluation") for source in evaluation.data]
-    if healing is not None and calibration.file is None:
-        healing = healing.model_copy(update={"data": calibration.data})
     wanted = (calibration if scoring else None, healing, quantization)
     used, shared = _calibration_rows(wanted, measured)
     sampled = [
@@ -125,13 +121,8 @@ def evaluation_segments_of(
     *,
     option: str = "--eval-length",
 ) -> Segments:
-    """Rows cut into the windows that perplexity is measured on, checked against the model.
-
-    Args:
-        option: what the command line calls `options.length`.
-    Raises:
-        DataError: not one full window, or ids the model has no embeddings for.
-    """
+    """Rows cut into the windows that perplexity is measured on, checked against the model; `option`
+    is what the command line calls `options.length`."""
     segments = evaluation_segments(
         rows,
         tokenizer,

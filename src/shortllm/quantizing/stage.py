@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
@@ -22,7 +23,6 @@ from shortllm.quantizing.compressing import (
 )
 from shortllm.quantizing.options import RECORD, Quantization, QuantizeOptions
 from shortllm.records import Cost
-from shortllm.retraining.preparing import positions
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.surgery.apply import require_apart
 from shortllm.surgery.made import CARDS, finished, made_fingerprint, require_free
@@ -50,7 +50,7 @@ def check(
     Raises:
         ShortLLMError: any of its kinds; nothing heavy has been done.
     """
-    options = options.filled(positions(checkpoint))
+    options = options.filled(context_length(checkpoint.config))
     require_extra()
     from shortllm.quantizing.compressing import require_device
 

@@ -12,11 +12,11 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.files import partial_directory
 from shortllm.quantizing.compressing import save_compressed
 from shortllm.quantizing.options import RECORD, Quantization
-from shortllm.retraining import RECORD as RETRAINED
+from shortllm.retraining.options import Retraining
 from shortllm.surgery.apply import PROVENANCE, carried_files, held_provenance
 from shortllm.surgery.made import copy_carried
 
-LEFT_BEHIND = {RETRAINED, RECORD, "adapter", "logs"}
+LEFT_BEHIND = {Retraining.FILE, RECORD, "adapter", "logs"}
 """What speaks of the source's weights alone."""
 
 OWN_FILES = ("config.json", "generation_config.json", "recipe.yaml")

@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if names.count(key.value) > 1:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"'{key.value}' is given twice, in line {line} first")
+                raise yaml.YAMLError(f"'{key.value}' is given twice, first in line {line}")
         return super().construct_mapping(node, deep)
 
 
@@ -128,9 +128,10 @@ def default_recipe() -> Recipe:
     """The recipe of the embedded model, without what needs an extra that is not installed."""
     recipe = load_recipe(DEFAULT)
     left_out: dict[str, Any] = {}
-    if recipe.retraining and not (find_spec("accelerate") and find_spec("peft")):
+    needed = {name for one in recipe.retraining for name in one.about.packages}
+    if not all(map(find_spec, needed)):
         left_out["retraining"] = []
-        log.info("healing is left out. It needs: pip install 'shortllm[train]'")
+        log.info("retraining is left out. It needs: pip install 'shortllm[train]'")
     if recipe.evaluation.tasks and find_spec("lm_eval") is None:
         left_out["evaluation.tasks"] = []
         log.info("tasks are left out. They need: pip install 'shortllm[eval]'")

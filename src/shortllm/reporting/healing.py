@@ -25,17 +25,10 @@ from shortllm.reporting.plots import COLOURS
 from shortllm.reporting.plots.lines import Line, LinePlot
 from shortllm.reporting.plots.points import DotPlot
 from shortllm.reporting.protocol import model_name, perplexity_source
+from shortllm.retraining.methods import METHODS
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import HEALED, PRUNED
 
-METHODS = {
-    "linear": ("Healing by linear maps", ""),
-    "lora": ("LoRA retraining", "LoRA adapters on every projection, merged into the weights"),
-    "full": ("Retraining all weights", "all weights, continued pretraining"),
-    "distill": ("Distillation", "all weights, distillation from the original model"),
-    "last-blocks": ("Retraining the last blocks", "the head and the last blocks"),
-}
-"""Name of each method in the verdict, and what it trains."""
 PACKING = {
     "stream": "documents end to end, no padding",
     "fit": "as many whole documents per window as fit",
@@ -82,11 +75,17 @@ def healed_sentence(results: RunResults) -> str:
             continue
         best = min(healed, key=lambda name: healed[name].nll)
         share = recovered(before[key], removed[key], healed[best])
-        method, reached = METHODS[results.healed_by[best]][0], healed[best].perplexity
+        method, reached = _label(results, best), healed[best].perplexity
         if share is None or share <= 0:
             return f" {method} leads to {number(reached)}."
         return f" {method} recovers {percent(share)} of the increase ({number(reached)})."
     return ""
+
+
+def _label(results: RunResults, name: str) -> str:
+    """What a sentence calls the method that a model was repaired by."""
+    record = results.retraining.get(name)
+    return "Healing by linear maps" if record is None else METHODS.get(record.method).label
 
 
 def quantized_sentence(results: RunResults) -> str:
@@ -196,6 +195,11 @@ def _target(gap: HealedGap) -> str:
     return "no block before the gap" if gap.block is None else f"{gap.block}, {gap.projection}"
 
 
+def _help(record: Retraining) -> str:
+    """What the method trains."""
+    return METHODS.get(record.method).help.rstrip(".")
+
+
 def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> list[Part]:
     """The loss curves of a retraining, and its key figures."""
     curves = dict(record.curves.get("held_out", ()))
@@ -205,7 +209,7 @@ def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> lis
         summary += f", held-out loss {number(first, 4)} → {number(kept, 4)}"
     rows = [(what, how) for what, how in _retraining_rows(record) if how]
     plot = loss_plot(record, name)
-    details = Details(f"{METHODS[record.method][1]}: {summary}", [Terms(rows)], open=open)
+    details = Details(f"{_help(record)}: {summary}", [Terms(rows)], open=open)
     return [*([plot.figure()] if plot else []), details]
 
 
@@ -241,7 +245,7 @@ def _retraining_rows(record: Retraining) -> list[tuple[str, str]]:
     data = record.data
     documents = f"{counted(data.documents, 'document')}, {data.held_out:,} held out"
     return [
-        ("method", METHODS[record.method][1]),
+        ("method", _help(record)),
         ("trained", f"{short_count(record.trained_parameters)} parameters"),
         ("teacher", model_name(record.teacher.id) if record.teacher else ""),
         ("data", f"{model_name(data.source)}, {documents}"),

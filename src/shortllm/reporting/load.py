@@ -22,13 +22,12 @@ from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
 from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
-from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.healing.options import Healing
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
 from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
 from shortllm.records import ModelInfo, Record, ResultFile
 from shortllm.reporting.parts import Status
-from shortllm.retraining import RECORD as RETRAIN_FILE
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import HEALED, PRUNED
 
@@ -245,7 +244,7 @@ def load_results(run_dir: Path) -> RunResults:
     models, quantized = _fingerprints(results, run_dir), run_dir / QUANTIZED / QUANTIZE_FILE
     return replace(
         results,
-        healing=_load_about(Healing, run_dir / HEALED / HEAL_FILE, [models.get(PRUNED)]),
+        healing=_load_about(Healing, run_dir / HEALED / Healing.FILE, [models.get(PRUNED)]),
         retraining=_load_retraining(run_dir, models),
         quantization=_load_about(Quantization, quantized, models.values())
         if QUANTIZED in models  # it was evaluated
@@ -328,7 +327,7 @@ def _load_retraining(run_dir: Path, models: Mapping[str, str]) -> dict[str, Retr
     """By directory; those evaluated first and in the order of eval.json."""
     found = {
         path.parent.name: _load_about(Retraining, path, [models.get(PRUNED)])
-        for path in sorted(run_dir.glob(f"*/{RETRAIN_FILE}"))
+        for path in sorted(run_dir.glob(f"*/{Retraining.FILE}"))
     }
     order = [*models, *found]
     records = {name: record for name, record in found.items() if record is not None}

@@ -22,6 +22,7 @@ from shortllm.reporting.load import UnitsResults, protocol_of
 from shortllm.reporting.measurements import peak_bytes, speed_section
 from shortllm.reporting.parts import Cell, Head, Paragraph, Section, Table
 from shortllm.reporting.protocol import flattened, model_name, perplexity_source, units_protocol
+from shortllm.retraining.options import RetrainOptions
 
 
 def units_head(results: UnitsResults) -> Head:
@@ -77,7 +78,7 @@ def _candidate(results: UnitsResults, name: str, candidate: Candidate | None) ->
     cell = common_cell(benchmark)
     measured = benchmark.find(candidate.name if candidate else name, *cell) if cell else None
     is_healed = candidate is not None and name == candidate.healed
-    method = (results.units.retraining or {}).get("method", "lora")
+    method = RetrainOptions.model_validate(results.units.retraining or {}).method
     return compared_model(
         entry,
         {protocol_of(one): perplexity_source(one) for one in entry.perplexity},

@@ -59,7 +59,8 @@ class Draft:
     """What a stage wants to write; nothing has been written yet."""
 
     record: Mapping[str, Any]
-    """Fields of the stage's record, without model, versions, cost and fingerprint."""
+    """Fields of the stage's record without model and fingerprint; versions and cost only if they
+    are not this process's own."""
     config: Mapping[str, Any]
     """config.json, without the entry that says where the checkpoint comes from."""
     provenance: Mapping[str, Any]
@@ -109,8 +110,8 @@ def derive(
         {
             "model": checkpoint.info(),
             "versions": versions(),
-            **drafted.record,
             "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+            **drafted.record,
             "fingerprint": expected,
         }
     )
