@@ -40,6 +40,7 @@ from shortllm.checkpoint import rules
 from shortllm.checkpoint import shorten_config as shortening
 from shortllm.cli import main
 from shortllm.recipes import load_recipe, parse_recipe, recipe_names
+from shortllm.width_pruning.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [
@@ -195,6 +196,7 @@ class Reader:
         patch.setenv("SHORTLLM_DATA", str(built_in_texts()))
         patch.setenv("XDG_CACHE_HOME", str(cache_directory() / "home"))
         patch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+        patch.setattr(METHODS, "_entries", dict(METHODS._entries))
         per_block = set(rules.PER_BLOCK)
         for module in (rules, shortening):
             patch.setattr(module, "PER_BLOCK", per_block)
@@ -310,7 +312,7 @@ class Reader:
             for name in shortllm.__all__:
                 if name.islower() and not name.startswith("__") and name != "load":
                     patch.setattr(shortllm, name, stop, raising=False)
-            patch.setattr("shortllm.released.measure_released", stop)
+            patch.setattr("shortllm.published.measure_released", stop)
             patch.setattr("shortllm.demo.models.open_models", stop)
             patch.setattr("shortllm.demo.models.embedded_models", stop)
             try:

@@ -20,7 +20,7 @@ from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX
 from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
 from shortllm.evaluation.options import Evaluation
-from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.healing.options import Healing
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
@@ -148,7 +148,7 @@ def small_model(blocks: int = BLOCKS, name: str = "acme/tiny") -> ModelInfo:
         parameters=100 * blocks + 50,
         parameters_per_block=[100] * blocks,
         bytes=2 * (100 * blocks + 50),
-        fixed={0: "it holds the norm behind the embeddings"},
+        fixed={0: "it contains the norm after the embeddings"},
         fingerprint="ab" * 32,
     )
 
@@ -278,7 +278,7 @@ def write_run(directory: Path) -> Path:
         (directory / name).mkdir()
     (directory / "pruned" / "config.json").write_text(json.dumps({"shortllm": provenance}))
     of(Target, model=plan.model, asked={"target_params": 1e6}).save(directory / TARGET_FILE)
-    of(Healing, model=pruned.model).save(directory / "healed" / HEAL_FILE)
+    of(Healing, model=pruned.model).save(directory / "healed" / Healing.FILE)
     curves = {
         "train": [(1, 2.5), (2, 2.4), (3, 2.2)],
         "held_out": [(0, 2.6), (3, 2.3)],

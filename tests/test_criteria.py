@@ -373,7 +373,7 @@ def test_an_interrupted_streamed_pass_goes_on_where_it_was(
     name: str, after: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(journal, "MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(journal, "WORK_PER_WRITING", 0)
+    monkeypatch.setattr(journal, "WORK_PER_COMMIT", 0)
     checkpoint, ids_BT = opened("qwen3"), token_ids()
     options = GREEDY if name == "greedy" else None
     expected = score(streamed("qwen3"), ids_BT, name, checkpoint=checkpoint, options=options)

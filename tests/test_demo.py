@@ -130,6 +130,14 @@ def test_half_a_character_is_held_back(models: Models, monkeypatch: pytest.Monke
     assert {one.texts[0] for one in running[1:]} <= {"a"} and last.texts == ["a\ufffd"]
 
 
+def test_texts_of_a_batch_that_do_not_follow_the_decoded_prompt_are_decoded_alone() -> None:
+    class Joining:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "é" if ids == [1, 2] else "".join(map(str, ids))
+
+    assert generating.decode(Joining(), [1], [[2], [3]]) == ["2", "3"]
+
+
 def test_nothing_is_decoded_in_the_thread_that_generates(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,12 +582,16 @@ class Visitor:
         """Titles of the charts."""
         return self.read("#runs [data-testid=block-info]:visible")
 
-    def bars(self, run: int = 0) -> int:
-        """Bars of a chart that can be seen."""
-        chart = self.tab.locator("#runs .block:visible").nth(run)
-        chart.locator("path[aria-roledescription=bar]").first.wait_for()
-        found = chart.locator("path[aria-roledescription=bar]").all()
-        return sum(one.bounding_box()["height"] > 0 for one in found)
+    def wait_for_bars(self, *counts: int) -> None:
+        """As many charts, with as many bars that can be seen."""
+        bars = "path[aria-roledescription=bar]"
+        self.tab.wait_for_function(
+            f"""wanted => JSON.stringify(wanted) === JSON.stringify(
+                [...document.querySelectorAll('#runs .block')].filter(one => one.offsetHeight)
+                .map(one => [...one.querySelectorAll('{bars}')]
+                    .filter(bar => bar.getBoundingClientRect().height > 0).length))""",
+            arg=list(counts),
+        )
 
 
 def panel(place: int) -> str:
@@ -618,15 +630,16 @@ def test_three_models_side_by_side(visitor: Visitor, address: str, models: Model
         assert re.fullmatch(r"[\d,]+ tokens/s", found["throughput"])
         assert re.fullmatch(r"[\d,]+ ms", found["first token"])
         assert re.fullmatch(r"[\d.]+ [MG]B", found["memory"])
-    assert visitor.runs() == ["Run 1: 30 tokens"] and visitor.bars() == 3
+    visitor.wait_for_bars(3)
+    assert visitor.runs() == ["Run 1: 30 tokens"]
 
     visitor.generate()  # the same seed
     assert visitor.texts() == texts
     visitor.set(seed=5)
     visitor.generate()
     assert all(new != old for new, old in zip(visitor.texts(), texts, strict=True))
+    visitor.wait_for_bars(3, 3, 3)
     assert visitor.runs() == [f"Run {number}: 30 tokens" for number in (3, 2, 1)]
-    assert [visitor.bars(run) for run in range(3)] == [3, 3, 3]
     assert visitor.complaints == []
     elsewhere = [
         url for url in visitor.requested if not url.startswith((address, "data:", "blob:"))
@@ -640,7 +653,8 @@ def test_one_panel_alone_and_a_batch_in_numbers(visitor: Visitor) -> None:
     assert visitor.states() == ["idle", "done", "idle"]
     text = visitor.texts()[1]
     assert text.startswith(PROMPT) and re.findall(r"^(\d)\. ", text, re.MULTILINE) == [*"123"]
-    assert visitor.runs() == ["Run 1: 8 tokens × 3"] and visitor.bars() == 1
+    visitor.wait_for_bars(1)
+    assert visitor.runs() == ["Run 1: 8 tokens × 3"]
 
 
 def test_the_charts_show_the_last_four_runs_to_one_scale(visitor: Visitor) -> None:
@@ -651,7 +665,7 @@ def test_the_charts_show_the_last_four_runs_to_one_scale(visitor: Visitor) -> No
         visitor.generate(batch % 3)
     visitor.tab.wait_for_function("document.querySelector('#runs').innerText.includes('Run 5')")
     assert visitor.runs() == [f"Run {batch}: 1 token × {batch}" for batch in (5, 4, 3, 2)]
-    assert [visitor.bars(run) for run in range(4)] == [1, 1, 1, 1]
+    visitor.wait_for_bars(1, 1, 1, 1)
     axes = [
         visitor.tab.locator("#runs .block:visible").nth(run).locator("g.role-axis-label").nth(1)
         for run in range(4)
@@ -721,11 +735,12 @@ def test_examples_and_reset(visitor: Visitor) -> None:
     assert prompt.input_value() == page.EMBEDDED_EXAMPLES[1]
     visitor.set(output_tokens=5, temperature=0.5)
     visitor.generate()
+    visitor.wait_for_bars(3)
     assert visitor.runs() == ["Run 1: 5 tokens"]
     visitor.tab.click("#reset")
     visitor.tab.wait_for_function("!document.querySelector('[data-state=done]')")
-    assert visitor.states() == ["idle"] * 3 and visitor.runs() == []
-    assert visitor.texts() == [""] * 3
+    visitor.wait_for_bars()
+    assert visitor.states() == ["idle"] * 3 and visitor.texts() == [""] * 3
     assert prompt.input_value() == page.EMBEDDED_EXAMPLES[0]
     values = [
         visitor.tab.input_value(f"#{name} input") for name in ("output-tokens", "temperature")
@@ -806,6 +821,7 @@ def test_as_many_panels_as_models(browser: Any, models: Models, count: int) -> N
     visitor.set(output_tokens=4)
     visitor.generate()
     assert visitor.read(".head h3") == [model.name for model in named]
-    assert visitor.states() == ["done"] * count and visitor.bars() == count
+    assert visitor.states() == ["done"] * count
+    visitor.wait_for_bars(count)
     visitor.context.close()
     blocks.close()

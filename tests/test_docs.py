@@ -17,8 +17,8 @@ import shortllm
 import shortllm.healing.options
 import shortllm.quantizing.options
 import shortllm.retraining.methods
-import shortllm.sublayers.options
-import shortllm.width_pruning.options
+import shortllm.sublayers.criteria
+import shortllm.width_pruning.methods
 from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
 from shortllm.cli import app
 from shortllm.model.decoder import Decoder
@@ -81,10 +81,10 @@ def test_the_table_of_methods_tells_of_every_criterion(name: str) -> None:
 def test_the_table_of_methods_tells_of_every_other_method() -> None:
     rows = rows_of("methods.md")
     names = [
-        *get_args(width_pruning.options.Method),
+        *width_pruning.methods.METHODS.names(),
         *get_args(quantizing.options.Method),
         *retraining.methods.METHODS.names(),
-        *sublayers.options.CRITERIA,
+        *sublayers.criteria.CRITERIA.names(),
         *get_args(healing.options.HealOptions.model_fields["method"].annotation),
         "merge",
     ]

@@ -28,16 +28,24 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
-from shortllm.healing import stage
 from shortllm.healing.folding import find_added
-from shortllm.healing.linear import Moments, Visit, choose_ridge, heal_gaps, solve, visits_of
-from shortllm.healing.options import Healing, HealOptions
-from shortllm.merging import stage as merge_stage
+from shortllm.healing.heal import heal_from, healing_text
+from shortllm.healing.least_squares import (
+    GapSums,
+    Visit,
+    choose_ridge,
+    heal_gaps,
+    solve,
+    visits_of,
+)
+from shortllm.healing.options import HealCalibration, Healing, HealOptions
 from shortllm.merging.laco import Merged, merged, merged_tensors, original_blocks
+from shortllm.merging.merge import merge_from
 from shortllm.merging.options import MergeOptions, Merging
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
+from shortllm.options import options_from
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.recipe import Recipe
 from shortllm.recipes import changed, parse_recipe
@@ -92,7 +100,7 @@ def healed(
     """A family's tiny model shortened to `directory/short` and healed to `directory/healed`."""
     source = families.opened(variant) if isinstance(variant, str) else variant
     short = open_checkpoint(families.shortened(source, removed, directory / "short"))
-    return stage.heal(
+    return heal_from(
         short,
         source,
         HealOptions(**options),
@@ -226,7 +234,7 @@ def read(entry: Any) -> bytes:
 
 @pytest.mark.parametrize("variant", REFUSED)
 def test_no_place_for_a_map_is_refused(variant: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="adds the output of no linear projection"):
+    with pytest.raises(UnsupportedModelError, match="no linear projection whose output is added"):
         healed(variant, [2], tmp_path)
     assert not (tmp_path / "healed").exists()
 
@@ -262,7 +270,7 @@ def test_sums_do_not_depend_on_how_tokens_are_cut() -> None:
     added, after, wanted = (torch.randn(300, 8, generator=generator) * 100 for _ in range(3))
     found = []
     for size in (1, 7, 300):
-        moments = Moments(8, CPU, weighted=True)
+        moments = GapSums(8, CPU, weighted=True)
         for start in range(0, 300, size):
             moments.add(*(one[start : start + size] for one in (added, after, wanted)))
         assert moments.products_DD.dtype == torch.float64 and moments.tokens == 300
@@ -274,7 +282,7 @@ def test_sums_do_not_depend_on_how_tokens_are_cut() -> None:
 def test_the_error_of_sums_is_the_error_of_tokens() -> None:
     generator = torch.Generator().manual_seed(1)
     added, after, wanted = (torch.randn(50, 6, generator=generator).double() for _ in range(3))
-    moments = Moments(6, CPU, weighted=False)
+    moments = GapSums(6, CPU, weighted=False)
     moments.add(added, after, wanted)
     change = torch.randn(6, 6, generator=generator).double()
     direct = (added @ change + after - wanted).square().sum().item()
@@ -287,16 +295,16 @@ def test_the_error_of_sums_is_the_error_of_tokens() -> None:
 def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:
     generator = torch.Generator().manual_seed(2)
 
-    def sums(sign: float) -> Moments:
+    def sums(sign: float) -> GapSums:
         added = torch.randn(64, 4, generator=generator)
-        moments = Moments(4, CPU, weighted=False)
+        moments = GapSums(4, CPU, weighted=False)
         moments.add(added, torch.zeros(64, 4), sign * added)
         return moments
 
     assert choose_ridge(sums(1.0), sums(-1.0)).ridge is None
     chosen = choose_ridge(sums(1.0), sums(1.0))
     assert chosen.ridge is not None and chosen.after < 1e-3 * chosen.before
-    still = Moments(4, CPU, weighted=True)
+    still = GapSums(4, CPU, weighted=True)
     still.add(torch.zeros(5, 4), torch.zeros(5, 4), torch.ones(5, 4))
     assert not solve(still, 1.0).any()
 
@@ -330,7 +338,7 @@ def test_a_shortened_checkpoint_shortened_again(tmp_path: Path) -> None:
     source = families.opened("llama")
     once = open_checkpoint(families.shortened(source, [1], tmp_path / "once"))
     twice = open_checkpoint(families.shortened(once, [2], tmp_path / "twice"))  # 3 of the source
-    record = stage.heal(
+    record = heal_from(
         twice, source, HealOptions(), tmp_path / "healed",
         calibration=calibration(text()), session=Session(device="cpu"),
     )  # fmt: skip
@@ -356,21 +364,21 @@ def test_only_what_was_just_shortened_is_healed(tmp_path: Path) -> None:
         "calibration": calibration(text()), "session": Session(device="cpu"),
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="down_proj.*retrained, healed or merged"):
-        stage.heal(again, source, HealOptions(), tmp_path / "twice", **arguments)
+        heal_from(again, source, HealOptions(), tmp_path / "twice", **arguments)
     with pytest.raises(CheckpointError, match="does not say which blocks.*shortllm prune"):
-        stage.heal(source, source, HealOptions(), tmp_path / "none", **arguments)
+        heal_from(source, source, HealOptions(), tmp_path / "none", **arguments)
     short = open_checkpoint(tmp_path / "short")
     with pytest.raises(CheckpointError, match="from 6 blocks.*has 5.*--source"):
-        stage.heal(short, short, HealOptions(), tmp_path / "own", **arguments)
+        heal_from(short, short, HealOptions(), tmp_path / "own", **arguments)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds something else"):
-        stage.heal(short, source, HealOptions(), tmp_path / "full", **arguments)
+    with pytest.raises(OutputError, match="contains something else"):
+        heal_from(short, source, HealOptions(), tmp_path / "full", **arguments)
     with pytest.raises(OutputError, match="stays as it is"):
-        stage.heal(short, source, HealOptions(), tmp_path / "short", **arguments)
+        heal_from(short, source, HealOptions(), tmp_path / "short", **arguments)
     arguments["calibration"] = calibration(text()[:1])
-    with pytest.raises(DataError, match="1 sample is too little"):
-        stage.heal(short, source, HealOptions(), tmp_path / "few", **arguments)
+    with pytest.raises(DataError, match="1 sample is too few"):
+        heal_from(short, source, HealOptions(), tmp_path / "few", **arguments)
 
 
 def test_the_projection_is_found_in_bfloat16_and_where_it_adds_nothing() -> None:
@@ -423,9 +431,9 @@ def test_merged_tensors_are_sums_of_the_files(variant: str) -> None:
 
 
 def merge(variant: str, target: Path, *, stream: bool | None = None, **options: Any) -> Merging:
-    given = {"threshold": -1.0, "most_merged": 2, "interval": 2, **options}
-    return merge_stage.merge(
-        families.opened(variant), MergeOptions(**given), target,
+    given = {"threshold": -1.0, "max_merged": 2, "interval": 2, **options}
+    return merge_from(
+        families.opened(variant), options_from(MergeOptions, given), target,
         calibration=calibration(families.token_ids()), session=Session(device="cpu", stream=stream),
     )  # fmt: skip
 
@@ -466,7 +474,7 @@ def test_the_sweep_goes_down_and_keeps_what_is_alike_enough(tmp_path: Path) -> N
 
 def test_named_blocks_are_folded_into_the_one_before_each_gap(tmp_path: Path) -> None:
     record = MergeOptions(blocks=[5, 2, 3])
-    made = merge_stage.merge(
+    made = merge_from(
         families.opened("llama"), record, tmp_path / "out",
         calibration=calibration(families.token_ids()), session=Session(device="cpu"),
     )  # fmt: skip
@@ -480,6 +488,10 @@ def test_named_blocks_are_folded_into_the_one_before_each_gap(tmp_path: Path) ->
     ends = [stream_behind(one, -1, ids_BT) for one in (whole, small)]
     cosine = torch.cosine_similarity(*ends, dim=-1).mean().item()
     assert made.cosine == pytest.approx(cosine, abs=1e-5)
+    for model, value in ((whole, made.intact_perplexity), (small, made.perplexity)):
+        with torch.no_grad():
+            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        assert value == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
 def test_streamed_merges_equal_resident_ones(tmp_path: Path) -> None:
@@ -500,9 +512,9 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
         merge("mixtral", tmp_path / "out")
     with pytest.raises(ShortLLMError, match="all but 1 are protected"):
         merge("llama", tmp_path / "out", protect_first=3, protect_last=2)
-    with pytest.raises(ShortLLMError, match="--remove 5: of 5 blocks .* 4 can go"):
+    with pytest.raises(ShortLLMError, match="--remove 5: at most 4 of 5 unprotected blocks"):
         merge("llama", tmp_path / "out", remove=5)
-    with pytest.raises(ShortLLMError, match="--threshold 1.5 is no cosine"):
+    with pytest.raises(ShortLLMError, match="threshold 1.5: must be less than 1"):
         merge("llama", tmp_path / "out", threshold=1.5)
 
 
@@ -523,15 +535,18 @@ def call(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (["heal", "embedded", "--out", "x"], "does not say which blocks"),
         (["heal", "embedded"], "Missing option"),
         (["heal", "embedded", "--out", "x", "--method", "liner"], "liner"),
-        (["heal", "embedded", "--out", "x", "--ridge", "0"], "--ridge 0.0 is not above 0"),
-        (["merge", "embedded", "--out", "x", "--remove", "11"], "10 can go at the most"),
+        (["heal", "embedded", "--out", "x", "--ridge", "0"], "--ridge 0.0: must be greater than 0"),
+        (
+            ["merge", "embedded", "--out", "x", "--remove", "11"],
+            "at most 10 of 11 unprotected blocks",
+        ),
         (["merge", "embedded", "--out", "x", "--protect-last", "11"], "are protected"),
         (["merge", "embedded", "--out", "x", "--blocks", "0,3"], "block 0 has no block before it"),
         (["merge", "embedded", "--out", "x", "--blocks", "3,12"], "no block 12 among 12"),
         (["merge", "embedded", "--out", "x", "--blocks", "3,3"], "name each block"),
         (
             ["merge", "embedded", "--out", "x", "--blocks", "3", "--remove", "2"],
-            "nothing is left for a sweep",
+            "there is no sweep and --remove has no effect",
         ),
         (["run", "--heal", "lora"], "lora"),
     ],
@@ -568,18 +583,29 @@ def test_heal_and_merge_on_the_command_line(
         capfd, "merge", str(moved), "--out", str(tmp_path / "merged"), *flags,
         "--threshold", "-1", "--remove", "2",
     )  # fmt: skip
-    assert code == 0 and "6 -> 4 blocks" in printed
+    assert code == 0 and "6 -> 4 blocks" in printed and "perplexity on the" in printed
     assert (tmp_path / "merged" / "merge.json").is_file()
 
 
 def test_a_recipe_names_healing_or_gives_its_options() -> None:
     assert parse_recipe({"healing": "linear"}, "x").healing == HealOptions()
     assert parse_recipe({"healing": "none"}, "x").healing is None
-    recipe = changed(Recipe(), {"healing.samples": 8})
-    assert recipe.healing == HealOptions(samples=8)
+    recipe = changed(Recipe(), {"healing.calibration.samples": 8})
+    assert recipe.healing == HealOptions(calibration=HealCalibration(samples=8))
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
-    with pytest.raises(ShortLLMError, match="unknown field 'healing.sample'"):
-        parse_recipe({"healing": {"sample": 8}}, "x")
+    with pytest.raises(ShortLLMError, match="unknown field 'healing.ridg'. Did you mean 'ridge'"):
+        parse_recipe({"healing": {"ridg": 8}}, "x")
+
+
+def test_text_to_heal_with_is_more_of_the_text_that_scored() -> None:
+    checkpoint = shortllm.open_checkpoint("embedded")
+    shared = CalibrationOptions(data="a.txt", samples=3, length=7, bos_every_sample=True)
+    found = healing_text(HealOptions(), checkpoint, shared)
+    assert (found.data, found.samples, found.length, found.sampler) == ("a.txt", 64, 256, "packed")
+    assert found.bos_every_sample
+    own = HealOptions(calibration=HealCalibration(data="b.txt", length=32))
+    found = healing_text(own, checkpoint, shared)
+    assert (found.data, found.length) == ("b.txt", 32)
 
 
 def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> None:
@@ -595,9 +621,9 @@ def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> Non
     assert result.healing is not None
     assert result.healing.held_out.healed < result.healing.held_out.shortened
     page = (tmp_path / "run" / "report.html").read_text()
-    for part in ("What came back", "How the gaps were healed", "Healing by linear maps"):
+    for part in ("Recovery", "Linear maps", "Healing by linear maps"):
         assert part in page
-    assert "retraining has taught" not in page
+    assert "retraining also learns" not in page
     written = (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns
     pipeline.run(recipe, out=tmp_path / "run")
     assert (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns == written

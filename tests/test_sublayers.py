@@ -27,6 +27,7 @@ from shortllm.errors import (
     CheckpointError,
     CriterionError,
     OutputError,
+    ShortLLMError,
     UnsupportedModelError,
 )
 from shortllm.journal import Journal
@@ -34,12 +35,12 @@ from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.metrics import next_token_nll
 from shortllm.model.session import Session
-from shortllm.model.walk import mean_nlls
+from shortllm.options import options_from
 from shortllm.sublayers import drop as stage
-from shortllm.sublayers import influence as measuring
-from shortllm.sublayers.influence import Variants, remove_one_by_one
+from shortllm.sublayers import variants
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers, without_sublayers
+from shortllm.sublayers.variants import Variants, mean_nlls, remove_one_by_one
 
 SKIPPED = {
     "llama": ("self_attn", "mlp"),
@@ -99,7 +100,7 @@ def drop(
     variant: str | Path, target: Path, *, stream: bool | None = None, **options: Any
 ) -> SublayerDrop:
     checkpoint = families.opened(variant) if isinstance(variant, str) else open_checkpoint(variant)
-    given = SublayerOptions(**{**FREE, **options})
+    given = options_from(SublayerOptions, {**FREE, **options})
     return stage.drop_from(
         checkpoint, given, target, calibration=calibration(),
         session=Session(device="cpu", stream=stream),
@@ -315,7 +316,7 @@ def test_streamed_equals_resident(
     criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = drop("gemma3_text", tmp_path / "one", criterion=criterion, remove=4)
-    monkeypatch.setattr(measuring, "TOGETHER", 5)
+    monkeypatch.setattr(variants, "TOGETHER", 5)
     two = drop("gemma3_text", tmp_path / "two", criterion=criterion, remove=4, stream=True)
     assert [(d.block, d.part) for d in one.dropped] == [(d.block, d.part) for d in two.dropped]
     for a, b in zip(one.dropped, two.dropped, strict=True):
@@ -354,7 +355,7 @@ def test_interrupted_rounds_go_on_where_they_were(
     ("variant", "message"),
     [
         ("mixtral", "'mixtral' cannot lose single sublayers: block 1 is not one attention and one"),
-        ("opt-projected", "block 1 changes the stream also where .* give zeros"),
+        ("opt-projected", "block 1 changes the hidden state even if .* return zeros"),
     ],
 )
 def test_models_whose_sublayers_cannot_go_are_refused(
@@ -370,6 +371,7 @@ def test_models_whose_sublayers_cannot_go_are_refused(
     [
         ({}, CriterionError, "nothing says which sublayers to remove. Give --criterion"),
         ({"criterion": "sublayer-ppl"}, CriterionError, "with --remove 4"),
+        ({"criterion": "sublayer-pp", "remove": 2}, ShortLLMError, "Did you mean 'sublayer-ppl'"),
         ({"remove": 2}, CriterionError, "nothing says which sublayers to remove"),
         ({"remove": 2, "mlp": [3]}, CriterionError, "so --criterion and --remove have no effect"),
         ({"criterion": "sublayer-ppl", "remove": 12}, BudgetError, "Give 1 to 11"),

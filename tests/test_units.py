@@ -21,8 +21,9 @@ from shortllm.recipe import Recipe
 from shortllm.reporting.load import load_units
 from shortllm.reporting.units_page import units_models, units_table
 from shortllm.retraining.options import RetrainOptions
-from shortllm.width_pruning.choosing import removing
+from shortllm.width_pruning.groups import options_to_remove
 from shortllm.width_pruning.options import WidthOptions, WidthPruning
+from shortllm.width_pruning.prune_width import resolve
 from shortllm.width_pruning.structure import find_groups
 
 RECIPE = Recipe(
@@ -52,9 +53,9 @@ def test_all_candidates_have_nearly_the_same_number_of_parameters(place: Path) -
     assert [(one.name, one.unit) for one in units.candidates] == [
         ("ppl", "depth"),
         ("taylor", "depth"),
+        ("flap", "width"),
         ("llm-pruner", "width"),
         ("wanda-sp", "width"),
-        ("flap", "width"),
     ]
     goal = shortllm.open_checkpoint(place / "ppl").parameters
     for one in units.candidates:
@@ -113,15 +114,14 @@ def test_ratios_are_found_for_a_number_of_parameters(
     checkpoint = shortllm.open_checkpoint("embedded")
     session = Session(device="cpu")
     options = WidthOptions.model_validate({"method": method, "ratio": 0.5, "bias": None})
-    filled = options.filled(checkpoint.block_count)
+    filled = resolve(options, checkpoint.block_count)
     assert filled.start is not None and filled.end is not None
     groups = find_groups(session.decoder(checkpoint), range(filled.start, filled.end))
     asked = int(share * checkpoint.parameters)
-    found = removing(filled, groups, asked)
+    found = options_to_remove(asked, filled, groups)
     made = shortllm.width(
-        "embedded", tmp_path / "narrow", options=found, device="cpu",
-        calibration=CalibrationOptions(samples=2, length=32),
-    )  # fmt: skip
+        "embedded", tmp_path / "narrow", options=found, device="cpu", samples=2, length=32
+    )
     assert abs(made.reached.removed - asked) < 0.01 * checkpoint.parameters
     assert WidthPruning.load(tmp_path / "narrow" / "width.json") == made
 
@@ -130,10 +130,11 @@ def test_more_than_there_is_cannot_go() -> None:
     checkpoint = shortllm.open_checkpoint("embedded")
     session = Session(device="cpu")
     groups = find_groups(session.decoder(checkpoint), range(2))
-    with pytest.raises(BudgetError, match="cannot go from 2 blocks"):
-        removing(WidthOptions(ratio=0.5).filled(12), groups, checkpoint.parameters // 2)
-    with pytest.raises(BudgetError, match="one head of 2 from each, and one neuron, are the least"):
-        removing(WidthOptions(ratio=0.5).filled(12), groups, 10_000)
+    options = resolve(WidthOptions(ratio=0.5), 12)
+    with pytest.raises(BudgetError, match="cannot be removed from 2 blocks"):
+        options_to_remove(checkpoint.parameters // 2, options, groups)
+    with pytest.raises(BudgetError, match="at least one head of 2 and one neuron from each block"):
+        options_to_remove(10_000, options, groups)
 
 
 @pytest.mark.parametrize(

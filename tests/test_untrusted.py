@@ -247,7 +247,7 @@ def test_a_checkpoint_with_an_adapter_beside_it_is_refused(
     config = {"peft_type": "LORA", "base_model_name_or_path": str(saved("qwen2"))}
     (source / "adapter_config.json").write_text(json.dumps(config))
     torch.save({"x": Malice(owned)}, source / name)
-    with pytest.raises(CheckpointError, match="holds an adapter .adapter_config.json., which"):
+    with pytest.raises(CheckpointError, match="has an adapter .adapter_config.json., which"):
         open_checkpoint(source)
     assert not owned.exists()
 
@@ -408,8 +408,8 @@ def test_a_whole_run_with_the_flag(
 @pytest.mark.parametrize(
     "auto_map, message",
     [
-        ({"AutoConfig": "own.OwnConfig"}, "must name the classes .* AutoModelForCausalLM"),
-        (["own"], "must name the classes of its own code"),
+        ({"AutoConfig": "own.OwnConfig"}, "must name classes .* AutoModelForCausalLM"),
+        (["own"], "must name classes for"),
         (
             {"AutoConfig": "other/repo--own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
             "names code of another repository .other/repo--own., which no revision pins",
@@ -420,7 +420,7 @@ def test_a_whole_run_with_the_flag(
         ),
         (
             {"AutoConfig": "gone.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
-            "names the code gone.py, which is not there",
+            "names the code gone.py, which is missing",
         ),
     ],
 )

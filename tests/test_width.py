@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import shortllm
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.calibration import Calibration, tokens_fingerprint
-from shortllm.data.options import CalibrationInfo, CalibrationOptions
+from shortllm.data.options import CalibrationInfo
 from shortllm.errors import (
     BudgetError,
     CriterionError,
@@ -32,11 +32,14 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
+from shortllm.options import options_from
 from shortllm.retraining.options import RetrainOptions
-from shortllm.width_pruning import stage
-from shortllm.width_pruning.choosing import removed_units
-from shortllm.width_pruning.importance import taylor_importance
-from shortllm.width_pruning.options import RECORD, WidthOptions, WidthPruning
+from shortllm.width_pruning import methods
+from shortllm.width_pruning.groups import removed_units
+from shortllm.width_pruning.methods import wanda_sp
+from shortllm.width_pruning.methods.llm_pruner import taylor_importance
+from shortllm.width_pruning.options import WidthOptions, WidthPruning
+from shortllm.width_pruning.prune_width import width_from
 from shortllm.width_pruning.structure import find_groups
 
 LLAMA_LIKE = ("self_attn.o_proj", "mlp.down_proj")
@@ -60,7 +63,7 @@ INPUTS = (
 PLAIN = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
 """Families whose config can say that there are fewer heads."""
 
-METHODS = ("llm-pruner", "wanda-sp", "flap")
+METHODS = tuple(methods.METHODS.names())
 
 CPU = torch.device("cpu")
 
@@ -80,9 +83,9 @@ def narrow(
     """The stage on a checkpoint or a family's tiny model."""
     if isinstance(checkpoint, str):
         checkpoint = families.opened(checkpoint)
-    given = WidthOptions(**{"ratio": 0.5, **options})
+    given = options_from(WidthOptions, {"ratio": 0.5, **options})
     session = Session(device="cpu", stream=stream)
-    return stage.width(checkpoint, given, target, calibration=calibration(), session=session)
+    return width_from(checkpoint, given, target, calibration=calibration(), session=session)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -167,7 +170,7 @@ def test_narrower_equals_silenced(variant: str, method: str, tmp_path: Path) -> 
 def test_uniform_is_a_plain_checkpoint_or_refused(variant: str, tmp_path: Path) -> None:
     options = {"method": "wanda-sp", "shapes": "uniform"}
     if variant not in PLAIN:
-        with pytest.raises(UnsupportedModelError, match=f"'{variant}' cannot say.*per-block"):
+        with pytest.raises(UnsupportedModelError, match=f"'{variant}' cannot describe.*per-block"):
             narrow(variant, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
         return
@@ -345,7 +348,7 @@ def test_first_order_scores_of_trained_models_equal_autograd(name: str, shared: 
 def test_magnitude_needs_no_text(importance: str, tmp_path: Path) -> None:
     options = WidthOptions(ratio=0.5, importance=importance)
     checkpoint, session = families.opened("llama"), Session(device="cpu")
-    record = stage.width(checkpoint, options, tmp_path / "out", calibration=None, session=session)
+    record = width_from(checkpoint, options, tmp_path / "out", calibration=None, session=session)
     assert record.calibration is None
     block = blocks_of(families.loaded("llama"))[1]
     power = 1 if importance == "l1" else 2
@@ -505,14 +508,14 @@ def test_streamed_equals_resident(options: dict[str, Any], tmp_path: Path) -> No
 def test_what_is_up_to_date_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "out"
     narrow("llama", target, method="wanda-sp")
-    written = (target / RECORD).stat().st_mtime_ns
+    written = (target / WidthPruning.FILE).stat().st_mtime_ns
     narrow("llama", target, method="wanda-sp")
-    assert (target / RECORD).stat().st_mtime_ns == written
+    assert (target / WidthPruning.FILE).stat().st_mtime_ns == written
     assert narrow("llama", target, method="flap", ratio=0.4).method == "flap"
     assert json.loads((target / "config.json").read_text())["shortllm"]["width"]["ratio"] == 0.4
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="contains something else"):
         narrow("llama", tmp_path / "other")
 
 
@@ -527,7 +530,8 @@ def test_depth_and_width_again_after_width(tmp_path: Path) -> None:
     assert torch.equal(logits(short), expected)
     options = {"importance": "l1", "ratio": 0.2, "start": 0, "end": 6}
     before = [
-        len(one.removed_neurons) for one in WidthPruning.load(tmp_path / "narrow" / RECORD).blocks
+        len(one.removed_neurons)
+        for one in WidthPruning.load(tmp_path / "narrow" / WidthPruning.FILE).blocks
     ]
     source = families.save(families.build("gpt_neox"), tmp_path / "source")
     narrow(open_checkpoint(source), tmp_path / "first", importance="l1", ratio=0.25, start=0, end=2)
@@ -540,10 +544,11 @@ def test_depth_and_width_again_after_width(tmp_path: Path) -> None:
 def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
     source = retraining.whole(tmp_path / "source", "qwen2")
     data = retraining.text(tmp_path / "text.jsonl")
-    sampled = CalibrationOptions(data=str(data), length=32, samples=4)
-    options = WidthOptions(method="flap", ratio=0.3)
     narrower = str(tmp_path / "out")
-    shortllm.width(str(source), narrower, options=options, calibration=sampled, device="cpu")
+    shortllm.width(
+        str(source), narrower, method="flap", ratio=0.3, data=str(data), length=32, samples=4,
+        device="cpu",
+    )  # fmt: skip
     evaluation = EvaluationOptions(data=[str(data)], max_segments=4, length=32, continuations=0)
     measured = [
         shortllm.evaluate([narrower], options=evaluation, device="cpu", stream=stream)
@@ -573,24 +578,26 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 1.0}, "between 0 and 1"),
-        ({"method": "flap", "importance": "l1"}, "importance is an option of llm-pruner"),
-        ({"method": "wanda-sp", "bias": True}, "bias is an option of flap"),
+        ({"ratio": 1.0}, "ratio 1.0: must be less than 1"),
+        ({"method": "flip"}, "unknown width method 'flip'. Did you mean 'flap'"),
+        ({"method": "flap", "importance": "l1"}, "importance is an option of --method llm-pruner"),
+        ({"method": "wanda-sp", "bias": True}, "bias is an option of --method flap"),
+        ({"method": "flap", "neuron_ratio": 0.5}, "one list, so --neuron-ratio has no effect"),
         ({"start": 5, "end": 5}, "the model has 6"),
         ({"shapes": "uniform"}, "--start 0 --end 6"),
     ],
 )
-def test_options_that_mean_nothing(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_options_without_effect_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ShortLLMError, match=message):
         narrow("llama", tmp_path / "out", **options)
 
 
-def test_a_score_that_is_no_number_is_named(tmp_path: Path, monkeypatch: Any) -> None:
-    from shortllm.width_pruning import methods
-
+def test_a_score_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     def broken(*args: Any) -> Tensor:
         return torch.tensor([1.0, float("nan")])
 
-    monkeypatch.setattr(methods, "weighted_input", broken)
+    monkeypatch.setattr(wanda_sp, "weighted_input", broken)
     with pytest.raises(CriterionError, match="head 1 of block 0"):
         narrow("llama", tmp_path / "out", method="wanda-sp")

@@ -56,7 +56,7 @@ def retired_words() -> list[Retired]:
 def findings(path: Path, words: list[Retired]) -> Iterator[tuple[int, str, Retired]]:
     """Line, text and pattern of every match in a file."""
     text = path.read_text(encoding="utf-8")
-    text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", text)  # WayOut reads as Way_Out
+    text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", text)  # RunDirectory reads as Run_Directory
     for word in words:
         for match in word.pattern.finditer(text):
             line = text.count("\n", 0, match.start()) + 1

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from shortllm.benchmark.bench import bench as bench
     from shortllm.benchmark.options import Benchmark as Benchmark
     from shortllm.benchmark.options import BenchmarkOptions as BenchmarkOptions
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
@@ -33,9 +32,10 @@ if TYPE_CHECKING:
     from shortllm.evaluation.evaluate import evaluate as evaluate
     from shortllm.evaluation.options import Evaluation as Evaluation
     from shortllm.evaluation.options import EvaluationOptions as EvaluationOptions
-    from shortllm.healing.api import heal as heal
+    from shortllm.healing.heal import heal as heal
     from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
+    from shortllm.measure import bench as bench
     from shortllm.merging.merge import merge as merge
     from shortllm.merging.options import MergeOptions as MergeOptions
     from shortllm.merging.options import Merging as Merging
@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
     from shortllm.surgery.export_lint import export_lint as export_lint
-    from shortllm.width_pruning.api import width as width
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
     from shortllm.width_pruning.options import WidthPruning as WidthPruning
+    from shortllm.width_pruning.prune_width import width as width
 
 _HOME = {
     "Benchmark": "benchmark.options",
@@ -92,14 +92,14 @@ _HOME = {
     "SublayerOptions": "sublayers.options",
     "WidthOptions": "width_pruning.options",
     "WidthPruning": "width_pruning.options",
-    "bench": "benchmark.bench",
+    "bench": "measure",
     "compare": "comparison.compare",
     "compare_criteria": "comparison.compare",
     "compare_units": "comparison.compare",
     "drop_sublayers": "sublayers.drop",
     "evaluate": "evaluation.evaluate",
     "export_lint": "surgery.export_lint",
-    "heal": "healing.api",
+    "heal": "healing.heal",
     "info": "pruning.estimate",
     "load": "model.loading",
     "merge": "merging.merge",
@@ -112,7 +112,7 @@ _HOME = {
     "run": "pipeline",
     "score": "pruning.score",
     "trusting_remote_code": "runtime",
-    "width": "width_pruning.api",
+    "width": "width_pruning.prune_width",
 }
 """Public name -> the module it is loaded from. No module may be called like a public name."""
 

@@ -94,6 +94,37 @@ FLAP = Paper(
     title="Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arxiv="2312.11983",
 )
+BLOCKPRUNER = Paper(
+    key="zhong2024blockpruner",
+    authors="Zhong, Longguang and Wan, Fanqi and Chen, Ruijun and Quan, Xiaojun and Li, Liangzhi",
+    title="BlockPruner: Fine-grained Pruning for Large Language Models",
+    arxiv="2406.10594",
+)
+WHAT_MATTERS = Paper(
+    key="he2024matters",
+    authors="He, Shwai and Sun, Guoheng and Shen, Zheyu and Li, Ang",
+    title="What Matters in Transformers? Not All Attention is Needed",
+    arxiv="2406.15786",
+)
+REPLACE_ME = Paper(
+    key="shopkhoev2025replaceme",
+    authors="Shopkhoev, Dmitriy and Ali, Ammar and Zhussip, Magauiya and Malykh, Valentin and "
+    "Lefkimmiatis, Stamatios and Komodakis, Nikos and Zagoruyko, Sergey",
+    title="ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
+    arxiv="2505.02819",
+)
+LACO = Paper(
+    key="yang2024laco",
+    authors="Yang, Yifei and Cao, Zouying and Zhao, Hai",
+    title="LaCo: Large Language Model Pruning via Layer Collapse",
+    arxiv="2402.11187",
+)
+GPTQ = Paper(
+    key="frantar2022gptq",
+    authors="Frantar, Elias and Ashkboos, Saleh and Hoefler, Torsten and Alistarh, Dan",
+    title="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    arxiv="2210.17323",
+)
 LORA = Paper(
     key="hu2021lora",
     authors="Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and "

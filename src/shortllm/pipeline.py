@@ -21,12 +21,13 @@ from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import RecipeError, ShortLLMError
-from shortllm.evaluation.evaluate import evaluate_models, evaluation_fingerprint, prepare_tasks
-from shortllm.evaluation.harness import table_beside, write_table
+from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import releasing
+from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
+from shortllm.measure import bench_in, evaluate_in
 from shortllm.model.session import Session
 from shortllm.options import accepts, overlaid
 from shortllm.pruning import targets
@@ -44,13 +45,13 @@ from shortllm.run_directory import (
     PRUNED,
     claim_directory,
     delete,
-    finished,
     pinned,
     short_name,
     write_run_file,
 )
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal
+from shortllm.surgery.derived import require_free
 
 if TYPE_CHECKING:
     from shortllm.evaluation.tasks import TaskSet
@@ -178,7 +179,8 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     quantizing = check_later_stages(recipe, checkpoint, session)
     texts = _texts(recipe, checkpoint, scoring=scored and needs_text, quantizing=quantizing)
     if recipe.healing is not None:
-        _check_healing(directory, checkpoint, session)
+        require_free(directory / HEALED, Healing.FILE)
+        check_healable(recipe.healing, checkpoint, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     criterion = resolved_criterion(recipe.model_copy(update={"budget": budget}), checkpoint)
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
@@ -250,23 +252,19 @@ def _texts(
     recipe: Recipe, checkpoint: Checkpoint, *, scoring: bool, quantizing: QuantizeOptions | None
 ) -> Texts:
     """All text of the run, read and tokenized once."""
-    from shortllm.healing.running import healing_text_of
     from shortllm.quantizing.stage import calibration_options
 
+    healing = None
+    if recipe.healing is not None:
+        healing = healing_text(recipe.healing, checkpoint, recipe.calibration)
     return prepare_texts(
         checkpoint,
         recipe.calibration,
         recipe.evaluation,
         scoring=scoring,
-        healing=healing_text_of(recipe, checkpoint),
+        healing=healing,
         quantization=calibration_options(quantizing),
     )
-
-
-def _check_healing(directory: Path, checkpoint: Checkpoint, session: Session) -> None:
-    from shortllm.healing.running import check_healing
-
-    check_healing(directory, checkpoint, session)
 
 
 def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
@@ -320,13 +318,12 @@ class _Made:
 
 def _derive(run: _Prepared, plan: PrunePlan) -> tuple[dict[str, Checkpoint], _Made]:
     """pruned/ and the checkpoints derived from it, by name, and their records."""
-    from shortllm.healing.running import heal_in
     from shortllm.quantizing.running import quantize_in
 
     prune_from(run.checkpoint, plan, run.directory / PRUNED, session=run.session)
     shortened = opened_within(run.directory, PRUNED)
     models = {"original": run.checkpoint, PRUNED: shortened}
-    healing = heal_in(run.directory, shortened, run.checkpoint, run.recipe, run.texts, run.session)
+    healing = _heal(run, shortened)
     if healing is not None:
         models[HEALED] = opened_within(run.directory, HEALED)
     retraining = _retrain(run, shortened)
@@ -343,6 +340,20 @@ def opened_within(directory: Path, name: str) -> Checkpoint:
     return replace(open_checkpoint(directory / name), id=name)
 
 
+def _heal(run: _Prepared, shortened: Checkpoint) -> Healing | None:
+    """healed/, where the recipe repairs the model without training."""
+    if run.recipe.healing is None or run.texts.healing is None:
+        return None
+    return heal_from(
+        shortened,
+        run.checkpoint,
+        run.recipe.healing,
+        run.directory / HEALED,
+        calibration=run.texts.healing,
+        session=run.session,
+    )
+
+
 def _retrain(run: _Prepared, shortened: Checkpoint) -> dict[str, Retraining]:
     """A retrained checkpoint for each way of retraining, by name."""
     from shortllm.retraining.retrain import retrain_from
@@ -355,36 +366,13 @@ def _retrain(run: _Prepared, shortened: Checkpoint) -> dict[str, Retraining]:
 
 
 def _evaluate(run: _Prepared, models: dict[str, Checkpoint]) -> Evaluation:
-    return evaluate_in(run.directory, models, run.recipe, run.texts, run.tasks, run.session)
-
-
-def evaluate_in(
-    directory: Path,
-    models: dict[str, Checkpoint],
-    recipe: Recipe,
-    texts: Texts,
-    tasks: TaskSet | None,
-    session: Session,
-) -> Evaluation:
-    """eval.json, and zeroshot.csv where there are tasks, unless they are up to date."""
-    path = directory / "eval.json"
-    named, options = list(models.items()), recipe.evaluation
-    expected = evaluation_fingerprint(named, texts.evaluation, options, session, tasks)
-    evaluation = finished(Evaluation, path, expected)
-    if evaluation is None:
-        evaluation = evaluate_models(named, texts.evaluation, options, session=session, tasks=tasks)
-        evaluation.save(path)
-    if tasks is None:
-        delete([table_beside(path)])
-    else:
-        write_table(evaluation, table_beside(path))
-    return evaluation
+    return evaluate_in(
+        run.directory, models, run.recipe.evaluation, run.texts, run.tasks, run.session
+    )
 
 
 def _bench(run: _Prepared, models: dict[str, Checkpoint]) -> Benchmark | None:
     """bench.json of the original and the shortened model, where speed is measured."""
-    from shortllm.benchmark.bench import bench_in
-
     if run.recipe.benchmark is None:
         return None
     run.session.release()

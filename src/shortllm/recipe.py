@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from shortllm import criteria
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.data.options import CalibrationOptions
@@ -23,10 +24,7 @@ from shortllm.records import SpecialToken
 from shortllm.retraining.options import RetrainOptions
 from shortllm.runtime import Runtime
 
-CRITERION_HELP = (
-    "Rule that scores the blocks: ppl, kl, taylor, magnitude, influence, relative, angular, "
-    "greedy, last, random, even; searches: local, evolve; auto: the best of several."
-)
+CRITERION_HELP = f"Rule that scores the blocks: {criteria.help_text()}."
 
 CONTINUATIONS = 5
 """Generated samples per model in a run."""
@@ -37,13 +35,13 @@ HIDDEN = Flag(hidden=True)
 class Recipe(Runtime):
     """A whole run."""
 
-    panel: ClassVar[str] = "Run"
+    panel: ClassVar[str] = "Scoring"
 
     about: Annotated[str, HIDDEN] = Field(default="", description="What it does, in one line.")
     model: Annotated[str, HIDDEN] = Field(
         default="embedded", description="Checkpoint directory, Hub id, or 'embedded'."
     )
-    revision: str | None = Field(
+    revision: Annotated[str | None, Flag(panel="Recipe")] = Field(
         default=None, description="Branch, tag or commit of a Hub model, as in MODEL@REVISION."
     )
     special_tokens: Annotated[dict[SpecialToken, int], HIDDEN] = Field(

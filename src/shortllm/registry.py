@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from shortllm.errors import ShortLLMError, did_you_mean
+from shortllm.papers import Paper
 
 
 class Method(Protocol):
@@ -74,3 +76,21 @@ def import_modules(package: str, path: Iterable[str]) -> None:
 def first_line(function: Any) -> str:
     """The first line of a function's docstring: the help of the method it defines."""
     return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredMethod:
+    """What every method says of itself; each kind of method adds what it needs."""
+
+    name: str
+    label: str
+    """What pages and tables call it."""
+    paper: Paper | None
+    help: str
+    """One sentence: what it does."""
+    function: Callable[..., Any]
+
+
+def described(methods: Iterable[RegisteredMethod]) -> str:
+    """The help of an option that names one of the methods: 'NAME: what it does. NAME: ...'."""
+    return " ".join(f"{one.name}: {one.help[:1].lower()}{one.help[1:]}" for one in methods)

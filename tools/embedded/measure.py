@@ -1,7 +1,7 @@
 """Measure a small causal model plainly: perplexity, perplexity without blocks, task accuracy.
 
-Nothing is used but torch and the model's own forward, so that the numbers can stand as a reference
-for the package's own engine. B sequences, T tokens, V vocabulary.
+Nothing is used but torch and the model's own forward, so that the numbers are a reference for
+the package's own engine. B sequences, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +33,7 @@ def token_log_probs(
     """For each sequence of T token ids: the log-probabilities `[T - 1]` of all but the first."""
     for start in range(0, len(sequences), BATCH):
         batch = [torch.tensor(ids) for ids in sequences[start : start + BATCH]]
-        # Padding stands on the right, where a causal model's earlier positions cannot see it.
+        # Padding is on the right, where a causal model's earlier positions cannot see it.
         ids_BT = nn.utils.rnn.pad_sequence(batch, batch_first=True)
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits.float()
         log_probs_BTV = torch.log_softmax(logits_BTV, dim=-1)

@@ -5,8 +5,8 @@
 takes about half an hour on two CPU cores. Pages of the `train` split are packed end to end into
 windows. Muon moves the matrices of the blocks, AdamW all else; the learning rate rises quickly,
 then falls in a straight line to zero. In the last part of training the windows are twice as long,
-so that the whole context is in use. Beside the model stands `training.json`: settings, versions,
-the loss curve, and what the saved weights reach on held-out splits.
+so that the whole context is in use. It also writes `training.json`: settings,
+versions, the loss curve, and what the saved weights reach on held-out splits.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Settings:
     window: int = 256
     """Tokens in one training sequence of packed pages."""
     story_window: int = 64
-    """Tokens in one training sequence of the first stage, which holds a single story."""
+    """Tokens in one training sequence of the first stage, a single story each."""
     story_share: float = 0.6
     """Share of the steps that see single stories: what an answer rests on is close by there."""
     answer_weight: float = 5.0

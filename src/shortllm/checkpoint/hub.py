@@ -34,9 +34,7 @@ def named_revision(source: str | Path, revision: str | None) -> tuple[str | Path
     if not named:
         raise CheckpointError(f"'{source}' is not of the form MODEL@REVISION")
     if _exists(name):
-        raise CheckpointError(
-            f"'{name}' is a local directory and has no revisions. Leave out the @"
-        )
+        raise CheckpointError(f"'{name}' is a local directory and has no revisions. Omit the @")
     if revision is not None and revision != named:
         raise CheckpointError(
             f"'{source}' names revision {named}, and --revision names {revision}. Give one of them"

@@ -12,6 +12,7 @@ error. Exit codes: 0 done, 2 a mistake in the command or its input, 130 interrup
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -80,9 +81,16 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 }
 """The commands by group, in the order of `--help`."""
 
+
+def _paragraphs(command: Callable[..., None]) -> str:
+    """A command's docstring with each paragraph on one line, which the terminal wraps again."""
+    text = inspect.cleandoc(command.__doc__ or "")
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
 for _group, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
-        app.command(name=_name, rich_help_panel=_group)(_command)
+        app.command(name=_name, rich_help_panel=_group, help=_paragraphs(_command))(_command)
 app.add_typer(recipes, name="recipes", rich_help_panel="Tools")
 
 

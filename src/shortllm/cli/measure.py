@@ -131,7 +131,7 @@ def export_lint(
         print_json([finding.model_dump(mode="json") for finding in findings])
         return
     for finding in findings:
-        hint = f". {finding.way_out}" if finding.way_out else ""
+        hint = f". {finding.hint}" if finding.hint else ""
         typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){hint}")
         for name, value in finding.fields.items():
             typer.echo(f"    {name}: {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -19,12 +20,16 @@ Revision = Annotated[
 ]  # noqa: UP045
 
 
+_until_exit = ExitStack()
+"""Contexts that last as long as the process."""
+
+
 def _trust(given: bool) -> bool:
     """Note at once that the flag was given: every model that is opened afterwards may need it."""
     if given:
         from shortllm.runtime import trusting_remote_code
 
-        trusting_remote_code().__enter__()
+        _until_exit.enter_context(trusting_remote_code())
     return given
 
 
@@ -96,7 +101,8 @@ CriterionOption = Annotated[
     typer.Option(
         "--option",
         metavar="CRITERION.NAME=VALUE",
-        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; may be repeated.",
+        rich_help_panel="Scoring",
+        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; can be repeated.",
     ),
 ]
 Stream = Annotated[
@@ -233,6 +239,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
+        rich_help_panel="Recipe",
         help="Set any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
         "can be repeated.",
     ),

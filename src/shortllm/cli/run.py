@@ -30,12 +30,11 @@ from shortllm.retraining.methods import METHODS
 if TYPE_CHECKING:
     from shortllm.pipeline import RunResult
 
-STAGES = "Stages"
-
 RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
+        rich_help_panel="Recipe",
         help="Start from this recipe (see `shortllm recipes list`) or .yaml file. Flags override "
         "it.",
     ),
@@ -44,7 +43,6 @@ Heal = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD",
-        rich_help_panel=STAGES,
         help="Repair the shortened model without training: linear; or none. Default: the recipe's.",
     ),
 ]
@@ -52,7 +50,6 @@ Retrain = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD",
-        rich_help_panel=STAGES,
         help=f"Retrain by {', '.join(METHODS.names())}; several with commas, each from the same "
         "start; or none. Default: the recipe's.",
     ),
@@ -61,7 +58,6 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD",
-        rich_help_panel=STAGES,
         help="Quantize the best model by gptq or int8; or none. Default: the recipe's.",
     ),
 ]
@@ -69,13 +65,12 @@ Bench = Annotated[
     bool | None,
     typer.Option(
         "--bench/--no-bench",
-        rich_help_panel=STAGES,
         help="Measure speed and memory. Default: the recipe's.",
     ),
 ]
 
 
-@flags(typed=Recipe)
+@flags("remove", "ratio", "criterion", "data", typed=Recipe)
 def run(
     typed: Recipe,
     model: Annotated[
@@ -86,7 +81,10 @@ def run(
     ] = None,
     recipe: RecipeName = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run directory. Default: runs/<model>-<criterion>-<budget>.")
+        Path | None,
+        typer.Option(
+            help="Run directory. Default: runs/<model>-<criterion>-<budget>.",
+        ),
     ] = None,
     option: CriterionOption = None,
     heal: Heal = None,
@@ -138,7 +136,8 @@ def requested_recipe(
     else:
         base = default_recipe() if (model or DEFAULT) == DEFAULT else Recipe()
     amounts = ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
-    if typed.budget.model_fields_set.intersection(amounts):  # an amount replaces the recipe's
+    given = typed.budget.model_fields_set if "budget" in typed.model_fields_set else set()
+    if given.intersection(amounts):  # an amount replaces the recipe's
         kept = {name: None for name in amounts}
         base = base.model_copy(update={"budget": base.budget.model_copy(update=kept)})
     chosen = overlaid(base, typed)

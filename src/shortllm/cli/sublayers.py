@@ -10,6 +10,7 @@ from shortllm.cli.flags import flags
 from shortllm.cli.options import Json, ModelArgument, Out, Revision
 from shortllm.cli.output import print_json, print_table
 from shortllm.runtime import Runtime
+from shortllm.sublayers.criteria import CRITERIA
 from shortllm.sublayers.options import SublayerOptions
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ def drop_sublayers(
 
 def _print_drop(record: SublayerDrop) -> None:
     """What was removed, in order, and what that saves."""
-    value = "perplexity without" if record.criterion == "sublayer-ppl" else "1 - cos"
+    value = CRITERIA.get(record.criterion).value if record.criterion else ""
     rows = [
         (f"{one.part} of {one.block}", "" if one.value is None else f"{one.value:.6g}")
         for one in record.dropped
     ]
-    print_table(("removed", value if record.criterion else ""), rows)
+    print_table(("removed", value), rows)
     if record.intact is not None:
         typer.echo(f"intact: {record.intact:.6g}")
     removed = record.removed_blocks

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from shortllm import criteria, pipeline
 from shortllm import run_directory as rundir
-from shortllm.benchmark.bench import bench_in
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.comparison.options import UNITS_FILE, Candidate, UnitsComparison
@@ -30,6 +29,7 @@ from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
+from shortllm.measure import bench_in, evaluate_in
 from shortllm.model.session import Session
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
@@ -37,7 +37,8 @@ from shortllm.pruning.prune import prune_from
 from shortllm.pruning.score import score_in
 from shortllm.recipe import Recipe
 from shortllm.runtime import versions
-from shortllm.width_pruning.options import Method, WidthOptions
+from shortllm.width_pruning.methods import METHODS
+from shortllm.width_pruning.options import WidthOptions
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 DEPTH = ("ppl", "taylor")
 """Criteria of depth pruning that are compared by default."""
 
-WIDTH: tuple[Method, ...] = get_args(Method)
+WIDTH = METHODS.names()
 
 HEALED_SUFFIX = "-healed"
 """What the name of a healed candidate ends in."""
@@ -60,7 +61,7 @@ def default_directory(model: str) -> Path:
     return Path("runs") / f"{rundir.short_name(model)}-units"
 
 
-def asked_methods(names: Sequence[str]) -> tuple[list[ResolvedCriterion], list[Method]]:
+def asked_methods(names: Sequence[str]) -> tuple[list[ResolvedCriterion], list[str]]:
     """The criteria of depth and the methods of width among some names.
 
     Raises:
@@ -68,7 +69,7 @@ def asked_methods(names: Sequence[str]) -> tuple[list[ResolvedCriterion], list[M
     """
     if len(set(names)) != len(names):
         raise CriterionError(f"a method was given twice in {', '.join(names)}. Name each once")
-    width = [method for method in WIDTH if method in names]
+    width = [name for name in names if name in WIDTH]
     depth = [name for name in names if name not in WIDTH]
     known = [*criteria.names(), *WIDTH]
     for name in depth:
@@ -133,7 +134,7 @@ def compare_units_in(
     made |= _narrower(directory, checkpoint, width, goal, texts.calibration, session)
     healed = _healed(directory, made, recipe, session)
     models = {"original": checkpoint, **made, **healed}
-    evaluation = pipeline.evaluate_in(directory, models, recipe, texts, tasks, session)
+    evaluation = evaluate_in(directory, models, recipe.evaluation, texts, tasks, session)
     options = recipe.benchmark or BenchmarkOptions()
     session.release()
     measured = {"original": checkpoint, **made}
@@ -166,7 +167,7 @@ def _shorter(
 def _narrower(
     directory: Path,
     checkpoint: Checkpoint,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     goal: int,
     calibration: Calibration | None,
     session: Session,
@@ -176,18 +177,19 @@ def _narrower(
     Raises:
         BudgetError: units so large that a method misses the number by more than `TOLERANCE`.
     """
-    from shortllm.width_pruning.choosing import removing
-    from shortllm.width_pruning.stage import width
+    from shortllm.width_pruning.groups import options_to_remove
+    from shortllm.width_pruning.prune_width import resolve, width_from
     from shortllm.width_pruning.structure import find_groups
 
     made: dict[str, Checkpoint] = {}
     for method in methods:
-        options = WidthOptions(method=method, ratio=0.5).filled(checkpoint.block_count)
+        options = resolve(WidthOptions(method=method, ratio=0.5), checkpoint.block_count)
         assert options.start is not None and options.end is not None
         decoder = session.decoder(checkpoint)
         groups = find_groups(decoder, range(options.start, options.end))
-        options = removing(options, groups, checkpoint.parameters - goal)
-        width(checkpoint, options, directory / method, calibration=calibration, session=session)
+        options = options_to_remove(checkpoint.parameters - goal, options, groups)
+        target = directory / method
+        width_from(checkpoint, options, target, calibration=calibration, session=session)
         made[method] = pipeline.opened_within(directory, method)
         missed = made[method].parameters / goal - 1
         if abs(missed) > TOLERANCE:

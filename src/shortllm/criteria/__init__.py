@@ -51,7 +51,7 @@ WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights"})
 OBSERVED: frozenset[Needs] = frozenset({"streams", "last token"})
 """Needs that are met by observing the streams of any pass over the blocks."""
 
-PLACE = "place in the order of removal (1 = goes first)"
+PLACE = "place in the removal order (1 = removed first)"
 """Label of criteria whose importance is a place; plots and tables show places."""
 
 

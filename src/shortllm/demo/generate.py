@@ -39,6 +39,9 @@ MAX_PROMPT = 200_000
 UPDATE_S = 0.1
 """Time between two states of a text."""
 
+CONTEXT = 8
+"""Tokens of the prompt that are decoded together with what follows."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -184,14 +187,16 @@ class Tokens(BaseStreamer):  # type: ignore[misc]
 
 
 def decode(tokenizer: Any, prompt: list[int], continuations: list[list[int]]) -> list[str]:
-    """What follows the prompt, decoded with it: alone, its first space could be lost."""
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    """What follows the prompt, decoded with its end: alone, its first space could be lost."""
+    end = prompt[-CONTEXT:]  # the whole prompt would cost the reader time at each update
+    before = tokenizer.decode(end, skip_special_tokens=True)
     texts = []
     for ids in continuations:
-        whole = tokenizer.decode(prompt + ids, skip_special_tokens=True)
-        if not whole.startswith(before):
-            whole, before = tokenizer.decode(ids, skip_special_tokens=True), ""
-        texts.append(whole[len(before) :])
+        whole = tokenizer.decode(end + ids, skip_special_tokens=True)
+        if whole.startswith(before):
+            texts.append(whole[len(before) :])
+        else:
+            texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     return texts
 
 
@@ -251,12 +256,12 @@ def _run(
 ) -> None:
     """The thread that generates: the result is the peak memory without the other models."""
     device, meter = models.device, models.meter
-    ids_BT = prompt_T.repeat(request.batch, 1).to(device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if request.temperature > 0:
-        sampling = {"do_sample": True, "temperature": request.temperature}
-        sampling |= {"top_k": request.top_k, "top_p": request.top_p}
     try:
+        ids_BT = prompt_T.repeat(request.batch, 1).to(device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if request.temperature > 0:
+            sampling = {"do_sample": True, "temperature": request.temperature}
+            sampling |= {"top_k": request.top_k, "top_p": request.top_p}
         meter.reset()
         with (
             Sampler(meter) as sampler,

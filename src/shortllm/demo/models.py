@@ -67,7 +67,7 @@ class DemoModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Models:
-    """All models of the page; the one that generates holds the lock."""
+    """All models of the page; a text is generated under the lock."""
 
     models: list[DemoModel]
     device: torch.device

@@ -205,9 +205,10 @@ class Page:
                     yield {panel.figures: failure(error)}
                     continue
                 rates[panel.model.name] = now.tokens_per_s or 0.0
+            if rates:  # once per run: a plot that is updated while it is drawn may stay as it was
                 batch = f" × {request.batch}" if request.batch > 1 else ""
                 title = f"Run {len(history) + 1}: {counted(request.new_tokens, 'token')}{batch}"
-                yield self._drawn([*history, (title, dict(rates))])
+                yield self._drawn([*history, (title, rates)])
 
         return run
 
@@ -282,7 +283,8 @@ def head(model: DemoModel, first: DemoModel, color: str) -> str:
         else '<i class="gone"></i>'
         for block in range(model.source_blocks)
     )
-    less = "" if model is first else change(first.info.parameters, info.parameters)
+    same = info.parameters == first.info.parameters
+    less = "" if same else change(first.info.parameters, info.parameters)
     sizes = {
         "parameters": f"{short_count(info.parameters)} {less}",
         "blocks": str(info.blocks),

@@ -57,8 +57,6 @@ def prepare_texts(
 
     check_length(checkpoint, evaluation.length, "--eval-length")
     measured = [load_rows(source, role="evaluation") for source in evaluation.data]
-    if healing is not None and calibration.file is None:
-        healing = healing.model_copy(update={"data": calibration.data})
     wanted = (calibration if scoring else None, healing, quantization)
     used, shared = _calibration_rows(wanted, measured)
     sampled = [

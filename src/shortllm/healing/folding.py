@@ -1,12 +1,12 @@
-"""Find the projection of a block whose output is added to the stream, whatever the family.
+"""Find the projection of a block whose output is added to the hidden state, whatever the family.
 
-By experiment: a number of its own is added to the output of one projection after the other. Where
-the block's output moves by exactly that, times one factor (1 in most families, the residual
-multiplier of granite), nothing but an addition stands behind the projection, and a map of what is
-added can be folded into its weights. Behind the attention of a serial block stands its MLP, behind
-the MLP of gemma2 a norm, behind an expert a choice: those move otherwise.
+By experiment: numbers are added to the output of one projection after the other. If the block's
+output moves by exactly that, times one factor (1 in most families, the residual multiplier of
+granite), only an addition follows the projection, and a map of its output can be folded into its
+weights. The attention of a serial block is followed by its MLP, the MLP of gemma2 by a norm, an
+expert by a choice: there the output moves differently.
 
-Where attention and MLP are both added (parallel blocks) the one that is run last is taken.
+If attention and MLP are both added (parallel blocks), the one that runs last is used.
 
 
 A map folded into the weights of a projection, for the file and for a model in memory.
@@ -32,30 +32,30 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import is_projection
 from shortllm.model.decoder import Decoder, Entry
-from shortllm.surgery.made import require_stored, stored_name
+from shortllm.surgery.derived import require_stored, stored_name
 
 TOKENS = 4
 
 SIZES = (1.0, 30.0)
-"""How far outputs are moved, in parts of the stream: what is no addition shows at one of them."""
+"""How far outputs are moved, relative to the hidden state; only an addition passes both."""
 
 Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A projection whose output is added to the stream."""
+    """A projection whose output is added to the hidden state."""
 
     name: str
     """Within the block."""
     scale: float
-    """What the block multiplies the output with before it is added."""
+    """Factor that the block multiplies the output with before it adds it."""
     transposed: bool
-    """Whether the matrix is kept as inputs x outputs."""
+    """Whether the matrix is stored as inputs x outputs."""
 
 
 def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
-    """For each of `blocks` the last projection whose output is added to the stream.
+    """For each of `blocks` the last projection whose output is added to the hidden state.
 
     Raises:
         UnsupportedModelError: a block has none, or blocks cannot be called one by one.
@@ -77,21 +77,21 @@ def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
         for name, seen in outputs.items()
         if len(seen) == 1 and seen[0].shape[-1] == width and seen[0].numel() == TOKENS * width
     ]
-    for name in reversed(candidates):  # in the order in which they are run
+    for name in reversed(candidates):  # in the order in which they run
         scale = _scale(decoder, b, entry, name, outputs[name][0])
         if scale is not None:
             module = decoder.blocks[b].get_submodule(name)
             return Added(name, scale, transposed=not isinstance(module, nn.Linear))
     config: Any = decoder.model.config
     raise UnsupportedModelError(
-        f"block {b} of model type '{config.model_type}' adds the output of no linear "
-        "projection to the stream as it is (a norm may stand behind its MLP, or experts in its "
-        "place), so that a map has nothing to be folded into. Heal it with `shortllm retrain`"
+        f"block {b} of model type '{config.model_type}' has no linear projection whose output is "
+        "added to the hidden state unchanged (a norm may follow its MLP, or it has experts), so a "
+        "map cannot be folded into it. Heal it with `shortllm retrain`"
     )
 
 
 def _outputs(decoder: Decoder, b: int, entry: Entry) -> dict[str, list[Tensor]]:
-    """What each projection of the block returns, in the order in which they are first run."""
+    """The output of each projection of the block, in the order in which they first run."""
     seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -114,14 +114,14 @@ def _outputs(decoder: Decoder, b: int, entry: Entry) -> dict[str, list[Tensor]]:
 
 
 def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) -> float | None:
-    """The factor with which the output is added to the stream; None if it is used otherwise."""
+    """The factor with which the output is added to the hidden state; None if it is not."""
     size = max(_size(output), _size(entry.stream_BTD)) or 1.0
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(output.shape, generator=generator).to(output)
     before = _moved(decoder, b, entry, name, torch.zeros_like(output))
     found: list[float] = []
     for times in SIZES:
-        step = (output + times * size * noise) - output  # as it is after rounding
+        step = (output + times * size * noise) - output  # what is left after rounding
         after = _moved(decoder, b, entry, name, step)
         change = (after - before).double().flatten()
         wanted = step.double().flatten()
@@ -137,7 +137,7 @@ def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) ->
         found.append(scale)
     if not abs(found[0] - found[1]) <= 1e-2 * abs(found[1]):
         return None
-    return 1.0 if abs(found[1] - 1.0) < 1e-3 else found[1]  # but for rounding
+    return 1.0 if abs(found[1] - 1.0) < 1e-3 else found[1]  # a rounding error
 
 
 def _size(given: Tensor) -> float:
@@ -146,7 +146,7 @@ def _size(given: Tensor) -> float:
 
 
 def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> Tensor:
-    """The block's output where `step` is added to what a projection returns."""
+    """The block's output if `step` is added to the output of a projection."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + step
@@ -174,21 +174,21 @@ class Fold:
 
 
 def require_floats(checkpoint: Checkpoint, b: int, name: str) -> None:
-    """Refuse a checkpoint that does not store the weights of a projection as floats of its own.
+    """Refuse a checkpoint that does not store the weights of a projection as floats.
 
     Raises:
-        UnsupportedModelError: naming the tensor.
+        UnsupportedModelError: the message names the tensor.
     """
-    entry = require_stored(checkpoint, b, name, so_that="nothing can be folded into them")
+    entry = require_stored(checkpoint, b, name, needed_to="fold a map into a projection")
     if entry.dtype not in ("F64", "F32", "F16", "BF16"):
         raise UnsupportedModelError(
-            f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and nothing can be folded "
+            f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be folded "
             "into quantized weights. Give the unquantized model"
         )
 
 
 def fold(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fold:
-    """The weights of a projection with the map `I + change_DD` behind it, in their stored type."""
+    """The weights of a projection followed by the map `I + change_DD`, in their stored type."""
     change_DD = change_DD.cpu()
     weight = read_tensor(checkpoint.tensors[stored_name(checkpoint, b, f"{added.name}.weight")])
     more = weight.double() @ change_DD if added.transposed else change_DD.T @ weight.double()
@@ -202,7 +202,7 @@ def fold(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fol
 
 @contextmanager
 def folded_into(decoder: Decoder, folds: Mapping[int, Fold]) -> Iterator[None]:
-    """Within the context the decoder computes with other weights, in memory or streamed.
+    """Within the context, the decoder computes with other weights, in memory or streamed.
 
     Args:
         folds: for some blocks the new weights of one projection.

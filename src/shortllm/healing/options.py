@@ -1,79 +1,110 @@
-"""options."""
+"""The options of healing without training, and the record of what was healed."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
+from typing_extensions import Self
 
-from shortllm.records import Cost, ModelInfo, Record, ResultFile
+from shortllm.data.options import CalibrationOptions
+from shortllm.healing.methods import METHODS
+from shortllm.options import Flag, Options
+from shortllm.records import DerivedRecord, ModelInfo, Record
+from shortllm.registry import described
 
-LENGTH = 256
-"""Tokens per sample where nothing is said; fewer where the model has fewer positions."""
+SAMPLE_LENGTH = 256
+"""Tokens per calibration sample; fewer if the model has fewer positions."""
+
+MethodName = Annotated[
+    str,
+    AfterValidator(lambda name: METHODS.get(name).name),
+    Field(json_schema_extra={"enum": METHODS.names()}),
+    Flag(metavar="|".join(METHODS.names())),
+]
 
 
-class HealOptions(Record):
-    """How a shortened checkpoint is healed without training.
+class HealCalibration(CalibrationOptions):
+    """Calibration text: more than for scoring, since a map has as many unknowns as a matrix."""
 
-    A map has the square of the model's width as unknowns, so that it takes more text than scores.
-    """
+    sampler: Literal["random", "packed"] = Field(
+        default="packed",
+        description="How windows are cut. random: from random documents. packed: one after the "
+        "other from all documents joined.",
+    )
+    samples: int = Field(
+        default=64, ge=2, description="Number of calibration samples; a quarter is held out."
+    )
+    length: int | None = Field(  # type: ignore[assignment]
+        default=None,
+        ge=2,
+        description=f"Tokens per calibration sample. Default: {SAMPLE_LENGTH}, at most the model's "
+        "positions.",
+    )
 
-    method: Literal["linear"] = "linear"
+
+class HealOptions(Options):
+    """How to heal a shortened checkpoint without training."""
+
+    panel: ClassVar[str] = "Healing"
+
+    method: MethodName = Field(default="linear", description="How to heal. " + described(METHODS))
     ridge: float | None = Field(
         default=None,
         gt=0,
-        description="how strongly maps are held to do nothing, in parts of the mean square of what "
-        "they are given; default: for each gap what does best on held-out samples",
+        description="Ridge strength: pulls each map towards the identity, relative to the mean "
+        "squared input. Default: for each gap what does best on held-out samples.",
     )
     weighting: Literal["norm", "none"] = Field(
         default="norm",
-        description="norm: the error of each token in parts of its stream's mean square; none: all "
-        "tokens alike, as published",
+        description="norm: the error of each token relative to the mean square of its hidden "
+        "state. none: all tokens alike, as published.",
     )
-    samples: int = Field(
-        default=64, ge=2, description="calibration samples; a quarter of them is held out"
-    )
-    length: int | None = Field(
-        default=None, ge=2, description="tokens per sample; default: 256, or all positions"
-    )
+    calibration: HealCalibration = HealCalibration()
 
-    def sample_length(self, positions: int | None) -> int:
-        """Tokens per sample for a model with so many positions; None: it has no limit."""
-        return self.length or min(LENGTH, positions or LENGTH)
-
-
-HEAL_FILE = "heal.json"
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Self:
+        """Refuse options that the method does not have."""
+        for method in METHODS:
+            for name in method.options:
+                default = type(self).model_fields[name].default
+                if self.method != method.name and getattr(self, name) != default:
+                    raise ValueError(
+                        f"--{name} is an option of --method {method.name}, and the method is "
+                        f"{self.method}. Leave it out"
+                    )
+        return self
 
 
 class HealedGap(Record):
     """One gap; block numbers are those of the source."""
 
     block: int | None = Field(
-        description="the block before the gap; null where there is none, which cannot be healed"
+        description="the block before the gap; null if there is none, so it cannot be healed"
     )
     removed: list[int]
     projection: str | None = Field(
         default=None, description="what the map was folded into, by its name within the block"
     )
     scale: float | None = Field(
-        default=None, description="what the block multiplies the projection's output with"
+        default=None, description="factor that the block multiplies the projection's output with"
     )
     ridge: float | None = Field(
         default=None,
-        description="parts of the mean square of what the map is given; null: left as it was, as "
-        "no map does better on held-out samples",
+        description="ridge strength relative to the mean squared input; null: unchanged, as no map "
+        "does better on held-out samples",
     )
-    penalty: float | None = Field(default=None, description="the λ that comes to")
+    penalty: float | None = Field(default=None, description="the λ of that ridge")
     effective_rank: float | None = Field(
-        default=None, description="directions the map is free in: sum of e / (e + λ)"
+        default=None, description="directions in which the map is free: sum of e / (e + λ)"
     )
     error_before: float | None = Field(
         default=None,
-        description="squared distance to the source's stream on held-out samples, in parts of its "
-        "square",
+        description="squared distance to the source's hidden state on held-out samples, relative "
+        "to its square",
     )
     error_after: float | None = Field(
-        default=None, description="the same with the map of the other samples"
+        default=None, description="the same with the map solved on the other samples"
     )
 
 
@@ -86,19 +117,17 @@ class HeldOut(Record):
     healed: float
 
 
-class Healing(ResultFile):
+class Healing(DerivedRecord):
     """heal.json: how a shortened checkpoint was healed without training."""
 
-    model: ModelInfo = Field(description="the checkpoint before")
-    source: ModelInfo = Field(description="the one it was shortened from")
-    method: Literal["linear"]
-    options: dict[str, Any]
+    FILE: ClassVar[str] = "heal.json"
+
+    source: ModelInfo = Field(description="the checkpoint it was shortened from")
+    method: str
     gaps: list[HealedGap] = Field(description="in the order in which they were healed")
     held_out: HeldOut
     calibration: str = Field(description="tokens_fingerprint of the calibration")
     data: str = Field(description="where the calibration came from")
     samples: int
     length: int = Field(description="tokens per sample")
-    dtype: str = Field(description="computation type of the walk; sums are float64")
-    versions: dict[str, str] = Field(default_factory=dict)
-    cost: Cost | None = None
+    dtype: str = Field(description="computation type of the hidden states; sums are float64")

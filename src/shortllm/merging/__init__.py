@@ -1,1 +1,1 @@
-"""Blocks folded into one another (LaCo)."""
+"""Blocks folded into one another (LaCo): a baseline to compare removal with."""

@@ -1,11 +1,11 @@
-"""Blocks folded into one another, from the top down: their weights' differences are added up.
+"""Blocks folded into one another, from the top down, by adding the differences of their weights.
 
-    W_l  ←  W_l + Σ_{k=1..m} (W_{l+k} - W_l)          and blocks l+1 .. l+m go
+    W_l  ←  W_l + Σ_{k=1..m} (W_{l+k} - W_l)          and blocks l+1 .. l+m are removed
 
-A merge is kept where the final hidden states still point where those of the original point. What
-lies below `l` is the original up to there, so that a try begins with the original's stream and runs
-the merged block and what is left above it. Every block that is left is a sum of original blocks,
-which is all that is remembered of it; weights are read, and added in float32, when they are needed.
+A merge is kept if the final hidden states still point in the direction of the original's. Blocks
+below `l` are the original ones, so a try begins with the original's hidden state at `l` and runs
+the merged block and the remaining ones above it. Every remaining block is a sum of original blocks,
+which is all that is stored of it; weights are read, and added in float32, when they are needed.
 
 Source: Yang et al. 2024, LaCo, arXiv:2402.11187.
 
@@ -27,7 +27,8 @@ from shortllm.errors import UnsupportedModelError
 from shortllm.merging.options import Merge, MergeOptions
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
-from shortllm.model.metrics import cosine
+from shortllm.model.metrics import cosine, next_token_nll, perplexity
+from shortllm.model.walk import slice_tokens, targets, token_slices
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Advance
 
@@ -37,9 +38,9 @@ class Merged:
     """A block as a sum of original blocks."""
 
     block: int
-    """The original block in whose place it stands."""
+    """The original block whose place it has."""
     counts: Counter[int] = field(hash=False)
-    """How often each original block is in the sum; negative where it is taken away."""
+    """How often each original block is in the sum; negative if it is subtracted."""
 
     @property
     def changed(self) -> bool:
@@ -48,12 +49,12 @@ class Merged:
 
 
 def original_blocks(count: int) -> list[Merged]:
-    """The blocks of a model to which nothing was done."""
+    """The blocks of the original model."""
     return [Merged(b, Counter({b: 1})) for b in range(count)]
 
 
 def merged(blocks: Sequence[Merged], place: int, others: int) -> list[Merged]:
-    """The blocks with the `others` behind `place` folded into the one there."""
+    """The blocks with the `others` after `place` folded into the one there."""
     one = blocks[place]
     counts: Counter[int] = Counter()
     for block, times in one.counts.items():
@@ -69,8 +70,8 @@ def require_alike(checkpoint: Checkpoint, decoder: Decoder) -> None:
     """Refuse models whose blocks cannot be added to one another.
 
     Raises:
-        UnsupportedModelError: blocks with other tensors than the model's parameters, quantized
-            ones, or blocks that differ in shape.
+        UnsupportedModelError: tensors under other names than the model's, quantized tensors, or
+            blocks of different shapes.
     """
     shapes = [_shapes(checkpoint, b) for b in range(checkpoint.block_count)]
     for b, block in enumerate(decoder.blocks):
@@ -79,17 +80,17 @@ def require_alike(checkpoint: Checkpoint, decoder: Decoder) -> None:
             name = sorted(names - set(shapes[b]))[0]
             raise UnsupportedModelError(
                 f"{checkpoint.id} stores block {b} under other names than its model's (no "
-                f"'{name}'), so that blocks cannot be added. Save it again with transformers' "
+                f"'{name}'), so blocks cannot be added. Save it again with transformers' "
                 "save_pretrained"
             )
         if shapes[b] != shapes[0]:
             raise UnsupportedModelError(
-                f"blocks 0 and {b} of {checkpoint.id} are not built alike, so that they cannot be "
+                f"blocks 0 and {b} of {checkpoint.id} are not built alike, so they cannot be "
                 "merged. Remove whole blocks with `shortllm prune`"
             )
         if any(dtype not in ("F64", "F32", "F16", "BF16") for _, dtype in shapes[b].values()):
             raise UnsupportedModelError(
-                f"{checkpoint.id} is quantized, and such weights cannot be added. Give the "
+                f"{checkpoint.id} is quantized, so its weights cannot be added. Give the "
                 "unquantized model"
             )
 
@@ -114,16 +115,16 @@ def merged_tensors(checkpoint: Checkpoint, one: Merged) -> Iterator[tuple[str, T
             stored = part.dtype
             part = times * part.to(torch.promote_types(stored, torch.float32))
             total = part if total is None else total + part
-        assert total is not None, "a sum of no block"
+        assert total is not None
         yield name, total.to(stored)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swept:
-    """What the sweep has found."""
+    """What the sweep found."""
 
     blocks: list[Merged]
-    """Those of the merged model."""
+    """Blocks of the merged model."""
     tries: list[Merge]
     cosine: float
 
@@ -141,7 +142,7 @@ class Merger:
         first: int = 0,
         advance: Advance = lambda work: None,
     ) -> None:
-        """Run the original once.
+        """Run the original model once.
 
         Args:
             first: the lowest block that may be changed.
@@ -151,6 +152,7 @@ class Merger:
         self._first = first
         self._advance = advance
         self._tokens = ids_BT.numel()
+        self._ids_BT = ids_BT.to(decoder.device)
         self._groups = SampleGroups(decoder, ids_BT, memory)
         count = decoder.block_count
         self._entering = self._groups.allocate(count + 1 - first)
@@ -169,12 +171,12 @@ class Merger:
         self._advance(block_flops(self._decoder, b) * self._tokens)
 
     def final(self, blocks: Sequence[Merged], place: int) -> Tensor:
-        """The stream after the last block, `[B, T, D]`; below `place` all blocks are original."""
+        """The final hidden state, `[B, T, D]`; below `place` all blocks are original."""
         entering_BTD = self._entering[blocks[place].block - self._first]
         stream_BTD = self._groups.allocate().copy_(entering_BTD)
         above = blocks[place:]
-        way = self._decoder.through([one.block for one in above])
-        for one, b in zip(above, way, strict=True):
+        order = self._decoder.through([one.block for one in above])
+        for one, b in zip(above, order, strict=True):
             if one.changed:
                 _put(self._decoder, self._checkpoint, one)
             try:
@@ -184,7 +186,7 @@ class Merger:
                     _put(self._decoder, self._checkpoint, Merged(b, Counter({b: 1})))
         return stream_BTD
 
-    def likeness(self, blocks: Sequence[Merged], place: int) -> float:
+    def cosine_similarity(self, blocks: Sequence[Merged], place: int) -> float:
         """Mean over tokens of the cosine between this model's final hidden states and the
         original's."""
         found_BTD, wanted_BTD = self.final(blocks, place), self._entering[-1]
@@ -193,33 +195,52 @@ class Merger:
             total += cosine(found_BTD[rows], wanted_BTD[rows]).double().sum().item()
         return total / self._tokens
 
+    @torch.no_grad()
+    def perplexity(self, blocks: Sequence[Merged] | None) -> float:
+        """Perplexity on the calibration samples; of the original model if `blocks` is None."""
+        final_BTD = self._entering[-1]
+        if blocks is not None:
+            final_BTD = self.final(blocks, lowest_changed(blocks))
+        total, decoder, ids_BT = 0.0, self._decoder, self._ids_BT
+        with decoder.tail() as logits:
+            for rows, columns in token_slices(ids_BT, slice_tokens(decoder)):
+                piece_BTD = final_BTD[rows, columns].to(decoder.device)
+                logits_NV = logits(piece_BTD, ids_BT[rows, columns]).flatten(0, 1)
+                target_N = targets(ids_BT, rows, columns)
+                total += next_token_nll(logits_NV, target_N).double().sum().item()
+        return perplexity(total / (len(ids_BT) * (ids_BT.shape[1] - 1)))
+
+
+def lowest_changed(blocks: Sequence[Merged]) -> int:
+    """Place of the lowest block that others were folded into."""
+    return next(place for place, one in enumerate(blocks) if one.changed)
+
 
 @torch.no_grad()
 def _put(decoder: Decoder, checkpoint: Checkpoint, one: Merged) -> None:
-    """Give a block that has its weights others."""
+    """Replace the weights of a block in memory."""
     state = decoder.blocks[one.block].state_dict()
     for name, tensor in merged_tensors(checkpoint, one):
-        if name in state:  # some store what is computed, too
+        if name in state:  # some checkpoints also store buffers
             state[name].copy_(tensor)
 
 
 def fold_named(merger: Merger, blocks: list[Merged], named: Collection[int]) -> Swept:
-    """Fold each gap of named blocks into the block before it, from the top down, whatever comes of
-    it."""
+    """Fold each gap of named blocks into the block before it, from the top down."""
     tries: list[Merge] = []
     for gap in reversed(gaps_of(named)):
         place, others = gap.start - 1, len(gap.blocks)
         blocks = merged(blocks, place, others)
-        likeness = merger.likeness(blocks, place)
-        tries.append(Merge(block=place, merged=gap.blocks, cosine=likeness, kept=True))
+        similarity = merger.cosine_similarity(blocks, place)
+        tries.append(Merge(block=place, merged=gap.blocks, cosine=similarity, kept=True))
     return Swept(blocks=blocks, tries=tries, cosine=tries[-1].cosine)
 
 
 def sweep(merger: Merger, blocks: list[Merged], options: MergeOptions) -> Swept:
-    """Merge from the top down, as long as final hidden states stay alike."""
+    """Merge from the top down, as long as the final hidden states stay similar."""
     tries: list[Merge] = []
-    count, likeness = len(blocks), 1.0
-    most = options.most_merged
+    count, similarity = len(blocks), 1.0
+    most = options.max_merged
     place = max(count - options.protect_last - 1 - most, options.protect_first)
     while place >= options.protect_first:
         others = min(most, len(blocks) - options.protect_last - 1 - place)
@@ -228,14 +249,14 @@ def sweep(merger: Merger, blocks: list[Merged], options: MergeOptions) -> Swept:
         if others < 1:
             break
         tried = merged(blocks, place, others)
-        found = merger.likeness(tried, place)
+        found = merger.cosine_similarity(tried, place)
         kept = found > options.threshold
         gone = [one.block for one in blocks[place + 1 : place + 1 + others]]
         tries.append(Merge(block=blocks[place].block, merged=gone, cosine=found, kept=kept))
         if kept:
-            blocks, likeness = tried, found
+            blocks, similarity = tried, found
             highest = len(blocks) - options.protect_last - 1 - most
             place = min(place - options.interval, highest)
         else:
             place -= 1
-    return Swept(blocks=blocks, tries=tries, cosine=likeness)
+    return Swept(blocks=blocks, tries=tries, cosine=similarity)

@@ -1,95 +1,81 @@
-"""options."""
+"""The options of merging blocks, and the record of what was merged."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
-from shortllm.errors import ShortLLMError
-from shortllm.records import Cost, ModelInfo, Record, ResultFile
+from shortllm.data.options import CalibrationOptions
+from shortllm.options import Flag, Options
+from shortllm.records import DerivedRecord, Record
 
 
-class MergeOptions(Record):
-    """How blocks are folded into one another."""
+class MergeOptions(Options):
+    """Which blocks to fold into others: named ones, or those that a sweep from the top finds."""
 
-    blocks: list[int] | None = Field(
+    panel: ClassVar[str] = "Merging"
+
+    blocks: Annotated[list[int] | None, Flag(metavar="6,7,9")] = Field(
         default=None,
-        description="fold these blocks into the one before each gap they leave; default: a sweep "
-        "from the top finds which, by the fields below",
+        description="Fold exactly these blocks into the block before each gap they leave. Default: "
+        "a sweep from the top finds which, with the six options below.",
     )
     threshold: float = Field(
         default=0.65,
-        description="least mean cosine between the final hidden states of the merged and the "
-        "original model at which a merge is kept",
+        ge=-1,
+        lt=1,
+        description="Keep a merge if the mean cosine between the final hidden states of the merged "
+        "and the original model exceeds this.",
     )
     interval: int = Field(
-        default=2, ge=1, description="blocks to go down after a merge that is kept; else 1"
+        default=2, ge=1, description="Blocks to go down after a merge that is kept; otherwise 1."
     )
-    most_merged: int = Field(
-        default=3, ge=1, description="blocks folded into another one at once, at the most"
+    max_merged: int = Field(
+        default=3, ge=1, description="Fold at most this many blocks into another one at once."
     )
     remove: int | None = Field(
-        default=None, ge=1, description="end once so many blocks are gone; default: never"
+        default=None,
+        ge=1,
+        description="Stop once this many blocks are gone. Default: at the lowest block.",
     )
-    protect_first: int = Field(default=1, ge=0, description="first blocks that stay as they are")
-    protect_last: int = Field(default=0, ge=0, description="last blocks that stay as they are")
+    protect_first: int = Field(
+        default=1, ge=0, description="Leave this many blocks at the start as they are."
+    )
+    protect_last: int = Field(
+        default=0, ge=0, description="Leave this many blocks at the end as they are."
+    )
+    calibration: CalibrationOptions = CalibrationOptions()
 
-    def check(self, blocks: int) -> None:
-        """Refuse what cannot be done with so many blocks.
+    @field_validator("blocks")
+    @classmethod
+    def _named_once(cls, named: list[int] | None) -> list[int] | None:
+        if named is not None and (not named or len(set(named)) != len(named)):
+            raise ValueError("name each block to fold into the one before it once, e.g. 6,7,9")
+        return named
 
-        Raises:
-            ShortLLMError: too few blocks are free, or fewer than are to go; a threshold that is
-                no cosine; or named blocks that the model lacks, or with none before them.
-        """
-        if self.blocks is not None:
-            return self._check_named(self.blocks, blocks)
-        free = blocks - self.protect_first - self.protect_last
-        if free < 2:
-            raise ShortLLMError(
-                f"a merge takes two blocks, and of {blocks} all but {max(free, 0)} are protected. "
-                "Give smaller --protect-first and --protect-last"
+    @model_validator(mode="after")
+    def _named_or_swept(self) -> Self:
+        """Refuse options of the sweep next to named blocks."""
+        sweep = ("threshold", "interval", "max_merged", "remove", "protect_first", "protect_last")
+        given = [
+            name for name in sweep if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.blocks is not None and given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(
+                f"--blocks names what to fold, so there is no sweep and {flags} has no effect. "
+                "Leave out one or the other"
             )
-        if self.remove is not None and self.remove >= free:
-            raise ShortLLMError(
-                f"--remove {self.remove}: of {free} blocks that are not protected {free - 1} can "
-                f"go at the most. Give --remove {free - 1} or less"
-            )
-        if not -1 <= self.threshold < 1:
-            raise ShortLLMError(
-                f"--threshold {self.threshold} is no cosine below 1. Give e.g. 0.65"
-            )
-
-    def _check_named(self, named: list[int], count: int) -> None:
-        if self != MergeOptions(blocks=named):
-            raise ShortLLMError(
-                "--blocks says what is folded, and nothing is left for a sweep to find. Leave out "
-                "--threshold, --interval, --most-merged, --remove and --protect-first or -last"
-            )
-        if not named or len(set(named)) != len(named):
-            raise ShortLLMError(
-                f"--blocks {','.join(map(str, named)) or 'without a number'}: name each block to "
-                "fold into the one before it once, e.g. 6,7,9"
-            )
-        for block in named:
-            if not 0 <= block < count:
-                raise ShortLLMError(
-                    f"there is no block {block} among {count}. Give numbers from 1 to {count - 1}"
-                )
-            if block == 0:
-                raise ShortLLMError(
-                    "block 0 has no block before it that it could be folded into. Give others"
-                )
-
-
-MERGE_FILE = "merge.json"
+        return self
 
 
 class Merge(Record):
     """One try; block numbers are those of the source."""
 
     block: int = Field(description="what the others were folded into")
-    merged: list[int] = Field(description="the others, which go")
+    merged: list[int] = Field(description="the others, which are removed")
     cosine: float = Field(
         description="mean over tokens of the cosine between the final hidden states of the merged "
         "and the original model"
@@ -97,19 +83,19 @@ class Merge(Record):
     kept: bool = Field(description="whether the cosine exceeds the threshold")
 
 
-class Merging(ResultFile):
+class Merging(DerivedRecord):
     """merge.json: blocks folded into one another."""
 
-    model: ModelInfo = Field(description="the checkpoint before")
-    options: dict[str, Any]
+    FILE: ClassVar[str] = "merge.json"
+
     tries: list[Merge] = Field(description="in their order, from the top down")
     kept: list[int]
     removed: list[int]
     sums: dict[int, dict[int, int]] = Field(
         description="for each changed block how often each original block is in it"
     )
-    cosine: float = Field(description="of the model that was written")
+    cosine: float = Field(description="of the written model, as in `tries`")
+    intact_perplexity: float = Field(description="of the original model on the calibration text")
+    perplexity: float = Field(description="of the written model on the calibration text")
     calibration: str = Field(description="tokens_fingerprint of the calibration")
     dtype: str = Field(description="computation type of the comparison; sums are float32")
-    versions: dict[str, str] = Field(default_factory=dict)
-    cost: Cost | None = None

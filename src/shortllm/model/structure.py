@@ -26,7 +26,7 @@ PLAIN = (bool, int, float, str, type(None))
 def auto_class(config: Any) -> Any:
     """The transformers class that loads a config's model with its text head.
 
-    `AutoModelForCausalLM`, but for types that only have a class with towers for images around the
+    `AutoModelForCausalLM`, except for types that only have a class with image towers around the
     text decoder, or whose checkpoint names that class, and for blocks that differ in width.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -45,8 +45,6 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         dtype: type of the parameters; default: the config's.
-    Raises:
-        UnsupportedModelError: transformers cannot build it from this config.
     """
     try:
         with torch.device("meta"):
@@ -63,7 +61,7 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def block_signature(block: nn.Module) -> Signature:
-    """Everything about a block's structure that can be compared, keyed by a readable place.
+    """Everything about a block's structure that can be compared.
 
     Keys: `class of X`, `shape of X`, and the dotted name of each plain attribute.
     """
@@ -81,7 +79,7 @@ def block_signature(block: nn.Module) -> Signature:
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, strings and flat collections of them: what a forward pass may branch on."""
+    """Whether a value is a number, a string or a flat collection of them, to branch on."""
     if isinstance(value, PLAIN):
         return True
     if isinstance(value, (tuple, list)):
@@ -90,7 +88,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
-    """Whether two values are the block's number before and after, counted on within the block."""
+    """Whether two values are the block's number, plus an equal position within the block."""
     if type(before) is not int or type(after) is not int:
         return False
     return bool(before - old == after - new and 0 <= before - old < places)
@@ -103,15 +101,15 @@ class BlockStructure:
     name: str
     """Dotted module name."""
     elements: int
-    """Of all parameters and stored buffers."""
+    """Elements of all parameters and stored buffers."""
     period: int
     """After how many blocks their kinds repeat; the block count if they never do."""
     parameters: int
-    """Of the whole model, tied ones once."""
+    """Parameters of the whole model, tied ones once."""
 
 
 def block_structure(config: Any) -> BlockStructure:
-    """Build a config's model without its weights, and look at its blocks."""
+    """The blocks of a config's model, built without its weights."""
     model = build_empty(config)
     name, blocks = find_blocks(model, config)
     return BlockStructure(
@@ -123,17 +121,17 @@ def block_structure(config: Any) -> BlockStructure:
 
 
 def _period(signatures: Sequence[Signature]) -> int:
-    """The smallest p such that blocks b and b + p are built alike for every b."""
+    """The smallest p such that blocks b and b + p have the same structure for every b."""
     count = len(signatures)
     for period in range(1, count):
         pairs = ((b, b + period) for b in range(count - period))
-        if all(_alike(signatures[b], signatures[c], b, c) for b, c in pairs):
+        if all(_same_structure(signatures[b], signatures[c], b, c) for b, c in pairs):
             return period
     return count
 
 
-def _alike(one: Signature, other: Signature, b: int, c: int) -> bool:
-    """Whether two blocks of one model are built alike but for their numbers."""
+def _same_structure(one: Signature, other: Signature, b: int, c: int) -> bool:
+    """Whether two blocks of one model differ only in their numbers."""
     return one.keys() == other.keys() and all(
         one[place] == other[place] or same_number(one[place], other[place], b, c, 1)
         for place in one

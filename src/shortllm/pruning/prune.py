@@ -120,10 +120,10 @@ def _verifying(
     """A comparison with the original whose removed blocks are bypassed."""
     if session is None:
         return lambda written: None
-    from shortllm.surgery.verify import bypass_logits, caches_rightly
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
 
     original = session.decoder(checkpoint)
-    logits, cached = bypass_logits(original, removed), caches_rightly(original)
+    logits, cached = bypass_logits(original, removed), kv_cache_matches(original)
     return verifying(target, session, logits, cached=cached)
 
 

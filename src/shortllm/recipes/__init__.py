@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if names.count(key.value) > 1:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"'{key.value}' is given twice, in line {line} first")
+                raise yaml.YAMLError(f"'{key.value}' is given twice, first in line {line}")
         return super().construct_mapping(node, deep)
 
 

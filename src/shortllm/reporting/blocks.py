@@ -90,12 +90,12 @@ def _importance_caption(
 
 
 def _is_increase(scores: BlockScores) -> bool:
-    return scores.criterion == "ppl" and scores.intact is not None
+    return criterion_info(scores.criterion).in_nats and scores.intact is not None
 
 
 def _heights(scores: BlockScores) -> tuple[list[float], str]:
     """Height of each bar, and the label of the axis."""
-    if scores.criterion == "ppl" and scores.intact is not None:
+    if criterion_info(scores.criterion).in_nats and scores.intact is not None:
         label = f"increase in perplexity (intact: {number(scores.intact)})"
         return [value - scores.intact for value in scores.values], label
     label = criterion_info(scores.criterion).label
@@ -203,7 +203,7 @@ def block_section(results: RunResults) -> Section | None:
     ]
     table = table_of(range(count), columns, look=results.status)
     note = "Rank 1 is the least important block."
-    if same and scores.criterion == "ppl":
+    if same and criterion_info(scores.criterion).in_nats:
         note = f"{note[:-1]}; the importance is the perplexity without the block."
     parts: list[Part] = [table, Paragraph(note)]
     if count > LONG_TABLE:
@@ -213,7 +213,7 @@ def block_section(results: RunResults) -> Section | None:
 
 def _value_name(scores: BlockScores) -> str:
     """What the raw numbers are."""
-    if scores.criterion == "ppl":
+    if criterion_info(scores.criterion).in_nats:
         return "perplexity without it"
     inner = scores.options.get("inner")
     return f"{inner} when last scored" if inner else "raw value"

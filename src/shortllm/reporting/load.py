@@ -22,7 +22,7 @@ from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
 from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
-from shortllm.healing.options import HEAL_FILE, Healing
+from shortllm.healing.options import Healing
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
 from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
@@ -244,7 +244,7 @@ def load_results(run_dir: Path) -> RunResults:
     models, quantized = _fingerprints(results, run_dir), run_dir / QUANTIZED / QUANTIZE_FILE
     return replace(
         results,
-        healing=_load_about(Healing, run_dir / HEALED / HEAL_FILE, [models.get(PRUNED)]),
+        healing=_load_about(Healing, run_dir / HEALED / Healing.FILE, [models.get(PRUNED)]),
         retraining=_load_retraining(run_dir, models),
         quantization=_load_about(Quantization, quantized, models.values())
         if QUANTIZED in models  # it was evaluated

@@ -65,16 +65,18 @@ CSV_COLUMNS = (
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """A row per model: blocks, parameters, bytes, and a perplexity for each text."""
-    columns: list[Column[EvaluatedModel]] = [
-        ("model", lambda one: one.name),
-        ("blocks", lambda one: str(one.model.blocks)),
-        ("parameters", lambda one: f"{one.model.parameters:,}"),
-        ("bytes", lambda one: f"{one.model.bytes:,}"),
+    texts = [without_directories(entry.source) for entry in evaluation.models[0].perplexity]
+    rows = [
+        row(
+            one.name,
+            str(one.model.blocks),
+            f"{one.model.parameters:,}",
+            f"{one.model.bytes:,}",
+            *(fixed(entry.perplexity, 4) for entry in one.perplexity),
+        )
+        for one in evaluation.models
     ]
-    for place, entry in enumerate(evaluation.models[0].perplexity):
-        heading = f"ppl {without_directories(entry.source)}"
-        columns.append((heading, lambda one, i=place: fixed(one.perplexity[i].perplexity, 4)))  # type: ignore[misc]
-    return table_of(evaluation.models, columns)
+    return Table(row("model", "blocks", "parameters", "bytes", *(f"ppl {t}" for t in texts)), rows)
 
 
 def task_table(models: Sequence[EvaluatedModel]) -> Table:
@@ -182,8 +184,7 @@ def benchmark_table(found: Benchmark) -> Table:
     if len(found.models) > 1:
         columns.append(("speed-up", lambda one: _speedup(found, one)))
     columns += [
-        ("first token [ms]", lambda one: known(one.first_token_s, _milliseconds)),
-        ("per token [ms]", lambda one: known(one.per_token_s, _milliseconds)),
+        ("first token [ms]", _first_token),
         ("peak memory", lambda one: short_bytes(peak_bytes(one.memory))),
         ("utilisation", lambda one: percent(one.utilisation_mean)),
     ]
@@ -202,6 +203,11 @@ def _speedup(found: Benchmark, one: Measurement) -> Cell:
         return Cell(NONE)
     ideal = fixed(found.ideal_speedup(one.model))
     return Cell(known(found.speedup(one), fixed), f"ideal {ideal}", look="after")
+
+
+def _first_token(one: Measurement) -> Cell:
+    first, each = (known(s, _milliseconds) for s in (one.first_token_s, one.per_token_s))
+    return Cell(first, "" if each == NONE else f"then {each} each")
 
 
 def _milliseconds(seconds: float) -> str:

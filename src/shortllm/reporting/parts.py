@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
-    from shortllm.reporting.methods import Paper
+    from shortllm.papers import Paper
 
 Item = TypeVar("Item")
 Status = Literal["kept", "removed", "protected"]

@@ -235,18 +235,17 @@ def published_section(results: RunResults) -> Section | None:
     rows = []
     if results.evaluation is not None:
         rows = published_comparison(source, results.evaluation, recipe.evaluation)
-    if not rows:
-        nothing = Paragraph("No published figure was measured here by the same protocol.", "")
-        return Section(
-            "published", "Against published results", [Paragraph(text, ""), nothing]
-        )  # fmt: skip
+    table = [published_table(rows)] if rows else []
     note = (
         "Only figures of the same protocol are compared: 128 tokens per segment, the same BOS, "
         "whole texts and tasks. The published shortened model was healed with LoRA and is compared "
         "with healed models."
     )
-    parts = [Paragraph(text, ""), published_table(rows), Paragraph(note)]
-    return Section("published", "Against published results", parts)
+    if not rows:
+        note = "No published figure was measured here by the same protocol."
+    return Section(
+        "published", "Against published results", [Paragraph(text, ""), *table, Paragraph(note)]
+    )
 
 
 def published_table(rows: Sequence[PublishedComparison]) -> Table:
@@ -267,10 +266,10 @@ def _figure(value: float) -> str:
 def samples_section(results: RunResults) -> Section | None:
     """Continuations of the same prompt by each model, side by side."""
     columns = [(entry, entry.samples) for entry in results.evaluated.values() if entry.samples]
-    if not columns:
+    count = max((len(written.texts) for _, written in columns), default=0)
+    if not count:
         return None
     _, first = columns[0]
-    count = max(len(written.texts) for _, written in columns)
     same_prompt = all(written.prompt == first.prompt for _, written in columns)
     rows = [
         [

@@ -20,12 +20,12 @@ from shortllm.data.texts import calibrate
 from shortllm.errors import BudgetError, CriterionError, DataError, UnsupportedModelError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal
-from shortllm.model.metrics import perplexity
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.protection import protected_in
 from shortllm.records import ModelInfo
-from shortllm.runtime import Runtime, progress
+from shortllm.runtime import Runtime
+from shortllm.sublayers.criteria import CRITERIA, Ranking, Task
 from shortllm.sublayers.options import DroppedSublayer, SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import (
     PARTS,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.data.calibration import Calibration
-    from shortllm.model.decoder import Decoder
 
 
 @accepts(options=SublayerOptions, runtime=Runtime)
@@ -135,8 +134,9 @@ def candidates(options: SublayerOptions, model: ModelInfo) -> list[Sublayer]:
         return named
     if options.criterion is None or options.remove is None:
         raise CriterionError(
-            "nothing says which sublayers to remove. Give --criterion sublayer-ppl (or "
-            "sublayer-influence) with --remove 4, or name blocks with --attention 3,4 and --mlp 7"
+            "nothing says which sublayers to remove. Give --criterion "
+            f"{' or '.join(CRITERIA.names())} with --remove 4, or name blocks with "
+            "--attention 3,4 and --mlp 7"
         )
     protected = set(protected_in(model, options.protect_first, options.protect_last))
     kinds = PARTS if options.parts == "joint" else (options.parts,)
@@ -186,8 +186,6 @@ def _choose(
     journal: Journal,
 ) -> _Chosen:
     """Find the output projections, and choose by the criterion where there is one."""
-    from shortllm.sublayers.influence import Variants, remove_one_by_one, rounds_flops
-
     decoder = session.decoder(checkpoint)
     outputs = find_sublayers(decoder, sorted({b for b, _ in allowed}))
     for b, names in outputs.items():
@@ -196,40 +194,20 @@ def _choose(
     if calibration is None:
         named = [DroppedSublayer(block=b, part=part, value=None) for b, part in allowed]
         return _Chosen(outputs, named)
-    assert options.remove is not None
-    ids_BT = calibration.ids
-    if options.criterion == "sublayer-influence":
-        return _Chosen(outputs, _by_influence(decoder, outputs, allowed, options.remove, ids_BT))
-    variants = Variants(decoder, outputs)
-    work = rounds_flops(variants, allowed, options.remove, *ids_BT.shape)
-    with progress("scoring sublayers by perplexity", work) as advance:
-        intact, order = remove_one_by_one(
-            variants,
-            ids_BT,
-            allowed,
-            options.remove,
-            advance=advance,
-            memory=session.memory(),
-            journal=journal,
-        )
-    dropped = [DroppedSublayer(block=b, part=p, value=perplexity(v)) for (b, p), v in order]
-    _require_finite(dropped)
-    return _Chosen(outputs, dropped, perplexity(intact))
-
-
-def _by_influence(
-    decoder: Decoder, outputs: Outputs, allowed: Sequence[Sublayer], count: int, ids_BT: Tensor
-) -> list[DroppedSublayer]:
-    """The `count` sublayers that turn the hidden state least, in one pass."""
-    from shortllm.model.walk import walk_flops
-    from shortllm.sublayers.influence import influence
-
-    work = walk_flops(decoder, [frozenset()], *ids_BT.shape, head=False)
-    with progress("scoring sublayers by influence", work) as advance:
-        found = influence(decoder, outputs, ids_BT, advance=advance)
-    scored = [DroppedSublayer(block=b, part=p, value=found[b, p]) for b, p in allowed]
+    assert options.remove is not None and options.criterion is not None
+    task = Task(
+        decoder=decoder,
+        outputs=outputs,
+        candidates=allowed,
+        remove=options.remove,
+        ids_BT=calibration.ids,
+        memory=session.memory(),
+        journal=journal,
+    )
+    ranking: Ranking = CRITERIA.get(options.criterion).function(task)
+    scored = [DroppedSublayer(block=b, part=part, value=v) for (b, part), v in ranking.order]
     _require_finite(scored)
-    return sorted(scored, key=lambda one: (one.value, -one.block, PARTS.index(one.part)))[:count]
+    return _Chosen(outputs, scored[: options.remove], ranking.intact)
 
 
 def _require_finite(scored: Sequence[DroppedSublayer]) -> None:
@@ -302,12 +280,12 @@ def _expected(
 
     A function of its own, so that the source is released before the result is loaded.
     """
-    from shortllm.surgery.verify import bypass_logits, caches_rightly
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
 
     decoder = session.decoder(checkpoint)
     with without_sublayers(decoder, outputs, zeroed):
         logits = bypass_logits(decoder, whole)
-    return logits, caches_rightly(decoder)
+    return logits, kv_cache_matches(decoder)
 
 
 def zeroed_names(

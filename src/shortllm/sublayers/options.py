@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from shortllm.data.options import CalibrationOptions
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, Record
+from shortllm.registry import described
+from shortllm.sublayers.criteria import CRITERIA
+
+CriterionName = Annotated[
+    str,
+    AfterValidator(lambda name: CRITERIA.get(name).name),
+    Field(json_schema_extra={"enum": CRITERIA.names()}),
+]
 
 BLOCK_LIST = Flag(metavar="3,4")
 
@@ -18,11 +26,8 @@ class SublayerOptions(Options):
 
     panel: ClassVar[str] = "Sublayers"
 
-    criterion: Literal["sublayer-ppl", "sublayer-influence"] | None = Field(
-        default=None,
-        description="How to choose. sublayer-ppl: the lowest perplexity without it, one sublayer "
-        "after the other. sublayer-influence: the smallest change of the hidden state's "
-        "direction.",
+    criterion: Annotated[CriterionName | None, Flag(metavar="|".join(CRITERIA.names()))] = Field(
+        default=None, description="How to choose. " + described(CRITERIA)
     )
     remove: int | None = Field(default=None, description="Number of sublayers to remove.")
     parts: Literal["joint", "attention", "mlp"] = Field(

@@ -1,8 +1,8 @@
-"""Where the attention and the MLP of a block come back into the stream, and a model without some.
+"""Where attention and MLP are added to the hidden state, and a model without some of them.
 
-A sublayer ends in its output projection, whose result is added to the stream, behind a norm in
-some families. A projection that returns zeros therefore removes it, if a norm of zeros is zero:
-that is tried on each block, which without both must return what it is given.
+A sublayer ends in its output projection, whose result is added to the hidden state, after a norm in
+some families. A projection that returns zeros therefore removes the sublayer, if a norm of zeros is
+zero. Each block is checked for that: without both sublayers it must return its input.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def find_sublayers(decoder: Decoder, blocks: Sequence[int]) -> Outputs:
 
     Raises:
         UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or whose parts are not added to the stream alone; or blocks that cannot be called alone.
+            or whose parts are not simply added to the hidden state; or blocks that cannot be called
+            alone.
     """
     found = {
         b: dict(zip(PARTS, names, strict=True))
@@ -47,8 +48,8 @@ def find_sublayers(decoder: Decoder, blocks: Sequence[int]) -> Outputs:
             config: Any = decoder.model.config
             raise UnsupportedModelError(
                 f"model type '{config.model_type}' cannot lose single sublayers: "
-                f"block {b} changes the stream also where its attention and its MLP give zeros (a "
-                "norm over the sum, or a norm with a bias). Remove whole blocks with "
+                f"block {b} changes the hidden state even if its attention and its MLP return "
+                "zeros (a norm over the sum, or a norm with a bias). Remove whole blocks with "
                 "`shortllm prune`"
             )
     return found
@@ -58,7 +59,7 @@ def find_sublayers(decoder: Decoder, blocks: Sequence[int]) -> Outputs:
 def without_sublayers(
     decoder: Decoder, outputs: Outputs, removed: Iterable[Sublayer]
 ) -> Iterator[None]:
-    """Within the context the sublayers `removed` add nothing to the stream."""
+    """Within the context, the sublayers `removed` add nothing to the hidden state."""
     handles: list[Any] = []
     try:
         for b, part in removed:

@@ -1,10 +1,8 @@
-"""A plan applied to a checkpoint on disk: kept tensors are copied under their new names.
+"""What a checkpoint without some blocks consists of: config, tensors, other files, origin.
 
-The model is never built in memory. Bytes go from file to file inside the kernel, so memory stays
-flat whatever the model's size, and the work takes as long as copying the kept bytes. Tied tensors
-are stored once and stay so. Everything is written beside the target and renamed when complete.
-
-    shortllm prune MODEL --blocks 3,4 --out DIR
+The model is never built in memory: kept tensors are copied under their new names, from file to file
+inside the kernel. Memory stays flat for any model size, and the work takes as long as copying the
+kept bytes. Tied tensors are stored once and stay so.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +30,12 @@ from shortllm.checkpoint.tensors import TensorEntry, weight_files
 from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.records import MAX_BLOCKS
+from shortllm.surgery.guard import check_signatures
 
 log = logging.getLogger(__name__)
 
 PROVENANCE = "shortllm"
-"""Key in config.json under which a shortened checkpoint says where it comes from."""
-
-Advance = Callable[[int], None]
+"""Key in config.json for the origin of a shortened checkpoint."""
 
 
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
@@ -49,8 +46,6 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
     Raises:
         UnsupportedModelError: removing these blocks would give a wrong model.
     """
-    from shortllm.surgery.guard import check_signatures
-
     refuse_type(checkpoint.config)
     names = checkpoint.block_names
     refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
@@ -61,8 +56,8 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
 
 
 def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
-    """The transformers config object that a file holding `raw` will give."""
-    if is_own_code(original):  # its code does not lie beside the file
+    """The transformers config object that a config.json with this content will give."""
+    if is_own_code(original):  # its code is not next to the file
         config = type(original).from_dict(raw)
         config._name_or_path = original._name_or_path
         return config
@@ -77,8 +72,8 @@ def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
 def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
     """New tensor name -> stored tensor, in file order.
 
-    Absent are the tensors of removed blocks and of prediction heads behind the last block; of
-    tensors outside the blocks that hold a share of every block, the shares of kept blocks stay.
+    Tensors of removed blocks and of prediction heads after the last block are left out. Of tensors
+    outside the blocks that have a share for every block, the shares of kept blocks stay.
     """
     names = checkpoint.block_names
     new_number = {old: new for new, old in enumerate(kept)}
@@ -95,7 +90,7 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
 
 
 def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
-    """What config.json says of a checkpoint made from this one by removing blocks, and `how`."""
+    """The entry in config.json of a checkpoint that was derived by removing blocks, and `how`."""
     return {
         "version": __version__,
         "source": checkpoint.id,
@@ -108,7 +103,7 @@ def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) ->
 
 
 def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
+    """The origin that a checkpoint's config states; for a plain one, that no block is removed."""
     held = checkpoint.raw_config.get(PROVENANCE)
     return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
 
@@ -182,24 +177,20 @@ def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
 
 
 def require_apart(source: Path, target: Path) -> None:
-    """Refuse a target whose replacement would delete the source.
-
-    Raises:
-        OutputError: the target is the source directory or holds it.
-    """
+    """Refuse a target that is the source directory or contains it."""
     source, target = source.resolve(), target.resolve()
     if target == source or target in source.parents:
-        relation = "is" if target == source else "holds"
+        relation = "is" if target == source else "contains"
         raise OutputError(
-            f"{target} {relation} the original model, which stays as it is. Choose another --out"
+            f"{target} {relation} the original model, which is never changed. Choose another --out"
         )
 
 
 def carried_files(source: Path, target: Path | None = None) -> list[Path]:
-    """Tokenizer, generation config and all else beside the weights, relative to `source`, sorted.
+    """Tokenizer, generation config and all else next to the weights, relative to `source`, sorted.
 
-    Left behind are config.json, hidden files and whatever is unfinished, and of the directories
-    those that hold a model or a run at any depth, and those that `target` is or lies in.
+    Left out are config.json, hidden and unfinished files, directories with a model or a run at any
+    depth, and directories that are or contain `target`.
     """
     outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
     weights = weight_files(source)
@@ -217,7 +208,7 @@ def carried_files(source: Path, target: Path | None = None) -> list[Path]:
 
 
 def _holds_output(directory: Path) -> bool:
-    """Whether weights (of another format or model), a run, or unfinished work lie in it."""
+    """Whether it contains weights (of another format or model), a run, or unfinished work."""
     if weight_files(directory) or (directory / "run.json").exists():
         return True
     return any(
@@ -228,7 +219,7 @@ def _holds_output(directory: Path) -> bool:
 
 
 def carried_fingerprint(source: Path, *, without: Collection[str] = ()) -> str:
-    """sha256 over names and contents of the files that a new checkpoint takes along.
+    """sha256 over names and contents of the files that a new checkpoint copies.
 
     Args:
         without: names of files that do not count.

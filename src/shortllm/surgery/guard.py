@@ -1,11 +1,11 @@
 """The structural guard: every kept block of the shortened model must be built like its original.
 
-Lowering the block count alone silently changes models whose blocks differ by position: the sixth
-block of the new model gets the attention, position code or experts of place six under the weights
-of another place. Both models are built on the meta device (no memory for weights), and for every
-kept block the structural signature is compared: parameter names and shapes, submodule classes, and
-every plain attribute that can reach the forward pass, except those that are the block's own number
-or name another block.
+Just lowering the block count silently changes models whose blocks differ by position: the sixth
+block of the new model gets the attention, position code or experts of position six with the weights
+of another position. Both models are built on the meta device (no memory for weights), and for every
+kept block the structural signatures are compared: parameter names and shapes, submodule classes,
+and every plain attribute that can reach the forward pass, except the block's own number and numbers
+of other blocks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from shortllm.model.blocks import find_blocks
 from shortllm.model.structure import Signature, block_signature, build_empty, same_number
 
 REFERENCES = {"kv_shared_layer_index"}
-"""Attributes that hold the number of another block."""
+"""Attributes that are the number of another block."""
 
-ANSWERED = {"store_full_length_kv"}
-"""Attributes that may differ, as a rule keeps what they stand for: sources of shared keys stay."""
+COVERED = {"store_full_length_kv"}
+"""Attributes that may differ because a rule covers them: sources of shared keys stay."""
 
 
 def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
     after, outside_after = _signatures(shortened)
     if len(after) != len(kept):
         raise UnsupportedModelError(
-            f"model type '{original.model_type}': asked for {len(kept)} blocks, the shortened "
+            f"model type '{original.model_type}': {len(kept)} blocks requested, but the shortened "
             f"config builds {len(after)}"
         )
     places = max(1, text_config(original).num_hidden_layers // len(before))
@@ -67,7 +67,7 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
 
 
 def _sliced(outside: Signature, count: int, kept: int) -> Signature:
-    """Shapes outside the blocks after the shares of removed blocks are cut out of them."""
+    """Shapes outside the blocks without the shares of removed blocks."""
     result = dict(outside)
     for place, shape in outside.items():
         axis = sliced_axis(place)
@@ -91,16 +91,16 @@ def _signatures(config: Any) -> tuple[list[Signature], Signature]:
 
 @dataclass(frozen=True, slots=True)
 class Renumbering:
-    """How block numbers change, for attributes that hold some."""
+    """How block numbers change, for attributes that contain some."""
 
     kept: Sequence[int]
     """Original numbers of the kept blocks, ascending."""
     count: int
     places: int = 1
-    """How many numbers each block takes, where a block of several sublayers takes more."""
+    """How many numbers each block takes; more than one for a block of several sublayers."""
 
     def explains(self, before: Any, after: Any, block: int) -> bool:
-        """Whether `after` says of the shortened model what `before` said of the original."""
+        """Whether `after` means in the shortened model what `before` means in the original."""
         new_number = {old: new for new, old in enumerate(self.kept)}
         if isinstance(before, (list, tuple)):
             if len(before) == self.count and list(after) == [before[old] for old in self.kept]:
@@ -115,7 +115,7 @@ class Renumbering:
             for places in {1, self.places}
         )
 
-    def refers_alike(self, before: Any, after: Any) -> bool:
+    def same_block(self, before: Any, after: Any) -> bool:
         """Whether two numbers of another block mean the same one."""
         return before in self.kept and self.kept.index(before) == after
 
@@ -125,7 +125,7 @@ def difference(
 ) -> str | None:
     """The first place where two signatures differ, None if they agree.
 
-    May differ: the block's own number, and lists with one entry per block or of block numbers.
+    The block's own number may differ, and lists with one entry per block or of block numbers.
 
     Args:
         block: original number of the block.
@@ -133,11 +133,11 @@ def difference(
     for place in {**original, **shortened}:
         before, after = original.get(place, "absent"), shortened.get(place, "absent")
         attribute = place.split(".")[-1]
-        if before == after or attribute in ANSWERED:
+        if before == after or attribute in COVERED:
             continue
         if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
             continue
-        if attribute in REFERENCES and numbers.refers_alike(before, after):
+        if attribute in REFERENCES and numbers.same_block(before, after):
             continue
         if type(before) is type(after) and numbers.explains(before, after, block):
             continue

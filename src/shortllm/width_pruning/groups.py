@@ -1,8 +1,10 @@
-"""Heads and neurons of a block as structural groups: which rows and columns go together.
+"""Heads and neurons of a block as structural groups: which rows and columns belong together.
 
-A sublayer is an output projection (o, or down), whose input channels are parted into units, and the
-input projections (q, k, v, or gate, up, or one matrix of several) whose rows belong to these units.
-The unit of attention is a kv head with its query heads, that of an MLP a neuron.
+A sublayer is an output projection (o, or down), whose input channels are divided into units, and
+the input projections (q, k, v, or gate, up, or one matrix of several) whose rows belong to these
+units. The unit of attention is a kv head with its query heads, that of an MLP a neuron.
+
+How many units a ratio removes, and the ratio that removes a given number of parameters.
 
 Shapes: R outputs of a projection (rows), C inputs of the output projection (channels), U units.
 """
@@ -17,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shortllm.errors import BudgetError
+
 if TYPE_CHECKING:
     from shortllm.model.decoder import Decoder
+    from shortllm.width_pruning.options import WidthOptions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +43,7 @@ class Sublayer:
 
     @property
     def unit_width(self) -> int:
-        """Input channels of the output projection that belong to one unit."""
+        """Input channels of the output projection per unit."""
         return len(self.unit_of_channel_C) // self.units
 
     def kept_rows(self, name: str, removed: Iterable[int]) -> list[int]:
@@ -50,20 +55,20 @@ class Sublayer:
         return _kept(self.unit_of_channel_C, removed)
 
     def removed_C(self, removed: Iterable[int]) -> Tensor:
-        """Whether a channel goes."""
+        """Whether a channel is removed."""
         gone = torch.zeros(self.units, dtype=torch.bool)
         gone[list(removed)] = True
         return gone[self.unit_of_channel_C]
 
     def channel_totals(self, values_C: Tensor) -> Tensor:
-        """Numbers of the channels summed over each unit, float64 `[U]`."""
+        """Values of the channels, summed over each unit, float64 `[U]`."""
         return _totals(values_C, self.unit_of_channel_C, self.units)
 
     def weight_totals(self, value: Callable[[str], Tensor]) -> Tensor:
-        """Numbers of all weights of each unit summed, float64 `[U]`.
+        """Values of all weights of each unit, summed, float64 `[U]`.
 
         Args:
-            value: for a projection's name one number for each of its weights, outputs x inputs.
+            value: for a projection's name one value for each of its weights, outputs x inputs.
         """
         totals = self.channel_totals(value(self.output).sum(0, dtype=torch.float64))
         for name, units in self.unit_of_row_R.items():
@@ -90,9 +95,9 @@ class BlockGroups:
     query_heads: int
     """Query heads of one unit of attention."""
     width: int
-    """Numbers per token in the stream."""
+    """Width of the hidden state."""
     transposed: frozenset[str] = frozenset()
-    """Projections whose matrix is kept as inputs x outputs."""
+    """Projections whose matrix is stored as inputs x outputs."""
 
     @property
     def head_dim(self) -> int:
@@ -115,14 +120,14 @@ class BlockGroups:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What goes from one block."""
+    """What is removed from one block."""
 
     heads: list[int]
     """Units of attention, ascending."""
     neurons: list[int]
 
     def pairs(self, groups: BlockGroups) -> Iterator[tuple[Sublayer, list[int]]]:
-        """Each sublayer with the units that go from it."""
+        """Each sublayer with its removed units."""
         yield from zip(groups.sublayers, (self.heads, self.neurons), strict=True)
 
 
@@ -133,12 +138,12 @@ def without_units(
     removed: Mapping[int, Removed],
     biases: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[None]:
-    """Within the context the model computes what it computes without the units `removed`.
+    """Within the context, the model computes what it would without the units `removed`.
 
-    What a unit hands to the output projection is set to zero.
+    What a unit passes to the output projection is set to zero.
 
     Args:
-        biases: for each block what is added to the outputs of an output projection, by its name.
+        biases: for each block what to add to the outputs of an output projection, by its name.
     """
     handles: list[Any] = []
     try:
@@ -169,3 +174,123 @@ def _add(bias_D: Tensor) -> Callable[..., Any]:
         return output + bias_D.to(output.dtype)
 
     return hook
+
+
+def removed_units(units: int, width: int, ratio: float) -> int:
+    """How many units of `width` channels each a ratio removes.
+
+    Of `C` channels, `C - int(C * (1 - ratio))` go, in whole units.
+    """
+    channels = units * width
+    return (channels - int(channels * (1 - ratio))) // width
+
+
+def removed_counts(
+    groups: BlockGroups, ratio: float, neuron_ratio: float | None = None
+) -> tuple[int, int]:
+    """How many units of attention and how many neurons a ratio removes from a block.
+
+    The channels of attention are those of its keys.
+
+    Args:
+        neuron_ratio: for the neurons, where it is a different one.
+    Raises:
+        BudgetError: it removes none or all; the message names ratios that work.
+    """
+    heads, neurons = groups.attention.units, groups.mlp.units
+    of_neurons = ratio if neuron_ratio is None else neuron_ratio
+    gone = removed_units(heads, groups.head_dim, ratio), removed_units(neurons, 1, of_neurons)
+    if 0 < gone[0] < heads and 0 < gone[1] < neurons:
+        return gone
+    kind = "heads" if groups.query_heads == 1 else f"kv heads (of {groups.query_heads} query heads)"
+    named = ", ".join(
+        f"{share / heads:.3g} ({share} of {heads} heads)"
+        for share in _spread(heads)
+        if removed_units(heads, groups.head_dim, float(f"{share / heads:.3g}")) == share
+    )
+    raise BudgetError(
+        f"--ratio {ratio} removes {gone[0]} of {heads} {kind} and {gone[1]} of {neurons} neurons "
+        f"from a block, but some must go and some must stay. Ratios that work: {named}"
+    )
+
+
+def _spread(heads: int) -> list[int]:
+    """At most eight possible numbers of removed heads, from one to all but one."""
+    step = max(1, (heads - 1) // 7)
+    return list(range(1, heads, step))
+
+
+def unit_parameters(sublayer: Sublayer, width: int) -> int:
+    """Weights that one unit frees: its rows of the inputs, its columns of the output.
+
+    For a head of llama with its share of the keys and values `head_dim*hidden*(2 + 2/group)` per
+    query head, for a neuron `3*hidden`.
+
+    Args:
+        width: of the hidden state.
+    """
+    rows = sum(len(units) for units in sublayer.unit_of_row_R.values()) // sublayer.units
+    return (rows + sublayer.unit_width) * width
+
+
+def options_to_remove(
+    parameters: int, options: WidthOptions, groups: Mapping[int, BlockGroups]
+) -> WidthOptions:
+    """The same options with the ratios that come nearest to removing that many parameters.
+
+    Heads get the ratio nearest to the share of both. A head has many parameters, so neurons make
+    up the difference. A method that ranks all blocks in one list gets the share itself.
+
+    Args:
+        options: with every default filled in.
+        groups: of the blocks to make narrower.
+    Raises:
+        BudgetError: these blocks cannot lose that many parameters.
+    """
+    total = sum(
+        unit_parameters(sublayer, block.width) * sublayer.units
+        for block in groups.values()
+        for sublayer in block.sublayers
+    )
+    ratio = parameters / total
+    if not 0 < ratio < 1:
+        raise BudgetError(
+            f"{parameters:,} parameters cannot be removed from {len(groups)} blocks, whose heads "
+            f"and neurons have {total:,}. Remove fewer, or from more blocks"
+        )
+    if options.one_list:
+        return options.model_copy(update={"ratio": ratio})
+    of_neurons = sum(
+        unit_parameters(block.mlp, block.width) * block.mlp.units for block in groups.values()
+    )
+    for more in (0, 1, -1):
+        heads = {
+            b: min(block.attention.units - 1, max(1, round(ratio * block.attention.units) + more))
+            for b, block in groups.items()
+        }
+        from_heads = sum(
+            heads[b] * unit_parameters(block.attention, block.width) for b, block in groups.items()
+        )
+        neuron_ratio = (parameters - from_heads) / of_neurons
+        if all(0 < round(neuron_ratio * one.mlp.units) < one.mlp.units for one in groups.values()):
+            return options.model_copy(
+                update={"ratio": _ratio_of_heads(groups, heads), "neuron_ratio": neuron_ratio}
+            )
+    raise BudgetError(
+        f"{parameters:,} parameters cannot be removed from {len(groups)} blocks by "
+        f"{options.method}: it removes at least one head of "
+        f"{next(iter(groups.values())).attention.units} and one neuron from each block, and at "
+        "most all but one. Choose another --ratio, or leave the method out"
+    )
+
+
+def _ratio_of_heads(groups: Mapping[int, BlockGroups], heads: Mapping[int, int]) -> float:
+    """A ratio that removes that many heads from the first block; all blocks are alike."""
+    first = next(iter(groups))
+    block = groups[first]
+    share = heads[first] / block.attention.units
+    step = 0.5 / (block.attention.units * block.head_dim)
+    for ratio in (share, share + step, share - step):
+        if removed_units(block.attention.units, block.head_dim, ratio) == heads[first]:
+            return ratio
+    raise AssertionError(f"no ratio removes {heads[first]} of {block.attention.units} heads")

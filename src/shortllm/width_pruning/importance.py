@@ -1,12 +1,10 @@
-"""Importance of heads and neurons, by each method. Pure: tensors in, tensors out.
+"""Importance of heads and neurons: what the methods share.
 
-Higher = keep. Shapes: R outputs of a projection, C its inputs, U units of a sublayer, D width of
-the stream.
+The pass over a model that gathers the inputs of output projections, one block's weights at a
+time, and the choice by importance: each block's own lowest units, or the lowest of all blocks.
 
-
-The passes over a model that scores are made from; one block's weights are needed at a time.
-
-Shapes: B samples, T tokens per sample, D width, C inputs of a projection.
+Shapes: B samples, T tokens per sample, D width of the hidden state, C inputs of an output
+projection, U units of a sublayer.
 """
 
 from __future__ import annotations
@@ -19,24 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.model.backward import walk_back
+from shortllm.errors import BudgetError, CriterionError
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
-from shortllm.runtime import ALONE, Advance
-from shortllm.width_pruning.groups import BlockGroups, Removed, Sublayer, without_units
-from shortllm.width_pruning.options import Importance
-
-
-@dataclass(slots=True, eq=False)
-class BlockImportance:
-    """One number for each unit of both sublayers, float64 `[U]`."""
-
-    heads: Tensor
-    neurons: Tensor
+from shortllm.runtime import Advance, progress
+from shortllm.width_pruning.groups import (
+    BlockGroups,
+    Removed,
+    Sublayer,
+    unit_parameters,
+    without_units,
+)
+from shortllm.width_pruning.methods import BlockImportance, Task
 
 
 @dataclass(slots=True)
-class Moments:
+class ActivationStats:
     """Sums of the inputs of a projection over tokens, and of their squares, float64 `[C]`."""
 
     count: int = 0
@@ -66,110 +62,16 @@ class Moments:
         return (self.squares_C / self.count).sqrt()
 
 
-@dataclass(slots=True)
-class Products:
-    """Products of weights and gradients of one block, and of their squares over single samples."""
-
-    sum: dict[str, Tensor] = field(default_factory=dict)
-    """Name of a weight -> signed product, of the loss of all samples, float32."""
-    samples: int = 0
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    """Name of a weight -> sum over samples of the squared share of one."""
-
-    def add_square(self, products: Mapping[str, Tensor]) -> None:
-        """Take in one sample's share of the products."""
-        self.samples += 1
-        for name, product in products.items():
-            square = product.square_()
-            self.squares[name] = self.squares.get(name, torch.zeros_like(square)).add_(square)
-
-    def curvature(self, name: str) -> Tensor:
-        """`w * H * w` with `H` the mean squared gradient of the loss of a single sample.
-
-        A share is that loss's part of the mean over samples, 1/samples of it.
-        """
-        return self.squares[name] * self.samples
-
-
-def taylor(groups: BlockGroups, products: Products, importance: Importance) -> BlockImportance:
-    """Change of the loss that the loss's expansion foretells, summed over a unit's weights.
-
-    Biases do not count. Source: Ma et al. 2023, LLM-Pruner, arXiv:2305.11627.
-
-    Args:
-        importance: first `|w g|`, second `|w H w|`, mixed `|w g - w H w / 2|`, each summed over all
-            weights of the unit; vectorised `|sum of w g|`.
-    """
-
-    def value(name: str) -> Tensor:
-        weight = f"{name}.weight"
-        if importance == "vectorised":
-            found = products.sum[weight]
-        elif importance == "first":
-            found = products.sum[weight].abs()
-        elif importance == "second":
-            found = products.curvature(weight).abs()
-        else:
-            found = (products.sum[weight] - products.curvature(weight) / 2).abs()
-        return groups.matrix(name, found)
-
-    return BlockImportance(
-        groups.attention.weight_totals(value).abs(), groups.mlp.weight_totals(value).abs()
-    )
-
-
-def magnitude(block: nn.Module, groups: BlockGroups, power: int) -> BlockImportance:
-    """Absolute values of a unit's weights to a power, 1 or 2, summed."""
-
-    def value(name: str) -> Tensor:
-        weight: Tensor = block.get_submodule(name).weight  # type: ignore[assignment]
-        return groups.matrix(name, weight.detach()).float().abs() ** power
-
-    return BlockImportance(groups.attention.weight_totals(value), groups.mlp.weight_totals(value))
-
-
-def drawn(groups: BlockGroups, generator: torch.Generator) -> BlockImportance:
-    """Random ranks."""
-    heads, neurons = groups.attention.units, groups.mlp.units
-    return BlockImportance(
-        torch.randperm(heads, generator=generator).double(),
-        torch.randperm(neurons, generator=generator).double(),
-    )
-
-
-def weighted_input(weight_DC: Tensor, sublayer: Sublayer, moments: Moments) -> Tensor:
-    """Mean absolute weight of a channel times the root mean square of its input, summed per unit.
-
-    Source: the structured Wanda of An et al. 2023, FLAP, arXiv:2312.11983.
-
-    Args:
-        weight_DC: see `output_weight`.
-    """
-    return sublayer.channel_totals(weight_DC.abs().mean(0) * moments.root_mean_square_C)
-
-
-def fluctuation(weight_DC: Tensor, sublayer: Sublayer, moments: Moments) -> Tensor:
-    """Variance of a channel's input times its squared weights, standardised over the sublayer.
-
-    A unit of several channels gets their mean, so that heads and neurons can stand in one list.
-    Source: An et al. 2023, FLAP, arXiv:2312.11983.
-    """
-    raw_C = moments.variance_C * weight_DC.square().sum(0)
-    deviation = raw_C.std(correction=0)
-    standard_C = (raw_C - raw_C.mean()) / (deviation if deviation > 0 else 1.0)
-    return sublayer.channel_totals(standard_C) / sublayer.unit_width
-
-
 def output_weight(block: nn.Module, groups: BlockGroups, sublayer: Sublayer) -> Tensor:
     """The matrix of a sublayer's output projection, outputs x inputs, float64 on the CPU."""
     weight: Tensor = block.get_submodule(sublayer.output).weight  # type: ignore[assignment]
     return groups.matrix(sublayer.output, weight.detach()).cpu().double()
 
 
-BlockMoments = dict[str, Moments]
-"""Output projection -> the moments of its inputs."""
+BlockStats = dict[str, ActivationStats]
+"""Output projection -> sums of its inputs."""
 
-Decide = Callable[[int, BlockMoments], Removed | None]
+Decide = Callable[[int, BlockStats], Removed | None]
 
 
 @torch.no_grad()
@@ -183,14 +85,14 @@ def walk_narrowing(
     memory: StreamMemory,
     advance: Advance = lambda work: None,
 ) -> None:
-    """Take all samples through one block after the other, and decide at each what goes from it.
+    """Take all samples through the blocks in order, and decide at each what to remove from it.
 
     Args:
         groups: of the blocks to decide on.
-        decide: called as `decide(b, moments)` while the weights of block `b` are there; returns
-            what goes from it.
-        sequential: later blocks see the outputs of the narrower block; else those of the intact
-            one, and what `decide` returns is not looked at.
+        decide: called as `decide(b, stats)` while the weights of block `b` are there; returns
+            what to remove from it.
+        sequential: later blocks see the outputs of the narrower block; otherwise those of the
+            intact one, and what `decide` returns has no effect.
     Raises:
         UnsupportedModelError: the blocks cannot be called one by one.
     """
@@ -205,9 +107,9 @@ def walk_narrowing(
         if b not in groups:
             through(b, keep=True)
             continue
-        with _watched(decoder.blocks[b], groups[b]) as moments:
+        with _watched(decoder.blocks[b], groups[b]) as stats:
             through(b, keep=not sequential)
-        gone = decide(b, moments)
+        gone = decide(b, stats)
         if sequential:
             with without_units(decoder, groups, {b: gone}) if gone else nullcontext():
                 through(b, keep=True)
@@ -222,86 +124,118 @@ def walk_narrowing_flops(
 
 
 @contextmanager
-def _watched(block: nn.Module, groups: BlockGroups) -> Iterator[BlockMoments]:
-    """Within the context the inputs of both output projections are gathered."""
-    moments: BlockMoments = {}
+def _watched(block: nn.Module, groups: BlockGroups) -> Iterator[BlockStats]:
+    """Within the context, gather the inputs of both output projections."""
+    stats: BlockStats = {}
     handles = []
     for sublayer in groups.sublayers:
-        seen = moments[sublayer.output] = Moments()
+        seen = stats[sublayer.output] = ActivationStats()
         module = block.get_submodule(sublayer.output)
         handles.append(module.register_forward_pre_hook(_gather(seen)))
     try:
-        yield moments
+        yield stats
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _gather(moments: Moments) -> Callable[[nn.Module, Any], None]:
+def _gather(stats: ActivationStats) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
-        moments.add(args[0])
+        stats.add(args[0])
 
     return hook
 
 
-def taylor_importance(
-    decoder: Decoder,
-    ids_BT: Tensor,
-    groups: Mapping[int, BlockGroups],
-    importance: Importance,
-    *,
-    memory: StreamMemory,
-    advance: Advance = lambda work: None,
-) -> dict[int, BlockImportance]:
-    """Importance by gradients, which are there for one block at a time.
+Rule = Callable[[Tensor, Sublayer, "ActivationStats"], Tensor]
+"""Called with an output projection's matrix, its sublayer and what was seen of its inputs; returns
+an importance `[U]`."""
+
+
+def block_importance(
+    rule: Rule, decoder: Decoder, groups: BlockGroups, b: int, stats: BlockStats
+) -> BlockImportance:
+    """The importance of a block's units by what was seen at its output projections."""
+    found = (
+        rule(output_weight(decoder.blocks[b], groups, sublayer), sublayer, stats[sublayer.output])
+        for sublayer in groups.sublayers
+    )
+    return BlockImportance(*found)
+
+
+def watch_inputs(task: Task, decide: Decide, *, sequential: bool) -> None:
+    """Run `walk_narrowing` on the calibration text of a task, with a progress bar."""
+    decoder, groups, ids_BT = task.decoder, task.groups, task.ids()
+    work = walk_narrowing_flops(decoder, groups, ids_BT.numel(), sequential=sequential)
+    with progress("inputs of heads and neurons", work) as advance:
+        walk_narrowing(
+            decoder, ids_BT, groups, decide,
+            sequential=sequential, memory=task.memory, advance=advance,
+        )  # fmt: skip
+
+
+def choose_per_block(importance: BlockImportance, counts: tuple[int, int], block: int) -> Removed:
+    """A block's own lowest heads and neurons; of equal ones the first."""
+    _require_finite(importance, block)
+    heads, neurons = counts
+    return Removed(_lowest(importance.heads, heads), _lowest(importance.neurons, neurons))
+
+
+def _lowest(scores_U: Tensor, count: int) -> list[int]:
+    return sorted(scores_U.argsort(stable=True)[:count].tolist())
+
+
+def choose_from_list(
+    importance: Mapping[int, BlockImportance], groups: Mapping[int, BlockGroups], ratio: float
+) -> dict[int, Removed]:
+    """The lowest of all heads and neurons in one list, until that part of their parameters is gone.
+
+    Each counts with the parameters it frees; the number of units whose parameters come nearest to
+    the ratio is removed. The best head and the best neuron of every block stay.
 
     Raises:
-        UnsupportedModelError: the blocks cannot be called one by one.
+        BudgetError: nothing would be removed, or more than possible.
     """
-    found: dict[int, BlockImportance] = {}
-    squares: dict[int, Products] = {}
-
-    def take_sample(b: int, products: dict[str, Tensor]) -> None:
-        if b in groups:
-            squares.setdefault(b, Products()).add_square(products)
-
-    def take(b: int, products: dict[str, Tensor]) -> None:
-        if b in groups:
-            held = squares.pop(b, Products())
-            held.sum = products
-            found[b] = taylor(groups[b], held, importance)
-
-    walk_back(
-        decoder,
-        ids_BT,
-        list(range(decoder.block_count)),
-        take,
-        ranks=ALONE,
-        each=take_sample if importance in ("second", "mixed") else None,
-        advance=advance,
-        memory=memory,
-    )
-    return found
-
-
-@torch.no_grad()
-def mean_biases(
-    decoder: Decoder,
-    groups: Mapping[int, BlockGroups],
-    removed: Mapping[int, Removed],
-    means: Mapping[int, Mapping[str, Tensor]],
-) -> dict[int, dict[str, Tensor]]:
-    """What the removed units add to the outputs on average, for each output projection `[D]`.
-
-    Args:
-        means: for each block the mean input of each channel of its output projections.
-    """
-
-    def bias(b: int, sublayer: Sublayer, units: list[int]) -> Tensor:
-        mean_C = torch.where(sublayer.removed_C(units), means[b][sublayer.output], 0.0)
-        return output_weight(decoder.blocks[b], groups[b], sublayer) @ mean_C
-
+    entries: list[tuple[float, int, bool, int, int]] = []
+    total = 0
+    for b, scores in importance.items():
+        _require_finite(scores, b)
+        for is_head, scores_U, sublayer in (
+            (True, scores.heads, groups[b].attention),
+            (False, scores.neurons, groups[b].mlp),
+        ):
+            freed = unit_parameters(sublayer, groups[b].width)
+            total += freed * sublayer.units
+            best = int(scores_U.argmax())
+            entries += [
+                (score, b, is_head, unit, freed)
+                for unit, score in enumerate(scores_U.tolist())
+                if unit != best
+            ]
+    entries.sort(key=lambda entry: entry[0])
+    sums = torch.tensor([0, *(entry[4] for entry in entries)], dtype=torch.int64).cumsum(0)
+    count = int((sums - ratio * total).abs().argmin())
+    if count == 0 or (ratio * total - int(sums[-1])) > entries[-1][4]:
+        least, most = entries[0][4] / total, int(sums[-1]) / total
+        raise BudgetError(
+            f"--ratio {ratio} of the parameters of heads and neurons cannot be removed: at least "
+            f"one unit must go, and one of each in every block stays. Give {least:.2g} to "
+            f"{most:.2g}"
+        )
+    chosen = entries[:count]
     return {
-        b: {s.output: bias(b, s, units) for s, units in removed[b].pairs(groups[b]) if units}
-        for b in decoder.through(sorted(removed))
+        b: Removed(
+            sorted(unit for _, block, is_head, unit, _ in chosen if block == b and is_head),
+            sorted(unit for _, block, is_head, unit, _ in chosen if block == b and not is_head),
+        )
+        for b in importance
     }
+
+
+def _require_finite(importance: BlockImportance, block: int) -> None:
+    for kind, scores_U in (("head", importance.heads), ("neuron", importance.neurons)):
+        wrong = (~scores_U.isfinite()).nonzero()
+        if len(wrong):
+            raise CriterionError(
+                f"the score of {kind} {int(wrong[0])} of block {block} is not finite, so "
+                "nothing can be ranked. Try --dtype float32, or other calibration text"
+            )

@@ -1,139 +1,126 @@
-"""Every choice of a width pruning in one record.
-
-width.json: what went from which block, and how the checkpoint became narrower.
-"""
+"""The options of width pruning, and the record of what was removed."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
+from typing_extensions import Self
 
-from shortllm.errors import BudgetError, ShortLLMError
-from shortllm.records import Cost, ModelInfo, Record, ResultFile
-
-Method = Literal["llm-pruner", "wanda-sp", "flap"]
+from shortllm.data.options import CalibrationOptions
+from shortllm.options import Flag, Options
+from shortllm.records import DerivedRecord, Record
+from shortllm.registry import described
+from shortllm.width_pruning.methods import METHODS
 
 Importance = Literal["first", "second", "mixed", "vectorised", "l1", "l2", "random"]
 
-Shapes = Literal["auto", "uniform", "per-block"]
+MethodName = Annotated[
+    str,
+    AfterValidator(lambda name: METHODS.get(name).name),
+    Field(json_schema_extra={"enum": METHODS.names()}),
+    Flag(metavar="|".join(METHODS.names())),
+]
 
-WITHOUT_TEXT = ("l1", "l2", "random")
-"""Importances of llm-pruner that look at no text."""
+SAMPLE_LENGTH = 128
+"""Tokens per calibration sample, unless the method has a number of its own."""
 
-KEPT_FIRST = 4
-
-KEPT_LAST = 2
-"""Blocks at both ends that llm-pruner leaves alone, never more than a quarter of all at each."""
-
-SAMPLE_LENGTH = {"llm-pruner": 64}
-"""Method -> tokens per calibration sample; others take the default."""
+PROTECTING = ", ".join(one.name for one in METHODS if one.protects_ends)
 
 
-class WidthOptions(Record):
-    """How a checkpoint is made narrower; what is not given depends on the method."""
+class WidthCalibration(CalibrationOptions):
+    """Calibration text; the number of tokens depends on the method."""
 
-    method: Method = "llm-pruner"
+    length: int | None = Field(  # type: ignore[assignment]
+        default=None,
+        ge=2,
+        description="Tokens per calibration sample. Default: "
+        + "".join(f"{one.sample_length} for {one.name}, " for one in METHODS if one.sample_length)
+        + f"otherwise {SAMPLE_LENGTH}.",
+    )
+
+
+class WidthOptions(Options):
+    """Which heads and neurons to remove; defaults that are not given depend on the method."""
+
+    panel: ClassVar[str] = "Heads and neurons"
+
+    method: MethodName = Field(
+        default="llm-pruner", description="How to choose. " + described(METHODS)
+    )
     ratio: float = Field(
-        description="part of the heads and neurons of each block that goes; for flap part of the "
-        "parameters of all of them together"
+        gt=0,
+        lt=1,
+        description="Part of the heads and neurons of each block to remove; of a method that ranks "
+        "all blocks in one list, part of their parameters.",
     )
     neuron_ratio: float | None = Field(
         default=None,
-        description="part of the neurons of each block that goes, where that is not to be `ratio`; "
-        "not where one list of all blocks decides",
+        gt=0,
+        lt=1,
+        description="Part of the neurons of each block to remove. Default: as --ratio.",
     )
     start: int | None = Field(
-        default=None, description="first block made narrower; llm-pruner: 4, others: 0"
+        default=None,
+        description=f"First block to make narrower. Default: 0, for {PROTECTING} 4, at most a "
+        "quarter of the blocks.",
     )
     end: int | None = Field(
-        default=None, description="the one behind the last; llm-pruner: all but 2, others: all"
+        default=None,
+        description="The block after the last one to make narrower. Default: all blocks, for "
+        f"{PROTECTING} all but 2.",
     )
     importance: Importance | None = Field(
-        default=None, description="of llm-pruner alone; default first"
+        default=None,
+        description="What llm-pruner ranks by: the first or second order of the expansion of the "
+        "loss, both (mixed), the first summed with its sign (vectorised), weights alone (l1, l2), "
+        "or nothing (random). Default: first.",
     )
     bias: bool | None = Field(
-        default=None, description="of flap alone: keep the mean of what goes as a bias; default yes"
+        default=None,
+        description="Whether flap keeps the mean of what it removes as a bias. Default: yes.",
     )
-    shapes: Shapes = Field(
+    shapes: Literal["auto", "uniform", "per-block"] = Field(
         default="auto",
-        description="uniform: every block alike, a plain checkpoint; per-block: loaded by "
-        "shortllm.load; auto: plain where the method makes all blocks alike and the config can "
-        "say it",
+        description="uniform: all blocks alike, a plain checkpoint. per-block: for shortllm.load. "
+        "auto: plain where possible.",
     )
-    seed: int = Field(default=1234, description="of random importance")
+    calibration: WidthCalibration = WidthCalibration()
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Self:
+        """Refuse options that the method does not have."""
+        for method in METHODS:
+            for name in method.options:
+                if getattr(self, name) is not None and self.method != method.name:
+                    raise ValueError(
+                        f"--{name} is an option of --method {method.name}, and the method is "
+                        f"{self.method}. Leave it out"
+                    )
+        if self.neuron_ratio is not None and self.one_list:
+            raise ValueError(
+                f"{self.method} ranks heads and neurons in one list, so --neuron-ratio has no "
+                "effect. Leave it out, or give --shapes uniform"
+            )
+        return self
 
     @property
     def needs_text(self) -> bool:
-        """Whether calibration text is looked at."""
-        return self.importance not in WITHOUT_TEXT
-
-    def filled(self, blocks: int) -> WidthOptions:
-        """The same options with every default filled in, for a model of so many blocks.
-
-        Raises:
-            ShortLLMError: an option of another method, blocks that are not there, or shapes that
-                the method cannot give.
-            BudgetError: a ratio that is none.
-        """
-        pruner = self.method == "llm-pruner"
-        if not 0 < self.ratio < 1:
-            raise BudgetError(f"--ratio {self.ratio} is not between 0 and 1. Give e.g. 0.25")
-        for name, owner in (("importance", "llm-pruner"), ("bias", "flap")):
-            if getattr(self, name) is not None and self.method != owner:
-                raise ShortLLMError(
-                    f"--{name} is an option of {owner}, and --method is {self.method}. Leave it out"
-                )
-        if self.neuron_ratio is not None:
-            if not 0 < self.neuron_ratio < 1:
-                raise BudgetError(
-                    f"--neuron-ratio {self.neuron_ratio} is not between 0 and 1. Give e.g. 0.25"
-                )
-            if self.by_list:
-                raise ShortLLMError(
-                    "flap ranks heads and neurons in one list, in which --neuron-ratio has no "
-                    "meaning. Leave it out, or give --shapes uniform"
-                )
-        start, end = self.start, self.end
-        if start is None:
-            start = min(KEPT_FIRST, blocks // 4) if pruner else 0
-        if end is None:
-            end = blocks - (min(KEPT_LAST, blocks // 4) if pruner else 0)
-        if not 0 <= start < end <= blocks:
-            raise ShortLLMError(
-                f"blocks {start} to {end} (not included) were asked for, and the model has "
-                f"{blocks}. Give --start below --end, and --end {blocks} or less"
-            )
-        if self.shapes == "uniform" and (start, end) != (0, blocks):
-            raise ShortLLMError(
-                f"--shapes uniform makes all blocks alike, but only blocks {start} to {end - 1} of "
-                f"{blocks} are to be made narrower. Give --start 0 --end {blocks}, or --shapes "
-                "per-block"
-            )
-        return self.model_copy(
-            update={
-                "start": start,
-                "end": end,
-                "importance": (self.importance or "first") if pruner else None,
-                "bias": (self.bias is not False) if self.method == "flap" else None,
-            }
-        )
+        """Whether the method looks at calibration text."""
+        return METHODS.get(self.method).needs_text(self)
 
     @property
-    def by_list(self) -> bool:
-        """Whether what goes is chosen from one list of all blocks, so that they differ."""
-        return self.method == "flap" and self.shapes != "uniform"
-
-
-RECORD = "width.json"
+    def one_list(self) -> bool:
+        """Whether all blocks are ranked in one list, so that they get different shapes."""
+        return METHODS.get(self.method).one_list and self.shapes != "uniform"
 
 
 class NarrowedBlock(Record):
-    """What went from one block; numbers are those of the source."""
+    """What was removed from one block; numbers are those of the source."""
 
     block: int
     query_heads: int = Field(description="before")
-    kv_heads: int = Field(description="before; each goes with its query heads")
+    kv_heads: int = Field(description="before; each is removed with its query heads")
     neurons: int = Field(description="before")
     removed_query_heads: list[int]
     removed_kv_heads: list[int]
@@ -145,28 +132,28 @@ class NarrowedBlock(Record):
 
 
 class WidthSize(Record):
-    """How many parameters went."""
+    """How many parameters were removed."""
 
     parameters: int = Field(description="of all stored tensors of the narrower checkpoint")
-    removed: int = Field(description="added biases are counted against it")
+    removed: int = Field(description="added biases are subtracted from it")
     removed_ratio: float = Field(description="part of the source's parameters")
 
 
-class WidthPruning(ResultFile):
+class WidthPruning(DerivedRecord):
     """width.json: heads and neurons removed from a checkpoint."""
 
-    model: ModelInfo = Field(description="the checkpoint before")
-    method: Method
-    options: dict[str, Any]
+    FILE: ClassVar[str] = "width.json"
+
+    method: str
     shapes: Literal["uniform", "per-block"] = Field(
         description="uniform: a plain checkpoint; per-block: loaded by shortllm.load"
     )
     blocks: list[NarrowedBlock]
-    biases: bool = Field(description="whether the mean of what went was added as output biases")
+    biases: bool = Field(
+        description="whether the mean of what was removed was added as output biases"
+    )
     reached: WidthSize
     calibration: str | None = Field(
         default=None, description="tokens_fingerprint of the calibration"
     )
     dtype: str = Field(description="computation type of the scoring pass")
-    versions: dict[str, str] = Field(default_factory=dict)
-    cost: Cost | None = None

@@ -1,4 +1,8 @@
-"""The config of a narrower checkpoint: by the family's own fields, or with a shape per block."""
+"""The narrower checkpoint: the parts of its tensors that stay, and its config.
+
+The config is plain if the family's own fields can describe it; otherwise it has a shape per block.
+Kept weights are unchanged to the bit.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,63 @@ from typing import Any
 
 from shortllm.checkpoint.config import SHAPES, block_shapes, marked
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.blocks import find_blocks
 from shortllm.model.loading import quiet_transformers
 from shortllm.model.structure import build_empty
 from shortllm.surgery.apply import as_read_from_disk
+from shortllm.surgery.derived import require_stored, stored_name
 from shortllm.width_pruning.groups import BlockGroups, Removed
 
 NEURON_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
-"""What configs call the number of neurons."""
+"""Names of the number of neurons in configs."""
 
 KV_FIELDS = ("num_key_value_heads", "num_kv_heads")
 
 BIAS_FIELDS = ("attention_bias", "mlp_bias")
-"""Fields that give the projections of a block their biases, those of the outputs among them."""
+"""Fields that give all projections of a block biases."""
 
 TensorShapes = dict[str, tuple[int, ...]]
 """Name within a block -> shape."""
 
 
+def require_plain_names(checkpoint: Checkpoint, groups: Mapping[int, BlockGroups]) -> None:
+    """Refuse checkpoints whose tensors have other names than the model's parameters."""
+    for b, of_block in groups.items():
+        for sublayer in of_block.sublayers:
+            for name in (*sublayer.unit_of_row_R, sublayer.output):
+                require_stored(checkpoint, b, name, needed_to="cut rows and columns")
+
+
+def narrowed_tensors(
+    checkpoint: Checkpoint, groups: Mapping[int, BlockGroups], removed: Mapping[int, Removed]
+) -> dict[str, TensorEntry]:
+    """Tensor name -> the part of the stored tensor that stays, in the order of the files."""
+    result = dict(checkpoint.tensors)
+    for b, gone in removed.items():
+        of_block = groups[b]
+
+        def cut(name: str, axis: int, kept: list[int], b: int = b) -> None:
+            stored = stored_name(checkpoint, b, name)
+            entry = checkpoint.tensors.get(stored)
+            if entry is not None and len(kept) < entry.shape[axis]:
+                result[stored] = entry.part(axis, entry.shape[axis], kept)
+
+        for sublayer, units in gone.pairs(of_block):
+            for name in sublayer.unit_of_row_R:
+                rows = sublayer.kept_rows(name, units)
+                cut(f"{name}.weight", int(name in of_block.transposed), rows)
+                cut(f"{name}.bias", 0, rows)
+            name, channels = sublayer.output, sublayer.kept_channels(units)
+            cut(f"{name}.weight", int(name not in of_block.transposed), channels)
+    return result
+
+
 def narrowed_shapes(
     shapes: TensorShapes, groups: BlockGroups, counts: tuple[int, int]
 ) -> TensorShapes:
-    """The shapes of a block's tensors with so many heads (units) and neurons gone."""
+    """The shapes of a block's tensors after removing that many units of attention and neurons."""
     result = dict(shapes)
     for sublayer, gone in zip(groups.sublayers, counts, strict=True):
         for name, units in sublayer.unit_of_row_R.items():
@@ -68,12 +106,12 @@ def uniform_config(
     """config.json where every block loses the same number of heads and neurons.
 
     Args:
-        counts: how many units of attention and how many neurons go from each block.
-        bias: whether the output projections are to have biases.
+        counts: how many units of attention and how many neurons each block loses.
+        bias: whether the output projections need biases.
     Returns:
-        The config, and the biases that the family gets only together with those of the outputs.
+        The config, and other biases that the family only has together with those of the outputs.
     Raises:
-        UnsupportedModelError: the type's config cannot say it.
+        UnsupportedModelError: the type's config has no fields for it.
     """
     first = groups[0]
     heads, neurons = first.attention.units - counts[0], first.mlp.units - counts[1]
@@ -81,7 +119,7 @@ def uniform_config(
     if bias:
         raw |= {name: True for name in BIAS_FIELDS if hasattr(checkpoint.config, name)}
     model_type = checkpoint.model_type
-    way_out = "Give --shapes per-block, a checkpoint for shortllm.load"
+    hint = "Give --shapes per-block, a checkpoint for shortllm.load"
     said = f"{heads * first.query_heads} heads of {first.head_dim} and {neurons} neurons"
     try:
         with quiet_transformers():
@@ -89,8 +127,8 @@ def uniform_config(
     except UnsupportedModelError as error:
         reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
         raise UnsupportedModelError(
-            f"the config of model type '{model_type}' cannot say that each block has {said} "
-            f"({reason}). {way_out}"
+            f"the config of model type '{model_type}' cannot describe blocks with {said} "
+            f"({reason}). {hint}"
         ) from error
     added: TensorShapes = {}
     for b, before in enumerate(_built_shapes(checkpoint.config)):
@@ -99,8 +137,8 @@ def uniform_config(
         missing = [name for name in outputs if bias and name not in built[b]]
         if missing:
             raise UnsupportedModelError(
-                f"the config of model type '{model_type}' cannot give '{missing[0]}', where flap "
-                f"keeps the mean of what it removes. {way_out}, or --no-bias"
+                f"the config of model type '{model_type}' cannot give '{missing[0]}', which is "
+                f"needed for the mean of what is removed. {hint}, or --no-bias"
             )
         new = {name: shape for name, shape in built[b].items() if name not in expected}
         wrong = [name for name, shape in expected.items() if built[b].get(name) != shape]
@@ -108,8 +146,8 @@ def uniform_config(
         if wrong:
             found, wanted = built[b].get(wrong[0]), expected.get(wrong[0])
             raise UnsupportedModelError(
-                f"the config of model type '{model_type}' cannot say that each block has {said}: "
-                f"'{wrong[0]}' would be {found} instead of {wanted}. {way_out}"
+                f"the config of model type '{model_type}' cannot describe blocks with {said}: "
+                f"'{wrong[0]}' would be {found} instead of {wanted}. {hint}"
             )
         added = {name: shape for name, shape in new.items() if name not in outputs}
     return raw, added

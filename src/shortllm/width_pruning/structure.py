@@ -1,17 +1,18 @@
 """Find the heads and neurons of a block by experiment, whatever the family.
 
-Every linear projection of the block is made to return numbers of its own, whatever it is given.
-Then one output after the other is changed, and what changes elsewhere tells what belongs together:
+Every linear projection of the block returns fixed numbers, whatever its input. Then the probe
+changes one output after the other, and what changes elsewhere shows what belongs together:
 
     which projections     those whose outputs reach the block's output by the residual alone (o,
                           down), and those whose outputs reach one of these (q, k, v; gate, up)
     which is attention    the one where a token's numbers reach later tokens
-    which units           a row that changes a channel is coupled with it; what is coupled by any
-                          chain is one unit: a kv head with its query heads, or a neuron
-    are units alike       with the numbers of all units moved on by one, so are the results
+    which units           a row that changes a channel is coupled with it; all that is coupled by
+                          any chain is one unit: a kv head with its query heads, or a neuron
+    are units alike       shifting the numbers of all units by one shifts the results by one
 
-So matrices of several parts, in any order, need no rule, and what cannot be cut is found out: a
-norm over all heads, a head that all share, slopes or sinks that belong to a head's number, experts.
+So matrices of several parts, in any order, need no rule, and the probe detects what cannot be cut:
+a norm over all heads, a head that all share, slopes or sinks that depend on a head's number,
+experts.
 
 Shapes: N copies of a sample, T tokens, R outputs of a projection, C inputs of one, U units.
 """
@@ -32,24 +33,24 @@ from shortllm.model.structure import block_signature
 from shortllm.width_pruning.groups import BlockGroups, Sublayer
 
 TOKENS = 3
-"""Tokens of a sample: with one alone no query would change anything, with two few would."""
+"""Tokens of a sample: with only one, no query would change anything; with two, few would."""
 
 PROBE_BYTES = 2**26
 """Bound on the numbers that all projections return at once."""
 
 CHANGE = -8.0
-"""Factor that changes a number: its sign for what ReLU hides, its size for what a norm sees."""
+"""Factor that changes a number: the sign because of ReLU, the size because of norms."""
 
 DRAWS = 4
-"""How often a row without effect gets other numbers: an activation may hide it, e.g. ReLU."""
+"""How often a row without effect gets new numbers: an activation such as ReLU may hide it."""
 
 
 def find_groups(decoder: Decoder, blocks: Sequence[int]) -> dict[int, BlockGroups]:
-    """The heads and neurons of each of `blocks`; blocks built alike are looked at once.
+    """The heads and neurons of each of `blocks`; blocks built alike are probed once.
 
     Raises:
         UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or whose heads or neurons cannot go one by one; or blocks that cannot be called alone.
+            or whose heads or neurons are coupled; or blocks that cannot be called alone.
     """
     return _of_kinds(decoder, blocks, lambda b: _Probe(decoder, b).groups())
 
@@ -69,7 +70,7 @@ def find_outputs(decoder: Decoder, blocks: Sequence[int]) -> dict[int, tuple[str
 def _of_kinds(
     decoder: Decoder, blocks: Sequence[int], find: Callable[[int], Any]
 ) -> dict[int, Any]:
-    """What `find` says of each block; those built alike are looked at once."""
+    """What `find` returns for each block; those built alike are probed once."""
     obstacle = decoder.obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(obstacle)
@@ -84,7 +85,7 @@ def _of_kinds(
 
 
 def _kind(block: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """How a block is built, but for numbers that its forward reads."""
+    """How a block is built, except for numbers that its forward reads."""
     return tuple(
         (place, value)
         for place, value in block_signature(block).items()
@@ -93,11 +94,11 @@ def _kind(block: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 class _Reached(Exception):
-    """Leaves the block once what was wanted has been seen."""
+    """Leaves the block once the wanted input has been seen."""
 
 
 class _Probe:
-    """A block whose projections return what they are told to."""
+    """A block whose projections return given numbers."""
 
     def __init__(self, decoder: Decoder, b: int, aim: str = "be made narrower") -> None:
         self._aim = aim
@@ -117,11 +118,11 @@ class _Probe:
     def _refusal(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"model type '{self._config.model_type}' cannot {self._aim}: "
-            f"block {self._b} {reason}. Remove whole blocks of it with `shortllm prune`"
+            f"block {self._b} {reason}. Remove whole blocks with `shortllm prune`"
         )
 
     def _draw(self) -> None:
-        """Numbers `[T, R]` for every projection, none of them near zero."""
+        """Draw numbers `[T, R]` for every projection, none of them near zero."""
         for name, module in self._modules.items():
             weight = module.weight
             rows = weight.shape[0 if isinstance(module, nn.Linear) else 1]
@@ -130,7 +131,7 @@ class _Probe:
             self._base[name] = base.to(self._decoder.device, self._decoder.dtype)
 
     def _run(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """What each projection is given, `[N, T, C]`, and the block's output, `[N, T, D]`.
+        """The input of each projection, `[N, T, C]`, and the block's output, `[N, T, D]`.
 
         Args:
             values: what some projections return, `[N, T, R]`; the others return the same N times.
@@ -141,7 +142,7 @@ class _Probe:
         return seen, output
 
     def _given(self, output: str, values: dict[str, Tensor]) -> Tensor:
-        """What the projection `output` is given, `[N, T, C]`; nothing behind it is run."""
+        """The input of the projection `output`, `[N, T, C]`; nothing after it runs."""
         seen: dict[str, Tensor] = {}
         self._call(values, seen, until=output)
         return seen[output]
@@ -150,7 +151,7 @@ class _Probe:
     def _call(
         self, values: dict[str, Tensor], seen: dict[str, Tensor], *, until: str | None
     ) -> Tensor | None:
-        """Run the block, filling `seen`; returns its output unless it was left at `until`."""
+        """Run the block, filling `seen`; returns its output unless it stopped at `until`."""
         count = len(next(iter(values.values())))
         if count not in self._entries:
             ids_BT = torch.arange(1, TOKENS + 1)[None] % self._decoder.vocabulary
@@ -162,10 +163,10 @@ class _Probe:
                 seen[name] = given.reshape(count, TOKENS, -1)
                 if name == until:
                     raise _Reached
-                told = values.get(name, self._base[name]).expand(count, -1, -1)
+                result = values.get(name, self._base[name]).expand(count, -1, -1)
                 # a copy, as some blocks add to it in place
-                told = told.clone(memory_format=torch.contiguous_format)
-                return told.reshape(*given.shape[:-1], -1)
+                result = result.clone(memory_format=torch.contiguous_format)
+                return result.reshape(*given.shape[:-1], -1)
 
             return forward
 
@@ -226,7 +227,7 @@ class _Probe:
         """Output projection -> its input projections."""
         names = list(self._modules)
         if not names:
-            raise self._refusal("holds no linear projection")
+            raise self._refusal("has no linear projection")
         values = {name: self._base[name].repeat(len(names) + 1, 1, 1) for name in names}
         for place, name in enumerate(names):
             values[name][place + 1] *= CHANGE
@@ -255,8 +256,8 @@ class _Probe:
     def _moved(self, given_NTC: Tensor) -> Tensor:
         """Whether a channel of any token differs from that of copy 0, for the others `[N-1, C]`.
 
-        All copies go through the same operations, so that what is not reached differs by a rounding
-        of its own at the most; a query may move a result by little more.
+        All copies go through the same operations, so a channel that is not reached differs by
+        rounding at most; a query may move a result by little more.
         """
         given = given_NTC.float()
         first = given[:1].abs()
@@ -264,7 +265,7 @@ class _Probe:
         return ((given[1:] - given[:1]).abs() > allowed).any(1)
 
     def _mixes(self, output: str, inputs: list[str]) -> bool:
-        """Whether what the inputs make of the first token reaches the last one's output."""
+        """Whether a change at the first token reaches the output at the last one."""
         values = {name: self._base[name].repeat(2, 1, 1) for name in inputs}
         for value in values.values():
             value[1, 0] *= CHANGE
@@ -287,8 +288,8 @@ class _Probe:
         sublayer = Sublayer(output, unit_C, parts)
         if sublayer.units == 1:
             raise self._refusal(
-                f"has {kind} that cannot go one by one: all are coupled (by a shared head, or a "
-                "norm over all of them)"
+                f"has {kind} that cannot be removed one by one: all are coupled (by a shared head, "
+                "or a norm over all of them)"
             )
         for units in (unit_C, *parts.values()):
             sizes_U = torch.bincount(units, minlength=sublayer.units)
@@ -346,7 +347,7 @@ class _Probe:
 
 
 def _components(rows: Tensor, channels: Tensor, channel_count: int) -> tuple[Tensor, Tensor]:
-    """The unit of every row and of every channel, from pairs that are coupled.
+    """The unit of every row and of every channel, from coupled pairs.
 
     Units are numbered by their first channel.
     """

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LOG_SPREAD = 30.0
-"""Largest over smallest bar from which on the axis is logarithmic."""
+"""Largest over smallest bar from which the axis is logarithmic."""
 MARKER_PT = 6.5
-"""Size of the marker that stands for a bar."""
+"""Size of the marker in place of a bar."""
 FLAT_SPREAD = 0.15
 """Bars that differ by less than this part of the largest get an axis that does not start at 0."""
 SPAN_PT = 420
@@ -41,9 +41,9 @@ class BarPlot:
     statuses: Sequence[Status]
     y_label: str
     below_label: str = "too small for the axis"
-    """What the marker of a bar that a logarithmic axis cannot show means."""
+    """Legend of bars that a logarithmic axis cannot show."""
     span: tuple[int, int] | None = None
-    """First and last block of a span that went as one."""
+    """First and last block of a span that was removed as one."""
 
     @property
     def log_floor(self) -> float | None:
@@ -74,13 +74,17 @@ class BarPlot:
         )
 
     def _draw(self, axes: Axes) -> None:
-        from matplotlib.markers import CARETDOWN
-
-        floor = self.log_floor
+        floor, pitch_pt = self.log_floor, SPAN_PT / len(self.heights)
         foot = self.linear_floor if floor is None else floor
-        below = [block for block, h in enumerate(self.heights) if floor is not None and h <= floor]
-        pitch_pt = SPAN_PT / len(self.heights)
-        self._draw_bars(axes, foot, skip=set(below), pitch_pt=pitch_pt)
+        hidden = {
+            b for b, height in enumerate(self.heights) if floor is not None and height <= floor
+        }
+        for status in ("kept", "removed", "protected"):
+            blocks = [b for b, s in enumerate(self.statuses) if s == status and b not in hidden]
+            axes.bar(
+                blocks, [self.heights[b] - foot for b in blocks], bottom=foot, width=0.78, zorder=2,
+                **_bar_style(status, pitch_pt=pitch_pt),
+            )  # fmt: skip
         if floor is not None:
             axes.set_yscale("log")
             axes.set_ylim(floor, max(self.heights) * (max(self.heights) / floor) ** 0.08)
@@ -89,36 +93,20 @@ class BarPlot:
         if self.span is not None:
             first, last = self.span
             axes.axvspan(first - 0.5, last + 0.5, color=COLOURS["band"], linewidth=0, zorder=0)
-        for status in ("kept", "removed", "protected"):
-            of_status = [block for block in below if self.statuses[block] == status]
-            if of_status:
-                axes.plot(
-                    of_status, [foot] * len(of_status), linestyle="none", marker=CARETDOWN,
-                    markersize=MARKER_PT, color=COLOURS[status], clip_on=False, zorder=4,
-                )  # fmt: skip
-        self._draw_crosses(axes, foot, below=set(below), pitch_pt=pitch_pt)
-        self._draw_axes(axes)
-        self._draw_legend(axes, below=bool(below))
-
-    def _draw_bars(self, axes: Axes, foot: float, *, skip: set[int], pitch_pt: float) -> None:
-        """Bars by status, told apart by colour and by hatch."""
-        for status in ("kept", "removed", "protected"):
-            blocks = [b for b, s in enumerate(self.statuses) if s == status and b not in skip]
-            axes.bar(
-                blocks, [self.heights[b] - foot for b in blocks], bottom=foot, width=0.78, zorder=2,
-                **_bar_style(status, pitch_pt=pitch_pt),
-            )  # fmt: skip
-
-    def _draw_crosses(self, axes: Axes, foot: float, *, below: set[int], pitch_pt: float) -> None:
-        """A cross over each removed block, whether it has a bar or the marker of none."""
         for block, status in enumerate(self.statuses):
+            if block in hidden:
+                axes.plot(
+                    [block], [foot], linestyle="none", marker="v", markersize=MARKER_PT,
+                    color=COLOURS[status], clip_on=False, zorder=4,
+                )  # fmt: skip
             if status == "removed":
                 axes.annotate(
                     "×", (block, max(self.heights[block], foot)), ha="center",
-                    xytext=(0, 0.75 * MARKER_PT if block in below else 1.5),
+                    xytext=(0, MARKER_PT if block in hidden else 1.5), color=COLOURS["removed"],
                     textcoords="offset points", fontsize=min(10, max(4.5, 1.1 * pitch_pt)),
-                    color=COLOURS["removed"],
                 )  # fmt: skip
+        self._draw_axes(axes)
+        self._draw_legend(axes, below=bool(hidden))
 
     def _draw_axes(self, axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator

@@ -1,36 +1,36 @@
 """The least-squares map of one gap, from sums over tokens alone.
 
-A projection adds `M` to the stream, which then is `Z`, and `H` is where the stream should be.
-Replacing `M` by `M T` with `T = I + D` leaves `R - M D`, with `R = H - Z` what is missing, so that
+A projection adds `M` to the hidden state, which then is `Z` but should be `H`. Replacing `M` by
+`M T` with `T = I + D` leaves the error `R - M D`, where `R = H - Z` is what is missing, so
 
     min_T  ‖(M T + Y) - H‖² + λ‖T - I‖²    is    min_D  ‖M D - R‖² + λ‖D‖²    (Y = Z - M)
 
-and its answer `D = (MᵀM + λI)⁻¹ MᵀR` needs two matrices, whatever the number of tokens. How much
-of the error is left on other tokens follows from the same sums of theirs.
+and the solution `D = (MᵀM + λI)⁻¹ MᵀR` needs two matrices, whatever the number of tokens. The error
+that is left on other tokens follows from the same sums over them.
 
-Where we differ from the paper: by default the error of each token counts in parts of the token's
-own mean square in `H`, which is what the norm at the entry of the next block will divide it by.
-Streams hold a few tokens of a hundred times the size of all others; with every token counted alike
-(`weighting="none"`, the formula above) these alone decide, and the others may be left worse.
+Where we differ from the paper: by default the error of each token is relative to the token's own
+mean square in `H`, by which the norm at the start of the next block will divide it. A few tokens
+have hidden states a hundred times the size of all others; if every token counts alike
+(`weighting="none"`, the formula above) these alone decide, and the others may get worse.
 
 Source: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819; the sums are float64 throughout.
 
 Shapes: N tokens, D width.
 
 
-The walk that heals: two streams side by side, and at each gap a map solved and folded.
+The walk that heals: the hidden states of two models, and at each gap a map solved and folded.
 
-    source    0 ─► 1 ─► 2 ─► 3 ─► 4 ─► 5 ─► 6        what the stream should be
+    source    0 ─► 1 ─► 2 ─► 3 ─► 4 ─► 5 ─► 6        what the hidden state should be
                              │ wanted     │
     healed    0 ─► 1′───────────► 4 ─► 5′─────►      blocks 2, 3 and 6 removed
 
-The source goes first through the block before a gap and the gap itself. Then the healed stream
-comes to that block: what its projection adds is summed up against where the source arrived, the map
-is solved and folded (1′), and the healed stream goes through the block as the file will hold it. So
-the maps behind see what is left of earlier errors, and mend them too. Both streams are all that is
-kept of the samples; of the sums there are matrices of the stream's width.
+The source goes first through the block before a gap and the gap itself. Then the healed hidden
+state goes through that block: sums compare what the projection adds with where the source arrived,
+the map is solved and folded (1′), and the healed hidden state goes through the block as it will be
+stored. So later maps see what is left of earlier errors, and compensate for them too. Two hidden
+states are stored per sample; the sums are matrices of the hidden width.
 
-Where blocks are streamed, the block before each gap is read twice.
+If blocks are read one at a time, the block before each gap is read twice.
 
 Shapes: B samples, T tokens, D width, N tokens of one group.
 """
@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.healing.folding import Added, Fold, fold, folded_into
+from shortllm.healing.methods import Healed
 from shortllm.healing.options import HealedGap
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
@@ -54,16 +55,16 @@ from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.runtime import Advance
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
-"""How strongly the map is held back, in parts of the mean square of `M` summed over tokens."""
+"""Ridge strengths to choose from, relative to the mean square of `M` summed over tokens."""
 
 
-class Moments:
-    """Sums over tokens of what the map depends on."""
+class GapSums:
+    """Sums over tokens that a map depends on."""
 
     def __init__(self, width: int, device: torch.device, *, weighted: bool) -> None:
         """
         Args:
-            weighted: count each token in parts of its own mean square in H.
+            weighted: count each token relative to its own mean square in H.
         """
         if device.type == "mps":  # which has no float64
             device = torch.device("cpu")
@@ -80,7 +81,7 @@ class Moments:
         self.tokens = 0
 
     def add(self, added_ND: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
-        """Take in more tokens: what is added to the stream, the stream then, where it should be."""
+        """Take in more tokens: what is added to the hidden state, the sum, and the wanted one."""
         added_ND, after_ND, wanted_ND = (
             given.to(self.products_DD.device).double() for given in (added_ND, after_ND, wanted_ND)
         )
@@ -97,9 +98,9 @@ class Moments:
         self.wanted += wanted_ND.square().sum().item()
         self.tokens += len(added_ND)
 
-    def plus(self, other: Moments) -> Moments:
-        """Those of both sets of tokens."""
-        both = Moments(len(self.products_DD), self.products_DD.device, weighted=self.weighted)
+    def plus(self, other: GapSums) -> GapSums:
+        """The sums over both sets of tokens."""
+        both = GapSums(len(self.products_DD), self.products_DD.device, weighted=self.weighted)
         both.products_DD = self.products_DD + other.products_DD
         both.cross_DD = self.cross_DD + other.cross_DD
         both.missing = self.missing + other.missing
@@ -114,17 +115,17 @@ class Moments:
         return self.missing - 2 * linear.item() + square.item()
 
     def relative(self, error: float) -> float:
-        """A squared error in parts of ‖H‖²."""
+        """A squared error relative to ‖H‖²."""
         return error / self.wanted if self.wanted else 0.0
 
 
-def penalty(moments: Moments, ridge: float) -> float:
-    """λ of a ridge: so many times the mean eigenvalue of MᵀM."""
+def penalty(moments: GapSums, ridge: float) -> float:
+    """λ of a ridge: that many times the mean eigenvalue of MᵀM."""
     return ridge * moments.products_DD.diagonal().mean().item()
 
 
-def solve(moments: Moments, ridge: float) -> Tensor:
-    """`D` of the map `T = I + D`, float64 `[D, D]`; zero where nothing is added to the stream."""
+def solve(moments: GapSums, ridge: float) -> Tensor:
+    """`D` of the map `T = I + D`, float64 `[D, D]`; zero if `M` is zero."""
     held = penalty(moments, ridge)
     if not held:
         return torch.zeros_like(moments.cross_DD)
@@ -133,8 +134,8 @@ def solve(moments: Moments, ridge: float) -> Tensor:
     return torch.cholesky_solve(moments.cross_DD, torch.linalg.cholesky(matrix_DD))
 
 
-def effective_rank(moments: Moments, ridge: float) -> float:
-    """How many directions of `M` the map is free in: sum of e / (e + λ) over eigenvalues of MᵀM."""
+def effective_rank(moments: GapSums, ridge: float) -> float:
+    """In how many directions of `M` the map is free: sum of e / (e + λ) over eigenvalues of MᵀM."""
     held = penalty(moments, ridge)
     values_D = torch.linalg.eigvalsh(moments.products_DD).clamp_min(0.0)
     return float((values_D / (values_D + held)).sum().item()) if held else 0.0
@@ -142,16 +143,16 @@ def effective_rank(moments: Moments, ridge: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How strongly a map is held back, and what it does on held-out tokens."""
+    """A ridge strength, and what its map does on held-out tokens."""
 
     ridge: float | None
-    """None: no map of those tried does better there than none at all."""
+    """None: no map that was tried does better there than no map."""
     before: float
-    """‖R‖² in parts of ‖H‖²"""
+    """‖R‖² relative to ‖H‖²"""
     after: float
 
 
-def choose_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES) -> Choice:
+def choose_ridge(fitted: GapSums, held_out: GapSums, ridges: Sequence[float] = RIDGES) -> Choice:
     """The ridge whose map, solved on some tokens, leaves the least squared error on others."""
     best, least = None, held_out.missing
     for ridge in ridges:
@@ -161,25 +162,25 @@ def choose_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float] = R
     return Choice(best, held_out.relative(held_out.missing), held_out.relative(least))
 
 
-def forced(fitted: Moments, held_out: Moments, ridge: float) -> Choice:
-    """A ridge that was asked for, whatever it does on held-out tokens."""
+def forced(fitted: GapSums, held_out: GapSums, ridge: float) -> Choice:
+    """The requested ridge, whatever it does on held-out tokens."""
     left = held_out.error(solve(fitted, ridge))
     return Choice(ridge, held_out.relative(held_out.missing), held_out.relative(left))
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A block on the way, and which streams go through it."""
+    """One step of the walk: a block, and which hidden states go through it."""
 
     block: int
     source: bool
     healed: bool
     gap: Gap | None = None
-    """The gap behind the block, where it is to be measured and healed."""
+    """The gap after the block, if it is to be measured and healed."""
 
 
 def visits_of(gaps: Collection[Gap], count: int) -> list[Visit]:
-    """The way up to the last gap, through a source of `count` blocks."""
+    """The steps up to the last gap, through a source of `count` blocks."""
     removed = {b for gap in gaps for b in gap.blocks}
     before = {gap.before: gap for gap in gaps}
     end = max((gap.stop for gap in gaps), default=0)
@@ -191,15 +192,6 @@ def visits_of(gaps: Collection[Gap], count: int) -> list[Visit]:
         if ended is not None and ended.before is not None:
             visits.append(Visit(ended.before, False, True, ended))
     return visits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Healed:
-    """What the walk has found."""
-
-    gaps: list[HealedGap]
-    folds: dict[int, Fold]
-    """New weights by the source's block number."""
 
 
 @torch.no_grad()
@@ -221,25 +213,23 @@ def heal_gaps(
     Args:
         decoder, checkpoint: the source.
         added: for the block before each gap the projection to fold into (see `find_added`).
-        held_out: how many samples, the last ones, choose how strongly each map is held back. What
-            is folded in the end is solved on all samples.
-        ridge: hold all maps back so strongly, and choose nothing.
-        weighted: see `Moments`.
-    Raises:
-        UnsupportedModelError: the blocks cannot be called one by one.
+        held_out: how many samples, the last ones, choose the ridge of each map. The folded map is
+            then solved on all samples.
+        ridge: of all maps; None: choose.
+        weighted: see `GapSums`.
     """
     walk = _Walk(decoder, ids_BT, memory, weighted=weighted)
     folds: dict[int, Fold] = {}
     visits = visits_of(gaps_of(removed), decoder.block_count)
     skipped = [gap for gap in gaps_of(removed) if gap.before is None]
     gaps = [HealedGap(block=None, removed=gap.blocks) for gap in skipped]
-    way = decoder.through([visit.block for visit in visits])
-    for visit, b in zip(visits, way, strict=True):
+    order = decoder.through([visit.block for visit in visits])
+    for visit, b in zip(visits, order, strict=True):
         if visit.gap is None:
             walk.through(visit)
         else:
-            fitted, kept_apart = walk.measure(b, added[b], len(ids_BT) - held_out)
-            one, change_DD = _solve(visit.gap, added[b], fitted, kept_apart, ridge)
+            fitted, others = walk.measure(b, added[b], len(ids_BT) - held_out)
+            one, change_DD = _solve(visit.gap, added[b], fitted, others, ridge)
             gaps.append(one)
             if change_DD is not None:
                 folds[b] = fold(checkpoint, b, added[b], change_DD)
@@ -259,9 +249,9 @@ def heal_flops(decoder: Decoder, removed: Collection[int], tokens: int) -> float
 
 
 def _solve(
-    gap: Gap, added: Added, fitted: Moments, held_out: Moments, ridge: float | None
+    gap: Gap, added: Added, fitted: GapSums, held_out: GapSums, ridge: float | None
 ) -> tuple[HealedGap, Tensor | None]:
-    """The map of one gap as what is added to the identity, and what is said of it."""
+    """What the record says of one gap, and its map minus the identity."""
     choice = forced(fitted, held_out, ridge) if ridge else choose_ridge(fitted, held_out)
     both = fitted.plus(held_out)
     chosen = choice.ridge
@@ -280,7 +270,7 @@ def _solve(
 
 
 class _Walk:
-    """Both streams `[B, T, D]` on their way through the blocks of the source."""
+    """Both hidden states `[B, T, D]` on their way through the blocks of the source."""
 
     def __init__(
         self, decoder: Decoder, ids_BT: Tensor, memory: StreamMemory, *, weighted: bool
@@ -292,7 +282,7 @@ class _Walk:
         self._healed: Tensor | None = None  # one stream until they differ
 
     def through(self, visit: Visit) -> None:
-        """Take one or both streams through the block."""
+        """Take one or both hidden states through the block."""
         if visit.source != visit.healed and self._healed is None:
             self._healed = self._groups.allocate().copy_(self._source)
         streams = [self._source] if visit.source else []
@@ -301,13 +291,13 @@ class _Walk:
         for stream in streams:
             self._groups.apply(visit.block, stream)
 
-    def measure(self, b: int, added: Added, fitted: int) -> tuple[Moments, Moments]:
-        """What block `b` adds to the healed stream against where the source is, for the first
-        `fitted` samples and for the others; both streams stay where they are."""
+    def measure(self, b: int, added: Added, fitted: int) -> tuple[GapSums, GapSums]:
+        """What block `b` adds to the healed hidden state compared with where the source is, for the
+        first `fitted` samples and for the others; both hidden states stay where they are."""
         decoder = self._decoder
         assert self._healed is not None
         width = self._healed.shape[-1]
-        sums = tuple(Moments(width, decoder.device, weighted=self._weighted) for _ in range(2))
+        sums = tuple(GapSums(width, decoder.device, weighted=self._weighted) for _ in range(2))
         module = decoder.blocks[b].get_submodule(added.name)
         for group, rows in enumerate(self._groups.rows):
             with _outputs_of(module) as seen:
@@ -324,7 +314,7 @@ class _Walk:
 
 @contextmanager
 def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context, what a module returns at each call."""
+    """Within the context, collect what a module returns at each call."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -1,0 +1,316 @@
+"""Heal a shortened checkpoint without training: weights that exist already get new values.
+
+The result is a plain checkpoint with the same names, shapes and types, and no new parameter.
+
+    shortllm heal CHECKPOINT --data my_text.jsonl --out DIR
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm import __version__
+from shortllm.checkpoint.config import context_length
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tensors import TensorEntry, read_tensor
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
+from shortllm.healing.methods import METHODS, Healed, Task
+from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
+from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.pruning.budget import gaps_of
+from shortllm.runtime import Runtime
+from shortllm.surgery.apply import PROVENANCE, Lineage, lineage, renumbered_tensors
+from shortllm.surgery.derived import (
+    Draft,
+    copying,
+    derive,
+    derived_fingerprint,
+    require_free,
+    stored_name,
+    verifying,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shortllm.data.calibration import Calibration
+
+log = logging.getLogger(__name__)
+
+
+@accepts(options=HealOptions, runtime=Runtime)
+def heal(
+    model: str,
+    out: Path | str,
+    *,
+    options: HealOptions,
+    runtime: Runtime,
+    source: str | None = None,
+) -> Healing:
+    """Heal a shortened checkpoint without training, and write it as a plain checkpoint.
+
+    Args:
+        model: a checkpoint directory as `shortllm prune` wrote it.
+        out: the new checkpoint directory, which also gets heal.json.
+        options: how to heal; their fields can be given as keywords.
+        runtime: where to compute; its fields can be given as keywords.
+        source: the model it was shortened from; default: as its config.json says.
+    Returns:
+        The content of heal.json: each gap with its error before and after.
+    Raises:
+        ShortLLMError: no block was removed.
+        CheckpointError: the checkpoint does not say what it was shortened from, its weights were
+            changed since, or the result does not compute what it should.
+        UnsupportedModelError: the model has no weights that the method can change.
+        DataError: too few samples.
+        OutputError: `out` contains something else or cannot be written.
+    """
+    require_free(Path(out), Healing.FILE)
+    checkpoint = open_checkpoint(model)
+    original = open_source(checkpoint, source)
+    kept_blocks(checkpoint, original)
+    ids = calibrate(original, healing_text(options, original))
+    session = Session(runtime)
+    return heal_from(checkpoint, original, options, Path(out), calibration=ids, session=session)
+
+
+def heal_from(
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    options: HealOptions,
+    target: Path,
+    *,
+    calibration: Calibration,
+    session: Session,
+) -> Healing:
+    """The same for open checkpoints and calibration ids.
+
+    Raises:
+        DataError: too few samples.
+    """
+    kept = kept_blocks(checkpoint, source)
+    if len(calibration.ids) < 2:
+        raise DataError(
+            f"{len(calibration.ids)} sample is too few to heal with: a part of the samples is held "
+            "out to choose by. Give two or more"
+        )
+    expected = derived_fingerprint(
+        checkpoint,
+        calibration=calibration,
+        session=session,
+        source=source.fingerprint,
+        heal=options.model_dump(mode="json", exclude={"calibration"}),
+    )
+
+    def draft() -> Draft:
+        require_same_weights(checkpoint, source, kept)
+        return _draft(checkpoint, source, kept, options, target, calibration, session, expected)
+
+    return derive(Healing, target, checkpoint, draft, expected=expected, source=source)
+
+
+def healing_text(
+    options: HealOptions, checkpoint: Checkpoint, shared: CalibrationOptions | None = None
+) -> HealCalibration:
+    """The text to heal with, every default filled in.
+
+    Args:
+        shared: the text that blocks are scored on, if any; healing uses more of it by default.
+    """
+    text = options.calibration
+    positions = context_length(checkpoint.config)
+    update: dict[str, Any] = {
+        "length": text.length or min(SAMPLE_LENGTH, positions or SAMPLE_LENGTH)
+    }
+    if shared is not None and text.data is None and text.file is None:
+        update |= {"data": shared.data, "file": shared.file}
+    if shared is not None and text.bos_every_sample is None:
+        update["bos_every_sample"] = shared.bos_every_sample
+    return text.model_copy(update=update)
+
+
+def check_healable(options: HealOptions, checkpoint: Checkpoint, session: Session) -> None:
+    """Find out before anything is scored whether the method can heal a model."""
+    METHODS.get(options.method).check(checkpoint, session.decoder(checkpoint))
+
+
+def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
+    """For each block of the checkpoint its number in the source.
+
+    Raises:
+        CheckpointError: the checkpoint does not say, or the source has another number of blocks.
+        ShortLLMError: no block was removed.
+        UnsupportedModelError: only the first blocks were removed, with none before them.
+    """
+    origin = origin_of(checkpoint)
+    if origin.blocks != source.block_count:
+        raise CheckpointError(
+            f"{checkpoint.id} was shortened from {origin.blocks} blocks, but {source.id} has "
+            f"{source.block_count}. Give the model it was shortened from as --source: "
+            f"{origin.source}"
+        )
+    removed = set(range(origin.blocks)) - set(origin.kept)
+    if not removed:
+        raise ShortLLMError(f"no block of {checkpoint.id} was removed, so there is no gap to heal")
+    if all(gap.before is None for gap in gaps_of(removed)):
+        raise UnsupportedModelError(
+            f"{checkpoint.id} lacks the first {len(removed)} blocks of {source.id} and no others, "
+            "so there is no block before a gap to heal with. Use `shortllm retrain`"
+        )
+    return origin.kept
+
+
+def origin_of(checkpoint: Checkpoint) -> Lineage:
+    """Which blocks of which model a checkpoint has.
+
+    Raises:
+        CheckpointError: its config.json does not say.
+    """
+    try:
+        return lineage(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.id} does not say which blocks of which model it lacks. Shorten the model "
+            "with `shortllm prune`, and heal the result"
+        ) from error
+
+
+def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
+    """The model that a checkpoint was shortened from: as given, or as its config.json says.
+
+    Raises:
+        CheckpointError: its config.json does not say, or that model cannot be opened.
+    """
+    origin = origin_of(checkpoint)
+    if given is not None:
+        return open_checkpoint(given)
+    try:
+        return open_checkpoint(origin.source, revision=origin.revision)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.id} was shortened from {origin.source}, which cannot be opened "
+            f"({error}). Name it with --source"
+        ) from error
+
+
+def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Sequence[int]) -> None:
+    """Refuse a checkpoint that was changed since it was shortened: compare every tensor.
+
+    Raises:
+        CheckpointError: the message names the first tensor that differs.
+    """
+    import torch
+
+    expected = renumbered_tensors(source, kept)
+    for name, entry in checkpoint.tensors.items():
+        held = expected.get(name)
+        alike = held is not None and (held.shape, held.dtype) == (entry.shape, entry.dtype)
+        # parts of a tensor (tables with a share for each block) cannot be read alone
+        if alike and held is not None and held.cut is None:
+            alike = torch.equal(_bytes(held), _bytes(entry))
+        if not alike:
+            raise CheckpointError(
+                f"tensor '{name}' of {checkpoint.id} differs from that of {source.id}: was it "
+                "retrained, healed or merged? Heal a checkpoint as `shortllm prune` wrote it, and "
+                "retrain the healed one; or give the model it was shortened from as --source"
+            )
+
+
+def _bytes(entry: TensorEntry) -> Tensor:
+    import torch
+
+    return read_tensor(entry).contiguous().flatten().view(torch.uint8)
+
+
+def _draft(
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    kept: Sequence[int],
+    options: HealOptions,
+    target: Path,
+    calibration: Calibration,
+    session: Session,
+    expected: str,
+) -> Draft:
+    """Heal, measure, and describe the new checkpoint."""
+    removed = sorted(set(range(source.block_count)) - set(kept))
+    ids_BT = calibration.ids
+    task = Task(
+        decoder=session.decoder(source),
+        checkpoint=source,
+        removed=removed,
+        ids_BT=ids_BT,
+        held_out=max(1, len(ids_BT) // 4),
+        options=options,
+        memory=session.memory(),
+    )
+    healed: Healed = METHODS.get(options.method).function(task)
+    held_out = _measure(task, healed)
+    logits, cached = _expected(task, healed)
+    record = {
+        "source": source.info(),
+        "method": options.method,
+        "options": options.model_dump(mode="json", exclude={"method", "calibration"}),
+        "gaps": healed.gaps,
+        "held_out": held_out,
+        "calibration": calibration.info.tokens_fingerprint,
+        "data": calibration.info.source,
+        "samples": ids_BT.shape[0],
+        "length": ids_BT.shape[1],
+        "dtype": session.dtype(source),
+    }
+    how = {
+        "version": __version__,
+        "method": options.method,
+        "data": calibration.info.source,
+        "blocks": [gap.block for gap in healed.gaps if gap.ridge is not None],
+        "fingerprint": expected,
+    }
+    new = (
+        (stored_name(checkpoint, kept.index(b), name), tensor)
+        for b, one in healed.folds.items()
+        for name, tensor in one.tensors().items()
+    )
+    return Draft(
+        record=record,
+        config=checkpoint.raw_config,
+        provenance={**checkpoint.raw_config[PROVENANCE], "healed": how},
+        bytes=checkpoint.bytes,
+        write=copying(checkpoint.tensors, new),
+        verify=verifying(target, session, logits, cached=cached),
+    )
+
+
+def _expected(task: Task, healed: Healed) -> tuple[Tensor, bool]:
+    """What the result must compute, and whether it must with a cache too."""
+    from shortllm.healing.folding import folded_into
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
+
+    with folded_into(task.decoder, healed.folds):
+        return bypass_logits(task.decoder, task.removed), kv_cache_matches(task.decoder)
+
+
+def _measure(task: Task, healed: Healed) -> HeldOut:
+    """Mean next-token loss of source, shortened and healed model on the held-out samples."""
+    from shortllm.healing.folding import folded_into
+    from shortllm.model.walk import NOTHING, mean_nlls
+
+    decoder, memory, ids_BT = task.decoder, task.memory, task.ids_BT[-task.held_out :]
+    gone = frozenset(task.removed)
+    before, shortened = mean_nlls(decoder, ids_BT, [NOTHING, gone], memory=memory)
+    with folded_into(decoder, healed.folds):
+        [after] = mean_nlls(decoder, ids_BT, [gone], memory=memory)
+    if after > shortened:
+        log.warning(
+            "on held-out text the healed model is worse than the shortened one: %.4f compared with "
+            "%.4f nats per token. Give more, or different, calibration text",
+            after,
+            shortened,
+        )
+    return HeldOut(samples=len(ids_BT), source=before, shortened=shortened, healed=after)

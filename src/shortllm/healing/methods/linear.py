@@ -1,0 +1,57 @@
+"""A linear map for each gap, folded into the output projection of the block before it.
+
+Source: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819; see `least_squares.py` for the maths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shortllm.healing.methods import Healed, Task, healing_method
+from shortllm.papers import REPLACE_ME
+
+if TYPE_CHECKING:
+    from shortllm.checkpoint.source import Checkpoint
+    from shortllm.model.decoder import Decoder
+
+
+def require_projection(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    """Find out on the first block whether maps can be folded into a model."""
+    from shortllm.healing.folding import find_added, require_floats
+
+    for b, added in find_added(decoder, [0]).items():
+        require_floats(checkpoint, b, added.name)
+
+
+@healing_method(
+    "linear",
+    label="Linear maps",
+    paper=REPLACE_ME,
+    check=require_projection,
+    options=("ridge", "weighting"),
+)
+def linear(task: Task) -> Healed:
+    """A least-squares map for each gap, folded into the block before it."""
+    from shortllm.healing.folding import find_added, require_floats
+    from shortllm.healing.least_squares import heal_flops, heal_gaps
+    from shortllm.pruning.budget import gaps_of
+    from shortllm.runtime import progress
+
+    before = [gap.before for gap in gaps_of(task.removed) if gap.before is not None]
+    added = find_added(task.decoder, before)
+    for b, one in added.items():
+        require_floats(task.checkpoint, b, one.name)
+    work = heal_flops(task.decoder, task.removed, task.ids_BT.numel())
+    with progress("healing", work) as advance:
+        return heal_gaps(
+            task.decoder,
+            task.checkpoint,
+            task.ids_BT,
+            task.removed,
+            added,
+            held_out=task.held_out,
+            ridge=task.options.ridge,
+            weighted=task.options.weighting == "norm",
+            memory=task.memory,
+            advance=advance,
+        )
