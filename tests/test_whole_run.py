@@ -283,7 +283,7 @@ def test_without_a_model_the_embedded_recipe(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--retrain", "lroa"], "no such method. Did you mean 'lora'"),
+        (["--retrain", "lroa"], "unknown retraining method 'lroa'. Did you mean 'lora'"),
         (["--set", "retraining"], "not of the form FIELD=VALUE"),
         (["--set", "retrainin.rank=3"], "unknown field 'retrainin'"),
         (["--set", "model.name=3"], "there is nothing in model to set"),
