@@ -120,8 +120,6 @@ def recipes(random: Random, bench: Bench) -> Act:
         assert filled.calibration.data is not None or filled.calibration.file is not None
         for options in filled.retraining:
             options.filled(64)
-        if filled.quantization is not None:
-            filled.quantization.filled(64)
         plan = build_plan(recipe.budget, model=bench.model, scores=scores_of(bench.model))
         check_plan(plan, recipe.budget, bench.model)
 

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from shortllm.pruning.budget import Budget as Budget
     from shortllm.pruning.records import BlockScores as BlockScores
     from shortllm.pruning.records import PrunePlan as PrunePlan
-    from shortllm.quantizing.api import quantize as quantize
     from shortllm.quantizing.options import Quantization as Quantization
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
+    from shortllm.quantizing.quantize import quantize as quantize
     from shortllm.recipe import Recipe as Recipe
     from shortllm.retraining.api import retrain as retrain
     from shortllm.retraining.options import Retraining as Retraining
@@ -106,7 +106,7 @@ _HOME = {
     "open_checkpoint": "checkpoint.source",
     "plan": "api",
     "prune": "api",
-    "quantize": "quantizing.api",
+    "quantize": "quantizing.quantize",
     "report": "api",
     "retrain": "retraining.api",
     "run": "api",

@@ -24,7 +24,7 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.selection import Asked
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import Texts, prepare_texts
-from shortllm.errors import RecipeError, ShortLLMError
+from shortllm.errors import RecipeError, ResultFileError, ShortLLMError
 from shortllm.evaluation.harness import table_beside, write_table
 from shortllm.evaluation.options import Evaluation
 from shortllm.files import hold, releasing
@@ -36,7 +36,7 @@ from shortllm.pruning.budget import Budget, check_budget, removable
 from shortllm.pruning.planning import build_plan, check_published_order
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.published import Published
-from shortllm.quantizing.options import QUANTIZED, Quantization
+from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
 from shortllm.retraining import RECORD as RETRAINED
 from shortllm.retraining.options import Retraining
@@ -100,8 +100,6 @@ def run(
     Raises:
         ShortLLMError: any of its kinds, before heavy work wherever that can be known.
     """
-    from shortllm.quantizing.running import asked_by, quantize_in
-    from shortllm.quantizing.stage import calibration_options
     from shortllm.reporting import write_report
 
     recipe = recipe or Recipe()
@@ -125,14 +123,14 @@ def run(
     scoring = scored and needs_text
     tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
     check_later_stages(recipe, checkpoint, session)
-    quantizing = asked_by(recipe, checkpoint, session)
+    quantizing = _quantization(recipe, checkpoint, session)
     texts = prepare_texts(
         checkpoint,
         recipe.calibration,
         recipe.evaluation,
         scoring=scoring,
         healing=_healing_text(recipe, checkpoint),
-        quantization=calibration_options(quantizing),
+        quantization=quantizing.calibration if quantizing and quantizing.needs_text else None,
     )
     _check_healing(directory, checkpoint, recipe, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
@@ -155,7 +153,7 @@ def run(
     retraining = _retrain(directory, shortened, recipe, session)
     models |= {name: made_in(directory, name) for name in retraining}
     candidates = {name: models[name] for name in retraining or (PRUNED,)}
-    quantization = quantize_in(directory, candidates, quantizing, texts, session)
+    quantization = _quantize(directory, candidates, quantizing, texts, session)
     if quantization is not None:
         models[QUANTIZED] = made_in(directory, QUANTIZED)
     evaluation = evaluate_in(directory, models, recipe, texts, tasks, session)
@@ -377,6 +375,80 @@ def _retrain(
         require_free(directory / name, RETRAINED)
         records[name] = retrain(shortened, options, directory / name, session=session)
     return records
+
+
+def _quantization(
+    recipe: Recipe, checkpoint: Checkpoint, session: Session
+) -> QuantizeOptions | None:
+    """How to quantize, if the recipe does; checked on the model before blocks are removed."""
+    from shortllm.quantizing.quantize import check, resolve
+
+    if recipe.quantization is None:
+        return None
+    options = resolve(recipe.quantization, checkpoint, recipe.calibration)
+    check(options, checkpoint, session)
+    return options
+
+
+def _quantize(
+    directory: Path,
+    candidates: Mapping[str, Checkpoint],
+    options: QuantizeOptions | None,
+    texts: Texts,
+    session: Session,
+) -> Quantization | None:
+    """quantized/ from the best of the candidates, if the recipe quantizes."""
+    from shortllm.quantizing.quantize import quantize_from
+
+    if options is None:
+        return None
+    target = directory / QUANTIZED
+    require_free(target, Quantization.FILE)
+    name = best_of(candidates, texts, session, directory / "eval.json")
+    if len(candidates) > 1:
+        log.info("%s has the lowest perplexity and is quantized", name)
+    return quantize_from(
+        candidates[name], options, target, calibration=texts.quantization, session=session
+    )
+
+
+def best_of(
+    candidates: Mapping[str, Checkpoint], texts: Texts, session: Session, evaluation: Path
+) -> str:
+    """The name of the model with the lowest perplexity on the first text.
+
+    Args:
+        evaluation: an earlier eval.json, whose models are not measured again.
+    """
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    from shortllm.data.calibration import tokens_fingerprint
+    from shortllm.evaluation.perplexity import measure_perplexity
+
+    text = texts.evaluation[0]
+    known = _measured(evaluation, tokens_fingerprint(text.segments.ids))
+    found = {}
+    for name, checkpoint in candidates.items():
+        if checkpoint.fingerprint in known:
+            found[name] = known[checkpoint.fingerprint]
+        else:
+            decoder = session.decoder(checkpoint)
+            found[name] = measure_perplexity(decoder, text, memory=session.memory()).nll
+    return min(found, key=lambda name: found[name])
+
+
+def _measured(evaluation: Path, tokens: str) -> dict[str, float]:
+    """Fingerprint of a model -> its mean NLL on the tokens, as far as eval.json has it."""
+    try:
+        models = Evaluation.load(evaluation).models
+    except ResultFileError:
+        return {}
+    return {
+        one.model.fingerprint: entry.nll
+        for one in models
+        for entry in one.perplexity
+        if entry.tokens_fingerprint == tokens
+    }
 
 
 def evaluate_in(

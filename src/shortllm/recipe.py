@@ -15,7 +15,7 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.healing.options import HealOptions
 from shortllm.pruning.budget import Budget
 from shortllm.published import Published
-from shortllm.quantizing.options import EMBEDDED_DEFAULTS, QuantizeOptions
+from shortllm.quantizing.options import QuantizeOptions
 from shortllm.records import Record, SpecialToken
 from shortllm.retraining.options import RetrainOptions
 
@@ -122,20 +122,9 @@ class Recipe(Record):
             retraining = [
                 one.model_copy(update={"data": one.data or EMBEDDED}) for one in retraining
             ]
-        quantization = self.quantization
-        if quantization is not None and quantization.needs_text:
-            defaults = {"data": EMBEDDED, **EMBEDDED_DEFAULTS} if embedded else {}
-            if quantization.file is not None:
-                defaults = {name: defaults[name] for name in ("group_size",) if name in defaults}
-            missing = {k: v for k, v in defaults.items() if getattr(quantization, k) is None}
-            missing["bos_every_sample"] = (
-                every if quantization.bos_every_sample is None else quantization.bos_every_sample
-            )
-            quantization = quantization.model_copy(update=missing)
         return self.model_copy(
             update={
                 "retraining": retraining,
-                "quantization": quantization,
                 "calibration": calibration,
                 "evaluation": self.evaluation.model_copy(
                     update={

@@ -22,7 +22,6 @@ from shortllm.files import parsed_json
 from shortllm.healing.options import Healing
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
-from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
 from shortllm.records import Record, ResultFile
 from shortllm.retraining import RECORD
 from shortllm.retraining.options import Retraining
@@ -224,7 +223,7 @@ def _load_retraining(run_dir: Path, fingerprints: dict[str, str]) -> dict[str, R
 def _load_quantization(run_dir: Path, fingerprints: dict[str, str]) -> Quantization | None:
     """How a model of the run was quantized; left out where it is none of this run, or was not
     measured."""
-    path = run_dir / QUANTIZED / QUANTIZE_FILE
+    path = run_dir / QUANTIZED / Quantization.FILE
     found = _load_optional(Quantization, path) if QUANTIZED in fingerprints else None
     if found is not None and found.model.fingerprint not in fingerprints.values():
         log.info("%s: what was quantized is no model of this run, left out", path)

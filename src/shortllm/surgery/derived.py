@@ -69,6 +69,9 @@ class Draft:
     """Writes the weights into a directory; called with a function to report bytes written to."""
     verify: Callable[[Path], None]
     """Called with the written directory before it gets its name; raises if it is wrong."""
+    finish: Callable[[Path], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
+    """Called with the written weights' directory; returns further fields of the record and of the
+    config, if they are known only then."""
     leave: Collection[str] = field(default_factory=frozenset)
     """First parts of the names of files next to the source's weights that are not copied."""
 
@@ -102,16 +105,14 @@ def derive(
     require_writable(target.absolute().parent)
     started = time.monotonic()
     drafted = draft()
-    record = kind.model_validate(
-        {
-            "model": checkpoint.info(),
-            "versions": versions(),
-            **drafted.record,
-            "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
-            "fingerprint": expected,
-        }
-    )
-    _write(checkpoint, target, drafted, record)
+    record = {
+        "model": checkpoint.info(),
+        "versions": versions(),
+        **drafted.record,
+        "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+        "fingerprint": expected,
+    }
+    _write(kind, checkpoint, target, drafted, record)
     return kind.load(target / kind.FILE)
 
 
@@ -159,16 +160,19 @@ def is_up_to_date(target: Path, kind: type[DerivedRecord], expected: str) -> boo
     return bool(found.fingerprint == entry == expected)
 
 
-def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRecord) -> None:
+def _write(
+    kind: type[DerivedRecord],
+    checkpoint: Checkpoint,
+    target: Path,
+    draft: Draft,
+    record: Mapping[str, Any],
+) -> None:
     """Copy the other files, write weights and config, verify, save the record, rename."""
     left = {*RECORDS, *draft.leave}
     carried = [
         file for file in carried_files(checkpoint.directory, target) if file.parts[0] not in left
     ]
-    config = {
-        **draft.config,
-        PROVENANCE: {**draft.provenance, "fingerprint": record.fingerprint},
-    }
+    provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
     with (
         partial_directory(target, needed_bytes=draft.bytes) as directory,
         progress(f"writing {target.name}", draft.bytes) as advance,
@@ -178,10 +182,12 @@ def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRe
             shutil.copyfile(checkpoint.directory / name, directory / name)
         write_special_tokens(checkpoint, directory)
         draft.write(directory, advance)
+        more, entries = draft.finish(directory) if draft.finish is not None else ({}, {})
+        config = {**draft.config, **entries, PROVENANCE: provenance}
         text = json.dumps(config, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
         draft.verify(directory)
-        record.save(directory / type(record).FILE)
+        kind.model_validate({**record, **more}).save(directory / kind.FILE)
 
 
 def copying(
