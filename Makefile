@@ -1,30 +1,50 @@
-# make run    install into .venv and run the whole pipeline on the embedded model
-# make test   install into .venv, then lint, types, documentation, tests, and whether a release would work
+# make run       install what a run needs into .venv, and run the whole pipeline on the embedded model
+# make test      install the rest, then lint, types, documentation and the tests that are not slow
+# make test-all  the same with the slow tests, and whether a release would work
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 TESTS ?= tests
 XDIST ?= 2
 
-.PHONY: run install test test-latest lint types docs tests release-check clean
+PIP = $(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
+PYTEST = $(VENV)/bin/pytest --numprocesses $(XDIST)
 
-run: $(VENV)/installed
+.PHONY: run install test test-all test-latest lint words layers types docs tests all-tests \
+	release-check golden clean
+
+run: $(VENV)/run-installed
 	$(VENV)/bin/shortllm run
 
 install: $(VENV)/installed
 
-# one environment for everything, made again when the pins change
-$(VENV)/installed: pyproject.toml constraints.txt
+# one environment in two steps: what a run needs, then what development needs on top of it
+$(VENV)/run-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt torch
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable '.[eval,train]'
 	touch $@
 
-test: lint types docs tests release-check
+$(VENV)/installed: $(VENV)/run-installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+test: lint types docs tests
+
+test-all: lint types docs all-tests release-check
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# words that are not to come back: tools/retired_words.txt
+words: $(VENV)/installed
+	$(VENV)/bin/python tools/check_words.py
+
+# imports go down only, see `How the parts fit` in CONTRIBUTING, and packages have no cycles
+layers: $(VENV)/installed
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/python tools/measure_code.py --check
 
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
@@ -34,13 +54,20 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 tests: $(VENV)/installed
-	$(VENV)/bin/pytest --numprocesses $(XDIST) $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+all-tests: $(VENV)/installed
+	$(PYTEST) $(TESTS)
 
 # sdist and wheel in dist/, and the wheel without extras in an environment of its own
 release-check: $(VENV)/installed
 	$(VENV)/bin/python tests/check_release.py
 
-# the same tests against the newest transformers, in an environment of their own
+# write the goldens again, after a change made on purpose: make golden KINDS=help
+golden: $(VENV)/installed
+	$(VENV)/bin/python tests/golden.py --write $(KINDS)
+
+# all tests against the newest transformers, in an environment of their own
 test-latest: .venv-latest/installed
 	.venv-latest/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.venv-latest/bin/pytest --numprocesses $(XDIST) $(TESTS)

@@ -63,7 +63,7 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, int, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure."""
-    from shortllm.criteria.selection import Asked
+    from shortllm.criteria.selection import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.pruning.scoring import Scorer
     from shortllm.runtime import versions
@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "matrix_flops_per_s": rate,
     }
     for name in CRITERIA:
-        asked = [Asked.of(name)]
+        asked = [resolve(name)]
         scorer.score(asked)  # first-use costs of the libraries
         runs = [timed(lambda: scorer.score(asked), device) for _ in range(arguments.rounds)]  # noqa: B023
         seconds = min(run[0] for run in runs)

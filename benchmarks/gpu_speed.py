@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from shortllm.benchmark.interleaved import Subject
     from shortllm.benchmark.options import Benchmark, BenchmarkOptions
     from shortllm.files import fingerprint
-    from shortllm.reporting.speed import table, write_benchmark
+    from shortllm.reporting.measurements import benchmark_table, write_benchmark
     from shortllm.run_directory import finished
 
     device = torch.device(arguments.device)
@@ -122,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 subjects, models, options, device=device, fingerprint=expected, directory=directory
             )
             write_benchmark(directory, result)
-        head, rows = table(result)
+        head, rows = benchmark_table(result).plain()
         for row in [(name, *[""] * (len(head) - 1)), head, *rows]:
             print("  ".join(cell.rjust(12) for cell in row), file=sys.stderr)
         found[name] = result.model_dump(mode="json")

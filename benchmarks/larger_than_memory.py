@@ -116,7 +116,7 @@ def resident_taylor(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from shortllm.checkpoint.source import open_checkpoint
-    from shortllm.criteria.selection import Asked
+    from shortllm.criteria.selection import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
     from shortllm.pruning.scoring import Scorer
@@ -128,7 +128,7 @@ def resident_taylor(arguments: argparse.Namespace) -> dict[str, Any]:
         scorer = Scorer(
             checkpoint=checkpoint, open_decoder=lambda: decoder, ids_BT=token_ids(arguments)
         )
-        return scorer.score([Asked.of("taylor")])["taylor"].values
+        return scorer.score([resolve("taylor")])["taylor"].values
 
     return memory_of(run, lambda: load_model(checkpoint, device=torch.device("cpu")))
 

@@ -53,7 +53,7 @@ def walk(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[fl
     import torch
 
     from shortllm.checkpoint.source import open_checkpoint
-    from shortllm.criteria.selection import Asked
+    from shortllm.criteria.selection import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
     from shortllm.pruning.scoring import Scorer
@@ -61,7 +61,7 @@ def walk(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[fl
     checkpoint = open_checkpoint(model)
     decoder = Decoder(load_model(checkpoint, device=torch.device("cpu"), dtype=dtype))
     options = {"rounds": greedy, "protect_first": 0, "protect_last": 0}
-    asked = Asked.of("greedy", options) if greedy else Asked.of("ppl")
+    asked = resolve("greedy", options) if greedy else resolve("ppl")
     scorer = Scorer(checkpoint=checkpoint, open_decoder=lambda: decoder, ids_BT=ids)
 
     def run() -> list[float]:

@@ -45,7 +45,7 @@ from shortllm.model.streamed import open_streamed
 from shortllm.model.walk import walk
 from shortllm.runtime import ALONE
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.verify import bypass_logits, caches_rightly, probe_ids, verify_shortened
+from shortllm.surgery.verify import bypass_logits, kv_cache_matches, probe_ids, verify_shortened
 
 BLOCKS = 6
 REMOVED = ([0], [2], [5], [1, 3, 4])
@@ -314,7 +314,7 @@ def _examine_removals(model_type: str, checkpoint: Checkpoint, target: Path) -> 
     protected = structurally_protected(checkpoint.config)
     _check_protected(checkpoint, protected)
     decoder = Decoder(load(checkpoint.directory))
-    cached = caches_rightly(decoder)
+    cached = kv_cache_matches(decoder)
     intact = bypass_logits(decoder)
     free = [block for block in (1, 3, 4, 2, 0, 5) if block not in protected]
     refusals: dict[int, UnsupportedModelError] = {}
@@ -456,7 +456,7 @@ def _config(directory: Path) -> str:
 
 def _reason(error: UnsupportedModelError) -> str:
     """The part of a message behind what every refusal says."""
-    return str(error).partition("cannot be shortened rightly: ")[2] or str(error)
+    return str(error).partition("cannot be shortened correctly: ")[2] or str(error)
 
 
 def page(outcomes: list[Outcome], made_with: str = transformers.__version__) -> str:

@@ -16,7 +16,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "shortllm.cli",
         "shortllm.pipeline",
-        "shortllm.retraining.stage",
+        "shortllm.retraining.retrain",
         "transformers.models.auto.modeling_auto",
         "transformers.models.llama.modeling_llama",
         "transformers.trainer",

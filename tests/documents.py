@@ -312,9 +312,9 @@ class Reader:
             for name in shortllm.__all__:
                 if name.islower() and not name.startswith("__") and name != "load":
                     patch.setattr(shortllm, name, stop, raising=False)
-            patch.setattr("shortllm.released.measure_released", stop)
+            patch.setattr("shortllm.published.measure_released", stop)
             patch.setattr("shortllm.demo.models.open_models", stop)
-            patch.setattr("shortllm.demo.embedded.embedded_models", stop)
+            patch.setattr("shortllm.demo.models.embedded_models", stop)
             try:
                 main(words)
             except Stopped:

@@ -23,15 +23,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from shortllm.checkpoint.config import auto_class
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Scores
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import quiet_transformers
 from shortllm.model.streamed import open_streamed
+from shortllm.model.structure import auto_class
+from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.scoring import Scorer
-from shortllm.surgery.apply import write_shortened
+from shortllm.pruning.search_space import BlockSearch
 
 VOCABULARY = 97
 WINDOW = 5
@@ -218,7 +219,7 @@ def shortened(checkpoint: Checkpoint, removed: Iterable[int], target: Path, **kw
     """Surgery to disk by the blocks to remove; returns `target`."""
     gone = set(removed)
     kept = [block for block in range(checkpoint.block_count) if block not in gone]
-    write_shortened(checkpoint, kept, target, provenance=kwargs.pop("provenance", {}), **kwargs)
+    write_pruned(checkpoint, kept, target, **kwargs)
     return target
 
 
@@ -232,8 +233,11 @@ def score(
 ) -> dict[str, Scores]:
     """Scores by criteria; the checkpoint is needed for those that look at stored weights."""
     source: Any = checkpoint or SimpleNamespace(block_count=decoder.block_count, raw_config={})
-    scorer = Scorer(checkpoint=source, open_decoder=lambda: decoder, ids_BT=ids_BT, **kwargs)
-    return scorer.score([Asked.of(name, (options or {}).get(name)) for name in names])
+    scorer = Scorer(
+        checkpoint=source, open_decoder=lambda: decoder, ids_BT=ids_BT, search_spaces=BlockSearch,
+        **kwargs,
+    )  # fmt: skip
+    return scorer.score([resolve(name, (options or {}).get(name)) for name in names])
 
 
 def streamed(variant: str, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -20,7 +20,6 @@ from healthy import (
 )
 from safetensors import safe_open
 
-from shortllm import stages
 from shortllm.checkpoint.shorten_config import sliced_axis
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor
@@ -28,6 +27,7 @@ from shortllm.model.session import Session
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.estimate import summarize
 from shortllm.pruning.planning import build_plan
+from shortllm.pruning.prune import prune_from
 from shortllm.pruning.records import PrunePlan
 from shortllm.records import ModelInfo
 from shortllm.surgery.export_lint import lint_export
@@ -120,7 +120,7 @@ def shorten(bench: Bench, checkpoint: Checkpoint, random: Random) -> None:
     plan = build_plan(Budget(blocks=removed), model=checkpoint.info())
     target = bench.out / "short"
     session = Session(device="cpu", stream=False) if random.random() < 0.25 else None
-    stages.prune(checkpoint, plan, target, session=session)
+    prune_from(checkpoint, plan, target, session=session)
     check_shortened(checkpoint, plan, target)
 
 

@@ -39,7 +39,7 @@ from shortllm.errors import ShortLLMError
 from shortllm.journal import Journal
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.records import BlockScores, PrunePlan
-from shortllm.reporting.plots import drawing
+from shortllm.reporting import plots
 
 
 def result_files(random: Random, bench: Bench) -> Act:
@@ -168,12 +168,12 @@ def reports(random: Random, bench: Bench) -> Act:
 @contextmanager
 def _undrawn() -> Iterator[None]:
     """Plots are made, but not drawn, which would take most of the time."""
-    drawn = drawing._as_inline_svg
-    drawing._as_inline_svg = lambda figure, alt: "<svg></svg>"
+    drawn = plots._svg
+    plots._svg = lambda figure, name: "<svg></svg>"
     try:
         yield
     finally:
-        drawing._as_inline_svg = drawn
+        plots._svg = drawn
 
 
 def calibrations(random: Random, bench: Bench) -> Act:
@@ -258,15 +258,14 @@ def _tokenizer() -> Any:
 
 
 def journals(random: Random, bench: Bench) -> Act:
-    """A damaged journal: what it says is what was said, or nothing."""
+    """A journal with a cut or blank file, as a crash leaves it: what was committed, or nothing."""
     position, tensor = {"done": 3, "sums": [1.5, 2.5]}, torch.arange(6.0)
     place = bench.out / "journal"
     Journal(place, "f" * 64).commit(position, {"sums": tensor, "more": tensor + 1})
     file = random.choice(sorted(path for path in place.iterdir() if path.is_file()))
-    if file.suffix == ".json" and random.random() < 0.7:
-        file.write_text(damaged(random, json.loads(file.read_text())))
-    else:
-        file.write_bytes(damaged_bytes(random, file.read_bytes()))
+    data = file.read_bytes()
+    cut = data[: random.randint(0, len(data))]
+    file.write_bytes(random.choice([cut, cut, b"\0" * len(data)]))
 
     def act() -> None:
         journal = Journal(place, "f" * 64)

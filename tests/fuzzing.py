@@ -41,7 +41,7 @@ LIMIT_S = 20.0
 LIMIT_BYTES = 512 * 2**20
 """Memory beyond all that was used before."""
 
-LONGEST_MESSAGE = 1500
+LONGEST_MESSAGE = 3000
 """Characters; a longer one holds data."""
 
 Kind = Callable[[Random, Bench], Act]

@@ -26,7 +26,6 @@ from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import Quantization
 from shortllm.records import ModelInfo, Record, ResultFile
-from shortllm.retraining import RECORD as RETRAIN_FILE
 from shortllm.retraining.options import Retraining
 
 BLOCKS = 4
@@ -148,7 +147,7 @@ def small_model(blocks: int = BLOCKS, name: str = "acme/tiny") -> ModelInfo:
         parameters=100 * blocks + 50,
         parameters_per_block=[100] * blocks,
         bytes=2 * (100 * blocks + 50),
-        fixed={0: "it holds the norm behind the embeddings"},
+        fixed={0: "it contains the norm after the embeddings"},
         fingerprint="ab" * 32,
     )
 
@@ -284,7 +283,9 @@ def write_run(directory: Path) -> Path:
         "held_out": [(0, 2.6), (3, 2.3)],
         "wikitext2": [(0, 2.8), (3, 2.5)],
     }
-    of(Retraining, model=pruned.model, curves=curves).save(directory / "retrained" / RETRAIN_FILE)
+    of(Retraining, model=pruned.model, curves=curves).save(
+        directory / "retrained" / Retraining.FILE
+    )
     of(Quantization, model=pruned.model, options=QUANTIZE_OPTIONS).save(
         directory / "quantized" / Quantization.FILE
     )

@@ -1,6 +1,6 @@
-"""A cache of the Hub as huggingface_hub lays it out, filled by hand: nothing is downloaded.
+"""Caches as huggingface_hub and datasets lay them out, filled by hand: nothing is downloaded.
 
-models--acme--tiny/refs/main              the commit that the branch stands at
+models--acme--tiny/refs/main              the commit of the branch
 models--acme--tiny/blobs/<sha256>         contents
 models--acme--tiny/snapshots/<commit>/    links to them
 """
@@ -8,9 +8,11 @@ models--acme--tiny/snapshots/<commit>/    links to them
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ import pytest
 def fill_cache(
     cache: Path, hub_id: str, revisions: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Make checkpoints the revisions of a Hub model, and `cache` the only place it is looked for.
+    """Make checkpoints the revisions of a Hub model, and `cache` the only place to look for it.
 
     Args:
         revisions: branch or tag -> directory of the checkpoint.
@@ -35,7 +37,7 @@ def fill_cache(
 
 
 def move(model: Path, branch: str, directory: Path) -> str:
-    """Have a branch stand at what a directory holds; returns the commit."""
+    """Set a branch to the content of a directory; returns the commit."""
     commit = commit_of(directory)
     snapshot = model / "snapshots" / commit
     for file in directory.rglob("*"):
@@ -57,3 +59,23 @@ def commit_of(directory: Path) -> str:
         if file.is_file():
             digest.update(str(file.relative_to(directory)).encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def fill_datasets_cache(
+    cache: Path, hub_id: str, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make rows the split `test` of a Hub data set, and `cache` the only place to look for it."""
+    import datasets
+
+    source = cache / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.load_dataset("json", data_files={"test": str(source)}, cache_dir=str(cache / "json"))
+    [info] = (cache / "json").rglob("dataset_info.json")
+    owner, name = hub_id.split("/")
+    target = cache / "sets" / f"{owner}___{name}" / "default" / "0.0.0" / ("0" * 40)
+    target.parent.mkdir(parents=True)
+    info.parent.rename(target)
+    (target / "json-test.arrow").rename(target / f"{name}-test.arrow")
+    about = json.loads((target / "dataset_info.json").read_text())
+    (target / "dataset_info.json").write_text(json.dumps({**about, "dataset_name": name}))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache / "sets"))

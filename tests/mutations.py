@@ -28,7 +28,7 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, 2, 3, -1, -(2**31), 2**31, 2**53 + 1, 2**63, 2**64, 10**9, 10**30,
     0.0, -0.0, 0.5, 1.5, -3.25, 1e-300, 1e308, float("nan"), float("inf"), float("-inf"),
     "", " ", "0", "1", "x", "NaN", "null", "true", "1e9", "../..", "/etc/passwd", "~", ".", "a/b",
-    "\x00", "a\x00b", "\n", "\ud800", "💥", "é" * 300, "a" * 10_000, "{}", "[]", "%s", "{0}",
+    "\x00", "a\x00b", "\n", "\ud800", "💥", "é" * 300, "a" * 1000, "{}", "[]", "%s", "{0}",
     "__class__", "!!python/object/apply:os.system", "<script>alert(1)</script>",
     [], {}, [None], [[]], [0] * 1000, [1.5, "x"], [[1], [2]], {"": None}, {"a": {"b": {"c": []}}},
     {"0": 1}, list(range(6)), ["full_attention"] * 4, ["x"] * 4,
@@ -43,7 +43,7 @@ BROKEN: list[Any] = [
 ]  # fmt: skip
 """What makes a file no JSON, or one that is too deep to read."""
 
-KEYS = ["", "x", "0", "-1", "__metadata__", "metadata", "a.b", "\ud800", "\x00", "k" * 5000, "é"]
+KEYS = ["", "x", "0", "-1", "__metadata__", "metadata", "a.b", "\ud800", "\x00", "k" * 500, "é"]
 
 Place = tuple[Any, Any]
 """A list or dict, and the index or key in it."""

@@ -13,15 +13,15 @@ from architectures import Outcome, examine, model_types, page, tiny_config
 from families import build, config_of, load, opened, save, shortened
 from safetensors.torch import load_file, save_file
 
-from shortllm.checkpoint.config import auto_class
 from shortllm.checkpoint.shorten_config import structurally_protected
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.decoder import Decoder
+from shortllm.model.structure import auto_class
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.verify import bypass_logits, caches_rightly, verify_shortened
+from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
 
 IMAGES_AND_TEXT = (
     "aya_vision", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl",
@@ -107,7 +107,7 @@ def test_a_head_that_the_config_does_not_speak_of_is_refused(tmp_path: Path) -> 
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     config["num_nextn_predict_layers"] = 0
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="speaks of no prediction head there"):
+    with pytest.raises(UnsupportedModelError, match="names no prediction head there"):
         open_checkpoint(checkpoint.directory).block_names  # noqa: B018
 
 
@@ -139,7 +139,7 @@ def test_shares_of_kept_blocks_are_cut_out_of_a_tensor(
 
 def test_a_tensor_without_equal_shares_is_refused() -> None:
     entry = opened("llama").tensors["model.norm.weight"]
-    with pytest.raises(CheckpointError, match="does not hold 5 equal shares along axis 0"):
+    with pytest.raises(CheckpointError, match="does not consist of 5 equal shares along axis 0"):
         entry.part(0, 5, [0])
 
 
@@ -171,7 +171,7 @@ def test_a_model_without_a_right_cache_is_compared_without(
 ) -> None:
     model = build("llama")
     decoder = Decoder(model)
-    assert caches_rightly(decoder)
+    assert kv_cache_matches(decoder)
     expected = bypass_logits(decoder)
     plain = model.forward
 
@@ -179,7 +179,7 @@ def test_a_model_without_a_right_cache_is_compared_without(
         return plain(use_cache=use_cache, **kwargs)  # forgets what was read before
 
     monkeypatch.setattr(model, "forward", forward)
-    assert not caches_rightly(decoder)
+    assert not kv_cache_matches(decoder)
     verify_shortened("forgetful", decoder, expected, cached=False)
     with pytest.raises(CheckpointError, match="other text with a cache than without"):
         verify_shortened("forgetful", decoder, expected)

@@ -40,8 +40,10 @@ from shortllm.benchmark.options import (
 )
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.session import Session
-from shortllm.reporting import speed
-from shortllm.reporting.rendering import _templates
+from shortllm.reporting import measurements as speed
+from shortllm.reporting.page import render_page
+from shortllm.reporting.parts import Head
+from shortllm.reporting.plots.lines import Line, LinePlot
 
 CPU = torch.device("cpu")
 QUICK = BenchmarkOptions(new_tokens=[4], warmup=1, runs=2)
@@ -360,13 +362,12 @@ def test_plots_are_drawn_where_there_is_something_to_compare(measured: Benchmark
     plots = speed.all_plots(measured)
     assert list(plots) == ["latency-4", "throughput-4", "speedup"]
     for plot in plots.values():
-        for width in ("wide", "narrow"):
-            ElementTree.fromstring(plot.svg(width))
+        ElementTree.fromstring(plot.figure().svg)
     flat, steep = ([(1.0, 1.0), (2.0, height)] for height in (9.0, 11.0))
     for points, is_log in ((flat, False), (steep, True)):
-        line = speed.Line(name="A", points=points)
-        plot = speed.LinePlot(lines=[line], x_label="x", y_label="y", doubling=True)
-        assert plot.is_log is is_log and "<svg" in plot.svg("wide")
+        line = Line(name="A", points=points)
+        plot = LinePlot(lines=[line], x_label="x", y_label="y", doubling=True, log_spread=10)
+        assert plot.is_log is is_log and "<svg" in plot.figure().svg
     speedups = plots["speedup"]
     assert [line.name for line in speedups.lines] == [
         "batch 1",
@@ -388,8 +389,7 @@ def test_equal_figures_give_equal_plots_that_stand_alone(
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     text = (tmp_path / "one" / "bench-speedup.svg").read_text()
-    used = {part.split(")")[0] for part in text.split("var(--")[1:]}
-    assert used and all(f"--{name}:" in text for name in used)
+    assert "var(--" not in text and "background: #fff" in text
     assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
 
 
@@ -404,17 +404,17 @@ def test_the_section_of_a_report(measured: Benchmark) -> None:
         for one in (*measured.measurements, lost)
     ]
     found = measured.model_copy(update={"models": named, "measurements": rows})
-    template = _templates().get_template("sections/speed.html.j2")
-    page = template.render(c=speed.speed_context(found))
-    ElementTree.fromstring(f"<section>{page}</section>")
+    page = render_page(
+        Head(name="model", title="title", verdict="", version=""), [speed.speed_section(found)]
+    )
     assert "out of memory" in page and "&lt;b&gt;" in page and "<b>" not in page
-    assert "the models taking turns run by run" in page
+    assert "alternating between the models" in page
     assert f"{found.ideal_speedup('short'):.2f}" in page
 
 
 def test_at_most_four_batch_sizes_share_a_plot() -> None:
-    assert speed._spread([1, 2, 4], 4) == [1, 2, 4]
-    assert speed._spread([2**power for power in range(9)], 4) == [1, 8, 32, 256]
+    assert speed.evenly([1, 2, 4], 4) == [1, 2, 4]
+    assert speed.evenly([2**power for power in range(9)], 4) == [1, 8, 32, 256]
 
 
 @pytest.mark.parametrize(

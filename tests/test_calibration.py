@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from shortllm.data import texts
 from shortllm.data.calibration import (
     Calibration,
-    build_calibration,
     check_ids,
     load_calibration,
-    sample_packed,
-    sample_random,
+    resolve_calibration,
     tokens_fingerprint,
 )
+from shortllm.data.options import CalibrationOptions
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
 from shortllm.data.texts import evaluation_segments
@@ -42,6 +44,24 @@ def _tokenizer(*, bos: bool) -> PreTrainedTokenizerBase:
         single="<s> $A", special_tokens=[("<s>", BOS)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=8)
+
+
+def sample_random(
+    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> torch.Tensor:
+    return texts.sample_random(rows, tokenizer, CalibrationOptions(**options))
+
+
+def sample_packed(
+    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> torch.Tensor:
+    return texts.sample_packed(rows, tokenizer, CalibrationOptions(**options))
+
+
+def build_calibration(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Calibration:
+    return texts.build_calibration(rows, tokenizer, CalibrationOptions(**options))
 
 
 def _row(first: int, count: int) -> str:
@@ -165,14 +185,9 @@ def test_random_reads_a_row_once(with_bos: PreTrainedTokenizerBase) -> None:
 
 
 @pytest.mark.parametrize(("samples", "length"), [(0, 8), (1, 1), (-1, 8)])
-def test_senseless_shapes(
-    rows: Rows, with_bos: PreTrainedTokenizerBase, samples: int, length: int
-) -> None:
-    for sampler in (sample_random, sample_packed):
-        with pytest.raises(
-            DataError, match=f"{samples} samples of {length} tokens hold no prediction"
-        ):
-            sampler(rows, with_bos, samples=samples, length=length)
+def test_senseless_shapes(samples: int, length: int) -> None:
+    with pytest.raises(ValidationError, match="Input should be greater than or equal to"):
+        CalibrationOptions(samples=samples, length=length)
 
 
 def test_long_rows_are_no_warning(
@@ -254,7 +269,7 @@ def test_build_records_its_choices(
 def test_build_from_a_source(tmp_path: Path, without_bos: PreTrainedTokenizerBase) -> None:
     file = tmp_path / "words.txt"
     file.write_text("\n".join(_row(i, 20) for i in range(1, 30)))
-    made = build_calibration(str(file), without_bos, samples=3, length=16)
+    made = build_calibration(load_rows(str(file)), without_bos, samples=3, length=16)
     assert (made.info.source, made.info.rows, made.info.bos) == (str(file), (0, 29), "none")
     assert str(made) == f"3 samples of 16 tokens from {file} (random)"
 
@@ -287,7 +302,7 @@ def test_round_trip(made: Calibration, tmp_path: Path, given: str) -> None:
 def test_pair_that_does_not_belong_together(made: Calibration, tmp_path: Path) -> None:
     made.save(tmp_path)
     save_file({"ids": made.ids + 1}, tmp_path / "calibration.safetensors")
-    with pytest.raises(DataError, match="does not hold the ids calibration.json speaks of"):
+    with pytest.raises(DataError, match="does not contain the ids that calibration.json describes"):
         load_calibration(tmp_path)
     (tmp_path / "calibration.json").unlink()
     with pytest.raises(DataError, match="no finished calibration: calibration.json is missing"):
@@ -321,10 +336,10 @@ def test_list_of_lists(tmp_path: Path) -> None:
         ("[[]]", r"at least 1 sample of 2 tokens, these are int64 \[1, 0\]"),
         ("[[1], [2]]", r"at least 1 sample of 2 tokens, these are int64 \[2, 1\]"),
         ("[[1, -2]]", "cannot be negative, the lowest is -2"),
-        ("[[1, 2.5]]", "sample 0 holds 2.5, which is no token id"),
-        ("[[1, 2], [1, true]]", "sample 1 holds True"),
-        ('[["a", "b"]]', "sample 0 holds 'a'"),
-        (f"[[1, {10**30}]]", "which is no token id"),
+        ("[[1, 2.5]]", "sample 0 contains 2.5, which is not a token id"),
+        ("[[1, 2], [1, true]]", "sample 1 contains True"),
+        ('[["a", "b"]]', "sample 0 contains 'a'"),
+        (f"[[1, {10**30}]]", "which is not a token id"),
         ("[[1, 2]", "cannot read .* as JSON"),
     ],
 )
@@ -344,7 +359,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read token ids from .*cut"):
         load_calibration(tmp_path / "cut.safetensors")
     save_file({"tokens": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="has no tensor 'ids'; it holds tokens"):
+    with pytest.raises(DataError, match="has no tensor 'ids'; it has tokens"):
         load_calibration(tmp_path / "other.safetensors")
     save_file({"ids": torch.ones(2, 2)}, tmp_path / "float.safetensors")
     with pytest.raises(DataError, match=r"must be int64 .* these are float32 \[2, 2\]"):
@@ -360,6 +375,23 @@ def test_check_ids() -> None:
     check_ids(ids, 10)
     with pytest.raises(DataError, match="token id 9 is outside the model's vocabulary of 9"):
         check_ids(ids, 9)
+
+
+# ---- defaults that depend on the model
+
+
+def test_defaults_that_depend_on_the_model() -> None:
+    default = CalibrationOptions()
+    plain = resolve_calibration(default, "llama")
+    assert (plain.data, plain.bos_every_sample) == ("bookcorpus", False)
+    gemma = resolve_calibration(default, "gemma2", embedded=True)
+    assert (gemma.data, gemma.bos_every_sample) == ("embedded", True)
+    given = CalibrationOptions(data="c4", bos_every_sample=False)
+    assert resolve_calibration(given, "gemma2") == given
+    ids = CalibrationOptions(file=Path("ids.json"))
+    assert resolve_calibration(ids, "llama").data is None
+    with pytest.raises(DataError, match="--calibration gives the token ids .* Leave one out"):
+        resolve_calibration(CalibrationOptions(data="c4", file=Path("ids.json")), "llama")
 
 
 # ---- segments

@@ -179,14 +179,14 @@ def test_a_file_instead_of_its_directory(source: Path) -> None:
 
 def test_a_directory_of_other_things(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match="is not a checkpoint: the directory holds no config.json"
+        CheckpointError, match="is not a checkpoint: the directory has no config.json"
     ):
         open_checkpoint(tmp_path)
 
 
 def test_weights_without_config(source: Path) -> None:
     (source / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="holds weights but no config.json"):
+    with pytest.raises(CheckpointError, match="has weights but no config.json"):
         open_checkpoint(source)
 
 
@@ -379,28 +379,18 @@ def test_no_blocks_at_all(source: Path) -> None:
 # --- safetensors files ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, 7, 8, 100])
-def test_a_truncated_header(size: int, source: Path) -> None:
-    os.truncate(source / SAFETENSORS, size)
-    with pytest.raises(
-        CheckpointError, match=rf"is truncated or not a safetensors file \({size} bytes\)"
-    ):
-        open_checkpoint(source)
-
-
-def test_truncated_data(source: Path) -> None:
-    size = (source / SAFETENSORS).stat().st_size
-    os.truncate(source / SAFETENSORS, size - 1)
-    with pytest.raises(
-        CheckpointError, match=f"is truncated: {size} bytes expected, {size - 1} found"
-    ):
+@pytest.mark.parametrize("size", [0, 7, 8, 100, -1])
+def test_a_truncated_file(size: int, source: Path) -> None:
+    whole = (source / SAFETENSORS).stat().st_size
+    os.truncate(source / SAFETENSORS, size if size >= 0 else whole + size)
+    with pytest.raises(CheckpointError, match="is truncated, damaged or .*Download it again"):
         open_checkpoint(source)
 
 
 def test_data_too_long(source: Path) -> None:
     with open(source / SAFETENSORS, "ab") as stream:
         stream.write(b"more")
-    with pytest.raises(CheckpointError, match="is longer than its header says"):
+    with pytest.raises(CheckpointError, match="file not fully covered"):
         open_checkpoint(source)
 
 
@@ -409,7 +399,7 @@ def test_a_pointer_instead_of_the_file(source: Path) -> None:
     (source / SAFETENSORS).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     )
-    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
+    with pytest.raises(CheckpointError, match="or not a safetensors file"):
         open_checkpoint(source)
 
 
@@ -426,40 +416,33 @@ def damage(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change",
     [
-        (
-            damage(shape=[33]),
-            r"tensor 'model.norm.weight' of shape \[33\] and type F32 cannot have 128 bytes",
-        ),
-        (damage(shape=[-32]), "'model.norm.weight' has an impossible shape or place"),
-        (damage(shape="wide"), "damaged safetensors header"),
-        (damage(shape=...), r"damaged safetensors header \('shape'\)"),
-        (damage(data_offsets=...), r"damaged safetensors header \('data_offsets'\)"),
-        (damage(data_offsets=[0]), "damaged safetensors header"),
-        (damage(data_offsets=[128, 0]), "impossible shape or place|misplaced"),
-        (damage(data_offsets=[0.0, 128.0]), "impossible shape or place"),
-        (damage(dtype=["F32"]), "damaged safetensors header"),
-        (damage(data_offsets=[64, 192]), "is misplaced"),
-        (damage(data_offsets=[10**9, 10**9 + 128]), "is misplaced"),
-        (lambda header: header.pop("model.norm.weight"), "is misplaced|is longer than"),
-        (lambda header: header.update(odd=[1, 2]), "damaged safetensors header"),
+        damage(shape=[33]),
+        damage(shape=[-32]),
+        damage(shape="wide"),
+        damage(shape=...),
+        damage(data_offsets=...),
+        damage(data_offsets=[0]),
+        damage(data_offsets=[128, 0]),
+        damage(data_offsets=[0.0, 128.0]),
+        damage(dtype=["F32"]),
+        damage(data_offsets=[64, 192]),
+        damage(data_offsets=[10**9, 10**9 + 128]),
+        lambda header: header.pop("model.norm.weight"),
+        lambda header: header.update(odd=[1, 2]),
     ],
 )
-def test_a_damaged_header(
-    change: Callable[[dict[str, Any]], None], message: str, source: Path
-) -> None:
+def test_a_damaged_header(change: Callable[[dict[str, Any]], None], source: Path) -> None:
     rewrite_header(source / SAFETENSORS, change)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match="damaged or not .*header: .*Download it again"):
         open_checkpoint(source)
 
 
 @pytest.mark.parametrize("text", [b"{not json", b"[]", b"3", b"\xff\xff", b'{"a": 1}'])
-def test_a_header_that_is_no_table(text: bytes, source: Path) -> None:
+def test_a_header_without_tensors(text: bytes, source: Path) -> None:
     (source / SAFETENSORS).write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(
-        CheckpointError, match="has a damaged safetensors header .*Download it again"
-    ):
+    with pytest.raises(CheckpointError, match="damaged or not .*Download it again"):
         open_checkpoint(source)
 
 
@@ -510,7 +493,7 @@ def test_a_tensor_promised_in_another_shard_than_its_own(source: Path) -> None:
 def test_a_damaged_index(text: str, source: Path) -> None:
     shard(source)
     (source / SAFETENSORS_INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match="holds no weight_map|is not valid JSON"):
+    with pytest.raises(CheckpointError, match="has no weight_map|is not valid JSON"):
         open_checkpoint(source)
 
 
@@ -573,7 +556,7 @@ def test_a_pickled_type_safetensors_cannot_hold(source: Path) -> None:
     table = {"q": torch.ones(3, dtype=torch.complex128)}
     torch.save(table, source / PICKLED)
     with pytest.raises(
-        CheckpointError, match="tensor 'q' has type torch.complex128, not storable here"
+        CheckpointError, match="tensor 'q' has type torch.complex128, which safetensors"
     ):
         open_checkpoint(source)
 
@@ -611,7 +594,7 @@ def test_a_weight_that_is_no_number(value: float, source: Path) -> None:
 
     change_tensors(source, change)
     with pytest.raises(
-        CheckpointError, match="'model.layers.3.self_attn.q_proj.weight' holds NaN or infinite"
+        CheckpointError, match="'model.layers.3.self_attn.q_proj.weight' contains NaN or infinite"
     ):
         load_model(open_checkpoint(source), device=CPU)
 
@@ -619,7 +602,7 @@ def test_a_weight_that_is_no_number(value: float, source: Path) -> None:
 def test_a_tensor_the_model_needs_is_missing(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
     with pytest.raises(
-        CheckpointError, match="does not hold tensor 'model.layers.2.mlp.up_proj.weight'"
+        CheckpointError, match="tensor 'model.layers.2.mlp.up_proj.weight' is missing"
     ):
         load_model(open_checkpoint(source), device=CPU)
 
@@ -627,14 +610,17 @@ def test_a_tensor_the_model_needs_is_missing(source: Path) -> None:
 def test_a_tensor_the_model_has_no_place_for(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.update({"model.layers.2.gate": torch.ones(2)}))
     with pytest.raises(
-        CheckpointError, match="holds, besides what the model has, tensor 'model.layers.2.gate'"
+        CheckpointError, match="tensor 'model.layers.2.gate' is not part of the model"
     ):
         load_model(open_checkpoint(source), device=CPU)
 
 
 def test_a_tensor_of_another_shape(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-    with pytest.raises(CheckpointError, match="cannot load|in another shape"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'model.norm.weight' is stored as \[31\], but its config.json describes \[32\]",
+    ):
         load_model(open_checkpoint(source), device=CPU)
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from shortllm import criteria, journal
 from shortllm.criteria import Scores
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
-from shortllm.model import walk
+from shortllm.model import hidden_states, walk
 from shortllm.model.backward import block_weights, walk_back
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
@@ -28,10 +28,10 @@ from shortllm.model.metrics import next_token_nll, reduce_powers
 from shortllm.model.streamed import open_streamed
 from shortllm.runtime import ALONE
 
-WITH_TEXT = ["ppl", "kl", "taylor", "influence", "relative", "angular"]
-EVERY = [*WITH_TEXT, "magnitude", "greedy", "last", "random", "even"]
-SEARCHES = ["auto", "evolve", "local"]
+WITH_TEXT = criteria.names_by_need("logits", "gradients", "streams", "last token")
+SEARCHES = criteria.names_by_need("sets")
 """Tested in test_search.py."""
+EVERY = [one.name for one in criteria.listed() if one.name not in SEARCHES]
 SOME_VARIANTS = ["llama-tied", "mixtral", "gpt2", "gemma3_text", "opt-projected", "smollm3"]
 """Tied embeddings, merged experts, a Conv1D family, two kinds of blocks, projections outside the
 blocks, blocks without positions."""
@@ -39,9 +39,14 @@ blocks, blocks without positions."""
 GREEDY = {"greedy": {"rounds": 3, "protect_first": 1, "protect_last": 0}}
 
 
-def test_every_criterion_is_tested_here() -> None:
+def test_criteria_are_listed_by_what_they_need() -> None:
+    assert EVERY == [
+        "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "greedy", "last",
+        "random", "even",
+    ]  # fmt: skip
+    assert criteria.help_text() == f"{', '.join(EVERY)}; searches: local, evolve, auto"
+    assert criteria.compared() == [name for name in EVERY if name != "random"]
     assert criteria.names() == sorted([*EVERY, *SEARCHES])
-    assert [name for name in criteria.names() if criteria.get(name).needs == "sets"] == SEARCHES
 
 
 def agree(found: dict[str, Scores], expected: dict[str, Scores], rel: float = 1e-5) -> None:
@@ -138,7 +143,7 @@ def plain_products(model: nn.Module, ids_BT: Tensor) -> dict[int, dict[str, Tens
 def test_taylor_equals_plain_autograd_for_each_weight(
     variant: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk, "CPU_GROUP_TOKENS", 40)  # two groups, whose gradients add up
+    monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", 40)  # two groups, whose gradients add up
     ids_BT = token_ids()
     expected = plain_products(loaded(variant), ids_BT)
     decoder = streamed(variant) if stream else Decoder(loaded(variant))
@@ -253,10 +258,10 @@ def test_baselines() -> None:
     found = score(Decoder(loaded("llama")), token_ids(), "last", "random", "even")
     assert found["last"].importance == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     assert sorted(found["random"].importance) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert Asked.of("random", {"seed": 1}).call(32) != Asked.of("random", {"seed": 2}).call(32)
-    first = [b for b, rank in enumerate(Asked.of("even").call(32)) if rank < 3]
+    assert resolve("random", {"seed": 1}).call(32) != resolve("random", {"seed": 2}).call(32)
+    first = [b for b, rank in enumerate(resolve("even").call(32)) if rank < 3]
     assert first == [7, 16, 24] or max(first) - min(first) >= 14
-    assert sorted(Asked.of("even").call(7)) == [float(b) for b in range(7)]
+    assert sorted(resolve("even").call(7)) == [float(b) for b in range(7)]
 
 
 # ------------------------------------------------------------------ a block that does nothing
@@ -330,7 +335,7 @@ def test_groups_stacks_and_files_change_nothing(
 ) -> None:
     variant, ids_BT = "gemma3_text", token_ids()
     expected = score(Decoder(loaded(variant)), ids_BT, *WITH_TEXT)
-    monkeypatch.setattr(walk, "CPU_GROUP_TOKENS", limit)
+    monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", limit)
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
     monkeypatch.setattr(walk, "stacked_streams", lambda decoder, entry: 3)
     decoder = streamed(variant) if stream else Decoder(loaded(variant))
@@ -368,7 +373,7 @@ def test_an_interrupted_streamed_pass_goes_on_where_it_was(
     name: str, after: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(journal, "MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(journal, "WORK_PER_WRITING", 0)
+    monkeypatch.setattr(journal, "WORK_PER_COMMIT", 0)
     checkpoint, ids_BT = opened("qwen3"), token_ids()
     options = GREEDY if name == "greedy" else None
     expected = score(streamed("qwen3"), ids_BT, name, checkpoint=checkpoint, options=options)
@@ -470,7 +475,7 @@ def test_single_removals_take_the_fewest_passes() -> None:
     [
         ("influense", {}, r"unknown criterion 'influense'. Did you mean 'influence'\? Available"),
         ("taylor", {"powr": 1}, r"'taylor' has no option 'powr'. Did you mean 'power'\?"),
-        ("taylor", {"power": "3"}, "taylor.power '3' is none of 1, 2"),
+        ("taylor", {"power": "3"}, "taylor.power must be one of 1, 2, not '3'"),
         ("ppl", {"x": 1}, "criterion 'ppl' has no option 'x'; it has no options"),
         ("random", {"seed": "one"}, "random.seed 'one' is not of type int"),
         ("greedy", {"inner": "pppl"}, "unknown criterion 'pppl'"),
@@ -479,16 +484,16 @@ def test_single_removals_take_the_fewest_passes() -> None:
 )
 def test_wrong_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CriterionError, match=message):
-        Asked.of(name, options)
+        resolve(name, options)
 
 
 def test_options_from_a_command_line_are_converted() -> None:
-    assert Asked.of("taylor", {"power": "2", "over_weights": "max"}).options == {
+    assert resolve("taylor", {"power": "2", "over_weights": "max"}).options == {
         "power": 2,
         "over_weights": "max",
         "over_block": "sum",
     }
-    assert Asked.of("greedy", {"rounds": "4"}).options["rounds"] == 4
+    assert resolve("greedy", {"rounds": "4"}).options["rounds"] == 4
 
 
 def test_greedy_refuses_more_rounds_than_blocks_are_free() -> None:
@@ -502,14 +507,14 @@ def test_greedy_refuses_more_rounds_than_blocks_are_free() -> None:
 
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match="'ppl' is already registered by shortllm.criteria.remov"):
-        criteria.criterion("ppl", needs="nothing", source="")(lambda blocks: [0.0] * blocks)
+        criteria.criterion("ppl", needs="nothing", paper="")(lambda blocks: [0.0] * blocks)
 
 
 def test_a_model_that_cannot_be_walked_can_still_be_measured_intact() -> None:
     decoder, ids_BT = Decoder(loaded("llama")), token_ids()
-    expected = walk.mean_nll(decoder, ids_BT)
+    [expected] = walk.mean_nlls(decoder, ids_BT, [walk.NOTHING])
     decoder._obstacle = "the blocks are in the way"
-    assert walk.mean_nll(decoder, ids_BT) == pytest.approx(expected, rel=1e-6)
+    assert walk.mean_nlls(decoder, ids_BT, [walk.NOTHING]) == pytest.approx([expected], rel=1e-6)
     with pytest.raises(UnsupportedModelError, match="in the way"):
         score(decoder, ids_BT, "influence")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import gzip
+import io
 import json
 import lzma
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +19,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import fill_datasets_cache
 
-from shortllm.data.rows import PackedTexts, Rows, split_held_out
+from shortllm.data.rows import ArrowTexts, Rows, split_held_out
 from shortllm.data.sources import BUILT_INS, load_rows, open_records
 from shortllm.errors import DataError
 
@@ -35,6 +40,12 @@ def _bytes_of(kind: str, texts: list[str], column: str = "text") -> bytes:
         return "\n\n".join(map(json.dumps, records)).encode()
     if kind == ".json":
         return json.dumps(records, indent=1).encode()
+    if kind == ".csv":
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, ["id", column])
+        writer.writeheader()
+        writer.writerows(records)
+        return stream.getvalue().encode()
     if kind == ".parquet":
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(records), sink)
@@ -47,7 +58,7 @@ def _bytes_of(kind: str, texts: list[str], column: str = "text") -> bytes:
 
 @pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize(
-    "kind", [".txt", ".text", ".raw", ".tokens", ".jsonl", ".json", ".parquet"]
+    "kind", [".txt", ".text", ".raw", ".tokens", ".jsonl", ".json", ".csv", ".parquet"]
 )
 def test_every_kind_of_file(tmp_path: Path, kind: str, packed: str) -> None:
     file = tmp_path / f"data.v1{kind}{packed}"
@@ -107,12 +118,12 @@ def test_named_column(tmp_path: Path, kind: str) -> None:
     ("name", "content", "message"),
     [
         (
-            "data.csv",
+            "data.tsv",
             "text\na\n",
-            r"what kind of data .*data\.csv holds\. Supported: \.txt.*\.parquet",
+            r"what kind of data is in .*data\.tsv\. Supported: \.txt.*\.parquet",
         ),
         ("data", "a", r"Supported: "),
-        ("empty.txt", "", r"holds no rows"),
+        ("empty.txt", "", r"has no rows"),
         ("latin.txt", b"caf\xe9", r"cannot read .*latin\.txt as txt: 'utf-8' codec"),
         (
             "cut.txt.gz",
@@ -157,14 +168,60 @@ def test_column_errors(tmp_path: Path) -> None:
         load_rows(f"{tmp_path}/a.txt#x")
     with pytest.raises(DataError, match="is a str, not a record with a column 'x'"):
         load_rows(f"{tmp_path}/a.json#x")
-    with pytest.raises(DataError, match="names the column 'x', but 'y' was asked for too"):
+    with pytest.raises(DataError, match="names the column 'x', but 'y' was requested too"):
         load_rows(f"{tmp_path}/a.txt#x", column="y")
     with pytest.raises(DataError, match="names no column after '#'"):
         load_rows(f"{tmp_path}/a.txt#")
 
 
-def test_lone_surrogate_is_replaced() -> None:
-    assert list(map(PackedTexts(["a\ud83db", "c"]).__getitem__, range(2))) == ["a?b", "c"]
+def test_lone_surrogate_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud83db"}\n{"text": "c"}\n')
+    assert list(load_rows(str(tmp_path / "half.jsonl"))) == ["a?b", "c"]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
+def test_text_is_not_taken_for_a_date_or_a_number(tmp_path: Path, kind: str) -> None:
+    texts = ["2020-01-01", "2021-01-01T10:00:00Z", "1.0", "NA", "null", "true", "007"]
+    (tmp_path / f"odd{kind}").write_bytes(_bytes_of(kind, texts))
+    assert list(load_rows(str(tmp_path / f"odd{kind}"))) == texts
+
+
+def test_csv_with_quoted_line_ends_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,n\r\n"one\ntwo, ""three""",1\r\n,2\r\n')
+    assert list(load_rows(str(tmp_path / "a.csv"))) == ['one\ntwo, "three"', ""]
+    (tmp_path / "long.csv").write_text("text\n" + "a" * 200_000 + "\n")
+    assert len(load_rows(str(tmp_path / "long.csv"))[0]) == 200_000
+    (tmp_path / "short.csv").write_text("n,text\n1,a\n2\n")
+    with pytest.raises(DataError, match="row 1 of .* has no text in column 'text'"):
+        load_rows(str(tmp_path / "short.csv"))
+    (tmp_path / "open.csv").write_text('text\n"a')
+    with pytest.raises(DataError, match="cannot read .*open.csv as csv"):
+        load_rows(str(tmp_path / "open.csv"))
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a::b.jsonl", "\u00fc .jsonl"])
+def test_a_file_name_is_no_pattern(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "a"}')
+    assert list(load_rows(str(tmp_path / name))) == ["a"]
+
+
+def test_a_changed_file_is_read_anew_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/nowhere")
+    file = tmp_path / "a.jsonl"
+    for text in ("one", "two"):
+        file.write_text(json.dumps({"text": text}))
+        os.utime(file, (0, 0))
+        assert list(load_rows(str(file))) == [text]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_rows_in_several_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shortllm.data.rows.CHUNK_CHARACTERS", 5)
+    texts = [str(number) for number in range(10)]
+    rows = Rows.of("x", ArrowTexts.of(iter(texts)))
+    assert (list(rows), rows[7], rows[2:5]) == (texts, "7", ["2", "3", "4"])
 
 
 # ---- names
@@ -235,13 +292,13 @@ def test_built_in_names_from_the_local_directory(
     assert list(load_rows("bookcorpus", role="calibration")) == ["first", "second"]
     assert list(load_rows("alpaca")) == ["done"]
     assert load_rows("alpaca#instruction").source == "alpaca:train#instruction"
-    with pytest.raises(DataError, match="holds no ptb/ptb.test.txt .ptb:validation is there."):
+    with pytest.raises(DataError, match="has no ptb/ptb.test.txt .ptb:validation is there."):
         load_rows("ptb:test")
 
 
 def test_local_directory_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHORTLLM_DATA", str(tmp_path / "none"))
-    with pytest.raises(DataError, match="SHORTLLM_DATA is '.*none', which is no directory"):
+    with pytest.raises(DataError, match="SHORTLLM_DATA is '.*none', which is not a directory"):
         load_rows("ptb")
 
 
@@ -267,12 +324,29 @@ def test_embedded_splits_differ() -> None:
             "no/such:config:test",
             r"cannot load 'no/such:config:test'.*HF_HUB_OFFLINE is set.*local file",
         ),
-        ("imdbx", r"cannot load 'imdbx:test'.*no built-in name either\. Available: alpaca"),
+        ("imdbx", r"cannot load 'imdbx:test'.*not a built-in name either\. Available: alpaca"),
     ],
 )
 def test_unreachable_hub(source: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(source)
+
+
+def test_a_data_set_in_the_cache_is_read_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["one", "", "2020-01-01 and more"]
+    fill_datasets_cache(tmp_path, "acme/rows", [{"n": 1, "body": t} for t in texts], monkeypatch)
+    rows = load_rows("acme/rows")
+    assert (list(rows), rows.source, rows[1:3]) == (texts, "acme/rows::test", texts[1:])
+    assert list(load_rows("acme/rows:default:test[1:]#body")) == texts[1:]
+    records = open_records("acme/rows::test")
+    assert list(records.read()) == list(records.read()) == [{"n": 1, "body": t} for t in texts]
+    assert list(records.texts()) == texts
+    with pytest.raises(DataError, match="has no column 'boddy'. Did you mean 'body'"):
+        load_rows("acme/rows#boddy")
+    with pytest.raises(DataError, match="cannot load 'acme/rows:default:train'.*HF_HUB_OFFLINE"):
+        load_rows("acme/rows:default:train")
 
 
 class _Asked(dict[str, Any]):
@@ -327,21 +401,13 @@ def test_hub_column(asked: _Asked) -> None:
         load_rows("some/data#sentences")
 
 
-def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        DataError, match=r"needs datasets\. Install it with: pip install 'shortllm\[data\]'"
-    ):
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system", "/home/x/.cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(DataError, match="cannot keep 'some/data:test' .*Read-only.* Set HF_HOME"):
         load_rows("some/data")
-
-
-def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.parquet").write_bytes(_bytes_of(".parquet", TEXTS))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        DataError, match=r"needs pyarrow\. Install it with: pip install 'shortllm\[data\]'"
-    ):
-        load_rows(str(tmp_path / "a.parquet"))
 
 
 def test_import_is_light() -> None:
@@ -415,14 +481,15 @@ def test_real_files(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", PACKERS)
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
 def test_records_keep_their_columns_and_can_be_read_again(
     tmp_path: Path, kind: str, packed: str
 ) -> None:
     file = tmp_path / f"data{kind}{packed}"
     file.write_bytes(PACKERS[packed](_bytes_of(kind, TEXTS)))
     records = open_records(str(file))
-    whole = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+    name: Callable[[int], Any] = str if kind == ".csv" else int
+    whole = [{"id": name(number), "text": text} for number, text in enumerate(TEXTS)]
     expected: list[Any] = TEXTS if kind == ".txt" else whole
     assert list(records.read()) == list(records.read()) == expected
     assert list(records.texts()) == TEXTS

@@ -1,4 +1,4 @@
-"""The demo: text as it comes, limits, the page in a browser."""
+"""The demo: text while it is generated, limits, the page in a browser."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ import httpx
 import pytest
 import torch
 
-import shortllm
 from shortllm.cli import main
-from shortllm.demo import charts, embedded, generating, markup, page, serving
-from shortllm.demo.generating import Limits, Progress, Request, generate
-from shortllm.demo.models import Models, named_models, open_models
+from shortllm.demo import generate as generating
+from shortllm.demo import models as demo_models
+from shortllm.demo import page
+from shortllm.demo.generate import Limits, Progress, Request, generate
+from shortllm.demo.models import Models, embedded_models, named_models, open_models
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.model.session import Session
 
@@ -46,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def places(cache: Path) -> dict[str, str]:
     """The embedded model, narrower, and without a quarter of its blocks."""
-    return embedded.embedded_models(Session(device="cpu"))
+    return embedded_models(Session(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,8 @@ def models(places: dict[str, str]) -> Models:
     return open_models(places, Session(device="cpu"))
 
 
-def whole(models: Models, name: str = "original", **asked: Any) -> Progress:
-    request = Request(**{"prompt": PROMPT, "new_tokens": 12, **asked})
+def whole(models: Models, name: str = "original", **options: Any) -> Progress:
+    request = Request(**{"prompt": PROMPT, "new_tokens": 12, **options})
     *_, last = generate(models, models.named(name), request, limits=LIMITS)
     assert last.state == "done"
     return last
@@ -93,7 +94,8 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another(models: Model
 
 
 def test_temperature_0_takes_the_likeliest_token(models: Models) -> None:
-    assert whole(models, temperature=0, seed=1).texts == whole(models, temperature=0, seed=2).texts
+    first, second = (whole(models, temperature=0, seed=seed).texts for seed in (1, 2))
+    assert first == second == whole(models, top_p=0.0).texts == whole(models, top_k=1).texts
     model = models.named("original")
     ids = model.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -105,7 +107,7 @@ def test_temperature_0_takes_the_likeliest_token(models: Models) -> None:
 
 
 def test_text_comes_as_it_is_made(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating, "UPDATE_S", 0.0)
+    monkeypatch.setattr(generating, "UPDATE_S", 0.001)
     request = Request(prompt=PROMPT, new_tokens=40, batch=2)
     states = list(generate(models, models.named("original"), request, limits=LIMITS))
     assert [one.state for one in states[:-1]] == ["running"] * (len(states) - 1)
@@ -122,39 +124,63 @@ def test_text_comes_as_it_is_made(models: Models, monkeypatch: pytest.MonkeyPatc
 
 
 def test_half_a_character_is_held_back(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating._Work, "_texts", lambda self, ids: ["a\ufffd"] * len(ids))
+    monkeypatch.setattr(generating, "decode", lambda tokenizer, prompt, ids: ["a\ufffd"] * len(ids))
     request = Request(prompt=PROMPT, new_tokens=3)
     *running, last = generate(models, models.named("original"), request, limits=LIMITS)
     assert {one.texts[0] for one in running[1:]} <= {"a"} and last.texts == ["a\ufffd"]
 
 
-def test_what_is_stopped_ends_at_the_next_token(models: Models) -> None:
-    request = Request(prompt=PROMPT, new_tokens=400, batch=4)
-    stop = threading.Event()
-    for state in generate(models, models.named("original"), request, limits=LIMITS, stop=stop):
-        if state.tokens:
-            stop.set()
-    assert state.state == "stopped" and 0 < state.tokens < 400
-    part = whole(models, new_tokens=state.tokens, batch=4)
-    assert part.texts == state.texts
+def test_texts_of_a_batch_that_do_not_follow_the_decoded_prompt_are_decoded_alone() -> None:
+    class Joining:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "é" if ids == [1, 2] else "".join(map(str, ids))
+
+    assert generating.decode(Joining(), [1], [[2], [3]]) == ["2", "3"]
 
 
-def test_what_is_stopped_before_its_turn_makes_nothing(models: Models) -> None:
-    stop = threading.Event()
-    stop.set()
-    request = Request(prompt=PROMPT)
-    *_, last = generate(models, models.named("original"), request, limits=LIMITS, stop=stop)
-    assert (last.state, last.tokens, last.texts, last.tokens_per_s) == ("stopped", 0, [""], None)
+def test_nothing_is_decoded_in_the_thread_that_generates(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, set[int]] = {"put": set(), "decode": set()}
+
+    def noted(name: str, real: Any) -> Any:
+        def call(*given: Any) -> Any:
+            threads[name].add(threading.get_ident())
+            return real(*given)
+
+        return call
+
+    monkeypatch.setattr(generating.Tokens, "put", noted("put", generating.Tokens.put))
+    monkeypatch.setattr(generating, "decode", noted("decode", generating.decode))
+    whole(models, new_tokens=40)
+    assert threads["decode"] == {threading.get_ident()} and len(threads["put"]) == 1
+    assert threads["put"] != threads["decode"]
 
 
-def test_nothing_goes_on_when_nobody_reads_on(models: Models) -> None:
+def test_a_closed_iterator_stops_the_model_at_its_next_token(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = threading.active_count()
-    request = Request(prompt=PROMPT, new_tokens=400, batch=8)
+    steps: list[torch.Tensor] = []
+    real = generating.Tokens.put
+
+    def counted(self: generating.Tokens, value: torch.Tensor) -> None:
+        steps.append(value)
+        real(self, value)
+
+    monkeypatch.setattr(generating.Tokens, "put", counted)
+    request = Request(PROMPT, 400, 8)
     states = generate(models, models.named("original"), request, limits=LIMITS)
-    assert next(state for state in states if state.tokens)
+    seen = next(state for state in states if state.tokens)
     assert models.lock.locked() and threading.active_count() > before
-    states.close()  # type: ignore[attr-defined]
+    states.close()
     assert not models.lock.locked() and threading.active_count() == before
+    assert seen.tokens <= len(steps) < 400
+    part = whole(models, new_tokens=seen.tokens, batch=8)
+    assert all(
+        text.startswith(start.rstrip("\ufffd"))
+        for text, start in zip(part.texts, seen.texts, strict=True)
+    )
 
 
 def test_texts_are_made_one_after_another(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,19 +192,19 @@ def test_texts_are_made_one_after_another(models: Models, monkeypatch: pytest.Mo
 
 
 def watch(models: Models, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts have been in the making at once at most."""
+    """The highest number of texts in generation at the same time."""
     now, most, lock = [0], [0], threading.Lock()
-    real = generating._Work._generate
+    real = generating._run
 
-    def watched(self: Any) -> None:
+    def watched(*given: Any) -> None:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        real(self)
+        real(*given)
         with lock:
             now[0] -= 1
 
-    monkeypatch.setattr(generating._Work, "_generate", watched)
+    monkeypatch.setattr(generating, "_run", watched)
     return most
 
 
@@ -190,17 +216,17 @@ def watch(models: Models, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ({"prompt": " \n"}, "the prompt is empty. Type some text"),
         ({"prompt": "a" * 200_001}, "the prompt has 200,001 characters. At most 200,000"),
-        ({"new_tokens": 0}, "output tokens: 0 is no whole number from 1 to 400"),
-        ({"new_tokens": 401}, "output tokens: 401 is no whole number from 1 to 400"),
-        ({"new_tokens": 1.5}, "output tokens: 1.5 is no whole number"),
-        ({"batch": 9}, "batch: 9 is no whole number from 1 to 8"),
-        ({"batch": None}, "batch: nothing is no whole number from 1 to 8"),
-        ({"seed": -1}, "seed: -1 is no whole number from 0 to 4,294,967,295"),
-        ({"seed": float("inf")}, "seed: inf is no whole number"),
-        ({"top_k": "many"}, "top-k: many is no whole number"),
-        ({"top_p": 0.0}, "top-p: 0.0 is not above 0 and at most 1"),
-        ({"temperature": -0.1}, "temperature: -0.1 is not between 0 and 5"),
-        ({"temperature": float("nan")}, "temperature: nan is not between 0 and 5"),
+        ({"new_tokens": 0}, "output tokens must be a whole number from 1 to 400, not 0"),
+        ({"new_tokens": 401}, "output tokens must be a whole number from 1 to 400, not 401"),
+        ({"new_tokens": 1.5}, "output tokens must be a whole number from 1 to 400, not 1.5"),
+        ({"batch": 9}, "batch size must be a whole number from 1 to 8, not 9"),
+        ({"batch": None}, "batch size must be a whole number from 1 to 8, not empty"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4,294,967,295, not -1"),
+        ({"seed": float("inf")}, "seed must be a whole number from 0 to 4,294,967,295, not inf"),
+        ({"top_k": "many"}, "top-k must be a whole number from 0 to 1,000,000, not many"),
+        ({"top_p": 1.1}, "top-p must be a number from 0 to 1, not 1.1"),
+        ({"temperature": -0.1}, "temperature must be a number from 0 to 5, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0 to 5, not nan"),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(
@@ -217,7 +243,7 @@ def test_prompt_and_text_fit_into_the_positions(models: Models) -> None:
     fitting = " ".join([PROMPT] * (512 // count - 1))
     prompt = len(model.tokenizer(fitting)["input_ids"])
     assert whole(models, prompt=fitting, new_tokens=512 - prompt).tokens == 512 - prompt
-    with pytest.raises(ShortLLMError, match=f"Shorten it to {prompt - 1} tokens, or ask for fewer"):
+    with pytest.raises(ShortLLMError, match=f"Shorten it to {prompt - 1} tokens, or request fewer"):
         whole(models, prompt=fitting, new_tokens=513 - prompt)
     longer = " ".join([PROMPT] * 100)
     with pytest.raises(ShortLLMError, match="more than the 512 positions of original"):
@@ -234,25 +260,28 @@ def test_a_cache_larger_than_memory_is_refused(
         generating, "available_memory", lambda device: 4 * tokens * model.cache_bytes
     )
     assert whole(models, batch=4).tokens == 12
-    with pytest.raises(ShortLLMError, match="a batch of 5 .* Ask for a smaller batch"):
+    with pytest.raises(ShortLLMError, match="a batch of 5 .* Request a smaller batch"):
         whole(models, batch=5)
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "memory did not suffice for a batch of 1"),
-        (RuntimeError("/home/me/secret"), r"generation failed \(RuntimeError\). The terminal"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory for a batch of 1"),
+        (
+            RuntimeError("/home/me/secret"),
+            r"generation failed \(RuntimeError\). The terminal shows",
+        ),
     ],
 )
-def test_what_fails_says_so_without_the_machines_paths(
+def test_a_failure_is_reported_without_paths(
     models: Models, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    def fail(self: Any) -> None:
+    def fail(**given: Any) -> None:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(generating._Work, "_generate", fail)
+        patch.setattr(models.named("original").model, "generate", fail)
         with pytest.raises(ShortLLMError, match=message) as raised:
             whole(models)
         assert "secret" not in str(raised.value)
@@ -262,41 +291,42 @@ def test_what_fails_says_so_without_the_machines_paths(
 # Models.
 
 
-def test_embedded_models_are_made_once(
-    places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_embedded_models_are_shortened_once(places: dict[str, str]) -> None:
+    home = Path(places["depth"]).parent
+    files = [home / "scores" / "scores.json", *(home / name / "config.json" for name in
+             ("depth", "width"))]  # fmt: skip
+    before = [one.stat().st_mtime_ns for one in files]
+    again = embedded_models(Session(device="cpu"))
+    assert again == places and list(again) == ["original", "width", "depth"]
+    assert [one.stat().st_mtime_ns for one in files] == before
+
+
+@pytest.mark.parametrize(("name", "blocks", "method"), [("depth", 9, "ppl"), ("width", 12, "flap")])
+def test_a_damaged_version_is_shortened_again(
+    places: dict[str, str], name: str, blocks: int, method: str
 ) -> None:
-    made = embedded.embedded_models(Session(device="cpu"))
-    assert list(made) == ["original", "width", "depth"]
-    depth = Path(places["depth"])
-    held = (depth / "config.json").stat().st_mtime_ns
-    monkeypatch.setattr(embedded, "score_in", None)  # what is there is not scored again
-    assert embedded.embedded_models(Session(device="cpu"))["depth"] == str(depth)
-    assert (depth / "config.json").stat().st_mtime_ns == held
+    config = Path(places[name]) / "config.json"
+    config.write_text("{}")
+    assert embedded_models(Session(device="cpu")) == places
+    found = json.loads(config.read_text())
+    assert found["num_hidden_layers"] == blocks and method in str(found["shortllm"])
 
 
-def test_what_is_damaged_or_of_another_version_is_made_again(
-    places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_another_version_has_its_own_directory(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(device="cpu")
-    checkpoint = shortllm.open_checkpoint("embedded")
-    depth = Path(places["depth"])
-    (depth / "config.json").write_text("{}")
-    assert embedded.depth_version(depth, checkpoint, session) == depth
-    config = json.loads((depth / "config.json").read_text())
-    assert config["num_hidden_layers"] == 9 and config["shortllm"]["criterion"] == "ppl"
-    monkeypatch.setattr(embedded, "__version__", "9.9")
-    monkeypatch.setattr(embedded, "depth_version", lambda target, *_: target)
-    monkeypatch.setattr(embedded, "width_version", lambda target, *_: target)
-    assert "/9.9-" in embedded.embedded_models(session)["depth"]
+    monkeypatch.setattr(demo_models, "__version__", "9.9")
+    monkeypatch.setattr(demo_models, "_shorten_embedded", lambda home, session: (home, home))
+    assert "/9.9-" in embedded_models(Session(device="cpu"))["depth"]
 
 
-def test_a_cache_that_cannot_be_written_names_the_way_out(
+def test_a_cache_that_cannot_be_written_gives_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="Set XDG_CACHE_HOME to another one"):
-        embedded.embedded_models(Session(device="cpu"))
+        embedded_models(Session(device="cpu"))
 
 
 def test_panels_know_which_blocks_are_left(models: Models) -> None:
@@ -304,17 +334,19 @@ def test_panels_know_which_blocks_are_left(models: Models) -> None:
     assert (original.kept, original.source_blocks) == (list(range(12)), 12)
     assert (width.kept, width.source_blocks) == (list(range(12)), 12)
     assert len(depth.kept) == 9 and depth.source_blocks == 12
-    cells = re.findall(r'<i class="(\w+)"', markup.strip(depth, original))
+    cells = re.findall(r'<i class="(\w+)"', page.head(depth, original, "red"))
     assert [cells[block] for block in depth.kept] == ["kept"] * 9 and cells.count("gone") == 3
-    parts = [float(part) for part in re.findall(r"--part: ([.\d]+)", markup.strip(width, original))]
+    parts = [
+        float(part) for part in re.findall(r"--part: ([.\d]+)", page.head(width, original, "red"))
+    ]
     assert sum(parts) / 12 == pytest.approx(0.75, abs=0.02) and min(parts) < 0.5
 
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([("short", "")], "--model 'short=' is not of the form NAME=MODEL"),
-        ([("", "runs/short")], "--model '=runs/short' is not of the form NAME=MODEL"),
+        ([("short", "")], "--model 'short=' must have the form NAME=MODEL"),
+        ([("", "runs/short")], "--model '=runs/short' must have the form NAME=MODEL"),
         ([("a", "x"), ("a", "y")], "two models are called 'a'"),
         ([("n" * 41, "x")], "longer than 40 characters"),
     ],
@@ -327,46 +359,23 @@ def test_names_of_models(pairs: list[tuple[str, str]], message: str) -> None:
 # What is shown.
 
 
-def test_text_is_shown_as_text() -> None:
+def test_names_and_errors_are_escaped(models: Models) -> None:
+    model = replace(models.named("original"), name="<b>&")
+    shown = page.head(model, model, "red")
+    assert "<b>&" not in shown and "<h3>&lt;b&gt;&amp;</h3>" in shown
+    assert '<p role="alert">A &lt;b&gt;.</p>' in page.failure(ShortLLMError("a <b>"))
+
+
+def test_figures_and_the_texts_of_a_batch() -> None:
     progress = Progress(
-        state="done", texts=["<b>&", "two"], tokens=3, seconds=1.5, first_token_s=0.25
+        state="done", texts=["<b>&", " two"], tokens=3, seconds=1.5, first_token_s=0.25
     )
-    shown = markup.written("<script>alert(1)</script>", progress)
-    assert "<script>" not in shown and "&lt;script&gt;" in shown
-    assert "<li>&lt;b&gt;&amp;</li><li>two</li>" in shown
-    assert "1.50 s" in shown and "4 tokens/s" in shown and "250 ms" in shown
-    assert "<b>" not in markup.failed("<b>")
-
-
-@pytest.mark.parametrize(
-    ("number", "shown"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (4_668_672, "4.67 M"),
-        (999_600, "1.00 M"),
-        (13_476_839_424, "13.5 B"),
-    ],
-)
-def test_counts_have_three_digits(number: int, shown: str) -> None:
-    assert markup.count(number) == shown
-
-
-def test_the_chart_shows_the_last_four_rounds_to_one_scale() -> None:
-    rounds = [
-        charts.Round(
-            number=number,
-            batch=2,
-            new_tokens=64,
-            bars=(charts.Bar(model="<m>", place=0, tokens_per_s=10.0 * number, seconds=1.0),),
-        )
-        for number in range(1, 7)
-    ]
-    shown = charts.chart(rounds)
-    assert re.findall(r"Run (\d)", shown) == ["6", "5", "4", "3"]
-    assert re.findall(r"--part: ([\d.]+)", shown) == ["1.0000", "0.8333", "0.6667", "0.5000"]
-    assert "64 tokens × 2" in shown and "<m>" not in shown
-    assert charts.chart([]) == ""
+    shown = page.figures(progress)
+    for figure in ("1.50 s", "4 tokens/s", "250 ms", "<dd>3</dd>", "<dd>–</dd>"):
+        assert figure in shown
+    assert page.figures(None).count("<dd>–</dd>") == 5
+    assert page.written("so", progress.texts) == "so\n\n1. <b>&\n\n2. two"
+    assert page.written("so", [" far"]) == "so far"
 
 
 # The server.
@@ -374,7 +383,7 @@ def test_the_chart_shows_the_last_four_rounds_to_one_scale() -> None:
 
 @pytest.fixture(scope="module")
 def address(models: Models) -> Iterator[str]:
-    blocks, url = serving.serve(models, limits=LIMITS)
+    blocks, url = page.serve(models, limits=LIMITS)
     assert url.startswith("http://127.0.0.1:")
     yield url
     blocks.close()
@@ -415,7 +424,7 @@ def test_nothing_tells_where_the_models_lie(
         upload = client.post("gradio_api/upload", files={"files": ("a.txt", b"a")})
         reading = [client.get(f"gradio_api/file={place}/config.json") for place in places.values()]
         wrong = client.post("gradio_api/queue/join", json={"data": [], "fn_index": 99})
-    assert upload.status_code == 403 and upload.text == "nothing can be uploaded here"
+    assert upload.status_code == 403 and upload.text == "uploads are not allowed"
     assert {one.status_code for one in reading} <= {403, 404}
     answers = [
         ask(address, "nobody", PROMPT),
@@ -434,17 +443,17 @@ def test_nothing_tells_where_the_models_lie(
 
 def test_a_port_that_is_taken_is_said(address: str, models: Models) -> None:
     port = int(address.rstrip("/").rsplit(":", 1)[1])
-    with pytest.raises(ShortLLMError, match=f"port {port} of 127.0.0.1 is taken"):
-        serving.serve(models, limits=LIMITS, port=port)
+    with pytest.raises(ShortLLMError, match=f"port {port} of 127.0.0.1 is in use"):
+        page.serve(models, limits=LIMITS, port=port)
 
 
 def test_serving_beyond_this_machine_is_a_warning(
     models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
-    serving.serve(models, limits=LIMITS)[0].close()
-    assert "whoever" not in caplog.text
-    serving.serve(models, limits=LIMITS, host="0.0.0.0")[0].close()
-    assert "whoever can reach the page can use the models" in caplog.text
+    page.serve(models, limits=LIMITS)[0].close()
+    assert "anyone" not in caplog.text
+    page.serve(models, limits=LIMITS, host="0.0.0.0")[0].close()
+    assert "anyone who can reach the page can use the models" in caplog.text
 
 
 # The command.
@@ -464,7 +473,7 @@ def test_the_command_refuses_what_is_no_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
-        (["--model", "short"], "'short=' is not of the form NAME=MODEL"),
+        (["--model", "short"], "'short=' must have the form NAME=MODEL"),
         (["--depth", str(tmp_path / "none")], "no such directory"),
         (["--original", "embedded", "--model", "original=embedded"], "two models are called"),
     ):
@@ -517,15 +526,12 @@ class Visitor:
         self.context = browser.new_context(**context)
         self.tab = self.context.new_page()
         self.tab.set_default_timeout(30_000)
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.complaints: list[str] = []
-        self.tab.on("request", lambda request: self.asked.append(request.url))
+        self.tab.on("request", lambda request: self.requested.append(request.url))
         self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.tab.goto(address)
-        self.ready()
-
-    def ready(self) -> None:
-        self.tab.wait_for_selector("#all:not([disabled])")
+        self.tab.wait_for_selector("#all")
 
     def set(self, **settings: Any) -> None:
         for name, value in settings.items():
@@ -536,30 +542,60 @@ class Visitor:
 
     def press(self, place: int | None = None) -> None:
         """Generate in one panel, or in all."""
-        panel = self._panel(place or 0)
-        self.tab.evaluate(f"document.querySelector('{panel} .output').dataset.old = 'yes'")
-        self.tab.click("#all" if place is None else f"{panel} > button")
-        self.tab.wait_for_selector(f"{panel} .output:not([data-old])")
+        self.tab.evaluate("document.querySelectorAll('.figures').forEach(e => e.dataset.old = 1)")
+        self.tab.click("#all" if place is None else f"{panel(place)} > button")
 
     def generate(self, place: int | None = None) -> None:
+        """Generate, and wait for the end."""
         self.press(place)
-        self.ready()
+        self.wait(place)
 
-    def _panel(self, place: int) -> str:
-        return f".panels > .column:nth-child({place + 1})"
+    def wait(self, place: int | None = None) -> None:
+        for one in range(len(self.states())) if place is None else [place]:
+            self.tab.wait_for_selector(
+                f"{panel(one)} .figures:not([data-old]):is([data-state=done], [data-state=failed])"
+            )
+
+    def wait_for_text(self, length: int) -> None:
+        """In the first panel."""
+        area = f"document.querySelector('{panel(0)} textarea')"
+        self.tab.wait_for_function(f"{area}.value.length > {length}")
 
     def read(self, what: str) -> list[str]:
         return [str(text) for text in self.tab.locator(what).all_inner_texts()]
 
+    def texts(self) -> list[str]:
+        return [str(one.input_value()) for one in self.tab.locator("#panels textarea").all()]
+
     def states(self) -> list[str]:
-        found = self.tab.locator(".output").all()
+        found = self.tab.locator(".figures").all()
         return [str(one.get_attribute("data-state")) for one in found]
 
     def figures(self, place: int) -> dict[str, str]:
         """Sizes and measurements of a panel, by name."""
-        panel = self.tab.locator(self._panel(place))
-        names, values = panel.locator("dt").all_inner_texts(), panel.locator("dd").all_inner_texts()
+        found = self.tab.locator(panel(place))
+        names, values = found.locator("dt").all_inner_texts(), found.locator("dd").all_inner_texts()
+        values = [value.replace("\u202f", " ") for value in values]
         return dict(zip(names, values, strict=True))
+
+    def runs(self) -> list[str]:
+        """Titles of the charts."""
+        return self.read("#runs [data-testid=block-info]:visible")
+
+    def wait_for_bars(self, *counts: int) -> None:
+        """As many charts, with as many bars that can be seen."""
+        bars = "path[aria-roledescription=bar]"
+        self.tab.wait_for_function(
+            f"""wanted => JSON.stringify(wanted) === JSON.stringify(
+                [...document.querySelectorAll('#runs .block')].filter(one => one.offsetHeight)
+                .map(one => [...one.querySelectorAll('{bars}')]
+                    .filter(bar => bar.getBoundingClientRect().height > 0).length))""",
+            arg=list(counts),
+        )
+
+
+def panel(place: int) -> str:
+    return f"#panels > .column:nth-child({place + 1})"
 
 
 @pytest.fixture
@@ -570,42 +606,44 @@ def visitor(browser: Any, address: str) -> Iterator[Visitor]:
 
 
 def test_three_models_side_by_side(visitor: Visitor, address: str, models: Models) -> None:
-    assert visitor.read("h1") == ["One prompt, three models side by side"]
-    assert visitor.read(".head h2") == ["original", "width", "depth"]
+    assert visitor.read("h1") == ["One prompt, 3 models side by side"]
+    assert visitor.read(".head h3") == ["original", "width", "depth"]
     prompt = "Gwen had two coins."
     visitor.type(prompt)
     visitor.set(output_tokens=30, seed=4)
     visitor.generate()
     assert visitor.states() == ["done"] * 3
-    texts = visitor.read(".written")
+    texts = visitor.texts()
     expected = [whole(models, name, prompt=prompt, new_tokens=30, seed=4).texts[0]
                 for name in ("original", "width", "depth")]  # fmt: skip
-    assert texts == [(prompt + text).rstrip() for text in expected] and len(set(texts)) == 3
+    assert texts == [prompt + text for text in expected] and len(set(texts)) == 3
     for place, (count, blocks, size) in enumerate(
         [
             ("4.67 M", "12", "9.34 MB"),
-            ("3.55 M−24 %", "12", "7.09 MB"),
-            ("3.54 M−24 %", "9", "7.09 MB"),
+            ("3.55 M −24.0 %", "12", "7.09 MB"),
+            ("3.54 M −24.1 %", "9", "7.09 MB"),
         ]
     ):
         found = visitor.figures(place)
         assert (found["parameters"], found["blocks"], found["size"]) == (count, blocks, size)
-        assert re.fullmatch(r"\d+\.\d\d s", found["time"])
+        assert re.fullmatch(r"\d+\.\d\d s", found["time"]) and found["tokens"] == "30"
         assert re.fullmatch(r"[\d,]+ tokens/s", found["throughput"])
         assert re.fullmatch(r"[\d,]+ ms", found["first token"])
         assert re.fullmatch(r"[\d.]+ [MG]B", found["memory"])
-    assert visitor.read(".rounds figcaption span") == ["30 tokens"]
-    assert len(visitor.read(".rounds li")) == 3
+    visitor.wait_for_bars(3)
+    assert visitor.runs() == ["Run 1: 30 tokens"]
 
     visitor.generate()  # the same seed
-    assert visitor.read(".written") == texts
+    assert visitor.texts() == texts
     visitor.set(seed=5)
     visitor.generate()
-    assert all(new != old for new, old in zip(visitor.read(".written"), texts, strict=True))
-    runs = [one.removesuffix("30 tokens") for one in visitor.read(".rounds figcaption")]
-    assert runs == ["Run 3", "Run 2", "Run 1"]
+    assert all(new != old for new, old in zip(visitor.texts(), texts, strict=True))
+    visitor.wait_for_bars(3, 3, 3)
+    assert visitor.runs() == [f"Run {number}: 30 tokens" for number in (3, 2, 1)]
     assert visitor.complaints == []
-    elsewhere = [url for url in visitor.asked if not url.startswith((address, "data:", "blob:"))]
+    elsewhere = [
+        url for url in visitor.requested if not url.startswith((address, "data:", "blob:"))
+    ]
     assert elsewhere == []
 
 
@@ -613,27 +651,50 @@ def test_one_panel_alone_and_a_batch_in_numbers(visitor: Visitor) -> None:
     visitor.set(output_tokens=8, batch_size=3)
     visitor.generate(1)
     assert visitor.states() == ["idle", "done", "idle"]
-    assert len(visitor.read(".written li")) == 3
-    assert visitor.read(".rounds figcaption span") == ["8 tokens × 3"]
+    text = visitor.texts()[1]
+    assert text.startswith(PROMPT) and re.findall(r"^(\d)\. ", text, re.MULTILINE) == [*"123"]
+    visitor.wait_for_bars(1)
+    assert visitor.runs() == ["Run 1: 8 tokens × 3"]
 
 
-def test_text_streams_and_stops(visitor: Visitor) -> None:
+def test_the_charts_show_the_last_four_runs_to_one_scale(visitor: Visitor) -> None:
+    visitor.set(output_tokens=1)
+    visitor.generate(0)
+    for batch in (2, 3, 4, 5):
+        visitor.set(batch_size=batch)
+        visitor.generate(batch % 3)
+    visitor.tab.wait_for_function("document.querySelector('#runs').innerText.includes('Run 5')")
+    assert visitor.runs() == [f"Run {batch}: 1 token × {batch}" for batch in (5, 4, 3, 2)]
+    visitor.wait_for_bars(1, 1, 1, 1)
+    axes = [
+        visitor.tab.locator("#runs .block:visible").nth(run).locator("g.role-axis-label").nth(1)
+        for run in range(4)
+    ]
+    assert len({tuple(axis.all_text_contents()) for axis in axes}) == 1
+
+
+def test_text_streams_and_stops(visitor: Visitor, models: Models) -> None:
     visitor.set(output_tokens=400, batch_size=8)
     visitor.press()
-    seen = "document.querySelector('.written li')?.innerText.length > 40"
-    visitor.tab.wait_for_function(seen)
-    assert visitor.states() == ["running", "waiting", "waiting"]
-    assert visitor.tab.is_disabled("#all") and visitor.tab.is_disabled("#reset")
+    visitor.wait_for_text(400)
+    assert visitor.states() == ["running", "idle", "idle"]
     visitor.tab.dispatch_event("#stop", "click")  # a click waits until text has stopped moving it
-    visitor.ready()
-    assert visitor.states() == ["stopped"] * 3
-    [after] = visitor.read(".output .note")
-    assert 0 < int(after.split()[2]) < 400
-    assert visitor.read(".quiet") == ["Stopped before it began"] * 2
-    assert visitor.read(".runs") == []
+    wait_until_free(models)
+    visitor.tab.wait_for_timeout(500)
+    found = visitor.figures(0)
+    assert 0 < int(found["tokens"]) < 400 and found["memory"] == "–"
+    assert visitor.states() == ["running", "idle", "idle"] and visitor.runs() == []
+    assert visitor.texts()[1:] == ["", ""]
     visitor.set(output_tokens=5, batch_size=1)
     visitor.generate()
     assert visitor.states() == ["done"] * 3
+
+
+def wait_until_free(models: Models) -> None:
+    deadline = time.monotonic() + 20
+    while models.lock.locked() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not models.lock.locked()
 
 
 def test_errors_are_said_in_the_panel_and_the_page_lives_on(visitor: Visitor) -> None:
@@ -641,82 +702,91 @@ def test_errors_are_said_in_the_panel_and_the_page_lives_on(visitor: Visitor) ->
     visitor.set(output_tokens=5)
     visitor.generate()
     assert visitor.states() == ["failed"] * 3
-    errors = visitor.read(".error")
+    errors = visitor.read("[role=alert]")
     assert all("more than the 512 positions of" in one for one in errors)
     assert errors[0].startswith("The prompt has ") and errors[0].endswith(".")
     visitor.type(PROMPT)
-    visitor.set(batch_size=9)
-    visitor.generate(0)
-    assert visitor.read(".error")[0] == "Batch: 9 is no whole number from 1 to 8."
-    visitor.set(batch_size="")
-    visitor.generate(0)
-    assert visitor.read(".error")[0].startswith("Batch: ")
+    for size, given in ((9, "9"), ("", "empty")):
+        visitor.set(batch_size=size)
+        visitor.generate(0)
+        [error, *_] = visitor.read("[role=alert]")
+        assert error == f"Batch size must be a whole number from 1 to 8, not {given}."
     visitor.set(batch_size=1)
     visitor.generate()
     assert visitor.states() == ["done"] * 3 and visitor.complaints == []
 
 
+def test_text_is_shown_as_text(visitor: Visitor) -> None:
+    prompt = "<img src=x onerror='document.title = 1'> ${1 + 1} {{prompt}}"
+    visitor.type(prompt)
+    visitor.set(output_tokens=3)
+    visitor.generate(0)
+    assert visitor.texts()[0].startswith(prompt)
+    assert visitor.tab.title() == "shortllm demo" and visitor.complaints == []
+    assert visitor.tab.locator("img[src=x]").count() == 0
+
+
 def test_examples_and_reset(visitor: Visitor) -> None:
-    examples = visitor.tab.locator(".examples button")
+    examples = visitor.tab.locator("#examples button")
     assert examples.count() == len(page.EMBEDDED_EXAMPLES)
     examples.nth(1).click()
-    asked = visitor.tab.locator("#prompt textarea")
+    prompt = visitor.tab.locator("#prompt textarea")
     visitor.tab.wait_for_function("document.querySelector('#prompt textarea').value.length > 60")
-    assert asked.input_value() == page.EMBEDDED_EXAMPLES[1]
+    assert prompt.input_value() == page.EMBEDDED_EXAMPLES[1]
     visitor.set(output_tokens=5, temperature=0.5)
     visitor.generate()
+    visitor.wait_for_bars(3)
+    assert visitor.runs() == ["Run 1: 5 tokens"]
     visitor.tab.click("#reset")
-    visitor.tab.wait_for_function("!document.querySelector('.written')")
-    assert visitor.states() == ["idle"] * 3 and visitor.read(".runs") == []
-    assert asked.input_value() == page.EMBEDDED_EXAMPLES[0]
+    visitor.tab.wait_for_function("!document.querySelector('[data-state=done]')")
+    visitor.wait_for_bars()
+    assert visitor.states() == ["idle"] * 3 and visitor.texts() == [""] * 3
+    assert prompt.input_value() == page.EMBEDDED_EXAMPLES[0]
     values = [
         visitor.tab.input_value(f"#{name} input") for name in ("output-tokens", "temperature")
     ]
     assert values == ["64", "1"]
 
 
-def test_who_leaves_is_not_waited_for(browser: Any, address: str, models: Models) -> None:
+def test_a_visitor_who_leaves_frees_the_models(browser: Any, address: str, models: Models) -> None:
     leaving = Visitor(browser, address)
     leaving.set(output_tokens=400, batch_size=8)
     leaving.press()
-    leaving.tab.wait_for_selector(".written")
+    leaving.wait_for_text(400)
     assert models.lock.locked()
     leaving.context.close()
-    deadline = time.monotonic() + 10
-    while models.lock.locked() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not models.lock.locked()
+    wait_until_free(models)
 
 
-def test_visitors_wait_for_their_turn_up_to_a_limit(
+def test_visitors_wait_in_a_queue_up_to_a_limit(
     browser: Any, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MOST_VISITORS", 2)
-    blocks, url = serving.serve(models, limits=LIMITS)
+    monkeypatch.setattr(page, "QUEUE_SIZE", 1)
+    blocks, url = page.serve(models, limits=LIMITS)
     first, second, third = visitors = [Visitor(browser, url) for _ in range(3)]
+    waiting = "document.body.innerText.includes('queue: 1/1')"
     for visitor in visitors:
         visitor.set(output_tokens=3)
     try:
         with models.lock:  # the first one waits for the models, the second one for the first
             first.press(0)
-            first.tab.wait_for_selector(".output[data-state=running]")
+            first.tab.wait_for_timeout(1000)
             second.press(0)
-            assert second.states() == ["waiting", "idle", "idle"]
+            second.tab.wait_for_function(waiting)
             third.tab.click("#all")
-            third.tab.wait_for_selector(".error")
-            assert third.states() == ["failed"] * 3
-            assert third.read(".error")[0].startswith("Too many requests are waiting")
-            second.tab.click("#stop")  # which makes room, at once
-            second.ready()
-            assert second.states() == ["stopped", "idle", "idle"]
+            third.tab.wait_for_selector(".toast-body")
+            assert "currently busy" in third.read(".toast-body")[0]
+            assert third.states() == ["idle"] * 3
+            second.tab.click("#stop")  # which frees the place in the queue
+            second.tab.wait_for_function(f"!{waiting}")
             second.set(seed=8)
             second.press(2)
-        for visitor in (first, second):
-            visitor.ready()
+            second.tab.wait_for_function(waiting)
+        first.wait(0)
+        second.wait(2)
         assert first.states() == ["done", "idle", "idle"]
-        assert second.states() == ["stopped", "idle", "done"]
-        [text] = second.read(".written")
-        assert text == PROMPT + whole(models, "depth", new_tokens=3, seed=8).texts[0]
+        assert second.states() == ["idle", "idle", "done"]
+        assert second.texts()[2] == PROMPT + whole(models, "depth", new_tokens=3, seed=8).texts[0]
         third.generate()
         assert third.states() == ["done"] * 3
     finally:
@@ -746,11 +816,12 @@ def test_as_many_panels_as_models(browser: Any, models: Models, count: int) -> N
         replace(model, name=f"model {number}")
         for number, model in enumerate([*models.models, models.models[0]][:count])
     ]
-    blocks, url = serving.serve(replace(models, models=named), limits=LIMITS)
+    blocks, url = page.serve(replace(models, models=named), limits=LIMITS)
     visitor = Visitor(browser, url)
     visitor.set(output_tokens=4)
     visitor.generate()
-    assert visitor.read(".head h2") == [model.name for model in named]
-    assert visitor.states() == ["done"] * count and len(visitor.read(".rounds li")) == count
+    assert visitor.read(".head h3") == [model.name for model in named]
+    assert visitor.states() == ["done"] * count
+    visitor.wait_for_bars(count)
     visitor.context.close()
     blocks.close()

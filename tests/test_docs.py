@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import file_tree
 import pytest
 import torch
 import typer
@@ -17,13 +16,13 @@ from families import loaded, saved, score, token_ids
 import shortllm
 import shortllm.healing.methods
 import shortllm.quantizing.methods
-import shortllm.retraining.options
+import shortllm.retraining.methods
 import shortllm.sublayers.criteria
 import shortllm.width_pruning.methods
 from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
 from shortllm.cli import app
 from shortllm.model.decoder import Decoder
-from shortllm.reporting.citations import CITATIONS
+from shortllm.reporting.methods import criterion_info
 
 DOCS = REPOSITORY / "docs"
 BY_NAME = {"ids": lambda page: page.stem}
@@ -84,14 +83,15 @@ def test_the_table_of_methods_tells_of_every_other_method() -> None:
     names = [
         *width_pruning.methods.METHODS.names(),
         *quantizing.methods.METHODS.names(),
-        *retraining.options.DEFAULTS,
+        *retraining.methods.METHODS.names(),
         *sublayers.criteria.CRITERIA.names(),
         *healing.methods.METHODS.names(),
         "merge",
     ]
     assert rows.keys() == {*names, *criteria.names()}
-    for name, citation in CITATIONS.items():
-        assert citation.url in rows[name][-1], name
+    for name, cells in rows.items():
+        paper = criterion_info(name).paper
+        assert paper is None or paper.url in cells[-1], name
 
 
 def test_the_entry_of_a_shortened_checkpoint_is_as_shown(tmp_path: Path) -> None:
@@ -128,11 +128,6 @@ def test_the_script_in_the_text_is_the_script(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text()
     script = (DOCS / f"{name}.py").read_text()
     assert f"```python\n{script}```\n" in text
-
-
-def test_the_tree_names_every_file() -> None:
-    written = file_tree.BLOCK.findall(file_tree.PAGE.read_text(encoding="utf-8"))
-    assert written == [file_tree.tree()], "run: python tests/file_tree.py --write"
 
 
 @pytest.mark.parametrize("top", [1, 3])

@@ -1,29 +1,27 @@
-"""Everything public says what it is, and functions which errors they raise."""
+"""Everything public says what it is in a sentence; what users call says all there is to know."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
 import shortllm
-from shortllm import errors
 
 SOURCE = Path(shortllm.__file__).parent
-MODULES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
-KINDS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
-"""Our errors, by name."""
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+MANY = 3
+"""Arguments that need no section of their own."""
 
-Definition = ast.FunctionDef | ast.ClassDef
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def public(node: ast.AST) -> Iterator[Definition]:
     """Functions, classes and methods without a leading underscore; not those inside functions."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
+        if isinstance(child, Definition) and not child.name.startswith("_"):
             yield child
             if isinstance(child, ast.ClassDef):
                 yield from public(child)
@@ -33,39 +31,49 @@ def is_overload(node: Definition) -> bool:
     return any("overload" in ast.unparse(one) for one in node.decorator_list)
 
 
-def raised(function: ast.FunctionDef) -> set[str]:
-    """Names of our errors that are raised in the function itself."""
-    calls = [one.exc for one in ast.walk(function) if isinstance(one, ast.Raise) and one.exc]
-    names = {ast.unparse(one.func if isinstance(one, ast.Call) else one) for one in calls}
-    return names & KINDS.keys()
+def test_every_module_and_public_definition_has_a_docstring() -> None:
+    bare = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        tree, name = ast.parse(text), path.relative_to(SOURCE).as_posix()
+        if text and not ast.get_docstring(tree):
+            bare.append(name)
+        for node in public(tree):
+            if not (ast.get_docstring(node) or is_overload(node)):
+                bare.append(f"{name}:{node.lineno} {node.name}")
+    assert not bare, "write a sentence for each:\n" + "\n".join(bare)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_everything_public_says_what_it_is(name: str) -> None:
-    text = (SOURCE / name).read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree) or not text
-    for node in public(tree):
-        assert ast.get_docstring(node) or is_overload(node), f"{name}: {node.name}"
+def test_functions_that_users_call_document_arguments_results_and_errors() -> None:
+    missing = []
+    for name, function in public_names().items():
+        if inspect.isfunction(function):
+            text, signature = inspect.getdoc(function) or "", inspect.signature(function)
+            many = len(signature.parameters) > MANY
+            wanted = {"Args", "Raises"} if many else {"Raises"} & raising(function)
+            if signature.return_annotation not in (None, "None", signature.empty):
+                wanted.add("Returns")
+            found = {one for one in wanted if f"\n{one}:\n" in text}
+            missing += [f"shortllm.{name}: {one}" for one in sorted(wanted - found)]
+    assert not missing, "sections to write:\n" + "\n".join(missing)
 
 
-@pytest.mark.parametrize("name", [one for one in MODULES if not one.startswith("cli/")])
-def test_functions_say_which_errors_they_raise(name: str) -> None:
-    for node in public(ast.parse((SOURCE / name).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            said = ast.get_docstring(node) or ""
-            for error in raised(node):
-                family = [kind.__name__ for kind in KINDS[error].__mro__]
-                assert any(f"{one}:" in said for one in family), f"{name}: {node.name}: {error}"
+def test_public_names_are_described_and_have_a_place_on_the_page() -> None:
+    page, problems = PAGE.read_text(encoding="utf-8"), []
+    for name, named in public_names().items():
+        if f"::: shortllm.{name}\n" not in page:
+            problems.append(f"docs/api.md lacks ::: shortllm.{name}")
+        if inspect.isclass(named) and inspect.getdoc(named) == inspect.getdoc(named.__base__):
+            problems.append(f"shortllm.{name} has no docstring of its own")
+    assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("name", [one for one in shortllm.__all__ if one != "__version__"])
-def test_public_names_are_described_and_have_a_place_on_the_page(name: str) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-    assert f"::: shortllm.{name}\n" in page
-    named = getattr(shortllm, name)
-    said = inspect.cleandoc(named.__doc__)
-    if inspect.isfunction(named):
-        assert "\nReturns:\n" in said and "\nRaises:\n" in said
-    else:
-        assert said != inspect.getdoc(named.__base__)
+def raising(function: Callable[..., object]) -> set[str]:
+    """`Raises` where the function itself has a raise statement."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    return {"Raises" for node in ast.walk(tree) if isinstance(node, ast.Raise)}
+
+
+def public_names() -> dict[str, object]:
+    """Public name -> what it is."""
+    return {name: getattr(shortllm, name) for name in shortllm.__all__ if name != "__version__"}

@@ -177,7 +177,7 @@ def test_model_is_small_enough_to_ship() -> None:
 def test_model_reaches_the_recorded_perplexity(
     model: Any, tokenizer: Any, record: dict[str, Any]
 ) -> None:
-    from shortllm.embedded.measure import perplexity, token_rows, without_blocks
+    from measure import perplexity, token_rows, without_blocks
 
     sequences = token_rows(tokenizer, "calibration", count=10, length=128)
     assert {len(ids) for ids in sequences} == {128}
@@ -218,7 +218,7 @@ def test_one_task_set_at_least_is_mastered_and_all_are_above_chance(record: dict
 def test_model_answers_as_recorded(
     task: Task, model: Any, tokenizer: Any, record: dict[str, Any]
 ) -> None:
-    from shortllm.embedded.measure import task_accuracy
+    from measure import task_accuracy
 
     acc, acc_norm = task_accuracy(model, tokenizer, task.documents()[:100])
     # A sample of 100 has a standard error of at most 0.05.

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from shortllm import criteria
 from shortllm.criteria import Scores
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.errors import UnsupportedModelError
-from shortllm.model import walk
+from shortllm.model import hidden_states, walk
 from shortllm.model.decoder import BlockCall, Decoder
 from shortllm.model.metrics import next_token_nll
 from shortllm.pruning.scoring import Scorer, removals_of
@@ -89,12 +89,12 @@ def test_bypass_restores_the_model_exactly(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_of_the_engine_is_that_of_the_plain_forward(variant: str) -> None:
-    """`mean_nll` (used for evaluation) agrees with the model's own logits."""
+    """`mean_nlls` (used for evaluation) agrees with the model's own logits."""
     model, ids_BT = loaded(variant), token_ids(2)
     expected_N = next_token_nll(
         logits_of(model, ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
     )
-    assert walk.mean_nll(Decoder(model), ids_BT) == pytest.approx(
+    assert walk.mean_nlls(Decoder(model), ids_BT, [walk.NOTHING])[0] == pytest.approx(
         expected_N.mean().item(), rel=1e-5
     )
 
@@ -107,10 +107,10 @@ def test_small_slices_and_groups_change_nothing(
     model, ids_BT = loaded(variant), token_ids()
     whole = score_ppl(model, ids_BT)
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
-    monkeypatch.setattr(walk, "CPU_GROUP_TOKENS", limit)
+    monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", limit)
     view = Decoder(model)
     assert walk.slice_tokens(view) == limit
-    assert walk.group_size(view, ids_BT.shape[1]) == max(1, limit // ids_BT.shape[1])
+    assert hidden_states.group_size(view, ids_BT.shape[1]) == max(1, limit // ids_BT.shape[1])
     cut = score_ppl(model, ids_BT)
     assert cut.intact == pytest.approx(whole.intact, rel=1e-6)
     assert cut.values == pytest.approx(whole.values, rel=1e-6)
@@ -135,7 +135,7 @@ def test_announced_work_is_the_work_reported(
     variant: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
-    monkeypatch.setattr(walk, "CPU_GROUP_TOKENS", limit)
+    monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", limit)
     view, ids_BT = Decoder(loaded(variant)), token_ids()
     source: Any = SimpleNamespace(block_count=view.block_count)
     for names in (["ppl"], ["influence"], ["taylor"], ["kl", "relative", "taylor"]):
@@ -143,7 +143,7 @@ def test_announced_work_is_the_work_reported(
         scorer = Scorer(
             checkpoint=source, open_decoder=lambda: view, ids_BT=ids_BT, advance=steps.append
         )
-        asked = [Asked.of(name) for name in names]
+        asked = [resolve(name) for name in names]
         scorer.score(asked)
         assert sum(steps) == pytest.approx(scorer.work(asked), rel=1e-9), names
         assert all(step > 0 for step in steps)
@@ -152,8 +152,8 @@ def test_announced_work_is_the_work_reported(
 def test_work_of_a_block_counts_its_parameters() -> None:
     view = Decoder(loaded("llama"))
     one_block = sum(parameter.numel() for parameter in view.blocks[0].parameters())
-    assert walk.block_flops(view, 0) == 2 * one_block
-    assert walk.head_flops(view) == 2 * 32 * VOCABULARY
+    assert hidden_states.block_flops(view, 0) == 2 * one_block
+    assert hidden_states.head_flops(view) == 2 * 32 * VOCABULARY
     removals = removals_of(6, range(6), range(6))
     assert walk.walk_flops(view, removals, 3, 20) == (
         2 * one_block * 60 * 21 + 2 * 32 * VOCABULARY * 57 * 7

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from families import LENGTH, loaded, opened, saved, token_ids
+from shortllm.api import info
 
 from shortllm import criteria
-from shortllm.api import info
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.errors import CriterionError
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
@@ -58,7 +58,7 @@ def test_operations_are_those_that_scoring_counts(variant: str) -> None:
         checkpoint=opened(variant), open_decoder=lambda: decoder, ids_BT=token_ids(SAMPLES)
     )
     for one in estimates(setting_of(opened(variant)), None):
-        assert one.flops == scorer.work([Asked.of(one.criteria[0])]), one.criteria
+        assert one.flops == scorer.work([resolve(one.criteria[0])]), one.criteria
         assert one.seconds is None
 
 
@@ -179,7 +179,7 @@ def test_another_type_needs_room_for_the_mapped_file_while_loading(
 
 
 def test_the_probe_measures_this_machine() -> None:
-    found = probe_machine(setting_of(opened("llama"), dtype=torch.bfloat16))
+    found = probe_machine(opened("llama"), torch.device("cpu"), torch.bfloat16)
     assert (found.device, found.dtype) == ("cpu", "bfloat16")
     assert 0 < found.matrix_flops_per_s < 1e18
     assert 0 < found.read_bytes_per_s < 1e15

@@ -1,4 +1,4 @@
-"""What other programs make of a checkpoint is told by rule, never guessed."""
+"""Verdicts on other programs come from rules, never from guesses."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_blocks_that_are_alike_are_right_everywhere(tmp_path: Path) -> None:
 def test_a_type_no_rule_speaks_of_is_unknown(tmp_path: Path) -> None:
     found = lint(tiny_config("zaya"), tmp_path / "zaya")
     assert {finding.verdict for finding in found.values()} == {"unknown"}
-    assert "'zaya', whose blocks differ by their place" in found["gguf"].reason
-    assert found["vllm"].way_out == "Compare its output with that of transformers"
+    assert "'zaya', whose blocks differ by position" in found["gguf"].reason
+    assert found["vllm"].hint == "Compare its output with the output of transformers"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_window_that_comes_and_goes_by_heart(
     finding = {f.target: f for f in lint_export(short)}[target]
     assert finding.verdict == "wrong"
     assert finding.fields == {"layer_types": short.config.layer_types}
-    assert finding.way_out and "--period-aligned" in finding.way_out
+    assert finding.hint and "--period-aligned" in finding.hint
     period = list(range(checkpoint.structure.period))
     aligned = open_checkpoint(shortened(checkpoint, period, tmp_path / "aligned"))
     assert {f.target: f.verdict for f in lint_export(aligned)}[target] == "ok"
@@ -127,7 +127,7 @@ def test_the_command_tells_the_same() -> None:
     directory = str(saved("qwen2"))
     result = CliRunner().invoke(app, ["export-lint", directory])
     assert result.exit_code == 0
-    assert "vllm: wrong (vLLM will not represent this model: it refuses" in result.stdout
+    assert "vllm: wrong (vLLM will not run this model correctly: it refuses" in result.stdout
     assert "    max_window_layers: 3" in result.stdout
     printed = CliRunner().invoke(app, ["export-lint", directory, "--json"]).stdout
     assert [ExportFinding.model_validate(item) for item in json.loads(printed)] == (

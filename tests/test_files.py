@@ -1,9 +1,7 @@
-"""Files and directories that are whole or not there."""
+"""Atomic files and directories."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shortllm.errors import OutputError
-from shortllm.files import parsed_json, partial_directory, require_file_target, write_text
+from shortllm.files import partial_directory, require_file_target, write_text
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -102,34 +100,6 @@ def test_a_swap_that_fails_leaves_the_earlier_one(
         (directory / "new.txt").touch()
     assert [path.name for path in target.iterdir()] == ["old.txt"]
     assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (b"[" * 100_000, "nested more than 100 deep"),
-        (b"[" * 150 + b"]" * 150, "nested more than 100 deep"),
-        (b'{"a": ' * 100_000, "nested more than 100 deep"),
-        (b"{", "Expecting"),
-        (b"\xff", "utf-8"),
-        ("[1]".encode("utf-16"), "utf-8"),
-        (b"[NaN]", "nan is no finite number"),
-        (b"[1e999]", "inf is no finite number"),
-        (b"[18446744073709551616]", "more than 64 bits"),
-        (b"1" * 5000, "digits"),
-        (b'["\\ud800"]', "surrogates not allowed"),
-    ],
-)
-def test_json_that_is_none_of_ours(text: bytes, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parsed_json(text, measured=True)
-
-
-def test_json_of_others_may_hold_more() -> None:
-    text = b'{"time_step_limit": [0.0, Infinity], "big": 18446744073709551616}'
-    assert parsed_json(text) == {"time_step_limit": [0.0, math.inf], "big": 2**64}
-    deep = "[" * 99 + "]" * 99
-    assert parsed_json(deep) == json.loads(deep)
 
 
 def test_a_directory_instead_of_a_file(tmp_path: Path) -> None:

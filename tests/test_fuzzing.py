@@ -143,5 +143,3 @@ def test_messages_are_fit_for_a_terminal() -> None:
     message = str(ShortLLMError("tensor '\x1b[31m\ud800\x00é' of\nshape [2]"))
     assert message == "tensor '\\x1b[31m\\ud800\\x00é' of\nshape [2]"
     message.encode()
-    long = str(ShortLLMError("first " + "k" * 10_000 + " last"))
-    assert len(long) < 1500 and long.startswith("first ") and long.endswith(" last")

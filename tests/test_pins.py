@@ -84,7 +84,7 @@ def test_a_branch_a_tag_and_a_commit(repository: Path, old: Path, new: Path) -> 
 @pytest.mark.parametrize(
     "source, revision, message",
     [
-        (f"{ID}@v2", "main", "asks for revision v2, and --revision for main. Give one of them"),
+        (f"{ID}@v2", "main", "names revision v2, and --revision names main. Give one of them"),
         (f"{ID}@", None, "is not of the form MODEL@REVISION"),
         (f"{ID}@v3", None, "not in the local Hub cache at revision v3"),
         ("acme/other@main", None, "not in the local Hub cache at revision main"),
@@ -110,7 +110,7 @@ def test_a_directory_may_have_the_sign_in_its_name(
     Path("acme").mkdir()
     Path("tiny@home").rename("acme/tiny")
     assert open_checkpoint("acme/tiny").revision is None
-    with pytest.raises(CheckpointError, match="'acme/tiny' is a directory here, and has no rev"):
+    with pytest.raises(CheckpointError, match="'acme/tiny' is a local directory and has no rev"):
         open_checkpoint("acme/tiny@main")
 
 

@@ -18,9 +18,9 @@ import shortllm
 from shortllm import embedded, pipeline
 from shortllm import run_directory as rundir
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import prepare_texts
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import LOCK, hold, releasing
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.recipe import Recipe

@@ -135,7 +135,7 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
         ),
         ({"ratio": 1.5}, "not between 0 and 1"),
         ({"ratio": 0.01}, "less than half a block"),
-        ({"param_ratio": 0.6}, "the 7 unprotected of 12 blocks hold 53.8%"),
+        ({"param_ratio": 0.6}, "the 7 unprotected of 12 blocks have 53.8%"),
         ({"blocks": [12]}, "no block 12: the model's blocks are 0 to 11"),
         ({"blocks": [1, 1]}, "names a block twice"),
         ({"blocks": list(range(12))}, "at most 11"),
@@ -161,7 +161,7 @@ def test_scores_that_cannot_be_ranked_name_the_block(bad: float) -> None:
 def test_a_ratio_of_parameters_never_takes_every_block() -> None:
     about = model(5, outside=100)
     free = {"protect_first": 0, "protect_last": 0}
-    with pytest.raises(BudgetError, match="hold 66.7%"):
+    with pytest.raises(BudgetError, match="have 66.7%"):
         check_budget(Budget(param_ratio=0.8, **free), about)
     made = build_plan(
         Budget(param_ratio=0.66, **free), model=about, scores=scores([1.0] * 5, about)
@@ -290,7 +290,7 @@ def test_parameters_are_reached_by_whole_periods() -> None:
         ({"remove": 4}, "cannot remove 4 blocks in whole periods of 3. Ask for 3 or 6, or leave"),
         ({"remove": 1}, "in whole periods of 3. Ask for 3, or leave out --period-aligned"),
         ({"remove": 10}, "only whole periods of 3 go. Ask for 9 or fewer"),
-        ({"param_ratio": 0.7}, "the 9 unprotected of 14 blocks hold 60.0%"),
+        ({"param_ratio": 0.7}, "the 9 unprotected of 14 blocks have 60.0%"),
         ({"blocks": [3, 4, 5, 7]}, "block 7 is named without the rest of its period"),
         ({"blocks": [12, 13]}, "block 12 is named without the rest of its period"),
     ],

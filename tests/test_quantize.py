@@ -20,9 +20,10 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.cli import main
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate, prepare_texts
+from shortllm.data.texts import calibrate
 from shortllm.errors import DataError, OutputError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.model.loading import load_model, stored_dtype
 from shortllm.model.session import Session
 from shortllm.options import options_from
@@ -37,8 +38,8 @@ from shortllm.quantizing.options import (
 )
 from shortllm.quantizing.quantize import check, resolve
 from shortllm.recipe import Recipe
-from shortllm.reporting.loading import load_results
-from shortllm.reporting.runs import compared_models
+from shortllm.reporting.load import load_results
+from shortllm.reporting.runs_page import compared_models
 from shortllm.retraining.options import RetrainOptions
 
 CPU = torch.device("cpu")
@@ -447,7 +448,7 @@ def test_what_is_measured_was_not_calibrated_on(healed: Path) -> None:
         update={
             "evaluation": EvaluationOptions(data=["embedded:calibration"], max_segments=12),
         }
-    ).filled("llama")
+    ).resolved("llama")
     assert recipe.quantization is not None
     embedded = open_checkpoint("embedded")
     text = resolve(recipe.quantization, embedded, recipe.calibration).calibration
@@ -468,7 +469,7 @@ def test_the_report_shows_it(healed: Path) -> None:
     page = (healed / "report.html").read_text()
     text = re.sub(r"<[^>]+>", " ", page)
     assert "GPTQ W4A16, groups of 32; 70 linear layers of" in text
-    assert re.search(r"Quantized \(W4A16\) it takes 2\.\d+\WMB, \d+\.\d\W% of the original", text)
+    assert re.search(r"Quantized to W4A16, it takes 2\.\d+\WMB \(\d+\.\d\W% of the original", text)
     assert "8 samples of 64 tokens from embedded:calibration" in text
     card = (healed / QUANTIZED / "README.md").read_text()
     assert "| quantized |" in card
@@ -489,7 +490,7 @@ def test_the_same_run_again_does_nothing(healed: Path) -> None:
 
 @quantizes
 def test_the_best_is_found_without_an_earlier_evaluation(healed: Path, tmp_path: Path) -> None:
-    recipe = RECIPE.filled("llama")
+    recipe = RECIPE.resolved("llama")
     texts = prepare_texts(
         open_checkpoint("embedded"), recipe.calibration, recipe.evaluation, scoring=False
     )

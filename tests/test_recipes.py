@@ -22,7 +22,7 @@ from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.errors import BudgetError, CheckpointError, RecipeError
 from shortllm.evaluation.options import (
     EvaluatedModel,
@@ -34,11 +34,17 @@ from shortllm.evaluation.options import (
 from shortllm.evaluation.tasks import EMBEDDED_TASKS, METRICS, task_names
 from shortllm.pruning.budget import check_budget, protected_blocks
 from shortllm.pruning.planning import build_plan
-from shortllm.published import Published, PublishedFigures, beside, compared_blocks
+from shortllm.published import (
+    Published,
+    PublishedFigures,
+    compared_blocks,
+    measure_released,
+    published_comparison,
+    released_recipes,
+)
 from shortllm.recipe import Recipe
 from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text
 from shortllm.records import ModelInfo
-from shortllm.released import measure_released, released_recipes
 from shortllm.surgery.apply import check_removal
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
@@ -102,7 +108,7 @@ def test_a_recipe_fits_its_model(name: str, shapes: Path) -> None:
     checkpoint = shaped(recipe.model, shapes)
     recipe = recipe.filled(checkpoint.model_type)
     assert recipe.about and "\n" not in recipe.about
-    asked = Asked.of(recipe.criterion, recipe.options)
+    asked = resolve(recipe.criterion, recipe.options)
     assert asked.name == recipe.criterion
     recipe.budget.asked()
     check_budget(recipe.budget, checkpoint.info())
@@ -314,14 +320,14 @@ def test_a_run_by_the_published_order_scores_nothing(
     plan = shortllm.PrunePlan.load(out / "plan.json")
     assert plan.order == [5, 7, 6] and plan.protected == [0, 1, 2, 10, 11]
     assert not (out / "scores.json").exists() and not (out / "calibration.json").exists()
-    assert "beside what was published (a paper)" in said
-    assert "Published without blocks 4, 5, 7; 2 of these were removed here as well" in said
+    assert "compared with published results (a paper)" in said
+    assert "The published model lacks blocks 4, 5, 7; 2 of these were removed here as well" in said
     [row] = [line for line in said.splitlines() if "wikitext2:test, BOS first" in line]
     original = Evaluation.load(out / "eval.json").models[0].perplexity[0].perplexity
     assert row.split()[-2:] == [f"{original:.4f}", "12.5000"]
     assert "BOS every" not in said
     page = (out / "report.html").read_text()
-    assert "Beside the published" in page and "perplexity wikitext2:test, BOS first" in page
+    assert "Against published results" in page and "perplexity wikitext2:test, BOS first" in page
     assert "published.order" not in page  # it has its section, not rows among the choices
     content = json.loads((out / "run.json").read_text())["recipe"]
     assert content["use_published_order"] and content["published"]["order"] == ORDER
@@ -384,7 +390,7 @@ def test_only_numbers_of_one_protocol_stand_side_by_side() -> None:
         name: str = "original", *, options: EvaluationOptions | None = None, **changes: Any
     ) -> dict[str, tuple[float, float]]:
         evaluation = Evaluation(models=[measured(name, **changes)], dtype="x", fingerprint="f")
-        found = beside(published, evaluation, options or EvaluationOptions())
+        found = published_comparison(published, evaluation, options or EvaluationOptions())
         assert all(row.model == name for row in found)
         return {row.quantity: (row.ours, row.published) for row in found}
 
@@ -456,7 +462,7 @@ def test_released_checkpoints_are_measured_one_after_the_other(
     ]
     assert [score.task for score in one.evaluated.zeroshot] == ["shortllm_who"]
     assert one.benchmark is not None and one.benchmark.measurements[0].tokens_per_s
-    assert {row.quantity: row.published for row in one.beside} == {
+    assert {row.quantity: row.published for row in one.comparison} == {
         "parameters": 100,
         "perplexity ptb:validation, BOS first": 4.0,
         "perplexity ptb:validation, BOS every": 5.0,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shortllm import __version__
-from shortllm.reporting.citations import CITATIONS
+from shortllm.reporting.methods import criterion_info
 
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = REPOSITORY / ".github" / "workflows"
@@ -50,15 +50,16 @@ def test_the_tests_run_on_the_oldest_and_newest_python() -> None:
     known = re.findall(
         r'"Programming Language :: Python :: (3\.\d+)"', (REPOSITORY / "pyproject.toml").read_text()
     )
-    matrix = workflow("tests.yml")["jobs"]["pinned"]["strategy"]["matrix"]["python"]
-    assert matrix == [listed, known[-1]] == [known[0], known[-1]]
+    for file, job in (("tests.yml", "pinned"), ("nightly.yml", "all")):
+        matrix = workflow(file)["jobs"][job]["strategy"]["matrix"]["python"]
+        assert matrix == [listed, known[-1]] == [known[0], known[-1]]
 
 
 def test_only_the_publishing_job_may_ask_for_an_identity() -> None:
     content = workflow("publish.yml")
     assert content[True] == {"push": {"tags": ["v*"]}}
     allowed = {name: job.get("permissions") for name, job in content["jobs"].items()}
-    assert allowed == {"build": None, "publish": {"id-token": "write"}}
+    assert allowed == {"test": None, "build": None, "publish": {"id-token": "write"}}
     assert not any("run" in step for step in content["jobs"]["publish"]["steps"])
     assert "make release-check" in [step.get("run") for step in content["jobs"]["build"]["steps"]]
 
@@ -71,7 +72,8 @@ def test_the_citation_names_the_developers_and_the_paper() -> None:
     assert f'license = "{cited["license"]}"' in project
     assert cited.get("version", __version__) == __version__
     [paper] = cited["references"]
-    known = CITATIONS["ppl"]
+    known = criterion_info("ppl").paper
+    assert known is not None
     names = [f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]]
     assert " and ".join(names) == known.authors
     found = (paper["type"], paper["title"], str(paper["year"]))

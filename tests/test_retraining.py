@@ -24,27 +24,36 @@ from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
-from shortllm.reporting.retraining import retraining_section
+from shortllm.papers import LORA
+from shortllm.reporting.healing import retraining_parts
+from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
-from shortllm.retraining.cache import CachedTeacher, target_rows, write_cache
 from shortllm.retraining.distillation import (
-    Streams,
     answer_loss,
     hidden_loss,
-    kept_loss,
-    lineage,
-    recorded,
+    recording,
     soft_loss,
     summed_nll,
     teacher_blocks,
+    top_k_loss,
 )
 from shortllm.retraining.documents import Document, documents, kind_of, template_of
-from shortllm.retraining.options import RetrainOptions, micro_batch, warmup
-from shortllm.retraining.preparing import work_directory
-from shortllm.retraining.store import Corpus, open_corpus, write_corpus
-from shortllm.retraining.trainable import find_targets, make_trainable, train_last_blocks
-from shortllm.retraining.windows import NO_TARGET, Windows, collate, keeps_apart
+from shortllm.retraining.methods import METHODS, Method
+from shortllm.retraining.options import RetrainOptions
+from shortllm.retraining.setup import resolve, work_directory
+from shortllm.retraining.store import Corpus, Store, open_corpus, write_corpus
+from shortllm.retraining.trainable import add_adapters, find_targets, train_last_blocks
+from shortllm.retraining.windows import (
+    NO_TARGET,
+    CachedTeacher,
+    Windows,
+    collate,
+    keeps_apart,
+    target_rows,
+    write_cache,
+)
 from shortllm.runtime import ALONE
+from shortllm.surgery.apply import lineage
 
 pytest.importorskip("peft")
 
@@ -144,10 +153,15 @@ def corpus_of(found: list[Document], target: Path, **changes: Any) -> Corpus:
     return open_corpus(target)
 
 
+def all_ids(store: Store) -> list[int]:
+    ids: list[int] = store.ids(0, store.tokens).tolist()
+    return ids
+
+
 def test_one_document_in_ten_is_held_out(tmp_path: Path) -> None:
     found = [Document([number, number + 1]) for number in range(1, 101)]
     corpus = corpus_of(found, tmp_path / "corpus")
-    assert corpus.held_out.ids.tolist() == [1, 2, 11, 12, 21, 22]
+    assert all_ids(corpus.held_out) == [1, 2, 11, 12, 21, 22]
     assert (corpus.train.documents, corpus.train.tokens) == (97, 194)
     assert corpus.train.starts[:3].tolist() == [0, 2, 4]
     other = corpus_of(found[:-1], tmp_path / "other")
@@ -171,7 +185,7 @@ def test_long_documents_are_cut_and_hopeless_ones_dropped(tmp_path: Path) -> Non
     ]  # fmt: skip
     corpus = corpus_of(found, tmp_path / "corpus", longest=10)
     assert (corpus.cut, corpus.dropped) == (2, 1)
-    assert corpus.train.ids.tolist() == [2] * 10 + [4] * 5
+    assert all_ids(corpus.train) == [2] * 10 + [4] * 5
 
 
 def test_too_little_to_train_on_is_an_error(tmp_path: Path) -> None:
@@ -180,6 +194,29 @@ def test_too_little_to_train_on_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="token id 5000 is outside the model's vocabulary"):
         corpus_of([Document([1, 5000])], tmp_path / "corpus")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_read_across_batches_and_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shortllm.retraining.store.TOKENS_AT_ONCE", 20)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(2, 9, (31,), generator=generator).tolist()
+    found = [Document(torch.randint(0, 1024, (n,), generator=generator).tolist()) for n in sizes]
+    store = corpus_of(found, tmp_path / "corpus", held_out=1).train
+    flat = [token for document in found[1:] for token in document.ids]
+    assert all_ids(store) == flat and store.documents == 30
+    for start, stop in ((0, 1), (5, 60), (len(flat) - 3, len(flat))):
+        assert store.ids(start, stop).tolist() == flat[start:stop]
+
+
+@pytest.mark.parametrize("damaged", ["train.arrow", "held_out.arrow", "corpus.json"])
+def test_a_damaged_corpus_is_an_error(damaged: str, tmp_path: Path) -> None:
+    corpus_of([Document([1, 2, 3])] * 4, tmp_path / "work" / "corpus")
+    file = tmp_path / "work" / "corpus" / damaged
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=f"is damaged. Delete {tmp_path / 'work'} to start again"):
+        open_corpus(tmp_path / "work" / "corpus")
 
 
 @pytest.fixture
@@ -270,7 +307,7 @@ def test_adapters_reach_every_projection_and_merge_exactly(variant: str) -> None
     ]  # fmt: skip
     assert set(inside) <= set(targets.modules)
     assert len(targets.modules + targets.parameters) >= 2 * 6
-    adapted = make_trainable(model, RetrainOptions(method="lora", rank=2, dropout=0.0)).eval()
+    adapted = add_adapters(model, RetrainOptions(rank=2, dropout=0.0)).eval()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     ids = families.token_ids()
@@ -327,7 +364,7 @@ def test_soft_losses_by_hand() -> None:
     rest_p, rest_q = 1 - top.values.exp().sum(-1), 1 - q.sum(-1)
     by_hand = (top.values.exp() * (top.values - q.log())).sum()
     by_hand += (rest_p * (rest_p.log() - rest_q.log())).sum()
-    found = kept_loss(top.indices, top.values, student)
+    found = top_k_loss(top.indices, top.values, student)
     assert found.item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert 0 < found.item() < whole  # a coarser view sees less
     assert torch.isclose(p.gather(-1, top.indices).log(), top.values).all()
@@ -349,7 +386,7 @@ def test_hidden_states_are_compared_across_the_gap(place: Path) -> None:
     for new, old in enumerate(kept):
         student.model.layers[new].load_state_dict(source.model.layers[old].state_dict())
     ids = families.token_ids()
-    with recorded(student) as one, recorded(source) as other:
+    with recording(student) as one, recording(source) as other:
         student(input_ids=ids)
         source(input_ids=ids)
     rows = torch.arange(ids.numel())
@@ -357,7 +394,7 @@ def test_hidden_states_are_compared_across_the_gap(place: Path) -> None:
         0, abs=1e-9
     )
     assert hidden_loss(one, other, kept, rows).item() == pytest.approx(0, abs=1e-9)
-    shifted = Streams({block: stream * 2 for block, stream in one.of.items()})
+    shifted = {block: output * 2 for block, output in one.items()}
     assert hidden_loss(shifted, other, kept, rows).item() == pytest.approx(len(rows), rel=1e-5)
 
 
@@ -380,6 +417,25 @@ def test_a_cached_teacher_says_what_the_teacher_says(corpus: Corpus, tmp_path: P
     )
 
 
+def test_an_interrupted_cache_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shortllm.retraining.windows.WINDOWS_PER_FILE", 2)
+    corpus = corpus_of([Document([1, 2, 3, n]) for n in range(4)], tmp_path / "corpus")
+    windows = Windows(corpus.train, length=4, packing="stream", apart=False)
+    teacher, cache = families.loaded("llama"), tmp_path / "cache"
+
+    def predictions() -> list[list[float]]:
+        write_cache(teacher, windows, cache, k=3, batch=1, ranks=ALONE, advance=lambda done: None)
+        return [CachedTeacher(cache).of(n)["teacher_log_probs"].tolist() for n in range(3)]
+
+    before = predictions()
+    assert [len(rows) for rows in before] == [3, 3, 3]
+    first, second = sorted(cache.iterdir())
+    stamp = first.stat().st_mtime_ns
+    second.unlink()
+    assert predictions() == before
+    assert first.stat().st_mtime_ns == stamp and sorted(cache.iterdir()) == [first, second]
+
+
 def test_lineage_goes_back_through_every_shortening(tmp_path: Path, place: Path) -> None:
     short = open_checkpoint(place / "short")
     assert lineage(short).kept == [0, 1, 4, 5]
@@ -393,7 +449,7 @@ def test_lineage_goes_back_through_every_shortening(tmp_path: Path, place: Path)
 # ------------------------------------------------------------------ whole trainings
 
 
-METHODS: dict[str, dict[str, Any]] = {
+TRAININGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "data": "alpaca.jsonl", "length": 256},
     "lora-packed": {"method": "lora", "data": "alpaca.jsonl", "length": 400, "packing": True},
     "full": {"method": "full", "data": "text.jsonl"},
@@ -408,15 +464,15 @@ METHODS: dict[str, dict[str, Any]] = {
 def retrain(place: Path, out: Path, model: str = "short", **changes: Any) -> shortllm.Retraining:
     if changes.get("data", "generated") != "generated":
         changes["data"] = str(place / changes["data"])
-    return shortllm.retrain(str(place / model), out, options=tiny.options(**changes), device="cpu")
+    return shortllm.retrain(str(place / model), out, **{**tiny.QUICK, **changes}, device="cpu")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_every_method_ends_with_a_plain_checkpoint(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "healed"
-    record = retrain(place, out, **METHODS[name])
+    record = retrain(place, out, **TRAININGS[name])
     held_out = dict(record.curves["held_out"])
     assert list(held_out) == [0, 2, 4, 6], "also before the first step"
     assert record.best_step == min([2, 4, 6], key=lambda step: held_out[step])
@@ -539,12 +595,14 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         place, tmp_path / "out", method="distill", data="text.jsonl", eval_data=["embedded"],
         eval_length=64, eval_segments=5,
     )  # fmt: skip
-    section = retraining_section(record)
-    assert section["wide"].startswith("<svg") and "embedded:test" in section["wide"]
-    assert section["wide"] == retraining_section(record)["wide"] != section["narrow"]
+    figure, details = retraining_parts(record, "out")
+    assert isinstance(figure, Figure) and isinstance(details, Details)
+    assert figure.svg.startswith("<svg") and "embedded:test" in figure.svg
+    assert figure == retraining_parts(record, "out")[0]
     first = record.curves["held_out"][0][1]
-    assert f"{record.steps} steps, held-out loss {first:.3f} → " in section["summary"]
-    assert dict(section["rows"])["teacher"] == str(place / "whole")
+    assert f"{record.steps} steps, held-out loss {first:.3f} → " in details.summary
+    [terms] = details.parts
+    assert isinstance(terms, Terms) and dict(terms.rows)["teacher"] == "whole"
 
 
 # ------------------------------------------------------------------ bad input
@@ -556,17 +614,17 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "alpaca.jsonl", "length": 8}, "At least 2 are needed"),
         ({"method": "full"}, "--method full needs text to train on"),
         ({"data": "nowhere.jsonl"}, "no such file"),
-        ({"data": "empty.jsonl"}, "holds no rows"),
+        ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "text.jsonl", "length": 600}, "600 tokens exceed the 512 positions"),
-        ({"data": "text.jsonl", "max_steps": 0}, "--max-steps 0 means nothing"),
-        ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both say how long"),
+        ({"data": "text.jsonl", "max_steps": 0}, "max_steps 0: must be greater than 0"),
+        ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both set the duration"),
         ({"data": "text.jsonl", "temperature": 2}, "--temperature belongs to --method distill"),
         ({"data": "text.jsonl", "method": "full", "rank": 4}, "--rank belongs to --method lora"),
         ({"data": "text.jsonl", "micro_batch": 3}, "--micro-batch 3 does not divide the 4"),
         ({"data": "text.jsonl", "template": "chat"}, "--template chat is for instructions"),
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
         ({"data": "generated"}, "text that a teacher writes"),
-        ({"data": "text.jsonl", "rank": 64}, "hold no linear projection"),
+        ({"data": "text.jsonl", "rank": 64}, "have no linear projection"),
         ({"data": "text.jsonl", "report_to": ["nothing"]}, "pip install nothing"),
         ({"data": "text.jsonl", "eval_data": ["embedded", "embedded"]}, "given twice"),
         (
@@ -588,7 +646,7 @@ def test_bad_options_are_refused(
 
 def test_a_directory_with_other_things_is_refused_untouched(place: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="contains something else"):
         retrain(place, tmp_path, method="full", data="text.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -597,22 +655,52 @@ def test_a_missing_extra_is_named_before_anything_else(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "shortllm.retraining.preparing.find_spec", lambda name: None if name == "peft" else "there"
+        "shortllm.retraining.methods.find_spec", lambda name: None if name == "peft" else "there"
     )
     with pytest.raises(ShortLLMError, match=r"needs peft.*pip install 'shortllm\[train\]'"):
         retrain(place, tmp_path / "out", data="alpaca.jsonl", length=256)
 
 
-def test_defaults_are_the_paper_s() -> None:
-    lora = RetrainOptions().filled(4096)
+def test_defaults_are_the_paper_s(place: Path) -> None:
+    model = open_checkpoint(place / "short")
+    lora = resolve(RetrainOptions(), model)
     assert (lora.data, lora.length, lora.learning_rate, lora.epochs) == ("alpaca", 256, 1e-4, 2.0)
     assert (lora.rank, lora.alpha, lora.dropout, lora.batch) == (8, 16, 0.05, 64)
-    assert (warmup(lora, 1556), warmup(lora, 50)) == (100, 5)
-    full = RetrainOptions(method="full", data="c4").filled(512)
-    assert (full.length, full.schedule) == (512, "cosine")
-    assert micro_batch(lora, 1) == 16 and micro_batch(lora, 8) == 8
-    with pytest.raises(ShortLLMError, match="cannot be shared by 3 processes"):
-        micro_batch(lora, 3)
+    assert (lora.warmup(1556), lora.warmup(50)) == (100, 5)
+    full = resolve(RetrainOptions(method="full", data="c4"), model)
+    assert (full.length, full.schedule) == (512, "cosine"), "the model has 512 positions"
+    assert lora.micro_batch_of(1) == 16 and lora.micro_batch_of(8) == 8
+    with pytest.raises(ShortLLMError, match="cannot be divided among 3 processes"):
+        lora.micro_batch_of(3)
+
+
+def test_every_method_is_described_once() -> None:
+    for one in METHODS:
+        assert one.label and one.help.endswith(".") and one.paper.arxiv
+        assert {*one.defaults, *one.options} <= RetrainOptions.model_fields.keys()
+        assert one.name in (RetrainOptions.model_fields["method"].description or "")
+    owned = [option for one in METHODS for option in one.options]
+    assert len(owned) == len(set(owned))
+
+
+def test_a_new_method_needs_no_other_edit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def norms(model: nn.Module, options: RetrainOptions) -> nn.Module:
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+        return model
+
+    about = Method(name="norms", label="", help="", paper=LORA, function=norms, freezes=True)
+    monkeypatch.setitem(METHODS._entries, "norms", about)
+    changes = {"data": "text.jsonl", "learning_rate": 1e-2}
+    with pytest.raises(ShortLLMError, match="--rank belongs to --method lora, not to norms"):
+        retrain(place, tmp_path / "out", method="norms", rank=4, **changes)
+    retrain(place, tmp_path / "out", method="norms", **changes)
+    found, before = weights(tmp_path / "out"), weights(place / "short")
+    changed = {name for name in found if not torch.equal(found[name], before[name])}
+    assert changed and all("norm" in name for name in changed)
 
 
 def test_the_command_prints_what_came_of_it(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import shortllm
 from shortllm.retraining import CONFIGS
-from shortllm.retraining.preparing import work_directory
+from shortllm.retraining.setup import work_directory
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
@@ -49,13 +49,13 @@ def uninterrupted(place: Path) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
         out = place / f"whole-{kind}"
         if not out.exists():
-            heal(place, out, options_of(place, kind))
+            retrain(place, out, options_of(place, kind))
         return out
 
     return made
 
 
-def heal(place: Path, out: Path, options: shortllm.RetrainOptions) -> shortllm.Retraining:
+def retrain(place: Path, out: Path, options: shortllm.RetrainOptions) -> shortllm.Retraining:
     return shortllm.retrain(str(place / "short"), out, options=options, device="cpu")
 
 
@@ -109,7 +109,7 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_weights(
     ended = children.killed_when(lambda: MOMENTS[moment](work), children.command, words)
     assert ended == -signal.SIGKILL, "the training ended before it could be killed"
     assert work.is_dir() and not out.exists()
-    record = heal(place, out, options)
+    record = retrain(place, out, options)
     whole = uninterrupted(kind)
     equal_weights(out, whole)
     expected = shortllm.Retraining.load(whole / "retrain.json")
@@ -117,17 +117,17 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_weights(
     assert record.model_dump(exclude={"cost"}) == expected.model_dump(exclude={"cost"})
 
 
-def test_another_recipe_does_not_go_on_with_the_work(
+def test_another_recipe_does_not_resume_the_work(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     left = work_directory(out)
     (left / "states" / "checkpoint-4").mkdir(parents=True)
-    (left / "asked.txt").write_text("another")
+    (left / "fingerprint.txt").write_text("another")
     caplog.set_level("INFO", logger="shortllm")
-    heal(place, out, options_of(place, "full", max_steps=2))
-    assert "another recipe, which is thrown away" in caplog.text
-    assert "going on from" not in caplog.text
+    retrain(place, out, options_of(place, "full", max_steps=2))
+    assert "work for another recipe, which is deleted" in caplog.text
+    assert "resuming from" not in caplog.text
 
 
 def launch(arguments: list[str], *flags: str) -> subprocess.CompletedProcess[str]:

@@ -16,10 +16,10 @@ from shortllm.checkpoint.names import find_block_names
 from shortllm.checkpoint.shorten_config import refuse_block_names_in_config, shorten_config
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import build_empty, find_blocks
-from shortllm.model.structure import Renumbering, block_signature, block_structure, difference
+from shortllm.model.blocks import find_blocks
+from shortllm.model.structure import block_signature, block_structure, build_empty
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.guard import check_signatures
+from shortllm.surgery.guard import Renumbering, check_signatures, difference
 
 
 def shorten(config: Any, kept: list[int], **raw: Any) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def test_surgery_refuses_a_config_that_names_single_blocks(tmp_path: Path) -> No
         ("minimax", {}, "its attention decay depends on block number and count"),
         ("diffllama", {}, "its lambda depends on the block's number"),
         ("hrm_text", {}, "its two stacks of blocks run several times per token"),
-        ("xlm", {}, "its sublayers stand in four lists"),
+        ("xlm", {}, "its sublayers are in four lists"),
         (
             "gpt2",
             {"scale_attn_by_inverse_layer_idx": True},
@@ -160,7 +160,7 @@ def test_types_whose_blocks_know_their_number_are_refused(
 ) -> None:
     config = AutoConfig.for_model(model_type, **changes)
     with pytest.raises(
-        UnsupportedModelError, match=f"'{model_type}' cannot be shortened rightly: {reason}"
+        UnsupportedModelError, match=f"'{model_type}' cannot be shortened correctly: {reason}"
     ):
         shorten_config(config.to_dict(), config, [0, 1])
 
@@ -279,7 +279,7 @@ def test_a_block_of_another_kind_is_named_with_its_attribute() -> None:
 def test_a_config_that_builds_another_number_of_blocks_is_refused() -> None:
     config = config_of("llama")
     with pytest.raises(
-        UnsupportedModelError, match="asked for 5 blocks, the shortened config builds 6"
+        UnsupportedModelError, match="5 blocks requested, but the shortened config builds 6"
     ):
         check_signatures(config, config, range(5))
 

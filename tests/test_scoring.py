@@ -123,7 +123,7 @@ def test_every_way_of_scoring_gives_the_same_on_real_models(
     equal_scores(tmp_path / "streamed", tmp_path / "alone")
     with monkeypatch.context() as patch:
         patch.setattr(journal, "MIN_INTERVAL_S", 0.0)
-        patch.setattr(journal, "WORK_PER_WRITING", 0)
+        patch.setattr(journal, "WORK_PER_COMMIT", 0)
         for blocks in (3, 6, 9):  # each try comes a little further, and goes on from there
             with patch.context() as stop:
                 stop.setattr(StreamedWeights, "through", stopping(blocks))
@@ -233,8 +233,11 @@ def test_criteria_without_text_need_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--criterion", "ppl,ppl"], "ppl, ppl was asked for. Name each criterion once"),
-        (["--criterion", ","], "nothing was asked for"),
+        (
+            ["--criterion", "ppl,ppl"],
+            "--criterion ppl, ppl must name criteria, each once",
+        ),
+        (["--criterion", ","], "--criterion nothing must name"),
         (["--criterion", "ppl,tailor"], "unknown criterion 'tailor'. Did you mean 'taylor'"),
         (["--option", "taylor.power=2"], "option of criterion 'taylor' was given, but"),
         (["--option", "power=2"], "is not of the form CRITERION.NAME=VALUE"),
@@ -317,7 +320,7 @@ def test_streams_that_fit_nowhere_are_refused(tmp_path: Path, monkeypatch: Any) 
 
 def eagerly(words: list[str]) -> None:
     """A command whose journal is written at every block, as where a block takes its time."""
-    journal.MIN_INTERVAL_S = journal.WORK_PER_WRITING = 0
+    journal.MIN_INTERVAL_S = journal.WORK_PER_COMMIT = 0
     children.command(words)
 
 

@@ -24,7 +24,7 @@ from shortllm.comparison.options import prepare_question
 from shortllm.criteria import Scores
 from shortllm.criteria.records import Search
 from shortllm.criteria.search import ONE_SHOT
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import resolve
 from shortllm.data.options import CalibrationOptions
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import BudgetError, CriterionError
@@ -230,16 +230,16 @@ def test_whole_periods_go_together(name: str) -> None:
     ("name", "options", "message"),
     [
         ("local", {"start": "pppl"}, "unknown criterion 'pppl'"),
-        ("local", {"start": "evolve"}, "local.start cannot hold 'evolve', which searches"),
+        ("local", {"start": "evolve"}, "local.start cannot contain 'evolve', which searches"),
         ("local", {"start": "ppl,ppl"}, "must name criteria, each once"),
         ("local", {"start": ""}, "must name criteria"),
-        ("auto", {"candidates": "ppl,auto"}, "auto.candidates cannot hold 'auto'"),
-        ("auto", {"held_out": 0}, "auto.held_out 0.0 is no part of the samples"),
-        ("local", {"held_out": 1}, "local.held_out 1.0 is no part"),
-        ("local", {"minutes": 0}, "local.minutes 0.0 is no time"),
-        ("local", {"evaluations": 0}, "local.evaluations 0 is none. Give 1 or more"),
-        ("evolve", {"offspring": 0}, "evolve.offspring 0 is none"),
-        ("evolve", {"fitness": "acc"}, "evolve.fitness 'acc' is none of ppl, kl"),
+        ("auto", {"candidates": "ppl,auto"}, "auto.candidates cannot contain 'auto'"),
+        ("auto", {"held_out": 0}, "auto.held_out 0.0 must be between 0 and 1"),
+        ("local", {"held_out": 1}, "local.held_out 1.0 must be between"),
+        ("local", {"minutes": 0}, "local.minutes 0.0 must be positive"),
+        ("local", {"evaluations": 0}, "local.evaluations 0 must be 1 or more"),
+        ("evolve", {"offspring": 0}, "evolve.offspring 0 must be 1 or more"),
+        ("evolve", {"fitness": "acc"}, "evolve.fitness must be one of ppl, kl, not 'acc'"),
         ("greedy", {"inner": "local"}, "greedy.inner cannot be 'local'"),
         ("local", {"period_aligned": "perhaps"}, "'perhaps' is not of type bool"),
     ],
@@ -248,13 +248,13 @@ def test_impossible_options_are_refused_before_work(
     name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CriterionError, match=message):
-        Asked.of(name, options)
+        resolve(name, options)
 
 
 def test_what_the_model_or_the_text_cannot_give_is_refused() -> None:
     with pytest.raises(BudgetError, match="cannot remove 5 of 6 blocks: 2 are protected"):
         search("local", remove=5, protect_first=1, protect_last=1)
-    with pytest.raises(CriterionError, match="keeps 8 of 8 calibration samples apart"):
+    with pytest.raises(CriterionError, match="holds out 8 of 8 calibration samples"):
         search("local", held_out=0.99)
     with pytest.raises(CriterionError, match="'local' has no plan to start from: greedy: "):
         search("local", "gemma2", start="greedy", period_aligned=True, **FREE)
@@ -262,7 +262,7 @@ def test_what_the_model_or_the_text_cannot_give_is_refused() -> None:
 
 def test_a_comparison_takes_a_search_at_one_budget_only() -> None:
     info = opened("llama").info()
-    asked = [Asked.of("local")]
+    asked = [resolve("local")]
     [fitted] = prepare_question(info, asked, [0.5], draws=1).asked
     assert fitted.options["remove"] == 3
     with pytest.raises(CriterionError, match="searches for the best removal of one size"):
@@ -342,9 +342,9 @@ def test_auto_finds_planted_blocks_and_says_why(planted_run: Path) -> None:
 
 def test_the_report_shows_who_won(planted_run: Path) -> None:
     page = (planted_run / "report.html").read_text()
-    assert "Which removal won" in page
-    assert "<b>influence</b> has the lowest perplexity there" in page
-    assert "chosen together by auto, not one by one" in page
+    assert '<section id="search">' in page
+    assert "influence has the lowest perplexity there" in page
+    assert "auto chose the removed blocks together" in page
     assert "Men et al. 2024" in page  # whose criterion won
     assert "removed: 3, 7" in page and "removed in this order" not in page
 
@@ -364,9 +364,9 @@ def test_a_search_is_reported_with_its_start(
         out=tmp_path / "run",
     )
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "local began with the best of them, by last" in page
-    assert "it ended with: 12 evaluations" in page or "it ended with: no swap helps" in page
-    assert "perplexity, held-out text" in page
+    assert "local started with the best of them, by last" in page
+    assert "reason: 12 evaluations" in page or "reason: no swap helps" in page
+    assert "perplexity on held-out text" in page
 
 
 # ------------------------------------------------------------------ streamed, interrupted, shared
@@ -393,7 +393,7 @@ def test_many_sets_go_through_in_several_walks(
     fitness: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = search("local", fitness=fitness, **FREE)
-    monkeypatch.setattr("shortllm.pruning.search_space.TOGETHER", 3)
+    monkeypatch.setattr("shortllm.model.walk.TOGETHER", 3)
     assert search("local", fitness=fitness, **FREE) == expected
 
 
@@ -404,7 +404,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
     name: str, after: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(journal, "MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(journal, "WORK_PER_WRITING", 0)
+    monkeypatch.setattr(journal, "WORK_PER_COMMIT", 0)
     options = {"generations": 2} if name == "evolve" else {}
     expected = search(name, "qwen3", decoder=streamed("qwen3"), **FREE, **options)
     decoder = streamed("qwen3")

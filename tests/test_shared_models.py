@@ -14,8 +14,8 @@ import shortllm
 from shortllm import pipeline, stages
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import evaluation_segments_of
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.recipe import Recipe
 
 pytestmark = pytest.mark.shared

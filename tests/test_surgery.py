@@ -32,7 +32,9 @@ from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_ten
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, OutputError
 from shortllm.model.decoder import Decoder
-from shortllm.surgery.apply import carried_files, carried_fingerprint, write_shortened
+from shortllm.pruning.prune import write_pruned
+from shortllm.pruning.records import Pruning
+from shortllm.surgery.apply import carried_files, carried_fingerprint, renumbered_tensors
 from shortllm.surgery.verify import bypass_logits, verify_shortened
 
 REMOVED = ([0], [3], [-1], [0, 2, 3])
@@ -281,7 +283,7 @@ def test_other_files_are_carried_along(tmp_path: Path) -> None:
         (source / name).write_text(text)
     target = shortened(open_checkpoint(source), [5], tmp_path / "short")
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert found == {*carried, "config.json", SAFETENSORS}
+    assert found == {*carried, "config.json", "prune.json", SAFETENSORS}
     assert all((target / name).read_text() == text for name, text in carried.items())
 
 
@@ -301,9 +303,10 @@ def test_an_output_inside_the_source_is_not_carried(
         shortened(checkpoint, [2], target)
         found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
         assert found == {
-            "config.json", "generation_config.json", SAFETENSORS, "extra/words.txt"
+            "config.json", "generation_config.json", "prune.json", SAFETENSORS, "extra/words.txt"
         }  # fmt: skip
-    assert carried_fingerprint(source) == before == carried_fingerprint(Path("short"))
+    again = carried_fingerprint(Path("short"), without={"prune.json"})
+    assert carried_fingerprint(source) == before == again
     Path("extra/words.txt").write_text("two")
     assert carried_fingerprint(source) != before
 
@@ -320,7 +323,7 @@ def test_the_target_itself_is_not_carried(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [".", "..", "../source"])
 def test_the_source_is_never_replaced(target: str, tmp_path: Path) -> None:
     source = copied("llama", tmp_path / "source")
-    with pytest.raises(OutputError, match="the original model, which stays as it is"):
+    with pytest.raises(OutputError, match="the original model, which is never changed"):
         shortened(open_checkpoint(source), [2], source / target)
     assert open_checkpoint(source).fingerprint == opened("llama").fingerprint
 
@@ -338,7 +341,7 @@ def test_a_source_of_symbolic_links_is_written_as_files(tmp_path: Path) -> None:
 
 def test_config_says_where_the_checkpoint_comes_from(tmp_path: Path) -> None:
     checkpoint = opened("qwen2")
-    target = shortened(checkpoint, [4, 1], tmp_path / "a", provenance={"criterion": "ppl"})
+    target = shortened(checkpoint, [4, 1], tmp_path / "a", criterion="ppl")
     config = json.loads((target / "config.json").read_text())
     entry = {
         "version": __version__,
@@ -348,6 +351,7 @@ def test_config_says_where_the_checkpoint_comes_from(tmp_path: Path) -> None:
         "removed_blocks": [1, 4],
         "criterion": "ppl",
         "parent": None,
+        "fingerprint": Pruning.load(target / "prune.json").fingerprint,
     }
     assert config["shortllm"] == entry
     again = shortened(open_checkpoint(target), [0], tmp_path / "b")
@@ -370,27 +374,42 @@ def test_fields_that_do_not_concern_blocks_stay_as_they_are(tmp_path: Path) -> N
 
 def test_progress_counts_the_bytes_written(tmp_path: Path) -> None:
     steps: list[int] = []
-    target = shortened(opened("gpt2"), [2], tmp_path / "short", advance=steps.append)
-    assert sum(steps) == sum(entry.bytes for entry in read_tensor_table(target).values())
+    entries = renumbered_tensors(opened("gpt2"), [0, 1, 3, 4, 5])
+    write_tensors(tmp_path, entries, advance=steps.append)
+    assert sum(steps) == sum(entry.bytes for entry in read_tensor_table(tmp_path).values())
 
 
-def stop(*_: object) -> None:
+def stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["advance", "verify"])
-def test_an_interrupted_surgery_leaves_nothing(where: str, tmp_path: Path) -> None:
+def stop_surgery(monkeypatch: pytest.MonkeyPatch, *, verifying: bool) -> None:
+    """Interrupt surgery while it writes tensors, or while the result is verified."""
+    if verifying:
+        monkeypatch.setattr("shortllm.pruning.prune._verifying", lambda *a: stop)
+    else:
+        monkeypatch.setattr("shortllm.surgery.derived.write_tensors", stop)
+
+
+@pytest.mark.parametrize("verifying", [False, True])
+def test_an_interrupted_surgery_leaves_nothing(
+    verifying: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_surgery(monkeypatch, verifying=verifying)
     with pytest.raises(KeyboardInterrupt):
-        shortened(opened("llama"), [1], tmp_path / "short", **{where: stop})
+        shortened(opened("llama"), [1], tmp_path / "short")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["advance", "verify"])
-def test_an_interrupted_surgery_keeps_the_earlier_result(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verifying", [False, True])
+def test_an_interrupted_surgery_keeps_the_earlier_result(
+    verifying: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = shortened(opened("llama"), [1], tmp_path / "short")
     before = {path.name: path.read_bytes() for path in target.iterdir()}
+    stop_surgery(monkeypatch, verifying=verifying)
     with pytest.raises(KeyboardInterrupt):
-        shortened(opened("llama"), [2, 3], target, **{where: stop})
+        shortened(opened("llama"), [2, 3], target)
     assert list(tmp_path.iterdir()) == [target]
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
@@ -403,8 +422,8 @@ def test_an_earlier_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
     shortened(opened("llama"), [2, 3], target)
     assert list(tmp_path.iterdir()) == [target]
     assert {path.name for path in target.iterdir()} == {
-        path.name for path in saved("llama").iterdir()
-    }
+        *(path.name for path in saved("llama").iterdir()), "prune.json"
+    }  # fmt: skip
     assert load(target).config.num_hidden_layers == 4
 
 
@@ -535,7 +554,7 @@ def test_unknown_types_pass_through_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_keeping_all_blocks_copies_the_checkpoint(tmp_path: Path) -> None:
-    write_shortened(opened("falcon-new"), range(6), tmp_path / "same", provenance={})
+    write_pruned(opened("falcon-new"), range(6), tmp_path / "same")
     assert_same_tensors(tmp_path / "same", saved("falcon-new"))
 
 

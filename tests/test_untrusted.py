@@ -34,7 +34,7 @@ from shortllm.checkpoint.tensors import (
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.retraining import states, training
+from shortllm.retraining import trainer
 from shortllm.runtime import trusting_remote_code
 
 # ---- links and paths in an index
@@ -247,7 +247,7 @@ def test_a_checkpoint_with_an_adapter_beside_it_is_refused(
     config = {"peft_type": "LORA", "base_model_name_or_path": str(saved("qwen2"))}
     (source / "adapter_config.json").write_text(json.dumps(config))
     torch.save({"x": Malice(owned)}, source / name)
-    with pytest.raises(CheckpointError, match="holds an adapter .adapter_config.json., which"):
+    with pytest.raises(CheckpointError, match="has an adapter .adapter_config.json., which"):
         open_checkpoint(source)
     assert not owned.exists()
 
@@ -265,21 +265,21 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training.HealingTrainer, "load_best", stop)
+        patched.setattr(trainer.ObjectiveTrainer, "load_best", stop)
         with pytest.raises(KeyboardInterrupt):
             shortllm.retrain(str(short), target, options=chosen, device="cpu")
     return short, target, chosen
 
 
 def newest(target: Path) -> Path:
-    state = states.last_state(target.with_name("healed.training.partial") / "states")
+    state = trainer.last_state(target.with_name("healed.training.partial") / "states")
     assert state is not None
     return state
 
 
 def test_the_state_that_was_left_is_sound(interrupted: tuple[Path, Path, Any]) -> None:
     short, target, chosen = interrupted
-    states.require_sound(newest(target))
+    trainer.require_loadable(newest(target))
     assert shortllm.retrain(str(short), target, options=chosen, device="cpu").steps == 6
 
 
@@ -291,7 +291,7 @@ def test_a_malicious_state_of_a_training_is_refused(
 ) -> None:
     short, target, chosen = interrupted
     torch.save({"state": Malice(owned)}, newest(target) / name)
-    with pytest.raises(CheckpointError, match=f"{name} holds more than .* it could run code"):
+    with pytest.raises(CheckpointError, match=f"{name} contains more than .* it could run code"):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
     assert not owned.exists() and not target.exists()
 
@@ -303,7 +303,7 @@ def test_a_damaged_state_of_a_training_says_what_to_delete(
     short, target, chosen = interrupted
     state = newest(target)
     os.truncate(state / name, 100)
-    with pytest.raises(CheckpointError, match=f"{name} is damaged. Delete {state} to go on from"):
+    with pytest.raises(CheckpointError, match=f"{name} is damaged. Delete {state} to resume from"):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
     shutil.rmtree(state)
     assert shortllm.retrain(str(short), target, options=chosen, device="cpu").steps == 6
@@ -408,8 +408,8 @@ def test_a_whole_run_with_the_flag(
 @pytest.mark.parametrize(
     "auto_map, message",
     [
-        ({"AutoConfig": "own.OwnConfig"}, "must name the classes .* AutoModelForCausalLM"),
-        (["own"], "must name the classes of its own code"),
+        ({"AutoConfig": "own.OwnConfig"}, "must name classes .* AutoModelForCausalLM"),
+        (["own"], "must name classes for"),
         (
             {"AutoConfig": "other/repo--own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
             "names code of another repository .other/repo--own., which no revision pins",
@@ -420,7 +420,7 @@ def test_a_whole_run_with_the_flag(
         ),
         (
             {"AutoConfig": "gone.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
-            "names the code gone.py, which is not there",
+            "names the code gone.py, which is missing",
         ),
     ],
 )

@@ -22,11 +22,11 @@ from shortllm.errors import RecipeError, ResultFileError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions, Perplexity
 from shortllm.recipe import Recipe
 from shortllm.recipes import changed, load_recipe, recipe_names
-from shortllm.reporting.healing import came_back
-from shortllm.reporting.loading import load_results
-from shortllm.reporting.plots.pareto import Point, front
-from shortllm.reporting.runs import compared_models, load_runs
-from shortllm.reporting.verdict import verdict
+from shortllm.reporting.healing import recovered
+from shortllm.reporting.load import load_results, load_runs
+from shortllm.reporting.plots.points import Point, front
+from shortllm.reporting.run_page import verdict
+from shortllm.reporting.runs_page import compared_models
 from shortllm.retraining.options import Retraining, RetrainOptions
 
 QUICK = {"length": 64, "batch": 2, "max_steps": 4, "eval_every": 2, "held_out": 4, "report_to": []}
@@ -69,22 +69,22 @@ def test_every_way_of_healing_makes_a_checkpoint_that_is_measured(healed: Path) 
     assert [one.name for one in benchmark.models] == ["original", "pruned"]
 
 
-def test_the_report_says_what_came_back_and_what_it_gained(healed: Path) -> None:
+def test_the_report_shows_recovery_and_speed(healed: Path) -> None:
     page = (healed / "report.html").read_text()
-    for part in ("What came back", "retrained-lora", "What it gained"):
+    for part in ("Recovery", "retrained-lora", "Speed and memory"):
         assert part in page
     results = load_results(healed)
     before, removed = results.perplexities("original"), results.perplexities("pruned")
     after = results.perplexities("retrained-full")
     [key] = before
-    share = came_back(before[key], removed[key], after[key])
+    share = recovered(before[key], removed[key], after[key])
     assert share is not None and f"{100 * share:.1f}".replace("-", "−") in page
     card = (healed / "README.md").read_text()
-    assert "Not retrained" not in card and "retrained-lora" in card
+    assert "not retrained" not in card and "retrained-lora" in card
 
 
 @pytest.mark.parametrize(
-    ("scatter", "said"), [(0.05, "It generates"), (0.5, "single runs scatter by ± 50.0\u202f%")]
+    ("scatter", "said"), [(0.05, "It generates"), (0.5, "latencies vary by ± 50.0\u202f%")]
 )
 def test_a_speed_that_scatters_is_no_verdict(scatter: float, said: str, healed: Path) -> None:
     results = load_results(healed)
@@ -323,7 +323,7 @@ def test_runs_side_by_side(healed: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert models[1]["speedup"] == models[2]["speedup"] and models[4]["speedup"] is None
     assert models[0]["speedup"] == 1.0
     html = page.read_text()
-    assert html.count("<svg") == 4 and "https:" not in html and "src=" not in html
+    assert html.count("<svg") == 2 and "https:" not in html and "src=" not in html
     assert str(tmp_path) not in html
     assert shortllm.compare([healed, other], out=page) == compared_models(
         load_runs([healed, other])
@@ -354,11 +354,11 @@ def test_mistakes_of_compare(healed: Path, tmp_path: Path) -> None:
         f"{place.parent.name}/healed" for place in (healed, copy)
     ]
     (copy / "eval.json").unlink()
-    with pytest.raises(ResultFileError, match="holds no evaluation"):
+    with pytest.raises(ResultFileError, match="has no eval.json"):
         load_runs([copy])
 
 
-def test_the_front_is_what_none_beats() -> None:
+def test_the_front_is_what_no_point_beats() -> None:
     places = [(1.0, 9.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0), (4.0, 2.0)]
     points = [
         Point(number=number, group="run", kind="pruned", x=x, y=y)
@@ -368,13 +368,13 @@ def test_the_front_is_what_none_beats() -> None:
     assert [point.number for point in front(points, higher_is_better=True)] == [0]
 
 
-def test_what_came_back_is_measured_in_nats() -> None:
+def test_recovery_is_measured_in_nats() -> None:
     def of(nll: float) -> Perplexity:
         return Perplexity(
             source="x", length=8, bos="none", segments=1, predictions=7, tokens_fingerprint="t",
             nll=nll, perplexity=2.0,
         )  # fmt: skip
 
-    assert came_back(of(1.0), of(2.0), of(1.25)) == 0.75
-    assert came_back(of(1.0), of(2.0), of(2.5)) == -0.5
-    assert came_back(of(2.0), of(2.0), of(1.0)) is None
+    assert recovered(of(1.0), of(2.0), of(1.25)) == 0.75
+    assert recovered(of(1.0), of(2.0), of(2.5)) == -0.5
+    assert recovered(of(2.0), of(2.0), of(1.0)) is None

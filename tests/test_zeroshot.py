@@ -34,9 +34,9 @@ from shortllm.evaluation.tasks import (
 )
 from shortllm.model.session import Session
 from shortllm.recipe import Recipe
-from shortllm.reporting import sections, write_report
-from shortllm.reporting.loading import load_results
-from shortllm.reporting.zeroshot import zeroshot
+from shortllm.reporting import run_page, write_report
+from shortllm.reporting.load import load_results
+from shortllm.reporting.measurements import task_table, tasks_section
 
 pytest.importorskip("lm_eval")
 
@@ -193,7 +193,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_embedded_tasks_score_as_a_plain_measurement_does(short: Path) -> None:
     """Both models: the harness, with documents loaded once, against torch and nothing else."""
-    from shortllm.embedded.measure import task_accuracy
+    from measure import task_accuracy
 
     evaluation = evaluate("embedded", str(short), tasks=["embedded"], limit=20)
     for place, directory in enumerate((embedded.MODEL_DIR, short)):
@@ -286,24 +286,23 @@ def test_a_run_puts_the_tasks_to_both_models_once(
 
 def test_the_report_shows_every_score(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = load_results(finished)
-    shown = zeroshot(results)
-    assert shown is not None and shown["models"] == ["original", "pruned"]
     original, pruned = results.evaluated["original"], results.evaluated["pruned"]
-    for row, before, after in zip(shown["rows"], original.zeroshot, pruned.zeroshot, strict=False):
-        assert row["name"] == before.task and row["detail"] == "acc, 12 documents"
-        numbers = [re.findall(r"[\d.]+", text)[0] for text, _ in row["cells"]]
-        assert numbers == [f"{100 * score.score:.1f}" for score in (before, after)]
-        points = re.sub(r"[^\d.±−]", "", row["cells"][1][1]).replace("−", "-").strip("±")
+    head, rows = task_table([original, pruned]).plain()
+    assert head == ("task", "original", "pruned")
+    for row, before, after in zip(rows, original.zeroshot, pruned.zeroshot, strict=False):
+        assert row[0] == f"{before.task} (acc [%], 12 documents)"
+        numbers = [re.findall(r"[\d.]+", text)[0] for text in row[1:3]]
+        assert numbers == [f"{100 * score.score:.2f}" for score in (before, after)]
+        points = re.sub(r"[^\d.±−]", "", row[2].split("(")[1]).replace("−", "-").strip("±")
         assert float(points) == pytest.approx(100 * (after.score - before.score), abs=0.05)
-    assert [row["name"] for row in shown["rows"]] == ["shortllm_where", "shortllm_count", "mean"]
+    assert [row[0].split(" ")[0] for row in rows] == ["shortllm_where", "shortllm_count", "mean"]
 
-    monkeypatch.setattr(sections, "SECTIONS", [("zeroshot", "What it can answer", zeroshot)])
+    monkeypatch.setattr(run_page, "sections_of", lambda results: [tasks_section(results)])
     page = write_report(finished).read_text()
-    assert "What it can answer" in page and "shortllm_where" in page
+    assert "Zero-shot tasks" in page and "shortllm_where" in page
     assert f"lm-evaluation-harness {require_harness()}" in page
-    for row in shown["rows"]:
-        (before, _), (after, difference) = row["cells"]
-        assert all(text in page for text in (before, after, difference))
+    for row in rows:
+        assert all(text in page for cell in row[1:] for text in cell.strip(")").split(" ("))
 
 
 def test_a_run_without_tasks_has_no_such_section(finished: Path, tmp_path: Path) -> None:
@@ -313,7 +312,7 @@ def test_a_run_without_tasks_has_no_such_section(finished: Path, tmp_path: Path)
     for model in content["models"]:
         model["zeroshot"] = []
     (directory / "eval.json").write_text(json.dumps(content))
-    assert zeroshot(load_results(directory)) is None
+    assert tasks_section(load_results(directory)) is None
 
 
 def test_a_group_scores_by_its_own_metric_and_a_tag_by_its_tasks(tmp_path: Path) -> None:
@@ -379,8 +378,8 @@ def test_names_that_cannot_be_are_refused(asked: list[str], message: str) -> Non
     ("records", "message"),
     [
         (None, r"has no boolq/validation.jsonl for task 'boolq'"),
-        ([], "is no list of records"),
-        (["text"], "is no list of records"),
+        ([], "is not a list of records"),
+        (["text"], "is not a list of records"),
         ([{"question": "is it", "label": 1}], "documents of task 'boolq' cannot be used.*passage"),
     ],
 )

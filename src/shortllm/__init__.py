@@ -19,13 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from shortllm.api import export_lint as export_lint
-    from shortllm.api import info as info
-    from shortllm.api import plan as plan
-    from shortllm.api import prune as prune
-    from shortllm.api import report as report
-    from shortllm.api import run as run
-    from shortllm.api import score as score
+    from shortllm.benchmark.bench import bench as bench
     from shortllm.benchmark.options import Benchmark as Benchmark
     from shortllm.benchmark.options import BenchmarkOptions as BenchmarkOptions
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
@@ -36,32 +30,38 @@ if TYPE_CHECKING:
     from shortllm.comparison.options import Comparison as Comparison
     from shortllm.data.options import CalibrationOptions as CalibrationOptions
     from shortllm.errors import ShortLLMError as ShortLLMError
+    from shortllm.evaluation.evaluate import evaluate as evaluate
     from shortllm.evaluation.options import Evaluation as Evaluation
     from shortllm.evaluation.options import EvaluationOptions as EvaluationOptions
     from shortllm.healing.heal import heal as heal
     from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
-    from shortllm.measuring import bench as bench
-    from shortllm.measuring import evaluate as evaluate
     from shortllm.merging.merge import merge as merge
     from shortllm.merging.options import MergeOptions as MergeOptions
     from shortllm.merging.options import Merging as Merging
     from shortllm.model.loading import load as load
+    from shortllm.pipeline import run as run
     from shortllm.pruning.budget import Budget as Budget
+    from shortllm.pruning.estimate import info as info
+    from shortllm.pruning.plan import plan as plan
+    from shortllm.pruning.prune import prune as prune
     from shortllm.pruning.records import BlockScores as BlockScores
     from shortllm.pruning.records import PrunePlan as PrunePlan
+    from shortllm.pruning.score import score as score
     from shortllm.quantizing.options import Quantization as Quantization
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
     from shortllm.quantizing.quantize import quantize as quantize
     from shortllm.recipe import Recipe as Recipe
-    from shortllm.retraining.api import retrain as retrain
+    from shortllm.reporting import report as report
     from shortllm.retraining.options import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
+    from shortllm.retraining.retrain import retrain as retrain
     from shortllm.runtime import Runtime as Runtime
     from shortllm.runtime import trusting_remote_code as trusting_remote_code
     from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
     from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
+    from shortllm.surgery.export_lint import export_lint as export_lint
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
     from shortllm.width_pruning.options import WidthPruning as WidthPruning
     from shortllm.width_pruning.prune_width import width as width
@@ -92,25 +92,25 @@ _HOME = {
     "SublayerOptions": "sublayers.options",
     "WidthOptions": "width_pruning.options",
     "WidthPruning": "width_pruning.options",
-    "bench": "measuring",
+    "bench": "benchmark.bench",
     "compare": "comparison.compare",
     "compare_criteria": "comparison.compare",
     "compare_units": "comparison.compare",
     "drop_sublayers": "sublayers.drop",
-    "evaluate": "measuring",
-    "export_lint": "api",
+    "evaluate": "evaluation.evaluate",
+    "export_lint": "surgery.export_lint",
     "heal": "healing.heal",
-    "info": "api",
+    "info": "pruning.estimate",
     "load": "model.loading",
     "merge": "merging.merge",
     "open_checkpoint": "checkpoint.source",
-    "plan": "api",
-    "prune": "api",
+    "plan": "pruning.plan",
+    "prune": "pruning.prune",
     "quantize": "quantizing.quantize",
-    "report": "api",
-    "retrain": "retraining.api",
-    "run": "api",
-    "score": "api",
+    "report": "reporting",
+    "retrain": "retraining.retrain",
+    "run": "pipeline",
+    "score": "pruning.score",
     "trusting_remote_code": "runtime",
     "width": "width_pruning.prune_width",
 }

@@ -1,12 +1,12 @@
-"""One small tree of errors. Each says what was asked, what is true, and what to type next.
+"""One small tree of errors. Each says what was requested, what is true, and what to type next.
 
 ShortLLMError (a ValueError)      the command line prints the message and exits with code 2
-├── CheckpointError               a model directory or Hub id that cannot be read or written rightly
-│   └── UnsupportedModelError     a readable model whose blocks cannot be removed rightly
+├── CheckpointError               a model directory or Hub id that cannot be read or written
+│   └── UnsupportedModelError     a readable model whose blocks cannot be removed
 ├── DataError                     text or token ids that cannot be used
 ├── CriterionError                an unknown criterion, or scores that cannot be ranked
-├── BudgetError                   a plan that cannot be made
-├── RecipeError                   a recipe that cannot be read, or asks for what there is not
+├── BudgetError                   a plan that is impossible
+├── RecipeError                   a recipe that cannot be read, or that requests what does not exist
 ├── OutputError                   an output directory that may not or cannot be written
 └── ResultFileError               a result file of an earlier stage that cannot be read
 """
@@ -16,21 +16,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-LONGEST = 1200
-"""Characters of a message, which may quote names and values of a damaged file."""
-
 
 class ShortLLMError(ValueError):
-    """Base of every error a user can cause; its message is complete without a traceback.
-
-    What it quotes from files is made printable, and cut in the middle where it is very long.
-    """
+    """Base of every error a user can cause; its message is complete without a traceback."""
 
     def __str__(self) -> str:
-        text = printable(super().__str__())
-        if len(text) <= LONGEST:
-            return text
-        return f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
+        # a downloaded file may hold control codes in the names that messages quote
+        return "".join(
+            one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
+            for one in super().__str__()
+        )
 
 
 class CheckpointError(ShortLLMError):
@@ -50,7 +45,7 @@ class CriterionError(ShortLLMError):
 
 
 class BudgetError(ShortLLMError):
-    """The asked removal is impossible for this model and protection."""
+    """The requested removal is impossible for this model and protection."""
 
 
 class RecipeError(ShortLLMError):
@@ -58,19 +53,11 @@ class RecipeError(ShortLLMError):
 
 
 class OutputError(ShortLLMError):
-    """The output directory holds something else, or cannot be written."""
+    """The output directory contains something else, or cannot be written."""
 
 
 class ResultFileError(ShortLLMError):
     """A result file of an earlier stage is missing, damaged or of another kind."""
-
-
-def printable(text: str) -> str:
-    """The text with what no terminal should be sent (control codes, half characters) spelt out."""
-    return "".join(
-        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
-        for one in text
-    )
 
 
 def did_you_mean(name: str, available: Iterable[str]) -> str:

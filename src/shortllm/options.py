@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -89,8 +89,9 @@ class OptionField:
 
 
 def nested_record(info: FieldInfo) -> type[Options] | None:
-    """The record that a field holds, if it holds one (and not a list of them)."""
-    for kind in (info.annotation, *get_args(info.annotation)):
+    """The record that a field holds, or may hold; None for other fields, lists of records too."""
+    kinds = (info.annotation,) if get_origin(info.annotation) is list else get_args(info.annotation)
+    for kind in (info.annotation, *kinds):
         if isinstance(kind, type) and issubclass(kind, Options):
             return kind
     return None
@@ -108,10 +109,13 @@ def option_fields(kind: type[Options]) -> dict[str, OptionField]:
         inner = nested_record(info)
         if inner is None:
             flag = _metadata(info, Flag) or Flag()
-            one = OptionField(
-                name=name, path=(name,), info=info, flag=flag, panel=flag.panel or kind.panel
+            found[name] = OptionField(
+                name=name,
+                path=(name,),
+                info=info,
+                flag=flag,
+                panel=flag.panel or _declaring(kind, name).panel,
             )
-            found[name] = one
         elif nested is None or not nested.skip:
             rename = nested.rename if nested is not None else {}
             for one in option_fields(inner).values():
@@ -151,6 +155,22 @@ def options_from(
         return kind.model_validate(content)
     except ValidationError as error:
         raise ShortLLMError(validation_message(error, names)) from error
+
+
+def overlaid(base: Kind, over: Kind) -> Kind:
+    """`base` with every option that was given in `over`; options within options one by one."""
+    return type(base).model_validate(
+        _merged(base.model_dump(exclude_unset=True), over.model_dump(exclude_unset=True))
+    )
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        name: _merged(base[name], value)
+        for name, value in over.items()
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+    }
+    return {**base, **over, **both}
 
 
 def validation_message(
@@ -243,6 +263,12 @@ def _require_known(
                 f"{function.__name__}() has no argument '{name}'."
                 f"{did_you_mean(name, [*(one for one in own if one not in records), *fields])}"
             )
+
+
+def _declaring(kind: type[Options], name: str) -> type[Options]:
+    """The class that declares a field, which may be a base of `kind`."""
+    bases = (one for one in reversed(kind.__mro__) if issubclass(one, Options))
+    return next(one for one in bases if name in one.model_fields)
 
 
 def _metadata(info: FieldInfo, kind: type[Result]) -> Result | None:

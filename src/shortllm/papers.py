@@ -125,3 +125,23 @@ GPTQ = Paper(
     title="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     arxiv="2210.17323",
 )
+LORA = Paper(
+    key="hu2021lora",
+    authors="Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and "
+    "Li, Yuanzhi and Wang, Shean and Wang, Lu and Chen, Weizhu",
+    title="LoRA: Low-Rank Adaptation of Large Language Models",
+    arxiv="2106.09685",
+)
+DISTILLATION = Paper(
+    key="hinton2015distilling",
+    authors="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+    title="Distilling the Knowledge in a Neural Network",
+    arxiv="1503.02531",
+)
+LAST_BLOCKS = Paper(
+    key="lu2024reassessing",
+    authors="Lu, Yao and Cheng, Hao and Fang, Yujie and Wang, Zeyu and Wei, Jiaheng and "
+    "Xu, Dongwei and Xuan, Qi and Yang, Xiaoniu and Zhu, Zhaowei",
+    title="Reassessing Layer Pruning in LLMs: New Insights and Methods",
+    arxiv="2411.15558",
+)

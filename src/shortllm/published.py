@@ -1,12 +1,13 @@
-"""What was published about a shortened model, as data in its recipe, and ours beside it.
+"""Published figures of shortened models, next to ours.
 
-Only numbers of one protocol stand side by side: the same text, 128 tokens per segment and the same
-BOS for perplexity; whole tasks by the same metric. Memory is carried and not compared, since what
-an evaluation held on a device then is not what a benchmark measures here.
+A recipe can contain what was published about its model. Only figures of the same protocol are
+compared: the same text, 128 tokens per segment and the same BOS for perplexity; whole tasks by the
+same metric. Published memory is kept but not compared, because it was not measured as here.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,8 @@ from shortllm.records import Record
 if TYPE_CHECKING:
     from shortllm.evaluation.options import EvaluationOptions
 
+log = logging.getLogger(__name__)
+
 Bos = Literal["first", "every"]
 
 LENGTH = 128
@@ -28,22 +31,22 @@ MEAN = "mean of tasks [%]"
 
 
 class PublishedFigures(Record):
-    """What was published about one model."""
+    """The published figures of one model."""
 
     perplexity: dict[Bos, dict[str, float]] = Field(
         default_factory=dict,
-        description="by where BOS stood, then by text, e.g. 'wikitext2:test'; 128 tokens each",
+        description="by position of BOS, then by text, e.g. 'wikitext2:test'; 128 tokens each",
     )
     tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot scores in percent")
     tasks_mean: float | None = Field(default=None, description="their mean, in percent")
     parameters: int | None = None
     memory_mib: dict[Bos, float] = Field(
-        default_factory=dict, description="on the device, while these perplexities were measured"
+        default_factory=dict, description="on the device during these evaluations"
     )
 
 
 class Published(Record):
-    """What was published about a model, a criterion, and the checkpoint made by both."""
+    """What was published about a model, a criterion, and the resulting checkpoint."""
 
     source: str = Field(description="where, e.g. 'arXiv:2402.02834'")
     checkpoint: str | None = Field(default=None, description="Hub id of the released checkpoint")
@@ -51,19 +54,19 @@ class Published(Record):
     order: list[int] = Field(description="all blocks, least important first, before protection")
     values: list[float | None] = Field(
         default_factory=list,
-        description="the criterion's number for each block; null: beyond all measure",
+        description="the criterion's number for each block; null: too large to state",
     )
     removed: list[int] = Field(
         default_factory=list, description="blocks the published model lacks, ascending"
     )
     original: PublishedFigures | None = Field(default=None, description="of the intact model")
     released: PublishedFigures | None = Field(
-        default=None, description="of the model that was shortened and healed"
+        default=None, description="of the shortened and healed model"
     )
 
 
-class Beside(Record):
-    """One of our numbers and the published one."""
+class PublishedComparison(Record):
+    """One of our figures and the published one."""
 
     model: str = Field(description="what the evaluation calls the model")
     quantity: str
@@ -71,18 +74,16 @@ class Beside(Record):
     published: float
 
 
-def beside(
+def published_comparison(
     published: Published, evaluation: Evaluation, options: EvaluationOptions
-) -> list[Beside]:
-    """Our numbers beside the published ones, where both were got by one protocol.
+) -> list[PublishedComparison]:
+    """Our figures and the published ones, where both have the same protocol.
 
-    The original stands beside the original, and each healed model beside the released one, which
-    was healed too.
-
-    Args:
-        options: by which the evaluation was made; part of a text or of a task is not compared.
+    The original is compared with the published original, and each healed model with the released
+    one, which was healed as well. Under `options` that measure only a part of a text or task,
+    that text or task is not compared.
     """
-    rows: list[Beside] = []
+    rows: list[PublishedComparison] = []
     for model in evaluation.models:
         if model.name == "original" and published.original is not None:
             theirs = published_numbers(published.original)
@@ -96,17 +97,17 @@ def beside(
 
 def side_by_side(
     model: str, ours: Mapping[str, float], theirs: Mapping[str, float]
-) -> list[Beside]:
-    """The quantities that stand on both sides."""
+) -> list[PublishedComparison]:
+    """The quantities that both sides have."""
     return [
-        Beside(model=model, quantity=quantity, ours=value, published=theirs[quantity])
+        PublishedComparison(model=model, quantity=quantity, ours=value, published=theirs[quantity])
         for quantity, value in ours.items()
         if quantity in theirs
     ]
 
 
 def published_numbers(figures: PublishedFigures) -> dict[str, float]:
-    """What was published about a model, by quantity; the protocol is part of a quantity's name."""
+    """The published figures of a model by quantity; the protocol is part of a quantity's name."""
     from shortllm.evaluation.tasks import METRICS
 
     numbers: dict[str, float] = {}
@@ -121,7 +122,7 @@ def published_numbers(figures: PublishedFigures) -> dict[str, float]:
 
 
 def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, float]:
-    """What was measured of a model by the protocol of the paper, by quantity."""
+    """Our figures of a model by quantity, as far as the protocol is that of the paper."""
     from shortllm.evaluation.tasks import METRICS
 
     numbers: dict[str, float] = {PARAMETERS: model.model.parameters}
@@ -143,22 +144,22 @@ def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, 
 
 
 def perplexity_of(text: str, bos: str) -> str:
-    """What a perplexity is called in a table."""
+    """Name of a perplexity in a table."""
     return f"perplexity {text}, BOS {bos}"
 
 
 def task_of(task: str, metric: str) -> str:
-    """What a task's score is called in a table."""
+    """Name of a task's score in a table."""
     return f"{task} {metric} [%]"
 
 
 def compared_blocks(published: Published, removed: Sequence[int]) -> str:
-    """Which blocks went here and there, in one sentence."""
+    """Which blocks were removed here and there, in one sentence."""
     theirs, ours = set(published.removed), set(removed)
     blocks = ", ".join(map(str, published.removed))
     if ours == theirs:
         return f"Blocks {blocks} were removed, as published."
     return (
-        f"Published without blocks {blocks}; {len(ours & theirs)} of these were removed here as "
-        f"well, and {len(ours - theirs)} others."
+        f"The published model lacks blocks {blocks}; {len(ours & theirs)} of these were removed "
+        f"here as well, and {len(ours - theirs)} others."
     )

@@ -1,74 +1,91 @@
-"""Every choice of a run in one typed record; its filled-in form stands in run.json.
+"""Every choice of a run in one record; its resolved values are saved to run.json.
 
-Unknown keys are refused. A knob starts as a field here and may earn a flag later.
+A recipe composes the options of the stages. Unknown keys are refused. Flags of `shortllm run`, the
+keys of a .yaml recipe and the keywords of `shortllm.run` are its fields.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from shortllm.benchmark.options import PROMPT, BenchmarkOptions
+from shortllm import criteria
+from shortllm.benchmark.options import BenchmarkOptions
+from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.data.options import CalibrationOptions
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.healing.options import HealOptions
+from shortllm.healing.options import HealOptions, MethodName
+from shortllm.options import Flag, Nested
 from shortllm.pruning.budget import Budget
 from shortllm.published import Published
 from shortllm.quantizing.options import QuantizeOptions
-from shortllm.records import Record, SpecialToken
+from shortllm.records import SpecialToken
 from shortllm.retraining.options import RetrainOptions
+from shortllm.runtime import Runtime
 
-EMBEDDED_PROMPT = "There was a drum in the school."
-EMBEDDED_SEGMENTS = 256
-"""The embedded model gets a prompt from its own world and a text that takes seconds."""
+CRITERION_HELP = f"Rule that scores the blocks: {criteria.help_text()}."
+
+CONTINUATIONS = 5
+"""Generated samples per model in a run."""
+
+HIDDEN = Flag(hidden=True)
 
 
-class Recipe(Record):
+class Recipe(Runtime):
     """A whole run."""
 
-    about: str = Field(default="", description="what it does, in one line")
-    model: str = "embedded"
-    revision: str | None = None
-    special_tokens: dict[SpecialToken, int] = Field(
+    panel: ClassVar[str] = "Scoring"
+
+    about: Annotated[str, HIDDEN] = Field(default="", description="What it does, in one line.")
+    model: Annotated[str, HIDDEN] = Field(
+        default="embedded", description="Checkpoint directory, Hub id, or 'embedded'."
+    )
+    revision: Annotated[str | None, Flag(panel="Recipe")] = Field(
+        default=None, description="Branch, tag or commit of a Hub model, as in MODEL@REVISION."
+    )
+    special_tokens: Annotated[dict[SpecialToken, int], HIDDEN] = Field(
         default_factory=dict,
-        description="token ids where the checkpoint names wrong ones; BOS is put before each text",
+        description="Token ids where the checkpoint names wrong ones. A BOS is added to each text.",
     )
-    criterion: str = "ppl"
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="options of the criterion, e.g. {'power': 2}"
+    criterion: str = Field(default="ppl", description=CRITERION_HELP)
+    options: Annotated[dict[str, Any], HIDDEN] = Field(
+        default_factory=dict, description="Options of the criterion, e.g. {'power': 2}."
     )
-    calibration: CalibrationOptions = CalibrationOptions()
     budget: Budget = Budget(ratio=0.25)
     use_published_order: bool = Field(
-        default=False, description="remove by the published order of blocks, and score nothing"
+        default=False,
+        description="Remove blocks in the order that the recipe has as published; score nothing.",
     )
-    healing: HealOptions | None = Field(
+    calibration: CalibrationOptions = CalibrationOptions()
+    healing: Annotated[HealOptions | None, Nested(skip=True), HIDDEN] = Field(
         default=None,
-        description="heal the shortened model without training: linear, or its options",
+        description="How to repair the shortened model without training: a method, or its options.",
     )
-    retraining: list[RetrainOptions] = Field(
+    retraining: Annotated[list[RetrainOptions], HIDDEN] = Field(
         default_factory=list,
-        description="ways to heal the shortened model, each from the same start; one or a list",
+        description="How to retrain the shortened model: one way or several, each from the same "
+        "start.",
     )
-    quantization: QuantizeOptions | None = Field(
-        default=None, description="how the healed model is quantized; default: it is not"
+    quantization: Annotated[QuantizeOptions | None, Nested(skip=True), HIDDEN] = Field(
+        default=None, description="How to quantize the best model. Default: not at all."
     )
-    evaluation: EvaluationOptions = EvaluationOptions()
-    benchmark: BenchmarkOptions | None = Field(
-        default=None, description="how speed is measured; default: it is not"
+    evaluation: Annotated[
+        EvaluationOptions,
+        Nested(
+            rename={
+                "data": "eval_data",
+                "length": "eval_length",
+                "bos": "eval_bos",
+                "seed": "eval_seed",
+            }
+        ),
+    ] = EvaluationOptions()
+    benchmark: Annotated[BenchmarkOptions | None, Nested(skip=True)] = Field(
+        default=None, description="How to measure speed and memory. Default: not at all."
     )
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    stream: bool | None = Field(
-        default=None,
-        description="read blocks one at a time from the files; default: where they do not fit",
-    )
-    max_memory: int | None = Field(
-        default=None, description="bytes of hidden streams in memory; beyond it they go to a file"
-    )
-    published: Published | None = Field(
-        default=None, description="what was published about this model and criterion"
+    published: Annotated[Published | None, HIDDEN] = Field(
+        default=None, description="What was published about this model and criterion."
     )
 
     @field_validator(
@@ -81,7 +98,7 @@ class Recipe(Record):
     @field_validator(
         "healing",
         mode="before",
-        json_schema_input_type=HealOptions | Literal["linear", "none"] | None,
+        json_schema_input_type=HealOptions | MethodName | Literal["none"] | None,
     )
     @classmethod
     def _a_name_or_options(cls, given: Any) -> Any:
@@ -102,21 +119,21 @@ class Recipe(Record):
             named[f"retrained-{options.method}{number}"] = options
         return named
 
-    def filled(self, model_type: str) -> Recipe:
-        """The same recipe with every default that depends on the model filled in.
-
-        Raises:
-            DataError: calibration ids as well as text to take them from.
-        """
-        from shortllm.checkpoint.hub import EMBEDDED
+    def resolved(self, model_type: str) -> Recipe:
+        """The same recipe with every default that depends on the model filled in."""
         from shortllm.data.calibration import resolve_calibration
+        from shortllm.evaluation.evaluate import resolve_evaluation
 
         embedded = self.model == EMBEDDED
         calibration = resolve_calibration(self.calibration, model_type, embedded=embedded)
-        data, every = self.calibration.data, calibration.bos_every_sample
-        evaluated = self.evaluation.data
-        if not evaluated:
-            evaluated = [data] if data else [EMBEDDED] if embedded else ["wikitext2", "ptb"]
+        every = bool(calibration.bos_every_sample)
+        evaluation = resolve_evaluation(
+            self.evaluation,
+            embedded=embedded,
+            every=every,
+            continuations=CONTINUATIONS,
+            calibrated_on=self.calibration.data,
+        )
         retraining = self.retraining
         if embedded:
             retraining = [
@@ -126,15 +143,6 @@ class Recipe(Record):
             update={
                 "retraining": retraining,
                 "calibration": calibration,
-                "evaluation": self.evaluation.model_copy(
-                    update={
-                        "data": evaluated,
-                        "max_segments": self.evaluation.max_segments
-                        or (EMBEDDED_SEGMENTS if embedded else None),
-                        "bos": self.evaluation.bos or ("every" if every else "first"),
-                        "prompt": self.evaluation.prompt
-                        or (EMBEDDED_PROMPT if embedded else PROMPT),
-                    }
-                ),
+                "evaluation": evaluation,
             }
         )

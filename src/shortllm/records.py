@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import Self
 
 from shortllm.errors import ResultFileError, did_you_mean
-from shortllm.files import parsed_json, write_text
+from shortllm.files import write_text
 
 MAX_BLOCKS = 10_000
 """Blocks of a model at the most: one that says it has more is damaged."""
@@ -42,18 +42,13 @@ class ResultFile(Record):
                 hold.
         """
         try:
-            data = path.read_bytes()
-            found = cls.model_validate_json(data)
-            parsed_json(data, measured=True)
+            return cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
         except ValidationError as error:
             raise ResultFileError(
                 f"{path} is not a {cls.__name__} file: {_explain(error, cls)}"
             ) from error
-        except ValueError as error:
-            raise ResultFileError(f"{path} is not a {cls.__name__} file: {error}") from error
-        return found
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:

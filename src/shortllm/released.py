@@ -1,8 +1,7 @@
-"""Released checkpoints of a paper, evaluated and benchmarked here, beside what was published.
+"""Measure the released checkpoints of a paper, next to its published figures.
 
-Each gets a directory of its own, `runs/published/<recipe>/`, with run.json, eval.json (perplexity
-with BOS before the first segment and before every one, zero-shot tasks), zeroshot.csv and bench.*.
-What is up to date is not made again; one that cannot be had does not stop the others.
+Each gets a directory of its own, `runs/published/<recipe>/`. What is up to date is skipped, and a
+checkpoint that cannot be measured does not stop the others.
 
     shortllm recipes run published --device cuda
 """
@@ -12,21 +11,30 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shortllm import pipeline, stages
+from shortllm import pipeline
+from shortllm.benchmark.bench import bench_in, check_speed
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import Texts, check_length, evaluation_segments_of
+from shortllm.data.texts import check_length
 from shortllm.errors import ShortLLMError
+from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import EvaluatedModel
 from shortllm.evaluation.perplexity import EvaluationText
+from shortllm.evaluation.texts import Texts, evaluation_segments_of
 from shortllm.files import releasing, write_text
-from shortllm.published import Beside, Bos, our_numbers, published_numbers, side_by_side
+from shortllm.published import (
+    Bos,
+    PublishedComparison,
+    our_numbers,
+    published_numbers,
+    side_by_side,
+)
 from shortllm.recipe import Recipe
 from shortllm.run_directory import claim_directory, write_run_file
 
@@ -39,35 +47,35 @@ MODES: tuple[Bos, ...] = ("first", "every")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One released checkpoint as it was measured here."""
+    """One released checkpoint, measured here."""
 
     checkpoint: str
     directory: Path
     evaluated: EvaluatedModel
     benchmark: Benchmark | None
     ours: dict[str, float]
-    """By quantity; the protocol is part of its name."""
+    """By quantity."""
     theirs: dict[str, float]
-    """What was published; empty where nothing was."""
+    """The published figures by quantity; may be empty."""
 
     @property
-    def beside(self) -> list[Beside]:
-        """What stands on both sides."""
+    def comparison(self) -> list[PublishedComparison]:
+        """The quantities that both sides have."""
         return side_by_side(self.checkpoint, self.ours, self.theirs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Released:
-    """All of them, by the names of their recipes."""
+    """All released checkpoints by the names of their recipes."""
 
     measured: dict[str, Measured] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    """Why a checkpoint could not be measured."""
+    """Reasons of those that could not be measured."""
     table: Path
 
 
 def released_recipes(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
-    """Those whose checkpoint was released."""
+    """The recipes whose checkpoint was released."""
     return {
         name: recipe
         for name, recipe in recipes.items()
@@ -79,14 +87,12 @@ def measure_released(
     recipes: Mapping[str, Recipe],
     *,
     out: Path | str = DIRECTORY,
-    command: list[str] | None = None,
+    command: Sequence[str] = (),
 ) -> Released:
     """Evaluate and benchmark the released checkpoints of recipes, one after the other.
 
-    Args:
-        recipes: by name; how each is measured is what it says under `evaluation` and `benchmark`.
-        out: a directory for all, with a table of every number beside the published one.
-        command: the command line, for run.json.
+    Each is measured as its recipe says under `evaluation` and `benchmark`. `out` gets a table of
+    every figure next to the published one; `command` is stored in run.json.
     """
     out = Path(out)
     measured: dict[str, Measured] = {}
@@ -95,26 +101,24 @@ def measure_released(
         try:
             measured[name] = _measure(recipe, out / name, command)
         except ShortLLMError as error:
-            log.warning("%s cannot be measured, the others go on", name)
+            log.warning("%s cannot be measured, continuing with the others", name)
             failed[name] = str(error)
     _write_table(out / TABLE, measured)
     return Released(measured=measured, failed=failed, table=out / TABLE)
 
 
 @releasing()
-def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Measured:
+def _measure(recipe: Recipe, directory: Path, command: Sequence[str]) -> Measured:
     published = recipe.published
     assert published is not None and published.checkpoint is not None
     hub_id, figures = published.checkpoint, published.released
     checkpoint = open_checkpoint(hub_id, special_tokens=recipe.special_tokens)
     recipe = recipe.model_copy(update={"model": hub_id, "revision": None})
-    recipe = recipe.filled(checkpoint.model_type)
+    recipe = recipe.resolved(checkpoint.model_type)
     session = pipeline.session_of(recipe)
     claim_directory(directory, checkpoint)
-    tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
+    tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     if recipe.benchmark is not None:
-        from shortllm.benchmark.bench import check_speed
-
         check_speed({hub_id: checkpoint}, recipe.benchmark, session)
     texts = Texts(calibration=None, evaluation=_texts(checkpoint, recipe))
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
@@ -123,7 +127,7 @@ def _measure(recipe: Recipe, directory: Path, command: list[str] | None) -> Meas
     session.release()
     benchmark = None
     if recipe.benchmark is not None:
-        benchmark = pipeline.bench_in(directory, models, recipe.benchmark, session)
+        benchmark = bench_in(directory, models, recipe.benchmark, session)
     [evaluated] = evaluation.models
     return Measured(
         checkpoint=hub_id,
@@ -154,12 +158,12 @@ def _texts(checkpoint: Checkpoint, recipe: Recipe) -> list[EvaluationText]:
 
 
 def _write_table(path: Path, measured: Mapping[str, Measured]) -> None:
-    """Every number that has a published one beside it, a row each."""
+    """A row for every figure that has a published one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("recipe", "checkpoint", "quantity", "ours", "published"))
     for name, one in measured.items():
-        for row in one.beside:
+        for row in one.comparison:
             writer.writerow((name, one.checkpoint, row.quantity, row.ours, row.published))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())

@@ -1,10 +1,10 @@
-"""A run directory: whose it is, what stands in it, and what in it is up to date."""
+"""A run directory: ownership, contents, and which files are up to date."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +12,7 @@ from shortllm import __version__
 from shortllm.checkpoint.hub import named_revision
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError, ResultFileError
-from shortllm.files import LOCK, PARTIAL, hold, parsed_json, require_writable, write_text
-from shortllm.recipe import Recipe
+from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
 from shortllm.records import ResultFile
 from shortllm.runtime import versions
 
@@ -26,17 +25,6 @@ HEALED = "healed"
 """The same of the checkpoint that was healed without training."""
 
 Kind = TypeVar("Kind", bound=ResultFile)
-
-
-def default_directory(recipe: Recipe) -> Path:
-    """`runs/<model>-<criterion>-<budget>`, e.g. `runs/stories10L-ppl-remove2`."""
-    name = short_name(recipe.model)
-    [(amount, value)] = recipe.budget.asked().items()
-    periods = "-periods" if recipe.budget.period_aligned else ""
-    published = "-published-order" if recipe.use_published_order else ""
-    if amount == "blocks":
-        return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
-    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}{published}"
 
 
 def short_name(model: str) -> str:
@@ -94,7 +82,7 @@ def _listing(directory: Path) -> list[Path]:
 def _run_model(directory: Path) -> dict[str, Any] | None:
     """The `model` entry of a directory's run.json; None if it has no readable one."""
     try:
-        content = parsed_json((directory / "run.json").read_bytes())
+        content = json.loads((directory / "run.json").read_bytes())
         model = content["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -105,9 +93,9 @@ def write_run_file(
     directory: Path,
     recipe: dict[str, Any],
     checkpoint: Checkpoint,
-    command: list[str] | None = None,
+    command: Sequence[str] = (),
 ) -> None:
-    """run.json: what was asked for, filled in, and with which versions.
+    """run.json: the resolved recipe, the versions and the command line.
 
     The directory is held from here on, see `shortllm.files`.
 
@@ -117,7 +105,7 @@ def write_run_file(
     hold(directory)
     content = {
         "shortllm": __version__,
-        "command": command or [],
+        "command": list(command),
         "model": checkpoint.info().model_dump(mode="json"),
         "recipe": recipe,
         "versions": versions(),

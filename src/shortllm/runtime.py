@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+Advance = Callable[[float], None]
+"""Called with the amount of work done since its last call, as `progress` yields it."""
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
@@ -227,7 +229,7 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def progress(task: str, total: float) -> Iterator[Callable[[float], None]]:
+def progress(task: str, total: float) -> Iterator[Advance]:
     """A progress bar with the time left, on a terminal's standard error; silent elsewhere.
 
     Yields a function to call with the amount of work done since its last call.

@@ -1,7 +1,7 @@
 """JSON schemas of recipes and result files, for editors and for programs that read them.
 
 shortllm recipes schema > recipe.schema.json     that of a recipe
-python docs/make_schemas.py                      all of them, into docs/schemas/
+python tools/make_schemas.py                     all of them, into docs/schemas/
 """
 
 from __future__ import annotations

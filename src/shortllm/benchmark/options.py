@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from shortllm.files import PARTIAL
+from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
 
 PROMPT = "The Leaning Tower of Pisa is known for"
@@ -19,19 +20,25 @@ BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
 """Named sweeps; `paper` is that of Shortened LLaMA."""
 
 
-class BenchmarkOptions(Record):
-    """How speed and memory are measured; the defaults are the paper's prompt, sampling and runs."""
+class BenchmarkOptions(Options):
+    """How speed and memory are measured; the defaults are those of Shortened LLaMA."""
 
-    batches: list[int] = Field(default=[1], description="sequences generated at once, one by one")
-    new_tokens: list[int] = Field(default=[128], description="lengths of what is generated")
-    warmup: int = Field(default=10, description="runs before those that are measured, at least 1")
-    runs: int = Field(default=20, description="measured runs of each model")
-    prompt: str = PROMPT
-    compile: bool = Field(default=False, description="static cache and torch.compile")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        default=None, description="attention implementation; default: the model's own"
+    panel: ClassVar[str] = "Benchmark"
+
+    batches: Annotated[list[int], Flag(name="--batch", metavar="1,4,16")] = Field(
+        default=[1], description="Batch sizes: sequences generated at once."
     )
-    seed: int = 0
+    new_tokens: Annotated[list[int], Flag(metavar="128,512")] = Field(
+        default=[128], description="Numbers of tokens to generate."
+    )
+    warmup: int = Field(default=10, ge=1, description="Runs of each model before measuring.")
+    runs: int = Field(default=20, ge=1, description="Measured runs of each model.")
+    prompt: str = Field(default=PROMPT, description="Prompt to continue.")
+    compile: bool = Field(default=False, description="Use a static cache and torch.compile.")
+    attention: Annotated[
+        Literal["sdpa", "eager", "flash_attention_2"] | None, Flag(name="--attn")
+    ] = Field(default=None, description="Attention implementation. Default: the model's own.")
+    seed: Annotated[int, Flag(hidden=True)] = Field(default=0, description="Seed of the sampling.")
 
 
 UNFINISHED_BENCHMARK = f"bench{PARTIAL}"

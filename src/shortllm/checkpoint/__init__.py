@@ -1,17 +1,12 @@
-"""Checkpoints on disk: read the tensor table, shorten without building the model, verify.
+"""Checkpoints on disk, seen without loading their weights.
 
-source.py      a local directory or Hub id -> directory with config and tensors
-tensors.py     tensor name -> shard, dtype, shape, byte range; every damage found before use
-names.py       the block number inside a tensor name
-rules.py       what happens to each config field when blocks go (data, by field name)
-shortening.py  the config of what is left, by these rules; what must not go
-signature.py   the guard: kept blocks of the shortened model are built like their originals
-surgery.py     plan -> shortened checkpoint, tensor by tensor
-writer.py      tensors into safetensors shards, straight from the files that hold them
-export_lint.py whether other programs will represent it rightly
-verify.py      reload what was written and compare with the original, blocks bypassed
+source.py          a local directory or Hub id -> its config and tensor table
+hub.py             Hub ids, revisions, the local cache
+config.py          config.json: a decoder's, trusted, and what it says of the blocks
+tensors.py         tensor name -> file, dtype, shape, byte range; damage is found before use
+names.py           the block number inside a tensor name
+rules.py           what happens to each config field when blocks go (tables by field name)
+shorten_config.py  the config of a shorter model, by these rules; blocks that must not go
+tokenizer.py       the tokenizer, with corrected special tokens
+writer.py          tensors into safetensors shards, straight from the files that hold them
 """
-
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-
-__all__ = ["Checkpoint", "open_checkpoint"]

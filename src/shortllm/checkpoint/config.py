@@ -1,24 +1,17 @@
-"""config.json, as it stands and as an object of transformers, of a decoder for certain.
+"""config.json of a checkpoint: read, checked to be a decoder's, and what it says of the blocks.
 
-Whether Python code that comes with a checkpoint may be run: never, unless the user says so.
-
-Some checkpoints bring modules of their own (`auto_map` in config.json) in place of a model type
-that transformers knows. To load such a model is to run that code, with all rights of the user. So
-it is refused, naming the flag, and types that transformers knows are never loaded by such code.
-
-    shortllm score MODEL --trust-remote-code
-    with shortllm.trusting_remote_code(): shortllm.score(MODEL)
-
-
-Checkpoints whose blocks differ in width: their shapes stand in config.json, block by block.
+Code of its own    Some checkpoints bring Python modules (`auto_map`) instead of a model type that
+                   transformers knows. Loading such a model runs that code with all rights of the
+                   user, so it is refused unless the user allows it (`--trust-remote-code`). Types
+                   that transformers knows never run such code.
+Shape per block    Blocks that differ in width have their shapes in config.json, block by block:
 
     "model_type": "llama with a shape per block (load it with shortllm.load)"
     "per_block_shapes": [{"num_attention_heads": 4, ..., "projections": {...}}, ...]
 
-No model class of transformers builds such blocks. The model type is one that it does not know, so
-that its loader refuses the checkpoint and repeats what to do, in place of filling tensors of the
-wrong shape with random numbers. Here the type's own config class reads the rest, and
-model/shapes.py builds the blocks.
+No model class of transformers builds such blocks. Its loader does not know the type, so it refuses
+the checkpoint and repeats what to do, instead of filling tensors of the wrong shape with random
+numbers. Here the type's own config class reads the rest, and model/shapes.py builds the blocks.
 """
 
 from __future__ import annotations
@@ -26,41 +19,56 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from shortllm.checkpoint.tensors import read_json, weight_files
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.records import MAX_BLOCKS
 from shortllm.runtime import is_trusted
 
-COUNTS = ("layers", "layer", "blocks", "depth", "iters", "iterations", "loops", "cycles")
-"""What the names of config fields end with that count blocks, or how often some are run."""
-
 ADAPTER = "adapter_config.json"
+
+FLAG = "--trust-remote-code"
+
+CLASSES = ("AutoConfig", "AutoModelForCausalLM")
+"""What the code of a checkpoint must provide."""
+
+SHAPES = "per_block_shapes"
+"""Config field with one entry per block."""
+
+MARK = " with a shape per block (load it with shortllm.load)"
+"""What the model type of such a checkpoint ends with."""
+
+DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
+"""Where configs of encoder-decoders, also used for a decoder alone, keep the decoder's count."""
+
+COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
+"""Types whose `num_hidden_layers` counts something other than blocks."""
+
+
+# ---- reading
 
 
 def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
-    """config.json as it stands and as a transformers object.
+    """config.json as it is in the file, and as a transformers object.
 
     Args:
         source: what messages call the checkpoint.
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: not a decoder-only causal language model that transformers knows, or
-            one that brings code which the user has not asked for.
+            one with code of its own that the user has not allowed.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
         weights = directory.is_dir() and weight_files(directory)
-        held = "weights but no config.json" if weights else "no config.json"
+        found = "weights but no config.json" if weights else "no config.json"
         raise CheckpointError(
-            f"{source} is not a checkpoint: the directory holds {held}. "
+            f"{source} is not a checkpoint: the directory has {found}. "
             "Give a directory that transformers' from_pretrained can load"
         )
     if (directory / ADAPTER).exists():
         raise CheckpointError(
-            f"{source} holds an adapter ({ADAPTER}), which transformers would lay over another "
-            "model. Merge it into its model, or give that model"
+            f"{source} has an adapter ({ADAPTER}), which transformers would add to another model. "
+            "Merge it into its model, or give that model"
         )
     raw_config = read_json(config_file)
     if not isinstance(raw_config, dict):
@@ -70,7 +78,6 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
         raise CheckpointError(
             f"{config_file} names no model_type; it is not a transformers checkpoint"
         )
-    _require_possible(raw_config, config_file)
     if brings_code(raw_config):
         require_trust(source, directory, raw_config)
     config = read_config(directory, model_type)
@@ -78,29 +85,11 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
     return raw_config, config
 
 
-def _require_possible(raw: dict[str, Any], file: Path) -> None:
-    """Refuse a config with more blocks than any model has, which would be built one by one, or run
-    as often.
-
-    Raises:
-        CheckpointError: naming the field.
-    """
-    for name, value in raw.items():
-        if isinstance(value, dict):
-            _require_possible(value, file)
-        counts = isinstance(value, (int, float)) and name.endswith(COUNTS)
-        if counts and value > MAX_BLOCKS:
-            raise CheckpointError(
-                f"{file} says {name} {value:g}, and no model has more than {MAX_BLOCKS:,}. "
-                "Download it again"
-            )
-
-
 def read_config(directory: Path, model_type: str) -> Any:
     """config.json as a transformers object, every default filled in.
 
-    Code beside it is run where `checked_config` has let it through, and for no type that
-    transformers knows.
+    The checkpoint's own code is run only for types that transformers does not know;
+    `checked_config` has asked for permission before.
 
     Raises:
         UnsupportedModelError: transformers does not know the model type, or refuses its values.
@@ -125,15 +114,13 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     """Refuse what is not a decoder-only causal language model, alone or behind other towers."""
     from transformers import PretrainedConfig
 
-    from shortllm.checkpoint.config import model_classes, text_config
-
     model_type = config.model_type
-    parts = (config, _text_part(config, text_config))
+    parts = (config, _text_part(config))
     whole = all(isinstance(part, PretrainedConfig) for part in parts)
     if not (whole and all(isinstance(part.model_type, str) for part in parts)):
         raise UnsupportedModelError(
             f"model type '{model_type}': the part of config.json that describes its text decoder "
-            "is none. Download it again"
+            "is missing. Download it again"
         )
     if any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise UnsupportedModelError(
@@ -161,18 +148,15 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
         )
 
 
-def _text_part(config: Any, text_config: Any) -> Any:
-    """The text decoder's part; None where the config does not let one be found."""
+def _text_part(config: Any) -> Any:
+    """The text decoder's part of the config; None where there is none."""
     try:
         return text_config(config)
-    except Exception:  # of a type whose parts are not what its class takes them for
+    except Exception:  # config classes raise whatever their values lead to
         return None
 
 
-FLAG = "--trust-remote-code"
-
-CLASSES = ("AutoConfig", "AutoModelForCausalLM")
-"""What the code of a checkpoint must bring."""
+# ---- code of its own
 
 
 def brings_code(raw_config: dict[str, Any]) -> bool:
@@ -188,43 +172,38 @@ def is_own_code(config: Any) -> bool:
 
 
 def require_trust(source: str, directory: Path, raw_config: dict[str, Any]) -> None:
-    """Refuse code that the user has not asked for, and code that is not in the checkpoint.
+    """Refuse code that the user has not allowed, and code that is not in the checkpoint.
 
     Raises:
-        UnsupportedModelError: the flag is missing, named; or a class that a model takes.
-        CheckpointError: the code is not there, or that of another repository.
+        UnsupportedModelError: naming the flag, or a class that the code must provide.
+        CheckpointError: the code is missing, or that of another repository.
     """
     named = raw_config["auto_map"]
     if not isinstance(named, dict) or not all(isinstance(named.get(one), str) for one in CLASSES):
         raise UnsupportedModelError(
-            f"{source}: auto_map in config.json must name the classes of its own code for "
-            f"{' and '.join(CLASSES)}"
+            f"{source}: auto_map in config.json must name classes for {' and '.join(CLASSES)}"
         )
     files = sorted({named[one].rpartition(".")[0] + ".py" for one in CLASSES})
     if not is_trusted():
         raise UnsupportedModelError(
             f"{source} comes with Python code of its own ({', '.join(files)}), as transformers "
             f"does not know its model type '{raw_config.get('model_type')}'. It was not run. Read "
-            f"it, and if you trust it give the same command with {FLAG}"
+            f"it, and if you trust it run the same command with {FLAG}"
         )
     for file in files:
         if "--" in file or "/" in file or file.startswith("."):
             raise CheckpointError(
                 f"{source} names code of another repository ({file.removesuffix('.py')}), which "
-                "no revision pins. Put that file beside config.json, and name it in auto_map"
+                "no revision pins. Put that file next to config.json, and name it in auto_map"
             )
         if not (directory / file).is_file():
             raise CheckpointError(
-                f"{source} names the code {file}, which is not there. Finish the download of "
+                f"{source} names the code {file}, which is missing. Finish the download of "
                 f"{directory}"
             )
 
 
-SHAPES = "per_block_shapes"
-"""Config field with one entry per block."""
-
-MARK = " with a shape per block (load it with shortllm.load)"
-"""What the model type of such a checkpoint ends with."""
+# ---- a shape per block
 
 
 def marked(raw: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +217,7 @@ def plain_type(raw: dict[str, Any]) -> str:
 
 
 def per_block_config(raw: dict[str, Any]) -> Any:
-    """The transformers config of such a config.json, of the plain type, shapes included.
+    """The transformers config of such a config.json: of the plain type, with the shapes.
 
     Raises:
         KeyError: transformers does not know the plain type.
@@ -254,22 +233,12 @@ def block_shapes(config: Any) -> list[dict[str, Any]] | None:
     return getattr(config, SHAPES, None)
 
 
+# ---- blocks and positions
+
+
 def text_config(config: Any) -> Any:
     """The part of a config that describes the text decoder (the config itself for most)."""
     return config.get_text_config(decoder=True)
-
-
-DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
-"""Where configs of encoder-decoders, also used for a decoder alone, keep the decoder's count."""
-
-COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
-"""Types whose `num_hidden_layers` counts something else than blocks."""
-
-
-def context_length(config: Any) -> int | None:
-    """Positions that the model has; None where its config does not say."""
-    length = getattr(text_config(config), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
 
 
 def count_field(config: Any) -> str:
@@ -286,44 +255,22 @@ def block_count(config: Any) -> int:
     """Number of blocks of the text decoder, under whichever name the config class keeps it.
 
     Raises:
-        UnsupportedModelError: the config says no number of blocks.
+        UnsupportedModelError: the config states no number of blocks, or an impossible one.
     """
     text = text_config(config)
-    count = getattr(text, count_field(text), None)
-    if not isinstance(count, int) or count < 1:
+    field = count_field(text)
+    count = getattr(text, field, None)
+    if not isinstance(count, int) or not 1 <= count <= MAX_BLOCKS:
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' states no block count ({count_field(text)})"
+            f"model type '{config.model_type}' states no block count: {field} is {count!r}"
         )
     return count
 
 
-def _config_type(model: nn.Module, name: str) -> str | None:
-    """Model type of the nearest config above the module `name`."""
-    while name:
-        name = name.rpartition(".")[0]
-        config = getattr(model.get_submodule(name), "config", None)
-        if config is not None:
-            return str(getattr(config, "model_type", None))
-    return None
-
-
-def auto_class(config: Any) -> Any:
-    """The transformers class that loads a config's model with its text head.
-
-    `AutoModelForCausalLM`, but for types that only have a class with towers for images around the
-    text decoder, or whose checkpoint names that class, and for blocks that differ in width.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    text_only, wrapped = model_classes(config.model_type)
-    named = set(getattr(config, "architectures", None) or ())
-    if block_shapes(config) is not None:
-        from shortllm.model.shapes import per_block_class
-
-        return per_block_class(min(text_only & named or text_only))
-    if wrapped and (not text_only or named & wrapped - text_only):
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+def context_length(config: Any) -> int | None:
+    """Tokens of the longest text the model has positions for; None where the config names none."""
+    length = getattr(text_config(config), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
 
 
 def model_classes(model_type: str) -> tuple[set[str], set[str]]:

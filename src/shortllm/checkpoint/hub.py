@@ -1,8 +1,8 @@
-"""Where a checkpoint lies: a directory, or a snapshot of a Hub repository.
+"""Find a checkpoint: a local directory, or a snapshot of a Hub repository.
 
-A Hub id is resolved to a commit once, when the model is opened; all files are those of that commit,
-which every record and the new checkpoint's config name. `MODEL@REVISION` asks for a branch, tag or
-commit. Without a network the cache alone is asked.
+A Hub id is resolved to a commit once, when the model is opened. All files are those of that commit,
+and every record and the new checkpoint's config name it. `MODEL@REVISION` requests a branch, tag or
+commit. Without a network only the local cache is searched.
 
     models--acme--tiny/refs/main            0123abcd
     models--acme--tiny/snapshots/0123abcd/  config.json, model.safetensors, ...
@@ -18,42 +18,34 @@ from shortllm.errors import CheckpointError
 from shortllm.runtime import is_trusted
 
 SECOND_COPIES = ["consolidated*", "*/*"]
-"""Files of a repository that hold the weights once more, or belong to something else."""
+"""Files of a repository that repeat the weights, or belong to something else."""
 
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
 
+EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
+
 
 def named_revision(source: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
-    """A Hub id `MODEL@REVISION` as model and revision; anything else as it is.
-
-    Raises:
-        CheckpointError: another revision is given beside it, or none behind the sign.
-    """
+    """A Hub id `MODEL@REVISION` as model and revision; anything else as it is."""
     name, sign, named = str(source).rpartition("@")
     if not sign or not isinstance(source, str) or _exists(source) or not _may_be_hub_id(name):
         return source, revision
     if not named:
         raise CheckpointError(f"'{source}' is not of the form MODEL@REVISION")
     if _exists(name):
-        raise CheckpointError(f"'{name}' is a directory here, and has no revisions. Leave @ out")
+        raise CheckpointError(f"'{name}' is a local directory and has no revisions. Omit the @")
     if revision is not None and revision != named:
         raise CheckpointError(
-            f"'{source}' asks for revision {named}, and --revision for {revision}. Give one of them"
+            f"'{source}' names revision {named}, and --revision names {revision}. Give one of them"
         )
     return name, named
 
 
 def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    """Directory and, for a Hub id, the commit of the snapshot.
-
-    Raises:
-        CheckpointError: there is no such directory, and no such repository to be had.
-    """
+    """Directory and, for a Hub id, the commit of the snapshot."""
     if source == EMBEDDED:
-        from shortllm.embedded import MODEL_DIR
-
-        return MODEL_DIR, None
+        return EMBEDDED_MODEL, None
     path = Path(source).expanduser()
     if _exists(source):
         if path.is_dir():
@@ -73,7 +65,7 @@ def _exists(source: str | Path) -> bool:
     """Whether a file or directory has this name."""
     try:
         return Path(source).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # a name that none can have
+    except (OSError, RuntimeError, ValueError):  # not a possible name
         return False
 
 
@@ -82,9 +74,9 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Snapshot of a Hub repository, safetensors preferred; from the cache alone when offline.
+    """Snapshot of a Hub repository, safetensors preferred; only from the cache when offline.
 
-    The config comes first, so that what cannot be shortened costs no download of weights.
+    The config comes first, so that no weights of an unsupported model are downloaded.
     """
     code = ["*.py"] if is_trusted() else []
     folder = _snapshot(hub_id, revision, ["config.json", *code])
@@ -98,12 +90,7 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot's directory, with the files of the repository's top level that fit.
-
-    Raises:
-        CheckpointError: there is no such repository or revision, neither on the Hub nor in the
-            cache.
-    """
+    """The snapshot's directory, with the matching files of the repository's top level."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -127,7 +114,7 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
-    except Exception as error:  # whatever the network is made of
+    except Exception as error:  # network stacks raise errors of many kinds
         raise CheckpointError(
             f"'{hub_id}' is not a local directory, not in the local Hub cache{at}, and could not "
             f"be downloaded ({type(error).__name__}). Check the name and the network, or give a "
@@ -136,7 +123,7 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot from the Hub, or where that cannot be reached what the cache holds of it."""
+    """The snapshot from the Hub; if that cannot be reached, from the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -156,7 +143,7 @@ def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) ->
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):  # an answer
         raise
     except Exception as error:
-        # of a commit huggingface_hub 1.33 asks the Hub for a list, even where all is in the cache
+        # for a commit huggingface_hub 1.33 requests a list from the Hub, even if all is cached
         try:
             return Path(download(local_files_only=True))
         except Exception:

@@ -2,8 +2,8 @@
 
 Block tensors are called `<prefix>.<number>.<rest>`, with one prefix for all blocks of the decoder
 (`model.layers`, `transformer.h`, `gpt_neox.layers`, ...). The prefix is found by its numbers: they
-are exactly 0 to L-1. Checkpoint names may differ from module names, so they are looked at by
-themselves.
+are exactly 0 to L-1. Names in a checkpoint may differ from module names, so only the names in the
+checkpoint are used.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True, slots=True)
 class BlockNames:
-    """Where the decoder's blocks stand among the tensor names of one checkpoint."""
+    """Which tensor names of a checkpoint belong to which block of the decoder."""
 
     prefix: str
     count: int
     heads: int = 0
-    """Prediction heads that are numbered as blocks behind the last one."""
+    """Prediction heads that are numbered like blocks after the last one."""
 
     def block_of(self, name: str) -> int | None:
-        """Number of the block tensor `name` belongs to, None outside the blocks."""
+        """Number of the block that tensor `name` belongs to; None outside the blocks."""
         number = self._number(name)
         return number if number is not None and number < self.count else None
 
     def is_head(self, name: str) -> bool:
-        """Whether tensor `name` belongs to a prediction head behind the last block."""
+        """Whether tensor `name` belongs to a prediction head after the last block."""
         number = self._number(name)
         return number is not None and number >= self.count
 
@@ -58,13 +58,13 @@ def find_block_names(
     heads: int = 0,
     fits: Callable[[str], bool] = lambda prefix: False,
 ) -> BlockNames:
-    """The prefix whose numbers are exactly 0 to `count - 1`, or go on with prediction heads.
+    """The prefix whose numbers are exactly 0 to `count - 1`, or continue with prediction heads.
 
     Args:
-        module_name: dotted name of the block list in the built model; where several prefixes fit (a
+        module_name: dotted name of the block list in the built model; if several prefixes fit (a
             vision tower as deep as the decoder), the one with the longest common ending is taken.
-        heads: how many prediction heads the config allows behind the last block.
-        fits: whether what stands under a prefix is as large as the model's blocks: asked where
+        heads: how many prediction heads the config allows after the last block.
+        fits: whether the tensors under a prefix are as large as the model's blocks; used if
             transformers renames the blocks while loading, so that no ending is common.
     Raises:
         UnsupportedModelError: no prefix fits, naming what was found instead.
@@ -82,15 +82,14 @@ def find_block_names(
     best = max(outer, key=lambda prefix: _common_ending(prefix, module_name))
     if not _common_ending(best, module_name) and not (len(outer) == 1 and fits(best)):
         raise UnsupportedModelError(
-            f"tensors numbered 0 to {count - 1} stand under '{best}', but the model's blocks under "
-            f"'{module_name}': which tensors belong to which block is not certain"
+            f"tensors numbered 0 to {count - 1} are called '{best}', but the model's blocks are "
+            f"called '{module_name}': which tensors belong to which block is not certain"
         )
     return BlockNames(best, count, len(numbers[best]) - count)
 
 
 def is_weight(name: str, dimensions: int) -> bool:
-    """Whether a tensor of a block counts as a weight: biases do not, nor single numbers per unit
-    but those called `weight` (norms)."""
+    """Whether a tensor of a block counts as a weight: matrices, and vectors called `weight`."""
     return name.endswith("weight") or (dimensions > 1 and not name.endswith("bias"))
 
 
@@ -119,6 +118,6 @@ def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str)
             f"('{prefix}.{min(missing)}') is stored"
         )
     return (
-        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and the config speaks of "
-        "no prediction head there; is the block count in config.json right?"
+        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and the config names no "
+        "prediction head there; is the block count in config.json correct?"
     )

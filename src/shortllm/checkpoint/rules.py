@@ -1,10 +1,10 @@
 """What happens to each config field when blocks go: tables by field name, by type where needed.
 
-A field can hold one entry per block (cut it), block numbers (renumber them), a count of blocks at
-one end (count again), or something computed from all of these (write the list out). Which one a
-field is cannot be told from its length, so the tables go by name. A list with one entry per block
-that no table knows is refused, naming the field (shortening.py). Whatever the rules produce is then
-checked by the structural guard (signature.py), which needs no table.
+A field can contain one entry per block (cut it), block numbers (renumber them), a count of blocks
+at one end (count again), or a value derived from all of these (write the list out). The length of a
+field does not tell which, so the tables go by name. A list as long as the model that no table knows
+is refused, naming the field (shorten_config.py). The structural guard (surgery/guard.py) then
+checks the result without any table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PER_BLOCK = {
     "swiglu_limits",
     "swiglu_limits_shared",
 }
-"""Fields with one entry (or letter) per block, if they hold a list: entries of kept blocks stay."""
+"""Fields with one entry (or letter) per block, if they are lists: entries of kept blocks stay."""
 
 BLOCK_NUMBERS = {
     "attn_layer_indices": 0,
@@ -49,8 +49,8 @@ BLOCK_NUMBERS = {
     "moe_layers": 0,
     "ple_layer_ids": 1,
 }
-"""Fields that list block numbers, and the number they give the first block: removed ones go, kept
-ones get their new number."""
+"""Fields that list block numbers -> the number of the first block: removed ones go, kept ones get
+their new number."""
 
 BLOCK_KEYS = {"per_layer_config"}
 """Tables whose keys are block numbers as text, zero-padded in some types."""
@@ -72,24 +72,23 @@ TRAILING = {"num_kv_shared_layers"}
 """Counts of trailing blocks: the new value is how many of those blocks are kept."""
 
 PERIODS = ("attn_layer_period", "expert_layer_period", "moe_layer_interval")
-"""Fields that give a pattern by its period where the type knows no list: whole periods can go."""
+"""Fields that give a pattern by its period if the type has no list: whole periods can go."""
 
 PREDICTION_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Counts of the prediction heads that some checkpoints number as blocks behind the last one."""
+"""Counts of the prediction heads that some checkpoints number as blocks after the last one."""
 
 SLICED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
-"""Endings of tensors outside the blocks that hold an equal share of every block, and along which
-axis."""
+"""Endings of tensors outside the blocks that consist of equal shares, one per block -> the axis."""
 
 NOT_PER_BLOCK = {"architectures", "keys_to_ignore_at_inference"}
-"""Lists of other things, whose length may equal the block count by chance."""
+"""Lists of other things whose length may equal the block count by chance."""
 
 FOLLOWERS = {"longcat_flash": {"num_hidden_layers": 2}, "xlstm": {"num_blocks": 1}}
 """Type -> further fields that follow the block count, and how often they count each block."""
 
 
 def _dense_blocks_listed(config: Any, kept: Kept) -> dict[str, Any]:
-    """Every how-manieth block has experts -> the blocks without are listed."""
+    """Every n-th block has experts -> list the blocks without."""
     step = config.decoder_sparse_step
     listed = set(config.mlp_only_layers or ())
     dense = [block in listed or (block + 1) % step != 0 for block in range(block_count(config))]
@@ -110,8 +109,8 @@ REWRITTEN: dict[str, Callable[[Any, Kept], dict[str, Any]]] = {
         "scale_depth": config.scale_depth * math.sqrt(len(kept) / block_count(config))
     },
 }
-"""Fields that repeat a pattern or go with the block count -> the fields that say the same of the
-kept blocks."""
+"""Fields that repeat a pattern or depend on the block count -> fields that say the same of the kept
+blocks."""
 
 
 def _first(reason: str) -> Callable[[Any, Kept], dict[int, str]]:
@@ -135,7 +134,7 @@ def _last_attends_fully(config: Any, kept: Kept) -> dict[int, str]:
 def _sources(
     users: Sequence[int], source_of: Callable[[int], int], kept: Kept, reason: str
 ) -> dict[int, str]:
-    """Removed blocks that kept ones depend on, with those named in the reason."""
+    """Removed blocks that kept ones depend on -> the reason, which names these."""
     result: dict[int, list[int]] = {}
     for block in users:
         source = source_of(block)
@@ -175,7 +174,7 @@ def _first_hybrid(config: Any, kept: Kept) -> dict[int, str]:
 
 
 def _every_hybrid(config: Any, kept: Kept) -> dict[int, str]:
-    reason = "it is one use of a shared attention block, which holds adapters numbered by use"
+    reason = "it is one use of a shared attention block, which has adapters numbered by use"
     return {
         block: reason
         for block, kind in enumerate(config.layers_block_type)
@@ -200,7 +199,7 @@ def _first_reads_text(config: Any, kept: Kept) -> dict[int, str]:
     crossing = config.cross_attention_layers or ()
     if kept[0] not in crossing:
         return {}
-    reason = f"caches count the text by the first block, and block {kept[0]} reads images alone"
+    reason = f"caches count the text by the first block, and block {kept[0]} reads only images"
     return {block: reason for block in range(kept[0]) if block not in crossing}
 
 
@@ -213,15 +212,15 @@ PROTECTED_BY_FIELD: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
 PROTECTED_BY_TYPE: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
     "gemma4_text": _last_attends_fully,
     "gemma4_unified_text": _last_attends_fully,
-    "gpt_neox_japanese": _last("it alone has a bias behind its attention"),
-    "modernbert-decoder": _first("it alone has no norm before its attention"),
-    "rwkv": _first("it holds the norm behind the embeddings"),
+    "gpt_neox_japanese": _last("only this block has a bias after its attention"),
+    "modernbert-decoder": _first("only this block has no norm before its attention"),
+    "rwkv": _first("it contains the norm after the embeddings"),
     "zamba": _first_hybrid,
     "zamba2": _every_hybrid,
-    "zaya": _first("its router alone takes nothing from an earlier router"),
+    "zaya": _first("only its router takes nothing from an earlier router"),
 }
-"""Config field or type -> given the config and the kept blocks, the removed ones that cannot go,
-with the reason."""
+"""Config field or type -> function of the config and the kept blocks: removed blocks that cannot go
+-> the reason."""
 
 
 def _drafts(config: Any) -> str:
@@ -245,9 +244,11 @@ REFUSED: dict[str, Callable[[Any], str | None]] = {
     "inkling2_loop_text": _mixes_outputs,
     "minimax": lambda config: "its attention decay depends on block number and count",
     "beam": lambda config: "its residuals are scaled by the block's number",
-    "blt": lambda config: "its three decoders, of bytes and patches, are no single row of blocks",
+    "blt": lambda config: (
+        "its three decoders, of bytes and patches, are not a single row of blocks"
+    ),
     "diffllama": lambda config: "its lambda depends on the block's number",
     "hrm_text": lambda config: "its two stacks of blocks run several times per token, in cycles",
-    "xlm": lambda config: "its sublayers stand in four lists, not in blocks",
+    "xlm": lambda config: "its sublayers are in four lists, not in blocks",
 }
-"""Types whose blocks know their own number in a way no config field expresses: reason or None."""
+"""Types whose blocks use their own number in a way no config field expresses -> reason, or None."""

@@ -1,6 +1,6 @@
-"""The config of the model that is left, by the tables of rules.py; what must not go at all.
+"""The config of a shorter model, by the tables of rules.py, and the blocks that must not go.
 
-In a multimodal model the fields of the text decoder are changed and all others carried along.
+In a multimodal model only the fields of the text decoder change.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def shorten_config(
 def _text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
     """The part of config.json that describes the text decoder, in place.
 
-    Older multimodal configs hold its fields at the top.
+    Older multimodal configs have its fields at the top level.
     """
     if text is config:
         return raw
@@ -104,11 +104,7 @@ def _shortened_fields(raw: dict[str, Any], config: Any, kept: Kept) -> dict[str,
 
 
 def _per_block(field: str, value: Any, count: int, *, removed: bool) -> bool:
-    """Whether a field holds one entry per block, as the table says of its name.
-
-    Raises:
-        UnsupportedModelError: it is a list as long as the model, and the table does not say.
-    """
+    """Whether a field has one entry per block, by the table of names; unknown lists are refused."""
     if field in PER_BLOCK:
         return isinstance(value, (list, tuple, str)) and len(value) == count
     if not isinstance(value, (list, tuple)) or len(value) != count or not removed:
@@ -117,7 +113,7 @@ def _per_block(field: str, value: Any, count: int, *, removed: bool) -> bool:
         return False
     raise UnsupportedModelError(
         f"config field '{field}' has as many entries as the model has blocks, and no rule says "
-        "whether it holds one per block; shortening this model type is not supported yet"
+        "whether it has one per block; shortening this model type is not supported yet"
     )
 
 
@@ -133,23 +129,19 @@ def _counts(raw: dict[str, Any], config: Any, count: int) -> dict[str, int]:
 
 
 def prediction_heads(config: Any) -> int:
-    """How many prediction heads a checkpoint of this config may hold behind its last block."""
+    """How many prediction heads a checkpoint of this config may have after its last block."""
     text = text_config(config)
     counts = (getattr(text, field, None) for field in PREDICTION_HEADS)
     return max((count for count in counts if isinstance(count, int)), default=0)
 
 
 def refuse_type(config: Any) -> None:
-    """Refuse types that no rule covers.
-
-    Raises:
-        UnsupportedModelError: with the reason.
-    """
+    """Refuse types whose blocks cannot be renumbered."""
     for part in (config, text_config(config)):
         reason = REFUSED.get(part.model_type, lambda config: None)(part)
         if reason:
             raise UnsupportedModelError(
-                f"model type '{part.model_type}' cannot be shortened rightly: {reason}"
+                f"model type '{part.model_type}' cannot be shortened correctly: {reason}"
             )
 
 
@@ -175,11 +167,7 @@ def structurally_protected(config: Any) -> dict[int, str]:
 
 
 def refuse_protected(config: Any, kept: Kept) -> None:
-    """Refuse the removal of a block that others depend on or that is built like no other.
-
-    Raises:
-        UnsupportedModelError: naming the block and the reason.
-    """
+    """Refuse the removal of a block that others depend on or that has a structure of its own."""
     text = text_config(config)
     for block, reason in sorted(_protected(text, kept).items()):
         raise UnsupportedModelError(
@@ -189,7 +177,7 @@ def refuse_protected(config: Any, kept: Kept) -> None:
 
 
 def period_hint(config: Any) -> str:
-    """Why single blocks cannot go where a type gives its pattern by periods alone; else empty."""
+    """Why single blocks cannot go if a type gives its pattern only by periods; else empty."""
     text = text_config(config)
     periods = {field: getattr(text, field, None) for field in PERIODS}
     given = {field: value for field, value in periods.items() if isinstance(value, int)}
@@ -204,16 +192,12 @@ def period_hint(config: Any) -> str:
 
 
 def sliced_axis(name: str) -> int | None:
-    """The axis along which a tensor outside the blocks holds a share of every block, or None."""
+    """The axis along which a tensor outside the blocks has a share for every block, or None."""
     return next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
 
 
 def refuse_block_names_in_config(raw: dict[str, Any], prefix: str) -> None:
-    """Refuse configs that name single blocks in their values (exclusion lists of quantizers do).
-
-    Raises:
-        UnsupportedModelError: naming the value.
-    """
+    """Refuse configs that name single blocks in their values (exclusion lists of quantizers do)."""
 
     def strings(value: Any) -> list[str]:
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Open a checkpoint (local directory, Hub id, embedded model), checked before heavy work."""
+"""Open a checkpoint (local directory, Hub id, embedded model) and check it before heavy work."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shortllm.checkpoint.config import checked_config
+from shortllm.checkpoint.config import block_count, checked_config
 from shortllm.checkpoint.hub import locate, named_revision
 from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
+from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table, unpacked_elements
+from shortllm.model.structure import BlockStructure, block_structure
 from shortllm.records import ModelInfo, SpecialToken
 
-if TYPE_CHECKING:
-    from shortllm.model.structure import BlockStructure
-
-
 SAMPLE_BYTES = 4096
-"""How much goes into a checkpoint's fingerprint at each place that is looked at."""
+"""Bytes that go into a checkpoint's fingerprint at each sampled place."""
 
 SAMPLE_STEP = 2**20
-"""Distance of such places in a file of weights, besides both ends of each tensor."""
+"""Distance of the sampled places in a file, besides both ends of each tensor."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,12 @@ class Checkpoint:
     directory: Path
     revision: str | None
     raw_config: dict[str, Any]
-    """config.json as it stands in the file, but for `special_tokens`."""
+    """config.json as it is in the file, except for `special_tokens`."""
     config: Any
     """The Hugging Face config object, with every default filled in."""
     tensors: dict[str, TensorEntry]
     special_tokens: dict[SpecialToken, int] = field(default_factory=dict)
-    """Token ids that take the place of what the files name, e.g. `{"bos": 1}`."""
+    """Token ids that replace those in the files, e.g. `{"bos": 1}`."""
 
     @property
     def model_type(self) -> str:
@@ -50,21 +48,16 @@ class Checkpoint:
     @property
     def block_count(self) -> int:
         """Blocks of the (text) decoder."""
-        from shortllm.checkpoint.config import block_count
-
         return block_count(self.config)
 
     @cached_property
     def structure(self) -> BlockStructure:
         """The blocks of the model that the config describes."""
-        from shortllm.model.structure import block_structure
-
         return block_structure(self.config)
 
     @cached_property
     def block_names(self) -> BlockNames:
-        """Where the blocks stand among the tensor names."""
-        from shortllm.checkpoint.shorten_config import prediction_heads
+        """Which tensor names belong to which block."""
 
         def fits(prefix: str) -> bool:
             found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
@@ -109,12 +102,12 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored elements, packed ones each by itself; tied tensors are stored once."""
+        """Stored elements, packed ones counted singly; tied tensors are stored once."""
         return sum(self.elements.values())
 
     @cached_property
     def elements(self) -> dict[str, int]:
-        """How many parameters each stored tensor stands for."""
+        """How many parameters each stored tensor represents."""
         return unpacked_elements(self.tensors, self.raw_config)
 
     @property
@@ -126,8 +119,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over the config, the tensor table, and samples of the data.
 
-        Sampled are both ends of every tensor and 4 KiB of every MiB of each file of weights, so
-        that a retrained or repaired copy differs while a large model need not be read as a whole.
+        The samples are both ends of every tensor and 4 KiB of every MiB of each file, so a
+        retrained or repaired copy differs, but a large model need not be read as a whole.
         """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for entry in self.tensors.values():
@@ -141,8 +134,6 @@ class Checkpoint:
 
     def info(self) -> ModelInfo:
         """Identity and size, as result files carry them."""
-        from shortllm.checkpoint.shorten_config import structurally_protected
-
         return ModelInfo(
             id=self.id,
             revision=self.revision,
@@ -158,15 +149,15 @@ class Checkpoint:
 
 
 def _sampled_places(entries: Iterable[TensorEntry]) -> dict[Path, set[tuple[int, int]]]:
-    """Start and length of what goes into the fingerprint, for each file of weights."""
+    """Start and length of the samples for the fingerprint, by file of weights."""
     places: dict[Path, set[tuple[int, int]]] = {}
     spans: dict[Path, tuple[int, int]] = {}
     for entry in entries:
         found = places.setdefault(entry.file, set())
-        if entry.offset is None:  # where the data lies in a pickled file is not known
+        if entry.offset is None:  # the place of the data in a pickled file is not known
             size = entry.file.stat().st_size
             spans[entry.file] = (0, size)
-            # at its end such a file lists a checksum of each tensor
+            # such a file ends with a checksum of each tensor
             found.add((max(0, size - SAMPLE_STEP), SAMPLE_STEP))
             continue
         start, stop = entry.offset, entry.offset + entry.bytes
@@ -189,18 +180,19 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a local directory, a Hub id (downloaded, or taken from the local cache) or `embedded`.
 
-    Reads config and tensor headers only. The text `embedded` always means the built-in model; a
+    Reads only config and tensor headers. The text `embedded` always means the built-in model; a
     directory of that name is `./embedded`.
 
     Args:
-        source: of a Hub id also `MODEL@REVISION`.
-        special_tokens: ids of `bos`, `eos`, `unk`, `pad` where the files name wrong ones.
+        source: a directory or a Hub id, also as `MODEL@REVISION`.
+        revision: branch, tag or commit of a Hub id.
+        special_tokens: correct ids of `bos`, `eos`, `unk`, `pad`, if the files name wrong ones.
     Returns:
         Its config and tensor table, by which all stages read it.
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         UnsupportedModelError: not a decoder-only causal language model that transformers knows, or
-            one that brings code of its own, see `shortllm.checkpoint.config`.
+            one with code of its own that is not allowed.
     """
     source, revision = named_revision(source, revision)
     directory, commit = locate(source, revision)
@@ -214,5 +206,5 @@ def open_checkpoint(
 
 
 def token_ids(special_tokens: Mapping[SpecialToken, int]) -> dict[str, int]:
-    """As config files call them, e.g. `{"bos_token_id": 1}`; of unknown words they say nothing."""
+    """Special tokens under the names of config files, e.g. `{"bos_token_id": 1}`, without `unk`."""
     return {f"{kind}_token_id": number for kind, number in special_tokens.items() if kind != "unk"}

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from shortllm.checkpoint.tensors import (
-    ITEM_BYTES,
     SAFETENSORS,
     SAFETENSORS_INDEX,
     Cut,
@@ -24,15 +23,15 @@ MAX_SHARD_BYTES = 5 * 10**9
 """Largest shard, as transformers writes it by default."""
 
 CHUNK_BYTES = 64 * 2**20
-"""How much one copy call moves, so that progress is seen."""
+"""Bytes per copy call, so that progress is shown in between."""
 
 PAGE_BYTES = 4096
-"""Unit in which the kernel holds files in memory."""
+"""Unit in which the kernel keeps files in memory."""
 
 BUFFER_BYTES = 2**18
-"""How much one read moves where the kernel cannot copy by itself; fits a processor's cache.
+"""Bytes per read if the kernel cannot copy by itself; fits a processor's cache.
 
-Larger writes make ext4 look for larger pieces of free memory, which can take it five times longer.
+Larger writes make ext4 look for larger pieces of free memory, which can take five times longer.
 """
 
 Advance = Callable[[int], None]
@@ -48,8 +47,7 @@ def write_tensors(
     """Write `new name -> stored tensor` as `model.safetensors`, or as shards and their index.
 
     Args:
-        entries: tensors in the order they should be stored; those of one file in file order copy
-            fastest.
+        entries: tensors in the order to store them; those of one file copy fastest in file order.
         advance: called with the number of bytes copied since its last call.
     """
     shards = list(_cut(entries, max_shard_bytes))
@@ -82,7 +80,7 @@ def _cut(entries: dict[str, TensorEntry], limit: int) -> Iterator[dict[str, Tens
 def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) -> None:
     """One safetensors file: length of the header, header, data."""
     # wider types first, so that every tensor starts at a multiple of its item size
-    ordered = sorted(shard.items(), key=lambda item: -ITEM_BYTES.get(item[1].dtype, 1))
+    ordered = sorted(shard.items(), key=lambda item: -item[1].item_bytes)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, entry in ordered:
@@ -98,10 +96,10 @@ def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) ->
 
 
 def _data_start(entries: list[TensorEntry], least: int) -> int:
-    """Where in the new file the data begins: at `least` or behind it, padded by part of a page.
+    """Where the data begins in the new file: at `least` or up to a page after it.
 
     Chosen so that most bytes keep their place within a page: the kernel then moves whole pages, a
-    third faster. Tensors of real models are multiples of a page, so that mostly all of them do.
+    third faster. Tensors of real models are multiples of a page, so usually all bytes do.
     """
     votes: dict[int, int] = {}
     position = 0
@@ -116,7 +114,7 @@ def _data_start(entries: list[TensorEntry], least: int) -> int:
 
 
 def _runs(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
-    """Consecutive entries whose data lies side by side in one file: copied as one range."""
+    """Consecutive entries whose data is contiguous in one file: copied as one range."""
     run: list[TensorEntry] = []
     for entry in entries:
         last = run[-1] if run else None
@@ -147,7 +145,7 @@ def _copy_run(run: list[TensorEntry], out: RawIOBase, advance: Advance) -> None:
 def _copy_part(entry: TensorEntry, cut: Cut, out: RawIOBase, advance: Advance) -> None:
     """Append the part of one tensor to `out`.
 
-    Short rows are read many together, so that a table of embeddings takes few reads and writes.
+    Many short rows are read at once, so a table of embeddings takes few reads and writes.
     """
     part_bytes = sum(stop - first for first, stop in cut.ranges)
     rows = entry.bytes // part_bytes
@@ -215,7 +213,7 @@ def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
 
 
 def _read_all(source: RawIOBase, buffer: memoryview) -> None:
-    """Fill `buffer`: one unbuffered read may give less than asked."""
+    """Fill `buffer`: one unbuffered read may return less than requested."""
     while buffer:
         read = source.readinto(buffer)
         if not read:

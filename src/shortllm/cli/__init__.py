@@ -1,21 +1,18 @@
-"""The command line: each command parses, calls the function of the same name, and prints the
-result.
+"""The command line: each command parses, calls the function of the same name and prints the result.
 
-    run.py       run                            pruning.py     plan, prune, export-lint
-    scoring.py   info, score, compare-criteria  retraining.py  retrain
-    measuring.py eval, bench, report, compare   recipes.py     recipes list, show, schema, run
-    width.py     width, compare-units           healing.py     heal, merge
-    sublayers.py drop-sublayers                 quantizing.py  quantize
-    demo.py      demo
-    options.py   flags that several commands share; values.py  how what was typed is read
-    output.py    tables and JSON
+    run.py  score.py  measure.py  comparison.py  recipes.py  demo.py     the commands,
+    healing.py  retraining.py  width.py  sublayers.py  quantizing.py     and those of the features
+    flags.py    flags from option records
+    options.py  parameters that several commands share
+    output.py   tables and JSON
 
 Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard
-error. Exit codes: 0 done, 2 a user's mistake or bad input, 130 interrupted.
+error. Exit codes: 0 done, 2 a mistake in the command or its input, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -27,27 +24,28 @@ from typing import Annotated, Any
 import typer
 
 from shortllm import __version__
+from shortllm.cli.comparison import compare_criteria, compare_units
 from shortllm.cli.demo import demo
 from shortllm.cli.healing import heal, merge
-from shortllm.cli.measuring import bench, compare, evaluate, report
+from shortllm.cli.measure import bench, compare, evaluate, export_lint, report
 from shortllm.cli.output import is_main_process
-from shortllm.cli.pruning import export_lint, plan, prune
 from shortllm.cli.quantizing import quantize
 from shortllm.cli.recipes import recipes
 from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
-from shortllm.cli.scoring import compare_criteria, info, score
+from shortllm.cli.score import info, plan, prune, score
 from shortllm.cli.sublayers import drop_sublayers
-from shortllm.cli.width import compare_units, width
+from shortllm.cli.width import width
 from shortllm.errors import ShortLLMError
 
 app = typer.Typer(
     name="shortllm",
-    help="Make large language models shorter: score their blocks, remove some, heal, measure.",
+    help="Make large language models shorter: remove Transformer blocks, recover quality, and "
+    "report what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 UsageError: Any = next(
@@ -58,31 +56,42 @@ UsageError: Any = next(
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-# in the order of --help
-_COMMANDS: list[tuple[str, Callable[..., None]]] = [
-    ("run", run),
-    ("info", info),
-    ("score", score),
-    ("compare-criteria", compare_criteria),
-    ("plan", plan),
-    ("prune", prune),
-    ("heal", heal),
-    ("merge", merge),
-    ("width", width),
-    ("drop-sublayers", drop_sublayers),
-    ("retrain", retrain),
-    ("quantize", quantize),
-    ("eval", evaluate),
-    ("bench", bench),
-    ("report", report),
-    ("compare", compare),
-    ("compare-units", compare_units),
-    ("demo", demo),
-    ("export-lint", export_lint),
-]
-for _name, _command in _COMMANDS:
-    app.command(name=_name)(_command)
-app.add_typer(recipes, name="recipes")
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Shorten": {
+        "run": run,
+        "info": info,
+        "score": score,
+        "plan": plan,
+        "prune": prune,
+    },
+    "Other ways to make a model smaller": {
+        "drop-sublayers": drop_sublayers,
+        "merge": merge,
+        "width": width,
+        "quantize": quantize,
+    },
+    "Recover quality": {"heal": heal, "retrain": retrain},
+    "Measure": {"eval": evaluate, "bench": bench},
+    "Compare": {
+        "compare": compare,
+        "compare-criteria": compare_criteria,
+        "compare-units": compare_units,
+    },
+    "Tools": {"report": report, "demo": demo, "export-lint": export_lint},
+}
+"""The commands by group, in the order of `--help`."""
+
+
+def _paragraphs(command: Callable[..., None]) -> str:
+    """A command's docstring with each paragraph on one line, which the terminal wraps again."""
+    text = inspect.cleandoc(command.__doc__ or "")
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
+for _group, _commands in COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(name=_name, rich_help_panel=_group, help=_paragraphs(_command))(_command)
+app.add_typer(recipes, name="recipes", rich_help_panel="Tools")
 
 
 @app.callback(invoke_without_command=True)
@@ -115,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _repeat_interrupt(after_s=0)
-        typer.echo("interrupted. The same command again goes on from here", err=True)
+        typer.echo("Interrupted. Run the same command again to resume.", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,66 +1,63 @@
-"""`demo`: a page in the browser with several models side by side."""
+"""`demo`: several models side by side in the browser."""
 
 from __future__ import annotations
 
 import os
 import threading
 from importlib.util import find_spec
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from shortllm.cli.options import Device, Dtype, TrustRemoteCode
+from shortllm.cli.flags import flags
 from shortllm.errors import ShortLLMError
+from shortllm.runtime import Runtime
 
 Place = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'."),
 ]
 
 
+@flags(runtime=Runtime)
 def demo(
+    runtime: Runtime,
     original: Place = None,
     width: Place = None,
     depth: Place = None,
     model: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="NAME=MODEL", help="A panel of any name; may be repeated."),
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="A panel with a name of yours; can be repeated."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to serve on; 0.0.0.0 for all of this machine's.")
     ] = "127.0.0.1",
     port: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on."),
+        int | None,
+        typer.Option(min=1, max=65535, help="Default: the first free one from 7860."),
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also through a public address, by gradio's servers.")
+        bool, typer.Option("--share", help="Also serve a public address through gradio's servers.")
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Output tokens that may be asked for.")
-    ] = 256,
-    max_batch: Annotated[
-        int, typer.Option(min=1, help="Sequences that may be asked for at once.")
-    ] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a user can generate.")] = 256,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch a user can choose.")] = 8,
 ) -> None:
-    """Several models side by side in the browser: text, time, throughput, memory.
+    """Show several models side by side in the browser: text, time, throughput, memory.
 
-    Without a model: the embedded one and its shortened versions, made on first use.
+    Without a model: the embedded one and its shortened versions, which are made on first use.
+
+    Example: shortllm demo --original Qwen/Qwen3-0.6B --depth qwen3-short
     """
     if find_spec("gradio") is None:
         raise ShortLLMError("the demo needs gradio. Install it with: pip install 'shortllm[demo]'")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-    from shortllm.demo.embedded import embedded_models
-    from shortllm.demo.generating import Limits
-    from shortllm.demo.models import named_models, open_models
-    from shortllm.demo.serving import serve
+    from shortllm.demo.generate import Limits
+    from shortllm.demo.models import embedded_models, named_models, open_models
+    from shortllm.demo.page import serve
     from shortllm.model.session import Session
 
-    session = Session(device=device, dtype=dtype)
+    session = Session(runtime)
     given = {"original": original, "width": width, "depth": depth}
     places = named_models(
         [

@@ -1,6 +1,6 @@
 """Flags made from option records: name, type, help, bounds, choices, default and panel.
 
-    @flags(options=HealOptions, runtime=Runtime)
+    @flags("data", options=HealOptions, runtime=Runtime)
     def heal(model: Model, out: Out, options: HealOptions, runtime: Runtime, json: Json = False):
 
 gives `heal` a flag for each field of both records. Only what was typed is validated, so that a
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,16 +22,28 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from shortllm.errors import ShortLLMError
 from shortllm.options import OptionField, Options, option_fields, options_from
+from shortllm.runtime import Runtime
 
 PLAIN = (bool, int, float, str, Path)
 """Types that typer reads itself; the text of others goes to pydantic."""
 
 
-def flags(**records: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these records; it is called with the records, filled in."""
+COMMON = "Options"
+"""Heading of the options that most people need, which come first in `--help`."""
+
+
+def flags(
+    *common: str, **records: type[Options]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these records; it is called with the records, filled in.
+
+    Args:
+        common: fields whose flags come first, under `COMMON`.
+        records: parameter of the command -> record.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        fields = _fields(records)
+        fields = _fields(records, common)
 
         @functools.wraps(function)
         def command(ctx: typer.Context, **values: Any) -> None:
@@ -63,14 +76,19 @@ def typed_flags(ctx: typer.Context, fields: Mapping[str, OptionField]) -> list[s
     ]
 
 
-def _fields(records: Mapping[str, type[Options]]) -> dict[str, OptionField]:
-    """All fields by flat name; a name that two records share is one flag, which sets both."""
+def _fields(records: Mapping[str, type[Options]], common: Sequence[str]) -> dict[str, OptionField]:
+    """The fields by flat name: common ones first, device and memory last.
+
+    A name that two records share is one flag, which sets both.
+    """
     found: dict[str, OptionField] = {}
     for kind in records.values():
         for name, one in option_fields(kind).items():
             if not one.flag.hidden:
                 found.setdefault(name, one)
-    return found
+    first = {name: replace(found[name], panel=COMMON) for name in common}
+    last = {name: one for name, one in found.items() if one.panel == Runtime.panel}
+    return {**first, **{n: one for n, one in found.items() if n not in {*first, *last}}, **last}
 
 
 def _signature(
@@ -87,10 +105,9 @@ def _signature(
         for one in inspect.signature(function).parameters.values()
         if one.name not in records and one.name != "ctx"
     ]
-    made = [_parameter(one) for one in fields.values()]
-    last = [one for one in own if one.name == "json"]
-    first = [one for one in own if one.name != "json"]
-    return inspect.Signature([context, *first, *made, *last])
+    made = {one.name: _parameter(one) for one in fields.values()}
+    first = [made.pop(name) for name, one in fields.items() if one.panel == COMMON]
+    return inspect.Signature([context, *first, *own, *made.values()])
 
 
 def _parameter(one: OptionField) -> inspect.Parameter:
@@ -100,6 +117,8 @@ def _parameter(one: OptionField) -> inspect.Parameter:
     if kind not in PLAIN and get_origin(kind) is not Literal and get_origin(kind) is not list:
         kind, default = str, None if default is None else str(default)
     declared = [one.flag.name] if one.flag.name else []
+    if kind is bool and default is False and not declared:
+        declared = [one.option]  # without a --no- form: off is the default
     option = typer.Option(
         *declared,
         help=one.info.description,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
+
+from shortllm import criteria
 
 # `Optional` because typer reads these at run time on Python
 # 3.10.
@@ -17,12 +20,16 @@ Revision = Annotated[
 ]  # noqa: UP045
 
 
+_until_exit = ExitStack()
+"""Contexts that last as long as the process."""
+
+
 def _trust(given: bool) -> bool:
     """Note at once that the flag was given: every model that is opened afterwards may need it."""
     if given:
         from shortllm.runtime import trusting_remote_code
 
-        trusting_remote_code().__enter__()
+        _until_exit.enter_context(trusting_remote_code())
     return given
 
 
@@ -70,25 +77,23 @@ CriterionName = Annotated[
     str,
     typer.Option(
         "--criterion",
-        help="Rule that scores the blocks: ppl, kl, taylor, magnitude, influence, relative, "
-        "angular, greedy, last, random, even; searches: local, evolve; auto: the best of several.",
+        help=f"Rule that scores the blocks: {criteria.help_text()}.",
     ),
 ]
 CriterionNames = Annotated[
     str,
     typer.Option(
         "--criterion",
-        help="Rules that score the blocks, e.g. ppl or taylor,influence: several take as few "
-        "passes as there can be. ppl, kl, taylor, magnitude, influence, relative, angular, greedy, "
-        "last, random, even; searches: local, evolve; auto: the best of several.",
+        help="Rules that score the blocks, e.g. ppl or taylor,influence: several share as few "
+        f"passes as possible. {criteria.help_text()}.",
     ),
 ]
 ComparedCriteria = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--criterion",
-        help="Rules to compare, e.g. ppl,taylor,influence. Default: ppl, kl, taylor, magnitude, "
-        "influence, relative, angular, greedy, last, even.",
+        help="Rules to compare, e.g. ppl,taylor,influence. Default: "
+        f"{', '.join(criteria.compared())}.",
     ),
 ]
 CriterionOption = Annotated[
@@ -96,7 +101,8 @@ CriterionOption = Annotated[
     typer.Option(
         "--option",
         metavar="CRITERION.NAME=VALUE",
-        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; may be repeated.",
+        rich_help_panel="Scoring",
+        help="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; can be repeated.",
     ),
 ]
 Stream = Annotated[
@@ -118,7 +124,7 @@ Contiguous = Annotated[
     typer.Option(
         "--contiguous/--scattered",
         help="Remove one span of blocks, or single ones. Default: a span where the criterion "
-        "scores spans (angular).",
+        f"scores spans ({', '.join(criteria.names_by_need('last token'))}).",
     ),
 ]
 
@@ -225,5 +231,16 @@ Places = Annotated[
         metavar="FIELD=VALUE",
         help="Any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
         "may be repeated.",
+    ),
+]
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        rich_help_panel="Recipe",
+        help="Set any field of a recipe, e.g. retraining.max_steps=200 or benchmark.batches=[1,8]; "
+        "can be repeated.",
     ),
 ]

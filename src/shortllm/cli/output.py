@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from shortllm.errors import CriterionError
+
 if TYPE_CHECKING:
     from shortllm.benchmark.options import Benchmark
     from shortllm.evaluation.options import Evaluation
     from shortllm.pruning.records import PrunePlan
-    from shortllm.published import Beside, Published
+    from shortllm.published import Published, PublishedComparison
 
 
 def print_json(content: Any) -> None:
@@ -98,6 +100,20 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def options_in(given: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """`taylor.power=2` and the like as options by criterion."""
+    options: dict[str, dict[str, Any]] = {}
+    for text in given or ():
+        place, equals, value = text.partition("=")
+        criterion, dot, name = place.partition(".")
+        if not equals or not dot or not name:
+            raise CriterionError(
+                f"--option '{text}' must have the form CRITERION.NAME=VALUE, e.g. taylor.power=2"
+            )
+        options.setdefault(criterion, {})[name] = value
+    return options
+
+
 def command_line() -> list[str]:
     """What was typed, for run.json."""
     return ["shortllm", *sys.argv[1:]]
@@ -105,21 +121,22 @@ def command_line() -> list[str]:
 
 def print_benchmark(found: Benchmark) -> None:
     """The device, then a row per model, batch and length."""
-    from shortllm.reporting.speed import table
+    from shortllm.reporting.measurements import benchmark_table
 
     typer.echo(
         f"{found.device_name}, {'compiled, ' if found.compiled else ''}"
         f"{found.warmup} warm-up and {found.runs} measured runs of each model, in turn"
     )
-    head, rows = table(found)
-    print_table(head, rows)
+    print_table(*benchmark_table(found).plain())
 
 
-def print_beside(published: Published, plan: PrunePlan, rows: Sequence[Beside]) -> None:
+def print_published(
+    published: Published, plan: PrunePlan, rows: Sequence[PublishedComparison]
+) -> None:
     """Blocks and numbers, ours and the published ones."""
     from shortllm.published import compared_blocks
 
-    typer.echo(f"beside what was published ({published.source})")
+    typer.echo(f"compared with the published results ({published.source})")
     if published.removed:
         typer.echo(compared_blocks(published, plan.removed))
     if rows:

@@ -1,32 +1,32 @@
-"""`recipes list`, `show`, `schema`, `run`: the runs that come with the package."""
+"""`recipes list`, `show`, `schema`, `run`: the recipes that come with the package."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortllm.cli.asked import changes_of
-from shortllm.cli.options import Json
+from shortllm.cli.flags import flags
+from shortllm.cli.options import CriterionOption, Json, Settings
 from shortllm.cli.output import command_line, print_json, print_table
-from shortllm.cli.run import run
+from shortllm.cli.run import Bench, Heal, Quantize, Retrain, print_run, requested_recipe
 from shortllm.errors import RecipeError
+from shortllm.options import overlaid
+from shortllm.recipe import Recipe
 
 if TYPE_CHECKING:
     from shortllm.released import Measured, Released
 
 recipes = typer.Typer(
-    help="Whole runs in a file each: list, show and run those that come with the package.",
+    help="List, show and run the recipes that come with the package: a whole run in a file each.",
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 PUBLISHED = "published"
-"""The name that stands for all released checkpoints."""
+"""The name of the recipe that measures all released checkpoints."""
 
 SHOWN = {
     "parameters": "parameters",
@@ -38,13 +38,13 @@ SHOWN = {
 }
 """Quantities that have a column on the terminal, and its heading."""
 
-MEASURING = ("evaluation", "benchmark", "device", "dtype", "stream", "max_memory")
-"""Fields of a recipe that mean something to a checkpoint that is only measured."""
+MEASURING = {"evaluation", "benchmark", "device", "dtype", "stream", "max_memory"}
+"""Fields of a recipe that apply to a checkpoint that is only measured."""
 
 
 @recipes.command(name="list")
 def list_recipes(json: Json = False) -> None:
-    """All recipes: model, how many blocks go, and what it is."""
+    """List all recipes: model, blocks removed, and description."""
     from shortllm.recipes import load_recipe, recipe_names
 
     rows = []
@@ -60,14 +60,14 @@ def list_recipes(json: Json = False) -> None:
         return
     for row in rows:
         typer.echo(f"{row['name']:26}{row['model']}\n{'':26}{row['about']}")
-    typer.echo(f"{PUBLISHED:26}all released checkpoints, measured beside what was published")
+    typer.echo(f"{PUBLISHED:26}all released checkpoints, measured next to the published results")
 
 
 @recipes.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="See `shortllm recipes list`.")],
 ) -> None:
-    """A recipe as it stands in its file: a beginning for one of your own."""
+    """Print a recipe file, to start one of your own from."""
     from shortllm.recipes import recipe_text
 
     typer.echo(recipe_text(name), nl=False)
@@ -75,7 +75,7 @@ def show(
 
 @recipes.command(name="schema")
 def print_schema() -> None:
-    """The JSON schema of recipes, by which an editor completes and checks them."""
+    """Print the JSON schema of recipes, with which an editor completes and checks them."""
     import json
 
     from shortllm.schemas import RECIPE, schema
@@ -83,72 +83,88 @@ def print_schema() -> None:
     typer.echo(json.dumps(schema(RECIPE), indent=1))
 
 
-def _by_name(command: Callable[..., None]) -> Callable[..., None]:
-    """`run` with the recipe as its first argument; all flags are the same."""
+@recipes.command(name="run")
+@flags(typed=Recipe)
+def run_recipe(
+    typed: Recipe,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help=f"A recipe, a .yaml file, or `{PUBLISHED}`: evaluate and benchmark all released "
+            "checkpoints next to the published results.",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Use this checkpoint instead of the recipe's, e.g. a local copy.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory. Default: runs/<model>-<criterion>-<budget>.")
+    ] = None,
+    option: CriterionOption = None,
+    heal: Heal = None,
+    retrain: Retrain = None,
+    quantize: Quantize = None,
+    bench: Bench = None,
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """Run a recipe: the same as `shortllm run --recipe NAME`, with the same flags.
 
-    @functools.wraps(command)
-    def run_recipe(**given: Any) -> None:
-        if given["recipe"] == PUBLISHED:
-            _run_published(given)
-        else:
-            command(**given)
-
-    signature = inspect.signature(command, eval_str=True)
-    parameters = dict(signature.parameters)
-    name = parameters.pop("recipe").replace(
-        annotation=Annotated[
-            str,
-            typer.Argument(
-                metavar="NAME",
-                help=f"A recipe, a .yaml file, or `{PUBLISHED}`: all released checkpoints, "
-                "evaluated and benchmarked beside the published numbers.",
-            ),
-        ],
-        default=inspect.Parameter.empty,
-    )
-    model = parameters.pop("model").replace(
-        annotation=Annotated[
-            Optional[str],  # noqa: UP045
-            typer.Argument(
-                metavar="[MODEL]", help="Checkpoint in place of the recipe's, e.g. a local copy."
-            ),
-        ]
-    )
-    context = parameters.pop("ctx")
-    ordered = [context, name, model, *parameters.values()]
-    run_recipe.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
-    run_recipe.__annotations__ = {one.name: one.annotation for one in ordered}
-    run_recipe.__doc__ = "Run a recipe: the same as `shortllm run --recipe NAME`, with all flags."
-    return run_recipe
-
-
-recipes.command(name="run")(_by_name(run))
-
-
-def _run_published(given: dict[str, Any]) -> None:
-    """Measure all released checkpoints; exits with 2 if one of them could not be had.
-
-    Raises:
-        RecipeError: a flag about something else than measuring.
+    Example: shortllm recipes run llama-1-7b-taylor
     """
-    from shortllm.recipes import changed, load_recipe, recipe_names
+    import shortllm
+
+    if name == PUBLISHED:
+        stages = {"--heal": heal, "--retrain": retrain, "--quantize": quantize, "--option": option}
+        _run_published(typed, bench, settings or (), stages, out=out, json=json)
+        return
+    chosen = requested_recipe(
+        typed, model, name, option=option, heal=heal, retrain=retrain, quantize=quantize,
+        bench=bench, settings=settings or (),
+    )  # fmt: skip
+    print_run(shortllm.run(recipe=chosen, out=out, command=command_line()), json=json)
+
+
+def _run_published(
+    typed: Recipe,
+    bench: bool | None,
+    settings: Sequence[str],
+    stages: Mapping[str, object],
+    *,
+    out: Path | None,
+    json: bool,
+) -> None:
+    """Measure all released checkpoints; exits with 2 if one of them is missing."""
+    from shortllm.recipes import changed, load_recipe, recipe_names, settings_in
     from shortllm.released import DIRECTORY, measure_released, released_recipes
 
-    changes = changes_of(given["ctx"], given["places"] or [])
-    for place in (*changes, *(["retraining"] if given["retrain"] else [])):
-        if place.split(".")[0] not in MEASURING:
-            raise RecipeError(
-                f"released checkpoints are measured as they are, and '{place}' is about how one is "
-                "made. Leave it out"
-            )
-    held = released_recipes({name: load_recipe(name) for name in recipe_names()})
-    asked = {name: changed(recipe, changes, "command line") for name, recipe in held.items()}
-    found = measure_released(asked, out=given["out"] or DIRECTORY, command=command_line())
-    if given["json"]:
+    changes = settings_in(settings)
+    given = {one.partition(".")[0] for one in changes} | typed.model_fields_set
+    refused = [*sorted(given - MEASURING), *(flag for flag, value in stages.items() if value)]
+    if refused:
+        raise RecipeError(
+            f"released checkpoints are measured as they are, so '{refused[0]}' has no effect. "
+            "Leave it out"
+        )
+    if bench is not None:
+        changes["benchmark"] = {} if bench else None
+    recipes_ = {
+        name: changed(overlaid(recipe, typed), changes, "command line")
+        for name, recipe in released_recipes(
+            {name: load_recipe(name) for name in recipe_names()}
+        ).items()
+    }
+    found = measure_released(recipes_, out=out or DIRECTORY, command=command_line())
+    if json:
         print_json(
             {
                 "measured": {
-                    name: [row.model_dump() for row in one.beside]
+                    name: [row.model_dump() for row in one.comparison]
                     for name, one in found.measured.items()
                 },
                 "failed": found.failed,
@@ -162,12 +178,15 @@ def _run_published(given: dict[str, Any]) -> None:
 
 
 def _print_released(found: Released) -> None:
-    """A row per checkpoint: ours, and behind a bar what was published; then what is missing."""
+    """A row per checkpoint, ours | published; then what is missing."""
     head = ("checkpoint", *SHOWN.values(), "tokens/s")
     rows = [
         (
             Path(one.checkpoint).name,
-            *(_cell(one.ours.get(quantity), one.theirs.get(quantity)) for quantity in SHOWN),
+            *(
+                f"{_number(one.ours.get(quantity))} | {_number(one.theirs.get(quantity))}"
+                for quantity in SHOWN
+            ),
             _throughput(one),
         )
         for one in found.measured.values()
@@ -180,10 +199,6 @@ def _print_released(found: Released) -> None:
         typer.echo(f"left out: {name} ({reason})")
 
 
-def _cell(ours: float | None, theirs: float | None) -> str:
-    return f"{_number(ours)} | {_number(theirs)}"
-
-
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
@@ -191,6 +206,6 @@ def _number(value: float | None) -> str:
 
 
 def _throughput(one: Measured) -> str:
-    """That of the first batch and length."""
+    """Tokens per second at the first batch size and length."""
     found = one.benchmark.measurements[0].tokens_per_s if one.benchmark else None
     return "-" if found is None else f"{found:.1f}"

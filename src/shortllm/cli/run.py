@@ -1,156 +1,190 @@
-"""`run`: all stages."""
+"""`run`: all stages, from a model's name to a report."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortllm.cli.asked import recipe_of
-from shortllm.cli.options import (
-    BatchSize,
-    Blocks,
-    BosEverySample,
-    CalibrationFile,
-    Contiguous,
-    Continuations,
-    CriterionName,
-    CriterionOption,
-    Data,
-    Device,
-    Dtype,
-    EvalBos,
-    EvalData,
-    EvalLength,
-    Json,
-    Length,
-    Limit,
-    MaxMemory,
-    MaxSegments,
-    NewTokens,
-    ParamRatio,
-    PeriodAligned,
-    Places,
-    Prompt,
-    ProtectFirst,
-    ProtectLast,
-    Ratio,
-    RecipeName,
-    Remove,
-    RetrainMethods,
-    Revision,
-    SampleCount,
-    Sampler,
-    Seed,
-    Stream,
-    TargetMemory,
-    TargetParams,
-    TargetSpeedup,
-    TaskData,
-    Tasks,
-    TrustRemoteCode,
-)
+from shortllm.cli.flags import flags
+from shortllm.cli.options import CriterionOption, Json, Settings
 from shortllm.cli.output import (
     command_line,
+    options_in,
     perplexities,
     plan_line,
     print_benchmark,
-    print_beside,
     print_evaluation,
     print_json,
+    print_published,
     task_scores,
 )
+from shortllm.errors import CriterionError
+from shortllm.options import overlaid
+from shortllm.pruning.budget import TARGETS
+from shortllm.recipe import Recipe
+from shortllm.retraining.methods import METHODS
+
+if TYPE_CHECKING:
+    from shortllm.pipeline import RunResult
+
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        rich_help_panel="Recipe",
+        help="Start from this recipe (see `shortllm recipes list`) or .yaml file. Flags override "
+        "it.",
+    ),
+]
+Heal = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help="Repair the shortened model without training: linear; or none. Default: the recipe's.",
+    ),
+]
+Retrain = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help=f"Retrain by {', '.join(METHODS.names())}; several with commas, each from the same "
+        "start; or none. Default: the recipe's.",
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help="Quantize the best model by gptq or int8; or none. Default: the recipe's.",
+    ),
+]
+Bench = Annotated[
+    bool | None,
+    typer.Option(
+        "--bench/--no-bench",
+        help="Measure speed and memory. Default: the recipe's.",
+    ),
+]
 
 
+@flags("remove", "ratio", "criterion", "data", typed=Recipe)
 def run(
-    ctx: typer.Context,
+    typed: Recipe,
     model: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(
             metavar="[MODEL]", help="Checkpoint directory or Hub id. Default: embedded."
         ),
     ] = None,
     recipe: RecipeName = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Run directory. Default: runs/<model>-<criterion>-<budget>."),
-    ] = None,
-    criterion: CriterionName = "ppl",
-    option: CriterionOption = None,
-    remove: Remove = None,
-    ratio: Ratio = None,
-    param_ratio: ParamRatio = None,
-    blocks: Blocks = None,
-    target_params: TargetParams = None,
-    target_memory: TargetMemory = None,
-    target_speedup: TargetSpeedup = None,
-    contiguous: Contiguous = None,
-    protect_first: ProtectFirst = None,
-    protect_last: ProtectLast = None,
-    period_aligned: PeriodAligned = False,
-    use_published_order: Annotated[
-        bool,
+        Path | None,
         typer.Option(
-            "--use-published-order",
-            help="Remove by the order of blocks that the recipe has as published; score nothing.",
+            help="Run directory. Default: runs/<model>-<criterion>-<budget>.",
         ),
-    ] = False,
-    data: Data = None,
-    calibration: CalibrationFile = None,
-    sampler: Sampler = "random",
-    samples: SampleCount = 10,
-    length: Length = 128,
-    seed: Seed = 1234,
-    bos_every_sample: BosEverySample = None,
-    eval_data: EvalData = None,
-    eval_length: EvalLength = 128,
-    eval_bos: EvalBos = None,
-    max_segments: MaxSegments = None,
-    prompt: Prompt = None,
-    continuations: Continuations = 5,
-    new_tokens: NewTokens = 128,
-    heal: Annotated[
-        Optional[Literal["linear", "none"]],  # noqa: UP045
-        typer.Option(help="Heal without training, by linear maps. Default: as the recipe has it."),
     ] = None,
-    retrain: RetrainMethods = None,
-    quantize: Annotated[
-        Optional[Literal["gptq", "int8", "none"]],  # noqa: UP045
-        typer.Option(help="Quantize the healed model by gptq or int8; none. Default: recipe."),
-    ] = None,
-    bench: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option("--bench/--no-bench", help="Measure speed and memory. Default: recipe."),
-    ] = None,
-    places: Places = None,
-    tasks: Tasks = None,
-    task_data: TaskData = None,
-    limit: Limit = None,
-    batch_size: BatchSize = 8,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    stream: Stream = None,
-    max_memory: MaxMemory = None,
+    option: CriterionOption = None,
+    heal: Heal = None,
+    retrain: Retrain = None,
+    quantize: Quantize = None,
+    bench: Bench = None,
+    settings: Settings = None,
     json: Json = False,
 ) -> None:
-    """All stages: score, plan, prune, heal, retrain, quantize, evaluate, bench, report. Without a
-    model:
-    the embedded one.
+    """Shorten a model and report what it cost: score, prune, heal, retrain, evaluate, benchmark.
 
-    Removes a quarter of the blocks unless told otherwise. The same command again goes on where an
-    interrupted one was.
+    Removes a quarter of the blocks unless told otherwise. Run the same command again to resume an
+    interrupted run; stages that are up to date are skipped.
+
+    Example: shortllm run Qwen/Qwen3-0.6B --remove 6 --retrain lora --bench
     """
     import shortllm
-    from shortllm.published import beside
 
-    asked = recipe_of(ctx, model, recipe, retrain, places or [])
-    result = shortllm.run(asked, out=out, command=command_line())
+    chosen = requested_recipe(
+        typed, model, recipe, option=option, heal=heal, retrain=retrain, quantize=quantize,
+        bench=bench, settings=settings or (),
+    )  # fmt: skip
+    print_run(shortllm.run(recipe=chosen, out=out, command=command_line()), json=json)
+
+
+def requested_recipe(
+    typed: Recipe,
+    model: str | None,
+    recipe: str | None,
+    *,
+    option: Sequence[str] | None = None,
+    heal: str | None = None,
+    retrain: str | None = None,
+    quantize: str | None = None,
+    bench: bool | None = None,
+    settings: Sequence[str] = (),
+) -> Recipe:
+    """A recipe with what was typed laid over it.
+
+    Args:
+        typed: the flags that are fields of a recipe.
+        recipe: name or file. Default: that of the embedded model, or none for another model.
+        settings: `FIELD=VALUE` for fields without a flag.
+    """
+    from shortllm.recipes import DEFAULT, changed, default_recipe, load_recipe, settings_in
+
+    if recipe is not None:
+        base = load_recipe(recipe)
+    else:
+        base = default_recipe() if (model or DEFAULT) == DEFAULT else Recipe()
+    amounts = ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
+    given = typed.budget.model_fields_set if "budget" in typed.model_fields_set else set()
+    if given.intersection(amounts):  # an amount replaces the recipe's
+        kept = {name: None for name in amounts}
+        base = base.model_copy(update={"budget": base.budget.model_copy(update=kept)})
+    chosen = overlaid(base, typed)
+    changes: dict[str, object] = {}
+    if model is not None:
+        changes["model"] = model
+    if option:
+        criterion = typed.criterion if "criterion" in typed.model_fields_set else None
+        options = options_in(option)
+        criterion = criterion or next(iter(options))
+        changes |= {"criterion": criterion, "options": only(options, criterion)}
+    for field, method in (("healing", heal), ("quantization", quantize)):
+        if method == "none":
+            changes[field] = None
+        elif method is not None:
+            changes[f"{field}.method"] = method
+    if bench is not None:
+        changes["benchmark"] = {} if bench else None
+    if retrain is not None:
+        names = [] if retrain == "none" else [one.strip() for one in retrain.split(",")]
+        held = {one.method: one for one in base.retraining}
+        changes["retraining"] = [
+            held[name].model_dump(mode="json", exclude_unset=True)
+            if name in held
+            else {"method": name}
+            for name in names
+        ]
+    return changed(chosen, changes | settings_in(settings), "command line")
+
+
+def only(options: dict[str, dict[str, object]], criterion: str) -> dict[str, object]:
+    """The options of the one criterion."""
+    for other in options:
+        if other != criterion:
+            raise CriterionError(
+                f"--option names criterion '{other}', but --criterion is {criterion}"
+            )
+    return options.get(criterion, {})
+
+
+def print_run(result: RunResult, *, json: bool) -> None:
+    """The plan, what was measured, and where everything is."""
+    from shortllm.published import published_comparison
+
     published, rows = result.recipe.published, []
     if published is not None:
-        rows = beside(published, result.evaluation, result.recipe.evaluation)
+        rows = published_comparison(published, result.evaluation, result.recipe.evaluation)
     if json:
         print_json(
             {
@@ -172,7 +206,7 @@ def run(
         print_benchmark(result.benchmark)
     if published is not None:
         typer.echo("")
-        print_beside(published, result.plan, rows)
+        print_published(published, result.plan, rows)
     width = max(map(len, (*result.checkpoints, "report")))
     for name, path in {**result.checkpoints, "report": result.report}.items():
         typer.echo(f"{name + ':':{width + 1}} {path}")

@@ -199,13 +199,13 @@ def places_in(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: another form.
     """
-    from shortllm.recipes.reading import parsed_yaml
+    from shortllm.recipes import parse_yaml
 
     places: dict[str, Any] = {}
     for text in given:
         place, equals, value = text.partition("=")
         try:
-            places[place.strip()] = parsed_yaml(value)
+            places[place.strip()] = parse_yaml(value)
         except ValueError as error:
             raise RecipeError(f"--set '{text}': the value is not YAML ({error})") from error
         if not equals or not place.strip():

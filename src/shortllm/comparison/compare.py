@@ -1,4 +1,4 @@
-"""`shortllm.compare_criteria(...)`, `compare_units` and `compare`, as functions of names."""
+"""Compare criteria, width with depth, and finished runs."""
 
 from __future__ import annotations
 
@@ -10,117 +10,104 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.comparison import width_vs_depth as units
 from shortllm.comparison.criteria import compare_in, default_directory
 from shortllm.comparison.options import (
-    CRITERIA,
-    RANDOM_DRAWS,
-    RATIOS,
     Comparison,
+    ComparisonOptions,
     UnitsComparison,
-    fill_recipe,
     prepare_question,
 )
-from shortllm.criteria.selection import asked_criteria
-from shortllm.data.options import CalibrationOptions
-from shortllm.evaluation.options import EvaluationOptions
+from shortllm.criteria.selection import resolve_all
+from shortllm.model.session import Session
+from shortllm.options import accepts, overlaid
 from shortllm.recipe import Recipe
 from shortllm.run_directory import pinned
+from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
-    from shortllm.reporting.runs import ComparedModel
+    from shortllm.reporting.comparison import ComparedModel
 
 
+@accepts(comparison=ComparisonOptions, runtime=Runtime)
 def compare_criteria(
     model: str = "embedded",
     *,
-    criterion: Sequence[str] = CRITERIA,
+    comparison: ComparisonOptions,
+    runtime: Runtime,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    ratios: Sequence[float] = RATIOS,
-    random: int = RANDOM_DRAWS,
-    protect_first: int | None = None,
-    protect_last: int | None = None,
-    calibration: CalibrationOptions | None = None,
-    evaluation: EvaluationOptions | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    stream: bool | None = None,
-    max_memory: int | None = None,
-    command: list[str] | None = None,
+    command: Sequence[str] = (),
 ) -> Comparison:
     """What each criterion removes at several budgets, and the perplexity that is left.
 
-    Writes the scores, comparison.json and comparison.html; what is up to date is not made again.
-    Under `accelerate launch` or `torchrun` the samples are shared, as in `score`.
+    Writes the scores, comparison.json and comparison.html; what is up to date is skipped. Under
+    `accelerate launch` or `torchrun` all processes share the samples, as in `score`.
 
     Args:
-        criterion: names of criteria.
+        model: a checkpoint directory or Hub id.
+        comparison: what to compare; its fields can be given as keywords.
+        runtime: where to compute; its fields can be given as keywords.
         options: for each criterion its options.
-        ratios: parts of the blocks to remove.
-        random: how many random removals of each size are the floor.
-        evaluation: the one text to measure on; default: held-out rows of the calibration text, or
-            wikitext2, and 64 segments of it.
-        out: run directory; default `runs/<model>-comparison`.
+        out: run directory. Default: `runs/<model>-comparison`.
+        revision: of a Hub model.
+        command: the command line, for run.json.
     Returns:
         What each criterion and each random draw removes, and what is left.
     Raises:
-        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+        ShortLLMError: any kind, before the model is loaded wherever that can be known.
     """
-    directory = out or default_directory(model)
+    directory = default_directory(model) if out is None else Path(out)
     checkpoint = open_checkpoint(model, revision=pinned(model, revision, directory))
     question = prepare_question(
-        checkpoint.info(), asked_criteria(criterion, options or {}), ratios, draws=random,
-        protect_first=protect_first, protect_last=protect_last,
-    )  # fmt: skip
-    recipe = Recipe.model_validate(
-        {
-            "model": model,
-            "revision": revision,
-            "criterion": ",".join(criterion),
-            "options": options or {},
-            "calibration": calibration or CalibrationOptions(),
-            "evaluation": evaluation or EvaluationOptions(),
-            "device": device,
-            "dtype": dtype,
-            "stream": stream,
-            "max_memory": max_memory,
-        }
+        checkpoint.info(),
+        resolve_all(comparison.criteria, options or {}),
+        comparison.ratios,
+        draws=comparison.random,
+        protect_first=comparison.protect_first,
+        protect_last=comparison.protect_last,
     )
-    recipe = fill_recipe(recipe, checkpoint.model_type)
-    return compare_in(directory, checkpoint, question, recipe, command=command)
+    return compare_in(
+        directory, checkpoint, question, comparison, session=Session(runtime), command=command
+    )
 
 
+@accepts(recipe=Recipe)
 def compare_units(
-    recipe: Recipe,
+    model: str | None = None,
     *,
+    recipe: Recipe,
     methods: Sequence[str] = (*units.DEPTH, *units.WIDTH),
-    out: Path | None = None,
-    command: list[str] | None = None,
+    out: Path | str | None = None,
+    command: Sequence[str] = (),
 ) -> UnitsComparison:
     """Width against depth pruning at the same number of parameters: quality, speed, memory.
 
     Writes the checkpoints, their evaluation and benchmark, units.json and units.html; what is up to
-    date is not made again.
+    date is skipped.
 
     Args:
-        recipe: model, budget of depth, calibration, evaluation, benchmark, and the retraining
-            that heals all alike, if any.
-        methods: criteria of depth, the first of which sets the number of parameters, and methods
-            of width.
-        out: run directory; default `runs/<model>-units`.
+        model: a checkpoint directory or Hub id. Default: the recipe's.
+        recipe: budget of depth, calibration, evaluation, benchmark, and the retraining that all
+            candidates get, if any; its fields can be given as keywords.
+        methods: depth criteria, of which the first sets the number of parameters, and width
+            methods.
+        out: run directory. Default: `runs/<model>-units`.
+        command: the command line, for run.json.
     Returns:
-        The candidates; what they can do and how fast they are stands in the files.
+        The candidates; what they can do and how fast they are is in eval.json and bench.json.
     Raises:
-        ShortLLMError: any of its kinds, before the model is loaded wherever that can be known.
+        ShortLLMError: any kind, before the model is loaded wherever that can be known.
     """
+    if model is not None:
+        recipe = overlaid(recipe, Recipe(model=model))
     units.asked_methods(methods)
-    directory = out or units.default_directory(recipe.model)
+    directory = units.default_directory(recipe.model) if out is None else Path(out)
     checkpoint = open_checkpoint(
         recipe.model,
         revision=pinned(recipe.model, recipe.revision, directory),
         special_tokens=recipe.special_tokens,
     )
-    filled = recipe.filled(checkpoint.model_type)
-    return units.compare_units_in(directory, checkpoint, filled, methods, command=command)
+    resolved = recipe.resolved(checkpoint.model_type)
+    return units.compare_units_in(directory, checkpoint, resolved, methods, command=command)
 
 
 def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> list[ComparedModel]:
@@ -134,6 +121,6 @@ def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> 
     Raises:
         ResultFileError: a directory that holds no finished run.
     """
-    from shortllm.reporting.runs import write_runs
+    from shortllm.reporting import write_runs
 
     return write_runs([Path(one) for one in runs], Path(out))

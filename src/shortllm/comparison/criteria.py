@@ -10,25 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm import pipeline
 from shortllm import run_directory as rundir
+from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.comparison.options import FLOOR, Comparison, Contender, Question, RemovedSet
-from shortllm.criteria.selection import Asked
-from shortllm.data.texts import prepare_texts
+from shortllm.comparison.options import (
+    FLOOR,
+    Comparison,
+    ComparisonOptions,
+    Contender,
+    Question,
+    RemovedSet,
+)
+from shortllm.criteria.selection import resolve
+from shortllm.data.calibration import resolve_calibration
+from shortllm.data.options import CalibrationOptions
+from shortllm.evaluation.evaluate import resolve_evaluation
+from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model.session import Session
 from shortllm.pruning.planning import build_plan, removal_order
 from shortllm.pruning.records import BlockScores
-from shortllm.recipe import Recipe
+from shortllm.pruning.score import score_in
 from shortllm.records import Cost, ModelInfo
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, progress, versions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shortllm.evaluation.perplexity import EvaluationText
-    from shortllm.model.decoder import Decoder
 
 
 def default_directory(model: str) -> Path:
@@ -41,32 +49,34 @@ def compare_in(
     directory: Path,
     checkpoint: Checkpoint,
     question: Question,
-    recipe: Recipe,
+    options: ComparisonOptions,
     *,
-    command: list[str] | None = None,
+    session: Session,
+    command: Sequence[str] = (),
 ) -> Comparison:
-    """Scores, comparison.json and comparison.html in a run directory; what is up to date is not
-    made again.
+    """Scores, comparison.json and comparison.html in a run directory, unless up to date.
 
-    Of several processes all measure and the main one writes.
-
-    Args:
-        recipe: as made by `fill_recipe`.
+    All processes measure; the main one writes.
     """
     from shortllm.reporting import write_comparison
 
     ranks = join_ranks()
     if ranks.is_main:
         rundir.claim_directory(directory, checkpoint)
-    session = pipeline.session_of(recipe)
+    calibration, evaluation = _resolved(options, checkpoint)
     scoring = any(one.needs_text for one in question.asked)
-    texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, scoring=scoring)
+    texts = prepare_texts(checkpoint, calibration, evaluation, scoring=scoring)
     [text] = texts.evaluation
     if ranks.is_main:
-        rundir.write_run_file(directory, _choices(recipe, question), checkpoint, command)
-    scores = pipeline.score_in(
-        directory, checkpoint, question.asked, texts.calibration, session, ranks
-    )
+        chosen = {
+            "model": checkpoint.id,
+            "options": {one.name: one.options for one in question.asked},
+            **options.model_dump(mode="json"),
+            "calibration": calibration.model_dump(mode="json"),
+            **session.runtime.model_dump(mode="json"),
+        }
+        rundir.write_run_file(directory, chosen, checkpoint, command)
+    scores = score_in(directory, checkpoint, question.asked, texts.calibration, session, ranks)
     path, work = directory / "comparison.json", directory / f"comparing{PARTIAL}"
     expected = comparison_fingerprint(checkpoint, question, scores, text, session)
     found = rundir.finished(Comparison, path, expected)
@@ -76,23 +86,32 @@ def compare_in(
         )
         if ranks.is_main:
             found.save(path)
-        ranks.wait()  # nobody deletes what it takes to go on before the result is safe
+        ranks.wait()  # the journal is needed until the result is safe
         shutil.rmtree(work, ignore_errors=True)
     if ranks.is_main:
         write_comparison(directory)
     return found
 
 
-def _choices(recipe: Recipe, question: Question) -> dict[str, Any]:
-    """What was asked for, for run.json."""
-    samples = {"prompt", "continuations", "new_tokens", "seed"}
-    chosen = recipe.model_dump(mode="json", exclude={"budget": True, "evaluation": samples})
-    return chosen | {
-        "ratios": question.ratios,
-        "random": question.draws,
-        "protect_first": question.protect_first,
-        "protect_last": question.protect_last,
-    }
+def _resolved(
+    options: ComparisonOptions, checkpoint: Checkpoint
+) -> tuple[CalibrationOptions, EvaluationOptions]:
+    """The texts, with the defaults that depend on the model filled in."""
+    embedded = checkpoint.id == EMBEDDED
+    calibration = resolve_calibration(options.calibration, checkpoint.model_type, embedded=embedded)
+    given = options.evaluation
+    evaluation = resolve_evaluation(
+        EvaluationOptions(
+            data=[given.data] if given.data else [],
+            length=given.length,
+            bos=given.bos,
+            max_segments=given.max_segments,
+        ),
+        embedded=embedded,
+        every=bool(calibration.bos_every_sample),
+        calibrated_on=options.calibration.data,
+    )
+    return calibration, evaluation.model_copy(update={"data": evaluation.data[:1]})
 
 
 def compare(
@@ -118,7 +137,7 @@ def compare(
     """
     from shortllm.evaluation.perplexity import as_perplexity
     from shortllm.journal import Journal
-    from shortllm.model.walk import NOTHING, walk_flops
+    from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
 
     info = checkpoint.info()
     chosen, drawn = _chosen(info, question, scores), _drawn(info, question)
@@ -231,7 +250,7 @@ def _drawn(model: ModelInfo, question: Question) -> list[_Removals]:
     """What plans by `random` with the seeds 0, 1, ... remove."""
     found = []
     for seed in range(question.draws):
-        one = Asked.of(FLOOR, {"seed": seed})
+        one = resolve(FLOOR, {"seed": seed})
         order = removal_order(one.call(model.blocks), question.protected(model.blocks))
         found.append(
             _Removals(
@@ -242,34 +261,4 @@ def _drawn(model: ModelInfo, question: Question) -> list[_Removals]:
                 orders=[order[: budget.blocks] for budget in question.budgets],
             )
         )
-    return found
-
-
-def mean_nlls(
-    decoder: Decoder,
-    ids_BT: Tensor,
-    removals: Sequence[frozenset[int]],
-    *,
-    ranks: Ranks = ALONE,
-    **kwargs: Any,
-) -> list[float]:
-    """Mean next-token NLL of each shortened model, nats, over the predictions of all processes.
-
-    Args:
-        kwargs: `advance`, `memory` and `journal` of the walk.
-    """
-    import torch
-
-    from shortllm.model.metrics import next_token_nll
-    from shortllm.model.walk import walk
-
-    totals = torch.zeros(len(removals), dtype=torch.float64)
-
-    def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-        totals[m] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-    walk(decoder, ids_BT, removals, consume=consume, **kwargs)
-    ranks.add_up([totals])
-    predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
-    found: list[float] = (totals / predictions).tolist()
     return found

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from shortllm.criteria.selection import Asked
-from shortllm.errors import BudgetError, CriterionError, DataError
+from shortllm import criteria
+from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.data.options import CalibrationOptions
+from shortllm.errors import BudgetError, CriterionError
 from shortllm.evaluation.options import Perplexity
-from shortllm.pruning.budget import Budget, most_blocks
-from shortllm.recipe import Recipe
+from shortllm.options import Flag, Nested, Options
+from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
-
-CRITERIA = (
-    "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "greedy", "last",
-    "even",
-)  # fmt: skip
-"""What is compared unless told otherwise; random draws always are."""
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -37,11 +33,63 @@ SEGMENTS = 64
 FLOOR = "random"
 
 
+class ComparisonText(Options):
+    """The one text that criteria are compared on."""
+
+    panel: ClassVar[str] = "Evaluation"
+
+    data: str | None = Field(
+        default=None,
+        description="Text to measure on. Default: rows of --data that calibration did not use, or "
+        "wikitext2.",
+    )
+    length: int = Field(
+        default=128, ge=2, description="Tokens per window; 2048 is the usual protocol."
+    )
+    bos: Literal["first", "every", "none"] | None = Field(
+        default=None,
+        description="Add BOS before the first window or before every one. Default: first; every "
+        "for Gemma models.",
+    )
+    max_segments: int = Field(default=SEGMENTS, ge=1, description="Measure this many windows.")
+
+
+class ComparisonOptions(Options):
+    """Which criteria are compared, at which budgets, on which text."""
+
+    panel: ClassVar[str] = "Comparison"
+
+    criteria: Annotated[list[str], Flag(name="--criterion", metavar="NAME,NAME")] = Field(
+        default_factory=criteria.compared, description="Criteria to compare."
+    )
+    ratios: Annotated[list[float], Flag(metavar="0.1,0.2")] = Field(
+        default=list(RATIOS), description="Parts of the blocks to remove."
+    )
+    random: int = Field(
+        default=RANDOM_DRAWS,
+        ge=1,
+        description="Random removals of each size, which a criterion must beat.",
+    )
+    protect_first: int | None = Field(
+        default=None,
+        description="Keep this many blocks at the start. Default: 4, at most a quarter of all.",
+    )
+    protect_last: int | None = Field(
+        default=None,
+        description="Keep this many blocks at the end. Default: 2, at most a quarter of all.",
+    )
+    calibration: CalibrationOptions = CalibrationOptions()
+    evaluation: Annotated[
+        ComparisonText,
+        Nested(rename={"data": "eval_data", "length": "eval_length", "bos": "eval_bos"}),
+    ] = ComparisonText()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """What is compared, checked against the model."""
 
-    asked: list[Asked]
+    asked: list[ResolvedCriterion]
     ratios: list[float]
     budgets: list[ComparedBudget]
     left_out: list[LeftOut]
@@ -63,7 +111,7 @@ class Question:
 
 def prepare_question(
     model: ModelInfo,
-    asked: Sequence[Asked],
+    asked: Sequence[ResolvedCriterion],
     ratios: Sequence[float],
     *,
     draws: int = RANDOM_DRAWS,
@@ -108,7 +156,9 @@ def prepare_question(
     )
 
 
-def _fitted(asked: Asked, largest: Budget, model: ModelInfo, *, budgets: int) -> Asked:
+def _fitted(
+    asked: ResolvedCriterion, largest: Budget, model: ModelInfo, *, budgets: int
+) -> ResolvedCriterion:
     """A criterion that removes blocks itself with the limits of the comparison."""
     if asked.name == FLOOR:
         raise CriterionError(
@@ -120,34 +170,14 @@ def _fitted(asked: Asked, largest: Budget, model: ModelInfo, *, budgets: int) ->
             f"'{asked.name}' searches for the best removal of one size, and the --ratios come to "
             f"{budgets}. Give one of them, or leave {asked.name} out"
         )
-    limits = asked.amount(largest, model)
+    limits = removal_options(asked, largest, model)
     for name in limits:
         if asked.options[name] != asked.criterion.defaults[name]:
             raise CriterionError(
                 f"{asked.name}.{name} follows from --ratios, --protect-first and --protect-last "
                 "here. Leave the option out"
             )
-    return Asked.of(asked.name, asked.options | limits) if limits else asked
-
-
-def fill_recipe(recipe: Recipe, model_type: str) -> Recipe:
-    """The recipe with its defaults filled in, of which two are a comparison's own: one text, and
-    not all of it.
-
-    Raises:
-        DataError: several texts; a table and a plot show one perplexity.
-    """
-    given = recipe.evaluation.data
-    if len(given) > 1:
-        raise DataError(
-            f"criteria are compared on one text, and {len(given)} were given: {', '.join(given)}. "
-            "Give one as --eval-data"
-        )
-    segments = recipe.evaluation.max_segments or SEGMENTS
-    evaluation = recipe.evaluation.model_copy(update={"max_segments": segments})
-    filled = recipe.model_copy(update={"evaluation": evaluation}).filled(model_type)
-    evaluation = filled.evaluation.model_copy(update={"data": filled.evaluation.data[:1]})
-    return filled.model_copy(update={"evaluation": evaluation})
+    return resolve(asked.name, asked.options | limits) if limits else asked
 
 
 class ComparedBudget(Record):

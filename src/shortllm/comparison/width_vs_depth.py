@@ -18,19 +18,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortllm import criteria, pipeline, stages
+from shortllm import criteria, pipeline
 from shortllm import run_directory as rundir
+from shortllm.benchmark.bench import bench_in
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.comparison.options import UNITS_FILE, Candidate, UnitsComparison
-from shortllm.criteria.selection import Asked
-from shortllm.data.texts import prepare_texts
+from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
+from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
 from shortllm.model.session import Session
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
+from shortllm.pruning.prune import prune_from
+from shortllm.pruning.score import score_in
 from shortllm.recipe import Recipe
 from shortllm.runtime import versions
 from shortllm.width_pruning.methods import METHODS
@@ -57,7 +61,7 @@ def default_directory(model: str) -> Path:
     return Path("runs") / f"{rundir.short_name(model)}-units"
 
 
-def asked_methods(names: Sequence[str]) -> tuple[list[Asked], list[str]]:
+def asked_methods(names: Sequence[str]) -> tuple[list[ResolvedCriterion], list[str]]:
     """The criteria of depth and the methods of width among some names.
 
     Raises:
@@ -73,7 +77,7 @@ def asked_methods(names: Sequence[str]) -> tuple[list[Asked], list[str]]:
             raise CriterionError(
                 f"'{name}' is neither a criterion nor a width method.{did_you_mean(name, known)}"
             )
-    asked = [Asked.of(name, {}) for name in depth]
+    asked = [resolve(name, {}) for name in depth]
     if not asked:
         raise CriterionError(
             "no criterion of depth was named, and it sets the number of parameters for all. Add "
@@ -89,7 +93,7 @@ def compare_units_in(
     recipe: Recipe,
     names: Sequence[str],
     *,
-    command: list[str] | None = None,
+    command: Sequence[str] = (),
 ) -> UnitsComparison:
     """Make, heal and measure all candidates in a run directory, and write the page.
 
@@ -119,7 +123,7 @@ def compare_units_in(
     check_budget(recipe.budget, checkpoint.info())
     pipeline.check_any_removal(checkpoint, recipe.budget)
     session = pipeline.session_of(recipe)
-    tasks = stages.prepare_tasks([checkpoint], recipe.evaluation, session)
+    tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     pipeline.check_later_stages(recipe, checkpoint, session)
     texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation)
     rundir.write_run_file(
@@ -134,7 +138,7 @@ def compare_units_in(
     options = recipe.benchmark or BenchmarkOptions()
     session.release()
     measured = {"original": checkpoint, **made}
-    pipeline.bench_in(directory, measured, options, session)
+    bench_in(directory, measured, options, session)
     found = _record(checkpoint, recipe, made, healed, evaluation)
     found.save(directory / UNITS_FILE)
     write_units(directory)
@@ -145,17 +149,18 @@ def _shorter(
     directory: Path,
     checkpoint: Checkpoint,
     budget: Budget,
-    asked: Sequence[Asked],
+    asked: Sequence[ResolvedCriterion],
     calibration: Calibration | None,
     session: Session,
 ) -> dict[str, Checkpoint]:
     """A checkpoint with fewer blocks by each criterion, and its plan beside it."""
-    scores = pipeline.score_in(directory, checkpoint, asked, calibration, session)
+    scores = score_in(directory, checkpoint, asked, calibration, session)
     made = {}
     for one in asked:
         plan = build_plan(budget, model=checkpoint.info(), scores=scores[one.name])
         plan.save(directory / f"plan-{one.name}.json")
-        made[one.name] = pipeline.prune_in(directory, checkpoint, plan, session, one.name)
+        prune_from(checkpoint, plan, directory / one.name, session=session)
+        made[one.name] = pipeline.opened_within(directory, one.name)
     return made
 
 
@@ -185,7 +190,7 @@ def _narrower(
         options = options_to_remove(checkpoint.parameters - goal, options, groups)
         target = directory / method
         width_from(checkpoint, options, target, calibration=calibration, session=session)
-        made[method] = pipeline.made_in(directory, method)
+        made[method] = pipeline.opened_within(directory, method)
         missed = made[method].parameters / goal - 1
         if abs(missed) > TOLERANCE:
             raise BudgetError(
@@ -200,14 +205,14 @@ def _healed(
     directory: Path, made: Mapping[str, Checkpoint], recipe: Recipe, session: Session
 ) -> dict[str, Checkpoint]:
     """Each candidate after the same retraining; none where the recipe has none."""
-    from shortllm.retraining.stage import retrain
+    from shortllm.retraining.retrain import retrain_from
 
     healed = {}
     for name, checkpoint in made.items():
         for options in recipe.retraining[:1]:
             target = f"{name}{HEALED_SUFFIX}"
-            retrain(checkpoint, options, directory / target, session=session)
-            healed[target] = pipeline.made_in(directory, target)
+            retrain_from(checkpoint, options, directory / target, session=session)
+            healed[target] = pipeline.opened_within(directory, target)
     return healed
 
 

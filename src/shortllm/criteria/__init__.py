@@ -1,26 +1,27 @@
-"""Block criteria and their registry. A criterion is one decorated function in one file of this
-folder.
+"""Criteria: how much each block is worth. One file per criterion, found by itself.
 
-What the function is given and what it returns follows from what it `needs`; how the numbers come
-about (weights in memory or read block by block, several processes, an interrupted pass) is not its
-concern. Importance: *higher = keep*, for every criterion.
+A criterion is one decorated function in a file of this folder. What it is given and what it returns
+follows from what it `needs`; how the numbers are computed (weights in memory or read block by
+block, several processes, an interrupted pass) is not its concern. *Higher = keep*, always.
 
     needs         called for          with                               returns
-    "nothing"     the model           number of blocks                   a number per block
+    "logits"      each removed block  logits, intact logits, targets     a number per prediction
+    "gradients"   each block          weight x gradient of its weights   a number
     "weights"     each block          its weight tensors                 a number
     "streams"     each block          stream before, stream after        a number per token
     "last token"  the model           last token's stream at each depth  Scores
-    "logits"      each removed block  logits, intact logits, targets     a number per prediction
-    "gradients"   each block          weight x gradient of its weights   a number
     "removals"    the model           a function that scores the blocks  Scores
                                       left when others are gone
+    "nothing"     the model           number of blocks                   a number per block
     "sets"        the model           a space of sets of blocks of one   Scores
                                       size, which can be measured
 
-Streams and logits come in pieces, a group of samples or a slice of tokens at a time.
+Streams and logits come in pieces, a group of samples or a slice of tokens at a time. Numbers per
+token or prediction are averaged in float64. Options of a criterion are the keyword-only parameters
+of its function, its help is the first line of the docstring. Help texts and comparisons list
+criteria in the order of this table; those with the same needs by file, then from top to bottom.
 
-Numbers per token or prediction are averaged in float64. Options of a criterion are the keyword-only
-parameters of its function. Adding one: docs/add_a_criterion.md.
+Importing this package does not import torch. To add a criterion: docs/add_a_criterion.md.
 """
 
 from __future__ import annotations
@@ -33,16 +34,25 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shortllm.errors import CriterionError, did_you_mean
+from shortllm.papers import Paper
+from shortllm.registry import Registry, first_line, import_modules
 
 if TYPE_CHECKING:
     from shortllm.criteria.records import Search
+    from shortllm.criteria.search import Found, SearchSpace
 
 Needs = Literal[
-    "nothing", "weights", "streams", "last token", "logits", "gradients", "removals", "sets"
+    "logits", "gradients", "weights", "streams", "last token", "removals", "nothing", "sets"
 ]
 
 WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights"})
-"""What can be had without calibration text."""
+"""Needs that are met without calibration text."""
+
+OBSERVED: frozenset[Needs] = frozenset({"streams", "last token"})
+"""Needs that are met by observing the streams of any pass over the blocks."""
+
+PLACE = "place in the removal order (1 = removed first)"
+"""Label of criteria whose importance is a place; plots and tables show places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +70,22 @@ class Scores:
     spans: list[list[float]] | None = None
     """`spans[n - 1][start]`: importance of the span of `n` blocks from `start`."""
     order: list[int] | None = None
-    """Blocks in the order in which they go, where each was chosen with the ones before it gone; of
-    a searched set its blocks, least important first."""
+    """Blocks in removal order, where each was chosen with the ones before it gone; of a searched
+    set its blocks, least important first."""
     removed: list[int] | None = None
-    """The set of blocks that was searched for."""
+    """The set of blocks that a search found."""
     search: Search | None = None
-    """How that set came about."""
+    """How the search found it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchMethod:
+    """How a criterion that searches improves a set of blocks; others can start from it."""
+
+    improve: Callable[[SearchSpace, Found, Mapping[str, Any]], None]
+    """Improve the set in place; the options are those of the criterion."""
+    measurements: Callable[[Mapping[str, Any], int], float]
+    """Sets it will measure, by its options and the number of possible swaps: for time estimates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +93,26 @@ class Criterion:
     """A registered criterion."""
 
     name: str
-    summary: str
+    label: str
+    """What the axis of its plot says."""
+    help: str
+    """One sentence: what a block is worth."""
     source: str
-    """Where it was published."""
+    """Where it was published; 'baseline' for some."""
+    paper: Paper | None
     needs: Needs
     function: Callable[..., Any]
     in_nats: bool
     """Whether the mean is reported as its exponential, and its change in nats."""
+    compared: bool
+    """Whether a comparison of criteria includes it by default."""
+    search: SearchMethod | None
     defaults: Mapping[str, Any]
     """Every option with its default."""
 
     @property
     def needs_text(self) -> bool:
-        """Whether calibration text is looked at."""
+        """Whether it looks at calibration text."""
         return self.needs not in WITHOUT_TEXT
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,58 +135,82 @@ class Criterion:
 
 
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-"""What yes and no may be called on a command line."""
+"""How yes and no are written on a command line."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_REGISTRY: dict[str, Criterion] = {}
+_REGISTRY = Registry[Criterion]("criterion", CriterionError)
+
+get = _REGISTRY.get
+names = _REGISTRY.names
 
 
 def criterion(
-    name: str, *, needs: Needs, source: str, in_nats: bool = False
+    name: str,
+    *,
+    needs: Needs,
+    paper: Paper | str,
+    label: str | None = None,
+    in_nats: bool = False,
+    compared: bool = True,
+    search: SearchMethod | None = None,
 ) -> Callable[[Function], Function]:
-    """Register the decorated function as `name`; its docstring's first line is the summary.
+    """Register the decorated function as `name`; the first line of its docstring is the help.
 
     Args:
+        needs: what it is called with; see the table of this package.
+        paper: the paper that defines it, or in words where it is from, e.g. 'baseline'.
+        label: what the axis of its plot says; default: 'importance (NAME)'.
         in_nats: the function returns negative log-likelihoods: report exp of their mean (a
-            perplexity), and the change of the mean beside it.
+            perplexity), and the change of the mean next to it.
+        compared: include it in a comparison of criteria by default; searches never are.
+        search: for a search that others can use, how it improves a set.
     Raises:
-        ValueError: the name is taken, and by whom.
+        ValueError: the name is taken, and by which module.
     """
 
     def register(function: Function) -> Function:
-        if name in _REGISTRY:
-            owner = _REGISTRY[name].function.__module__
-            raise ValueError(f"criterion '{name}' is already registered by {owner}")
         parameters = inspect.signature(function).parameters.values()
-        _REGISTRY[name] = Criterion(
+        entry = Criterion(
             name=name,
-            summary=(function.__doc__ or "").strip().splitlines()[0],
-            source=source,
+            label=label or f"importance ({name})",
+            help=first_line(function),
+            source=str(paper),
+            paper=paper if isinstance(paper, Paper) else None,
             needs=needs,
             function=function,
             in_nats=in_nats,
+            compared=compared and needs != "sets",
+            search=search,
             defaults={p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY},
         )
+        _REGISTRY.add(name, entry)
         return function
 
     return register
 
 
-def get(name: str) -> Criterion:
-    """The criterion registered as `name`.
-
-    Raises:
-        CriterionError: there is none; the message lists those that exist.
-    """
-    if name not in _REGISTRY:
-        raise CriterionError(f"unknown criterion '{name}'.{did_you_mean(name, _REGISTRY)}")
-    return _REGISTRY[name]
+def listed() -> list[Criterion]:
+    """All criteria in the order of tables and help texts: by needs, then as registered."""
+    order = get_args(Needs)
+    return sorted(_REGISTRY, key=lambda one: order.index(one.needs))
 
 
-def names() -> list[str]:
-    """Names of all criteria, sorted."""
-    return sorted(_REGISTRY)
+def names_by_need(*needs: Needs) -> list[str]:
+    """Names of the criteria with one of these needs, as listed."""
+    return [one.name for one in listed() if one.needs in needs]
+
+
+def compared() -> list[str]:
+    """Names of the criteria that a comparison includes by default, as listed."""
+    return [one.name for one in listed() if one.compared]
+
+
+def help_text() -> str:
+    """All names for the help of a command: criteria of blocks first, then searches."""
+    searches = names_by_need("sets")
+    others = [one.name for one in listed() if one.name not in searches]
+    return f"{', '.join(others)}; searches: {', '.join(searches)}"
 
 
 def require_finite(name: str, values: list[float]) -> None:
@@ -177,18 +228,18 @@ def require_finite(name: str, values: list[float]) -> None:
 
 
 def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
-    """The value of an option as the type its function asks for.
+    """The value of an option as the type that the function's annotation states.
 
     Raises:
-        CriterionError: it is none.
+        CriterionError: it cannot be converted.
     """
     choices = get_args(hint) if get_origin(hint) is Literal else None
     if choices is not None:
         for choice in choices:
             if str(choice) == str(value):
                 return choice
-        listed = ", ".join(map(str, choices))
-        raise CriterionError(f"{criterion}.{name} '{value}' is none of {listed}")
+        stated = ", ".join(map(str, choices))
+        raise CriterionError(f"{criterion}.{name} must be one of {stated}, not '{value}'")
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     if value is None and len(kinds) < len(get_args(hint)):
         return None
@@ -203,11 +254,4 @@ def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
         ) from error
 
 
-from shortllm.criteria import auto as auto  # noqa: E402  (each registers its criteria)
-from shortllm.criteria import greedy as greedy  # noqa: E402
-from shortllm.criteria import magnitude as magnitude  # noqa: E402
-from shortllm.criteria import removal as removal  # noqa: E402
-from shortllm.criteria import search as search  # noqa: E402
-from shortllm.criteria import similarity as similarity  # noqa: E402
-from shortllm.criteria import taylor as taylor  # noqa: E402
-from shortllm.criteria import trivial as trivial  # noqa: E402
+import_modules(__name__, __path__)

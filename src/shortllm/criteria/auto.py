@@ -1,9 +1,9 @@
-"""Ask several criteria and searches, and take the removal that is best on text none of them saw."""
+"""Run several criteria and searches, and take the removal that is best on held-out text."""
 
 from __future__ import annotations
 
 from shortllm import criteria
-from shortllm.criteria import Scores, criterion
+from shortllm.criteria import PLACE, Scores, criterion
 from shortllm.criteria.search import (
     ONE_SHOT,
     Blocks,
@@ -12,14 +12,12 @@ from shortllm.criteria.search import (
     Proposal,
     SearchSpace,
     best_of,
-    climb,
-    evolve,
     names_in,
     scores_of,
 )
 
 
-@criterion("auto", needs="sets", source="the best of several criteria on held-out text")
+@criterion("auto", needs="sets", label=PLACE, paper="the best of several criteria on held-out text")
 def best_on_held_out(
     space: SearchSpace,
     *,
@@ -38,34 +36,34 @@ def best_on_held_out(
 ) -> Scores:
     """The removal, of those by several criteria and searches, with the lowest held-out perplexity.
 
-    Calibration samples are parted: all candidates are found on the one part, and measured in one
-    walk on the other. Of equals the first named wins. Searches start from the best plan of the
-    other candidates.
+    Calibration samples are split: all candidates are found on one part, and measured in one walk
+    on the other. Of equals the first named wins. Searches start from the best plan of the other
+    candidates.
 
     Args:
-        candidates: criteria, and searches among them, that are tried.
+        candidates: criteria and searches to try.
         held_out: part of the calibration samples that decides. Measuring a few sets is cheap, and
             it takes much text to tell them apart.
-        generations, offspring, seed: of evolve, if it is a candidate.
-        evaluations, minutes: of the searches among the candidates.
+        generations, offspring, seed, evaluations, minutes: of the searches among the candidates
+            that have such an option.
     """
+    given = {"generations": generations, "offspring": offspring, "seed": seed}
     names = names_in(candidates)
-    searches = [name for name in names if criteria.get(name).needs == "sets"]
-    others = [name for name in names if name not in searches]
+    searches = {name: criteria.get(name).search for name in names}
+    others = [name for name, search in searches.items() if search is None]
     proposals = space.propose(others or names_in(ONE_SHOT))
     values = space.measure([one.removed for one in proposals])
     start = best_of(proposals, values)
-    sets = {one.criterion: (one, one.removed, value) for one, value in zip(
-        proposals, values, strict=True
-    )}  # fmt: skip
+    sets = {
+        one.criterion: (one, one.removed, value)
+        for one, value in zip(proposals, values, strict=True)
+    }
     last: Found | None = None
-    for name in searches:
-        last = Found(start=start.start, removed=start.removed, value=start.value)
-        if name == "local":
-            climb(space, last)
-        else:
-            evolve(space, last, generations=generations, offspring=offspring, seed=seed)
-        sets[name] = (last.start, last.removed, last.value)
+    for name, search in searches.items():
+        if search is not None:
+            last = Found(start=start.start, removed=start.removed, value=start.value)
+            search.improve(space, last, {**criteria.get(name).defaults, **given})
+            sets[name] = (last.start, last.removed, last.value)
     return _choose(space, [name for name in names if name in sets], sets, last)
 
 
@@ -81,11 +79,8 @@ def _choose(
     )
     place = {name: i for i, name in enumerate(names)}
     winner = min(
-        found,
-        key=lambda one: (
-            one.held_out is None, one.held_out or 0.0, place[one.criterion]
-        ),
-    )  # fmt: skip
+        found, key=lambda one: (one.held_out is None, one.held_out or 0.0, place[one.criterion])
+    )
     by, removed, _ = sets[winner.criterion]
     record = space.record(
         candidates=found,

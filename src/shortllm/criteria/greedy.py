@@ -1,17 +1,18 @@
-"""One block after the other, each time scored anew in the model that is left."""
+"""One block after the other, scored again after each removal in the model that is left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from shortllm.criteria import Scores, criterion
+from shortllm.criteria import PLACE, Scores, criterion
 from shortllm.errors import CriterionError
+from shortllm.papers import SLEB
 
 Rescore = Callable[[Sequence[int], Sequence[int]], dict[int, float]]
 """`(removed, candidates) -> importance of each candidate` in the model without `removed`."""
 
 
-@criterion("greedy", needs="removals", source="Song et al. 2024, SLEB, arXiv:2402.09025")
+@criterion("greedy", needs="removals", label=PLACE, paper=SLEB)
 def remove_one_by_one(
     rescore: Rescore,
     free: Sequence[int],
@@ -22,7 +23,7 @@ def remove_one_by_one(
     protect_first: int | None = None,
     protect_last: int | None = None,
 ) -> Scores:
-    """Place in the order in which blocks go when each is chosen in the already shortened model.
+    """Place in the order of removal, each block being chosen in the already shortened model.
 
     Blocks that were not removed follow by their importance in the last round; protected blocks
     come last. The values are the inner criterion's, when the block went or was last scored.

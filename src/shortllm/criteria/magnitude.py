@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Literal
 
 from shortllm.criteria import criterion
 from shortllm.model.metrics import Reduction, reduce_powers
+from shortllm.papers import SHORTENED_LLAMA
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @criterion(
-    "magnitude", needs="weights", source="Kim et al. 2024, Shortened LLaMA, arXiv:2402.02834"
+    "magnitude", needs="weights", label="size of the weights, |weight|", paper=SHORTENED_LLAMA
 )
 def weight_magnitude(
     weights: dict[str, Tensor],

@@ -1,4 +1,4 @@
-"""records."""
+"""How a searched set of blocks came about: part of scores.json."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ class CandidateSet(Record):
     value: float | None = Field(
         description="on the search samples: perplexity, or KL(intact || without) in nats per token"
     )
-    held_out: float | None = Field(
-        default=None, description="perplexity on the samples that were kept apart"
-    )
+    held_out: float | None = Field(default=None, description="perplexity on the held-out samples")
 
 
 class NotTried(Record):
-    """A criterion that has no removal of the kind asked for."""
+    """A criterion that has no removal of the requested kind."""
 
     criterion: str
     reason: str
@@ -33,7 +31,7 @@ class Search(Record):
     """How a searched set of blocks came about."""
 
     fitness: Literal["ppl", "kl"]
-    candidates: list[CandidateSet] = Field(description="in the order in which they were asked for")
+    candidates: list[CandidateSet] = Field(description="in the order requested")
     found: CandidateSet = Field(description="what is removed")
     start: str | None = Field(description="the candidate that swaps or children began with")
     ordered_by: str = Field(description="the criterion whose scores order the blocks")

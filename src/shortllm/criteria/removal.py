@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.criteria import criterion
 from shortllm.model.metrics import kl_divergence, next_token_nll
+from shortllm.papers import EVOPRESS, SHORTENED_LLAMA
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 @criterion(
     "ppl",
     needs="logits",
-    source="Kim et al. 2024, Shortened LLaMA, arXiv:2402.02834",
+    label="perplexity without the block",
+    paper=SHORTENED_LLAMA,
     in_nats=True,
 )
 def perplexity_without_block(logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor) -> Tensor:
@@ -25,7 +27,12 @@ def perplexity_without_block(logits_NV: Tensor, intact_NV: Tensor, target_N: Ten
     return next_token_nll(logits_NV, target_N)
 
 
-@criterion("kl", needs="logits", source="Sieberling et al. 2024, EvoPress, arXiv:2410.14649")
+@criterion(
+    "kl",
+    needs="logits",
+    label="KL divergence from the intact model [nats per token]",
+    paper=EVOPRESS,
+)
 def divergence_without_block(logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor) -> Tensor:
     """Divergence KL(intact || without the block) of the next-token distributions, mean in nats."""
     return kl_divergence(intact_NV, logits_NV)

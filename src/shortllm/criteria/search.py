@@ -6,8 +6,8 @@
              better ones are measured on more and more samples (EvoPress)
 
 Neither can end worse than its start on the text that it searches on: only a strictly better set,
-measured on all of that text, takes the place of the one before it. What goes and stays together is
-a unit: a block, or a period of blocks.
+measured on all of that text, replaces the one before it. A unit is removed or kept as a whole: a
+block, or a period of blocks.
 
     shortllm run MODEL --criterion local --remove 6
 """
@@ -21,15 +21,16 @@ from random import Random
 from typing import Any, Literal, Protocol
 
 from shortllm import criteria
-from shortllm.criteria import Scores, criterion
+from shortllm.criteria import PLACE, Scores, SearchMethod, criterion
 from shortllm.criteria.records import CandidateSet, Search
 from shortllm.errors import CriterionError
+from shortllm.papers import EVOPRESS
 
 Blocks = frozenset[int]
 Fitness = Literal["ppl", "kl"]
 
 ONE_SHOT = "ppl,kl,taylor,influence,relative,angular,magnitude"
-"""What is cheap next to a search."""
+"""Criteria that are cheap compared with a search."""
 
 STAGES = ((0.25, 0.25), (0.5, 0.125), (1.0, 0.125))
 """Of each stage of selection the part of the samples, and the part of the children that survive;
@@ -38,7 +39,7 @@ of the last stage, where they meet their parent, one does."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What a criterion would remove, scored on the search text."""
+    """What a criterion removes, scored on the search text."""
 
     criterion: str
     removed: Blocks
@@ -57,7 +58,7 @@ class Found:
     stopped: str = ""
 
     def take(self, removed: Blocks, value: float) -> bool:
-        """Go on from another set if it is strictly better."""
+        """Continue from another set if it is strictly better."""
         better = value < self.value
         if better:
             self.removed, self.value = removed, value
@@ -66,24 +67,26 @@ class Found:
 
 
 class SearchSpace(Protocol):
-    """Sets of blocks of one size, and what it takes to measure them."""
+    """Sets of blocks of one size, which can be measured."""
 
     blocks: int
     units: list[tuple[int, ...]]
-    """What may go, each all or not at all, ascending."""
+    """What may be removed, each all or not at all, ascending."""
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
-        """What each criterion would remove; those that cannot say are left out."""
+        """What each criterion removes; those without a removal of this kind are left out."""
 
     def measure(self, sets: Sequence[Blocks], part: float = 1.0) -> list[float]:
-        """Mean fitness of each set on a part of the search text, nats; infinite where it is no
-        number. All are measured in one walk."""
+        """Mean fitness of each set on a part of the search text, nats; infinite where it is NaN.
+
+        All are measured in one walk.
+        """
 
     def left(self) -> float:
         """How many more measurements the budget allows."""
 
     def share(self, part: float) -> float:
-        """What a measurement on a part of the samples counts as, whole samples being taken."""
+        """What a measurement on a part of the samples counts as, rounded up to whole samples."""
 
     def spent(self) -> str:
         """Why `left` is zero."""
@@ -91,13 +94,59 @@ class SearchSpace(Protocol):
     def candidates(
         self, sets: Sequence[tuple[str, Blocks]], values: Sequence[float]
     ) -> list[CandidateSet]:
-        """Named sets with their perplexity on the samples kept apart, if there are any."""
+        """Named sets with their perplexity on the held-out samples, if there are any."""
 
     def record(self, **found: Any) -> Search:
-        """What was found, with what the search knows of itself."""
+        """The result, with the search's own settings and counts."""
 
 
-@criterion("local", needs="sets", source="local search by swaps")
+def climb(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None:
+    """Make the best swap of each round while there is one that helps.
+
+    Where the budget allows only a part of a round, the swaps most promising by the start's
+    criterion are tried.
+    """
+    while True:
+        swaps = _swaps(space, found)
+        tried = swaps[: int(min(space.left(), len(swaps)))]
+        if not tried:
+            found.stopped = space.spent() if swaps else "no other set of that size"
+            return
+        values = space.measure(tried)
+        value, _, best = min(
+            (value, sorted(removed), removed) for value, removed in zip(values, tried, strict=True)
+        )
+        if not found.take(best, value):
+            found.stopped = "no swap helps" if len(tried) == len(swaps) else space.spent()
+            return
+
+
+def evolve(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None:
+    """Generations of children of the best set; fewer where the budget ends before."""
+    random, generations = Random(options["seed"]), options["generations"]
+    for _ in range(generations):
+        children = _children(space, found.removed, options["offspring"], random)
+        while children and _cost(space, len(children)) > space.left():
+            children.pop()
+        if not children:
+            found.stopped = space.spent() if space.left() < _cost(space, 1) else "no other set"
+            return
+        count = len(children)
+        for part, survive in STAGES:
+            values = space.measure(children, part)
+            ranked = sorted(zip(values, map(sorted, children), children, strict=True))
+            children = [child for _, _, child in ranked[: math.ceil(survive * count)]]
+        found.take(children[0], ranked[0][0])
+    found.stopped = f"{generations} generations"
+
+
+@criterion(
+    "local",
+    needs="sets",
+    label=PLACE,
+    paper="local search by swaps",
+    search=SearchMethod(climb, lambda options, swaps: 2.0 * swaps),  # as if two rounds helped
+)
 def swap_while_it_helps(
     space: SearchSpace,
     *,
@@ -117,16 +166,22 @@ def swap_while_it_helps(
         start: criteria whose plans are tried as the start.
         fitness: what is lowered: perplexity, or divergence from the intact model.
         held_out: part of the calibration samples that the search does not see.
-        evaluations: sets measured at the most, besides the starts.
-        minutes: no round begins after so long.
-        remove: how many blocks go; default: a quarter of them.
+        evaluations: sets measured at most, in addition to the starts.
+        minutes: no round begins later than this.
+        remove: number of blocks to remove; default: a quarter of them.
     """
     found, candidates, values = _begin(space, names_in(start))
-    climb(space, found)
+    climb(space, found, {})
     return _scores(space, "local", found, candidates, values)
 
 
-@criterion("evolve", needs="sets", source="Sieberling et al. 2024, EvoPress, arXiv:2410.14649")
+@criterion(
+    "evolve",
+    needs="sets",
+    label=PLACE,
+    paper=EVOPRESS,
+    search=SearchMethod(evolve, lambda options, swaps: 8.0 * options["generations"]),
+)
 def evolve_from_the_best_plan(
     space: SearchSpace,
     *,
@@ -147,11 +202,11 @@ def evolve_from_the_best_plan(
 
     Args:
         offspring: children of each generation.
-        evaluations: sets measured at the most, besides the starts; a part of the samples counts
-            as that part.
+        evaluations: sets measured at most, in addition to the starts; one measured on a part of
+            the samples counts as that part.
     """
     found, candidates, values = _begin(space, names_in(start))
-    evolve(space, found, generations=generations, offspring=offspring, seed=seed)
+    evolve(space, found, {"generations": generations, "offspring": offspring, "seed": seed})
     return _scores(space, "evolve", found, candidates, values)
 
 
@@ -173,17 +228,18 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             f"{name}.{lists} '{options[lists]}' must name criteria, each once, e.g. ppl,influence"
         )
     for one in chosen:
-        if criteria.get(one).needs == "sets" and (lists == "start" or one == name):
-            raise CriterionError(f"{name}.{lists} cannot hold '{one}', which searches itself")
+        searches = criteria.get(one).needs == "sets"
+        if searches and (lists == "start" or criteria.get(one).search is None):
+            raise CriterionError(f"{name}.{lists} cannot contain '{one}', which searches itself")
     least = {"evaluations": 1, "generations": 1, "offspring": 1, "remove": 1}
     for option, value in least.items():
         if options.get(option) is not None and options[option] < value:
-            raise CriterionError(f"{name}.{option} {options[option]} is none. Give {value} or more")
+            raise CriterionError(f"{name}.{option} {options[option]} must be {value} or more")
     if options["minutes"] is not None and not options["minutes"] > 0:
-        raise CriterionError(f"{name}.minutes {options['minutes']} is no time. Give e.g. 5")
+        raise CriterionError(f"{name}.minutes {options['minutes']} must be positive, e.g. 5")
     if not 0 <= options["held_out"] < 1 or (lists == "candidates" and options["held_out"] == 0):
         raise CriterionError(
-            f"{name}.held_out {options['held_out']} is no part of the samples. Give e.g. 0.2"
+            f"{name}.held_out {options['held_out']} must be between 0 and 1, e.g. 0.2"
         )
 
 
@@ -208,27 +264,6 @@ def _begin(space: SearchSpace, names: Sequence[str]) -> tuple[Found, list[Propos
     return best_of(proposals, values), proposals, values
 
 
-def climb(space: SearchSpace, found: Found) -> None:
-    """Make the best swap of each round while there is one that helps.
-
-    Where the budget allows a part of a round only, the swaps that the start's criterion thinks
-    most of are tried.
-    """
-    while True:
-        swaps = _swaps(space, found)
-        tried = swaps[: int(min(space.left(), len(swaps)))]
-        if not tried:
-            found.stopped = space.spent() if swaps else "no other set of that size"
-            return
-        values = space.measure(tried)
-        value, _, best = min(
-            (value, sorted(removed), removed) for value, removed in zip(values, tried, strict=True)
-        )
-        if not found.take(best, value):
-            found.stopped = "no swap helps" if len(tried) == len(swaps) else space.spent()
-            return
-
-
 def _swaps(space: SearchSpace, found: Found) -> list[Blocks]:
     """Every set with one unit put back and another taken, the most promising first."""
     removed, kept = _parts(space, found.removed)
@@ -248,27 +283,6 @@ def _parts(
     """The units that are removed, and those that are kept."""
     gone = [unit for unit in space.units if removed.issuperset(unit)]
     return gone, [unit for unit in space.units if removed.isdisjoint(unit)]
-
-
-def evolve(
-    space: SearchSpace, found: Found, *, generations: int, offspring: int, seed: int
-) -> None:
-    """So many generations of children of the best set; less where the budget ends before."""
-    random = Random(seed)
-    for _ in range(generations):
-        children = _children(space, found.removed, offspring, random)
-        while children and _cost(space, len(children)) > space.left():
-            children.pop()
-        if not children:
-            found.stopped = space.spent() if space.left() < _cost(space, 1) else "no other set"
-            return
-        count = len(children)
-        for part, survive in STAGES:
-            values = space.measure(children, part)
-            ranked = sorted(zip(values, map(sorted, children), children, strict=True))
-            children = [child for _, _, child in ranked[: math.ceil(survive * count)]]
-        found.take(children[0], ranked[0][0])
-    found.stopped = f"{generations} generations"
 
 
 def _cost(space: SearchSpace, children: int) -> float:
@@ -301,7 +315,7 @@ def _scores(
     proposals: Sequence[Proposal],
     values: Sequence[float],
 ) -> Scores:
-    """What a search hands back, with its start and its result measured on held-out samples."""
+    """The result of a search, with start and result measured on held-out samples."""
     sets = [(one.criterion, one.removed) for one in proposals]
     *candidates, result = space.candidates([*sets, (name, found.removed)], [*values, found.value])
     record = space.record(
@@ -318,8 +332,8 @@ def _scores(
 def scores_of(space: SearchSpace, removed: Blocks, by: Proposal, record: Search) -> Scores:
     """A searched set as scores: importance is the place in an order of removal.
 
-    First the set, then the other blocks that may go, both least important first by the criterion
-    of the proposal, and protected ones last. The values are that criterion's.
+    First the set, then the other removable blocks, both least important first by the criterion of
+    the proposal, then the protected ones. The values are that criterion's.
     """
     free = frozenset(block for unit in space.units for block in unit)
     protected = frozenset(range(space.blocks)) - free

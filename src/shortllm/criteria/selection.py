@@ -1,4 +1,4 @@
-"""A criterion as it was asked for: its options filled in, and what follows from them."""
+"""Criteria by name with their options filled in, and what follows from them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortllm import criteria
-from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.tensors import is_packed
-from shortllm.criteria import Criterion
+from shortllm.criteria import Criterion, Needs
 from shortllm.criteria.search import check_options
-from shortllm.errors import CriterionError, UnsupportedModelError
-from shortllm.pruning.budget import Budget, most_blocks, removable
+from shortllm.errors import CriterionError
+from shortllm.protection import protected_in
 from shortllm.records import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ResolvedCriterion:
     """A criterion with every option filled in."""
 
     criterion: Criterion
     options: dict[str, Any]
-
-    @staticmethod
-    def of(name: str, options: dict[str, Any] | None = None) -> Asked:
-        """Look a criterion up and check its options.
-
-        Raises:
-            CriterionError: unknown criterion or option, or an impossible value.
-        """
-        criterion = criteria.get(name)
-        asked = Asked(criterion, criterion.options(options or {}))
-        asked.inner()
-        if asked.needs == "sets":
-            check_options(name, asked.options)
-        return asked
 
     @property
     def name(self) -> str:
@@ -43,17 +27,22 @@ class Asked:
         return self.criterion.name
 
     @property
-    def needs(self) -> criteria.Needs:
+    def needs(self) -> Needs:
         """What the criterion looks at."""
         return self.criterion.needs
 
     @property
+    def removes_blocks(self) -> bool:
+        """Whether it removes blocks itself: one after the other, or by searching for a set."""
+        return self.needs in ("removals", "sets")
+
+    @property
     def needs_text(self) -> bool:
-        """Whether calibration text is looked at."""
+        """Whether it looks at calibration text."""
         inner = self.inner()
         return self.criterion.needs_text if inner is None else inner.needs_text
 
-    def inner(self) -> Asked | None:
+    def inner(self) -> ResolvedCriterion | None:
         """The criterion that this one scores with in each round, if it does.
 
         Raises:
@@ -61,77 +50,60 @@ class Asked:
         """
         if self.needs != "removals":
             return None
-        inner = Asked.of(self.options["inner"])
-        if inner.needs in ("removals", "sets"):
+        inner = resolve(self.options["inner"])
+        if inner.removes_blocks:
             raise CriterionError(
                 f"{self.name}.inner cannot be '{inner.name}', which removes blocks itself"
             )
         return inner
 
-    def amount(self, budget: Budget, model: ModelInfo) -> dict[str, Any]:
-        """The options of a criterion that removes blocks itself by which it meets a budget.
-
-        Raises:
-            BudgetError: see `most_blocks`.
-        """
-        if self.needs not in ("removals", "sets"):
-            return {}
-        name = "rounds" if self.needs == "removals" else "remove"
-        periods = {"period_aligned": budget.period_aligned} if self.needs == "sets" else {}
-        return {
-            name: most_blocks(budget, model),
-            "protect_first": budget.protect_first,
-            "protect_last": budget.protect_last,
-            **periods,
-        }
-
     def free(self, model: ModelInfo) -> list[int]:
-        """The blocks that a criterion that removes blocks may remove."""
+        """The blocks that a criterion may remove one after the other."""
         first, last = self.options["protect_first"], self.options["protect_last"]
-        budget = Budget(ratio=0.5, protect_first=first, protect_last=last)
-        return [block for [block] in removable(budget, model)]
+        protected = protected_in(model, first, last)
+        return [block for block in range(model.blocks) if block not in protected]
 
     def rounds(self, model: ModelInfo) -> int:
-        """How many blocks a criterion that removes blocks removes."""
+        """How many blocks a criterion removes one after the other."""
         free = len(self.free(model))
         return min(self.options["rounds"] or max(1, free // 2), free)
 
     def call(self, *arguments: Any) -> Any:
-        """What the criterion's function returns, with the options as asked."""
+        """Call the criterion's function with its options."""
         return self.criterion.function(*arguments, **self.options)
 
 
-def asked_criteria(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[Asked]:
+def resolve(name: str, options: Mapping[str, Any] | None = None) -> ResolvedCriterion:
+    """Look a criterion up and check its options.
+
+    Raises:
+        CriterionError: unknown criterion or option, or an impossible value.
+    """
+    criterion = criteria.get(name)
+    resolved = ResolvedCriterion(criterion, criterion.options(options or {}))
+    resolved.inner()
+    if resolved.needs == "sets":
+        check_options(name, resolved.options)
+    return resolved
+
+
+def resolve_all(
+    names: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> list[ResolvedCriterion]:
     """Criteria by name with their options.
 
     Raises:
-        CriterionError: an unknown name or option, none or the same twice, or options of another.
+        CriterionError: an unknown name or option, no name or the same one twice, or options of a
+            criterion that is not among them.
     """
-    if not names or len(set(names)) != len(names):
-        raise CriterionError(
-            f"{', '.join(names) or 'nothing'} was asked for. Name each criterion once"
-        )
-    asked = [Asked.of(name, dict(options.get(name, {}))) for name in names]
+    if len(set(names)) != len(names) or not names:
+        given = ", ".join(names) or "nothing"
+        raise CriterionError(f"--criterion {given} must name criteria, each once")
+    resolved = [resolve(name, options.get(name)) for name in names]
     for name in options:
         if name not in names:
             raise CriterionError(
-                f"an option of criterion '{name}' was given, but what is asked for is "
+                f"an option of criterion '{name}' was given, but the criteria requested are "
                 f"{', '.join(names)}"
             )
-    return asked
-
-
-def require_plain_weights(checkpoint: Checkpoint, asked: Sequence[Asked]) -> None:
-    """Refuse to take packed integers for weights, or to look for gradients of rounded ones.
-
-    Raises:
-        UnsupportedModelError: naming the criterion.
-    """
-    if not is_packed(checkpoint.raw_config):
-        return
-    for one in asked:
-        if (one.inner() or one).needs in ("weights", "gradients"):
-            raise UnsupportedModelError(
-                f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "
-                "unquantized model, or by ppl, kl or influence"
-            )
+    return resolved

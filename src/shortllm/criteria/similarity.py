@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING
 
 from shortllm.criteria import Scores, criterion
 from shortllm.model.metrics import angular_distance, cosine
+from shortllm.papers import DEEPER_LAYERS, SHORTGPT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@criterion("influence", needs="streams", source="Men et al. 2024, ShortGPT, arXiv:2403.03853")
+@criterion("influence", needs="streams", label="block influence, 1 − cos [no unit]", paper=SHORTGPT)
 def block_influence(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
     """1 - cos(block input, block output); in [0, 2], 0 = the block keeps the direction."""
     return 1.0 - cosine(before_BTD, after_BTD)
 
 
-@criterion("relative", needs="streams", source="Men et al. 2024, ShortGPT, arXiv:2403.03853")
+@criterion(
+    "relative",
+    needs="streams",
+    label="relative size of the block's update [no unit]",
+    paper=SHORTGPT,
+)
 def relative_magnitude(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
     """Length of what the block adds, relative to the length of its output."""
     before_BTD, after_BTD = before_BTD.float(), after_BTD.float()
@@ -33,8 +39,8 @@ def relative_magnitude(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
 @criterion(
     "angular",
     needs="last token",
-    source="Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers, "
-    "arXiv:2403.17887",
+    label="angular distance [fraction of π]",
+    paper=DEEPER_LAYERS,
 )
 def angular_spans(last_SBD: Tensor) -> Scores:
     """Angle, in parts of pi, between the last token's stream before and after a span of blocks.

@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Literal
 
 from shortllm.criteria import criterion
 from shortllm.model.metrics import Reduction, reduce_powers
+from shortllm.papers import SHORTENED_LLAMA
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@criterion("taylor", needs="gradients", source="Kim et al. 2024, Shortened LLaMA, arXiv:2402.02834")
+@criterion(
+    "taylor",
+    needs="gradients",
+    label="estimated change of the loss, |weight × gradient|",
+    paper=SHORTENED_LLAMA,
+)
 def first_order_change(
     products: dict[str, Tensor],
     *,

@@ -1,19 +1,19 @@
-"""Baselines that any criterion must beat. They look at neither weights nor text."""
+"""Baselines that any criterion must beat: they look at neither weights nor text."""
 
 from __future__ import annotations
 
 import random
 
-from shortllm.criteria import criterion
+from shortllm.criteria import PLACE, criterion
 
 
-@criterion("last", needs="nothing", source="baseline")
+@criterion("last", needs="nothing", label=PLACE, paper="baseline")
 def last_first(blocks: int) -> list[float]:
     """The last block goes first."""
     return [float(blocks - b) for b in range(blocks)]
 
 
-@criterion("random", needs="nothing", source="baseline")
+@criterion("random", needs="nothing", label=PLACE, paper="baseline", compared=False)
 def random_order(blocks: int, *, seed: int = 0) -> list[float]:
     """A seeded permutation."""
     ranks = list(range(blocks))
@@ -21,10 +21,12 @@ def random_order(blocks: int, *, seed: int = 0) -> list[float]:
     return [float(rank) for rank in ranks]
 
 
-@criterion("even", needs="nothing", source="baseline")
+@criterion("even", needs="nothing", label=PLACE, paper="baseline")
 def evenly_spaced(blocks: int) -> list[float]:
-    """However many go, they lie nearly evenly spaced: each next block is the farthest from the
-    ones gone and from both ends."""
+    """Removed blocks lie nearly evenly spaced.
+
+    Each next block is the farthest from the ones gone and from both ends.
+    """
     gone: list[int] = []
     for _ in range(blocks):
         left = [b for b in range(blocks) if b not in gone]

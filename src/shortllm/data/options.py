@@ -40,7 +40,7 @@ class CalibrationOptions(Options):
 
 
 class CalibrationInfo(ResultFile):
-    """Where the calibration ids came from; they lie beside it in calibration.safetensors."""
+    """Where the calibration ids came from; they lie next to it in calibration.safetensors."""
 
     source: str = Field(description="data source as given, or the file the ids were taken from")
     rows: tuple[int, int] | None = Field(

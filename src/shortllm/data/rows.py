@@ -1,40 +1,96 @@
-"""Rows of text with their origin, which copy nothing and keep their numbers in the source.
+"""Rows of text with their origin, and the local files that rows and records are read from.
 
-What a local file holds: its kind by its suffix, and its texts or records one after the other.
+The suffix of a file says what it contains; `.gz` or `.xz` may follow it.
 
-Everything is a stream; what goes wrong while a file is read is a DataError that names it.
+    .txt .text .raw .tokens   a row is a line without its line end (LF, CR or CRLF)
+    .jsonl                    one record per line
+    .json                     a list of records or of texts, or JSON lines (as C4 has them)
+    .csv                      a line of column names, then records; every value is a text
+    .parquet                  records by columns
+
+Files are read as streams. An error while reading is a DataError that names the file, and the line
+where there is one. The loaders of `datasets` are not used here because they guess types: a text
+that looks like a date or a number, or says `NA`, would not come out as it was written. They also
+lock files in the user's cache, which may be read-only.
+
+In memory rows lie in Arrow buffers; rows of a Hub data set stay on disk and are memory-mapped.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
 import lzma
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Protocol, cast, overload
 
 from shortllm.errors import DataError, did_you_mean
 
+TEXT_SUFFIXES = (".txt", ".text", ".raw", ".tokens")
+
+RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+PACKED_SUFFIXES = (".gz", ".xz")
+
+UNREADABLE = (OSError, EOFError, RecursionError, lzma.LZMAError, zlib.error, csv.Error, ValueError)
+"""What reading a damaged file raises."""
+
+DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
+"""Columns taken when none is named: the first of these that exists."""
+
+CHUNK_CHARACTERS = 2**20
+"""About so many characters are put into one Arrow buffer."""
+
 
 class Texts(Protocol):
-    """What rows may be stored in: a list, packed bytes, or a column of a data set on disk."""
+    """What rows may be stored in: a list, or a column of strings in Arrow buffers."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> str: ...
 
 
+class ArrowTexts:
+    """A column of strings in Arrow buffers, in memory or memory-mapped."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> ArrowTexts:
+        """Copy texts into memory: a row costs its UTF-8 bytes and 8 more."""
+        import pyarrow as pa
+
+        chunks, held, size = [], [], 0
+        for text in texts:
+            held.append(text)
+            size += len(text) + 1
+            if size >= CHUNK_CHARACTERS:
+                chunks.append(pa.array(held, pa.large_string()))
+                held, size = [], 0
+        chunks.append(pa.array(held, pa.large_string()))
+        return cls(pa.chunked_array(chunks, pa.large_string()))
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: int, /) -> str:
+        text: str = self._column[index].as_py()
+        return text
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows(Sequence[str]):
     """Rows of text with their origin: a view on `texts[start:stop]` that copies nothing.
 
-    `start` and `stop` are row numbers of the whole source, so that a result file can name them.
+    `start` and `stop` are row numbers in the whole source, so that a result file can name them.
     """
 
     source: str
@@ -44,21 +100,13 @@ class Rows(Sequence[str]):
 
     @classmethod
     def of(cls, source: str, texts: Texts) -> Rows:
-        """All of `texts`.
-
-        Raises:
-            DataError: there are none.
-        """
+        """All of `texts`."""
         if len(texts) == 0:
-            raise DataError(f"'{source}' holds no rows. Give a file or a split with text in it")
+            raise DataError(f"'{source}' has no rows. Give a file or a split with text in it")
         return cls(source, texts, 0, len(texts))
 
     def span(self, start: int, stop: int) -> Rows:
-        """The rows `[start, stop)` of this view; they keep their numbers in the whole source.
-
-        Raises:
-            DataError: the span reaches outside this view.
-        """
+        """The rows `[start, stop)` of this view; they keep their numbers in the whole source."""
         if not 0 <= start <= stop <= len(self):
             raise DataError(
                 f"'{self.source}' has {len(self)} rows here: [{start}, {stop}) is not among them"
@@ -86,13 +134,30 @@ class Rows(Sequence[str]):
         return text
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Records:
+    """The records of a data source: each call reads them from the start, never all in memory."""
+
+    source: str
+    """The data source with its split filled in."""
+    column: str | None
+    """The column named with `#`."""
+    lines: bool
+    """Whether records are lines of a text file, which are not documents of their own."""
+    files: tuple[Path, ...]
+    """The local files they are read from; empty for a Hub data set and the embedded world."""
+    read: Callable[[], Iterator[Any]]
+    """Yields from the first record on: a text, or a dict."""
+
+    def texts(self) -> Iterator[str]:
+        """The text of each record, by the rule of `load_rows`."""
+        return record_texts(self.source, self.read(), self.column)
+
+
 def split_held_out(rows: Rows) -> tuple[Rows, Rows]:
     """(calibration, evaluation): the first half of the rows, and the rest.
 
-    The rule for data with one split only, so that no row is measured that blocks were chosen on.
-
-    Raises:
-        DataError: fewer than two rows.
+    For data with a single split, so that no row is measured that blocks were chosen on.
     """
     if len(rows) < 2:
         raise DataError(
@@ -104,46 +169,13 @@ def split_held_out(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def same_text(one: Rows, other: Rows) -> bool:
-    """Whether two sources hold the same rows, also under two spellings of one file's name."""
+    """Whether two sources have the same rows, also under two spellings of one file's name."""
     if one.source == other.source:
         return True
     whole, whole_other = one.texts, other.texts
     count = len(whole)
     places = {0, count // 2, count - 1}
     return len(whole_other) == count and all(whole[i] == whole_other[i] for i in places)
-
-
-class PackedTexts:
-    """Strings in one buffer: a row costs its UTF-8 bytes and 8 more.
-
-    A lone surrogate (broken JSON escapes have them, no tokenizer takes them) becomes `?`.
-    """
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._bytes = bytearray()
-        self._ends = array("q", [0])
-        for text in texts:
-            self._bytes += text.encode("utf-8", "replace")
-            self._ends.append(len(self._bytes))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int, /) -> str:
-        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8")
-
-
-TEXT_SUFFIXES = (".txt", ".text", ".raw", ".tokens")
-
-RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
-
-PACKED_SUFFIXES = (".gz", ".xz")
-
-UNREADABLE = (OSError, EOFError, RecursionError, lzma.LZMAError, zlib.error, ValueError)
-"""What reading a damaged file raises."""
-
-DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
-"""Columns taken without being named, the first that exists."""
 
 
 def supported() -> str:
@@ -153,127 +185,55 @@ def supported() -> str:
     )
 
 
-def file_texts(
-    path: Path, column: str | None, line_rule: Callable[[str], str] = str
-) -> Iterator[str]:
-    """The texts of one file; `line_rule` is applied to the lines of a text file."""
-    kind = kind_of(path)
-    with _readable(path, kind, column):
-        if kind in TEXT_SUFFIXES:
-            yield from map(line_rule, _lines(path))
-        elif kind == ".parquet":
-            yield from _parquet_texts(path, column)
-        else:
-            yield from record_texts(path, _json_records(path, kind), column)
-
-
-def file_records(path: Path, column: str | None) -> Iterator[Any]:
-    """The records of one file: lines of a text file, else what each record holds."""
-    kind = kind_of(path)
-    with _readable(path, kind, column):
-        if kind in TEXT_SUFFIXES:
-            yield from _lines(path)
-        elif kind == ".parquet":
-            with _parquet(path) as file:
-                for batch in file.iter_batches():
-                    yield from batch.to_pylist()
-        else:
-            yield from _json_records(path, kind)
-
-
 def kind_of(path: Path) -> str:
-    """The suffix that says what a file holds, without that of its packing.
-
-    Raises:
-        DataError: none that is known.
-    """
+    """The suffix that says what a file contains, without that of its packing."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
     if kind not in TEXT_SUFFIXES + RECORD_SUFFIXES:
-        raise DataError(f"cannot tell what kind of data {path} holds. Supported: {supported()}")
+        raise DataError(f"cannot tell what kind of data is in {path}. Supported: {supported()}")
     return kind
 
 
-@contextmanager
-def _readable(path: Path, kind: str, column: str | None) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into a DataError that names it."""
+def file_texts(
+    path: Path, column: str | None, line_rule: Callable[[str], str] = str
+) -> Iterator[str]:
+    """The texts of one file; `line_rule` is applied to the lines of a text file."""
+    kind = kind_of(path)
+    if kind == ".parquet":
+        return _parquet_texts(path, column)
+    records = file_records(path, column)
+    if kind in TEXT_SUFFIXES:
+        return map(line_rule, records)
+    return record_texts(path, records, column)
+
+
+def file_records(path: Path, column: str | None = None) -> Iterator[Any]:
+    """The records of one file: dicts, or the lines of a text file, which has no `column`."""
+    kind = kind_of(path)
     if kind in TEXT_SUFFIXES and column is not None:
         raise DataError(f"{path} is a text file and has no column '{column}'. Leave the column out")
-    try:
-        yield
-    except DataError:
-        raise
-    except UNREADABLE as error:
-        raise DataError(f"cannot read {path} as {kind[1:]}: {error}") from error
+    with _readable(path):
+        if kind == ".csv":
+            yield from _csv_records(path)
+        elif kind == ".parquet":
+            for batch in _parquet_batches(path):
+                yield from batch.to_pylist()
+        else:
+            yield from _lines(path) if kind in TEXT_SUFFIXES else _json_records(path, kind)
 
 
 def load_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a `.jsonl` or `.json` file, plain or packed, with all their columns.
-
-    Raises:
-        DataError: it cannot be read, or holds anything but records.
-    """
-    kind = ".json" if ".json" in (suffix.lower() for suffix in path.suffixes) else ".jsonl"
-    try:
-        records = list(_json_records(path, kind))
-    except DataError:
-        raise
-    except UNREADABLE as error:
-        raise DataError(f"cannot read {path} as {kind[1:]}: {error}") from error
+    """All records of a file at once."""
+    records = list(file_records(path))
     if not records or not all(isinstance(record, dict) for record in records):
-        raise DataError(f"{path} is no list of records. Give one JSON object per line")
+        raise DataError(f"{path} is not a list of records. Give one JSON object per line")
     return records
 
 
-def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return lzma.open(path, "rb") if suffix == ".xz" else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines without their ends, as the text loader of `datasets` cuts them: at CR, LF or both."""
-    with io.TextIOWrapper(_open(path), encoding="utf-8") as stream:
-        for line in stream:
-            yield line.removesuffix("\n")
-
-
-def _json_records(path: Path, kind: str) -> Iterator[Any]:
-    """Records of JSON lines, or of a `.json` file that is one list (C4's hold JSON lines)."""
-    if kind == ".json":
-        with _open(path) as stream:
-            if stream.read(4096).lstrip().startswith(b"["):
-                stream.seek(0)
-                yield from map(_in_whole_letters, json.load(stream))
-                return
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            try:
-                yield _in_whole_letters(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"line {number} of {path} is not JSON: {error}") from error
-
-
-def _in_whole_letters(record: Any) -> Any:
-    """A record whose texts hold `?` for what is half a letter in JSON (`"\\ud800"`): no tokenizer
-    takes that."""
-    if isinstance(record, dict):
-        return {key: _in_whole_letters(value) for key, value in record.items()}
-    if isinstance(record, str) and not record.isascii():
-        return record.encode("utf-8", "replace").decode("utf-8")
-    return record
-
-
-def record_texts(path: Path | str, records: Iterator[Any], column: str | None) -> Iterator[str]:
-    """One text per record; the first record decides which column. Records may be plain strings.
-
-    Raises:
-        DataError: a record without text in that column.
-    """
+def record_texts(path: Path | str, records: Iterable[Any], column: str | None) -> Iterator[str]:
+    """One text per record; the first record decides which column. Records may be plain strings."""
     chosen: str | None = None
     for number, record in enumerate(records):
         if isinstance(record, str) and column is None:
@@ -287,51 +247,11 @@ def record_texts(path: Path | str, records: Iterator[Any], column: str | None) -
         if chosen is None:
             text_columns = [key for key, value in record.items() if isinstance(value, str)]
             chosen = choose_column(str(path), list(record), text_columns, column)
-        if not isinstance(record.get(chosen), str):
-            raise DataError(f"row {number} of {path} has no text in column '{chosen}'")
-        yield record[chosen]
-
-
-def _parquet_texts(path: Path, column: str | None) -> Iterator[str]:
-    """The texts of one column, read batch by batch."""
-    with _parquet(path) as file:
-        schema = file.schema_arrow
-        text_columns = [
-            field.name
-            for field in schema
-            if str(field.type) in ("string", "large_string", "string_view")
-        ]
-        chosen = choose_column(str(path), schema.names, text_columns, column)
-        number = 0
-        for batch in file.iter_batches(columns=[chosen]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise DataError(f"row {number} of {path} has no text in column '{chosen}'")
-                yield text
-                number += 1
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    """A parquet file to read from, unpacked."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError(
-            "reading .parquet needs pyarrow. Install it with: pip install 'shortllm[data]'"
-        ) from error
-    with _open(path) as stream:
-        packed = path.suffix.lower() in PACKED_SUFFIXES
-        yield pq.ParquetFile(pa.BufferReader(stream.read()) if packed else stream)
+        yield _require_text(record.get(chosen), number, path, chosen)
 
 
 def choose_column(where: str, names: list[str], text_names: list[str], column: str | None) -> str:
-    """The asked column if it exists; without one a default name, else the only column of text.
-
-    Raises:
-        DataError: there is no such column, or none that is clear.
-    """
+    """The named column if it exists; without one a default name, else the only column of text."""
     if column is not None:
         if column in names:
             return column
@@ -348,3 +268,93 @@ def choose_column(where: str, names: list[str], text_names: list[str], column: s
         f"none of them named {', '.join(DEFAULT_COLUMNS)}. "
         f"Name one, as in {where}#{text_names[0]}. Columns: {', '.join(names)}"
     )
+
+
+def _require_text(value: object, number: int, path: Path | str, column: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"row {number} of {path} has no text in column '{column}'")
+    return value
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn an error while reading a file into a DataError that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        raise DataError(f"cannot read {path} as {kind_of(path)[1:]}: {error}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return lzma.open(path, "rb") if suffix == ".xz" else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines without their ends, split as the text loader of `datasets` does: at CR, LF or both."""
+    with io.TextIOWrapper(_open(path), encoding="utf-8") as stream:
+        for line in stream:
+            yield line.removesuffix("\n")
+
+
+def _json_records(path: Path, kind: str) -> Iterator[Any]:
+    """Records of JSON lines, or of a `.json` file that is one list."""
+    if kind == ".json":
+        with _open(path) as stream:
+            if stream.read(4096).lstrip().startswith(b"["):
+                stream.seek(0)
+                yield from map(_without_surrogates, json.load(stream))
+                return
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                yield _without_surrogates(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"line {number} of {path} is not JSON: {error}") from error
+
+
+def _without_surrogates(record: Any) -> Any:
+    """A record with `?` for each lone surrogate (`"\\ud800"`), which no tokenizer takes."""
+    if isinstance(record, dict):
+        return {key: _without_surrogates(value) for key, value in record.items()}
+    if isinstance(record, str) and not record.isascii():
+        return record.encode("utf-8", "replace").decode("utf-8")
+    return record
+
+
+def _csv_records(path: Path) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 kB that csv allows
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as stream:
+        yield from csv.DictReader(stream, strict=True)
+
+
+def _parquet_texts(path: Path, column: str | None) -> Iterator[str]:
+    """The texts of one column; no other column is read."""
+
+    def text_column(schema: Any) -> str:
+        strings = ("string", "large_string", "string_view")
+        text_names = [field.name for field in schema if str(field.type) in strings]
+        return choose_column(str(path), schema.names, text_names, column)
+
+    with _readable(path):
+        numbers = count()
+        for batch in _parquet_batches(path, text_column):
+            for text in batch.column(0).to_pylist():
+                yield _require_text(text, next(numbers), path, batch.schema.names[0])
+
+
+def _parquet_batches(path: Path, choose: Callable[[Any], str] | None = None) -> Iterator[Any]:
+    """A parquet file batch by batch, all columns or the one that `choose` takes of the schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _open(path) as stream:
+        packed = path.suffix.lower() in PACKED_SUFFIXES
+        file = pq.ParquetFile(pa.BufferReader(stream.read()) if packed else stream)
+        columns = None if choose is None else [choose(file.schema_arrow)]
+        yield from file.iter_batches(columns=columns)

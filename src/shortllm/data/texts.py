@@ -1,15 +1,17 @@
-"""The text of a run, tokenized once: what blocks are scored on and what models are measured on.
+"""Rows of text cut into windows of token ids, to calibrate and to evaluate.
 
-What is measured serves no other purpose: where one source does, it is shared out.
+Two samplers calibrate, with `ids [samples, length]`:
 
+    random   windows at seeded random places of seeded random rows: those of the published scores
+             (10 samples of 128 tokens, seed 1234, BookCorpus), to the token
+    packed   all rows one after another, cut every `length` tokens, the first `samples` of them
 
-Evaluation text as segments of token ids: the perplexity protocol of Shortened LLaMA.
-
-Rows are joined by a blank line, tokenized without special tokens as one text, and cut into segments
-that do not overlap; the remainder is dropped. 128 tokens are the paper's length, 2,048 the usual.
+To evaluate, rows are joined by a blank line, tokenized without special tokens as one text, and cut
+into windows that do not overlap; the remainder is dropped. 128 tokens are the length in Shortened
+LLaMA (arXiv:2402.02834), 2,048 the usual one.
 
     bos="first"   [BOS] t0 t1 | t2 t3 t4 | ...      (the paper's: one BOS before the whole text)
-    bos="every"   [BOS] t0 t1 | [BOS] t2 t3 | ...   (Gemma is meaningless without)
+    bos="every"   [BOS] t0 t1 | [BOS] t2 t3 | ...   (Gemma predicts nothing sensible without)
     bos="none"    t0 t1 t2 | t3 t4 t5 | ...
 """
 
@@ -17,72 +19,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.calibration import (
+    Calibration,
+    check_ids,
+    load_calibration,
+    resolve_calibration,
+    tokens_fingerprint,
+)
+from shortllm.data.options import CalibrationInfo, CalibrationOptions
+from shortllm.data.rows import Rows
+from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
-from shortllm.evaluation.options import EvaluationOptions
+from shortllm.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from shortllm.data.calibration import Calibration
-    from shortllm.data.rows import Rows
-    from shortllm.evaluation.perplexity import EvaluationText
+Bos = Literal["first", "every", "none"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Texts:
-    """The text of a run, tokenized: what blocks are scored on and what models are measured on."""
-
-    calibration: Calibration | None
-    """None where the blocks were given by hand, so that nothing is scored."""
-    evaluation: list[EvaluationText]
-    healing: Calibration | None = None
-    """More of the same text, for healing without training."""
-    quantization: Calibration | None = None
-    """None where nothing is quantized, or without text."""
+ROWS_PER_BATCH = 1000
+"""Rows tokenized in one call when many are needed: enough to use all cores, small in memory."""
 
 
 def calibrate(
     checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None
 ) -> Calibration:
-    """Calibration ids from data or from a file, checked against the model.
-
-    Args:
-        rows: the rows to sample from, where not all of `options.data` may be used.
-    Raises:
-        DataError: too little text, or ids the model cannot take.
-    """
-    from shortllm.data.calibration import (
-        build_calibration,
-        check_ids,
-        load_calibration,
-        resolve_calibration,
-    )
-    from shortllm.data.sources import load_rows
-
+    """Calibration ids from `rows`, else from the data or the file of the options, checked against
+    the model."""
     embedded = checkpoint.id == EMBEDDED
     options = resolve_calibration(options, checkpoint.model_type, embedded=embedded)
     if options.file is not None:
         calibration = load_calibration(options.file)
     else:
-        source = rows if rows is not None else load_rows(options.data or "", role="calibration")
-        calibration = build_calibration(
-            source,
-            load_tokenizer(checkpoint),
-            sampler=options.sampler,
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
-            bos_every_sample=bool(options.bos_every_sample),
-        )
+        if rows is None:
+            rows = load_rows(options.data or "", role="calibration")
+        calibration = build_calibration(rows, load_tokenizer(checkpoint), options)
     check_ids(calibration.ids, vocabulary(checkpoint))
     check_length(checkpoint, calibration.ids.shape[1], "--length")
     return calibration
@@ -94,134 +75,171 @@ def vocabulary(checkpoint: Checkpoint) -> int:
 
 
 def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
-    """Refuse more tokens than the model has positions for.
-
-    Raises:
-        DataError: naming the option to change.
-    """
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    if isinstance(room, int) and length > room:
+    """Refuse more tokens than the model has positions for."""
+    room = context_length(checkpoint.config)
+    if room is not None and length > room:
         raise DataError(
             f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} "
             f"{room} or less"
         )
 
 
-def prepare_texts(
-    checkpoint: Checkpoint,
-    calibration: CalibrationOptions,
-    evaluation: EvaluationOptions,
-    *,
-    scoring: bool = True,
-    healing: CalibrationOptions | None = None,
-    quantization: CalibrationOptions | None = None,
-) -> Texts:
-    """Read and tokenize all text of a run; what is measured serves no other purpose.
+def build_calibration(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> Calibration:
+    """Sample rows, and record how."""
+    is_random = options.sampler == "random"
+    ids = (sample_random if is_random else sample_packed)(rows, tokenizer, options)
+    bos = "tokenizer" if is_random and tokenizer.bos_token_id is not None else "none"
+    about: dict[str, Any] = {
+        "source": rows.source,
+        "rows": (rows.start, rows.stop),
+        "sampler": options.sampler,
+        "samples": options.samples,
+        "length": options.length,
+        "seed": options.seed if is_random else None,
+        "bos": "every-sample" if options.bos_every_sample else bos,
+        "tokens_fingerprint": tokens_fingerprint(ids),
+    }
+    return Calibration(ids=ids, info=CalibrationInfo(fingerprint=fingerprint(about), **about))
 
-    Where one source does, its first half calibrates and its second half is measured; of a source
-    that given calibration ids came from, the rows behind theirs are measured.
 
-    Args:
-        scoring: without, no calibration for it is made.
-        healing: where text to heal with is asked for, how it is cut: from the rows that calibrate.
-        quantization: the text that a quantization looks at, if it does.
-    Raises:
-        DataError: unreadable or too little text.
+def sample_random(
+    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> torch.Tensor:
+    """Windows at random places of random rows, int64 [samples, length]; no row is used twice.
+
+    Rows are tokenized with the special tokens the tokenizer adds, so a window has a BOS only when
+    it starts where its row starts. With `bos_every_sample` (Gemma needs it) they are tokenized
+    without, and each window becomes [BOS] + window[:-1]. The same rows, tokenizer and seed give the
+    ids behind the published scores. Source: Shortened LLaMA, arXiv:2402.02834.
     """
-    from shortllm.data.rows import same_text, split_held_out
-    from shortllm.data.sources import load_rows
-    from shortllm.evaluation.perplexity import EvaluationText
-
-    check_length(checkpoint, evaluation.length, "--eval-length")
-    measured = [load_rows(source, role="evaluation") for source in evaluation.data]
-    shared = [False] * len(measured)
-    loaded: dict[str, Rows] = {}
-    made: list[Calibration | None] = []
-    for options in (calibration if scoring else None, healing, quantization):
-        rows = None
-        if options is not None and options.file is None:
-            source = options.data or ""
-            if source not in loaded:
-                loaded[source] = load_rows(source, role="calibration")
-            rows = loaded[source]
-            same = [same_text(rows, other) for other in measured]
-            shared = [one or other for one, other in zip(shared, same, strict=True)]
-            if any(same):
-                rows, _ = split_held_out(rows)
-        made.append(None if options is None else calibrate(checkpoint, options, rows))
-    tokenizer = load_tokenizer(checkpoint)
-    texts = []
-    for other, is_shared in zip(measured, shared, strict=True):
-        kept_apart = split_held_out(other)[1] if is_shared else _behind(other, made)
-        segments = evaluation_segments_of(checkpoint, kept_apart, tokenizer, evaluation)
-        held_out = kept_apart is not other
-        texts.append(EvaluationText(rows=kept_apart, held_out=held_out, segments=segments))
-    return Texts(calibration=made[0], evaluation=texts, healing=made[1], quantization=made[2])
+    samples, length = options.samples, options.length
+    bos = _bos_of(tokenizer) if options.bos_every_sample else None
+    random = Random(options.seed)
+    pool = _LongRows(rows, tokenizer, length=length, special=bos is None)
+    windows = []
+    for taken in range(samples):
+        tokens = pool.draw(random)
+        if tokens is None:
+            raise DataError(pool.too_few(taken, samples))
+        start = random.randint(0, len(tokens) - length)
+        windows.append(tokens[start : start + length])
+    ids = torch.tensor(windows, dtype=torch.int64)
+    return ids if bos is None else _with_bos(ids[:, :-1], bos)
 
 
-def _behind(rows: Rows, calibrations: Sequence[Calibration | None]) -> Rows:
-    """The rows behind those that given calibration ids were sampled from; all of another source.
+class _LongRows:
+    """Draws unused rows of at least `length` tokens and remembers how long each row seen was."""
 
-    Raises:
-        DataError: there are none.
-    """
-    start = max(
-        (
-            one.info.rows[1]
-            for one in calibrations
-            if one is not None and one.info.source == rows.source and one.info.rows
-        ),
-        default=None,
-    )
-    if start is None:
-        return rows
-    if start >= rows.stop:
-        raise DataError(
-            f"the calibration was drawn from all rows of {rows.source}, which leaves none to "
-            "measure on. Give other text as --eval-data"
+    def __init__(
+        self, rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int, special: bool
+    ) -> None:
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._length = length
+        self._special = special
+        self._is_long: dict[int, bool] = {}
+        self._used: set[int] = set()
+
+    def draw(self, random: Random) -> list[int] | None:
+        """The token ids of the next random row that is long and unused; None if none is left.
+
+        When as many draws as there are rows found nothing, all rows are tokenized once: either one
+        is left and drawing continues with the same random numbers, or the search ends.
+        """
+        draws = 0
+        while draws != len(self._rows) or self._any_left():
+            draws += 1
+            index = random.randint(0, len(self._rows) - 1)
+            if index in self._used or not self._is_long.get(index, True):
+                continue
+            tokens = _token_lists(self._tokenizer, [self._rows[index]], special=self._special)[0]
+            self._is_long[index] = len(tokens) >= self._length
+            if self._is_long[index]:
+                self._used.add(index)
+                return tokens
+        return None
+
+    def too_few(self, taken: int, samples: int) -> str:
+        """The message for data that ran out after `taken` samples; every row was seen."""
+        return (
+            f"only {taken} of {len(self._rows)} rows have at least {self._length} tokens, "
+            f"{samples} samples need {samples} such rows. "
+            "Use --sampler packed, a shorter --length, fewer --samples, or data with longer rows"
         )
-    return rows.span(start, len(rows))
+
+    def _any_left(self) -> bool:
+        """Whether a long row is unused; afterwards the length of every row is known."""
+        unseen = [i for i in range(len(self._rows)) if i not in self._is_long]
+        for start in range(0, len(unseen), ROWS_PER_BATCH):
+            batch = unseen[start : start + ROWS_PER_BATCH]
+            texts = [self._rows[i] for i in batch]
+            lists = _token_lists(self._tokenizer, texts, special=self._special)
+            self._is_long.update(
+                (i, len(tokens) >= self._length) for i, tokens in zip(batch, lists, strict=True)
+            )
+        return sum(self._is_long.values()) > len(self._used)
 
 
-def evaluation_segments_of(
-    checkpoint: Checkpoint,
-    rows: Rows,
-    tokenizer: Any,
-    options: EvaluationOptions,
-    *,
-    option: str = "--eval-length",
-) -> Segments:
-    """Rows cut into the segments that perplexity is measured on, checked against the model.
+def sample_packed(
+    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> torch.Tensor:
+    """The rows' tokens one after another, cut every `length`: the first [samples, length], int64.
 
-    Args:
-        option: what the command line calls `options.length`.
-    Raises:
-        DataError: not one full segment, or ids the model has no embeddings for.
+    Rows are tokenized without special tokens and nothing is put between them. With
+    `bos_every_sample` each piece is [BOS] and `length - 1` tokens. Reading stops as soon as there
+    are enough.
     """
-    from shortllm.data.calibration import check_ids
-    from shortllm.data.texts import evaluation_segments
+    samples = options.samples
+    bos = _bos_of(tokenizer) if options.bos_every_sample else None
+    new_tokens = options.length - (bos is not None)
+    tokens: list[int] = []
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        texts = rows[start : start + ROWS_PER_BATCH]
+        tokens.extend(chain.from_iterable(_token_lists(tokenizer, texts, special=False)))
+        if len(tokens) >= samples * new_tokens:
+            break
+    else:
+        raise DataError(
+            f"all {len(rows)} rows give {len(tokens)} tokens, "
+            f"{samples} samples need {samples * new_tokens}. "
+            "Use a shorter --length, fewer --samples, or more data"
+        )
+    ids = torch.tensor(tokens[: samples * new_tokens], dtype=torch.int64).view(samples, new_tokens)
+    return ids if bos is None else _with_bos(ids, bos)
 
-    segments = evaluation_segments(
-        rows,
-        tokenizer,
-        length=options.length,
-        bos=options.bos or "first",
-        max_segments=options.max_segments,
-        option=option,
-    )
-    check_ids(segments.ids, vocabulary(checkpoint), where=rows.source)
-    return segments
+
+def _with_bos(ids_ST: torch.Tensor, bos: int) -> torch.Tensor:
+    """Each window with BOS before it."""
+    return torch.cat([ids_ST.new_full((len(ids_ST), 1), bos), ids_ST], dim=1)
 
 
-Bos = Literal["first", "every", "none"]
+def _token_lists(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+) -> list[list[int]]:
+    """Token ids of each text. verbose=False: a row may be longer than the model's context."""
+    lists: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=special, verbose=False
+    ).input_ids
+    return lists
+
+
+def _bos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.bos_token_id is None:
+        raise DataError(
+            f"the tokenizer of '{tokenizer.name_or_path}' has no BOS to put before every sample. "
+            "Leave out --bos-every-sample"
+        )
+    return int(tokenizer.bos_token_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Segments:
-    """Token ids to measure on, and the BOS rule that was applied (not always the one asked for)."""
+    """Windows to measure on, and the BOS rule that was applied (not always the requested one)."""
 
     ids: torch.Tensor
-    """int64 [segments, length]"""
+    """int64 [windows, length]"""
     bos: Bos
 
     def __len__(self) -> int:
@@ -237,13 +255,10 @@ def evaluation_segments(
     max_segments: int | None = None,
     option: str = "--length",
 ) -> Segments:
-    """Cut rows into segments of `length` tokens, a BOS included where the rule puts one.
+    """Cut rows into windows of `length` tokens, a BOS included where the rule puts one.
 
-    A tokenizer without BOS (Qwen2) gets `none` whatever was asked; `Segments.bos` says so. With
+    A tokenizer without BOS (Qwen2) always gets `none`; `Segments.bos` says so. With
     `max_segments` only as many rows are read as it takes, so the source may be larger than memory.
-
-    Raises:
-        DataError: not one full segment, or a length or count that makes none.
     """
     if length < 2:
         raise DataError(
@@ -267,7 +282,7 @@ def evaluation_segments(
     count = min(count, max_segments or count)
     ids = torch.tensor(tokens[: count * new_tokens], dtype=torch.int64).view(count, new_tokens)
     if bos == "every":
-        ids = torch.cat([ids.new_full((count, 1), tokenizer.bos_token_id), ids], dim=1)
+        ids = _with_bos(ids, tokenizer.bos_token_id)
     return Segments(ids=ids, bos=bos)
 
 
@@ -276,7 +291,7 @@ def _tokens(
 ) -> list[int]:
     """The token ids of all rows, or of so many first rows that there are at least `enough` ids.
 
-    Where a text ends changes only its last few tokens, so the caller asks for a segment too many.
+    Where a text ends changes only its last few tokens, so the caller requests a window too many.
     """
     read = len(rows) if enough is None else min(64, len(rows))
     while True:

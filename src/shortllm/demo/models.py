@@ -1,54 +1,73 @@
-"""The models of the page: opened once, side by side in memory, used one after another."""
+"""The models of the page: all in memory, used one at a time.
+
+Without names, the page shows the embedded model and two shortened versions of it, kept in
+
+    $XDG_CACHE_HOME/shortllm/demo/<version>-<fingerprint>/
+      width/    a quarter of the blocks' parameters removed from heads and neurons
+      depth/    a quarter of the blocks removed by their ppl scores
+
+Each version of shortllm and each embedded model has its own directory.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import shortllm
+from shortllm import __version__
 from shortllm.benchmark.interleaved import weight_bytes
 from shortllm.benchmark.meters import Meter, meter_of
 from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.texts import vocabulary
-from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.errors import CheckpointError, OutputError, ShortLLMError
+from shortllm.files import require_writable
 from shortllm.model.loading import load_model
 from shortllm.model.session import Session
 from shortllm.pruning.targets import cache_bytes
 from shortllm.records import ModelInfo
-from shortllm.retraining.distillation import lineage
+from shortllm.surgery.apply import lineage
 
 if TYPE_CHECKING:
     import torch
 
-LONGEST_NAME = 40
+MAX_NAME = 40
 """Characters of a panel's name."""
+
+RATIO = 0.25
+"""Share of the embedded model that is removed: of its blocks, or of their parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DemoModel:
-    """One model in memory, and what its panel says of it."""
+    """One model in memory, and what its panel shows."""
 
     name: str
     info: ModelInfo
     kept: list[int]
-    """For each block its number in the model it was cut from."""
+    """The index of each block in the source model."""
     source_blocks: int
-    """Blocks of that model."""
+    """Number of blocks of the model it was shortened from."""
     model: Any
     tokenizer: Any
     vocabulary: int
     positions: int | None
-    """Tokens of prompt and text together; None where the config names no bound."""
+    """Most tokens of prompt and output together; None where the config sets no limit."""
     cache_bytes: int
-    """Bytes of keys and values of one token, as far as the config tells."""
+    """Bytes of keys and values per token; 0 where the config does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Models:
-    """All models of the page; whoever generates holds the lock."""
+    """All models of the page; a text is generated under the lock."""
 
     models: list[DemoModel]
     device: torch.device
@@ -56,11 +75,7 @@ class Models:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def named(self, name: str) -> DemoModel:
-        """The model of a panel.
-
-        Raises:
-            ShortLLMError: there is none of this name.
-        """
+        """The model with this name, or an error that lists the names."""
         for model in self.models:
             if model.name == name:
                 return model
@@ -68,61 +83,50 @@ class Models:
             f"no model is called '{name}'. Available: {', '.join(one.name for one in self.models)}"
         )
 
-    def weights_beside(self, model: DemoModel) -> int:
-        """Bytes of the weights of all other models."""
+    def other_weight_bytes(self, model: DemoModel) -> int:
+        """Bytes of the weights of all models but this one."""
         return sum(weight_bytes(one.model) for one in self.models if one is not model)
 
 
 def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Names and places as a dict.
-
-    Raises:
-        ShortLLMError: a name that is blank, too long, or given twice.
-    """
+    """Model locations by name; refuses names that are blank, too long or repeated."""
     found: dict[str, str] = {}
-    for name, place in pairs:
-        if not name.strip() or not place.strip():
+    for name, location in pairs:
+        if not name.strip() or not location.strip():
             raise ShortLLMError(
-                f"--model '{name}={place}' is not of the form NAME=MODEL, e.g. healed=runs/short"
+                f"--model '{name}={location}' must have the form NAME=MODEL, "
+                "for example healed=runs/short"
             )
-        if len(name) > LONGEST_NAME:
+        if len(name) > MAX_NAME:
             raise ShortLLMError(
-                f"the name '{name}' is longer than {LONGEST_NAME} characters. Give a shorter one"
+                f"the name '{name}' is longer than {MAX_NAME} characters. Give a shorter one"
             )
         if name in found:
             raise ShortLLMError(f"two models are called '{name}'. Give each its own name")
-        found[name] = place
+        found[name] = location
     return found
 
 
-def open_models(places: Mapping[str, str], session: Session) -> Models:
-    """Open every model by its name; those that cannot be opened are found before any is loaded.
-
-    Raises:
-        CheckpointError: one that cannot be read, or has no tokenizer.
-        ShortLLMError: the device cannot be measured, or memory does not suffice.
-    """
+def open_models(locations: Mapping[str, str], session: Session) -> Models:
+    """Load every model; a bad checkpoint or missing tokenizer is reported before any is loaded."""
     meter = meter_of(session.device)
-    checkpoints = {name: open_checkpoint(place) for name, place in places.items()}
+    checkpoints = {name: open_checkpoint(location) for name, location in locations.items()}
     tokenizers = {name: load_tokenizer(one) for name, one in checkpoints.items()}
-    return Models(
-        models=[
-            _opened(name, checkpoint, tokenizers[name], session)
-            for name, checkpoint in checkpoints.items()
-        ],
-        device=session.device,
-        meter=meter,
-    )
+    models = [
+        _load(name, checkpoint, tokenizers[name], session)
+        for name, checkpoint in checkpoints.items()
+    ]
+    return Models(models=models, device=session.device, meter=meter)
 
 
-def _opened(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -> DemoModel:
+def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -> DemoModel:
     try:
         origin = lineage(checkpoint)
         kept, source_blocks = origin.kept, origin.blocks
-    except CheckpointError:  # it was not shortened, or does not say how
+    except CheckpointError:  # not shortened, or its config does not say how
         kept, source_blocks = list(range(checkpoint.block_count)), checkpoint.block_count
     dtype = session.dtype(checkpoint)
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
+    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
     return DemoModel(
         name=name,
         info=checkpoint.info(),
@@ -131,6 +135,43 @@ def _opened(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session)
         model=load_model(checkpoint, device=session.device, dtype=dtype),
         tokenizer=tokenizer,
         vocabulary=vocabulary(checkpoint),
-        positions=room if isinstance(room, int) else None,
+        positions=positions if isinstance(positions, int) else None,
         cache_bytes=checkpoint.block_count * cache_bytes(checkpoint, dtype),
     )
+
+
+def embedded_models(session: Session) -> dict[str, str]:
+    """Locations of the embedded model and its two shortened versions, by name."""
+    checkpoint = open_checkpoint(EMBEDDED)
+    home = cache_directory() / f"{__version__}-{checkpoint.fingerprint[:16]}"
+    try:
+        require_writable(home, 2 * checkpoint.bytes)
+    except OutputError as error:
+        raise OutputError(
+            "the shortened versions of the embedded model are kept in the cache directory, and it "
+            "cannot be written. Set XDG_CACHE_HOME to another one, or name models with --model"
+        ) from error
+    width, depth = _shorten_embedded(home, session)
+    return {"original": EMBEDDED, "width": str(width), "depth": str(depth)}
+
+
+def cache_directory() -> Path:
+    """Where the demo keeps what it can derive again."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "shortllm" / "demo"
+
+
+def _shorten_embedded(home: Path, session: Session) -> tuple[Path, Path]:
+    """Write `width/` and `depth/` into `home`; each step skips what is up to date."""
+    runtime = session.runtime
+    width, depth = home / "width", home / "depth"
+    options = shortllm.WidthOptions(method="flap", ratio=RATIO)
+    shortllm.width(EMBEDDED, width, options=options, device=runtime.device, dtype=runtime.dtype)
+    scores = shortllm.score(EMBEDDED, out=home / "scores", runtime=runtime)
+    plan = shortllm.plan(scores, ratio=RATIO)
+    try:
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
+    except OutputError:  # prune never replaces a damaged checkpoint, but this one is the demo's own
+        shutil.rmtree(depth, ignore_errors=True)
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
+    return width, depth

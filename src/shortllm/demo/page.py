@@ -1,45 +1,64 @@
-"""The page: a prompt and its settings, a panel per model, the last runs.
+"""The page: a prompt and its settings, a panel per model, charts of the last runs; and its server.
 
-Each press of a button has two parts:
-
-    begin    at once: panels say that they wait, buttons are out of use but for Stop
-    run      in the queue, one at a time for all visitors: panels show the text as it comes, and
-             buttons come back
-
-A ticket joins the two: a run whose ticket is no longer the visitor's does nothing. Whatever is
-wrong with a request is said in the panel.
+Gradio's queue runs one event at a time for all visitors, so that the figures of one model do not
+suffer from another. Stop cancels the visitor's events: gradio closes their generators, and the
+model stops at its next token. What is wrong with a request is said in the panel.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, astuple, dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from shortllm.benchmark.options import PROMPT
 from shortllm.checkpoint.hub import EMBEDDED
-from shortllm.demo import charts, markup
-from shortllm.demo.generating import Limits, Request, generate
+from shortllm.demo.generate import Limits, Progress, Request, generate
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
-from shortllm.recipe import EMBEDDED_PROMPT
+from shortllm.evaluation.evaluate import EMBEDDED_PROMPT
+from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.format import NONE, change, counted, short_bytes, short_count
 
 if TYPE_CHECKING:
     import gradio as gr
+    from starlette.middleware.base import RequestResponseEndpoint
+    from starlette.requests import Request as HTTPRequest
+    from starlette.responses import Response
 
-LONGEST_QUEUE = 64
-"""Requests that may wait; another one is refused."""
+History = list[tuple[str, dict[str, float]]]
+"""Per run its title, and tokens per second by model."""
 
-MOST_VISITORS = 32
-"""Those of them that come from the page, which then says so."""
+log = logging.getLogger(__name__)
 
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
-
-UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-
+LOCALHOST = "127.0.0.1"
+QUEUE_SIZE = 32
+"""Requests that may wait; the next one is refused."""
+RUNS = 4
+"""Runs that have a chart."""
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+COLORS = ("#0072b2", "#d55e00", "#008a62", "#b3589a", "#3c9dd0", "#c98500", "#93633a", "#a8416f")
+"""Of the models; a ninth one has the first color again."""
+OWN_CONTENT = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+"""The browser loads nothing from other servers, whatever gradio's page requests."""
+CSS = """
+.html-container { padding: .6rem 0 0 !important; }
+.head h3 { margin: 0 0 .5rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.head h3 { border-left: .6rem solid var(--color); padding-left: .5rem; }
+.numbers { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; margin: 0; }
+.numbers dt { font-size: .8rem; opacity: .7; }
+.numbers dd { margin: 0; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.blocks { display: flex; gap: 3px; height: 1.1rem; margin-top: .7rem; }
+.blocks i { flex: 1 1 0; min-width: 1px; border-radius: 2px; }
+.blocks .kept { background: linear-gradient(to top, var(--color) calc(100% * var(--part)),
+  color-mix(in srgb, var(--color) 18%, transparent) 0); }
+.blocks .gone { border: 1px dashed var(--color); opacity: .7; }
+.figures p { color: var(--error-text-color); overflow-wrap: anywhere; }
+"""
 EMBEDDED_EXAMPLES = (
     EMBEDDED_PROMPT,
     "Mara put the lamp in the kitchen. Later Tom carried the lamp from the kitchen to the barn.\n"
@@ -56,257 +75,162 @@ EXAMPLES = (
 )
 
 
-@dataclass(slots=True)
-class _Turn:
-    """What a visitor has asked for and not yet got."""
-
-    places: list[int]
-    ticket: str = field(default_factory=lambda: secrets.token_hex(8))
-    stop: threading.Event = field(default_factory=threading.Event)
-    begun: bool = False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Parts:
-    """Components of the page."""
+class Panel:
+    """A model and its components on the page."""
 
-    prompt: Any
-    settings: list[Any]
-    panels: list[Any]
-    buttons: list[Any]
-    """One per panel."""
-    every: Any
-    stop: Any
-    reset: Any
-    chart: Any
-    rounds: Any
-    ticket: Any
-    """Not to be seen; sent along with a run."""
+    model: DemoModel
+    button: gr.Button
+    text: gr.Textbox
+    figures: gr.HTML
 
 
 class Page:
-    """What the buttons of the page do; each visitor has one turn at a time."""
+    """The components of the page, and what its buttons do."""
 
     def __init__(self, models: Models, limits: Limits) -> None:
-        self._models = models
-        self._limits = limits
-        self._turns: dict[str, _Turn] = {}
-        first = models.models[0]
-        self._examples = EMBEDDED_EXAMPLES if first.info.id == EMBEDDED else EXAMPLES
-        self._defaults = Request(prompt=self._examples[0], new_tokens=min(64, limits.new_tokens))
-
-    @property
-    def _all(self) -> list[DemoModel]:
-        return self._models.models
-
-    # What is on it.
-
-    def blocks(self) -> gr.Blocks:
-        """The whole page, its buttons connected."""
         import gradio as gr
 
-        with gr.Blocks(title="shortllm demo", analytics_enabled=False, fill_width=True) as page:
-            gr.HTML(markup.title(self._all))
-            with gr.Column():
-                prompt = self._prompt()
-                settings = self._settings()
-                with gr.Row(elem_classes="actions"):
-                    alone = len(self._all) == 1
-                    every = gr.Button(
-                        "Generate" if alone else "Generate all", variant="primary", elem_id="all"
-                    )
-                    stop = gr.Button("Stop", interactive=False, elem_id="stop")
-                    reset = gr.Button("Reset", elem_id="reset")
-            panels, buttons = [], []
-            with gr.Row(elem_classes="panels"):
-                for place, model in enumerate(self._all):
-                    with gr.Column():
-                        gr.HTML(markup.head(model, place, self._all[0]))
-                        buttons.append(gr.Button("Generate", size="sm", visible=not alone))
-                        panels.append(gr.HTML(markup.idle()))
-            parts = _Parts(
-                prompt=prompt,
-                settings=settings,
-                panels=panels,
-                buttons=buttons,
-                every=every,
-                stop=stop,
-                reset=reset,
-                chart=gr.HTML(""),
-                rounds=gr.State([]),
-                ticket=gr.Textbox(visible=False),
-            )
-            self._connect(parts, page)
-        page.queue(max_size=LONGEST_QUEUE, default_concurrency_limit=1)
-        return page
-
-    def _prompt(self) -> Any:
-        import gradio as gr
-
-        prompt = gr.Textbox(
-            self._defaults.prompt, label="Prompt", lines=3, max_lines=10, elem_id="prompt"
-        )
-        with gr.Row(elem_classes="examples"):
-            for example in self._examples:
-                button = gr.Button(example.splitlines()[0], size="sm")
-                button.click(None, outputs=prompt, js=f"() => {json.dumps(example)}", **UNQUEUED)
-        return prompt
-
-    def _settings(self) -> list[Any]:
-        """Plain numbers: what is out of bounds is said in the panel."""
-        import gradio as gr
-
-        asked = self._defaults
-        with gr.Row(elem_classes="settings"):
-            return [
-                gr.Number(value, label=label, precision=digits, elem_id=label.replace(" ", "-"))
-                for label, value, digits in (
-                    ("output tokens", asked.new_tokens, 0),
-                    ("batch size", asked.batch, 0),
-                    ("seed", asked.seed, 0),
-                    ("top-k", asked.top_k, 0),
-                    ("top-p", asked.top_p, None),
-                    ("temperature", asked.temperature, None),
+        self._models, self._limits = models, limits
+        self._first, count = models.models[0], len(models.models)
+        self._examples = EMBEDDED_EXAMPLES if self._first.info.id == EMBEDDED else EXAMPLES
+        self._defaults = Request(self._examples[0], min(64, limits.new_tokens))
+        colors = [COLORS[place % len(COLORS)] for place in range(count)]
+        self._colors = dict(zip((one.name for one in models.models), colors, strict=True))
+        with gr.Blocks(title="shortllm demo", analytics_enabled=False, fill_width=True) as blocks:
+            what = "one model" if count == 1 else f"{count} models side by side"
+            gr.Markdown(f"# One prompt, {what}")
+            self._inputs = self._build_inputs()
+            with gr.Row():
+                label = "Generate" if count == 1 else "Generate all"
+                every = gr.Button(
+                    label, variant="primary", scale=0, min_width=130, size="md", elem_id="all"
                 )
-            ]
+                stop = gr.Button("Stop", scale=0, min_width=80, size="md", elem_id="stop")
+                reset = gr.Button("Reset", scale=0, min_width=80, size="md", elem_id="reset")
+            with gr.Row(elem_id="panels"):
+                self._panels = [self._build_panel(model) for model in models.models]
+            with gr.Row(elem_id="runs"):
+                self._charts = [self._build_chart() for _ in range(RUNS)]
+            self._history = gr.State([])
+            self._connect(every, stop, reset)
+        self.blocks = blocks.queue(max_size=QUEUE_SIZE)
 
-    # What it does.
-
-    def _connect(self, parts: _Parts, page: gr.Blocks) -> None:
+    def _build_inputs(self) -> list[Any]:
+        """The prompt and the settings, in the order of `Request`."""
         import gradio as gr
 
-        places = list(range(len(self._all)))
-        if len(places) > 1:
-            for place in places:
-                self._connect_button(parts, parts.buttons[place], [place])
-        self._connect_button(parts, parts.every, places)
-        shown = [*parts.panels, *_controls(parts, busy=False)]
-        parts.stop.click(self._stopper(parts), outputs=shown, **UNQUEUED)
-        fields = [parts.prompt, *parts.settings, *parts.panels, parts.chart, parts.rounds]
-        parts.reset.click(self._defaults_again, outputs=fields, **UNQUEUED)
-        page.unload(_told_who(self._leave))
+        default = self._defaults
+        prompt = gr.Textbox(default.prompt, label="Prompt", lines=3, max_lines=10, elem_id="prompt")
+        gr.Examples([[one] for one in self._examples], prompt, elem_id="examples")
+        labels = ("Output tokens", "Batch size", "Seed", "Top-k", "Top-p", "Temperature")
+        inputs = [prompt]
+        with gr.Row():
+            for label, value in zip(labels, astuple(default)[1:], strict=True):
+                digits = 0 if isinstance(value, int) else None
+                name = label.lower().replace(" ", "-")
+                inputs += [
+                    gr.Number(value, label=label, precision=digits, min_width=100, elem_id=name)
+                ]
+        return inputs
+
+    def _build_panel(self, model: DemoModel) -> Panel:
+        import gradio as gr
+
+        several, empty = len(self._models.models) > 1, "Nothing generated yet"
+        with gr.Column(min_width=280):
+            gr.HTML(head(model, self._first, self._colors[model.name]))
+            button = gr.Button("Generate", size="sm", visible=several)
+            text = gr.Textbox(
+                placeholder=empty, lines=10, max_lines=10, interactive=False, container=False
+            )
+            return Panel(model=model, button=button, text=text, figures=gr.HTML(figures(None)))
+
+    def _build_chart(self) -> gr.BarPlot:
+        import gradio as gr
+
+        return gr.BarPlot(
+            x="model",
+            y="tokens/s",
+            color="model",
+            color_map=self._colors,
+            colors_in_legend=[],
+            sort=list(self._colors),
+            label="Run",
+            height=180,
+            min_width=240,
+            visible=False,
+        )
+
+    def _connect(self, every: gr.Button, stop: gr.Button, reset: gr.Button) -> None:
+        import gradio as gr
+
+        outputs = [part for panel in self._panels for part in (panel.text, panel.figures)]
+        outputs += [*self._charts, self._history]
+        runs = [
+            button.click(
+                self._runner(panels),
+                inputs=[self._history, *self._inputs],
+                outputs=outputs,
+                show_progress="minimal",
+                show_progress_on=[panel.text for panel in panels],
+                **ONE_AT_A_TIME,
+                **PRIVATE,
+            )
+            for button, panels in [
+                (every, self._panels),
+                *((panel.button, [panel]) for panel in self._panels),
+            ]
+        ]
+        stop.click(None, cancels=runs, **PRIVATE)
+        everything = [*self._inputs, *outputs]
+        reset.click(self._start_over, outputs=everything, cancels=runs, queue=False, **PRIVATE)
         gr.api(self._api, api_name="generate", **ONE_AT_A_TIME)
 
-    def _connect_button(self, parts: _Parts, button: Any, places: list[int]) -> None:
-        shown = [*parts.panels, *_controls(parts, busy=False)]
-        button.click(
-            self._beginner(parts, places), outputs=[*shown, parts.ticket], **UNQUEUED
-        ).success(
-            self._runner(parts),
-            inputs=[parts.ticket, parts.rounds, parts.prompt, *parts.settings],
-            outputs=[*shown, parts.chart, parts.rounds],
-            api_visibility="private",
-            show_progress="hidden",
-            **ONE_AT_A_TIME,
-        )
+    def _runner(self, panels: list[Panel]) -> Callable[..., Iterator[dict[Any, Any]]]:
+        """What a button does: generate in these panels, one after another."""
 
-    def _beginner(self, parts: _Parts, places: list[int]) -> Callable[..., Any]:
-        def begin(request: Any) -> dict[Any, Any]:
-            panels = [parts.panels[place] for place in places]
-            if len(self._turns) >= MOST_VISITORS:
-                busy = markup.failed("too many requests are waiting. Try again in a moment")
-                return dict.fromkeys(panels, busy) | {parts.ticket: ""}
-            turn = self._turns[str(request.session_hash)] = _Turn(places)
-            waiting = dict.fromkeys(panels, markup.waiting())
-            return waiting | _controls(parts, busy=True) | {parts.ticket: turn.ticket}
+        def run(history: History, *inputs: Any) -> Iterator[dict[Any, Any]]:
+            request = Request(*inputs)
+            rates: dict[str, float] = {}
+            yield cleared(panels)
+            for panel in panels:
+                states = generate(self._models, panel.model, request, limits=self._limits)
+                try:
+                    with closing(states):
+                        for now in states:
+                            text = written(request.prompt, now.texts)
+                            yield {panel.text: text, panel.figures: figures(now)}
+                except ShortLLMError as error:
+                    yield {panel.figures: failure(error)}
+                    continue
+                rates[panel.model.name] = now.tokens_per_s or 0.0
+            if rates:  # once per run: a plot that is updated while it is drawn may stay as it was
+                batch = f" × {request.batch}" if request.batch > 1 else ""
+                title = f"Run {len(history) + 1}: {counted(request.new_tokens, 'token')}{batch}"
+                yield self._drawn([*history, (title, rates)])
 
-        return _told_who(begin)
+        return run
 
-    def _runner(self, parts: _Parts) -> Callable[..., Any]:
+    def _drawn(self, history: History) -> dict[Any, Any]:
+        """The charts of the last runs, the newest first, all to one scale."""
         import gradio as gr
+        import pandas as pd  # type: ignore[import-untyped]
 
-        def run(
-            ticket: str,
-            rounds: list[charts.Round],
-            prompt: str,
-            new_tokens: int,
-            batch: int,
-            seed: int,
-            top_k: int,
-            top_p: float,
-            temperature: float,
-            request: Any,
-        ) -> Iterator[Any]:
-            visitor = str(request.session_hash)
-            turn = self._turns.get(visitor)
-            if turn is None or turn.ticket != ticket:
-                yield gr.skip()
-                return
-            turn.begun = True
-            asked = Request(
-                prompt=prompt,
-                new_tokens=new_tokens,
-                batch=batch,
-                seed=seed,
-                top_k=top_k,
-                top_p=top_p,
-                temperature=temperature,
-            )
-            bars: list[charts.Bar] = []
-            try:
-                for place in turn.places:
-                    for shown, bar in self._written(place, asked, turn.stop):
-                        yield {parts.panels[place]: shown}
-                        bars += [bar] if bar else []
-                    if bars:
-                        number = rounds[-1].number + 1 if rounds else 1
-                        now = [*rounds, charts.Round.of(number, asked, bars)][-charts.ROUNDS :]
-                        yield {parts.chart: charts.chart(now), parts.rounds: now}
-            finally:
-                self._turns.pop(visitor, None)
-            yield _controls(parts, busy=False)
+        shown = history[-RUNS:][::-1]
+        highest = max((rate for _, rates in shown for rate in rates.values()), default=0)
+        updates: dict[Any, Any] = dict.fromkeys(self._charts, gr.update(visible=False))
+        for chart, (title, rates) in zip(self._charts, shown, strict=False):
+            # every chart has all models: the plot keeps the colors of those it had first
+            rows = [(name, rates.get(name)) for name in self._colors]
+            frame = pd.DataFrame(rows, columns=["model", "tokens/s"])
+            updates[chart] = gr.update(value=frame, y_lim=[0, highest], label=title, visible=True)
+        return updates | {self._history: history}
 
-        return _told_who(run)
-
-    def _written(
-        self, place: int, asked: Request, stop: threading.Event
-    ) -> Iterator[tuple[str, charts.Bar | None]]:
-        """The states of one panel, the last of a whole text with its bar."""
-        if stop.is_set():
-            yield markup.not_begun(), None
-            return
-        model = self._all[place]
-        try:
-            for progress in generate(self._models, model, asked, limits=self._limits, stop=stop):
-                bar = charts.Bar.of(model, place, progress)
-                yield markup.written(asked.prompt, progress), bar
-        except ShortLLMError as error:
-            yield markup.failed(str(error)), None
-
-    def _stopper(self, parts: _Parts) -> Callable[..., Any]:
-        import gradio as gr
-
-        def stop(request: Any) -> Any:
-            visitor = str(request.session_hash)
-            turn = self._turns.get(visitor)
-            if turn is None:
-                return gr.skip()
-            turn.stop.set()
-            if turn.begun:  # its run says so itself
-                return gr.skip()
-            del self._turns[visitor]
-            panels = [parts.panels[place] for place in turn.places]
-            return dict.fromkeys(panels, markup.not_begun()) | _controls(parts, busy=False)
-
-        return _told_who(stop)
-
-    def _defaults_again(self) -> list[Any]:
-        asked = self._defaults
-        settings = (
-            asked.new_tokens,
-            asked.batch,
-            asked.seed,
-            asked.top_k,
-            asked.top_p,
-            asked.temperature,
-        )
-        return [asked.prompt, *settings, *[markup.idle() for _ in self._all], "", []]
-
-    def _leave(self, request: Any) -> None:
-        """Nobody is there to read on."""
-        turn = self._turns.pop(str(request.session_hash), None)
-        if turn is not None:
-            turn.stop.set()
+    def _start_over(self) -> dict[Any, Any]:
+        """Everything as it was when the page was opened."""
+        inputs = dict(zip(self._inputs, astuple(self._defaults), strict=True))
+        return inputs | cleared(self._panels) | self._drawn([])
 
     def _api(
         self,
@@ -315,43 +239,148 @@ class Page:
         output_tokens: int = 64,
         batch_size: int = 1,
         seed: int = 0,
-        top_k: int = 50,
-        top_p: float = 0.95,
-        temperature: float = 1.0,
+        top_k: int = TOP_K,
+        top_p: float = TOP_P,
+        temperature: float = TEMPERATURE,
     ) -> dict[str, Any]:
         """Text of one model, by name."""
         import gradio as gr
 
-        asked = Request(
-            prompt=prompt,
-            new_tokens=output_tokens,
-            batch=batch_size,
-            seed=seed,
-            top_k=top_k,
-            top_p=top_p,
-            temperature=temperature,
-        )
+        request = Request(prompt, output_tokens, batch_size, seed, top_k, top_p, temperature)
         try:
             chosen = self._models.named(model)
-            *_, last = generate(self._models, chosen, asked, limits=self._limits)
+            *_, last = generate(self._models, chosen, request, limits=self._limits)
         except ShortLLMError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return asdict(last) | {"tokens_per_s": last.tokens_per_s}
 
 
-def _told_who(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose `request` gradio fills in with the visitor's: it goes by the type."""
-    import gradio as gr
-
-    handler.__annotations__["request"] = gr.Request
-    return handler
+def cleared(panels: list[Panel]) -> dict[Any, Any]:
+    """The panels without text and figures."""
+    texts: dict[Any, Any] = {panel.text: "" for panel in panels}
+    return texts | {panel.figures: figures(None) for panel in panels}
 
 
-def _controls(parts: _Parts, *, busy: bool) -> dict[Any, Any]:
-    """Buttons in and out of use."""
-    import gradio as gr
+def written(prompt: str, texts: list[str]) -> str:
+    """Prompt and text; the texts of a batch are numbered."""
+    if len(texts) == 1:
+        return prompt + texts[0]
+    numbered = [f"{number}. {text.lstrip()}" for number, text in enumerate(texts, 1)]
+    return "\n\n".join([prompt, *numbered])
 
-    buttons = [*parts.buttons, parts.every, parts.reset]
-    return {button: gr.update(interactive=not busy) for button in buttons} | {
-        parts.stop: gr.update(interactive=busy)
+
+def head(model: DemoModel, first: DemoModel, color: str) -> str:
+    """Name and size of a model, and a cell per block of the model it was shortened from.
+
+    A cell is filled as far as its block has parameters; a removed block is dashed.
+    """
+    info = model.info
+    largest = max(*info.parameters_per_block, *first.info.parameters_per_block)
+    part = dict(zip(model.kept, info.parameters_per_block, strict=True))
+    cells = "".join(
+        f'<i class="kept" style="--part: {part[block] / largest:.3f}"></i>'
+        if block in part
+        else '<i class="gone"></i>'
+        for block in range(model.source_blocks)
+    )
+    same = info.parameters == first.info.parameters
+    less = "" if same else change(first.info.parameters, info.parameters)
+    sizes = {
+        "parameters": f"{short_count(info.parameters)} {less}",
+        "blocks": str(info.blocks),
+        "size": short_bytes(info.bytes),
     }
+    label = f"{info.blocks} of {model.source_blocks} blocks"
+    return (
+        f'<div class="head" style="--color: {color}"><h3>{escape(model.name)}</h3>'
+        f'{numbers(sizes)}<div class="blocks" role="img" aria-label="{label}">{cells}</div></div>'
+    )
+
+
+def figures(progress: Progress | None) -> str:
+    """Time, tokens, throughput and memory of a text; a dash for what is not known."""
+    state = "idle" if progress is None else progress.state
+    shown = dict.fromkeys(("time", "tokens", "throughput", "first token", "memory"), NONE)
+    if progress and progress.tokens_per_s and progress.first_token_s:
+        shown = {
+            "time": f"{progress.seconds:.2f} s",
+            "tokens": f"{progress.tokens:,}",
+            "throughput": f"{progress.tokens_per_s:,.0f} tokens/s",
+            "first token": f"{1000 * progress.first_token_s:,.0f} ms",
+            "memory": short_bytes(progress.peak_bytes),
+        }
+    return f'<div class="figures" data-state="{state}">{numbers(shown)}</div>'
+
+
+def failure(error: ShortLLMError) -> str:
+    """Why a request was refused, in place of the figures."""
+    message = str(error)
+    sentence = escape(message[0].upper() + message[1:])
+    return f'<div class="figures" data-state="failed"><p role="alert">{sentence}.</p></div>'
+
+
+def numbers(values: Mapping[str, str]) -> str:
+    """Names above their values."""
+    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
+    return f'<dl class="numbers">{"".join(pairs)}</dl>'
+
+
+def serve(
+    models: Models,
+    *,
+    limits: Limits,
+    host: str = LOCALHOST,
+    port: int | None = None,
+    share: bool = False,
+) -> tuple[gr.Blocks, str]:
+    """Serve the page from background threads; returns the page and its address.
+
+    The default port is the first free one from 7860 on. `share` adds a public address that gradio
+    gives out for a week.
+    """
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
+
+    if share or host not in (LOCALHOST, "localhost", "::1"):
+        log.warning("anyone who can reach the page can use the models: there are no accounts")
+    page = Page(models, limits).blocks
+    sans, mono = (  # of the system: others would be loaded from elsewhere
+        [gr.themes.Font(name) for name in names]
+        for names in (("system-ui", "sans-serif"), ("ui-monospace", "monospace"))
+    )
+    try:
+        _, local, public = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            allowed_paths=[],
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=gr.themes.Default(primary_hue="blue", font=sans, font_mono=mono),
+            css=CSS,
+            app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, dispatch=guard)]},
+        )
+    except OSError as error:
+        where = host if port is None else f"port {port} of {host}"
+        raise ShortLLMError(
+            f"{where} is in use or not an address of this machine. Give another --port or --host"
+        ) from error
+    return page, public or local
+
+
+async def guard(request: HTTPRequest, pass_on: RequestResponseEndpoint) -> Response:
+    """Refuse uploads, for which the page has no use, and content from other servers."""
+    from starlette.responses import PlainTextResponse
+
+    if "/upload" in request.url.path:
+        return PlainTextResponse("uploads are not allowed", 403)
+    response = await pass_on(request)
+    response.headers["content-security-policy"] = OWN_CONTENT
+    return response

@@ -1,7 +1,7 @@
 """A small world that comes with the package, so that everything works offline and in minutes.
 
-`world` writes little stories, `questions` asks about them in multiple-choice form, and `model/`
-holds a Llama-architecture model that `train` made from them. Importing this package loads neither
+`world` writes little stories, `questions` asks about them in multiple-choice form, and `model/` has
+a Llama model trained on them by `tools/embedded/train.py`. Importing this package loads neither
 torch nor transformers.
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["MODEL_DIR", "TASKS_DIR", "rows", "tasks"]
 
 MODEL_DIR = Path(__file__).parent / "model"
-"""The embedded model: a directory for `from_pretrained`, with `training.json` beside it."""
+"""The embedded model: a directory for `from_pretrained`, with `training.json` in it."""
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 """The task sets as YAML files: an include path for lm-evaluation-harness."""

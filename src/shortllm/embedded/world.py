@@ -80,7 +80,7 @@ class Story:
         return _SPLIT_OF_BUCKET.get(zlib.crc32(self.text.encode()) % _BUCKETS, "train")
 
     def __str__(self) -> str:
-        """The story as it stands in a page, every question with its answer."""
+        """The story as it appears in a page, every question with its answer."""
         return "\n".join(
             [
                 self.text,

@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
 
 
-class EvaluationOptions(Record):
-    """On what, and how, models are measured; the defaults are the paper protocol."""
+class EvaluationOptions(Options):
+    """On what, and how, models are measured; the defaults are the protocol of Shortened LLaMA."""
 
-    data: list[str] = Field(
+    panel: ClassVar[str] = "Evaluation"
+
+    data: Annotated[list[str], Flag(repeated=True)] = Field(
         default_factory=list,
-        description="data sources; default: calibration rows kept apart, or wikitext2 and ptb",
+        description="Text to measure perplexity on; can be repeated. Default: rows of --data that "
+        "calibration did not use, or wikitext2 and ptb.",
     )
-    length: int = Field(default=128, description="tokens per segment; 2048 is the usual protocol")
+    length: int = Field(
+        default=128, ge=2, description="Tokens per window; 2048 is the usual protocol."
+    )
     bos: Literal["first", "every", "none"] | None = Field(
-        default=None, description="default: first; every for Gemma types"
+        default=None,
+        description="Add BOS before the first window or before every one. Default: first; every "
+        "for Gemma models.",
     )
     max_segments: int | None = Field(
-        default=None, description="measure only the first so many segments"
+        default=None, ge=1, description="Measure only this many windows."
     )
-    prompt: str | None = Field(default=None, description="prompt of the generation samples")
-    continuations: int = Field(default=5, description="generation samples per model; 0 for none")
-    new_tokens: int = 128
-    seed: int = 0
-    tasks: list[str] = Field(
-        default_factory=list, description="zero-shot tasks by name, or the sets paper and embedded"
+    prompt: str | None = Field(default=None, description="Prompt of the generated samples.")
+    continuations: int | None = Field(
+        default=None,
+        ge=0,
+        description="Generated samples per model; 0 for none. Default: 5 in a run, none in eval.",
+    )
+    new_tokens: int = Field(default=128, ge=1, description="Tokens of each generated sample.")
+    seed: Annotated[int, Flag(hidden=True)] = Field(
+        default=0, description="Seed of the generated samples."
+    )
+    tasks: Annotated[list[str], Flag(metavar="TASK,TASK")] = Field(
+        default_factory=list,
+        description="Zero-shot tasks of lm-evaluation-harness, e.g. boolq,piqa. paper: the seven "
+        "of Shortened LLaMA; embedded: those of the embedded model.",
     )
     task_data: Path | None = Field(
-        default=None, description="directory of the tasks' documents; default: SHORTLLM_DATA, Hub"
+        default=None,
+        description="Directory of the tasks' documents, DIR/TASK/SPLIT.jsonl. Default: "
+        "SHORTLLM_DATA, then the Hub.",
     )
-    limit: int | None = Field(default=None, ge=1, description="documents per task; default: all")
-    batch_size: int = Field(default=8, ge=1, description="sequences per forward pass of a task")
+    limit: int | None = Field(
+        default=None, ge=1, description="Ask only this many documents of each task."
+    )
+    batch_size: int = Field(default=8, ge=1, description="Sequences per forward pass of a task.")
 
 
 class Perplexity(Record):

@@ -8,13 +8,12 @@ here with nothing removed, so that a model is measured that does not fit into me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.data.calibration import tokens_fingerprint
 from shortllm.data.rows import Rows
 from shortllm.data.texts import Segments
@@ -23,9 +22,8 @@ from shortllm.evaluation.options import Perplexity, Samples
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity
-from shortllm.model.walk import mean_nll
-
-Advance = Callable[[float], None]
+from shortllm.model.walk import NOTHING, mean_nlls
+from shortllm.runtime import Advance
 
 TOP_K = 50
 
@@ -58,7 +56,9 @@ def measure_perplexity(
     Raises:
         CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
     """
-    return as_perplexity(text, mean_nll(decoder, text.segments.ids, memory=memory, advance=advance))
+    ids_BT = text.segments.ids
+    [nll] = mean_nlls(decoder, ids_BT, [NOTHING], memory=memory, advance=advance)
+    return as_perplexity(text, nll)
 
 
 def as_perplexity(text: EvaluationText, nll: float) -> Perplexity:
@@ -105,7 +105,7 @@ def generate_samples(
     device = next(model.parameters()).device
     encoded = tokenizer(prompt, return_tensors="pt").to(device)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    room = getattr(text_config(model.config), "max_position_embeddings", None)
+    room = context_length(model.config)
     if room is not None:
         new_tokens = max(1, min(new_tokens, room - ids.shape[1]))
     with (

@@ -8,7 +8,7 @@ The result is a plain checkpoint with the same names, shapes and types, and no n
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import PROVENANCE, renumbered_tensors
+from shortllm.surgery.apply import PROVENANCE, Lineage, lineage, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.data.calibration import Calibration
-    from shortllm.retraining.distillation import Lineage
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +172,6 @@ def origin_of(checkpoint: Checkpoint) -> Lineage:
     Raises:
         CheckpointError: its config.json does not say.
     """
-    from shortllm.retraining.distillation import lineage
-
     try:
         return lineage(checkpoint)
     except CheckpointError as error:
@@ -293,33 +290,22 @@ def _draft(
 def _expected(task: Task, healed: Healed) -> tuple[Tensor, bool]:
     """What the result must compute, and whether it must with a cache too."""
     from shortllm.healing.folding import folded_into
-    from shortllm.surgery.verify import bypass_logits, caches_rightly
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
 
     with folded_into(task.decoder, healed.folds):
-        return bypass_logits(task.decoder, task.removed), caches_rightly(task.decoder)
+        return bypass_logits(task.decoder, task.removed), kv_cache_matches(task.decoder)
 
 
 def _measure(task: Task, healed: Healed) -> HeldOut:
     """Mean next-token loss of source, shortened and healed model on the held-out samples."""
     from shortllm.healing.folding import folded_into
-    from shortllm.model.metrics import next_token_nll
-    from shortllm.model.walk import NOTHING, walk
+    from shortllm.model.walk import NOTHING, mean_nlls
 
     decoder, memory, ids_BT = task.decoder, task.memory, task.ids_BT[-task.held_out :]
-
-    def losses(removals: list[Collection[int]]) -> list[float]:
-        totals = [0.0] * len(removals)
-
-        def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-            totals[m] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-        walk(decoder, ids_BT, removals, consume=consume, memory=memory)
-        return [total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1)) for total in totals]
-
     gone = frozenset(task.removed)
-    before, shortened = losses([NOTHING, gone])
+    before, shortened = mean_nlls(decoder, ids_BT, [NOTHING, gone], memory=memory)
     with folded_into(decoder, healed.folds):
-        [after] = losses([gone])
+        [after] = mean_nlls(decoder, ids_BT, [gone], memory=memory)
     if after > shortened:
         log.warning(
             "on held-out text the healed model is worse than the shortened one: %.4f compared with "

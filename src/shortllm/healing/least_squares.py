@@ -50,9 +50,9 @@ from shortllm.healing.folding import Added, Fold, fold, folded_into
 from shortllm.healing.methods import Healed
 from shortllm.healing.options import HealedGap
 from shortllm.model.decoder import Decoder
-from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.walk import Advance, block_flops, enter_groups, group_size
+from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
 from shortllm.pruning.budget import Gap, gaps_of
+from shortllm.runtime import Advance
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `M` summed over tokens."""
@@ -277,31 +277,19 @@ class _Walk:
     ) -> None:
         self._decoder = decoder
         self._weighted = weighted
-        size = group_size(decoder, ids_BT.shape[1])
-        self._groups = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
-        self._entries = enter_groups(decoder, [ids_BT[rows] for rows in self._groups])
-        shape = (len(ids_BT), *self._entries[0].stream_BTD.shape[1:])
-
-        def allocate() -> Tensor:
-            return memory.allocate(shape, decoder.stream_dtype, decoder.device)
-
-        self._allocate = allocate
-        self._source = allocate()
-        self._healed: Tensor | None = None  # until they part there is one stream
-        for rows, entry in zip(self._groups, self._entries, strict=True):
-            self._source[rows] = entry.stream_BTD
+        self._groups = SampleGroups(decoder, ids_BT, memory)
+        self._source = self._groups.entering()
+        self._healed: Tensor | None = None  # one stream until they differ
 
     def through(self, visit: Visit) -> None:
         """Take one or both hidden states through the block."""
         if visit.source != visit.healed and self._healed is None:
-            self._healed = self._allocate()
-            self._healed.copy_(self._source)
+            self._healed = self._groups.allocate().copy_(self._source)
         streams = [self._source] if visit.source else []
         if visit.healed and self._healed is not None:
             streams.append(self._healed)
         for stream in streams:
-            for rows in range(len(self._groups)):
-                self._apply(visit.block, stream, rows, keep=True)
+            self._groups.apply(visit.block, stream)
 
     def measure(self, b: int, added: Added, fitted: int) -> tuple[GapSums, GapSums]:
         """What block `b` adds to the healed hidden state compared with where the source is, for the
@@ -311,9 +299,9 @@ class _Walk:
         width = self._healed.shape[-1]
         sums = tuple(GapSums(width, decoder.device, weighted=self._weighted) for _ in range(2))
         module = decoder.blocks[b].get_submodule(added.name)
-        for group, rows in enumerate(self._groups):
+        for group, rows in enumerate(self._groups.rows):
             with _outputs_of(module) as seen:
-                after_BTD = self._apply(b, self._healed, group, keep=False)
+                after_BTD = self._groups.after(b, self._healed, group)
             added_BTD = added.scale * seen[0].double().view(after_BTD.shape)
             wanted_BTD = self._source[rows].to(decoder.device)
             border = min(max(fitted - rows.start, 0), len(after_BTD))
@@ -322,15 +310,6 @@ class _Walk:
                     *(one[part].flatten(0, 1) for one in (added_BTD, after_BTD, wanted_BTD))
                 )
         return sums[0], sums[1]
-
-    def _apply(self, b: int, stream_BTD: Tensor, group: int, *, keep: bool) -> Tensor:
-        """Take one group of samples through block `b`."""
-        rows, entry = self._groups[group], self._entries[group]
-        before_BTD = stream_BTD[rows].to(self._decoder.device)
-        after_BTD = self._decoder.apply(b, before_BTD, entry.calls[b])
-        if keep:
-            stream_BTD[rows] = after_BTD.to(stream_BTD)
-        return after_BTD
 
 
 @contextmanager

@@ -26,18 +26,11 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
 from shortllm.merging.options import Merge, MergeOptions
 from shortllm.model.decoder import Decoder
-from shortllm.model.hidden_states import StreamMemory
+from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
 from shortllm.model.metrics import cosine, next_token_nll, perplexity
-from shortllm.model.walk import (
-    Advance,
-    block_flops,
-    enter_groups,
-    group_size,
-    slice_tokens,
-    targets,
-    token_slices,
-)
+from shortllm.model.walk import slice_tokens, targets, token_slices
 from shortllm.pruning.budget import gaps_of
+from shortllm.runtime import Advance
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +153,11 @@ class Merger:
         self._advance = advance
         self._tokens = ids_BT.numel()
         self._ids_BT = ids_BT.to(decoder.device)
-        size = group_size(decoder, ids_BT.shape[1])
-        self._groups = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
-        self._entries = enter_groups(decoder, [ids_BT[rows] for rows in self._groups])
+        self._groups = SampleGroups(decoder, ids_BT, memory)
         count = decoder.block_count
-        shape = (len(ids_BT), *self._entries[0].stream_BTD.shape[1:])
-        self._memory = memory
-        self._entering = memory.allocate(
-            (count + 1 - first, *shape), decoder.stream_dtype, decoder.device
-        )
-        """The original's hidden state entering each block from `first` on, and leaving the last."""
-        stream_BTD = memory.allocate(shape, decoder.stream_dtype, decoder.device)
-        for rows, entry in zip(self._groups, self._entries, strict=True):
-            stream_BTD[rows] = entry.stream_BTD
+        self._entering = self._groups.allocate(count + 1 - first)
+        """The original's stream entering each block from `first` on, and leaving the last."""
+        stream_BTD = self._groups.entering()
         for b in decoder.through(range(count)):
             if b >= first:
                 self._entering[b - first] = stream_BTD
@@ -181,19 +166,14 @@ class Merger:
 
     @torch.no_grad()
     def _apply(self, b: int, stream_BTD: Tensor) -> None:
-        """Take a hidden state through block `b`, in place."""
-        for rows, entry in zip(self._groups, self._entries, strict=True):
-            before_BTD = stream_BTD[rows].to(self._decoder.device)
-            stream_BTD[rows] = self._decoder.apply(b, before_BTD, entry.calls[b]).to(stream_BTD)
+        """Take a stream through block `b`, in place."""
+        self._groups.apply(b, stream_BTD)
         self._advance(block_flops(self._decoder, b) * self._tokens)
 
     def final(self, blocks: Sequence[Merged], place: int) -> Tensor:
         """The final hidden state, `[B, T, D]`; below `place` all blocks are original."""
         entering_BTD = self._entering[blocks[place].block - self._first]
-        stream_BTD = self._memory.allocate(
-            entering_BTD.shape, self._decoder.stream_dtype, self._decoder.device
-        )
-        stream_BTD.copy_(entering_BTD)
+        stream_BTD = self._groups.allocate().copy_(entering_BTD)
         above = blocks[place:]
         order = self._decoder.through([one.block for one in above])
         for one, b in zip(above, order, strict=True):
@@ -211,7 +191,7 @@ class Merger:
         original's."""
         found_BTD, wanted_BTD = self.final(blocks, place), self._entering[-1]
         total = 0.0
-        for rows in self._groups:
+        for rows in self._groups.rows:
             total += cosine(found_BTD[rows], wanted_BTD[rows]).double().sum().item()
         return total / self._tokens
 

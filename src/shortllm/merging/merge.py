@@ -127,13 +127,13 @@ def _draft(
 ) -> Draft:
     """Find the sums, and describe the checkpoint made of them."""
     from shortllm.merging.laco import merged_tensors
-    from shortllm.surgery.verify import caches_rightly
+    from shortllm.surgery.verify import kv_cache_matches
 
     swept, perplexities = _swept(checkpoint, options, calibration.ids, session)
     kept = [one.block for one in swept.blocks]
     config = check_removal(checkpoint, kept)
     logits = _logits(session.decoder(checkpoint), checkpoint, swept.blocks, session)
-    cached = caches_rightly(session.decoder(checkpoint))
+    cached = kv_cache_matches(session.decoder(checkpoint))
     removed = sorted(set(range(checkpoint.block_count)) - set(kept))
     sums = {one.block: dict(one.counts) for one in swept.blocks if one.changed}
     record = {
@@ -201,7 +201,7 @@ def _places(options: MergeOptions, count: int) -> list[int]:
 
 def _work(decoder: Decoder, options: MergeOptions, tokens: int) -> float:
     """Floating-point operations if every place is tried and everything above it kept: at most."""
-    from shortllm.model.walk import block_flops
+    from shortllm.model.hidden_states import block_flops
 
     count = decoder.block_count
     one = [block_flops(decoder, b) for b in range(count)]

@@ -1,11 +1,9 @@
-"""Live models: their blocks found by structure, and walks over them.
+"""Models in memory or streamed from files; nothing here depends on the name of a family.
 
-    loading.py    a checkpoint in memory          blocks.py    its blocks, by structure
-    calls.py      how a block is called           decoder.py   entry, blocks, tail
-    streamed.py   blocks read from files          streams.py   where hidden streams are kept
-    walk.py       many shortened models at once   backward.py  gradients, block by block
-    bypass.py     a model without some blocks     shapes.py    blocks that differ in width
-
-Nothing here goes by the name of a family. Importing this package alone loads neither torch nor
-transformers.
+blocks.py         find the list of blocks        structure.py  the model of a config, empty
+loading.py        a checkpoint in memory         shapes.py     blocks that differ in width
+session.py        the one open model             decoder.py    embed, blocks, head
+streamed.py       blocks read from files         hidden_states.py  where hidden states are kept
+walk.py           many removals in one pass      backward.py   gradients, block by block
+bypass.py         run without some blocks        metrics.py    NLL, KL, cosine
 """

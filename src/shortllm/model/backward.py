@@ -1,12 +1,13 @@
 """Gradients of the loss, one block at a time, so that those of a whole model never exist.
 
-    forward    the stream entering each block is kept, and the last one
+    forward    keep the stream entering each block, and the one leaving the last
     tail       gradient of the mean next-token NLL for the stream after the last block
-    backward   from the last block to the first: run the block again, now with gradients; what flows
-               into it goes on to the block before, that of its weights is handed out and let go
+    backward   from the last block to the first: run the block again, now with gradients; pass the
+               gradient of its input to the block before, hand out those of its weights and free
+               them
 
-Takes the memory of one block's gradients, in float32, besides the L+1 streams. Works the same for
-blocks in memory and blocks that are read when needed.
+Takes the memory of one block's gradients, in float32, in addition to the L+1 streams. Works the
+same for blocks in memory and blocks that are read when needed.
 
 Shapes: B samples, T tokens per sample, D width, N predictions of one slice.
 """
@@ -23,20 +24,9 @@ from torch import Tensor, nn
 from shortllm.checkpoint.names import is_weight
 from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder, Entry
-from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.walk import (
-    Advance,
-    Observer,
-    block_flops,
-    enter_groups,
-    group_size,
-    head_flops,
-    slice_tokens,
-    targets,
-    token_slices,
-    walk,
-)
-from shortllm.runtime import ALONE, Ranks
+from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops, head_flops
+from shortllm.model.walk import Observer, slice_tokens, targets, token_slices, walk
+from shortllm.runtime import ALONE, Advance, Ranks
 
 Receive = Callable[[int, dict[str, Tensor]], None]
 
@@ -44,16 +34,20 @@ Receive = Callable[[int, dict[str, Tensor]], None]
 class _Inputs:
     """Keeps the stream entering each of the walked blocks, and the one leaving the last."""
 
-    def __init__(self, place: dict[int, int], kept: Tensor) -> None:
-        self._place = place
-        self.kept_SBTD = kept
-        self.state = {"inputs": kept}
+    def __init__(self, blocks: Sequence[int], kept_SBTD: Tensor) -> None:
+        self._place = {b: place for place, b in enumerate(blocks)}
+        self.kept_SBTD = kept_SBTD
+        self.state = {"inputs": kept_SBTD}
 
     def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
         place = self._place[b]
         self.kept_SBTD[place, rows] = before_BTD.to(self.kept_SBTD)
         if place == len(self._place) - 1:
             self.kept_SBTD[-1, rows] = after_BTD.to(self.kept_SBTD)
+
+    def entering(self, b: int) -> Tensor:
+        """The stream entering block `b`, `[B, T, D]`."""
+        return self.kept_SBTD[self._place[b]]
 
 
 def walk_back(
@@ -77,36 +71,25 @@ def walk_back(
 
     Args:
         blocks: the blocks the model has, ascending; the others are left out.
-        receive: called as `receive(b, products)` from the last block to the first; `products` holds
+        receive: called as `receive(b, products)` from the last block to the first; `products` has
             for each weight tensor of block `b` its signed product with the gradient, float32.
         each: called before it in the same way, once for each sample with that sample's share of
             the products; samples then go through the blocks one at a time.
-        observe: see the forward pass.
-        results: what was made of the products so far, for the journal; `restore` takes it back.
+        observe: observers of the forward pass.
+        results: returns the results so far, for the journal; `restore` gets them back.
     """
-    memory, journal = memory or StreamMemory(), journal or Journal(None, "")
-    removed = frozenset(range(decoder.block_count)) - set(blocks)
-    groups = _groups(decoder, ids_BT) if each is None else _single(ids_BT)
-    entries = enter_groups(decoder, [ids_BT[rows] for rows in groups])
-    shape = (len(blocks) + 1, len(ids_BT), *entries[0].stream_BTD.shape[1:])
-    kept_SBTD = memory.allocate(shape, decoder.stream_dtype, decoder.device)
-    inputs = _Inputs({b: place for place, b in enumerate(blocks)}, kept_SBTD)
-
-    state = {name: tensor for observer in observe for name, tensor in observer.state.items()}
-    state["inputs"] = kept_SBTD
-    forward, back = journal.part("forward"), journal.part("backward")
+    back = journal.part("backward") if journal else Journal(None, "")
+    groups = SampleGroups(decoder, ids_BT, memory, size=None if each is None else 1)
+    inputs = _Inputs(blocks, groups.allocate(len(blocks) + 1))
+    state = {n: tensor for one in (*observe, inputs) for n, tensor in one.state.items()}
     position = back.position()
     if position is None:
+        removed = frozenset(range(decoder.block_count)) - set(blocks)
         walk(
-            decoder,
-            ids_BT,
-            [removed],
-            observe=[inputs, *observe],
-            advance=advance,
-            memory=memory,
-            journal=forward,
-        )
-        gradient_BTD = _tail_gradient(decoder, ids_BT, kept_SBTD[-1], ranks, advance)
+            decoder, ids_BT, [removed], observe=[inputs, *observe], advance=advance, memory=memory,
+            journal=journal.part("forward") if journal else None,
+        )  # fmt: skip
+        gradient_BTD = _tail_gradient(decoder, ids_BT, inputs.kept_SBTD[-1], ranks, advance)
         done = 0
     else:
         done = int(position["done"])
@@ -115,31 +98,41 @@ def walk_back(
         gradient_BTD = back.tensor("gradient").to(decoder.device)
         restore(position["results"])
         advance(_flops_before(decoder, blocks, done, ids_BT))
-    order = list(reversed(blocks))[done:]
-    for b in decoder.through(order):
-        place = blocks.index(b)
-        gradients: dict[str, Tensor] = {}
-        for rows, entry in zip(groups, entries, strict=True):
-            before_BTD = kept_SBTD[place, rows].to(decoder.device)
-            own = gradients if each is None else {}
-            gradient_BTD[rows] = _block_gradient(
-                decoder, b, entry, before_BTD, gradient_BTD[rows], own
-            )
-            if each is not None:
-                _add_up(gradients, own)
-                each(b, _products(decoder, b, own, ALONE))
+    for b in decoder.through(list(reversed(blocks))[done:]):
+        before_BTD = inputs.entering(b)
+        gradients = _through_back(groups, b, before_BTD, gradient_BTD, each)
         receive(b, _products(decoder, b, gradients, ranks))
         gradients.clear()
         advance(3 * block_flops(decoder, b) * ids_BT.numel())
         done += 1
-        # with several ranks all would have to be found at the same block again
-        if journal.due() and ranks.count == 1:
+        # several processes would all have to resume at the same block
+        if back.due() and ranks.count == 1:
             first = back.position() is None
             back.commit(
                 {"done": done, "results": results()},
                 {"gradient": gradient_BTD, **(state if first else {})},
                 keep=() if first else state,
             )
+
+
+def _through_back(
+    groups: SampleGroups, b: int, before_BTD: Tensor, gradient_BTD: Tensor, each: Receive | None
+) -> dict[str, Tensor]:
+    """Take the gradient of all samples back through block `b`, in place; returns its weights'."""
+    decoder = groups.decoder
+    gradients: dict[str, Tensor] = {}
+    for rows, entry in groups:
+        own = gradients if each is None else {}
+        gradient_BTD[rows] = _block_gradient(
+            decoder, b, entry, before_BTD[rows].to(decoder.device), gradient_BTD[rows], own
+        )
+        if each is not None:
+            for name, gradient in own.items():
+                gradients[name] = (
+                    gradients[name].add_(gradient) if name in gradients else gradient.clone()
+                )
+            each(b, _products(decoder, b, own, ALONE))
+    return gradients
 
 
 def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
@@ -152,20 +145,6 @@ def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in block.named_parameters()
         if parameter.is_floating_point() and is_weight(name, parameter.ndim)
     }
-
-
-def _groups(decoder: Decoder, ids_BT: Tensor) -> list[slice]:
-    size = group_size(decoder, ids_BT.shape[1])
-    return [slice(row, row + size) for row in range(0, len(ids_BT), size)]
-
-
-def _single(ids_BT: Tensor) -> list[slice]:
-    return [slice(row, row + 1) for row in range(len(ids_BT))]
-
-
-def _add_up(totals: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
-    for name, gradient in gradients.items():
-        totals[name] = totals[name].add_(gradient) if name in totals else gradient.clone()
 
 
 def _tail_gradient(
@@ -196,10 +175,9 @@ def _block_gradient(
     gradient_BTD: Tensor,
     gradients: dict[str, Tensor],
 ) -> Tensor:
-    """Run block `b` again and take the gradient through it.
+    """Run block `b` again and take the gradient through it; returns that of its input.
 
-    Adds those of its weights to `gradients` in float32, each as soon as it is there, and returns
-    that of its input.
+    Gradients of its weights are added to `gradients` in float32, each as soon as it exists.
     """
     before_BTD = before_BTD.detach().clone().requires_grad_()
     hooks = []
@@ -231,7 +209,7 @@ def _block_gradient(
 def _products(
     decoder: Decoder, b: int, gradients: dict[str, Tensor], ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Weight times gradient of all ranks; an expert that no token was sent to has none of it."""
+    """Weight times gradient of all ranks; zero for an expert that no token was sent to."""
     weights = block_weights(decoder.blocks[b])
     for name, weight in weights.items():
         if name not in gradients:
@@ -241,7 +219,7 @@ def _products(
 
 
 def _flops_before(decoder: Decoder, blocks: Sequence[int], done: int, ids_BT: Tensor) -> float:
-    """Operations that an interrupted pass had done before block `done` from the end."""
+    """Operations that an interrupted pass had done, `done` blocks of the way back included."""
     forward = sum(block_flops(decoder, b) for b in blocks) * ids_BT.numel()
     head = 2 * head_flops(decoder) * ids_BT.shape[0] * (ids_BT.shape[1] - 1)
     back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])

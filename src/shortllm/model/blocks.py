@@ -1,26 +1,17 @@
 """Find the parts of a live decoder by structure: its block list, whatever the family calls it.
 
 The block list is the module list whose length is the config's block count and whose members the
-text decoder runs one after the other. No family name is looked at.
+text decoder runs one after the other. No family name is read.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from shortllm.checkpoint.config import (
-    _config_type,
-    auto_class,
-    block_count,
-    is_own_code,
-    text_config,
-)
+from shortllm.checkpoint.config import block_count, text_config
 from shortllm.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
@@ -54,8 +45,7 @@ def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
         names = ", ".join(name for name, _ in outer) or "none"
         raise UnsupportedModelError(
             f"model type '{config.model_type}' has {count} blocks, but the module lists of that "
-            "length "
-            f"are: {names}. Exactly one is needed to know which blocks can go"
+            f"length are: {names}. Exactly one is needed to know which blocks can go"
         )
     return outer[0]
 
@@ -64,28 +54,14 @@ def _have_parts(modules: nn.ModuleList) -> bool:
     return all(any(True for _ in module.children()) for module in modules)
 
 
-def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a config on the meta device: its structure without memory for its weights.
-
-    Args:
-        dtype: type of the parameters; default: the config's.
-    Raises:
-        UnsupportedModelError: transformers cannot build it from this config.
-    """
-    import torch
-
-    try:
-        with torch.device("meta"):
-            arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-            if is_own_code(config):
-                arguments["trust_remote_code"] = True
-            model: nn.Module = auto_class(config).from_config(config, **arguments)
-    except Exception as error:  # model classes raise whatever a config's values lead to
-        raise UnsupportedModelError(
-            f"transformers cannot build model type '{config.model_type}' from this config: "
-            f"{str(error) or type(error).__name__}"
-        ) from error
-    return model
+def _config_type(model: nn.Module, name: str) -> str | None:
+    """Model type of the nearest config above the module `name`."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return str(getattr(config, "model_type", None))
+    return None
 
 
 def is_projection(module: nn.Module) -> bool:

@@ -61,14 +61,6 @@ class BlockCall:
         return kwargs["hidden_states"], BlockCall((), rest, "hidden_states")
 
 
-def equal_calls(one: Sequence[BlockCall], other: Sequence[BlockCall]) -> bool:
-    """Whether two batches call the blocks with the same arguments."""
-    return all(
-        equal_arguments((a.args, a.kwargs), (b.args, b.kwargs), opaque=False)
-        for a, b in zip(one, other, strict=True)
-    )
-
-
 def equal_arguments(one: Any, other: Any, *, opaque: bool) -> bool:
     """Deep equality of call arguments, tensors and plain values by value.
 

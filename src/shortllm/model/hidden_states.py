@@ -1,4 +1,16 @@
-"""Where hidden streams are kept during a walk: in memory, or in a file above a limit."""
+"""Hidden states of calibration samples on their way through the blocks.
+
+    groups = SampleGroups(decoder, ids_BT, memory)
+    stream_BTD = groups.entering()                  what enters block 0, of all samples
+    for b in decoder.through(range(decoder.block_count)):
+        groups.apply(b, stream_BTD)                 in place, one group of samples at a time
+
+Samples go through a block in groups: of enough tokens to keep the matrix unit busy, of few enough
+to stay in a CPU's cache. `StreamMemory` decides where the hidden states of all samples are kept: on
+the device, in main memory, or above a limit in a file.
+
+Shapes: B samples, T tokens each, D width.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +19,15 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shortllm.files import explained, require_writable
+from shortllm.files import require_writable, translate_os_errors
+from shortllm.model.decoder import BlockCall, Decoder, Entry, equal_arguments
 from shortllm.runtime import available_memory
 
 log = logging.getLogger(__name__)
@@ -22,21 +35,25 @@ log = logging.getLogger(__name__)
 SHARE_OF_FREE = 0.5
 """Part of the free memory that streams may take where no limit is given."""
 
+CPU_GROUP_TOKENS = 512
+GPU_GROUP_TOKENS = 8192
+"""Tokens of one group."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamMemory:
-    """How much memory streams may take, and where they go beyond it."""
+    """How much memory streams may take, and where larger ones are kept."""
 
     limit: int | None = None
-    """Bytes; None: half of what is free when they are made."""
+    """Bytes; None: half of what is free at allocation."""
     directory: Path | None = None
-    """Where the file lies; None: the system's temporary directory."""
+    """Directory of the file; None: the system's temporary directory."""
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for streams of `shape`, not initialised.
 
         On `device` if it fits within the limit there, else in main memory, else memory-mapped from
-        a file that nobody else sees and that is gone with the tensor.
+        an unnamed file that is deleted with the tensor.
 
         Raises:
             OutputError: there is no space for the file.
@@ -56,7 +73,7 @@ class StreamMemory:
 
     def _on_disk(self, shape: Sequence[int], dtype: torch.dtype, size: int) -> Tensor:
         directory = self.directory or Path(tempfile.gettempdir())
-        with explained(directory, needed_bytes=size, way_out="raise --max-memory"):
+        with translate_os_errors(directory, needed_bytes=size, hint="raise --max-memory"):
             directory.mkdir(parents=True, exist_ok=True)
             require_writable(directory, size)
             log.info("streams of %.1f GiB are kept in a file in %s", size / 2**30, directory)
@@ -71,10 +88,103 @@ class StreamMemory:
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Take the space of a file now: of a mapped one that runs out of it the process is killed."""
+    """Reserve the space of a file: a process that writes to a mapped one without it is killed."""
     if hasattr(os, "posix_fallocate") and size:
         try:
             os.posix_fallocate(handle, 0, size)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
+
+
+class SampleGroups:
+    """Samples that go through the blocks of a model group by group."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids_BT: Tensor,
+        memory: StreamMemory | None = None,
+        *,
+        size: int | None = None,
+    ) -> None:
+        """
+        Args:
+            memory: where the streams of all samples are kept.
+            size: samples of a group; default: as many as are fastest.
+        """
+        self.decoder = decoder
+        self.ids_BT = ids_BT
+        self._memory = memory or StreamMemory()
+        size = size or group_size(decoder, ids_BT.shape[1])
+        self.rows = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
+        self.entries = enter_groups(decoder, [ids_BT[rows] for rows in self.rows])
+
+    def __iter__(self) -> Iterator[tuple[slice, Entry]]:
+        """Each group's samples, and how the blocks are called on it."""
+        return zip(self.rows, self.entries, strict=True)
+
+    def allocate(self, *leading: int) -> Tensor:
+        """Memory for the streams of all samples, `[*leading, B, T, D]`, not initialised."""
+        shape = (*leading, len(self.ids_BT), *self.entries[0].stream_BTD.shape[1:])
+        return self._memory.allocate(shape, self.decoder.stream_dtype, self.decoder.device)
+
+    def enter(self, stream_BTD: Tensor) -> Tensor:
+        """Fill a stream with what enters block 0."""
+        for rows, entry in self:
+            stream_BTD[rows] = entry.stream_BTD
+        return stream_BTD
+
+    def entering(self) -> Tensor:
+        """The stream entering block 0, `[B, T, D]`."""
+        return self.enter(self.allocate())
+
+    def after(self, b: int, stream_BTD: Tensor, group: int) -> Tensor:
+        """The stream of one group after block `b`; `stream_BTD` is that of all samples before."""
+        before_BTD = stream_BTD[self.rows[group]].to(self.decoder.device)
+        return self.decoder.apply(b, before_BTD, self.entries[group].calls[b])
+
+    def apply(self, b: int, stream_BTD: Tensor, *, keep: bool = True) -> None:
+        """Take the stream of all samples through block `b`, in place.
+
+        Args:
+            keep: False: only run the block, and leave the stream as it is.
+        """
+        for group, rows in enumerate(self.rows):
+            after_BTD = self.after(b, stream_BTD, group)
+            if keep:
+                stream_BTD[rows] = after_BTD.to(stream_BTD)
+
+
+def group_size(decoder: Decoder, length: int) -> int:
+    """Samples of a group."""
+    tokens = CPU_GROUP_TOKENS if decoder.device.type == "cpu" else GPU_GROUP_TOKENS
+    return max(1, tokens // length)
+
+
+def enter_groups(decoder: Decoder, groups: Sequence[Tensor]) -> list[Entry]:
+    """The entry of each group of samples; groups with equal calls share them in memory."""
+    entries: list[Entry] = []
+    for ids_BT in groups:
+        entry = decoder.enter(ids_BT)
+        same = next((e for e in entries[:1] if _equal_calls(e.calls, entry.calls)), None)
+        entries.append(entry if same is None else Entry(entry.ids_BT, entry.stream_BTD, same.calls))
+    return entries
+
+
+def _equal_calls(one: Sequence[BlockCall], other: Sequence[BlockCall]) -> bool:
+    """Whether two groups call the blocks with the same arguments."""
+    return all(
+        equal_arguments((a.args, a.kwargs), (b.args, b.kwargs), opaque=False)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def block_flops(decoder: Decoder, b: int) -> float:
+    """Multiplications and additions with the weights of block `b`, per token."""
+    return 2.0 * sum(parameter.numel() for parameter in decoder.blocks[b].parameters())
+
+
+def head_flops(decoder: Decoder) -> float:
+    """Multiplications and additions of the head, per token."""
+    return 2.0 * decoder.head_elements

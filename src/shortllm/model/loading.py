@@ -1,4 +1,4 @@
-"""Load a checkpoint into memory; anything suspicious is an error, never a guess."""
+"""Load a checkpoint into memory; every difference between its files and the model is an error."""
 
 from __future__ import annotations
 
@@ -14,36 +14,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.config import auto_class, is_own_code, text_config
+from shortllm.checkpoint.config import is_own_code, text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.model.blocks import build_empty
+from shortllm.model.structure import auto_class
 from shortllm.runtime import available_memory, choose_dtype
 
 log = logging.getLogger(__name__)
 
-ROOM_BESIDE_WEIGHTS = 1.15
-"""Free memory that a model in memory takes, as a multiple of its weights."""
-
+MEMORY_PER_WEIGHTS = 1.15
+"""Memory that a model takes, as a multiple of its weights."""
 
 PROBE_TOKENS = 8
-"""Tokens of the forward by which a model is tried."""
+"""Tokens of the forward pass that tries a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What a model in memory takes, and what there is."""
+    """The memory that a model needs, and what is free."""
 
     device: str
     needed: int
-    """Bytes of its weights, and some beside them."""
+    """Bytes of its weights and activations."""
     free: int | None
-    """None where the device does not say; the model is taken to fit there."""
+    """None where the device does not say; then the model is assumed to fit."""
 
     @property
     def suffices(self) -> bool:
-        """Whether all blocks are to be in memory, unless something else is asked for."""
+        """Whether the whole model fits."""
         return self.free is None or self.needed <= self.free
 
     def __str__(self) -> str:
@@ -52,10 +51,10 @@ class Room:
 
 
 def room_for(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Room:
-    """Whether a checkpoint's model fits into what is free now."""
+    """The memory that a checkpoint's model needs, and what is free now."""
     return Room(
         device=str(device),
-        needed=round(checkpoint.parameters * dtype.itemsize * ROOM_BESIDE_WEIGHTS),
+        needed=round(checkpoint.parameters * dtype.itemsize * MEMORY_PER_WEIGHTS),
         free=available_memory(device),
     )
 
@@ -78,11 +77,11 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto") -> nn.Module:
-    """The causal language model of a checkpoint, not training, its weights checked to be finite.
+    """The causal language model of a checkpoint, in evaluation mode, its weights finite.
 
     Raises:
-        CheckpointError: tensors missing, unexpected or misshapen (transformers would go on with
-            random weights), or NaN or infinite weights, named.
+        CheckpointError: tensors missing, unexpected or of another shape (transformers would
+            continue with random weights), or NaN or infinite weights, named.
         ShortLLMError: the weights do not fit into the free memory.
     """
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
@@ -95,11 +94,11 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
                 dtype=compute,
                 output_loading_info=True,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # an error below, naming the tensor
                 trust_remote_code=is_own_code(checkpoint.config),
             )
-    except Exception as error:  # whatever the values in a config lead to
-        reason = _misshapen(checkpoint) or error
-        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {reason}") from error
+    except Exception as error:  # model classes raise whatever a config's values lead to
+        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
     check_loading(checkpoint.id, loading)
     if is_packed(checkpoint.raw_config):
         with quiet_bars(checkpoint):
@@ -113,18 +112,14 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
 
 @torch.no_grad()
 def require_runs(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Refuse a model whose own forward fails on a few tokens: its config does not fit together.
-
-    Raises:
-        CheckpointError: with what the model's class said.
-    """
+    """Refuse a model whose own forward pass fails: the values in its config do not fit together."""
     count = int(text_config(checkpoint.config).vocab_size)
     ids_BT = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None] % count
     try:
         model(input_ids=ids_BT, use_cache=False)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the values in a config lead to
+    except Exception as error:  # model classes raise whatever a config's values lead to
         raise CheckpointError(
             f"{checkpoint.id} cannot be run: {str(error) or type(error).__name__}. Are the values "
             f"in its config.json those of the model type '{checkpoint.model_type}'?"
@@ -132,28 +127,34 @@ def require_runs(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def unpack(model: nn.Module) -> None:
-    """Have compressed-tensors unpack the weights now: it does so at the first forward."""
+    """Have compressed-tensors unpack the weights now; it does so at the first forward pass."""
     with torch.no_grad():
         model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
 
 
 def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
-    """A causal language model, as `AutoModelForCausalLM.from_pretrained` gives it.
+    """A causal language model, as `AutoModelForCausalLM.from_pretrained` returns it.
 
-    Takes checkpoints with a shape per block too, which transformers cannot build, and refuses what
-    it would go on with: tensors missing, unexpected or misshapen.
+    Also loads checkpoints with a shape per block, which transformers cannot build, and refuses
+    tensors that are missing, unexpected or of another shape.
 
     Args:
+        source: a checkpoint directory, a Hub id, or `embedded`.
+        revision: branch, tag or commit of a Hub id.
         kwargs: of `from_pretrained`, e.g. `dtype` or `device_map`.
     Returns:
         The model, of the class that transformers has for its type.
     Raises:
-        CheckpointError: no checkpoint, or one whose tensors do not fit the model.
+        CheckpointError: not a checkpoint, or one whose tensors do not fit the model.
     """
     checkpoint = open_checkpoint(source, revision=revision)
     _require_described(checkpoint)
     model, loading = auto_class(checkpoint.config).from_pretrained(
-        checkpoint.directory, output_loading_info=True, local_files_only=True, **kwargs
+        checkpoint.directory,
+        output_loading_info=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # an error below, naming the tensor
+        **kwargs,
     )
     check_loading(checkpoint.id, loading)
     return model
@@ -163,66 +164,49 @@ def check_loading(name: str, loading: dict[str, Any]) -> None:
     """Treat every difference between a checkpoint's tensors and the model's as an error.
 
     Raises:
-        CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
+        CheckpointError: naming the first tensor that is missing, unexpected or of another shape.
     """
-    for kind, meaning in (
-        ("missing_keys", "does not hold"),
-        ("unexpected_keys", "holds, besides what the model has,"),
-        ("mismatched_keys", "holds in another shape"),
+    for kind, problem in (
+        ("missing_keys", "is missing"),
+        ("unexpected_keys", "is not part of the model"),
+        ("mismatched_keys", "is stored as {}, but its config.json describes {}"),
     ):
-        names = sorted(
-            str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ()
-        )
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{name} {meaning} tensor '{names[0]}'{more}")
+        found = sorted(loading.get(kind) or (), key=str)
+        if found:
+            tensor, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)
+            more = f" ({len(found)} such tensors)" if len(found) > 1 else ""
+            said = problem.format(*(list(shape) for shape in shapes))
+            raise CheckpointError(f"{name}: tensor '{tensor}' {said}{more}. Download it again")
 
 
 def check_finite(name: str, model: nn.Module) -> None:
-    """Refuse NaN and infinite weights, naming the first tensor that holds one."""
+    """Refuse NaN and infinite weights, naming the first tensor that contains one."""
     for key, tensor in model.named_parameters():
         require_finite_tensor(name, key, tensor)
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
-    """Refuse the tensor `key` of model `name` if it holds NaN or infinite values.
-
-    Raises:
-        CheckpointError: it does.
-    """
+    """Refuse the tensor `key` of model `name` if it contains NaN or infinite values."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     # one pass and no copies, as the mask of finite values would need; NaN goes through
     lowest, highest = torch.aminmax(tensor)
     if not (lowest.isfinite() and highest.isfinite()):
         raise CheckpointError(
-            f"{name}: tensor '{key}' holds NaN or infinite values; its scores would mean nothing"
+            f"{name}: tensor '{key}' contains NaN or infinite values; scores would mean nothing"
         )
 
 
 def _require_described(checkpoint: Checkpoint) -> None:
-    """The config must not describe a model far larger than what is stored: memory for all of it
-    would be taken before the difference is found."""
+    """Refuse a config that describes a far larger model than is stored, before memory for it is
+    allocated."""
     described, stored = checkpoint.structure.parameters, checkpoint.parameters
     if "quantization_config" in checkpoint.raw_config or described <= 2 * stored:
         return
     raise CheckpointError(
-        f"config.json of {checkpoint.id} describes a model of {described:,} parameters, and its "
-        f"files hold {stored:,}. Download both again"
+        f"config.json of {checkpoint.id} describes a model of {described:,} parameters, but its "
+        f"files contain {stored:,}. Download both again"
     )
-
-
-def _misshapen(checkpoint: Checkpoint) -> str | None:
-    """What is said of the first tensor that has another shape than the config gives it, if any."""
-    model = build_empty(checkpoint.config)
-    for name, tensor in model.state_dict().items():
-        entry = checkpoint.tensors.get(name)
-        if entry is not None and entry.shape != tuple(tensor.shape):
-            return (
-                f"tensor '{name}' is stored as {list(entry.shape)}, and its config.json describes "
-                f"{list(tensor.shape)}. Download both again"
-            )
-    return None
 
 
 def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -240,7 +224,7 @@ def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 
 @contextmanager
 def quiet_bars(checkpoint: Checkpoint) -> Iterator[None]:
-    """No bars of compressed-tensors either, which shows some for checkpoints in its format."""
+    """No progress bars of compressed-tensors, which shows some for checkpoints in its format."""
     if not is_packed(checkpoint.raw_config):
         yield
         return
@@ -250,7 +234,7 @@ def quiet_bars(checkpoint: Checkpoint) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading bar and no advice from transformers: what matters is checked and raised here."""
+    """No loading bar and no warnings of transformers: what matters is checked and raised here."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -1,5 +1,7 @@
 """Pure maths on tensors: losses, distances and reductions. No files, no devices, no printing.
 
+torch is imported when a function is called, so that criteria can be listed without it.
+
 Shapes: N predictions, V vocabulary, D width.
 """
 
@@ -7,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Reduction = Literal["sum", "mean", "max", "prod"]
 
@@ -21,11 +22,15 @@ REDUCED_AT_ONCE = 2**22
 
 def next_token_nll(logits_NV: Tensor, target_N: Tensor) -> Tensor:
     """Negative log-likelihood of each target, nats, float32, shape `[N]`."""
+    import torch.nn.functional as F
+
     return F.cross_entropy(logits_NV.float(), target_N, reduction="none")
 
 
 def kl_divergence(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
     """KL(p || q) of two next-token distributions, nats, float32, `[N]`; 0 for equal logits."""
+    import torch.nn.functional as F
+
     p_log_NV = F.log_softmax(p_logits_NV.float(), dim=-1)
     q_log_NV = F.log_softmax(q_logits_NV.float(), dim=-1)
     return (p_log_NV.exp() * (p_log_NV - q_log_NV)).sum(dim=-1)
@@ -46,7 +51,7 @@ def cosine(one_D: Tensor, other_D: Tensor) -> Tensor:
 
 def angular_distance(one_D: Tensor, other_D: Tensor) -> Tensor:
     """Angle between vectors along the last dimension in parts of pi: in [0, 1], float32."""
-    return torch.arccos(cosine(one_D, other_D).clamp(-1.0, 1.0)) / math.pi
+    return cosine(one_D, other_D).clamp(-1.0, 1.0).arccos() / math.pi
 
 
 def reduce_powers(
@@ -77,6 +82,8 @@ def _reduced(x_N: Tensor, power: int, reduction: Reduction) -> float:
 
     In pieces, so that float32 copies of a large tensor do not add to the memory it takes.
     """
+    import torch
+
     pieces = (piece.abs().float() for piece in torch.split(x_N, REDUCED_AT_ONCE))
     if reduction == "max":
         return float(max(piece.max().item() for piece in pieces) ** power)

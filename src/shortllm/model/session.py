@@ -1,4 +1,4 @@
-"""Where and how models run: device, computation type, and the one model held at a time."""
+"""The device, the computation type, and the one model that is open at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """Device, computation type, and the one model that is held at a time."""
+    """Device, computation type, and the one model that is open at a time."""
 
     def __init__(self, runtime: Runtime | None = None, **options: Any) -> None:
         """Take a `Runtime`, or its fields as keywords."""
@@ -31,14 +31,14 @@ class Session:
         self._held: tuple[Checkpoint, Decoder, str] | None = None
 
     def release(self) -> None:
-        """Let the model go that is held."""
+        """Free the open model."""
         self._held = None
         gc.collect()
 
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
-        """The checkpoint's decoder, opened unless it is the one held; another one is let go first.
+        """The checkpoint's decoder; another open one is freed first.
 
-        Its blocks are in memory where they fit, else they are read one at a time from the files.
+        Its blocks are in memory if they fit, otherwise they are read one at a time from the files.
         """
         from shortllm.model.decoder import Decoder
         from shortllm.model.loading import load_model, require_runs
@@ -53,19 +53,19 @@ class Session:
                 model = load_model(checkpoint, device=self.device, dtype=self.runtime.dtype)
                 require_runs(checkpoint, model)
                 decoder = Decoder(model)
-            # the fingerprint is read now: the directory may get another name later
+            # the fingerprint is read now: the directory may be renamed later
             self._held = (checkpoint, decoder, checkpoint.fingerprint)
         assert self._held is not None
         return self._held[1]
 
     def _holds(self, checkpoint: Checkpoint) -> bool:
-        """Whether the model in memory is the one asked for; a streamed one also reads its files."""
+        """Whether this is the open model; a streamed one also needs the same files."""
         if self._held is None or self._held[2] != checkpoint.fingerprint:
             return False
         return not self._held[1].streamed or self._held[0].directory == checkpoint.directory
 
     def memory(self, directory: Path | None = None) -> StreamMemory:
-        """Where hidden streams are kept; beyond the limit in a file in `directory`."""
+        """Where hidden states are kept; beyond the limit in a file in `directory`."""
         from shortllm.model.hidden_states import StreamMemory
 
         return StreamMemory(limit=self.runtime.max_memory, directory=directory)
@@ -80,7 +80,7 @@ class Session:
         return choose_dtype(self.runtime.dtype, self.device, stored_dtype(checkpoint))
 
     def streams(self, checkpoint: Checkpoint) -> bool:
-        """Whether blocks are to be read one at a time: as asked, or if the model does not fit."""
+        """Whether blocks are read one at a time: as requested, or if the model does not fit."""
         from shortllm.model.loading import room_for
 
         if self.runtime.stream is not None:

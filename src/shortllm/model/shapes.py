@@ -17,6 +17,7 @@ from torch import nn
 
 from shortllm.checkpoint.config import block_shapes, marked, per_block_config
 from shortllm.checkpoint.tensors import read_json
+from shortllm.model.blocks import find_blocks
 
 HEAD_COUNTS = {
     "num_heads": "num_attention_heads",
@@ -25,26 +26,26 @@ HEAD_COUNTS = {
     "num_kv_heads": "num_key_value_heads",
     "split_size": "attention_width",
 }
-"""Attribute of a module that its forward may read -> the entry of the block's shapes it follows."""
+"""Attribute of a module that its forward may read -> the entry in the block's shapes."""
 
 
 class BlockConfig:
-    """A model's config as the modules of one block see it: with the head counts of that block."""
+    """A model's config as the modules of one block see it, with the head counts of that block."""
 
     def __init__(self, config: Any, counts: dict[str, int]) -> None:
         self._config = config
         self._counts = counts
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_config", "_counts"):  # not there yet, while a copy is being made
+        if name in ("_config", "_counts"):  # missing while the object is being copied
             raise AttributeError(name)
         return self._counts[name] if name in self._counts else getattr(self._config, name)
 
 
 def shape_block(block: nn.Module, shapes: dict[str, Any]) -> None:
-    """Give one block the shapes of its entry; its weights are not initialised.
+    """Give one block the shapes of its entry; an empty entry changes nothing.
 
-    A block with an empty entry stays as the config describes it.
+    Its weights are not initialised.
     """
     if not shapes:
         return
@@ -82,11 +83,9 @@ def shape_projection(module: Any, rows: int, columns: int) -> None:
 
 
 class PerBlockModel:
-    """What a model class gets in front of it for blocks that differ in width."""
+    """Mixed into a model class for blocks that differ in width."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        from shortllm.model.blocks import find_blocks
-
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         _, blocks = find_blocks(model, config)
@@ -95,19 +94,19 @@ class PerBlockModel:
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """The model without weights, as an auto class of transformers makes it."""
+        """The model without weights, as an auto class of transformers builds it."""
         return cls._from_config(config, **kwargs)  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """The class's own, with the config that transformers cannot read."""
+        """As the class does, with the config that transformers cannot read."""
         if kwargs.get("config") is None:
             kwargs["config"] = per_block_config(read_json(Path(directory) / "config.json"))
         kwargs.pop("trust_remote_code", None)
         return super().from_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """The class's own; the model type is marked again."""
+        """As the class does; the model type is marked again."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
         text = json.dumps(marked(read_json(path)), indent=2) + "\n"
@@ -120,5 +119,6 @@ def per_block_class(name: str) -> Any:
     import transformers
 
     base = getattr(transformers, name)
-    # name and module of its own would be custom code to the loader, which then renames no tensors
+    # with a name and module of its own the loader would take it for custom code, and rename no
+    # tensors
     return type(name, (PerBlockModel, base), {"__module__": base.__module__})

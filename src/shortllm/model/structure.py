@@ -1,29 +1,67 @@
-"""What a block is made of, compared between blocks and between models."""
+"""The model that a config describes, built without weights, and what its blocks are made of.
+
+Models are built on the meta device, which takes no memory for weights. A block's signature is
+everything about its structure that can be compared: submodule classes, shapes, plain attributes.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.checkpoint.config import block_shapes, is_own_code, model_classes
+from shortllm.errors import UnsupportedModelError
+from shortllm.model.blocks import find_blocks
+from shortllm.model.shapes import per_block_class
 
 Signature = dict[str, Any]
-
-REFERENCES = {"kv_shared_layer_index"}
-"""Attributes that hold the number of another block."""
-
-ANSWERED = {"store_full_length_kv"}
-"""Attributes that may differ, as a rule keeps what they stand for: sources of shared keys stay."""
 
 PLAIN = (bool, int, float, str, type(None))
 
 
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a config's model with its text head.
+
+    `AutoModelForCausalLM`, except for types that only have a class with image towers around the
+    text decoder, or whose checkpoint names that class, and for blocks that differ in width.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text_only, wrapped = model_classes(config.model_type)
+    named = set(getattr(config, "architectures", None) or ())
+    if block_shapes(config) is not None:
+        return per_block_class(min(text_only & named or text_only))
+    if wrapped and (not text_only or named & wrapped - text_only):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a config on the meta device: its structure without memory for its weights.
+
+    Args:
+        dtype: type of the parameters; default: the config's.
+    """
+    try:
+        with torch.device("meta"):
+            arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+            if is_own_code(config):
+                arguments["trust_remote_code"] = True
+            model: nn.Module = auto_class(config).from_config(config, **arguments)
+    except Exception as error:  # model classes raise whatever a config's values lead to
+        raise UnsupportedModelError(
+            f"transformers cannot build model type '{config.model_type}' from this config: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+    return model
+
+
 def block_signature(block: nn.Module) -> Signature:
-    """Everything about a block's structure that can be compared, keyed by a readable place.
+    """Everything about a block's structure that can be compared.
 
     Keys: `class of X`, `shape of X`, and the dotted name of each plain attribute.
     """
@@ -41,7 +79,7 @@ def block_signature(block: nn.Module) -> Signature:
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, strings and flat collections of them: what a forward pass may branch on."""
+    """Whether a value is a number, a string or a flat collection of them, to branch on."""
     if isinstance(value, PLAIN):
         return True
     if isinstance(value, (tuple, list)):
@@ -49,64 +87,8 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Renumbering:
-    """How block numbers change, for attributes that hold some."""
-
-    kept: Sequence[int]
-    """Original numbers of the kept blocks, ascending."""
-    count: int
-    places: int = 1
-    """How many numbers each block takes, where a block of several sublayers takes more."""
-
-    def explains(self, before: Any, after: Any, block: int) -> bool:
-        """Whether `after` says of the shortened model what `before` said of the original."""
-        new_number = {old: new for new, old in enumerate(self.kept)}
-        if isinstance(before, (list, tuple)):
-            if len(before) == self.count and list(after) == [before[old] for old in self.kept]:
-                return True
-            numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in before)
-            renumbered = [new_number[n] for n in before if n in new_number]
-            return numbers and list(after) == renumbered
-        if isinstance(before, dict):
-            return bool(after == {new_number[n]: v for n, v in before.items() if n in new_number})
-        return any(
-            _same_number(before, after, block * places, new_number[block] * places, places)
-            for places in {1, self.places}
-        )
-
-    def refers_alike(self, before: Any, after: Any) -> bool:
-        """Whether two numbers of another block mean the same one."""
-        return before in self.kept and self.kept.index(before) == after
-
-
-def difference(
-    original: Signature, shortened: Signature, block: int, numbers: Renumbering
-) -> str | None:
-    """The first place where two signatures differ, None if they agree.
-
-    May differ: the block's own number, and lists with one entry per block or of block numbers.
-
-    Args:
-        block: original number of the block.
-    """
-    for place in {**original, **shortened}:
-        before, after = original.get(place, "absent"), shortened.get(place, "absent")
-        attribute = place.split(".")[-1]
-        if before == after or attribute in ANSWERED:
-            continue
-        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
-            continue
-        if attribute in REFERENCES and numbers.refers_alike(before, after):
-            continue
-        if type(before) is type(after) and numbers.explains(before, after, block):
-            continue
-        return f"{place} is {after!r} instead of {before!r}"
-    return None
-
-
-def _same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
-    """Whether two values are the block's number before and after, counted on within the block."""
+def same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
+    """Whether two values are the block's number, plus an equal position within the block."""
     if type(before) is not int or type(after) is not int:
         return False
     return bool(before - old == after - new and 0 <= before - old < places)
@@ -119,15 +101,15 @@ class BlockStructure:
     name: str
     """Dotted module name."""
     elements: int
-    """Of all parameters and stored buffers."""
+    """Elements of all parameters and stored buffers."""
     period: int
     """After how many blocks their kinds repeat; the block count if they never do."""
     parameters: int
-    """Of the whole model, tied ones once."""
+    """Parameters of the whole model, tied ones once."""
 
 
 def block_structure(config: Any) -> BlockStructure:
-    """Build a config's model without its weights, and look at its blocks."""
+    """The blocks of a config's model, built without its weights."""
     model = build_empty(config)
     name, blocks = find_blocks(model, config)
     return BlockStructure(
@@ -139,30 +121,18 @@ def block_structure(config: Any) -> BlockStructure:
 
 
 def _period(signatures: Sequence[Signature]) -> int:
-    """The smallest p such that blocks b and b + p are built alike for every b."""
+    """The smallest p such that blocks b and b + p have the same structure for every b."""
     count = len(signatures)
     for period in range(1, count):
         pairs = ((b, b + period) for b in range(count - period))
-        if all(_alike(signatures[b], signatures[c], b, c) for b, c in pairs):
+        if all(_same_structure(signatures[b], signatures[c], b, c) for b, c in pairs):
             return period
     return count
 
 
-def _alike(one: Signature, other: Signature, b: int, c: int) -> bool:
-    """Whether two blocks of one model are built alike but for their numbers."""
+def _same_structure(one: Signature, other: Signature, b: int, c: int) -> bool:
+    """Whether two blocks of one model differ only in their numbers."""
     return one.keys() == other.keys() and all(
-        one[place] == other[place] or _same_number(one[place], other[place], b, c, 1)
+        one[place] == other[place] or same_number(one[place], other[place], b, c, 1)
         for place in one
     )
-
-
-def _signatures(config: Any) -> tuple[list[Signature], Signature]:
-    """The signature of each block, and the shapes of all tensors outside the blocks."""
-    model = build_empty(config)
-    name, blocks = find_blocks(model, config)
-    outside = {
-        f"shape of {key}": tuple(tensor.shape)
-        for key, tensor in (*model.named_parameters(), *model.named_buffers())
-        if not key.startswith(name + ".")
-    }
-    return [block_signature(block) for block in blocks], outside

@@ -1,21 +1,21 @@
 """The walk: many shortened models in one pass over the blocks.
 
 Each shortened model is a set of removed blocks. Two of them compute the same until the first block
-that one has and the other has not, so the walk carries one stream for all that agree so far. At a
-block that some of them lack, the stream is kept as it is for those, and goes through the block for
+that one has and the other lacks, so the walk carries one stream for all that agree so far. At a
+block that some of them lack, the stream stays as it is for those, and goes through the block for
 the others. With "nothing removed" and each single block removed this is
 
     before   intact, entering block b        without 0, ..., without b-1
     after    block b (intact)                block b of each of them, and without b = old intact
 
 L(L+1)/2 block passes instead of the L(L-1) of running each shortened model on its own, with the
-same numbers, since each stream meets the same blocks in the same order. Other sets (what a search
-tries, what criteria are compared by) share their beginnings in the same way.
+same numbers, since each stream meets the same blocks in the same order. Other sets (those of a
+search, those of a comparison) share their beginnings in the same way.
 
-Where the blocks' weights are in memory, one group of samples at a time goes through all blocks, so
-that activations stay in the cache of a CPU and memory does not grow with the number of samples.
-Where they are read from files, all samples go through one block before the next is read. At the end
-the head is applied to each stream in slices of tokens, so that full logits never exist.
+If the blocks' weights are in memory, one group of samples at a time goes through all blocks, so
+that activations stay in a CPU's cache and memory does not grow with the number of samples. If they
+are read from files, all samples go through one block before the next is read. At the end the head
+is applied to each stream in slices of tokens, so that full logits never exist.
 
 Shapes: B samples, T tokens each, D width, V vocabulary, N predictions of one slice, S streams.
 """
@@ -31,21 +31,30 @@ from torch import Tensor
 
 from shortllm.errors import UnsupportedModelError
 from shortllm.journal import Journal
-from shortllm.model.decoder import Decoder, Entry, equal_calls
-from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.metrics import next_token_nll
+from shortllm.model.decoder import Decoder, Entry
+from shortllm.model.hidden_states import (
+    GPU_GROUP_TOKENS,
+    SampleGroups,
+    StreamMemory,
+    block_flops,
+    group_size,
+    head_flops,
+)
+from shortllm.model.metrics import kl_divergence, next_token_nll
+from shortllm.runtime import ALONE, Advance, Ranks
 
-Advance = Callable[[float], None]
 Consume = Callable[[int, Tensor, Tensor, Tensor], None]
 Removals = Sequence[Collection[int]]
 
-CPU_GROUP_TOKENS = 512
-GPU_GROUP_TOKENS = 8192
-"""Tokens of one block call: enough to keep the matrix unit busy, few enough to stay in cache."""
+Value = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(logits_NV, first_NV, target_N)` -> a number for each prediction `[N]`."""
 
 CPU_LOSS_BYTES = 64 * 2**20
 GPU_LOSS_BYTES = 2**30
-"""Bound on the temporaries of one slice of the head: logits and what the loss makes of them."""
+"""Bound on the temporaries of one slice of the head: logits and intermediates of the loss."""
+
+TOGETHER = 128
+"""Sets of a long list that are measured in one walk: each has a stream of its own at the end."""
 
 NOTHING: frozenset[int] = frozenset()
 """The removal that leaves a model intact."""
@@ -55,7 +64,7 @@ class Observer(Protocol):
     """Looks at the stream of the first removal on its way through the blocks."""
 
     state: dict[str, Tensor]
-    """What it has gathered; saved and restored with an interrupted walk, in place."""
+    """What it has gathered; an interrupted walk saves it, and restores it in place."""
 
     def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
         """The samples `rows` enter block `b` as `before_BTD` and leave it as `after_BTD`."""
@@ -189,21 +198,13 @@ class _Chunk:
         self.ids_BT = ids_BT.to(decoder.device)
         self.start = start
         self.route = route
-        size = group_size(decoder, ids_BT.shape[1])
-        self.groups = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
-        self.streams = torch.empty(0)
-        self._memory = memory
+        self.groups = SampleGroups(decoder, self.ids_BT, memory)
+        self.streams = self.groups.allocate(route.streams)
 
     def run(self, observe: Sequence[Observer], advance: Advance, journal: Journal) -> None:
         """Take all streams through the blocks."""
         decoder, route = self.decoder, self.route
-        entries = enter_groups(decoder, [self.ids_BT[rows] for rows in self.groups])
-        shape = entries[0].stream_BTD.shape[1:]
-        self.streams = self._memory.allocate(
-            (route.streams, len(self.ids_BT), *shape), decoder.stream_dtype, decoder.device
-        )
-        for rows, entry in zip(self.groups, entries, strict=True):
-            self.streams[0, rows] = entry.stream_BTD
+        self.groups.enter(self.streams[0])
         state = {name: tensor for observer in observe for name, tensor in observer.state.items()}
         done = self._resume(journal, state)
         for step in route.steps[:done]:
@@ -212,7 +213,7 @@ class _Chunk:
         for step, b in zip(steps, decoder.through([step.block for step in steps]), strict=True):
             for source, copy in step.split:
                 self.streams[copy] = self.streams[source]
-            for rows, entry in zip(self.groups, entries, strict=True):
+            for rows, entry in self.groups:
                 self._apply(b, step, rows, entry, observe)
             advance(self._work(step))
             done += 1
@@ -226,7 +227,7 @@ class _Chunk:
         together = stacked_streams(self.decoder, entry)
         for place in range(0, len(step.through), together):
             streams = step.through[place : place + together]
-            # one stream alone is seen in place; several are gathered
+            # a single stream is a view; several are copied together
             which = slice(streams[0], streams[0] + 1) if len(streams) == 1 else streams
             before_SBTD = self.streams[which, rows].to(self.decoder.device)
             call = entry.call(self.decoder, b, len(streams))
@@ -248,7 +249,7 @@ class _Chunk:
         return self.streams[:count]
 
     def _resume(self, journal: Journal, state: dict[str, Tensor]) -> int:
-        """Take up what an interrupted walk left; returns the steps it had done."""
+        """Restore the state of an interrupted walk; returns the steps it had done."""
         position = journal.position()
         if position is None:
             return 0
@@ -259,7 +260,7 @@ class _Chunk:
         return done
 
     def head(self, consume: Consume, advance: Advance) -> None:
-        """Final norm, head and whatever is made of the logits, one slice of tokens at a time."""
+        """Apply final norm and head, and hand out logits, one slice of tokens at a time."""
         decoder, ids_BT = self.decoder, self.ids_BT
         with decoder.tail() as logits:
             for rows, columns in token_slices(ids_BT, slice_tokens(decoder)):
@@ -273,32 +274,80 @@ class _Chunk:
                     advance(head_flops(decoder) * len(target_N))
 
 
-def enter_groups(decoder: Decoder, groups: Sequence[Tensor]) -> list[Entry]:
-    """The entry of each group of samples; groups whose calls are equal share them in memory."""
-    entries: list[Entry] = []
-    for ids_BT in groups:
-        entry = decoder.enter(ids_BT)
-        like = next((e for e in entries[:1] if equal_calls(e.calls, entry.calls)), None)
-        entries.append(entry if like is None else Entry(entry.ids_BT, entry.stream_BTD, like.calls))
-    return entries
-
-
-def mean_nll(
+def mean_values(
     decoder: Decoder,
     ids_BT: Tensor,
+    removals: Removals,
+    values: Sequence[Value],
     *,
+    ranks: Ranks = ALONE,
+    observe: Sequence[Observer] = (),
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
-) -> float:
-    """Mean next-token NLL of the intact model over all B*(T-1) predictions, nats."""
-    total = 0.0
+    journal: Journal | None = None,
+) -> list[list[float]]:
+    """Means over all predictions of all processes: for each value one number per shortened model.
+
+    Args:
+        ids_BT: this process's samples; may be none.
+        values: called with the logits of a shortened model, those of the first one, and targets.
+    """
+    totals = torch.zeros(len(values), len(removals), dtype=torch.float64)
 
     def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-        nonlocal total
-        total += next_token_nll(logits_NV, target_N).double().sum().item()
+        for i, value in enumerate(values):
+            totals[i, m] += value(logits_NV, first_NV, target_N).double().sum().item()
 
-    walk(decoder, ids_BT, [NOTHING], consume=consume, advance=advance, memory=memory)
-    return total / (ids_BT.shape[0] * (ids_BT.shape[1] - 1))
+    if len(ids_BT):
+        walk(
+            decoder, ids_BT, removals,
+            consume=consume, observe=observe, advance=advance, memory=memory, journal=journal,
+        )  # fmt: skip
+    ranks.add_up([totals])
+    predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
+    found: list[list[float]] = (totals / predictions).tolist()
+    return found
+
+
+def mean_nlls(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    removals: Removals,
+    *,
+    kl: bool = False,
+    together: int | None = None,
+    ranks: Ranks = ALONE,
+    advance: Advance = lambda work: None,
+    memory: StreamMemory | None = None,
+    journal: Journal | None = None,
+) -> list[float]:
+    """Mean next-token NLL of each shortened model, nats, over the predictions of all processes.
+
+    Args:
+        kl: mean KL(intact || shortened) instead of the NLL.
+        together: shortened models of one walk; default: all of them.
+    """
+    intact = [NOTHING] if kl else []  # the first one, which the others are compared with
+    value: Value = _kl_from_first if kl else _nll
+    journal, found = journal or Journal(None, ""), []
+    for start in range(0, len(removals), together or len(removals) or 1):
+        chunk = removals[start : start + together] if together else removals
+        [means] = mean_values(
+            decoder, ids_BT, [*intact, *chunk], [value], ranks=ranks, advance=advance,
+            memory=memory, journal=journal.part(f"sets-{start}"),
+        )  # fmt: skip
+        found += means[len(intact) :]
+    return found
+
+
+def _nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+    return next_token_nll(logits_NV, target_N)
+
+
+def _kl_from_first(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+    if logits_NV is first_NV:  # the intact model itself
+        return logits_NV.new_zeros(1)
+    return kl_divergence(first_NV, logits_NV)
 
 
 def targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -307,8 +356,7 @@ def targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def token_slices(ids_BT: Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the positions that predict something (all but each sample's last) into slices of `limit`
-    tokens.
+    """Slices of `limit` tokens of all positions that predict something: all but a sample's last.
 
     Whole samples where they fit, else pieces of single samples.
     """
@@ -320,17 +368,11 @@ def token_slices(ids_BT: Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + rows), slice(column, min(column + columns, length - 1))
 
 
-def group_size(decoder: Decoder, length: int) -> int:
-    """Samples that go through the blocks together."""
-    tokens = CPU_GROUP_TOKENS if decoder.device.type == "cpu" else GPU_GROUP_TOKENS
-    return max(1, tokens // length)
-
-
 def stacked_streams(decoder: Decoder, entry: Entry) -> int:
     """Streams of one group that go through a block in one call.
 
     One on a CPU, where a group alone keeps the matrix unit busy; a stream then goes through the
-    very same operations whatever other streams there are.
+    same operations whatever other streams there are.
     """
     if decoder.device.type == "cpu":
         return 1
@@ -338,7 +380,7 @@ def stacked_streams(decoder: Decoder, entry: Entry) -> int:
 
 
 def slice_tokens(decoder: Decoder) -> int:
-    """Tokens whose logits are held at once."""
+    """Tokens whose logits exist at once."""
     limit = CPU_LOSS_BYTES if decoder.device.type == "cpu" else GPU_LOSS_BYTES
     copies = 8 if decoder.dtype.itemsize == 4 else decoder.dtype.itemsize + 8
     return max(1, limit // (decoder.vocabulary * copies))
@@ -347,7 +389,7 @@ def slice_tokens(decoder: Decoder) -> int:
 def walk_flops(
     decoder: Decoder, removals: Removals, samples: int, length: int, *, head: bool = True
 ) -> float:
-    """Floating-point operations of `walk`: what the calls of its `advance` add up to."""
+    """Floating-point operations of `walk`: the total of what its `advance` is told."""
     if decoder.obstacle() is not None:
         kept = (b for removed in removals for b in range(decoder.block_count) if b not in removed)
         blocks = sum(block_flops(decoder, b) for b in kept)
@@ -356,13 +398,3 @@ def walk_flops(
         blocks = sum(block_flops(decoder, step.block) * len(step.through) for step in steps)
     heads = head_flops(decoder) * len(removals) * samples * (length - 1) if head else 0.0
     return blocks * samples * length + heads
-
-
-def block_flops(decoder: Decoder, b: int) -> float:
-    """Multiplications and additions with the weights of block `b`, per token."""
-    return 2.0 * sum(parameter.numel() for parameter in decoder.blocks[b].parameters())
-
-
-def head_flops(decoder: Decoder) -> float:
-    """Multiplications and additions of the head, per token."""
-    return 2.0 * decoder.head_elements

@@ -1,69 +1,91 @@
-"""A budget: how much goes and what may not, checked before any scoring. Pure, no torch.
+"""A budget: how much to remove and what to keep, checked before any scoring. Pure, no torch.
 
 It is a number of blocks, a ratio of the blocks, a ratio of the parameters, or the blocks
-themselves; a target for what is left is first turned into a number of blocks (targets.py). The
-first and last blocks are protected by default (the "+" of Taylor+ and magnitude+), and those that
-others depend on always.
+themselves; a target for the rest is first turned into a number of blocks (targets.py). The first
+and last blocks are protected by default (the "+" of Taylor+ and magnitude+), and those that others
+depend on always.
 
-Where the kinds of blocks repeat (attention of two kinds in turn), a plan can be made of whole
-periods: what is left repeats in the same way, which is what other programs expect of such a model.
+If the kinds of blocks repeat (e.g. two kinds of attention in turn), a plan can consist of whole
+periods, so that the rest repeats in the same way, as other programs expect of such a model.
 
+Removed blocks leave gaps, each with the kept block before it:
 
-Gaps: spans of removed blocks, each with the block that is left before it.
-
-kept     0  1        4  5     7        gap (1, [2, 4))   gap (5, [6, 7))
-removed        2  3        6
+    kept     0  1        4  5     7        gap (1, [2, 4))   gap (5, [6, 7))
+    removed        2  3        6
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from shortllm.errors import BudgetError
-from shortllm.pruning.records import TARGETS
-from shortllm.records import ModelInfo, Record
+from shortllm.options import Flag, Options
+from shortllm.protection import protected_ends, protected_in
+from shortllm.records import ModelInfo
 
-PROTECT_FIRST = 4
+if TYPE_CHECKING:
+    from shortllm.criteria.selection import ResolvedCriterion
 
-PROTECT_LAST = 2
+TARGETS = ("target_params", "target_memory", "target_speedup")
+"""The amounts of a budget that describe what remains."""
 
 
-class Budget(Record):
-    """How much goes, and what may not; exactly one of the amounts or targets is given."""
+def parameters_in(text: str) -> int:
+    """`1.0B`, `350M` or a plain number as a count of parameters."""
+    number = text.strip().rstrip("KkMmBbTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(round(float(number) * 10.0 ** {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}[unit]))
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError("not a number of parameters such as 1.0B or 350M") from None
 
-    remove: int | None = Field(default=None, description="number of blocks")
+
+class Budget(Options):
+    """How much to remove, and what to keep; exactly one amount or target is given."""
+
+    panel: ClassVar[str] = "Budget"
+
+    remove: int | None = Field(default=None, description="Number of blocks to remove.")
     ratio: float | None = Field(
-        default=None, description="part of the blocks, rounded to the nearest number"
+        default=None, description="Part of the blocks to remove, e.g. 0.25."
     )
     param_ratio: float | None = Field(
-        default=None, description="part of all parameters; as few blocks as reach it"
+        default=None,
+        description="Part of all parameters to remove, with as few blocks as reach it.",
     )
-    blocks: list[int] | None = Field(
-        default=None, description="exactly these blocks; protection does not apply"
+    blocks: Annotated[list[int] | None, Flag(metavar="3,4,8")] = Field(
+        default=None, description="Remove exactly these blocks, counted from 0."
     )
-    target_params: int | None = Field(default=None, description="parameters left, at the most")
-    target_memory: int | None = Field(
-        default=None, description="bytes of weights and cache left, at the most"
+    target_params: Annotated[int | None, Flag(parse=parameters_in, metavar="1.0B")] = Field(
+        default=None, description="Keep at most this many parameters, e.g. 1.0B or 350M."
+    )
+    target_memory: Annotated[ByteSize | None, Flag(metavar="8GiB")] = Field(
+        default=None, description="Need at most this much memory for weights and cache, e.g. 8GiB."
     )
     target_speedup: float | None = Field(
-        default=None, description="how many times as fast as the intact model, at the least"
+        default=None, description="Be at least this many times as fast, measured here, e.g. 1.3."
     )
-    contiguous: bool | None = Field(
+    contiguous: Annotated[bool | None, Flag(name="--contiguous/--scattered")] = Field(
         default=None,
-        description="one span of blocks; default: where the criterion scores spans",
+        description="Remove one span of blocks, or single blocks. Default: a span where the "
+        "criterion scores spans.",
     )
     protect_first: int | None = Field(
-        default=None, description="leading blocks kept; default 4, at most a quarter of the blocks"
+        default=None,
+        description="Keep this many blocks at the start. Default: 4, at most a quarter of all.",
     )
     protect_last: int | None = Field(
-        default=None, description="trailing blocks kept; default 2, at most a quarter of the blocks"
+        default=None,
+        description="Keep this many blocks at the end. Default: 2, at most a quarter of all.",
     )
     period_aligned: bool = Field(
-        default=False, description="remove only whole periods of the pattern of blocks"
+        default=False,
+        description="Remove only whole periods where the kinds of blocks repeat, as llama.cpp and "
+        "vLLM expect.",
     )
 
     def asked(self) -> dict[str, Any]:
@@ -79,10 +101,10 @@ class Budget(Record):
         given = {name: value for name, value in amounts.items() if value is not None}
         if len(given) != 1:
             raise BudgetError(
-                f"{'no budget' if not given else 'several budgets'} given. Give one of --remove "
-                "6 (blocks), "
-                "--ratio 0.2 (of the blocks), --param-ratio 0.2 (of the parameters), --blocks "
-                "3,4,5, --target-params 1.0B, --target-memory 8GiB or --target-speedup 1.3"
+                f"{'no budget' if not given else 'several budgets'} given. Give one of "
+                "--remove 6 (blocks), --ratio 0.2 (of the blocks), --param-ratio 0.2 (of the "
+                "parameters), --blocks 3,4,5, --target-params 1.0B, --target-memory 8GiB or "
+                "--target-speedup 1.3"
             )
         for name in ("ratio", "param_ratio"):
             value = given.get(name)
@@ -92,7 +114,7 @@ class Budget(Record):
             raise BudgetError(f"--remove {self.remove} removes nothing. Give 1 or more")
         if self.target_speedup is not None and not self.target_speedup > 1:
             raise BudgetError(
-                f"--target-speedup {self.target_speedup} is no speed-up. Give more than 1, e.g. 1.3"
+                f"--target-speedup {self.target_speedup} must be more than 1, e.g. 1.3"
             )
         return given
 
@@ -112,16 +134,11 @@ class Budget(Record):
         """
         if self.blocks is not None:
             return []
-        first, last = self.protect_first, self.protect_last
-        if (first or 0) < 0 or (last or 0) < 0:
-            raise BudgetError("--protect-first and --protect-last cannot be negative")
-        first = min(PROTECT_FIRST, count // 4) if first is None else first
-        last = min(PROTECT_LAST, count // 4) if last is None else last
-        return [block for block in range(count) if block < first or block >= count - last]
+        return protected_ends(count, self.protect_first, self.protect_last)
 
 
 def check_budget(budget: Budget, model: ModelInfo) -> None:
-    """Refuse, before any scoring, a budget that no scores could meet.
+    """Refuse, before any scoring, a budget that no scores can meet.
 
     Raises:
         BudgetError: naming what is free and the largest budget that works.
@@ -130,13 +147,14 @@ def check_budget(budget: Budget, model: ModelInfo) -> None:
 
 
 def protected_blocks(budget: Budget, model: ModelInfo) -> list[int]:
-    """Blocks that may not be removed, by the budget or since others depend on them, ascending."""
-    fixed = model.fixed if budget.blocks is None else {}
-    return sorted({*budget.protected(model.blocks), *fixed})
+    """Blocks that may not be removed, by the budget or because others depend on them, ascending."""
+    if budget.blocks is not None:
+        return []
+    return protected_in(model, budget.protect_first, budget.protect_last)
 
 
 def removable(budget: Budget, model: ModelInfo) -> list[list[int]]:
-    """What goes together and may go, ascending: single blocks, or whole periods of them."""
+    """Units that may be removed, ascending: single blocks, or whole periods of them."""
     protected = set(protected_blocks(budget, model))
     return [unit for unit in _units(budget, model) if not protected.intersection(unit)]
 
@@ -177,12 +195,12 @@ def amount_of(budget: Budget, model: ModelInfo) -> int | None:
         )
     most = min(free, count - size)
     if number > most:
-        way_out = f"Ask for {most} or fewer" if most else "Nothing is free"
+        hint = f"Ask for {most} or fewer" if most else "Nothing is free"
         relief = ", or pass --protect-first 0 --protect-last 0" if protected else ""
         whole = f" and only whole periods of {size} go" if size > 1 else ""
         raise BudgetError(
             f"cannot remove {number} of {count} blocks: {protected} are protected"
-            f"{whole}{'' if protected else ' and one must stay'}. {way_out}{relief}"
+            f"{whole}{'' if protected else ' and one must stay'}. {hint}{relief}"
         )
     if number % size:
         lower, upper = number // size * size, (number // size + 1) * size
@@ -195,7 +213,7 @@ def amount_of(budget: Budget, model: ModelInfo) -> int | None:
 
 
 def _check_parameters(ratio: float, units: list[list[int]], model: ModelInfo) -> None:
-    """All that may go must hold the part of the parameters asked for, something staying."""
+    """The removable blocks must have the requested part of the parameters, with one block kept."""
     sizes = sorted(parameters_of(unit, model) for unit in units)
     free = sum(map(len, units))
     if free == model.blocks:
@@ -203,9 +221,8 @@ def _check_parameters(ratio: float, units: list[list[int]], model: ModelInfo) ->
     available = sum(sizes) / model.parameters
     if ratio > available:
         raise BudgetError(
-            f"cannot remove {ratio:.1%} of the parameters: the {free} "
-            "unprotected of "
-            f"{model.blocks} blocks hold {available:.1%}. Ask for less, or pass --protect-first 0 "
+            f"cannot remove {ratio:.1%} of the parameters: the {free} unprotected of "
+            f"{model.blocks} blocks have {available:.1%}. Ask for less, or pass --protect-first 0 "
             "--protect-last 0"
         )
 
@@ -216,7 +233,7 @@ def parameters_of(blocks: Sequence[int], model: ModelInfo) -> int:
 
 
 def _check_whole_periods(budget: Budget, model: ModelInfo) -> None:
-    """Explicit block numbers must be whole periods, where these are asked for."""
+    """Explicit block numbers must be whole periods, if these are requested."""
     given = set(budget.blocks or ())
     whole = {b for unit in _units(budget, model) if given.issuperset(unit) for b in unit}
     if given != whole:
@@ -260,6 +277,25 @@ def most_blocks(budget: Budget, model: ModelInfo) -> int:
         if freed >= enough:
             break
     return min(taken, model.blocks - 1)
+
+
+def removal_options(
+    resolved: ResolvedCriterion, budget: Budget, model: ModelInfo
+) -> dict[str, Any]:
+    """The options by which a criterion that removes blocks itself meets a budget; else none.
+
+    Raises:
+        BudgetError: see `most_blocks`.
+    """
+    if not resolved.removes_blocks:
+        return {}
+    searches = resolved.needs == "sets"
+    return {
+        "remove" if searches else "rounds": most_blocks(budget, model),
+        "protect_first": budget.protect_first,
+        "protect_last": budget.protect_last,
+        **({"period_aligned": budget.period_aligned} if searches else {}),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,45 +1,43 @@
-"""Time and memory of scoring, foretold from a checkpoint's headers and two seconds of measuring.
+"""Time and memory of scoring, estimated from a checkpoint's headers and a probe of the machine.
 
-    operations  those of the passes a criterion needs, counted as their progress bars count them:
+    operations  those of the passes that a criterion needs, counted as their progress bars do:
                 ppl, kl      2 x block parameters x tokens x L(L+1)/2 block passes, and the head
                              for L+1 models
                 taylor       2 x block parameters x tokens x 4 L, and the head twice
                 influence .. 2 x block parameters x tokens x L
                 greedy       a sum over rounds
     seconds     opening + computing + max(0, reading - computing)
-                opening      bytes read to begin with / read rate: all, or of a streamed pass all
-                             but the blocks
-                computing    operations / (matrix rate x EFFICIENCY); of weights alone their
-                             number / reducing rate
-                reading      0, or of a streamed pass the bytes of the blocks x the number of times
-                             they are read / read rate: hidden behind computing as far as it goes
-    peak        libraries + weights in memory + hidden streams + what one call of a block, of its
-                gradients or of the head takes beside them
+                opening      bytes read at first / read rate: all, or in a streamed pass all but
+                             the blocks
+                computing    operations / (matrix rate x EFFICIENCY); for criteria of weights alone
+                             their number / reducing rate
+                reading      0, or in a streamed pass bytes of the blocks x how often they are read
+                             / read rate: overlaps with computing
+    peak        libraries + weights in memory + hidden streams + the temporaries of one call of a
+                block, of its gradients or of the head
 
-Weights in memory are all of the model, or of a streamed pass those outside the blocks, one block,
+Weights in memory are the whole model, or in a streamed pass those outside the blocks, one block,
 and the next one being read. Experts count as if all of them were used, and blocks as if they could
-be called one by one, which few types do not allow. Criteria on weights alone never build the model:
-they read one block after the other and reduce it, at a rate of its own.
-
-
-What a model is made of and what scoring it would take, without loading it.
+be called one by one, which few types do not allow. Criteria of weights alone never build the model:
+they read one block after the other and reduce it.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
-from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.tensors import TensorEntry, read_tensor
-from shortllm.criteria.selection import Asked
-from shortllm.pruning.scoring import WATCHED, Scorer
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.criteria import OBSERVED
+from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.options import accepts
+from shortllm.protection import protected_in
+from shortllm.pruning.probe import Probe, probe_machine
+from shortllm.pruning.scoring import Scorer
 from shortllm.records import ModelInfo, Record
+from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
     import torch
@@ -47,20 +45,13 @@ if TYPE_CHECKING:
     from shortllm.model.decoder import Decoder
 
 
-MATRIX_SECONDS = 1.0
-
-READ_SECONDS = 0.7
-
-REDUCE_SECONDS = 0.3
-"""Time for each of the measurements; a single product or tensor may take longer."""
-
 EFFICIENCY = {"cpu": 0.8}
 """Part of the probe's matrix rate that a pass reaches, by kind of device (benchmarks/)."""
 
 OTHER_EFFICIENCY = 0.6
 
 KEPT_TENSOR_BYTES = 32 * 2**20
-"""Tensors below this size leave memory behind that the allocator keeps (of glibc; see malloc)."""
+"""glibc's allocator keeps the memory of freed tensors below this size (see mallopt)."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -74,22 +65,8 @@ READINGS: dict[criteria.Needs, int] = {
 """How many times a pass goes through the blocks."""
 
 
-class Probe(Record):
-    """What a machine does, measured in about two seconds."""
-
-    device: str
-    dtype: str
-    matrix_flops_per_s: float
-    """Sustained rate of the product of one group of tokens with the largest matrix of a block."""
-    read_bytes_per_s: float
-    """Rate at which tensors of the checkpoint are read and checked, dropped from the system's cache
-    before where the system allows it."""
-    reduced_per_s: float
-    """Weights per second of which the absolute values are summed up."""
-
-
 class Estimate(Record):
-    """What scoring by one of several criteria that need the same pass takes, one way."""
+    """Cost of scoring by any of several criteria that need the same pass, in one of two ways."""
 
     criteria: list[str]
     streamed: bool
@@ -110,7 +87,7 @@ class Setting:
     samples: int
     length: int
     options: Options
-    """For a criterion its options, where they are not the defaults."""
+    """Options of criteria, by name; defaults where missing."""
 
 
 def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
@@ -122,33 +99,22 @@ def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
     decoder = _weightless(setting)
     return [
         _estimate(setting, decoder, names, probe, streamed=streamed)
-        for names in alike()
+        for names in by_pass()
         for streamed in (False, True)
     ]
 
 
-def alike() -> list[list[str]]:
-    """Names of the criteria that look at the model, those that need the same pass together.
+def by_pass() -> list[list[str]]:
+    """Names of the criteria that look at the model, grouped by the pass they need.
 
-    Without searches: how long one goes on is not known before.
+    Without searches: how long one takes is not known before.
     """
     groups: dict[criteria.Needs, list[str]] = {}
     for name in criteria.names():
         needs = criteria.get(name).needs
         if needs not in ("nothing", "sets"):
-            groups.setdefault(WATCHED[0] if needs in WATCHED else needs, []).append(name)
+            groups.setdefault("streams" if needs in OBSERVED else needs, []).append(name)
     return list(groups.values())
-
-
-def probe_machine(setting: Setting) -> Probe:
-    """Measure the matrix rate of the device and the rate of reading the checkpoint's files."""
-    return Probe(
-        device=str(setting.device),
-        dtype=str(setting.dtype).removeprefix("torch."),
-        matrix_flops_per_s=_matrix_rate(setting),
-        read_bytes_per_s=_read_rate(setting.checkpoint),
-        reduced_per_s=_reducing_rate(setting.checkpoint),
-    )
 
 
 def _estimate(
@@ -159,35 +125,35 @@ def _estimate(
     *,
     streamed: bool,
 ) -> Estimate:
-    asked = Asked.of(names[0], dict(setting.options.get(names[0], {})))
-    flops = _scorer(setting, decoder).work([asked])
+    criterion = resolve(names[0], dict(setting.options.get(names[0], {})))
+    flops = _scorer(setting, decoder).work([criterion])
     seconds = None
     if probe is not None:
-        opening, reading = _read_bytes(setting, asked, streamed=streamed)
-        computing = _computing(setting, asked, flops, probe)
+        opening, reading = _read_bytes(setting, criterion, streamed=streamed)
+        computing = _computing(setting, criterion, flops, probe)
         waiting = max(0.0, reading / probe.read_bytes_per_s - computing)
         seconds = opening / probe.read_bytes_per_s + computing + waiting
     return Estimate(
         criteria=names,
         streamed=streamed,
         flops=flops,
-        peak_bytes=_peak_bytes(setting, decoder, asked, streamed=streamed),
+        peak_bytes=_peak_bytes(setting, decoder, criterion, streamed=streamed),
         seconds=seconds,
     )
 
 
-def _computing(setting: Setting, asked: Asked, flops: float, probe: Probe) -> float:
-    """Seconds of a pass whose data is at hand."""
-    if asked.needs == "weights":
+def _computing(setting: Setting, criterion: ResolvedCriterion, flops: float, probe: Probe) -> float:
+    """Seconds of a pass without waiting for data."""
+    if criterion.needs == "weights":
         return sum(setting.checkpoint.parameters_per_block) / probe.reduced_per_s
     return flops / (probe.matrix_flops_per_s * _efficiency(setting.device))
 
 
 def _weightless(setting: Setting) -> Decoder:
-    """The decoder of a checkpoint without memory for its weights: enough to count by."""
+    """The decoder of a checkpoint without memory for its weights: enough for counting."""
 
-    from shortllm.model.blocks import build_empty
     from shortllm.model.decoder import Decoder
+    from shortllm.model.structure import build_empty
 
     class Weightless(Decoder):
         @property
@@ -195,7 +161,7 @@ def _weightless(setting: Setting) -> Decoder:
             return setting.device
 
         def obstacle(self) -> str | None:
-            return None  # it takes weights to find one
+            return None  # finding one takes weights
 
     return Weightless(build_empty(setting.checkpoint.config, dtype=setting.dtype))
 
@@ -211,26 +177,30 @@ def _efficiency(device: torch.device) -> float:
     return EFFICIENCY.get(device.type, OTHER_EFFICIENCY)
 
 
-def _read_bytes(setting: Setting, asked: Asked, *, streamed: bool) -> tuple[float, float]:
+def _read_bytes(
+    setting: Setting, criterion: ResolvedCriterion, *, streamed: bool
+) -> tuple[float, float]:
     """Bytes read before a pass, and during it."""
     total, blocks = setting.checkpoint.bytes, sum(setting.checkpoint.bytes_per_block)
-    if asked.needs == "weights":
+    if criterion.needs == "weights":
         return float(blocks), 0.0
     if not streamed:
         return float(total), 0.0
-    inner = asked.inner() or asked
+    inner = criterion.inner() or criterion
     count = setting.checkpoint.block_count
-    rounds = 1 if inner is asked else asked.rounds(setting.checkpoint.info())
+    rounds = 1 if inner is criterion else criterion.rounds(setting.checkpoint.info())
     depths = sum(count - done for done in range(rounds)) / count
     return float(total - blocks), READINGS[inner.needs] * depths * blocks
 
 
-def _peak_bytes(setting: Setting, decoder: Decoder, asked: Asked, *, streamed: bool) -> int:
+def _peak_bytes(
+    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, *, streamed: bool
+) -> int:
     """Memory at the worst moment: while the model is opened, or during a pass."""
     checkpoint, itemsize = setting.checkpoint, setting.dtype.itemsize
     one_block = max(checkpoint.bytes_per_block)
     base = _libraries(setting.device)
-    if asked.needs == "weights":
+    if criterion.needs == "weights":
         return base + one_block
     weights = itemsize * sum(p.numel() for p in decoder.model.parameters())
     in_blocks = itemsize * sum(p.numel() for p in decoder.blocks.parameters())
@@ -241,14 +211,14 @@ def _peak_bytes(setting: Setting, decoder: Decoder, asked: Asked, *, streamed: b
         ahead = one_block + itemsize * max(checkpoint.parameters_per_block)
         ahead *= 2 if _kept_by_allocator(setting) else 1
     if setting.device.type != "cpu" or _same_type(setting):
-        mapped = 0  # the copy on the device, or the mapped file itself, is what is held
-    working = ahead + _streams(setting, decoder, asked, streamed=streamed)
-    working += _working(setting, decoder, asked)
+        mapped = 0  # only the copy on the device, or the mapped file itself, takes memory
+    working = ahead + _streams(setting, decoder, criterion, streamed=streamed)
+    working += _working(setting, decoder, criterion)
     return base + opened + max(mapped, working)
 
 
 def _kept_by_allocator(setting: Setting) -> bool:
-    """Whether the memory of a block that was let go is not given back."""
+    """Whether the memory of a freed block is not returned to the system."""
     largest = max(entry.bytes for entry in setting.checkpoint.block_weights(0))
     return setting.device.type == "cpu" and largest < KEPT_TENSOR_BYTES
 
@@ -259,12 +229,14 @@ def _same_type(setting: Setting) -> bool:
     return stored_dtype(setting.checkpoint) == setting.dtype
 
 
-def _streams(setting: Setting, decoder: Decoder, asked: Asked, *, streamed: bool) -> int:
-    """Bytes of hidden streams, and of the copies that each batch enters the blocks with."""
+def _streams(
+    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, *, streamed: bool
+) -> int:
+    """Bytes of hidden streams, and of the copies that enter the first block."""
     from shortllm.checkpoint.config import text_config
-    from shortllm.model.walk import group_size
+    from shortllm.model.hidden_states import group_size
 
-    needs = (asked.inner() or asked).needs
+    needs = (criterion.inner() or criterion).needs
     width = int(text_config(setting.checkpoint.config).hidden_size)
     one = setting.length * width * setting.dtype.itemsize
     group = min(setting.samples, group_size(decoder, setting.length))
@@ -277,11 +249,12 @@ def _streams(setting: Setting, decoder: Decoder, asked: Asked, *, streamed: bool
     return one * 2 * walked
 
 
-def _working(setting: Setting, decoder: Decoder, asked: Asked) -> int:
+def _working(setting: Setting, decoder: Decoder, criterion: ResolvedCriterion) -> int:
     """Bytes of one call at a time: of a block, or the gradients of one, or a slice of the head."""
-    from shortllm.model.walk import CPU_LOSS_BYTES, GPU_GROUP_TOKENS, GPU_LOSS_BYTES, group_size
+    from shortllm.model.hidden_states import GPU_GROUP_TOKENS, group_size
+    from shortllm.model.walk import CPU_LOSS_BYTES, GPU_LOSS_BYTES
 
-    needs, itemsize = (asked.inner() or asked).needs, setting.dtype.itemsize
+    needs, itemsize = (criterion.inner() or criterion).needs, setting.dtype.itemsize
     on_cpu = setting.device.type == "cpu"
     tokens = setting.length * min(setting.samples, group_size(decoder, setting.length))
     if needs == "logits" and not on_cpu:
@@ -291,7 +264,7 @@ def _working(setting: Setting, decoder: Decoder, asked: Asked) -> int:
         for block in decoder.blocks
     )
     call = tokens * outputs * itemsize
-    if needs in WATCHED:
+    if needs in OBSERVED:
         return call
     loss = CPU_LOSS_BYTES if on_cpu else GPU_LOSS_BYTES
     loss = min(loss, setting.samples * setting.length * decoder.vocabulary * (itemsize + 8))
@@ -303,78 +276,10 @@ def _working(setting: Setting, decoder: Decoder, asked: Asked) -> int:
 
 
 def _libraries(device: torch.device) -> int:
-    """What this process takes with everything imported and no model; nothing of a device."""
+    """Memory of this process with everything imported and no model; none on a device."""
     import psutil
 
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
-
-
-def _matrix_rate(setting: Setting) -> float:
-    """Operations per second of the product that a block spends most of its time in."""
-    import torch
-
-    from shortllm.model.walk import CPU_GROUP_TOKENS, GPU_GROUP_TOKENS
-
-    device = setting.device
-    rows, columns = _largest_matrix(setting.checkpoint)
-    tokens = CPU_GROUP_TOKENS if device.type == "cpu" else GPU_GROUP_TOKENS
-    weight = torch.randn(rows, columns, device=device).to(setting.dtype)
-    stream = torch.randn(tokens, columns, device=device).to(setting.dtype)
-
-    def product() -> None:
-        torch.nn.functional.linear(stream, weight)[0, 0].item()  # waits for the device
-
-    product()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() < start + MATRIX_SECONDS:
-        product()
-        count += 1
-    return count * 2.0 * tokens * rows * columns / (time.perf_counter() - start)
-
-
-def _largest_matrix(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Rows and columns of the largest matrix of block 0; of stacked experts those of one."""
-    shapes = [entry.shape[-2:] for entry in checkpoint.block_weights(0) if len(entry.shape) > 1]
-    rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return rows, columns
-
-
-def _read_rate(checkpoint: Checkpoint) -> float:
-    """Bytes per second of tensors from all over the files, read as a streamed pass reads them."""
-    from shortllm.model.loading import require_finite_tensor
-
-    entries = list(checkpoint.tensors.values())
-    seconds, count = 0.0, 0
-    for entry in random.Random(0).sample(entries, len(entries)):
-        _drop_from_cache(entry)
-        start = time.perf_counter()
-        require_finite_tensor(checkpoint.id, entry.name, read_tensor(entry))
-        seconds += time.perf_counter() - start
-        count += entry.bytes
-        if seconds > READ_SECONDS:
-            break
-    return count / seconds
-
-
-def _reducing_rate(checkpoint: Checkpoint) -> float:
-    """Weights per second that a criterion on weights alone gets through."""
-    from shortllm.model.metrics import reduce_powers
-
-    largest = max(checkpoint.block_weights(0), key=lambda entry: entry.bytes)
-    tensor = read_tensor(largest)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() < start + REDUCE_SECONDS:
-        reduce_powers([tensor], power=1, over_weights="sum", over_block="sum")
-        count += largest.elements
-    return count / (time.perf_counter() - start)
-
-
-def _drop_from_cache(entry: TensorEntry) -> None:
-    """Have the system forget what it holds of a tensor's data, where it can be asked to."""
-    if entry.offset is None or not hasattr(os, "posix_fadvise"):
-        return
-    with open(entry.file, "rb", buffering=0) as stream:
-        os.posix_fadvise(stream.fileno(), entry.offset, entry.bytes, os.POSIX_FADV_DONTNEED)
 
 
 class ModelSummary(Record):
@@ -393,14 +298,14 @@ class ModelSummary(Record):
     """Computation type."""
     probe: Probe | None
     estimates: list[Estimate]
-    """Of each kind of pass, with the model in memory and streamed."""
+    """For each kind of pass, with the model in memory and streamed."""
     streamed: bool
-    """Whether blocks would be read one at a time now, where nothing else is asked for."""
+    """Whether scoring would read blocks one at a time now, by default."""
     why: str
-    """Memory needed and free, which decides it."""
+    """Memory needed and free, on which that depends."""
 
     def saved_by(self, blocks: int) -> tuple[float, float]:
-        """Parts of the parameters and of the bytes that go with `blocks` average blocks."""
+        """Parts of the parameters and of the bytes of `blocks` average blocks."""
         share = blocks / self.model.blocks
         parameters = sum(self.model.parameters_per_block) * share / self.model.parameters
         return parameters, sum(self.bytes_per_block) * share / self.model.bytes
@@ -416,14 +321,13 @@ def summarize(
     options: Options | None = None,
     probe: bool = True,
 ) -> ModelSummary:
-    """Sizes of a checkpoint's parts, and what it takes to score `samples` of `length` tokens.
+    """Sizes of a checkpoint's parts, and the cost of scoring `samples` of `length` tokens.
 
     Args:
-        options: for a criterion its options.
-        probe: measure the machine for two seconds; without, no times are foretold.
+        options: options of criteria, by name.
+        probe: measure the machine for two seconds; otherwise times are not estimated.
     """
     from shortllm.model.loading import room_for, stored_dtype
-    from shortllm.pruning.budget import Budget, protected_blocks
     from shortllm.runtime import choose_device, choose_dtype
 
     info = checkpoint.info()
@@ -437,12 +341,12 @@ def summarize(
         options=options or {},
     )
     room = room_for(checkpoint, device=chosen, dtype=setting.dtype)
-    measured = probe_machine(setting) if probe else None
+    measured = probe_machine(checkpoint, chosen, setting.dtype) if probe else None
     return ModelSummary(
         model=info,
         parameters_outside=info.parameters - sum(info.parameters_per_block),
         bytes_per_block=checkpoint.bytes_per_block,
-        protected=protected_blocks(Budget(ratio=0.5), info),
+        protected=protected_in(info),
         samples=samples,
         length=length,
         device=str(chosen),
@@ -451,4 +355,44 @@ def summarize(
         estimates=estimates(setting, measured),
         streamed=not room.suffices,
         why=str(room),
+    )
+
+
+@accepts(runtime=Runtime)
+def info(
+    model: str,
+    *,
+    runtime: Runtime,
+    revision: str | None = None,
+    samples: int = 10,
+    length: int = 128,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: bool = True,
+) -> ModelSummary:
+    """What a model consists of, which blocks can be removed, and what scoring it takes.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        runtime: where to compute; its fields can be given as keywords.
+        revision: of a Hub model.
+        samples: calibration samples that the estimate is for.
+        length: tokens of each of them.
+        options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
+        probe: measure the machine for two seconds and read a few of the model's tensors. Otherwise
+            only headers are read and no times are estimated.
+    Returns:
+        Blocks, parameters, bytes, and an estimate for each kind of pass.
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        CriterionError: an unknown criterion or option.
+        ShortLLMError: a device that is missing.
+    """
+    return summarize(
+        open_checkpoint(model, revision=revision),
+        samples=samples,
+        length=length,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        options=options or {},
+        probe=probe,
     )

@@ -1,17 +1,15 @@
-"""calibration.json and scores.json: the text scored on, and one importance per block.
-
-plan.json and target.json: which blocks go, and how a target came to their number.
-"""
+"""scores.json, plan.json and target.json: importances, the removed blocks, and their number."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from shortllm.criteria.records import Search
-from shortllm.records import Cost, ModelInfo, Record, ResultFile
+from shortllm.pruning.budget import TARGETS
+from shortllm.records import Cost, DerivedRecord, ModelInfo, Record, ResultFile
 
 
 class BlockScores(ResultFile):
@@ -114,6 +112,19 @@ class PrunePlan(ResultFile):
         return self
 
 
+class Pruning(DerivedRecord):
+    """prune.json: which blocks were removed from a checkpoint."""
+
+    FILE: ClassVar[str] = "prune.json"
+
+    criterion: str | None = Field(description="null if the blocks were named")
+    kept: list[int] = Field(description="block numbers of the source, ascending")
+    removed: list[int] = Field(description="block numbers of the source, ascending")
+    dropped_heads: int = Field(
+        default=0, description="prediction heads behind the last block that were left out"
+    )
+
+
 class DepthSpeed(Record):
     """How fast a model is with its last blocks passed by."""
 
@@ -123,9 +134,6 @@ class DepthSpeed(Record):
 
 
 TARGET_FILE = "target.json"
-
-TARGETS = ("target_params", "target_memory", "target_speedup")
-"""What a budget may say of what is left."""
 
 
 class Target(ResultFile):

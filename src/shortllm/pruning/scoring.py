@@ -1,32 +1,30 @@
-"""Scores of one or several criteria in as few passes over a model as there can be.
+"""Scores by one or several criteria in as few passes over a model as possible.
 
-    nothing, weights       no pass: weights are read from the files, one block at a time
-    streams, last token    one forward pass for all such criteria; they ride along with
-    logits                 one walk over all removals, or else with
-    gradients              one forward and one backward pass
-    removals (greedy)      one of the above per round
-    sets (local, evolve)   the passes of the criteria it starts with, and walks (searching.py)
+    nothing, weights      no pass: weights are read from the files, one block at a time
+    logits                one walk over all removals
+    gradients             one forward and one backward pass
+    streams, last token   observers of either of these, else of one forward pass
+    removals              one of the above per round
+    sets                  the passes of the criteria it starts with, and walks (search_space.py)
 
-`Scorer` knows which passes are needed and runs them; what a pass is stands in model/.
-
-
-Criteria that watch a pass: what they see of the stream at each block, turned into scores.
+`Scorer` knows which passes are needed and runs them; the passes themselves are in model/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.tensors import read_tensor
-from shortllm.criteria import Scores
-from shortllm.criteria.selection import Asked
+from shortllm.checkpoint.tensors import is_packed, read_tensor
+from shortllm.criteria import OBSERVED, Scores
+from shortllm.criteria.selection import ResolvedCriterion
+from shortllm.errors import UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
-from shortllm.runtime import ALONE, Ranks
+from shortllm.runtime import ALONE, Advance, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,24 +33,33 @@ if TYPE_CHECKING:
     from shortllm.model.hidden_states import StreamMemory
 
 
-Advance = Callable[[float], None]
+class SearchSpaces(Protocol):
+    """How a criterion that searches measures sets of blocks: `search_space.BlockSearch`."""
+
+    def __call__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal) -> Any:
+        """The space of sets that the criterion searches."""
+
+    def flops(self, scorer: Scorer, searching: ResolvedCriterion) -> float:
+        """Estimated floating-point operations of its search."""
 
 
 @dataclass(kw_only=True)
 class Scorer:
-    """A model, samples, and the means to run passes over them."""
+    """A model, samples, and the passes over them."""
 
     checkpoint: Checkpoint
     open_decoder: Callable[[], Decoder]
     """Called when a pass needs the model."""
     ids_BT: Tensor | None
     """This process's samples; None if no criterion needs text."""
+    search_spaces: SearchSpaces | None = None
+    """Needed for criteria that search."""
     ranks: Ranks = ALONE
     memory: StreamMemory | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
     advance: Advance = lambda work: None
 
-    def score(self, asked: Sequence[Asked]) -> dict[str, Scores]:
+    def score(self, resolved: Sequence[ResolvedCriterion]) -> dict[str, Scores]:
         """Scores of all blocks by each criterion.
 
         Raises:
@@ -60,21 +67,21 @@ class Scorer:
             UnsupportedModelError: the model's blocks cannot be called one by one.
         """
         blocks = range(self.checkpoint.block_count)
-        found = self._score(asked, blocks, blocks, self.journal)
+        found = self._score(resolved, blocks, blocks, self.journal)
         for name, scores in found.items():
             criteria.require_finite(name, scores.importance)
         return found
 
     def _score(
         self,
-        asked: Sequence[Asked],
+        resolved: Sequence[ResolvedCriterion],
         kept: Sequence[int],
         candidates: Sequence[int],
         journal: Journal,
     ) -> dict[str, Scores]:
         """Scores of the blocks `candidates` in the model of the blocks `kept`; 0 for others."""
         found: dict[str, Scores] = {}
-        for one in asked:
+        for one in resolved:
             if one.needs == "nothing":
                 found[one.name] = plain_scores(one.call(self.checkpoint.block_count))
             elif one.needs == "weights":
@@ -83,20 +90,20 @@ class Scorer:
                 found[one.name] = self._removals(one, journal.part(one.name))
             elif one.needs == "sets":
                 found[one.name] = self._sets(one, journal.part(one.name))
-        watching = [self._watch(one) for one in asked if one.needs in WATCHED]
-        logits = [one for one in asked if one.needs == "logits"]
-        gradients = [one for one in asked if one.needs == "gradients"]
+        observers = [self._observer(one) for one in resolved if one.needs in OBSERVED]
+        logits = [one for one in resolved if one.needs == "logits"]
+        gradients = [one for one in resolved if one.needs == "gradients"]
         if logits:
-            found |= self._logits(logits, kept, candidates, watching, journal.part("logits"))
+            found |= self._logits(logits, kept, candidates, observers, journal.part("logits"))
         if gradients:
-            watch = [] if logits else watching
-            found |= self._gradients(gradients, kept, watch, journal.part("gradients"))
-        if watching and not logits and not gradients:
-            self._forward(kept, watching, journal.part("forward"))
-        found |= {watch.asked.name: watch.scores(kept, self.ranks) for watch in watching}
-        return {one.name: found[one.name] for one in asked}
+            seen = [] if logits else observers
+            found |= self._gradients(gradients, kept, seen, journal.part("gradients"))
+        if observers and not logits and not gradients:
+            self._forward(kept, observers, journal.part("forward"))
+        found |= {one.criterion.name: one.scores(kept, self.ranks) for one in observers}
+        return {one.name: found[one.name] for one in resolved}
 
-    def _weights(self, one: Asked, candidates: Sequence[int]) -> Scores:
+    def _weights(self, one: ResolvedCriterion, candidates: Sequence[int]) -> Scores:
         """One block's weights in memory at a time, straight from the files."""
         values = [0.0] * self.checkpoint.block_count
         for b in candidates:
@@ -105,13 +112,15 @@ class Scorer:
             self.advance(2.0 * sum(entry.elements for entry in entries))
         return plain_scores(values)
 
-    def _watch(self, one: Asked) -> Watch:
+    def _observer(self, one: ResolvedCriterion) -> ScoringObserver:
         blocks = self.checkpoint.block_count
         if one.needs == "streams":
             return TokenMeans(one, blocks)
         return LastTokens(one, blocks, len(self.samples()), self.open_decoder().stream_width)
 
-    def _forward(self, kept: Sequence[int], watching: Sequence[Watch], journal: Journal) -> None:
+    def _forward(
+        self, kept: Sequence[int], observers: Sequence[ScoringObserver], journal: Journal
+    ) -> None:
         from shortllm.model.walk import walk
 
         decoder = self.open_decoder()
@@ -120,7 +129,7 @@ class Scorer:
             decoder,
             self.samples(),
             [removed],
-            observe=watching,
+            observe=observers,
             advance=self.advance,
             memory=self.memory,
             journal=journal,
@@ -128,56 +137,46 @@ class Scorer:
 
     def _logits(
         self,
-        asked: Sequence[Asked],
+        resolved: Sequence[ResolvedCriterion],
         kept: Sequence[int],
         candidates: Sequence[int],
-        watching: Sequence[Watch],
+        observers: Sequence[ScoringObserver],
         journal: Journal,
     ) -> dict[str, Scores]:
-        """The model of `kept` and each model with one more block gone, in one walk."""
-        import torch
+        """The model of `kept` and each model with one more block removed, in one walk."""
+        from shortllm.model.walk import mean_values
 
-        from shortllm.model.walk import walk
-
-        decoder, ids_BT = self.open_decoder(), self.samples()
-        totals = torch.zeros(len(asked), 1 + len(candidates), dtype=torch.float64)
-
-        def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-            for i, one in enumerate(asked):
-                values_N = one.call(logits_NV, first_NV, target_N)
-                totals[i, m] += values_N.double().sum().item()
-
-        walk(
+        decoder = self.open_decoder()
+        means = mean_values(
             decoder,
-            ids_BT,
+            self.samples(),
             removals_of(decoder.block_count, kept, candidates),
-            consume=consume,
-            observe=watching,
+            [one.call for one in resolved],
+            ranks=self.ranks,
+            observe=observers,
             advance=self.advance,
             memory=self.memory,
             journal=journal,
         )
-        self.ranks.add_up([totals])
-        predictions = self.ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
         return {
             one.name: _of_means(one, mean, candidates, decoder.block_count)
-            for one, mean in zip(asked, (totals / predictions).tolist(), strict=True)
+            for one, mean in zip(resolved, means, strict=True)
         }
 
     def _gradients(
         self,
-        asked: Sequence[Asked],
+        resolved: Sequence[ResolvedCriterion],
         kept: Sequence[int],
-        watching: Sequence[Watch],
+        observers: Sequence[ScoringObserver],
         journal: Journal,
     ) -> dict[str, Scores]:
         from shortllm.model.backward import walk_back
 
         decoder = self.open_decoder()
-        values = {one.name: [0.0] * decoder.block_count for one in asked}
+        values = {one.name: [0.0] * decoder.block_count for one in resolved}
 
         def receive(b: int, products: dict[str, Tensor]) -> None:
-            for one in asked:
+            for one in resolved:
                 values[one.name][b] = one.call(products)
 
         walk_back(
@@ -186,7 +185,7 @@ class Scorer:
             list(kept),
             receive,
             ranks=self.ranks,
-            observe=watching,
+            observe=observers,
             advance=self.advance,
             memory=self.memory,
             journal=journal,
@@ -195,7 +194,7 @@ class Scorer:
         )
         return {name: plain_scores(found) for name, found in values.items()}
 
-    def _removals(self, one: Asked, journal: Journal) -> Scores:
+    def _removals(self, one: ResolvedCriterion, journal: Journal) -> Scores:
         """Rounds of an inner criterion; each finished round is in the journal."""
         inner = one.inner()
         assert inner is not None
@@ -219,38 +218,36 @@ class Scorer:
         scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
         return scores
 
-    def _sets(self, one: Asked, journal: Journal) -> Scores:
-        from shortllm.pruning.search_space import BlockSearch
-
-        scores: Scores = one.call(BlockSearch(self, one, journal))
+    def _sets(self, one: ResolvedCriterion, journal: Journal) -> Scores:
+        assert self.search_spaces is not None
+        scores: Scores = one.call(self.search_spaces(self, one, journal))
         return scores
 
-    def work(self, asked: Sequence[Asked]) -> float:
+    def work(self, resolved: Sequence[ResolvedCriterion]) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.
 
-        Of a criterion that removes blocks as if those were the first ones, and of a search as if
-        it took two rounds.
+        A criterion that removes blocks is counted as if the first ones went, a search as if it
+        took two rounds.
         """
         blocks = range(self.checkpoint.block_count)
-        return self._work(asked, blocks, blocks)
+        return self._work(resolved, blocks, blocks)
 
     def _work(
-        self, asked: Sequence[Asked], kept: Sequence[int], candidates: Sequence[int]
+        self, resolved: Sequence[ResolvedCriterion], kept: Sequence[int], candidates: Sequence[int]
     ) -> float:
         from shortllm.model.backward import walk_back_flops
         from shortllm.model.walk import walk_flops
 
-        total, needs = 0.0, {one.needs for one in asked}
-        for one in asked:
+        total, needs = 0.0, {one.needs for one in resolved}
+        for one in resolved:
             if one.needs == "weights":
                 weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":
                 total += self._work_of_rounds(one)
             elif one.needs == "sets":
-                from shortllm.pruning.search_space import search_flops
-
-                total += search_flops(self, one)
+                assert self.search_spaces is not None
+                total += self.search_spaces.flops(self, one)
         if not needs & {"streams", "last token", "logits", "gradients"}:
             return total
         decoder, (samples, length) = self.open_decoder(), self.samples().shape
@@ -264,7 +261,7 @@ class Scorer:
             total += walk_flops(decoder, removed, samples, length, head=False)
         return total
 
-    def _work_of_rounds(self, one: Asked) -> float:
+    def _work_of_rounds(self, one: ResolvedCriterion) -> float:
         inner, free = one.inner(), one.free(self.checkpoint.info())
         assert inner is not None
         total = 0.0
@@ -276,19 +273,21 @@ class Scorer:
 
     def samples(self) -> Tensor:
         """The calibration ids `[B, T]`."""
-        assert self.ids_BT is not None, "text was not asked for"
+        assert self.ids_BT is not None, "no criterion needs text"
         return self.ids_BT
 
 
 def removals_of(
     blocks: int, kept: Sequence[int], candidates: Iterable[int]
 ) -> list[frozenset[int]]:
-    """The model of the blocks `kept`, and each model that lacks one candidate more."""
+    """The model of the blocks `kept`, and each model without one more of the candidates."""
     gone = frozenset(range(blocks)) - set(kept)
     return [gone, *(gone | {b} for b in candidates)]
 
 
-def _of_means(one: Asked, means: list[float], candidates: Sequence[int], count: int) -> Scores:
+def _of_means(
+    one: ResolvedCriterion, means: list[float], candidates: Sequence[int], count: int
+) -> Scores:
     """Scores from the mean of the intact model and those without each candidate."""
     intact, *without = means
     report = perplexity if one.criterion.in_nats else float
@@ -302,35 +301,31 @@ def _of_means(one: Asked, means: list[float], candidates: Sequence[int], count: 
     )
 
 
-WATCHED: tuple[criteria.Needs, ...] = ("streams", "last token")
-"""What is seen when the samples go through the blocks once, in whatever pass."""
+class ScoringObserver(Protocol):
+    """Observes the streams of a pass, and turns what it saw into scores."""
 
-
-class Watch(Protocol):
-    """An observer of a pass that turns what it saw into scores."""
-
-    asked: Asked
+    criterion: ResolvedCriterion
     state: dict[str, Tensor]
 
     def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None: ...
 
     def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
-        """Scores of the blocks `kept`, from what all processes saw."""
+        """Scores of the blocks `kept`, from the samples of all processes."""
 
 
 class TokenMeans:
     """The mean over tokens of a number per token, for each block."""
 
-    def __init__(self, asked: Asked, blocks: int) -> None:
+    def __init__(self, criterion: ResolvedCriterion, blocks: int) -> None:
         import torch
 
-        self.asked = asked
+        self.criterion = criterion
         self._sums = torch.zeros(blocks, 2, dtype=torch.float64)
         """Sum and count of each block."""
-        self.state = {asked.name: self._sums}
+        self.state = {criterion.name: self._sums}
 
     def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
-        values_BT = self.asked.call(before_BTD.flatten(2), after_BTD.flatten(2))
+        values_BT = self.criterion.call(before_BTD.flatten(2), after_BTD.flatten(2))
         self._sums[b, 0] += values_BT.double().sum().item()
         self._sums[b, 1] += values_BT.numel()
 
@@ -345,13 +340,16 @@ class TokenMeans:
 class LastTokens:
     """The stream of each sample's last token before and after each block."""
 
-    def __init__(self, asked: Asked, blocks: int, samples: int, width: int) -> None:
+    def __init__(self, criterion: ResolvedCriterion, blocks: int, samples: int, width: int) -> None:
         import torch
 
-        self.asked = asked
+        self.criterion = criterion
         self._before = torch.zeros(blocks, samples, width)
         self._after = torch.zeros(samples, width)
-        self.state = {f"{asked.name}-before": self._before, f"{asked.name}-after": self._after}
+        self.state = {
+            f"{criterion.name}-before": self._before,
+            f"{criterion.name}-after": self._after,
+        }
 
     def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
         self._before[b, rows] = before_BTD[:, -1].flatten(1).to(self._before)
@@ -362,7 +360,7 @@ class LastTokens:
         import torch
 
         depths = torch.cat([self._before[list(kept)], self._after[None]])
-        found: Scores = self.asked.call(torch.cat(ranks.gather(depths), dim=1))
+        found: Scores = self.criterion.call(torch.cat(ranks.gather(depths), dim=1))
         blocks = len(self._before)
         if len(kept) == blocks:
             return found
@@ -380,3 +378,20 @@ def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> li
     for b, value in zip(blocks, values, strict=True):
         spread[b] = value
     return spread
+
+
+def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[ResolvedCriterion]) -> None:
+    """Refuse to score packed integers as weights, or by gradients of quantized ones.
+
+    Raises:
+        UnsupportedModelError: naming the criterion.
+    """
+    if not is_packed(checkpoint.raw_config):
+        return
+    for one in resolved:
+        if (one.inner() or one).needs in ("weights", "gradients"):
+            others = ", ".join(criteria.names_by_need("logits", *OBSERVED))
+            raise UnsupportedModelError(
+                f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "
+                f"unquantized model, or use one of {others}"
+            )

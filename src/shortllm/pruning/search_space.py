@@ -1,59 +1,57 @@
-"""What a search runs on: samples parted into those it sees and those kept apart, and walks.
+"""What a search runs on: its candidate sets, measured on one part of the samples.
 
-Every list of sets that a search wants measured goes through the model in one walk, in which sets
-that begin alike share their block passes. Each finished list is in the journal, so that an
-interrupted search, which decides by these numbers alone, goes on where it was. Of several processes
-each has its share of every part of the samples, and all see the same sums.
-
-Shapes: B samples, T tokens each, V vocabulary, N predictions of one slice.
+Every list of sets that a search measures goes through the model in one walk, in which sets that
+begin alike share their block passes. Each finished list is in the journal, so that an interrupted
+search, which decides by these numbers alone, resumes where it was. Each of several processes has
+its share of every part of the samples, and all see the same sums.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shortllm.criteria.records import CandidateSet, NotTried, Search
 from shortllm.criteria.search import Blocks, Proposal, names_in
-from shortllm.criteria.selection import Asked
+from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.journal import Journal
-from shortllm.model.metrics import kl_divergence, next_token_nll, perplexity
-from shortllm.pruning.budget import Budget, most_blocks, removable
+from shortllm.model.metrics import perplexity
+from shortllm.pruning.budget import Budget, most_blocks, removable, removal_options
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.scoring import Scorer
+from shortllm.records import ModelInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-TOGETHER = 128
-"""Sets measured in one walk at the most: each has a stream of its own at the end."""
-
 QUARTER = 0.25
-"""Part of the blocks that goes where no number is asked for."""
+"""Part of the blocks to remove if no number is given."""
 
 
 class BlockSearch:
     """The space of sets of a criterion that searches; see `criteria.search.SearchSpace`."""
 
-    def __init__(self, scorer: Scorer, asked: Asked, journal: Journal) -> None:
+    def __init__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal) -> None:
         self._scorer = scorer
-        self._asked = asked
+        self._searching = searching
+        self._options = searching.options
         self._journal = journal
         self._model = scorer.checkpoint.info()
-        self._budget = budget_of(asked, scorer)
+        self._budget = budget_of(searching, self._model)
         self.blocks = self._model.blocks
         self.units = [tuple(unit) for unit in removable(self._budget, self._model)]
         self._total = int(scorer.ranks.total(float(len(scorer.samples()))))
-        self._searched = self._total - self._kept_apart()
+        self._searched = self._total - self._held_out()
         self._evaluations = 0.0
         self._at_start = 0.0
-        """Evaluations that the starts took, which the budget does not count."""
+        """Evaluations of the starts, which the limit does not count."""
         self._known: dict[tuple[Blocks, int], float] = {}
         self._left_out: list[NotTried] = []
         self._began = time.monotonic()
@@ -61,27 +59,47 @@ class BlockSearch:
         self._taken = 0
         self._seconds = 0.0
 
-    def _kept_apart(self) -> int:
+    def _held_out(self) -> int:
         """How many samples the search does not see: the last ones.
 
         Raises:
             CriterionError: too few are left for every process to search on one.
         """
-        asked, count = self._asked, self._scorer.ranks.count
-        kept: int = round(asked.options["held_out"] * self._total)
-        if "candidates" in asked.options:
-            kept = max(1, kept)
-        if self._total - kept < count:
+        name, options, count = self._searching.name, self._options, self._scorer.ranks.count
+        held_out: int = round(options["held_out"] * self._total)
+        if "candidates" in options:
+            held_out = max(1, held_out)
+        if self._total - held_out < count:
             raise CriterionError(
-                f"'{asked.name}' keeps {kept} of {self._total} calibration samples apart, which "
-                f"leaves {self._total - kept} to search on in {count} "
-                f"process{'' if count == 1 else 'es'}. Ask for more --samples, or a smaller "
-                f"{asked.name}.held_out"
+                f"'{name}' holds out {held_out} of {self._total} calibration samples, which "
+                f"leaves {self._total - held_out} to search on in {count} "
+                f"process{'' if count == 1 else 'es'}. Give more --samples, or a smaller "
+                f"{name}.held_out"
             )
-        return kept
+        return held_out
+
+    @staticmethod
+    def flops(scorer: Scorer, searching: ResolvedCriterion) -> float:
+        """Floating-point operations of a search, as its method estimates its measurements."""
+        from shortllm.model.walk import walk_flops
+
+        options, model = searching.options, scorer.checkpoint.info()
+        budget = budget_of(searching, model)
+        named = [resolve(name) for name in names_in(options.get("candidates") or options["start"])]
+        shots = _with_amounts([one for one in named if one.needs != "sets"], budget, model)
+        units = removable(budget, model)
+        gone = [block for unit in units for block in unit][: budget.remove]
+        swaps = len(gone) * (sum(map(len, units)) - len(gone))
+        methods = [one.criterion.search for one in (searching, *named)]
+        measured = sum(one.measurements(options, swaps) for one in methods if one is not None)
+        if options["evaluations"] is not None:
+            measured = min(measured, float(options["evaluations"]))
+        decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape
+        each = walk_flops(decoder, [frozenset(gone)], samples, length)
+        return scorer.work(shots) + (measured + len(shots)) * each
 
     def _finished(self) -> list[dict[str, Any]]:
-        """What an interrupted search has measured, as far as all processes have it."""
+        """The measurements of an interrupted search that all processes have."""
         import torch
 
         entries: list[dict[str, Any]] = (self._journal.position() or {"entries": []})["entries"]
@@ -104,17 +122,17 @@ class BlockSearch:
         return self._count(part) / self._searched
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
-        """What each criterion would remove.
+        """What each criterion removes.
 
         Raises:
             CriterionError: none of them can meet the budget.
         """
-        entry = self._entry("propose", lambda journal: self._scored(names, journal))
+        entry = self._entry("propose", partial(self._scored, names))
         self._left_out = [NotTried(**one) for one in entry["left_out"]]
         if not entry["proposals"]:
             reason = self._left_out[0]
             raise CriterionError(
-                f"'{self._asked.name}' has no plan to start from: {reason.criterion}: "
+                f"'{self._searching.name}' has no plan to start from: {reason.criterion}: "
                 f"{reason.reason}"
             )
         return [
@@ -127,15 +145,12 @@ class BlockSearch:
         ]
 
     def _scored(self, names: Sequence[str], journal: Journal) -> dict[str, Any]:
-        asked = []
-        for name in names:
-            plain = Asked.of(name)
-            asked.append(Asked.of(name, plain.amount(self._budget, self._model)))
+        resolved = _with_amounts([resolve(name) for name in names], self._budget, self._model)
         scorer = replace(
             self._scorer, ids_BT=self._part(0, self._searched), journal=journal.part("scores")
         )
         proposals, left_out = [], []
-        for name, found in scorer.score(asked).items():
+        for name, found in scorer.score(resolved).items():
             scores = BlockScores(
                 model=self._model,
                 criterion=name,
@@ -162,11 +177,8 @@ class BlockSearch:
         new = sorted({s for s in sets if (s, count) not in self._known}, key=sorted)
         if new:
             ids_BT = self._part(0, count)
-            kl = self._asked.options["fitness"] == "kl"
-            entry = self._entry(
-                "measure",
-                lambda journal: {"values": self._means(new, ids_BT, count, kl, journal)},
-            )
+            kl = self._options["fitness"] == "kl"
+            entry = self._entry("measure", partial(self._means, new, ids_BT, kl))
             for removed, value in zip(new, entry["values"], strict=True):
                 self._known[removed, count] = value if math.isfinite(value) else math.inf
             self._evaluations += len(new) * count / self._searched
@@ -175,21 +187,21 @@ class BlockSearch:
         return [self._known[removed, count] for removed in sets]
 
     def left(self) -> float:
-        """Evaluations that may still be spent."""
-        minutes = self._asked.options["minutes"]
+        """Evaluations that are still allowed."""
+        minutes = self._options["minutes"]
         if minutes is not None and self._seconds >= 60 * minutes:
             return 0.0
-        allowed = self._asked.options["evaluations"]
+        allowed = self._options["evaluations"]
         if allowed is None:
             return math.inf
         return max(0.0, float(allowed) + self._at_start - self._evaluations)
 
     def spent(self) -> str:
-        """What ran out, for the record."""
-        minutes = self._asked.options["minutes"]
+        """The limit that was reached, for the record."""
+        minutes = self._options["minutes"]
         if minutes is not None and self._seconds >= 60 * minutes:
             return f"{minutes:g} minutes"
-        return f"{self._asked.options['evaluations']} evaluations"
+        return f"{self._options['evaluations']} evaluations"
 
     def candidates(
         self, sets: Sequence[tuple[str, Blocks]], values: Sequence[float]
@@ -200,10 +212,7 @@ class BlockSearch:
         if count:
             distinct = sorted({removed for _, removed in sets}, key=sorted)
             ids_BT = self._part(self._searched, self._total)
-            entry = self._entry(
-                "held-out",
-                lambda journal: {"values": self._means(distinct, ids_BT, count, False, journal)},
-            )
+            entry = self._entry("held-out", partial(self._means, distinct, ids_BT, False))
             held_out = {
                 removed: _finite(perplexity(value))
                 for removed, value in zip(distinct, entry["values"], strict=True)
@@ -219,9 +228,9 @@ class BlockSearch:
         ]
 
     def record(self, **found: Any) -> Search:
-        """What was found, with what the search knows of itself."""
+        """The result, with the search's own settings and counts."""
         return Search(
-            fitness=self._asked.options["fitness"],
+            fitness=self._options["fitness"],
             evaluations=round(self._evaluations, 3),
             search_samples=self._searched,
             held_out_samples=self._total - self._searched,
@@ -231,18 +240,16 @@ class BlockSearch:
 
     def _shown(self, value: float) -> float | None:
         """A mean fitness as it is reported."""
-        return _finite(perplexity(value) if self._asked.options["fitness"] == "ppl" else value)
+        return _finite(perplexity(value) if self._options["fitness"] == "ppl" else value)
 
-    def _entry(self, name: str, work: Any) -> dict[str, Any]:
+    def _entry(self, name: str, work: Callable[[Journal], dict[str, Any]]) -> dict[str, Any]:
         """The next piece of work: from the journal, or done now and written there."""
         if self._taken == len(self._entries):
             part = self._journal.part(f"{name}-{self._taken}")
             done = work(part)
             spent = time.monotonic() - self._began
             # the slowest process's time, so that all stop at the same place
-            seconds = max(
-                float(found.item()) for found in self._scorer.ranks.gather(_number(spent))
-            )
+            seconds = max(map(float, self._scorer.ranks.gather(_number(spent))))
             self._entries.append({**done, "seconds": self._before() + seconds})
             self._began = time.monotonic()
             self._journal.commit({"entries": self._entries}, {})
@@ -256,48 +263,17 @@ class BlockSearch:
         return float(self._entries[-1]["seconds"]) if self._entries else 0.0
 
     def _means(
-        self, sets: Sequence[Blocks], ids_BT: Tensor, count: int, kl: bool, journal: Journal
-    ) -> list[float]:
-        """Mean NLL without each set, or mean divergence from the intact model, nats.
+        self, sets: Sequence[Blocks], ids_BT: Tensor, kl: bool, journal: Journal
+    ) -> dict[str, Any]:
+        """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
+        from shortllm.model.walk import TOGETHER, mean_nlls
 
-        Args:
-            ids_BT: this process's share of the samples.
-            count: samples of all processes.
-        """
-        import torch
-
-        from shortllm.model.walk import NOTHING, walk
-
-        scorer, decoder = self._scorer, self._scorer.open_decoder()
-        totals = torch.zeros(len(sets), dtype=torch.float64)
-        intact = [NOTHING] if kl else []
-        for start in range(0, len(sets) if len(ids_BT) else 0, TOGETHER):
-            together = sets[start : start + TOGETHER]
-
-            def consume(
-                m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor, start: int = start
-            ) -> None:
-                if not kl:
-                    values_N = next_token_nll(logits_NV, target_N)
-                elif m > 0:
-                    values_N = kl_divergence(first_NV, logits_NV)
-                else:
-                    return  # the intact model itself
-                totals[start + m - len(intact)] += values_N.double().sum().item()
-
-            walk(
-                decoder,
-                ids_BT,
-                [*intact, *together],
-                consume=consume,
-                advance=scorer.advance,
-                memory=scorer.memory,
-                journal=journal.part(f"sets-{start}"),
-            )
-        scorer.ranks.add_up([totals])
-        predictions = count * (scorer.samples().shape[1] - 1)
-        found: list[float] = (totals / predictions).tolist()
-        return found
+        scorer = self._scorer
+        values = mean_nlls(
+            scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
+            advance=scorer.advance, memory=scorer.memory, journal=journal,
+        )  # fmt: skip
+        return {"values": values}
 
 
 def _number(value: float) -> Tensor:
@@ -310,43 +286,26 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def budget_of(asked: Asked, scorer: Scorer) -> Budget:
-    """How many blocks a search removes, and which it may not.
+def budget_of(searching: ResolvedCriterion, model: ModelInfo) -> Budget:
+    """How many blocks a search removes, and which it may not remove.
 
     Raises:
         BudgetError: it cannot be met.
     """
-    options, model = asked.options, scorer.checkpoint.info()
-    amount: dict[str, Any] = {"remove": options["remove"]}
-    if options["remove"] is None:
-        amount = {"ratio": QUARTER}
+    options = searching.options
+    remove = options["remove"]
     budget = Budget(
-        **amount,
+        remove=remove,
+        ratio=QUARTER if remove is None else None,
         protect_first=options["protect_first"],
         protect_last=options["protect_last"],
         period_aligned=options["period_aligned"],
     )
-    number = most_blocks(budget, model)
-    return budget.model_copy(update={"ratio": None, "remove": number})
+    return budget.model_copy(update={"ratio": None, "remove": most_blocks(budget, model)})
 
 
-def search_flops(scorer: Scorer, asked: Asked) -> float:
-    """Floating-point operations of a search of two rounds, or of all generations of evolve."""
-    from shortllm.model.walk import walk_flops
-
-    options, model = asked.options, scorer.checkpoint.info()
-    budget = budget_of(asked, scorer)
-    names = names_in(options.get("candidates") or options["start"])
-    named = [Asked.of(name) for name in names]
-    shots = [Asked.of(o.name, o.amount(budget, model)) for o in named if o.needs != "sets"]
-    units = removable(budget, model)
-    gone = [block for unit in units for block in unit][: budget.remove]
-    swaps = len(gone) * (sum(map(len, units)) - len(gone))
-    rounds = {"local": 2.0 * swaps, "evolve": options.get("generations", 0) * 8.0}
-    searches = [asked.name] if asked.name in rounds else [n for n in names if n in rounds]
-    measured: float = sum(rounds[name] for name in searches)
-    if options["evaluations"] is not None:
-        measured = min(measured, float(options["evaluations"]))
-    decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape
-    each = walk_flops(decoder, [frozenset(gone)], samples, length)
-    return scorer.work(shots) + (measured + len(shots)) * each
+def _with_amounts(
+    resolved: Sequence[ResolvedCriterion], budget: Budget, model: ModelInfo
+) -> list[ResolvedCriterion]:
+    """Criteria with the options by which those that remove blocks themselves meet a budget."""
+    return [resolve(one.name, removal_options(one, budget, model)) for one in resolved]

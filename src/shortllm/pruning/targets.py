@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.benchmark.options import BenchmarkOptions, paired_speedup
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError, ResultFileError
 from shortllm.files import fingerprint
@@ -181,8 +181,8 @@ def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
     import torch
 
     itemsize = getattr(torch, dtype).itemsize
-    room = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
-    tokens = min(CACHED_TOKENS, room) if isinstance(room, int) else CACHED_TOKENS
+    room = context_length(checkpoint.config)
+    tokens = CACHED_TOKENS if room is None else min(CACHED_TOKENS, room)
     cache = tokens * cache_bytes(checkpoint, dtype)
     per_block = [number * itemsize + cache for number in checkpoint.parameters_per_block]
     return per_block, checkpoint.parameters * itemsize + cache * checkpoint.block_count

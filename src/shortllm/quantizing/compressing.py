@@ -27,7 +27,8 @@ from torch import nn
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import ShortLLMError, UnsupportedModelError
-from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.model.blocks import find_blocks
+from shortllm.model.structure import build_empty
 from shortllm.quantizing.options import PER_ROW
 
 LIBRARY = "llmcompressor"

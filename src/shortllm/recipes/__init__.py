@@ -10,17 +10,19 @@ leaves out has its default.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from pydantic import ValidationError
 
 from shortllm.errors import RecipeError, did_you_mean
+from shortllm.options import validation_message
 from shortllm.recipe import Recipe
-from shortllm.recipes.reading import parsed_yaml
 from shortllm.records import Record
 
 log = logging.getLogger(__name__)
@@ -44,12 +46,17 @@ def load_recipe(name: str | Path) -> Recipe:
     path = _file_of(name)
     text = recipe_text(name)
     try:
-        content = parsed_yaml(text)
+        content = parse_yaml(text)
     except ValueError as error:
-        raise RecipeError(f"{path} is no recipe in YAML: {error}") from error
+        raise RecipeError(f"{path} is not a recipe in YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(
-            f"{path} holds no fields. A recipe looks like this: `shortllm recipes show {DEFAULT}`"
+            f"{path} contains no fields. For an example see: shortllm recipes show {DEFAULT}"
+        )
+    if "trust_remote_code" in content:
+        raise RecipeError(
+            f"{path}: a recipe cannot allow remote code. Give --trust-remote-code on the command "
+            "line instead"
         )
     return parse_recipe(content, str(path))
 
@@ -69,6 +76,41 @@ def recipe_text(name: str | Path) -> str:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and each field once: a repeated one would silently replace the first."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"line {line} has a reference (*name). Write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"'{key.value}' is given twice, first in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of a YAML text, as JSON would give it.
+
+    Raises:
+        ValueError: it is not YAML, or contains dates, bytes, references or repeated fields.
+    """
+    try:
+        content = yaml.load(text, Loader=_Loader)
+        return json.loads(json.dumps(content, allow_nan=False, default=_refuse))
+    except Exception as error:  # PyYAML raises errors of many kinds where a tag does not fit
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _refuse(value: Any) -> None:
+    raise ValueError(f"{value} is a {type(value).__name__}. Put it in quotes")
+
+
 def _file_of(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -86,9 +128,10 @@ def default_recipe() -> Recipe:
     """The recipe of the embedded model, without what needs an extra that is not installed."""
     recipe = load_recipe(DEFAULT)
     left_out: dict[str, Any] = {}
-    if recipe.retraining and not (find_spec("accelerate") and find_spec("peft")):
+    needed = {name for one in recipe.retraining for name in one.about.packages}
+    if not all(map(find_spec, needed)):
         left_out["retraining"] = []
-        log.info("healing is left out. It needs: pip install 'shortllm[train]'")
+        log.info("retraining is left out. It needs: pip install 'shortllm[train]'")
     if recipe.evaluation.tasks and find_spec("lm_eval") is None:
         left_out["evaluation.tasks"] = []
         log.info("tasks are left out. They need: pip install 'shortllm[eval]'")
@@ -100,8 +143,6 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
 
     Args:
         where: what the message of an error calls them.
-    Raises:
-        RecipeError: an unknown field, or a value that does not fit.
     """
     try:
         return Recipe.model_validate(content)
@@ -113,7 +154,23 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
             raise RecipeError(
                 f"{where}: unknown field '{'.'.join(place)}'.{did_you_mean(place[-1], fields)}"
             ) from error
-        raise RecipeError(f"{where}: {'.'.join(place)}: {first['msg']}") from error
+        raise RecipeError(f"{where}: {validation_message(error)}") from error
+
+
+def settings_in(given: Sequence[str]) -> dict[str, Any]:
+    """`retraining.max_steps=200` and the like as values by their place in a recipe."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        place, equals, value = text.partition("=")
+        if not equals or not place.strip():
+            raise RecipeError(
+                f"--set '{text}' must have the form FIELD=VALUE, e.g. retraining.max_steps=200"
+            )
+        try:
+            settings[place.strip()] = parse_yaml(value)
+        except ValueError as error:
+            raise RecipeError(f"--set '{text}': the value is not YAML ({error})") from error
+    return settings
 
 
 def _fields(place: list[str]) -> list[str]:

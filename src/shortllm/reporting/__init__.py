@@ -1,29 +1,18 @@
-"""The report of a run: one self-contained HTML page and a model card, made from the result files.
+"""The report of a run: one self-contained HTML page and a model card, written from result files.
 
-    run.json  calibration.json  scores.json  plan.json  target.json
-    healed/heal.json  retrained/retrain.json  quantized/quantize.json  eval.json  bench.json
-                                │  loading.py     read, and refused where two do not belong together
-                                ▼
-    sections.py ──────────►  what each section shows: plain values and phrases
-      verdict.py               the one sentence at the top
-      healing.py speed.py zeroshot.py retraining.py quantizing.py   some sections by themselves
-      protocol.py              how it was measured, in phrases
-      wording.py               numbers and units
-      names.py                 models and files by name, never the machine's directories
-      citations.py             the paper behind a criterion
-      plots/                   SVG that follows the page's colours
-                                │  rendering.py   templates/, which escape all data
-                                ▼
-                          report.html  README.md  pruned/README.md  retrained/README.md
+    run.json  scores.json  plan.json  eval.json  bench.json  retrained/retrain.json ...
+                  │  load.py       reads them, and refuses what does not belong together
+                  ▼
+    run_page.py runs_page.py units_page.py criteria_page.py   what each kind of page shows
+      blocks.py healing.py measurements.py protocol.py        some of the sections
+      comparison.py                                           the table of models
+      plots/                                                  SVG in the page's colours
+                  │  parts.py      sections as lists of paragraphs, figures, tables ...
+                  ▼
+    page.py       templates/page.html.j2, templates/model_card.md.j2: all data is escaped
 
-A comparison of criteria has a page of its own, made the same way: comparison.json, comparison.py,
-comparison.html. So have several runs side by side: runs.py, runs.html.j2; and width
-beside depth: units.py, units.html.j2.
-
-A section is a function that takes the loaded results and returns what its partial template
-`templates/sections/NAME.html.j2` shows, or None where the run has nothing to show; a new stage adds
-a function, a partial, and a line in `SECTIONS`. Equal files give equal bytes: what differs between
-two equal runs (times, cost, dates, directories) is not shown.
+Equal files give equal bytes: what differs between two equal runs (times, cost, dates, directories)
+is not shown.
 
     shortllm report runs/my-run
 """
@@ -31,36 +20,36 @@ two equal runs (times, cost, dates, directories) is not shown.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shortllm.files import explained, write_text
+from shortllm.files import require_file_target, translate_os_errors, write_text
 from shortllm.quantizing.options import QUANTIZED
-from shortllm.reporting.loading import load_comparison, load_results, load_units
-from shortllm.reporting.rendering import (
-    is_our_card,
-    render_comparison,
-    render_model_card,
-    render_page,
-    render_units,
-)
 from shortllm.run_directory import PRUNED
 
-__all__ = ["write_comparison", "write_report", "write_units"]
+if TYPE_CHECKING:
+    from shortllm.reporting.comparison import ComparedModel
+
+__all__ = ["report", "write_comparison", "write_report", "write_runs", "write_units"]
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` and the model card `README.md` of a run; returns the page's path.
 
-    The card is also laid into `pruned/`, the healed and the quantized checkpoints, so that it
-    travels with the models; the README that came there with the original stays beside it as
-    `README.original.md`.
+    The card is also copied to the checkpoints of the run. A README that came there with the
+    original model is kept as `README.original.md`.
 
     Raises:
-        ResultFileError: a needed result file is missing or damaged, or two do not belong together.
+        ResultFileError: a needed file is missing or damaged, or two files do not belong together.
         OutputError: the run directory cannot be written.
     """
+    from shortllm.reporting import run_page
+    from shortllm.reporting.load import load_results
+    from shortllm.reporting.page import render_model_card, render_page
+
     results = load_results(run_dir)
-    page = render_page(results)
+    page = render_page(run_page.head(results), run_page.sections_of(results))
     write_text(run_dir / "README.md", render_model_card(results, PRUNED))
     for name in (PRUNED, *results.healed_by, QUANTIZED):
         if (run_dir / name).is_dir():
@@ -74,10 +63,16 @@ def write_comparison(run_dir: Path) -> Path:
     """Write `comparison.html` of a comparison of criteria; returns its path.
 
     Raises:
-        ResultFileError: a result file is missing or damaged, or two do not belong together.
+        ResultFileError: a file is missing or damaged, or two files do not belong together.
         OutputError: the run directory cannot be written.
     """
-    write_text(run_dir / "comparison.html", render_comparison(load_comparison(run_dir)))
+    from shortllm.reporting.criteria_page import criteria_head, criteria_sections
+    from shortllm.reporting.load import load_comparison
+    from shortllm.reporting.page import render_page
+
+    results = load_comparison(run_dir)
+    page = render_page(criteria_head(results), criteria_sections(results))
+    write_text(run_dir / "comparison.html", page)
     return run_dir / "comparison.html"
 
 
@@ -85,18 +80,62 @@ def write_units(run_dir: Path) -> Path:
     """Write `units.html` of a comparison of width and depth; returns its path.
 
     Raises:
-        ResultFileError: a result file is missing or damaged.
+        ResultFileError: a file is missing or damaged.
         OutputError: the run directory cannot be written.
     """
-    write_text(run_dir / "units.html", render_units(load_units(run_dir)))
+    from shortllm.reporting.load import load_units
+    from shortllm.reporting.page import render_page
+    from shortllm.reporting.units_page import units_head, units_sections
+
+    results = load_units(run_dir)
+    write_text(run_dir / "units.html", render_page(units_head(results), units_sections(results)))
     return run_dir / "units.html"
+
+
+def write_runs(directories: Sequence[Path], out: Path) -> list[ComparedModel]:
+    """Write the page of several runs to the file `out`; returns the models of its table.
+
+    Raises:
+        ResultFileError: a directory without a finished run.
+        OutputError: the file cannot be written.
+    """
+    from shortllm.reporting.load import load_runs
+    from shortllm.reporting.page import render_page
+    from shortllm.reporting.runs_page import compared_models, runs_head, runs_sections
+
+    require_file_target(out)
+    runs = load_runs(directories)
+    models = compared_models(runs)
+    write_text(out, render_page(runs_head(runs, models), runs_sections(runs, models)))
+    return models
 
 
 def _keep_original_card(checkpoint: Path) -> None:
     """Move a README that is not ours aside; ours, from an earlier report, may be overwritten."""
+    from shortllm.reporting.page import is_our_card
+
     readme = checkpoint / "README.md"
     if not readme.exists():
         return
-    with explained(checkpoint):
+    with translate_os_errors(checkpoint):
         if not is_our_card(readme.read_text(encoding="utf-8", errors="replace")):
             os.replace(readme, checkpoint / "README.original.md")
+
+
+def report(run_dir: Path | str) -> Path:
+    """Write the page of a run directory from its files.
+
+    That is report.html and the model card, or comparison.html where the directory contains a
+    comparison instead of a plan.
+
+    Args:
+        run_dir: a directory of a finished run.
+    Returns:
+        The page.
+    Raises:
+        ResultFileError: no finished run, or files that do not belong together.
+    """
+    directory = Path(run_dir)
+    if (directory / "comparison.json").exists() and not (directory / "plan.json").exists():
+        return write_comparison(directory)
+    return write_report(directory)

@@ -1,112 +1,263 @@
-"""The section on healing: what came back, and how each way of healing went."""
+"""Healing, retraining and quantizing: their sections, and their sentences in the verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from shortllm.evaluation.options import Perplexity
-from shortllm.healing.options import Healing
+from shortllm.format import NONE, counted, known, number, percent, short_bytes, short_count
+from shortllm.healing.options import HealedGap, Healing
 from shortllm.quantizing.options import QUANTIZED
-from shortllm.reporting.loading import RunResults
-from shortllm.reporting.names import model_name
-from shortllm.reporting.plots.dots import DotPlot
-from shortllm.reporting.protocol import perplexity_source
-from shortllm.reporting.retraining import retraining_section
-from shortllm.reporting.wording import NONE, counted, number, percent
+from shortllm.reporting.load import RunResults
+from shortllm.reporting.parts import (
+    Cell,
+    Details,
+    Heading,
+    Paragraph,
+    Part,
+    Section,
+    Table,
+    Terms,
+    row,
+    table_of,
+)
+from shortllm.reporting.plots import COLOURS
+from shortllm.reporting.plots.lines import Line, LinePlot
+from shortllm.reporting.plots.points import DotPlot
+from shortllm.reporting.protocol import model_name, perplexity_source
+from shortllm.retraining.methods import METHODS
+from shortllm.retraining.options import Retraining
 from shortllm.run_directory import HEALED, PRUNED
 
-Context = dict[str, Any]
+PACKING = {
+    "stream": "documents end to end, no padding",
+    "fit": "as many whole documents per window as fit",
+    "alone": "one document per window",
+}
+BOUNDARIES = {
+    "apart": "documents of a window do not attend to each other (positions restart)",
+    "joined": "documents of a window attend to those before them",
+    "alone": "",
+}
+STOPPED = {
+    "steps": "ran to its last step",
+    "patience": "stopped early: the held-out loss no longer fell",
+    "minutes": "stopped at its time limit",
+}
+_CURVES = {"train": "training", "held_out": "held out (best step is kept)"}
+_STYLES = {
+    "train": {"color": COLOURS["muted"], "linewidth": 0.8, "alpha": 0.7},
+    "held_out": {"color": COLOURS["kept"], "linewidth": 1.8, "marker": "o", "markersize": 3.5},
+}
+"""Look of the curves of every retraining; further curves differ by their dashes."""
+_DASHES = ("--", ":", "-.")
 
 
-def healing(results: RunResults) -> Context | None:
-    """A row per model with its perplexities and what came back, the maps folded in, and the curves
-    of each retraining.
+def recovered(before: Perplexity, removed: Perplexity, healed: Perplexity) -> float | None:
+    """Part of the increase in NLL that healing reversed; None without an increase.
 
-    None where nothing was healed.
-    """
-    if not results.healed_by:
-        return None
-    names = [name for name in results.evaluated if name not in ("original", PRUNED, QUANTIZED)]
-    protocols = list(results.protocols().items())
-    rows = [_row(results, name, protocols) for name in ("original", PRUNED, *names)]
-    plot = _plot(results, ["original", PRUNED, *names]) if names else None
-    return {
-        "texts": [perplexity_source(example) for _, example in protocols],
-        "rows": rows if names else [],
-        "tasks": any(entry.zeroshot_mean is not None for entry in results.evaluated.values()),
-        "plot": plot and {"wide": plot.svg("wide"), "narrow": plot.svg("narrow")},
-        "maps": _maps(results.healing) if results.healing else None,
-        "retrained": bool(results.retraining),
-        "curves": [
-            {"name": name, "several": len(results.retraining) > 1, **retraining_section(record)}
-            for name, record in results.retraining.items()
-        ],
-    }
-
-
-def came_back(before: Perplexity, removed: Perplexity, healed: Perplexity) -> float | None:
-    """Part of the loss in NLL through the removal that healing has won back; None without a loss.
-
-    Above 1 where the healed model is better than the original was.
+    Above 1 where the healed model is better than the original.
     """
     lost = removed.nll - before.nll
     return (removed.nll - healed.nll) / lost if lost > 0 else None
 
 
-def _row(
-    results: RunResults, name: str, protocols: Sequence[tuple[tuple[object, ...], Perplexity]]
-) -> Context:
-    """A model's perplexity on each text, what came back of it, and its mean task score."""
+def healed_sentence(results: RunResults) -> str:
+    """How much the best healing recovered, on the first text; empty without healing."""
     before, removed = results.perplexities("original"), results.perplexities(PRUNED)
-    own = results.perplexities(name)
-    cells = []
-    for key, _ in protocols:
-        share = None
-        if name in results.healed_by and key in before and key in removed and key in own:
-            share = came_back(before[key], removed[key], own[key])
-        perplexity = number(own[key].perplexity) if key in own else NONE
-        cells.append((perplexity, percent(share) if share is not None else ""))
-    mean = results.evaluated[name].zeroshot_mean if name in results.evaluated else None
-    return {
-        "name": name,
-        "detail": _detail(results, name),
-        "cells": cells,
-        "mean": percent(mean) if mean is not None else NONE,
-    }
-
-
-def _detail(results: RunResults, name: str) -> str:
-    """What healing has done, in a few words."""
-    trained = results.retraining.get(name)
-    if trained is not None:
-        return f"{trained.steps} steps, {trained.trained_parameters:,} parameters trained"
-    if name == HEALED and results.healing is not None:
-        folded = sum(gap.ridge is not None for gap in results.healing.gaps)
-        return f"{counted(folded, 'linear map')} folded in, nothing trained"
+    for key in (key for key in before if key in removed):
+        healed = {
+            name: results.perplexities(name)[key]
+            for name in results.healed_by
+            if key in results.perplexities(name)
+        }
+        if not healed:
+            continue
+        best = min(healed, key=lambda name: healed[name].nll)
+        share = recovered(before[key], removed[key], healed[best])
+        method, reached = _label(results, best), healed[best].perplexity
+        if share is None or share <= 0:
+            return f" {method} leads to {number(reached)}."
+        return f" {method} recovers {percent(share)} of the increase ({number(reached)})."
     return ""
 
 
-def _maps(record: Healing) -> Context:
-    """A row per gap: what was removed, what it was folded into, and the error before and after."""
-    return {
-        "summary": f"Linear maps from {record.samples} samples of {record.length} tokens of "
-        f"{model_name(record.data)}",
-        "rows": [
-            (
-                ", ".join(map(str, gap.removed)),
-                "none is before it" if gap.block is None else f"{gap.block}, {gap.projection}",
-                number(gap.ridge) if gap.ridge is not None else NONE,
-                number(gap.error_before) if gap.error_before is not None else NONE,
-                number(gap.error_after) if gap.error_after is not None else NONE,
-            )
-            for gap in record.gaps
+def _label(results: RunResults, name: str) -> str:
+    """What a sentence calls the method that a model was repaired by."""
+    record = results.retraining.get(name)
+    return "Healing by linear maps" if record is None else METHODS.get(record.method).label
+
+
+def quantized_sentence(results: RunResults) -> str:
+    """Bytes and perplexity of the quantized model, on the first text; empty without one."""
+    record, found = results.quantization, results.evaluated.get(QUANTIZED)
+    if record is None or found is None:
+        return ""
+    ratio = percent(found.model.bytes / results.plan.model.bytes)
+    sentence = (
+        f" Quantized to {record.scheme}, it takes {short_bytes(found.model.bytes)} ({ratio} of the "
+        "original)"
+    )
+    if found.perplexity:
+        sentence += f" with a perplexity of {number(found.perplexity[0].perplexity)}"
+    return f"{sentence}."
+
+
+def healing_section(results: RunResults) -> Section | None:
+    """What healing recovered, the folded maps, the loss curves; None without healing."""
+    if not results.healed_by:
+        return None
+    others = ("original", PRUNED, QUANTIZED)
+    healed = [name for name in results.evaluated if name not in others]
+    parts: list[Part] = []
+    if healed:
+        names = ["original", PRUNED, *healed]
+        plot = _perplexity_plot(results, names)
+        parts += [plot.figure()] if plot else []
+        parts += [recovery_table(results, names), Paragraph(_recovery_note(results))]
+    if results.healing:
+        parts += [Heading("Linear maps"), _maps(results.healing)]
+    for name, record in results.retraining.items():
+        several = len(results.retraining) > 1
+        parts.append(Heading(f"Retraining: {name}" if several else "Retraining"))
+        parts += retraining_parts(record, name, open=not several)
+    return Section("recovery", "Recovery", parts)
+
+
+def _recovery_note(results: RunResults) -> str:
+    note = "Recovered: part of the increase in loss (nats per token) that healing reversed."
+    if results.retraining:
+        note += " More than 100 % is possible, because retraining also learns from its own text."
+    return note
+
+
+def recovery_table(results: RunResults, names: Sequence[str]) -> Table:
+    """A row per model: its perplexity on each text, how much was recovered, its mean score."""
+    protocols = results.protocols()
+    tasks = any(entry.zeroshot_mean is not None for entry in results.evaluated.values())
+    before, removed = results.perplexities("original"), results.perplexities(PRUNED)
+    head = ["model"]
+    for example in protocols.values():
+        head += [f"perplexity, {perplexity_source(example)}", "recovered"]
+    rows = []
+    for name in names:
+        own = results.perplexities(name)
+        cells = [Cell(name, _summary(results, name))]
+        for key in protocols:
+            share = None
+            if name in results.healed_by and key in before and key in removed and key in own:
+                share = recovered(before[key], removed[key], own[key])
+            value = number(own[key].perplexity) if key in own else NONE
+            cells += [Cell(value, look="after"), Cell(percent(share) if share is not None else "")]
+        if tasks:
+            entry = results.evaluated.get(name)
+            cells.append(Cell(percent(entry.zeroshot_mean if entry else None)))
+        rows.append(row(*cells))
+    return Table(row(*head, *["mean of tasks"] * tasks), rows)
+
+
+def _summary(results: RunResults, name: str) -> str:
+    """How a model was healed, in a few words."""
+    trained = results.retraining.get(name)
+    if trained is not None:
+        return f"{trained.steps:,} steps, {trained.trained_parameters:,} parameters trained"
+    if name == HEALED and results.healing is not None:
+        folded = sum(gap.ridge is not None for gap in results.healing.gaps)
+        return f"{counted(folded, 'linear map')} folded in, no training"
+    return ""
+
+
+def _maps(record: Healing) -> Details:
+    """A row per gap: what was removed, where its map was folded in, the error before and after."""
+    table = table_of(
+        record.gaps,
+        [
+            ("removed", lambda gap: ", ".join(map(str, gap.removed))),
+            ("folded into block", _target),
+            ("ridge", lambda gap: known(gap.ridge, number)),
+            ("error", lambda gap: known(gap.error_before, number)),
+            ("healed", lambda gap: known(gap.error_after, number)),
         ],
-    }
+    )
+    note = Paragraph(
+        "Error: squared distance to the hidden states of the original after the gap, relative to "
+        "their squared size, on held-out samples. Ridge: how strongly the map is pulled towards "
+        "the identity."
+    )
+    summary = (
+        f"Fitted on {counted(record.samples, 'sample')} of {counted(record.length, 'token')} from "
+        f"{model_name(record.data)}"
+    )
+    return Details(summary, [table, note], open=True)
 
 
-def _plot(results: RunResults, names: Sequence[str]) -> DotPlot | None:
-    """Perplexity of each model on the first text that all were measured on."""
+def _target(gap: HealedGap) -> str:
+    return "no block before the gap" if gap.block is None else f"{gap.block}, {gap.projection}"
+
+
+def _help(record: Retraining) -> str:
+    """What the method trains."""
+    return METHODS.get(record.method).help.rstrip(".")
+
+
+def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> list[Part]:
+    """The loss curves of a retraining, and its key figures."""
+    curves = dict(record.curves.get("held_out", ()))
+    kept, summary = curves.get(record.best_step), f"{record.steps:,} steps"
+    if kept is not None:
+        first = next(iter(curves.values()))
+        summary += f", held-out loss {number(first, 4)} → {number(kept, 4)}"
+    rows = [(what, how) for what, how in _retraining_rows(record) if how]
+    plot = loss_plot(record, name)
+    details = Details(f"{_help(record)}: {summary}", [Terms(rows)], open=open)
+    return [*([plot.figure()] if plot else []), details]
+
+
+def loss_plot(record: Retraining, name: str) -> LinePlot | None:
+    """Loss against steps: training, held out, and each evaluation set."""
+    others = [curve for curve in record.curves if curve not in _STYLES]
+    lines = [
+        Line(
+            name=_CURVES.get(curve, curve),
+            points=points,
+            style=_STYLES.get(curve)
+            or {
+                "color": COLOURS["removed"],
+                "linewidth": 1.3,
+                "linestyle": _DASHES[others.index(curve) % len(_DASHES)],
+            },
+        )
+        for curve, points in record.curves.items()
+        if points
+    ]
+    if not lines:
+        return None
+    return LinePlot(
+        lines=lines,
+        x_label="step",
+        y_label="loss [nats per token]",
+        mark=record.best_step,
+        name=f"the retraining {name}, best at step {record.best_step}",
+    )
+
+
+def _retraining_rows(record: Retraining) -> list[tuple[str, str]]:
+    data = record.data
+    documents = f"{counted(data.documents, 'document')}, {data.held_out:,} held out"
+    return [
+        ("method", _help(record)),
+        ("trained", f"{short_count(record.trained_parameters)} parameters"),
+        ("teacher", model_name(record.teacher.id) if record.teacher else ""),
+        ("data", f"{model_name(data.source)}, {documents}"),
+        ("windows", f"{data.windows:,} of {data.length:,} tokens, {PACKING[data.packing]}"),
+        ("boundaries", BOUNDARIES[data.boundaries]),
+        ("steps", f"{record.steps:,}, best at {record.best_step:,}; {STOPPED[record.stopped]}"),
+        ("tokens seen", short_count(record.tokens_seen)),
+    ]
+
+
+def _perplexity_plot(results: RunResults, names: Sequence[str]) -> DotPlot | None:
+    """Perplexity of each model on the first text that all of them were measured on."""
     by_name = {name: results.perplexities(name) for name in names}
     for key, example in results.protocols().items():
         if all(key in found for found in by_name.values()):

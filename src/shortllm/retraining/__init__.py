@@ -1,14 +1,13 @@
-"""Retraining heals what removing blocks has cost: `retrain`, the stage after `prune`.
+"""Retraining recovers quality that removing blocks has cost: `shortllm retrain`.
 
-    options.py     every choice, and the defaults of each method
-    record.py      retrain.json
-    preparing.py   what can be got wrong is checked, the data tokenized     documents.py store.py
-    training.py    model, windows and Trainer put together and run          windows.py trainer.py
-                     which weights: trainable.py     which loss: objective.py distill.py cache.py
-    writing.py     adapters merged, a plain checkpoint written and read back
-
-    shortllm retrain pruned --method lora --data alpaca --out healed
-    accelerate launch --config_file CONFIG -m shortllm retrain pruned --method full ...
+    methods.py    what can be trained: lora, full, distill, last-blocks
+    options.py    the options, and retrain.json
+    retrain.py    the public function, and how the result is written
+    setup.py      everything that is checked and tokenized before a model is loaded:
+                  documents.py (rows to token ids), store.py (the ids on disk)
+    training.py   the model and the Trainer put together and run:
+                  trainable.py (which weights), windows.py (batches, and a teacher's cached
+                  predictions), distillation.py (the losses), trainer.py (states on disk, stopping)
 
 Needs the `train` extra. Importing this package loads neither torch nor transformers.
 """
@@ -16,7 +15,4 @@ Needs the `train` extra. Importing this package loads neither torch nor transfor
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
-"""Configurations for `accelerate launch`: FSDP on 8 GPUs."""
-
-RECORD = "retrain.json"
-"""File in a retrained checkpoint that says how it was made."""
+"""Configurations for `accelerate launch`: DDP and FSDP on 8 GPUs."""

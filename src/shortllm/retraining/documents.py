@@ -1,18 +1,15 @@
-"""Records of a data source as documents of token ids: instructions with their answers, or text.
+"""Documents of token ids, from the records of a data source or from a teacher.
 
     {"instruction", "input", "output"}   prompt | answer EOS     the loss is on the answer alone
     {"text"}                             [BOS] text EOS          the loss is on everything
     lines of a text file                 joined into documents of about 16,000 characters
+    a teacher                            [BOS] what it samples at temperature 1 [EOS]
 
-Instructions are put in words by the tokenizer's chat template, or in the prompt format of Alpaca.
-BOS stands where the tokenizer puts it. Everything is a stream: a source may be larger than memory.
+Instructions are formatted by the tokenizer's chat template, or in the prompt format of Alpaca. BOS
+goes where the tokenizer puts it. A teacher's own documents are distributed as the teacher believes
+text to be; such data recovers generation best (arXiv:2602.01997).
 
-
-Documents that the teacher writes itself, to be learnt from: what it says it can be taught.
-
-Each begins with the token that begins a text and is sampled at temperature 1 from the whole
-distribution, so that documents are distributed as the teacher believes text to be.
-Source: arXiv:2602.01997, self-generated data recovers generation best.
+Everything is a stream: a source may be larger than memory.
 """
 
 from __future__ import annotations
@@ -24,14 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shortllm.data.sources import Records
+from shortllm.data.rows import Records
 from shortllm.errors import DataError
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint
     from shortllm.model.session import Session
     from shortllm.retraining.options import RetrainOptions
-
 
 Kind = Literal["instructions", "text"]
 
@@ -50,59 +46,50 @@ ALPACA = (
 """The prompt format of the Alpaca data set, which its answers were written for."""
 
 CHARACTERS_PER_DOCUMENT = 16_000
-"""Lines of a text file belong together; this many are taken as one document."""
+"""Lines of a text file belong together; about so many characters are one document."""
 
 TOKENIZED_AT_ONCE = 256
 """Rows that the tokenizer gets in one call."""
 
+WRITTEN_AT_ONCE = 32
+"""Documents that a teacher writes in one batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Token ids of one document; the first `prompt` of them are read but not learnt."""
+    """Token ids of one document; the first `prompt` of them are context without a loss."""
 
     ids: list[int]
     prompt: int = 0
 
 
-def kind_of(records: Records, asked: Literal["auto", "instructions", "text"]) -> Kind:
-    """What the records hold, by the first of them, unless it was said.
-
-    Raises:
-        DataError: there are none.
-    """
+def kind_of(records: Records, requested: Literal["auto", "instructions", "text"]) -> Kind:
+    """What the records are, told by the first of them unless the user says it."""
     first = next(records.read(), None)
     if first is None:
-        raise DataError(f"'{records.source}' holds no rows. Give a file or a split with rows in it")
-    if asked != "auto":
-        return asked
+        raise DataError(f"'{records.source}' has no rows. Give a file or a split with rows in it")
+    if requested != "auto":
+        return requested
     answers = isinstance(first, dict) and {"instruction", "output"} <= first.keys()
     return "instructions" if answers and records.column is None else "text"
 
 
-def template_of(tokenizer: Any, asked: Literal["auto", "alpaca", "chat"]) -> Template:
-    """How instructions are put in words.
-
-    Raises:
-        DataError: a chat template is asked for and there is none.
-    """
+def template_of(tokenizer: Any, requested: Literal["auto", "alpaca", "chat"]) -> Template:
+    """How instructions are formatted."""
     has_one = getattr(tokenizer, "chat_template", None) is not None
-    if asked == "chat" and not has_one:
+    if requested == "chat" and not has_one:
         raise DataError(
             "--template chat: the tokenizer has no chat template. Use --template alpaca"
         )
-    if asked == "auto":
+    if requested == "auto":
         return "chat" if has_one else "alpaca"
-    return asked
+    return requested
 
 
 def documents(
     records: Records, kind: Kind, tokenizer: Any, options: RetrainOptions
 ) -> Iterator[Document]:
-    """Every record as a document, one after the other.
-
-    Raises:
-        DataError: a record without what its kind needs.
-    """
+    """Every record as a document, one after the other."""
     if kind == "text":
         yield from _texts(records, tokenizer, options.rows)
         return
@@ -111,8 +98,8 @@ def documents(
     numbered = (_instruction(records.source, n, row) for n, row in enumerate(rows))
     for batch in _batches(numbered):
         for prompt, whole in _tokenized(batch, template, tokenizer):
-            learnt_from = _common(prompt, whole) if options.loss_on == "answer" else 0
-            yield Document(whole, learnt_from)
+            prompt_length = _common(prompt, whole) if options.loss_on == "answer" else 0
+            yield Document(whole, prompt_length)
 
 
 def _texts(records: Records, tokenizer: Any, rows: int | None) -> Iterator[Document]:
@@ -123,7 +110,7 @@ def _texts(records: Records, tokenizer: Any, rows: int | None) -> Iterator[Docum
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Lines put together into texts of about `CHARACTERS_PER_DOCUMENT`."""
+    """Lines joined into texts of about `CHARACTERS_PER_DOCUMENT`."""
     held: list[str] = []
     size = 0
     for line in lines:
@@ -137,11 +124,7 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _instruction(source: str, number: int, row: Any) -> dict[str, str]:
-    """A record's instruction, input and output.
-
-    Raises:
-        DataError: one that is needed is missing, empty or no text.
-    """
+    """A record's instruction, input and output."""
     if not isinstance(row, dict):
         raise DataError(
             f"row {number} of '{source}' is a {type(row).__name__}, and an instruction is a record "
@@ -174,8 +157,8 @@ def _tokenized(
 
 
 def _chat(row: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int]]:
-    asked = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
-    user = {"role": "user", "content": asked}
+    request = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
+    user = {"role": "user", "content": request}
     answer = {"role": "assistant", "content": row["output"]}
     prompt = tokenizer.apply_chat_template(
         [user], add_generation_prompt=True, tokenize=True, return_dict=False
@@ -185,7 +168,7 @@ def _chat(row: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """With the end-of-text token behind, where there is one and it does not stand there yet."""
+    """With the end-of-text token at the end, where the tokenizer has one."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
@@ -204,17 +187,10 @@ def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
         yield list(chain([first], islice(rows, TOKENIZED_AT_ONCE - 1)))
 
 
-WRITTEN_AT_ONCE = 32
-
-
 def written_by(
     session: Session, teacher: Checkpoint, tokenizer: Any, options: RetrainOptions
 ) -> Iterator[Document]:
-    """As many documents as were asked for, or as the steps take; the same for a seed.
-
-    Raises:
-        DataError: the tokenizer has no token that begins a text.
-    """
+    """Documents sampled from the teacher, as many as requested or as the steps take."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise DataError(

@@ -1,254 +1,291 @@
-"""Every choice of a retraining in one record, with the defaults of each method as a table.
+"""Options of a retraining, and retrain.json: on what a checkpoint was retrained, how, with what
+result.
 
-The defaults are those of Shortened LLaMA (arXiv:2402.02834): LoRA on instructions, continued
-pretraining (`full`) on packed text.
-
-
-retrain.json: on what a checkpoint was retrained, how, and how it went.
+What an option is where none is given depends on the method, see `methods.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, ByteSize, Field, model_validator
+from typing_extensions import Self
 
-from shortllm.errors import DataError, ShortLLMError, did_you_mean
-from shortllm.records import Cost, ModelInfo, Record, ResultFile
-
-Method = Literal["lora", "full", "distill", "last-blocks"]
+from shortllm.errors import ShortLLMError
+from shortllm.options import Flag, Options
+from shortllm.records import DerivedRecord, ModelInfo, Record
+from shortllm.retraining.methods import METHODS, Method, defaults_text, owner_of
+from shortllm.runtime import Runtime
 
 GENERATED = "generated"
-"""The data source that stands for text which the teacher writes itself."""
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {
-        "data": "alpaca",
-        "length": 256,
-        "learning_rate": 1e-4,
-        "schedule": "linear",
-        "weight_decay": 0.0,
-        "epochs": 2.0,
-    },
-    "full": {
-        "length": 2048,
-        "learning_rate": 1e-4,
-        "schedule": "cosine",
-        "weight_decay": 0.1,
-        "epochs": 1.0,
-    },
-    "distill": {
-        "length": 2048,
-        "learning_rate": 1e-4,
-        "schedule": "cosine",
-        "weight_decay": 0.1,
-        "epochs": 1.0,
-    },
-    "last-blocks": {
-        "data": "alpaca",
-        "length": 256,
-        "learning_rate": 1e-4,
-        "schedule": "linear",
-        "weight_decay": 0.0,
-        "epochs": 2.0,
-    },
-}
-"""Method -> what stands in its options where nothing is given."""
-
-ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "rank": ("lora",),
-    "alpha": ("lora",),
-    "dropout": ("lora",),
-    "blocks": ("last-blocks",),
-    "teacher": ("distill",),
-    "temperature": ("distill",),
-    "top_k": ("distill",),
-    "hidden_weight": ("distill",),
-    "generate": ("distill",),
-}
-"""Option -> the methods it means something to."""
+"""Data source: text that the teacher writes."""
 
 MAX_WARMUP_STEPS = 100
 
 WARMUP_SHARE = 0.1
-"""Warm-up takes the paper's 100 steps, but no more than this part of a short training."""
+"""Warm-up takes the paper's 100 steps, but at most this part of a short training."""
 
-HELD_OUT = {"instructions": 2000, "text": 100}
-"""Documents held out at the most, by the kind of data; never more than one in ten."""
+HELD_OUT = {"instructions": 2000, "text": 100, GENERATED: 100}
+"""Documents held out by the kind of data; never more than one in ten."""
 
 MICRO_TOKENS = 4096
-"""Tokens that go through the model at a time, where the micro-batch is not given."""
+"""Tokens that go through the model at a time if the micro-batch is not given."""
+
+DATA = "Training data"
+OWN = "Options of one method"
+
+NAMES = [one.name for one in METHODS]
+
+MethodName = Annotated[
+    str,
+    AfterValidator(lambda name: METHODS.get(name).name),
+    Field(json_schema_extra={"enum": NAMES}),
+    Flag(metavar="|".join(NAMES)),
+]
 
 
-class RetrainOptions(Record):
-    """How a shortened checkpoint is healed; what is not given depends on the method."""
+class TrainingRuntime(Runtime):
+    """Where a training runs; the whole model must be in memory."""
 
-    method: Method = "lora"
-    data: str | None = Field(
-        default=None, description="data source; lora and last-blocks: alpaca; distill: or generated"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Computation type. auto: bfloat16 on CUDA, else float32."
     )
-    form: Literal["auto", "instructions", "text"] = Field(
-        default="auto", description="auto: instructions where rows have instruction and output"
-    )
-    template: Literal["auto", "alpaca", "chat"] = Field(
-        default="auto", description="auto: the tokenizer's chat template where it has one"
-    )
-    loss_on: Literal["answer", "all"] = "answer"
-    packing: bool | None = Field(
-        default=None, description="fill every window; default: for text, not for instructions"
-    )
-    length: int | None = Field(default=None, description="tokens per window; lora 256, full 2048")
-    rows: int | None = Field(default=None, description="use only the first so many rows")
-    held_out: int | None = Field(
-        default=None, description="documents held out; 2000 instructions, 100 of text, at most 10 %"
-    )
-    eval_data: list[str] = Field(default_factory=list, description="further evaluation sets")
-    eval_length: int = 128
-    eval_segments: int | None = Field(default=None, description="only the first so many segments")
+    stream: Annotated[bool | None, Flag(hidden=True)] = None
+    max_memory: Annotated[ByteSize | None, Flag(hidden=True)] = None
 
-    epochs: float | None = None
-    max_steps: int | None = None
-    max_minutes: float | None = None
-    batch: int = Field(default=64, description="windows per step, over all processes")
-    micro_batch: int | None = Field(default=None, description="windows per process at a time")
-    learning_rate: float | None = None
-    schedule: Literal["linear", "cosine", "constant"] | None = None
-    warmup_steps: int | None = Field(default=None, description="100, at most a tenth of all")
-    weight_decay: float | None = None
-    seed: int = 1234
+
+class RetrainOptions(Options):
+    """How a shortened checkpoint is retrained."""
+
+    panel: ClassVar[str] = "Training"
+
+    method: MethodName = Field(
+        default="lora",
+        description="What is trained. " + " ".join(f"{one.name}: {one.help}" for one in METHODS),
+    )
+    data: Annotated[str | None, Flag(panel=DATA)] = Field(
+        default=None,
+        description="Instructions or text: a file, a Hub data set or a built-in name; for distill "
+        f"also '{GENERATED}' (the teacher writes it). Default: {defaults_text('data')}.",
+    )
+    form: Annotated[Literal["auto", "instructions", "text"], Flag(panel=DATA)] = Field(
+        default="auto",
+        description="Kind of data. auto: instructions if rows have instruction and output.",
+    )
+    template: Annotated[Literal["auto", "alpaca", "chat"], Flag(panel=DATA)] = Field(
+        default="auto",
+        description="Prompt format of instructions. auto: the tokenizer's chat template if it has "
+        "one, else that of Alpaca.",
+    )
+    loss_on: Annotated[Literal["answer", "all"], Flag(panel=DATA)] = Field(
+        default="answer",
+        description="Which tokens of an instruction are learned: the answer, or the prompt too.",
+    )
+    packing: Annotated[bool | None, Flag(panel=DATA)] = Field(
+        default=None,
+        description="Fill every window with several documents. Default: for text, not for "
+        "instructions.",
+    )
+    length: Annotated[int | None, Flag(panel=DATA)] = Field(
+        default=None, gt=0, description=f"Tokens per window. Default: {defaults_text('length')}."
+    )
+    rows: Annotated[int | None, Flag(panel=DATA)] = Field(
+        default=None, gt=0, description="Use only this many rows, from the first. Default: all."
+    )
+    held_out: Annotated[int | None, Flag(panel=DATA)] = Field(
+        default=None,
+        gt=0,
+        description="Rows to measure on instead of training, at most a tenth. Default: "
+        f"{HELD_OUT['instructions']} instructions, {HELD_OUT['text']} documents of text.",
+    )
+    eval_data: Annotated[list[str], Flag(panel=DATA, repeated=True)] = Field(
+        default_factory=list,
+        description="Further text to measure on, e.g. wikitext2; may be repeated.",
+    )
+    eval_length: Annotated[int, Flag(panel=DATA)] = Field(
+        default=128, gt=0, description="Tokens per segment of that text."
+    )
+    eval_segments: Annotated[int | None, Flag(panel=DATA)] = Field(
+        default=None,
+        gt=0,
+        description="Measure only this many segments of each such text. Default: all.",
+    )
+
+    epochs: float | None = Field(
+        default=None, gt=0, description=f"Passes over the data. Default: {defaults_text('epochs')}."
+    )
+    max_steps: int | None = Field(default=None, gt=0, description="Steps, instead of epochs.")
+    max_minutes: float | None = Field(
+        default=None, gt=0, description="Stop after this many minutes of training."
+    )
+    batch: int = Field(default=64, gt=0, description="Windows per step, over all processes.")
+    micro_batch: int | None = Field(
+        default=None,
+        gt=0,
+        description="Windows that a process takes at a time. Default: about "
+        f"{MICRO_TOKENS:,} tokens.",
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description=f"Peak learning rate of AdamW. Default: {defaults_text('learning_rate')}.",
+    )
+    schedule: Literal["linear", "cosine", "constant"] | None = Field(
+        default=None,
+        description="How the learning rate falls after warm-up. Default: "
+        f"{defaults_text('schedule')}.",
+    )
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description=f"Steps of warm-up. Default: {MAX_WARMUP_STEPS}, at most a tenth of all steps.",
+    )
+    weight_decay: float | None = Field(
+        default=None,
+        ge=0,
+        description=f"Weight decay of AdamW. Default: {defaults_text('weight_decay')}.",
+    )
+    seed: int = Field(default=1234, description="Seed of order, adapters and dropout.")
     eval_every: int | None = Field(
-        default=None, description="steps between evaluations, and saved states; a tenth of all"
+        default=None,
+        gt=0,
+        description="Steps between evaluations; a state is saved at each. Default: a tenth of all.",
     )
     patience: int | None = Field(
-        default=None, description="stop after so many evaluations without a better one"
+        default=None,
+        gt=0,
+        description="Stop after this many evaluations without a better one. Default: never.",
     )
-    gradient_checkpointing: bool = False
-    attention: str | None = Field(default=None, description="transformers' attn_implementation")
-    report_to: list[str] | None = Field(
-        default=None, description="Trainer's reporters; default: tensorboard where installed"
+    gradient_checkpointing: Annotated[bool, Flag(name="--gradient-checkpointing")] = Field(
+        default=False, description="Recompute activations: less memory, more time."
+    )
+    attention: str | None = Field(
+        default=None,
+        description="Attention implementation of transformers: eager, sdpa, flash_attention_2 ... "
+        "Default: transformers chooses.",
+    )
+    report_to: Annotated[list[str] | None, Flag(repeated=True)] = Field(
+        default=None,
+        description="Where the Trainer reports: tensorboard, wandb ...; may be repeated. Default: "
+        "tensorboard if installed.",
     )
 
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    blocks: int = Field(default=3, description="last blocks that are trained, beside the head")
-    teacher: str | None = Field(default=None, description="default: the source in the provenance")
-    temperature: float = 1.0
-    top_k: int | None = Field(
-        default=None, description="keep the teacher's k likeliest tokens on disk instead of it"
+    rank: Annotated[int, Flag(panel=OWN)] = Field(
+        default=8, gt=0, description="lora: rank of the adapters."
     )
-    hidden_weight: float = Field(default=0.0, description="weight of the loss on hidden states")
-    generate: int | None = Field(default=None, description="documents the teacher writes")
+    alpha: Annotated[int, Flag(panel=OWN)] = Field(
+        default=16, gt=0, description="lora: scale of the adapters, divided by the rank."
+    )
+    dropout: Annotated[float, Flag(panel=OWN)] = Field(
+        default=0.05, ge=0, lt=1, description="lora: dropout before the adapters."
+    )
+    blocks: Annotated[int, Flag(panel=OWN)] = Field(
+        default=3, gt=0, description="last-blocks: number of blocks to train, next to the head."
+    )
+    teacher: Annotated[str | None, Flag(panel=OWN)] = Field(
+        default=None,
+        description="distill: model to learn from. Default: the model that was shortened.",
+    )
+    temperature: Annotated[float, Flag(panel=OWN)] = Field(
+        default=1.0, gt=0, description="distill: temperature of both distributions."
+    )
+    top_k: Annotated[int | None, Flag(panel=OWN)] = Field(
+        default=None,
+        gt=0,
+        description="distill: cache the teacher's top-k logits on disk instead of keeping the "
+        "teacher in memory.",
+    )
+    hidden_weight: Annotated[float, Flag(panel=OWN)] = Field(
+        default=0.0,
+        ge=0,
+        description="distill: weight of the distance between hidden states; 0 for none.",
+    )
+    generate: Annotated[int | None, Flag(panel=OWN)] = Field(
+        default=None,
+        gt=0,
+        description=f"distill: documents the teacher writes for --data {GENERATED}.",
+    )
 
-    def filled(self, room: int | None) -> RetrainOptions:
-        """The same options with what depends on the method filled in.
+    @property
+    def about(self) -> Method:
+        """The method's entry in the registry."""
+        return METHODS.get(self.method)
 
-        Args:
-            room: positions the model has; None where it does not say.
-        Raises:
-            ShortLLMError: options that do not fit the method or each other.
-        """
-        self._check()
-        defaults = dict(DEFAULTS[self.method])
-        if room is not None:
-            defaults["length"] = min(defaults["length"], room)
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        if self.max_steps is not None:
-            missing.pop("epochs", None)
-        filled = self.model_copy(update=missing)
-        if filled.data is None:
-            raise DataError(
-                f"--method {self.method} needs text to train on. Give --data, e.g. --data c4"
-            )
-        return filled
-
-    def _check(self) -> None:
-        if self.method not in DEFAULTS:
-            raise ShortLLMError(
-                f"unknown --method '{self.method}'.{did_you_mean(self.method, DEFAULTS)}"
-            )
-        for name, methods in ONLY_FOR.items():
-            if name in self.model_fields_set and self.method not in methods:
-                if getattr(self, name) == type(self).model_fields[name].default:
-                    continue
-                raise ShortLLMError(
-                    f"{_flag(name)} belongs to --method {' or '.join(methods)}, not to "
-                    f"{self.method}. Leave it out, or choose that method"
+    @model_validator(mode="after")
+    def _only_its_own_options(self) -> Self:
+        for name in self.model_fields_set:
+            owner = owner_of(name)
+            if owner is None or owner.name == self.method:
+                continue
+            if getattr(self, name) != type(self).model_fields[name].default:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{flag} belongs to --method {owner.name}, not to {self.method}. Leave it "
+                    "out, or choose that method"
                 )
-        self._check_numbers()
-        self._check_generated()
+        return self
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
-            raise ShortLLMError("--max-steps and --epochs both say how long. Give one of them")
+            raise ValueError("--max-steps and --epochs both set the duration. Give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_states_need_the_teacher(self) -> Self:
         if self.hidden_weight and self.top_k is not None:
-            raise ShortLLMError(
-                "--hidden-weight needs the teacher's hidden states, and --top-k keeps only its "
-                "likeliest tokens. Leave one of them out"
+            raise ValueError(
+                "--hidden-weight needs the teacher's hidden states, and --top-k caches only its "
+                "logits. Leave one of them out"
             )
+        return self
 
-    def _check_numbers(self) -> None:
-        for name in (
-            "length", "rows", "held_out", "eval_length", "eval_segments", "max_steps",
-            "max_minutes", "batch", "micro_batch", "epochs", "learning_rate", "eval_every",
-            "patience", "rank", "alpha", "blocks", "top_k", "temperature", "generate",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ShortLLMError(f"{_flag(name)} {value} means nothing. Give more than 0")
-        if not 0 <= self.dropout < 1:
-            raise ShortLLMError(f"--dropout {self.dropout} is no share. Give 0 or more, below 1")
-        if self.hidden_weight < 0:
-            raise ShortLLMError(
-                f"--hidden-weight {self.hidden_weight} means nothing. Give 0 or more"
-            )
-
-    def _check_generated(self) -> None:
-        if self.data == GENERATED and self.method != "distill":
-            raise ShortLLMError(
+    @model_validator(mode="after")
+    def _generated_text_needs_a_teacher_and_an_end(self) -> Self:
+        if self.data != GENERATED:
+            if self.generate is not None:
+                raise ValueError(f"--generate belongs to --data {GENERATED}. Leave one of them out")
+        elif not self.about.has_teacher:
+            teaching = " or ".join(one.name for one in METHODS if one.has_teacher)
+            raise ValueError(
                 f"--data {GENERATED} is text that a teacher writes, and --method {self.method} "
-                "has none. Use --method distill, or give other --data"
+                f"has no teacher. Use --method {teaching}, or give other --data"
             )
-        if self.data == GENERATED and self.generate is None and self.max_steps is None:
+        elif self.generate is None and self.max_steps is None:
+            raise ValueError(
+                f"--data {GENERATED} has no end. Set the number of documents with --generate, or "
+                "of steps with --max-steps"
+            )
+        return self
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps over which the learning rate rises."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(MAX_WARMUP_STEPS, int(total_steps * WARMUP_SHARE))
+
+    def micro_batch_of(self, processes: int) -> int:
+        """Windows that one process takes at a time: a divisor of its share of the batch.
+
+        Raises:
+            ShortLLMError: the batch cannot be divided like this.
+        """
+        share, rest = divmod(self.batch, processes)
+        if rest or not share:
             raise ShortLLMError(
-                f"--data {GENERATED} has no end. Say how many documents with --generate, or how "
-                "many steps with --max-steps"
+                f"a batch of {self.batch} cannot be divided among {processes} processes. Give a "
+                f"multiple of {processes} as --batch"
             )
-        if self.generate is not None and self.data != GENERATED:
-            raise ShortLLMError(f"--generate belongs to --data {GENERATED}. Leave one of them out")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def warmup(options: RetrainOptions, total_steps: int) -> int:
-    """Steps over which the learning rate rises."""
-    if options.warmup_steps is not None:
-        return options.warmup_steps
-    return min(MAX_WARMUP_STEPS, int(total_steps * WARMUP_SHARE))
-
-
-def micro_batch(options: RetrainOptions, processes: int) -> int:
-    """Windows that one process takes at a time: a divisor of its share of the batch.
-
-    Raises:
-        ShortLLMError: the batch cannot be shared like this.
-    """
-    share, rest = divmod(options.batch, processes)
-    if rest or not share:
-        raise ShortLLMError(
-            f"a batch of {options.batch} cannot be shared by {processes} processes. Give a "
-            f"multiple of {processes} as --batch"
-        )
-    if options.micro_batch is not None:
-        if share % options.micro_batch:
-            raise ShortLLMError(
-                f"--micro-batch {options.micro_batch} does not divide the {share} windows of a "
-                "step and process. Give a divisor"
-            )
-        return options.micro_batch
-    assert options.length is not None
-    most = max(1, MICRO_TOKENS // options.length)
-    return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+        if self.micro_batch is not None:
+            if share % self.micro_batch:
+                raise ShortLLMError(
+                    f"--micro-batch {self.micro_batch} does not divide the {share} windows of a "
+                    "step and process. Give a divisor"
+                )
+            return self.micro_batch
+        assert self.length is not None
+        most = max(1, MICRO_TOKENS // self.length)
+        return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
 
 
 class TrainingData(Record):
@@ -257,7 +294,7 @@ class TrainingData(Record):
     source: str
     kind: Literal["instructions", "text", "generated"]
     template: Literal["alpaca", "chat"] | None = Field(
-        default=None, description="how instructions were put in words"
+        default=None, description="prompt format of instructions"
     )
     documents: int
     held_out: int = Field(description="documents that were only measured on")
@@ -268,8 +305,8 @@ class TrainingData(Record):
         description="documents end to end; as many whole ones as fit; or one in a window"
     )
     boundaries: Literal["apart", "joined", "alone"] = Field(
-        description="whether the documents of a window see each other: apart (positions begin "
-        "anew, block-diagonal attention), joined (they do), alone (there is one)"
+        description="whether the documents of a window see each other: apart (positions restart "
+        "at each, block-diagonal attention), joined (they do), alone (there is one)"
     )
     windows: int
     length: int = Field(description="tokens of a window")
@@ -277,13 +314,13 @@ class TrainingData(Record):
     tokens_fingerprint: str
 
 
-class Retraining(ResultFile):
-    """retrain.json: how a checkpoint was healed, and how it went."""
+class Retraining(DerivedRecord):
+    """retrain.json: how a checkpoint was retrained."""
 
-    model: ModelInfo = Field(description="the checkpoint before")
+    FILE: ClassVar[str] = "retrain.json"
+
     teacher: ModelInfo | None = None
-    method: Literal["lora", "full", "distill", "last-blocks"]
-    options: dict[str, Any]
+    method: MethodName
     data: TrainingData
     adapted: list[str] = Field(
         default_factory=list, description="where LoRA adapters were, by dotted name"
@@ -298,7 +335,5 @@ class Retraining(ResultFile):
     stopped: Literal["steps", "patience", "minutes"]
     tokens_seen: int
     processes: int
-    sharded: bool = Field(description="whether the weights were shared out over them (FSDP)")
+    sharded: bool = Field(description="whether the weights were sharded over them (FSDP)")
     dtype: str
-    versions: dict[str, str] = Field(default_factory=dict)
-    cost: Cost | None = None

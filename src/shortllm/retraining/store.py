@@ -1,140 +1,130 @@
-"""Documents of token ids on disk: written as a stream, read through the page cache.
+"""The corpus of a training: documents of token ids on disk, written as a stream.
 
-    ids.bin         every token id, 2 bytes each (4 in a vocabulary above 65,536)
-    documents.bin   int64 [documents, 2]: where each begins in ids.bin, and how long its prompt is
-    store.json      counts, and the sha256 of both, written last
+    train.arrow  held_out.arrow   one row per document: ids, uint16 (uint32 in a vocabulary above
+                                  65,536), and how many of them are its prompt
+    corpus.json                   what was cut and dropped, and the sha256 of both files' content
 
-Memory stays flat whatever the corpus, every window can be read in any order, and training on from
-an interrupted run sees the very same tokens.
+The Arrow files are memory-mapped: memory stays flat whatever the corpus, windows can be read in any
+order, and an interrupted training resumes on the very same tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shortllm.errors import DataError
-from shortllm.files import parsed_json, partial_directory, write_text
+from shortllm.files import partial_directory, write_text
 from shortllm.retraining.documents import Document
 
 HOLD_OUT_EVERY = 10
 """The first of every so many documents is held out, until there are enough."""
 
+TOKENS_AT_ONCE = 2**20
+"""About so many tokens are written in one batch of an Arrow file."""
+
 SMALL_VOCABULARY = 2**16
 
 
-class StoreWriter:
-    """Appends documents to the files of one store."""
+class _StoreWriter:
+    """Appends documents to one Arrow file."""
 
-    def __init__(self, directory: Path, vocabulary: int, source: str) -> None:
-        directory.mkdir()
-        self._directory = directory
+    def __init__(self, path: Path, vocabulary: int, source: str) -> None:
+        import pyarrow as pa
+
         self._vocabulary = vocabulary
         self._source = source
-        self._ids: IO[bytes] = open(directory / "ids.bin", "wb")
-        self._documents: IO[bytes] = open(directory / "documents.bin", "wb")
+        self._dtype = np.dtype("<u2" if vocabulary <= SMALL_VOCABULARY else "<u4")
+        ids = pa.list_(pa.from_numpy_dtype(self._dtype))
+        self._schema = pa.schema({"ids": ids, "prompt": pa.int64()})
+        self._stream = open(path, "wb")
+        self._file = pa.ipc.new_file(self._stream, self._schema)
+        self._ids: list[NDArray[Any]] = []
+        self._prompts: list[int] = []
         self._digest = hashlib.sha256()
-        self.tokens = 0
+        self.tokens = self._written = 0
         self.count = 0
 
     def add(self, document: Document) -> None:
-        """Append one document.
-
-        Raises:
-            DataError: an id that the model has no embedding for.
-        """
+        """Append one document."""
         if max(document.ids) >= self._vocabulary:
             raise DataError(
                 f"{self._source}: token id {max(document.ids)} is outside the model's vocabulary "
-                f"of {self._vocabulary}. The tokenizer beside the model is not the model's"
+                f"of {self._vocabulary}. The tokenizer next to the model is not the model's"
             )
-        ids = np.array(document.ids, dtype=_id_type(self._vocabulary)).tobytes()
-        place = array("q", [self.tokens, document.prompt]).tobytes()
-        self._ids.write(ids)
-        self._documents.write(place)
-        self._digest.update(place + ids)
-        self.tokens += len(document.ids)
+        ids = np.array(document.ids, dtype=self._dtype)
+        self._digest.update(np.array([self.tokens, document.prompt], dtype="<i8").tobytes())
+        self._digest.update(ids.tobytes())
+        self.tokens += len(ids)
         self.count += 1
+        self._ids.append(ids)
+        self._prompts.append(document.prompt)
+        if self.tokens - self._written >= TOKENS_AT_ONCE:
+            self._write()
 
-    def close(self) -> None:
-        """Finish the files."""
-        self._ids.close()
-        self._documents.close()
-        content = {
-            "vocabulary": self._vocabulary,
-            "tokens": self.tokens,
-            "documents": self.count,
-            "fingerprint": self._digest.hexdigest(),
-        }
-        write_text(self._directory / "store.json", json.dumps(content) + "\n")
+    def close(self) -> str:
+        """Finish the file; returns the sha256 over all ids and prompt lengths."""
+        self._write()
+        self._file.close()
+        self._stream.close()
+        return self._digest.hexdigest()
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        columns = {"ids": self._ids, "prompt": self._prompts}
+        self._file.write_batch(pa.RecordBatch.from_pydict(columns, schema=self._schema))
+        self._ids, self._prompts, self._written = [], [], self.tokens
 
 
-@dataclass(frozen=True)
 class Store:
-    """Documents that were written, to be read in any order."""
+    """Documents in an Arrow file, memory-mapped and read in any order."""
 
-    directory: Path
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        import pyarrow as pa
 
-    @cached_property
-    def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = parsed_json((self.directory / "store.json").read_bytes())
-        return content
-
-    def is_whole(self) -> bool:
-        """Whether the files are as long as what was written."""
-        item = np.dtype(_id_type(int(self._content["vocabulary"]))).itemsize
-        sizes = {"ids.bin": item * self.tokens, "documents.bin": 16 * self.documents}
-        return all((self.directory / name).stat().st_size == n for name, n in sizes.items())
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._ids = table.column("ids")
+        self.fingerprint = fingerprint
+        """sha256 over all ids and prompt lengths."""
+        self.prompts: NDArray[np.int64] = table.column("prompt").to_numpy()
+        """Tokens of each document that are context without a loss."""
+        lengths = [chunk.value_lengths().to_numpy() for chunk in self._ids.chunks]
+        self.starts: NDArray[np.int64] = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+        """The position of each document's first token, and after them the number of tokens."""
 
     @property
     def tokens(self) -> int:
         """Tokens of all documents."""
-        return int(self._content["tokens"])
+        return int(self.starts[-1])
 
     @property
     def documents(self) -> int:
         """How many documents there are."""
-        return int(self._content["documents"])
+        return len(self.prompts)
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over all ids and prompt lengths."""
-        return str(self._content["fingerprint"])
-
-    @cached_property
-    def ids(self) -> NDArray[Any]:
-        """All token ids, one document after the other."""
-        kind = _id_type(int(self._content["vocabulary"]))
-        return np.memmap(self.directory / "ids.bin", dtype=kind, mode="r")
-
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """Where each document begins in `ids`, and behind them where the last one ends."""
-        return np.append(self._table[:, 0], self.tokens)
-
-    @property
-    def prompts(self) -> NDArray[np.int64]:
-        """Tokens of each document that are read but not learnt."""
-        return self._table[:, 1]
-
-    @cached_property
-    def _table(self) -> NDArray[np.int64]:
-        flat = np.fromfile(self.directory / "documents.bin", dtype="<i8")
-        return flat.reshape(-1, 2)
+    def ids(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The token ids at positions `[start, stop)`, across documents."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.starts, stop, side="left"))
+        parts = []
+        for number in range(first, last):
+            begin = int(self.starts[number])
+            ids = self._ids[number].values.to_numpy()
+            parts.append(ids[max(start - begin, 0) : stop - begin])
+        return np.concatenate(parts).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """What is learnt, what is held out, and what could not be used of the source."""
+    """What is trained on, what is held out, and what could not be used of the source."""
 
     train: Store
     held_out: Store
@@ -154,19 +144,17 @@ def write_corpus(
     longest: int | None,
     enough: int | None,
 ) -> None:
-    """Write documents as a corpus, whole or not at all.
+    """Write documents as a corpus, complete or not at all.
 
     Args:
-        held_out: documents held out at the most: the first of every ten.
+        held_out: documents to hold out at most, the first of every ten.
         longest: tokens a document is cut to; None to keep all.
-        enough: tokens to learn after which no more is read; None to read all.
-    Raises:
-        DataError: fewer than two documents, or unusable ids.
+        enough: tokens to train on after which no more is read; None to read all.
     """
     cut = dropped = 0
     with partial_directory(target) as directory:
-        train = StoreWriter(directory / "train", vocabulary, source)
-        held = StoreWriter(directory / "held_out", vocabulary, source)
+        train = _StoreWriter(directory / "train.arrow", vocabulary, source)
+        held = _StoreWriter(directory / "held_out.arrow", vocabulary, source)
         for document in documents:
             if longest is not None and len(document.ids) > longest:
                 cut += 1
@@ -184,32 +172,24 @@ def write_corpus(
                 "learn in a window. At least 2 are needed, one of them to measure on: give more "
                 "data, or a longer --length"
             )
-        train.close()
-        held.close()
-        write_text(directory / "corpus.json", json.dumps({"cut": cut, "dropped": dropped}) + "\n")
+        content = {
+            "cut": cut, "dropped": dropped, "train": train.close(), "held_out": held.close(),
+        }  # fmt: skip
+        write_text(directory / "corpus.json", json.dumps(content) + "\n")
 
 
 def open_corpus(directory: Path) -> Corpus:
-    """A corpus that `write_corpus` made.
-
-    Raises:
-        DataError: it was damaged since.
-    """
+    """A corpus that `write_corpus` wrote."""
     try:
-        counts = parsed_json((directory / "corpus.json").read_bytes())
-        stores = [Store(directory / name) for name in ("train", "held_out")]
-        whole = all(store.is_whole() for store in stores)
-        corpus = Corpus(
-            train=stores[0], held_out=stores[1], cut=counts["cut"], dropped=counts["dropped"]
+        content = json.loads((directory / "corpus.json").read_bytes())
+        train, held_out = (
+            Store(directory / f"{name}.arrow", str(content[name])) for name in ("train", "held_out")
         )
-    except (OSError, ValueError, LookupError, TypeError):
-        whole = False
-    if not whole:
+        return Corpus(
+            train=train, held_out=held_out, cut=content["cut"], dropped=content["dropped"]
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
-            f"the tokenized text in {directory} is damaged. Delete {directory.parent} to begin anew"
-        )
-    return corpus
-
-
-def _id_type(vocabulary: int) -> str:
-    return "<u2" if vocabulary <= SMALL_VOCABULARY else "<u4"
+            f"the tokenized text in {directory} is damaged. Delete {directory.parent} to start "
+            "again"
+        ) from error

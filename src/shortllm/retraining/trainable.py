@@ -1,7 +1,7 @@
-"""Which weights are trained: all, LoRA adapters, or the head and the last blocks.
+"""Which weights are trained: LoRA adapters, or the head and the last blocks.
 
-Nothing is found by a family's names: the blocks are the module list that the engine finds, LoRA's
-targets are the linear projections inside them, the head is what the model says it is.
+No family's names are used: the blocks are the module list that the engine finds, LoRA's targets are
+the linear projections inside them, the head is what the model names as its output embeddings.
 """
 
 from __future__ import annotations
@@ -29,28 +29,8 @@ class Targets:
     """Projections of many experts, stacked in one tensor `[experts, ., .]`."""
 
 
-def make_trainable(model: nn.Module, options: RetrainOptions) -> nn.Module:
-    """The model with the method's weights set to train; for LoRA it is wrapped by peft.
-
-    Raises:
-        ShortLLMError: more last blocks than there are.
-        UnsupportedModelError: nothing in the blocks that an adapter fits.
-    """
-    if options.method == "lora":
-        return add_adapters(model, options)
-    if options.method == "last-blocks":
-        train_last_blocks(model, options.blocks)
-    else:
-        model.requires_grad_(True)
-    return model
-
-
 def find_targets(model: Any, rank: int) -> Targets:
-    """All projections inside the blocks that are at least as wide as the adapters' rank.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
+    """All projections inside the blocks that are at least as wide as the adapters' rank."""
     prefix, blocks = find_blocks(model, model.config)
     modules, parameters = [], []
     for name, module in blocks.named_modules():
@@ -63,8 +43,8 @@ def find_targets(model: Any, rank: int) -> Targets:
                 parameters.append(f"{prefix}.{name}.{own}")
     if not modules and not parameters:
         raise UnsupportedModelError(
-            f"the blocks of model type '{model.config.model_type}' hold no linear projection of "
-            f"at least {rank} rows and columns. Give a smaller --rank, or use --method full"
+            f"the blocks of model type '{model.config.model_type}' have no linear projection of "
+            f"at least {rank} rows and columns. Give a smaller --rank, or choose another --method"
         )
     return Targets(modules=modules, parameters=parameters)
 
@@ -72,7 +52,7 @@ def find_targets(model: Any, rank: int) -> Targets:
 def add_adapters(model: nn.Module, options: RetrainOptions) -> nn.Module:
     """The model frozen, with a LoRA adapter at every projection of its blocks.
 
-    Stacked experts cannot have dropout, so that a model with any goes without.
+    Adapters of stacked experts cannot have dropout, so a model with any is trained without.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -91,23 +71,20 @@ def add_adapters(model: nn.Module, options: RetrainOptions) -> nn.Module:
 
 
 def _stored_transposed(model: nn.Module, names: list[str]) -> bool:
-    """Whether the projections keep their matrix as in x out instead of out x in."""
+    """Whether the projections store their matrix as in x out instead of out x in."""
     return any(not isinstance(model.get_submodule(name), nn.Linear) for name in names)
 
 
-def train_last_blocks(model: nn.Module, count: int) -> None:
-    """Freeze all but the head and the last `count` blocks; tied embeddings are part of the head.
-
-    Raises:
-        ShortLLMError: more blocks than there are.
-    """
+def train_last_blocks(model: nn.Module, count: int) -> nn.Module:
+    """Freeze all but the head and the last `count` blocks; tied embeddings are part of the head."""
     _, blocks = find_blocks(model, model.config)
     if count > len(blocks):
-        raise ShortLLMError(f"--blocks {count}: the model has {len(blocks)}. Give so many or fewer")
+        raise ShortLLMError(f"--blocks {count}: the model has {len(blocks)}. Give at most that")
     model.requires_grad_(False)
     head = model.get_output_embeddings()  # type: ignore[operator]
     for part in [*blocks[len(blocks) - count :], head]:
         part.requires_grad_(True)
+    return model
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -1,13 +1,15 @@
-"""transformers' Trainer with our losses, and with states on disk that are whole or not there.
+"""The Trainer of transformers, with our losses, and with states on disk that are never partial.
 
-The loop, the optimizer, several processes, resuming and reporters are Trainer's own. What is added:
+The loop, the optimizer, several processes, resuming, early stopping and reporters are the Trainer's
+own. What is added:
 
 - the loss is a sum over targets divided by the targets of the whole batch, over all processes and
-  micro-batches, so that no sharing out changes it;
+  micro-batches, so it does not depend on how a batch is divided;
 - an evaluation is the mean over all targets of a set, not a mean of batches' means;
-- a state (`checkpoint-N`) is written under another name and then renamed, and only the last and the
-  best are kept;
-- a training that had ended before it was killed is not trained on.
+- a state (`checkpoint-N`) is written under a temporary name and then renamed, and only the last and
+  the best are kept;
+- a state is checked before it is loaded;
+- a training that had ended before it was killed is not trained further.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
+    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -33,26 +38,39 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from shortllm.files import PARTIAL, explained
+from shortllm.errors import CheckpointError
+from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.retraining.distillation import Objective, mean_nll, summed_nll
-from shortllm.retraining.states import STATE_FILE
 
 log = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"
-"""Name of the evaluation set that decides which state is the best."""
+"""Name of the evaluation set that decides which state is the best one."""
 
 BEST_METRIC = f"eval_{HELD_OUT}_loss"
 WRITING = "writing" + PARTIAL
 
+STATE_FILE = "trainer_state.json"
 
-class HealingTrainer(Trainer):  # type: ignore[misc]
-    """Trainer for one of our losses."""
+PICKLES = ("*.pt", "*.pth", "*model*.bin")
+"""Optimizer, scheduler, random generators, and weights where there are none in safetensors."""
+
+
+class ObjectiveTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that minimizes one of our losses."""
 
     def __init__(
-        self, *args: Any, objective: Objective, meter: Meter, callbacks: Any, **kwargs: Any
+        self,
+        *args: Any,
+        objective: Objective,
+        max_minutes: float | None,
+        patience: int | None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, compute_metrics=mean_nll, callbacks=[meter, *callbacks], **kwargs)
+        callbacks: list[TrainerCallback] = [Meter(max_minutes)]
+        if patience is not None:
+            callbacks.append(EarlyStoppingCallback(patience))
+        super().__init__(*args, compute_metrics=mean_nll, callbacks=callbacks, **kwargs)
         self.objective = objective
         self.remove_callback(PrinterCallback)  # prints to standard output
         # divide by the targets of the whole batch, as `compute_loss` below does
@@ -61,9 +79,19 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def meter(self) -> Meter:
-        """The one in use: resuming puts a restored one in place of what was given."""
-        found = [one for one in self.callback_handler.callbacks if isinstance(one, Meter)]
-        return found[0]
+        """The one in use: resuming replaces the given one by a restored one."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, Meter))
+
+    @property
+    def stopped(self) -> Literal["minutes", "patience"] | None:
+        """Why the training ended before its last step; None if it did not."""
+        if self.meter.out_of_time:
+            return "minutes"
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, EarlyStoppingCallback):
+                if one.early_stopping_patience_counter >= one.early_stopping_patience:
+                    return "patience"
+        return None
 
     def compute_loss(
         self,
@@ -72,17 +100,17 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The objective's sum, divided by the targets of the whole batch."""
+        """The sum of the objective, divided by the targets of the whole batch."""
         assert num_items_in_batch is not None
         self.meter.tokens_here += int(inputs["tokens"].sum())
-        # gradients are averaged over processes, each of which has a part of the sum
+        # gradients are averaged over the processes, but each has only a part of the sum
         share: Tensor = self.accelerator.num_processes / num_items_in_batch
         return self.objective(model, inputs) * share
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums over each window, which Trainer gathers; it wants labels too, and gets any."""
+        """Sums over each window, which the Trainer gathers; it also needs labels, any will do."""
         sums_B2 = summed_nll(model, self._prepare_inputs(inputs))
         return None, sums_B2, sums_B2[:, :1]
 
@@ -91,10 +119,10 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         return os.path.join(directory, WRITING) if self._writing else directory
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a state beside the others, then give it its name and delete those of no use."""
-        self.meter.add_up(self.accelerator)
+        """Write a state under a temporary name, rename it, delete those no longer needed."""
+        self.meter.add_tokens(self.accelerator)
         states = Path(self.args.output_dir)
-        with explained(states):
+        with translate_os_errors(states):
             if self.args.should_save:
                 shutil.rmtree(states / WRITING, ignore_errors=True)
             self.accelerator.wait_for_everyone()
@@ -122,52 +150,40 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(other)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch, unless the state that is resumed is the last of a training that had ended."""
-        if self.has_ended:
+        """One epoch, unless the resumed state is that of a training that had ended."""
+        if self.state.global_step >= self.state.max_steps or self.stopped is not None:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the training has come to its last step, or was stopped before it."""
-        return self.state.global_step >= self.state.max_steps or self.meter.stopped is not None
-
     def load_best(self) -> None:
-        """Put the weights of the best state into the model."""
+        """Load the weights of the best state into the model."""
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best)
         self._load_best_model()
 
 
 class Meter(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Counts tokens and time over all starts of a training, shows progress, and ends it in time.
+    """Counts tokens and time over all starts of a training, and stops it when its time is over."""
 
-    An early stop is decided here too, so that one place knows why a training ended.
-    """
-
-    def __init__(self, max_minutes: float | None = None, patience: int | None = None) -> None:
+    def __init__(self, max_minutes: float | None = None) -> None:
         self.max_minutes = max_minutes
-        self.patience = patience
         self.seconds = 0.0
         self.tokens = 0
-        self.without_better = 0
-        self.stopped: str | None = None
+        self.out_of_time = False
         self.tokens_here = 0
         self._since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
         """What a saved state keeps of this."""
-        names = ("tokens", "without_better", "stopped")
-        attributes = {"seconds": self.elapsed(), **{name: getattr(self, name) for name in names}}
-        arguments = {"max_minutes": self.max_minutes, "patience": self.patience}
-        return {"args": arguments, "attributes": attributes}
+        kept = {"seconds": self.elapsed(), "tokens": self.tokens, "out_of_time": self.out_of_time}
+        return {"args": {"max_minutes": self.max_minutes}, "attributes": kept}
 
     def elapsed(self) -> float:
-        """Seconds of training, those before an interruption included."""
+        """Seconds of training, including those before an interruption."""
         return self.seconds + time.monotonic() - self._since
 
-    def add_up(self, accelerator: Any) -> None:
+    def add_tokens(self, accelerator: Any) -> None:
         """Add the tokens that all processes have seen since the last call."""
         here = torch.tensor(self.tokens_here, device=accelerator.device)
         self.tokens += int(accelerator.gather(here).sum())
@@ -184,49 +200,23 @@ class Meter(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the training where its minutes are over."""
-        if self.max_minutes is not None and self._agree(self.elapsed() >= 60 * self.max_minutes):
-            self.stopped = "minutes"
-            control.should_training_stop = True
+        """Stop the training when its minutes are over, by the clock of the main process."""
+        if self.max_minutes is not None:
+            [self.out_of_time] = broadcast_object_list([self.elapsed() >= 60 * self.max_minutes])
+            control.should_training_stop |= self.out_of_time
         if control.should_training_stop:
             control.should_log = control.should_evaluate = control.should_save = True
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
-        """Keep the losses, and stop where patience is over."""
-        if self.patience is None or BEST_METRIC not in metrics:
-            return
-        better = state.best_metric is None or metrics[BEST_METRIC] < state.best_metric
-        self.without_better = 0 if better else self.without_better + 1
-        if self.without_better >= self.patience and self.stopped is None:
-            self.stopped = "patience"
-            control.should_training_stop = True
-
-    @staticmethod
-    def _agree(mine: bool) -> bool:
-        """What the main process says: clocks differ, and all must stop at one step."""
-        if not torch.distributed.is_initialized():
-            return mine
-        said = [mine]
-        torch.distributed.broadcast_object_list(said)
-        return said[0]
-
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Moves the progress bar, and says how each evaluation went."""
+    """Moves the progress bar, and logs each evaluation."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         self._advance = advance
         self._done = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Draw the bar where training goes on."""
+        """Draw the bar at the step that is resumed."""
         self._move(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -234,7 +224,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._move(state)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Say the losses of the state that was saved."""
+        """Log the losses of the state that was saved."""
         losses = [
             f"{key.removeprefix('eval_').removesuffix('_loss')} {value:.4f}"
             for entry in state.log_history
@@ -250,10 +240,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 def read_history(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
-    """Curves of (step, loss) by name: `train`, and one for each evaluation set.
-
-    A loss that is no number has no place in them.
-    """
+    """Curves of (step, loss) by name, without NaNs: `train`, and one for each evaluation set."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in state.log_history:
         for key, value in entry.items():
@@ -265,3 +252,39 @@ def read_history(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
                 name = key.removeprefix("eval_").removesuffix("_loss")
                 curves.setdefault(name, []).append((entry["step"], value))
     return curves
+
+
+def last_state(states: Path) -> Path | None:
+    """The newest complete state in a directory."""
+    found = [path for path in states.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def require_loadable(state: Path) -> None:
+    """Refuse a state that is damaged or could run code, before the Trainer loads it.
+
+    The Trainer itself uses the same weights-only loader, but does not name the file.
+    """
+    from transformers.trainer_pt_utils import safe_globals
+
+    work = state.parent.parent
+    for file in [
+        state / STATE_FILE,
+        *(one for kind in PICKLES for one in sorted(state.glob(kind))),
+    ]:
+        try:
+            if file.name == STATE_FILE:
+                TrainerState.load_from_json(str(file))
+                continue
+            with safe_globals():  # the state of numpy's random generator
+                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{file} contains more than the state of a training and is refused, since loading "
+                f"it could run code. Delete {work} to train again from the start"
+            ) from error
+        except Exception as error:  # whatever torch's reader raises
+            raise CheckpointError(
+                f"{file} is damaged. Delete {state} to resume from the state before it, or {work} "
+                "to train again from the start"
+            ) from error

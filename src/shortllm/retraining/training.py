@@ -1,4 +1,4 @@
-"""A prepared retraining carried out: the model, its windows and Trainer put together, and run."""
+"""A training: the model, its windows and the Trainer put together, and run."""
 
 from __future__ import annotations
 
@@ -16,33 +16,41 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model, quiet_transformers
-from shortllm.model.session import Session
-from shortllm.retraining.cache import CachedTeacher, write_cache
 from shortllm.retraining.distillation import (
     Objective,
     TeacherLoss,
     answer_loss,
     cached_loss,
-    lineage,
     teacher_blocks,
 )
-from shortllm.retraining.options import RetrainOptions, TrainingData, micro_batch, warmup
-from shortllm.retraining.preparing import Prepared, compute_dtype
-from shortllm.retraining.processes import is_sharded, shard_on_cpu_too
-from shortllm.retraining.states import last_state, require_sound
-from shortllm.retraining.trainable import make_trainable
-from shortllm.retraining.trainer import BEST_METRIC, HELD_OUT, HealingTrainer, Meter, Progress
-from shortllm.retraining.windows import Segmented, Windows, collate, keeps_apart
-from shortllm.runtime import Ranks, progress
+from shortllm.retraining.options import GENERATED, RetrainOptions, TrainingData
+from shortllm.retraining.setup import Job, Setup
+from shortllm.retraining.trainer import (
+    BEST_METRIC,
+    HELD_OUT,
+    ObjectiveTrainer,
+    Progress,
+    last_state,
+    require_loadable,
+)
+from shortllm.retraining.windows import (
+    CachedTeacher,
+    Segmented,
+    Windows,
+    collate,
+    keeps_apart,
+    write_cache,
+)
+from shortllm.runtime import progress
+from shortllm.surgery.apply import lineage
 
 log = logging.getLogger(__name__)
 
 EVALUATIONS = 10
-"""Evaluations of a training, unless told otherwise; a state is saved at each."""
+"""Evaluations of a training by default; a state is saved at each."""
 
 LOGGED_LOSSES = 100
 """Points of the training curve."""
@@ -50,71 +58,73 @@ LOGGED_LOSSES = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trained:
-    """A model that has been trained, its best state put back."""
+    """A trained model, in its best state."""
 
-    trainer: HealingTrainer
+    trainer: ObjectiveTrainer
     weights: dict[str, Tensor]
-    """On the main process all weights by name, on the CPU; elsewhere nothing."""
+    """On the main process all weights by name, on the CPU; empty elsewhere."""
     data: TrainingData
 
 
-def train(prepared: Prepared, *, session: Session, ranks: Ranks) -> Trained:
-    """Train, going on where an earlier start of the same training was interrupted.
+def train(job: Job, *, logs: Path) -> Trained:
+    """Train; an earlier start of the same training that was interrupted is resumed.
 
-    Raises:
-        ShortLLMError: out of memory, or a loss that is no number.
+    `logs` is the directory of the reporters.
     """
-    session.release()
-    options = prepared.options
-    model = open_model(prepared.checkpoint, options, session)
-    apart = prepared.packing != "alone" and keeps_apart(model, vocabulary(prepared.checkpoint))
+    setup, options = job.setup, job.setup.options
+    setup.session.release()
+    model = _open_model(setup)
+    apart = setup.packing != "alone" and keeps_apart(model, vocabulary(setup.checkpoint))
+    _check_boundaries(setup, apart)
     windows, held_out = (
-        Windows(store, length=length_of(options), packing=prepared.packing, apart=apart)
-        for store in (prepared.corpus.train, prepared.corpus.held_out)
+        Windows(store, length=setup.length, packing=setup.packing, apart=apart)
+        for store in (job.corpus.train, job.corpus.held_out)
     )
-    _say_boundaries(prepared, apart)
-    objective = _objective(prepared, windows, session, ranks)
-    set_seed(options.seed)  # the adapters begin at random
-    model = make_trainable(model, options)
+    objective = _objective(job, windows)
+    set_seed(options.seed)  # adapters start from random values
+    model = options.about.make_trainable(model, options)
     _train_in_float32(model)
-    states = prepared.work / "states"
-    trainer = HealingTrainer(
+    states = job.work / "states"
+    evaluation = {name: Segmented(segments.ids) for name, segments in setup.evaluation.items()}
+    trainer = ObjectiveTrainer(
         model=model,
-        args=_arguments(prepared, len(windows), states, session, ranks),
+        args=_arguments(setup, len(windows), states),
         train_dataset=windows,
-        eval_dataset={HELD_OUT: held_out, **_segmented(prepared)},
+        eval_dataset={HELD_OUT: held_out, **evaluation},
         data_collator=collate,
         objective=objective,
-        meter=Meter(options.max_minutes, options.patience),
-        callbacks=[],
+        max_minutes=options.max_minutes,
+        patience=options.patience,
     )
-    _run(trainer, states, options)
+    with _reports_in(logs):
+        _run(trainer, states, total_steps(options, len(windows)))
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return Trained(
         trainer=trainer,
-        weights=weights if ranks.is_main else {},
-        data=_describe(prepared, windows, apart),
+        weights=weights if setup.ranks.is_main else {},
+        data=_describe(job, windows, apart),
     )
 
 
-def length_of(options: RetrainOptions) -> int:
-    """Tokens of a window, which filled-in options always have."""
-    assert options.length is not None
-    return options.length
+def is_sharded() -> bool:
+    """Whether the launcher has requested FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def open_model(checkpoint: Checkpoint, options: RetrainOptions, session: Session) -> nn.Module:
-    """The model to train: float32 where its weights are trained, so that small steps count.
+def _open_model(setup: Setup) -> nn.Module:
+    """The model to train, in float32 where its weights are trained, so that small steps count.
 
     Frozen weights are kept in the computation type. A model that will be sharded stays on the CPU.
     """
     sharded = is_sharded()
-    frozen = options.method in ("lora", "last-blocks") and not sharded
-    dtype = compute_dtype(session) if frozen else "float32"
-    device = torch.device("cpu") if sharded else session.device
-    model = load_model(checkpoint, device=device, dtype=dtype)
-    if options.attention is not None:
-        _set_attention(model, options.attention)
+    frozen = setup.options.about.freezes and not sharded
+    model = load_model(
+        setup.checkpoint,
+        device=torch.device("cpu") if sharded else setup.session.device,
+        dtype=setup.dtype if frozen else "float32",
+    )
+    if setup.options.attention is not None:
+        _set_attention(model, setup.options.attention)
     return model
 
 
@@ -129,78 +139,72 @@ def _set_attention(model: Any, name: str) -> None:
 
 
 def _train_in_float32(model: nn.Module) -> None:
-    """What is trained of a model in low precision is kept in float32; mixed precision reads it."""
+    """Keep the trained weights of a low-precision model in float32; mixed precision reads them."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def _say_boundaries(prepared: Prepared, apart: bool) -> None:
-    if prepared.packing == "alone" or apart:
+def _check_boundaries(setup: Setup, apart: bool) -> None:
+    """Log that the documents of a window see each other, or refuse it for instructions."""
+    if setup.packing == "alone" or apart:
         return
-    if prepared.packing == "fit":
+    if setup.packing == "fit":
         raise ShortLLMError(
-            f"--packing: model type '{prepared.checkpoint.model_type}' cannot keep the "
-            "instructions of a window apart. Leave --packing out"
+            f"--packing: model type '{setup.checkpoint.model_type}' cannot keep the instructions "
+            "of a window apart. Leave --packing out"
         )
     log.info(
         "model type '%s' cannot keep the documents of a window apart: each sees those before it",
-        prepared.checkpoint.model_type,
+        setup.checkpoint.model_type,
     )
 
 
-def _segmented(prepared: Prepared) -> dict[str, Segmented]:
-    return {name: Segmented(segments.ids) for name, segments in prepared.evaluation.items()}
-
-
-def _objective(prepared: Prepared, windows: Windows, session: Session, ranks: Ranks) -> Objective:
-    """The method's loss; for distillation with the teacher at hand, in memory or on disk."""
-    options, teacher = prepared.options, prepared.teacher
+def _objective(job: Job, windows: Windows) -> Objective:
+    """The loss: next-token NLL, or the distance from a teacher in memory or cached on disk."""
+    setup, options, teacher = job.setup, job.setup.options, job.teacher
     if teacher is None:
         return answer_loss
-    model = load_model(teacher, device=session.device, dtype=compute_dtype(session))
+    model = load_model(teacher, device=setup.session.device, dtype=setup.dtype)
     model.requires_grad_(False)
     if options.top_k is None:
         pairs = None
         if options.hidden_weight:
-            pairs = teacher_blocks(lineage(prepared.checkpoint).kept, teacher.block_count)
+            pairs = teacher_blocks(lineage(setup.checkpoint).kept, teacher.block_count)
         return TeacherLoss(model, options.temperature, options.hidden_weight, pairs)
-    place = prepared.work / "teacher"
-    with progress("asking the teacher", len(windows)) as advance:
+    place = job.work / "teacher"
+    with progress("caching the teacher's predictions", len(windows)) as advance:
         write_cache(
             model,
             windows,
             place,
             k=options.top_k,
-            batch=micro_batch(options, ranks.count),
-            ranks=ranks,
+            batch=setup.micro_batch,
+            ranks=setup.ranks,
             advance=advance,
         )
     windows.teacher = CachedTeacher(place)
     return cached_loss
 
 
-def _arguments(
-    prepared: Prepared, windows: int, states: Path, session: Session, ranks: Ranks
-) -> TrainingArguments:
-    """Trainer's own arguments."""
-    options = prepared.options
-    micro = micro_batch(options, ranks.count)
+def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
+    """The Trainer's own arguments."""
+    options, device, processes = setup.options, setup.session.device.type, setup.ranks.count
     total = total_steps(options, windows)
     every = options.eval_every or max(1, total // EVALUATIONS)
     arguments = TrainingArguments(
         output_dir=str(states),
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=options.batch // (micro * ranks.count),
+        per_device_train_batch_size=setup.micro_batch,
+        per_device_eval_batch_size=setup.micro_batch,
+        gradient_accumulation_steps=options.batch // (setup.micro_batch * processes),
         max_steps=options.max_steps or -1,
         num_train_epochs=options.epochs or 1.0,
         learning_rate=options.learning_rate,
         lr_scheduler_type=_SCHEDULES[options.schedule or "linear"],
-        warmup_steps=warmup(options, total),
+        warmup_steps=options.warmup(total),
         weight_decay=options.weight_decay,
-        bf16=compute_dtype(session) == "bfloat16",
-        use_cpu=session.device.type == "cpu",
+        bf16=setup.dtype == "bfloat16",
+        use_cpu=device == "cpu",
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -213,25 +217,34 @@ def _arguments(
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=session.device.type == "cuda",
+        dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=_reporters(options),
         disable_tqdm=True,
         seed=options.seed,
     )
-    if ranks.count == 1 and arguments.n_gpu > 1:
+    if processes == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more need a launcher
-    if ranks.count > 1:
-        shard_on_cpu_too(arguments)
+    if processes > 1 and is_sharded():
+        _shard_on_cpus_too(arguments)
     return arguments
+
+
+def _shard_on_cpus_too(arguments: TrainingArguments) -> None:
+    """Have FSDP between CPU processes: accelerate 1.15 skips it there, but torch can do it."""
+    from accelerate import DistributedType
+
+    state = arguments.distributed_state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def total_steps(options: RetrainOptions, windows: int) -> int:
-    """Steps of the whole training."""
+    """Number of steps of the whole training."""
     if options.max_steps is not None:
         return options.max_steps
     return math.ceil((options.epochs or 1.0) * math.ceil(windows / options.batch))
@@ -243,20 +256,15 @@ def _reporters(options: RetrainOptions) -> list[str]:
     return ["tensorboard"] if find_spec("tensorboard") else []
 
 
-def _run(trainer: HealingTrainer, states: Path, options: RetrainOptions) -> None:
-    """Train to the end, and put the best state back.
-
-    Raises:
-        ShortLLMError: out of memory, or a loss that is no number.
-    """
+def _run(trainer: ObjectiveTrainer, states: Path, steps: int) -> None:
+    """Train to the end, and load the best state."""
     state = last_state(states)
     if state is not None:
-        require_sound(state)
-        log.info("going on from step %s", state.name.rpartition("-")[2])
+        require_loadable(state)
+        log.info("resuming from step %s", state.name.rpartition("-")[2])
     trainer.args.eval_on_start = state is None
-    total = total_steps(options, len(trainer.train_dataset))
     try:
-        with quiet_transformers(), progress("retraining", total) as advance:
+        with quiet_transformers(), progress("retraining", steps) as advance:
             trainer.add_callback(Progress(advance))
             trainer.train(resume_from_checkpoint=None if state is None else str(state))
     except torch.OutOfMemoryError as error:
@@ -266,16 +274,16 @@ def _run(trainer: HealingTrainer, states: Path, options: RetrainOptions) -> None
         ) from error
     if trainer.state.best_global_step is None:
         raise ShortLLMError(
-            "the held-out loss is not a number: training has gone astray. Give a smaller "
-            "--learning-rate, or --dtype float32"
+            "the held-out loss is not finite: training diverged. Give a smaller --learning-rate, "
+            "or --dtype float32"
         )
-    with quiet_transformers():  # which misses a tied head among the weights
+    with quiet_transformers():  # it warns of a tied head that is missing among the weights
         trainer.load_best()
 
 
 @contextmanager
-def reports_in(directory: Path) -> Iterator[None]:
-    """Have tensorboard write into `directory`; it asks the environment for the place."""
+def _reports_in(directory: Path) -> Iterator[None]:
+    """Have tensorboard write into `directory`, which it takes from the environment."""
     name = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(name)
     os.environ[name] = str(directory)
@@ -288,26 +296,24 @@ def reports_in(directory: Path) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _describe(prepared: Prepared, windows: Windows, apart: bool) -> TrainingData:
-    corpus, options = prepared.corpus, prepared.options
-    lengths = windows.lengths
-    room = len(lengths) * (
-        int(lengths.max()) if prepared.packing == "alone" else length_of(options)
-    )
-    alone = prepared.packing == "alone"
+def _describe(job: Job, windows: Windows, apart: bool) -> TrainingData:
+    """What the model was trained on, for the record."""
+    setup, corpus, lengths = job.setup, job.corpus, windows.lengths
+    alone = setup.packing == "alone"
+    room = len(lengths) * (int(lengths.max()) if alone else setup.length)
     return TrainingData(
-        source=prepared.source,
-        kind=prepared.kind,
-        template=prepared.template,
+        source=setup.source.name,
+        kind=setup.source.kind or GENERATED,
+        template=setup.source.template,
         documents=corpus.train.documents,
         held_out=corpus.held_out.documents,
         tokens=corpus.train.tokens,
         cut=corpus.cut,
         dropped=corpus.dropped,
-        packing=prepared.packing,
+        packing=setup.packing,
         boundaries="alone" if alone else "apart" if apart else "joined",
         windows=len(windows),
-        length=length_of(options),
+        length=setup.length,
         fill=round(float(lengths.sum()) / room, 4),
         tokens_fingerprint=corpus.train.fingerprint,
     )

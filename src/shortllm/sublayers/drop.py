@@ -22,7 +22,7 @@ from shortllm.files import PARTIAL
 from shortllm.journal import Journal
 from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.pruning.budget import Budget, protected_blocks
+from shortllm.protection import protected_in
 from shortllm.records import ModelInfo
 from shortllm.runtime import Runtime
 from shortllm.sublayers.criteria import CRITERIA, Ranking, Task
@@ -117,7 +117,9 @@ def drop_from(
         chosen = _choose(checkpoint, options, allowed, seen, session, Journal(work, expected))
         return _draft(checkpoint, options, chosen, target, seen, session)
 
-    record = derive(SublayerDrop, target, checkpoint, draft, expected=expected)
+    record = derive(
+        SublayerDrop, target, checkpoint, draft, expected=expected, needed_bytes=checkpoint.bytes
+    )
     shutil.rmtree(work, ignore_errors=True)
     return record
 
@@ -136,10 +138,7 @@ def candidates(options: SublayerOptions, model: ModelInfo) -> list[Sublayer]:
             f"{' or '.join(CRITERIA.names())} with --remove 4, or name blocks with "
             "--attention 3,4 and --mlp 7"
         )
-    budget = Budget(
-        ratio=0.5, protect_first=options.protect_first, protect_last=options.protect_last
-    )
-    protected = set(protected_blocks(budget, model))
+    protected = set(protected_in(model, options.protect_first, options.protect_last))
     kinds = PARTS if options.parts == "joint" else (options.parts,)
     found = [(b, part) for b in range(model.blocks) if b not in protected for part in kinds]
     most = min(len(found), 2 * model.blocks - 1)
@@ -281,12 +280,12 @@ def _expected(
 
     A function of its own, so that the source is released before the result is loaded.
     """
-    from shortllm.surgery.verify import bypass_logits, caches_rightly
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
 
     decoder = session.decoder(checkpoint)
     with without_sublayers(decoder, outputs, zeroed):
         logits = bypass_logits(decoder, whole)
-    return logits, caches_rightly(decoder)
+    return logits, kv_cache_matches(decoder)
 
 
 def zeroed_names(

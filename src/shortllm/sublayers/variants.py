@@ -8,21 +8,17 @@ Shapes: B samples, T tokens, D width, V vocabulary, N predictions of one slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from shortllm.journal import Journal
 from shortllm.model.decoder import BlockCall, Decoder, Entry
 from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.metrics import next_token_nll
-from shortllm.model.walk import walk, walk_flops
-from shortllm.pruning.search_space import TOGETHER
+from shortllm.model.walk import TOGETHER, mean_nlls, walk_flops
+from shortllm.runtime import Advance
 from shortllm.sublayers.structure import PARTS, Outputs, Part, Sublayer, without_sublayers
-
-Advance = Callable[[float], None]
 
 VARIANTS: tuple[tuple[Part, ...], ...] = ((), ("attention",), ("mlp",))
 """What each of the three variants of a block lacks."""
@@ -76,37 +72,6 @@ class Variants:
             return self._decoder.apply(b, stream_BTD, call)
 
 
-def mean_nlls(
-    variants: Variants,
-    ids_BT: Tensor,
-    sets: Sequence[Collection[Sublayer]],
-    *,
-    advance: Advance = lambda work: None,
-    memory: StreamMemory | None = None,
-    journal: Journal | None = None,
-) -> list[float]:
-    """Mean next-token NLL without each set of sublayers, nats."""
-    totals = torch.zeros(len(sets), dtype=torch.float64)
-    for start in range(0, len(sets), TOGETHER):
-
-        def consume(
-            m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor, start: int = start
-        ) -> None:
-            totals[start + m] += next_token_nll(logits_NV, target_N).double().sum().item()
-
-        walk(
-            variants.as_decoder(),
-            ids_BT,
-            [variants.without(removed) for removed in sets[start : start + TOGETHER]],
-            consume=consume,
-            advance=advance,
-            memory=memory,
-            journal=(journal or Journal(None, "")).part(f"sets-{start}"),
-        )
-    found: list[float] = (totals / (len(ids_BT) * (ids_BT.shape[1] - 1))).tolist()
-    return found
-
-
 def remove_one_by_one(
     variants: Variants,
     ids_BT: Tensor,
@@ -134,9 +99,11 @@ def remove_one_by_one(
         if place == len(rounds):
             part = journal.part(f"round-{place}")
             sets = [*first, *(gone | {one} for one in left)]
-            rounds.append(
-                mean_nlls(variants, ids_BT, sets, advance=advance, memory=memory, journal=part)
-            )
+            means = mean_nlls(
+                variants.as_decoder(), ids_BT, [variants.without(one) for one in sets],
+                together=TOGETHER, advance=advance, memory=memory, journal=part,
+            )  # fmt: skip
+            rounds.append(means)
             journal.commit({"rounds": rounds}, {})
             part.discard()
         values = [value if value == value else float("inf") for value in rounds[place]]

@@ -1,10 +1,8 @@
-"""A plan applied to a checkpoint on disk: kept tensors are copied under their new names.
+"""What a checkpoint without some blocks consists of: config, tensors, other files, origin.
 
-The model is never built in memory. Bytes go from file to file inside the kernel, so memory stays
-flat whatever the model's size, and the work takes as long as copying the kept bytes. Tied tensors
-are stored once and stay so. Everything is written beside the target and renamed when complete.
-
-    shortllm prune MODEL --blocks 3,4 --out DIR
+The model is never built in memory: kept tensors are copied under their new names, from file to file
+inside the kernel. Memory stays flat for any model size, and the work takes as long as copying the
+kept bytes. Tied tensors are stored once and stay so.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +25,17 @@ from shortllm.checkpoint.shorten_config import (
     shorten_config,
     sliced_axis,
 )
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import TensorEntry, weight_files
-from shortllm.checkpoint.tokenizer import write_special_tokens
-from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
-from shortllm.errors import OutputError
-from shortllm.files import PARTIAL, explained, partial_directory, require_writable
+from shortllm.errors import CheckpointError, OutputError
+from shortllm.files import PARTIAL, translate_os_errors
+from shortllm.records import MAX_BLOCKS
+from shortllm.surgery.guard import check_signatures
 
 log = logging.getLogger(__name__)
 
 PROVENANCE = "shortllm"
-"""Key in config.json under which a shortened checkpoint says where it comes from."""
-
-Advance = Callable[[int], None]
+"""Key in config.json for the origin of a shortened checkpoint."""
 
 
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
@@ -50,8 +46,6 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
     Raises:
         UnsupportedModelError: removing these blocks would give a wrong model.
     """
-    from shortllm.surgery.guard import check_signatures
-
     refuse_type(checkpoint.config)
     names = checkpoint.block_names
     refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
@@ -62,69 +56,24 @@ def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]
 
 
 def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
-    """The transformers config object that a file holding `raw` will give."""
-    if is_own_code(original):  # its code does not lie beside the file
+    """The transformers config object that a config.json with this content will give."""
+    if is_own_code(original):  # its code is not next to the file
         config = type(original).from_dict(raw)
         config._name_or_path = original._name_or_path
         return config
     with (
-        explained(Path(tempfile.gettempdir()), way_out="set TMPDIR to another directory"),
+        translate_os_errors(Path(tempfile.gettempdir()), hint="set TMPDIR to another directory"),
         tempfile.TemporaryDirectory() as directory,
     ):
         (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         return read_config(Path(directory), original.model_type)
 
 
-def write_shortened(
-    checkpoint: Checkpoint,
-    kept: Sequence[int],
-    target: Path,
-    *,
-    provenance: dict[str, Any],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    advance: Advance = lambda copied: None,
-    verify: Callable[[Path], None] = lambda written: None,
-) -> None:
-    """Write the checkpoint of the blocks `kept` as directory `target`, whole or not at all.
-
-    Args:
-        kept: kept block numbers, ascending.
-        provenance: goes into config.json under `shortllm`, beside the version and the source.
-        advance: called with the number of bytes copied since its last call.
-        verify: called with the written directory before it gets its final name; may raise.
-    Raises:
-        UnsupportedModelError: removing these blocks would give a wrong model.
-        OutputError: the target cannot be written, or holds the source.
-    """
-    require_apart(checkpoint.directory, target)
-    carried = carried_files(checkpoint.directory, target)
-    config = check_removal(checkpoint, kept)
-    entries = renumbered_tensors(checkpoint, kept)
-    needed = sum(entry.bytes for entry in entries.values())
-    needed += sum((checkpoint.directory / name).stat().st_size for name in carried)
-    require_writable(target.absolute().parent, needed)
-    removed = sorted(set(range(checkpoint.block_count)) - set(kept))
-    config[PROVENANCE] = provenance_of(checkpoint, removed, **provenance)
-    heads = checkpoint.block_names.heads
-    if heads:
-        log.info("the prediction heads behind the last block are left out")
-        config[PROVENANCE]["dropped_heads"] = heads
-    with partial_directory(target, needed_bytes=needed) as directory:
-        for name in carried:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-        write_special_tokens(checkpoint, directory)
-        write_tensors(directory, entries, max_shard_bytes=max_shard_bytes, advance=advance)
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        verify(directory)
-
-
 def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
     """New tensor name -> stored tensor, in file order.
 
-    Absent are the tensors of removed blocks and of prediction heads behind the last block; of
-    tensors outside the blocks that hold a share of every block, the shares of kept blocks stay.
+    Tensors of removed blocks and of prediction heads after the last block are left out. Of tensors
+    outside the blocks that have a share for every block, the shares of kept blocks stay.
     """
     names = checkpoint.block_names
     new_number = {old: new for new, old in enumerate(kept)}
@@ -141,7 +90,7 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
 
 
 def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
-    """What config.json says of a checkpoint made from this one by removing blocks, and `how`."""
+    """The entry in config.json of a checkpoint that was derived by removing blocks, and `how`."""
     return {
         "version": __version__,
         "source": checkpoint.id,
@@ -154,30 +103,94 @@ def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) ->
 
 
 def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint's config says of where it comes from; of a plain one, that it is whole."""
+    """The origin that a checkpoint's config states; for a plain one, that no block is removed."""
     held = checkpoint.raw_config.get(PROVENANCE)
     return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
 
 
-def require_apart(source: Path, target: Path) -> None:
-    """Refuse a target whose replacement would delete the source.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Which blocks of which model a shortened checkpoint contains."""
+
+    source: str
+    revision: str | None
+    blocks: int
+    """Number of blocks of the source."""
+    kept: list[int]
+    """For each block of the checkpoint its number in the source."""
+
+
+def lineage(checkpoint: Checkpoint) -> Lineage:
+    """The original model of a checkpoint that was shortened once or several times.
 
     Raises:
-        OutputError: the target is the source directory or holds it.
+        CheckpointError: its config.json does not say, or contradicts its number of blocks.
     """
+    entry = checkpoint.raw_config.get(PROVENANCE)
+    if not isinstance(entry, dict) or "removed_blocks" not in entry:
+        raise CheckpointError(
+            f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
+            f"no removed blocks under '{PROVENANCE}'"
+        )
+    removals: list[tuple[int, set[int]]] = []
+    parent: Any = entry
+    while isinstance(parent, dict) and "removed_blocks" in parent:
+        entry = parent
+        count, removed = entry.get("source_blocks"), entry["removed_blocks"]
+        if not isinstance(count, int) or count > MAX_BLOCKS or not isinstance(removed, list):
+            raise CheckpointError(
+                f"{checkpoint.id}: the list of removed blocks in its config.json is damaged"
+            )
+        removals.append((count, {block for block in removed if isinstance(block, int)}))
+        parent = entry.get("parent")
+    kept = list(range(removals[-1][0]))
+    for _, gone in reversed(removals):
+        kept = [block for place, block in enumerate(kept) if place not in gone]
+    if len(kept) != checkpoint.block_count:
+        raise CheckpointError(
+            f"{checkpoint.id} has {checkpoint.block_count} blocks, but by the removed blocks in "
+            f"its config.json it must have {len(kept)}"
+        )
+    return Lineage(
+        source=str(entry.get("source")),
+        revision=entry.get("revision"),
+        blocks=removals[-1][0],
+        kept=kept,
+    )
+
+
+def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
+    """Open each model under the last part of its path, or all of it where that is taken.
+
+    A Hub model that another one was derived from is opened at the revision recorded there.
+    """
+    opened = {model: open_checkpoint(model) for model in models if Path(model).is_dir()}
+    entries = [one.raw_config.get(PROVENANCE) for one in opened.values()]
+    held = [entry for entry in entries if isinstance(entry, dict)]
+    origins = {str(entry.get("source")): entry.get("revision") for entry in held}
+    checkpoints: dict[str, Checkpoint] = {}
+    for model in models:
+        short = Path(model).name or model
+        one = opened.get(model) or open_checkpoint(model, revision=origins.get(model))
+        checkpoints[model if short in checkpoints else short] = one
+    return checkpoints
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Refuse a target that is the source directory or contains it."""
     source, target = source.resolve(), target.resolve()
     if target == source or target in source.parents:
-        relation = "is" if target == source else "holds"
+        relation = "is" if target == source else "contains"
         raise OutputError(
-            f"{target} {relation} the original model, which stays as it is. Choose another --out"
+            f"{target} {relation} the original model, which is never changed. Choose another --out"
         )
 
 
 def carried_files(source: Path, target: Path | None = None) -> list[Path]:
-    """Tokenizer, generation config and all else beside the weights, relative to `source`, sorted.
+    """Tokenizer, generation config and all else next to the weights, relative to `source`, sorted.
 
-    Left behind are config.json, hidden files and whatever is unfinished, and of the directories
-    those that hold a model or a run at any depth, and those that `target` is or lies in.
+    Left out are config.json, hidden and unfinished files, directories with a model or a run at any
+    depth, and directories that are or contain `target`.
     """
     outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
     weights = weight_files(source)
@@ -195,7 +208,7 @@ def carried_files(source: Path, target: Path | None = None) -> list[Path]:
 
 
 def _holds_output(directory: Path) -> bool:
-    """Whether weights (of another format or model), a run, or unfinished work lie in it."""
+    """Whether it contains weights (of another format or model), a run, or unfinished work."""
     if weight_files(directory) or (directory / "run.json").exists():
         return True
     return any(
@@ -206,7 +219,7 @@ def _holds_output(directory: Path) -> bool:
 
 
 def carried_fingerprint(source: Path, *, without: Collection[str] = ()) -> str:
-    """sha256 over names and contents of the files that a new checkpoint takes along.
+    """sha256 over names and contents of the files that a new checkpoint copies.
 
     Args:
         without: names of files that do not count.

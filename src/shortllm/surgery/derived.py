@@ -25,7 +25,7 @@ from torch import Tensor
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_json, read_tensor_table
 from shortllm.checkpoint.tokenizer import write_special_tokens
-from shortllm.checkpoint.writer import write_tensors
+from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import fingerprint, partial_directory, require_writable
 from shortllm.model.session import Session
@@ -48,7 +48,8 @@ CARDS = {"README.md", "README.original.md"}
 """Model cards, which a report writes next to the weights, do not count as a change."""
 
 RECORDS = {
-    f"{name}.json" for name in ("heal", "merge", "width", "sublayers", "quantize", "retrain")
+    f"{name}.json"
+    for name in ("prune", "heal", "merge", "width", "sublayers", "quantize", "retrain")
 }
 """Records of derived checkpoints, which speak of the weights next to them and are not copied on."""
 
@@ -58,7 +59,8 @@ class Draft:
     """What a stage wants to write; nothing has been written yet."""
 
     record: Mapping[str, Any]
-    """Fields of the stage's record, without model, versions, cost and fingerprint."""
+    """Fields of the stage's record without model and fingerprint; versions and cost only if they
+    are not this process's own."""
     config: Mapping[str, Any]
     """config.json, without the entry that says where the checkpoint comes from."""
     provenance: Mapping[str, Any]
@@ -84,6 +86,7 @@ def derive(
     *,
     expected: str,
     source: Checkpoint | None = None,
+    needed_bytes: int = 0,
 ) -> Derived:
     """Write the checkpoint `target`, unless it is up to date, and return its record.
 
@@ -91,6 +94,7 @@ def derive(
         draft: does the work of the stage; only called where something is to be written.
         expected: see `derived_fingerprint`.
         source: another checkpoint that must not be overwritten.
+        needed_bytes: about how much will be written, where that is known before the work.
     Raises:
         OutputError: the target holds something else, or cannot be written.
     """
@@ -102,14 +106,14 @@ def derive(
         return kind.load(target / kind.FILE)
     if (target / kind.FILE).is_file():
         log.info("%s was written from other inputs and will be replaced", target)
-    require_writable(target.absolute().parent)
+    require_writable(target.absolute().parent, needed_bytes)
     started = time.monotonic()
     drafted = draft()
     record = {
         "model": checkpoint.info(),
         "versions": versions(),
-        **drafted.record,
         "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+        **drafted.record,
         "fingerprint": expected,
     }
     _write(kind, checkpoint, target, drafted, record)
@@ -172,9 +176,11 @@ def _write(
     carried = [
         file for file in carried_files(checkpoint.directory, target) if file.parts[0] not in left
     ]
+    needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
+    require_writable(target.absolute().parent, needed)
     provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
     with (
-        partial_directory(target, needed_bytes=draft.bytes) as directory,
+        partial_directory(target, needed_bytes=needed) as directory,
         progress(f"writing {target.name}", draft.bytes) as advance,
     ):
         for name in carried:
@@ -193,6 +199,8 @@ def _write(
 def copying(
     entries: Mapping[str, TensorEntry],
     new: Iterable[tuple[str, Tensor]] | Callable[[Path], Mapping[str, TensorEntry]] = (),
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Callable[[Path, Advance], None]:
     """A `Draft.write` that copies stored tensors byte by byte, and adds or replaces some.
 
@@ -206,7 +214,9 @@ def copying(
     def write(directory: Path, advance: Advance) -> None:
         room = directory / NEW
         added = new(room) if callable(new) else _saved(entries, new, room)
-        write_tensors(directory, {**entries, **added}, advance=advance)
+        write_tensors(
+            directory, {**entries, **added}, max_shard_bytes=max_shard_bytes, advance=advance
+        )
         shutil.rmtree(room, ignore_errors=True)
 
     return write

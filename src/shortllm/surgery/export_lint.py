@@ -1,9 +1,9 @@
-"""Whether other programs will represent a finished checkpoint rightly: by rule, one table each.
+"""Whether llama.cpp and vLLM will run a finished checkpoint correctly: rules in tables.
 
-Some programs do not read how the blocks of a type differ but know it by heart: every second block
-attends fully, every fourth has no positions. A shortened model that no longer follows is silently
-wrong there, while plans of whole periods (`--period-aligned`) stay right. What no rule speaks of is
-said to be unknown.
+Some programs do not read from the config how the blocks of a type differ. Their code fixes it:
+every second block attends to all tokens, every fourth has no positions. A shortened model that no
+longer follows this pattern is silently wrong there; plans of whole periods (`--period-aligned`)
+stay correct. Where no rule applies, the verdict is "unknown".
 
     shortllm export-lint CHECKPOINT
 """
@@ -17,30 +17,32 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from shortllm.checkpoint.config import SHAPES, block_count, text_config
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import UnsupportedModelError
+from shortllm.options import accepts
 from shortllm.records import Record
+from shortllm.runtime import Runtime
 
 Target = Literal["gguf", "vllm"]
 
 Verdict = Literal["ok", "wrong", "unknown"]
 
 NAMES: dict[Target, str] = {"gguf": "llama.cpp (GGUF)", "vllm": "vLLM"}
-"""What a target is called in text."""
+"""Target -> its name in messages."""
 
 PERIODS_HELP = "Plan again with --period-aligned, so that only whole periods go"
 
-ELSEWHERE = "Run it with transformers instead"
+TRANSFORMERS_HELP = "Run it with transformers instead"
 
 ALIKE = {
     "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "qwen2",
     "qwen3", "stablelm", "starcoder2",
 }  # fmt: skip
-"""Types that both programs build from the block count, where all blocks are built alike."""
+"""Types that both programs build from the block count if all blocks have one structure."""
 
 
 class ExportFinding(Record):
-    """What one program will make of a checkpoint."""
+    """How one program will run a checkpoint."""
 
     target: Target
     verdict: Verdict
@@ -48,7 +50,7 @@ class ExportFinding(Record):
     fields: dict[str, Any] = Field(
         default_factory=dict, description="config fields the verdict rests on"
     )
-    way_out: str | None = Field(default=None, description="what to do where it is wrong")
+    hint: str | None = Field(default=None, description="what to do if it is wrong")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Pattern:
         if [entry == self.value for entry in entries] == wanted:
             return None
         return Problem(
-            f"it takes it for granted that every block whose number from one is a multiple of "
-            f"{self.period} {self.meaning}, and no other; here {self.field} says otherwise",
+            f"it assumes that every {_ordinal(self.period)} block {self.meaning}, and no other; "
+            f"here {self.field} differs",
             {self.field: list(entries)},
             PERIODS_HELP,
         )
@@ -75,18 +77,18 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a checkpoint will be wrong in a program."""
+    """Why a program will run a checkpoint incorrectly."""
 
     reason: str
     fields: dict[str, Any]
-    way_out: str
+    hint: str
 
 
 Rule = Callable[[Any], Problem | None]
 
 
 def _scale_by_count(blocks: int) -> Rule:
-    """The program knows the attention scale by the block count: at `blocks` another one."""
+    """The program chooses the attention scale by block count, with an exception at `blocks`."""
 
     def rule(config: Any) -> Problem | None:
         count, head_dim = block_count(config), config.head_dim
@@ -98,22 +100,22 @@ def _scale_by_count(blocks: int) -> Rule:
             f"it scales attention by 1/sqrt({used}) in a model of {count} blocks and does not read "
             "query_pre_attn_scalar",
             {name: getattr(config, name) for name in fields},
-            ELSEWHERE,
+            TRANSFORMERS_HELP,
         )
 
     return rule
 
 
 def _shared_keys_from(block: int) -> Rule:
-    """The program knows by heart from which block on keys and values are shared."""
+    """The program assumes that keys and values are shared from a fixed block on."""
 
     def rule(config: Any) -> Problem | None:
         first = block_count(config) - config.num_kv_shared_layers
         if first == block:
             return None
         return Problem(
-            f"it takes it for granted that blocks from {block} on share keys and values; here "
-            f"those from {first} on do",
+            f"it assumes that blocks from {block} on share keys and values; here those from "
+            f"{first} on do",
             {name: getattr(config, name) for name in ("num_hidden_layers", "num_kv_shared_layers")},
             f"Remove only blocks from {block} on, or run it with transformers instead",
         )
@@ -126,7 +128,7 @@ def _experts_by_step(config: Any) -> Problem | None:
     if config.moe_layers == list(range(step - 1, block_count(config), step)):
         return None
     return Problem(
-        "it reads interleave_moe_layer_step, which no longer says which blocks have experts",
+        "it reads interleave_moe_layer_step, but moe_layers says which blocks have experts",
         {name: getattr(config, name) for name in ("interleave_moe_layer_step", "moe_layers")},
         PERIODS_HELP,
     )
@@ -144,7 +146,7 @@ def _one_window(config: Any) -> Problem | None:
             name: getattr(config, name)
             for name in ("max_window_layers", "num_hidden_layers", "sliding_window")
         },
-        ELSEWHERE,
+        TRANSFORMERS_HELP,
     )
 
 
@@ -154,6 +156,10 @@ def _one_shape(config: Any) -> Problem:
         {"shapes": len({str(shapes) for shapes in getattr(config, SHAPES)})},
         "Make it narrower with --shapes uniform, or load it with shortllm.load",
     )
+
+
+def _ordinal(period: int) -> str:
+    return {2: "second", 4: "fourth", 5: "fifth", 6: "sixth"}.get(period, f"{period}th")
 
 
 def _full_every(period: int) -> Pattern:
@@ -176,17 +182,37 @@ BY_TYPE: dict[Target, dict[str, list[Rule]]] = {
     },
     "vllm": {"gpt_oss": [_full_every(2)]},
 }
-"""Target -> model type -> what the program knows by heart, all of it, of this type's blocks."""
+"""Target -> model type -> everything that the program assumes about this type's blocks."""
 
 BY_FIELD: dict[Target, dict[str, Rule]] = {
     "gguf": {SHAPES: _one_shape},
     "vllm": {SHAPES: _one_shape, "max_window_layers": _one_window},
 }
-"""Target -> config field -> what the program demands of every type that has the field."""
+"""Target -> config field -> what the program requires of every type that has the field."""
+
+
+@accepts(runtime=Runtime)
+def export_lint(
+    model: str, *, runtime: Runtime, revision: str | None = None
+) -> list[ExportFinding]:
+    """Check by rule whether llama.cpp (GGUF) and vLLM will run a checkpoint correctly.
+
+    Reads only the config and the headers of the weights.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        runtime: only its `trust_remote_code` matters; it can be given as a keyword.
+        revision: of a Hub model.
+    Returns:
+        A verdict for each program, with the reason and, where there is one, a hint.
+    Raises:
+        CheckpointError: not a checkpoint, or a damaged one.
+    """
+    return lint_export(open_checkpoint(model, revision=revision))
 
 
 def lint_export(checkpoint: Checkpoint) -> list[ExportFinding]:
-    """What each target will make of a checkpoint."""
+    """The verdict of each target on an open checkpoint."""
     return [_lint(checkpoint, target) for target in get_args(Target)]
 
 
@@ -198,30 +224,30 @@ def _lint(checkpoint: Checkpoint, target: Target) -> ExportFinding:
         problems = list(_problems([*rules, *fields], config))
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise UnsupportedModelError(
-            f"config.json of {checkpoint.id} holds a value that no '{config.model_type}' has: "
-            f"{error}. Download it again"
+            f"config.json of {checkpoint.id} has a value that does not fit its model type "
+            f"'{config.model_type}': {error}. Download it again"
         ) from error
     for problem in problems:
         return ExportFinding(
             target=target,
             verdict="wrong",
-            reason=f"{NAMES[target]} will not represent this model: {problem.reason}",
+            reason=f"{NAMES[target]} will not run this model correctly: {problem.reason}",
             fields=problem.fields,
-            way_out=problem.way_out,
+            hint=problem.hint,
         )
     if rules:
-        reason = f"the blocks follow what {NAMES[target]} takes for granted of this type"
+        reason = f"the blocks follow the pattern that {NAMES[target]} assumes for this type"
         return ExportFinding(target=target, verdict="ok", reason=reason)
     if config.model_type in ALIKE and checkpoint.structure.period == 1:
-        reason = "all blocks are built alike, and their number is read from the config"
+        reason = "all blocks have one structure, and their number is read from the config"
         return ExportFinding(target=target, verdict="ok", reason=reason)
     differ = checkpoint.structure.period > 1
     return ExportFinding(
         target=target,
         verdict="unknown",
         reason=f"no rule says how {NAMES[target]} reads model type '{config.model_type}'"
-        f"{', whose blocks differ by their place' if differ else ''}",
-        way_out="Compare its output with that of transformers",
+        f"{', whose blocks differ by position' if differ else ''}",
+        hint="Compare its output with the output of transformers",
     )
 
 

@@ -1,22 +1,31 @@
 """The structural guard: every kept block of the shortened model must be built like its original.
 
-Lowering the block count alone silently changes models whose blocks differ by position: the sixth
-block of the new model gets the attention, position code or experts of place six under the weights
-of another place. Both models are built on the meta device (no memory for weights), and for every
-kept block the structural signature is compared: parameter names and shapes, submodule classes, and
-every plain attribute that can reach the forward pass, except those that are the block's own number
-or name another block.
+Just lowering the block count silently changes models whose blocks differ by position: the sixth
+block of the new model gets the attention, position code or experts of position six with the weights
+of another position. Both models are built on the meta device (no memory for weights), and for every
+kept block the structural signatures are compared: parameter names and shapes, submodule classes,
+and every plain attribute that can reach the forward pass, except the block's own number and numbers
+of other blocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.shorten_config import period_hint, sliced_axis
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.structure import Renumbering, Signature, _signatures, difference
+from shortllm.model.blocks import find_blocks
+from shortllm.model.structure import Signature, block_signature, build_empty, same_number
+
+REFERENCES = {"kv_shared_layer_index"}
+"""Attributes that are the number of another block."""
+
+COVERED = {"store_full_length_kv"}
+"""Attributes that may differ because a rule covers them: sources of shared keys stay."""
 
 
 def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None:
@@ -33,7 +42,7 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
     after, outside_after = _signatures(shortened)
     if len(after) != len(kept):
         raise UnsupportedModelError(
-            f"model type '{original.model_type}': asked for {len(kept)} blocks, the shortened "
+            f"model type '{original.model_type}': {len(kept)} blocks requested, but the shortened "
             f"config builds {len(after)}"
         )
     places = max(1, text_config(original).num_hidden_layers // len(before))
@@ -43,8 +52,8 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
         if problem:
             raise UnsupportedModelError(
                 f"removing these blocks from model type '{original.model_type}' would turn block "
-                f"{old} into a "
-                f"different block: {problem}. No rule covers this yet.{period_hint(original)}"
+                f"{old} into a different block: {problem}. No rule covers this yet."
+                f"{period_hint(original)}"
             )
     expected = _sliced(outside_before, len(before), len(kept))
     for place in {**expected, **outside_after}:
@@ -53,13 +62,12 @@ def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None
             continue
         raise UnsupportedModelError(
             f"removing blocks from model type '{original.model_type}' would change tensors "
-            "outside the blocks: "
-            f"{place} is {shape} instead of {was}. No rule covers this yet"
+            f"outside the blocks: {place} is {shape} instead of {was}. No rule covers this yet"
         )
 
 
 def _sliced(outside: Signature, count: int, kept: int) -> Signature:
-    """Shapes outside the blocks after the shares of removed blocks are cut out of them."""
+    """Shapes outside the blocks without the shares of removed blocks."""
     result = dict(outside)
     for place, shape in outside.items():
         axis = sliced_axis(place)
@@ -67,3 +75,71 @@ def _sliced(outside: Signature, count: int, kept: int) -> Signature:
             share = shape[axis] // count
             result[place] = (*shape[:axis], share * kept, *shape[axis + 1 :])
     return result
+
+
+def _signatures(config: Any) -> tuple[list[Signature], Signature]:
+    """The signature of each block, and the shapes of all tensors outside the blocks."""
+    model = build_empty(config)
+    name, blocks = find_blocks(model, config)
+    outside = {
+        f"shape of {key}": tuple(tensor.shape)
+        for key, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not key.startswith(name + ".")
+    }
+    return [block_signature(block) for block in blocks], outside
+
+
+@dataclass(frozen=True, slots=True)
+class Renumbering:
+    """How block numbers change, for attributes that contain some."""
+
+    kept: Sequence[int]
+    """Original numbers of the kept blocks, ascending."""
+    count: int
+    places: int = 1
+    """How many numbers each block takes; more than one for a block of several sublayers."""
+
+    def explains(self, before: Any, after: Any, block: int) -> bool:
+        """Whether `after` means in the shortened model what `before` means in the original."""
+        new_number = {old: new for new, old in enumerate(self.kept)}
+        if isinstance(before, (list, tuple)):
+            if len(before) == self.count and list(after) == [before[old] for old in self.kept]:
+                return True
+            numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in before)
+            renumbered = [new_number[n] for n in before if n in new_number]
+            return numbers and list(after) == renumbered
+        if isinstance(before, dict):
+            return bool(after == {new_number[n]: v for n, v in before.items() if n in new_number})
+        return any(
+            same_number(before, after, block * places, new_number[block] * places, places)
+            for places in {1, self.places}
+        )
+
+    def same_block(self, before: Any, after: Any) -> bool:
+        """Whether two numbers of another block mean the same one."""
+        return before in self.kept and self.kept.index(before) == after
+
+
+def difference(
+    original: Signature, shortened: Signature, block: int, numbers: Renumbering
+) -> str | None:
+    """The first place where two signatures differ, None if they agree.
+
+    The block's own number may differ, and lists with one entry per block or of block numbers.
+
+    Args:
+        block: original number of the block.
+    """
+    for place in {**original, **shortened}:
+        before, after = original.get(place, "absent"), shortened.get(place, "absent")
+        attribute = place.split(".")[-1]
+        if before == after or attribute in COVERED:
+            continue
+        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
+            continue
+        if attribute in REFERENCES and numbers.same_block(before, after):
+            continue
+        if type(before) is type(after) and numbers.explains(before, after, block):
+            continue
+        return f"{place} is {after!r} instead of {before!r}"
+    return None

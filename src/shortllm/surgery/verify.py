@@ -1,4 +1,4 @@
-"""Check what was written: reload it, compare it with the original with blocks bypassed."""
+"""Verify a written checkpoint: reload it and compare it with the original, blocks bypassed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ PROBE_SHAPE = (2, 24)
 """Samples and tokens of the comparison."""
 
 CACHED_TOKENS = 4
-"""How many of the tokens are read one by one when the cache is checked."""
+"""How many of the tokens are read one by one to check the cache."""
 
 CACHES = ("cache", "past_key_values", "cache_params", "state")
-"""What models call their cache in their output, and take it as; the newest name first."""
+"""Names of the cache in a model's output and arguments, the newest first."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 LOW_PRECISION_TOLERANCE = 5e-2
 """Largest difference of two logits relative to the largest logit, by computation type.
 
-Surgery copies weights bit by bit, so that the first comparison is exact on one machine; the bound
-is for kernels that choose another order of summation (with a cache above all).
+Surgery copies weights bit by bit, so the comparison is exact on one machine; the bound allows for
+kernels that choose another order of summation (with a cache above all).
 """
 
 CACHE_ERRORS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError)
-"""What a model raises that was not made for its cache."""
+"""Errors of models that do not work with a cache."""
 
 
 def probe_ids(config: Any) -> Tensor:
@@ -48,7 +48,7 @@ def probe_ids(config: Any) -> Tensor:
 def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
     """Logits on the probe with the blocks `removed` bypassed, float32 `[2, 24, V]`.
 
-    Of streamed blocks all but the last token's, which predicts nothing: `[2, 23, V]`.
+    A streamed decoder leaves out the last token, which predicts nothing: `[2, 23, V]`.
     """
     ids = probe_ids(decoder.model.config)
     if not decoder.streamed:
@@ -65,10 +65,10 @@ def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
 
 
 @torch.inference_mode()
-def caches_rightly(original: Decoder) -> bool:
+def kv_cache_matches(original: Decoder) -> bool:
     """Whether the original computes the same with a cache as without (some types never do).
 
-    Not looked at where blocks are streamed.
+    False for streamed blocks, which are not checked.
     """
     if original.streamed:
         return False
@@ -90,7 +90,7 @@ def verify_shortened(
     """Compare a reloaded model with `expected` (see `bypass_logits`), without and with cache.
 
     Args:
-        cached: whether to compare with a cache too (see `caches_rightly`).
+        cached: whether to compare with a cache too (see `kv_cache_matches`).
     Raises:
         CheckpointError: the logits differ, or cached generation differs from generation without.
     """

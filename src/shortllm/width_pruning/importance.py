@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.model.decoder import Decoder
-from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.walk import Advance, block_flops, enter_groups, group_size
-from shortllm.runtime import progress
+from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
+from shortllm.runtime import Advance, progress
 from shortllm.width_pruning.groups import (
     BlockGroups,
     Removed,
@@ -97,20 +96,11 @@ def walk_narrowing(
     Raises:
         UnsupportedModelError: the blocks cannot be called one by one.
     """
-    size = group_size(decoder, ids_BT.shape[1])
-    spans = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
-    entries = enter_groups(decoder, [ids_BT[rows] for rows in spans])
-    shape = (len(ids_BT), *entries[0].stream_BTD.shape[1:])
-    stream_BTD = memory.allocate(shape, decoder.stream_dtype, decoder.device)
-    for rows, entry in zip(spans, entries, strict=True):
-        stream_BTD[rows] = entry.stream_BTD
+    samples = SampleGroups(decoder, ids_BT, memory)
+    stream_BTD = samples.entering()
 
     def through(b: int, *, keep: bool) -> None:
-        for rows, entry in zip(spans, entries, strict=True):
-            before_BTD = stream_BTD[rows].to(decoder.device)
-            after_BTD = decoder.apply(b, before_BTD, entry.calls[b])
-            if keep:
-                stream_BTD[rows] = after_BTD.to(stream_BTD)
+        samples.apply(b, stream_BTD, keep=keep)
         advance(block_flops(decoder, b) * ids_BT.numel())
 
     for b in decoder.through(range(decoder.block_count)):

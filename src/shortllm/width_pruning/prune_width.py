@@ -19,7 +19,7 @@ from shortllm.data.texts import calibrate
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.pruning.budget import PROTECT_FIRST, PROTECT_LAST
+from shortllm.protection import PROTECT_FIRST, PROTECT_LAST
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import provenance_of
 from shortllm.surgery.derived import (
@@ -235,13 +235,13 @@ def _verifying(
 
     A function of its own, so that the source is released before the result is loaded.
     """
-    from shortllm.surgery.verify import bypass_logits, caches_rightly
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
     from shortllm.width_pruning.groups import without_units
 
     decoder = session.decoder(checkpoint)
     with without_units(decoder, groups, chosen.removed, biases):
         logits = bypass_logits(decoder)
-    return verifying(target, session, logits, cached=caches_rightly(decoder))
+    return verifying(target, session, logits, cached=kv_cache_matches(decoder))
 
 
 def _uniform_layout(

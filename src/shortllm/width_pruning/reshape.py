@@ -13,8 +13,9 @@ from shortllm.checkpoint.config import SHAPES, block_shapes, marked
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import build_empty, find_blocks
+from shortllm.model.blocks import find_blocks
 from shortllm.model.loading import quiet_transformers
+from shortllm.model.structure import build_empty
 from shortllm.surgery.apply import as_read_from_disk
 from shortllm.surgery.derived import require_stored, stored_name
 from shortllm.width_pruning.groups import BlockGroups, Removed

@@ -1,1 +1,152 @@
-"""The plots of the report, a file per kind; drawing.py is what they share."""
+"""Plots as SVG: drawn once by matplotlib, and styled by the page.
+
+A drawing has the light colours of `PALETTE` and is a complete SVG file. Inside a page, CSS rules
+that select these colours replace them by the dark ones, scale the drawing to the column, and set
+the page's font. Equal inputs give equal bytes: fixed ids, no date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from shortllm.reporting.parts import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+PALETTE = {
+    "ink": ("#1b1d21", "#e6e5e0"),
+    "muted": ("#5d626b", "#a0a4ac"),
+    "rule": ("#dcdcd6", "#33373e"),
+    "band": ("#e4e4dd", "#2b2f36"),
+    "kept": ("#2f6193", "#6ea6d8"),
+    "removed": ("#bb4a1e", "#f0895a"),
+    "removed-tint": ("#f9e3d8", "#4a2a1c"),
+    "protected": ("#767d88", "#9aa1ac"),
+    "protected-tint": ("#eceef0", "#2c3037"),
+    "line-1": ("#0072b2", "#5aa9e0"),
+    "line-2": ("#d55e00", "#f0803c"),
+    "line-3": ("#008a62", "#35c69a"),
+    "line-4": ("#b3589a", "#e29ccd"),
+    "line-5": ("#3c9dd0", "#9bd6f5"),
+    "line-6": ("#c98500", "#f2bb4d"),
+    "line-7": ("#7a4a22", "#c9986a"),
+    "line-8": ("#8a1f4f", "#e0689a"),
+}
+"""The colours of page and plots by name: on light paper, and on dark paper."""
+COLOURS = {name: light for name, (light, _) in PALETTE.items()}
+LINES = 8
+"""Colours of lines; the ninth line has the first colour and is dashed."""
+MARKERS = "osD^vPX*"
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
+WIDTH = 6.4
+"""Inches. A page shows a drawing at about 1.7 times this size, a phone at about 1."""
+LOG_RANGE = 1e6
+"""Largest range of a logarithmic axis."""
+
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text, in the font of the page
+    "text.parse_math": False,  # a criterion's name is data, never markup
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "hatch.linewidth": 0.8,
+}
+
+
+def drawn(
+    draw: Callable[..., None],
+    *,
+    size: tuple[float, float],
+    alt: str,
+    grid: tuple[int, int] | None = None,
+) -> Figure:
+    """What `draw(axes)` draws on `size` inches; with `grid` it gets an array of axes."""
+    import matplotlib
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    name = f"plot-{hashlib.sha256(alt.encode()).hexdigest()[:10]}"
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure = MatplotlibFigure(figsize=size, layout="constrained")
+        draw(figure.subplots(*grid, squeeze=False) if grid else figure.add_subplot())
+        return Figure(svg=_svg(figure, name), alt=alt)
+
+
+def _svg(figure: MatplotlibFigure, name: str) -> str:
+    """The `<svg>` element, whose ids are unique within a page."""
+    stream = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata)
+    text = stream.getvalue()
+    return text[text.index("<svg") :].replace('<g id="', f'<g id="{name}-').strip()
+
+
+def standalone(figure: Figure) -> str:
+    """The content of an SVG file with this drawing, on white."""
+    return figure.svg.replace("<svg", '<svg style="background: #fff"', 1) + "\n"
+
+
+def line_style(place: int) -> dict[str, Any]:
+    """Colour, marker and width of a line; later lines are thinner, so that equal ones both show."""
+    return {
+        "color": COLOURS[f"line-{place % LINES + 1}"],
+        "linewidth": 3.0 - 0.24 * (place % LINES),
+        "linestyle": DASHES[place // LINES % len(DASHES)],
+        "marker": MARKERS[place % LINES],
+        "markersize": 7.5 - 0.45 * (place % LINES),
+        "markerfacecolor": "none",
+        "markeredgewidth": 1.2,
+    }
+
+
+def mark_heights(axes: Axes, decades: float, *, log: bool, whole: bool = False) -> None:
+    """Ticks, their labels and grid lines of the vertical axis; `whole`: of whole numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if log:
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=12)
+        )
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        locator = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole)
+        axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+
+
+def plain_frame(axes: Axes, *, bottom: bool = True) -> None:
+    """At most a line at the bottom, and ticks without strokes."""
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom" and bottom)
+        spine.set_color(COLOURS["muted"])
+    axes.tick_params(which="both", length=0, colors=COLOURS["muted"], labelcolor=COLOURS["ink"])
+
+
+def label_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    """Names of the two axes."""
+    axes.set_xlabel(x_label, color=COLOURS["muted"])
+    axes.set_ylabel(y_label, color=COLOURS["muted"])
+
+
+def legend_above(axes: Axes, **changes: Any) -> None:
+    """A legend above the plot, four entries to a row."""
+    style: dict[str, Any] = {
+        "loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 4, "frameon": False,
+        "labelcolor": COLOURS["ink"], "borderpad": 0, "borderaxespad": 0.4, "columnspacing": 1.4,
+        "handlelength": 1.6,
+    }  # fmt: skip
+    axes.legend(**(style | changes))
+
+
+def tick(value: float) -> str:
+    """The number at a tick of an axis."""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}".replace("-", "−")
+    return f"{value:,.10g}".replace("-", "−")

@@ -1,30 +1,56 @@
-"""Lines over a common axis: speed against batch size, and against blocks removed."""
+"""Lines over a common axis: speed, loss, and the perplexity left by several criteria."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shortllm.reporting.plots.drawing import COLOURS, Width, drawn, line_style, plain_frame, tick
+from shortllm.reporting.parts import Figure
+from shortllm.reporting.plots import (
+    COLOURS,
+    LOG_RANGE,
+    WIDTH,
+    drawn,
+    label_axes,
+    legend_above,
+    line_style,
+    mark_heights,
+    plain_frame,
+    tick,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOG_SPREAD = 10.0
-"""Highest over lowest point from which on an axis of batch plots is logarithmic."""
+Points = Sequence[tuple[float, float]]
 
-_STYLES = (("kept", "o"), ("removed", "s"), ("protected", "^"), ("ink", "D"), ("muted", "v"))
-"""Colour and marker of few lines; of more each has a colour of its own."""
+DASHED: dict[str, Any] = {
+    "color": COLOURS["muted"], "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 2
+}  # fmt: skip
+"""Look of a line that was not measured."""
+_FEW = (("kept", "o"), ("removed", "s"), ("protected", "^"), ("ink", "D"), ("muted", "v"))
+"""Colour and marker of few lines; of more lines each has a colour of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Points of one line; an ideal one is dashed and has no markers."""
+    """Points of one line; without a style it gets the next colour and marker."""
 
     name: str
-    points: Sequence[tuple[float, float]]
-    ideal: bool = False
+    points: Points
+    style: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Band:
+    """An area between two heights at each place."""
+
+    name: str
+    places: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,64 +60,104 @@ class LinePlot:
     lines: Sequence[Line]
     x_label: str
     y_label: str
+    ticks: Mapping[float, str] | None = None
+    """Labels of the horizontal axis by place; default: whole numbers."""
     doubling: bool = False
-    """Horizontal axis in powers of two; the vertical one from zero, or logarithmic as well."""
+    """Horizontal axis in powers of two, vertical axis from zero."""
+    log_spread: float = math.inf
+    """Highest over lowest point from which the vertical axis is logarithmic."""
+    band: Band | None = None
+    mark: float | None = None
+    """Place of a vertical line."""
+    listed_by_end: bool = False
+    """Legend at the side, in the order in which the lines end."""
+    name: str = ""
+    """What is drawn, where labels and lines do not tell."""
+
+    @property
+    def heights(self) -> list[float]:
+        """Everything that is drawn; what is infinite is not."""
+        every = [y for line in self.lines for _, y in line.points]
+        if self.band is not None:
+            every += [*self.band.low, *self.band.high]
+        return [height for height in every if math.isfinite(height)]
 
     @property
     def is_log(self) -> bool:
-        """Whether a linear vertical axis would press the low points together."""
-        heights = [y for line in self.lines for _, y in line.points]
-        return self.doubling and max(heights) > LOG_SPREAD * min(heights)
+        """Whether the low lines would be too close to each other on a linear axis."""
+        return min(self.heights) > 0 and max(self.heights) > self.log_spread * min(self.heights)
 
-    def svg(self, width: Width) -> str:
-        """The plot as an inline `<svg>` element, for a page column or for a phone."""
-        size = (7.6, 3.3) if width == "wide" else (3.6, 3.3)
-        return drawn(self._draw, width=width, size=size, alt=self._description())
+    def figure(self, caption: str = "") -> Figure:
+        """The plot as a part of a page."""
+        height = 2.9
+        if self.listed_by_end:
+            height = max(3.6, 0.2 * len(self.lines) + 0.7)
+        found = drawn(self._draw, size=(WIDTH, height), alt=self._description())
+        return Figure(found.svg, found.alt, caption)
 
     def _description(self) -> str:
         names = ", ".join(line.name for line in self.lines)
-        return f"Line chart of {self.y_label} against {self.x_label}, one line for each of {names}."
+        kind = f"Line chart{f' of {self.name}' if self.name else ''}"
+        band = f", and a band for {self.band.name}" if self.band else ""
+        return f"{kind}: {self.y_label} against {self.x_label}, one line for each of {names}{band}."
 
-    def _draw(self, axes: Axes, *, narrow: bool) -> None:
-        measured = [line for line in self.lines if not line.ideal]
-        for place, line in enumerate(measured):
-            style = line_style(place)
-            if len(measured) <= len(_STYLES):
-                colour, marker = _STYLES[place]
-                style = {
-                    "color": COLOURS[colour], "marker": marker, "markersize": 4.5, "linewidth": 1.6
-                }  # fmt: skip
-            axes.plot(*zip(*line.points, strict=True), label=line.name, zorder=3, **style)
+    def _draw(self, axes: Axes) -> None:
+        if self.band is not None:
+            axes.fill_between(
+                self.band.places, self.band.low, self.band.high, color=COLOURS["band"],
+                linewidth=0, zorder=1, label=self.band.name,
+            )  # fmt: skip
+        unstyled = [line for line in self.lines if line.style is None]
         for line in self.lines:
-            if line.ideal:
-                axes.plot(
-                    *zip(*line.points, strict=True), label=line.name, color=COLOURS["muted"],
-                    linestyle=(0, (4, 3)), linewidth=1.2, zorder=2,
-                )  # fmt: skip
+            style = line.style
+            if style is None:
+                style = _automatic_style(unstyled.index(line), len(unstyled))
+            axes.plot(*zip(*line.points, strict=True), label=line.name, **{"zorder": 3, **style})
+        if self.mark is not None:
+            axes.axvline(self.mark, color=COLOURS["protected"], linewidth=0.8, linestyle="--")
         self._draw_axes(axes)
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2 if narrow else 4, frameon=False,
-            labelcolor=COLOURS["ink"], borderaxespad=0.4, columnspacing=1.4, borderpad=0,
-        )  # fmt: skip
+        self._draw_legend(axes)
 
     def _draw_axes(self, axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+        from matplotlib.ticker import MaxNLocator
 
-        places = sorted({x for line in self.lines for x, _ in line.points})
+        low, high = min(self.heights), max(self.heights)
         if self.doubling:
             axes.set_xscale("log", base=2)
         if self.is_log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_ylim(low / 1.15, 1.15 * min(high, LOG_RANGE * low))
+        elif self.doubling:
+            axes.set_ylim(bottom=0)
+        if self.ticks is None:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-            if self.doubling:
-                axes.set_ylim(bottom=0)
-        axes.set_xticks(places, [tick(x) for x in places])
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-        axes.set_xlabel(self.x_label, color=COLOURS["muted"])
-        axes.set_ylabel(self.y_label, color=COLOURS["muted"])
-        axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.6, zorder=0)
-        axes.set_axisbelow(True)
-        plain_frame(axes, bottom=True)
+            axes.set_xticks(list(self.ticks), list(self.ticks.values()))
+        mark_heights(axes, math.log10(high / low) if self.is_log else 0.0, log=self.is_log)
+        label_axes(axes, self.x_label, self.y_label)
+        plain_frame(axes)
+
+    def _draw_legend(self, axes: Axes) -> None:
+        if not self.listed_by_end:
+            legend_above(axes, handlelength=2.0)
+            return
+        handles, names = axes.get_legend_handles_labels()
+        ends = {line.name: line.points[-1][1] for line in self.lines if line.style is not DASHED}
+        order = sorted(range(len(names)), key=lambda i: -ends.get(names[i], -math.inf))
+        legend_above(
+            axes, handles=[handles[i] for i in order], labels=[names[i] for i in order],
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1, handlelength=2.6,
+            labelspacing=0.55,
+        )  # fmt: skip
+
+
+def _automatic_style(place: int, count: int) -> dict[str, Any]:
+    if count > len(_FEW):
+        return line_style(place)
+    colour, marker = _FEW[place]
+    return {"color": COLOURS[colour], "marker": marker, "markersize": 4.5, "linewidth": 1.6}
+
+
+def marked(places: Sequence[float]) -> dict[float, str]:
+    """A tick with its number at each place."""
+    return {place: tick(place) for place in sorted(set(places))}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.model.decoder import Decoder, Entry
-    from shortllm.model.walk import Advance
+    from shortllm.runtime import Advance
     from shortllm.sublayers.structure import Outputs, Part, Sublayer
 
 
@@ -53,26 +53,25 @@ def influence(
     """
     import torch
 
-    from shortllm.model.walk import block_flops, enter_groups, group_size
+    from shortllm.model.hidden_states import SampleGroups, block_flops, group_size
     from shortllm.sublayers.structure import PARTS
 
     sums = {(b, part): 0.0 for b in sorted(outputs) for part in PARTS}
     size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
     for start in range(0, len(ids_BT), size):
-        rows = ids_BT[start : start + size].to(decoder.device)
-        entries = enter_groups(decoder, torch.split(rows, group_size(decoder, rows.shape[1])))
-        streams = [entry.stream_BTD for entry in entries]
+        groups = SampleGroups(decoder, ids_BT[start : start + size])
+        stream_BTD = groups.entering()
         for b in decoder.through(range(decoder.block_count)):
-            for place, entry in enumerate(entries):
-                before_BTD = streams[place]
+            for rows, entry in groups:
+                before_BTD = stream_BTD[rows].to(decoder.device)
                 with torch.no_grad():
                     after_BTD = decoder.apply(b, before_BTD, entry.calls[b])
                     if b in outputs:
                         found = _similarities(decoder, outputs, b, entry, before_BTD, after_BTD)
                         for part, value in zip(PARTS, found, strict=True):
                             sums[b, part] += value
-                streams[place] = after_BTD.to(before_BTD)
-            advance(block_flops(decoder, b) * rows.numel())
+                stream_BTD[rows] = after_BTD.to(stream_BTD)
+            advance(block_flops(decoder, b) * groups.ids_BT.numel())
     return {one: 1.0 - total / ids_BT.numel() for one, total in sums.items()}
 
 

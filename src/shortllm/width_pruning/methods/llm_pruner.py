@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
-    from shortllm.model.walk import Advance
+    from shortllm.runtime import Advance
     from shortllm.width_pruning.groups import BlockGroups
     from shortllm.width_pruning.options import Importance
 

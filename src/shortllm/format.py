@@ -1,0 +1,141 @@
+"""Numbers, ratios, bytes, counts and durations as text, for reports, tables and messages.
+
+Imports nothing but the standard library. Texts use typographic signs (−, ×, – and a narrow space
+before a unit); `plain` turns them into ASCII for messages and logs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+NONE = "–"
+"""Shown for a value that was not measured."""
+THIN = "\N{NARROW NO-BREAK SPACE}"
+SPACE = "\N{NO-BREAK SPACE}"
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_ASCII = str.maketrans({THIN: " ", SPACE: " ", "−": "-", NONE: "-", "×": "x", "±": "+-"})
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`value` to about `digits` significant digits with thousands separators: 5.123, 5,123."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if not -4 <= exponent < 7:
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa} × 10{str(int(power)).translate(_SUPERSCRIPTS)}".replace("-", "−")
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
+
+
+def fixed(value: float | None, decimals: int = 2) -> str:
+    """`value` with exactly `decimals` decimals, for columns of like numbers."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A number with its sign."""
+    return f"{'+' if value > 0 else ''}{number(value, digits)}"
+
+
+def percent(ratio: float | None, decimals: int = 1) -> str:
+    """A ratio in percent: 0.241 is '24.1 %'."""
+    if ratio is None:
+        return NONE
+    return f"{fixed(100 * ratio, decimals)}{THIN}%"
+
+
+def point_change(before: float, after: float) -> str:
+    """The difference of two ratios: '−3.20 points'."""
+    difference = 100 * (after - before)
+    return f"{signed(difference, 3) if abs(difference) >= 0.005 else '±0'}{SPACE}points"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """The relative change: '−24.1 %', '+53.0 %', '× 12.3', '±0 %'."""
+    if before is None or after is None or before <= 0:
+        return NONE
+    ratio = after / before
+    if ratio >= 10:
+        return f"×{THIN}{number(ratio, 3)}"
+    if ratio == 1:
+        return f"±0{THIN}%"
+    sign = "+" if ratio > 1 else "−"
+    size = percent(abs(ratio - 1))
+    return f"{sign}{f'<0.1{THIN}%' if size.startswith('0.0') else size}"
+
+
+def counted(count: int, word: str) -> str:
+    """'1 block', '2,048 tokens'."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def short_count(value: int | None) -> str:
+    """A count to three digits: '6.74 B', '125 M', '5.10 k'."""
+    return _scaled(value, 1000, ("", "k", "M", "B", "T"))
+
+
+def short_bytes(value: int | None) -> str:
+    """Bytes in decimal units, as disks and the Hub count: '13.5 GB'."""
+    return _scaled(value, 1000, ("bytes", "kB", "MB", "GB", "TB"))
+
+
+def binary_bytes(value: int | None) -> str:
+    """Bytes in binary units, as memory is counted and options are typed: '1.50 GiB'."""
+    return _scaled(value, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _scaled(value: int | None, step: int, units: Sequence[str]) -> str:
+    """Three digits and the largest unit that leaves at least one of them before the point."""
+    if value is None:
+        return NONE
+    scaled, place = float(value), 0
+    while abs(scaled) >= step - 0.5 and place < len(units) - 1:
+        scaled, place = scaled / step, place + 1
+    text = f"{value:,}" if place == 0 else number(scaled, 3)
+    return f"{text}{THIN}{units[place]}".rstrip(THIN)
+
+
+def duration(seconds: float | None) -> str:
+    """'350 ms', '12.3 s', '5.2 min', '3.1 h'."""
+    if seconds is None:
+        return NONE
+    if seconds < 1:
+        return f"{number(1000 * seconds, 3)}{THIN}ms"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{fixed(seconds / size, 1)}{THIN}{unit}"
+    return f"{fixed(seconds, 1)}{THIN}s"
+
+
+def listed(names: Sequence[object], last: str = "and") -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    words = [str(name) for name in names]
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def spans(blocks: Sequence[int]) -> str:
+    """Block numbers, with three or more consecutive ones as a span: '2, 3, 7–10'."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(
+        f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
+
+
+def known(value: float | None, show: Callable[[float], str]) -> str:
+    """`show(value)`, or a dash where it was not measured."""
+    return NONE if value is None else show(value)
+
+
+def plain(text: str) -> str:
+    """The same text in ASCII, except for names in it."""
+    return text.translate(_ASCII)

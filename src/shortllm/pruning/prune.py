@@ -1,0 +1,150 @@
+"""Write the checkpoint without the blocks of a plan, and verify it.
+
+shortllm prune MODEL --plan runs/steps --out short
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.writer import MAX_SHARD_BYTES
+from shortllm.errors import CheckpointError
+from shortllm.files import fingerprint
+from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.pruning.budget import Budget
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import PrunePlan, Pruning
+from shortllm.runtime import Runtime
+from shortllm.surgery.apply import (
+    carried_fingerprint,
+    check_removal,
+    provenance_of,
+    renumbered_tensors,
+)
+from shortllm.surgery.derived import CARDS, RECORDS, Draft, copying, derive, verifying
+
+
+@accepts(runtime=Runtime)
+def prune(
+    model: str,
+    plan: PrunePlan | Path | str | Sequence[int],
+    out: Path | str,
+    *,
+    runtime: Runtime,
+    revision: str | None = None,
+    verify: bool = True,
+) -> Path:
+    """Write the shortened checkpoint.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        plan: a plan, a plan.json, a run directory, or the numbers of the blocks to remove.
+        out: the new checkpoint directory, which also gets prune.json.
+        runtime: where to compute; its fields can be given as keywords.
+        revision: of a Hub model.
+        verify: load the original and the result and compare what they compute. Otherwise only names
+            and structure are checked.
+    Returns:
+        `out`.
+    Raises:
+        UnsupportedModelError: removing these blocks would give a wrong model.
+        CheckpointError: the plan is another model's, or the result does not compute what it should.
+        OutputError: `out` contains something else or cannot be written.
+    """
+    if isinstance(plan, (str, Path)):
+        path = Path(plan)
+        plan = PrunePlan.load(path / "plan.json" if path.is_dir() else path)
+    if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
+        revision = plan.model.revision
+    checkpoint = open_checkpoint(model, revision=revision)
+    if not isinstance(plan, PrunePlan):
+        plan = build_plan(Budget(blocks=list(plan)), model=checkpoint.info())
+    prune_from(checkpoint, plan, Path(out), session=Session(runtime) if verify else None)
+    return Path(out)
+
+
+def prune_from(
+    checkpoint: Checkpoint, plan: PrunePlan, target: Path, *, session: Session | None = None
+) -> Pruning:
+    """Apply a plan to an open checkpoint; without a session the result is not computed with."""
+    require_same_model(plan, checkpoint)
+    return write_pruned(checkpoint, plan.kept, target, criterion=plan.criterion, session=session)
+
+
+def write_pruned(
+    checkpoint: Checkpoint,
+    kept: Sequence[int],
+    target: Path,
+    *,
+    criterion: str | None = None,
+    session: Session | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Pruning:
+    """Write the checkpoint of the blocks `kept`, ascending, with prune.json."""
+    removed = sorted(set(range(checkpoint.block_count)) - set(kept))
+
+    def draft() -> Draft:
+        config = check_removal(checkpoint, kept)
+        entries = renumbered_tensors(checkpoint, kept)
+        size = sum(entry.bytes for entry in entries.values())
+        heads = checkpoint.block_names.heads
+        return Draft(
+            record={
+                "options": {"verify": session is not None},
+                "criterion": criterion,
+                "kept": list(kept),
+                "removed": removed,
+                "dropped_heads": heads,
+            },
+            config=config,
+            provenance={
+                **provenance_of(checkpoint, removed, criterion=criterion),
+                **({"dropped_heads": heads} if heads else {}),
+            },
+            bytes=size,
+            write=copying(entries, max_shard_bytes=max_shard_bytes),
+            verify=_verifying(checkpoint, removed, target, session),
+        )
+
+    return derive(
+        Pruning, target, checkpoint, draft, expected=pruned_fingerprint(checkpoint, kept, criterion)
+    )
+
+
+def _verifying(
+    checkpoint: Checkpoint, removed: Sequence[int], target: Path, session: Session | None
+) -> Callable[[Path], None]:
+    """A comparison with the original whose removed blocks are bypassed."""
+    if session is None:
+        return lambda written: None
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
+
+    original = session.decoder(checkpoint)
+    logits, cached = bypass_logits(original, removed), kv_cache_matches(original)
+    return verifying(target, session, logits, cached=cached)
+
+
+def require_same_model(plan: PrunePlan, checkpoint: Checkpoint) -> None:
+    """Refuse to apply a plan to another model than it was made for."""
+    if plan.model.fingerprint != checkpoint.fingerprint:
+        raise CheckpointError(
+            f"the plan is for {plan.model.id} ({plan.model.blocks} blocks), but {checkpoint.id} is "
+            "another checkpoint or was changed since. Make a plan for it with `shortllm plan`"
+        )
+
+
+def pruned_fingerprint(checkpoint: Checkpoint, kept: Sequence[int], criterion: str | None) -> str:
+    """The fingerprint of everything the shortened checkpoint depends on."""
+    special = {"special tokens": checkpoint.special_tokens} if checkpoint.special_tokens else {}
+    return fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
+            "kept": list(kept),
+            "criterion": criterion,
+            **special,
+        }
+    )

@@ -1,0 +1,216 @@
+"""Score every block of a model by one criterion, or by several in as few passes as possible.
+
+shortllm score MODEL --criterion ppl,kl --data my_text.jsonl --out runs/steps
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.criteria.selection import ResolvedCriterion, resolve_all
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.files import fingerprint, releasing
+from shortllm.journal import Journal, journal_directory
+from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.pruning.records import BlockScores
+from shortllm.pruning.scoring import Scorer, require_plain_weights
+from shortllm.pruning.search_space import BlockSearch
+from shortllm.records import Cost
+from shortllm.run_directory import claim_directory, delete, finished, pinned, write_run_file
+from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, progress, versions
+
+if TYPE_CHECKING:
+    from shortllm.data.calibration import Calibration
+
+log = logging.getLogger(__name__)
+
+
+@accepts(calibration=CalibrationOptions, runtime=Runtime)
+def score(
+    model: str = "embedded",
+    *,
+    criterion: str | Sequence[str] = "ppl",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    calibration: CalibrationOptions,
+    runtime: Runtime,
+    out: Path | str | None = None,
+    revision: str | None = None,
+    command: Sequence[str] = (),
+) -> Any:
+    """Importance of every block of a model by one criterion, or by several.
+
+    Under `accelerate launch` or `torchrun` all processes share the samples, each of them gets the
+    result, and the main one writes it.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        criterion: a name, or several.
+        options: for each criterion its options, e.g. `{"taylor": {"power": 2}}`.
+        calibration: the text to score on; its fields can be given as keywords.
+        runtime: where to compute; its fields can be given as keywords.
+        out: run directory for the calibration and scores.json; scores-NAME.json for each of several
+            criteria. An interrupted pass is resumed there.
+        revision: of a Hub model.
+        command: the command line, for run.json.
+    Returns:
+        `BlockScores`; for several criteria a dict of them by name.
+    Raises:
+        ShortLLMError: any kind, before the model is loaded wherever that can be known.
+    """
+    names = [criterion] if isinstance(criterion, str) else list(criterion)
+    criteria = resolve_all(names, options or {})
+    directory = None if out is None else Path(out)
+    checkpoint = open_checkpoint(model, revision=pinned(model, revision, directory))
+    ranks = join_ranks()
+    if directory is not None and ranks.is_main:
+        claim_directory(directory, checkpoint)
+    session = Session(runtime)
+    needs_text = any(one.needs_text for one in criteria)
+    ids = calibrate(checkpoint, calibration) if needs_text else None
+    if directory is None:
+        found = score_blocks(checkpoint, ids, criteria, session=session, ranks=ranks)
+    else:
+        with releasing():
+            if ranks.is_main:
+                chosen = {
+                    "model": model,
+                    "criterion": ",".join(names),
+                    "options": {name: dict(given) for name, given in (options or {}).items()},
+                    "calibration": calibration.model_dump(mode="json"),
+                    **runtime.model_dump(mode="json"),
+                }
+                write_run_file(directory, chosen, checkpoint, list(command))
+            found = score_in(directory, checkpoint, criteria, ids, session, ranks)
+    return found[names[0]] if isinstance(criterion, str) else found
+
+
+def score_blocks(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    criteria: Sequence[ResolvedCriterion],
+    *,
+    session: Session,
+    directory: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, BlockScores]:
+    """One importance per block by each criterion.
+
+    Args:
+        calibration: None if no criterion needs text.
+        directory: where the progress of long passes is kept, so that they can be resumed; to be
+            deleted once the scores are safe.
+        ranks: the processes that share the samples.
+    """
+    require_plain_weights(checkpoint, criteria)
+    expected = {
+        one.name: scores_fingerprint(checkpoint, one, calibration, session) for one in criteria
+    }
+    own = None if directory is None else directory / f"rank{ranks.rank}of{ranks.count}"
+    text = calibration is not None and any(one.needs_text for one in criteria)
+    scorer = Scorer(
+        checkpoint=checkpoint,
+        open_decoder=lambda: session.decoder(checkpoint),
+        ids_BT=ranks.mine(calibration.ids) if calibration is not None and text else None,
+        ranks=ranks,
+        memory=session.memory(directory),
+        journal=Journal(own, fingerprint(expected)),
+        search_spaces=BlockSearch,
+    )
+    started = time.monotonic()
+    named = ", ".join(one.name for one in criteria)
+    with progress(f"scoring by {named}", scorer.work(criteria)) as scorer.advance:
+        found = scorer.score(criteria)
+    cost = Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory())
+    return {
+        one.name: BlockScores(
+            model=checkpoint.info(),
+            criterion=one.name,
+            options=one.options,
+            **asdict(found[one.name]),
+            calibration=(
+                calibration.info.tokens_fingerprint
+                if calibration is not None and one.needs_text
+                else None
+            ),
+            dtype=session.dtype(checkpoint),
+            versions=versions(),
+            cost=cost,
+            fingerprint=expected[one.name],
+        )
+        for one in criteria
+    }
+
+
+def score_in(
+    directory: Path,
+    checkpoint: Checkpoint,
+    criteria: Sequence[ResolvedCriterion],
+    calibration: Calibration | None,
+    session: Session,
+    ranks: Ranks = ALONE,
+) -> dict[str, BlockScores]:
+    """Write calibration.* and the scores of each criterion, unless they are up to date.
+
+    All processes score; the main one writes.
+    """
+    if ranks.is_main:
+        if calibration is None:
+            delete(directory.glob("calibration.*"))
+        else:
+            calibration.save(directory)
+    found: dict[str, BlockScores] = {}
+    for one in criteria:
+        expected = scores_fingerprint(checkpoint, one, calibration, session)
+        scores = finished(BlockScores, scores_file(directory, criteria, one), expected)
+        if scores is not None:
+            found[one.name] = scores
+    ranks.wait()  # until all have looked, nobody writes
+    missing = [one for one in criteria if one.name not in found]
+    if missing:
+        journal = journal_directory(directory)
+        found |= score_blocks(
+            checkpoint, calibration, missing, session=session, directory=journal, ranks=ranks
+        )
+        if ranks.is_main:
+            for one in missing:
+                found[one.name].save(scores_file(directory, criteria, one))
+        ranks.wait()  # the journal is needed until the scores are safe
+        shutil.rmtree(journal, ignore_errors=True)
+    return {one.name: found[one.name] for one in criteria}
+
+
+def scores_file(
+    directory: Path, criteria: Sequence[ResolvedCriterion], one: ResolvedCriterion
+) -> Path:
+    """scores.json for a single criterion; scores-NAME.json for each of several."""
+    return directory / ("scores.json" if len(criteria) == 1 else f"scores-{one.name}.json")
+
+
+def scores_fingerprint(
+    checkpoint: Checkpoint,
+    criterion: ResolvedCriterion,
+    calibration: Calibration | None,
+    session: Session,
+) -> str:
+    """The fingerprint of everything the scores of one criterion depend on."""
+    inputs: dict[str, Any] = {
+        "model": checkpoint.fingerprint,
+        "criterion": criterion.name,
+        "options": criterion.options,
+    }
+    if criterion.needs_text and calibration is not None:
+        inputs |= {
+            "calibration": calibration.info.tokens_fingerprint,
+            "dtype": session.dtype(checkpoint),
+            "device": session.device.type,
+        }
+    return fingerprint(inputs)

@@ -1,0 +1,241 @@
+"""Retrain a shortened checkpoint: the same files, names and config, with trained weights.
+
+check, prepare   setup.py      options, data and teacher, before a model is loaded
+train            training.py   the transformers Trainer, resumed where it was interrupted
+derive           here          adapters merged, weights written, read back and compared
+
+shortllm retrain pruned --method lora --data alpaca --out retrained
+accelerate launch --config_file CONFIG -m shortllm retrain pruned --method full ...
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm import __version__
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tensors import weight_files
+from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.files import releasing, translate_os_errors
+from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.records import Cost
+from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
+from shortllm.retraining.setup import Job, check, prepare
+from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, versions
+from shortllm.surgery.apply import held_provenance, require_apart
+from shortllm.surgery.derived import NEW, Draft, derive, is_up_to_date, require_free
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shortllm.retraining.training import Trained
+
+ADAPTER = "adapter"
+LOGS = "logs"
+"""Directories of a retrained checkpoint."""
+
+LONGEST_WAIT = timedelta(days=1)
+"""How long a process waits for another one, which may be writing a large checkpoint."""
+
+
+@accepts(options=RetrainOptions, runtime=TrainingRuntime)
+def retrain(
+    model: str,
+    out: Path | str,
+    *,
+    options: RetrainOptions,
+    runtime: TrainingRuntime,
+    revision: str | None = None,
+) -> Retraining:
+    """Retrain a shortened checkpoint, and write the result as a plain checkpoint.
+
+    Under `accelerate launch` or `torchrun` all processes train and the main one writes. The same
+    call again resumes an interrupted training.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        out: the new checkpoint directory, which also gets retrain.json, and the adapter of LoRA.
+        options: what is trained, on what, how long; their fields can be given as keywords.
+        runtime: where to train; its fields can be given as keywords.
+        revision: of a Hub model.
+    Returns:
+        The content of retrain.json, with the loss curves.
+    Raises:
+        ShortLLMError: options that do not fit each other, a missing package, training that ran
+            out of memory or diverged.
+        DataError: data that is missing, unreadable or too little.
+        UnsupportedModelError: the model is quantized, or has nothing that an adapter fits.
+        CheckpointError: no teacher can be opened, or a saved state is damaged.
+        OutputError: `out` contains something else or cannot be written.
+    """
+    checkpoint, target = open_checkpoint(model, revision=revision), Path(out)
+    require_free(target, Retraining.FILE)
+    session = Session(runtime)
+    return retrain_from(checkpoint, options, target, session=session, ranks=_join(session))
+
+
+@releasing()
+def retrain_from(
+    checkpoint: Checkpoint,
+    options: RetrainOptions,
+    target: Path,
+    *,
+    session: Session,
+    ranks: Ranks = ALONE,
+) -> Retraining:
+    """The same for an open checkpoint; of several processes all train and the main one writes."""
+    require_apart(checkpoint.directory, target)
+    require_free(target, Retraining.FILE)
+    job = prepare(check(checkpoint, options, session=session, ranks=ranks), target)
+    if ranks.is_main:
+        derive(Retraining, target, checkpoint, lambda: _trained(job), expected=job.fingerprint)
+    elif not is_up_to_date(target, Retraining, job.fingerprint):
+        from shortllm.retraining.training import train
+
+        train(job, logs=job.work / LOGS)
+    ranks.wait()
+    if ranks.is_main:
+        shutil.rmtree(job.work, ignore_errors=True)
+    return Retraining.load(target / Retraining.FILE)
+
+
+def _join(session: Session) -> Ranks:
+    """The processes this one was launched with, joined in the way the Trainer will use them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ShortLLMError(
+            "training in several processes needs accelerate. Install it with: pip install "
+            "'shortllm[train]'"
+        ) from error
+    PartialState(cpu=session.device.type == "cpu", timeout=LONGEST_WAIT)
+    return join_ranks()
+
+
+def _trained(job: Job) -> Draft:
+    """Train, and draft the checkpoint of the best state."""
+    from shortllm.retraining.training import train
+
+    trained = train(job, logs=job.work / LOGS)
+    checkpoint = job.setup.checkpoint
+    plain = _plain_model(job, trained)
+
+    def write(directory: Path, advance: Any) -> None:
+        _save(plain, directory)
+        for name in (ADAPTER, LOGS):
+            if (job.work / name).is_dir():
+                shutil.copytree(job.work / name, directory / name)
+        advance(checkpoint.bytes)
+
+    return Draft(
+        record=_record(job, trained),
+        config=checkpoint.raw_config,
+        provenance=_provenance(job, trained),
+        bytes=checkpoint.bytes,
+        write=write,
+        verify=lambda directory: _compare(directory, plain),
+        leave={ADAPTER, LOGS},
+    )
+
+
+def _record(job: Job, trained: Trained) -> dict[str, Any]:
+    """The fields of retrain.json."""
+    from shortllm.retraining.trainable import adapted_modules, trainable_parameters
+    from shortllm.retraining.trainer import read_history
+
+    setup, trainer = job.setup, trained.trainer
+    return {
+        "teacher": job.teacher.info() if job.teacher else None,
+        "method": setup.options.method,
+        "options": setup.options.model_dump(mode="json", exclude={"method"}),
+        "data": trained.data,
+        "adapted": adapted_modules(trained.weights),
+        "trained_parameters": trainable_parameters(trainer.model),
+        "curves": read_history(trainer.state),
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "stopped": trainer.stopped or "steps",
+        "tokens_seen": trainer.meter.tokens,
+        "processes": setup.ranks.count,
+        "sharded": trainer.is_fsdp_enabled,
+        "dtype": setup.dtype,
+        "versions": {**versions(), **setup.options.about.versions()},
+        "cost": Cost(seconds=round(trainer.meter.seconds, 3), peak_bytes=peak_memory()),
+    }
+
+
+def _provenance(job: Job, trained: Trained) -> dict[str, Any]:
+    """Where the checkpoint comes from and how it was retrained, also in earlier retrainings."""
+    held = held_provenance(job.setup.checkpoint)
+    retrained = {
+        "version": __version__,
+        "method": job.setup.options.method,
+        "data": trained.data.source,
+        "steps": trained.trainer.state.best_global_step,
+        "tokens": trained.trainer.meter.tokens,
+        "fingerprint": job.fingerprint,
+        "before": held.get("retrained"),
+    }
+    return {**held, "retrained": retrained}
+
+
+def _plain_model(job: Job, trained: Trained) -> nn.Module:
+    """The trained weights in the type the checkpoint stores; adapters are merged in float32."""
+    import torch
+
+    from shortllm.model.loading import load_model, stored_dtype
+
+    checkpoint, trainer, cpu = job.setup.checkpoint, trained.trainer, torch.device("cpu")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    stored = stored_dtype(checkpoint)
+    if not hasattr(model, "peft_config"):
+        plain = load_model(checkpoint, device=cpu, dtype=_name(stored))
+        plain.load_state_dict(trained.weights)
+        return plain
+    from peft import PeftModel
+
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = checkpoint.id  # not a path on this machine
+    with translate_os_errors(job.work):
+        model.save_pretrained(
+            job.work / ADAPTER, state_dict=trained.weights, save_embedding_layers=False
+        )
+    base = load_model(checkpoint, device=cpu, dtype="float32")
+    merged: nn.Module = PeftModel.from_pretrained(base, str(job.work / ADAPTER)).merge_and_unload()
+    return merged.to(stored)
+
+
+def _save(plain: Any, directory: Path) -> None:
+    """Save the weights by transformers, which knows their names on disk, and nothing else."""
+    from shortllm.model.loading import quiet_transformers
+
+    with quiet_transformers():
+        plain.save_pretrained(directory / NEW)
+    for name in weight_files(directory / NEW):
+        (directory / NEW / name).rename(directory / name)
+    shutil.rmtree(directory / NEW)
+
+
+def _compare(directory: Path, plain: nn.Module) -> None:
+    """Read the written weights back, and compare every tensor bit by bit."""
+    import torch
+
+    from shortllm.model.loading import load_model
+
+    dtype = _name(next(plain.parameters()).dtype)
+    written = load_model(open_checkpoint(directory), device=torch.device("cpu"), dtype=dtype)
+    found = written.state_dict()
+    for name, tensor in plain.state_dict().items():
+        if not torch.equal(found[name], tensor):
+            raise CheckpointError(f"{directory}: tensor '{name}' differs from what was written")
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,363 @@
+"""Everything a training needs, checked and tokenized before a model is loaded.
+
+    check     Setup: resolved options, packages, device, data source, evaluation sets
+    prepare   Job: the setup, its teacher, the tokenized data, and the fingerprint of it all
+
+The work directory `NAME.training.partial` lies next to the target until the target is complete. It
+records what it was started for; work for anything else is deleted.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from shortllm.checkpoint.config import context_length, text_config
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
+from shortllm.data.rows import Records
+from shortllm.data.sources import load_rows, open_records
+from shortllm.data.texts import Segments, check_length, vocabulary
+from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
+from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import evaluation_segments_of
+from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
+from shortllm.model.session import Session
+from shortllm.retraining.documents import (
+    Kind,
+    Template,
+    documents,
+    kind_of,
+    template_of,
+    written_by,
+)
+from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions
+from shortllm.retraining.store import Corpus, open_corpus, write_corpus
+from shortllm.retraining.windows import Packing
+from shortllm.runtime import ALONE, Ranks
+from shortllm.surgery.apply import lineage
+from shortllm.surgery.derived import derived_fingerprint
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+"""How often a process checks whether the main one has written the data."""
+
+LOCATIONS = {"data", "eval_data", "teacher", "report_to"}
+"""Options that name a place: its content is part of the fingerprint instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Source:
+    """The data to train on."""
+
+    records: Records | None
+    """None if the teacher writes it."""
+    kind: Kind | None
+    template: Template | None
+    """Prompt format of instructions."""
+
+    @property
+    def name(self) -> str:
+        """The data source with its split filled in."""
+        return self.records.source if self.records is not None else GENERATED
+
+    def identity(self) -> Any:
+        """Names, sizes and times of the files, which change with the data."""
+        if self.records is None:
+            return None
+        files = [(str(file.resolve()), file.stat()) for file in self.records.files]
+        return [self.name, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Setup:
+    """A training whose options, packages, device and data have been checked."""
+
+    checkpoint: Checkpoint
+    options: RetrainOptions
+    """Resolved."""
+    session: Session
+    ranks: Ranks
+    tokenizer: Any
+    source: Source
+    evaluation: dict[str, Segments]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        assert self.options.length is not None
+        return self.options.length
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows that one process takes at a time."""
+        return self.options.micro_batch_of(self.ranks.count)
+
+    @property
+    def packing(self) -> Packing:
+        """How documents are put into windows: as requested, or by the kind of data."""
+        if self.source.kind != "instructions":
+            return "alone" if self.options.packing is False else "stream"
+        return "fit" if self.options.packing else "alone"
+
+    @property
+    def dtype(self) -> str:
+        """Computation type: as requested, else bfloat16 on CUDA and float32 elsewhere."""
+        if self.session.runtime.dtype != "auto":
+            return self.session.runtime.dtype
+        return "bfloat16" if self.session.device.type == "cuda" else "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """A training that is ready to run."""
+
+    setup: Setup
+    teacher: Checkpoint | None
+    work: Path
+    corpus: Corpus
+    fingerprint: str
+
+
+def resolve(options: RetrainOptions, checkpoint: Checkpoint) -> RetrainOptions:
+    """The options with all defaults that depend on the method or the model filled in."""
+    defaults = dict(options.about.defaults)
+    room = context_length(checkpoint.config)
+    if room is not None:
+        defaults["length"] = min(defaults["length"], room)
+    if options.max_steps is not None:
+        del defaults["epochs"]
+    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    resolved = options.model_copy(update=missing)
+    if resolved.data is None:
+        raise DataError(
+            f"--method {options.method} needs text to train on. Give --data, e.g. --data c4"
+        )
+    return resolved
+
+
+def check(
+    checkpoint: Checkpoint, options: RetrainOptions, *, session: Session, ranks: Ranks = ALONE
+) -> Setup:
+    """Check options, packages, device and data; a run asks this of the model it will shorten.
+
+    Raises:
+        ShortLLMError: the first thing that does not fit; nothing heavy has been done.
+    """
+    options.about.require_packages()
+    for name in options.report_to or ():
+        if find_spec(name) is None:
+            raise ShortLLMError(
+                f"--report-to {name} needs {name}. Install it with: pip install {name}"
+            )
+    if checkpoint.raw_config.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"{checkpoint.id} is quantized, and rounded weights cannot be trained. Retrain the "
+            "unquantized checkpoint, then quantize it"
+        )
+    options = resolve(options, checkpoint)
+    assert options.length is not None
+    check_length(checkpoint, options.length, "--length")
+    check_length(checkpoint, options.eval_length, "--eval-length")
+    _check_device(session, ranks)
+    options.micro_batch_of(ranks.count)  # raises if the batch cannot be divided
+    tokenizer = load_tokenizer(checkpoint)
+    return Setup(
+        checkpoint=checkpoint,
+        options=options,
+        session=session,
+        ranks=ranks,
+        tokenizer=tokenizer,
+        source=_open_source(options, tokenizer),
+        evaluation=_evaluation_sets(checkpoint, tokenizer, options),
+    )
+
+
+def _check_device(session: Session, ranks: Ranks) -> None:
+    """Refuse what the Trainer cannot train on."""
+    if ranks.count == 1 and session.device.index:
+        raise ShortLLMError(
+            f"training uses the first visible GPU, not {session.device}. Use --device auto, and "
+            f"choose with CUDA_VISIBLE_DEVICES={session.device.index}"
+        )
+    if session.runtime.dtype == "float16":
+        raise ShortLLMError("--dtype float16 cannot be trained. Use bfloat16 or float32")
+
+
+def _open_source(options: RetrainOptions, tokenizer: Any) -> Source:
+    """The records to train on, checked as far as the first of them."""
+    if options.data == GENERATED:
+        return Source(records=None, kind=None, template=None)
+    records = open_records(options.data or "")
+    kind = kind_of(records, options.form)
+    if kind == "instructions":
+        template = template_of(tokenizer, options.template)
+        return Source(records=records, kind=kind, template=template)
+    if options.template != "auto":
+        raise ShortLLMError(
+            f"--template {options.template} is for instructions, and '{records.source}' is text. "
+            "Leave it out, or give rows with instruction and output"
+        )
+    next(records.texts())  # raises if the column is missing or ambiguous
+    return Source(records=records, kind=kind, template=None)
+
+
+def _evaluation_sets(
+    checkpoint: Checkpoint, tokenizer: Any, options: RetrainOptions
+) -> dict[str, Segments]:
+    """Further evaluation sets by name, cut by the protocol of `shortllm eval`."""
+    bos = "every" if checkpoint.model_type in BOS_EVERY_SAMPLE else "first"
+    how = EvaluationOptions(length=options.eval_length, bos=bos, max_segments=options.eval_segments)
+    sets: dict[str, Segments] = {}
+    for name in options.eval_data:
+        rows = load_rows(name, role="evaluation")
+        if rows.source in sets:
+            raise DataError(f"--eval-data {name} was given twice. Leave one of them out")
+        sets[rows.source] = evaluation_segments_of(
+            checkpoint, rows, tokenizer, how, option="--eval-length"
+        )
+    return sets
+
+
+def prepare(setup: Setup, target: Path) -> Job:
+    """Open the teacher, tokenize the data into the work directory, and compute the fingerprint."""
+    checkpoint, options = setup.checkpoint, setup.options
+    teacher = open_teacher(checkpoint, options) if options.about.has_teacher else None
+    needed = checkpoint.bytes + options.about.state_bytes * checkpoint.parameters
+    require_writable(target.absolute().parent, int(needed))
+    work = _claim_work(setup, teacher, target)
+    corpus = _tokenized(setup, teacher, work / "corpus")
+    return Job(
+        setup=setup,
+        teacher=teacher,
+        work=work,
+        corpus=corpus,
+        fingerprint=retrained_fingerprint(setup, teacher, corpus),
+    )
+
+
+def open_teacher(checkpoint: Checkpoint, options: RetrainOptions) -> Checkpoint:
+    """The model to learn from: the one that is named, or the one the checkpoint came from."""
+    teacher = open_checkpoint(options.teacher) if options.teacher else _original(checkpoint)
+    sizes = [text_config(one.config).vocab_size for one in (checkpoint, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ShortLLMError(
+            f"{teacher.id} has a vocabulary of {sizes[1]} and {checkpoint.id} one of {sizes[0]}. "
+            "Name a --teacher with the same tokenizer"
+        )
+    if options.hidden_weight:
+        _check_block_map(checkpoint, teacher)
+    return teacher
+
+
+def _original(checkpoint: Checkpoint) -> Checkpoint:
+    """The model that a checkpoint was shortened from."""
+    try:
+        origin = lineage(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. Name the model to learn from with --teacher") from error
+    try:
+        return open_checkpoint(origin.source, revision=origin.revision)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.id} was shortened from {origin.source}, which cannot be opened "
+            f"({error}). Name it with --teacher"
+        ) from error
+
+
+def _check_block_map(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse to compare blocks with those of a model that the checkpoint did not come from."""
+    widths = [text_config(one.config).hidden_size for one in (checkpoint, teacher)]
+    blocks = lineage(checkpoint).blocks
+    if widths[0] != widths[1] or blocks != teacher.block_count:
+        raise ShortLLMError(
+            f"--hidden-weight compares the blocks of {checkpoint.id} (width {widths[0]}, shortened "
+            f"from {blocks} blocks) with those of {teacher.id} (width {widths[1]}, "
+            f"{teacher.block_count} blocks). Name its original model as --teacher, or leave "
+            "--hidden-weight out"
+        )
+
+
+def work_directory(target: Path) -> Path:
+    """Where the training of a target is kept until the target is complete."""
+    return target.with_name(target.name + ".training" + PARTIAL)
+
+
+def _claim_work(setup: Setup, teacher: Checkpoint | None, target: Path) -> Path:
+    """The locked work directory, emptied if its work was for something else."""
+    work = work_directory(target.absolute())
+    if setup.ranks.is_main:
+        hold(work)
+        expected = _fingerprint(setup, teacher, files=setup.source.identity())
+        note = work / "fingerprint.txt"
+        earlier = [path for path in work.iterdir() if path.name != LOCK]
+        if earlier and (not note.is_file() or note.read_text(encoding="utf-8") != expected):
+            log.info("%s contains work for another recipe, which is deleted", work)
+            for path in earlier:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_text(note, expected)
+    setup.ranks.wait()
+    return work
+
+
+def _tokenized(setup: Setup, teacher: Checkpoint | None, place: Path) -> Corpus:
+    """The corpus, written by the main process unless it is there."""
+    if setup.ranks.is_main and not place.is_dir():
+        try:
+            _write_corpus(setup, teacher, place)
+        except ShortLLMError:  # there is nothing to resume from
+            shutil.rmtree(place.parent)
+            raise
+    while not place.is_dir():
+        time.sleep(POLL_S)
+    return open_corpus(place)
+
+
+def _write_corpus(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
+    """Tokenize as many documents as the steps will need."""
+    options, source, streamed = setup.options, setup.source, setup.packing == "stream"
+    if source.records is None or source.kind is None:
+        assert teacher is not None
+        written = written_by(setup.session, teacher, setup.tokenizer, options)
+    else:
+        written = documents(source.records, source.kind, setup.tokenizer, options)
+    enough = None
+    if options.max_steps is not None and streamed:
+        enough = options.max_steps * options.batch * setup.length
+    log.info("tokenizing %s", source.name)
+    write_corpus(
+        written,
+        place,
+        source=source.name,
+        vocabulary=vocabulary(setup.checkpoint),
+        held_out=options.held_out or HELD_OUT[source.kind or GENERATED],
+        longest=None if streamed else setup.length,
+        enough=enough,
+    )
+
+
+def _fingerprint(setup: Setup, teacher: Checkpoint | None, **content: Any) -> str:
+    """The fingerprint of the setup, its teacher, and of what identifies the data."""
+    return derived_fingerprint(
+        setup.checkpoint,
+        calibration=None,
+        session=setup.session,
+        dtype=setup.dtype,
+        teacher=teacher.fingerprint if teacher else None,
+        retraining=setup.options.model_dump(mode="json", exclude=LOCATIONS),
+        **content,
+    )
+
+
+def retrained_fingerprint(setup: Setup, teacher: Checkpoint | None, corpus: Corpus) -> str:
+    """The fingerprint of everything that a retrained checkpoint depends on."""
+    texts = {name: tokens_fingerprint(segments.ids) for name, segments in setup.evaluation.items()}
+    tokens = [corpus.train.fingerprint, corpus.held_out.fingerprint]
+    return _fingerprint(setup, teacher, tokens=tokens, evaluation=texts)
