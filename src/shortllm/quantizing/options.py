@@ -22,6 +22,9 @@ PER_ROW = 0
 QUANTIZED = "quantized"
 """Directory of the quantized checkpoint in a run, and its name in results."""
 
+TEXT_FLAGS = {"file": "calibration", "data": "data", "samples": "samples", "length": "length"}
+"""Options of the text that a method without text refuses -> their flags."""
+
 MethodName = Annotated[
     str,
     AfterValidator(lambda name: METHODS.get(name).name),
@@ -79,16 +82,9 @@ class QuantizeOptions(Options):
     @model_validator(mode="after")
     def _fits_the_method(self) -> Self:
         """Refuse options that the method does not have, and text that it does not look at."""
-        for method in METHODS:
-            for name in method.options:
-                default = type(self).model_fields[name].default
-                if self.method != method.name and getattr(self, name) != default:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is an option of --method {method.name}, and "
-                        f"the method is {self.method}. Leave it out"
-                    )
+        METHODS.require_own_options(self.method, self)
         if not self.needs_text:
-            for name, flag in (("file", "calibration"), *((n, n) for n in _TEXT)):
+            for name, flag in TEXT_FLAGS.items():
                 if getattr(self.calibration, name) is not None:
                     raise ValueError(
                         f"--{flag} has no effect: --method {self.method} needs no calibration "
@@ -100,9 +96,6 @@ class QuantizeOptions(Options):
     def needs_text(self) -> bool:
         """Whether the method looks at calibration text."""
         return METHODS.get(self.method).needs_text
-
-
-_TEXT = ("data", "samples", "length")
 
 
 class Quantization(DerivedRecord):

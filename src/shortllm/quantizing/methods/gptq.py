@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shortllm.papers import GPTQ
-from shortllm.quantizing.methods import quantizing_method
+from shortllm.quantizing.methods import METHODS, QuantizingMethod
 
 if TYPE_CHECKING:
     from shortllm.quantizing.compressing import Layers
@@ -25,14 +25,16 @@ def _details(options: Mapping[str, Any]) -> str:
     return f"{groups}{', activation order' if options.get('act_order') else ''}"
 
 
-@quantizing_method(
-    "gptq",
-    label="GPTQ",
-    scheme="W4A16",
-    paper=GPTQ,
-    details=_details,
-    options={"group_size": 128, "act_order": False, "dampening": 0.01},
-    needs_text=True,
+@METHODS.register(
+    QuantizingMethod(
+        name="gptq",
+        label="GPTQ",
+        scheme="W4A16",
+        paper=GPTQ,
+        details=_details,
+        options={"group_size": 128, "act_order": False, "dampening": 0.01},
+        needs_text=True,
+    )
 )
 def gptq(options: QuantizeOptions, layers: Layers) -> Any:
     """4-bit weights, error-compensating, on calibration text."""

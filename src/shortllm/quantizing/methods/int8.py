@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shortllm.quantizing.methods import quantizing_method
+from shortllm.quantizing.methods import METHODS, QuantizingMethod
 
 if TYPE_CHECKING:
     from shortllm.quantizing.compressing import Layers
     from shortllm.quantizing.options import QuantizeOptions
 
 
-@quantizing_method(
-    "int8",
-    label="int8",
-    scheme="W8A8",
-    details=lambda options: "one scale per row, activations scaled per token while it runs",
+@METHODS.register(
+    QuantizingMethod(
+        name="int8",
+        label="int8",
+        scheme="W8A8",
+        details=lambda options: "one scale per row, activations scaled per token while it runs",
+    )
 )
 def int8(options: QuantizeOptions, layers: Layers) -> Any:
     """8-bit weights and activations, needs no calibration text."""
