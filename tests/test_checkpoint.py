@@ -518,7 +518,8 @@ def test_a_malicious_pickle_is_refused_and_not_run(
     content = {"model.norm.weight": torch.ones(32), "x": Malice(tmp_path / "owned")}
     torch.save(content, source / PICKLED, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        CheckpointError, match="contains more than tensors and is refused, since loading it could run"
+        CheckpointError,
+        match="contains more than tensors and is refused, since loading it could run",
     ):
         open_checkpoint(source)
     assert not (tmp_path / "owned").exists()
