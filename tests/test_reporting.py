@@ -543,7 +543,7 @@ def test_lines_are_told_apart_and_listed_as_they_end() -> None:
     styles = re.findall(r'clip-path[^>]*style="(fill: none;[^"]*stroke: #[^"]*)"', svg)
     lines = [style for style in styles if PALETTE["rule"][0] not in style]
     assert len(lines) == len(set(lines)) == 20
-    assert standalone(plot.figure()).count("background: #fff") == 1
+    assert standalone(plot.figure().svg).count("background: #fff") == 1
 
 
 # ---- format and tables
