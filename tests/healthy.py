@@ -128,8 +128,14 @@ def example(annotation: Any, name: str = "") -> Any:
     return simple[annotation]
 
 
+METHODS = {"Retraining": "lora", "Quantization": "gptq"}
+"""Records that only take a registered method -> one."""
+
+
 def of(kind: type[Any], **fields: Any) -> Any:
     """A record whose other fields are examples of their types."""
+    if kind.__name__ in METHODS:
+        fields = {"method": METHODS[kind.__name__], **fields}
     others = {
         name: example(field.annotation, name)
         for name, field in kind.model_fields.items()
