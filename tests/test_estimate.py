@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from families import LENGTH, loaded, opened, saved, token_ids
+from shortllm.api import info
 
 from shortllm import criteria
-from shortllm.api import info
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.criteria.selection import resolve
 from shortllm.errors import CriterionError
