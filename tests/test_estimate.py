@@ -17,7 +17,7 @@ from shortllm.errors import CriterionError
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.pruning import estimate
-from shortllm.pruning.estimate import Estimate, Probe, Setting, estimates, probe_machine
+from shortllm.pruning.estimate import Estimate, Probe, Setting, estimates, info, probe_machine
 from shortllm.pruning.scoring import Scorer
 
 SAMPLES = 3
