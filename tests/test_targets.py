@@ -159,7 +159,7 @@ def test_as_few_blocks_as_are_fast_enough(
 def test_a_speedup_out_of_reach_names_what_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {6: 2.0, 5: 1.75, 4: 1.5, 3: 1.25, 2: 1.0}
     monkeypatch.setattr(targets, "measure_depths", speeds(seconds))
-    message = "is 2.00 times as fast without 4 of its 6 blocks.* 3 was asked for. Ask for less, or"
+    message = "is 2.00 times as fast without 4 of its 6 blocks.* 3 was requested. Ask for less, or"
     with pytest.raises(BudgetError, match=message):
         targets.resolve(Budget(target_speedup=3), opened("llama"), CPU)
 

@@ -129,7 +129,7 @@ class Decoder:
         self._obstacle: str | None = None
         self._checked = False
         self.stream_dtype = self.dtype
-        """Type that holds the stream before and after every block; known after the check."""
+        """Type of the stream before and after every block; known after the check."""
         self._stream_shape = torch.Size()
 
     @property
@@ -384,7 +384,7 @@ class Decoder:
             )
 
     def _as_output(self, b: int, stream: Tensor) -> Any:
-        """What a stand-in for block `b` returns; attention weights beside the stream are None."""
+        """What a stand-in for block `b` returns; other outputs than the stream are None."""
         extras = self._extras[type(self.blocks[b])]
         return stream if extras is None else (stream, *[None] * extras)
 

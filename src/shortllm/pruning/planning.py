@@ -181,8 +181,8 @@ def _followed(
         number = _reaching(budget.param_ratio or 0.0, [[block] for block in order], model)
     if number > len(order):
         raise BudgetError(
-            f"the scores by '{name}' hold the order of {len(order)} removals, and {number} were "
-            f"asked for. Score again with --option {name}.rounds={number}"
+            f"the scores by '{name}' have the order of {len(order)} removals, and {number} were "
+            f"requested. Score again with --option {name}.rounds={number}"
         )
     protected = set(protected_blocks(budget, model))
     taken = [block for block in order[:number] if block in protected]
@@ -206,14 +206,14 @@ def _searched(
     again = f"Score again with --option {name}"
     if number is not None and number != len(removed):
         raise BudgetError(
-            f"the scores by '{name}' hold the best removal of {len(removed)} blocks that it found, "
-            f"and of no other number; {number} were asked for. {again}.remove={number}"
+            f"the scores by '{name}' have the best removal of {len(removed)} blocks that it found, "
+            f"and of no other number; {number} were requested. {again}.remove={number}"
         )
     held = parameters_of(removed, model) / model.parameters
     if number is None and held < (budget.param_ratio or 0.0):
         raise BudgetError(
-            f"the {len(removed)} blocks that '{name}' searched for hold {held:.1%} of the "
-            f"parameters, and {budget.param_ratio:.1%} were asked for. {again}.remove="
+            f"the {len(removed)} blocks that '{name}' searched for have {held:.1%} of the "
+            f"parameters, and {budget.param_ratio:.1%} were requested. {again}.remove="
             f"{most_blocks(budget, model)}"
         )
     units = removable(budget, model)

@@ -144,7 +144,7 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target
     if left[most] > value:
         raise BudgetError(
             f"{model.id} still takes {shown(left[most])} without {most} of its {model.blocks} "
-            f"blocks, which is all that may go, and {shown(value)} were asked for. Ask for "
+            f"blocks, which is all that may go, and {shown(value)} was requested. Ask for "
             f"{shown(left[most])} or more{_relief(budget, model)}"
         )
     remove = next(number for number, size in left.items() if size <= value)
@@ -213,7 +213,7 @@ def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Targe
     if not fast:
         raise BudgetError(
             f"{checkpoint.id} is {expected(most):.2f} times as fast without {most} of its {count} "
-            f"blocks, which is all that may go, and {value:g} was asked for. Ask for less"
+            f"blocks, which is all that may go, and {value:g} was requested. Ask for less"
             f"{_relief(budget, model)}"
         )
     _, again = measure_depths(checkpoint, session, [count, count - fast[0]])
