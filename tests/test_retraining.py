@@ -87,7 +87,7 @@ def read(file: Path, tokenizer: Any, **changes: Any) -> list[Document]:
     return list(documents(records, kind_of(records, options.form), tokenizer, options))
 
 
-def test_the_answer_alone_is_learnt_and_ends_the_document(place: Path, tokenizer: Any) -> None:
+def test_the_answer_alone_has_a_loss_and_ends_the_document(place: Path, tokenizer: Any) -> None:
     found = read(place / "alpaca.jsonl", tokenizer)
     assert len(found) == 40
     for number in (0, 1):
@@ -471,7 +471,7 @@ def retrain(place: Path, out: Path, model: str = "short", **changes: Any) -> sho
 def test_every_method_ends_with_a_plain_checkpoint(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "healed"
+    out = tmp_path / "retrained"
     record = retrain(place, out, **TRAININGS[name])
     held_out = dict(record.curves["held_out"])
     assert list(held_out) == [0, 2, 4, 6], "also before the first step"
@@ -528,7 +528,7 @@ def test_what_is_up_to_date_is_skipped_and_another_recipe_is_not(
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "mixtral", "phi3", "gemma2", "opt"])
-def test_any_family_is_healed_into_the_files_it_came_in(variant: str, tmp_path: Path) -> None:
+def test_any_family_is_retrained_into_the_files_it_came_in(variant: str, tmp_path: Path) -> None:
     tiny.whole(tmp_path / "model", variant)
     tiny.text(tmp_path / "text.jsonl", 12)
     record = retrain(tmp_path, tmp_path / "out", model="model", data="text.jsonl", max_steps=2)
