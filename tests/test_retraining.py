@@ -24,7 +24,6 @@ from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
-from shortllm.papers import LORA
 from shortllm.reporting.healing import retraining_parts
 from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
@@ -38,7 +37,7 @@ from shortllm.retraining.distillation import (
     top_k_loss,
 )
 from shortllm.retraining.documents import Document, documents, kind_of, template_of
-from shortllm.retraining.methods import METHODS, Method
+from shortllm.retraining.methods import METHODS, TrainingMethod
 from shortllm.retraining.options import RetrainOptions
 from shortllm.retraining.setup import resolve, work_directory
 from shortllm.retraining.store import Corpus, Store, open_corpus, write_corpus
@@ -618,8 +617,14 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "text.jsonl", "length": 600}, "600 tokens exceed the 512 positions"),
         ({"data": "text.jsonl", "max_steps": 0}, "max_steps 0: must be greater than 0"),
         ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both set the duration"),
-        ({"data": "text.jsonl", "temperature": 2}, "--temperature belongs to --method distill"),
-        ({"data": "text.jsonl", "method": "full", "rank": 4}, "--rank belongs to --method lora"),
+        (
+            {"data": "text.jsonl", "temperature": 2},
+            "--temperature is an option of --method distill",
+        ),
+        (
+            {"data": "text.jsonl", "method": "full", "rank": 4},
+            "--rank is an option of --method lora",
+        ),
         ({"data": "text.jsonl", "micro_batch": 3}, "--micro-batch 3 does not divide the 4"),
         ({"data": "text.jsonl", "template": "chat"}, "--template chat is for instructions"),
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
@@ -676,7 +681,7 @@ def test_defaults_are_the_paper_s(place: Path) -> None:
 
 def test_every_method_is_described_once() -> None:
     for one in METHODS:
-        assert one.label and one.help.endswith(".") and one.paper.arxiv
+        assert one.label and one.help.endswith(".") and one.paper
         assert {*one.defaults, *one.options} <= RetrainOptions.model_fields.keys()
         assert one.name in (RetrainOptions.model_fields["method"].description or "")
     owned = [option for one in METHODS for option in one.options]
@@ -692,10 +697,12 @@ def test_a_new_method_needs_no_other_edit(
             parameter.requires_grad_("norm" in name)
         return model
 
-    about = Method(name="norms", label="", help="", paper=LORA, function=norms, freezes=True)
-    monkeypatch.setitem(METHODS._entries, "norms", about)
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    METHODS.register(TrainingMethod(name="norms", label="Norms", freezes=True))(norms)
     changes = {"data": "text.jsonl", "learning_rate": 1e-2}
-    with pytest.raises(ShortLLMError, match="--rank belongs to --method lora, not to norms"):
+    with pytest.raises(
+        ShortLLMError, match="--rank is an option of --method lora, and the method is norms"
+    ):
         retrain(place, tmp_path / "out", method="norms", rank=4, **changes)
     retrain(place, tmp_path / "out", method="norms", **changes)
     found, before = weights(tmp_path / "out"), weights(place / "short")
