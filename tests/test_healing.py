@@ -612,7 +612,7 @@ def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> Non
     recipe = Recipe(
         healing=HealOptions(), evaluation=EvaluationOptions(max_segments=128, continuations=0)
     )
-    result = pipeline.run(recipe, out=tmp_path / "run")
+    result = pipeline.run(recipe=recipe, out=tmp_path / "run")
     assert list(result.checkpoints) == ["pruned", "healed"]
     evaluation = Evaluation.load(tmp_path / "run" / "eval.json")
     assert [one.name for one in evaluation.models] == ["original", "pruned", "healed"]
@@ -625,7 +625,7 @@ def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> Non
         assert part in page
     assert "retraining also learns" not in page
     written = (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns
-    pipeline.run(recipe, out=tmp_path / "run")
+    pipeline.run(recipe=recipe, out=tmp_path / "run")
     assert (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns == written
 
 
@@ -648,7 +648,7 @@ def test_a_quarter_of_a_real_model_is_better_healed(
         healing=HealOptions(),
         evaluation=EvaluationOptions(max_segments=128, continuations=0),
     )
-    result = pipeline.run(recipe, out=tmp_path / "run")
+    result = pipeline.run(recipe=recipe, out=tmp_path / "run")
     _, short, after = (one.perplexity[0].perplexity for one in result.evaluation.models)
     assert after < short
     assert shortllm.open_checkpoint(tmp_path / "run" / "healed").block_count == len(

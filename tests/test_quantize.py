@@ -258,7 +258,7 @@ def test_what_cannot_be_done_to_a_quantized_checkpoint_is_refused(
 def test_blocks_of_a_quantized_checkpoint_can_go(made: dict[str, Path], tmp_path: Path) -> None:
     calibration = CalibrationOptions(data="embedded", samples=2, length=32)
     scores = shortllm.score(str(made["gptq"]), calibration=calibration)
-    plan = shortllm.plan(scores, shortllm.Budget(remove=2))
+    plan = shortllm.plan(scores, remove=2)
     shortllm.prune(str(made["gptq"]), plan, tmp_path / "short")
     shorter = open_checkpoint(tmp_path / "short")
     assert shorter.block_count == 10
@@ -339,7 +339,7 @@ def test_without_the_extra_the_error_says_what_to_install(
     assert stop.value.code == 2
     assert "pip install 'shortllm[quantize]'" in capsys.readouterr().err
     with pytest.raises(ShortLLMError, match="needs llm-compressor"):
-        pipeline.run(Recipe(quantization=QuantizeOptions()), out=tmp_path / "run")
+        pipeline.run(recipe=Recipe(quantization=QuantizeOptions()), out=tmp_path / "run")
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
@@ -414,7 +414,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "run"
-    pipeline.run(RECIPE, out=directory)
+    pipeline.run(recipe=RECIPE, out=directory)
     return directory
 
 
@@ -483,7 +483,7 @@ def test_the_report_shows_it(healed: Path) -> None:
 def test_the_same_run_again_does_nothing(healed: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in healed.glob("*/model.safetensors")}
     before = (healed / "eval.json").stat().st_mtime_ns
-    pipeline.run(RECIPE, out=healed)
+    pipeline.run(recipe=RECIPE, out=healed)
     assert files == {path: path.stat().st_mtime_ns for path in healed.glob("*/model.safetensors")}
     assert (healed / "eval.json").stat().st_mtime_ns == before
 
