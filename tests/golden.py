@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("help", "run", "fingerprints")
@@ -141,6 +142,7 @@ def shortllm(command: list[str]) -> None:
 
 def help_texts() -> dict[str, str]:
     """File name -> the help of a command, which the file is called after."""
+    from typer import rich_utils
     from typer.main import get_command
 
     from shortllm.cli import app
@@ -151,12 +153,17 @@ def help_texts() -> dict[str, str]:
         context = command.make_context(
             name, [], resilient_parsing=True, terminal_width=WIDTH, color=False
         )
-        text = "\n".join(line.rstrip() for line in context.get_help().splitlines())
-        found[f"{name.replace(' ', '_')}.txt"] = text + "\n"
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):  # typer prints panels, and returns plain text
+            text = context.get_help() or ""
+        lines = [line.rstrip() for line in (shown.getvalue() + text).strip("\n").splitlines()]
+        found[f"{name.replace(' ', '_')}.txt"] = "\n".join(lines) + "\n"
         for own, child in getattr(command, "commands", {}).items():
             add(child, f"{name} {own}")
 
-    add(get_command(app), "shortllm")
+    settings = {"MAX_WIDTH": WIDTH, "COLOR_SYSTEM": None, "FORCE_TERMINAL": None}
+    with mock.patch.multiple(rich_utils, **settings):
+        add(get_command(app), "shortllm")
     return found
 
 

@@ -132,7 +132,7 @@ def test_the_script_in_the_text_is_the_script(name: str) -> None:
 
 @pytest.mark.parametrize("top", [1, 3])
 def test_the_criterion_in_the_text_works(top: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+    monkeypatch.setattr(criteria._REGISTRY, "_entries", dict(criteria._REGISTRY._entries))
     names: dict[str, Any] = {"__name__": "flips"}
     blocks = [one for one in fences(DOCS / "add_a_criterion.md") if one.language == "python"]
     for block in blocks:

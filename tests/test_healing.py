@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import shortllm
 from shortllm import pipeline
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.cli import main
 from shortllm.data.calibration import Calibration, tokens_fingerprint
@@ -42,7 +43,6 @@ from shortllm.healing.options import HealCalibration, Healing, HealOptions
 from shortllm.merging.laco import Merged, merged, merged_tensors, original_blocks
 from shortllm.merging.merge import merge_from
 from shortllm.merging.options import MergeOptions, Merging
-from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.options import options_from

@@ -47,7 +47,7 @@ def calls(place: Path, out: Path) -> dict[str, Callable[[], Any]]:
         "prune": lambda: shortllm.prune(name, [1], out),
         "eval": lambda: shortllm.evaluate([name], options=measured),
         "bench": lambda: shortllm.bench([name], options=quick, device="cpu"),
-        "run": lambda: pipeline.run(recipe, out=out),
+        "run": lambda: pipeline.run(recipe=recipe, out=out),
         "heal": lambda: shortllm.heal(
             name, out, data=rows, samples=4, length=16
         ),

@@ -203,7 +203,7 @@ def compared(
                 for key, value in about.items():
                     if key in ("help", "description"):
                         continue
-                    if now[part][new].get(key) != value:
+                    if not is_same(now[part][new].get(key), value):
                         text = f"{new} ({key}: {now[part][new].get(key)})"
                         rows.append((part, "changed", f"{name} ({key}: {value})", text))
             else:
@@ -212,6 +212,15 @@ def compared(
                 rows.append((part, "removed" if removed else "GONE", name, ""))
         rows += [(part, "new", "", name) for name in now[part] if name not in reached]
     return rows, lost
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two defaults or types are; not given and nothing are, and lists as text are."""
+
+    def plain(value: Any) -> str:
+        return re.sub(r"[\[\]' ]", "", str(value)) if value not in (None, "None", "[]") else ""
+
+    return plain(one) == plain(other)
 
 
 def part_of_removed(part: str, name: str, names: dict[str, dict[str, str]]) -> bool:

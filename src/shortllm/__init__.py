@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from shortllm.benchmark.bench import bench as bench
     from shortllm.benchmark.options import Benchmark as Benchmark
     from shortllm.benchmark.options import BenchmarkOptions as BenchmarkOptions
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from shortllm.healing.heal import heal as heal
     from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
+    from shortllm.measure import bench as bench
     from shortllm.merging.merge import merge as merge
     from shortllm.merging.options import MergeOptions as MergeOptions
     from shortllm.merging.options import Merging as Merging
@@ -92,7 +92,7 @@ _HOME = {
     "SublayerOptions": "sublayers.options",
     "WidthOptions": "width_pruning.options",
     "WidthPruning": "width_pruning.options",
-    "bench": "benchmark.bench",
+    "bench": "measure",
     "compare": "comparison.compare",
     "compare_criteria": "comparison.compare",
     "compare_units": "comparison.compare",

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.selection import ResolvedCriterion, resolve
-from shortllm.errors import RecipeError, ResultFileError, ShortLLMError
-from shortllm.evaluation.evaluate import evaluate_models, evaluation_fingerprint, prepare_tasks
-from shortllm.evaluation.harness import table_beside, write_table
+from shortllm.errors import RecipeError, ShortLLMError
+from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import releasing
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
+from shortllm.measure import bench_in, best_of, evaluate_in
 from shortllm.model.session import Session
 from shortllm.options import accepts, overlaid
 from shortllm.pruning import targets
@@ -46,7 +46,6 @@ from shortllm.run_directory import (
     PRUNED,
     claim_directory,
     delete,
-    finished,
     pinned,
     short_name,
     write_run_file,
@@ -380,76 +379,14 @@ def _quantize(run: _Prepared, candidates: Mapping[str, Checkpoint]) -> Quantizat
     )
 
 
-def best_of(
-    candidates: Mapping[str, Checkpoint], texts: Texts, session: Session, evaluation: Path
-) -> str:
-    """The name of the model with the lowest perplexity on the first text.
-
-    Args:
-        evaluation: an earlier eval.json, whose models are not measured again.
-    """
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    from shortllm.data.calibration import tokens_fingerprint
-    from shortllm.evaluation.perplexity import measure_perplexity
-
-    text = texts.evaluation[0]
-    known = _measured(evaluation, tokens_fingerprint(text.segments.ids))
-    found = {}
-    for name, checkpoint in candidates.items():
-        if checkpoint.fingerprint in known:
-            found[name] = known[checkpoint.fingerprint]
-        else:
-            decoder = session.decoder(checkpoint)
-            found[name] = measure_perplexity(decoder, text, memory=session.memory()).nll
-    return min(found, key=lambda name: found[name])
-
-
-def _measured(evaluation: Path, tokens: str) -> dict[str, float]:
-    """Fingerprint of a model -> its mean NLL on the tokens, as far as eval.json has it."""
-    try:
-        models = Evaluation.load(evaluation).models
-    except ResultFileError:
-        return {}
-    return {
-        one.model.fingerprint: entry.nll
-        for one in models
-        for entry in one.perplexity
-        if entry.tokens_fingerprint == tokens
-    }
-
-
 def _evaluate(run: _Prepared, models: dict[str, Checkpoint]) -> Evaluation:
-    return evaluate_in(run.directory, models, run.recipe, run.texts, run.tasks, run.session)
-
-
-def evaluate_in(
-    directory: Path,
-    models: dict[str, Checkpoint],
-    recipe: Recipe,
-    texts: Texts,
-    tasks: TaskSet | None,
-    session: Session,
-) -> Evaluation:
-    """eval.json, and zeroshot.csv where there are tasks, unless they are up to date."""
-    path = directory / "eval.json"
-    named, options = list(models.items()), recipe.evaluation
-    expected = evaluation_fingerprint(named, texts.evaluation, options, session, tasks)
-    evaluation = finished(Evaluation, path, expected)
-    if evaluation is None:
-        evaluation = evaluate_models(named, texts.evaluation, options, session=session, tasks=tasks)
-        evaluation.save(path)
-    if tasks is None:
-        delete([table_beside(path)])
-    else:
-        write_table(evaluation, table_beside(path))
-    return evaluation
+    return evaluate_in(
+        run.directory, models, run.recipe.evaluation, run.texts, run.tasks, run.session
+    )
 
 
 def _bench(run: _Prepared, models: dict[str, Checkpoint]) -> Benchmark | None:
     """bench.json of the original and the shortened model, where speed is measured."""
-    from shortllm.benchmark.bench import bench_in
-
     if run.recipe.benchmark is None:
         return None
     run.session.release()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shortllm import pipeline
-from shortllm.benchmark.bench import bench_in, check_speed
+from shortllm.benchmark.bench import check_speed
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -28,6 +28,7 @@ from shortllm.evaluation.options import EvaluatedModel
 from shortllm.evaluation.perplexity import EvaluationText
 from shortllm.evaluation.texts import Texts, evaluation_segments_of
 from shortllm.files import releasing, write_text
+from shortllm.measure import bench_in, evaluate_in
 from shortllm.published import (
     Bos,
     PublishedComparison,
@@ -123,7 +124,7 @@ def _measure(recipe: Recipe, directory: Path, command: Sequence[str]) -> Measure
     texts = Texts(calibration=None, evaluation=_texts(checkpoint, recipe))
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
     models = {Path(hub_id).name: checkpoint}
-    evaluation = pipeline.evaluate_in(directory, models, recipe, texts, tasks, session)
+    evaluation = evaluate_in(directory, models, recipe.evaluation, texts, tasks, session)
     session.release()
     benchmark = None
     if recipe.benchmark is not None:

@@ -21,6 +21,7 @@ _HOME = {
     "heal": "healing.options.Healing",
     "merge": "merging.options.Merging",
     "plan": "pruning.records.PrunePlan",
+    "prune": "pruning.records.Pruning",
     "quantize": "quantizing.options.Quantization",
     "retrain": "retraining.options.Retraining",
     "scores": "pruning.records.BlockScores",

@@ -36,16 +36,13 @@ from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.texts import vocabulary
-from shortllm.errors import CheckpointError, DataError, OutputError, ResultFileError, ShortLLMError
+from shortllm.errors import CheckpointError, DataError, ResultFileError, ShortLLMError
 from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
-from shortllm.files import fingerprint, hold, releasing, require_writable
+from shortllm.files import fingerprint
 from shortllm.model.decoder import Decoder
-from shortllm.model.loading import load_model, quiet_transformers
+from shortllm.model.loading import load_model
 from shortllm.model.session import Session
-from shortllm.options import accepts
-from shortllm.run_directory import finished
-from shortllm.runtime import Runtime, progress, versions
-from shortllm.surgery.apply import open_checkpoints
+from shortllm.runtime import progress, quiet_transformers, versions
 
 log = logging.getLogger(__name__)
 
@@ -279,59 +276,3 @@ def _described(subject: Subject, checkpoint: Checkpoint, session: Session) -> Be
         prompt_tokens=len(subject.prompt_T),
         dtype=session.dtype(checkpoint),
     )
-
-
-@accepts(options=BenchmarkOptions, runtime=Runtime)
-def bench(
-    models: str | Sequence[str],
-    *,
-    options: BenchmarkOptions,
-    runtime: Runtime,
-    out: Path | str | None = None,
-) -> Benchmark:
-    """Latency, throughput and memory of one or more models, measured in interleaved runs.
-
-    Args:
-        models: checkpoint directories or Hub ids.
-        options: what to measure; its fields can be given as keywords.
-        runtime: where to compute; its fields can be given as keywords.
-        out: a directory for bench.json, bench.csv and the plots; a run directory will do. An
-            interrupted sweep is resumed there.
-    Returns:
-        A measurement for each model, batch and length; speed-ups are against the first model.
-    Raises:
-        ShortLLMError: something cannot be measured here; before any model is loaded.
-    """
-    names = [models] if isinstance(models, str) else list(models)
-    if not names:
-        raise ShortLLMError("no model to measure. Give one or more")
-    session = Session(runtime)
-    checkpoints = open_checkpoints(names)
-    directory = None if out is None else Path(out)
-    if directory is not None and directory.is_file():
-        raise OutputError(f"--out {directory} is a file. Give a directory")
-    check_speed(checkpoints, options, session)
-    if directory is None:
-        return measure_speed(checkpoints, options, session=session)
-    require_writable(directory)
-    return bench_in(directory, checkpoints, options, session)
-
-
-@releasing()
-def bench_in(
-    directory: Path,
-    checkpoints: Mapping[str, Checkpoint],
-    options: BenchmarkOptions,
-    session: Session,
-) -> Benchmark:
-    """bench.json with its table and plots, unless they are up to date."""
-    from shortllm.benchmark.meters import meter_of
-    from shortllm.reporting.measurements import write_benchmark
-
-    expected = benchmark_fingerprint(checkpoints, options, session, meter_of(session.device))
-    found = finished(Benchmark, directory / "bench.json", expected)
-    if found is None:
-        hold(directory)
-        found = measure_speed(checkpoints, options, session=session, directory=directory)
-        write_benchmark(directory, found)
-    return found

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from shortllm import criteria, pipeline
 from shortllm import run_directory as rundir
-from shortllm.benchmark.bench import bench_in
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.comparison.options import UNITS_FILE, Candidate, UnitsComparison
@@ -30,6 +29,7 @@ from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
+from shortllm.measure import bench_in, evaluate_in
 from shortllm.model.session import Session
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
@@ -134,7 +134,7 @@ def compare_units_in(
     made |= _narrower(directory, checkpoint, width, goal, texts.calibration, session)
     healed = _healed(directory, made, recipe, session)
     models = {"original": checkpoint, **made, **healed}
-    evaluation = pipeline.evaluate_in(directory, models, recipe, texts, tasks, session)
+    evaluation = evaluate_in(directory, models, recipe.evaluation, texts, tasks, session)
     options = recipe.benchmark or BenchmarkOptions()
     session.release()
     measured = {"original": checkpoint, **made}

@@ -163,7 +163,7 @@ def load_run_file(run_dir: Path, *, command: str = _RUN) -> RunFile:
     """
     path = run_dir / "run.json"
     try:
-        return RunFile.model_validate(json.loads(path.read_bytes()))
+        return RunFile.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ResultFileError(f"{path} is missing. Create it with: {command}") from error
     except OSError as error:

@@ -1,0 +1,144 @@
+"""Measurements as files: eval.json and bench.json of a run directory, unless they are up to date.
+
+shortllm bench MODEL SHORT --batch 1,16 --new-tokens 128 --out bench
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shortllm.benchmark.bench import benchmark_fingerprint, check_speed, measure_speed
+from shortllm.benchmark.meters import meter_of
+from shortllm.benchmark.options import Benchmark, BenchmarkOptions
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.data.calibration import tokens_fingerprint
+from shortllm.errors import OutputError, ResultFileError, ShortLLMError
+from shortllm.evaluation.evaluate import evaluate_models, evaluation_fingerprint
+from shortllm.evaluation.harness import table_beside, write_table
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.perplexity import measure_perplexity
+from shortllm.evaluation.texts import Texts
+from shortllm.files import hold, releasing, require_writable
+from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.reporting.measurements import write_benchmark
+from shortllm.run_directory import delete, finished
+from shortllm.runtime import Runtime
+from shortllm.surgery.apply import open_checkpoints
+
+if TYPE_CHECKING:
+    from shortllm.evaluation.tasks import TaskSet
+
+
+def evaluate_in(
+    directory: Path,
+    models: Mapping[str, Checkpoint],
+    options: EvaluationOptions,
+    texts: Texts,
+    tasks: TaskSet | None,
+    session: Session,
+) -> Evaluation:
+    """eval.json, and zeroshot.csv where there are tasks, unless they are up to date."""
+    path = directory / "eval.json"
+    named = list(models.items())
+    expected = evaluation_fingerprint(named, texts.evaluation, options, session, tasks)
+    evaluation = finished(Evaluation, path, expected)
+    if evaluation is None:
+        evaluation = evaluate_models(named, texts.evaluation, options, session=session, tasks=tasks)
+        evaluation.save(path)
+    if tasks is None:
+        delete([table_beside(path)])
+    else:
+        write_table(evaluation, table_beside(path))
+    return evaluation
+
+
+def best_of(
+    candidates: Mapping[str, Checkpoint], texts: Texts, session: Session, evaluation: Path
+) -> str:
+    """The name of the model with the lowest perplexity on the first text.
+
+    Args:
+        evaluation: an earlier eval.json, whose models are not measured again.
+    """
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    text = texts.evaluation[0]
+    known = _measured(evaluation, tokens_fingerprint(text.segments.ids))
+    found = {}
+    for name, checkpoint in candidates.items():
+        if checkpoint.fingerprint in known:
+            found[name] = known[checkpoint.fingerprint]
+        else:
+            decoder = session.decoder(checkpoint)
+            found[name] = measure_perplexity(decoder, text, memory=session.memory()).nll
+    return min(found, key=lambda name: found[name])
+
+
+def _measured(evaluation: Path, tokens: str) -> dict[str, float]:
+    """Fingerprint of a model -> its mean NLL on the tokens, as far as eval.json has it."""
+    try:
+        models = Evaluation.load(evaluation).models
+    except ResultFileError:
+        return {}
+    return {
+        one.model.fingerprint: entry.nll
+        for one in models
+        for entry in one.perplexity
+        if entry.tokens_fingerprint == tokens
+    }
+
+
+@accepts(options=BenchmarkOptions, runtime=Runtime)
+def bench(
+    models: str | Sequence[str],
+    *,
+    options: BenchmarkOptions,
+    runtime: Runtime,
+    out: Path | str | None = None,
+) -> Benchmark:
+    """Latency, throughput and memory of one or more models, measured in interleaved runs.
+
+    Args:
+        models: checkpoint directories or Hub ids.
+        options: what to measure; its fields can be given as keywords.
+        runtime: where to compute; its fields can be given as keywords.
+        out: a directory for bench.json, bench.csv and the plots; a run directory will do. An
+            interrupted sweep is resumed there.
+    Returns:
+        A measurement for each model, batch and length; speed-ups are against the first model.
+    Raises:
+        ShortLLMError: something cannot be measured here; before any model is loaded.
+    """
+    names = [models] if isinstance(models, str) else list(models)
+    if not names:
+        raise ShortLLMError("no model to measure. Give one or more")
+    session = Session(runtime)
+    checkpoints = open_checkpoints(names)
+    directory = None if out is None else Path(out)
+    if directory is not None and directory.is_file():
+        raise OutputError(f"--out {directory} is a file. Give a directory")
+    check_speed(checkpoints, options, session)
+    if directory is None:
+        return measure_speed(checkpoints, options, session=session)
+    require_writable(directory)
+    return bench_in(directory, checkpoints, options, session)
+
+
+@releasing()
+def bench_in(
+    directory: Path,
+    checkpoints: Mapping[str, Checkpoint],
+    options: BenchmarkOptions,
+    session: Session,
+) -> Benchmark:
+    """bench.json with its table and plots, unless they are up to date."""
+    expected = benchmark_fingerprint(checkpoints, options, session, meter_of(session.device))
+    found = finished(Benchmark, directory / "bench.json", expected)
+    if found is None:
+        hold(directory)
+        found = measure_speed(checkpoints, options, session=session, directory=directory)
+        write_benchmark(directory, found)
+    return found
