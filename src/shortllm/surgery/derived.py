@@ -171,10 +171,10 @@ def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRe
     ]
     needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
-    config = {
-        **draft.config,
-        PROVENANCE: {**draft.provenance, "fingerprint": record.fingerprint},
-    }
+    entry = {**draft.provenance, "fingerprint": record.fingerprint}
+    if "parent" in entry:
+        entry["parent"] = entry.pop("parent")  # last: fingerprints are of the bytes
+    config = {**draft.config, PROVENANCE: entry}
     with (
         partial_directory(target, needed_bytes=needed) as directory,
         progress(f"writing {target.name}", draft.bytes) as advance,
