@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.structure import auto_class
 from shortllm.criteria import Scores
 from shortllm.criteria.selection import resolve
 from shortllm.model.decoder import Decoder
-from shortllm.model.loading import quiet_transformers
 from shortllm.model.streamed import open_streamed
-from shortllm.model.structure import auto_class
 from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.scoring import Scorer
 from shortllm.pruning.search_space import BlockSearch
+from shortllm.runtime import quiet_transformers
 
 VOCABULARY = 97
 WINDOW = 5

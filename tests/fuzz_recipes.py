@@ -116,12 +116,8 @@ def recipes(random: Random, bench: Bench) -> Act:
         recipe.healed  # noqa: B018
         again = changed(recipe, {"calibration.samples": 20, "budget.remove": 1}, "command line")
         assert again.calibration.samples == 20
-        filled = recipe.filled("llama")
-        assert filled.calibration.data is not None or filled.calibration.file is not None
-        for options in filled.retraining:
-            options.filled(64)
-        if filled.quantization is not None:
-            filled.quantization.filled(64)
+        resolved = recipe.resolved("llama")
+        assert resolved.calibration.data is not None or resolved.calibration.file is not None
         plan = build_plan(recipe.budget, model=bench.model, scores=scores_of(bench.model))
         check_plan(plan, recipe.budget, bench.model)
 

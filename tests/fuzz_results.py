@@ -87,7 +87,9 @@ def plans(random: Random, bench: Bench) -> Act:
 
     def act() -> None:
         found = BlockScores.load(bench.source / "scores.json")
-        plan = shortllm.plan(bench.source / "scores.json", budget, out=bench.out / "plan.json")
+        plan = shortllm.plan(
+            bench.source / "scores.json", budget=budget, out=bench.out / "plan.json"
+        )
         assert PrunePlan.load(bench.out / "plan.json") == plan
         assert plan.model == found.model
         check_plan(plan, budget, found.model)

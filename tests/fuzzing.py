@@ -33,7 +33,7 @@ from fuzz_bench import Act, Bench
 from fuzz_kinds import KINDS
 
 from shortllm.errors import ShortLLMError
-from shortllm.model.loading import quiet_transformers
+from shortllm.runtime import quiet_transformers
 
 LIMIT_S = 20.0
 """Far beyond what an input takes on a busy machine."""

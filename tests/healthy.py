@@ -24,7 +24,6 @@ from shortllm.healing.options import Healing
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
-from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
 from shortllm.quantizing.options import Quantization
 from shortllm.records import ModelInfo, Record, ResultFile
 from shortllm.retraining.options import Retraining
@@ -288,7 +287,7 @@ def write_run(directory: Path) -> Path:
         directory / "retrained" / Retraining.FILE
     )
     of(Quantization, model=pruned.model, options=QUANTIZE_OPTIONS).save(
-        directory / "quantized" / QUANTIZE_FILE
+        directory / "quantized" / Quantization.FILE
     )
     benchmark(fingerprints=(original, short)).save(directory / "bench.json")
     return directory

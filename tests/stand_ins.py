@@ -53,7 +53,7 @@ def _finished_run(target: Path) -> None:
         calibration=shortllm.CalibrationOptions(data=str(stand_in("my_text.jsonl")), samples=2),
         evaluation=shortllm.EvaluationOptions(max_segments=2, continuations=0),
     )
-    shortllm.run(recipe, out=target)
+    shortllm.run(recipe=recipe, out=target)
 
 
 def _lines(count: int) -> Callable[[Path], object]:

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from shortllm.checkpoint.shorten_config import structurally_protected
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.structure import auto_class
 from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.decoder import Decoder
-from shortllm.model.structure import auto_class
 from shortllm.surgery.apply import check_removal
 from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
 

@@ -390,7 +390,7 @@ def test_defaults_that_depend_on_the_model() -> None:
     assert resolve_calibration(given, "gemma2") == given
     ids = CalibrationOptions(file=Path("ids.json"))
     assert resolve_calibration(ids, "llama").data is None
-    with pytest.raises(DataError, match="--calibration gives the token ids .* Leave one out"):
+    with pytest.raises(DataError, match="--calibration gives token ids.* Leave one of them out"):
         resolve_calibration(CalibrationOptions(data="c4", file=Path("ids.json")), "llama")
 
 

@@ -518,7 +518,8 @@ def test_a_malicious_pickle_is_refused_and_not_run(
     content = {"model.norm.weight": torch.ones(32), "x": Malice(tmp_path / "owned")}
     torch.save(content, source / PICKLED, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        CheckpointError, match="holds more than tensors and is refused, since loading it could run"
+        CheckpointError,
+        match="contains more than tensors and is refused, since loading it could run",
     ):
         open_checkpoint(source)
     assert not (tmp_path / "owned").exists()
@@ -529,7 +530,7 @@ def test_a_truncated_pickle(keep: int, source: Path) -> None:
     torch.save(load_file(source / SAFETENSORS), source / PICKLED)
     (source / SAFETENSORS).unlink()
     os.truncate(source / PICKLED, keep)
-    with pytest.raises(CheckpointError, match="is damaged or truncated|holds more than tensors"):
+    with pytest.raises(CheckpointError, match="is damaged or truncated|contains more than tensors"):
         open_checkpoint(source)
 
 

@@ -157,8 +157,8 @@ def made_by_width(model: Path, out: Path, place: Path) -> None:
 
 
 def made_by_heal(model: Path, out: Path, place: Path) -> None:
-    chosen = shortllm.HealOptions(samples=8, length=32)
-    shortllm.heal(str(model), out, options=chosen, data=str(text(place / "text.jsonl")))
+    data = str(text(place / "text.jsonl"))
+    shortllm.heal(str(model), out, data=data, samples=8, length=32)
 
 
 def made_by_dropping(model: Path, out: Path, place: Path) -> None:

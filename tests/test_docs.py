@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from documents import LANGUAGES, PAGES, REPOSITORY, Reader, code_spans, commands
 from families import loaded, saved, score, token_ids
 
 import shortllm
-import shortllm.healing.options
-import shortllm.quantizing.options
+import shortllm.healing.methods
+import shortllm.quantizing.methods
 import shortllm.retraining.methods
 import shortllm.sublayers.criteria
 import shortllm.width_pruning.methods
@@ -82,10 +82,10 @@ def test_the_table_of_methods_tells_of_every_other_method() -> None:
     rows = rows_of("methods.md")
     names = [
         *width_pruning.methods.METHODS.names(),
-        *get_args(quantizing.options.Method),
+        *quantizing.methods.METHODS.names(),
         *retraining.methods.METHODS.names(),
         *sublayers.criteria.CRITERIA.names(),
-        *get_args(healing.options.HealOptions.model_fields["method"].annotation),
+        *healing.methods.METHODS.names(),
         "merge",
     ]
     assert rows.keys() == {*names, *criteria.names()}
@@ -132,7 +132,7 @@ def test_the_script_in_the_text_is_the_script(name: str) -> None:
 
 @pytest.mark.parametrize("top", [1, 3])
 def test_the_criterion_in_the_text_works(top: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+    monkeypatch.setattr(criteria._REGISTRY, "_entries", dict(criteria._REGISTRY._entries))
     names: dict[str, Any] = {"__name__": "flips"}
     blocks = [one for one in fences(DOCS / "add_a_criterion.md") if one.language == "python"]
     for block in blocks:

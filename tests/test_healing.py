@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import shortllm
 from shortllm import pipeline
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.cli import main
 from shortllm.data.calibration import Calibration, tokens_fingerprint
@@ -42,7 +43,6 @@ from shortllm.healing.options import HealCalibration, Healing, HealOptions
 from shortllm.merging.laco import Merged, merged, merged_tensors, original_blocks
 from shortllm.merging.merge import merge_from
 from shortllm.merging.options import MergeOptions, Merging
-from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.options import options_from
@@ -612,7 +612,7 @@ def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> Non
     recipe = Recipe(
         healing=HealOptions(), evaluation=EvaluationOptions(max_segments=128, continuations=0)
     )
-    result = pipeline.run(recipe, out=tmp_path / "run")
+    result = pipeline.run(recipe=recipe, out=tmp_path / "run")
     assert list(result.checkpoints) == ["pruned", "healed"]
     evaluation = Evaluation.load(tmp_path / "run" / "eval.json")
     assert [one.name for one in evaluation.models] == ["original", "pruned", "healed"]
@@ -625,7 +625,7 @@ def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> Non
         assert part in page
     assert "retraining also learns" not in page
     written = (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns
-    pipeline.run(recipe, out=tmp_path / "run")
+    pipeline.run(recipe=recipe, out=tmp_path / "run")
     assert (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns == written
 
 
@@ -648,7 +648,7 @@ def test_a_quarter_of_a_real_model_is_better_healed(
         healing=HealOptions(),
         evaluation=EvaluationOptions(max_segments=128, continuations=0),
     )
-    result = pipeline.run(recipe, out=tmp_path / "run")
+    result = pipeline.run(recipe=recipe, out=tmp_path / "run")
     _, short, after = (one.perplexity[0].perplexity for one in result.evaluation.models)
     assert after < short
     assert shortllm.open_checkpoint(tmp_path / "run" / "healed").block_count == len(

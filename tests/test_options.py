@@ -114,6 +114,8 @@ def test_nested_records_are_flat_for_the_user() -> None:
 def test_keywords_win_over_a_record_and_unknown_ones_are_refused() -> None:
     _, options, _, _ = fit("m", options=Outer(ridge=3, layers=[1]), ridge=4)
     assert (options.ridge, options.layers) == (4, [1])
+    _, options, _, _ = fit("m", inner=Inner(samples=8, data="a"), data="b")
+    assert options.inner == Inner(samples=8, data="b")
     with pytest.raises(TypeError, match=r"fit\(\) has no argument 'rige'. Did you mean 'ridge'"):
         fit("m", rige=1)
 

@@ -118,20 +118,20 @@ def test_a_run_stays_at_its_commit(
     repository: Path, old: Path, new: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, asked = tmp_path / "run", recipe(tmp_path)
-    first = pipeline.run(asked, out=run)
+    first = pipeline.run(recipe=asked, out=run)
     move(repository, "main", new)
     with caplog.at_level(logging.INFO, logger="shortllm"):
-        again = pipeline.run(asked, out=run)
+        again = pipeline.run(recipe=asked, out=run)
     assert f"going on with revision {commit_of(old)}, which {run} records" in caplog.text
     assert again.evaluation == first.evaluation and again.plan == first.plan
     held = json.loads((run / "run.json").read_text())
     assert held["model"]["revision"] == commit_of(old) == first.plan.model.revision
     provenance = json.loads((run / "pruned" / "config.json").read_text())["shortllm"]
     assert (provenance["source"], provenance["revision"]) == (ID, commit_of(old))
-    fresh = pipeline.run(asked, out=tmp_path / "fresh")
+    fresh = pipeline.run(recipe=asked, out=tmp_path / "fresh")
     assert fresh.plan.model.revision == commit_of(new)
     with pytest.raises(OutputError, match="holds a run of another model"):
-        pipeline.run(recipe(tmp_path, revision="main"), out=run)
+        pipeline.run(recipe=recipe(tmp_path, revision="main"), out=run)
 
 
 def test_stages_of_one_run_do_not_mix(

@@ -49,7 +49,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     directory = tmp_path_factory.mktemp("run") / "finished"
-    pipeline.run(RECIPE, out=directory, command=COMMAND)
+    pipeline.run(recipe=RECIPE, out=directory, command=COMMAND)
     return directory
 
 
@@ -86,7 +86,7 @@ def test_the_same_run_again_does_nothing(
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     monkeypatch.setattr("shortllm.model.loading.load_model", None)  # needing the model would fail
     with caplog.at_level(logging.INFO, logger="shortllm"):
-        pipeline.run(RECIPE, out=finished, command=COMMAND)
+        pipeline.run(recipe=RECIPE, out=finished, command=COMMAND)
     for name in ("scores.json", "pruned", "eval.json"):
         assert f"{name} is up to date, skipped" in caplog.text
     pruned = finished / "pruned" / "model.safetensors"
@@ -100,7 +100,7 @@ def test_another_budget_reuses_the_scores_and_redoes_the_rest(
     shutil.copytree(finished, directory)
     other = RECIPE.model_copy(update={"budget": shortllm.Budget(remove=3)})
     with caplog.at_level(logging.INFO, logger="shortllm"):
-        result = pipeline.run(other, out=directory, command=COMMAND)
+        result = pipeline.run(recipe=other, out=directory, command=COMMAND)
     assert "scores.json is up to date, skipped" in caplog.text
     assert "pruned is up to date" not in caplog.text
     assert len(result.plan.removed) == 3
@@ -147,14 +147,14 @@ def test_killed_at_any_moment_the_same_command_completes_with_the_same_files(
     )
     assert moment(directory), "the moment never came"
     assert ended == -signal.SIGKILL, "the run ended before it could be killed"
-    pipeline.run(RECIPE, out=directory, command=COMMAND)
+    pipeline.run(recipe=RECIPE, out=directory, command=COMMAND)
     assert contents(directory) == contents(finished)
 
 
 def test_a_directory_with_other_things_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="not empty and holds no run of shortllm"):
-        pipeline.run(RECIPE, out=tmp_path)
+        pipeline.run(recipe=RECIPE, out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -165,7 +165,7 @@ def test_a_run_of_another_model_is_refused(finished: Path, tmp_path: Path) -> No
     )
     (tmp_path / "scores.json").write_bytes((finished / "scores.json").read_bytes())
     with pytest.raises(OutputError, match="holds a run of another model"):
-        pipeline.run(RECIPE, out=tmp_path)
+        pipeline.run(recipe=RECIPE, out=tmp_path)
 
 
 def test_too_little_space_is_found_before_work(
@@ -176,16 +176,16 @@ def test_too_little_space_is_found_before_work(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
     with pytest.raises(OutputError, match="KiB are needed, 1 bytes are free"):
-        pipeline.run(RECIPE, out=tmp_path / "run")
+        pipeline.run(recipe=RECIPE, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
-        pipeline.run(RECIPE, out=tmp_path / "file")
+        pipeline.run(recipe=RECIPE, out=tmp_path / "file")
     with pytest.raises(OutputError, match="is a file"):
-        pipeline.run(RECIPE, out=tmp_path / "file" / "below")
+        pipeline.run(recipe=RECIPE, out=tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("shortllm.model.loading.load_model", None)
     with pytest.raises(ShortLLMError, match=message):
-        pipeline.run(RECIPE.model_copy(update=changes), out=tmp_path / "run")
+        pipeline.run(recipe=RECIPE.model_copy(update=changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -234,12 +234,12 @@ def test_a_second_run_into_a_directory_is_told_who_holds_it(tmp_path: Path) -> N
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(OutputError, match=f"being written by process {holder.pid} on .* since"):
-            pipeline.run(RECIPE, out=directory)
+            pipeline.run(recipe=RECIPE, out=directory)
         assert [path.name for path in directory.iterdir()] == [LOCK]
     finally:
         holder.kill()
         holder.wait()
-    pipeline.run(RECIPE, out=directory)  # a killed process holds nothing
+    pipeline.run(recipe=RECIPE, out=directory)  # a killed process holds nothing
     with releasing():
         hold(directory)  # and neither does a run that has ended
     assert (directory / "report.html").exists()
@@ -274,13 +274,13 @@ def test_a_damaged_result_is_made_again(finished: Path, tmp_path: Path) -> None:
     weights = directory / "pruned" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     (directory / "eval.json").write_text("{}")
-    pipeline.run(RECIPE, out=directory, command=COMMAND)
+    pipeline.run(recipe=RECIPE, out=directory, command=COMMAND)
     assert contents(directory) == contents(finished)
 
 
 def test_blocks_by_hand_need_no_scoring(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"budget": shortllm.Budget(blocks=[4, 6])})
-    result = pipeline.run(recipe, out=tmp_path / "run", command=COMMAND)
+    result = pipeline.run(recipe=recipe, out=tmp_path / "run", command=COMMAND)
     assert result.plan.removed == [4, 6]
     assert not (tmp_path / "run" / "scores.json").exists()
     assert not (tmp_path / "run" / "calibration.json").exists()

@@ -26,11 +26,17 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.model.loading import load_model, stored_dtype
 from shortllm.model.session import Session
+from shortllm.options import options_from
 from shortllm.quantizing import compressing as packages
 from shortllm.quantizing.compressing import find_layers, fitting_sizes, require_group_size
-from shortllm.quantizing.options import QUANTIZED, RECORD, Quantization, QuantizeOptions
-from shortllm.quantizing.running import best_of
-from shortllm.quantizing.stage import calibration_options, check
+from shortllm.quantizing.methods import METHODS
+from shortllm.quantizing.options import (
+    QUANTIZED,
+    Quantization,
+    QuantizeCalibration,
+    QuantizeOptions,
+)
+from shortllm.quantizing.quantize import check, resolve
 from shortllm.recipe import Recipe
 from shortllm.reporting.load import load_results
 from shortllm.reporting.runs_page import compared_models
@@ -75,7 +81,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "int8": {"method": "int8"},
     }
     for name, options in asked.items():
-        shortllm.quantize("embedded", directory / name, options=QuantizeOptions(**options))
+        shortllm.quantize("embedded", directory / name, **options)
     return {name: directory / name for name in asked}
 
 
@@ -107,7 +113,7 @@ def test_it_is_as_small_as_its_bits_say(made: dict[str, Path]) -> None:
     for name, directory in made.items():
         checkpoint = open_checkpoint(directory)
         assert checkpoint.bytes == expected[name] + 2 * rest
-        record = Quantization.load(directory / RECORD)
+        record = Quantization.load(directory / Quantization.FILE)
         assert (record.bytes_before, record.bytes_after) == (embedded.bytes, checkpoint.bytes)
         assert record.layers == 84 and record.model.fingerprint == embedded.fingerprint
 
@@ -143,16 +149,13 @@ def test_perplexity_stays_within_a_hundredth(made: dict[str, Path]) -> None:
 def test_gptq_beats_rounding_to_nearest_on_the_calibration_text() -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    from shortllm.quantizing.compressing import compress, modifier_of
+    from shortllm.quantizing.compressing import compress
 
     embedded = open_checkpoint("embedded")
-    options = Recipe(quantization=QuantizeOptions(group_size=96, **SMALL)).filled("llama")
-    assert options.quantization is not None
-    filled, layers = check(embedded, options.quantization, session=Session(device="cpu"))
-    text = calibration_options(filled)
-    assert text is not None
-    ids_BT = calibrate(embedded, text).ids
-    gptq = modifier_of(filled, layers)
+    options = resolve(options_from(QuantizeOptions, {"group_size": 96, **SMALL}), embedded)
+    layers = check(options, embedded, Session(device="cpu"))
+    ids_BT = calibrate(embedded, options.calibration).ids
+    gptq = METHODS.get("gptq").function(options, layers)
     nearest = QuantizationModifier(config_groups=gptq.config_groups, ignore=gptq.ignore)
     logits = {}
     for name, modifier in (("whole", None), ("gptq", gptq), ("nearest", nearest)):
@@ -193,7 +196,7 @@ def test_plain_transformers_in_another_process_reads_and_generates(
 @quantizes
 def test_the_config_says_where_it_comes_from(made: dict[str, Path]) -> None:
     config = json.loads((made["gptq"] / "config.json").read_text())
-    record = Quantization.load(made["gptq"] / RECORD)
+    record = Quantization.load(made["gptq"] / Quantization.FILE)
     entry = config["shortllm"]
     assert entry["source"] == "embedded" and entry["removed_blocks"] == []
     assert entry["quantized"]["fingerprint"] == record.fingerprint
@@ -217,9 +220,11 @@ def test_the_same_again_is_skipped_and_other_options_are_not(tmp_path: Path) -> 
     first = (out / "model.safetensors").stat().st_ino
     shortllm.quantize("embedded", out, options=options)
     assert (out / "model.safetensors").stat().st_ino == first
-    (out / RECORD).write_text((out / RECORD).read_text().replace('"int8"', '"gptq"', 1))
+    (out / Quantization.FILE).write_text(
+        (out / Quantization.FILE).read_text().replace('"int8"', '"gptq"', 1)
+    )
     config = json.loads((out / "config.json").read_text())
-    config["shortllm"]["quantized"]["fingerprint"] = "another"
+    config["shortllm"]["fingerprint"] = "another"
     (out / "config.json").write_text(json.dumps(config))
     record = shortllm.quantize("embedded", out, options=options)
     assert (out / "model.safetensors").stat().st_ino != first
@@ -286,33 +291,39 @@ def test_where_no_group_size_fits_one_scale_per_row_is_left() -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"method": "int8", "group_size": 32}, "--group-size belongs to --method gptq"),
-        ({"method": "int8", "data": "c4"}, "--data belongs to --method gptq"),
-        ({"group_size": -1}, "--group-size -1 means nothing"),
-        ({"dampening": 0.0}, "dampening 0.0 is no part"),
+        ({"method": "int8", "group_size": 32}, "--group-size is an option of --method gptq"),
+        (
+            {"method": "int8", "data": "c4"},
+            "--data has no effect: --method int8 needs no calibration",
+        ),
+        ({"group_size": -1}, "group_size -1: must be greater than or equal to 0"),
+        ({"dampening": 0.0}, "dampening 0.0: must be greater than 0"),
     ],
 )
-def test_options_that_mean_nothing(options: dict[str, Any], problem: str) -> None:
+def test_options_without_effect_are_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ShortLLMError, match=problem):
-        QuantizeOptions(**options).filled(None)
+        options_from(QuantizeOptions, options)
 
 
 def test_ids_and_text_together_are_refused() -> None:
-    with pytest.raises(DataError, match="--calibration gives the token ids"):
-        QuantizeOptions(data="c4", file=Path("ids.json")).filled(None)
+    with pytest.raises(DataError, match="--calibration gives token ids"):
+        calibrate(open_checkpoint("embedded"), CalibrationOptions(data="c4", file=Path("ids.json")))
 
 
 def test_defaults_are_the_papers_and_fit_the_model() -> None:
-    filled = QuantizeOptions().filled(4096)
-    assert (filled.group_size, filled.samples, filled.length, filled.data) == (128, 128, 2048, "c4")
-    assert QuantizeOptions().filled(512).length == 512
-    embedded = Recipe(quantization=QuantizeOptions()).filled("llama").quantization
-    assert embedded is not None and (embedded.group_size, embedded.data) == (32, "embedded")
+    tiny = families.opened("llama")
+    filled = resolve(QuantizeOptions(), tiny)
+    text, room = filled.calibration, tiny.config.max_position_embeddings
+    assert (filled.group_size, text.samples, text.length, text.data) == (128, 128, room, "c4")
+    embedded = resolve(QuantizeOptions(), open_checkpoint("embedded"))
+    text = embedded.calibration
+    assert (embedded.group_size, text.samples, text.length, text.data) == (32, 32, 256, "embedded")
+    assert resolve(QuantizeOptions(method="int8"), tiny).calibration.data is None
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2"])
 def test_weights_outside_linear_layers_are_refused(family: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="in other layers than linear ones"):
+    with pytest.raises(UnsupportedModelError, match="outside linear layers"):
         find_layers(families.opened(family))
 
 
@@ -328,7 +339,7 @@ def test_without_the_extra_the_error_says_what_to_install(
     assert stop.value.code == 2
     assert "pip install 'shortllm[quantize]'" in capsys.readouterr().err
     with pytest.raises(ShortLLMError, match="needs llm-compressor"):
-        pipeline.run(Recipe(quantization=QuantizeOptions()), out=tmp_path / "run")
+        pipeline.run(recipe=Recipe(quantization=QuantizeOptions()), out=tmp_path / "run")
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
@@ -344,7 +355,7 @@ def test_versions_that_are_not_admitted_are_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ShortLLMError) as caught:
         packages.require_extra()
     text = str(caught.value)
-    assert "does not admit the installed transformers 5.18.0." in text
+    assert "does not accept the installed transformers 5.18.0." in text
     assert "pip install 'shortllm[quantize]' 'transformers<=5.17.0,>=5.15.0'" in text
     held["transformers"] = "5.17.0"
     packages.require_extra()
@@ -353,7 +364,7 @@ def test_versions_that_are_not_admitted_are_named(monkeypatch: pytest.MonkeyPatc
 @quantizes
 def test_a_target_that_holds_something_else_stays(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="contains something else"):
         shortllm.quantize("embedded", tmp_path, options=QuantizeOptions(method="int8"))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -371,8 +382,9 @@ def test_real_models_shrink_and_stay_good(
     name: str, text: str, group_size: int, part: float, worse: float, shared: Path, tmp_path: Path
 ) -> None:
     model, data = str(shared / "models" / name), str(shared / "data" / text)
-    options = QuantizeOptions(data=data, group_size=group_size, samples=16, length=256)
-    record = shortllm.quantize(model, tmp_path / "out", options=options)
+    record = shortllm.quantize(
+        model, tmp_path / "out", data=data, group_size=group_size, samples=16, length=256
+    )
     assert record.bytes_after < part * record.bytes_before
     how = EvaluationOptions(data=[data], length=256, max_segments=24, continuations=0)
     before, after = shortllm.evaluate([model, str(tmp_path / "out")], options=how).models
@@ -394,7 +406,7 @@ RECIPE = Recipe(
         )
         for method, rate in (("lora", 3e-3), ("full", 1e-3))
     ],
-    quantization=QuantizeOptions(samples=8, length=64),
+    quantization=QuantizeOptions(calibration=QuantizeCalibration(samples=8, length=64)),
     evaluation=EvaluationOptions(max_segments=12, continuations=0),
 )  # fmt: skip
 
@@ -402,7 +414,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "run"
-    pipeline.run(RECIPE, out=directory)
+    pipeline.run(recipe=RECIPE, out=directory)
     return directory
 
 
@@ -410,7 +422,7 @@ def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_quantizes_the_better_of_the_healed_models(healed: Path) -> None:
     models = {one.name: one for one in Evaluation.load(healed / "eval.json").models}
     assert list(models) == ["original", "pruned", "retrained-lora", "retrained-full", QUANTIZED]
-    record = Quantization.load(healed / QUANTIZED / RECORD)
+    record = Quantization.load(healed / QUANTIZED / Quantization.FILE)
     best = min(
         ("retrained-lora", "retrained-full"), key=lambda name: models[name].perplexity[0].nll
     )
@@ -427,7 +439,7 @@ def test_a_run_quantizes_the_better_of_the_healed_models(healed: Path) -> None:
 
 @quantizes
 def test_what_is_measured_was_not_calibrated_on(healed: Path) -> None:
-    record = Quantization.load(healed / QUANTIZED / RECORD)
+    record = Quantization.load(healed / QUANTIZED / Quantization.FILE)
     [measured] = Evaluation.load(healed / "eval.json").models[0].perplexity
     assert record.calibration is not None
     assert record.calibration.source == "embedded:calibration"
@@ -436,11 +448,12 @@ def test_what_is_measured_was_not_calibrated_on(healed: Path) -> None:
         update={
             "evaluation": EvaluationOptions(data=["embedded:calibration"], max_segments=12),
         }
-    ).filled("llama")
+    ).resolved("llama")
     assert recipe.quantization is not None
-    text = calibration_options(recipe.quantization)
+    embedded = open_checkpoint("embedded")
+    text = resolve(recipe.quantization, embedded, recipe.calibration).calibration
     texts = prepare_texts(
-        open_checkpoint("embedded"),
+        embedded,
         recipe.calibration,
         recipe.evaluation,
         scoring=False,
@@ -470,22 +483,22 @@ def test_the_report_shows_it(healed: Path) -> None:
 def test_the_same_run_again_does_nothing(healed: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in healed.glob("*/model.safetensors")}
     before = (healed / "eval.json").stat().st_mtime_ns
-    pipeline.run(RECIPE, out=healed)
+    pipeline.run(recipe=RECIPE, out=healed)
     assert files == {path: path.stat().st_mtime_ns for path in healed.glob("*/model.safetensors")}
     assert (healed / "eval.json").stat().st_mtime_ns == before
 
 
 @quantizes
 def test_the_best_is_found_without_an_earlier_evaluation(healed: Path, tmp_path: Path) -> None:
-    recipe = RECIPE.filled("llama")
+    recipe = RECIPE.resolved("llama")
     texts = prepare_texts(
         open_checkpoint("embedded"), recipe.calibration, recipe.evaluation, scoring=False
     )
     names = ("retrained-lora", "retrained-full")
     candidates = {name: open_checkpoint(healed / name) for name in names}
     session = Session(device="cpu")
-    known = best_of(candidates, texts, session, healed / "eval.json")
-    assert best_of(candidates, texts, session, tmp_path / "eval.json") == known
+    known = pipeline.best_of(candidates, texts, session, healed / "eval.json")
+    assert pipeline.best_of(candidates, texts, session, tmp_path / "eval.json") == known
 
 
 @quantizes
@@ -507,7 +520,7 @@ def test_the_flag_of_run(
     printed = json.loads(capsys.readouterr().out)
     assert (QUANTIZED in printed["checkpoints"]) == (method is not None)
     if method is not None:
-        record = Quantization.load(tmp_path / "run" / QUANTIZED / RECORD)
+        record = Quantization.load(tmp_path / "run" / QUANTIZED / Quantization.FILE)
         assert (record.method, record.model.id) == (method, "pruned")
 
 

@@ -47,12 +47,12 @@ def calls(place: Path, out: Path) -> dict[str, Callable[[], Any]]:
         "prune": lambda: shortllm.prune(name, [1], out),
         "eval": lambda: shortllm.evaluate([name], options=measured),
         "bench": lambda: shortllm.bench([name], options=quick, device="cpu"),
-        "run": lambda: pipeline.run(recipe, out=out),
+        "run": lambda: pipeline.run(recipe=recipe, out=out),
         "heal": lambda: shortllm.heal(
-            name, out, data=rows, options=shortllm.HealOptions(samples=4, length=16)
+            name, out, data=rows, samples=4, length=16
         ),
         "merge": lambda: shortllm.merge(
-            name, out, calibration=ids, options=shortllm.MergeOptions(threshold=-0.99, remove=1)
+            name, out, data=rows, samples=2, length=16, threshold=-0.99, remove=1
         ),
         "width": lambda: shortllm.width(
             name, out, options=shortllm.WidthOptions(ratio=0.5, importance="l1", start=0, end=4)

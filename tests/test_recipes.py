@@ -38,13 +38,12 @@ from shortllm.published import (
     Published,
     PublishedFigures,
     compared_blocks,
-    measure_released,
     published_comparison,
-    released_recipes,
 )
 from shortllm.recipe import Recipe
 from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text
 from shortllm.records import ModelInfo
+from shortllm.released import measure_released, released_recipes
 from shortllm.surgery.apply import check_removal
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
@@ -106,7 +105,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_fits_its_model(name: str, shapes: Path) -> None:
     recipe = RECIPES[name]
     checkpoint = shaped(recipe.model, shapes)
-    recipe = recipe.filled(checkpoint.model_type)
+    recipe = recipe.resolved(checkpoint.model_type)
     assert recipe.about and "\n" not in recipe.about
     asked = resolve(recipe.criterion, recipe.options)
     assert asked.name == recipe.criterion
@@ -346,7 +345,7 @@ def test_a_published_order_that_cannot_be_followed_is_refused_before_work(
         ({"budget.contiguous": True}, BudgetError, "--contiguous and --use-published-order both"),
     ):
         with pytest.raises(error, match=message):
-            pipeline.run(changed(recipe, changes), out=tmp_path / "run")
+            pipeline.run(recipe=changed(recipe, changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -551,9 +550,9 @@ def test_special_tokens_are_put_right_where_text_is_tokenized_and_in_what_is_wri
             "evaluation": {"max_segments": 4, "continuations": 0, "bos": "every"},
         }
     )  # fmt: skip
-    result = pipeline.run(recipe, out=tmp_path / "run")
+    result = pipeline.run(recipe=recipe, out=tmp_path / "run")
     same = pipeline.run(
-        recipe.model_copy(update={"model": "embedded", "special_tokens": {}}),
+        recipe=recipe.model_copy(update={"model": "embedded", "special_tokens": {}}),
         out=tmp_path / "same",
     )
     ours, theirs = ([one.perplexity[0] for one in run.evaluation.models] for run in (result, same))
@@ -568,7 +567,9 @@ def test_special_tokens_are_put_right_where_text_is_tokenized_and_in_what_is_wri
     assert written.bos_token_id == right.bos_token_id
     for text in ("There was a drum.", ""):
         assert written(text).input_ids == right(text).input_ids
-    wrong = pipeline.run(recipe.model_copy(update={"special_tokens": {}}), out=tmp_path / "run")
+    wrong = pipeline.run(
+        recipe=recipe.model_copy(update={"special_tokens": {}}), out=tmp_path / "run"
+    )
     assert wrong.evaluation.models[0].perplexity[0] != ours[0]
     assert json.loads((pruned / "config.json").read_text())["bos_token_id"] == 7
 

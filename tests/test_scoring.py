@@ -18,11 +18,12 @@ import torch
 from families import opened, saved, token_ids
 
 import shortllm
-from shortllm import journal, stages
+from shortllm import journal
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.model import loading
 from shortllm.model.session import Session
 from shortllm.model.streamed import StreamedWeights
+from shortllm.pruning import score as score_module
 from shortllm.pruning.records import BlockScores
 
 EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
@@ -199,13 +200,13 @@ def test_finished_scores_are_not_made_again(
     alone: Path, ids_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    score = stages.score
+    score = score_module.score_blocks
 
     def watched(checkpoint: Any, calibration: Any, criteria: Any, **kwargs: Any) -> Any:
         asked.append([one.name for one in criteria])
         return score(checkpoint, calibration, criteria, **kwargs)
 
-    monkeypatch.setattr(stages, "score", watched)
+    monkeypatch.setattr(score_module, "score_blocks", watched)
     before = (alone / "scores-kl.json").read_bytes()
     caplog.set_level(logging.INFO)
     again = shortllm.score(
@@ -294,9 +295,10 @@ def test_a_streamed_model_is_run_from_end_to_end(tmp_path: Path) -> None:
         calibration=shortllm.CalibrationOptions(samples=4, length=32),
         evaluation=shortllm.EvaluationOptions(max_segments=4, continuations=2),
     )
-    streamed = shortllm.run(recipe, out=tmp_path / "streamed")
+    streamed = shortllm.run(recipe=recipe, out=tmp_path / "streamed")
     resident = shortllm.run(
-        recipe.model_copy(update={"stream": False, "max_memory": None}), out=tmp_path / "resident"
+        recipe=recipe.model_copy(update={"stream": False, "max_memory": None}),
+        out=tmp_path / "resident",
     )
     assert streamed.plan.removed == resident.plan.removed
     for one, other in zip(streamed.evaluation.models, resident.evaluation.models, strict=True):

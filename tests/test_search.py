@@ -313,7 +313,7 @@ def planted_run(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A whole run by `auto` on it, with few candidates."""
     directory = tmp_path_factory.mktemp("run") / "run"
     shortllm.run(
-        Recipe(
+        recipe=Recipe(
             model=str(planted),
             criterion="auto",
             options={"candidates": "last,even,influence,magnitude,local"},
@@ -353,7 +353,7 @@ def test_a_search_is_reported_with_its_start(
     planted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shortllm.run(
-        Recipe(
+        recipe=Recipe(
             model=str(planted),
             criterion="local",
             options={"start": "last", "evaluations": 12},

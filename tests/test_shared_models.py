@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import shortllm
-from shortllm import pipeline, stages
+from shortllm import pipeline
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.sources import load_rows
 from shortllm.evaluation.options import EvaluationOptions
@@ -58,7 +59,7 @@ def test_run_on_every_shared_model(name: str, shared: Path, tmp_path: Path) -> N
         budget=shortllm.Budget(remove=1),
         evaluation=EvaluationOptions(max_segments=40, continuations=1, new_tokens=16),
     )
-    result = pipeline.run(recipe, out=tmp_path / "run")
+    result = pipeline.run(recipe=recipe, out=tmp_path / "run")
     original, pruned = result.evaluation.models
     assert pruned.model.blocks == original.model.blocks - 1
     assert original.perplexity[0].split == "held-out"
@@ -136,7 +137,7 @@ def test_scores_and_perplexity_equal_an_independent_measurement(
     assert measured.models[0].perplexity[0].perplexity == pytest.approx(intact, abs=0.005)
 
     checkpoint = shortllm.open_checkpoint(model)
-    tokenizer = stages.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     rows = load_rows(str(tmp_path / "text.json"))
     ids = evaluation_segments_of(checkpoint, rows, tokenizer, windows).ids
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))

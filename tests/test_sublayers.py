@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import shortllm
 from shortllm import journal
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.cli import app
 from shortllm.errors import (
@@ -31,7 +32,6 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.journal import Journal
-from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.metrics import next_token_nll
 from shortllm.model.session import Session

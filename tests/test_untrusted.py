@@ -177,9 +177,9 @@ def commands(model: Path, place: Path) -> dict[str, Callable[[], Any]]:
         "prune": lambda: shortllm.prune(name, [1], place / "out"),
         "prune unverified": lambda: shortllm.prune(name, [1], place / "out", verify=False),
         "eval": lambda: shortllm.evaluate([name], options=measured),
-        "run": lambda: pipeline.run(recipe, out=place / "out"),
+        "run": lambda: pipeline.run(recipe=recipe, out=place / "out"),
         "heal": lambda: shortllm.heal(name, place / "out", data=rows),
-        "merge": lambda: shortllm.merge(name, place / "out", calibration=ids),
+        "merge": lambda: shortllm.merge(name, place / "out", data=rows, samples=2, length=16),
         "width": lambda: shortllm.width(
             name, place / "out", options=shortllm.WidthOptions(ratio=0.5, importance="l1")
         ),

@@ -45,7 +45,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "healed"
-    pipeline.run(RECIPE, out=directory)
+    pipeline.run(recipe=RECIPE, out=directory)
     return directory
 
 
@@ -103,7 +103,7 @@ def test_the_same_run_again_skips_all_of_it(
     before = {path: path.stat().st_mtime_ns for path in healed.rglob("*.safetensors")}
     monkeypatch.setattr("shortllm.model.loading.load_model", None)  # needing a model would fail
     with caplog.at_level(logging.INFO, logger="shortllm"):
-        pipeline.run(RECIPE, out=healed)
+        pipeline.run(recipe=RECIPE, out=healed)
     for name in (
         "scores.json",
         "pruned",
@@ -124,7 +124,7 @@ def test_another_plan_heals_again_and_leaves_nothing_stale(healed: Path, tmp_pat
     other = RECIPE.model_copy(
         update={"budget": shortllm.Budget(remove=3), "retraining": [RECIPE.retraining[1]]}
     )
-    result = pipeline.run(other, out=directory)
+    result = pipeline.run(recipe=other, out=directory)
     assert list(result.checkpoints) == ["pruned", "retrained"]
     assert shortllm.open_checkpoint(directory / "retrained").block_count == 9
     # what an earlier recipe has healed stays on disk, and out of the report
@@ -146,7 +146,7 @@ def test_killed_while_healing_the_same_command_completes_with_the_same_weights(
     assert ended == -signal.SIGKILL, "the run ended before it could be killed"
     assert (directory / "retrained-lora" / "retrain.json").exists()
     assert not (directory / "retrained-full").exists()
-    pipeline.run(RECIPE, out=directory)
+    pipeline.run(recipe=RECIPE, out=directory)
     for name in ("retrained-lora", "retrained-full"):
         file = f"{name}/model.safetensors"
         assert (directory / file).read_bytes() == (healed / file).read_bytes()
@@ -168,7 +168,7 @@ def test_mistakes_of_late_stages_are_found_before_scoring(
 ) -> None:
     monkeypatch.setattr("shortllm.model.loading.load_model", None)
     with pytest.raises(ShortLLMError, match=message):
-        pipeline.run(changed(RECIPE, change), out=tmp_path / "run")
+        pipeline.run(recipe=changed(RECIPE, change), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -283,7 +283,7 @@ def test_without_a_model_the_embedded_recipe(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--retrain", "lroa"], "no such method. Did you mean 'lora'"),
+        (["--retrain", "lroa"], "unknown retraining method 'lroa'. Did you mean 'lora'"),
         (["--set", "retraining"], "not of the form FIELD=VALUE"),
         (["--set", "retrainin.rank=3"], "unknown field 'retrainin'"),
         (["--set", "model.name=3"], "there is nothing in model to set"),
@@ -303,7 +303,8 @@ def test_mistakes_in_flags(
 def test_runs_side_by_side(healed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "magnitude"
     pipeline.run(
-        changed(RECIPE, {"criterion": "magnitude", "retraining": [], "benchmark": None}), out=other
+        recipe=changed(RECIPE, {"criterion": "magnitude", "retraining": [], "benchmark": None}),
+        out=other,
     )
     page = tmp_path / "page.html"
     code, out, _ = call(capfd, "compare", healed, other, "--out", page, "--json")

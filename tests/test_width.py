@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import shortllm
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.calibration import Calibration, tokens_fingerprint
 from shortllm.data.options import CalibrationInfo
@@ -29,7 +30,6 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.options import options_from

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 import shortllm
-from shortllm import embedded, pipeline, stages
+from shortllm import embedded, pipeline
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.cli import main
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.evaluation.harness import mean_score, measure_tasks
@@ -199,7 +200,7 @@ def test_embedded_tasks_score_as_a_plain_measurement_does(short: Path) -> None:
     for place, directory in enumerate((embedded.MODEL_DIR, short)):
         checkpoint = shortllm.open_checkpoint(str(directory))
         model = Session(device="cpu").decoder(checkpoint).model
-        tokenizer = stages.load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         for task, score in zip(embedded.tasks(), evaluation.models[place].zeroshot, strict=True):
             assert score.task == f"shortllm_{task.name}"
             acc, acc_norm = task_accuracy(model, tokenizer, task.documents()[:20])
@@ -247,7 +248,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "run"
-    pipeline.run(RECIPE, out=directory)
+    pipeline.run(recipe=RECIPE, out=directory)
     return directory
 
 
@@ -272,13 +273,13 @@ def test_a_run_puts_the_tasks_to_both_models_once(
     (directory / "zeroshot.csv").unlink()
     with monkeypatch.context() as context, caplog.at_level(logging.INFO, logger="shortllm"):
         context.setattr("shortllm.model.loading.load_model", None)  # needing the model would fail
-        pipeline.run(RECIPE, out=directory)
+        pipeline.run(recipe=RECIPE, out=directory)
     assert "eval.json is up to date, skipped" in caplog.text
     assert (directory / "zeroshot.csv").read_bytes() == (finished / "zeroshot.csv").read_bytes()
 
     for change in ({"limit": 5}, {"tasks": []}):
         changed = RECIPE.evaluation.model_copy(update=change)
-        pipeline.run(RECIPE.model_copy(update={"evaluation": changed}), out=directory)
+        pipeline.run(recipe=RECIPE.model_copy(update={"evaluation": changed}), out=directory)
         measured = Evaluation.load(directory / "eval.json").models[1].zeroshot
         assert [score.documents for score in measured] == ([5, 5] if changed.tasks else [])
     assert not (directory / "zeroshot.csv").exists()
@@ -336,7 +337,7 @@ def test_a_group_scores_by_its_own_metric_and_a_tag_by_its_tasks(tmp_path: Path)
     )
     checkpoint = shortllm.open_checkpoint("embedded")
     model = Session(device="cpu").decoder(checkpoint).model
-    tokenizer = stages.load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     where, who = measure_tasks(model, tokenizer, singly, name="one")
     [both] = measure_tasks(model, tokenizer, group, name="one")
     assert (both.task, both.metric, both.documents) == ("both", "acc", 20)
@@ -400,7 +401,7 @@ def test_without_local_documents_the_hub_is_asked() -> None:
 def test_a_streamed_model_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"stream": True})
     with pytest.raises(ShortLLMError, match="read one block at a time .* Leave --tasks out"):
-        pipeline.run(recipe, out=tmp_path / "run")
+        pipeline.run(recipe=recipe, out=tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -418,7 +419,7 @@ def test_a_model_that_answers_nan_is_no_model_at_chance() -> None:
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     tasks = load_tasks(["shortllm_where"], limit=2)
     with pytest.raises(CheckpointError, match="logits are NaN"):
-        measure_tasks(model, stages.load_tokenizer(checkpoint), tasks, name="broken")
+        measure_tasks(model, load_tokenizer(checkpoint), tasks, name="broken")
 
 
 def test_the_command_prints_a_table_or_one_line_of_json(

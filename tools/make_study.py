@@ -139,10 +139,7 @@ def healed(
     paths = {way: directory / way for way in WAYS}
     shortllm.prune(one.model, removed, paths["none"])
     shortllm.heal(str(paths["none"]), paths["linear"], data=one.text)
-    shortllm.merge(
-        one.model, paths["merge"], options=shortllm.MergeOptions(blocks=removed),
-        calibration=CalibrationOptions(data=one.text),
-    )  # fmt: skip
+    shortllm.merge(one.model, paths["merge"], blocks=removed, data=one.text)
     shortllm.retrain(
         str(paths["none"]), paths["lora"],
         options=RetrainOptions(

@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from shortllm.pruning.records import BlockScores as BlockScores
     from shortllm.pruning.records import PrunePlan as PrunePlan
     from shortllm.pruning.score import score as score
-    from shortllm.quantizing.api import quantize as quantize
     from shortllm.quantizing.options import Quantization as Quantization
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
+    from shortllm.quantizing.quantize import quantize as quantize
     from shortllm.recipe import Recipe as Recipe
     from shortllm.reporting import report as report
     from shortllm.retraining.options import Retraining as Retraining
@@ -106,7 +106,7 @@ _HOME = {
     "open_checkpoint": "checkpoint.source",
     "plan": "pruning.plan",
     "prune": "pruning.prune",
-    "quantize": "quantizing.api",
+    "quantize": "quantizing.quantize",
     "report": "reporting",
     "retrain": "retraining.retrain",
     "run": "pipeline",

@@ -13,10 +13,12 @@ from shortllm.benchmark.bench import benchmark_fingerprint, check_speed, measure
 from shortllm.benchmark.meters import meter_of
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import OutputError, ShortLLMError
+from shortllm.data.calibration import tokens_fingerprint
+from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.evaluation.evaluate import evaluate_models, evaluation_fingerprint
 from shortllm.evaluation.harness import table_beside, write_table
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.perplexity import measure_perplexity
 from shortllm.evaluation.texts import Texts
 from shortllm.files import hold, releasing, require_writable
 from shortllm.model.session import Session
@@ -51,6 +53,42 @@ def evaluate_in(
     else:
         write_table(evaluation, table_beside(path))
     return evaluation
+
+
+def best_of(
+    candidates: Mapping[str, Checkpoint], texts: Texts, session: Session, evaluation: Path
+) -> str:
+    """The name of the model with the lowest perplexity on the first text.
+
+    Args:
+        evaluation: an earlier eval.json, whose models are not measured again.
+    """
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    text = texts.evaluation[0]
+    known = _measured(evaluation, tokens_fingerprint(text.segments.ids))
+    found = {}
+    for name, checkpoint in candidates.items():
+        if checkpoint.fingerprint in known:
+            found[name] = known[checkpoint.fingerprint]
+        else:
+            decoder = session.decoder(checkpoint)
+            found[name] = measure_perplexity(decoder, text, memory=session.memory()).nll
+    return min(found, key=lambda name: found[name])
+
+
+def _measured(evaluation: Path, tokens: str) -> dict[str, float]:
+    """Fingerprint of a model -> its mean NLL on the tokens, as far as eval.json has it."""
+    try:
+        models = Evaluation.load(evaluation).models
+    except ResultFileError:
+        return {}
+    return {
+        one.model.fingerprint: entry.nll
+        for one in models
+        for entry in one.perplexity
+        if entry.tokens_fingerprint == tokens
+    }
 
 
 @accepts(options=BenchmarkOptions, runtime=Runtime)

@@ -135,6 +135,8 @@ def options_from(
 ) -> Kind:
     """A record with the given options, by their flat names; others as in `base`, or the defaults.
 
+    A record within it can also be given whole, by its own name; flat names win.
+
     Args:
         shown: how a field is called in an error, e.g. by its flag.
     Raises:
@@ -142,7 +144,12 @@ def options_from(
     """
     fields = option_fields(kind)
     content: dict[str, Any] = base.model_dump(exclude_unset=True) if base is not None else {}
+    whole = [name for name in given if name not in fields]
+    for name in whole:
+        content[name] = given[name].model_dump(exclude_unset=True)
     for name, value in given.items():
+        if name in whole:
+            continue
         *parents, last = fields[name].path
         place = content
         for parent in parents:
@@ -212,7 +219,12 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
             for parameter, kind in records.items():
                 base = rest.pop(parameter, None)
                 fields = option_fields(kind)
-                chosen = {name: rest.pop(name) for name in list(rest) if name in fields}
+                chosen = {
+                    name: rest.pop(name)
+                    for name in list(rest)
+                    if name in fields
+                    or (name in kind.model_fields and isinstance(rest[name], Options))
+                }
                 built[parameter] = options_from(kind, chosen, base=base)
             _require_known(function, rest, records)
             with ExitStack() as contexts:

@@ -12,7 +12,7 @@ interrupted run; a changed recipe repeats the stages that depend on the change.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import releasing
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
-from shortllm.measure import bench_in, evaluate_in
+from shortllm.measure import bench_in, best_of, evaluate_in
 from shortllm.model.session import Session
 from shortllm.options import accepts, overlaid
 from shortllm.pruning import targets
@@ -37,6 +37,7 @@ from shortllm.pruning.prune import prune_from
 from shortllm.pruning.records import BlockScores, PrunePlan, Target
 from shortllm.pruning.score import score_in
 from shortllm.published import Published
+from shortllm.quantizing import quantize
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
 from shortllm.retraining.options import Retraining
@@ -243,17 +244,17 @@ def check_later_stages(
         from shortllm.benchmark.bench import check_speed
 
         check_speed({recipe.model: checkpoint}, recipe.benchmark, session)
-    from shortllm.quantizing.running import asked_by
-
-    return asked_by(recipe, checkpoint, session)
+    if recipe.quantization is None:
+        return None
+    quantizing = quantize.resolve(recipe.quantization, checkpoint, recipe.calibration)
+    quantize.check(quantizing, checkpoint, session)
+    return quantizing
 
 
 def _texts(
     recipe: Recipe, checkpoint: Checkpoint, *, scoring: bool, quantizing: QuantizeOptions | None
 ) -> Texts:
     """All text of the run, read and tokenized once."""
-    from shortllm.quantizing.stage import calibration_options
-
     healing = None
     if recipe.healing is not None:
         healing = healing_text(recipe.healing, checkpoint, recipe.calibration)
@@ -263,7 +264,7 @@ def _texts(
         recipe.evaluation,
         scoring=scoring,
         healing=healing,
-        quantization=calibration_options(quantizing),
+        quantization=quantizing.calibration if quantizing and quantizing.needs_text else None,
     )
 
 
@@ -318,8 +319,6 @@ class _Made:
 
 def _derive(run: _Prepared, plan: PrunePlan) -> tuple[dict[str, Checkpoint], _Made]:
     """pruned/ and the checkpoints derived from it, by name, and their records."""
-    from shortllm.quantizing.running import quantize_in
-
     prune_from(run.checkpoint, plan, run.directory / PRUNED, session=run.session)
     shortened = opened_within(run.directory, PRUNED)
     models = {"original": run.checkpoint, PRUNED: shortened}
@@ -329,7 +328,7 @@ def _derive(run: _Prepared, plan: PrunePlan) -> tuple[dict[str, Checkpoint], _Ma
     retraining = _retrain(run, shortened)
     models |= {name: opened_within(run.directory, name) for name in retraining}
     candidates = {name: models[name] for name in retraining or (PRUNED,)}
-    quantization = quantize_in(run.directory, candidates, run.quantizing, run.texts, run.session)
+    quantization = _quantize(run, candidates)
     if quantization is not None:
         models[QUANTIZED] = opened_within(run.directory, QUANTIZED)
     return models, _Made(healing=healing, retraining=retraining, quantization=quantization)
@@ -363,6 +362,21 @@ def _retrain(run: _Prepared, shortened: Checkpoint) -> dict[str, Retraining]:
         target = run.directory / name
         records[name] = retrain_from(shortened, options, target, session=run.session)
     return records
+
+
+def _quantize(run: _Prepared, candidates: Mapping[str, Checkpoint]) -> Quantization | None:
+    """quantized/ from the best of the candidates, if the recipe quantizes."""
+    if run.quantizing is None:
+        return None
+    target = run.directory / QUANTIZED
+    require_free(target, Quantization.FILE)
+    name = best_of(candidates, run.texts, run.session, run.directory / "eval.json")
+    if len(candidates) > 1:
+        log.info("%s has the lowest perplexity and is quantized", name)
+    text = run.texts.quantization
+    return quantize.quantize_from(
+        candidates[name], run.quantizing, target, calibration=text, session=run.session
+    )
 
 
 def _evaluate(run: _Prepared, models: dict[str, Checkpoint]) -> Evaluation:

@@ -15,11 +15,11 @@ from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.data.options import CalibrationOptions
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.healing.options import HealOptions
+from shortllm.healing.options import HealOptions, MethodName
 from shortllm.options import Flag, Nested
 from shortllm.pruning.budget import Budget
 from shortllm.published import Published
-from shortllm.quantizing.options import EMBEDDED_DEFAULTS, QuantizeOptions
+from shortllm.quantizing.options import QuantizeOptions
 from shortllm.records import SpecialToken
 from shortllm.retraining.options import RetrainOptions
 from shortllm.runtime import Runtime
@@ -98,7 +98,7 @@ class Recipe(Runtime):
     @field_validator(
         "healing",
         mode="before",
-        json_schema_input_type=HealOptions | Literal["linear", "none"] | None,
+        json_schema_input_type=HealOptions | MethodName | Literal["none"] | None,
     )
     @classmethod
     def _a_name_or_options(cls, given: Any) -> Any:
@@ -139,20 +139,9 @@ class Recipe(Runtime):
             retraining = [
                 one.model_copy(update={"data": one.data or EMBEDDED}) for one in retraining
             ]
-        quantization = self.quantization
-        if quantization is not None and quantization.needs_text:
-            defaults = {"data": EMBEDDED, **EMBEDDED_DEFAULTS} if embedded else {}
-            if quantization.file is not None:
-                defaults = {name: defaults[name] for name in ("group_size",) if name in defaults}
-            missing = {k: v for k, v in defaults.items() if getattr(quantization, k) is None}
-            missing["bos_every_sample"] = (
-                every if quantization.bos_every_sample is None else quantization.bos_every_sample
-            )
-            quantization = quantization.model_copy(update=missing)
         return self.model_copy(
             update={
                 "retraining": retraining,
-                "quantization": quantization,
                 "calibration": calibration,
                 "evaluation": evaluation,
             }

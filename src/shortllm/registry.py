@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
+
+from pydantic import BaseModel
 
 from shortllm.errors import ShortLLMError, did_you_mean
 from shortllm.papers import Paper
@@ -26,6 +28,8 @@ class Method(Protocol):
 
 
 Entry = TypeVar("Entry", bound=Method)
+Own = TypeVar("Own", bound="RegisteredMethod")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Registry(Generic[Entry]):
@@ -78,17 +82,55 @@ def first_line(function: Any) -> str:
     return (function.__doc__ or "").strip().partition("\n")[0]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RegisteredMethod:
-    """What every method says of itself; each kind of method adds what it needs."""
+    """What every method says of itself; each kind of method adds what it needs.
+
+    @METHODS.register(WidthMethod(name="flap", label="FLAP", paper=FLAP, one_list=True))
+    def flap(task: Task) -> Chosen:
+        \"\"\"How much inputs vary; all blocks are ranked in one list.\"\"\"
+    """
 
     name: str
     label: str
     """What pages and tables call it."""
-    paper: Paper | None
-    help: str
-    """One sentence: what it does."""
-    function: Callable[..., Any]
+    paper: Paper | None = None
+    """The paper that defines it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Names of options that only this method has, with their defaults."""
+    function: Callable[..., Any] = field(init=False)
+    help: str = field(init=False)
+    """The first line of the function's docstring: what the method does."""
+
+
+class MethodRegistry(Registry[Own]):
+    """Methods registered by a decorator."""
+
+    def register(self, method: Own) -> Callable[[Function], Function]:
+        """Register a method whose function is the decorated one."""
+
+        def decorate(function: Function) -> Function:
+            object.__setattr__(method, "function", function)
+            object.__setattr__(method, "help", first_line(function))
+            self.add(method.name, method)
+            return function
+
+        return decorate
+
+    def require_own_options(self, name: str, options: BaseModel) -> None:
+        """Refuse options that only another method has.
+
+        Raises:
+            ValueError: the message names the option and its method.
+        """
+        for method in self:
+            for one in method.options:
+                default = type(options).model_fields[one].default
+                if method.name != name and getattr(options, one) != default:
+                    raise ValueError(
+                        f"--{one.replace('_', '-')} is an option of --method {method.name}, and "
+                        f"the method is {name}. Leave it out"
+                    )
 
 
 def described(methods: Iterable[RegisteredMethod]) -> str:

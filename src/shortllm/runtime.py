@@ -229,6 +229,22 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bar and no warnings of transformers: what matters is checked and raised here."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
 def progress(task: str, total: float) -> Iterator[Advance]:
     """A progress bar with the time left, on a terminal's standard error; silent elsewhere.
 

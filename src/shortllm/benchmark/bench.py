@@ -40,9 +40,9 @@ from shortllm.errors import CheckpointError, DataError, ResultFileError, ShortLL
 from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
 from shortllm.files import fingerprint
 from shortllm.model.decoder import Decoder
-from shortllm.model.loading import load_model, quiet_transformers
+from shortllm.model.loading import load_model
 from shortllm.model.session import Session
-from shortllm.runtime import progress, versions
+from shortllm.runtime import progress, quiet_transformers, versions
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from shortllm.benchmark.meters import Meter, Sampler, bounded_memory, is_out_of_
 from shortllm.benchmark.options import BenchmarkOptions, Measurement, PeakMemory
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
-from shortllm.model.loading import quiet_transformers
+from shortllm.runtime import quiet_transformers
 
 Advance = Callable[[float], None]
 

@@ -11,7 +11,7 @@ Shape per block    Blocks that differ in width have their shapes in config.json,
 
 No model class of transformers builds such blocks. Its loader does not know the type, so it refuses
 the checkpoint and repeats what to do, instead of filling tensors of the wrong shape with random
-numbers. Here the type's own config class reads the rest, and model/shapes.py builds the blocks.
+numbers. Here the type's own config class reads the rest, and shapes.py builds the blocks.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def read_config(directory: Path, model_type: str) -> Any:
     """config.json as a transformers object, every default filled in.
 
     The checkpoint's own code is run only for types that transformers does not know;
-    `checked_config` has asked for permission before.
+    `checked_config` has checked the permission before.
 
     Raises:
         UnsupportedModelError: transformers does not know the model type, or refuses its values.

@@ -13,8 +13,8 @@ from shortllm.checkpoint.config import block_count, checked_config
 from shortllm.checkpoint.hub import locate, named_revision
 from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
 from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
+from shortllm.checkpoint.structure import BlockStructure, block_structure
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table, unpacked_elements
-from shortllm.model.structure import BlockStructure, block_structure
 from shortllm.records import ModelInfo, SpecialToken
 
 SAMPLE_BYTES = 4096

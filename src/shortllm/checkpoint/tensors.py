@@ -339,7 +339,7 @@ def _load_pickled(path: Path, changed_ns: int) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors and is refused, since loading it could run code. "
+            f"{path} contains more than tensors and is refused, since loading it could run code. "
             "Convert it to safetensors where you trust it"
         ) from error
     except Exception as error:  # torch's reader raises whatever a damaged file leads to

@@ -15,8 +15,7 @@ from shortllm.checkpoint.config import FLAG
 from shortllm.checkpoint.source import Checkpoint, token_ids
 from shortllm.checkpoint.tensors import read_json
 from shortllm.errors import CheckpointError
-from shortllm.model.loading import quiet_transformers
-from shortllm.runtime import is_trusted
+from shortllm.runtime import is_trusted, quiet_transformers
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -100,7 +100,7 @@ def generate_samples(
 
     The end-of-text token is not produced, so that every continuation has `new_tokens` tokens.
     """
-    from shortllm.model.loading import quiet_transformers
+    from shortllm.runtime import quiet_transformers
 
     device = next(model.parameters()).device
     encoded = tokenizer(prompt, return_tensors="pt").to(device)

@@ -160,7 +160,7 @@ class _Nowhere(io.TextIOBase):
 @contextmanager
 def quiet_harness() -> Iterator[None]:
     """No notes, advice and bars of the harness: what matters is raised or recorded here."""
-    from shortllm.model.loading import quiet_transformers
+    from shortllm.runtime import quiet_transformers
 
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shortllm.checkpoint.blocks import is_projection
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import is_projection
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.surgery.derived import require_stored, stored_name
 

@@ -65,14 +65,7 @@ class HealOptions(Options):
     @model_validator(mode="after")
     def _fits_the_method(self) -> Self:
         """Refuse options that the method does not have."""
-        for method in METHODS:
-            for name in method.options:
-                default = type(self).model_fields[name].default
-                if self.method != method.name and getattr(self, name) != default:
-                    raise ValueError(
-                        f"--{name} is an option of --method {method.name}, and the method is "
-                        f"{self.method}. Leave it out"
-                    )
+        METHODS.require_own_options(self.method, self)
         return self
 
 

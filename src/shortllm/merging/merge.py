@@ -91,7 +91,7 @@ def merge_from(
 
 
 def check_blocks(options: MergeOptions, count: int) -> None:
-    """Refuse what cannot be done with so many blocks.
+    """Refuse what cannot be done with this many blocks.
 
     Raises:
         ShortLLMError: too few blocks are free, or named ones do not exist or have none before them.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.model.blocks import find_blocks
+from shortllm.checkpoint.blocks import find_blocks
 
 STREAM = "hidden_states"
 """Keyword of the stream where a block does not get it as its first argument."""

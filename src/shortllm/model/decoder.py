@@ -29,9 +29,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import text_config
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import find_blocks
 from shortllm.model.bypass import bypassed
 
 Forward = Callable[..., Any]

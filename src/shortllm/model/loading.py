@@ -16,10 +16,10 @@ from torch import nn
 
 from shortllm.checkpoint.config import is_own_code, text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
+from shortllm.checkpoint.structure import auto_class
 from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.model.structure import auto_class
-from shortllm.runtime import available_memory, choose_dtype
+from shortllm.runtime import available_memory, choose_dtype, quiet_transformers
 
 log = logging.getLogger(__name__)
 
@@ -230,19 +230,3 @@ def quiet_bars(checkpoint: Checkpoint) -> Iterator[None]:
         return
     with contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No loading bar and no warnings of transformers: what matters is checked and raised here."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()

@@ -44,7 +44,7 @@ class Session:
         from shortllm.model.loading import load_model, require_runs
         from shortllm.model.streamed import open_streamed
 
-        if not self._holds(checkpoint):
+        if not self._is_open(checkpoint):
             self.release()
             if self.streams(checkpoint):
                 dtype = self._torch_dtype(checkpoint)
@@ -58,7 +58,7 @@ class Session:
         assert self._held is not None
         return self._held[1]
 
-    def _holds(self, checkpoint: Checkpoint) -> bool:
+    def _is_open(self, checkpoint: Checkpoint) -> bool:
         """Whether this is the open model; a streamed one also needs the same files."""
         if self._held is None or self._held[2] != checkpoint.fingerprint:
             return False

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.structure import build_empty
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.errors import CheckpointError, UnsupportedModelError
-from shortllm.model.blocks import find_blocks
 from shortllm.model.decoder import Decoder
-from shortllm.model.loading import check_loading, quiet_transformers, require_finite_tensor
-from shortllm.model.structure import build_empty
+from shortllm.model.loading import check_loading, require_finite_tensor
+from shortllm.runtime import quiet_transformers
 
 STAND_IN_STD = 0.02
 """Spread of the numbers that stand in for block weights while only code is checked."""

@@ -152,8 +152,8 @@ def _computing(setting: Setting, criterion: ResolvedCriterion, flops: float, pro
 def _weightless(setting: Setting) -> Decoder:
     """The decoder of a checkpoint without memory for its weights: enough for counting."""
 
+    from shortllm.checkpoint.structure import build_empty
     from shortllm.model.decoder import Decoder
-    from shortllm.model.structure import build_empty
 
     class Weightless(Decoder):
         @property

@@ -1,21 +1,10 @@
-"""Whether llm-compressor is installed, and whether it admits the installed packages.
+"""llm-compressor's part: is it installed, which layers are quantized, and the quantization itself.
 
 llm-compressor names the newest torch and transformers it was tested with. pip resolves the extra to
-versions that fit, but a package upgraded afterwards breaks that without a word.
+versions that fit, but a package upgraded afterwards breaks that silently.
 
-
-Which layers of a model are quantized: every linear layer inside the blocks, found by structure.
-
-Embeddings, norms and the head stay as they are. The model is looked at without its weights.
-
-
-The part of llm-compressor: the linear layers of a model in memory are quantized.
-
-gptq   4-bit weights, symmetric, one scale per group of inputs, rounded one column after another
-       so that the columns to come make up for the error (Frantar et al. 2022,
-       arXiv:2210.17323); block after block, each on what the quantized ones before it give
-int8   8-bit weights rounded to nearest, one scale per row; activations are rounded to 8 bits
-       with one scale per token while the model runs; no text is looked at
+All linear layers inside the blocks are quantized, found by structure. Embeddings, norms and the
+head stay as they are.
 """
 
 from __future__ import annotations
@@ -35,12 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.structure import build_empty
 from shortllm.errors import ShortLLMError, UnsupportedModelError
-from shortllm.model.blocks import find_blocks
-from shortllm.model.structure import build_empty
-from shortllm.quantizing.options import PER_ROW, QuantizeOptions
+from shortllm.quantizing.options import PER_ROW
 
 LIBRARY = "llmcompressor"
 
@@ -49,10 +38,10 @@ RECORDED = (LIBRARY, "compressed-tensors")
 
 
 def require_extra() -> None:
-    """Refuse at once if what quantizing takes is not installed, or not in versions that fit.
+    """Refuse to start if llm-compressor is missing, or does not accept the installed packages.
 
     Raises:
-        ShortLLMError: naming what to install.
+        ShortLLMError: the message says what to install.
     """
     try:
         own = version(LIBRARY)
@@ -63,15 +52,15 @@ def require_extra() -> None:
     problems = not_admitted(requires(LIBRARY) or [])
     if problems:
         found = ", ".join(f"{name} {held}" for name, held, _ in problems)
-        wanted = " ".join(f"'{name}{asked}'" for name, _, asked in problems)
+        wanted = " ".join(f"'{name}{accepted}'" for name, _, accepted in problems)
         raise ShortLLMError(
-            f"{LIBRARY} {own} does not admit the installed {found}. Install what it admits, best "
-            f"in an environment of its own: pip install 'shortllm[quantize]' {wanted}"
+            f"{LIBRARY} {own} does not accept the installed {found}. Install what it accepts, "
+            f"preferably in an environment of its own: pip install 'shortllm[quantize]' {wanted}"
         )
 
 
 def not_admitted(requirements: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(package, installed version, admitted versions) of each requirement that is not met.
+    """(package, installed version, accepted versions) of each requirement that is not met.
 
     Args:
         requirements: as a package's metadata states them, e.g. `torch<=2.14.0,>=2.10.0`.
@@ -80,28 +69,28 @@ def not_admitted(requirements: Iterable[str]) -> list[tuple[str, str, str]]:
 
     problems = []
     for text in requirements:
-        asked = Requirement(text)
-        if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
+        required = Requirement(text)
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
         try:
-            held = version(asked.name)
+            held = version(required.name)
         except PackageNotFoundError:
             held = "none"
-        if held == "none" or not asked.specifier.contains(held, prereleases=True):
-            problems.append((asked.name, held, str(asked.specifier)))
+        if held == "none" or not required.specifier.contains(held, prereleases=True):
+            problems.append((required.name, held, str(required.specifier)))
     return problems
 
 
 def extra_versions() -> dict[str, str]:
-    """Versions of the packages that only quantizing takes."""
+    """Versions of the packages that only quantizing needs."""
     return {name: version(name) for name in RECORDED}
 
 
-MOST_UNTOUCHED = 0.1
-"""Part of a block's weights that may be in no linear layer (convolutions of state-space blocks)."""
+MAX_UNTOUCHED = 0.1
+"""Largest part of a block's weights outside linear layers (convolutions of state-space blocks)."""
 
-LEAST_GROUP = 16
-"""Smaller groups cost as much for their scales as they save."""
+MIN_GROUP = 16
+"""Scales of smaller groups cost as much as the groups save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +107,8 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     """The layers to quantize.
 
     Raises:
-        UnsupportedModelError: the model is quantized already, is no plain text model, has blocks of
-            different widths, or most of its weights are in other layers than linear ones.
+        UnsupportedModelError: the model is quantized already, is not a plain text model, has blocks
+            of different widths, or has too many weights outside linear layers.
     """
     _refuse_kinds(checkpoint)
     model = build_empty(checkpoint.config)
@@ -133,12 +122,12 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     matrices = [(name, p) for name, p in blocks.named_parameters() if p.ndim > 1]
     untouched = [(name, p) for name, p in matrices if id(p) not in weights]
     part = sum(p.numel() for _, p in untouched) / max(1, sum(p.numel() for _, p in matrices))
-    if not inside or part > MOST_UNTOUCHED:
+    if not inside or part > MAX_UNTOUCHED:
         name = f" (e.g. '{prefix}.{untouched[0][0]}')" if untouched else ""
         raise UnsupportedModelError(
             f"{part:.0%} of the weights in the blocks of model type '{checkpoint.model_type}' are "
-            f"in other layers than linear ones{name}, and only linear ones can be quantized. "
-            "Quantize it with a program that knows the type"
+            f"outside linear layers{name}, and only linear layers can be quantized. Quantize it "
+            "with a program that knows the type"
         )
     outside = [
         name
@@ -156,7 +145,7 @@ def _refuse_kinds(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
-            f"{checkpoint.id} is quantized already. Give the checkpoint it was made from"
+            f"{checkpoint.id} is quantized already. Give the unquantized checkpoint"
         )
     if text_config(config) is not config:
         raise UnsupportedModelError(
@@ -165,7 +154,7 @@ def _refuse_kinds(checkpoint: Checkpoint) -> None:
         )
     if block_shapes(config) is not None:
         raise UnsupportedModelError(
-            f"the blocks of {checkpoint.id} differ in width, so that plain transformers could not "
+            f"the blocks of {checkpoint.id} differ in width, so plain transformers could not "
             "load the result. Make it narrower with --shapes uniform"
         )
 
@@ -174,7 +163,7 @@ def require_group_size(layers: Layers, size: int) -> None:
     """Refuse a group size that does not divide the inputs of every layer.
 
     Raises:
-        ShortLLMError: naming the sizes that do.
+        ShortLLMError: the message names the sizes that do.
     """
     if size == PER_ROW:
         return
@@ -193,39 +182,13 @@ def require_group_size(layers: Layers, size: int) -> None:
 def fitting_sizes(layers: Layers) -> list[int]:
     """Group sizes that divide the inputs of every layer, the largest first; none below 16."""
     common = math.gcd(*layers.widths.values())
-    return [size for size in range(common, LEAST_GROUP - 1, -1) if common % size == 0]
+    return [size for size in range(common, MIN_GROUP - 1, -1) if common % size == 0]
 
 
 log = logging.getLogger(__name__)
 
 REFUSALS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError)
-"""What llm-compressor raises on a model that it cannot trace or does not know."""
-
-
-def modifier_of(options: QuantizeOptions, layers: Layers) -> Any:
-    """The recipe of llm-compressor that the options stand for."""
-    with _quiet():
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-        from llmcompressor.modifiers.gptq import GPTQModifier
-        from llmcompressor.modifiers.quantization import QuantizationModifier
-
-    if options.method == "int8":
-        return QuantizationModifier(scheme="W8A8", targets=["Linear"], ignore=layers.outside)
-    assert options.group_size is not None
-    grouped = {"strategy": "group", "group_size": options.group_size}
-    weights = QuantizationArgs(
-        num_bits=4,
-        type="int",
-        symmetric=True,
-        **({"strategy": "channel"} if options.group_size == PER_ROW else grouped),
-    )
-    return GPTQModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=layers.outside,
-        # order and scales by the original place of each column, so that nothing else is stored
-        actorder="static" if options.act_order else None,
-        dampening_frac=options.dampening,
-    )
+"""Errors of llm-compressor for a model that it cannot trace or does not know."""
 
 
 def compress(
@@ -235,15 +198,15 @@ def compress(
     *,
     advance: Callable[[float], None] = lambda layers: None,
 ) -> None:
-    """Quantize a model in place, to be written by `save_compressed`.
+    """Quantize a model in place; `save_compressed` writes it.
 
     Args:
-        ids: calibration, int64 [samples, length]; None where the modifier looks at no text.
-        advance: called with 1 for each layer that gptq has come to.
+        ids: calibration, int64 [samples, length]; None if the modifier needs no text.
+        advance: called with 1 for each layer that gptq starts.
     Raises:
-        UnsupportedModelError: llm-compressor cannot do it, and says why.
+        UnsupportedModelError: llm-compressor cannot do it; the message says why.
     """
-    with _quiet():
+    with quiet_compressor():
         from llmcompressor import oneshot
         from llmcompressor.core import reset_session
 
@@ -252,7 +215,7 @@ def compress(
         samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
         loader = torch.utils.data.DataLoader(samples, batch_size=1)  # type: ignore[arg-type]
     try:
-        with _quiet(advance):
+        with quiet_compressor(advance):
             oneshot(
                 model=model,
                 recipe=[modifier],
@@ -269,17 +232,17 @@ def compress(
 
 
 def save_compressed(model: Any, directory: Path) -> None:
-    """Weights in packed form and the config that says so, as `from_pretrained` reads them."""
-    with _quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about memory that is in use anyway
+    """Save weights in packed form and their config, as `from_pretrained` reads them."""
+    with quiet_compressor(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about memory that is used anyway
         model.save_pretrained(directory, save_compressed=True, max_shard_size="5GB")
 
 
 def require_device(device: torch.device) -> None:
-    """Refuse a device that llm-compressor would not take: it chooses by itself.
+    """Refuse a device that llm-compressor would not use: it chooses by itself.
 
     Raises:
-        ShortLLMError: another device than the first accelerator, or the CPU beside one.
+        ShortLLMError: a device other than the first accelerator, or the CPU next to one.
     """
     accelerator = None
     if torch.accelerator.is_available():
@@ -288,18 +251,18 @@ def require_device(device: torch.device) -> None:
     if device.type == chosen and not device.index:
         return
     raise ShortLLMError(
-        f"quantizing takes the first {chosen} device it sees, not {device}. Use --device auto, and "
-        "choose or hide devices with CUDA_VISIBLE_DEVICES"
+        f"quantizing uses the first {chosen} device it sees, not {device}. Use --device auto, and "
+        "choose devices with CUDA_VISIBLE_DEVICES"
     )
 
 
 @contextlib.contextmanager
-def _quiet(advance: Callable[[float], None] = lambda layers: None) -> Iterator[None]:
-    """llm-compressor's own bars and log lines, which go to standard output, kept back.
+def quiet_compressor(advance: Callable[[float], None] = lambda layers: None) -> Iterator[None]:
+    """Within the context, suppress llm-compressor's progress bars and log lines.
 
-    Its warnings about layers that could not be quantized as asked go to our log.
+    Its warnings about layers that could not be quantized go to our log.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # its log begins with the import
+    with contextlib.redirect_stdout(io.StringIO()):  # its log starts with the import
         import llmcompressor  # noqa: F401
     from loguru import logger
 
@@ -317,7 +280,7 @@ def _quiet(advance: Callable[[float], None] = lambda layers: None) -> Iterator[N
     tracer.setLevel(logging.ERROR)
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
-    os.environ.setdefault(name, "false")  # llm-compressor would set it for good
+    os.environ.setdefault(name, "false")  # llm-compressor would set it permanently
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield

@@ -62,7 +62,7 @@ def load_recipe(name: str | Path) -> Recipe:
 
 
 def recipe_text(name: str | Path) -> str:
-    """The YAML of a recipe by its name, or of a file of one's own, as it stands.
+    """The YAML of a recipe by its name, or of a file of one's own, unchanged.
 
     Raises:
         RecipeError: no such recipe, or one that cannot be read.
@@ -174,7 +174,7 @@ def settings_in(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _fields(place: list[str]) -> list[str]:
-    """Names of the fields that may stand at a place in a recipe."""
+    """Names of the fields that a place in a recipe can have."""
     kind: Any = Recipe
     for part in place:
         kind = _record_in(kind.model_fields[part].annotation)
@@ -182,7 +182,7 @@ def _fields(place: list[str]) -> list[str]:
 
 
 def _record_in(annotation: Any) -> Any:
-    """The record that a field holds, alone, in a list or a dict, or where it may be null."""
+    """The record type of a field, alone, in a list or a dict, or optional."""
     if isinstance(annotation, type) and issubclass(annotation, Record):
         return annotation
     return next(filter(None, map(_record_in, get_args(annotation))), None)
@@ -214,7 +214,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any], where: str = "recipe") -
 
 
 def _entered(holder: Any, part: str) -> Any:
-    """What stands in a field, made where nothing does."""
+    """The content of a field; an empty one becomes a table."""
     if not isinstance(holder, dict):
         return None
     if holder.get(part) is None:

@@ -226,7 +226,7 @@ def trade_plots(
 
 
 def trade_section(heading: str, plots: Mapping[str, TradePlot], note: str) -> list[Section]:
-    """The plots of several models as a section with a note; nothing without plots."""
+    """The plots with a note; no section without plots."""
     note += (
         " Open marks are neither retrained nor quantized. The dashed line connects the models that "
         "no other model beats in both. A retrained model is as fast as the shortened model it "

@@ -25,7 +25,6 @@ from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
 from shortllm.healing.options import Healing
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
-from shortllm.quantizing.options import RECORD as QUANTIZE_FILE
 from shortllm.records import ModelInfo, Record, ResultFile
 from shortllm.reporting.parts import Status
 from shortllm.retraining.options import Retraining
@@ -164,7 +163,7 @@ def load_run_file(run_dir: Path, *, command: str = _RUN) -> RunFile:
     """
     path = run_dir / "run.json"
     try:
-        return RunFile.model_validate(json.loads(path.read_bytes()))
+        return RunFile.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ResultFileError(f"{path} is missing. Create it with: {command}") from error
     except OSError as error:
@@ -241,7 +240,7 @@ def load_results(run_dir: Path) -> RunResults:
     )
     for problem, command in _mismatches(results, run_dir):
         raise ResultFileError(f"{run_dir}: {problem}. Create it again with: {command}")
-    models, quantized = _fingerprints(results, run_dir), run_dir / QUANTIZED / QUANTIZE_FILE
+    models, quantized = _fingerprints(results, run_dir), run_dir / QUANTIZED / Quantization.FILE
     return replace(
         results,
         healing=_load_about(Healing, run_dir / HEALED / Healing.FILE, [models.get(PRUNED)]),

@@ -211,7 +211,7 @@ def written_by(
 def _sampled(
     model: Any, start: int, count: int, options: RetrainOptions, *, seed: int
 ) -> list[list[int]]:
-    from shortllm.model.loading import quiet_transformers
+    from shortllm.runtime import quiet_transformers
 
     device = next(model.parameters()).device
     with (

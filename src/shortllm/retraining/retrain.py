@@ -214,7 +214,7 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
 
 def _save(plain: Any, directory: Path) -> None:
     """Save the weights by transformers, which knows their names on disk, and nothing else."""
-    from shortllm.model.loading import quiet_transformers
+    from shortllm.runtime import quiet_transformers
 
     with quiet_transformers():
         plain.save_pretrained(directory / NEW)

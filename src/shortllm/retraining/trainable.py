@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from shortllm.checkpoint.blocks import find_blocks, is_projection
 from shortllm.errors import ShortLLMError, UnsupportedModelError
-from shortllm.model.blocks import find_blocks, is_projection
 
 if TYPE_CHECKING:
     from shortllm.retraining.options import RetrainOptions

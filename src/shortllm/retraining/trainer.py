@@ -20,7 +20,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,11 +226,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log the losses of the state that was saved."""
         losses = [
-            f"{key.removeprefix('eval_').removesuffix('_loss')} {value:.4f}"
+            f"{name} {value:.4f}"
             for entry in state.log_history
             if entry["step"] == state.global_step
-            for key, value in entry.items()
-            if key.startswith("eval_") and key.endswith("_loss")
+            for name, value in _losses(entry)
         ]
         log.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(losses))
 
@@ -243,15 +242,19 @@ def read_history(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
     """Curves of (step, loss) by name, without NaNs: `train`, and one for each evaluation set."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in state.log_history:
-        for key, value in entry.items():
-            if not math.isfinite(value):
-                continue
-            if key == "loss":
-                curves.setdefault("train", []).append((entry["step"], value))
-            elif key.startswith("eval_") and key.endswith("_loss"):
-                name = key.removeprefix("eval_").removesuffix("_loss")
+        for name, value in _losses(entry):
+            if math.isfinite(value):
                 curves.setdefault(name, []).append((entry["step"], value))
     return curves
+
+
+def _losses(entry: dict[str, float]) -> Iterator[tuple[str, float]]:
+    """The names and losses in an entry of the Trainer's log."""
+    for key, value in entry.items():
+        if key == "loss":
+            yield "train", value
+        elif key.startswith("eval_") and key.endswith("_loss"):
+            yield key.removeprefix("eval_").removesuffix("_loss"), value
 
 
 def last_state(states: Path) -> Path | None:
@@ -268,16 +271,14 @@ def require_loadable(state: Path) -> None:
     from transformers.trainer_pt_utils import safe_globals
 
     work = state.parent.parent
-    for file in [
-        state / STATE_FILE,
-        *(one for kind in PICKLES for one in sorted(state.glob(kind))),
-    ]:
+    pickles = (file for kind in PICKLES for file in sorted(state.glob(kind)))
+    for file in (state / STATE_FILE, *pickles):
         try:
             if file.name == STATE_FILE:
                 TrainerState.load_from_json(str(file))
-                continue
-            with safe_globals():  # the state of numpy's random generator
-                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                with safe_globals():  # numpy's random generator
+                    torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{file} contains more than the state of a training and is refused, since loading "

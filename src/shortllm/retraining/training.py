@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
-from shortllm.model.loading import load_model, quiet_transformers
+from shortllm.model.loading import load_model
 from shortllm.retraining.distillation import (
     Objective,
     TeacherLoss,
@@ -44,7 +44,7 @@ from shortllm.retraining.windows import (
     keeps_apart,
     write_cache,
 )
-from shortllm.runtime import progress
+from shortllm.runtime import progress, quiet_transformers
 from shortllm.surgery.apply import lineage
 
 log = logging.getLogger(__name__)

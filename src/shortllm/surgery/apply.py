@@ -202,17 +202,17 @@ def carried_files(source: Path, target: Path | None = None) -> list[Path]:
             continue
         if path.is_file():
             carried.append(path.relative_to(source))
-        elif path.is_dir() and path.resolve() not in outputs and not _holds_output(path):
+        elif path.is_dir() and path.resolve() not in outputs and not _contains_output(path):
             carried += sorted(p.relative_to(source) for p in path.rglob("*") if p.is_file())
     return carried
 
 
-def _holds_output(directory: Path) -> bool:
+def _contains_output(directory: Path) -> bool:
     """Whether it contains weights (of another format or model), a run, or unfinished work."""
     if weight_files(directory) or (directory / "run.json").exists():
         return True
     return any(
-        path.name.endswith(PARTIAL) or (path.is_dir() and _holds_output(path))
+        path.name.endswith(PARTIAL) or (path.is_dir() and _contains_output(path))
         for path in directory.iterdir()
         if not path.is_symlink()
     )

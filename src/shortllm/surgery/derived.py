@@ -71,6 +71,9 @@ class Draft:
     """Writes the weights into a directory; called with a function to report bytes written to."""
     verify: Callable[[Path], None]
     """Called with the written directory before it gets its name; raises if it is wrong."""
+    finish: Callable[[Path], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
+    """Called with the written weights' directory; returns further fields of the record and of the
+    config, if they are known only then."""
     leave: Collection[str] = field(default_factory=frozenset)
     """First parts of the names of files next to the source's weights that are not copied."""
 
@@ -106,16 +109,14 @@ def derive(
     require_writable(target.absolute().parent, needed_bytes)
     started = time.monotonic()
     drafted = draft()
-    record = kind.model_validate(
-        {
-            "model": checkpoint.info(),
-            "versions": versions(),
-            "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
-            **drafted.record,
-            "fingerprint": expected,
-        }
-    )
-    _write(checkpoint, target, drafted, record)
+    record = {
+        "model": checkpoint.info(),
+        "versions": versions(),
+        "cost": Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+        **drafted.record,
+        "fingerprint": expected,
+    }
+    _write(kind, checkpoint, target, drafted, record)
     return kind.load(target / kind.FILE)
 
 
@@ -163,7 +164,13 @@ def is_up_to_date(target: Path, kind: type[DerivedRecord], expected: str) -> boo
     return bool(found.fingerprint == entry == expected)
 
 
-def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRecord) -> None:
+def _write(
+    kind: type[DerivedRecord],
+    checkpoint: Checkpoint,
+    target: Path,
+    draft: Draft,
+    record: Mapping[str, Any],
+) -> None:
     """Copy the other files, write weights and config, verify, save the record, rename."""
     left = {*RECORDS, *draft.leave}
     carried = [
@@ -171,10 +178,9 @@ def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRe
     ]
     needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
-    entry = {**draft.provenance, "fingerprint": record.fingerprint}
-    if "parent" in entry:
-        entry["parent"] = entry.pop("parent")  # last: fingerprints are of the bytes
-    config = {**draft.config, PROVENANCE: entry}
+    provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
+    if "parent" in provenance:
+        provenance["parent"] = provenance.pop("parent")  # last: fingerprints are of the bytes
     with (
         partial_directory(target, needed_bytes=needed) as directory,
         progress(f"writing {target.name}", draft.bytes) as advance,
@@ -184,10 +190,12 @@ def _write(checkpoint: Checkpoint, target: Path, draft: Draft, record: DerivedRe
             shutil.copyfile(checkpoint.directory / name, directory / name)
         write_special_tokens(checkpoint, directory)
         draft.write(directory, advance)
+        more, entries = draft.finish(directory) if draft.finish is not None else ({}, {})
+        config = {**draft.config, **entries, PROVENANCE: provenance}
         text = json.dumps(config, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
         draft.verify(directory)
-        record.save(directory / type(record).FILE)
+        kind.model_validate({**record, **more}).save(directory / kind.FILE)
 
 
 def copying(

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.shorten_config import period_hint, sliced_axis
+from shortllm.checkpoint.structure import Signature, block_signature, build_empty, same_number
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import find_blocks
-from shortllm.model.structure import Signature, block_signature, build_empty, same_number
 
 REFERENCES = {"kv_shared_layer_index"}
 """Attributes that are the number of another block."""

@@ -90,13 +90,7 @@ class WidthOptions(Options):
     @model_validator(mode="after")
     def _fits_the_method(self) -> Self:
         """Refuse options that the method does not have."""
-        for method in METHODS:
-            for name in method.options:
-                if getattr(self, name) is not None and self.method != method.name:
-                    raise ValueError(
-                        f"--{name} is an option of --method {method.name}, and the method is "
-                        f"{self.method}. Leave it out"
-                    )
+        METHODS.require_own_options(self.method, self)
         if self.neuron_ratio is not None and self.one_list:
             raise ValueError(
                 f"{self.method} ranks heads and neurons in one list, so --neuron-ratio has no "

@@ -112,7 +112,7 @@ def width_from(
 
 
 def resolve(options: WidthOptions, blocks: int) -> WidthOptions:
-    """The same options with every default filled in, for a model of so many blocks.
+    """The same options with every default filled in, for a model of this many blocks.
 
     Raises:
         ShortLLMError: blocks that the model lacks, or too few of them for uniform shapes.

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import SHAPES, block_shapes, marked
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.structure import build_empty
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import find_blocks
-from shortllm.model.loading import quiet_transformers
-from shortllm.model.structure import build_empty
+from shortllm.runtime import quiet_transformers
 from shortllm.surgery.apply import as_read_from_disk
 from shortllm.surgery.derived import require_stored, stored_name
 from shortllm.width_pruning.groups import BlockGroups, Removed

@@ -8,13 +8,12 @@ lists them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
-from shortllm.papers import Paper
-from shortllm.registry import RegisteredMethod, Registry, first_line, import_modules
+from shortllm.registry import MethodRegistry, RegisteredMethod, import_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from shortllm.healing.options import HealedGap, HealOptions
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
-
-    Check = Callable[[Checkpoint, Decoder], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,54 +52,14 @@ class Healed:
     """New weights by the source's block number."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HealingMethod(RegisteredMethod):
     """A registered method."""
 
-    options: Sequence[str]
-    """Names of the options that only this method has."""
-    check: Check
+    check: Callable[[Checkpoint, Decoder], None]
     """Refuses a model that the method cannot heal, before anything heavy."""
 
 
-METHODS = Registry[HealingMethod]("healing method", ShortLLMError)
-
-Function = TypeVar("Function", bound=Callable[[Task], Healed])
-
-
-def healing_method(
-    name: str,
-    *,
-    label: str,
-    check: Check,
-    paper: Paper | None = None,
-    options: Sequence[str] = (),
-) -> Callable[[Function], Function]:
-    """Register the decorated function as `name`; the first line of its docstring is the help.
-
-    Args:
-        label: what pages and tables call it.
-        check: refuses a model that the method cannot heal, before anything heavy.
-        paper: the paper that defines it.
-        options: names of the fields of `HealOptions` that only this method has.
-    """
-
-    def register(function: Function) -> Function:
-        METHODS.add(
-            name,
-            HealingMethod(
-                name=name,
-                label=label,
-                paper=paper,
-                help=first_line(function),
-                function=function,
-                options=options,
-                check=check,
-            ),
-        )
-        return function
-
-    return register
-
+METHODS = MethodRegistry[HealingMethod]("healing method", ShortLLMError)
 
 import_modules(__name__, __path__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shortllm.healing.methods import Healed, Task, healing_method
+from shortllm.healing.methods import METHODS, Healed, HealingMethod, Task
 from shortllm.papers import REPLACE_ME
 
 if TYPE_CHECKING:
@@ -23,12 +23,14 @@ def require_projection(checkpoint: Checkpoint, decoder: Decoder) -> None:
         require_floats(checkpoint, b, added.name)
 
 
-@healing_method(
-    "linear",
-    label="Linear maps",
-    paper=REPLACE_ME,
-    check=require_projection,
-    options=("ridge", "weighting"),
+@METHODS.register(
+    HealingMethod(
+        name="linear",
+        label="Linear maps",
+        paper=REPLACE_ME,
+        check=require_projection,
+        options={"ridge": None, "weighting": "norm"},
+    )
 )
 def linear(task: Task) -> Healed:
     """A least-squares map for each gap, folded into the block before it."""

@@ -6,13 +6,12 @@ torch only when the function runs: the help of a command lists all criteria.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from shortllm.errors import CriterionError
-from shortllm.papers import Paper
-from shortllm.registry import RegisteredMethod, Registry, first_line, import_modules
+from shortllm.registry import MethodRegistry, RegisteredMethod, import_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +50,7 @@ class Ranking:
     """The value of the intact model, if there is one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SublayerCriterion(RegisteredMethod):
     """A registered criterion."""
 
@@ -59,37 +58,6 @@ class SublayerCriterion(RegisteredMethod):
     """What its value is, as the heading of a column."""
 
 
-CRITERIA = Registry[SublayerCriterion]("sublayer criterion", CriterionError)
-
-Function = TypeVar("Function", bound=Callable[[Task], Ranking])
-
-
-def sublayer_criterion(
-    name: str, *, label: str, value: str, paper: Paper | None = None
-) -> Callable[[Function], Function]:
-    """Register the decorated function as `name`; the first line of its docstring is the help.
-
-    Args:
-        label: what pages and tables call it.
-        value: what its value is, as the heading of a column.
-        paper: the paper that defines it.
-    """
-
-    def register(function: Function) -> Function:
-        CRITERIA.add(
-            name,
-            SublayerCriterion(
-                name=name,
-                label=label,
-                value=value,
-                paper=paper,
-                help=first_line(function),
-                function=function,
-            ),
-        )
-        return function
-
-    return register
-
+CRITERIA = MethodRegistry[SublayerCriterion]("sublayer criterion", CriterionError)
 
 import_modules(__name__, __path__)

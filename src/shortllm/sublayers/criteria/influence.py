@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shortllm.papers import WHAT_MATTERS
-from shortllm.sublayers.criteria import Ranking, Task, sublayer_criterion
+from shortllm.sublayers.criteria import CRITERIA, Ranking, SublayerCriterion, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from shortllm.sublayers.structure import Outputs, Part, Sublayer
 
 
-@sublayer_criterion(
-    "sublayer-influence", label="Sublayer influence", value="1 - cos", paper=WHAT_MATTERS
+@CRITERIA.register(
+    SublayerCriterion(
+        name="sublayer-influence", label="Sublayer influence", value="1 - cos", paper=WHAT_MATTERS
+    )
 )
 def sublayer_influence(task: Task) -> Ranking:
     """The smallest change of the hidden state's direction."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from shortllm.papers import BLOCKPRUNER
-from shortllm.sublayers.criteria import Ranking, Task, sublayer_criterion
+from shortllm.sublayers.criteria import CRITERIA, Ranking, SublayerCriterion, Task
 
 
-@sublayer_criterion(
-    "sublayer-ppl", label="Sublayer perplexity", value="perplexity without", paper=BLOCKPRUNER
+@CRITERIA.register(
+    SublayerCriterion(
+        name="sublayer-ppl",
+        label="Sublayer perplexity",
+        value="perplexity without",
+        paper=BLOCKPRUNER,
+    )
 )
 def sublayer_ppl(task: Task) -> Ranking:
     """The lowest perplexity without it, one sublayer after the other."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
-from shortllm.papers import Paper
-from shortllm.registry import RegisteredMethod, Registry, first_line, import_modules
+from shortllm.registry import MethodRegistry, RegisteredMethod, import_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,69 +65,20 @@ class Chosen:
     """For each block what to add to the outputs of its output projections, float64 `[D]`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WidthMethod(RegisteredMethod):
     """A registered method."""
 
-    options: Mapping[str, Any]
-    """Options that only this method has, with their defaults."""
-    needs_text: Callable[[WidthOptions], bool]
+    needs_text: Callable[[WidthOptions], bool] = lambda options: True
     """Whether it looks at calibration text, by its filled-in options."""
-    sample_length: int | None
-    """Tokens per calibration sample, where it is not the usual number."""
-    protects_ends: bool
+    sample_length: int | None = None
+    """Tokens per calibration sample, if it is not the usual number."""
+    protects_ends: bool = False
     """Whether it keeps the first and last blocks whole by default."""
-    one_list: bool
-    """Whether it ranks the units of all blocks in one list, so that blocks get different shapes."""
+    one_list: bool = False
+    """Whether it ranks the units of all blocks in one list, unless all blocks must stay alike."""
 
 
-METHODS = Registry[WidthMethod]("width method", ShortLLMError)
-
-Function = TypeVar("Function", bound=Callable[[Task], Chosen])
-
-
-def width_method(
-    name: str,
-    *,
-    label: str,
-    paper: Paper | None = None,
-    options: Mapping[str, Any] | None = None,
-    needs_text: Callable[[WidthOptions], bool] = lambda options: True,
-    sample_length: int | None = None,
-    protects_ends: bool = False,
-    one_list: bool = False,
-) -> Callable[[Function], Function]:
-    """Register the decorated function as `name`; the first line of its docstring is the help.
-
-    Args:
-        label: what pages and tables call it.
-        paper: the paper that defines it.
-        options: names of `WidthOptions` that only this method has, with their defaults.
-        needs_text: whether it looks at calibration text, by its filled-in options.
-        sample_length: tokens per calibration sample, where it is not the usual number.
-        protects_ends: keep the first and last blocks whole by default.
-        one_list: rank the units of all blocks in one list, unless all blocks must stay alike.
-    """
-
-    def register(function: Function) -> Function:
-        METHODS.add(
-            name,
-            WidthMethod(
-                name=name,
-                label=label,
-                paper=paper,
-                help=first_line(function),
-                function=function,
-                options=options or {},
-                needs_text=needs_text,
-                sample_length=sample_length,
-                protects_ends=protects_ends,
-                one_list=one_list,
-            ),
-        )
-        return function
-
-    return register
-
+METHODS = MethodRegistry[WidthMethod]("width method", ShortLLMError)
 
 import_modules(__name__, __path__)

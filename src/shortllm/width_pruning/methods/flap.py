@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from shortllm.papers import FLAP
-from shortllm.width_pruning.methods import BlockImportance, Chosen, Task, width_method
+from shortllm.width_pruning.methods import METHODS, BlockImportance, Chosen, Task, WidthMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from shortllm.width_pruning.importance import ActivationStats, BlockStats
 
 
-@width_method("flap", label="FLAP", paper=FLAP, options={"bias": True}, one_list=True)
+@METHODS.register(
+    WidthMethod(name="flap", label="FLAP", paper=FLAP, options={"bias": True}, one_list=True)
+)
 def flap(task: Task) -> Chosen:
     """How much inputs vary; all blocks are ranked in one list, and what goes leaves its mean."""
     from shortllm.width_pruning.importance import (

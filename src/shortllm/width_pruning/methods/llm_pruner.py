@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shortllm.papers import LLM_PRUNER
-from shortllm.width_pruning.methods import BlockImportance, Chosen, Task, width_method
+from shortllm.width_pruning.methods import METHODS, BlockImportance, Chosen, Task, WidthMethod
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,16 @@ WITHOUT_TEXT = ("l1", "l2", "random")
 """Importances that look at no text."""
 
 
-@width_method(
-    "llm-pruner",
-    label="LLM-Pruner",
-    paper=LLM_PRUNER,
-    options={"importance": "first"},
-    needs_text=lambda options: options.importance not in WITHOUT_TEXT,
-    sample_length=64,
-    protects_ends=True,
+@METHODS.register(
+    WidthMethod(
+        name="llm-pruner",
+        label="LLM-Pruner",
+        paper=LLM_PRUNER,
+        options={"importance": "first"},
+        needs_text=lambda options: options.importance not in WITHOUT_TEXT,
+        sample_length=64,
+        protects_ends=True,
+    )
 )
 def llm_pruner(task: Task) -> Chosen:
     """Weights times gradients; each block loses its own lowest."""

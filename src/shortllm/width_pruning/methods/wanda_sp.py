@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shortllm.papers import FLAP
-from shortllm.width_pruning.methods import Chosen, Task, width_method
+from shortllm.width_pruning.methods import METHODS, Chosen, Task, WidthMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shortllm.width_pruning.importance import ActivationStats, BlockStats
 
 
-@width_method("wanda-sp", label="Wanda-sp", paper=FLAP)
+@METHODS.register(WidthMethod(name="wanda-sp", label="Wanda-sp", paper=FLAP))
 def wanda_sp(task: Task) -> Chosen:
     """Weights times inputs; each block is scored on the outputs of the narrower ones before it."""
     from shortllm.width_pruning.importance import block_importance, choose_per_block, watch_inputs

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import block_shapes, is_own_code, model_classes
+from shortllm.checkpoint.shapes import per_block_class
 from shortllm.errors import UnsupportedModelError
-from shortllm.model.blocks import find_blocks
-from shortllm.model.shapes import per_block_class
 
 Signature = dict[str, Any]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import block_shapes, marked, per_block_config
 from shortllm.checkpoint.tensors import read_json
-from shortllm.model.blocks import find_blocks
 
 HEAD_COUNTS = {
     "num_heads": "num_attention_heads",

@@ -1,0 +1,277 @@
+"""Quantize a checkpoint: fewer bits per weight, written so that plain transformers loads it.
+
+llm-compressor does the work (compressing.py). Needs the `quantize` extra.
+
+    shortllm quantize CHECKPOINT --method gptq --data c4 --out DIR
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllm import __version__
+from shortllm.checkpoint.config import context_length
+from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.data.options import CalibrationOptions
+from shortllm.data.texts import calibrate
+from shortllm.errors import CheckpointError, DataError, ShortLLMError
+from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.quantizing.methods import METHODS
+from shortllm.quantizing.options import (
+    DATA,
+    SAMPLE_LENGTH,
+    SAMPLES,
+    Quantization,
+    QuantizeOptions,
+)
+from shortllm.runtime import Runtime, progress, versions
+from shortllm.surgery.apply import held_provenance
+from shortllm.surgery.derived import Draft, derive, derived_fingerprint, require_free
+
+if TYPE_CHECKING:
+    from shortllm.data.calibration import Calibration
+    from shortllm.model.decoder import Decoder
+    from shortllm.quantizing.compressing import Layers
+
+LEFT_BEHIND = {"adapter", "logs"}
+"""Directories next to the source's weights that describe its training."""
+
+OWN_FILES = ("generation_config.json", "recipe.yaml")
+"""Files of llm-compressor that the source's own replace."""
+
+EMBEDDED_DEFAULTS: dict[str, Any] = {"group_size": 32, "samples": 32, "length": 256}
+"""Defaults for the embedded model, whose widths are not multiples of 128."""
+
+NEW_TOKENS = 4
+"""How many tokens the written model must generate."""
+
+
+@accepts(options=QuantizeOptions, runtime=Runtime)
+def quantize(
+    model: str,
+    out: Path | str,
+    *,
+    options: QuantizeOptions,
+    runtime: Runtime,
+    revision: str | None = None,
+) -> Quantization:
+    """Write a quantized checkpoint, which plain transformers loads.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        out: the new checkpoint directory, which also gets quantize.json.
+        options: the method and its options; their fields can be given as keywords.
+        runtime: where to compute; its fields can be given as keywords.
+        revision: of a Hub model.
+    Returns:
+        The content of quantize.json: the method, its calibration, bytes before and after.
+    Raises:
+        ShortLLMError: llm-compressor is missing or does not accept the installed packages, the
+            group size does not fit the model, or the model does not fit in memory.
+        UnsupportedModelError: this model cannot be quantized.
+        CheckpointError: the result cannot predict or generate.
+        OutputError: `out` contains something else or cannot be written.
+    """
+    checkpoint = open_checkpoint(model, revision=revision)
+    require_free(Path(out), Quantization.FILE)
+    options = resolve(options, checkpoint)
+    session = Session(runtime)
+    check(options, checkpoint, session)
+    ids = calibrate(checkpoint, options.calibration) if options.needs_text else None
+    return quantize_from(checkpoint, options, Path(out), calibration=ids, session=session)
+
+
+def quantize_from(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    target: Path,
+    *,
+    calibration: Calibration | None,
+    session: Session,
+) -> Quantization:
+    """The same for an open checkpoint; `calibration` is None if the method needs no text."""
+    options = resolve(options, checkpoint)
+    layers = check(options, checkpoint, session)
+    if options.needs_text and calibration is None:
+        raise DataError(f"--method {options.method} needs text. Give --data")
+    seen = calibration if options.needs_text else None
+    expected = derived_fingerprint(
+        checkpoint,
+        calibration=seen,
+        session=session,
+        quantize=options.model_dump(mode="json", exclude={"calibration"}),
+    )
+    return derive(
+        Quantization,
+        target,
+        checkpoint,
+        lambda: _draft(checkpoint, options, layers, seen, session, expected, str(target)),
+        expected=expected,
+    )
+
+
+def resolve(
+    options: QuantizeOptions, checkpoint: Checkpoint, shared: CalibrationOptions | None = None
+) -> QuantizeOptions:
+    """The same options with every default filled in.
+
+    Args:
+        shared: the text that blocks are scored on, if any, which says where BOS goes.
+    """
+    method = METHODS.get(options.method)
+    defaults = EMBEDDED_DEFAULTS if checkpoint.id == EMBEDDED else {}
+    own = {
+        name: defaults.get(name, default)
+        for name, default in method.options.items()
+        if getattr(options, name) is None
+    }
+    text = options.calibration
+    update: dict[str, Any] = {}
+    if method.needs_text and text.file is None:
+        length = min(SAMPLE_LENGTH, context_length(checkpoint.config) or SAMPLE_LENGTH)
+        update = {
+            "data": text.data or (EMBEDDED if checkpoint.id == EMBEDDED else DATA),
+            "samples": text.samples or defaults.get("samples", SAMPLES),
+            "length": text.length or defaults.get("length", length),
+        }
+    if shared is not None and text.bos_every_sample is None:
+        update["bos_every_sample"] = shared.bos_every_sample
+    return options.model_copy(update={"calibration": text.model_copy(update=update), **own})
+
+
+def check(options: QuantizeOptions, checkpoint: Checkpoint, session: Session) -> Layers:
+    """Check packages, device and model before anything heavy; returns the layers to quantize.
+
+    Raises:
+        ShortLLMError: something is missing or does not fit.
+    """
+    from shortllm.quantizing.compressing import (
+        find_layers,
+        require_device,
+        require_extra,
+        require_group_size,
+    )
+
+    require_extra()
+    require_device(session.device)
+    layers = find_layers(checkpoint)
+    if options.group_size is not None:
+        require_group_size(layers, options.group_size)
+    if session.streams(checkpoint):
+        raise ShortLLMError(
+            f"{checkpoint.id} does not fit in memory, and quantizing needs all of it. Use a "
+            "machine with more, or --no-stream to try anyway"
+        )
+    return layers
+
+
+def _draft(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    layers: Layers,
+    calibration: Calibration | None,
+    session: Session,
+    expected: str,
+    name: str,
+) -> Draft:
+    """Load the model in its stored type, quantize it, and describe the new checkpoint."""
+    from shortllm.model.loading import load_model, stored_dtype
+    from shortllm.quantizing.compressing import compress, extra_versions
+
+    method = METHODS.get(options.method)
+    session.release()
+    stored = str(stored_dtype(checkpoint)).removeprefix("torch.")
+    model = load_model(checkpoint, device=session.device, dtype=stored)
+    with progress(f"quantizing by {options.method}", len(layers.widths)) as advance:
+        compress(
+            model,
+            method.function(options, layers),
+            calibration.ids if calibration else None,
+            advance=advance,
+        )
+    record = {
+        "method": options.method,
+        "scheme": method.scheme,
+        "options": options.model_dump(mode="json", exclude={"method", "calibration"}),
+        "calibration": calibration.info if calibration else None,
+        "layers": len(layers.widths),
+        "bytes_before": checkpoint.bytes,
+        "device": session.device.type,
+        "versions": {**versions(), **extra_versions()},
+    }
+    how = {
+        "version": __version__,
+        "method": options.method,
+        "scheme": method.scheme,
+        "group_size": options.group_size,
+        "calibration": calibration.info.tokens_fingerprint if calibration else None,
+        "fingerprint": expected,
+    }
+    return Draft(
+        record=record,
+        config=checkpoint.raw_config,
+        provenance={**held_provenance(checkpoint), "quantized": how},
+        bytes=checkpoint.bytes,
+        write=lambda directory, advance: _save(checkpoint, model, directory),
+        finish=_packed,
+        verify=lambda written: require_usable(name, session.decoder(open_checkpoint(written))),
+        leave=LEFT_BEHIND,
+    )
+
+
+def _save(checkpoint: Checkpoint, model: Any, directory: Path) -> None:
+    """Save the packed weights, and keep the source's own generation config."""
+    from shortllm.quantizing.compressing import save_compressed
+
+    save_compressed(model, directory)
+    for name in OWN_FILES:
+        (directory / name).unlink(missing_ok=True)
+        if (checkpoint.directory / name).is_file():
+            shutil.copyfile(checkpoint.directory / name, directory / name)
+
+
+def _packed(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The size of the written weights, and the config entry that describes their form."""
+    written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    size = open_checkpoint(directory).bytes
+    return {"bytes_after": size}, {"quantization_config": written["quantization_config"]}
+
+
+def require_usable(name: str, decoder: Decoder) -> None:
+    """Refuse a model whose predictions are not finite, or that cannot generate.
+
+    Raises:
+        CheckpointError: the message says which.
+    """
+    import torch
+
+    from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids
+
+    ids_BT = probe_ids(decoder.model.config)
+    logits_BTV = bypass_logits(decoder)
+    predicted, targets = logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    nll = torch.nn.functional.cross_entropy(predicted, targets)
+    if not math.isfinite(nll.item()):
+        raise CheckpointError(
+            f"{name}: the predictions of the quantized model are not finite. Try other calibration "
+            "--data, or a smaller --group-size"
+        )
+    ids_BT = ids_BT[:1].to(decoder.device)
+    try:
+        written = decoder.model.generate(  # type: ignore[operator]
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
+    except CACHE_ERRORS as error:
+        raise CheckpointError(f"{name}: the quantized model cannot generate: {error}") from error
+    if written.shape[1] != ids_BT.shape[1] + NEW_TOKENS:
+        raise CheckpointError(f"{name}: the quantized model generates nothing")
