@@ -1,4 +1,4 @@
-"""`width` and `compare-units`: removing heads and neurons, compared with removing blocks."""
+"""`width`: remove heads and neurons, the baselines that depth pruning is compared with."""
 
 from __future__ import annotations
 
