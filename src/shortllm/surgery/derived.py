@@ -179,6 +179,8 @@ def _write(
     needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
     provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
+    if "parent" in provenance:
+        provenance["parent"] = provenance.pop("parent")  # last: fingerprints are of the bytes
     with (
         partial_directory(target, needed_bytes=needed) as directory,
         progress(f"writing {target.name}", draft.bytes) as advance,
