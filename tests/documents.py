@@ -35,6 +35,7 @@ from jsonschema import Draft202012Validator
 from stand_ins import STAND_INS, built_in_texts, cache_directory, stand_in
 
 import shortllm
+import shortllm.quantizing.quantize
 from shortllm import criteria, quantizing, schemas
 from shortllm.checkpoint import rules
 from shortllm.checkpoint import shorten_config as shortening
@@ -195,13 +196,14 @@ class Reader:
         patch.chdir(self.directory)
         patch.setenv("SHORTLLM_DATA", str(built_in_texts()))
         patch.setenv("XDG_CACHE_HOME", str(cache_directory() / "home"))
-        patch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
-        patch.setattr(METHODS, "_entries", dict(METHODS._entries))
+        for registry in (criteria._REGISTRY, METHODS):
+            patch.setattr(registry, "_entries", dict(registry._entries))
         per_block = set(rules.PER_BLOCK)
         for module in (rules, shortening):
             patch.setattr(module, "PER_BLOCK", per_block)
-        for name, value in {"group_size": 16, "samples": 2, "length": 64}.items():
-            patch.setitem(quantizing.options.DEFAULTS, name, value)
+        patch.setitem(quantizing.methods.METHODS.get("gptq").options, "group_size", 16)
+        patch.setattr(quantizing.quantize, "SAMPLES", 2)
+        patch.setattr(quantizing.quantize, "SAMPLE_LENGTH", 64)
 
     def read(self, page: Path) -> None:
         """Run all blocks of a page.
@@ -312,7 +314,7 @@ class Reader:
             for name in shortllm.__all__:
                 if name.islower() and not name.startswith("__") and name != "load":
                     patch.setattr(shortllm, name, stop, raising=False)
-            patch.setattr("shortllm.published.measure_released", stop)
+            patch.setattr("shortllm.released.measure_released", stop)
             patch.setattr("shortllm.demo.models.open_models", stop)
             patch.setattr("shortllm.demo.models.embedded_models", stop)
             try:
