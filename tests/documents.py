@@ -195,7 +195,8 @@ class Reader:
         patch.chdir(self.directory)
         patch.setenv("SHORTLLM_DATA", str(built_in_texts()))
         patch.setenv("XDG_CACHE_HOME", str(cache_directory() / "home"))
-        patch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+        entries = criteria._REGISTRY._entries  # a page may add a criterion of its own
+        patch.setattr(criteria._REGISTRY, "_entries", dict(entries))
         patch.setattr(METHODS, "_entries", dict(METHODS._entries))
         per_block = set(rules.PER_BLOCK)
         for module in (rules, shortening):
