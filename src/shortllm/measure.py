@@ -25,7 +25,7 @@ from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.reporting.measurements import write_benchmark
 from shortllm.run_directory import delete, finished
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions
 from shortllm.surgery.apply import open_checkpoints
 
 if TYPE_CHECKING:
@@ -91,12 +91,12 @@ def _measured(evaluation: Path, tokens: str) -> dict[str, float]:
     }
 
 
-@accepts(options=BenchmarkOptions, runtime=Runtime)
+@accepts(options=BenchmarkOptions, runtime=DeviceOptions)
 def bench(
     models: str | Sequence[str],
     *,
     options: BenchmarkOptions,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     out: Path | str | None = None,
 ) -> Benchmark:
     """Latency, throughput and memory of one or more models, measured in interleaved runs.
