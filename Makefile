@@ -33,7 +33,7 @@ test: lint types docs tests
 
 test-all: lint types docs all-tests release-check
 
-lint: $(VENV)/installed
+lint: words layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 

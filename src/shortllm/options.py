@@ -89,7 +89,7 @@ class OptionField:
 
 
 def nested_record(info: FieldInfo) -> type[Options] | None:
-    """The record that a field holds, or may hold; None for other fields, lists of records too."""
+    """The record in a field, or allowed there; None for other fields, lists of records too."""
     kinds = (info.annotation,) if get_origin(info.annotation) is list else get_args(info.annotation)
     for kind in (info.annotation, *kinds):
         if isinstance(kind, type) and issubclass(kind, Options):

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from shortllm import __version__
 from shortllm.checkpoint.hub import named_revision
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import OutputError, ResultFileError
+from shortllm.errors import OutputError
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
-from shortllm.records import ResultFile
+from shortllm.records import ResultFile, load_current
 from shortllm.runtime import versions
 
 log = logging.getLogger(__name__)
@@ -115,13 +115,9 @@ def write_run_file(
 
 def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
     """An earlier result if it is whole and made from the same inputs; says that it is reused."""
-    try:
-        found = kind.load(path)
-    except ResultFileError:
-        return None
-    if found.fingerprint != expected:
-        return None
-    log.info("%s is up to date, skipped", path)
+    found = load_current(kind, path, expected)
+    if found is not None:
+        log.info("%s is up to date, skipped", path)
     return found
 
 

@@ -170,7 +170,7 @@ def _read_tensor(path: Path) -> torch.Tensor:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path} as JSON: {error}") from error
 
 
