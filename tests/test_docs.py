@@ -22,7 +22,6 @@ import shortllm.width_pruning.methods
 from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
 from shortllm.cli import app
 from shortllm.model.decoder import Decoder
-from shortllm.reporting.methods import criterion_info
 
 DOCS = REPOSITORY / "docs"
 FIRST = {"README", "tutorial", "add_a_criterion", "add_a_baseline", "add_an_architecture_rule"}
@@ -102,7 +101,8 @@ def test_the_table_of_methods_tells_of_every_other_method() -> None:
     ]
     assert rows.keys() == {*names, *criteria.names()}
     for name, cells in rows.items():
-        paper = criterion_info(name).paper
+        criterion = criteria.find(name)
+        paper = criterion.paper if criterion else None
         assert paper is None or paper.url in cells[-1], name
 
 
