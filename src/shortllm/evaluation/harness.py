@@ -130,9 +130,7 @@ def _harness_model(
             room = self.max_length + 1  # the last token is only predicted
             longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
             if longer:
-                message = (
-                    "%d of %d prompts with their answer exceed %d tokens: the beginning is cut"
-                )
+                message = "%d of %d prompts with answer exceed %d tokens: their beginning is cut"
                 log.info(message, longer, len(requests), room)
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
