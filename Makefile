@@ -33,7 +33,7 @@ test: lint types docs tests
 
 test-all: lint types docs all-tests release-check
 
-lint: $(VENV)/installed
+lint: words layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
@@ -41,7 +41,7 @@ lint: $(VENV)/installed
 words: $(VENV)/installed
 	$(VENV)/bin/python tools/check_words.py
 
-# imports go down only, see `How the parts fit` in CONTRIBUTING, and packages have no cycles
+# imports go down only, see `How the parts fit` in CONTRIBUTING, and modules have no cycles
 layers: $(VENV)/installed
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python tools/measure_code.py --check

@@ -82,7 +82,7 @@ def described(name: str, model: Any, prompt_tokens: int, dtype: str) -> Any:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain and compiled, each into a directory of its own."""
     from shortllm.benchmark.bench import STAND_IN_TOKENS, check_options, sweep
-    from shortllm.benchmark.interleaved import Subject
+    from shortllm.benchmark.interleaved import Candidate
     from shortllm.benchmark.options import Benchmark, BenchmarkOptions
     from shortllm.files import fingerprint
     from shortllm.reporting.measurements import benchmark_table, write_benchmark
@@ -103,11 +103,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for options in ways:
         check_options(options)
     prompt_T = torch.arange(1, STAND_IN_TOKENS + 1)
-    subjects, models = [], []
+    candidates, models = [], []
     for blocks in numbers(arguments.blocks):
         name = f"{arguments.shape}, {blocks} blocks"
         model = build(SHAPES[arguments.shape], blocks, device, arguments.dtype)
-        subjects.append(Subject(name=name, model=model, prompt_T=prompt_T))
+        candidates.append(Candidate(name=name, model=model, prompt_T=prompt_T))
         models.append(described(name, model, len(prompt_T), arguments.dtype))
     found = {}
     for options in ways:
@@ -119,7 +119,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         result = finished(Benchmark, directory / "bench.json", expected)
         if result is None:
             result = sweep(
-                subjects, models, options, device=device, fingerprint=expected, directory=directory
+                candidates,
+                models,
+                options,
+                device=device,
+                fingerprint=expected,
+                directory=directory,
             )
             write_benchmark(directory, result)
         head, rows = benchmark_table(result).plain()

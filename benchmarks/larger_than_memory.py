@@ -1,4 +1,4 @@
-"""Scoring a model whose blocks are read one at a time: time, peak memory, and what was foretold.
+"""Scoring a model whose blocks are read one at a time: time, peak memory, and the estimates.
 
 Makes a randomly initialised Llama checkpoint in bfloat16 (1.1b: 2.2 GB, 7b: 13.5 GB; see
 random_checkpoint.py), scores random token ids by every criterion with its blocks streamed, each in
@@ -230,18 +230,18 @@ def measure_dtype(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         load = os.getloadavg()[0]
         yardstick = work(arguments, "rate", arguments.model, "--dtypes", dtype)
         run = work(arguments, "score", arguments.model, "--dtypes", dtype, "--criteria", group)
-        [foretold] = [
+        [estimated] = [
             one
             for one in predicted["estimates"]
             if one["streamed"] and group.split(",")[0] in one["criteria"]
         ]
         found[group] = run | {
-            "flops": foretold["flops"],
-            "share_of_matrix_rate": foretold["flops"] / run["seconds"] / yardstick["per_s"],
-            "share_by_cpu_time": foretold["flops"] / run["cpu_seconds"] / yardstick["per_cpu_s"],
+            "flops": estimated["flops"],
+            "share_of_matrix_rate": estimated["flops"] / run["seconds"] / yardstick["per_s"],
+            "share_by_cpu_time": estimated["flops"] / run["cpu_seconds"] / yardstick["per_cpu_s"],
             "matrix_rate": yardstick,
-            "predicted_seconds": foretold["seconds"],
-            "predicted_peak_bytes": foretold["peak_bytes"],
+            "predicted_seconds": estimated["seconds"],
+            "predicted_peak_bytes": estimated["peak_bytes"],
             "load_before": load,
         }
         print(line_of(f"{dtype} {group}", found[group]), flush=True)
@@ -290,8 +290,8 @@ def work(arguments: argparse.Namespace, kind: str, model: Path, *more: str) -> d
 def line_of(name: str, run: dict[str, Any]) -> str:
     """One measurement for a reader."""
     return (
-        f"{name}: {run['seconds']:.0f} s (foretold {run['predicted_seconds']:.0f}), peak "
-        f"{run['peak_bytes'] / 1e9:.2f} GB (foretold {run['predicted_peak_bytes'] / 1e9:.2f}); "
+        f"{name}: {run['seconds']:.0f} s (estimated {run['predicted_seconds']:.0f}), peak "
+        f"{run['peak_bytes'] / 1e9:.2f} GB (estimated {run['predicted_peak_bytes'] / 1e9:.2f}); "
         f"{run['share_of_matrix_rate']:.0%} of the matrix rate of "
         f"{run['matrix_rate']['per_s'] / 1e9:.0f} GFLOP/s, {run['share_by_cpu_time']:.0%} by "
         f"processor time; load before {run['load_before']:.1f}"

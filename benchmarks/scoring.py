@@ -17,7 +17,7 @@ up.
 The last line printed is JSON: per type the ratio plain / walk (median of the rounds) by wall time
 and by processor time, which tells more on a machine with other work, the bound that arithmetic
 alone allows, seconds, peak resident bytes of both, the share of the measured rate, and the time and
-memory that were foretold.
+memory that were estimated.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def plain(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[f
     return lambda: plain_perplexities(loaded, ids, removed)
 
 
-def foretell(model: Path, dtype: str, samples: int, greedy: int) -> dict[str, Any]:
+def estimate(model: Path, dtype: str, samples: int, greedy: int) -> dict[str, Any]:
     """What `shortllm info` says of scoring the model in memory."""
     import shortllm
 
@@ -113,8 +113,8 @@ def worker(side: str, model: Path, dtype: str, samples: int, greedy: int) -> dic
 
     if side == "rate":
         return matrix_rate(dtype)
-    if side == "foretell":
-        return foretell(model, dtype, samples, greedy)
+    if side == "estimate":
+        return estimate(model, dtype, samples, greedy)
     torch.manual_seed(0)
     ids = torch.randint(0, SHAPE["vocab_size"], (samples, LENGTH))
     (walk if side == "walk" else plain)(model, dtype, ids[:1, :8], 1)()  # first-use costs
@@ -147,7 +147,7 @@ def compare(model: Path, dtype: str, rounds: int, samples: int, greedy: int) -> 
         given = ["--worker", side, "--model", model, "--dtypes", dtype, "--greedy", greedy]
         return in_own_process(__file__, *given, "--samples", samples)
 
-    foretold = measure("foretell")
+    estimated = measure("estimate")
     runs: dict[str, list[dict[str, Any]]] = {"walk": [], "plain": [], "rate": []}
     for number in range(rounds):
         for side in ("rate", "walk", "plain") if number % 2 == 0 else ("rate", "plain", "walk"):
@@ -177,7 +177,7 @@ def compare(model: Path, dtype: str, rounds: int, samples: int, greedy: int) -> 
         "matrix_gflops": round(statistics.median(run["per_s"] for run in runs["rate"]) / 1e9, 1),
         "share_of_matrix_rate": round(statistics.median(shares("seconds", "per_s")), 3),
         "share_by_cpu_time": round(statistics.median(shares("cpu_seconds", "per_cpu_s")), 3),
-        **foretold,
+        **estimated,
     }
     values = [runs[side][0]["values"] for side in ("walk", "plain")]
     if greedy:
@@ -194,7 +194,7 @@ def line_of(dtype: str, found: dict[str, Any]) -> str:
         f"{found['arithmetic_bound']}); peak {found['plain_peak_bytes'] / 2**20:.0f} and "
         f"{found['walk_peak_bytes'] / 2**20:.0f} MiB; {found['share_of_matrix_rate']:.0%} of "
         f"{found['matrix_gflops']} GFLOP/s, by processor time {found['share_by_cpu_time']:.0%}; "
-        f"foretold {found['predicted_seconds']:.1f} s and "
+        f"estimated {found['predicted_seconds']:.1f} s and "
         f"{found['predicted_peak_bytes'] / 2**20:.0f} MiB"
     )
 
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10, help=f"of {LENGTH} tokens")
     parser.add_argument("--greedy", type=int, default=0, metavar="N", help="remove N in rounds")
     parser.add_argument(
-        "--worker", choices=["walk", "plain", "rate", "foretell"], help=argparse.SUPPRESS
+        "--worker", choices=["walk", "plain", "rate", "estimate"], help=argparse.SUPPRESS
     )
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

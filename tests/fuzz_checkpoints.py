@@ -14,7 +14,7 @@ from healthy import (
     BLOCKS,
     CONFIGS,
 )
-from mutations import damaged, damaged_bytes, text_of
+from mutations import TOO_DEEP, damaged, damaged_bytes, text_of
 
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX, read_tensor
@@ -58,7 +58,17 @@ def _header_values(header: dict[str, Any]) -> list[Any]:
     """Items and parts of items that nearly fit."""
     items = [item for name, item in header.items() if name != "__metadata__"]
     sizes: list[Any] = [size for item in items for size in (item["shape"], item["data_offsets"])]
-    return [*DTYPES, *items[:5], *sizes[:10], [0, 0], [128, 0], [-8, 0], [2**62, 2], [0.0, 128.0]]
+    return [
+        *TOO_DEEP,
+        *DTYPES,
+        *items[:5],
+        *sizes[:10],
+        [0, 0],
+        [128, 0],
+        [-8, 0],
+        [2**62, 2],
+        [0.0, 128.0],
+    ]
 
 
 def _displace(random: Random, header: dict[str, Any]) -> None:
@@ -112,7 +122,7 @@ def indexes(random: Random, bench: Bench) -> Act:
             }
             file.write_text(text_of(index, random))
         else:
-            file.write_text(damaged(random, index, values=places))
+            file.write_text(damaged(random, index, values=[*places, *TOO_DEEP]))
     return lambda: examine(bench, random)
 
 
@@ -189,7 +199,7 @@ def configs(random: Random, bench: Bench) -> Act:
         _misconfigure(random, raw)
         file.write_text(text_of(raw, random))
     else:
-        file.write_text(damaged(random, raw, values=[*CONFIG_VALUES, *raw.values()]))
+        file.write_text(damaged(random, raw, values=[*CONFIG_VALUES, *TOO_DEEP, *raw.values()]))
     return lambda: examine(bench, random)
 
 

@@ -180,7 +180,10 @@ def normalised(path: Path) -> str:
     """The text of a result file without times, versions, memory, and digits beyond the fourth."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        return json.dumps(_plain(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(_plain(json.loads(text)), indent=1, ensure_ascii=False, sort_keys=True)
+            + "\n"
+        )
     from shortllm import __version__
 
     text = re.sub(r"(<dt>versions</dt><dd>)[^<]*", r"\1VERSIONS", text)

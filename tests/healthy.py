@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_reporting import TOKENS, make_run
 from transformers import AutoConfig
 
+from shortllm import schemas
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.tensors import PICKLED, SAFETENSORS, SAFETENSORS_INDEX
 from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
@@ -25,7 +26,7 @@ from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import Quantization
-from shortllm.records import ModelInfo, Record, ResultFile
+from shortllm.records import DerivedRecord, ModelInfo, Record, ResultFile
 from shortllm.retraining.options import Retraining
 
 BLOCKS = 4
@@ -128,8 +129,14 @@ def example(annotation: Any, name: str = "") -> Any:
     return simple[annotation]
 
 
+METHODS = {"Retraining": "lora", "Quantization": "gptq"}
+"""Records that only take a registered method -> one."""
+
+
 def of(kind: type[Any], **fields: Any) -> Any:
     """A record whose other fields are examples of their types."""
+    if kind.__name__ in METHODS:
+        fields = {"method": METHODS[kind.__name__], **fields}
     others = {
         name: example(field.annotation, name)
         for name, field in kind.model_fields.items()
@@ -197,9 +204,11 @@ def records() -> dict[type[ResultFile], list[ResultFile]]:
 
 def kinds_of(base: type[Any]) -> list[type[Any]]:
     """Every class of result file there is."""
+    for name in schemas.NAMES:  # loads their modules
+        schemas.schema(name)
     return [
         kind for below in base.__subclasses__() for kind in (below, *kinds_of(below))
-        if kind.__module__.startswith("shortllm.")
+        if kind.__module__.startswith("shortllm.") and kind is not DerivedRecord
     ]  # fmt: skip
 
 

@@ -23,9 +23,9 @@ import shortllm
 from shortllm.benchmark import bench as benchmark
 from shortllm.benchmark import meters
 from shortllm.benchmark.interleaved import (
+    Candidate,
+    InterleavedRuns,
     Runs,
-    Subject,
-    Turns,
     in_turn,
     measurement_of,
     weight_bytes,
@@ -63,17 +63,17 @@ def measured(short: Path) -> Benchmark:
     return shortllm.bench([str(saved("llama")), str(short)], options=options, device="cpu")
 
 
-def turns_of(*subjects: Subject, options: BenchmarkOptions = QUICK) -> Turns:
-    return Turns(subjects, options, CPU, meter_of(CPU))
+def interleaved_runs(*candidates: Candidate, options: BenchmarkOptions = QUICK) -> InterleavedRuns:
+    return InterleavedRuns(candidates, options, CPU, meter_of(CPU))
 
 
-def subject(name: str, model: Any = None, **kwargs: Any) -> Subject:
+def candidate(name: str, model: Any = None, **kwargs: Any) -> Candidate:
     prompt_T = torch.arange(1, 6)
-    return Subject(name=name, model=model or build("llama"), prompt_T=prompt_T, **kwargs)
+    return Candidate(name=name, model=model or build("llama"), prompt_T=prompt_T, **kwargs)
 
 
 def recorder(name: str, log: list[str]) -> Callable[[], Any]:
-    """A context for the runs of a subject that notes each of them."""
+    """A context for the runs of a candidate that notes each of them."""
 
     @contextmanager
     def within() -> Iterator[None]:
@@ -85,8 +85,8 @@ def recorder(name: str, log: list[str]) -> Callable[[], Any]:
 
 def test_models_take_turns_and_each_turn_begins_with_another() -> None:
     log: list[str] = []
-    subjects = [subject(name, within=recorder(name, log)) for name in "ABC"]
-    turns_of(*subjects, options=BenchmarkOptions(warmup=2, runs=3)).measure(1, 2)
+    candidates = [candidate(name, within=recorder(name, log)) for name in "ABC"]
+    interleaved_runs(*candidates, options=BenchmarkOptions(warmup=2, runs=3)).measure(1, 2)
     warmup, runs = log[:6], log[6:]
     assert "".join(warmup) == "ABCBCA"
     # every measured run is followed by one of the same model for the time to the first token
@@ -104,9 +104,9 @@ def test_every_run_makes_the_asked_number_of_tokens_though_the_model_would_stop(
         model.lm_head.weight[2] = 100 * model.model.norm.weight.sign()
     lengths: list[int] = []
     model.register_forward_hook(lambda *call: lengths.append(call[2].logits.shape[1]))
-    [found] = turns_of(subject("A", model), options=BenchmarkOptions(warmup=1, runs=1)).measure(
-        2, 6
-    )
+    [found] = interleaved_runs(
+        candidate("A", model), options=BenchmarkOptions(warmup=1, runs=1)
+    ).measure(2, 6)
     assert len(lengths) == 6 + 6 + 1  # warm-up, measured, first token
     assert found.tokens_per_s == pytest.approx(2 * 6 / found.latencies_s[0])
 
@@ -176,11 +176,11 @@ def test_memory_that_does_not_suffice_is_recorded_and_the_others_go_on() -> None
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
-    turns = turns_of(subject("small"), subject("large", model))
-    small, large = turns.measure(2, 3)
+    interleaved = interleaved_runs(candidate("small"), candidate("large", model))
+    small, large = interleaved.measure(2, 3)
     assert small.status == "ok" and len(small.latencies_s) == QUICK.runs
     assert large == Measurement(model="large", batch=2, new_tokens=3, status="out of memory")
-    assert [one.status for one in turns.measure(1, 3)] == ["ok", "ok"]
+    assert [one.status for one in interleaved.measure(1, 3)] == ["ok", "ok"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux grants more memory than there is")
@@ -211,9 +211,9 @@ def test_models_that_do_not_fit_side_by_side_are_swapped() -> None:
             raise torch.OutOfMemoryError
 
     model.register_forward_pre_hook(refuse_once)
-    turns = turns_of(subject("A"), subject("B", model))
-    turns._movable = True
-    found = turns.measure(1, 2)
+    interleaved = interleaved_runs(candidate("A"), candidate("B", model))
+    interleaved._movable = True
+    found = interleaved.measure(1, 2)
     assert [(one.status, one.swapped) for one in found] == [("ok", True), ("ok", True)]
     assert [len(one.latencies_s) for one in found] == [QUICK.runs, QUICK.runs]
 
@@ -226,7 +226,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="probability tensor"):
-        turns_of(subject("A", model)).measure(1, 2)
+        interleaved_runs(candidate("A", model)).measure(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_errors_that_speak_of_memory(error: BaseException, expected: bool) -> No
 def test_the_weights_of_other_models_do_not_count_as_memory() -> None:
     small, large = build("llama"), build("llama")
     large.register_buffer("ballast", torch.ones(2**24))
-    found = turns_of(subject("small", small), subject("large", large)).measure(1, 2)
+    found = interleaved_runs(candidate("small", small), candidate("large", large)).measure(1, 2)
     peaks = [one.memory.process_bytes for one in found if one.memory]
     assert 2**25 < peaks[1] - peaks[0] < 2**27  # the ballast is 2**26 bytes
 
@@ -266,9 +266,9 @@ def test_compiling_uses_a_static_cache_and_begins_anew_in_each_cell(
     monkeypatch.setattr(torch, "compile", compile_nothing)
     model: Any = build("llama")
     options = BenchmarkOptions(warmup=2, runs=1, compile=True)
-    turns = turns_of(subject("A", model), options=options)
+    interleaved = interleaved_runs(candidate("A", model), options=options)
     for new_tokens, cache in ((5, 5 + 5 - 1), (3, 5 + 3 - 1)):
-        turns.measure(1, new_tokens)
+        interleaved.measure(1, new_tokens)
         assert cache <= model._previous_max_cache_length <= cache + 1
     assert len(compiled) == 2
 
@@ -280,7 +280,7 @@ def test_a_model_that_is_not_compiled_after_all_is_an_error(
     monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: False)
     options = BenchmarkOptions(warmup=2, runs=1, compile=True)
     with pytest.raises(ShortLLMError, match="'llama' is not generated with a static cache"):
-        turns_of(subject("A", model), options=options).measure(1, 2)
+        interleaved_runs(candidate("A", model), options=options).measure(1, 2)
 
 
 def test_an_attention_implementation_is_taken_by_the_model(short: Path) -> None:
@@ -319,23 +319,23 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
 ) -> None:
     options = QUICK.model_copy(update={"batches": [1, 2, 3], "runs": 1})
     cells: list[int] = []
-    measure = Turns.measure
+    measure = InterleavedRuns.measure
 
-    def interrupted(self: Turns, batch: int, *args: Any) -> list[Measurement]:
+    def interrupted(self: InterleavedRuns, batch: int, *args: Any) -> list[Measurement]:
         if batch == 2 and not cells.count(2):
             cells.append(batch)
             raise KeyboardInterrupt
         cells.append(batch)
         return measure(self, batch, *args)
 
-    monkeypatch.setattr(Turns, "measure", interrupted)
+    monkeypatch.setattr(InterleavedRuns, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shortllm.bench([str(short)], options=options, device="cpu", out=tmp_path)
     assert {path.name for path in tmp_path.glob("[!.]*")} == {"bench.partial"}
     kept = Benchmark.load(tmp_path / "bench.partial").measurements
     with caplog.at_level("INFO"):
         found = shortllm.bench([str(short)], options=options, device="cpu", out=tmp_path)
-    assert "holds 1 measurements" in caplog.text
+    assert "has 1 measurements" in caplog.text
     assert cells == [1, 2, 2, 3]
     assert found.measurements[0] == kept[0]
     assert [one.batch for one in found.measurements] == [1, 2, 3]
@@ -419,8 +419,8 @@ def test_at_most_four_batch_sizes_share_a_plot() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runs": 0}, "--runs 0 is too few. Give 1 or more"),
-        ({"warmup": 0}, "--warmup 0 is too few. Give 1"),
+        ({"runs": 0}, "runs 0: must be greater than or equal to 1"),
+        ({"warmup": 0}, "warmup 0: must be greater than or equal to 1"),
         ({"batches": [4, 0]}, "--batch 4,0 is too few"),
         ({"new_tokens": []}, "--new-tokens nothing is too few"),
         ({"compile": True, "warmup": 1}, "with --compile, of which the first compiles. Give 2"),
@@ -436,7 +436,7 @@ def test_what_cannot_be_measured_is_refused_before_loading(
 ) -> None:
     monkeypatch.delattr(benchmark, "load_model")
     with pytest.raises(ShortLLMError, match=message):
-        shortllm.bench([str(saved("llama"))], options=BenchmarkOptions(**options), device="cpu")
+        shortllm.bench([str(saved("llama"))], **options, device="cpu")
 
 
 def test_no_model_and_a_file_for_a_directory(tmp_path: Path) -> None:
@@ -573,7 +573,7 @@ def test_the_command_prints_a_table_or_json(
     [
         (["bench"], "Missing argument"),
         (["bench", "nope"], "no such directory: nope"),
-        (["bench", "embedded", "--batch", "1,x"], "--batch '1,x' is not a list of numbers"),
+        (["bench", "embedded", "--batch", "1,x"], "--batch x: must be a valid integer"),
         (["bench", "embedded", "--preset", "none"], "Invalid value for '--preset'"),
         (["bench", "embedded", "--new-tokens", "9999"], "exceed the 512 positions of embedded"),
     ],

@@ -1,4 +1,4 @@
-"""Foretold operations, times and memory against counts on real models and by hand."""
+"""Estimated operations, times and memory against counts on real models and by hand."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_operations_by_hand() -> None:
         assert of(found, name, streamed=True).flops == pytest.approx(flops, rel=1e-12)
 
 
-def test_every_criterion_on_a_model_is_foretold_once_each_way() -> None:
+def test_every_criterion_on_a_model_is_estimated_once_each_way() -> None:
     found = estimates(setting_of(opened("llama")), None)
     needs = {name: criteria.get(name).needs for name in criteria.names()}
     expected = {name for name in needs if needs[name] not in ("nothing", "sets")}
@@ -185,7 +185,7 @@ def test_the_probe_measures_this_machine() -> None:
     assert 0 < found.reduced_per_s < 1e15
 
 
-def test_options_of_a_criterion_change_what_is_foretold() -> None:
+def test_options_of_a_criterion_change_the_estimates() -> None:
     few, many = (
         of(info(str(saved("llama")), probe=False, options=options).estimates, "greedy",
            streamed=True)

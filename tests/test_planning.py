@@ -231,7 +231,7 @@ def test_a_removal_order_is_followed_as_far_as_it_goes() -> None:
     plan = build_plan(Budget(remove=2, **free), model=about, scores=greedy)
     assert plan.order == [2, 1]
     assert "were removed one after the other by the criterion 'greedy'" in plan.reason
-    with pytest.raises(BudgetError, match="hold the order of 2 removals, and 3 .*greedy.rounds=3"):
+    with pytest.raises(BudgetError, match="have the order of 2 removals, and 3 .*greedy.rounds=3"):
         build_plan(Budget(remove=3, **free), model=about, scores=greedy)
     with pytest.raises(BudgetError, match="remove block 2, which is protected. Score again with"):
         build_plan(Budget(remove=2, protect_first=3, protect_last=0), model=about, scores=greedy)

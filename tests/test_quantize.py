@@ -258,7 +258,7 @@ def test_what_cannot_be_done_to_a_quantized_checkpoint_is_refused(
 def test_blocks_of_a_quantized_checkpoint_can_go(made: dict[str, Path], tmp_path: Path) -> None:
     calibration = CalibrationOptions(data="embedded", samples=2, length=32)
     scores = shortllm.score(str(made["gptq"]), calibration=calibration)
-    plan = shortllm.plan(scores, shortllm.Budget(remove=2))
+    plan = shortllm.plan(scores, remove=2)
     shortllm.prune(str(made["gptq"]), plan, tmp_path / "short")
     shorter = open_checkpoint(tmp_path / "short")
     assert shorter.block_count == 10

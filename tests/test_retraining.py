@@ -24,7 +24,6 @@ from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
-from shortllm.papers import LORA
 from shortllm.reporting.healing import retraining_parts
 from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
@@ -38,7 +37,7 @@ from shortllm.retraining.distillation import (
     top_k_loss,
 )
 from shortllm.retraining.documents import Document, documents, kind_of, template_of
-from shortllm.retraining.methods import METHODS, Method
+from shortllm.retraining.methods import METHODS, TrainingMethod
 from shortllm.retraining.options import RetrainOptions
 from shortllm.retraining.setup import resolve, work_directory
 from shortllm.retraining.store import Corpus, Store, open_corpus, write_corpus
@@ -87,7 +86,7 @@ def read(file: Path, tokenizer: Any, **changes: Any) -> list[Document]:
     return list(documents(records, kind_of(records, options.form), tokenizer, options))
 
 
-def test_the_answer_alone_is_learnt_and_ends_the_document(place: Path, tokenizer: Any) -> None:
+def test_the_answer_alone_has_a_loss_and_ends_the_document(place: Path, tokenizer: Any) -> None:
     found = read(place / "alpaca.jsonl", tokenizer)
     assert len(found) == 40
     for number in (0, 1):
@@ -471,7 +470,7 @@ def retrain(place: Path, out: Path, model: str = "short", **changes: Any) -> sho
 def test_every_method_ends_with_a_plain_checkpoint(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "healed"
+    out = tmp_path / "retrained"
     record = retrain(place, out, **TRAININGS[name])
     held_out = dict(record.curves["held_out"])
     assert list(held_out) == [0, 2, 4, 6], "also before the first step"
@@ -528,7 +527,7 @@ def test_what_is_up_to_date_is_skipped_and_another_recipe_is_not(
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "mixtral", "phi3", "gemma2", "opt"])
-def test_any_family_is_healed_into_the_files_it_came_in(variant: str, tmp_path: Path) -> None:
+def test_any_family_is_retrained_into_the_files_it_came_in(variant: str, tmp_path: Path) -> None:
     tiny.whole(tmp_path / "model", variant)
     tiny.text(tmp_path / "text.jsonl", 12)
     record = retrain(tmp_path, tmp_path / "out", model="model", data="text.jsonl", max_steps=2)
@@ -618,8 +617,14 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "text.jsonl", "length": 600}, "600 tokens exceed the 512 positions"),
         ({"data": "text.jsonl", "max_steps": 0}, "max_steps 0: must be greater than 0"),
         ({"data": "text.jsonl", "epochs": 1}, "--max-steps and --epochs both set the duration"),
-        ({"data": "text.jsonl", "temperature": 2}, "--temperature belongs to --method distill"),
-        ({"data": "text.jsonl", "method": "full", "rank": 4}, "--rank belongs to --method lora"),
+        (
+            {"data": "text.jsonl", "temperature": 2},
+            "--temperature is an option of --method distill",
+        ),
+        (
+            {"data": "text.jsonl", "method": "full", "rank": 4},
+            "--rank is an option of --method lora",
+        ),
         ({"data": "text.jsonl", "micro_batch": 3}, "--micro-batch 3 does not divide the 4"),
         ({"data": "text.jsonl", "template": "chat"}, "--template chat is for instructions"),
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
@@ -676,7 +681,7 @@ def test_defaults_are_the_paper_s(place: Path) -> None:
 
 def test_every_method_is_described_once() -> None:
     for one in METHODS:
-        assert one.label and one.help.endswith(".") and one.paper.arxiv
+        assert one.label and one.help.endswith(".") and one.paper
         assert {*one.defaults, *one.options} <= RetrainOptions.model_fields.keys()
         assert one.name in (RetrainOptions.model_fields["method"].description or "")
     owned = [option for one in METHODS for option in one.options]
@@ -692,10 +697,12 @@ def test_a_new_method_needs_no_other_edit(
             parameter.requires_grad_("norm" in name)
         return model
 
-    about = Method(name="norms", label="", help="", paper=LORA, function=norms, freezes=True)
-    monkeypatch.setitem(METHODS._entries, "norms", about)
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    METHODS.register(TrainingMethod(name="norms", label="Norms", freezes=True))(norms)
     changes = {"data": "text.jsonl", "learning_rate": 1e-2}
-    with pytest.raises(ShortLLMError, match="--rank belongs to --method lora, not to norms"):
+    with pytest.raises(
+        ShortLLMError, match="--rank is an option of --method lora, and the method is norms"
+    ):
         retrain(place, tmp_path / "out", method="norms", rank=4, **changes)
     retrain(place, tmp_path / "out", method="norms", **changes)
     found, before = weights(tmp_path / "out"), weights(place / "short")

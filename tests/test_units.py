@@ -44,7 +44,7 @@ METHODS = (*DEPTH, *WIDTH)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("units") / "run"
-    shortllm.compare_units(RECIPE, out=directory)
+    shortllm.compare_units(recipe=RECIPE, out=directory)
     return directory
 
 
@@ -100,7 +100,7 @@ def test_the_same_again_does_nothing(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in place.glob("*/model.safetensors")}
     with caplog.at_level(logging.INFO, logger="shortllm"):
-        shortllm.compare_units(RECIPE, out=place)
+        shortllm.compare_units(recipe=RECIPE, out=place)
     assert len(before) == 10
     assert all(path.stat().st_mtime_ns == before[path] for path in before)
     assert caplog.text.count("is up to date, skipped") >= 12
@@ -155,14 +155,14 @@ def test_models_without_heads_of_their_own_are_refused_before_scoring(
 ) -> None:
     recipe = RECIPE.model_copy(update={"budget": shortllm.Budget(remove=11)})
     with pytest.raises(ShortLLMError, match="cannot remove 11 of 12 blocks"):
-        shortllm.compare_units(recipe, out=tmp_path / "run")
+        shortllm.compare_units(recipe=recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_that_heals_without_training_is_refused(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"healing": shortllm.HealOptions()})
     with pytest.raises(RecipeError, match="heals without training"):
-        shortllm.compare_units(recipe, out=tmp_path / "run")
+        shortllm.compare_units(recipe=recipe, out=tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import tokens_fingerprint
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.evaluation.evaluate import evaluate_models, evaluation_fingerprint
-from shortllm.evaluation.harness import table_beside, write_table
+from shortllm.evaluation.harness import table_path, write_table
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.perplexity import measure_perplexity
 from shortllm.evaluation.texts import Texts
@@ -25,7 +25,7 @@ from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.reporting.measurements import write_benchmark
 from shortllm.run_directory import delete, finished
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions
 from shortllm.surgery.apply import open_checkpoints
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def evaluate_in(
         evaluation = evaluate_models(named, texts.evaluation, options, session=session, tasks=tasks)
         evaluation.save(path)
     if tasks is None:
-        delete([table_beside(path)])
+        delete([table_path(path)])
     else:
-        write_table(evaluation, table_beside(path))
+        write_table(evaluation, table_path(path))
     return evaluation
 
 
@@ -91,12 +91,12 @@ def _measured(evaluation: Path, tokens: str) -> dict[str, float]:
     }
 
 
-@accepts(options=BenchmarkOptions, runtime=Runtime)
+@accepts(options=BenchmarkOptions, runtime=DeviceOptions)
 def bench(
     models: str | Sequence[str],
     *,
     options: BenchmarkOptions,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     out: Path | str | None = None,
 ) -> Benchmark:
     """Latency, throughput and memory of one or more models, measured in interleaved runs.

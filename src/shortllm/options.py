@@ -89,7 +89,7 @@ class OptionField:
 
 
 def nested_record(info: FieldInfo) -> type[Options] | None:
-    """The record that a field holds, or may hold; None for other fields, lists of records too."""
+    """The record in a field, or allowed there; None for other fields, lists of records too."""
     kinds = (info.annotation,) if get_origin(info.annotation) is list else get_args(info.annotation)
     for kind in (info.annotation, *kinds):
         if isinstance(kind, type) and issubclass(kind, Options):
@@ -130,7 +130,7 @@ def options_from(
     kind: type[Kind],
     given: Mapping[str, Any],
     *,
-    base: Kind | None = None,
+    base: Options | None = None,
     shown: Callable[[OptionField], str] = lambda one: one.name,
 ) -> Kind:
     """A record with the given options, by their flat names; others as in `base`, or the defaults.
@@ -218,6 +218,7 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
             rest = dict(given)
             for parameter, kind in records.items():
                 base = rest.pop(parameter, None)
+                kind = kind if base is None else type(base)  # a subclass has more options
                 fields = option_fields(kind)
                 chosen = {
                     name: rest.pop(name)
@@ -300,6 +301,8 @@ def table_rows(kind: type[Options]) -> Iterator[tuple[str, str, str, str]]:
     """Flag, recipe key, default and description of each option: a row of the tables in docs."""
     for one in option_fields(kind).values():
         default = one.info.get_default(call_default_factory=True)
-        shown = "" if default is None or default == [] else str(default)
+        shown = "" if default is None else _shown_value(default)
+        if one.info.is_required():
+            shown = "required"
         flag = "" if one.flag.hidden else one.option
         yield flag, ".".join(one.path), shown, one.info.description or ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -13,7 +13,9 @@ from shortllm.errors import ResultFileError, did_you_mean
 from shortllm.files import write_text
 
 MAX_BLOCKS = 10_000
-"""Blocks of a model at the most: one that says it has more is damaged."""
+"""Most blocks of a model; a config that says more is damaged."""
+
+ResultKind = TypeVar("ResultKind", bound="ResultFile")
 
 SpecialToken = Literal["bos", "eos", "unk", "pad"]
 
@@ -49,6 +51,15 @@ class ResultFile(Record):
             raise ResultFileError(
                 f"{path} is not a {cls.__name__} file: {_explain(error, cls)}"
             ) from error
+
+
+def load_current(kind: type[ResultKind], path: Path, expected: str) -> ResultKind | None:
+    """A result file if it is whole and written from the same inputs, by their fingerprint."""
+    try:
+        found = kind.load(path)
+    except ResultFileError:
+        return None
+    return found if found.fingerprint == expected else None
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:

@@ -92,7 +92,7 @@ class RegisteredMethod:
 
     @METHODS.register(WidthMethod(name="flap", label="FLAP", paper=FLAP, one_list=True))
     def flap(task: Task) -> Chosen:
-        \"\"\"How much inputs vary; all blocks are ranked in one list.\"\"\"
+        ...
     """
 
     name: str

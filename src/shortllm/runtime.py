@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ByteSize, Field
 
 from shortllm import __version__
 from shortllm.errors import ShortLLMError
-from shortllm.options import Flag, Options
+from shortllm.options import Options
 
 if TYPE_CHECKING:
     import torch
@@ -52,16 +59,33 @@ def is_trusted() -> bool:
     return _trusted.get()
 
 
-class Runtime(Options):
-    """Where and how models run."""
+class Trust(Options):
+    """Whether Python code that comes with a checkpoint may run."""
 
     panel: ClassVar[str] = "Device and memory"
+
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with a checkpoint."
+    )
+
+    def applied(self) -> AbstractContextManager[None]:
+        """A context in which code of checkpoints may run, if these options allow it."""
+        return trusting_remote_code() if self.trust_remote_code else nullcontext()
+
+
+class DeviceOptions(Trust):
+    """Where models run, for work that needs a whole model in memory or none at all."""
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 or mps.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Computation type. auto: float32 on a CPU, else the checkpoint's own.",
     )
+
+
+class Runtime(DeviceOptions):
+    """Where and how models run."""
+
     stream: bool | None = Field(
         default=None,
         description="Read the blocks one at a time from the files. Default: only where the model "
@@ -72,13 +96,6 @@ class Runtime(Options):
         description="Keep hidden states beyond this size in a file, e.g. 4GiB. Default: half of "
         "the free memory.",
     )
-    trust_remote_code: Annotated[bool, Flag(name="--trust-remote-code")] = Field(
-        default=False, description="Run Python code that comes with a checkpoint."
-    )
-
-    def applied(self) -> AbstractContextManager[None]:
-        """A context in which code of checkpoints may be run, if these options allow it."""
-        return trusting_remote_code() if self.trust_remote_code else nullcontext()
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -184,7 +201,7 @@ class Ranks:
         return found
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             import torch.distributed
 
@@ -242,6 +259,27 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+class _Nowhere(io.TextIOBase):
+    """Drops what is written; never closed, because libraries keep a reference to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Nothing that libraries print, and of these loggers only errors."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -1,9 +1,4 @@
-"""Models that take turns on one device: the runs of one cell of a sweep, and what they have shown.
-
-warm-up        model A, model B, model A, ...        the last one tells the peak memory
-measured runs  A B | B A | A B | ...                 latency and utilisation, then the time
-                                                     to the first token in a run of its own
-"""
+"""Interleaved runs of several models on one device: one cell of a sweep, and its figures."""
 
 from __future__ import annotations
 
@@ -22,15 +17,13 @@ from shortllm.benchmark.meters import Meter, Sampler, bounded_memory, is_out_of_
 from shortllm.benchmark.options import BenchmarkOptions, Measurement, PeakMemory
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
-from shortllm.runtime import quiet_transformers
-
-Advance = Callable[[float], None]
+from shortllm.runtime import Advance, quiet_transformers
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Subject:
+class Candidate:
     """A model that is measured, its prompt `[T]`, and the context its runs happen in."""
 
     name: str
@@ -41,7 +34,7 @@ class Subject:
 
 @dataclass(slots=True)
 class Runs:
-    """What the runs of one subject in one cell have shown so far."""
+    """Figures of one candidate's runs in one cell so far."""
 
     latencies_s: list[float] = field(default_factory=list)
     first_tokens_s: list[float] = field(default_factory=list)
@@ -50,32 +43,32 @@ class Runs:
     failed: bool = False
 
 
-class Turns:
+class InterleavedRuns:
     """Models that are measured in turn on one device."""
 
     def __init__(
         self,
-        subjects: Sequence[Subject],
+        candidates: Sequence[Candidate],
         options: BenchmarkOptions,
         device: torch.device,
         meter: Meter,
     ) -> None:
-        self.subjects = subjects
+        self.candidates = candidates
         self.options = options
         self._device = device
         self._meter = meter
         self._arguments = compiling() if options.compile else {}
-        self._movable = device.type != "cpu" and len(subjects) > 1
+        self._movable = device.type != "cpu" and len(candidates) > 1
 
     def measure(
         self, batch: int, new_tokens: int, advance: Advance = lambda runs: None
     ) -> list[Measurement]:
-        """One cell of the sweep: a measurement for each subject.
+        """One cell of the sweep: a measurement for each candidate.
 
         Args:
             advance: called with the number of runs done since its last call.
         Raises:
-            ShortLLMError: a model that was to be compiled and cannot be.
+            ShortLLMError: a model that cannot be compiled, but should be.
         """
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), quiet_transformers():
@@ -87,21 +80,21 @@ class Turns:
         assert runs is not None
         return [
             measurement_of(one.name, batch, new_tokens, found, swapped=swapped)
-            for one, found in zip(self.subjects, runs, strict=True)
+            for one, found in zip(self.candidates, runs, strict=True)
         ]
 
     def _alternate(
         self, batch: int, new_tokens: int, advance: Advance, *, swapped: bool
     ) -> list[Runs] | None:
-        """All runs of a cell, in turn; None where some do not fit beside the other models.
+        """All runs of a cell, in turn; None if some do not fit next to the other models.
 
         Args:
             swapped: keep on the device only the model that runs.
         """
         self._forget_shapes()
-        found = [Runs() for _ in self.subjects]
+        found = [Runs() for _ in self.candidates]
         for number in range(self.options.warmup + self.options.runs):
-            for place in in_turn(len(self.subjects), number):
+            for place in in_turn(len(self.candidates), number):
                 if not found[place].failed:
                     run = self._run(place, found[place], number, batch, new_tokens, swapped)
                     if not self._fits(run):
@@ -114,20 +107,20 @@ class Turns:
     def _run(
         self, place: int, runs: Runs, number: int, batch: int, new_tokens: int, swapped: bool
     ) -> Callable[[], None]:
-        """The run of one subject in one turn, to be called."""
-        subject = self.subjects[place]
+        """The run of one candidate in one turn, as a function."""
+        candidate = self.candidates[place]
 
         def run() -> None:
-            self._bring(subject, swapped=swapped)
+            self._bring(candidate, swapped=swapped)
             torch.manual_seed(self.options.seed + number)
             if number < self.options.warmup - 1:
-                self._generate(subject, batch, new_tokens)
+                self._generate(candidate, batch, new_tokens)
             elif number == self.options.warmup - 1:
-                runs.memory = self._peak_memory(subject, batch, new_tokens, swapped=swapped)
+                runs.memory = self._peak_memory(candidate, batch, new_tokens, swapped=swapped)
             else:
                 with Sampler(self._meter) as sampler:
-                    latency = self._seconds(subject, batch, new_tokens)
-                first_token = self._seconds(subject, batch, 1)
+                    latency = self._seconds(candidate, batch, new_tokens)
+                first_token = self._seconds(candidate, batch, 1)
                 runs.latencies_s.append(latency)
                 runs.utilisation.extend(sampler.utilisation)
                 runs.first_tokens_s.append(first_token)
@@ -135,7 +128,7 @@ class Turns:
         return run
 
     def _fits(self, run: Callable[[], None]) -> bool:
-        """Make a run; False if memory did not suffice, with what it took given back."""
+        """Make a run; False if memory did not suffice, which is then freed."""
         try:
             with bounded_memory(self._device):
                 run()
@@ -144,52 +137,52 @@ class Turns:
                 raise
         else:
             return True
-        gc.collect()  # here the traceback no longer holds what the run had made
+        gc.collect()  # here the traceback no longer keeps the run's tensors alive
         self._meter.release()
         return False
 
-    def _bring(self, subject: Subject, *, swapped: bool) -> None:
-        """Have the subject on the device, and the other models too unless they are swapped."""
+    def _bring(self, candidate: Candidate, *, swapped: bool) -> None:
+        """Have the candidate on the device, and the other models too unless they are swapped."""
         if self._device.type == "cpu":
             return
-        for other in self.subjects:
-            if other.model is not subject.model:
+        for other in self.candidates:
+            if other.model is not candidate.model:
                 other.model.to(CPU if swapped else self._device)
         if swapped:
             self._meter.release()
-        subject.model.to(self._device)
+        candidate.model.to(self._device)
 
-    def _seconds(self, subject: Subject, batch: int, new_tokens: int) -> float:
+    def _seconds(self, candidate: Candidate, batch: int, new_tokens: int) -> float:
         """Time of one run from an idle device to an idle device, by the monotonic clock."""
         self._meter.synchronize()
         start = time.perf_counter()
-        self._generate(subject, batch, new_tokens)
+        self._generate(candidate, batch, new_tokens)
         self._meter.synchronize()
         return time.perf_counter() - start
 
     def _peak_memory(
-        self, subject: Subject, batch: int, new_tokens: int, *, swapped: bool
+        self, candidate: Candidate, batch: int, new_tokens: int, *, swapped: bool
     ) -> PeakMemory:
-        """Peaks of one run, less the weights of the other models held meanwhile."""
+        """Peaks of one run, minus the weights of the other models in memory."""
         self._meter.release()
         self._meter.reset()
         with Sampler(self._meter) as sampler:
-            self._generate(subject, batch, new_tokens)
+            self._generate(candidate, batch, new_tokens)
             self._meter.synchronize()
             kept = self._meter.peaks()
-        models = {id(one.model): one.model for one in self.subjects}
-        del models[id(subject.model)]
+        models = {id(one.model): one.model for one in self.candidates}
+        del models[id(candidate.model)]
         others = 0 if swapped else sum(map(weight_bytes, models.values()))
         peaks = {name: sampler.peak(name, kept) for name in PeakMemory.model_fields}
         return PeakMemory(
             **{name: None if peak is None else peak - others for name, peak in peaks.items()}
         )
 
-    def _generate(self, subject: Subject, batch: int, new_tokens: int) -> None:
+    def _generate(self, candidate: Candidate, batch: int, new_tokens: int) -> None:
         """Sample exactly `new_tokens` tokens for each of `batch` copies of the prompt."""
-        ids_BT = subject.prompt_T.repeat(batch, 1).to(self._device)
-        with subject.within():
-            output = subject.model.generate(
+        ids_BT = candidate.prompt_T.repeat(batch, 1).to(self._device)
+        with candidate.within():
+            output = candidate.model.generate(
                 input_ids=ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
                 do_sample=True,
@@ -204,24 +197,24 @@ class Turns:
                 **self._arguments,
             )
         assert output.shape[1] == ids_BT.shape[1] + new_tokens
-        if self._arguments and new_tokens > 1 and not hasattr(subject.model, "_compiled_call"):
+        if self._arguments and new_tokens > 1 and not hasattr(candidate.model, "_compiled_call"):
             raise ShortLLMError(
-                f"{subject.name} cannot be compiled: text of model type "
-                f"'{subject.model.config.model_type}' is not generated with a static cache. Leave "
-                "out --compile"
+                f"{candidate.name} cannot be compiled: text of model type "
+                f"'{candidate.model.config.model_type}' is not generated with a static cache. "
+                "Leave out --compile"
             )
 
     def _forget_shapes(self) -> None:
-        """Compile anew for every cell: for its shapes alone, as if there were no other.
+        """Compile again for every cell: for its shapes alone, as if there were no other.
 
         A model also remembers its longest static cache (transformers 5), and would use it for
         shorter texts as well.
         """
         if self.options.compile:
             torch.compiler.reset()
-            for subject in self.subjects:
+            for candidate in self.candidates:
                 for name in ("_compiled_call", "_previous_max_cache_length"):
-                    subject.model.__dict__.pop(name, None)
+                    candidate.model.__dict__.pop(name, None)
 
 
 def in_turn(count: int, number: int) -> list[int]:
@@ -263,9 +256,9 @@ def measurement_of(
 
 
 def compiling() -> dict[str, Any]:
-    """What `generate` is told so that it compiles the model, on any device."""
+    """Arguments with which `generate` compiles the model, on any device."""
     from transformers import CompileConfig
 
     config = CompileConfig()
-    config._compile_all_devices = True  # without it a CPU is left out without a word
+    config._compile_all_devices = True  # without it a CPU is silently left out
     return {"cache_implementation": "static", "compile_config": config}

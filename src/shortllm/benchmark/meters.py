@@ -1,12 +1,12 @@
-"""What a device tells of a run: when it is done, how much memory it took, how busy it was.
+"""Meters of a device during a run: when it is done, its peak memory, and its utilisation.
 
 meter_of(device) ─► Meter      synchronize, reset, peaks, sample, release
-Sampler(meter)                 a thread that samples while a run goes on
+Sampler(meter)                 a thread that samples during a run
 
-          when it is done    peak memory                    utilisation
-cuda      synchronise        allocator; NVML, device        NVML, the device in use
-mps       synchronise        allocator, sampled             not told
-cpu       at once            resident memory of the         time of this process over
+          done when          peak memory                    utilisation
+cuda      synchronised       allocator; NVML, device        NVML, whole device
+mps       synchronised       allocator, sampled             unknown
+cpu       call returns       resident memory of the         CPU time of this process over
                              process                        that of the processors it may use
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import platform
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,12 +39,12 @@ OUT_OF_MEMORY = (
     "bad_alloc",
     "can't start new thread",
 )
-"""What the messages of errors say that have no class of their own."""
+"""Messages of out-of-memory errors without a class of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One moment of a run; None is what the device does not tell."""
+    """One moment of a run; None if the device does not report it."""
 
     utilisation: float | None = None
     """0 to 1, since the sample before."""
@@ -56,12 +55,12 @@ class Sample:
 
 
 class Meter(Protocol):
-    """What is read of one device."""
+    """Readings of one device."""
 
     name: str
 
     def synchronize(self) -> None:
-        """Return when everything asked of the device is done."""
+        """Return when the device has finished its work."""
 
     def reset(self) -> None:
         """Forget the peaks so far."""
@@ -70,10 +69,10 @@ class Meter(Protocol):
         """Memory peaks since the last reset, as far as the device keeps them itself."""
 
     def sample(self) -> Sample:
-        """How busy the device was since the last sample, and what memory is in use."""
+        """Utilisation of the device since the last sample, and memory in use."""
 
     def release(self) -> None:
-        """Give memory back that is held but not used."""
+        """Free cached memory."""
 
 
 def meter_of(device: torch.device) -> Meter:
@@ -98,20 +97,15 @@ class CpuMeter:
         self.name = _processor()
         self._process = psutil.Process()
         self._processors = usable_processors()
-        self._before = self._clocks()
         self._high_water = _HighWater()
-
-    def _clocks(self) -> tuple[float, float]:
-        """Seconds of work of this process, and seconds by the wall clock."""
-        used = self._process.cpu_times()
-        return used.user + used.system, time.perf_counter()
+        self._process.cpu_percent()
 
     def synchronize(self) -> None:
         """Nothing: the CPU is done when it returns."""
 
     def reset(self) -> None:
-        """Begin a run: clocks and the high-water mark anew."""
-        self._before = self._clocks()
+        """Begin a run: reset the clock and the high-water mark."""
+        self._process.cpu_percent()
         self._high_water.reset()
 
     def peaks(self) -> Sample:
@@ -120,9 +114,7 @@ class CpuMeter:
 
     def sample(self) -> Sample:
         """Busy share since the last sample, and resident memory."""
-        before, now = self._before, self._clocks()
-        self._before = now
-        busy = (now[0] - before[0]) / max(now[1] - before[1], 1e-9) / self._processors
+        busy = self._process.cpu_percent() / 100 / self._processors
         return Sample(utilisation=busy, process_bytes=self._process.memory_info().rss)
 
     def release(self) -> None:
@@ -130,7 +122,7 @@ class CpuMeter:
 
 
 class _HighWater:
-    """The kernel's own mark of the highest resident memory, where it can be set back (Linux)."""
+    """The kernel's record of the highest resident memory, where it can be reset (Linux)."""
 
     _status = Path("/proc/self/status")
     _reset = Path("/proc/self/clear_refs")
@@ -171,7 +163,7 @@ class CudaMeter:
         torch.cuda.synchronize(self._device)
 
     def reset(self) -> None:
-        """Begin a run: peaks anew."""
+        """Begin a run: reset the peaks."""
         import torch
 
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -200,7 +192,7 @@ class CudaMeter:
 
 
 def nvml_handle(device: torch.device) -> Any:
-    """NVML's handle of the device that torch calls by this number, whatever its number there.
+    """NVML's handle of a device by its UUID, since torch and NVML may number devices differently.
 
     Raises:
         ShortLLMError: NVML's Python bindings are missing, or there is no driver.
@@ -226,16 +218,17 @@ def nvml_handle(device: torch.device) -> Any:
 
 
 def nvml_reading(handle: Any) -> tuple[float | None, int | None]:
-    """Utilisation (0 to 1) and bytes in use of a device, all processes; None where not told."""
+    """Utilisation (0 to 1) and bytes in use of a device, all processes; None if not reported."""
     import pynvml
 
-    def told(read: Any) -> Any:
+    def read_or_none(read: Any) -> Any:
         try:
             return read(handle)
-        except pynvml.NVMLError:  # parts of a shared device do not tell
+        except pynvml.NVMLError:  # parts of a shared device do not report it
             return None
 
-    rates, memory = told(pynvml.nvmlDeviceGetUtilizationRates), told(pynvml.nvmlDeviceGetMemoryInfo)
+    rates = read_or_none(pynvml.nvmlDeviceGetUtilizationRates)
+    memory = read_or_none(pynvml.nvmlDeviceGetMemoryInfo)
     return (
         None if rates is None else rates.gpu / 100,
         None if memory is None else int(memory.used),
@@ -243,7 +236,7 @@ def nvml_reading(handle: Any) -> tuple[float | None, int | None]:
 
 
 class MpsMeter:
-    """An Apple GPU; it keeps no peaks, so that memory is sampled."""
+    """An Apple GPU, which keeps no peaks: memory is sampled."""
 
     def __init__(self, device: torch.device) -> None:
         self.name = f"{_processor()} GPU"
@@ -292,7 +285,7 @@ class Sampler:
             self.samples.append(self._meter.sample())
 
     def __enter__(self) -> Sampler:
-        self._meter.sample()  # what the first sample counts from
+        self._meter.sample()  # the start of the first interval
         self._thread.start()
         return self
 
@@ -303,17 +296,17 @@ class Sampler:
 
     @property
     def utilisation(self) -> list[float]:
-        """Of every sample that tells it."""
+        """Utilisation of every sample that has it."""
         return [one.utilisation for one in self.samples if one.utilisation is not None]
 
     def peak(self, name: str, kept: Sample) -> int | None:
-        """The highest of the samples and of what the device kept itself, in bytes."""
+        """The highest of the samples and of the device's own peak, in bytes."""
         found = [getattr(one, name) for one in (kept, *self.samples)]
         return max((value for value in found if value is not None), default=None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on any device."""
+    """Whether an error means that memory did not suffice, on any device."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -324,10 +317,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def bounded_memory(device: torch.device) -> Iterator[None]:
-    """Within the context, a CPU process that asks for more than is free gets an error.
+    """Within the context, a CPU process that allocates more than is free gets an error.
 
-    Otherwise Linux would grant it and then kill the process. Elsewhere nothing is done: other
-    devices raise by themselves.
+    Otherwise Linux would grant it and then kill the process. Other devices raise by themselves.
     """
     if device.type != "cpu" or platform.system() != "Linux":
         yield
@@ -355,12 +347,12 @@ def usable_processors() -> int:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run over the last minute, of the whole machine; None if not told."""
+    """Processes that wanted to run over the last minute, of the whole machine; None if unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _processor() -> str:
-    """The processor by its name, as far as the system says it."""
+    """The processor's model name, or as much as the system reports."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -135,7 +135,7 @@ class Benchmark(ResultFile):
     warmup: int = Field(description="runs before the measured ones, per model and cell")
     runs: int
     compiled: bool = Field(description="static cache and torch.compile")
-    attention: str | None = Field(default=None, description="as asked for; null: the model's own")
+    attention: str | None = Field(default=None, description="as requested; null: the model's own")
     device: str = Field(description="cpu, cuda or mps")
     device_name: str
     threads: int = Field(description="threads torch uses for one operation on the CPU")

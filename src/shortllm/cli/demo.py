@@ -11,7 +11,7 @@ import typer
 
 from shortllm.cli.flags import flags
 from shortllm.errors import ShortLLMError
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions
 
 Place = Annotated[
     str | None,
@@ -19,9 +19,9 @@ Place = Annotated[
 ]
 
 
-@flags(runtime=Runtime)
+@flags(runtime=DeviceOptions)
 def demo(
-    runtime: Runtime,
+    runtime: DeviceOptions,
     original: Place = None,
     width: Place = None,
     depth: Place = None,

@@ -12,7 +12,7 @@ from shortllm.cli.flags import flags
 from shortllm.cli.options import Json, Revision
 from shortllm.cli.output import print_benchmark, print_evaluation, print_json, print_table
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions, Runtime, Trust
 
 Models = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or Hub ids.")
@@ -43,11 +43,11 @@ def evaluate(
             typer.echo(f"\n[{model.name}] {model.samples.prompt if model.samples else ''}{text}")
 
 
-@flags(options=BenchmarkOptions, runtime=Runtime)
+@flags(options=BenchmarkOptions, runtime=DeviceOptions)
 def bench(
     models: Models,
     options: BenchmarkOptions,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     preset: Annotated[
         Literal["paper"] | None,
         typer.Option(help="A published sweep. paper: batch 1 to 256, 128 and 512 new tokens."),
@@ -113,10 +113,10 @@ def report(
     typer.echo(f"report: {shortllm.report(run_dir)}")
 
 
-@flags(runtime=Runtime)
+@flags(trust=Trust)
 def export_lint(
     model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a Hub id.")],
-    runtime: Runtime,
+    trust: Trust,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -126,7 +126,7 @@ def export_lint(
     """
     import shortllm
 
-    findings = shortllm.export_lint(model, revision=revision, runtime=runtime)
+    findings = shortllm.export_lint(model, revision=revision, trust=trust)
     if json:
         print_json([finding.model_dump(mode="json") for finding in findings])
         return

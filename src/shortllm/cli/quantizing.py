@@ -10,20 +10,20 @@ from shortllm.cli.flags import flags
 from shortllm.cli.options import Json, Out, Revision
 from shortllm.cli.output import print_json, print_table
 from shortllm.quantizing.options import QuantizeOptions
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions
 
 if TYPE_CHECKING:
     from shortllm.quantizing.options import Quantization
 
 
-@flags(options=QuantizeOptions, runtime=Runtime)
+@flags(options=QuantizeOptions, runtime=DeviceOptions)
 def quantize(
     model: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="The shortened checkpoint, or any other.")
     ],
     out: Out,
     options: QuantizeOptions,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     revision: Revision = None,
     json: Json = False,
 ) -> None:

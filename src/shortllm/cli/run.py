@@ -22,10 +22,12 @@ from shortllm.cli.output import (
     task_scores,
 )
 from shortllm.errors import CriterionError
+from shortllm.healing.methods import METHODS as HEALING
 from shortllm.options import overlaid
 from shortllm.pruning.budget import TARGETS
+from shortllm.quantizing.methods import METHODS as QUANTIZING
 from shortllm.recipe import Recipe
-from shortllm.retraining.methods import METHODS
+from shortllm.retraining.methods import METHODS as RETRAINING
 
 if TYPE_CHECKING:
     from shortllm.pipeline import RunResult
@@ -43,14 +45,15 @@ Heal = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD",
-        help="Repair the shortened model without training: linear; or none. Default: the recipe's.",
+        help=f"Repair the shortened model without training: {', '.join(HEALING.names())}; or "
+        "none. Default: the recipe's.",
     ),
 ]
 Retrain = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD",
-        help=f"Retrain by {', '.join(METHODS.names())}; several with commas, each from the same "
+        help=f"Retrain by {', '.join(RETRAINING.names())}; several with commas, each from the same "
         "start; or none. Default: the recipe's.",
     ),
 ]
@@ -58,7 +61,8 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD",
-        help="Quantize the best model by gptq or int8; or none. Default: the recipe's.",
+        help=f"Quantize the best model by {' or '.join(QUANTIZING.names())}; or none. Default: the "
+        "recipe's.",
     ),
 ]
 Bench = Annotated[

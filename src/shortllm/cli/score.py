@@ -21,7 +21,7 @@ from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
 from shortllm.pruning.budget import Budget
 from shortllm.recipe import CRITERION_HELP
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions, Runtime
 
 if TYPE_CHECKING:
     from shortllm.criteria.records import Search
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from shortllm.pruning.records import BlockScores
 
 
-@flags(runtime=Runtime)
+@flags(runtime=DeviceOptions)
 def info(
     model: ModelArgument,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     revision: Revision = None,
     samples: Annotated[int, typer.Option(min=1, help="Estimate for this many samples.")] = 10,
     length: Annotated[int, typer.Option(min=2, help="Estimate for samples of this length.")] = 128,
@@ -111,13 +111,13 @@ def score(
         typer.echo(f"scores: {out / file}")
 
 
-@flags(budget=Budget, runtime=Runtime)
+@flags(budget=Budget, runtime=DeviceOptions)
 def plan(
     scores: Annotated[
         Path, typer.Argument(metavar="SCORES", help="A run directory, or a file of scores.")
     ],
     budget: Budget,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     out: Annotated[
         Path | None, typer.Option(help="The plan. Default: plan.json next to the scores.")
     ] = None,

@@ -286,7 +286,7 @@ def _parts(
 
 
 def _cost(space: SearchSpace, children: int) -> float:
-    """Measurements that a generation of so many children takes."""
+    """Measurements that a generation of `children` takes."""
     total, measured = 0.0, children
     for part, survive in STAGES:
         total += measured * space.share(part)

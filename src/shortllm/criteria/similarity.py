@@ -43,7 +43,7 @@ def relative_magnitude(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
     paper=DEEPER_LAYERS,
 )
 def angular_spans(last_SBD: Tensor) -> Scores:
-    """Angle, in parts of pi, between the last token's stream before and after a span of blocks.
+    """Angle, divided by pi, between the last token's stream before and after a span of blocks.
 
     Mean over samples, for every span; a plan removes the span of its size with the smallest
     distance. The importance of single blocks is that of spans of one.

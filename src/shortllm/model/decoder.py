@@ -1,20 +1,17 @@
-"""How a block is called: everything but the stream that the model's forward hands to it.
-
-A causal language model cut into the three parts a walk over blocks needs.
+"""A causal language model as entry, blocks and tail, whatever its family.
 
     enter(ids)              token ids -> stream entering block 0, arguments of every block call
     through(order)          the blocks one after the other, each with its weights present
     apply(b, stream, call)  one block, called exactly as the model's own forward calls it
     tail()                  the model's own final norm and head, applied to any stream
 
-Nothing of a family is written here. The arguments (masks, rotary tables, positions, whatever a type
-adds) are recorded from the model's own forward, in which every block is replaced by a recorder that
-hands its input through. The tail is the model's own forward too, with the last block replaced by
-one that hands out the stream to be scored. Replacing means setting `forward` on the block instance,
-so the module tree, its names and its attributes stay as they are.
+The arguments (masks, rotary tables, positions, whatever a type adds) are recorded from the model's
+own forward, with a recorder in place of every block. The tail is the model's own forward too, with
+a stand-in for the last block that returns the stream to be scored. Stand-ins are set as `forward`
+of the block instance, so the module tree, its names and its attributes stay as they are.
 
-The weights of the blocks are all in memory, or read when a walk comes to them (streamed.py); what
-is written on top of this class does not see the difference.
+The weights of the blocks are all in memory, or read when a walk comes to them (streamed.py); users
+of this class do not see the difference.
 
 Shapes: B samples, T tokens per sample, D width (of any further shape in a few types), V vocabulary.
 """
@@ -39,12 +36,12 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """Everything but the stream that the model's forward hands to one block."""
+    """The arguments of one block in the model's forward, except the stream."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     stream_name: str | None
-    """Keyword under which the stream is handed over; None if it is the first argument."""
+    """Keyword of the stream; None if it is the first argument."""
 
     def on(self, forward: Forward, stream_BTD: Tensor) -> Any:
         """Call `forward` (a block, or a block's own forward) on another stream."""
@@ -54,7 +51,7 @@ class BlockCall:
 
     @staticmethod
     def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-        """Part the arguments of a block into the stream and the rest."""
+        """Split the arguments of a block into the stream and the rest."""
         if args:
             return args[0], BlockCall(args[1:], kwargs, None)
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -65,7 +62,7 @@ def equal_arguments(one: Any, other: Any, *, opaque: bool) -> bool:
     """Deep equality of call arguments, tensors and plain values by value.
 
     Args:
-        opaque: what two objects of one type count as that cannot be looked into.
+        opaque: whether two other objects of one type count as equal.
     """
     if one is other:
         return True
@@ -95,7 +92,7 @@ class BlockWeights(Protocol):
         """The numbers of `order`, each while the weights of that block are in the model."""
 
     def stand_in(self) -> AbstractContextManager[None]:
-        """Within the context all blocks have some weights, which take the memory of one block."""
+        """Within the context all blocks have random weights, in the memory of one block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,7 @@ class Entry:
     _stacked: dict[int, list[BlockCall]] = field(default_factory=dict)
 
     def call(self, decoder: Decoder, b: int, copies: int = 1) -> BlockCall:
-        """How block `b` is called on so many streams of the batch stacked one upon the other."""
+        """How block `b` is called on `copies` stacked streams of the batch."""
         if copies == 1:
             return self.calls[b]
         if copies not in self._stacked:
@@ -117,7 +114,7 @@ class Entry:
 
 
 class _Reached(Exception):
-    """Leaves the model's forward once what was wanted of it has been seen."""
+    """Leaves the model's forward early."""
 
 
 class Decoder:
@@ -132,7 +129,7 @@ class Decoder:
         self._obstacle: str | None = None
         self._checked = False
         self.stream_dtype = self.dtype
-        """Type that holds the stream before and after every block; known after the check."""
+        """Type of the stream before and after every block; known after the check."""
         self._stream_shape = torch.Size()
 
     @property
@@ -256,8 +253,7 @@ class Decoder:
     def without(self, removed: Collection[int]) -> Iterator[None]:
         """Within the context the model's forward hands the stream past the blocks `removed`.
 
-        For blocks in memory, and for forwards without a cache: cached generation counts positions
-        by block 0.
+        For blocks in memory, and forwards without a cache, whose positions block 0 counts.
         """
         assert not self.streamed, "the plain forward needs all blocks"
         with bypassed(self.model, removed, self._probe()):
@@ -388,7 +384,7 @@ class Decoder:
             )
 
     def _as_output(self, b: int, stream: Tensor) -> Any:
-        """What a stand-in for block `b` returns; attention weights beside the stream are None."""
+        """What a stand-in for block `b` returns; other outputs than the stream are None."""
         extras = self._extras[type(self.blocks[b])]
         return stream if extras is None else (stream, *[None] * extras)
 

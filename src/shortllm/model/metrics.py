@@ -50,7 +50,7 @@ def cosine(one_D: Tensor, other_D: Tensor) -> Tensor:
 
 
 def angular_distance(one_D: Tensor, other_D: Tensor) -> Tensor:
-    """Angle between vectors along the last dimension in parts of pi: in [0, 1], float32."""
+    """Angle between vectors along the last dimension, divided by pi: in [0, 1], float32."""
     return cosine(one_D, other_D).clamp(-1.0, 1.0).arccos() / math.pi
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.options import options_from
-from shortllm.runtime import Runtime, choose_device, choose_dtype
+from shortllm.runtime import DeviceOptions, Runtime, choose_device, choose_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Session:
     """Device, computation type, and the one model that is open at a time."""
 
-    def __init__(self, runtime: Runtime | None = None, **options: Any) -> None:
+    def __init__(self, runtime: DeviceOptions | None = None, **options: Any) -> None:
         """Take a `Runtime`, or its fields as keywords."""
         self.runtime = options_from(Runtime, options, base=runtime)
         self.device = choose_device(self.runtime.device)

@@ -1,16 +1,16 @@
 """A decoder whose blocks are read from the checkpoint's files when a walk comes to them.
 
-Embeddings, final norm and head are in memory, and of the blocks one at a time, with the next one
-being read by a thread meanwhile. So a model is scored that fits neither in memory nor on the GPU.
+Embeddings, final norm and head are in memory, and one block at a time, while a thread reads the
+next one. So a model can be scored that fits neither in memory nor on the GPU.
 
     decoder = open_streamed(checkpoint, device=device, dtype=torch.bfloat16)
     for b in decoder.through([0, 1, 2]):
         stream = decoder.apply(b, stream, entry.calls[b])
 
-The model is built without memory for its weights. Which stored tensor becomes which parameter is
-left to the loader of transformers, which knows every type's renamings and merged experts; it is
-given the tensors of one block at a time. What is called here of it is not part of its public
-interface (checked with 5.15 to 5.24).
+The model is built without memory for its weights. transformers' own loader assigns stored tensors
+to parameters, since it knows every type's renamings and merged experts; it gets the tensors of one
+block at a time. The functions called here are not part of its public interface (checked with 5.15
+to 5.24).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from shortllm.model.loading import check_loading, require_finite_tensor
 from shortllm.runtime import quiet_transformers
 
 STAND_IN_STD = 0.02
-"""Spread of the numbers that stand in for block weights while only code is checked."""
+"""Standard deviation of the random block weights with which only code is checked."""
 
 
 def open_streamed(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Decoder:

@@ -244,7 +244,7 @@ class _Chunk:
         return block_flops(self.decoder, step.block) * self.ids_BT.numel() * len(step.through)
 
     def _used(self, done: int) -> Tensor:
-        """The streams that exist after so many steps."""
+        """The streams that exist after `done` steps."""
         count = 1 + sum(len(step.split) for step in self.route.steps[:done])
         return self.streams[:count]
 

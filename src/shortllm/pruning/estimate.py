@@ -37,7 +37,7 @@ from shortllm.protection import protected_in
 from shortllm.pruning.probe import Probe, probe_machine
 from shortllm.pruning.scoring import Scorer
 from shortllm.records import ModelInfo, Record
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -358,11 +358,11 @@ def summarize(
     )
 
 
-@accepts(runtime=Runtime)
+@accepts(runtime=DeviceOptions)
 def info(
     model: str,
     *,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     revision: str | None = None,
     samples: int = 10,
     length: int = 128,

@@ -16,15 +16,15 @@ from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores, PrunePlan
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions
 
 
-@accepts(budget=Budget, runtime=Runtime)
+@accepts(budget=Budget, runtime=DeviceOptions)
 def plan(
     scores: BlockScores | Path | str,
     *,
     budget: Budget,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     out: Path | str | None = None,
 ) -> PrunePlan:
     """Choose blocks by their scores.

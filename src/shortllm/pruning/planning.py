@@ -1,13 +1,14 @@
-"""Scores and a budget in, a plan out: which blocks go, in which order, and why. Pure, no torch.
+"""From scores and a budget to a plan: which blocks are removed, in which order, and why.
 
-What is asked for and what is free is the budget's (budget.py). Of equally important blocks the
-later goes first.
+Pure, no torch. budget.py says how many blocks, and which may be removed. Of equally important
+blocks the later one is removed first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shortllm import criteria
 from shortllm.criteria.records import Search
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
@@ -31,7 +32,7 @@ def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list
 
 
 def _unit_order(importance: Sequence[float], units: Sequence[Sequence[int]]) -> list[list[int]]:
-    """What goes together, least important first; its importance is the sum of its blocks'."""
+    """Units, least important first; the importance of a unit is the sum of its blocks'."""
     totals = {tuple(unit): sum(importance[block] for block in unit) for unit in units}
     return [list(unit) for unit in sorted(totals, key=lambda unit: (totals[unit], -unit[0]))]
 
@@ -47,13 +48,13 @@ def build_plan(
 
     Args:
         scores: needed unless the budget names the blocks itself.
-        published: an order of blocks to go by instead of scores.
+        published: an order of blocks to follow instead of scores.
     Raises:
         BudgetError: the budget cannot be met, or there are no scores to choose by.
     """
     if not model.parameters_per_block:
         raise BudgetError(
-            f"it is not said how large each block of {model.id} is. Score it again with "
+            f"the scores do not have the size of each block of {model.id}. Score it again with "
             "`shortllm score`"
         )
     count = model.blocks
@@ -107,10 +108,10 @@ def build_plan(
 
 
 def check_published_order(budget: Budget, published: Published, model: ModelInfo) -> None:
-    """Refuse, before any work, a published order that no plan can be made of.
+    """Refuse, before any work, a published order that does not fit the model or the budget.
 
     Raises:
-        BudgetError: it speaks of other blocks than the model has, or something else is asked for.
+        BudgetError: it has other blocks than the model, or the budget names blocks as well.
     """
     if sorted(published.order) != list(range(model.blocks)):
         raise BudgetError(
@@ -127,7 +128,7 @@ def check_published_order(budget: Budget, published: Published, model: ModelInfo
 def _published_order(
     budget: Budget, published: Published, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The blocks that go, the published order's first ones that may.
+    """The removed blocks: the first ones of the published order that may be removed.
 
     Raises:
         BudgetError: see `check_published_order`.
@@ -142,7 +143,7 @@ def _published_order(
 
 
 def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
-    """The blocks that go, in the order in which they go.
+    """The removed blocks in removal order.
 
     Raises:
         BudgetError: the scores do not reach that far.
@@ -168,7 +169,7 @@ def _followed(
     """The beginning of a removal order that a criterion found block by block.
 
     Raises:
-        BudgetError: it is too short, holds protected blocks, or whole periods are asked for.
+        BudgetError: it is too short, has protected blocks, or whole periods are requested.
     """
     name, order = scores.criterion, scores.order or []
     if budget.period_aligned and model.period > 1:
@@ -180,8 +181,8 @@ def _followed(
         number = _reaching(budget.param_ratio or 0.0, [[block] for block in order], model)
     if number > len(order):
         raise BudgetError(
-            f"the scores by '{name}' hold the order of {len(order)} removals, and {number} were "
-            f"asked for. Score again with --option {name}.rounds={number}"
+            f"the scores by '{name}' have the order of {len(order)} removals, and {number} were "
+            f"requested. Score again with --option {name}.rounds={number}"
         )
     protected = set(protected_blocks(budget, model))
     taken = [block for block in order[:number] if block in protected]
@@ -196,23 +197,23 @@ def _followed(
 def _searched(
     budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The set of blocks that a criterion searched for, which answers its own size alone.
+    """The set of blocks that a criterion searched for, which is valid for its own size alone.
 
     Raises:
-        BudgetError: another size is asked for, or the set holds blocks that may not go.
+        BudgetError: another size is requested, or the set has protected blocks.
     """
     name, removed = scores.criterion, scores.removed or []
     again = f"Score again with --option {name}"
     if number is not None and number != len(removed):
         raise BudgetError(
-            f"the scores by '{name}' hold the best removal of {len(removed)} blocks that it found, "
-            f"and of no other number; {number} were asked for. {again}.remove={number}"
+            f"the scores by '{name}' have the best removal of {len(removed)} blocks that it found, "
+            f"and of no other number; {number} were requested. {again}.remove={number}"
         )
     held = parameters_of(removed, model) / model.parameters
     if number is None and held < (budget.param_ratio or 0.0):
         raise BudgetError(
-            f"the {len(removed)} blocks that '{name}' searched for hold {held:.1%} of the "
-            f"parameters, and {budget.param_ratio:.1%} were asked for. {again}.remove="
+            f"the {len(removed)} blocks that '{name}' searched for have {held:.1%} of the "
+            f"parameters, and {budget.param_ratio:.1%} were requested. {again}.remove="
             f"{most_blocks(budget, model)}"
         )
     units = removable(budget, model)
@@ -232,7 +233,7 @@ def _searched(
 
 
 def _is_contiguous(budget: Budget, scores: BlockScores | None) -> bool:
-    """Whether one span goes: as asked, or where the criterion scores spans."""
+    """Whether one span is removed: as requested, or because the criterion scores spans."""
     spans = scores is not None and scores.spans is not None
     return spans if budget.contiguous is None else budget.contiguous
 
@@ -246,7 +247,7 @@ def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | N
     if scores.spans is None:
         raise BudgetError(
             f"criterion '{scores.criterion}' scores no spans of blocks. Leave out --contiguous, or "
-            "score by 'angular'"
+            f"score by {' or '.join(map(repr, criteria.names_by_need('last token')))}"
         )
     units = removable(budget, model)
     size = len(units[0]) if units else 1
@@ -320,14 +321,14 @@ def _reason(
 
 
 def _search_reason(search: Search, criterion: str) -> str:
-    """How a searched set came about."""
+    """How a searched set was found."""
     found = search.found
     if found.criterion != criterion:
         others = [one for one in search.candidates if one.criterion != found.criterion]
         beaten = ", ".join(f"{one.criterion} {_figure(one.held_out)}" for one in others)
         return (
             f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
-            f"them the perplexity of {search.held_out_samples} calibration samples kept apart is "
+            f"them the perplexity of {search.held_out_samples} held-out calibration samples is "
             f"{_figure(found.held_out)}, and by no other candidate lower ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"

@@ -143,7 +143,7 @@ class Target(ResultFile):
     asked: dict[str, float] = Field(description="e.g. {'target_speedup': 1.3}")
     remove: int = Field(description="blocks to remove")
     expected: float = Field(
-        description="speed-up by a straight line; parameters or bytes of what is left, at the most"
+        description="speed-up by a straight line; parameters or bytes that are left, at most"
     )
     reached: float = Field(description="the same, verified: measured again, or as expected")
     dtype: str | None = Field(default=None, description="type that bytes were counted in")
@@ -151,7 +151,7 @@ class Target(ResultFile):
 
     @model_validator(mode="after")
     def _is_one_target(self) -> Self:
-        """One amount was asked for, of a kind that there is."""
+        """One amount was requested, of a known kind."""
         if len(self.asked) != 1 or not set(self.asked) <= set(TARGETS):
             raise ValueError(f"asked must hold one of {', '.join(TARGETS)}")
         return self
@@ -164,11 +164,11 @@ class Target(ResultFile):
         if name == "target_speedup":
             return f"speed-up {value:g}: {removed}, {self.reached:.3g} measured"
         if name == "target_params":
-            return f"{value:,.0f} parameters: {removed}, {self.reached:,.0f} left at the most"
-        return f"{value / 2**30:.3g} GiB: {removed}, {self.reached / 2**30:.3g} GiB at the most"
+            return f"{value:,.0f} parameters: {removed}, {self.reached:,.0f} left at most"
+        return f"{value / 2**30:.3g} GiB: {removed}, {self.reached / 2**30:.3g} GiB at most"
 
     @property
     def is_met(self) -> bool:
-        """Whether what was verified is what was asked for."""
+        """Whether the verified size or speed meets the target."""
         [(name, value)] = self.asked.items()
         return self.reached >= value if name == "target_speedup" else self.reached <= value

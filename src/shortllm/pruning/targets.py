@@ -1,13 +1,13 @@
-"""Targets turned into a number of blocks: what is left should be so small, or so fast.
+"""From a target to a number of blocks: the shortened model should be this small, or this fast.
 
-    --target-params 1.0B      at most so many parameters
+    --target-params 1.0B      at most this many parameters
     --target-memory 8GiB      weights in the computation type, and the keys and values of one
-                              sequence of 2,048 tokens: at most so many bytes
-    --target-speedup 1.3      at least so many times as fast as the intact model, generating
+                              sequence of 2,048 tokens: at most this many bytes
+    --target-speedup 1.3      at least this many times as fast as the intact model, generating
 
-Sizes are counted for the smallest blocks that may go, so that whichever go, the target is met.
-Speed is measured: the intact model and two shorter ones, whose last blocks are passed by in memory,
-take turns; the number of blocks follows from a straight line and is then measured itself.
+Sizes are counted for the smallest removable blocks, so that any choice meets the target. Speed is
+measured: the intact model and two shorter ones, whose last blocks are bypassed in memory, take
+turns; the number of blocks follows from a straight line and is then measured itself.
 
     shortllm plan runs/qwen3 --target-speedup 1.3
 """
@@ -24,12 +24,12 @@ from typing import Any
 from shortllm.benchmark.options import BenchmarkOptions, paired_speedup
 from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import BudgetError, ResultFileError
+from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
 from shortllm.model.session import Session
 from shortllm.pruning.budget import Budget, protected_blocks, removable
 from shortllm.pruning.records import TARGET_FILE, DepthSpeed, Target
-from shortllm.records import ModelInfo
+from shortllm.records import ModelInfo, load_current
 from shortllm.runtime import progress
 
 log = logging.getLogger(__name__)
@@ -44,22 +44,25 @@ SPEED_OPTIONS = BenchmarkOptions(new_tokens=[32], warmup=2, runs=5)
 def resolve(
     budget: Budget, checkpoint: Checkpoint, session: Session, *, directory: Path | None = None
 ) -> tuple[Budget, Target | None]:
-    """The budget with its target replaced by a number of blocks, and how that came about.
+    """The budget with its target replaced by a number of blocks, and the record of that.
 
     A budget without a target is returned as it is.
 
     Args:
         session: device and computation type; a speed-up is measured with its model.
-        directory: where an earlier target.json from the same inputs spares the measuring.
+        directory: where an earlier target.json from the same inputs is reused.
     Raises:
-        BudgetError: a target that is met already or cannot be reached.
+        BudgetError: a target that the intact model meets, or that cannot be reached.
     """
     asked = budget.target()
     if asked is None:
         return budget, None
     budget.asked()
     name, value = asked
-    found = _finished(directory, _fingerprint(budget, checkpoint, session)) if directory else None
+    found = None
+    if directory is not None:
+        expected = _fingerprint(budget, checkpoint, session)
+        found = load_current(Target, directory / TARGET_FILE, expected)
     if found is None:
         find = _by_speed if name == "target_speedup" else _by_size
         found = find(budget, checkpoint, session)
@@ -83,7 +86,8 @@ def keep(target: Target | None, directory: Path) -> None:
 
 
 def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> str:
-    """Of everything the number of blocks depends on, but for what else the machine is doing."""
+    """Fingerprint of everything the number of blocks depends on, except for other work on the
+    machine."""
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
@@ -96,20 +100,11 @@ def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> st
     )
 
 
-def _finished(directory: Path, expected: str) -> Target | None:
-    """What an earlier call found from the same inputs."""
-    try:
-        found = Target.load(directory / TARGET_FILE)
-    except ResultFileError:
-        return None
-    return found if found.fingerprint == expected else None
-
-
 def _free(budget: Budget, model: ModelInfo) -> list[list[int]]:
-    """What goes together and may go, so that something stays: blocks, or periods of them.
+    """Units that may be removed so that one is kept: blocks, or periods of them.
 
     Raises:
-        BudgetError: nothing may.
+        BudgetError: there are none.
     """
     units = removable(budget, model)
     if sum(map(len, units)) == model.blocks:
@@ -122,13 +117,13 @@ def _free(budget: Budget, model: ModelInfo) -> list[list[int]]:
 
 
 def _relief(budget: Budget, model: ModelInfo) -> str:
-    """The way out of a target that protected blocks stand in the way of."""
+    """The hint for a target that protected blocks prevent."""
     blocked = protected_blocks(budget, model)
     return ", or pass --protect-first 0 --protect-last 0" if blocked else ""
 
 
 def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target:
-    """As few blocks as bring parameters or memory down to the target, whichever go."""
+    """The fewest blocks that bring parameters or memory down to the target, whichever they are."""
     name, value = budget.target() or ("", 0.0)
     model = checkpoint.info()
     shown: Callable[[float], str] = _gibibytes
@@ -149,7 +144,7 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target
     if left[most] > value:
         raise BudgetError(
             f"{model.id} still takes {shown(left[most])} without {most} of its {model.blocks} "
-            f"blocks, which is all that may go, and {shown(value)} were asked for. Ask for "
+            f"blocks, which is all that may go, and {shown(value)} was requested. Ask for "
             f"{shown(left[most])} or more{_relief(budget, model)}"
         )
     remove = next(number for number, size in left.items() if size <= value)
@@ -176,7 +171,7 @@ def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
     """Bytes of each block and of the whole model: weights, and a block's share of the cache.
 
     The cache is that of `CACHED_TOKENS` tokens by the config's head fields: keys and values of
-    every head that has its own.
+    every key-value head.
     """
     import torch
 
@@ -205,7 +200,7 @@ def cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
 
 
 def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target:
-    """As few blocks as make the model fast enough, by measuring a few depths."""
+    """The fewest blocks that make the model fast enough, by measuring a few depths."""
     _, value = budget.target() or ("", 0.0)
     model = checkpoint.info()
     units, count = _free(budget, model), model.blocks
@@ -218,7 +213,7 @@ def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Targe
     if not fast:
         raise BudgetError(
             f"{checkpoint.id} is {expected(most):.2f} times as fast without {most} of its {count} "
-            f"blocks, which is all that may go, and {value:g} was asked for. Ask for less"
+            f"blocks, which is all that may go, and {value:g} was requested. Ask for less"
             f"{_relief(budget, model)}"
         )
     _, again = measure_depths(checkpoint, session, [count, count - fast[0]])
@@ -234,10 +229,10 @@ def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Targe
 
 
 def speedup_line(depths: Sequence[DepthSpeed]) -> Callable[[int], float]:
-    """Speed-up by number of blocks removed, if time falls with them along a straight line.
+    """Speed-up by number of removed blocks, if time falls with them along a straight line.
 
-    The line goes through the intact model, the first of the depths, and is the nearest to the
-    others in the sense of least squares of relative time. Infinite where it reaches zero.
+    The line goes through the intact model, the first of the depths, and fits the others by least
+    squares of relative time. Infinite where it reaches zero.
     """
     removed = [depths[0].blocks - one.blocks for one in depths]
     saved = sum(k * (1 - 1 / one.speedup) for k, one in zip(removed, depths, strict=True))
@@ -253,16 +248,16 @@ def speedup_line(depths: Sequence[DepthSpeed]) -> Callable[[int], float]:
 def measure_depths(
     checkpoint: Checkpoint, session: Session, depths: Sequence[int]
 ) -> list[DepthSpeed]:
-    """Speed of the model cut off after so many blocks, measured in turn; the first is the intact.
+    """Speed of the model with its first blocks alone, measured in turn; the first depth is intact.
 
-    The last blocks are passed by, so that positions in the cache, which the first ones count, stay
-    right; which blocks go makes no difference to the speed where all are of one size.
+    The last blocks are bypassed, so that the cache's positions, which the first ones count, stay
+    correct; which blocks are removed makes no difference to the speed if all have one size.
 
     Raises:
         BudgetError: the model does not fit into memory.
     """
     from shortllm.benchmark.bench import prompt_ids
-    from shortllm.benchmark.interleaved import Subject, Turns
+    from shortllm.benchmark.interleaved import Candidate, InterleavedRuns
     from shortllm.benchmark.meters import meter_of
 
     decoder = session.decoder(checkpoint)
@@ -272,8 +267,8 @@ def measure_depths(
             "--remove or --target-params"
         )
     prompt_T = prompt_ids(checkpoint, SPEED_OPTIONS.prompt)
-    subjects = [
-        Subject(
+    candidates = [
+        Candidate(
             name=str(depth),
             model=decoder.model,
             prompt_T=prompt_T,
@@ -281,11 +276,13 @@ def measure_depths(
         )
         for depth in depths
     ]
-    turns = Turns(subjects, SPEED_OPTIONS, session.device, meter_of(session.device))
+    interleaved = InterleavedRuns(
+        candidates, SPEED_OPTIONS, session.device, meter_of(session.device)
+    )
     [batch], [new_tokens] = SPEED_OPTIONS.batches, SPEED_OPTIONS.new_tokens
-    runs = len(subjects) * (SPEED_OPTIONS.warmup + SPEED_OPTIONS.runs)
+    runs = len(candidates) * (SPEED_OPTIONS.warmup + SPEED_OPTIONS.runs)
     with progress("measuring the speed of a few depths", runs) as advance:
-        measured = turns.measure(batch, new_tokens, advance)
+        measured = interleaved.measure(batch, new_tokens, advance)
     first = measured[0]
     found = []
     for depth, one in zip(depths, measured, strict=True):

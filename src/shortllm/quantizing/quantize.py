@@ -30,7 +30,7 @@ from shortllm.quantizing.options import (
     Quantization,
     QuantizeOptions,
 )
-from shortllm.runtime import Runtime, progress, versions
+from shortllm.runtime import DeviceOptions, progress, versions
 from shortllm.surgery.apply import held_provenance
 from shortllm.surgery.derived import Draft, derive, derived_fingerprint, require_free
 
@@ -52,13 +52,13 @@ NEW_TOKENS = 4
 """How many tokens the written model must generate."""
 
 
-@accepts(options=QuantizeOptions, runtime=Runtime)
+@accepts(options=QuantizeOptions, runtime=DeviceOptions)
 def quantize(
     model: str,
     out: Path | str,
     *,
     options: QuantizeOptions,
-    runtime: Runtime,
+    runtime: DeviceOptions,
     revision: str | None = None,
 ) -> Quantization:
     """Write a quantized checkpoint, which plain transformers loads.
@@ -166,7 +166,7 @@ def check(options: QuantizeOptions, checkpoint: Checkpoint, session: Session) ->
     if session.streams(checkpoint):
         raise ShortLLMError(
             f"{checkpoint.id} does not fit in memory, and quantizing needs all of it. Use a "
-            "machine with more, or --no-stream to try anyway"
+            "machine with more memory"
         )
     return layers
 

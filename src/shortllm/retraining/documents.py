@@ -46,7 +46,7 @@ ALPACA = (
 """The prompt format of the Alpaca data set, which its answers were written for."""
 
 CHARACTERS_PER_DOCUMENT = 16_000
-"""Lines of a text file belong together; about so many characters are one document."""
+"""Lines of a text file belong together; about this many characters are one document."""
 
 TOKENIZED_AT_ONCE = 256
 """Rows that the tokenizer gets in one call."""

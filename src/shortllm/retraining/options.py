@@ -14,7 +14,8 @@ from typing_extensions import Self
 from shortllm.errors import ShortLLMError
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, ModelInfo, Record
-from shortllm.retraining.methods import METHODS, Method, defaults_text, owner_of
+from shortllm.registry import described
+from shortllm.retraining.methods import METHODS, TrainingMethod, default_of, defaults_text
 from shortllm.runtime import Runtime
 
 GENERATED = "generated"
@@ -34,13 +35,11 @@ MICRO_TOKENS = 4096
 DATA = "Training data"
 OWN = "Options of one method"
 
-NAMES = [one.name for one in METHODS]
-
 MethodName = Annotated[
     str,
     AfterValidator(lambda name: METHODS.get(name).name),
-    Field(json_schema_extra={"enum": NAMES}),
-    Flag(metavar="|".join(NAMES)),
+    Field(json_schema_extra={"enum": METHODS.names()}),
+    Flag(metavar="|".join(METHODS.names())),
 ]
 
 
@@ -61,7 +60,7 @@ class RetrainOptions(Options):
 
     method: MethodName = Field(
         default="lora",
-        description="What is trained. " + " ".join(f"{one.name}: {one.help}" for one in METHODS),
+        description="What is trained. " + described(METHODS),
     )
     data: Annotated[str | None, Flag(panel=DATA)] = Field(
         default=None,
@@ -171,58 +170,55 @@ class RetrainOptions(Options):
     )
 
     rank: Annotated[int, Flag(panel=OWN)] = Field(
-        default=8, gt=0, description="lora: rank of the adapters."
+        default=default_of("rank"), gt=0, description="lora: rank of the adapters."
     )
     alpha: Annotated[int, Flag(panel=OWN)] = Field(
-        default=16, gt=0, description="lora: scale of the adapters, divided by the rank."
+        default=default_of("alpha"),
+        gt=0,
+        description="lora: scale of the adapters, divided by the rank.",
     )
     dropout: Annotated[float, Flag(panel=OWN)] = Field(
-        default=0.05, ge=0, lt=1, description="lora: dropout before the adapters."
+        default=default_of("dropout"), ge=0, lt=1, description="lora: dropout before the adapters."
     )
     blocks: Annotated[int, Flag(panel=OWN)] = Field(
-        default=3, gt=0, description="last-blocks: number of blocks to train, next to the head."
+        default=default_of("blocks"),
+        gt=0,
+        description="last-blocks: number of blocks to train, next to the head.",
     )
     teacher: Annotated[str | None, Flag(panel=OWN)] = Field(
-        default=None,
+        default=default_of("teacher"),
         description="distill: model to learn from. Default: the model that was shortened.",
     )
     temperature: Annotated[float, Flag(panel=OWN)] = Field(
-        default=1.0, gt=0, description="distill: temperature of both distributions."
+        default=default_of("temperature"),
+        gt=0,
+        description="distill: temperature of both distributions.",
     )
     top_k: Annotated[int | None, Flag(panel=OWN)] = Field(
-        default=None,
+        default=default_of("top_k"),
         gt=0,
         description="distill: cache the teacher's top-k logits on disk instead of keeping the "
         "teacher in memory.",
     )
     hidden_weight: Annotated[float, Flag(panel=OWN)] = Field(
-        default=0.0,
+        default=default_of("hidden_weight"),
         ge=0,
         description="distill: weight of the distance between hidden states; 0 for none.",
     )
     generate: Annotated[int | None, Flag(panel=OWN)] = Field(
-        default=None,
+        default=default_of("generate"),
         gt=0,
         description=f"distill: documents the teacher writes for --data {GENERATED}.",
     )
 
     @property
-    def about(self) -> Method:
+    def about(self) -> TrainingMethod:
         """The method's entry in the registry."""
         return METHODS.get(self.method)
 
     @model_validator(mode="after")
     def _only_its_own_options(self) -> Self:
-        for name in self.model_fields_set:
-            owner = owner_of(name)
-            if owner is None or owner.name == self.method:
-                continue
-            if getattr(self, name) != type(self).model_fields[name].default:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{flag} belongs to --method {owner.name}, not to {self.method}. Leave it "
-                    "out, or choose that method"
-                )
+        METHODS.require_own_options(self.method, self)
         return self
 
     @model_validator(mode="after")

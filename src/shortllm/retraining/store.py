@@ -25,10 +25,10 @@ from shortllm.files import partial_directory, write_text
 from shortllm.retraining.documents import Document
 
 HOLD_OUT_EVERY = 10
-"""The first of every so many documents is held out, until there are enough."""
+"""The first of every ten documents is held out, until there are enough."""
 
 TOKENS_AT_ONCE = 2**20
-"""About so many tokens are written in one batch of an Arrow file."""
+"""About this many tokens are written in one batch of an Arrow file."""
 
 SMALL_VOCABULARY = 2**16
 

@@ -82,7 +82,7 @@ def train(job: Job, *, logs: Path) -> Trained:
     )
     objective = _objective(job, windows)
     set_seed(options.seed)  # adapters start from random values
-    model = options.about.make_trainable(model, options)
+    model = options.about.function(model, options)
     _train_in_float32(model)
     states = job.work / "states"
     evaluation = {name: Segmented(segments.ids) for name, segments in setup.evaluation.items()}

@@ -106,8 +106,8 @@ class Windows(Dataset[dict[str, Tensor]]):
             begin = int(starts[document]) - start
             if begin >= stop - start:
                 break
-            learnt_from = begin + int(prompts[document])
-            labels[max(begin, 0) : max(learnt_from, 0)] = NO_TARGET
+            first_target = begin + int(prompts[document])
+            labels[max(begin, 0) : max(first_target, 0)] = NO_TARGET
             if self._apart and begin >= 0:
                 positions[begin:] = torch.arange(stop - start - begin)
                 labels[begin] = NO_TARGET

@@ -96,7 +96,7 @@ def derive(
         source: another checkpoint that must not be overwritten.
         needed_bytes: about how much will be written, where that is known before the work.
     Raises:
-        OutputError: the target holds something else, or cannot be written.
+        OutputError: the target contains something else or cannot be written.
     """
     for one in (checkpoint, source or checkpoint):
         require_apart(one.directory, target)
@@ -179,6 +179,8 @@ def _write(
     needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
     provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
+    if "parent" in provenance:
+        provenance["parent"] = provenance.pop("parent")  # last: fingerprints are of the bytes
     with (
         partial_directory(target, needed_bytes=needed) as directory,
         progress(f"writing {target.name}", draft.bytes) as advance,

@@ -21,7 +21,7 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import UnsupportedModelError
 from shortllm.options import accepts
 from shortllm.records import Record
-from shortllm.runtime import Runtime
+from shortllm.runtime import Trust
 
 Target = Literal["gguf", "vllm"]
 
@@ -191,17 +191,15 @@ BY_FIELD: dict[Target, dict[str, Rule]] = {
 """Target -> config field -> what the program requires of every type that has the field."""
 
 
-@accepts(runtime=Runtime)
-def export_lint(
-    model: str, *, runtime: Runtime, revision: str | None = None
-) -> list[ExportFinding]:
+@accepts(trust=Trust)
+def export_lint(model: str, *, trust: Trust, revision: str | None = None) -> list[ExportFinding]:
     """Check by rule whether llama.cpp (GGUF) and vLLM will run a checkpoint correctly.
 
     Reads only the config and the headers of the weights.
 
     Args:
         model: a checkpoint directory or Hub id.
-        runtime: only its `trust_remote_code` matters; it can be given as a keyword.
+        trust: `trust_remote_code`; it can be given as a keyword.
         revision: of a Hub model.
     Returns:
         A verdict for each program, with the reason and, where there is one, a hint.
