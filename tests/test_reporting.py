@@ -34,7 +34,7 @@ from shortllm.format import (
 )
 from shortllm.pruning.records import BlockScores, PrunePlan, Size
 from shortllm.records import Cost, ModelInfo
-from shortllm.reporting import write_comparison, write_report, write_runs, write_units
+from shortllm.reporting import compare, write_comparison, write_report, write_units
 from shortllm.reporting.blocks import LONG_TABLE
 from shortllm.reporting.parts import Cell, Table, row
 from shortllm.reporting.plots import PALETTE, line_style, standalone
@@ -211,7 +211,7 @@ def test_golden_comparisons(tmp_path: Path) -> None:
     assert_golden("criteria.html", page.read_text())
     assert_golden("units.html", write_units(units_files(tmp_path / "units")).read_text())
     runs = [write_run(tmp_path / "one"), make_run(tmp_path / "two", removed=(3,), by_hand=True)]
-    write_runs(runs, tmp_path / "runs.html")
+    compare(runs, out=tmp_path / "runs.html")
     assert_golden("runs.html", (tmp_path / "runs.html").read_text())
 
 
