@@ -25,7 +25,7 @@ from shortllm.data.options import CalibrationOptions
 from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.evaluation.texts import prepare_texts
-from shortllm.format import spans
+from shortllm.format import number, spans
 from shortllm.model.decoder import Decoder
 from shortllm.model.metrics import next_token_nll
 from shortllm.model.session import Session
@@ -422,10 +422,10 @@ def test_the_command(
     for i, one in enumerate(found.criteria):
         for column, cell in zip(standings(found), lines[one.criterion], strict=True):
             mark = "*" if one.criterion in column.best else ""
-            assert cell == f"{column.perplexities[i]:.4f}{mark}"
-    means = [f"{column.random_mean:.4f}" for column in standings(found)]
-    assert lines["random, mean"] == means
-    assert "8/10 % (1)" in out and "left out: 90 % (cannot remove 11" in out
+            assert cell == f"{number(column.perplexities[i])}{mark}"
+    means = [number(column.random_mean) for column in standings(found)]
+    assert lines["random, mean of 3"] == means
+    assert "8/10 % (1 of 12)" in out and "left out: 90 % (cannot remove 11" in out
     assert verdict(found) in out
     code, out, _ = call(*arguments, "--json")
     assert code == 0 and out.count("\n") == 1
