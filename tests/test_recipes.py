@@ -18,7 +18,6 @@ from test_cli import call
 
 import shortllm
 from shortllm import embedded, pipeline
-from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -338,7 +337,7 @@ def test_a_published_order_that_cannot_be_followed_is_refused_before_work(
 ) -> None:
     monkeypatch.setattr("shortllm.model.loading.load_model", None)
     recipe = changed(load_recipe(own), {"use_published_order": True})
-    assert rundir.default_directory(recipe).name == "model-ppl-remove3-published-order"
+    assert pipeline.default_directory(recipe).name == "model-ppl-remove3-published-order"
     for changes, error, message in (
         ({"published": None}, RecipeError, "needs a recipe of a published model"),
         ({"published.order": list(range(9))}, BudgetError, "one of 9 blocks, and .* has 12"),

@@ -93,7 +93,7 @@ def make_run(
 ) -> Path:
     """A run directory as the stages leave it; `scores` changes fields of scores.json.
 
-    A run whose blocks were named by hand has no plot and is made in a tenth of the time.
+    A run whose blocks were given by hand has no plot and takes a tenth of the time.
     """
     directory.mkdir(parents=True, exist_ok=True)
     values = [12.5 + abs(block - 6) for block in range(blocks)]

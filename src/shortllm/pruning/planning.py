@@ -291,7 +291,7 @@ def _published_reason(
     return (
         f"Blocks {', '.join(map(str, removed))} come first in the order published for the "
         f"criterion '{published.criterion}' ({published.source}) among the "
-        f"{model.blocks - len(protected)} blocks that may go{kept_safe}. Nothing was scored."
+        f"{model.blocks - len(protected)} unprotected blocks{kept_safe}. Nothing was scored."
     )
 
 
@@ -305,7 +305,7 @@ def _reason(
     """One sentence for a reader of the plan."""
     blocks = ", ".join(map(str, removed))
     if scores is None:
-        return f"Blocks {blocks} of {model.blocks} were named by hand."
+        return f"Blocks {blocks} of {model.blocks} were given by hand."
     kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
     if _is_contiguous(budget, scores):
         chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
@@ -318,7 +318,7 @@ def _reason(
     whole = budget.period_aligned and model.period > 1
     periods = f", in whole periods of {model.period} blocks" if whole else ""
     free = model.blocks - len(protected)
-    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{periods}{kept_safe}."
+    return f"Blocks {blocks} {chosen} among the {free} unprotected blocks{periods}{kept_safe}."
 
 
 def _search_reason(search: Search, criterion: str) -> str:
@@ -330,7 +330,7 @@ def _search_reason(search: Search, criterion: str) -> str:
         return (
             f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
             f"them the perplexity of {search.held_out_samples} held-out calibration samples is "
-            f"{number(found.held_out, 5)}, and by no other candidate lower ({beaten})"
+            f"{number(found.held_out, 5)}, the lowest of all candidates ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
     begun = next(one for one in search.candidates if one.criterion == search.start)
