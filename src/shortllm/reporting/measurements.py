@@ -22,7 +22,6 @@ from shortllm.format import (
     change,
     counted,
     fixed,
-    known,
     number,
     percent,
     point_change,
@@ -182,12 +181,12 @@ def _speedup(found: Benchmark, one: Measurement) -> Cell:
     if one.status != "ok":
         return Cell(NONE)
     ideal = fixed(found.ideal_speedup(one.model))
-    return Cell(known(found.speedup(one), fixed), f"ideal {ideal}", look="after")
+    return Cell(fixed(found.speedup(one)), f"ideal {ideal}", look="after")
 
 
 def _first_token(one: Measurement) -> Cell:
-    first, each = (s and number(1000 * s, 3) for s in (one.first_token_s, one.per_token_s))
-    return Cell(first or NONE, f"then {each} each" if each else "")
+    first, each = (number(s and 1000 * s, 3) for s in (one.first_token_s, one.per_token_s))
+    return Cell(first, "" if each == NONE else f"then {each} each")
 
 
 def peak_bytes(memory: PeakMemory | None) -> int | None:
