@@ -9,13 +9,7 @@ import typer
 
 from shortllm.cli.flags import flags
 from shortllm.cli.options import CriterionOption, Json, ModelArgument, Revision, Settings
-from shortllm.cli.output import (
-    command_line,
-    is_main_process,
-    options_in,
-    print_json,
-    print_table,
-)
+from shortllm.cli.output import command_line, is_main_process, options_in, print_json, print_table
 from shortllm.cli.run import RecipeName, Retrain, requested_recipe
 from shortllm.comparison.options import ComparisonOptions
 from shortllm.recipe import Recipe

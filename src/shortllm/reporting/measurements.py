@@ -17,16 +17,7 @@ from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurem
 from shortllm.evaluation.harness import is_share, metric_phrase, score_phrase
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskScore
 from shortllm.files import write_text
-from shortllm.format import (
-    NONE,
-    change,
-    counted,
-    fixed,
-    number,
-    percent,
-    point_change,
-    short_bytes,
-)
+from shortllm.format import NONE, change, counted, fixed, number, percent, point_change, short_bytes
 from shortllm.reporting import parts
 from shortllm.reporting.load import RunResults
 from shortllm.reporting.parts import Cell, Column, Part, Row, Section, Table, row
