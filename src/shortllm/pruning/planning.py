@@ -12,6 +12,7 @@ from shortllm import criteria
 from shortllm.criteria.records import Search
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
+from shortllm.format import number
 from shortllm.pruning.budget import (
     Budget,
     amount_of,
@@ -290,7 +291,7 @@ def _published_reason(
     return (
         f"Blocks {', '.join(map(str, removed))} come first in the order published for the "
         f"criterion '{published.criterion}' ({published.source}) among the "
-        f"{model.blocks - len(protected)} blocks that may go{kept_safe}. Nothing was scored."
+        f"{model.blocks - len(protected)} unprotected blocks{kept_safe}. Nothing was scored."
     )
 
 
@@ -304,7 +305,7 @@ def _reason(
     """One sentence for a reader of the plan."""
     blocks = ", ".join(map(str, removed))
     if scores is None:
-        return f"Blocks {blocks} of {model.blocks} were named by hand."
+        return f"Blocks {blocks} of {model.blocks} were given by hand."
     kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
     if _is_contiguous(budget, scores):
         chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
@@ -317,7 +318,7 @@ def _reason(
     whole = budget.period_aligned and model.period > 1
     periods = f", in whole periods of {model.period} blocks" if whole else ""
     free = model.blocks - len(protected)
-    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{periods}{kept_safe}."
+    return f"Blocks {blocks} {chosen} among the {free} unprotected blocks{periods}{kept_safe}."
 
 
 def _search_reason(search: Search, criterion: str) -> str:
@@ -325,22 +326,18 @@ def _search_reason(search: Search, criterion: str) -> str:
     found = search.found
     if found.criterion != criterion:
         others = [one for one in search.candidates if one.criterion != found.criterion]
-        beaten = ", ".join(f"{one.criterion} {_figure(one.held_out)}" for one in others)
+        beaten = ", ".join(f"{one.criterion} {number(one.held_out, 5)}" for one in others)
         return (
             f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
             f"them the perplexity of {search.held_out_samples} held-out calibration samples is "
-            f"{_figure(found.held_out)}, and by no other candidate lower ({beaten})"
+            f"{number(found.held_out, 5)}, the lowest of all candidates ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
     begun = next(one for one in search.candidates if one.criterion == search.start)
     better = "that found nothing better than its start"
     if found.removed != begun.removed:
         better = (
-            f"that brought the {unit} of the search text from {_figure(begun.value)} to "
-            f"{_figure(found.value)}"
+            f"that brought the {unit} of the search text from {number(begun.value, 5)} to "
+            f"{number(found.value, 5)}"
         )
     return f"were chosen by the search '{criterion}' from the plan by '{search.start}', {better}"
-
-
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.5g}"
