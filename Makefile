@@ -41,7 +41,7 @@ lint: words layers
 words: $(VENV)/installed
 	$(VENV)/bin/python tools/check_words.py
 
-# imports go down only, see `How the parts fit` in CONTRIBUTING, and packages have no cycles
+# imports go down only, see `How the parts fit` in CONTRIBUTING, and modules have no cycles
 layers: $(VENV)/installed
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python tools/measure_code.py --check

@@ -13,7 +13,7 @@ from shortllm.errors import ResultFileError, did_you_mean
 from shortllm.files import write_text
 
 MAX_BLOCKS = 10_000
-"""Blocks of a model at the most: one that says it has more is damaged."""
+"""Most blocks of a model; a config that says more is damaged."""
 
 ResultKind = TypeVar("ResultKind", bound="ResultFile")
 

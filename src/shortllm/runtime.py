@@ -201,7 +201,7 @@ class Ranks:
         return found
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             import torch.distributed
 

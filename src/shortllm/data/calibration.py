@@ -118,7 +118,7 @@ def load_calibration(path: Path | str) -> Calibration:
         )
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path} as JSON: {error}") from error
     if isinstance(content, list):
         return _given(_tensor_of_lists(content, path), path)

@@ -96,7 +96,7 @@ def derive(
         source: another checkpoint that must not be overwritten.
         needed_bytes: about how much will be written, where that is known before the work.
     Raises:
-        OutputError: the target holds something else, or cannot be written.
+        OutputError: the target contains something else or cannot be written.
     """
     for one in (checkpoint, source or checkpoint):
         require_apart(one.directory, target)
