@@ -63,6 +63,7 @@ def evaluate(
     if not names:
         raise ShortLLMError("no model to evaluate. Give one or more")
     checkpoints = open_checkpoints(names)
+    first, *_ = checkpoints.values()
     if out is not None:
         require_file_target(Path(out))
     session = Session(runtime)
@@ -71,7 +72,7 @@ def evaluate(
     options = resolve_evaluation(
         options,
         embedded=names[0] == EMBEDDED,
-        every=checkpoints[names[0]].model_type in BOS_EVERY_SAMPLE,
+        every=first.model_type in BOS_EVERY_SAMPLE,
     )
     rows = [load_rows(one) for one in options.data] if measured else []
     texts = _shared_texts(checkpoints, rows, options)
@@ -112,8 +113,9 @@ def _shared_texts(
 ) -> list[EvaluationText]:
     """The texts cut into windows, which must be the same with every model's tokenizer."""
     texts: list[EvaluationText] = []
-    for name, checkpoint in checkpoints.items() if sources else ():
-        check_length(checkpoint, options.length, "--length")
+    for name, checkpoint in checkpoints.items():
+        if sources:
+            check_length(checkpoint, options.length, "--length")
         tokenizer = load_tokenizer(checkpoint)
         segments = [
             evaluation_segments_of(checkpoint, rows, tokenizer, options, option="--length")
