@@ -223,32 +223,27 @@ PROTECTED_BY_TYPE: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
 -> the reason."""
 
 
-def _drafts(config: Any) -> str:
-    return "it drafts for another model, whose keys and values all of its blocks read"
+_DRAFTS = "it drafts for another model, whose keys and values all of its blocks read"
+_MIXES = "its blocks mix the outputs of all groups of blocks before them, by tables of their own"
 
-
-def _mixes_outputs(config: Any) -> str:
-    return "its blocks mix the outputs of all groups of blocks before them, by tables of their own"
-
-
-REFUSED: dict[str, Callable[[Any], str | None]] = {
-    "gpt2": lambda config: (
-        "scale_attn_by_inverse_layer_idx divides attention by the block's own number"
-        if config.scale_attn_by_inverse_layer_idx
-        else None
-    ),
-    "dory": lambda config: "its inner blocks run several times per token, in loops",
-    "gemma4_assistant": _drafts,
-    "gemma4_unified_assistant": _drafts,
-    "inkling2_text": _mixes_outputs,
-    "inkling2_loop_text": _mixes_outputs,
-    "minimax": lambda config: "its attention decay depends on block number and count",
-    "beam": lambda config: "its residuals are scaled by the block's number",
-    "blt": lambda config: (
-        "its three decoders, of bytes and patches, are not a single row of blocks"
-    ),
-    "diffllama": lambda config: "its lambda depends on the block's number",
-    "hrm_text": lambda config: "its two stacks of blocks run several times per token, in cycles",
-    "xlm": lambda config: "its sublayers are in four lists, not in blocks",
+REFUSED = {
+    "dory": "its inner blocks run several times per token, in loops",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "inkling2_text": _MIXES,
+    "inkling2_loop_text": _MIXES,
+    "minimax": "its attention decay depends on block number and count",
+    "beam": "its residuals are scaled by the block's number",
+    "blt": "its three decoders, of bytes and patches, are not a single row of blocks",
+    "diffllama": "its lambda depends on the block's number",
+    "hrm_text": "its two stacks of blocks run several times per token, in cycles",
+    "xlm": "its sublayers are in four lists, not in blocks",
 }
-"""Types whose blocks use their own number in a way no config field expresses -> reason, or None."""
+"""Types whose blocks use their own number in a way no config field expresses -> the reason."""
+
+REFUSED_IF = {
+    "scale_attn_by_inverse_layer_idx": (
+        "scale_attn_by_inverse_layer_idx divides attention by the block's own number"
+    ),
+}
+"""Config fields that say the same where they are set -> the reason."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shortllm.checkpoint.names import is_weight
+from shortllm.checkpoint.source import is_weight
 from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops, head_flops
@@ -65,17 +65,15 @@ def walk_back(
     results: Callable[[], dict[str, list[float]]] = dict,
     restore: Callable[[dict[str, list[float]]], None] = lambda results: None,
 ) -> None:
-    """Product of weight and gradient for every weight of the blocks, in one model.
+    """Product of weight and gradient for every weight of `blocks`; other blocks are left out.
 
     The loss is the mean next-token NLL over all predictions of all ranks.
 
     Args:
-        blocks: the blocks the model has, ascending; the others are left out.
         receive: called as `receive(b, products)` from the last block to the first; `products` has
             for each weight tensor of block `b` its signed product with the gradient, float32.
         each: called before it in the same way, once for each sample with that sample's share of
             the products; samples then go through the blocks one at a time.
-        observe: observers of the forward pass.
         results: returns the results so far, for the journal; `restore` gets them back.
     """
     back = journal.part("backward") if journal else Journal(None, "")
@@ -128,18 +126,17 @@ def _through_back(
         )
         if each is not None:
             for name, gradient in own.items():
-                gradients[name] = (
-                    gradients[name].add_(gradient) if name in gradients else gradient.clone()
-                )
+                _add(gradients, name, gradient.clone())
             each(b, _products(decoder, b, own, ALONE))
     return gradients
 
 
-def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a block by name: every parameter but biases and single numbers per unit.
+def _add(gradients: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
 
-    These are all matrices, and vectors called `weight` (those of norms).
-    """
+
+def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a block by name: all matrices, and vectors called `weight` (of norms)."""
     return {
         name: parameter
         for name, parameter in block.named_parameters()
@@ -180,19 +177,18 @@ def _block_gradient(
     Gradients of its weights are added to `gradients` in float32, each as soon as it exists.
     """
     before_BTD = before_BTD.detach().clone().requires_grad_()
-    hooks = []
 
     def add(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         parameter.grad = None
-        gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+        _add(gradients, name, gradient)
 
     weights = block_weights(decoder.blocks[b])
-    for name, parameter in weights.items():
-        parameter.requires_grad_(True)
-        hook = parameter.register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
-        hooks.append(hook)
+    hooks = [
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
+        for name, parameter in weights.items()
+    ]
     try:
         with torch.enable_grad():
             after_BTD = decoder.apply(b, before_BTD, entry.calls[b])

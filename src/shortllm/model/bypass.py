@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import find_blocks
+from shortllm.checkpoint.structure import find_blocks
 
 STREAM = "hidden_states"
 """Keyword of the stream where a block does not get it as its first argument."""
@@ -33,18 +33,14 @@ class Call:
 
     def arguments(self) -> dict[Place, Any]:
         """Every argument by its place or keyword."""
-        places: dict[Place, Any] = dict(enumerate(self.args))
-        return places | dict(self.kwargs.items())
+        return {**dict(enumerate(self.args)), **self.kwargs}  # type: ignore[dict-item]
 
 
 @contextmanager
 def bypassed(model: nn.Module, removed: Collection[int], ids_BT: Tensor) -> Iterator[None]:
     """Within the context, `model` computes what it computes without the blocks `removed`.
 
-    For forwards without a cache: a cache counts positions by block 0.
-
-    Args:
-        ids_BT: any token ids, for the plain forward.
+    For forwards without a cache, which counts positions by block 0. `ids_BT` are any token ids.
     """
     _, blocks = find_blocks(model, model.config)
     calls = _record(model, blocks, ids_BT)
@@ -71,8 +67,7 @@ def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> dict[int
         return remember
 
     handles = [
-        block.register_forward_hook(hook(number), with_kwargs=True)
-        for number, block in enumerate(blocks)
+        block.register_forward_hook(hook(b), with_kwargs=True) for b, block in enumerate(blocks)
     ]
     try:
         model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.structure import build_empty
+from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.decoder import Decoder
@@ -38,13 +37,7 @@ STAND_IN_STD = 0.02
 
 
 def open_streamed(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """The decoder of a checkpoint with everything but its blocks in memory.
-
-    Raises:
-        CheckpointError: tensors missing or unexpected, or NaN or infinite weights, named.
-        UnsupportedModelError: transformers cannot build this model type, its blocks share weights,
-            or the checkpoint is quantized.
-    """
+    """The decoder of a checkpoint with everything but its blocks in memory."""
     model = build_empty(copy.deepcopy(checkpoint.config), dtype=dtype)
     name, _ = find_blocks(model, model.config)
     weights = StreamedWeights(checkpoint, model, name, device=device, dtype=dtype)
@@ -118,11 +111,7 @@ class StreamedWeights:
                 self._set(key, empty)
 
     def _refuse_shared_weights(self) -> None:
-        """A weight of several blocks is stored in one of them alone.
-
-        Raises:
-            UnsupportedModelError: there are such weights.
-        """
+        """Refuse weights of several blocks, which are stored in one of them alone."""
         tied = self._model.all_tied_weights_keys
         shared = next((key for key in tied if key.startswith(self._prefix)), None)
         if shared is not None:
@@ -181,14 +170,7 @@ class StreamedWeights:
         if found.conversion_errors:
             name, reason = next(iter(found.conversion_errors.items()))
             raise CheckpointError(f"{self._id}: transformers cannot convert '{name}': {reason}")
-        check_loading(
-            self._id,
-            {
-                "missing_keys": missing,
-                "unexpected_keys": found.unexpected_keys,
-                "mismatched_keys": found.mismatched_keys,
-            },
-        )
+        check_loading(self._id, {**vars(found), "missing_keys": missing})
 
     def _set(self, key: str, tensor: Tensor) -> None:
         owner, _, name = key.rpartition(".")
@@ -196,11 +178,7 @@ class StreamedWeights:
 
 
 def _load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """How transformers is to load tensors of this model.
-
-    Raises:
-        UnsupportedModelError: the checkpoint is quantized, which is read as a whole only.
-    """
+    """How transformers is to load tensors of this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 

@@ -139,11 +139,7 @@ def walk(
             Without it no logits are computed.
         observe: see the stream of `removals[0]` pass through the blocks.
         advance: called with the floating-point operations done since its last call.
-        memory: where streams are kept.
         journal: where the progress of a walk over streamed blocks is kept.
-    Raises:
-        UnsupportedModelError: the blocks cannot be called one by one, and they are streamed or
-            to be observed.
     """
     memory, journal = memory or StreamMemory(), journal or Journal(None, "")
     route = Route.of(removals, decoder.block_count)
@@ -245,8 +241,7 @@ class _Chunk:
 
     def _used(self, done: int) -> Tensor:
         """The streams that exist after `done` steps."""
-        count = 1 + sum(len(step.split) for step in self.route.steps[:done])
-        return self.streams[:count]
+        return self.streams[: 1 + sum(len(step.split) for step in self.route.steps[:done])]
 
     def _resume(self, journal: Journal, state: dict[str, Tensor]) -> int:
         """Restore the state of an interrupted walk; returns the steps it had done."""
@@ -288,9 +283,7 @@ def mean_values(
 ) -> list[list[float]]:
     """Means over all predictions of all processes: for each value one number per shortened model.
 
-    Args:
-        ids_BT: this process's samples; may be none.
-        values: called with the logits of a shortened model, those of the first one, and targets.
+    `ids_BT` are this process's samples; there may be none.
     """
     totals = torch.zeros(len(values), len(removals), dtype=torch.float64)
 
@@ -323,12 +316,10 @@ def mean_nlls(
 ) -> list[float]:
     """Mean next-token NLL of each shortened model, nats, over the predictions of all processes.
 
-    Args:
-        kl: mean KL(intact || shortened) instead of the NLL.
-        together: shortened models of one walk; default: all of them.
+    With `kl` mean KL(intact || shortened) instead; `together` limits the models of one walk.
     """
     intact = [NOTHING] if kl else []  # the first one, which the others are compared with
-    value: Value = _kl_from_first if kl else _nll
+    value = _kl_from_first if kl else _nll
     journal, found = journal or Journal(None, ""), []
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals

@@ -95,8 +95,6 @@ def derive(
         expected: see `derived_fingerprint`.
         source: another checkpoint that must not be overwritten.
         needed_bytes: about how much will be written, where that is known before the work.
-    Raises:
-        OutputError: the target contains something else or cannot be written.
     """
     for one in (checkpoint, source or checkpoint):
         require_apart(one.directory, target)
@@ -125,9 +123,7 @@ def derived_fingerprint(
 ) -> str:
     """The fingerprint of everything that a derived checkpoint depends on.
 
-    Args:
-        calibration: the tokens that the stage looks at, if any.
-        choices: the options of the stage, under its name, and what else the result depends on.
+    `choices` are the options of the stage, under its name, and what else the result depends on.
     """
     return fingerprint(
         {
@@ -142,11 +138,7 @@ def derived_fingerprint(
 
 
 def require_free(target: Path, record: str) -> None:
-    """Refuse a target that contains anything but an earlier result of the same stage.
-
-    Args:
-        record: the file that an earlier result contains.
-    """
+    """Refuse a target that contains anything but an earlier result, which contains `record`."""
     if target.is_file():
         raise OutputError(f"--out {target} is a file. Give a directory")
     if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
@@ -227,12 +219,7 @@ def copying(
 def verifying(
     target: Path, session: Session, logits: Tensor, *, cached: bool
 ) -> Callable[[Path], None]:
-    """A `Draft.verify` that loads the written checkpoint and compares what it computes.
-
-    Args:
-        logits: what it must compute on the probe, see `bypass_logits`.
-        cached: whether it must compute the same with a cache.
-    """
+    """A `Draft.verify` that loads the written checkpoint and compares its logits on the probe."""
 
     def verify(written: Path) -> None:
         from shortllm.surgery.verify import verify_shortened
@@ -270,11 +257,7 @@ def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
 
 
 def require_stored(checkpoint: Checkpoint, b: int, name: str, *, needed_to: str) -> TensorEntry:
-    """The stored weights of the projection `name` of block `b`.
-
-    Args:
-        needed_to: what cannot be done without them, e.g. `cut them`.
-    """
+    """The stored weights of the projection `name` of block `b`, needed e.g. to `cut them`."""
     stored = stored_name(checkpoint, b, f"{name}.weight")
     entry = checkpoint.tensors.get(stored)
     if entry is None:
