@@ -41,7 +41,7 @@ from shortllm.pruning.records import PrunePlan
 from shortllm.records import ModelInfo
 from shortllm.surgery.apply import as_read_from_disk
 
-often = settings(deadline=None, max_examples=100)
+often = settings(deadline=None)
 seldom = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 
 

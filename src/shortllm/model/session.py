@@ -87,5 +87,6 @@ class Session:
             return self.runtime.stream
         room = room_for(checkpoint, device=self.device, dtype=self._torch_dtype(checkpoint))
         if not room.suffices:
-            log.info("%s: %s; its blocks are read one at a time", checkpoint.id, room)
+            told = "%s: %s; its blocks are read one at a time from the files (streamed)"
+            log.info(told, checkpoint.id, room)
         return not room.suffices
