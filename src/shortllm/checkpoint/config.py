@@ -2,16 +2,14 @@
 
 Code of its own    Some checkpoints bring Python modules (`auto_map`) instead of a model type that
                    transformers knows. Loading such a model runs that code with all rights of the
-                   user, so it is refused unless the user allows it (`--trust-remote-code`). Types
-                   that transformers knows never run such code.
+                   user, so it is refused unless the user allows it (`--trust-remote-code`).
 Shape per block    Blocks that differ in width have their shapes in config.json, block by block:
 
     "model_type": "llama with a shape per block (load it with shortllm.load)"
     "per_block_shapes": [{"num_attention_heads": 4, ..., "projections": {...}}, ...]
 
-No model class of transformers builds such blocks. Its loader does not know the type, so it refuses
-the checkpoint and repeats what to do, instead of filling tensors of the wrong shape with random
-numbers. Here the type's own config class reads the rest, and structure.py builds the blocks.
+The loader of transformers does not know this type, so it refuses the checkpoint and repeats what to
+do, instead of filling tensors of the wrong shape with random numbers. structure.py builds it.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ from shortllm.records import MAX_BLOCKS
 from shortllm.runtime import is_trusted
 
 ADAPTER = "adapter_config.json"
-
 FLAG = "--trust-remote-code"
-
 CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 """What the code of a checkpoint must provide."""
 
@@ -109,8 +105,7 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     whole = all(isinstance(part, PretrainedConfig) for part in parts)
     if not (whole and all(isinstance(part.model_type, str) for part in parts)):
         raise UnsupportedModelError(
-            f"model type '{model_type}': the part of config.json that describes its text decoder "
-            "is missing. Download it again"
+            f"model type '{model_type}': config.json lacks its text decoder. Download it again"
         )
     if any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise UnsupportedModelError(
@@ -174,8 +169,7 @@ def require_trust(source: str, directory: Path, raw_config: dict[str, Any]) -> N
             )
         if not (directory / file).is_file():
             raise CheckpointError(
-                f"{source} names the code {file}, which is missing. Finish the download of "
-                f"{directory}"
+                f"{source} names the code {file}, which is missing. Finish the download"
             )
 
 

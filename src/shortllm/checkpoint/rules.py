@@ -113,14 +113,16 @@ REWRITTEN: dict[str, Callable[[Any, Kept], dict[str, Any]]] = {
 blocks."""
 
 
-def _first(reason: str) -> Callable[[Any, Kept], dict[int, str]]:
-    return lambda config, kept: {} if kept[0] == 0 else {0: reason}
+Protect = Callable[[Any, Kept], dict[int, str]]
+"""Function of the config and the kept blocks -> removed blocks that cannot go, and why."""
 
 
-def _last(reason: str) -> Callable[[Any, Kept], dict[int, str]]:
+def _at(block: int, reason: str) -> Protect:
+    """The first block (0) or the last one (-1) must stay."""
+
     def rule(config: Any, kept: Kept) -> dict[int, str]:
-        last = block_count(config) - 1
-        return {} if kept[-1] == last else {last: reason}
+        number = block % block_count(config)
+        return {} if kept[block] == number else {number: reason}
 
     return rule
 
@@ -186,11 +188,10 @@ def _numbered_tables(config: Any, kept: Kept) -> dict[int, str]:
     ids = [number - BLOCK_NUMBERS["ple_layer_ids"] for number in config.ple_layer_ids or ()]
     result: dict[int, str] = {}
     for place, block in enumerate(ids):
-        later = [other for other in ids[place + 1 :] if other in kept]
+        later = ", ".join(str(other) for other in ids[place + 1 :] if other in kept)
         if block not in kept and later:
-            named = ", ".join(map(str, later))
             result[block] = (
-                f"the n-gram tables of blocks {named} are hashed by how many come before"
+                f"the n-gram tables of blocks {later} are hashed by how many come before"
             )
     return result
 
@@ -203,24 +204,23 @@ def _first_reads_text(config: Any, kept: Kept) -> dict[int, str]:
     return {block: reason for block in range(kept[0]) if block not in crossing}
 
 
-PROTECTED_BY_FIELD: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
+PROTECTED_BY_FIELD: dict[str, Protect] = {
     "cross_attention_layers": _first_reads_text,
     "indexer_types": _shared_indexer,
     "num_kv_shared_layers": _shared_keys,
     "ple_layer_ids": _numbered_tables,
 }
-PROTECTED_BY_TYPE: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
+PROTECTED_BY_TYPE: dict[str, Protect] = {
     "gemma4_text": _last_attends_fully,
     "gemma4_unified_text": _last_attends_fully,
-    "gpt_neox_japanese": _last("only this block has a bias after its attention"),
-    "modernbert-decoder": _first("only this block has no norm before its attention"),
-    "rwkv": _first("it contains the norm after the embeddings"),
+    "gpt_neox_japanese": _at(-1, "only this block has a bias after its attention"),
+    "modernbert-decoder": _at(0, "only this block has no norm before its attention"),
+    "rwkv": _at(0, "it contains the norm after the embeddings"),
     "zamba": _first_hybrid,
     "zamba2": _every_hybrid,
-    "zaya": _first("only its router takes nothing from an earlier router"),
+    "zaya": _at(0, "only its router takes nothing from an earlier router"),
 }
-"""Config field or type -> function of the config and the kept blocks: removed blocks that cannot go
--> the reason."""
+"""Config field, or type -> blocks that cannot go."""
 
 
 _DRAFTS = "it drafts for another model, whose keys and values all of its blocks read"

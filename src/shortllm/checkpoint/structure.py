@@ -9,7 +9,6 @@ of each block get the shapes in the config, and its modules the head counts that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +27,7 @@ from shortllm.checkpoint.config import (
     per_block_config,
     text_config,
 )
-from shortllm.checkpoint.tensors import read_json
+from shortllm.checkpoint.tensors import read_json, write_json
 from shortllm.errors import UnsupportedModelError
 
 Signature = dict[str, Any]
@@ -292,8 +291,7 @@ class PerBlockModel:
         """As the class does; the model type is marked again."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
-        text = json.dumps(marked(read_json(path)), indent=2) + "\n"
-        path.write_text(text, encoding="utf-8")
+        write_json(path, marked(read_json(path)))
 
 
 @cache

@@ -32,11 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS = "model.safetensors"
-
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-
 PICKLED = "pytorch_model.bin"
-
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -95,13 +92,9 @@ class TensorEntry:
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The same ranges, those that touch as one."""
-    first, stop = ranges[0]
-    for following in ranges[1:]:
-        if following[0] != stop:
-            yield first, stop
-            first = following[0]
-        stop = following[1]
-    yield first, stop
+    firsts, stops = {first for first, _ in ranges}, {stop for _, stop in ranges}
+    starts = [first for first, _ in ranges if first not in stops]
+    return zip(starts, [stop for _, stop in ranges if stop not in firsts], strict=True)
 
 
 def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
@@ -139,6 +132,11 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file of a checkpoint as transformers does."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- shards
@@ -338,9 +336,7 @@ def _is_plain(value: Any) -> bool:
 # ---- packed weights
 
 PACKED = ".weight_packed"
-
 SHAPE = ".weight_shape"
-
 PACKING_INFO = (SHAPE, ".weight_scale", ".weight_zero_point", ".weight_g_idx")
 """Endings of tensors that only say how to read the packed ones."""
 

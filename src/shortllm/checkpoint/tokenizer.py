@@ -7,13 +7,12 @@ file of a shortened checkpoint.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import FLAG
 from shortllm.checkpoint.source import Checkpoint, token_ids
-from shortllm.checkpoint.tensors import read_json
+from shortllm.checkpoint.tensors import read_json, write_json
 from shortllm.errors import CheckpointError, first_line_of
 from shortllm.runtime import is_trusted, quiet_transformers
 
@@ -79,5 +78,4 @@ def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:
         content = read_json(path)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} has no fields. Download it again")
-        content |= token_ids(checkpoint.special_tokens)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(path, content | token_ids(checkpoint.special_tokens))

@@ -18,6 +18,7 @@ from shortllm.checkpoint.tensors import (
     TensorEntry,
     pickled_bytes,
     read_all,
+    write_json,
 )
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -47,9 +48,7 @@ def write_tensors(
 ) -> None:
     """Write `new name -> stored tensor` as `model.safetensors`, or as shards and their index.
 
-    Args:
-        entries: tensors in the order to store them; those of one file copy fastest in file order.
-        advance: called with the number of bytes copied since its last call.
+    Tensors are stored in this order; those of one file copy fastest in file order.
     """
     shards = list(_cut(entries, max_shard_bytes))
     if len(shards) == 1:
@@ -62,7 +61,7 @@ def write_tensors(
         weight_map |= dict.fromkeys(shard, name)
     total = sum(entry.bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / SAFETENSORS_INDEX, index)
 
 
 def _cut(entries: dict[str, TensorEntry], limit: int) -> Iterator[dict[str, TensorEntry]]:

@@ -95,7 +95,7 @@ def walk_back(
             tensor.copy_(back.tensor(name))
         gradient_BTD = back.tensor("gradient").to(decoder.device)
         restore(position["results"])
-        advance(_flops_before(decoder, blocks, done, ids_BT))
+        advance(walk_back_flops(decoder, blocks, *ids_BT.shape, done))
     for b in decoder.through(list(reversed(blocks))[done:]):
         before_BTD = inputs.entering(b)
         gradients = _through_back(groups, b, before_BTD, gradient_BTD, each)
@@ -214,18 +214,14 @@ def _products(
     return {name: gradients[name].mul_(weight.detach()) for name, weight in weights.items()}
 
 
-def _flops_before(decoder: Decoder, blocks: Sequence[int], done: int, ids_BT: Tensor) -> float:
-    """Operations that an interrupted pass had done, `done` blocks of the way back included."""
-    forward = sum(block_flops(decoder, b) for b in blocks) * ids_BT.numel()
-    head = 2 * head_flops(decoder) * ids_BT.shape[0] * (ids_BT.shape[1] - 1)
-    back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])
-    return forward + head + 3 * back * ids_BT.numel()
-
-
-def walk_back_flops(decoder: Decoder, blocks: Sequence[int], samples: int, length: int) -> float:
-    """Floating-point operations of `walk_back`, as its `advance` counts them.
+def walk_back_flops(
+    decoder: Decoder, blocks: Sequence[int], samples: int, length: int, done: int | None = None
+) -> float:
+    """Floating-point operations of `walk_back`, or until `done` blocks of the way back are done.
 
     Four passes of each block: forward, forward again, and the gradients of its input and weights.
     """
-    once = sum(block_flops(decoder, b) for b in blocks) * samples * length
-    return 4 * once + 2 * head_flops(decoder) * samples * (length - 1)
+    forward = sum(block_flops(decoder, b) for b in blocks)
+    back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])
+    head = 2 * head_flops(decoder) * samples * (length - 1)
+    return (forward + 3 * back) * samples * length + head

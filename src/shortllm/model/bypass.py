@@ -79,13 +79,13 @@ def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> dict[int
 
 def _handed_on(calls: list[Call]) -> dict[int, Place]:
     """Which output of a block is which argument of the next block."""
-    found: dict[int, Place] = {}
-    for call, following in zip(calls, calls[1:], strict=False):
-        for number, output in enumerate(_parts(call.output)):
-            for place, argument in following.arguments().items():
-                if output is not None and argument is output:
-                    found[number] = place
-    return found
+    return {
+        number: place
+        for call, following in zip(calls, calls[1:], strict=False)
+        for number, output in enumerate(_parts(call.output))
+        for place, argument in following.arguments().items()
+        if output is not None and argument is output
+    }
 
 
 def _parts(output: Any) -> tuple[Any, ...]:
@@ -100,8 +100,7 @@ def _stand_in(output: Any, handed_on: dict[int, Place]) -> Callable[..., Any]:
         arguments = Call(args, kwargs, None).arguments()
         stream: Place = 0 if args else STREAM
         parts = [arguments[handed_on.get(0, stream)]]
-        for number in range(1, len(_parts(output))):
-            parts.append(arguments.get(handed_on[number]) if number in handed_on else None)
+        parts += [arguments.get(handed_on.get(n)) for n in range(1, len(_parts(output)))]
         if not isinstance(output, (tuple, list)):
             return parts[0]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)

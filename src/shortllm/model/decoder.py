@@ -10,9 +10,6 @@ own forward, with a recorder in place of every block. The tail is the model's ow
 a stand-in for the last block that returns the stream to be scored. Stand-ins are set as `forward`
 of the block instance, so the module tree, its names and its attributes stay as they are.
 
-The weights of the blocks are all in memory, or read when a walk comes to them (streamed.py); users
-of this class do not see the difference.
-
 Shapes: B samples, T tokens per sample, D width (of any further shape in a few types), V vocabulary.
 """
 
@@ -353,8 +350,8 @@ class Decoder:
     def _check_walk(self, ids_BT: Tensor) -> None:
         """Refuse types whose blocks keep state, in themselves or in a store they are all handed.
 
-        A second, different stream is sent through each block after the intact one: if any of it is
-        remembered, the intact stream no longer ends where the plain forward ends.
+        A second stream goes through each block after the intact one: if any of it is remembered,
+        the intact stream no longer ends where the plain forward ends.
         """
         expected_BTD = self._run_blocks(ids_BT)
         intact_BTD, calls = self._record(ids_BT)

@@ -129,15 +129,12 @@ class SampleGroups:
         shape = (*leading, len(self.ids_BT), *self.entries[0].stream_BTD.shape[1:])
         return self._memory.allocate(shape, self.decoder.stream_dtype, self.decoder.device)
 
-    def enter(self, stream_BTD: Tensor) -> Tensor:
-        """Fill a stream with what enters block 0."""
+    def entering(self, stream_BTD: Tensor | None = None) -> Tensor:
+        """The stream entering block 0, `[B, T, D]`; written into `stream_BTD` where it is given."""
+        stream_BTD = self.allocate() if stream_BTD is None else stream_BTD
         for rows, entry in self:
             stream_BTD[rows] = entry.stream_BTD
         return stream_BTD
-
-    def entering(self) -> Tensor:
-        """The stream entering block 0, `[B, T, D]`."""
-        return self.enter(self.allocate())
 
     def after(self, b: int, stream_BTD: Tensor, group: int) -> Tensor:
         """The stream of one group after block `b`; `stream_BTD` is that of all samples before."""

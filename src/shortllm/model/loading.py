@@ -152,7 +152,7 @@ def _from_pretrained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
 
 
 def check_loading(name: str, loading: dict[str, Any]) -> None:
-    """Refuse every difference of tensors; transformers would go on with random ones."""
+    """Refuse every difference of tensors; transformers would continue with random ones."""
     for kind, problem in (
         ("missing_keys", "is missing"),
         ("unexpected_keys", "is not part of the model"),

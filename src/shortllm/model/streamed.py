@@ -7,10 +7,9 @@ next one. So a model can be scored that fits neither in memory nor on the GPU.
     for b in decoder.through([0, 1, 2]):
         stream = decoder.apply(b, stream, entry.calls[b])
 
-The model is built without memory for its weights. transformers' own loader assigns stored tensors
-to parameters, since it knows every type's renamings and merged experts; it gets the tensors of one
-block at a time. The functions called here are not part of its public interface (checked with 5.15
-to 5.24).
+transformers' own loader assigns stored tensors to parameters, since it knows every type's renamings
+and merged experts; it gets the tensors of one block at a time. The functions called here are not
+part of its public interface (checked with 5.15 to 5.24).
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class StreamedWeights:
                 try:
                     yield b
                 finally:
-                    self._take(b)
+                    self._take(f"{self._prefix}{b}.")
 
     @contextmanager
     def stand_in(self) -> Iterator[None]:
@@ -107,8 +106,7 @@ class StreamedWeights:
         try:
             yield
         finally:
-            for key, empty in self._empty.items():
-                self._set(key, empty)
+            self._take(self._prefix)
 
     def _refuse_shared_weights(self) -> None:
         """Refuse weights of several blocks, which are stored in one of them alone."""
@@ -140,11 +138,10 @@ class StreamedWeights:
         self._model._adjust_missing_and_unexpected_keys(found)
         self._check(found, {key for key in found.missing_keys if key.startswith(block)})
 
-    def _take(self, b: int) -> None:
-        """Let go of the weights of block `b`."""
-        block = f"{self._prefix}{b}."
+    def _take(self, prefix: str) -> None:
+        """Let go of the weights whose names begin with `prefix`."""
         for key, empty in self._empty.items():
-            if key.startswith(block):
+            if key.startswith(prefix):
                 self._set(key, empty)
 
     def _read(self, b: int | None) -> dict[str, Tensor]:

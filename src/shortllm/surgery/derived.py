@@ -11,7 +11,6 @@ else in the way is an error.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -23,7 +22,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_json, read_tensor_table
+from shortllm.checkpoint.tensors import (
+    SAFETENSORS,
+    TensorEntry,
+    read_json,
+    read_tensor_table,
+    write_json,
+)
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
@@ -164,11 +169,9 @@ def _write(
     record: Mapping[str, Any],
 ) -> None:
     """Copy the other files, write weights and config, verify, save the record, rename."""
-    left = {*RECORDS, *draft.leave}
-    carried = [
-        file for file in carried_files(checkpoint.directory, target) if file.parts[0] not in left
-    ]
-    needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
+    source, left = checkpoint.directory, {*RECORDS, *draft.leave}
+    carried = [file for file in carried_files(source, target) if file.parts[0] not in left]
+    needed = draft.bytes + sum((source / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
     provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
     if "parent" in provenance:
@@ -179,13 +182,12 @@ def _write(
     ):
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
+            shutil.copyfile(source / name, directory / name)
         write_special_tokens(checkpoint, directory)
         draft.write(directory, advance)
         more, entries = draft.finish(directory) if draft.finish is not None else ({}, {})
         config = {**draft.config, **entries, PROVENANCE: provenance}
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
+        write_json(directory / "config.json", config)
         draft.verify(directory)
         kind.model_validate({**record, **more}).save(directory / kind.FILE)
 

@@ -24,15 +24,15 @@ from shortllm.records import Record
 from shortllm.runtime import Trust
 
 Target = Literal["gguf", "vllm"]
-
 Verdict = Literal["ok", "wrong", "unknown"]
 
 NAMES: dict[Target, str] = {"gguf": "llama.cpp (GGUF)", "vllm": "vLLM"}
 """Target -> its name in messages."""
 
 PERIODS_HELP = "Plan again with --period-aligned, so that only whole periods go"
-
 TRANSFORMERS_HELP = "Run it with transformers instead"
+
+ORDINALS = {2: "second", 4: "fourth", 5: "fifth", 6: "sixth"}
 
 ALIKE = {
     "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "qwen2",
@@ -68,7 +68,7 @@ class Pattern:
         if [entry == self.value for entry in entries] == wanted:
             return None
         return Problem(
-            f"it assumes that every {_ordinal(self.period)} block {self.meaning}, and no other; "
+            f"it assumes that every {ORDINALS[self.period]} block {self.meaning}, and no other; "
             f"here {self.field} differs",
             {self.field: list(entries)},
             PERIODS_HELP,
@@ -155,10 +155,6 @@ def _one_shape(config: Any) -> Problem:
         {"shapes": len({str(shapes) for shapes in getattr(config, SHAPES)})},
         "Make it narrower with --shapes uniform, or load it with shortllm.load",
     )
-
-
-def _ordinal(period: int) -> str:
-    return {2: "second", 4: "fourth", 5: "fifth", 6: "sixth"}.get(period, f"{period}th")
 
 
 def _full_every(period: int) -> Pattern:

@@ -45,10 +45,7 @@ def probe_ids(config: Any) -> Tensor:
 
 @torch.no_grad()
 def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
-    """Logits on the probe with the blocks `removed` bypassed, float32 `[2, 24, V]`.
-
-    A streamed decoder leaves out the last token, which predicts nothing: `[2, 23, V]`.
-    """
+    """Logits on the probe without the blocks `removed`, float32 `[2, 24, V]`; streamed 23."""
     ids = probe_ids(decoder.model.config)
     if not decoder.streamed:
         with decoder.without(removed):
