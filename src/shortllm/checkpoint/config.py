@@ -72,11 +72,7 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
 
 
 def read_config(directory: Path, model_type: str) -> Any:
-    """config.json as a transformers object, every default filled in.
-
-    The checkpoint's own code is run only for types that transformers does not know;
-    `checked_config` has checked the permission before.
-    """
+    """config.json as a transformers object; `checked_config` has allowed code of its own before."""
     from transformers import AutoConfig
 
     raw = read_json(directory / "config.json")

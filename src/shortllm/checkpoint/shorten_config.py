@@ -55,10 +55,7 @@ def shorten_config(
 
 
 def _text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
-    """The part of config.json that describes the text decoder, in place.
-
-    Older multimodal configs have its fields at the top level.
-    """
+    """The text decoder's part of config.json, in place; the top level in older configs."""
     if text is config:
         return raw
     key = next(name for name in config.sub_configs if getattr(config, name, None) is text)

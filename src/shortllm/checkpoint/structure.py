@@ -139,10 +139,7 @@ def is_projection(module: nn.Module) -> bool:
 
 
 def block_signature(block: nn.Module) -> Signature:
-    """Everything about a block's structure that can be compared.
-
-    Keys: `class of X`, `shape of X`, and the dotted name of each plain attribute.
-    """
+    """What can be compared: `class of X`, `shape of X`, and plain attributes by dotted name."""
     signature: Signature = {}
     for name, module in block.named_modules():
         signature[f"class of {name or 'block'}"] = type(module).__qualname__

@@ -46,10 +46,7 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Advance = lambda copied: None,
 ) -> None:
-    """Write `new name -> stored tensor` as `model.safetensors`, or as shards and their index.
-
-    Tensors are stored in this order; those of one file copy fastest in file order.
-    """
+    """Write `new name -> stored tensor`, in this order, as one file or as shards and an index."""
     shards = list(_cut(entries, max_shard_bytes))
     if len(shards) == 1:
         _write_shard(directory / SAFETENSORS, shards[0], advance)
@@ -135,10 +132,7 @@ def _adjacent(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def _copy_part(entry: TensorEntry, cut: Cut, out: FileIO, advance: Advance) -> None:
-    """Append the part of one tensor to `out`.
-
-    Many short rows are read at once, so a table of embeddings takes few reads and writes.
-    """
+    """Append the part of one tensor to `out`; many short rows are read at once."""
     part_bytes = sum(stop - first for first, stop in cut.ranges)
     rows = entry.bytes // part_bytes
     together = BUFFER_BYTES // cut.row_bytes

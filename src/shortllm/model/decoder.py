@@ -295,10 +295,7 @@ class Decoder:
             raise self._wrong_order(wrong or f"{len(called)} of the {self.block_count} blocks")
 
     def _record(self, ids_BT: Tensor, *, shift: float = 0.0) -> tuple[Tensor, list[BlockCall]]:
-        """The stream entering block 0 and each block's call; no block is run.
-
-        Blocks hand their input through, changed by `shift`.
-        """
+        """The stream entering block 0 and each block's call; stand-ins add `shift` to it."""
         streams: list[Tensor] = []
         calls: list[BlockCall] = []
 

@@ -278,10 +278,7 @@ def mean_values(
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> list[list[float]]:
-    """Means over all predictions of all processes: for each value one number per shortened model.
-
-    `ids_BT` are this process's samples; there may be none.
-    """
+    """Means over all predictions of all processes, per value and shortened model."""
     totals = torch.zeros(len(values), len(removals), dtype=torch.float64)
 
     def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:

@@ -126,10 +126,7 @@ def derive(
 def derived_fingerprint(
     checkpoint: Checkpoint, *, calibration: Calibration | None, session: Session, **choices: Any
 ) -> str:
-    """The fingerprint of everything that a derived checkpoint depends on.
-
-    `choices` are the options of the stage, under its name, and what else the result depends on.
-    """
+    """The fingerprint of what a derived checkpoint depends on; `choices` are the stage's own."""
     return fingerprint(
         {
             "model": checkpoint.fingerprint,

@@ -61,10 +61,7 @@ def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
 
 @torch.inference_mode()
 def kv_cache_matches(original: Decoder) -> bool:
-    """Whether the original computes the same with a cache as without (some types never do).
-
-    False for streamed blocks, which are not checked.
-    """
+    """Whether the original computes the same with a cache as without; not for streamed blocks."""
     if original.streamed:
         return False
     ids = probe_ids(original.model.config)
@@ -82,10 +79,7 @@ def kv_cache_matches(original: Decoder) -> bool:
 def verify_shortened(
     name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True
 ) -> None:
-    """Compare a reloaded model with `expected` (see `bypass_logits`), without and with cache.
-
-    Where the original's `kv_cache_matches` is false, the cache is not compared.
-    """
+    """Compare a reloaded model with `expected` (see `bypass_logits`); if `cached` with a cache too."""
     ids = probe_ids(shortened.model.config)
     plain = bypass_logits(shortened)
     tolerance = _tolerance(shortened)
@@ -108,10 +102,7 @@ def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
-    """Logits of a forward over all but the last tokens, continued token by token from its cache.
-
-    None where the type has no cache.
-    """
+    """Logits of a forward continued token by token from its cache; None where there is none."""
     ids = ids.to(next(model.parameters()).device)
     start = ids.shape[1] - CACHED_TOKENS
     output = model(input_ids=ids[:, :start], use_cache=True)
