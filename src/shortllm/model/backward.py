@@ -95,7 +95,7 @@ def walk_back(
             tensor.copy_(back.tensor(name))
         gradient_BTD = back.tensor("gradient").to(decoder.device)
         restore(position["results"])
-        advance(walk_back_flops(decoder, blocks, *ids_BT.shape, done))
+        advance(walk_back_flops(decoder, blocks, len(ids_BT), ids_BT.shape[1], done))
     for b in decoder.through(list(reversed(blocks))[done:]):
         before_BTD = inputs.entering(b)
         gradients = _through_back(groups, b, before_BTD, gradient_BTD, each)

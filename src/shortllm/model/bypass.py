@@ -100,7 +100,7 @@ def _stand_in(output: Any, handed_on: dict[int, Place]) -> Callable[..., Any]:
         arguments = Call(args, kwargs, None).arguments()
         stream: Place = 0 if args else STREAM
         parts = [arguments[handed_on.get(0, stream)]]
-        parts += [arguments.get(handed_on.get(n)) for n in range(1, len(_parts(output)))]
+        parts += [arguments.get(handed_on.get(n, "")) for n in range(1, len(_parts(output)))]
         if not isinstance(output, (tuple, list)):
             return parts[0]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)

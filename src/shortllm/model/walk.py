@@ -292,7 +292,7 @@ def mean_values(
         )  # fmt: skip
     ranks.add_up([totals])
     predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
-    return (totals / predictions).tolist()  # type: ignore[no-any-return]
+    return (totals / predictions).tolist()
 
 
 def mean_nlls(
