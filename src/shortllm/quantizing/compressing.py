@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.structure import build_empty
+from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.quantizing.options import PER_ROW
 from shortllm.runtime import quiet
