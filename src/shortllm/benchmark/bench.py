@@ -37,7 +37,7 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.texts import vocabulary
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
-from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
 from shortllm.files import fingerprint
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model
@@ -52,11 +52,7 @@ STAND_IN_TOKENS = 12
 
 
 def check_options(options: BenchmarkOptions) -> None:
-    """Refuse what cannot be measured.
-
-    Raises:
-        ShortLLMError: a number below its least.
-    """
+    """Refuse what cannot be measured."""
     for flag, numbers in (("--batch", options.batches), ("--new-tokens", options.new_tokens)):
         if not numbers or min(numbers) < 1:
             given = ",".join(map(str, numbers)) or "nothing"
@@ -85,11 +81,7 @@ def benchmark_fingerprint(
 def check_speed(
     checkpoints: Mapping[str, Checkpoint], options: BenchmarkOptions, session: Session
 ) -> dict[str, Tensor]:
-    """The prompt `[T]` of each model, after checking that the sweep can begin.
-
-    Raises:
-        ShortLLMError: options that cannot be met.
-    """
+    """The prompt `[T]` of each model, after checking that the sweep can begin."""
     check_options(options)
     _check_attention(options, session.device)
     prompts = {name: prompt_ids(one, options.prompt) for name, one in checkpoints.items()}
@@ -110,9 +102,6 @@ def measure_speed(
     Args:
         session: device and computation type; its own model is not used.
         directory: where finished cells are kept, so that an interrupted sweep resumes.
-    Raises:
-        ShortLLMError: options that cannot be met, before any model is loaded where that is known.
-        CheckpointError: a model that cannot be loaded.
     """
     prompts = check_speed(checkpoints, options, session)
     meter = meter_of(session.device)
@@ -193,11 +182,7 @@ def sweep(
 
 
 def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
-    """Token ids `[T]` of the prompt; arbitrary ones for a model without a tokenizer.
-
-    Raises:
-        DataError: it has no tokens.
-    """
+    """Token ids `[T]` of the prompt; arbitrary ones for a model without a tokenizer."""
     try:
         tokenizer = load_tokenizer(checkpoint)
     except CheckpointError:

@@ -16,7 +16,7 @@ from torch import Tensor
 from shortllm.benchmark.meters import Meter, Sampler, bounded_memory, is_out_of_memory
 from shortllm.benchmark.options import BenchmarkOptions, Measurement, PeakMemory
 from shortllm.errors import ShortLLMError
-from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
 from shortllm.runtime import Advance, quiet_transformers
 
 CPU = torch.device("cpu")
@@ -67,8 +67,6 @@ class InterleavedRuns:
 
         Args:
             advance: called with the number of runs done since its last call.
-        Raises:
-            ShortLLMError: a model that cannot be compiled, but should be.
         """
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), quiet_transformers():

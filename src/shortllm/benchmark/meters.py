@@ -76,11 +76,7 @@ class Meter(Protocol):
 
 
 def meter_of(device: torch.device) -> Meter:
-    """The meter of a device.
-
-    Raises:
-        ShortLLMError: one that cannot be measured, or the library that reads it is missing.
-    """
+    """The meter of a device."""
     meters: dict[str, Any] = {"cpu": CpuMeter, "cuda": CudaMeter, "mps": MpsMeter}
     if device.type not in meters:
         raise ShortLLMError(f"device '{device}' cannot be measured. Available: {', '.join(meters)}")
@@ -192,11 +188,7 @@ class CudaMeter:
 
 
 def nvml_handle(device: torch.device) -> Any:
-    """NVML's handle of a device by its UUID, since torch and NVML may number devices differently.
-
-    Raises:
-        ShortLLMError: NVML's Python bindings are missing, or there is no driver.
-    """
+    """NVML's handle of a device by its UUID, since torch and NVML may number devices differently."""
     import torch
 
     try:

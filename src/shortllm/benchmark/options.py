@@ -8,11 +8,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from shortllm.evaluation.options import PROMPT
 from shortllm.files import PARTIAL
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
-
-PROMPT = "The Leaning Tower of Pisa is known for"
 
 BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
     "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]},

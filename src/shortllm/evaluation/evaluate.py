@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.benchmark.options import PROMPT
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -18,7 +17,7 @@ from shortllm.data.calibration import resolve_calibration, tokens_fingerprint
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import check_length
 from shortllm.errors import DataError, ShortLLMError
-from shortllm.evaluation.options import EvaluatedModel, Evaluation, EvaluationOptions
+from shortllm.evaluation.options import PROMPT, EvaluatedModel, Evaluation, EvaluationOptions
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import fingerprint, require_file_target
 from shortllm.model.session import Session

@@ -89,11 +89,7 @@ class Budget(Options):
     )
 
     def asked(self) -> dict[str, Any]:
-        """The one way the amount was given, e.g. `{"remove": 3}`.
-
-        Raises:
-            BudgetError: none or several were given, or the number is impossible for every model.
-        """
+        """The one way the amount was given, e.g. `{"remove": 3}`."""
         amounts = {
             name: getattr(self, name)
             for name in ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
@@ -127,22 +123,14 @@ class Budget(Options):
         return None
 
     def protected(self, count: int) -> list[int]:
-        """Blocks of a model of `count` blocks that may not be removed, ascending.
-
-        Raises:
-            BudgetError: a negative protection.
-        """
+        """Blocks of a model of `count` blocks that may not be removed, ascending."""
         if self.blocks is not None:
             return []
         return protected_ends(count, self.protect_first, self.protect_last)
 
 
 def check_budget(budget: Budget, model: ModelInfo) -> None:
-    """Refuse, before any scoring, a budget that no scores can meet.
-
-    Raises:
-        BudgetError: naming what is free and the largest budget that works.
-    """
+    """Refuse, before any scoring, a budget that no scores can meet."""
     amount_of(budget, model)
 
 
@@ -165,11 +153,7 @@ def _units(budget: Budget, model: ModelInfo) -> list[list[int]]:
 
 
 def amount_of(budget: Budget, model: ModelInfo) -> int | None:
-    """Number of blocks to remove; None where it depends on which blocks go.
-
-    Raises:
-        BudgetError: more than is unprotected, nothing, all, or not whole periods.
-    """
+    """Number of blocks to remove; None where it depends on which blocks go."""
     count = model.blocks
     units = removable(budget, model)
     free = sum(map(len, units))
@@ -260,11 +244,7 @@ def _check_given(blocks: list[int], count: int) -> None:
 
 
 def most_blocks(budget: Budget, model: ModelInfo) -> int:
-    """The largest number of blocks that a plan for this budget can remove.
-
-    Raises:
-        BudgetError: see `check_budget`.
-    """
+    """The largest number of blocks that a plan for this budget can remove."""
     number = amount_of(budget, model)
     if number is not None:
         return number
@@ -282,11 +262,7 @@ def most_blocks(budget: Budget, model: ModelInfo) -> int:
 def removal_options(
     resolved: ResolvedCriterion, budget: Budget, model: ModelInfo
 ) -> dict[str, Any]:
-    """The options by which a criterion that removes blocks itself meets a budget; else none.
-
-    Raises:
-        BudgetError: see `most_blocks`.
-    """
+    """The options by which a criterion that removes blocks itself meets a budget; else none."""
     if not resolved.removes_blocks:
         return {}
     searches = resolved.needs == "sets"

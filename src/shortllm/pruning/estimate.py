@@ -91,11 +91,7 @@ class Setting:
 
 
 def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
-    """Each kind of pass, with the model in memory and streamed.
-
-    Raises:
-        UnsupportedModelError: transformers cannot build the model type.
-    """
+    """Each kind of pass, with the model in memory and streamed."""
     decoder = _weightless(setting)
     return [
         _estimate(setting, decoder, names, probe, streamed=streamed)

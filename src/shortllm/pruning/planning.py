@@ -49,8 +49,6 @@ def build_plan(
     Args:
         scores: needed unless the budget names the blocks itself.
         published: an order of blocks to follow instead of scores.
-    Raises:
-        BudgetError: the budget cannot be met, or there are no scores to choose by.
     """
     if not model.parameters_per_block:
         raise BudgetError(
@@ -108,11 +106,7 @@ def build_plan(
 
 
 def check_published_order(budget: Budget, published: Published, model: ModelInfo) -> None:
-    """Refuse, before any work, a published order that does not fit the model or the budget.
-
-    Raises:
-        BudgetError: it has other blocks than the model, or the budget names blocks as well.
-    """
+    """Refuse, before any work, a published order that does not fit the model or the budget."""
     if sorted(published.order) != list(range(model.blocks)):
         raise BudgetError(
             f"the published order is one of {len(published.order)} blocks, and {model.id} has "
@@ -128,11 +122,7 @@ def check_published_order(budget: Budget, published: Published, model: ModelInfo
 def _published_order(
     budget: Budget, published: Published, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The removed blocks: the first ones of the published order that may be removed.
-
-    Raises:
-        BudgetError: see `check_published_order`.
-    """
+    """The removed blocks: the first ones of the published order that may be removed."""
     check_published_order(budget, published, model)
     place = {block: float(rank) for rank, block in enumerate(published.order)}
     ranks = [place[block] for block in range(model.blocks)]
@@ -143,11 +133,7 @@ def _published_order(
 
 
 def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
-    """The removed blocks in removal order.
-
-    Raises:
-        BudgetError: the scores do not reach that far.
-    """
+    """The removed blocks in removal order."""
     units = removable(budget, model)
     if _is_contiguous(budget, scores):
         span = _span(budget, scores, model, number)
@@ -166,11 +152,7 @@ def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | 
 def _followed(
     budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The beginning of a removal order that a criterion found block by block.
-
-    Raises:
-        BudgetError: it is too short, has protected blocks, or whole periods are requested.
-    """
+    """The beginning of a removal order that a criterion found block by block."""
     name, order = scores.criterion, scores.order or []
     if budget.period_aligned and model.period > 1:
         raise BudgetError(
@@ -197,11 +179,7 @@ def _followed(
 def _searched(
     budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The set of blocks that a criterion searched for, which is valid for its own size alone.
-
-    Raises:
-        BudgetError: another size is requested, or the set has protected blocks.
-    """
+    """The set of blocks that a criterion searched for, which is valid for its own size alone."""
     name, removed = scores.criterion, scores.removed or []
     again = f"Score again with --option {name}"
     if number is not None and number != len(removed):
@@ -239,11 +217,7 @@ def _is_contiguous(budget: Budget, scores: BlockScores | None) -> bool:
 
 
 def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> range:
-    """The least important span of removable blocks that meets the budget.
-
-    Raises:
-        BudgetError: the criterion scores no spans, or protected blocks leave no room.
-    """
+    """The least important span of removable blocks that meets the budget."""
     if scores.spans is None:
         raise BudgetError(
             f"criterion '{scores.criterion}' scores no spans of blocks. Leave out --contiguous, or "

@@ -60,12 +60,7 @@ class Scorer:
     advance: Advance = lambda work: None
 
     def score(self, resolved: Sequence[ResolvedCriterion]) -> dict[str, Scores]:
-        """Scores of all blocks by each criterion.
-
-        Raises:
-            CriterionError: a score is not finite.
-            UnsupportedModelError: the model's blocks cannot be called one by one.
-        """
+        """Scores of all blocks by each criterion."""
         blocks = range(self.checkpoint.block_count)
         found = self._score(resolved, blocks, blocks, self.journal)
         for name, scores in found.items():
@@ -381,11 +376,7 @@ def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> li
 
 
 def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[ResolvedCriterion]) -> None:
-    """Refuse to score packed integers as weights, or by gradients of quantized ones.
-
-    Raises:
-        UnsupportedModelError: naming the criterion.
-    """
+    """Refuse to score packed integers as weights, or by gradients of quantized ones."""
     if not is_packed(checkpoint.raw_config):
         return
     for one in resolved:

@@ -60,11 +60,7 @@ class BlockSearch:
         self._seconds = 0.0
 
     def _held_out(self) -> int:
-        """How many samples the search does not see: the last ones.
-
-        Raises:
-            CriterionError: too few are left for every process to search on one.
-        """
+        """How many samples the search does not see: the last ones."""
         name, options, count = self._searching.name, self._options, self._scorer.ranks.count
         held_out: int = round(options["held_out"] * self._total)
         if "candidates" in options:
@@ -122,11 +118,7 @@ class BlockSearch:
         return self._count(part) / self._searched
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
-        """What each criterion removes.
-
-        Raises:
-            CriterionError: none of them can meet the budget.
-        """
+        """What each criterion removes."""
         entry = self._entry("propose", partial(self._scored, names))
         self._left_out = [NotTried(**one) for one in entry["left_out"]]
         if not entry["proposals"]:
@@ -287,11 +279,7 @@ def _finite(value: float) -> float | None:
 
 
 def budget_of(searching: ResolvedCriterion, model: ModelInfo) -> Budget:
-    """How many blocks a search removes, and which it may not remove.
-
-    Raises:
-        BudgetError: it cannot be met.
-    """
+    """How many blocks a search removes, and which it may not remove."""
     options = searching.options
     remove = options["remove"]
     budget = Budget(

@@ -51,8 +51,6 @@ def resolve(
     Args:
         session: device and computation type; a speed-up is measured with its model.
         directory: where an earlier target.json from the same inputs is reused.
-    Raises:
-        BudgetError: a target that the intact model meets, or that cannot be reached.
     """
     asked = budget.target()
     if asked is None:
@@ -101,11 +99,7 @@ def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> st
 
 
 def _free(budget: Budget, model: ModelInfo) -> list[list[int]]:
-    """Units that may be removed so that one is kept: blocks, or periods of them.
-
-    Raises:
-        BudgetError: there are none.
-    """
+    """Units that may be removed so that one is kept: blocks, or periods of them."""
     units = removable(budget, model)
     if sum(map(len, units)) == model.blocks:
         units.pop()
@@ -252,9 +246,6 @@ def measure_depths(
 
     The last blocks are bypassed, so that the cache's positions, which the first ones count, stay
     correct; which blocks are removed makes no difference to the speed if all have one size.
-
-    Raises:
-        BudgetError: the model does not fit into memory.
     """
     from shortllm.benchmark.bench import prompt_ids
     from shortllm.benchmark.interleaved import Candidate, InterleavedRuns
