@@ -188,7 +188,7 @@ class CudaMeter:
 
 
 def nvml_handle(device: torch.device) -> Any:
-    """NVML's handle of a device by its UUID, since torch and NVML may number devices differently."""
+    """NVML's handle of a device by its UUID: torch and NVML may number devices differently."""
     import torch
 
     try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
@@ -31,16 +31,7 @@ if TYPE_CHECKING:
 
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
-
-
-class SearchSpaces(Protocol):
-    """How a criterion that searches measures sets of blocks: `search_space.BlockSearch`."""
-
-    def __call__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal) -> Any:
-        """The space of sets that the criterion searches."""
-
-    def flops(self, scorer: Scorer, searching: ResolvedCriterion) -> float:
-        """Estimated floating-point operations of its search."""
+    from shortllm.pruning.search_space import BlockSearch
 
 
 @dataclass(kw_only=True)
@@ -52,8 +43,8 @@ class Scorer:
     """Called when a pass needs the model."""
     ids_BT: Tensor | None
     """This process's samples; None if no criterion needs text."""
-    search_spaces: SearchSpaces | None = None
-    """Needed for criteria that search."""
+    search_spaces: type[BlockSearch] | None = None
+    """What criteria that search run on."""
     ranks: Ranks = ALONE
     memory: StreamMemory | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
@@ -84,7 +75,9 @@ class Scorer:
             elif one.needs == "removals":
                 found[one.name] = self._removals(one, journal.part(one.name))
             elif one.needs == "sets":
-                found[one.name] = self._sets(one, journal.part(one.name))
+                assert self.search_spaces is not None
+                space = self.search_spaces(self, one, journal.part(one.name))
+                found[one.name] = one.call(space)
         observers = [self._observer(one) for one in resolved if one.needs in OBSERVED]
         logits = [one for one in resolved if one.needs == "logits"]
         gradients = [one for one in resolved if one.needs == "gradients"]
@@ -119,11 +112,10 @@ class Scorer:
         from shortllm.model.walk import walk
 
         decoder = self.open_decoder()
-        removed = frozenset(range(decoder.block_count)) - set(kept)
         walk(
             decoder,
             self.samples(),
-            [removed],
+            removals_of(decoder.block_count, kept),
             observe=observers,
             advance=self.advance,
             memory=self.memory,
@@ -213,16 +205,10 @@ class Scorer:
         scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
         return scores
 
-    def _sets(self, one: ResolvedCriterion, journal: Journal) -> Scores:
-        assert self.search_spaces is not None
-        scores: Scores = one.call(self.search_spaces(self, one, journal))
-        return scores
-
     def work(self, resolved: Sequence[ResolvedCriterion]) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.
 
-        A criterion that removes blocks is counted as if the first ones went, a search as if it
-        took two rounds.
+        A criterion that removes blocks is counted as if the first ones went.
         """
         blocks = range(self.checkpoint.block_count)
         return self._work(resolved, blocks, blocks)
@@ -239,11 +225,15 @@ class Scorer:
                 weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":
-                total += self._work_of_rounds(one)
+                inner, free = one.inner(), one.free(self.checkpoint.info())
+                assert inner is not None
+                for done in range(one.rounds(self.checkpoint.info())):
+                    left = [b for b in kept if b not in free[:done]]
+                    total += self._work([inner], left, free[done:])
             elif one.needs == "sets":
                 assert self.search_spaces is not None
                 total += self.search_spaces.flops(self, one)
-        if not needs & {"streams", "last token", "logits", "gradients"}:
+        if not needs & {*OBSERVED, "logits", "gradients"}:
             return total
         decoder, (samples, length) = self.open_decoder(), self.samples().shape
         if "logits" in needs:
@@ -252,18 +242,8 @@ class Scorer:
         if "gradients" in needs:
             total += walk_back_flops(decoder, kept, samples, length)
         if not needs & {"logits", "gradients"}:
-            removed = [frozenset(range(decoder.block_count)) - set(kept)]
-            total += walk_flops(decoder, removed, samples, length, head=False)
-        return total
-
-    def _work_of_rounds(self, one: ResolvedCriterion) -> float:
-        inner, free = one.inner(), one.free(self.checkpoint.info())
-        assert inner is not None
-        total = 0.0
-        for done in range(one.rounds(self.checkpoint.info())):
-            gone = set(free[:done])
-            kept = [b for b in range(self.checkpoint.block_count) if b not in gone]
-            total += self._work([inner], kept, free[done:])
+            removals = removals_of(decoder.block_count, kept)
+            total += walk_flops(decoder, removals, samples, length, head=False)
         return total
 
     def samples(self) -> Tensor:
@@ -273,7 +253,7 @@ class Scorer:
 
 
 def removals_of(
-    blocks: int, kept: Sequence[int], candidates: Iterable[int]
+    blocks: int, kept: Sequence[int], candidates: Iterable[int] = ()
 ) -> list[frozenset[int]]:
     """The model of the blocks `kept`, and each model without one more of the candidates."""
     gone = frozenset(range(blocks)) - set(kept)
@@ -377,10 +357,9 @@ def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> li
 
 def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[ResolvedCriterion]) -> None:
     """Refuse to score packed integers as weights, or by gradients of quantized ones."""
-    if not is_packed(checkpoint.raw_config):
-        return
+    packed = is_packed(checkpoint.raw_config)
     for one in resolved:
-        if (one.inner() or one).needs in ("weights", "gradients"):
+        if packed and (one.inner() or one).needs in ("weights", "gradients"):
             others = ", ".join(criteria.names_by_need("logits", *OBSERVED))
             raise UnsupportedModelError(
                 f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "
