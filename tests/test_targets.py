@@ -290,7 +290,7 @@ def test_a_run_for_a_target_of_speed(
     [
         (["run", "--target-params", "1.0X"], "'1.0X': not a number of parameters such as 1.0B"),
         (["run", "--target-memory", "much"], "--target-memory much: "),
-        (["run", "--target-speedup", "0.9"], "--target-speedup 0.9: greater than 1"),
+        (["run", "--target-speedup", "0.9"], "--target-speedup 0.9: must be greater than 1"),
         (["run", "--target-params", "1B"], "nothing has to go for --target-params 1,000,000,000"),
         (["run", "--target-params", "1M", "--ratio", "0.5"], "several budgets given"),
     ],
