@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
@@ -145,10 +145,19 @@ class Scorer:
             memory=self.memory,
             journal=journal,
         )
-        return {
-            one.name: _of_means(one, mean, candidates, decoder.block_count)
-            for one, mean in zip(resolved, means, strict=True)
-        }
+        found = {}
+        for one, (intact, *without) in zip(resolved, means, strict=True):
+            in_nats, count = one.criterion.in_nats, decoder.block_count
+            report = perplexity if in_nats else float
+            values = spread_out([report(mean) for mean in without], candidates, count)
+            change = spread_out([mean - intact for mean in without], candidates, count)
+            found[one.name] = Scores(
+                importance=values,
+                values=values,
+                intact=report(intact),
+                delta_nll=change if in_nats else None,
+            )
+        return found
 
     def _gradients(
         self,
@@ -260,34 +269,6 @@ def removals_of(
     return [gone, *(gone | {b} for b in candidates)]
 
 
-def _of_means(
-    one: ResolvedCriterion, means: list[float], candidates: Sequence[int], count: int
-) -> Scores:
-    """Scores from the mean of the intact model and those without each candidate."""
-    intact, *without = means
-    report = perplexity if one.criterion.in_nats else float
-    values = spread_out([report(mean) for mean in without], candidates, count)
-    change = spread_out([mean - intact for mean in without], candidates, count)
-    return Scores(
-        importance=values,
-        values=values,
-        intact=report(intact),
-        delta_nll=change if one.criterion.in_nats else None,
-    )
-
-
-class ScoringObserver(Protocol):
-    """Observes the streams of a pass, and turns what it saw into scores."""
-
-    criterion: ResolvedCriterion
-    state: dict[str, Tensor]
-
-    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None: ...
-
-    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
-        """Scores of the blocks `kept`, from the samples of all processes."""
-
-
 class TokenMeans:
     """The mean over tokens of a number per token, for each block."""
 
@@ -336,10 +317,13 @@ class LastTokens:
 
         depths = torch.cat([self._before[list(kept)], self._after[None]])
         found: Scores = self.criterion.call(torch.cat(ranks.gather(depths), dim=1))
-        blocks = len(self._before)
-        if len(kept) == blocks:
+        if len(kept) == len(self._before):
             return found
-        return plain_scores(spread_out(found.importance, kept, blocks))
+        return plain_scores(spread_out(found.importance, kept, len(self._before)))
+
+
+ScoringObserver = TokenMeans | LastTokens
+"""Observes the streams of a pass, and turns what it saw into scores."""
 
 
 def plain_scores(values: list[float]) -> Scores:
