@@ -37,6 +37,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import get_last_checkpoint
 
 from shortllm.errors import CheckpointError
 from shortllm.files import PARTIAL, translate_os_errors
@@ -52,8 +54,8 @@ WRITING = "writing" + PARTIAL
 
 STATE_FILE = "trainer_state.json"
 
-PICKLES = ("*.pt", "*.pth", "*model*.bin")
-"""Optimizer, scheduler, random generators, and weights where there are none in safetensors."""
+LOADED = (STATE_FILE, "*.pt", "*.pth", "*model*.bin")
+"""Files of a state: also optimizer, scheduler, random generators, and weights that are pickles."""
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]
@@ -119,7 +121,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         return os.path.join(directory, WRITING) if self._writing else directory
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a state under a temporary name, rename it, delete those no longer needed."""
+        """Write a state under a temporary name, which an error deletes, then rename it."""
         self.meter.add_tokens(self.accelerator)
         states = Path(self.args.output_dir)
         with translate_os_errors(states):
@@ -140,6 +142,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
 
     def _publish(self, states: Path, name: str) -> None:
+        """Give the written state its name, and delete all but it and the best one."""
         self.state.best_model_checkpoint = None  # it would name the directory written to
         self.state.save_to_json(str(states / WRITING / name / STATE_FILE))
         shutil.rmtree(states / name, ignore_errors=True)
@@ -175,7 +178,7 @@ class Meter(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a saved state keeps of this."""
+        """What a saved state keeps."""
         kept = {"seconds": self.elapsed(), "tokens": self.tokens, "out_of_time": self.out_of_time}
         return {"args": {"max_minutes": self.max_minutes}, "attributes": kept}
 
@@ -215,13 +218,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._advance = advance
         self._done = 0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Draw the bar at the step that is resumed."""
-        self._move(state)
-
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        self._move(state)
+        """Move the bar; also at the start, to the step that is resumed."""
+        self._advance(state.global_step - self._done)
+        self._done = state.global_step
+
+    on_train_begin = on_step_end
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log the losses of the state that was saved."""
@@ -232,10 +234,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             for name, value in _losses(entry)
         ]
         log.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(losses))
-
-    def _move(self, state: TrainerState) -> None:
-        self._advance(state.global_step - self._done)
-        self._done = state.global_step
 
 
 def read_history(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
@@ -258,9 +256,9 @@ def _losses(entry: dict[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def last_state(states: Path) -> Path | None:
-    """The newest complete state in a directory."""
-    found = [path for path in states.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest state in a directory."""
+    found = get_last_checkpoint(str(states)) if states.is_dir() else None
+    return Path(found) if found else None
 
 
 def require_loadable(state: Path) -> None:
@@ -268,11 +266,8 @@ def require_loadable(state: Path) -> None:
 
     The Trainer itself uses the same weights-only loader, but does not name the file.
     """
-    from transformers.trainer_pt_utils import safe_globals
-
     work = state.parent.parent
-    pickles = (file for kind in PICKLES for file in sorted(state.glob(kind)))
-    for file in (state / STATE_FILE, *pickles):
+    for file in (file for kind in LOADED for file in sorted(state.glob(kind))):
         try:
             if file.name == STATE_FILE:
                 TrainerState.load_from_json(str(file))
