@@ -159,7 +159,7 @@ def corpus_of(found: list[Document], target: Path, **changes: Any) -> Corpus:
 
 
 def all_ids(store: Store) -> list[int]:
-    ids: list[int] = store.ids(0, store.tokens).tolist()
+    ids: list[int] = store.ids.tolist()
     return ids
 
 
@@ -208,8 +208,11 @@ def test_a_store_is_read_across_documents(tmp_path: Path) -> None:
     store = corpus_of(found, tmp_path / "corpus", held_out=1).train
     flat = [token for document in found[1:] for token in document.ids]
     assert all_ids(store) == flat and store.documents == 30
-    for start, stop in ((0, 1), (5, 60), (len(flat) - 3, len(flat))):
-        assert store.ids(start, stop).tolist() == flat[start:stop]
+    windows = Windows(store, length=16, packing="stream", apart=False)
+    for number, item in enumerate(windows):  # type: ignore[arg-type]
+        assert item["input_ids"].tolist() == flat[16 * number : 16 * number + 16]
+        if number == len(windows) - 1:
+            break
 
 
 @pytest.mark.parametrize("damaged", ["train.ids", "held_out.index", "corpus.json"])

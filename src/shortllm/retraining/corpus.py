@@ -25,7 +25,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -142,9 +142,8 @@ def _instruction(source: str, number: int, row: Any) -> dict[str, str]:
             "with instruction and output. Give such rows, or --form text"
         )
     found = {name: row.get(name) for name in ("instruction", "input", "output")}
-    for name in ("instruction", "output"):
-        value = found[name]
-        if not isinstance(value, str) or not value.strip():
+    for name, value in found.items():
+        if name != "input" and not (isinstance(value, str) and value.strip()):
             raise DataError(
                 f"row {number} of '{source}' has no {name}. Every row needs instruction and output "
                 "(and may have input); leave such rows out, or use --form text"
@@ -184,10 +183,8 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 def _common(one: list[int], other: list[int]) -> int:
     """Length of the common beginning: the last token of a prompt may differ before an answer."""
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in same)
 
 
 def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
@@ -272,7 +269,8 @@ class Store:
     """Documents on disk, memory-mapped and read in any order."""
 
     def __init__(self, path: Path, dtype: str, fingerprint: str) -> None:
-        self._ids = np.memmap(path.with_suffix(".ids"), dtype, mode="r")
+        self.ids: NDArray[Any] = np.memmap(path.with_suffix(".ids"), dtype, mode="r")
+        """The token ids of all documents, one after another."""
         index = np.fromfile(path.with_suffix(".index"), "<i8").reshape(-1, 2)
         self.starts: NDArray[np.int64] = index[:, 0]
         """The position of each document's first token, and after them the number of tokens."""
@@ -281,13 +279,9 @@ class Store:
         self.fingerprint = fingerprint
         """sha256 over all ids and prompt lengths."""
         self.documents = len(self.prompts)
-        self.tokens = len(self._ids)
+        self.tokens = len(self.ids)
         if self.starts[-1] != self.tokens:
             raise ValueError("the index is of other ids")
-
-    def ids(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The token ids at positions `[start, stop)`, across documents."""
-        return np.array(self._ids[start:stop], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

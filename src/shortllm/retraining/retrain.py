@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
-from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.errors import CheckpointError
 from shortllm.files import releasing, translate_os_errors
 from shortllm.model.session import Session
 from shortllm.options import accepts
@@ -31,6 +31,7 @@ from shortllm.surgery.apply import held_provenance, require_apart
 from shortllm.surgery.derived import NEW, Draft, derive, is_up_to_date, require_free
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from shortllm.retraining.training import Trained
@@ -76,6 +77,7 @@ def retrain(
         OutputError: `out` contains something else or cannot be written.
     """
     checkpoint, session = open_checkpoint(model, revision=revision), Session(runtime)
+    options.about.require_packages()
     return retrain_from(checkpoint, options, Path(out), session=session, ranks=_join(session))
 
 
@@ -108,13 +110,8 @@ def _join(session: Session) -> Ranks:
     """The processes this one was launched with, joined in the way the Trainer will use them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise ShortLLMError(
-            "training in several processes needs accelerate. Install it with: pip install "
-            "'shortllm[train]'"
-        ) from error
+    from accelerate import PartialState
+
     PartialState(cpu=session.device.type == "cpu", timeout=LONGEST_WAIT)
     return join_ranks()
 
@@ -134,8 +131,7 @@ def _trained(job: Job) -> Draft:
         advance(checkpoint.bytes)
 
     def verify(directory: Path) -> None:
-        dtype = _name(next(plain.parameters()).dtype)
-        found = _load(open_checkpoint(directory), dtype).state_dict()
+        found = _load(open_checkpoint(directory), next(plain.parameters()).dtype).state_dict()
         for name, tensor in plain.state_dict().items():
             if not found[name].equal(tensor):
                 raise CheckpointError(f"{directory}: tensor '{name}' differs from what was written")
@@ -168,24 +164,24 @@ def _record(job: Job, trained: Trained) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "stopped": trainer.stopped or "steps",
-        "tokens_seen": trainer.meter.tokens,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
         "processes": setup.ranks.count,
         "sharded": trainer.is_fsdp_enabled,
         "dtype": setup.dtype,
         "versions": {**versions(), **setup.options.about.versions()},
-        "cost": Cost(seconds=round(trainer.meter.seconds, 3), peak_bytes=peak_memory()),
+        "cost": Cost(seconds=round(trainer.clock.seconds, 3), peak_bytes=peak_memory()),
     }
 
 
 def _provenance(job: Job, trained: Trained) -> dict[str, Any]:
     """Where the checkpoint comes from and how it was retrained, also in earlier retrainings."""
-    held = held_provenance(job.setup.checkpoint)
+    held, state = held_provenance(job.setup.checkpoint), trained.trainer.state
     retrained = {
         "version": __version__,
         "method": job.setup.options.method,
         "data": trained.data.source,
-        "steps": trained.trainer.state.best_global_step,
-        "tokens": trained.trainer.meter.tokens,
+        "steps": state.best_global_step,
+        "tokens": state.num_input_tokens_seen,
         "fingerprint": job.fingerprint,
         "before": held.get("retrained"),
     }
@@ -194,13 +190,15 @@ def _provenance(job: Job, trained: Trained) -> dict[str, Any]:
 
 def _plain_model(job: Job, trained: Trained) -> nn.Module:
     """The trained weights in the type the checkpoint stores; adapters are merged in float32."""
+    import torch
+
     from shortllm.model.loading import stored_dtype
 
     checkpoint, trainer = job.setup.checkpoint, trained.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     stored = stored_dtype(checkpoint)
     if not hasattr(model, "peft_config"):
-        plain = _load(checkpoint, _name(stored))
+        plain = _load(checkpoint, stored)
         plain.load_state_dict(trained.weights)
         return plain
     from peft import PeftModel
@@ -211,27 +209,25 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
         model.save_pretrained(
             job.work / ADAPTER, state_dict=trained.weights, save_embedding_layers=False
         )
-    base = _load(checkpoint, "float32")
+    base = _load(checkpoint, torch.float32)
     merged: nn.Module = PeftModel.from_pretrained(base, str(job.work / ADAPTER)).merge_and_unload()
     return merged.to(stored)
 
 
-def _load(checkpoint: Checkpoint, dtype: str) -> nn.Module:
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     import torch
 
     from shortllm.model.loading import load_model
 
-    return load_model(checkpoint, device=torch.device("cpu"), dtype=dtype)
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    return load_model(checkpoint, device=torch.device("cpu"), dtype=name)
 
 
 def _save(plain: Any, directory: Path) -> None:
     """Save the weights by transformers, which knows their names on disk, and nothing else."""
+    new = directory / NEW
     with quiet_transformers():
-        plain.save_pretrained(directory / NEW)
-    for name in weight_files(directory / NEW):
-        (directory / NEW / name).rename(directory / name)
-    shutil.rmtree(directory / NEW)
+        plain.save_pretrained(new)
+    for name in weight_files(new):
+        (new / name).rename(directory / name)
+    shutil.rmtree(new)

@@ -69,7 +69,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         patience: int | None,
         **kwargs: Any,
     ) -> None:
-        callbacks: list[TrainerCallback] = [Meter(max_minutes)]
+        callbacks: list[TrainerCallback] = [Clock(max_minutes)]
         if patience is not None:
             callbacks.append(EarlyStoppingCallback(patience))
         super().__init__(*args, compute_metrics=mean_nll, callbacks=callbacks, **kwargs)
@@ -78,16 +78,18 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         # divide by the targets of the whole batch, as `compute_loss` below does
         self.model_accepts_loss_kwargs = True
         self._writing = False
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        """Seen by this process since the last state; those before are in `TrainerState`."""
 
     @property
-    def meter(self) -> Meter:
+    def clock(self) -> Clock:
         """The one in use: resuming replaces the given one by a restored one."""
-        return next(one for one in self.callback_handler.callbacks if isinstance(one, Meter))
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, Clock))
 
     @property
     def stopped(self) -> Literal["minutes", "patience"] | None:
         """Why the training ended before its last step; None if it did not."""
-        if self.meter.out_of_time:
+        if self.clock.out_of_time:
             return "minutes"
         for one in self.callback_handler.callbacks:
             if isinstance(one, EarlyStoppingCallback):
@@ -104,7 +106,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """The sum of the objective, divided by the targets of the whole batch."""
         assert num_items_in_batch is not None
-        self.meter.tokens_here += int(inputs["tokens"].sum())
+        self._tokens += inputs["tokens"].sum()
         # gradients are averaged over the processes, but each has only a part of the sum
         share: Tensor = self.accelerator.num_processes / num_items_in_batch
         return self.objective(model, inputs) * share
@@ -122,7 +124,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a state under a temporary name, which an error deletes, then rename it."""
-        self.meter.add_tokens(self.accelerator)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(self._tokens).sum())
+        self._tokens.zero_()
         states = Path(self.args.output_dir)
         with translate_os_errors(states):
             if self.args.should_save:
@@ -166,38 +169,30 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._load_best_model()
 
 
-class Meter(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Counts tokens and time over all starts of a training, and stops it when its time is over."""
+class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Measures time over all starts of a training, and stops it when its time is over."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.max_minutes = max_minutes
         self.seconds = 0.0
-        self.tokens = 0
         self.out_of_time = False
-        self.tokens_here = 0
         self._since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
         """What a saved state keeps."""
-        kept = {"seconds": self.elapsed(), "tokens": self.tokens, "out_of_time": self.out_of_time}
+        kept = {"seconds": self.elapsed(), "out_of_time": self.out_of_time}
         return {"args": {"max_minutes": self.max_minutes}, "attributes": kept}
 
     def elapsed(self) -> float:
         """Seconds of training, including those before an interruption."""
         return self.seconds + time.monotonic() - self._since
 
-    def add_tokens(self, accelerator: Any) -> None:
-        """Add the tokens that all processes have seen since the last call."""
-        here = torch.tensor(self.tokens_here, device=accelerator.device)
-        self.tokens += int(accelerator.gather(here).sum())
-        self.tokens_here = 0
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start it."""
         self._since = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop it."""
         self.seconds, self._since = self.elapsed(), time.monotonic()
 
     def on_step_end(

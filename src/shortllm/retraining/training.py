@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
@@ -38,17 +39,14 @@ from shortllm.retraining.trainer import (
     last_state,
     require_loadable,
 )
-from shortllm.retraining.windows import Segmented, Windows, collate, keeps_apart
+from shortllm.retraining.windows import Windows, collate, keeps_apart, segmented
 from shortllm.runtime import progress, quiet_transformers
 from shortllm.surgery.apply import lineage
 
 log = logging.getLogger(__name__)
 
-EVALUATIONS = 10
-"""Evaluations of a training by default; a state is saved at each."""
-
-LOGGED_LOSSES = 100
-"""Points of the training curve."""
+EVALUATIONS, LOGGED_LOSSES = 10, 100
+"""How often a training is evaluated by default, with a state saved each time, and logs its loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,7 +76,7 @@ def train(job: Job) -> Trained:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # mixed precision casts it where it is used
     states = job.work / "states"
-    evaluation = {name: Segmented(segments.ids) for name, segments in setup.evaluation.items()}
+    evaluation = {name: segmented(segments.ids) for name, segments in setup.evaluation.items()}
     trainer = ObjectiveTrainer(
         model=model,
         args=_arguments(setup, len(windows), states),
@@ -105,16 +103,15 @@ def _is_sharded() -> bool:
 
 
 def _open_model(setup: Setup) -> Any:
-    """The model to train, in float32 where its weights are trained, so that small steps count.
+    """The model to train; one that will be sharded stays on the CPU.
 
-    Frozen weights are kept in the computation type. A model that will be sharded stays on the CPU.
+    Weights that are trained must be in float32, so that small steps count.
     """
     sharded, attention = _is_sharded(), setup.options.attention
+    device = torch.device("cpu") if sharded else setup.session.device
     frozen = setup.options.about.freezes and not sharded
     model: Any = load_model(
-        setup.checkpoint,
-        device=torch.device("cpu") if sharded else setup.session.device,
-        dtype=setup.dtype if frozen else "float32",
+        setup.checkpoint, device=device, dtype=setup.dtype if frozen else "float32"
     )
     if attention is not None:
         try:
@@ -175,9 +172,7 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
     total = total_steps(options, windows)
     every = options.eval_every or max(1, total // EVALUATIONS)
     constant = options.schedule == "constant"
-    reporters = options.report_to
-    if reporters is None:
-        reporters = ["tensorboard"] if find_spec("tensorboard") else []
+    reporters = ["tensorboard"] if find_spec("tensorboard") else []
     arguments = TrainingArguments(
         output_dir=str(states),
         per_device_train_batch_size=setup.micro_batch,
@@ -206,24 +201,17 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=reporters,
+        report_to=reporters if options.report_to is None else options.report_to,
         disable_tqdm=True,
         seed=options.seed,
     )
     if processes == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more need a launcher
-    if processes > 1 and _is_sharded():
-        _shard_on_cpus_too(arguments)
-    return arguments
-
-
-def _shard_on_cpus_too(arguments: TrainingArguments) -> None:
-    """Have FSDP between CPU processes: accelerate 1.15 skips it there, but torch can do it."""
-    from accelerate import DistributedType
-
     state = arguments.distributed_state
-    if state.distributed_type == DistributedType.MULTI_CPU:
+    if _is_sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate 1.15 skips FSDP between CPU processes, but torch can do it
         state.distributed_type = DistributedType.MULTI_GPU
+    return arguments
 
 
 def total_steps(options: RetrainOptions, windows: int) -> int:

@@ -37,9 +37,10 @@ OPEN_WINDOWS = 64
 """Windows that `fit` tries to fill at a time."""
 
 PROBE_TOKENS = 8
-PROBE_TOLERANCE = {torch.float32: 1e-3}
-LOW_PRECISION_PROBE_TOLERANCE = 3e-2
-"""Largest difference of a document's logits alone and after another, relative to the largest."""
+
+PROBE_TOLERANCES = 1e-3, 3e-2
+"""Largest difference of a document's logits alone and after another, relative to the largest: in
+float32, and in a lower precision."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -62,45 +63,28 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, window: int) -> dict[str, Tensor]:
         """`input_ids`, `labels` and, where documents are kept apart, `position_ids`, each `[T]`."""
-        parts = [self._part(start, stop) for start, stop in self._spans[window]]
-        item = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        item["labels"][0] = NO_TARGET
-        return item if self.predictions is None else {**item, **self.predictions(window)}
-
-    def _part(self, start: int, stop: int) -> dict[str, Tensor]:
-        """A run of tokens of the store, its documents kept apart or not."""
         starts, prompts = self._store.starts, self._store.prompts
-        ids = torch.from_numpy(self._store.ids(start, stop))
-        labels = ids.clone()
-        positions = torch.arange(stop - start)
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        for document in range(first, len(prompts)):
-            begin = int(starts[document]) - start
-            if begin >= stop - start:
-                break
-            first_target = begin + int(prompts[document])
-            labels[max(begin, 0) : max(first_target, 0)] = NO_TARGET
-            if self._apart and begin >= 0:
-                positions[begin:] = torch.arange(stop - start - begin)
-                labels[begin] = NO_TARGET
-        if not self._apart:
-            return {"input_ids": ids, "labels": labels}
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+        place_T = np.concatenate([np.arange(start, stop) for start, stop in self._spans[window]])
+        document_T = np.searchsorted(starts, place_T, side="right") - 1
+        within_T = place_T - starts[document_T]
+        ids_T = np.asarray(self._store.ids[place_T], dtype=np.int64)
+        context_T = within_T < prompts[document_T]
+        context_T[0] = True
+        if self._apart:
+            context_T |= within_T == 0
+        item = {"input_ids": ids_T, "labels": np.where(context_T, NO_TARGET, ids_T)}
+        if self._apart:  # of a document that began earlier, the window's first token is at 0
+            item["position_ids"] = np.minimum(within_T, np.arange(len(place_T)))
+        tensors = {name: torch.from_numpy(values) for name, values in item.items()}
+        return tensors if self.predictions is None else {**tensors, **self.predictions(window)}
 
 
-class Segmented(Dataset[dict[str, Tensor]]):
-    """Windows to evaluate on, `[windows, length]`, as a data set."""
-
-    def __init__(self, ids_ST: Tensor) -> None:
-        self._ids = ids_ST
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, segment: int) -> dict[str, Tensor]:
-        labels = self._ids[segment].clone()
-        labels[0] = NO_TARGET
-        return {"input_ids": self._ids[segment], "labels": labels}
+def segmented(ids_ST: Tensor) -> list[dict[str, Tensor]]:
+    """Segments to evaluate on, each a window."""
+    labels_ST = ids_ST.clone()
+    labels_ST[:, 0] = NO_TARGET
+    pairs = zip(ids_ST, labels_ST, strict=True)
+    return [{"input_ids": ids_T, "labels": labels_T} for ids_T, labels_T in pairs]
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -187,7 +171,7 @@ def keeps_apart(model: nn.Module, vocabulary: int) -> bool:
     finally:
         model.train(was_training)
     difference = (both - alone).abs().max() / alone.abs().max().clamp_min(1e-30)
-    return bool(difference <= PROBE_TOLERANCE.get(alone.dtype, LOW_PRECISION_PROBE_TOLERANCE))
+    return bool(difference <= PROBE_TOLERANCES[alone.dtype != torch.float32])
 
 
 def target_rows(labels_BT: Tensor) -> Tensor:
