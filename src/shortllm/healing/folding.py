@@ -55,11 +55,7 @@ class Added:
 
 
 def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
-    """For each of `blocks` the last projection whose output is added to the hidden state.
-
-    Raises:
-        UnsupportedModelError: a block has none, or blocks cannot be called one by one.
-    """
+    """For each of `blocks` the last projection whose output is added to the hidden state."""
     obstacle = decoder.obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(obstacle)
@@ -174,11 +170,7 @@ class Fold:
 
 
 def require_floats(checkpoint: Checkpoint, b: int, name: str) -> None:
-    """Refuse a checkpoint that does not store the weights of a projection as floats.
-
-    Raises:
-        UnsupportedModelError: the message names the tensor.
-    """
+    """Refuse a checkpoint that does not store the weights of a projection as floats."""
     entry = require_stored(checkpoint, b, name, needed_to="fold a map into a projection")
     if entry.dtype not in ("F64", "F32", "F16", "BF16"):
         raise UnsupportedModelError(

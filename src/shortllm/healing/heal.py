@@ -89,11 +89,7 @@ def heal_from(
     calibration: Calibration,
     session: Session,
 ) -> Healing:
-    """The same for open checkpoints and calibration ids.
-
-    Raises:
-        DataError: too few samples.
-    """
+    """The same for open checkpoints and calibration ids."""
     kept = kept_blocks(checkpoint, source)
     if len(calibration.ids) < 2:
         raise DataError(
@@ -141,13 +137,7 @@ def check_healable(options: HealOptions, checkpoint: Checkpoint, session: Sessio
 
 
 def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
-    """For each block of the checkpoint its number in the source.
-
-    Raises:
-        CheckpointError: the checkpoint does not say, or the source has another number of blocks.
-        ShortLLMError: no block was removed.
-        UnsupportedModelError: only the first blocks were removed, with none before them.
-    """
+    """For each block of the checkpoint its number in the source."""
     origin = origin_of(checkpoint)
     if origin.blocks != source.block_count:
         raise CheckpointError(
@@ -167,11 +157,7 @@ def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
 
 
 def origin_of(checkpoint: Checkpoint) -> Lineage:
-    """Which blocks of which model a checkpoint has.
-
-    Raises:
-        CheckpointError: its config.json does not say.
-    """
+    """Which blocks of which model a checkpoint has."""
     try:
         return lineage(checkpoint)
     except CheckpointError as error:
@@ -182,11 +168,7 @@ def origin_of(checkpoint: Checkpoint) -> Lineage:
 
 
 def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
-    """The model that a checkpoint was shortened from: as given, or as its config.json says.
-
-    Raises:
-        CheckpointError: its config.json does not say, or that model cannot be opened.
-    """
+    """The model that a checkpoint was shortened from: as given, or as its config.json says."""
     origin = origin_of(checkpoint)
     if given is not None:
         return open_checkpoint(given)
@@ -200,11 +182,7 @@ def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
 
 
 def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Sequence[int]) -> None:
-    """Refuse a checkpoint that was changed since it was shortened: compare every tensor.
-
-    Raises:
-        CheckpointError: the message names the first tensor that differs.
-    """
+    """Refuse a checkpoint that was changed since it was shortened: compare every tensor."""
     import torch
 
     expected = renumbered_tensors(source, kept)

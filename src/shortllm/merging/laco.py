@@ -67,12 +67,7 @@ def merged(blocks: Sequence[Merged], place: int, others: int) -> list[Merged]:
 
 
 def require_alike(checkpoint: Checkpoint, decoder: Decoder) -> None:
-    """Refuse models whose blocks cannot be added to one another.
-
-    Raises:
-        UnsupportedModelError: tensors under other names than the model's, quantized tensors, or
-            blocks of different shapes.
-    """
+    """Refuse models whose blocks cannot be added to one another."""
     shapes = [_shapes(checkpoint, b) for b in range(checkpoint.block_count)]
     for b, block in enumerate(decoder.blocks):
         names = set(block.state_dict())

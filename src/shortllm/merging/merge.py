@@ -91,11 +91,7 @@ def merge_from(
 
 
 def check_blocks(options: MergeOptions, count: int) -> None:
-    """Refuse what cannot be done with this many blocks.
-
-    Raises:
-        ShortLLMError: too few blocks are free, or named ones do not exist or have none before them.
-    """
+    """Refuse what cannot be done with this many blocks."""
     for block in options.blocks or ():
         if not 0 <= block < count:
             raise ShortLLMError(

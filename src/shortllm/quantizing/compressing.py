@@ -38,11 +38,7 @@ RECORDED = (LIBRARY, "compressed-tensors")
 
 
 def require_extra() -> None:
-    """Refuse to start if llm-compressor is missing, or does not accept the installed packages.
-
-    Raises:
-        ShortLLMError: the message says what to install.
-    """
+    """Refuse to start if llm-compressor is missing, or does not accept the installed packages."""
     try:
         own = version(LIBRARY)
     except PackageNotFoundError:
@@ -104,12 +100,7 @@ class Layers:
 
 
 def find_layers(checkpoint: Checkpoint) -> Layers:
-    """The layers to quantize.
-
-    Raises:
-        UnsupportedModelError: the model is quantized already, is not a plain text model, has blocks
-            of different widths, or has too many weights outside linear layers.
-    """
+    """The layers to quantize."""
     _refuse_kinds(checkpoint)
     model = build_empty(checkpoint.config)
     prefix, blocks = find_blocks(model, checkpoint.config)
@@ -160,11 +151,7 @@ def _refuse_kinds(checkpoint: Checkpoint) -> None:
 
 
 def require_group_size(layers: Layers, size: int) -> None:
-    """Refuse a group size that does not divide the inputs of every layer.
-
-    Raises:
-        ShortLLMError: the message names the sizes that do.
-    """
+    """Refuse a group size that does not divide the inputs of every layer."""
     if size == PER_ROW:
         return
     unfit = {name: width for name, width in layers.widths.items() if width % size}
@@ -203,8 +190,6 @@ def compress(
     Args:
         ids: calibration, int64 [samples, length]; None if the modifier needs no text.
         advance: called with 1 for each layer that gptq starts.
-    Raises:
-        UnsupportedModelError: llm-compressor cannot do it; the message says why.
     """
     with quiet_compressor():
         from llmcompressor import oneshot
@@ -239,11 +224,7 @@ def save_compressed(model: Any, directory: Path) -> None:
 
 
 def require_device(device: torch.device) -> None:
-    """Refuse a device that llm-compressor would not use: it chooses by itself.
-
-    Raises:
-        ShortLLMError: a device other than the first accelerator, or the CPU next to one.
-    """
+    """Refuse a device that llm-compressor would not use: it chooses by itself."""
     accelerator = None
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()

@@ -146,11 +146,7 @@ def resolve(
 
 
 def check(options: QuantizeOptions, checkpoint: Checkpoint, session: Session) -> Layers:
-    """Check packages, device and model before anything heavy; returns the layers to quantize.
-
-    Raises:
-        ShortLLMError: something is missing or does not fit.
-    """
+    """Check packages, device and model before anything heavy; returns the layers to quantize."""
     from shortllm.quantizing.compressing import (
         find_layers,
         require_device,
@@ -244,11 +240,7 @@ def _packed(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def require_usable(name: str, decoder: Decoder) -> None:
-    """Refuse a model whose predictions are not finite, or that cannot generate.
-
-    Raises:
-        CheckpointError: the message says which.
-    """
+    """Refuse a model whose predictions are not finite, or that cannot generate."""
     import torch
 
     from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids

@@ -194,8 +194,6 @@ def removed_counts(
 
     Args:
         neuron_ratio: for the neurons, where it is a different one.
-    Raises:
-        BudgetError: it removes none or all; the message names ratios that work.
     """
     heads, neurons = groups.attention.units, groups.mlp.units
     of_neurons = ratio if neuron_ratio is None else neuron_ratio
@@ -244,8 +242,6 @@ def options_to_remove(
     Args:
         options: with every default filled in.
         groups: of the blocks to make narrower.
-    Raises:
-        BudgetError: these blocks cannot lose that many parameters.
     """
     total = sum(
         unit_parameters(sublayer, block.width) * sublayer.units

@@ -93,8 +93,6 @@ def walk_narrowing(
             what to remove from it.
         sequential: later blocks see the outputs of the narrower block; otherwise those of the
             intact one, and what `decide` returns has no effect.
-    Raises:
-        UnsupportedModelError: the blocks cannot be called one by one.
     """
     samples = SampleGroups(decoder, ids_BT, memory)
     stream_BTD = samples.entering()
@@ -191,9 +189,6 @@ def choose_from_list(
 
     Each counts with the parameters it frees; the number of units whose parameters come nearest to
     the ratio is removed. The best head and the best neuron of every block stay.
-
-    Raises:
-        BudgetError: nothing would be removed, or more than possible.
     """
     entries: list[tuple[float, int, bool, int, int]] = []
     total = 0

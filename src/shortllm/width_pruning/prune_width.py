@@ -112,11 +112,7 @@ def width_from(
 
 
 def resolve(options: WidthOptions, blocks: int) -> WidthOptions:
-    """The same options with every default filled in, for a model of this many blocks.
-
-    Raises:
-        ShortLLMError: blocks that the model lacks, or too few of them for uniform shapes.
-    """
+    """The same options with every default filled in, for a model of this many blocks."""
     method = METHODS.get(options.method)
     start, end = options.start, options.end
     if start is None:
@@ -250,11 +246,7 @@ def _uniform_layout(
     groups: Groups,
     counts: Mapping[int, tuple[int, int]],
 ) -> Layout | None:
-    """Config and added biases of a plain checkpoint; None if blocks get shapes of their own.
-
-    Raises:
-        UnsupportedModelError: a plain one was requested, and the type's config cannot describe it.
-    """
+    """Config and added biases of a plain checkpoint; None if blocks get shapes of their own."""
     from shortllm.width_pruning.reshape import uniform_config
 
     if options.shapes == "per-block" or not counts:

@@ -110,8 +110,6 @@ def uniform_config(
         bias: whether the output projections need biases.
     Returns:
         The config, and other biases that the family only has together with those of the outputs.
-    Raises:
-        UnsupportedModelError: the type's config has no fields for it.
     """
     first = groups[0]
     heads, neurons = first.attention.units - counts[0], first.mlp.units - counts[1]

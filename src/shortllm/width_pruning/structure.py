@@ -46,21 +46,12 @@ DRAWS = 4
 
 
 def find_groups(decoder: Decoder, blocks: Sequence[int]) -> dict[int, BlockGroups]:
-    """The heads and neurons of each of `blocks`; blocks built alike are probed once.
-
-    Raises:
-        UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or whose heads or neurons are coupled; or blocks that cannot be called alone.
-    """
+    """The heads and neurons of each of `blocks`; blocks built alike are probed once."""
     return _of_kinds(decoder, blocks, lambda b: _Probe(decoder, b).groups())
 
 
 def find_outputs(decoder: Decoder, blocks: Sequence[int]) -> dict[int, tuple[str, str]]:
     """The names, within each of `blocks`, of the output projections of its attention and its MLP.
-
-    Raises:
-        UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or blocks that cannot be called alone.
     """
     return _of_kinds(
         decoder, blocks, lambda b: _Probe(decoder, b, "lose single sublayers").outputs()
