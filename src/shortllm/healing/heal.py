@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import TensorEntry, read_tensor
+from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
@@ -31,14 +31,13 @@ from shortllm.surgery.derived import (
     copying,
     derive,
     derived_fingerprint,
+    on_probe,
     require_free,
     stored_name,
     verifying,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shortllm.data.calibration import Calibration
 
 log = logging.getLogger(__name__)
@@ -114,11 +113,7 @@ def heal_from(
 def healing_text(
     options: HealOptions, checkpoint: Checkpoint, shared: CalibrationOptions | None = None
 ) -> HealCalibration:
-    """The text to heal with, every default filled in.
-
-    Args:
-        shared: the text that blocks are scored on, if any; healing uses more of it by default.
-    """
+    """The text to heal with, every default filled in; by default more of the text that scores."""
     text = options.calibration
     positions = context_length(checkpoint.config)
     update: dict[str, Any] = {
@@ -169,9 +164,9 @@ def origin_of(checkpoint: Checkpoint) -> Lineage:
 
 def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     """The model that a checkpoint was shortened from: as given, or as its config.json says."""
-    origin = origin_of(checkpoint)
     if given is not None:
         return open_checkpoint(given)
+    origin = origin_of(checkpoint)
     try:
         return open_checkpoint(origin.source, revision=origin.revision)
     except CheckpointError as error:
@@ -191,19 +186,17 @@ def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Seque
         alike = held is not None and (held.shape, held.dtype) == (entry.shape, entry.dtype)
         # parts of a tensor (tables with a share for each block) cannot be read alone
         if alike and held is not None and held.cut is None:
-            alike = torch.equal(_bytes(held), _bytes(entry))
+            one, other = (
+                read_tensor(tensor).contiguous().flatten().view(torch.uint8)
+                for tensor in (held, entry)
+            )
+            alike = torch.equal(one, other)
         if not alike:
             raise CheckpointError(
                 f"tensor '{name}' of {checkpoint.id} differs from that of {source.id}: was it "
                 "retrained, healed or merged? Heal a checkpoint as `shortllm prune` wrote it, and "
                 "retrain the healed one; or give the model it was shortened from as --source"
             )
-
-
-def _bytes(entry: TensorEntry) -> Tensor:
-    import torch
-
-    return read_tensor(entry).contiguous().flatten().view(torch.uint8)
 
 
 def _draft(
@@ -217,6 +210,8 @@ def _draft(
     expected: str,
 ) -> Draft:
     """Heal, measure, and describe the new checkpoint."""
+    from shortllm.healing.folding import folded_into
+
     removed = sorted(set(range(source.block_count)) - set(kept))
     ids_BT = calibration.ids
     task = Task(
@@ -230,7 +225,8 @@ def _draft(
     )
     healed: Healed = METHODS.get(options.method).function(task)
     held_out = _measure(task, healed)
-    logits, cached = _expected(task, healed)
+    with folded_into(task.decoder, healed.folds):
+        logits, cached = on_probe(task.decoder, removed)
     record = {
         "source": source.info(),
         "method": options.method,
@@ -252,8 +248,8 @@ def _draft(
     }
     new = (
         (stored_name(checkpoint, kept.index(b), name), tensor)
-        for b, one in healed.folds.items()
-        for name, tensor in one.tensors().items()
+        for b, tensors in healed.folds.items()
+        for name, tensor in tensors.items()
     )
     return Draft(
         record=record,
@@ -263,15 +259,6 @@ def _draft(
         write=copying(checkpoint.tensors, new),
         verify=verifying(target, session, logits, cached=cached),
     )
-
-
-def _expected(task: Task, healed: Healed) -> tuple[Tensor, bool]:
-    """What the result must compute, and whether it must with a cache too."""
-    from shortllm.healing.folding import folded_into
-    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
-
-    with folded_into(task.decoder, healed.folds):
-        return bypass_logits(task.decoder, task.removed), kv_cache_matches(task.decoder)
 
 
 def _measure(task: Task, healed: Healed) -> HeldOut:
@@ -287,8 +274,6 @@ def _measure(task: Task, healed: Healed) -> HeldOut:
     if after > shortened:
         log.warning(
             "on held-out text the healed model is worse than the shortened one: %.4f compared with "
-            "%.4f nats per token. Give more, or different, calibration text",
-            after,
-            shortened,
-        )
+            "%.4f nats per token. Give more, or different, calibration text", after, shortened,
+        )  # fmt: skip
     return HeldOut(samples=len(ids_BT), source=before, shortened=shortened, healed=after)
