@@ -247,7 +247,7 @@ def require_text_model(checkpoint: Checkpoint, aim: str) -> None:
     if text_config(config) is not config:
         raise UnsupportedModelError(
             f"model type '{config.model_type}' has other towers around its text decoder, and only "
-            f"plain text models can {aim}. Remove whole blocks with `shortllm prune`"
+            f"plain text models can {aim}"
         )
 
 
