@@ -224,7 +224,7 @@ def test_interrupted_it_leaves_nothing_half_done_and_goes_on(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(journal, "WORK_PER_WRITING", 0)
+    monkeypatch.setattr(journal, "WORK_PER_COMMIT", 0)
     run = tmp_path / "run"
     shutil.copytree(directory, run)
     for name in ("comparison.json", "comparison.html"):

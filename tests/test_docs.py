@@ -24,7 +24,6 @@ from shortllm import criteria, healing, quantizing, retraining, sublayers, width
 from shortllm.cli import app
 from shortllm.model.decoder import Decoder
 from shortllm.options import Options
-from shortllm.reporting.methods import criterion_info
 
 DOCS = REPOSITORY / "docs"
 FIRST = {"README", "tutorial", "add_a_criterion", "add_a_baseline", "add_an_architecture_rule"}
@@ -92,20 +91,19 @@ def test_the_table_of_methods_tells_of_every_criterion() -> None:
         assert registered.defaults.keys() <= set(told), name
 
 
-def test_the_table_of_methods_tells_of_every_other_method() -> None:
-    rows = rows_of("methods.md")
-    names = [
-        *width_pruning.methods.METHODS.names(),
-        *quantizing.methods.METHODS.names(),
-        *retraining.methods.METHODS.names(),
-        *sublayers.criteria.CRITERIA.names(),
-        *healing.methods.METHODS.names(),
-        "merge",
+def test_the_table_of_methods_has_every_method_and_its_paper() -> None:
+    methods = [
+        *width_pruning.methods.METHODS,
+        *quantizing.methods.METHODS,
+        *retraining.methods.METHODS,
+        *sublayers.criteria.CRITERIA,
+        *healing.methods.METHODS,
+        *criteria.listed(),
     ]
-    assert rows.keys() == {*names, *criteria.names()}
-    for name, cells in rows.items():
-        paper = criterion_info(name).paper
-        assert paper is None or paper.url in cells[-1], name
+    rows = rows_of("methods.md")
+    assert rows.keys() == {*(one.name for one in methods), "merge"}
+    for one in methods:
+        assert one.paper is None or one.paper.url in rows[one.name][-1], one.name
 
 
 def test_the_page_of_options_has_every_record_that_users_see() -> None:

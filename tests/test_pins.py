@@ -122,7 +122,7 @@ def test_a_run_stays_at_its_commit(
     move(repository, "main", new)
     with caplog.at_level(logging.INFO, logger="shortllm"):
         again = pipeline.run(recipe=asked, out=run)
-    assert f"going on with revision {commit_of(old)}, which {run} records" in caplog.text
+    assert f"continuing with revision {commit_of(old)} of {run}" in caplog.text
     assert again.evaluation == first.evaluation and again.plan == first.plan
     held = json.loads((run / "run.json").read_text())
     assert held["model"]["revision"] == commit_of(old) == first.plan.model.revision
@@ -130,7 +130,7 @@ def test_a_run_stays_at_its_commit(
     assert (provenance["source"], provenance["revision"]) == (ID, commit_of(old))
     fresh = pipeline.run(recipe=asked, out=tmp_path / "fresh")
     assert fresh.plan.model.revision == commit_of(new)
-    with pytest.raises(OutputError, match="holds a run of another model"):
+    with pytest.raises(OutputError, match="is a run of another model"):
         pipeline.run(recipe=recipe(tmp_path, revision="main"), out=run)
 
 

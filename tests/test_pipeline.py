@@ -153,7 +153,7 @@ def test_killed_at_any_moment_the_same_command_completes_with_the_same_files(
 
 def test_a_directory_with_other_things_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="not empty and holds no run of shortllm"):
+    with pytest.raises(OutputError, match="not empty and not a run of shortllm"):
         pipeline.run(recipe=RECIPE, out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -164,7 +164,7 @@ def test_a_run_of_another_model_is_refused(finished: Path, tmp_path: Path) -> No
         (finished / "run.json").read_text().replace('"fingerprint": "', '"fingerprint": "0')
     )
     (tmp_path / "scores.json").write_bytes((finished / "scores.json").read_bytes())
-    with pytest.raises(OutputError, match="holds a run of another model"):
+    with pytest.raises(OutputError, match="is a run of another model"):
         pipeline.run(recipe=RECIPE, out=tmp_path)
 
 

@@ -329,7 +329,7 @@ def test_interrupted_rounds_go_on_where_they_were(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(journal, "MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(journal, "WORK_PER_WRITING", 0)
+    monkeypatch.setattr(journal, "WORK_PER_COMMIT", 0)
     decoder, ids_BT = families.streamed("llama"), families.token_ids()
     outputs = find_sublayers(decoder, range(6))
     through, read = decoder.through, []

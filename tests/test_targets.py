@@ -306,7 +306,7 @@ def test_mistakes_on_the_command_line(
 
 
 def test_numbers_of_parameters_as_people_write_them() -> None:
-    from shortllm.cli.values import parameters_in
+    from shortllm.pruning.budget import parameters_in
 
     assert [parameters_in(text) for text in ("1.0B", "350M", "7 b", "12", "1.5k")] == [
         10**9,
@@ -315,4 +315,3 @@ def test_numbers_of_parameters_as_people_write_them() -> None:
         12,
         1500,
     ]
-    assert parameters_in(None) is None

@@ -17,13 +17,12 @@ from pathlib import Path
 import shortllm
 from shortllm import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe, RetrainOptions
 from shortllm.files import write_text
-from shortllm.reporting.comparison import common_cell, trade_plots
-from shortllm.reporting.criteria_page import criteria_plot
+from shortllm.reporting.comparison import criteria_plot, units_models, units_table
 from shortllm.reporting.load import load_units
 from shortllm.reporting.measurements import all_plots
 from shortllm.reporting.parts import Figure
 from shortllm.reporting.plots import standalone
-from shortllm.reporting.units_page import units_models, units_table
+from shortllm.reporting.runs_page import common_cell, trade_plots
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images" / "gallery"
@@ -111,7 +110,7 @@ def section_of(one: Shown, runs: Path, steps: int) -> tuple[Table, str]:
     shortllm.compare_units(recipe=recipe_of(one, steps), out=directory)
     results = load_units(directory)
     cell = common_cell(results.benchmark)
-    for name, plot in trade_plots(units_models(results), cell, size=False, numbered=False).items():
+    for name, plot in trade_plots(units_models(results), cell, of_runs=False).items():
         plots[name] = plot.figure()
     speed = all_plots(results.benchmark)
     plots["throughput"] = next(p for name, p in speed.items() if "throughput" in name).figure()

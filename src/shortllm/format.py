@@ -30,6 +30,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
 
 
+def figure(value: float | None) -> str:
+    """A figure of any size for a column: counts from a million in full, others to five digits."""
+    return f"{value:,.0f}" if value is not None and value >= 1e6 else number(value, 5)
+
+
 def fixed(value: float | None, decimals: int = 2) -> str:
     """`value` with exactly `decimals` decimals, for columns of like numbers."""
     if value is None or not math.isfinite(value):

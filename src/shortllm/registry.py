@@ -63,6 +63,10 @@ class Registry(Generic[Entry]):
             raise self._error(f"unknown {self._kind} '{name}'.{hint}")
         return self._entries[name]
 
+    def find(self, name: str | None) -> Entry | None:
+        """The entry of that name; None where there is none, or no name."""
+        return self._entries.get(name or "")
+
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._entries)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -252,6 +259,27 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+class _Nowhere(io.TextIOBase):
+    """Drops what is written; never closed, because libraries keep a reference to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Nothing that libraries print, and of these loggers only errors."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from shortllm.run_directory import pinned
 from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
-    from shortllm.reporting.comparison import ComparedModel
+    from shortllm.reporting.runs_page import ComparedModel
 
 
 @accepts(comparison=ComparisonOptions, runtime=Runtime)

@@ -109,10 +109,9 @@ def sample_random(
 ) -> torch.Tensor:
     """Windows at random places of random rows, int64 [samples, length]; no row is used twice.
 
-    Rows are tokenized with the special tokens the tokenizer adds, so a window has a BOS only when
-    it starts where its row starts. With `bos_every_sample` (Gemma needs it) they are tokenized
-    without, and each window becomes [BOS] + window[:-1]. The same rows, tokenizer and seed give the
-    ids behind the published scores. Source: Shortened LLaMA, arXiv:2402.02834.
+    Rows are tokenized with special tokens, so a window has a BOS only when it starts where its row
+    starts. With `bos_every_sample` they are tokenized without, and each window becomes [BOS] +
+    window[:-1]. Source: Shortened LLaMA, arXiv:2402.02834.
     """
     samples, length = options.samples, options.length
     bos = _bos_of(tokenizer) if options.bos_every_sample else None
@@ -257,15 +256,9 @@ def evaluation_segments(
 ) -> Segments:
     """Cut rows into windows of `length` tokens, a BOS included where the rule puts one.
 
-    A tokenizer without BOS (Qwen2) always gets `none`; `Segments.bos` says so. With
-    `max_segments` only as many rows are read as it takes, so the source may be larger than memory.
+    A tokenizer without BOS (Qwen2) always gets `none`. With `max_segments` only the rows that it
+    takes are read, so the source may be larger than memory.
     """
-    if length < 2:
-        raise DataError(
-            f"a segment of {length} tokens predicts nothing. Ask for a length of 2 or more"
-        )
-    if max_segments is not None and max_segments < 1:
-        raise DataError(f"{max_segments} segments cannot be measured. Ask for 1 or more")
     if tokenizer.bos_token_id is None:
         bos = "none"
     new_tokens = length - 1 if bos == "every" else length
@@ -277,7 +270,7 @@ def evaluation_segments(
     if count == 0:
         raise DataError(
             f"{getattr(rows, 'source', 'the text')} gives {len(tokens)} tokens to measure on, less "
-            f"than one segment of {length}. Ask for a shorter {option}, or give more text"
+            f"than one segment of {length}. Give a shorter {option} or more text"
         )
     count = min(count, max_segments or count)
     ids = torch.tensor(tokens[: count * new_tokens], dtype=torch.int64).view(count, new_tokens)
@@ -289,9 +282,9 @@ def evaluation_segments(
 def _tokens(
     rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int | None
 ) -> list[int]:
-    """The token ids of all rows, or of so many first rows that there are at least `enough` ids.
+    """The token ids of all rows, or of enough first rows that there are at least `enough` ids.
 
-    Where a text ends changes only its last few tokens, so the caller requests a window too many.
+    The end of a text changes only its last few tokens, so the caller requests one more window.
     """
     read = len(rows) if enough is None else min(64, len(rows))
     while True:

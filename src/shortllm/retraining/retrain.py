@@ -73,10 +73,8 @@ def retrain(
         CheckpointError: no teacher can be opened, or a saved state is damaged.
         OutputError: `out` contains something else or cannot be written.
     """
-    checkpoint, target = open_checkpoint(model, revision=revision), Path(out)
-    require_free(target, Retraining.FILE)
-    session = Session(runtime)
-    return retrain_from(checkpoint, options, target, session=session, ranks=_join(session))
+    checkpoint, session = open_checkpoint(model, revision=revision), Session(runtime)
+    return retrain_from(checkpoint, options, Path(out), session=session, ranks=_join(session))
 
 
 @releasing()
