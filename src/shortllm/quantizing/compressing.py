@@ -31,6 +31,8 @@ from shortllm.quantizing.options import PER_ROW
 from shortllm.runtime import quiet
 from shortllm.surgery.derived import require_text_model, require_unquantized
 
+log = logging.getLogger(__name__)
+
 LIBRARY = "llmcompressor"
 
 REFUSALS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError)

@@ -190,7 +190,7 @@ class CachedTeacher:
     def predictions(self, window: int) -> dict[str, Tensor]:
         """`teacher_ids` and `teacher_log_probs`, `[N, K]`, in the order of the targets."""
         number, place = divmod(window, WINDOWS_PER_FILE)
-        file = self._open(self._file(number))
+        file: Any = self._open(self._file(number))
         start, stop = file.get_slice("first")[place : place + 2].tolist()
         return {
             f"teacher_{name}": file.get_slice(name)[start:stop] for name in ("ids", "log_probs")
