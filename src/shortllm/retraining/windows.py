@@ -110,7 +110,7 @@ PADDING: dict[str, Callable[[int], Tensor]] = {
     "labels": lambda rest: torch.full((rest,), NO_TARGET),
     "position_ids": torch.arange,
 }
-"""What a window gets at its end, so many of it, to be as long as the longest of its batch."""
+"""The padding at the end of a window, up to the length of the longest one of its batch."""
 
 
 Spans = list[list[tuple[int, int]]]
