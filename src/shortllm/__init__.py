@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from shortllm.pipeline import run as run
     from shortllm.pruning.budget import Budget as Budget
     from shortllm.pruning.estimate import info as info
-    from shortllm.pruning.plan import plan as plan
+    from shortllm.pruning.planning import plan as plan
     from shortllm.pruning.prune import prune as prune
     from shortllm.pruning.records import BlockScores as BlockScores
     from shortllm.pruning.records import PrunePlan as PrunePlan
@@ -104,7 +104,7 @@ _HOME = {
     "load": "model.loading",
     "merge": "merging.merge",
     "open_checkpoint": "checkpoint.source",
-    "plan": "pruning.plan",
+    "plan": "pruning.planning",
     "prune": "pruning.prune",
     "quantize": "quantizing.quantize",
     "report": "reporting",
