@@ -11,8 +11,8 @@ import pytest
 import shortllm
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.cli import main
-from shortllm.comparison.options import UnitsComparison
-from shortllm.comparison.width_vs_depth import DEPTH, WIDTH, asked_methods
+from shortllm.comparison.options import DEPTH, WIDTH, UnitsComparison
+from shortllm.comparison.width_vs_depth import asked_methods
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
