@@ -95,12 +95,11 @@ class RunResults:
     @property
     def statuses(self) -> list[Status]:
         """What the plan does with each block."""
-        found: list[Status] = ["kept"] * self.plan.model.blocks
-        for block in self.plan.protected:
-            found[block] = "protected"
-        for block in self.plan.removed:
-            found[block] = "removed"
-        return found
+        removed, protected = set(self.plan.removed), set(self.plan.protected)
+        return [
+            "removed" if block in removed else "protected" if block in protected else "kept"
+            for block in range(self.plan.model.blocks)
+        ]
 
 
 def protocol_of(entry: Perplexity) -> Protocol:
