@@ -72,7 +72,7 @@ def task_table(models: Sequence[EvaluatedModel]) -> Table:
     means = [entry.zeroshot_mean for entry in models if entry.zeroshot_mean is not None]
     if means:
         cells = [(fixed(100 * mean), point_change(means[0], mean)) for mean in means]
-        rows.append(compared_row(Cell("mean", "[%]"), cells))
+        rows.append(compared_row(Cell("mean [%]"), cells))
     return Table(row("task", *(entry.name for entry in models)), rows)
 
 
