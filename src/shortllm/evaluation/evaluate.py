@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from shortllm.benchmark.options import PROMPT
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -19,7 +18,7 @@ from shortllm.data.sources import load_rows
 from shortllm.data.texts import check_length
 from shortllm.errors import DataError, ShortLLMError
 from shortllm.evaluation.harness import mean_score, measure_tasks, table_path, write_table
-from shortllm.evaluation.options import EvaluatedModel, Evaluation, EvaluationOptions
+from shortllm.evaluation.options import PROMPT, EvaluatedModel, Evaluation, EvaluationOptions
 from shortllm.evaluation.perplexity import EvaluationText, generate_samples, measure_perplexity
 from shortllm.evaluation.tasks import TaskSet, load_tasks
 from shortllm.evaluation.texts import evaluation_segments_of
