@@ -432,7 +432,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match="[0-9]+ KiB are needed, 1000 bytes are free"):
+    with pytest.raises(OutputError, match="[0-9]+ KiB are needed, 1,000 bytes are free"):
         shortened(opened("llama"), [1], tmp_path / "short")
     assert list(tmp_path.iterdir()) == []
 

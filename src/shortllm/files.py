@@ -22,6 +22,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from shortllm.errors import OutputError
+from shortllm.format import in_bytes
 
 PARTIAL = ".partial"
 """Suffix of everything unfinished; files that have it may be deleted."""
@@ -167,13 +168,6 @@ def _is_full(error: Exception) -> bool:
     text = str(error)
     from_torch = "PytorchStreamWriter failed" in text or "unexpected pos" in text
     return from_torch or any(os.strerror(number) in text for number in NO_SPACE)
-
-
-def in_bytes(count: int) -> str:
-    """A number of bytes for a message: '817 bytes', '35 KiB', '3,104 MiB'."""
-    if count < 10 * 2**10:
-        return f"{count} bytes"
-    return f"{count / 2**10:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:,.0f} MiB"
 
 
 def require_writable(directory: Path, needed_bytes: int = 0) -> None:
