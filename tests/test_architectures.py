@@ -130,12 +130,16 @@ def test_a_head_that_the_config_does_not_speak_of_is_refused(tmp_path: Path) -> 
         open_checkpoint(checkpoint.directory).block_names  # noqa: B018
 
 
-@pytest.mark.parametrize("rows, columns", [(7, 6 * 5), (3, 6 * 300_000), (100_000, 6)])
-@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("pickled", [False, True])
-def test_shares_of_kept_blocks_are_cut_out_of_a_tensor(
-    rows: int, columns: int, axis: int, pickled: bool, tmp_path: Path
-) -> None:
+def test_shares_of_kept_blocks_are_cut_out_of_a_tensor(pickled: bool, tmp_path: Path) -> None:
+    for rows, columns in [(7, 6 * 5), (3, 6 * 300_000), (100_000, 6)]:
+        for axis in (0, 1):
+            directory = tmp_path / f"{rows}-{axis}"
+            directory.mkdir()
+            check_shares(rows, columns, axis, pickled, directory)
+
+
+def check_shares(rows: int, columns: int, axis: int, pickled: bool, tmp_path: Path) -> None:
     tensor = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
     if axis == 0:
         tensor = tensor.T.contiguous()
