@@ -113,7 +113,7 @@ def test_a_prediction_head_behind_the_last_block_is_left_out(
     assert len(checkpoint.parameters_per_block) == 6
     with caplog.at_level("INFO", logger="shortllm"):
         target = shortened(checkpoint, [1], tmp_path / "short")
-    assert "prediction heads behind the last block are left out" in caplog.text
+    assert "prediction heads after the last block are left out" in caplog.text
     config = json.loads((target / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
     assert config["shortllm"]["dropped_heads"] == 1
