@@ -70,6 +70,8 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
     outside the blocks that have a share for every block, the shares of kept blocks stay.
     """
     names = checkpoint.block_names
+    if names.heads:
+        log.info("the prediction heads after the last block are left out")
     new_number = {old: new for new, old in enumerate(kept)}
     result: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.tensors.items():
