@@ -219,13 +219,13 @@ def require_finite(name: str, values: list[float]) -> None:
 
 def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
     """The value of an option as the type that the function's annotation states."""
-    choices = get_args(hint) if get_origin(hint) is Literal else None
-    if choices is not None:
-        for choice in choices:
-            if str(choice) == str(value):
-                return choice
-        stated = ", ".join(map(str, choices))
-        raise CriterionError(f"{criterion}.{name} must be one of {stated}, not '{value}'")
+    if get_origin(hint) is Literal:
+        choices = {str(choice): choice for choice in get_args(hint)}
+        if str(value) in choices:
+            return choices[str(value)]
+        raise CriterionError(
+            f"{criterion}.{name} must be one of {', '.join(choices)}, not '{value}'"
+        )
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     if value is None and len(kinds) < len(get_args(hint)):
         return None
