@@ -10,8 +10,8 @@ XDIST ?= 2
 PIP = $(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 PYTEST = $(VENV)/bin/pytest --numprocesses $(XDIST)
 
-.PHONY: run install test test-all test-latest lint words layers types docs tests all-tests \
-	release-check golden clean
+.PHONY: run install test test-all test-latest lint words layers types docs tests slow-tests \
+	all-tests release-check golden clean
 
 run: $(VENV)/run-installed
 	$(VENV)/bin/shortllm run
@@ -41,7 +41,7 @@ lint: words layers
 words: $(VENV)/installed
 	$(VENV)/bin/python tools/check_words.py
 
-# imports go down only, see `How the parts fit` in CONTRIBUTING, and packages have no cycles
+# imports go down only, see `How the parts fit` in CONTRIBUTING, and modules have no cycles
 layers: $(VENV)/installed
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python tools/measure_code.py --check
@@ -55,6 +55,9 @@ docs: $(VENV)/installed
 
 tests: $(VENV)/installed
 	$(PYTEST) -m "not slow" $(TESTS)
+
+slow-tests: $(VENV)/installed
+	$(PYTEST) -m slow $(TESTS)
 
 all-tests: $(VENV)/installed
 	$(PYTEST) $(TESTS)

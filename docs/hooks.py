@@ -1,7 +1,8 @@
-"""What mkdocs adds to docs/: pages made from what is written elsewhere, so that it is there once.
+"""What mkdocs adds to docs/: pages that are derived from other files and from the package.
 
 index.md, contributing.md, changelog.md   README.md, CONTRIBUTING.md, CHANGELOG.md
 commands.md                               every command with its flags, from the command line
+options.md                                a table of every options record that it names
 
 The page of the Python functions is mkdocstrings'; `Sections` parts docstrings as it reads them.
 """
@@ -9,6 +10,7 @@ The page of the Python functions is mkdocstrings'; `Sections` parts docstrings a
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
 }
 """Page -> the file of the repository that it shows."""
+MARKER = re.compile(r"^<!-- options: ([\w.]+)\.(\w+)(?: (\w+))? -->$", re.MULTILINE)
+"""Where a page has the table of an options record: its module and name, then the key that it has
+in a recipe, or `own` to leave out what the record inherits or nests."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -34,10 +39,25 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links from docs/ to a file beside it lead to its page."""
+    """Links to a file next to docs/ lead to its page, and markers become tables of options."""
     for page, source in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({page}")
-    return markdown
+    return MARKER.sub(options_table, markdown)
+
+
+def options_table(marker: re.Match[str]) -> str:
+    """The options of a record: flag, key, default, and what each does."""
+    from shortllm.options import table_rows
+
+    module, name, section = marker.groups()
+    kind = getattr(import_module(f"shortllm.{module}"), name)
+    lines = ["| flag | key | default | meaning |", "|---|---|---|---|"]
+    for flag, key, default, description in table_rows(kind):
+        if section != "own" or key in kind.__annotations__:
+            place = key if section in (None, "own") else f"{section}.{key}"
+            cells = [f"`{cell}`" if cell else "" for cell in (flag, place, default)]
+            lines.append(f"| {' | '.join(cells)} | {description.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
 
 
 class Sections(griffe.Extension):

@@ -466,21 +466,21 @@ def page(outcomes: list[Outcome], made_with: str = transformers.__version__) -> 
         counts[outcome.status] += 1
     return f"""# Which architectures
 
-Made by `python tests/architectures.py --write docs/architectures.md` with transformers
-{made_with}; the same sweep runs in the tests. For every causal-language-model type a
-tiny model is built whose blocks differ as much as the type allows. Its first, an inner, its last
-and some scattered blocks are removed on disk. *Right*: kept blocks are built as before, the
-reloaded model computes what the original computes with these blocks bypassed, and the same with a
-cache as without. Whatever would not be right is refused, with the reason; a multimodal model keeps
-its other towers as they are.
+`python tests/architectures.py --write docs/architectures.md` writes this page; it ran with
+transformers {made_with}, and the same sweep is part of the tests. For every causal language model
+type it builds a tiny model whose blocks differ as much as the type allows, and removes its first,
+an inner, its last and some scattered blocks on disk. *Right*: the kept blocks are built as before,
+and the reloaded model computes what the original computes with these blocks bypassed, with a cache and
+without. Everything else is refused, with the reason. A multimodal model keeps its other towers as
+they are.
 
 {len(outcomes)} types: {", ".join(f"{n} {status}" for status, n in counts.items())}.
 
-Scoring by *one walk*: all removals in a single pass over the blocks, with the same loss as the
-reloaded checkpoints, and Taylor scores as plain autograd gives them; *streamed too*: the same with
-blocks read one at a time (not where blocks share weights). *Each model run whole*: the type's
-blocks hand more to each other than one stream, so that `ppl` and `kl` run each shortened model by
-its own forward, in memory, and criteria of streams and gradients are refused.
+How scores are computed. *One walk*: all removals in a single pass over the blocks; the losses are
+those of the reloaded checkpoints, Taylor scores those of plain autograd. *Streamed too*: the same
+with blocks read one at a time (not if blocks share weights). *Each model run whole*: the blocks of
+the type pass more to each other than one hidden state. `ppl` and `kl` run each shortened model by
+its own forward, in memory; criteria of hidden states and gradients are refused.
 
 | type | surgery | scoring | config fields and tensors changed besides the count, or the reason |
 |---|---|---|---|

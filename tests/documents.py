@@ -35,11 +35,11 @@ from jsonschema import Draft202012Validator
 from stand_ins import STAND_INS, built_in_texts, cache_directory, stand_in
 
 import shortllm
-import shortllm.quantizing.quantize
-from shortllm import criteria, quantizing, schemas
+from shortllm import criteria, schemas
 from shortllm.checkpoint import rules
 from shortllm.checkpoint import shorten_config as shortening
 from shortllm.cli import main
+from shortllm.quantizing.methods import METHODS as quantizing_methods
 from shortllm.recipes import load_recipe, parse_recipe, recipe_names
 from shortllm.width_pruning.methods import METHODS
 
@@ -162,7 +162,7 @@ CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm bench", ["--warmup", "1", "--runs", "2", "--new-tokens", "2", "--batch", "1,2"]),
     ("shortllm retrain", ["--max-steps", "2", "--batch", "2", "--length", "256"]),
     ("shortllm heal", ["--samples", "16", "--length", "64"]),
-    ("--heal linear", _fields(healing__samples=4, healing__length=32)),
+    ("--heal linear", _fields(healing__calibration__samples=4, healing__calibration__length=32)),
     ("shortllm eval --limit", ["--limit", "4"]),
     ("shortllm eval --max-segments", ["--max-segments", "4"]),
     ("shortllm run --tasks", ["--limit", "4"]),
@@ -201,9 +201,9 @@ class Reader:
         per_block = set(rules.PER_BLOCK)
         for module in (rules, shortening):
             patch.setattr(module, "PER_BLOCK", per_block)
-        patch.setitem(quantizing.methods.METHODS.get("gptq").options, "group_size", 16)
-        patch.setattr(quantizing.quantize, "SAMPLES", 2)
-        patch.setattr(quantizing.quantize, "SAMPLE_LENGTH", 64)
+        patch.setattr("shortllm.quantizing.quantize.SAMPLES", 2)
+        patch.setattr("shortllm.quantizing.quantize.SAMPLE_LENGTH", 64)
+        patch.setitem(quantizing_methods.get("gptq").options, "group_size", 16)
 
     def read(self, page: Path) -> None:
         """Run all blocks of a page.
@@ -278,11 +278,22 @@ class Reader:
             assert program in LAUNCHERS, f"{where}: mark the block with <!-- not run: WHY -->"
             return self.process(LAUNCHERS[program] + self.cheap(command.words)[1:], where)
 
-    def look(self, command: Command, where: str) -> None:
-        """Read a command line of the running text, in which arguments may be left out."""
+    def check(self, page: Path) -> None:
+        """Read the recipes and command lines of a page without running them."""
+        blocks = fences(page)
+        for fence in blocks:
+            if fence.language == "yaml":
+                self.recipe(fence)
+        for fence in blocks:
+            if fence.language == "sh":
+                for command in commands(fence.text):
+                    self.look(command, f"{fence}: {command}", whole=True)
+
+    def look(self, command: Command, where: str, *, whole: bool = False) -> None:
+        """Read a command line, in the running text with arguments left out, up to the library."""
         ours = READERS[command.words[0]](command.words[1:], where)
         if ours is not None:
-            self.parse(ours, where, whole=False)
+            self.parse(ours, where, whole=whole)
 
     def output(self, fence: Fence, out: str) -> None:
         """Every line that a page shows as printed was printed, `...` standing for others.

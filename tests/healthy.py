@@ -286,16 +286,16 @@ def write_run(directory: Path) -> Path:
         (directory / name).mkdir()
     (directory / "pruned" / "config.json").write_text(json.dumps({"shortllm": provenance}))
     of(Target, model=plan.model, asked={"target_params": 1e6}).save(directory / TARGET_FILE)
-    of(Healing, model=pruned.model).save(directory / "healed" / Healing.FILE)
+    of(Healing, model=pruned.model, method="linear").save(directory / "healed" / Healing.FILE)
     curves = {
         "train": [(1, 2.5), (2, 2.4), (3, 2.2)],
         "held_out": [(0, 2.6), (3, 2.3)],
         "wikitext2": [(0, 2.8), (3, 2.5)],
     }
-    of(Retraining, model=pruned.model, curves=curves).save(
+    of(Retraining, model=pruned.model, method="lora", curves=curves).save(
         directory / "retrained" / Retraining.FILE
     )
-    of(Quantization, model=pruned.model, options=QUANTIZE_OPTIONS).save(
+    of(Quantization, model=pruned.model, method="gptq", options=QUANTIZE_OPTIONS).save(
         directory / "quantized" / Quantization.FILE
     )
     benchmark(fingerprints=(original, short)).save(directory / "bench.json")
@@ -320,7 +320,8 @@ def write_units(directory: Path) -> Path:
         {"name": name, "unit": unit, "parameters": 900_000, "missed": 0.01, "healed": None}
         for name, unit in zip(names, ("depth", "width"), strict=True)
     ]
-    of(UnitsComparison, candidates=candidates).save(directory / UNITS_FILE)
+    units = of(UnitsComparison, candidates=candidates, retraining={"method": "lora"})
+    units.save(directory / UNITS_FILE)
     evaluation = Evaluation.load(directory / "eval.json")
     original, pruned = evaluation.models
     models = [original, *(pruned.model_copy(update={"name": name}) for name in names)]

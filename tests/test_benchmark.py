@@ -41,8 +41,8 @@ from shortllm.benchmark.options import (
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.session import Session
 from shortllm.reporting import measurements as speed
-from shortllm.reporting.page import render_page
-from shortllm.reporting.parts import Head
+from shortllm.reporting import render
+from shortllm.reporting.parts import Page
 from shortllm.reporting.plots.lines import Line, LinePlot
 
 CPU = torch.device("cpu")
@@ -404,9 +404,8 @@ def test_the_section_of_a_report(measured: Benchmark) -> None:
         for one in (*measured.measurements, lost)
     ]
     found = measured.model_copy(update={"models": named, "measurements": rows})
-    page = render_page(
-        Head(name="model", title="title", verdict="", version=""), [speed.speed_section(found)]
-    )
+    sections = [speed.speed_section(found)]
+    page = render(Page(name="model", title="title", verdict="", version="", sections=sections))
     assert "out of memory" in page and "&lt;b&gt;" in page and "<b>" not in page
     assert "alternating between the models" in page
     assert f"{found.ideal_speedup('short'):.2f}" in page

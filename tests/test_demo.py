@@ -348,7 +348,6 @@ def test_panels_know_which_blocks_are_left(models: Models) -> None:
         ([("short", "")], "--model 'short=' must have the form NAME=MODEL"),
         ([("", "runs/short")], "--model '=runs/short' must have the form NAME=MODEL"),
         ([("a", "x"), ("a", "y")], "two models are called 'a'"),
-        ([("n" * 41, "x")], "longer than 40 characters"),
     ],
 )
 def test_names_of_models(pairs: list[tuple[str, str]], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Every block of the documents runs, and what they show is what the files beside them hold."""
+"""Every block of the documents runs, and what they show is true."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ import shortllm.width_pruning.methods
 from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
 from shortllm.cli import app
 from shortllm.model.decoder import Decoder
-from shortllm.reporting.methods import criterion_info
 
 DOCS = REPOSITORY / "docs"
-BY_NAME = {"ids": lambda page: page.stem}
+FIRST = {"README", "tutorial", "add_a_criterion", "add_a_baseline", "add_an_architecture_rule"}
+"""Pages that run in every test run; of the others it checks recipes, commands and flags."""
 
 
 @pytest.fixture
@@ -35,20 +35,30 @@ def reader(
     return Reader(tmp_path, monkeypatch, lambda: "".join(capfd.readouterr()))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, **BY_NAME)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[] if page.stem in FIRST else [pytest.mark.slow])
+        for page in PAGES
+    ],
+)
 def test_every_block_runs(page: Path, reader: Reader) -> None:
-    for fence in fences(page):
-        assert fence.language in LANGUAGES, f"{fence}: give it one of {', '.join(LANGUAGES)}"
     reader.read(page)
 
 
-@pytest.mark.parametrize("page", PAGES, **BY_NAME)
-def test_every_command_in_the_text_can_be_typed(page: Path, reader: Reader) -> None:
-    for span in code_spans(page):
-        if re.match(r"(shortllm|python|pip|make|sh) \S", span):
-            [command] = commands(span)
-            reader.look(command, f"{page.name}: {span}")
+def test_every_recipe_and_command_can_be_typed(reader: Reader) -> None:
+    known = flags()
+    for page in PAGES:
+        for fence in fences(page):
+            assert fence.language in LANGUAGES, f"{fence}: give it one of {', '.join(LANGUAGES)}"
+        reader.check(page)
+        for span in code_spans(page):
+            if re.match(r"(shortllm|python|pip|make|sh) (?!COMMAND)\S", span):
+                [command] = commands(span)
+                reader.look(command, f"{page.name}: {span}")
+            elif span.startswith("--"):
+                for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", span):
+                    assert word in known, f"{page.name}: no command has {word}"
 
 
 NEEDS = {
@@ -68,14 +78,15 @@ def rows_of(page: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", criteria.names())
-def test_the_table_of_methods_tells_of_every_criterion(name: str) -> None:
-    registered, cells = criteria.get(name), rows_of("methods.md")[name]
-    assert NEEDS[registered.needs] in cells
-    arxiv = re.search(r"arXiv:(\S+)", registered.source)
-    assert arxiv is None or f"arxiv.org/abs/{arxiv[1]}" in cells[-1]
-    told = rows_of("search.md") if registered.needs == "sets" else re.findall(r"`(\w+)`", cells[1])
-    assert registered.defaults.keys() <= set(told)
+def test_the_table_of_methods_tells_of_every_criterion() -> None:
+    rows, searches = rows_of("methods.md"), rows_of("search.md")
+    for name in criteria.names():
+        registered, cells = criteria.get(name), rows[name]
+        assert NEEDS[registered.needs] in cells, name
+        arxiv = re.search(r"arXiv:(\S+)", registered.source)
+        assert arxiv is None or f"arxiv.org/abs/{arxiv[1]}" in cells[-1], name
+        told = searches if registered.needs == "sets" else re.findall(r"`(\w+)`", cells[1])
+        assert registered.defaults.keys() <= set(told), name
 
 
 def test_the_table_of_methods_tells_of_every_other_method() -> None:
@@ -90,7 +101,8 @@ def test_the_table_of_methods_tells_of_every_other_method() -> None:
     ]
     assert rows.keys() == {*names, *criteria.names()}
     for name, cells in rows.items():
-        paper = criterion_info(name).paper
+        criterion = criteria.find(name)
+        paper = criterion.paper if criterion else None
         assert paper is None or paper.url in cells[-1], name
 
 
@@ -114,20 +126,9 @@ def flags() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, **BY_NAME)
-def test_every_flag_in_the_text_exists(page: Path) -> None:
-    known = flags()
-    for span in code_spans(page):
-        if span.startswith("--"):
-            for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", span):
-                assert word in known, f"{page.name}: no command has {word}"
-
-
-@pytest.mark.parametrize("name", ["reproduce_ppl", "reproduce_perplexity"])
-def test_the_script_in_the_text_is_the_script(name: str) -> None:
-    text = (DOCS / f"{name}.md").read_text()
-    script = (DOCS / f"{name}.py").read_text()
-    assert f"```python\n{script}```\n" in text
+def test_the_script_in_the_text_is_the_script() -> None:
+    for script in DOCS.glob("reproduce_*.py"):
+        assert f"```python\n{script.read_text()}```\n" in script.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize("top", [1, 3])

@@ -122,7 +122,7 @@ def test_a_run_stays_at_its_commit(
     move(repository, "main", new)
     with caplog.at_level(logging.INFO, logger="shortllm"):
         again = pipeline.run(recipe=asked, out=run)
-    assert f"going on with revision {commit_of(old)}, which {run} records" in caplog.text
+    assert f"continuing with revision {commit_of(old)} of {run}" in caplog.text
     assert again.evaluation == first.evaluation and again.plan == first.plan
     held = json.loads((run / "run.json").read_text())
     assert held["model"]["revision"] == commit_of(old) == first.plan.model.revision
@@ -130,7 +130,7 @@ def test_a_run_stays_at_its_commit(
     assert (provenance["source"], provenance["revision"]) == (ID, commit_of(old))
     fresh = pipeline.run(recipe=asked, out=tmp_path / "fresh")
     assert fresh.plan.model.revision == commit_of(new)
-    with pytest.raises(OutputError, match="holds a run of another model"):
+    with pytest.raises(OutputError, match="is a run of another model"):
         pipeline.run(recipe=recipe(tmp_path, revision="main"), out=run)
 
 
@@ -142,7 +142,7 @@ def test_stages_of_one_run_do_not_mix(
     shortllm.score(ID, calibration=calibration(tmp_path), out=run)
     move(repository, "main", new)
     shortllm.score(ID, calibration=calibration(tmp_path), out=run)  # up to date
-    plan = shortllm.plan(run, shortllm.Budget(remove=2))
+    plan = shortllm.plan(run, remove=2)
     shortllm.prune(ID, run, short)
     assert plan.model.revision == commit_of(old)
     kept = load_file(short / SAFETENSORS)
@@ -167,7 +167,7 @@ def test_a_target_is_counted_on_the_model_that_was_scored(
     scores = shortllm.score(ID, criterion="magnitude", out=run)
     move(repository, "main", new)
     most = scores.model.parameters - 1
-    plan = shortllm.plan(run, shortllm.Budget(target_params=most, protect_first=0, protect_last=0))
+    plan = shortllm.plan(run, target_params=most, protect_first=0, protect_last=0)
     assert len(plan.removed) == 1 and plan.model.revision == commit_of(old)
 
 

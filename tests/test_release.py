@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shortllm import __version__
-from shortllm.reporting.methods import criterion_info
+from shortllm import __version__, criteria
 
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = REPOSITORY / ".github" / "workflows"
@@ -72,7 +71,7 @@ def test_the_citation_names_the_developers_and_the_paper() -> None:
     assert f'license = "{cited["license"]}"' in project
     assert cited.get("version", __version__) == __version__
     [paper] = cited["references"]
-    known = criterion_info("ppl").paper
+    known = criteria.get("ppl").paper
     assert known is not None
     names = [f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]]
     assert " and ".join(names) == known.authors

@@ -34,9 +34,8 @@ from shortllm.format import (
 )
 from shortllm.pruning.records import BlockScores, PrunePlan, Size
 from shortllm.records import Cost, ModelInfo
-from shortllm.reporting import write_comparison, write_report, write_runs, write_units
+from shortllm.reporting import compare, write_comparison, write_report, write_units
 from shortllm.reporting.blocks import LONG_TABLE
-from shortllm.reporting.methods import criterion_info, papers_of
 from shortllm.reporting.parts import Cell, Table, row
 from shortllm.reporting.plots import PALETTE, line_style, standalone
 from shortllm.reporting.plots.bars import BarPlot
@@ -94,7 +93,7 @@ def make_run(
 ) -> Path:
     """A run directory as the stages leave it; `scores` changes fields of scores.json.
 
-    A run whose blocks were named by hand has no plot and is made in a tenth of the time.
+    A run whose blocks were given by hand has no plot and takes a tenth of the time.
     """
     directory.mkdir(parents=True, exist_ok=True)
     values = [12.5 + abs(block - 6) for block in range(blocks)]
@@ -212,7 +211,7 @@ def test_golden_comparisons(tmp_path: Path) -> None:
     assert_golden("criteria.html", page.read_text())
     assert_golden("units.html", write_units(units_files(tmp_path / "units")).read_text())
     runs = [write_run(tmp_path / "one"), make_run(tmp_path / "two", removed=(3,), by_hand=True)]
-    write_runs(runs, tmp_path / "runs.html")
+    compare(runs, out=tmp_path / "runs.html")
     assert_golden("runs.html", (tmp_path / "runs.html").read_text())
 
 
@@ -297,15 +296,9 @@ def test_without_scores(tmp_path: Path) -> None:
 
 def test_every_criterion_has_its_paper_and_its_axis() -> None:
     for name in criteria.names():
-        info, source = criterion_info(name), criteria.get(name).source
-        assert info.label and not info.label.startswith("importance (")
-        assert source.endswith(info.paper.arxiv) if info.paper else ":" not in source
-    assert criterion_info("other").label == "importance (other)"
-    found = papers_of(["ppl", "last", "influence", "taylor"])
-    assert [(names, paper.arxiv) for names, paper in found] == [
-        (["ppl", "taylor"], "2402.02834"),
-        (["influence"], "2403.03853"),
-    ]
+        one = criteria.get(name)
+        assert one.label and not one.label.startswith("importance (")
+        assert one.source.endswith(one.paper.arxiv) if one.paper else ":" not in one.source
 
 
 def test_an_order_of_removal_is_shown_as_one(tmp_path: Path) -> None:
@@ -318,7 +311,7 @@ def test_an_order_of_removal_is_shown_as_one(tmp_path: Path) -> None:
     }  # fmt: skip
     page, card = page_and_card(make_run(tmp_path, order=order, scores=scores))
     assert "the least important by kl in the remaining model: 7, then 5, then 8." in page
-    assert "removed in this order: 7, 5, 8" in page and criterion_info("greedy").label in page
+    assert "removed in this order: 7, 5, 8" in page and criteria.get("greedy").label in page
     assert "kl when last scored</th>" in page and ">importance</th>" not in page
     assert rows_of_blocks(page)["7"][:2] == ["13.500", "1"]
     assert rows_of_blocks(page)["0"][:2] == ["–", "12"]  # never scored
@@ -550,7 +543,7 @@ def test_lines_are_told_apart_and_listed_as_they_end() -> None:
     styles = re.findall(r'clip-path[^>]*style="(fill: none;[^"]*stroke: #[^"]*)"', svg)
     lines = [style for style in styles if PALETTE["rule"][0] not in style]
     assert len(lines) == len(set(lines)) == 20
-    assert standalone(plot.figure()).count("background: #fff") == 1
+    assert standalone(plot.figure().svg).count("background: #fff") == 1
 
 
 # ---- format and tables

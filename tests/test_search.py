@@ -20,7 +20,8 @@ from torch import Tensor
 
 import shortllm
 from shortllm import journal
-from shortllm.comparison.options import prepare_question
+from shortllm.comparison.criteria import prepare_question
+from shortllm.comparison.options import ComparisonOptions
 from shortllm.criteria import Scores
 from shortllm.criteria.records import Search
 from shortllm.criteria.search import ONE_SHOT
@@ -264,10 +265,10 @@ def test_what_the_model_or_the_text_cannot_give_is_refused() -> None:
 def test_a_comparison_takes_a_search_at_one_budget_only() -> None:
     info = opened("llama").info()
     asked = [resolve("local")]
-    [fitted] = prepare_question(info, asked, [0.5], draws=1).asked
+    [fitted] = prepare_question(info, ComparisonOptions(ratios=[0.5]), asked).criteria
     assert fitted.options["remove"] == 3
     with pytest.raises(CriterionError, match="searches for the best removal of one size"):
-        prepare_question(info, asked, [0.2, 0.5], draws=1)
+        prepare_question(info, ComparisonOptions(ratios=[0.2, 0.5]), asked)
 
 
 # ------------------------------------------------------------------ auto

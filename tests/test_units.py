@@ -18,8 +18,8 @@ from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMEr
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.model.session import Session
 from shortllm.recipe import Recipe
+from shortllm.reporting.comparison import units_models, units_table
 from shortllm.reporting.load import load_units
-from shortllm.reporting.units_page import units_models, units_table
 from shortllm.retraining.options import RetrainOptions
 from shortllm.width_pruning.groups import options_to_remove
 from shortllm.width_pruning.options import WidthOptions, WidthPruning

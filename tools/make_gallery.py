@@ -17,13 +17,12 @@ from pathlib import Path
 import shortllm
 from shortllm import BenchmarkOptions, CalibrationOptions, EvaluationOptions, Recipe, RetrainOptions
 from shortllm.files import write_text
-from shortllm.reporting.comparison import common_cell, trade_plots
-from shortllm.reporting.criteria_page import criteria_plot
+from shortllm.reporting.comparison import criteria_plot, units_models, units_table
 from shortllm.reporting.load import load_units
 from shortllm.reporting.measurements import all_plots
 from shortllm.reporting.parts import Figure
 from shortllm.reporting.plots import standalone
-from shortllm.reporting.units_page import units_models, units_table
+from shortllm.reporting.runs_page import common_cell, trade_plots
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images" / "gallery"
@@ -31,9 +30,10 @@ RATIO = 0.2
 INTRO = """# Gallery
 
 Small models, every criterion, and width against depth at one size: a fifth of the parameters
-removed, the same {steps} steps of LoRA for all. Made by `python tools/make_gallery.py --shared
-../shared`. Open marks are models that were not healed; speeds are those of two processor cores,
-and mean something as ratios. books5M was healed on books, which the two texts are not.
+removed, then the same {steps} steps of LoRA for all. Open marks are models that were not healed.
+Speeds were measured on two processor cores; compare their ratios, not their values. books5M was
+healed on books, and both texts are of another kind. `python tools/make_gallery.py --shared
+../shared` writes this page.
 
 """
 CITED = {
@@ -101,22 +101,22 @@ def section_of(one: Shown, runs: Path, steps: int) -> tuple[Table, str]:
     plots: dict[str, Figure] = {}
     found = shortllm.compare_criteria(
         one.model,
-        calibration=CalibrationOptions(data=one.calibration),
-        evaluation=EvaluationOptions(data=one.texts[-1:]),
+        data=one.calibration,
+        eval_data=one.texts[-1],
         out=runs / f"{one.name}-criteria",
     )
     plots["criteria"] = criteria_plot(found).figure()
     directory = runs / f"{one.name}-units"
-    shortllm.compare_units(recipe_of(one, steps), out=directory)
+    shortllm.compare_units(recipe=recipe_of(one, steps), out=directory)
     results = load_units(directory)
     cell = common_cell(results.benchmark)
-    for name, plot in trade_plots(units_models(results), cell, size=False, numbered=False).items():
+    for name, plot in trade_plots(units_models(results), cell, of_runs=False).items():
         plots[name] = plot.figure()
     speed = all_plots(results.benchmark)
     plots["throughput"] = next(p for name, p in speed.items() if "throughput" in name).figure()
     lines = [f"## {one.name}", ""]
     for name, figure in plots.items():
-        write_text(IMAGES / f"{one.name}-{name}.svg", standalone(figure))
+        write_text(IMAGES / f"{one.name}-{name}.svg", standalone(figure.svg))
         lines += [f"![{one.name}: {CITED[name]}](images/gallery/{one.name}-{name}.svg)", ""]
     head, rows = units_table(results).plain()  # without memory, most of which is the libraries'
     for source, text in TEXTS.items():

@@ -6,7 +6,7 @@
 One removal by every criterion at each budget; each is measured as it is, with linear maps folded in
 (`shortllm heal`), folded into the block before (`shortllm merge --blocks`), and after the same LoRA
 steps for all; always on text that neither criterion nor healing saw. Removals that several criteria
-agree on are made once. Writes docs/study.md, docs/study.json and docs/images/study.svg; the runs
+agree on are done once. Writes docs/study.md, docs/study.json and docs/images/study.svg; the runs
 behind it stay in --runs, where what is up to date is not made again.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import shortllm
-from shortllm import CalibrationOptions, EvaluationOptions, RetrainOptions
+from shortllm import EvaluationOptions, RetrainOptions
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.files import fingerprint, write_text
 from shortllm.format import spans
@@ -30,7 +30,6 @@ from shortllm.reporting.plots import (
     drawn,
     line_style,
     mark_heights,
-    plain_frame,
     standalone,
 )
 
@@ -48,14 +47,14 @@ SEGMENTS = 200
 
 INTRO = """# Which blocks, and how to heal
 
-Perplexity on held-out text after a tenth to a half of the blocks was removed by each criterion and
-search: as it is (*none*), healed without training by linear maps ([`heal`](heal.md)), with the
-removed blocks folded into the one before them ([`merge --blocks`](heal.md#merging)), and after
-{steps} steps of LoRA, the same for all. Scores saw {samples} samples of 128 tokens; searches had
-{searched:.0%} of them to search on, and the others for `auto` to decide by.
-The stories models are measured on every fifth story of the data set, and scored and healed on the
-others; books5M is measured on six books that it never saw. Made by
-`python tools/make_study.py --shared ../shared`, which writes [study.json](study.json) too.
+Perplexity on held-out text after each criterion and search removed a tenth to a half of the blocks.
+Each shortened model is measured as it is (*none*), healed without training by linear maps
+([`heal`](heal.md)), with the removed blocks folded into the one before them
+([`merge --blocks`](heal.md#merging)), and after the same {steps} steps of LoRA. Scores used
+{samples} samples of 128 tokens; searches used {searched:.0%} of them, and `auto` decided by the
+others. The stories models are measured on every fifth story of the data set, and scored and healed
+on the rest; books5M is measured on six books that it never saw.
+`python tools/make_study.py --shared ../shared` writes this page and [study.json](study.json).
 
 ![Perplexity against the part of the blocks removed, by model and way to heal](images/study.svg)
 
@@ -109,11 +108,13 @@ def study(one: Studied, runs: Path) -> list[dict[str, Any]]:
     for remove in sorted({int(ratio * blocks + 1e-9) for ratio in RATIOS} - {0}):
         found = shortllm.compare_criteria(
             one.model,
-            criterion=CRITERIA,
+            criteria=list(CRITERIA),
             options={name: {"held_out": HELD_OUT} for name in ("evolve", "local", "auto")},
             ratios=[(remove + 0.01) / blocks],
-            calibration=CalibrationOptions(data=one.text, samples=SAMPLES),
-            evaluation=evaluation,
+            data=one.text,
+            samples=SAMPLES,
+            eval_data=one.held_out,
+            max_segments=SEGMENTS,
             out=runs / f"{one.name}-{remove}",
         )
         sets: dict[frozenset[int], list[str]] = {}
@@ -176,8 +177,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
                     axes.plot(*zip(*points, strict=True), label=criterion, **line_style(place))
                 axes.set_yscale("log")
                 axes.set_ylim(low / 1.05, high * 1.1)
-                mark_heights(axes, 1.0, log=True)
-                plain_frame(axes, bottom=True)
+                mark_heights(axes, 1.0)
                 if i == 0:
                     axes.set_title(way, color=COLOURS["ink"], fontsize=9)
                 if j == 0:

@@ -60,6 +60,11 @@ class ResultFileError(ShortLLMError):
     """A result file of an earlier stage is missing, damaged or of another kind."""
 
 
+def first_line_of(error: BaseException) -> str:
+    """What an error of a library says, in one line without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def did_you_mean(name: str, available: Iterable[str]) -> str:
     """The tail of an "unknown name" message: the nearest name, if any is near, and all names."""
     names = sorted(available)

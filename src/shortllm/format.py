@@ -30,6 +30,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
 
 
+def figure(value: float | None) -> str:
+    """A figure of any size for a column: counts from a million in full, others to five digits."""
+    return f"{value:,.0f}" if value is not None and value >= 1e6 else number(value, 5)
+
+
 def fixed(value: float | None, decimals: int = 2) -> str:
     """`value` with exactly `decimals` decimals, for columns of like numbers."""
     if value is None or not math.isfinite(value):
@@ -87,6 +92,11 @@ def short_bytes(value: int | None) -> str:
 def binary_bytes(value: int | None) -> str:
     """Bytes in binary units, as memory is counted and options are typed: '1.50 GiB'."""
     return _scaled(value, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))
+
+
+def in_bytes(value: float) -> str:
+    """Bytes for a message or a log: '1.50 GiB' in ASCII."""
+    return plain(binary_bytes(round(value)))
 
 
 def _scaled(value: int | None, step: int, units: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ WORK_PER_COMMIT = 10
 
 
 class Journal:
-    """Progress of one piece of work; without a directory it keeps nothing."""
+    """Progress of one piece of work; without a directory nothing is kept."""
 
     def __init__(self, directory: Path | None, fingerprint: str) -> None:
         self._directory = directory
@@ -68,13 +68,11 @@ class Journal:
         *,
         keep: Collection[str] = (),
     ) -> None:
-        """Write how far the work is, at once or not at all.
+        """Write how far the work is, completely or not at all.
 
         Args:
             tensors: what is needed to resume from there.
             keep: names of tensors of the last commit that are still needed; the others are deleted.
-        Raises:
-            OutputError: it cannot be written.
         """
         from safetensors.torch import save_file
 
@@ -115,7 +113,7 @@ class Journal:
         file = self._directory / "position.json"
         if not file.exists():
             return None
-        with suppress(Exception):  # a damaged journal is as good as none
+        with suppress(Exception):  # a damaged journal is ignored
             held: dict[str, Any] = json.loads(file.read_bytes())
             for name in held["files"].values():
                 with safe_open(self._directory / name, framework="pt"):

@@ -16,7 +16,7 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import tokens_fingerprint
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.evaluation.evaluate import evaluate_models, evaluation_fingerprint
-from shortllm.evaluation.harness import table_beside, write_table
+from shortllm.evaluation.harness import table_path, write_table
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.perplexity import measure_perplexity
 from shortllm.evaluation.texts import Texts
@@ -49,9 +49,9 @@ def evaluate_in(
         evaluation = evaluate_models(named, texts.evaluation, options, session=session, tasks=tasks)
         evaluation.save(path)
     if tasks is None:
-        delete([table_beside(path)])
+        delete([table_path(path)])
     else:
-        write_table(evaluation, table_beside(path))
+        write_table(evaluation, table_path(path))
     return evaluation
 
 

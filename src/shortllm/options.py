@@ -301,6 +301,8 @@ def table_rows(kind: type[Options]) -> Iterator[tuple[str, str, str, str]]:
     """Flag, recipe key, default and description of each option: a row of the tables in docs."""
     for one in option_fields(kind).values():
         default = one.info.get_default(call_default_factory=True)
-        shown = "" if default is None or default == [] else str(default)
+        shown = "" if default is None else _shown_value(default)
+        if one.info.is_required():
+            shown = "required"
         flag = "" if one.flag.hidden else one.option
         yield flag, ".".join(one.path), shown, one.info.description or ""

@@ -33,50 +33,38 @@ def short_name(model: str) -> str:
 
 
 def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
-    """Check that `directory` is free, or holds an earlier run of the same model, and can be
-    written.
-
-    Raises:
-        OutputError: it holds something else, cannot be written, or has too little space.
-    """
+    """Check that `directory` is free or an earlier run of the same model, and can be written."""
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"--out {directory} is a file. Give a directory")
-    held = [
-        path
-        for path in _listing(directory)
-        if not path.name.endswith(PARTIAL) and path.name != LOCK
-    ]
-    if held:
+    listing = directory.iterdir() if directory.is_dir() else []
+    present = [path for path in listing if not path.name.endswith(PARTIAL) and path.name != LOCK]
+    if present:
         earlier = _run_model(directory)
         if earlier is None:
             raise OutputError(
-                f"{directory} is not empty and holds no run of shortllm. Choose another --out"
+                f"{directory} is not empty and not a run of shortllm. Choose another --out"
             )
         has_results = any(
-            path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in held
+            path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in present
         )
         if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
             raise OutputError(
-                f"{directory} holds a run of another model ({earlier.get('id')}). Choose another "
+                f"{directory} is a run of another model ({earlier.get('id')}). Choose another "
                 "--out, or delete it"
             )
     require_writable(directory, checkpoint.bytes)
 
 
 def pinned(model: str, revision: str | None, directory: Path | None) -> str | None:
-    """The revision of a Hub model to open for a run: as asked, or the one that an earlier start of
-    the run in this directory has recorded, so that all of its stages are of one commit."""
+    """The revision of a Hub model for a run: the given one, else that recorded in its directory, so
+    that all stages use one commit."""
     if directory is None or named_revision(model, revision)[1] is not None:
         return revision
-    held = _run_model(directory) or {}
-    if held.get("id") != model or not isinstance(held.get("revision"), str):
+    earlier = _run_model(directory) or {}
+    if earlier.get("id") != model or not isinstance(earlier.get("revision"), str):
         return revision
-    log.info("%s: going on with revision %s, which %s records", model, held["revision"], directory)
-    return str(held["revision"])
-
-
-def _listing(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
+    log.info("%s: continuing with revision %s of %s", model, earlier["revision"], directory)
+    return str(earlier["revision"])
 
 
 def _run_model(directory: Path) -> dict[str, Any] | None:
@@ -95,13 +83,7 @@ def write_run_file(
     checkpoint: Checkpoint,
     command: Sequence[str] = (),
 ) -> None:
-    """run.json: the resolved recipe, the versions and the command line.
-
-    The directory is held from here on, see `shortllm.files`.
-
-    Raises:
-        OutputError: another process is writing into it.
-    """
+    """Lock the directory and write run.json: the resolved recipe, versions and command line."""
     hold(directory)
     content = {
         "shortllm": __version__,
@@ -114,7 +96,7 @@ def write_run_file(
 
 
 def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
-    """An earlier result if it is whole and made from the same inputs; says that it is reused."""
+    """An earlier result if it is complete and from the same inputs; logs that it is reused."""
     found = load_current(kind, path, expected)
     if found is not None:
         log.info("%s is up to date, skipped", path)
@@ -122,6 +104,6 @@ def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
 
 
 def delete(files: Iterable[Path]) -> None:
-    """Delete what an earlier recipe has left."""
+    """Delete files that an earlier recipe wrote."""
     for file in files:
         file.unlink(missing_ok=True)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,8 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Advance = Callable[[float], None]
 """Called with the amount of work done since its last call, as `progress` yields it."""
@@ -92,11 +97,7 @@ class Runtime(DeviceOptions):
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` (an accelerator if there is one, else the CPU) or a torch device name.
-
-    Raises:
-        ShortLLMError: the named device is not there.
-    """
+    """`auto` (an accelerator if there is one, else the CPU) or a torch device name."""
     import torch
 
     if name == "auto":
@@ -115,15 +116,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Computation type: `auto` is float32 on a CPU, else the checkpoint's own type.
-
-    Raises:
-        ShortLLMError: an unknown type.
-    """
+    """Computation type: `auto` is float32 on a CPU, else the checkpoint's own type."""
     import torch
 
-    if name not in DTYPES:
-        raise ShortLLMError(f"unknown --dtype '{name}'. Available: {', '.join(DTYPES)}")
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     return torch.float32 if device.type == "cpu" else stored
@@ -155,11 +150,7 @@ class Ranks:
         return self.rank == 0
 
     def mine(self, samples: torch.Tensor) -> torch.Tensor:
-        """This process's share of `[samples, ...]`.
-
-        Raises:
-            ShortLLMError: fewer samples than processes.
-        """
+        """This process's share of `[samples, ...]`."""
         if len(samples) < self.count:
             raise ShortLLMError(
                 f"{len(samples)} samples cannot be shared by {self.count} processes. Start "
@@ -252,6 +243,27 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+class _Nowhere(io.TextIOBase):
+    """Drops what is written; never closed, because libraries keep a reference to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Nothing that libraries print, and of these loggers only errors."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

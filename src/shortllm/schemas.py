@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 RECIPE = "recipe"
-"""The schema of a recipe, which is written by hand, in YAML."""
+"""The schema of a recipe, a YAML file that users write."""
 
 _HOME = {
     RECIPE: "recipe.Recipe",
@@ -30,17 +30,13 @@ _HOME = {
     "units": "comparison.options.UnitsComparison",
     "width": "width_pruning.options.WidthPruning",
 }
-"""Name of a file, without `.json` -> the record it holds."""
+"""Name of a file, without `.json` -> its record."""
 
 NAMES = tuple(_HOME)
 
 
 def schema(name: str) -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a kind of file.
-
-    Raises:
-        KeyError: a name that is not in `NAMES`.
-    """
+    """The JSON schema (draft 2020-12) of a kind of file, one of `NAMES`."""
     module, _, record = _HOME[name].rpartition(".")
     kind = getattr(import_module(f"shortllm.{module}"), record)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}

@@ -138,6 +138,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _REGISTRY = Registry[Criterion]("criterion", CriterionError)
 
 get = _REGISTRY.get
+find = _REGISTRY.find
 names = _REGISTRY.names
 
 

@@ -70,13 +70,9 @@ class Calibration:
 
 def tokens_fingerprint(ids: torch.Tensor) -> str:
     """sha256 over the shape and then the ids, all as little-endian int64."""
-    shape = torch.tensor(ids.shape)
-    return hashlib.sha256(_little_endian(shape) + _little_endian(ids)).hexdigest()
-
-
-def _little_endian(numbers: torch.Tensor) -> bytes:
-    data: bytes = numbers.cpu().to(torch.int64).numpy().astype("<i8").tobytes()
-    return data
+    parts = (torch.tensor(ids.shape), ids.cpu().to(torch.int64))
+    data = [part.numpy().astype("<i8").tobytes() for part in parts]
+    return hashlib.sha256(b"".join(data)).hexdigest()
 
 
 def check_ids(
@@ -120,7 +116,10 @@ def load_calibration(path: Path | str) -> Calibration:
             f"cannot tell what kind of calibration {path} is. "
             "Give a run directory, a .safetensors file, or a .json list of lists of token ids"
         )
-    content = _read_json(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {path} as JSON: {error}") from error
     if isinstance(content, list):
         return _given(_tensor_of_lists(content, path), path)
     return _recorded(path.with_suffix(".safetensors"), path)
@@ -165,13 +164,6 @@ def _read_tensor(path: Path) -> torch.Tensor:
         )
     check_ids(tensors["ids"], where=str(path))
     return tensors["ids"]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {path} as JSON: {error}") from error
 
 
 def _tensor_of_lists(content: list[Any], path: Path) -> torch.Tensor:

@@ -8,12 +8,9 @@ The suffix of a file says what it contains; `.gz` or `.xz` may follow it.
     .csv                      a line of column names, then records; every value is a text
     .parquet                  records by columns
 
-Files are read as streams. An error while reading is a DataError that names the file, and the line
-where there is one. The loaders of `datasets` are not used here because they guess types: a text
-that looks like a date or a number, or says `NA`, would not come out as it was written. They also
-lock files in the user's cache, which may be read-only.
-
-In memory rows lie in Arrow buffers; rows of a Hub data set stay on disk and are memory-mapped.
+Files are read as streams. The loaders of `datasets` are not used for them because they guess types
+(a text that looks like a date or a number, or says `NA`, would change) and lock files in the user's
+cache, which may be read-only. Rows of a Hub data set stay on disk, memory-mapped.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, Protocol, cast, overload
+from typing import IO, Any, cast, overload
 
 from shortllm.errors import DataError, did_you_mean
 
@@ -46,15 +43,7 @@ DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
 """Columns taken when none is named: the first of these that exists."""
 
 CHUNK_CHARACTERS = 2**20
-"""About so many characters are put into one Arrow buffer."""
-
-
-class Texts(Protocol):
-    """What rows may be stored in: a list, or a column of strings in Arrow buffers."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> str: ...
+"""Characters in one Arrow buffer, about."""
 
 
 class ArrowTexts:
@@ -68,20 +57,20 @@ class ArrowTexts:
         """Copy texts into memory: a row costs its UTF-8 bytes and 8 more."""
         import pyarrow as pa
 
-        chunks, held, size = [], [], 0
+        chunks, buffer, size = [], [], 0
         for text in texts:
-            held.append(text)
+            buffer.append(text)
             size += len(text) + 1
             if size >= CHUNK_CHARACTERS:
-                chunks.append(pa.array(held, pa.large_string()))
-                held, size = [], 0
-        chunks.append(pa.array(held, pa.large_string()))
+                chunks.append(pa.array(buffer, pa.large_string()))
+                buffer, size = [], 0
+        chunks.append(pa.array(buffer, pa.large_string()))
         return cls(pa.chunked_array(chunks, pa.large_string()))
 
     def __len__(self) -> int:
         return len(self._column)
 
-    def __getitem__(self, index: int, /) -> str:
+    def __getitem__(self, index: int) -> str:
         text: str = self._column[index].as_py()
         return text
 
@@ -94,23 +83,19 @@ class Rows(Sequence[str]):
     """
 
     source: str
-    texts: Texts
+    texts: Sequence[str] | ArrowTexts
     start: int
     stop: int
 
     @classmethod
-    def of(cls, source: str, texts: Texts) -> Rows:
-        """All of `texts`."""
+    def of(cls, source: str, texts: Sequence[str] | ArrowTexts) -> Rows:
+        """All of `texts`, at least one."""
         if len(texts) == 0:
             raise DataError(f"'{source}' has no rows. Give a file or a split with text in it")
         return cls(source, texts, 0, len(texts))
 
     def span(self, start: int, stop: int) -> Rows:
         """The rows `[start, stop)` of this view; they keep their numbers in the whole source."""
-        if not 0 <= start <= stop <= len(self):
-            raise DataError(
-                f"'{self.source}' has {len(self)} rows here: [{start}, {stop}) is not among them"
-            )
         return Rows(self.source, self.texts, self.start + start, self.start + stop)
 
     def __len__(self) -> int:
@@ -155,10 +140,7 @@ class Records:
 
 
 def split_held_out(rows: Rows) -> tuple[Rows, Rows]:
-    """(calibration, evaluation): the first half of the rows, and the rest.
-
-    For data with a single split, so that no row is measured that blocks were chosen on.
-    """
+    """(calibration, evaluation): the first half of the rows, and the rest."""
     if len(rows) < 2:
         raise DataError(
             f"'{rows.source}' has {len(rows)} row: calibration and evaluation need one each. "

@@ -24,10 +24,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -44,7 +43,7 @@ from shortllm.data.rows import (
     kind_of,
     supported,
 )
-from shortllm.errors import DataError, did_you_mean
+from shortllm.errors import DataError, did_you_mean, first_line_of
 
 if TYPE_CHECKING:
     from shortllm.embedded.world import Split
@@ -169,8 +168,7 @@ def load_rows(source: str, *, column: str | None = None, role: Role = "evaluatio
     """The rows of a data source, for access in any order.
 
     Args:
-        column: the same as `#column` in the source. Without either it is `text`, else `page`,
-            `sentence`, `content`, else the only text column.
+        column: the same as `#column` in the source.
         role: chooses the split of a source that names none: of a built-in by the table above, of
             a Hub data set `test` to evaluate and `train` otherwise.
     """
@@ -188,26 +186,20 @@ def load_rows(source: str, *, column: str | None = None, role: Role = "evaluatio
 
 
 def open_records(source: str) -> Records:
-    """A data source as a stream of whole records, for training.
-
-    The names are those of `load_rows`, but a record keeps all its columns (of `alpaca` not the
-    answers alone).
-    """
+    """A data source as a stream of records with all their columns, for training."""
     found = _resolve(source, None, "training")
-    lines = bool(found.files) and kind_of(found.files[0]) in TEXT_SUFFIXES
-    read: Callable[[], Iterator[Any]] = partial(_file_by_file, found.files, found.column)
+    files, column = found.files, found.column
+    lines = bool(files) and kind_of(files[0]) in TEXT_SUFFIXES
+    whole: Iterable[Any] = ()
     if found.place is not None:
-        read = partial(iter, _load_hub(found.place, found.hint, streaming=True))
-    elif not found.files:
-        read = partial(iter, _embedded(found))
-    return Records(
-        source=found.source, column=found.column, lines=lines, files=found.files, read=read
-    )
+        whole = _load_hub(found.place, found.hint, streaming=True)
+    elif not files:
+        whole = _embedded(found)
 
+    def read() -> Iterator[Any]:
+        return chain(whole, *(file_records(file, column) for file in files))
 
-def _file_by_file(files: tuple[Path, ...], column: str | None) -> Iterator[Any]:
-    for file in files:
-        yield from file_records(file, column)
+    return Records(source=found.source, column=column, lines=lines, files=files, read=read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,7 +362,7 @@ def _load_hub(place: HubPlace, hint: str, *, streaming: bool = False) -> Any:
 def _hub_failure(place: HubPlace, error: Exception, hint: str) -> str:
     """What was requested of the Hub, what it said, and what to do instead."""
     named = ":".join(part for part in (place.name, place.config, place.split) if part)
-    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    said = first_line_of(error)
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
             f"cannot keep '{named}' in the cache of data sets: {said}. Set HF_HOME to a directory "

@@ -39,9 +39,6 @@ from shortllm.surgery.apply import lineage
 if TYPE_CHECKING:
     import torch
 
-MAX_NAME = 40
-"""Characters of a panel's name."""
-
 RATIO = 0.25
 """Share of the embedded model that is removed: of its blocks, or of their parameters."""
 
@@ -89,17 +86,13 @@ class Models:
 
 
 def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Model locations by name; refuses names that are blank, too long or repeated."""
+    """Model locations by name; refuses names that are blank or repeated."""
     found: dict[str, str] = {}
     for name, location in pairs:
         if not name.strip() or not location.strip():
             raise ShortLLMError(
                 f"--model '{name}={location}' must have the form NAME=MODEL, "
                 "for example healed=runs/short"
-            )
-        if len(name) > MAX_NAME:
-            raise ShortLLMError(
-                f"the name '{name}' is longer than {MAX_NAME} characters. Give a shorter one"
             )
         if name in found:
             raise ShortLLMError(f"two models are called '{name}'. Give each its own name")

@@ -371,11 +371,7 @@ def _first_pages(split: Split, count: int) -> tuple[str, ...]:
 
 
 def rows(split: Split, count: int | None = None) -> list[str]:
-    """The first `count` pages of a split, by default all (`ROW_COUNT`); `train` needs a count.
-
-    Raises:
-        ValueError: `train`, which has no end, without a count.
-    """
+    """The first `count` pages of a split, by default all (`ROW_COUNT`); `train` needs a count."""
     if split not in get_args(Split):
         raise ValueError(
             f"unknown split {split!r}. Available: {', '.join(sorted(get_args(Split)))}"

@@ -8,26 +8,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.calibration import resolve_calibration, tokens_fingerprint
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
+from shortllm.data.rows import Rows
+from shortllm.data.sources import load_rows
 from shortllm.data.texts import check_length
 from shortllm.errors import DataError, ShortLLMError
+from shortllm.evaluation.harness import mean_score, measure_tasks, table_path, write_table
 from shortllm.evaluation.options import PROMPT, EvaluatedModel, Evaluation, EvaluationOptions
+from shortllm.evaluation.perplexity import EvaluationText, generate_samples, measure_perplexity
+from shortllm.evaluation.tasks import TaskSet, load_tasks
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import fingerprint, require_file_target
 from shortllm.model.session import Session
+from shortllm.model.walk import NOTHING, walk_flops
 from shortllm.options import accepts
 from shortllm.runtime import Runtime, progress, versions
 from shortllm.surgery.apply import open_checkpoints
-
-if TYPE_CHECKING:
-    from shortllm.evaluation.perplexity import EvaluationText
-    from shortllm.evaluation.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 
@@ -58,33 +58,28 @@ def evaluate(
         DataError: unreadable text, or models whose tokenizers split it differently.
         ShortLLMError: any other kind, before a model is loaded wherever that can be known.
     """
-    from shortllm.data.sources import load_rows
-    from shortllm.evaluation.harness import table_beside, write_table
-    from shortllm.evaluation.perplexity import EvaluationText
-
     names = [models] if isinstance(models, str) else list(models)
     if not names:
         raise ShortLLMError("no model to evaluate. Give one or more")
     checkpoints = open_checkpoints(names)
-    first = next(iter(checkpoints.values()))
+    first, *_ = checkpoints.values()
     if out is not None:
         require_file_target(Path(out))
     session = Session(runtime)
     tasks = prepare_tasks(list(checkpoints.values()), options, session)
-    embedded = names[0] == EMBEDDED
-    bos = resolve_calibration(CalibrationOptions(), first.model_type, embedded=embedded)
-    measured = options if options.data or not options.tasks else None
-    options = resolve_evaluation(options, embedded=embedded, every=bool(bos.bos_every_sample))
-    rows = [load_rows(one, role="evaluation") for one in (options.data if measured else [])]
-    texts = [
-        EvaluationText(rows=source, held_out=False, segments=segments)
-        for source, segments in zip(rows, _shared_segments(checkpoints, rows, options), strict=True)
-    ]
+    measured = bool(options.data) or not options.tasks
+    options = resolve_evaluation(
+        options,
+        embedded=names[0] == EMBEDDED,
+        every=first.model_type in BOS_EVERY_SAMPLE,
+    )
+    rows = [load_rows(one) for one in options.data] if measured else []
+    texts = _shared_texts(checkpoints, rows, options)
     found = evaluate_models(list(checkpoints.items()), texts, options, session=session, tasks=tasks)
     if out is not None:
         found.save(Path(out))
         if tasks is not None:
-            write_table(found, table_beside(Path(out)))
+            write_table(found, table_path(Path(out)))
     return found
 
 
@@ -96,14 +91,8 @@ def resolve_evaluation(
     continuations: int = 0,
     calibrated_on: str | None = None,
 ) -> EvaluationOptions:
-    """The same options with the defaults that depend on the model filled in.
-
-    Args:
-        embedded: whether the model is the embedded one.
-        every: whether the model needs BOS before every sample.
-        continuations: generated samples where the options say nothing.
-        calibrated_on: the calibration text that was given; its held-out rows are the default.
-    """
+    """The options with the defaults that depend on the model filled in; `every` is whether it needs
+    BOS before every sample, and the default text is the rest of what it was `calibrated_on`."""
     default = [calibrated_on] if calibrated_on else None
     return options.model_copy(
         update={
@@ -118,44 +107,45 @@ def resolve_evaluation(
     )
 
 
-def _shared_segments(
-    checkpoints: dict[str, Checkpoint], rows: Sequence[Any], options: EvaluationOptions
-) -> list[Any]:
-    """The windows of each text, which must be the same for every model's tokenizer."""
-    found: dict[str, list[Any]] = {}
+def _shared_texts(
+    checkpoints: dict[str, Checkpoint], sources: Sequence[Rows], options: EvaluationOptions
+) -> list[EvaluationText]:
+    """The texts cut into windows, which must be the same with every model's tokenizer."""
+    texts: list[EvaluationText] = []
     for name, checkpoint in checkpoints.items():
-        if rows:
+        if sources:
             check_length(checkpoint, options.length, "--length")
         tokenizer = load_tokenizer(checkpoint)
-        found[name] = [
-            evaluation_segments_of(checkpoint, source, tokenizer, options, option="--length")
-            for source in rows
+        segments = [
+            evaluation_segments_of(checkpoint, rows, tokenizer, options, option="--length")
+            for rows in sources
         ]
-    first, *others = found
-    for name in others:
-        pairs = zip(found[first], found[name], strict=True)
-        if not all(one.ids.equal(other.ids) for one, other in pairs):
+        if not texts:
+            texts = [
+                EvaluationText(rows=rows, held_out=False, segments=one)
+                for rows, one in zip(sources, segments, strict=True)
+            ]
+        pairs = zip(texts, segments, strict=True)
+        if not all(text.segments.ids.equal(one.ids) for text, one in pairs):
             raise DataError(
-                f"{first} and {name} tokenize the text differently, so their perplexities per "
-                "token cannot be compared. Evaluate them in two commands"
+                f"{next(iter(checkpoints))} and {name} tokenize the text differently, so their "
+                "perplexities per token cannot be compared. Evaluate them in two commands"
             )
-    return found[first]
+    return texts
 
 
 def prepare_tasks(
     checkpoints: Sequence[Checkpoint], options: EvaluationOptions, session: Session
 ) -> TaskSet | None:
     """The requested zero-shot tasks with their documents; None if there are none."""
-    from shortllm.evaluation.tasks import load_tasks
-
     if not options.tasks:
         return None
     for checkpoint in checkpoints:
         if session.streams(checkpoint):
             raise ShortLLMError(
-                f"{checkpoint.id} is read one block at a time (streamed), and each of the "
-                "thousands of passes of a task would read all its files. Leave --tasks out, or "
-                "keep the model in memory: --no-stream, a smaller --dtype, another --device"
+                f"{checkpoint.id} is read one block at a time (streamed), which tasks with their "
+                "thousands of passes cannot use. Leave --tasks out, or keep the model in memory: "
+                "--no-stream, a smaller --dtype, another --device"
             )
     return load_tasks(
         options.tasks, data=options.task_data, limit=options.limit, batch_size=options.batch_size
@@ -212,10 +202,6 @@ def _evaluate_one(
     session: Session,
     tasks: TaskSet | None,
 ) -> EvaluatedModel:
-    from shortllm.evaluation.harness import mean_score, measure_tasks
-    from shortllm.evaluation.perplexity import generate_samples, measure_perplexity
-    from shortllm.model.walk import NOTHING, walk_flops
-
     decoder = session.decoder(checkpoint)
     work = sum(walk_flops(decoder, [NOTHING], *text.segments.ids.shape) for text in texts)
     windows = sum(len(text.segments.ids) for text in texts)
@@ -224,18 +210,17 @@ def _evaluate_one(
             measure_perplexity(decoder, text, memory=session.memory(), advance=advance)
             for text in texts
         ]
-    scores = []
-    if tasks is not None:
-        scores = measure_tasks(decoder.model, load_tokenizer(checkpoint), tasks, name=name)
+    tokenizer = load_tokenizer(checkpoint)
+    scores = [] if tasks is None else measure_tasks(decoder.model, tokenizer, tasks, name=name)
     samples = None
     if options.continuations and options.prompt and decoder.streamed:
         log.info("no samples of %s: a streamed model would be read once per token", name)
     elif options.continuations and options.prompt:
         samples = generate_samples(
             decoder.model,
-            load_tokenizer(checkpoint),
+            tokenizer,
             prompt=options.prompt,
-            continuations=options.continuations or 0,
+            continuations=options.continuations,
             new_tokens=options.new_tokens,
             seed=options.seed,
         )

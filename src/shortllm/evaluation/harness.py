@@ -1,7 +1,4 @@
-"""Scores of tasks for a reader: which have a mean, how they are written, zeroshot.csv.
-
-Tasks put to a loaded model by the harness, and one score of each.
-"""
+"""Tasks that lm-evaluation-harness runs on a loaded model, one score of each, and zeroshot.csv."""
 
 from __future__ import annotations
 
@@ -19,7 +16,12 @@ from shortllm.files import fingerprint, write_text
 from shortllm.runtime import progress
 
 SHARES = ("acc", "acc_norm", "exact_match")
-"""Metrics that are shares of right answers: shown in percent, and of which a mean makes sense."""
+"""Metrics that are shares of right answers: shown in percent, and a mean of them makes sense."""
+
+BOOTSTRAPS = 1000
+"""Draws for the standard error of a metric that is not a mean."""
+
+log = logging.getLogger(__name__)
 
 
 def is_share(score: TaskScore) -> bool:
@@ -28,7 +30,7 @@ def is_share(score: TaskScore) -> bool:
 
 
 def mean_score(scores: Sequence[TaskScore]) -> float | None:
-    """The plain mean over tasks, in [0, 1]; None where a score is no share of right answers."""
+    """The plain mean over tasks, in [0, 1]; None where a score is not a share."""
     if not scores or not all(map(is_share, scores)):
         return None
     return sum(score.score for score in scores) / len(scores)
@@ -74,32 +76,19 @@ def _percent(share: float | None) -> str:
     return "n/a" if share is None else repr(100 * share)
 
 
-def table_beside(evaluation_file: Path) -> Path:
-    """zeroshot.csv beside eval.json; NAME-zeroshot.csv beside a NAME.json."""
+def table_path(evaluation_file: Path) -> Path:
+    """zeroshot.csv next to eval.json, NAME-zeroshot.csv next to NAME.json."""
     stem = evaluation_file.stem
     return evaluation_file.with_name("zeroshot.csv" if stem == "eval" else f"{stem}-zeroshot.csv")
 
 
-log = logging.getLogger(__name__)
-
-BOOTSTRAPS = 1000
-"""Draws behind the standard error of a metric that is no mean."""
-
-
 def measure_tasks(model: Any, tokenizer: Any, tasks: TaskSet, *, name: str) -> list[TaskScore]:
-    """Put the tasks to a model; a score per task, or per group that has a metric of its own.
-
-    Args:
-        model: a causal language model of transformers, in memory.
-        name: how the model is called on the progress bar.
-    Raises:
-        ShortLLMError: the batches do not fit into the device's memory.
-        CheckpointError: the model's logits are NaN.
-    """
+    """A score of each task, or of each group that has a metric of its own; `name` is shown on the
+    progress bar."""
     import torch
     from lm_eval.evaluator import evaluate
 
-    with progress(f"tasks put to {name}", 1.0) as advance, quiet_harness():
+    with progress(f"tasks of {name}", 1.0) as advance, quiet_harness():
         harness_model = _harness_model(model, tokenizer, tasks.batch_size, advance)
         try:
             found = evaluate(
@@ -116,8 +105,8 @@ def measure_tasks(model: Any, tokenizer: Any, tasks: TaskSet, *, name: str) -> l
             ) from error
     return [
         _task_score(entry, found, tasks)
-        for asked, members in tasks.members.items()
-        for entry in ([asked] if _metrics(found["results"].get(asked, {})) else members)
+        for requested, members in tasks.members.items()
+        for entry in ([requested] if _metrics(found["results"].get(requested, {})) else members)
     ]
 
 
@@ -128,7 +117,7 @@ def _harness_model(
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):  # type: ignore[misc]
-        """Tells how far it is, and goes no further once the logits mean nothing."""
+        """Reports progress, and stops at logits that are NaN."""
 
         share = 0.0
 
@@ -137,26 +126,18 @@ def _harness_model(
         ) -> Any:
             if override_bs is None:  # else these are only a part of the work
                 read = {(*context, *answer[:-1]) for _, context, answer in requests}
-                self.share = 1.0 / len(read)  # what is read alike is read once
+                self.share = 1.0 / len(read)  # equal requests are computed once
             room = self.max_length + 1  # the last token is only predicted
             longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
             if longer:
-                log.info(
-                    "%d of %d prompts with an answer are longer than %d tokens: they lose their "
-                    "beginning",
-                    longer,
-                    len(requests),
-                    room,
-                )
+                message = "%d of %d prompts with answer exceed %d tokens: their beginning is cut"
+                log.info(message, longer, len(requests), room)
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits_BTV = super()._model_call(inps, *args, **kwargs)
             if logits_BTV.isnan().any():
-                raise CheckpointError(
-                    "the model's logits are NaN, so that its answers mean nothing. Try --dtype "
-                    "float32"
-                )
+                raise CheckpointError("the model's logits are NaN. Try --dtype float32")
             advance(len(inps) * self.share)
             return logits_BTV
 

@@ -1,8 +1,8 @@
-"""What a model can still do: perplexity by a stated protocol, and samples of what it writes.
+"""Perplexity by a stated protocol, and samples of what a model writes.
 
 Perplexity is exp of the mean next-token NLL over all predictions inside segments that do not
-overlap (`shortllm.segments` makes them). The text is carried by the walk that also scores blocks,
-here with nothing removed, so that a model is measured that does not fit into memory.
+overlap (data/texts.py cuts them). The text takes the walk that also scores blocks, here with
+nothing removed, so a model larger than memory can be measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity
 from shortllm.model.walk import NOTHING, mean_nlls
-from shortllm.runtime import Advance
+from shortllm.runtime import Advance, quiet_transformers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,29 +43,19 @@ def measure_perplexity(
     memory: StreamMemory | None = None,
     advance: Advance = lambda work: None,
 ) -> Perplexity:
-    """Perplexity of a model on one text.
-
-    Args:
-        advance: called with the floating-point operations done since its last call.
-    Raises:
-        CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
-    """
-    ids_BT = text.segments.ids
-    [nll] = mean_nlls(decoder, ids_BT, [NOTHING], memory=memory, advance=advance)
+    """Perplexity of a model on one text; `advance` gets floating-point operations."""
+    ids = text.segments.ids
+    [nll] = mean_nlls(decoder, ids, [NOTHING], memory=memory, advance=advance)
     return as_perplexity(text, nll)
 
 
 def as_perplexity(text: EvaluationText, nll: float) -> Perplexity:
-    """A mean NLL measured on a text, with the protocol.
-
-    Raises:
-        CheckpointError: the loss is NaN or beyond all measure, so that there is no perplexity.
-    """
+    """A mean NLL measured on a text, with its protocol."""
     ids_ST = text.segments.ids
     if not math.isfinite(perplexity(nll)):
         raise CheckpointError(
-            f"the model's loss on {text.rows.source} is {nll}, which is no perplexity. "
-            "Try --dtype float32"
+            f"the model's loss on {text.rows.source} is {nll}, so its perplexity is not "
+            "finite. Try --dtype float32"
         )
     return Perplexity(
         source=text.rows.source,
@@ -86,16 +76,14 @@ def generate_samples(
     tokenizer: Any,
     *,
     prompt: str,
-    continuations: int = 5,
-    new_tokens: int = 128,
-    seed: int = 0,
+    continuations: int,
+    new_tokens: int,
+    seed: int,
 ) -> Samples:
-    """Sampled continuations of a prompt: top-k 50, top-p 0.95, temperature 1; the same for a seed.
+    """Sampled continuations of a prompt, the same for a seed.
 
     The end-of-text token is not produced, so that every continuation has `new_tokens` tokens.
     """
-    from shortllm.runtime import quiet_transformers
-
     device = next(model.parameters()).device
     encoded = tokenizer(prompt, return_tensors="pt").to(device)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
@@ -117,7 +105,7 @@ def generate_samples(
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             num_return_sequences=continuations,
-            pad_token_id=_pad_token(tokenizer),
+            pad_token_id=0,  # never used: all sequences have the same length
         )
     texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return Samples(
@@ -129,12 +117,3 @@ def generate_samples(
         temperature=TEMPERATURE,
         seed=seed,
     )
-
-
-def _pad_token(tokenizer: Any) -> int:
-    """Any id will do: all sequences have one length, nothing is padded."""
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        token = getattr(tokenizer, name, None)
-        if token is not None:
-            return int(token)
-    return 0

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from shortllm.data.rows import PACKED_SUFFIXES, load_records
 from shortllm.data.sources import DATA_VARIABLE, data_directory
 from shortllm.embedded import TASKS_DIR
-from shortllm.errors import DataError, ShortLLMError
+from shortllm.errors import DataError, ShortLLMError, first_line_of
 from shortllm.files import fingerprint
+from shortllm.runtime import quiet, quiet_transformers
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +41,10 @@ EMBEDDED_TASKS = tuple(f"shortllm_{name}" for name in ("where", "who", "count", 
 """The task sets of the embedded world."""
 
 SETS = {"paper": tuple(METRICS), "embedded": EMBEDDED_TASKS}
-"""Names that stand for several tasks."""
+"""Names of several tasks at once."""
 
 HARNESS_FOLDERS = ("super_glue/boolq", "piqa", "hellaswag", "winogrande", "arc", "openbookqa")
-"""Where the harness describes the seven; going through all of its 14,000 names takes seconds."""
+"""Where the harness describes the seven; indexing all of its 14,000 names takes seconds."""
 
 DATA_FOLDERS = {"arc_easy": "arc/ARC-Easy", "arc_challenge": "arc/ARC-Challenge"}
 """Where local documents lie if not in a folder named like the task."""
@@ -58,14 +57,14 @@ SHOT_SEED = 1234
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TaskSet:
-    """Tasks with their documents, ready to be put to one model after the other."""
+    """Tasks with their documents, ready for one model after the other."""
 
     loaded: dict[str, dict[str, Any]]
-    """What the harness evaluates: its tasks, groups, and who belongs to which."""
+    """What the harness evaluates: its tasks, groups, and the tasks of each group."""
     members: dict[str, list[str]]
-    """Each name asked for -> the tasks behind it: itself, or those of a group or tag."""
+    """Each requested name -> its tasks: itself, or those of a group or tag."""
     documents: dict[str, str]
-    """Task -> fingerprint of the documents it will ask about."""
+    """Task -> fingerprint of its documents."""
     limit: int | None
     batch_size: int
     version: str
@@ -73,47 +72,41 @@ class TaskSet:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything the scores depend on, but for the model."""
+        """Of everything the scores depend on, except the model."""
         return fingerprint(
             [self.version, list(self.members.items()), self.documents, self.batch_size]
         )
 
 
-def task_names(asked: Iterable[str]) -> list[str]:
-    """The names asked for, sets spelled out, each once."""
-    names = [name.strip() for name in asked]
+def task_names(requested: Iterable[str]) -> list[str]:
+    """The tasks of the requested names and sets, each once."""
+    names = [name.strip() for name in requested]
     return list(dict.fromkeys(n for name in names if name for n in SETS.get(name, (name,))))
 
 
 def load_tasks(
-    asked: Iterable[str],
+    requested: Iterable[str],
     *,
     data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
 ) -> TaskSet:
-    """Tasks with their documents, by name.
-
-    Args:
-        data: directory of the documents; default: that of SHORTLLM_DATA where it has them.
-        limit: only so many documents of each task, its first ones.
-        batch_size: sequences per forward pass.
-    Raises:
-        ShortLLMError: lm-evaluation-harness is not installed, an unknown task, one asked for twice,
-            or one that is not answered in text alone.
-        DataError: documents that are missing or cannot be read.
-    """
+    """Tasks by name with their first `limit` documents, from `data`, SHORTLLM_DATA or the Hub."""
     version = require_harness()
-    names = task_names(asked)
+    names = task_names(requested)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     members: dict[str, list[str]] = {}
     with quiet_harness(), TemporaryDirectory(prefix="shortllm-tasks-") as written:
         index = _index(names)
         for name in names:
-            local = _local_task(name, index, data, Path(written))
-            found = _load(index, name, local)
+            found = _load(index, name, _local_task(name, index, data, Path(written)))
+            for other, tasks in members.items():
+                if twice := set(tasks) & set(found["tasks"]):
+                    raise ShortLLMError(
+                        f"task '{min(twice)}' is requested twice, by '{other}' and by '{name}'. "
+                        "Leave one of them out"
+                    )
             members[name] = list(found["tasks"])
-            _require_new(name, members)
             for kind, entries in found.items():
                 loaded[kind] |= entries
         for name, task in loaded["tasks"].items():
@@ -133,11 +126,7 @@ def load_tasks(
 
 
 def require_harness() -> str:
-    """Load lm-evaluation-harness; its version.
-
-    Raises:
-        ShortLLMError: it is not installed.
-    """
+    """Load lm-evaluation-harness; its version."""
     try:
         import lm_eval
         import lm_eval.models.huggingface
@@ -150,34 +139,15 @@ def require_harness() -> str:
     return str(lm_eval.__version__)
 
 
-class _Nowhere(io.TextIOBase):
-    """Takes what is written and keeps nothing; never closed, for who holds on to it."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """No notes, advice and bars of the harness: what matters is raised or recorded here."""
-    from shortllm.runtime import quiet_transformers
-
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with quiet_transformers(), redirect_stdout(_Nowhere()), redirect_stderr(_Nowhere()):
-            yield
-    finally:
-        logger.setLevel(level)
+    """No notes and bars of the harness: what matters is raised or recorded here."""
+    with quiet_transformers(), quiet("lm_eval"):
+        yield
 
 
 def _index(names: Sequence[str]) -> Any:
-    """The harness's tasks by name; only those known here where no other is asked for.
-
-    Raises:
-        ShortLLMError: an unknown name.
-    """
+    """The harness's tasks by name; only the well-known ones where no other is requested."""
     from lm_eval import tasks as harness
 
     if {*METRICS, *EMBEDDED_TASKS}.issuperset(names):
@@ -204,11 +174,7 @@ def _whole_index() -> Any:
 
 
 def _local_task(name: str, index: Any, data: Path | None, written: Path) -> Path | None:
-    """The description of a task whose documents lie in a local directory; None if they do not.
-
-    Raises:
-        DataError: `data` was given and does not have them.
-    """
+    """The description of a task with local documents; None if there are none and none must be."""
     directory = data if data is not None else data_directory()
     if directory is None or name in EMBEDDED_TASKS:
         return None
@@ -216,8 +182,7 @@ def _local_task(name: str, index: Any, data: Path | None, written: Path) -> Path
     splits = _splits(entry.cfg or {})
     if not splits and data is not None:
         raise DataError(
-            f"'{name}' stands for several tasks, whose documents --task-data cannot give. "
-            "Name them singly"
+            f"'{name}' is a group of tasks, which --task-data cannot serve. Name them singly"
         )
     folder = directory / DATA_FOLDERS.get(name, name)
     files = {split: file for split in splits if (file := _split_file(folder, split)) is not None}
@@ -237,7 +202,7 @@ def _local_task(name: str, index: Any, data: Path | None, written: Path) -> Path
 
 
 def _splits(config: Mapping[str, Any]) -> list[str]:
-    """The splits a task needs: the one that is measured, and where it shows examples, theirs."""
+    """The splits a task needs: the measured one, and that of its examples where it shows some."""
     measured = config.get("test_split") or config.get("validation_split")
     shown = config.get("fewshot_split") or config.get("training_split")
     wanted = [measured, shown if config.get("num_fewshot") else None]
@@ -252,7 +217,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 def _description(
     name: str, stock: Path, config: Mapping[str, Any], files: Mapping[str, Path]
 ) -> str:
-    """YAML for the harness: its own task in all but where the documents come from."""
+    """YAML for the harness: its own task, with documents from these files."""
     changes: dict[str, Any] = {
         "include": str(stock),
         "task": name,
@@ -268,69 +233,36 @@ def _description(
 
 
 def local_dataset(*, files: Mapping[str, str], **_: Any) -> dict[str, Dataset]:
-    """The documents of local files by split, as the harness wants them (`custom_dataset`).
-
-    Raises:
-        DataError: a file that cannot be read or holds no record.
-    """
+    """The documents of local files by split, as the harness wants them (`custom_dataset`)."""
     from datasets import Dataset
 
     return {split: Dataset.from_list(load_records(Path(file))) for split, file in files.items()}
 
 
 def _load(index: Any, name: str, local: Path | None) -> dict[str, dict[str, Any]]:
-    """What the harness knows by a name, with its documents.
-
-    Raises:
-        ShortLLMError: the task needs a package that is not installed.
-        DataError: documents that are missing or unlike what the task expects.
-    """
+    """What the harness knows by a name, with its documents."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
     try:
         found: dict[str, dict[str, Any]] = index.load([str(local or name)])
         return found
-    except ShortLLMError:
+    except ShortLLMError:  # a ValueError too
         raise
     except ImportError as error:
         raise ShortLLMError(
-            f"task '{name}' needs a package that is not installed: {_said(error)}"
+            f"task '{name}' needs a package that is not installed: {first_line_of(error)}"
         ) from error
     except (DatasetsError, TemplateError, OSError, LookupError, TypeError, ValueError) as error:
         raise DataError(
-            f"the documents of task '{name}' cannot be used: {_said(error)}. Without the Hub, "
-            f"give --task-data DIR (or {DATA_VARIABLE}) with "
+            f"the documents of task '{name}' cannot be used: {first_line_of(error)}. Without the "
+            f"Hub, give --task-data DIR (or {DATA_VARIABLE}) with "
             f"DIR/{DATA_FOLDERS.get(name, name)}/SPLIT.jsonl"
         ) from error
 
 
-def _said(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _require_new(name: str, members: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a task that another name has brought along already.
-
-    Raises:
-        ShortLLMError: naming both.
-    """
-    for other, tasks in members.items():
-        twice = set(tasks) & set(members[name])
-        if other != name and twice:
-            raise ShortLLMError(
-                f"task '{min(twice)}' is asked for twice, by '{other}' and by '{name}'. "
-                "Leave one of them out"
-            )
-
-
 def _prepare(name: str, task: Any) -> None:
-    """Settle what a task leaves open.
-
-    Raises:
-        ShortLLMError: it shows images or sounds, or runs code that the model writes.
-    """
+    """Refuse a task that needs more than text, and settle what it leaves open."""
     if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
         raise ShortLLMError(
             f"task '{name}' shows more than text or runs code that the model writes. "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -19,9 +19,7 @@ from shortllm.data.sources import load_rows
 from shortllm.data.texts import Segments, calibrate, check_length, evaluation_segments, vocabulary
 from shortllm.errors import DataError
 from shortllm.evaluation.options import EvaluationOptions
-
-if TYPE_CHECKING:
-    from shortllm.evaluation.perplexity import EvaluationText
+from shortllm.evaluation.perplexity import EvaluationText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,17 +44,10 @@ def prepare_texts(
     healing: CalibrationOptions | None = None,
     quantization: CalibrationOptions | None = None,
 ) -> Texts:
-    """Read and tokenize all text of a run, with the measured rows held out from everything else.
-
-    Args:
-        scoring: whether `calibration` is sampled at all.
-        healing: how text to heal with is sampled, from the rows that calibrate; None for none.
-        quantization: the text that a quantization looks at; None for none.
-    """
-    from shortllm.evaluation.perplexity import EvaluationText
-
+    """Read and tokenize all text of a run, with the measured rows held out from everything else;
+    without `scoring`, nothing is sampled to calibrate."""
     check_length(checkpoint, evaluation.length, "--eval-length")
-    measured = [load_rows(source, role="evaluation") for source in evaluation.data]
+    measured = [load_rows(source) for source in evaluation.data]
     wanted = (calibration if scoring else None, healing, quantization)
     used, shared = _calibration_rows(wanted, measured)
     sampled = [
@@ -70,9 +61,8 @@ def prepare_texts(
         segments = evaluation_segments_of(checkpoint, held_out, tokenizer, evaluation)
         text = EvaluationText(rows=held_out, held_out=held_out is not rows, segments=segments)
         texts.append(text)
-    return Texts(
-        calibration=sampled[0], evaluation=texts, healing=sampled[1], quantization=sampled[2]
-    )
+    calibrated, healed, quantized = sampled
+    return Texts(calibration=calibrated, evaluation=texts, healing=healed, quantization=quantized)
 
 
 def _calibration_rows(
@@ -121,8 +111,8 @@ def evaluation_segments_of(
     *,
     option: str = "--eval-length",
 ) -> Segments:
-    """Rows cut into the windows that perplexity is measured on, checked against the model; `option`
-    is what the command line calls `options.length`."""
+    """Rows cut into windows to measure perplexity on, checked against the model; `option` is the
+    flag of `options.length`."""
     segments = evaluation_segments(
         rows,
         tokenizer,

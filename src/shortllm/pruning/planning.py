@@ -16,6 +16,7 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.records import Search
 from shortllm.errors import BudgetError, CheckpointError, ResultFileError
 from shortllm.files import fingerprint, require_file_target
+from shortllm.format import number
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.pruning import targets
@@ -336,7 +337,7 @@ def _reason(
     if published is not None:
         return (
             f"Blocks {blocks} come first in the order published for the criterion "
-            f"'{published.criterion}' ({published.source}) among the {free} blocks that may go"
+            f"'{published.criterion}' ({published.source}) among the {free} unprotected blocks"
             f"{kept_safe}. Nothing was scored."
         )
     if scores is None:
@@ -351,7 +352,7 @@ def _reason(
         chosen = f"have the lowest importance by the criterion '{scores.criterion}'"
     whole = budget.period_aligned and model.period > 1
     periods = f", in whole periods of {model.period} blocks" if whole else ""
-    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{periods}{kept_safe}."
+    return f"Blocks {blocks} {chosen} among the {free} unprotected blocks{periods}{kept_safe}."
 
 
 def _search_reason(search: Search, criterion: str) -> str:
@@ -359,22 +360,18 @@ def _search_reason(search: Search, criterion: str) -> str:
     found = search.found
     if found.criterion != criterion:
         others = [one for one in search.candidates if one.criterion != found.criterion]
-        beaten = ", ".join(f"{one.criterion} {_figure(one.held_out)}" for one in others)
+        beaten = ", ".join(f"{one.criterion} {number(one.held_out, 5)}" for one in others)
         return (
             f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
             f"them the perplexity of {search.held_out_samples} held-out calibration samples is "
-            f"{_figure(found.held_out)}, and by no other candidate lower ({beaten})"
+            f"{number(found.held_out, 5)}, the lowest of all candidates ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
     begun = next(one for one in search.candidates if one.criterion == search.start)
     better = "that found nothing better than its start"
     if found.removed != begun.removed:
         better = (
-            f"that brought the {unit} of the search text from {_figure(begun.value)} to "
-            f"{_figure(found.value)}"
+            f"that brought the {unit} of the search text from {number(begun.value, 5)} to "
+            f"{number(found.value, 5)}"
         )
     return f"were chosen by the search '{criterion}' from the plan by '{search.start}', {better}"
-
-
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.5g}"

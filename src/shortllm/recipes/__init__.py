@@ -38,11 +38,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by its name, or from a file of one's own.
-
-    Raises:
-        RecipeError: no such recipe, or one that cannot be read.
-    """
+    """A recipe by its name, or from a user's file."""
     path = _file_of(name)
     text = recipe_text(name)
     try:
@@ -62,11 +58,7 @@ def load_recipe(name: str | Path) -> Recipe:
 
 
 def recipe_text(name: str | Path) -> str:
-    """The YAML of a recipe by its name, or of a file of one's own, unchanged.
-
-    Raises:
-        RecipeError: no such recipe, or one that cannot be read.
-    """
+    """The YAML of a recipe by its name, or of a user's file, unchanged."""
     path = _file_of(name)
     try:
         return path.read_text(encoding="utf-8")
@@ -95,11 +87,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The content of a YAML text, as JSON would give it.
-
-    Raises:
-        ValueError: it is not YAML, or contains dates, bytes, references or repeated fields.
-    """
+    """The content of a YAML text that JSON can express, else a ValueError."""
     try:
         content = yaml.load(text, Loader=_Loader)
         return json.loads(json.dumps(content, allow_nan=False, default=_refuse))
@@ -139,11 +127,7 @@ def default_recipe() -> Recipe:
 
 
 def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
-    """Fields as a recipe.
-
-    Args:
-        where: what the message of an error calls them.
-    """
+    """Fields as a recipe; an error calls them `where`."""
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -191,32 +175,27 @@ def _record_in(annotation: Any) -> Any:
 def changed(recipe: Recipe, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """The recipe with other values at dotted places, e.g. `{"calibration.samples": 20}`.
 
-    A place in `retraining` stands for every way of healing; one in `benchmark` or
-    `healing` asks for it.
-
-    Raises:
-        RecipeError: an unknown place, or a value that does not fit.
+    A place in `retraining` is set in every way of retraining; one in `benchmark` or `healing` turns
+    that stage on.
     """
     content = recipe.model_dump(mode="json", exclude_unset=True)
     for place, value in changes.items():
         *parents, last = place.split(".")
-        holders: list[Any] = [content]
+        tables: list[Any] = [content]
         for part in parents:
-            holders = [_entered(holder, part) for holder in holders]
-            holders = [
-                one for held in holders for one in (held if isinstance(held, list) else [held])
-            ]
-        for holder in holders:
-            if not isinstance(holder, dict):
+            found = [_entered(table, part) for table in tables]
+            tables = [one for each in found for one in (each if isinstance(each, list) else [each])]
+        for table in tables:
+            if not isinstance(table, dict):
                 raise RecipeError(f"{where}: there is nothing in {'.'.join(parents)} to set")
-            holder[last] = value
+            table[last] = value
     return parse_recipe(content, where)
 
 
-def _entered(holder: Any, part: str) -> Any:
+def _entered(table: Any, part: str) -> Any:
     """The content of a field; an empty one becomes a table."""
-    if not isinstance(holder, dict):
+    if not isinstance(table, dict):
         return None
-    if holder.get(part) is None:
-        holder[part] = {}
-    return holder[part]
+    if table.get(part) is None:
+        table[part] = {}
+    return table[part]

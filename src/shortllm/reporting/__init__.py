@@ -3,13 +3,12 @@
     run.json  scores.json  plan.json  eval.json  bench.json  retrained/retrain.json ...
                   │  load.py       reads them, and refuses what does not belong together
                   ▼
-    run_page.py runs_page.py units_page.py criteria_page.py   what each kind of page shows
-      blocks.py healing.py measurements.py protocol.py        some of the sections
-      comparison.py                                           the table of models
-      plots/                                                  SVG in the page's colours
+    run_page.py runs_page.py comparison.py               what each kind of page shows
+      blocks.py healing.py measurements.py protocol.py   some of the sections
+      plots/                                             SVG in the page's colours
                   │  parts.py      sections as lists of paragraphs, figures, tables ...
                   ▼
-    page.py       templates/page.html.j2, templates/model_card.md.j2: all data is escaped
+    templates/page.html.j2, templates/model_card.md.j2   all data is escaped
 
 Equal files give equal bytes: what differs between two equal runs (times, cost, dates, directories)
 is not shown.
@@ -19,107 +18,23 @@ is not shown.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.files import require_file_target, translate_os_errors, write_text
-from shortllm.quantizing.options import QUANTIZED
-from shortllm.run_directory import PRUNED
 
 if TYPE_CHECKING:
-    from shortllm.reporting.comparison import ComparedModel
+    from jinja2 import Environment
 
-__all__ = ["report", "write_comparison", "write_report", "write_runs", "write_units"]
+    from shortllm.reporting.load import RunResults
+    from shortllm.reporting.parts import Page
+    from shortllm.reporting.runs_page import ComparedModel
 
-
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` and the model card `README.md` of a run; returns the page's path.
-
-    The card is also copied to the checkpoints of the run. A README that came there with the
-    original model is kept as `README.original.md`.
-
-    Raises:
-        ResultFileError: a needed file is missing or damaged, or two files do not belong together.
-        OutputError: the run directory cannot be written.
-    """
-    from shortllm.reporting import run_page
-    from shortllm.reporting.load import load_results
-    from shortllm.reporting.page import render_model_card, render_page
-
-    results = load_results(run_dir)
-    page = render_page(run_page.head(results), run_page.sections_of(results))
-    write_text(run_dir / "README.md", render_model_card(results, PRUNED))
-    for name in (PRUNED, *results.healed_by, QUANTIZED):
-        if (run_dir / name).is_dir():
-            _keep_original_card(run_dir / name)
-            write_text(run_dir / name / "README.md", render_model_card(results, name))
-    write_text(run_dir / "report.html", page)
-    return run_dir / "report.html"
-
-
-def write_comparison(run_dir: Path) -> Path:
-    """Write `comparison.html` of a comparison of criteria; returns its path.
-
-    Raises:
-        ResultFileError: a file is missing or damaged, or two files do not belong together.
-        OutputError: the run directory cannot be written.
-    """
-    from shortllm.reporting.criteria_page import criteria_head, criteria_sections
-    from shortllm.reporting.load import load_comparison
-    from shortllm.reporting.page import render_page
-
-    results = load_comparison(run_dir)
-    page = render_page(criteria_head(results), criteria_sections(results))
-    write_text(run_dir / "comparison.html", page)
-    return run_dir / "comparison.html"
-
-
-def write_units(run_dir: Path) -> Path:
-    """Write `units.html` of a comparison of width and depth; returns its path.
-
-    Raises:
-        ResultFileError: a file is missing or damaged.
-        OutputError: the run directory cannot be written.
-    """
-    from shortllm.reporting.load import load_units
-    from shortllm.reporting.page import render_page
-    from shortllm.reporting.units_page import units_head, units_sections
-
-    results = load_units(run_dir)
-    write_text(run_dir / "units.html", render_page(units_head(results), units_sections(results)))
-    return run_dir / "units.html"
-
-
-def write_runs(directories: Sequence[Path], out: Path) -> list[ComparedModel]:
-    """Write the page of several runs to the file `out`; returns the models of its table.
-
-    Raises:
-        ResultFileError: a directory without a finished run.
-        OutputError: the file cannot be written.
-    """
-    from shortllm.reporting.load import load_runs
-    from shortllm.reporting.page import render_page
-    from shortllm.reporting.runs_page import compared_models, runs_head, runs_sections
-
-    require_file_target(out)
-    runs = load_runs(directories)
-    models = compared_models(runs)
-    write_text(out, render_page(runs_head(runs, models), runs_sections(runs, models)))
-    return models
-
-
-def _keep_original_card(checkpoint: Path) -> None:
-    """Move a README that is not ours aside; ours, from an earlier report, may be overwritten."""
-    from shortllm.reporting.page import is_our_card
-
-    readme = checkpoint / "README.md"
-    if not readme.exists():
-        return
-    with translate_os_errors(checkpoint):
-        if not is_our_card(readme.read_text(encoding="utf-8", errors="replace")):
-            os.replace(readme, checkpoint / "README.original.md")
+__all__ = ["compare", "render", "report", "write_comparison", "write_report", "write_units"]
 
 
 def report(run_dir: Path | str) -> Path:
@@ -139,3 +54,130 @@ def report(run_dir: Path | str) -> Path:
     if (directory / "comparison.json").exists() and not (directory / "plan.json").exists():
         return write_comparison(directory)
     return write_report(directory)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` and the model card `README.md` of a run; returns the page's path.
+
+    The card is also copied to the checkpoints of the run. A README that came there with the
+    original model is kept as `README.original.md`.
+    """
+    from shortllm.quantizing.options import QUANTIZED
+    from shortllm.reporting.load import load_results
+    from shortllm.reporting.run_page import run_page
+    from shortllm.run_directory import PRUNED
+
+    results = load_results(run_dir)
+    page = run_page(results)
+    text = render(page)
+    write_text(run_dir / "README.md", _model_card(page, results, PRUNED))
+    for name in (PRUNED, *results.healed_by, QUANTIZED):
+        if (run_dir / name).is_dir():
+            _keep_original_card(run_dir / name)
+            write_text(run_dir / name / "README.md", _model_card(page, results, name))
+    write_text(run_dir / "report.html", text)
+    return run_dir / "report.html"
+
+
+def write_comparison(run_dir: Path) -> Path:
+    """Write `comparison.html` of a comparison of criteria; returns its path."""
+    from shortllm.reporting.comparison import criteria_page
+    from shortllm.reporting.load import load_comparison
+
+    write_text(run_dir / "comparison.html", render(criteria_page(load_comparison(run_dir))))
+    return run_dir / "comparison.html"
+
+
+def write_units(run_dir: Path) -> Path:
+    """Write `units.html` of a comparison of width and depth; returns its path."""
+    from shortllm.reporting.comparison import units_page
+    from shortllm.reporting.load import load_units
+
+    write_text(run_dir / "units.html", render(units_page(load_units(run_dir))))
+    return run_dir / "units.html"
+
+
+def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> list[ComparedModel]:
+    """Several runs on one page: every model, quality against size and against latency.
+
+    Args:
+        runs: directories of finished runs.
+        out: the page.
+    Returns:
+        One entry per model; an original that several runs share is listed once.
+    Raises:
+        ResultFileError: a directory without a finished run.
+        OutputError: the page cannot be written.
+    """
+    from shortllm.reporting.load import load_runs
+    from shortllm.reporting.runs_page import compared_models, runs_page
+
+    require_file_target(Path(out))
+    found = load_runs([Path(one) for one in runs])
+    models = compared_models(found)
+    write_text(Path(out), render(runs_page(found, models)))
+    return models
+
+
+# ---- templates, which escape everything that comes from data
+
+
+def render(page: Page) -> str:
+    """A self-contained HTML page."""
+    from shortllm.reporting.plots import PALETTE
+
+    return _templates().get_template("page.html.j2").render(page=page, palette=PALETTE) + "\n"
+
+
+def _model_card(page: Page, results: RunResults, directory: str) -> str:
+    """The model card for the checkpoint `directory`: Markdown with the Hub's YAML front matter."""
+    from shortllm import criteria
+    from shortllm.reporting import protocol
+    from shortllm.reporting.run_page import key_figures
+
+    criterion = criteria.find(results.plan.criterion)
+    template = _templates().get_template("model_card.md.j2")
+    return template.render(
+        page=page,
+        directory=directory,
+        base_model=protocol.hub_id(results.plan.model),
+        plan=results.plan,
+        figures=key_figures(results).plain(),
+        measured=bool(results.protocols()),
+        protocol=protocol.protocol_rows(results),
+        command=protocol.command_line(results.run.command),
+        paper=criterion.paper if criterion else None,
+        healed=bool(results.healed_by),
+    ) + "\n"  # fmt: skip
+
+
+def _keep_original_card(checkpoint: Path) -> None:
+    """Move a README that is not ours aside; ours, from an earlier report, may be overwritten."""
+    readme = checkpoint / "README.md"
+    if not readme.exists():
+        return
+    with translate_os_errors(checkpoint):
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        front = re.match(r"---\n(.*?)^---$", text, flags=re.DOTALL | re.MULTILINE)
+        if front is None or "\n- shortllm\n" not in front[1]:  # our tag
+            os.replace(readme, checkpoint / "README.original.md")
+
+
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("shortllm.reporting"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = _escape_markdown
+    environment.filters["json"] = lambda text: json.dumps(text, ensure_ascii=False)
+    return environment
+
+
+def _escape_markdown(text: str) -> str:
+    """Data as plain words inside Markdown: no markup, no table border, no line break."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))

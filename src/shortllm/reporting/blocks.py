@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from shortllm import criteria
+from shortllm.criteria import PLACE
 from shortllm.format import NONE, number, signed
 from shortllm.pruning.planning import removal_order
 from shortllm.pruning.records import BlockScores
+from shortllm.reporting import parts
 from shortllm.reporting.load import RunResults
-from shortllm.reporting.methods import PLACE, criterion_info
-from shortllm.reporting.parts import (
-    Column,
-    Details,
-    Figure,
-    Paragraph,
-    Part,
-    Section,
-    Status,
-    Strip,
-    StripCell,
-    table_of,
-)
+from shortllm.reporting.parts import Column, Figure, Paragraph, Part, Section, Status
 from shortllm.reporting.plots.bars import BarPlot
 from shortllm.reporting.protocol import calibration_phrase
 
@@ -28,38 +19,53 @@ LONG_TABLE = 16
 """Number of blocks from which their table is folded."""
 
 
+def _label(scores: BlockScores) -> str:
+    """What the criterion's axis says; it may be one that is not registered here."""
+    criterion = criteria.find(scores.criterion)
+    return criterion.label if criterion else f"importance ({scores.criterion})"
+
+
+def _is_perplexity(scores: BlockScores) -> bool:
+    criterion = criteria.find(scores.criterion)
+    return criterion is not None and criterion.in_nats
+
+
+# ---- the plot
+
+
 def importance_section(results: RunResults) -> Section | None:
     """The plot of the criterion, one bar per block."""
     scores = results.scores
     if scores is None:
         return None
+    increase = scores.intact is not None and _is_perplexity(scores)
     heights, label = _heights(scores)
     plot = BarPlot(
         heights=heights,
-        statuses=[results.status(block) for block in range(len(heights))],
+        statuses=results.statuses,
         y_label=label,
-        below_label="no increase" if _is_increase(scores) else "too small for the axis",
+        below_label="no increase" if increase else "too small for the axis",
         span=_span(results),
     )
     drawing = plot.figure()
-    caption = " ".join(_importance_caption(results, scores, heights, plot))
+    caption = " ".join(_importance_caption(results, scores, plot, increase=increase))
     figure = Figure(drawing.svg, drawing.alt, caption)
     return Section("importance", "Block importance", [figure])
 
 
 def _importance_caption(
-    results: RunResults, scores: BlockScores, heights: Sequence[float], plot: BarPlot
+    results: RunResults, scores: BlockScores, plot: BarPlot, *, increase: bool
 ) -> Iterator[str]:
     """What the bars are, one sentence after the other."""
     criterion, order = scores.criterion, _order(results)
-    if _is_increase(scores):
+    if increase:
         yield (
             "Each bar shows how much the perplexity rises when that block alone is removed, from "
             f"{number(scores.intact)} for the intact model."
         )
     elif order:
         yield (
-            f"Blocks were removed one after the other, each time the least important by "
+            "Blocks were removed one after the other, each time the least important by "
             f"{scores.options.get('inner')} in the remaining model: "
             f"{', then '.join(map(str, order))}. The bars show this order; kept blocks follow, "
             "protected ones last."
@@ -69,7 +75,7 @@ def _importance_caption(
             f"{criterion} chose the removed blocks together, not one by one. The bars order them, "
             f"and then the other blocks, by {scores.search.ordered_by}; protected blocks come last."
         )
-    elif criterion_info(criterion).label == PLACE:
+    elif _label(scores) == PLACE:
         yield f"The order in which {criterion} removes blocks; higher means keep."
     else:
         yield f"The importance of each block by {criterion}; higher means keep."
@@ -81,30 +87,22 @@ def _importance_caption(
         yield "The axis is logarithmic."
     elif plot.linear_floor:
         yield f"The axis starts at {plot.linear_floor:,g}, not at 0."
-    helpful = [block for block, height in enumerate(heights) if height < 0]
-    if helpful and _is_increase(scores):
-        yield (
-            f"Removing block{'s' if len(helpful) > 1 else ''} {', '.join(map(str, helpful))} alone "
-            "lowers the perplexity."
-        )
-
-
-def _is_increase(scores: BlockScores) -> bool:
-    return criterion_info(scores.criterion).in_nats and scores.intact is not None
+    helpful = [block for block, height in enumerate(plot.heights) if height < 0]
+    if helpful and increase:
+        blocks = f"block{'s' if len(helpful) > 1 else ''} {', '.join(map(str, helpful))}"
+        yield f"Removing {blocks} alone lowers the perplexity."
 
 
 def _heights(scores: BlockScores) -> tuple[list[float], str]:
     """Height of each bar, and the label of the axis."""
-    if criterion_info(scores.criterion).in_nats and scores.intact is not None:
-        label = f"increase in perplexity (intact: {number(scores.intact)})"
-        return [value - scores.intact for value in scores.values], label
-    label = criterion_info(scores.criterion).label
+    label, intact = _label(scores), scores.intact
+    if intact is not None and _is_perplexity(scores):
+        label = f"increase in perplexity (intact: {number(intact)})"
+        return [value - intact for value in scores.values], label
     if label == PLACE:
         rank = _ranks(scores)
         return [float(rank[block]) for block in range(len(rank))], label
-    if scores.intact is not None:
-        label += f"; intact: {number(scores.intact)}"
-    return scores.importance, label
+    return scores.importance, label if intact is None else f"{label}; intact: {number(intact)}"
 
 
 def _ranks(scores: BlockScores) -> dict[int, int]:
@@ -149,15 +147,13 @@ def _span_sentence(results: RunResults, spans: Sequence[Sequence[float]]) -> str
     )
 
 
+# ---- strip and table
+
+
 def strip_section(results: RunResults) -> Section:
     """The model as a row of cells, with the removed blocks crossed out."""
-    plan, new_index = results.plan, results.new_index
-    cells = [
-        StripCell(block, results.status(block), new_index.get(block))
-        for block in range(plan.model.blocks)
-    ]
+    plan, order, span = results.plan, _order(results), _span(results)
     key: list[tuple[Status, str]] = []
-    order, span = _order(results), _span(results)
     if plan.removed:
         text = f"removed: {', '.join(map(str, plan.removed))}"
         if order and len(order) > 1:
@@ -167,12 +163,39 @@ def strip_section(results: RunResults) -> Section:
         key.append(("removed", text))
     if plan.protected:
         key.append(("protected", f"protected: {', '.join(map(str, sorted(plan.protected)))}"))
-    parts: list[Part] = [Strip(cells, key)]
+    found: list[Part] = [parts.Strip(results.statuses, key)]
     if results.target:
-        text = f"Requested: {results.target.described}."
-        text += "" if results.target.is_met else " This misses the target."
-        parts.append(Paragraph(text))
-    return Section("strip", "Removed blocks", parts)
+        missed = "" if results.target.is_met else " This misses the target."
+        found.append(Paragraph(f"Requested: {results.target.described}.{missed}"))
+    return Section("strip", "Removed blocks", found)
+
+
+def score_table(scores: BlockScores, statuses: Sequence[Status], unscored: Sequence[int]) -> Part:
+    """Every number of each block, and its place in the removal order."""
+    rank, importance, values = _ranks(scores), scores.importance, scores.values
+    strip = parts.Strip(statuses)
+    new_index = {block: new for block, _, new in strip.cells() if new is not None}
+    columns: list[Column[int]] = [("block", str)]
+    if _label(scores) != PLACE:
+        columns.append(("importance", lambda block: number(importance[block], 5)))
+    if scores.removed is None and values != importance:
+        inner = scores.options.get("inner")
+        name = f"{inner} when last scored" if inner else "raw value"
+        columns.append(
+            (
+                "perplexity without it" if _is_perplexity(scores) else name,
+                lambda block: NONE if block in unscored else number(values[block], 5),
+            )
+        )
+    if scores.delta_nll is not None:
+        deltas = scores.delta_nll
+        columns.append(("Δ NLL [nats/token]", lambda block: signed(deltas[block], 3)))
+    columns += [
+        ("rank", lambda block: str(rank[block])),
+        ("new index", lambda block: str(new_index.get(block, NONE))),
+        ("status", lambda block: statuses[block]),
+    ]
+    return parts.table_of(range(len(importance)), columns, look=lambda block: statuses[block])
 
 
 def block_section(results: RunResults) -> Section | None:
@@ -180,40 +203,12 @@ def block_section(results: RunResults) -> Section | None:
     scores = results.scores
     if scores is None:
         return None
-    count = len(scores.importance)
-    rank, new_index = _ranks(scores), results.new_index
-    searched = scores.removed is not None
-    same = searched or scores.values == scores.importance
+    searched, count = scores.removed is not None, len(scores.importance)
     unscored = results.plan.protected if scores.order is not None and not searched else []
-    columns: list[Column[int]] = [("block", str)]
-    if criterion_info(scores.criterion).label != PLACE:
-        columns.append(("importance", lambda block: number(scores.importance[block], 5)))
-    if not same:
-        name = _value_name(scores)
-        columns.append(
-            (name, lambda b: NONE if b in unscored else number(scores.values[b], 5))
-        )  # fmt: skip
-    if scores.delta_nll is not None:
-        deltas = scores.delta_nll
-        columns.append(("Δ NLL [nats/token]", lambda block: signed(deltas[block], 3)))
-    columns += [
-        ("rank", lambda block: str(rank[block])),
-        ("new index", lambda block: str(new_index.get(block, NONE))),
-        ("status", lambda block: results.status(block)),
-    ]
-    table = table_of(range(count), columns, look=results.status)
     note = "Rank 1 is the least important block."
-    if same and criterion_info(scores.criterion).in_nats:
+    if _is_perplexity(scores) and (searched or scores.values == scores.importance):
         note = f"{note[:-1]}; the importance is the perplexity without the block."
-    parts: list[Part] = [table, Paragraph(note)]
+    found: list[Part] = [score_table(scores, results.statuses, unscored), Paragraph(note)]
     if count > LONG_TABLE:
-        parts = [Details(f"All {count} blocks", parts)]
-    return Section("blocks", "All blocks", parts)
-
-
-def _value_name(scores: BlockScores) -> str:
-    """What the raw numbers are."""
-    if criterion_info(scores.criterion).in_nats:
-        return "perplexity without it"
-    inner = scores.options.get("inner")
-    return f"{inner} when last scored" if inner else "raw value"
+        found = [parts.Details(f"All {count} blocks", found)]
+    return Section("blocks", "All blocks", found)

@@ -1,236 +1,277 @@
-"""What the pages of several models share: one table of models, and quality against cost.
+"""The pages of the comparisons: criteria on one model, and width against depth at the same size.
 
-Only comparable measurements share a column or a plot: perplexities of the same tokens, latencies of
-the same batch size and length. Speed-ups are relative to the original of the same run, since runs
-are measured at different times.
+shortllm compare-criteria embedded
+shortllm compare-units embedded
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from pydantic import Field
+from shortllm import __version__
+from shortllm.comparison.options import Candidate, Comparison, Contender
+from shortllm.comparison.ranking import Standing, standings, verdict
+from shortllm.format import (
+    NONE,
+    THIN,
+    counted,
+    listed,
+    number,
+    percent,
+    short_count,
+    signed,
+    spans,
+)
+from shortllm.reporting import protocol, runs_page
+from shortllm.reporting.load import ComparisonResults, UnitsResults, protocol_of
+from shortllm.reporting.measurements import peak_bytes, speed_section
+from shortllm.reporting.parts import Cell, Page, Paragraph, Row, Section, Table, row
+from shortllm.reporting.plots import COLOURS, DASHES, line_style
+from shortllm.reporting.plots.lines import Band, Line, LinePlot
+from shortllm.reporting.runs_page import ComparedModel, ModelRow, common_cell
 
-from shortllm.benchmark.options import Benchmark, Measurement
-from shortllm.evaluation.options import EvaluatedModel
-from shortllm.format import counted, number, percent, short_bytes, short_count
-from shortllm.records import Record
-from shortllm.reporting.load import Protocol, protocol_of
-from shortllm.reporting.parts import Cell, Column, Paragraph, Part, Section, Table, table_of
-from shortllm.reporting.plots.points import Kind, Point, TradePlot
-
-BenchmarkCell = tuple[int, int]
-"""Batch size and new tokens."""
-
-
-class ComparedModel(Record):
-    """One model of one run; an original that several runs share is listed once."""
-
-    run: str | None = Field(description="name of the run; null for an original")
-    name: str
-    original: str
-    criterion: str | None
-    healed_by: str | None = None
-    quantized_by: str | None = None
-    blocks: int
-    parameters: int
-    bytes: int
-    perplexity: dict[str, float] = Field(description="by text")
-    zeroshot_mean: float | None = None
-    latency_s: float | None = Field(default=None, description="median, of one cell of the sweep")
-    speedup: float | None = Field(default=None, description="over the original, in the same run")
-    removed: list[int] = Field(default_factory=list)
-
-    @property
-    def kind(self) -> Kind:
-        """How it was changed."""
-        if self.run is None:
-            return "original"
-        if self.quantized_by is not None:
-            return "quantized"
-        return "pruned" if self.healed_by is None else "retrained"
-
-    @property
-    def relative_latency(self) -> float | None:
-        """Latency over that of the original, in the same run."""
-        return None if self.speedup is None else 1 / self.speedup
-
-    @property
-    def zeroshot_percent(self) -> float | None:
-        """Mean task score in percent."""
-        return None if self.zeroshot_mean is None else 100 * self.zeroshot_mean
+LOG_SPREAD = 4.0
+"""Highest over lowest perplexity from which its axis is logarithmic."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRow:
-    """A row of the table of models: a model, and the same model after healing."""
-
-    name: Cell
-    model: ComparedModel
-    healed: ComparedModel | None = None
-    deviation: str = ""
-    """How far the number of parameters is from the requested one."""
-    peak_bytes: int | None = None
+# ---- criteria
 
 
-# ---- columns of the table of models
-
-
-def _before_after(before: str, after: str | None) -> Cell:
-    """'18.2 → 13.1', or the one value."""
-    return Cell(before, look="after") if after is None else Cell(after, "", f"{before} → ", "after")
-
-
-def _perplexity(text: str) -> Column[ModelRow]:
-    def show(one: ModelRow) -> Cell:
-        after = number(one.healed.perplexity.get(text)) if one.healed else None
-        return _before_after(number(one.model.perplexity.get(text)), after)
-
-    return f"perplexity, {text}", show
-
-
-def _score(one: ModelRow) -> Cell:
-    after = percent(one.healed.zeroshot_mean) if one.healed else None
-    return _before_after(percent(one.model.zeroshot_mean), after)
-
-
-COLUMNS: dict[str, Column[ModelRow]] = {
-    "blocks": ("blocks", lambda one: str(one.model.blocks)),
-    "parameters": ("parameters", lambda one: short_count(one.model.parameters)),
-    "exact parameters": (
-        "parameters",
-        lambda one: Cell(f"{one.model.parameters:,}", one.deviation),
-    ),
-    "bytes": ("bytes", lambda one: short_bytes(one.model.bytes)),
-    "tasks": ("mean of tasks", _score),
-    "latency": ("median latency [s]", lambda one: number(one.model.latency_s, 3)),
-    "speedup": ("speed-up", lambda one: Cell(number(one.model.speedup, 3), look="after")),
-    "memory": ("peak memory", lambda one: short_bytes(one.peak_bytes)),
-}
-"""The columns that are not about one text."""
-
-
-def models_table(rows: Sequence[ModelRow], columns: Sequence[str]) -> Table:
-    """The table of models with these columns; `perplexity` becomes one for each text.
-
-    Columns of what was not measured for any model are left out.
-    """
-    models = [model for one in rows for model in (one.model, one.healed) if model]
-    texts = list(dict.fromkeys(text for one in models for text in one.perplexity))
-    missing = {
-        "tasks": all(one.zeroshot_mean is None for one in models),
-        "latency": all(one.latency_s is None for one in models),
-        "speedup": all(one.latency_s is None for one in models),
-    }
-    shown: list[Column[ModelRow]] = [("model", lambda one: one.name)]
-    for name in columns:
-        if name == "perplexity":
-            shown += [_perplexity(text) for text in texts]
-        elif not missing.get(name):
-            shown.append(COLUMNS[name])
-    return table_of(rows, shown)
-
-
-def common_cell(*benchmarks: Benchmark | None) -> BenchmarkCell | None:
-    """The smallest batch size and length that most benchmarks have measured."""
-    cells: list[BenchmarkCell] = []
-    for one in benchmarks:
-        measured = one.measurements if one else ()
-        cells += {(each.batch, each.new_tokens) for each in measured if each.status == "ok"}
-    return max(cells, key=lambda cell: (cells.count(cell), -cell[0], -cell[1]), default=None)
-
-
-def compared_model(
-    entry: EvaluatedModel,
-    labels: Mapping[Protocol, str],
-    benchmark: Benchmark | None,
-    measured: Measurement | None,
-    **fields: object,
-) -> ComparedModel:
-    """A model with its size, quality and speed; `fields` say what it is."""
-    return ComparedModel.model_validate(
-        {
-            "name": entry.name,
-            "blocks": entry.model.blocks,
-            "parameters": entry.model.parameters,
-            "bytes": entry.model.bytes,
-            "perplexity": {labels[protocol_of(one)]: one.perplexity for one in entry.perplexity},
-            "zeroshot_mean": entry.zeroshot_mean,
-            "latency_s": measured.latency_median_s if measured else None,
-            "speedup": benchmark.speedup(measured) if benchmark and measured else None,
-            **fields,
-        }
+def criteria_page(results: ComparisonResults) -> Page:
+    """What each criterion removes, and the perplexity that is left."""
+    found = results.comparison
+    count, blocks = len(found.criteria), counted(found.model.blocks, "block")
+    return protocol.page_about(
+        found.model,
+        title=f"{count} {'criterion' if count == 1 else 'criteria'} compared on {blocks}",
+        version=results.run.shortllm,
+        verdict=verdict(found),
+        sections=[
+            _curves(results),
+            _perplexities(found),
+            _removed_sets(found),
+            protocol.criteria_protocol(results),
+        ],
     )
 
 
-# ---- trade-off
+def criteria_plot(found: Comparison) -> LinePlot:
+    """Perplexity against removed blocks: a line per criterion, a band of random removals."""
+    columns = standings(found)
+    intact, total = found.intact.perplexity, found.model.blocks
+    places = [0, *(budget.blocks for budget in found.budgets)]
 
+    def line(name: str, heights: Sequence[float], style: dict[str, object]) -> Line:
+        points = list(zip(map(float, places), [intact, *heights], strict=True))
+        return Line(name=name, points=points, style=style)
 
-def main_text(models: Sequence[ComparedModel]) -> str | None:
-    """The text that most models were measured on; None where no two models share one."""
-    texts = [text for one in models for text in one.perplexity]
-    best = max(dict.fromkeys(texts), key=texts.count, default=None)
-    return best if best is not None and texts.count(best) > 1 else None
-
-
-def points_of(models: Sequence[ComparedModel], x: str, y: str, scale: float = 1.0) -> list[Point]:
-    """A point for each model that has both; `y` is a text, or `zeroshot_percent`."""
-    points = []
-    for place, one in enumerate(models, start=1):
-        across: float | None = getattr(one, x)
-        up = one.zeroshot_percent if y == "zeroshot_percent" else one.perplexity.get(y)
-        if across is not None and up is not None:
-            points.append(Point(number=place, group=one.run, kind=one.kind, x=scale * across, y=up))
-    return points
-
-
-def trade_plots(
-    models: Sequence[ComparedModel],
-    cell: BenchmarkCell | None,
-    *,
-    size: bool = True,
-    numbered: bool = True,
-) -> dict[str, TradePlot]:
-    """Every plot of quality against cost that has two models, by name.
-
-    `cell` is the batch size and length of the latencies; `size` also plots the number of
-    parameters; `numbered` points carry the numbers of a table's rows.
-    """
-    axes = [("parameters", "parameters [millions]", 1e-6)] if size else []
-    if any(one.quantized_by for one in models):
-        axes.append(("bytes", "bytes on disk [MB]", 1e-6))
-    if cell is not None:
-        how = f"batch {cell[0]}, {counted(cell[1], 'new token')}"
-        if len({one.original for one in models}) == 1:
-            axes.append(("relative_latency", f"latency relative to the original ({how})", 1.0))
+    muted = {"color": COLOURS["muted"]}
+    style = {**muted, "linestyle": DASHES[3], "linewidth": 1.6, "zorder": 2}
+    lines = [line("random, mean", [column.random_mean for column in columns], style)]
+    coloured, baselines = 0, 0
+    for i, one in enumerate(found.criteria):
+        if one.source == "baseline":
+            style = {
+                **muted, "linestyle": DASHES[1 + baselines % 2], "linewidth": 1.2,
+                "marker": "<>"[baselines % 2], "markersize": 4.5,
+            }  # fmt: skip
+            baselines += 1
         else:
-            axes.append(("latency_s", f"latency [s] ({how})", 1.0))
-    text = main_text(models)
-    qualities = [(text, "perplexity", f"perplexity, {text}")] if text is not None else []
-    qualities.append(("zeroshot_percent", "tasks", "mean task score [%]"))
-    plots = {}
-    for y, quality, y_label in qualities:
-        for x, x_label, scale in axes:
-            points = points_of(models, x, y, scale)
-            if len(points) > 1:
-                name = f"{quality}-{x.removeprefix('relative_').removesuffix('_s')}"
-                plots[name] = TradePlot(
-                    points=points,
-                    x_label=x_label,
-                    y_label=y_label,
-                    higher_is_better=quality == "tasks",
-                    numbered=numbered,
-                )
-    return plots
-
-
-def trade_section(heading: str, plots: Mapping[str, TradePlot], note: str) -> list[Section]:
-    """The plots with a note; no section without plots."""
-    note += (
-        " Open marks are neither retrained nor quantized. The dashed line connects the models that "
-        "no other model beats in both. A retrained model is as fast as the shortened model it "
-        "started from."
+            style = {"zorder": 4, **line_style(coloured)}
+            coloured += 1
+        lines.append(line(one.criterion, [column.perplexities[i] for column in columns], style))
+    return LinePlot(
+        lines=lines,
+        x_label=f"blocks removed, of {total}",
+        y_label=f"perplexity, {protocol.perplexity_source(found.intact)}",
+        ticks={n: f"{n}\n{100 * n / total:.0f} %" if n else "0" for n in places},
+        log_spread=LOG_SPREAD,
+        band=Band(
+            name="random, range",
+            places=places,
+            low=[intact, *(min(column.random) for column in columns)],
+            high=[intact, *(max(column.random) for column in columns)],
+        ),
+        listed_by_end=True,
     )
-    parts: list[Part] = [plot.figure() for plot in plots.values()]
-    return [Section("trade", heading, [*parts, Paragraph(note.strip())])] if parts else []
+
+
+def _curves(results: ComparisonResults) -> Section:
+    found, plot = results.comparison, criteria_plot(results.comparison)
+    scored = ""
+    if results.calibration:
+        scored = f"; blocks were scored on {protocol.calibration_phrase(results.calibration)}"
+    text = (
+        f"{protocol.segments_phrase(found.intact)} from {protocol.perplexity_source(found.intact)}"
+    )
+    caption = (
+        "Perplexity of the shortened models without retraining; lower is better. All lines start "
+        f"at the intact model, {number(found.intact.perplexity)}. The band is the range of "
+        f"{counted(len(found.random), 'random removal')} of the same size. A criterion is useful "
+        "where its line is below the band. Lines of criteria that remove the same blocks coincide. "
+        f"Measured on {text}{scored}.{' The axis is logarithmic.' if plot.is_log else ''}"
+    )
+    return Section("curves", "Perplexity against removed blocks", [plot.figure(caption)])
+
+
+def perplexity_table(found: Comparison) -> Table:
+    """Every perplexity behind the plot: a column per budget."""
+    columns, total = standings(found), len(found.criteria)
+
+    def summary(name: str, show: Callable[[Standing], str], look: str = "") -> Row:
+        return row(name, *(show(column) for column in columns), look=look)
+
+    rows = [
+        row(one.criterion, *(_perplexity(one, i, column) for column in columns))
+        for i, one in enumerate(found.criteria)
+    ]
+    mean = f"random, mean of {len(found.random)}"
+    rows += [
+        summary(mean, lambda c: number(c.random_mean), look="floor"),
+        summary("random, range", lambda c: f"{number(min(c.random))} – {number(max(c.random))}"),
+        summary("criteria below the random mean", lambda c: f"{c.beat_mean} of {total}"),
+        summary("criteria below every random removal", lambda c: f"{c.beat_all} of {total}"),
+    ]
+    return Table(_head(found), rows)
+
+
+def _perplexity(one: Contender, i: int, column: Standing) -> Cell:
+    """A perplexity, marked where it is the best or not better than chance."""
+    value = column.perplexities[i]
+    if one.criterion in column.best:
+        return Cell(number(value), look="best")
+    return Cell(number(value), look="" if value < column.random_mean else "worse")
+
+
+def _head(found: Comparison) -> Row:
+    total = found.model.blocks
+    cells = (Cell(one.name, f"{one.blocks} of {total}") for one in standings(found))
+    return row("criterion", *cells)
+
+
+def _perplexities(found: Comparison) -> Section:
+    note = "Marked: the lowest of a column. Grey italics: not below the random mean."
+    if found.left_out:
+        reasons = [f"{percent(left.ratio)} ({left.reason})" for left in found.left_out]
+        note += f" Left out: {listed(reasons)}."
+    parts = [perplexity_table(found), Paragraph(note)]
+    return Section("perplexities", "Perplexity at each budget", parts)
+
+
+def _removed_sets(found: Comparison) -> Section:
+    """Which blocks each criterion removes."""
+    rows = [
+        row(one.criterion, *(spans(removed.order) for removed in one.sets))
+        for one in found.criteria
+    ]
+    note = (
+        f"Of {counted(found.model.blocks, 'block')}, counted from 0; protected: "
+        f"{spans(found.protected) or NONE}. The random removals are in comparison.json."
+    )
+    return Section("sets", "Removed blocks", [Table(_head(found), rows), Paragraph(note)])
+
+
+# ---- width against depth
+
+
+def units_models(results: UnitsResults) -> list[ComparedModel]:
+    """The original, and each candidate before and after healing."""
+    models = [_candidate(results, "original", None)]
+    for candidate in results.units.candidates:
+        for name in (candidate.name, candidate.healed):
+            if name in results.evaluated:
+                models.append(_candidate(results, name, candidate))
+    return models
+
+
+def _candidate(results: UnitsResults, name: str, candidate: Candidate | None) -> ComparedModel:
+    entry, benchmark = results.evaluated[name], results.benchmark
+    cell = common_cell(benchmark)
+    measured = benchmark.find(candidate.name if candidate else name, *cell) if cell else None
+    is_healed = candidate is not None and name == candidate.healed
+    return runs_page.compared_model(
+        entry,
+        {protocol_of(one): protocol.perplexity_source(one) for one in entry.perplexity},
+        benchmark,
+        measured,
+        run=f"{candidate.name} ({candidate.unit})" if candidate else None,
+        name=name,
+        original=protocol.model_name(results.units.model.id),
+        criterion=candidate.name if candidate else None,
+        healed_by="retraining" if is_healed else None,
+    )
+
+
+def units_table(results: UnitsResults) -> Table:
+    """A row per method, before and after healing."""
+    rows = [_units_row(results, None), *(_units_row(results, c) for c in results.units.candidates)]
+    columns = ("exact", "perplexity", "tasks", "latency", "speedup", "memory")
+    return runs_page.models_table(rows, columns)
+
+
+def _units_row(results: UnitsResults, candidate: Candidate | None) -> ModelRow:
+    name, cell = (
+        candidate.name if candidate else "original",
+        common_cell(results.benchmark),
+    )
+    measured = results.benchmark.find(name, *cell) if cell else None
+    healed = candidate.healed if candidate and candidate.healed in results.evaluated else None
+    missed = candidate.missed if candidate else 0
+    return ModelRow(
+        name=Cell(name, candidate.unit if candidate else ""),
+        model=_candidate(results, name, candidate),
+        healed=_candidate(results, healed, candidate) if healed else None,
+        deviation=f"{signed(100 * missed, 2)}{THIN}%" if missed else "",
+        peak_bytes=peak_bytes(measured.memory) if measured else None,
+    )
+
+
+def units_page(results: UnitsResults) -> Page:
+    """Each method before and after the same healing: table, trade-off, speed and protocol."""
+    units, cell = results.units, common_cell(results.benchmark)
+    note = (
+        f"Speed and memory: {runs_page.cell_phrase(cell) if cell else 'not measured'}, alternating "
+        "between the models. Below the parameters: deviation from the first method, because only "
+        "whole units can be removed."
+    )
+    if any(one.healed for one in units.candidates):
+        retraining = ", ".join(f"{k} {v}" for k, v in protocol.flattened(units.retraining or {}))
+        note = f"Before → after the same retraining of each ({retraining}). {note}"
+    plots = runs_page.trade_plots(units_models(results), cell, of_runs=False)
+    before, after = units.model.parameters, units.candidates[0].parameters
+    return protocol.page_about(
+        units.model,
+        title=f"{short_count(before)} → {short_count(after)} parameters, by width and by depth",
+        version=__version__,
+        verdict=_units_verdict(results),
+        sections=[
+            Section("units", "Width against depth", [units_table(results), Paragraph(note)]),
+            *runs_page.trade_section("Quality against latency", plots),
+            speed_section(results.benchmark),
+            protocol.units_protocol(results),
+        ],
+    )
+
+
+def _units_verdict(results: UnitsResults) -> str:
+    """The best and the fastest method, in two sentences."""
+    units, models = results.units, units_models(results)
+    shown = [one for one in models if one.run is not None]
+    saved = percent(1 - units.candidates[0].parameters / units.model.parameters)
+    sentence = f"With {saved} of the parameters removed"
+    text = runs_page.main_text(models)
+    if text is not None:
+        healed = [one for one in shown if one.healed_by]
+        best = min(healed or shown, key=lambda one: one.perplexity.get(text, float("inf")))
+        sentence += (
+            f", {best.run} has the lowest perplexity{' after healing' if healed else ''}: "
+            f"{number(best.perplexity.get(text))} on {text}"
+        )
+    timed = [one for one in shown if one.speedup is not None]
+    if timed:
+        fastest = max(timed, key=lambda one: one.speedup or 0.0)
+        sentence += (
+            f". The fastest is {fastest.run}, {number(fastest.speedup, 3)} times as fast as the "
+            "original"
+        )
+    return f"{sentence}."

@@ -6,21 +6,12 @@ from collections.abc import Sequence
 
 from shortllm.evaluation.options import Perplexity
 from shortllm.format import NONE, counted, known, number, percent, short_bytes, short_count
+from shortllm.healing import methods as healing_methods
 from shortllm.healing.options import HealedGap, Healing
 from shortllm.quantizing.options import QUANTIZED
-from shortllm.reporting.load import RunResults
-from shortllm.reporting.parts import (
-    Cell,
-    Details,
-    Heading,
-    Paragraph,
-    Part,
-    Section,
-    Table,
-    Terms,
-    row,
-    table_of,
-)
+from shortllm.reporting import parts
+from shortllm.reporting.load import Protocol, RunResults
+from shortllm.reporting.parts import Cell, Column, Heading, Part, Section, Table
 from shortllm.reporting.plots import COLOURS
 from shortllm.reporting.plots.lines import Line, LinePlot
 from shortllm.reporting.plots.points import DotPlot
@@ -66,26 +57,18 @@ def healed_sentence(results: RunResults) -> str:
     """How much the best healing recovered, on the first text; empty without healing."""
     before, removed = results.perplexities("original"), results.perplexities(PRUNED)
     for key in (key for key in before if key in removed):
-        healed = {
-            name: results.perplexities(name)[key]
-            for name in results.healed_by
-            if key in results.perplexities(name)
-        }
+        found = {name: results.perplexities(name).get(key) for name in results.healed_by}
+        healed = {name: entry for name, entry in found.items() if entry is not None}
         if not healed:
             continue
         best = min(healed, key=lambda name: healed[name].nll)
         share = recovered(before[key], removed[key], healed[best])
-        method, reached = _label(results, best), healed[best].perplexity
+        registry = METHODS if best in results.retraining else healing_methods.METHODS
+        method, reached = registry.get(results.healed_by[best]).label, healed[best].perplexity
         if share is None or share <= 0:
-            return f" {method} leads to {number(reached)}."
-        return f" {method} recovers {percent(share)} of the increase ({number(reached)})."
+            return f" {method} led to a perplexity of {number(reached)}."
+        return f" {method} recovered {percent(share)} of the increase ({number(reached)})."
     return ""
-
-
-def _label(results: RunResults, name: str) -> str:
-    """What a sentence calls the method that a model was repaired by."""
-    record = results.retraining.get(name)
-    return "Healing by linear maps" if record is None else METHODS.get(record.method).label
 
 
 def quantized_sentence(results: RunResults) -> str:
@@ -109,51 +92,53 @@ def healing_section(results: RunResults) -> Section | None:
         return None
     others = ("original", PRUNED, QUANTIZED)
     healed = [name for name in results.evaluated if name not in others]
-    parts: list[Part] = []
+    found: list[Part] = []
     if healed:
         names = ["original", PRUNED, *healed]
         plot = _perplexity_plot(results, names)
-        parts += [plot.figure()] if plot else []
-        parts += [recovery_table(results, names), Paragraph(_recovery_note(results))]
+        note = "Recovered: part of the increase in loss (nats per token) that healing reversed."
+        if results.retraining:
+            note += " More than 100 % is possible: retraining also learns from its own text."
+        found += [plot.figure()] if plot else []
+        found += [_recovery_table(results, names), parts.Paragraph(note)]
     if results.healing:
-        parts += [Heading("Linear maps"), _maps(results.healing)]
+        method = healing_methods.METHODS.get(results.healing.method)
+        found += [Heading(method.label), _maps(results.healing)]
+    several = len(results.retraining) > 1
     for name, record in results.retraining.items():
-        several = len(results.retraining) > 1
-        parts.append(Heading(f"Retraining: {name}" if several else "Retraining"))
-        parts += retraining_parts(record, name, open=not several)
-    return Section("recovery", "Recovery", parts)
+        found.append(Heading(f"Retraining: {name}" if several else "Retraining"))
+        found += retraining_parts(record, name, open=not several)
+    return Section("recovery", "Recovery", found)
 
 
-def _recovery_note(results: RunResults) -> str:
-    note = "Recovered: part of the increase in loss (nats per token) that healing reversed."
-    if results.retraining:
-        note += " More than 100 % is possible, because retraining also learns from its own text."
-    return note
-
-
-def recovery_table(results: RunResults, names: Sequence[str]) -> Table:
+def _recovery_table(results: RunResults, names: Sequence[str]) -> Table:
     """A row per model: its perplexity on each text, how much was recovered, its mean score."""
-    protocols = results.protocols()
-    tasks = any(entry.zeroshot_mean is not None for entry in results.evaluated.values())
-    before, removed = results.perplexities("original"), results.perplexities(PRUNED)
-    head = ["model"]
-    for example in protocols.values():
-        head += [f"perplexity, {perplexity_source(example)}", "recovered"]
-    rows = []
-    for name in names:
-        own = results.perplexities(name)
-        cells = [Cell(name, _summary(results, name))]
-        for key in protocols:
-            share = None
-            if name in results.healed_by and key in before and key in removed and key in own:
-                share = recovered(before[key], removed[key], own[key])
-            value = number(own[key].perplexity) if key in own else NONE
-            cells += [Cell(value, look="after"), Cell(percent(share) if share is not None else "")]
-        if tasks:
-            entry = results.evaluated.get(name)
-            cells.append(Cell(percent(entry.zeroshot_mean if entry else None)))
-        rows.append(row(*cells))
-    return Table(row(*head, *["mean of tasks"] * tasks), rows)
+    columns: list[Column[str]] = [("model", lambda name: Cell(name, _summary(results, name)))]
+    for key, example in results.protocols().items():
+        columns += _recovery_columns(results, key, f"perplexity, {perplexity_source(example)}")
+    means = {name: entry.zeroshot_mean for name, entry in results.evaluated.items()}
+    if any(mean is not None for mean in means.values()):
+        columns.append(("mean of tasks", lambda name: percent(means.get(name))))
+    return parts.table_of(names, columns)
+
+
+def _recovery_columns(results: RunResults, key: Protocol, heading: str) -> list[Column[str]]:
+    """The perplexity of each model on one text, and how much of the increase was recovered."""
+    found = {name: results.perplexities(name).get(key) for name in results.evaluated}
+    before, removed = found.get("original"), found.get(PRUNED)
+
+    def value(name: str) -> Cell:
+        own = found.get(name)
+        return Cell(number(own.perplexity) if own else NONE, look="after")
+
+    def share(name: str) -> str:
+        own = found.get(name)
+        if name not in results.healed_by or not (before and removed and own):
+            return ""
+        recovery = recovered(before, removed, own)
+        return "" if recovery is None else percent(recovery)
+
+    return [(heading, value), ("recovered", share)]
 
 
 def _summary(results: RunResults, name: str) -> str:
@@ -167,37 +152,27 @@ def _summary(results: RunResults, name: str) -> str:
     return ""
 
 
-def _maps(record: Healing) -> Details:
+def _maps(record: Healing) -> Part:
     """A row per gap: what was removed, where its map was folded in, the error before and after."""
-    table = table_of(
-        record.gaps,
-        [
-            ("removed", lambda gap: ", ".join(map(str, gap.removed))),
-            ("folded into block", _target),
-            ("ridge", lambda gap: known(gap.ridge, number)),
-            ("error", lambda gap: known(gap.error_before, number)),
-            ("healed", lambda gap: known(gap.error_after, number)),
-        ],
-    )
-    note = Paragraph(
+    columns: list[Column[HealedGap]] = [
+        ("removed", lambda gap: ", ".join(map(str, gap.removed))),
+        ("folded into block", _target),
+        ("ridge", lambda gap: known(gap.ridge, number)),
+        ("error", lambda gap: known(gap.error_before, number)),
+        ("healed", lambda gap: known(gap.error_after, number)),
+    ]
+    note = parts.Paragraph(
         "Error: squared distance to the hidden states of the original after the gap, relative to "
         "their squared size, on held-out samples. Ridge: how strongly the map is pulled towards "
         "the identity."
     )
-    summary = (
-        f"Fitted on {counted(record.samples, 'sample')} of {counted(record.length, 'token')} from "
-        f"{model_name(record.data)}"
-    )
-    return Details(summary, [table, note], open=True)
+    text = f"{counted(record.samples, 'sample')} of {counted(record.length, 'token')}"
+    summary = f"Fitted on {text} from {model_name(record.data)}"
+    return parts.Details(summary, [parts.table_of(record.gaps, columns), note], open=True)
 
 
 def _target(gap: HealedGap) -> str:
     return "no block before the gap" if gap.block is None else f"{gap.block}, {gap.projection}"
-
-
-def _help(record: Retraining) -> str:
-    """What the method trains."""
-    return METHODS.get(record.method).help.rstrip(".")
 
 
 def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> list[Part]:
@@ -207,26 +182,23 @@ def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> lis
     if kept is not None:
         first = next(iter(curves.values()))
         summary += f", held-out loss {number(first, 4)} → {number(kept, 4)}"
+    method = METHODS.get(record.method).help.rstrip(".")
     rows = [(what, how) for what, how in _retraining_rows(record) if how]
-    plot = loss_plot(record, name)
-    details = Details(f"{_help(record)}: {summary}", [Terms(rows)], open=open)
+    terms = parts.Terms([("method", method), *rows])
+    plot = _loss_plot(record, name)
+    details = parts.Details(f"{method}: {summary}", [terms], open=open)
     return [*([plot.figure()] if plot else []), details]
 
 
-def loss_plot(record: Retraining, name: str) -> LinePlot | None:
+def _loss_plot(record: Retraining, name: str) -> LinePlot | None:
     """Loss against steps: training, held out, and each evaluation set."""
     others = [curve for curve in record.curves if curve not in _STYLES]
+    styles = {
+        curve: {"color": COLOURS["removed"], "linewidth": 1.3, "linestyle": _DASHES[place % 3]}
+        for place, curve in enumerate(others)
+    }
     lines = [
-        Line(
-            name=_CURVES.get(curve, curve),
-            points=points,
-            style=_STYLES.get(curve)
-            or {
-                "color": COLOURS["removed"],
-                "linewidth": 1.3,
-                "linestyle": _DASHES[others.index(curve) % len(_DASHES)],
-            },
-        )
+        Line(name=_CURVES.get(curve, curve), points=points, style=(_STYLES | styles)[curve])
         for curve, points in record.curves.items()
         if points
     ]
@@ -245,7 +217,6 @@ def _retraining_rows(record: Retraining) -> list[tuple[str, str]]:
     data = record.data
     documents = f"{counted(data.documents, 'document')}, {data.held_out:,} held out"
     return [
-        ("method", _help(record)),
         ("trained", f"{short_count(record.trained_parameters)} parameters"),
         ("teacher", model_name(record.teacher.id) if record.teacher else ""),
         ("data", f"{model_name(data.source)}, {documents}"),

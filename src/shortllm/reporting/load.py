@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import open_checkpoint
@@ -25,7 +25,7 @@ from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
 from shortllm.healing.options import Healing
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
-from shortllm.records import ModelInfo, Record, ResultFile
+from shortllm.records import ModelInfo, ResultFile
 from shortllm.reporting.parts import Status
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import HEALED, PRUNED
@@ -43,11 +43,12 @@ _UNITS = "shortllm compare-units"
 _CRITERIA = "shortllm compare-criteria"
 
 
-class RunFile(Record):
+class RunFile(ResultFile):
     """What a page shows of run.json; its other keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
+    fingerprint: str = ""
     shortllm: str = Field(default="", description="version that wrote the run")
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -62,7 +63,7 @@ class RunResults:
     calibration: CalibrationInfo | None
     scores: BlockScores | None
     plan: PrunePlan
-    target: Target | None = None
+    target: Target | None
     healing: Healing | None = None
     """Healing without training."""
     retraining: dict[str, Retraining] = field(default_factory=dict)
@@ -92,15 +93,14 @@ class RunResults:
         return {k: e for name in self.evaluated for k, e in self.perplexities(name).items()}
 
     @property
-    def new_index(self) -> dict[int, int]:
-        """Original index of each kept block -> its index in the pruned model."""
-        return {block: index for index, block in enumerate(self.plan.kept)}
-
-    def status(self, block: int) -> Status:
-        """What the plan does with a block."""
-        if block in self.plan.removed:
-            return "removed"
-        return "protected" if block in self.plan.protected else "kept"
+    def statuses(self) -> list[Status]:
+        """What the plan does with each block."""
+        found: list[Status] = ["kept"] * self.plan.model.blocks
+        for block in self.plan.protected:
+            found[block] = "protected"
+        for block in self.plan.removed:
+            found[block] = "removed"
+        return found
 
 
 def protocol_of(entry: Perplexity) -> Protocol:
@@ -137,12 +137,8 @@ class UnitsResults:
 # ---- one file
 
 
-def load_file(kind: type[AnyResultFile], path: Path, *, command: str = _RUN) -> AnyResultFile:
-    """A result file, which `command` writes.
-
-    Raises:
-        ResultFileError: it is missing or damaged.
-    """
+def _load(kind: type[AnyResultFile], path: Path, command: str = _RUN) -> AnyResultFile:
+    """A result file, which `command` writes."""
     if not path.exists():
         raise ResultFileError(f"{path} is missing. Create it with: {command}")
     try:
@@ -152,86 +148,50 @@ def load_file(kind: type[AnyResultFile], path: Path, *, command: str = _RUN) -> 
 
 
 def _load_optional(kind: type[AnyResultFile], path: Path) -> AnyResultFile | None:
-    return load_file(kind, path) if path.exists() else None
+    return _load(kind, path) if path.exists() else None
 
 
-def load_run_file(run_dir: Path, *, command: str = _RUN) -> RunFile:
-    """run.json, as far as a page shows it.
-
-    Raises:
-        ResultFileError: it is missing or damaged.
-    """
-    path = run_dir / "run.json"
-    try:
-        return RunFile.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ResultFileError(f"{path} is missing. Create it with: {command}") from error
-    except OSError as error:
-        raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        problem = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False)[0]
-            problem = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise ResultFileError(
-            f"{path} is damaged: {problem}. Create it again with: {command}"
-        ) from error
+def _mismatch(run_dir: Path, problem: str, command: str) -> ResultFileError:
+    return ResultFileError(f"{run_dir}: {problem}. Create it again with: {command}")
 
 
 # ---- the files of one directory
 
 
 def load_units(run_dir: Path) -> UnitsResults:
-    """Read the files of a comparison of width and depth.
-
-    Raises:
-        ResultFileError: a file is missing or damaged, or two files have different models.
-    """
+    """The files of a comparison of width and depth, which must be about the same models."""
     results = UnitsResults(
-        run=load_run_file(run_dir, command=_UNITS),
-        units=load_file(UnitsComparison, run_dir / UNITS_FILE, command=_UNITS),
-        evaluation=load_file(Evaluation, run_dir / "eval.json", command=_UNITS),
-        benchmark=load_file(Benchmark, run_dir / "bench.json", command=_UNITS),
+        run=_load(RunFile, run_dir / "run.json", _UNITS),
+        units=_load(UnitsComparison, run_dir / UNITS_FILE, _UNITS),
+        evaluation=_load(Evaluation, run_dir / "eval.json", _UNITS),
+        benchmark=_load(Benchmark, run_dir / "bench.json", _UNITS),
     )
-    names = ["original", *(one.name for one in results.units.candidates)]
-    if len(names) == 1 or not results.evaluated.keys() >= set(names):
-        raise ResultFileError(
-            f"{run_dir}: units.json and eval.json have different models. Create them again with: "
-            f"{_UNITS}"
-        )
+    names = {"original", *(one.name for one in results.units.candidates)}
+    if len(names) == 1 or not results.evaluated.keys() >= names:
+        raise _mismatch(run_dir, "units.json and eval.json have different models", _UNITS)
     return results
 
 
 def load_comparison(run_dir: Path) -> ComparisonResults:
-    """Read the files of a comparison of criteria.
-
-    Raises:
-        ResultFileError: a file is missing or damaged, or the calibration is another one.
-    """
-    comparison = load_file(Comparison, run_dir / "comparison.json", command=_CRITERIA)
+    """The files of a comparison of criteria, which must have the same calibration tokens."""
+    comparison = _load(Comparison, run_dir / "comparison.json", _CRITERIA)
     calibration = None
     if comparison.calibration is not None:
-        calibration = load_file(CalibrationInfo, run_dir / "calibration.json", command=_CRITERIA)
+        calibration = _load(CalibrationInfo, run_dir / "calibration.json", _CRITERIA)
         if calibration.tokens_fingerprint != comparison.calibration:
-            raise ResultFileError(
-                f"{run_dir}: comparison.json and calibration.json have different tokens. Create "
-                f"them again with: {_CRITERIA}"
-            )
-    run = load_run_file(run_dir, command=_CRITERIA)
+            problem = "comparison.json and calibration.json have different tokens"
+            raise _mismatch(run_dir, problem, _CRITERIA)
+    run = _load(RunFile, run_dir / "run.json", _CRITERIA)
     return ComparisonResults(run=run, calibration=calibration, comparison=comparison)
 
 
 def load_results(run_dir: Path) -> RunResults:
-    """Read the files of a run and check that they belong to one model and one plan.
-
-    Raises:
-        ResultFileError: a needed file is missing or damaged, or two files do not belong together.
-    """
-    plan = load_file(PrunePlan, run_dir / "plan.json", command=_PLAN)
+    """The files of a run, which must belong to one model and one plan."""
+    plan = _load(PrunePlan, run_dir / "plan.json", _PLAN)
     scores = _load_optional(BlockScores, run_dir / "scores.json")
-    load_calibration = load_file if scores and scores.calibration is not None else _load_optional
+    load_calibration = _load if scores and scores.calibration is not None else _load_optional
     results = RunResults(
-        run=load_run_file(run_dir),
+        run=_load(RunFile, run_dir / "run.json"),
         calibration=load_calibration(CalibrationInfo, run_dir / "calibration.json"),
         scores=scores,
         plan=plan,
@@ -239,7 +199,7 @@ def load_results(run_dir: Path) -> RunResults:
         evaluation=_load_optional(Evaluation, run_dir / "eval.json"),
     )
     for problem, command in _mismatches(results, run_dir):
-        raise ResultFileError(f"{run_dir}: {problem}. Create it again with: {command}")
+        raise _mismatch(run_dir, problem, command)
     models, quantized = _fingerprints(results, run_dir), run_dir / QUANTIZED / Quantization.FILE
     return replace(
         results,
@@ -292,11 +252,11 @@ def _checkpoint_mismatch(plan: PrunePlan, pruned: Path) -> Iterator[tuple[str, s
         yield "pruned/config.json does not say which blocks were removed", command
         return
     if (blocks, removed) != (plan.model.blocks, plan.removed):
-        yield (
+        problem = (
             f"pruned/ is a model of {blocks} blocks without {removed}, plan.json removes "
-            f"{plan.removed} of {plan.model.blocks}",
-            command,
+            f"{plan.removed} of {plan.model.blocks}"
         )
+        yield problem, command
 
 
 # ---- records about models of the run; those about other models are left out
@@ -324,13 +284,11 @@ def _load_about(
 
 def _load_retraining(run_dir: Path, models: Mapping[str, str]) -> dict[str, Retraining]:
     """By directory; those evaluated first and in the order of eval.json."""
-    found = {
-        path.parent.name: _load_about(Retraining, path, [models.get(PRUNED)])
-        for path in sorted(run_dir.glob(f"*/{Retraining.FILE}"))
-    }
-    order = [*models, *found]
-    records = {name: record for name, record in found.items() if record is not None}
-    return dict(sorted(records.items(), key=lambda item: order.index(item[0])))
+    found = {}
+    for path in sorted(run_dir.glob(f"*/{Retraining.FILE}")):
+        if record := _load_about(Retraining, path, [models.get(PRUNED)]):
+            found[path.parent.name] = record
+    return {name: found[name] for name in dict.fromkeys([*models, *found]) if name in found}
 
 
 def _load_benchmark(run_dir: Path, models: Mapping[str, str]) -> Benchmark | None:
@@ -348,11 +306,7 @@ def _load_benchmark(run_dir: Path, models: Mapping[str, str]) -> Benchmark | Non
 
 
 def load_runs(directories: Sequence[Path]) -> dict[str, RunResults]:
-    """The results of each run, by the shortest end of its path that no other run has.
-
-    Raises:
-        ResultFileError: a directory without a finished run, or the same directory twice.
-    """
+    """The results of each run, by the shortest end of its path that no other run has."""
     places = [Path(one).resolve() for one in directories]
     if len(set(places)) != len(places):
         raise ResultFileError("a run was given twice. Name each run directory once")
@@ -366,14 +320,7 @@ def load_runs(directories: Sequence[Path]) -> dict[str, RunResults]:
                 f"{place} has no eval.json, so there is nothing to compare. Finish the run with "
                 "the command in its run.json"
             )
-        runs[_name_among(place, places)] = results
+        ends = ("/".join(place.parts[-depth:]) for depth in range(1, len(place.parts)))
+        shared = "".join(f"/{other.as_posix()}\n" for other in places)
+        runs[next((end for end in ends if shared.count(f"/{end}\n") == 1), str(place))] = results
     return runs
-
-
-def _name_among(place: Path, places: Sequence[Path]) -> str:
-    """The shortest end of a path that no other path has."""
-    for depth in range(1, len(place.parts)):
-        end = place.parts[-depth:]
-        if sum(other.parts[-depth:] == end for other in places) == 1:
-            return "/".join(end)
-    return str(place)

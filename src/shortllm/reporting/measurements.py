@@ -28,18 +28,9 @@ from shortllm.format import (
     point_change,
     short_bytes,
 )
+from shortllm.reporting import parts
 from shortllm.reporting.load import RunResults
-from shortllm.reporting.parts import (
-    Cell,
-    Column,
-    Paragraph,
-    Part,
-    Row,
-    Section,
-    Table,
-    row,
-    table_of,
-)
+from shortllm.reporting.parts import Cell, Column, Part, Row, Section, Table, row
 from shortllm.reporting.plots import standalone
 from shortllm.reporting.plots.lines import DASHED, Line, LinePlot, marked
 from shortllm.reporting.protocol import without_directories
@@ -82,13 +73,12 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 def task_table(models: Sequence[EvaluatedModel]) -> Table:
     """A row per task: each model's score ± standard error, and its change from the first model."""
     scores = [{score.task: score for score in entry.zeroshot} for entry in models]
-    rows = [
-        compared_row(
-            Cell(task.task, f"{metric_phrase(task)}, {_documents_phrase(task)}"),
-            [_score(task, of_model.get(task.task)) for of_model in scores],
-        )
-        for task in models[0].zeroshot
-    ]
+    rows = []
+    for task in models[0].zeroshot:
+        asked = f"{metric_phrase(task)}, {counted(task.documents, 'document')}"
+        asked += f" after {counted(task.shots, 'example')}" if task.shots else ""
+        cells = [_score(task, of_model.get(task.task)) for of_model in scores]
+        rows.append(compared_row(Cell(task.task, asked), cells))
     means = [entry.zeroshot_mean for entry in models if entry.zeroshot_mean is not None]
     if means:
         cells = [(fixed(100 * mean), point_change(means[0], mean)) for mean in means]
@@ -103,18 +93,10 @@ def compared_row(name: Cell, cells: Sequence[tuple[str, str]]) -> Row:
     return row(name, first, *changed)
 
 
-def _documents_phrase(score: TaskScore) -> str:
-    """'1,267 documents', '100 documents after 5 examples'."""
-    examples = f" after {counted(score.shots, 'example')}" if score.shots else ""
-    return f"{counted(score.documents, 'document')}{examples}"
-
-
 def _score(before: TaskScore, after: TaskScore | None) -> tuple[str, str]:
     """A score, and its change where the same documents were asked."""
-    if after is None:
-        return NONE, NONE
-    if before.documents_fingerprint != after.documents_fingerprint:
-        return score_phrase(after), NONE
+    if after is None or before.documents_fingerprint != after.documents_fingerprint:
+        return score_phrase(after) if after else NONE, NONE
     difference = point_change if is_share(after) else change
     return score_phrase(after), difference(before.score, after.score)
 
@@ -129,45 +111,43 @@ def tasks_section(results: RunResults) -> Section | None:
         f"Scores ± standard error, measured by lm-evaluation-harness{version and f' {version}'} "
         "with its own prompts. Differences of one or two standard errors may be chance."
     )
-    return Section("tasks", "Zero-shot tasks", [task_table(models), Paragraph(note)])
+    return Section("tasks", "Zero-shot tasks", [task_table(models), parts.Paragraph(note)])
 
 
 # ---- speed
 
 
-def speed_section(found: Benchmark, heading: str = "Speed and memory") -> Section:
+def speed_section(found: Benchmark) -> Section:
     """Plots and table of a benchmark, and how it was measured."""
-    parts: list[Part] = [plot.figure() for plot in all_plots(found).values()]
-    parts += [benchmark_table(found), Paragraph(_speed_note(found))]
-    return Section("speed", heading, parts)
+    plots: list[Part] = [plot.figure() for plot in all_plots(found).values()]
+    table, note = benchmark_table(found), parts.Paragraph(_speed_note(found))
+    return Section("speed", "Speed and memory", [*plots, table, note])
 
 
 def _speed_note(found: Benchmark) -> str:
     """The protocol of a benchmark in sentences."""
     several = len(found.models) > 1
     runs = f"{counted(found.warmup, 'warm-up run')} and {counted(found.runs, 'measured run')}"
-    dtypes = " and ".join(dict.fromkeys(one.dtype for one in found.models))
     setup = [
         found.device_name,
         counted(found.threads, "thread") if found.device == "cpu" else "",
-        dtypes,
+        " and ".join(dict.fromkeys(one.dtype for one in found.models)),
         "static cache and torch.compile" if found.compiled else "",
         f"attention {found.attention}" if found.attention else "",
         f"load average {number(found.load_average, 3)} at the start" if found.load_average else "",
     ]
-    sentences = [
+    note = (
         f"“{found.prompt}” is continued by sampling (top-k {found.top_k}, top-p {found.top_p:g}, "
         f"temperature {found.temperature:g}) to exactly the stated length; {runs}"
-        f"{' of each model, alternating between the models' if several else ''}.",
-        f"{', '.join(part for part in setup if part)}.",
-        "Latency is the mean ± standard deviation.",
-    ]
+        f"{' of each model, alternating between the models' if several else ''}. "
+        f"{', '.join(filter(None, setup))}. Latency is the mean ± standard deviation."
+    )
     if several:
-        sentences.append(
-            "The speed-up is the median over pairs of consecutive runs. Ideal is the speed-up if "
+        note += (
+            " The speed-up is the median over pairs of consecutive runs. Ideal is the speed-up if "
             "only blocks and head took time."
         )
-    return " ".join(sentences)
+    return note
 
 
 def benchmark_table(found: Benchmark) -> Table:
@@ -188,7 +168,7 @@ def benchmark_table(found: Benchmark) -> Table:
         ("peak memory", lambda one: short_bytes(peak_bytes(one.memory))),
         ("utilisation", lambda one: percent(one.utilisation_mean)),
     ]
-    return table_of(found.measurements, columns)
+    return parts.table_of(found.measurements, columns)
 
 
 def _latency(one: Measurement) -> Cell:
@@ -206,12 +186,8 @@ def _speedup(found: Benchmark, one: Measurement) -> Cell:
 
 
 def _first_token(one: Measurement) -> Cell:
-    first, each = (known(s, _milliseconds) for s in (one.first_token_s, one.per_token_s))
-    return Cell(first, "" if each == NONE else f"then {each} each")
-
-
-def _milliseconds(seconds: float) -> str:
-    return number(1000 * seconds, 3)
+    first, each = (s and number(1000 * s, 3) for s in (one.first_token_s, one.per_token_s))
+    return Cell(first or NONE, f"then {each} each" if each else "")
 
 
 def peak_bytes(memory: PeakMemory | None) -> int | None:
@@ -226,11 +202,11 @@ def speed_sentence(found: Benchmark | None) -> str:
     for one in found.measurements if found else ():
         assert found is not None
         speedup = found.speedup(one)
-        if one.model != PRUNED or speedup is None:
+        first = found.find(found.models[0].name, one.batch, one.new_tokens)
+        if one.model != PRUNED or speedup is None or first is None:
             continue
         cell = f"batch {one.batch}, {counted(one.new_tokens, 'new token')}"
-        first = found.find(found.models[0].name, one.batch, one.new_tokens)
-        spread = max(_spread(each) for each in (first, one) if each is not None)
+        spread = max((m.latency_std_s or 0.0) / (m.latency_mean_s or 1.0) for m in (first, one))
         if spread > NOISY:
             return (
                 f" The speed-up is not stated because the latencies vary by ± {percent(spread)} "
@@ -240,30 +216,20 @@ def speed_sentence(found: Benchmark | None) -> str:
     return ""
 
 
-def _spread(one: Measurement) -> float:
-    """Standard deviation of the latency over its mean."""
-    return (one.latency_std_s or 0.0) / (one.latency_mean_s or 1.0)
-
-
 # ---- plots
 
 
 def batch_plots(found: Benchmark, new_tokens: int) -> dict[str, LinePlot]:
     """Latency and throughput against batch size; none where only one size was measured."""
-    of_length = [one for one in found.measurements if one.new_tokens == new_tokens]
     plots = {}
     for name, field, label in (
         ("latency", "latency_median_s", f"latency of {new_tokens} new tokens [s]"),
         ("throughput", "tokens_per_s", "throughput [tokens/s]"),
     ):
-        points = {
-            model.name: [
-                (float(one.batch), getattr(one, field))
-                for one in of_length
-                if one.model == model.name and one.status == "ok"
-            ]
-            for model in found.models
-        }
+        points: dict[str, list[tuple[float, float]]] = {model.name: [] for model in found.models}
+        for one in found.measurements:
+            if one.new_tokens == new_tokens and one.status == "ok":
+                points[one.model].append((float(one.batch), getattr(one, field)))
         lines = [Line(name=model, points=sorted(line)) for model, line in points.items() if line]
         if any(len(line.points) > 1 for line in lines):
             places = [x for line in lines for x, _ in line.points]
@@ -280,28 +246,27 @@ def speedup_plot(found: Benchmark) -> LinePlot | None:
     None where no model has fewer blocks, or several have the same number.
     """
     whole = found.models[0].model.blocks
-    shorter = [one for one in found.models if one.model.blocks < whole]
-    if not shorter or len({one.model.blocks for one in shorter}) < len(shorter):
+    removed = {one.name: float(whole - one.model.blocks) for one in found.models}
+    removed = {name: blocks for name, blocks in removed.items() if blocks > 0}
+    if not removed or len(set(removed.values())) < len(removed):
         return None
     new_tokens = found.measurements[0].new_tokens
-    batches = [one.batch for one in found.measurements if one.new_tokens == new_tokens]
+    batches = {one.batch for one in found.measurements if one.new_tokens == new_tokens}
     lines = []
-    for batch in evenly(sorted(set(batches)), MAX_LINES):
+    for batch in evenly(sorted(batches), MAX_LINES):
         points = [(0.0, 1.0)]
-        for one in shorter:
-            measured = found.find(one.name, batch, new_tokens)
-            speedup = found.speedup(measured) if measured else None
-            if speedup is not None:
-                points.append((float(whole - one.model.blocks), speedup))
+        for name, blocks in removed.items():
+            measured = found.find(name, batch, new_tokens)
+            if measured and (speedup := found.speedup(measured)) is not None:
+                points.append((blocks, speedup))
         if len(points) > 1:
             lines.append(Line(name=f"batch {batch}", points=sorted(points)))
     if not lines:
         return None
-    ideal = [(0.0, 1.0)] + [
-        (float(whole - one.model.blocks), found.ideal_speedup(one.name)) for one in shorter
-    ]
+    ideal = [(blocks, found.ideal_speedup(name)) for name, blocks in removed.items()]
+    ideal = sorted([(0.0, 1.0), *ideal])
     return LinePlot(
-        lines=[*lines, Line(name="ideal (blocks and head)", points=sorted(ideal), style=DASHED)],
+        lines=[*lines, Line(name="ideal (blocks and head)", points=ideal, style=DASHED)],
         ticks=marked([x for x, _ in ideal]),
         x_label=f"blocks removed of {whole}",
         y_label=f"speed-up, {new_tokens} new tokens",
@@ -335,20 +300,10 @@ def benchmark_csv(found: Benchmark) -> str:
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for one in found.measurements:
-        described = models[one.model]
-        memory = one.memory or PeakMemory()
-        writer.writerow(
-            {
-                **one.model_dump(),
-                **memory.model_dump(),
-                "blocks": described.model.blocks,
-                "parameters": described.model.parameters,
-                "bytes": described.model.bytes,
-                "dtype": described.dtype,
-                "speedup": found.speedup(one),
-                "ideal_speedup": found.ideal_speedup(one.model),
-            }
-        )
+        measured = one.model_dump() | (one.memory or PeakMemory()).model_dump()
+        size = models[one.model].model.model_dump(include={"blocks", "parameters", "bytes"})
+        gain = {"speedup": found.speedup(one), "ideal_speedup": found.ideal_speedup(one.model)}
+        writer.writerow(measured | size | gain | {"dtype": models[one.model].dtype})
     return text.getvalue()
 
 
@@ -357,7 +312,7 @@ def write_benchmark(directory: Path, found: Benchmark) -> None:
     write_text(directory / "bench.csv", benchmark_csv(found))
     plots = all_plots(found)
     for name, plot in plots.items():
-        write_text(directory / f"bench-{name}.svg", standalone(plot.figure()))
+        write_text(directory / f"bench-{name}.svg", standalone(plot.figure().svg))
     for stale in directory.glob("bench-*.svg"):
         if stale.stem.removeprefix("bench-") not in plots:
             stale.unlink()

@@ -7,7 +7,7 @@ card and, by `Table.plain`, in a terminal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -56,18 +56,18 @@ class Figure(Part):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell: its text, a smaller line below it, and muted text before it."""
+    """One cell: its text, a smaller line below it, muted text before it, and its CSS class."""
 
     text: str
     detail: str = ""
     lead: str = ""
     look: str = ""
-    """CSS class."""
 
     @property
     def plain(self) -> str:
-        """The cell in one line."""
-        return f"{self.lead}{self.text}{f' ({self.detail})' if self.detail else ''}"
+        """The cell in one line; the best of a column has a star."""
+        star = "*" if self.look == "best" else ""
+        return f"{self.lead}{self.text}{star}{f' ({self.detail})' if self.detail else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,22 +113,20 @@ def table_of(
 
 
 @dataclass(frozen=True, slots=True)
-class StripCell:
-    """One block of a strip; its new number is its index in the shortened model."""
-
-    block: int
-    status: Status
-    new: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Strip(Part):
     """The blocks of a model in order, and what the colours mean."""
 
-    cells: Sequence[StripCell]
+    statuses: Sequence[Status]
     key: Sequence[tuple[Status, str]] = ()
     ends: bool = True
     """Whether embedding and head are shown."""
+
+    def cells(self) -> Iterator[tuple[int, Status, int | None]]:
+        """Each block with its status and its index in the shortened model."""
+        new = 0
+        for block, status in enumerate(self.statuses):
+            yield block, status, None if status == "removed" else new
+            new += status != "removed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +187,12 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """Title, subtitle and verdict of a page."""
+class Page:
+    """A whole page: the model, what happened to it, the verdict, and the sections below."""
 
     name: str
-    """The model."""
     revision: str = ""
     title: str
-    """Subtitle: what happened to the model."""
     verdict: str
     version: str
+    sections: Sequence[Section]

@@ -10,23 +10,17 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from shortllm import criteria
 from shortllm.data.options import CalibrationInfo
 from shortllm.evaluation.options import Perplexity
 from shortllm.format import NONE, counted
+from shortllm.papers import Paper
 from shortllm.quantizing.options import Quantization
 from shortllm.records import ModelInfo
+from shortllm.reporting import parts
 from shortllm.reporting.load import ComparisonResults, RunFile, RunResults, UnitsResults
-from shortllm.reporting.methods import papers_of
-from shortllm.reporting.parts import (
-    Citation,
-    Command,
-    Details,
-    Heading,
-    Paragraph,
-    Part,
-    Section,
-    Terms,
-)
+from shortllm.reporting.parts import Page, Part, Section
+from shortllm.width_pruning.methods import METHODS
 
 Rows = list[tuple[str, str]]
 
@@ -42,44 +36,53 @@ _PERPLEXITY_BOS = {
 }
 
 
+def page_about(
+    model: ModelInfo, *, title: str, verdict: str, version: str, sections: Sequence[Section]
+) -> Page:
+    """A page about one model."""
+    revision = (model.revision or "")[:12]
+    return Page(
+        name=model_name(model.id), revision=revision, title=title, verdict=verdict,
+        version=version, sections=sections,
+    )  # fmt: skip
+
+
 # ---- the section
 
 
 def run_protocol(results: RunResults) -> Section:
     """Everything a reader needs to judge the numbers of a run and to reproduce them."""
-    rows = protocol_rows(results)
-    run = results.run
+    run, scores, names = results.run, results.scores, [_criterion(results) or ""]
     # published figures have a section of their own
     chosen = {name: value for name, value in run.recipe.items() if name != "published"}
-    return _section(run.model_copy(update={"recipe": chosen}), rows, _credited(results))
+    if scores is not None and scores.search is not None and scores.criterion in names:
+        names.append(scores.search.found.criterion)
+    return _section(run.model_copy(update={"recipe": chosen}), protocol_rows(results), names)
 
 
 def protocol_rows(results: RunResults) -> Rows:
     """The protocol of a run as names with descriptions."""
-    plan, scores, calibration = results.plan, results.scores, results.calibration
-    evaluation, quantization = results.evaluation, results.quantization
+    plan, scores, evaluation = results.plan, results.scores, results.evaluation
+    quantization = results.quantization
     rows = [
         ("model", _model_phrase(plan.model)),
         ("criterion", _criterion_phrase(results)),
-        ("plan", prose_without_directories(plan.reason)),
+        ("plan", _without_paths(plan.reason)),
     ]
-    if calibration:
-        rows += _calibration_rows(calibration)
+    versions = {}
+    if results.calibration:
+        rows += _calibration_rows(results.calibration)
     if quantization:
         rows += _quantization_rows(quantization)
+        versions["quantization"] = quantization.versions
     rows += [_perplexity_row(entry) for entry in results.protocols().values()]
     if scores:
         rows.append(("scoring dtype", scores.dtype))
+        versions["scoring"] = scores.versions
     if evaluation:
         rows.append(("evaluation dtype", evaluation.dtype))
-    return rows + _version_rows(
-        results.run.versions,
-        {
-            "quantization": quantization.versions if quantization else {},
-            "scoring": scores.versions if scores else {},
-            "evaluation": evaluation.versions if evaluation else {},
-        },
-    )
+        versions["evaluation"] = evaluation.versions
+    return rows + _version_rows(results.run.versions, versions)
 
 
 def criteria_protocol(results: ComparisonResults) -> Section:
@@ -116,31 +119,25 @@ def units_protocol(results: UnitsResults) -> Section:
 
 def _section(run: RunFile, rows: Rows, methods: Sequence[str]) -> Section:
     """Rows, command, recipe and papers."""
-    parts: list[Part] = [Terms(rows)]
+    found: list[Part] = [parts.Terms(rows)]
     if run.command:
-        parts.append(Heading("To reproduce"))
+        found.append(parts.Heading("To reproduce"))
         if any("/" in word for word in run.command[1:]):
-            parts.append(
-                Paragraph(
-                    "Paths are shortened to their last part. The full command is in run.json."
-                )
-            )
-        parts.append(Command(command_line(run.command)))
+            note = "Paths are shortened to their last part. The full command is in run.json."
+            found.append(parts.Paragraph(note))
+        found.append(parts.Command(command_line(run.command)))
     if run.recipe:
-        parts.append(Details("Every option of the run", [Terms(list(flattened(run.recipe)))]))
-    papers = papers_of(methods)
+        options = parts.Terms(list(flattened(run.recipe)))
+        found.append(parts.Details("Every option of the run", [options]))
+    papers: dict[Paper, list[str]] = {}
+    for name in dict.fromkeys(methods):
+        method = criteria.find(name) or METHODS.find(name)
+        if method and method.paper:
+            papers.setdefault(method.paper, []).append(name)
     if papers:
-        parts.append(Heading(f"Method{'s' if len(papers) > 1 else ''}"))
-        parts += [Citation(names, paper) for names, paper in papers]
-    return Section("protocol", "How this was measured", parts)
-
-
-def _credited(results: RunResults) -> list[str]:
-    """The criterion, and the criterion whose set of blocks it chose."""
-    scores, criterion = results.scores, _criterion(results) or ""
-    if scores is None or scores.search is None or scores.criterion != criterion:
-        return [criterion]
-    return list(dict.fromkeys([criterion, scores.search.found.criterion]))
+        found.append(parts.Heading(f"Method{'s' if len(papers) > 1 else ''}"))
+        found += [parts.Citation(names, paper) for paper, names in papers.items()]
+    return Section("protocol", "How this was measured", found)
 
 
 # ---- rows and phrases
@@ -188,18 +185,18 @@ def _options_phrase(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value}" for key, value in flattened(options))
 
 
-def _calibration_rows(calibration: CalibrationInfo) -> Rows:
+def _calibration_rows(found: CalibrationInfo) -> Rows:
     return [
-        ("calibration", calibration_phrase(calibration)),
-        ("calibration tokens", _calibration_detail(calibration)),
+        ("calibration", calibration_phrase(found)),
+        ("calibration tokens", _calibration_detail(found)),
     ]
 
 
-def _calibration_detail(calibration: CalibrationInfo) -> str:
-    seed = f"seed {calibration.seed}, " if calibration.seed is not None else ""
+def _calibration_detail(found: CalibrationInfo) -> str:
+    seed = f"seed {found.seed}, " if found.seed is not None else ""
     return (
-        f"{_rows_phrase(calibration.rows)}{calibration.sampler} sampler, {seed}"
-        f"BOS {_CALIBRATION_BOS[calibration.bos]}, tokens {calibration.tokens_fingerprint[:12]}"
+        f"{_rows_phrase(found.rows)}{found.sampler} sampler, {seed}"
+        f"BOS {_CALIBRATION_BOS[found.bos]}, tokens {found.tokens_fingerprint[:12]}"
     )
 
 
@@ -230,14 +227,13 @@ def _rows_phrase(rows: tuple[int, int] | None) -> str:
 
 def _version_rows(run: dict[str, str], of_stages: Mapping[str, dict[str, str]]) -> Rows:
     """The versions of the run, and those of a stage only where they differ."""
-    differing = {
-        f"versions ({stage})": found
-        for stage, found in of_stages.items()
-        if not found.items() <= run.items()
-    }
+    shown = {"versions": run}
+    for stage, found in of_stages.items():
+        if not found.items() <= run.items():
+            shown[f"versions ({stage})"] = found
     return [
         (name, ", ".join(f"{library} {version}" for library, version in versions.items()))
-        for name, versions in {"versions": run, **differing}.items()
+        for name, versions in shown.items()
         if versions
     ]
 
@@ -267,7 +263,7 @@ def without_directories(text: str) -> str:
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
 
 
-def prose_without_directories(text: str) -> str:
+def _without_paths(text: str) -> str:
     """A sentence in which absolute paths are shortened to their last part."""
     return re.sub(
         r"(?<![\w/.:~])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+(?=[^\s/\\])", "", text
@@ -289,11 +285,10 @@ def command_line(arguments: Sequence[str]) -> list[str]:
 def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested options as rows: ('plan.remove', '3')."""
     for key, value in table.items():
+        if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            value = {str(place): one for place, one in enumerate(value, start=1)}
         if isinstance(value, Mapping) and value:
             yield from flattened(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-            for place, one in enumerate(value, start=1):
-                yield from flattened(one, f"{prefix}{key}.{place}.")
         else:
             yield f"{prefix}{key}", _shown(value)
 
@@ -304,5 +299,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return ", ".join(_shown(item) for item in value)
+        return ", ".join(map(_shown, value))
     return model_name(value) if isinstance(value, str) else str(value)

@@ -1,7 +1,7 @@
 """The page of one run: a function per section, from results to the parts of a page.
 
 A function returns None where the run has nothing to show. A new section is a function and a line
-in `sections_of`.
+in `run_page`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from shortllm.format import (
     NONE,
     change,
     counted,
+    figure,
     listed,
     number,
     percent,
@@ -34,7 +35,7 @@ from shortllm.reporting.measurements import (
 from shortllm.reporting.parts import (
     Cell,
     Column,
-    Head,
+    Page,
     Paragraph,
     Row,
     Sample,
@@ -44,7 +45,7 @@ from shortllm.reporting.parts import (
     row,
     table_of,
 )
-from shortllm.reporting.protocol import model_name, perplexity_source, run_protocol, segments_phrase
+from shortllm.reporting.protocol import page_about, perplexity_source, run_protocol, segments_phrase
 from shortllm.run_directory import PRUNED
 
 _FITNESS = {
@@ -53,32 +54,31 @@ _FITNESS = {
 }
 
 
-def head(results: RunResults) -> Head:
-    """Title and verdict."""
+def run_page(results: RunResults) -> Page:
+    """Every section that the run has something to show for, in order."""
     plan = results.plan
-    before, after = plan.model.blocks, len(plan.kept)
-    return Head(
-        name=model_name(plan.model.id),
-        revision=(plan.model.revision or "")[:12],
-        title=f"{before} → {counted(after, 'block')}",
+    return page_about(
+        plan.model,
+        title=f"{plan.model.blocks} → {counted(len(plan.kept), 'block')}",
         version=results.run.shortllm,
         verdict=verdict(results),
+        sections=sections_of(results),
     )
 
 
 def sections_of(results: RunResults) -> list[Section]:
-    """Every section that the run has something to show for, in order."""
+    """The sections of the page."""
     found = [
         Section("figures", "Key figures", [key_figures(results)]),
         importance_section(results),
-        search_section(results),
+        _search_section(results),
         strip_section(results),
         block_section(results),
         healing_section(results),
         tasks_section(results),
         speed_section(results.benchmark) if results.benchmark else None,
-        published_section(results),
-        samples_section(results),
+        _published_section(results),
+        _samples_section(results),
         run_protocol(results),
     ]
     return [section for section in found if section is not None]
@@ -115,20 +115,16 @@ def _cost_of_removal(results: RunResults) -> str:
         for key, entry in results.perplexities("original").items()
         if key in after
     ]
-    if not compared:
-        return "; the perplexity was not measured"
-    (source, before, now), *others = compared
-    if now == before:
-        sentence = f"; perplexity stays at {number(before)} on {source}"
-    else:
-        sentence = (
-            f"; perplexity {'rises' if now > before else 'falls'} from {number(before)} to "
-            f"{number(now)} ({change(before, now)}) on {source}"
-        )
-    for source, before, now in others[:1]:
-        move = f"from {number(before)} to" if now != before else "stays at"
-        sentence += f", and {move} {number(now)} on {source}"
-    return sentence
+    sentence = ""
+    for source, before, now in compared[:2]:
+        if now == before:
+            move = f"stays at {number(before)}"
+        else:
+            move = f"from {number(before)} to {number(now)}"
+        if not sentence and now != before:
+            move = f"{'rises' if now > before else 'falls'} {move} ({change(before, now)})"
+        sentence += f"{', and' if sentence else '; perplexity'} {move} on {source}"
+    return sentence or "; the perplexity was not measured"
 
 
 def key_figures(results: RunResults) -> Table:
@@ -137,11 +133,9 @@ def key_figures(results: RunResults) -> Table:
     sizes: dict[str, tuple[int, int, int | None]] = {
         "original": (original.blocks, original.parameters, original.bytes)
     }
-    sizes |= {
-        name: (entry.model.blocks, entry.model.parameters, entry.model.bytes)
-        for name, entry in results.evaluated.items()
-        if name != "original"
-    }
+    for name, entry in results.evaluated.items():
+        if name != "original":
+            sizes[name] = (entry.model.blocks, entry.model.parameters, entry.model.bytes)
     # plan.json knows the size of the pruned model, except for its bytes
     sizes.setdefault(PRUNED, (len(plan.kept), original.parameters - plan.reached.parameters, None))
 
@@ -152,29 +146,33 @@ def key_figures(results: RunResults) -> Table:
         "blocks": str, "parameters": short_count, "bytes on disk": short_bytes
     }  # fmt: skip
     rows = [
-        compared(Cell(name), [size[place] for size in sizes.values()], show)
-        for place, (name, show) in enumerate(shown.items())
+        compared(Cell(what), [size[place] for size in sizes.values()], show)
+        for place, (what, show) in enumerate(shown.items())
     ]
     by_model = [results.perplexities(name) for name in sizes]
     for key, example in results.protocols().items():
         values = [found[key].perplexity if key in found else None for found in by_model]
-        name = Cell(f"perplexity, {perplexity_source(example)}", segments_phrase(example))
-        rows.append(compared(name, values, number))
+        text = Cell(f"perplexity, {perplexity_source(example)}", segments_phrase(example))
+        rows.append(compared(text, values, number))
     return Table(row("", *sizes), rows)
 
 
 # ---- search
 
 
-def search_section(results: RunResults) -> Section | None:
+def _search_section(results: RunResults) -> Section | None:
     """A row per candidate set; None without a search, or where another plan was used."""
     scores = results.scores
     if scores is None or scores.search is None or results.plan.criterion != scores.criterion:
         return None
-    found = scores.search
-    chose = found.found.criterion != scores.criterion
-    candidates = [*found.candidates, *([] if chose else [found.found])]
+    note = Paragraph(" ".join(_search_note(scores.search, scores.criterion)))
+    return Section("search", "Search", [search_table(scores.search), note])
 
+
+def search_table(found: Search) -> Table:
+    """A row per candidate set; the set that was found is marked."""
+    names = [one.criterion for one in found.candidates]
+    candidates = [*found.candidates, *([] if found.found.criterion in names else [found.found])]
     columns: list[Column[CandidateSet]] = [
         ("found by", lambda one: one.criterion),
         ("removes", lambda one: spans(one.removed)),
@@ -182,22 +180,18 @@ def search_section(results: RunResults) -> Section | None:
     ]
     if found.held_out_samples:
         columns.append(("perplexity on held-out text", lambda one: number(one.held_out, 5)))
-    table = table_of(
+    return table_of(
         candidates, columns, look=lambda one: "best" * (one.criterion == found.found.criterion)
     )
-    note = " ".join(_search_note(found, scores.criterion, chose=chose))
-    return Section("search", "Search", [table, Paragraph(note)])
 
 
-def _search_note(found: Search, criterion: str, *, chose: bool) -> Iterator[str]:
+def _search_note(found: Search, criterion: str) -> Iterator[str]:
     """How the search went, one sentence after the other."""
     samples = f"{counted(found.search_samples, 'sample')} of the calibration text"
     held_out = counted(found.held_out_samples, "other sample")
-    if chose:
-        yield (
-            f"All sets were found on {samples} and measured on {held_out}. "
-            f"{found.found.criterion} has the lowest perplexity there."
-        )
+    if found.found.criterion != criterion:
+        yield f"All sets were found on {samples} and measured on {held_out}."
+        yield f"{found.found.criterion} has the lowest perplexity there."
     else:
         yield (
             f"The sets of single criteria were measured on {samples}. {criterion} started with the "
@@ -208,8 +202,7 @@ def _search_note(found: Search, criterion: str, *, chose: bool) -> Iterator[str]
     if found.start is not None:
         yield (
             f"The search took {counted(len(found.rounds), 'round')}, equivalent to "
-            f"{number(found.evaluations)} measurements of one set. Stop reason: "
-            f"{found.stopped}."
+            f"{number(found.evaluations)} measurements of one set. Stop reason: {found.stopped}."
         )
     if found.left_out:
         reasons = [f"{one.criterion} ({one.reason})" for one in found.left_out]
@@ -219,7 +212,7 @@ def _search_note(found: Search, criterion: str, *, chose: bool) -> Iterator[str]
 # ---- published figures and samples
 
 
-def published_section(results: RunResults) -> Section | None:
+def _published_section(results: RunResults) -> Section | None:
     """A row per number that was published and measured by the same protocol."""
     if not results.run.recipe.get("published"):
         return None
@@ -235,35 +228,29 @@ def published_section(results: RunResults) -> Section | None:
     rows = []
     if results.evaluation is not None:
         rows = published_comparison(source, results.evaluation, recipe.evaluation)
-    table = [published_table(rows)] if rows else []
-    note = (
-        "Only figures of the same protocol are compared: 128 tokens per segment, the same BOS, "
-        "whole texts and tasks. The published shortened model was healed with LoRA and is compared "
-        "with healed models."
-    )
-    if not rows:
-        note = "No published figure was measured here by the same protocol."
-    return Section(
-        "published", "Against published results", [Paragraph(text, ""), *table, Paragraph(note)]
-    )
+    note = "No published figure was measured here by the same protocol."
+    if rows:
+        note = (
+            "Only figures of the same protocol are compared: 128 tokens per segment, the same BOS, "
+            "whole texts and tasks. The published shortened model was healed with LoRA and is "
+            "compared with healed models."
+        )
+    parts = [Paragraph(text, ""), *([published_table(rows)] if rows else []), Paragraph(note)]
+    return Section("published", "Against published results", parts)
 
 
 def published_table(rows: Sequence[PublishedComparison]) -> Table:
     """Our figures next to the published ones."""
     columns: list[Column[PublishedComparison]] = [
         ("quantity", lambda one: Cell(one.quantity, one.model)),
-        ("published", lambda one: _figure(one.published)),
-        ("here", lambda one: Cell(_figure(one.ours), look="after")),
+        ("published", lambda one: figure(one.published)),
+        ("here", lambda one: Cell(figure(one.ours), look="after")),
         ("change", lambda one: Cell(change(one.published, one.ours), look="change")),
     ]
     return table_of(rows, columns)
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1e6 else number(value, 5)
-
-
-def samples_section(results: RunResults) -> Section | None:
+def _samples_section(results: RunResults) -> Section | None:
     """Continuations of the same prompt by each model, side by side."""
     columns = [(entry, entry.samples) for entry in results.evaluated.values() if entry.samples]
     count = max((len(written.texts) for _, written in columns), default=0)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import find_blocks
+from shortllm.checkpoint.structure import find_blocks
 from shortllm.model.metrics import kl_divergence, next_token_nll
 from shortllm.retraining.windows import target_rows
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from shortllm.checkpoint.blocks import find_blocks, is_projection
+from shortllm.checkpoint.structure import find_blocks, is_projection
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 
 if TYPE_CHECKING:
