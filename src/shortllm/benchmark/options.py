@@ -14,7 +14,7 @@ from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
 
 BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
-    "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]},
+    "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]}
 }
 """Named sweeps; `paper` is that of Shortened LLaMA."""
 

@@ -63,8 +63,7 @@ def best_on_held_out(
             search.improve(space, searched, {**criteria.get(name).defaults, **given})
     tried = {name: sets[name] for name in names if name in sets}
     candidates = space.candidates(
-        [(name, one.removed) for name, one in tried.items()],
-        [one.value for one in tried.values()],
+        [(name, one.removed) for name, one in tried.items()], [one.value for one in tried.values()]
     )
     # min takes the first of equals
     winner = min(candidates, key=lambda one: (one.held_out is None, one.held_out or 0.0))

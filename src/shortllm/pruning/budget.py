@@ -1,12 +1,10 @@
 """A budget: how much to remove and what to keep, checked before any scoring. Pure, no torch.
 
-It is a number of blocks, a ratio of the blocks, a ratio of the parameters, or the blocks
-themselves; a target for the rest is first turned into a number of blocks (targets.py). The first
-and last blocks are protected by default (the "+" of Taylor+ and magnitude+), and those that others
-depend on always.
-
-If the kinds of blocks repeat (e.g. two kinds of attention in turn), a plan can consist of whole
-periods, so that the rest repeats in the same way, as other programs expect of such a model.
+It is a number of blocks, a ratio of the blocks or of the parameters, or the blocks themselves; a
+target for the rest is first turned into a number of blocks (targets.py). The first and last blocks
+are protected by default (the "+" of Taylor+ and magnitude+), and those that others depend on
+always. If the kinds of blocks repeat (e.g. two kinds of attention in turn), a plan can consist of
+whole periods, so that the rest repeats in the same way, as other programs expect.
 
 Removed blocks leave gaps, each with the kept block before it:
 

@@ -170,8 +170,7 @@ def score_in(
     found: dict[str, BlockScores] = {}
     for one in criteria:
         expected = scores_fingerprint(checkpoint, one, calibration, session)
-        scores = finished(BlockScores, files[one.name], expected)
-        if scores is not None:
+        if (scores := finished(BlockScores, files[one.name], expected)) is not None:
             found[one.name] = scores
     ranks.wait()  # until all have looked, nobody writes
     missing = [one for one in criteria if one.name not in found]
