@@ -58,7 +58,14 @@ class InterleavedRuns:
         self.options = options
         self._device = device
         self._meter = meter
-        self._arguments = compiling() if options.compile else {}
+        self._arguments: dict[str, Any] = {}
+        """More arguments of `generate`."""
+        if options.compile:
+            from transformers import CompileConfig
+
+            config = CompileConfig()
+            config._compile_all_devices = True  # without it a CPU is silently left out
+            self._arguments = {"cache_implementation": "static", "compile_config": config}
         self._movable = device.type != "cpu" and len(candidates) > 1
 
     def measure(
@@ -246,12 +253,3 @@ def measurement_of(
         utilisation_max=max(runs.utilisation, default=None),
         swapped=swapped,
     )
-
-
-def compiling() -> dict[str, Any]:
-    """Arguments with which `generate` compiles the model, on any device."""
-    from transformers import CompileConfig
-
-    config = CompileConfig()
-    config._compile_all_devices = True  # without it a CPU is silently left out
-    return {"cache_implementation": "static", "compile_config": config}

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
 from shortllm.errors import CriterionError, did_you_mean
 from shortllm.papers import Paper
 from shortllm.registry import Registry, first_line, import_modules
@@ -130,9 +132,6 @@ class Criterion:
         return chosen
 
 
-TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-"""How yes and no are written on a command line."""
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REGISTRY = Registry[Criterion]("criterion", CriterionError)
@@ -224,21 +223,13 @@ def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
         choices = {str(choice): choice for choice in get_args(hint)}
         if str(value) in choices:
             return choices[str(value)]
-        raise CriterionError(
-            f"{criterion}.{name} must be one of {', '.join(choices)}, not '{value}'"
-        )
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
-    if value is None and len(kinds) < len(get_args(hint)):
-        return None
-    kind = kinds[0]
+        stated = ", ".join(choices)
+        raise CriterionError(f"{criterion}.{name} must be one of {stated}, not '{value}'")
     try:
-        if kind is bool and isinstance(value, str):
-            return TRUTH[value.lower()]
-        return value if isinstance(value, kind) else kind(value)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CriterionError(
-            f"{criterion}.{name} '{value}' is not of type {kind.__name__}"
-        ) from error
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        kind = hint.__name__ if isinstance(hint, type) else str(hint)
+        raise CriterionError(f"{criterion}.{name} '{value}' is not of type {kind}") from error
 
 
 import_modules(__name__, __path__)
