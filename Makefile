@@ -49,9 +49,9 @@ layers: $(VENV)/installed
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
 
-# the site, in site/; a warning is an error
+# the site, in site/; a warning is an error (not with --quiet, which hides them from --strict)
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 tests: $(VENV)/installed
 	$(PYTEST) -m "not slow" $(TESTS)

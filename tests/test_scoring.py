@@ -342,7 +342,7 @@ def test_a_killed_command_goes_on_where_it_was(
     data = shared / "data" / "stories" / "valid.jsonl.gz"
     killed = tmp_path / "killed"
     words = [
-        "score", model, "--stream", "--criterion", criterion, "--data", data, "--samples", 64,
+        "score", model, "--stream", "--criterion", criterion, "--data", data, "--samples", 16,
         "--out", killed,
     ]  # fmt: skip
     written = killed / "scoring.partial"
@@ -356,7 +356,7 @@ def test_a_killed_command_goes_on_where_it_was(
         shortllm.score(
             str(model),
             criterion=criterion,
-            calibration=shortllm.CalibrationOptions(data=str(data), samples=64),
+            calibration=shortllm.CalibrationOptions(data=str(data), samples=16),
             out=out,
             stream=True,
         )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import (
     SAFETENSORS,
@@ -40,6 +41,7 @@ from shortllm.surgery.apply import PROVENANCE, carried_files, carried_fingerprin
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
+    from shortllm.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +215,31 @@ def copying(
         shutil.rmtree(room, ignore_errors=True)
 
     return write
+
+
+def on_probe(decoder: Decoder, removed: Collection[int] = ()) -> tuple[Tensor, bool]:
+    """The logits that a result must have on the probe, and whether with a cache too."""
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
+
+    return bypass_logits(decoder, removed), kv_cache_matches(decoder)
+
+
+def require_unquantized(checkpoint: Checkpoint, so: str) -> None:
+    """Refuse a quantized checkpoint; `so` says what follows, e.g. `its rows cannot be cut`."""
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.id} is quantized, so {so}. Give the unquantized model"
+        )
+
+
+def require_text_model(checkpoint: Checkpoint, aim: str) -> None:
+    """Refuse a model with towers for images; `aim` says for what, e.g. `be quantized`."""
+    config = checkpoint.config
+    if text_config(config) is not config:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' has other towers around its text decoder, and only "
+            f"plain text models can {aim}"
+        )
 
 
 def verifying(

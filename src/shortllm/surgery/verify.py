@@ -79,7 +79,7 @@ def kv_cache_matches(original: Decoder) -> bool:
 def verify_shortened(
     name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True
 ) -> None:
-    """Compare a reloaded model with `expected` (see `bypass_logits`), also with a cache if `cached`."""
+    """Compare a reloaded model with `expected` (see `bypass_logits`), with a cache if `cached`."""
     ids = probe_ids(shortened.model.config)
     plain = bypass_logits(shortened)
     tolerance = _tolerance(shortened)
