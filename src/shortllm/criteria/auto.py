@@ -62,14 +62,14 @@ def best_on_held_out(
             searched = sets[name] = replace(start, rounds=[])
             search.improve(space, searched, {**criteria.get(name).defaults, **given})
     tried = {name: sets[name] for name in names if name in sets}
-    candidates = space.candidates(
+    measured = space.candidates(
         [(name, one.removed) for name, one in tried.items()], [one.value for one in tried.values()]
     )
     # min takes the first of equals
-    winner = min(candidates, key=lambda one: (one.held_out is None, one.held_out or 0.0))
+    winner = min(measured, key=lambda one: (one.held_out is None, one.held_out or 0.0))
     best = tried[winner.criterion]
     record = space.record(
-        candidates=candidates,
+        candidates=measured,
         found=winner,
         start=searched.start.criterion if searched else None,
         ordered_by=best.start.criterion,
