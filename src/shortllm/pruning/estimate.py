@@ -17,9 +17,8 @@
                 block, of its gradients or of the head
 
 Weights in memory are the whole model, or in a streamed pass those outside the blocks, one block,
-and the next one being read. Experts count as if all of them were used, and blocks as if they could
-be called one by one, which few types do not allow. Criteria of weights alone never build the model:
-they read one block after the other and reduce it.
+and the next one being read. Experts count as if all were used, and blocks as if they could be
+called one by one. Criteria of weights alone read one block after the other and reduce it.
 """
 
 from __future__ import annotations

@@ -131,12 +131,7 @@ class BlockSearch:
                 f"{reason.reason}"
             )
         return [
-            Proposal(
-                criterion=one["criterion"],
-                removed=frozenset(one["removed"]),
-                importance=one["importance"],
-            )
-            for one in entry["proposals"]
+            Proposal(**{**one, "removed": frozenset(one["removed"])}) for one in entry["proposals"]
         ]
 
     def _scored(self, names: Sequence[str], journal: Journal) -> dict[str, Any]:
