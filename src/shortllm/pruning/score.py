@@ -5,7 +5,6 @@ shortllm score MODEL --criterion ppl,kl --data my_text.jsonl --out runs/steps
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,6 @@ from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, pro
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
-
-log = logging.getLogger(__name__)
 
 
 @accepts(calibration=CalibrationOptions, runtime=Runtime)
