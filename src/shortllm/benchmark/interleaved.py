@@ -71,11 +71,7 @@ class InterleavedRuns:
     def measure(
         self, batch: int, new_tokens: int, advance: Advance = lambda runs: None
     ) -> list[Measurement]:
-        """One cell of the sweep: a measurement for each candidate.
-
-        Args:
-            advance: called with the number of runs done since its last call.
-        """
+        """One cell of the sweep: a measurement for each candidate."""
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), quiet_transformers():
             runs = self._alternate(batch, new_tokens, advance, swapped=False)

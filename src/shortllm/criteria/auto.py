@@ -67,13 +67,4 @@ def best_on_held_out(
     )
     # min takes the first of equals
     winner = min(measured, key=lambda one: (one.held_out is None, one.held_out or 0.0))
-    best = tried[winner.criterion]
-    record = space.record(
-        candidates=measured,
-        found=winner,
-        start=searched.start.criterion if searched else None,
-        ordered_by=best.start.criterion,
-        rounds=searched.rounds if searched else [],
-        stopped=searched.stopped if searched else None,
-    )
-    return scores_of(space, best.removed, best.start, record)
+    return scores_of(space, measured, winner, tried[winner.criterion].start, searched)

@@ -306,23 +306,22 @@ def _scores(
     """The result of a search, with start and result measured on held-out samples."""
     sets = [(one.criterion, one.removed) for one in proposals]
     *candidates, result = space.candidates([*sets, (name, found.removed)], [*values, found.value])
-    record = space.record(
-        candidates=candidates,
-        found=result,
-        start=found.start.criterion,
-        ordered_by=found.start.criterion,
-        rounds=found.rounds,
-        stopped=found.stopped,
-    )
-    return scores_of(space, found.removed, found.start, record)
+    return scores_of(space, candidates, result, found.start, found)
 
 
-def scores_of(space: SearchSpace, removed: Blocks, by: Proposal, record: Search) -> Scores:
+def scores_of(
+    space: SearchSpace,
+    candidates: list[CandidateSet],
+    chosen: CandidateSet,
+    by: Proposal,
+    searched: Found | None,
+) -> Scores:
     """A searched set as scores: importance is the place in an order of removal.
 
     First the set, then the other removable blocks, both least important first by the criterion of
     the proposal, then the protected ones. The values are that criterion's.
     """
+    removed = frozenset(chosen.removed)
     free = frozenset(block for unit in space.units for block in unit)
     protected = frozenset(range(space.blocks)) - free
 
@@ -337,5 +336,12 @@ def scores_of(space: SearchSpace, removed: Blocks, by: Proposal, record: Search)
         values=by.importance,
         order=order,
         removed=sorted(removed),
-        search=record,
+        search=space.record(
+            candidates=candidates,
+            found=chosen,
+            start=searched.start.criterion if searched else None,
+            ordered_by=by.criterion,
+            rounds=searched.rounds if searched else [],
+            stopped=searched.stopped if searched else None,
+        ),
     )
