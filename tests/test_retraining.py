@@ -408,7 +408,7 @@ def test_a_cached_teacher_says_what_the_teacher_says(corpus: Corpus, tmp_path: P
     teacher = families.loaded("llama")
     windows = Windows(corpus.train, length=8, packing="stream", apart=True)
     cache = CachedTeacher(tmp_path)
-    cache.write(teacher, windows, k=4, batch=2, ranks=ALONE, advance=lambda done: None)
+    cache.write(teacher, windows, k=4, batch=2, ranks=ALONE)
     windows.predictions = cache.predictions
     batch = collate([windows[1], windows[0]])
     rows = target_rows(batch["labels"])
@@ -430,7 +430,7 @@ def test_an_interrupted_cache_is_continued(tmp_path: Path, monkeypatch: pytest.M
 
     def predictions() -> list[list[float]]:
         cached = CachedTeacher(cache)
-        cached.write(teacher, windows, k=3, batch=1, ranks=ALONE, advance=lambda done: None)
+        cached.write(teacher, windows, k=3, batch=1, ranks=ALONE)
         return [cached.predictions(n)["teacher_log_probs"].tolist() for n in range(3)]
 
     before = predictions()
