@@ -67,7 +67,7 @@ class BlockSearch:
             held_out = max(1, held_out)
         if self._total - held_out < count:
             raise CriterionError(
-                f"'{name}' holds out {held_out} of {self._total} calibration samples, which "
+                f"'{name}' keeps {held_out} of {self._total} calibration samples for choosing, which "
                 f"leaves {self._total - held_out} to search on in {count} "
                 f"process{'' if count == 1 else 'es'}. Give more --samples, or a smaller "
                 f"{name}.held_out"
