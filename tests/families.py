@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -155,6 +156,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Variant name (`type` or `type-what`) -> arguments of the type's config class."""
 
+REPRESENTATIVES = [
+    "llama", "qwen3", "gemma3_text", "gpt2", "falcon", "mixtral", "opt-projected", "bloom",
+]  # fmt: skip
+"""Variants for what hardly depends on the family; the others are tested under `slow`."""
+
+BY_TIER = [
+    pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow)
+    for name in VARIANTS
+]
+
 
 def config_of(variant: str, **changes: Any) -> Any:
     """The transformers config of a variant, with some of its arguments changed."""
@@ -221,6 +232,14 @@ def shortened(checkpoint: Checkpoint, removed: Iterable[int], target: Path, **kw
     kept = [block for block in range(checkpoint.block_count) if block not in gone]
     write_pruned(checkpoint, kept, target, **kwargs)
     return target
+
+
+def by_tier(variants: Iterable[str], *more: str) -> list[Any]:
+    """Parameters: the representatives and `more`; the other variants are tested under `slow`."""
+    first = {*REPRESENTATIVES, *more}
+    return [
+        pytest.param(name, marks=() if name in first else pytest.mark.slow) for name in variants
+    ]
 
 
 def score(

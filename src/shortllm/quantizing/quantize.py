@@ -24,13 +24,7 @@ from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.quantizing.methods import METHODS
-from shortllm.quantizing.options import (
-    DATA,
-    SAMPLE_LENGTH,
-    SAMPLES,
-    Quantization,
-    QuantizeOptions,
-)
+from shortllm.quantizing.options import DATA, SAMPLE_LENGTH, SAMPLES, Quantization, QuantizeOptions
 from shortllm.runtime import DeviceOptions, progress, versions
 from shortllm.surgery.apply import held_provenance
 from shortllm.surgery.derived import Draft, derive, derived_fingerprint, require_free

@@ -100,9 +100,7 @@ def width_from(
     options = resolve(options, checkpoint.block_count)
     if options.needs_text and calibration is None:
         raise DataError(f"--method {options.method} needs text. Give calibration ids")
-    require_text_model(
-        checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`"
-    )
+    require_text_model(checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`")
     require_unquantized(checkpoint, "rows and columns cannot be cut out of it")
     seen = calibration if options.needs_text else None
     expected = derived_fingerprint(

@@ -31,20 +31,13 @@ def sublayer_influence(task: Task) -> Ranking:
 
     work = walk_flops(task.decoder, [frozenset()], *task.ids_BT.shape, head=False)
     with progress("scoring sublayers by influence", work) as advance:
-        found = influence(task.decoder, task.outputs, task.ids_BT, advance=advance)
-    order = sorted(
-        ((one, found[one]) for one in task.candidates),
-        key=lambda item: (item[1], -item[0][0], PARTS.index(item[0][1])),
-    )
-    return Ranking(order=order)
+        found = influence(task.decoder, task.outputs, task.ids_BT, advance)
+    candidates = sorted(task.candidates, key=lambda one: (found[one], -one[0], PARTS.index(one[1])))
+    return Ranking(order=[(one, found[one]) for one in candidates])
 
 
 def influence(
-    decoder: Decoder,
-    outputs: Outputs,
-    ids_BT: Tensor,
-    *,
-    advance: Advance = lambda work: None,
+    decoder: Decoder, outputs: Outputs, ids_BT: Tensor, advance: Advance
 ) -> dict[Sublayer, float]:
     """1 - cos(hidden state before, after) of each sublayer, mean over tokens; in [0, 2].
 
@@ -78,12 +71,7 @@ def influence(
 
 
 def _similarities(
-    decoder: Decoder,
-    outputs: Outputs,
-    b: int,
-    entry: Entry,
-    before_BTD: Tensor,
-    after_BTD: Tensor,
+    decoder: Decoder, outputs: Outputs, b: int, entry: Entry, before_BTD: Tensor, after_BTD: Tensor
 ) -> tuple[float, float]:
     """Sums over tokens of cos(before, after), of the attention and of the MLP."""
 
