@@ -20,7 +20,7 @@ from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
-from shortllm.errors import CheckpointError, DataError, ShortLLMError
+from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.quantizing.methods import METHODS
@@ -93,8 +93,6 @@ def quantize_from(
     """The same for an open checkpoint; `calibration` is None if the method needs no text."""
     options = resolve(options, checkpoint)
     layers = check(options, checkpoint, session)
-    if options.needs_text and calibration is None:
-        raise DataError(f"--method {options.method} needs text. Give --data")
     seen = calibration if options.needs_text else None
     expected = derived_fingerprint(
         checkpoint,

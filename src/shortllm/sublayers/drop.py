@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.texts import calibrate
-from shortllm.errors import BudgetError, CriterionError, DataError
+from shortllm.errors import BudgetError, CriterionError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal
 from shortllm.model.session import Session
@@ -99,8 +99,6 @@ def drop_from(
 ) -> SublayerDrop:
     """The same for an open checkpoint; `calibration` is None where the sublayers are named."""
     allowed = candidates(options, checkpoint.info())
-    if options.criterion is not None and calibration is None:
-        raise DataError(f"--criterion {options.criterion} needs text. Give calibration ids")
     require_unquantized(checkpoint, "its projections cannot be set to zero")
     seen = calibration if options.criterion is not None else None
     expected = derived_fingerprint(
@@ -176,9 +174,9 @@ def _choose(
     journal: Journal,
 ) -> tuple[list[DroppedSublayer], float | None]:
     """What to remove, in order, and the perplexity of the intact model if it was measured."""
-    if ids_BT is None:
+    if options.criterion is None:
         return [DroppedSublayer(block=b, part=part, value=None) for b, part in allowed], None
-    assert options.remove is not None and options.criterion is not None
+    assert options.remove is not None and ids_BT is not None
     task = Task(
         decoder=decoder,
         outputs=outputs,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.texts import calibrate
-from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
+from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.protection import PROTECT_FIRST, PROTECT_LAST
@@ -98,8 +98,6 @@ def width_from(
 ) -> WidthPruning:
     """The same for an open checkpoint; `calibration` is None where the method needs no text."""
     options = resolve(options, checkpoint.block_count)
-    if options.needs_text and calibration is None:
-        raise DataError(f"--method {options.method} needs text. Give calibration ids")
     require_text_model(checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`")
     require_unquantized(checkpoint, "rows and columns cannot be cut out of it")
     seen = calibration if options.needs_text else None
@@ -279,7 +277,11 @@ def _narrowed_blocks(groups: Groups, chosen: Chosen) -> list[NarrowedBlock]:
             query_heads=groups[b].attention.units * groups[b].query_heads,
             kv_heads=groups[b].attention.units,
             neurons=groups[b].mlp.units,
-            removed_query_heads=groups[b].query_heads_of(gone.heads),
+            removed_query_heads=[
+                kv_head * groups[b].query_heads + i
+                for kv_head in gone.heads
+                for i in range(groups[b].query_heads)
+            ],
             removed_kv_heads=gone.heads,
             removed_neurons=gone.neurons,
             head_importance=chosen.importance[b].heads.tolist(),
