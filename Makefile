@@ -10,8 +10,8 @@ XDIST ?= 2
 PIP = $(VENV)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 PYTEST = $(VENV)/bin/pytest --numprocesses $(XDIST)
 
-.PHONY: run install test test-all test-latest lint words layers types docs tests all-tests \
-	release-check golden clean
+.PHONY: run install test test-all test-latest lint words layers types docs tests slow-tests \
+	all-tests release-check golden clean
 
 run: $(VENV)/run-installed
 	$(VENV)/bin/shortllm run
@@ -49,12 +49,15 @@ layers: $(VENV)/installed
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
 
-# the site, in site/; a warning is an error
+# the site, in site/; a warning is an error (not with --quiet, which hides them from --strict)
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 tests: $(VENV)/installed
 	$(PYTEST) -m "not slow" $(TESTS)
+
+slow-tests: $(VENV)/installed
+	$(PYTEST) -m slow $(TESTS)
 
 all-tests: $(VENV)/installed
 	$(PYTEST) $(TESTS)

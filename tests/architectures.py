@@ -467,10 +467,10 @@ def page(outcomes: list[Outcome], made_with: str = transformers.__version__) -> 
     return f"""# Which architectures
 
 `python tests/architectures.py --write docs/architectures.md` writes this page; it ran with
-transformers {made_with}, and the same sweep is part of the tests. For every causal language model
-type it builds a tiny model whose blocks differ as much as the type allows, and removes its first,
-an inner, its last and some scattered blocks on disk. *Right*: the kept blocks are built as before,
-and the reloaded model computes what the original computes with these blocks bypassed, with a cache and
+transformers {made_with}, and the same sweep is part of the tests. For every causal LM type it
+builds a tiny model whose blocks differ as much as the type allows, and removes its first, an
+inner, its last and some scattered blocks on disk. *Right*: the kept blocks are built as before, and
+the reloaded model computes what the original computes with these blocks bypassed, with a cache and
 without. Everything else is refused, with the reason. A multimodal model keeps its other towers as
 they are.
 

@@ -422,7 +422,7 @@ def _criteria_in(options: dict[str, Any]) -> Iterator[str]:
 POWER = re.compile(r" × #[⁻⁰¹²³⁴-⁹]+|(?<=#)\s[kMG](?=B)")
 """Of a number without its digits: "# × #⁻⁵", and the M of "# MB"."""
 
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+NUMBER = re.compile(r"\N{MINUS SIGN}?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def _shape(line: str) -> str:
@@ -433,7 +433,8 @@ def _shape(line: str) -> str:
 
 
 def _numbers(line: str) -> list[float]:
-    return [float(number.replace(",", "")) for number in NUMBER.findall(line)]
+    plain = str.maketrans({",": "", "\N{MINUS SIGN}": "-"})
+    return [float(number.translate(plain)) for number in NUMBER.findall(line)]
 
 
 # ---- what reads the words of a program; returns those of ours, if it starts us

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import shortllm.width_pruning.methods
 from shortllm import criteria, healing, quantizing, retraining, sublayers, width_pruning
 from shortllm.cli import app
 from shortllm.model.decoder import Decoder
+from shortllm.options import Options
 
 DOCS = REPOSITORY / "docs"
 FIRST = {"README", "tutorial", "add_a_criterion", "add_a_baseline", "add_an_architecture_rule"}
@@ -89,21 +91,34 @@ def test_the_table_of_methods_tells_of_every_criterion() -> None:
         assert registered.defaults.keys() <= set(told), name
 
 
-def test_the_table_of_methods_tells_of_every_other_method() -> None:
-    rows = rows_of("methods.md")
-    names = [
-        *width_pruning.methods.METHODS.names(),
-        *quantizing.methods.METHODS.names(),
-        *retraining.methods.METHODS.names(),
-        *sublayers.criteria.CRITERIA.names(),
-        *healing.methods.METHODS.names(),
-        "merge",
+def test_the_table_of_methods_has_every_method_and_its_paper() -> None:
+    methods = [
+        *width_pruning.methods.METHODS,
+        *quantizing.methods.METHODS,
+        *retraining.methods.METHODS,
+        *sublayers.criteria.CRITERIA,
+        *healing.methods.METHODS,
+        *criteria.listed(),
     ]
-    assert rows.keys() == {*names, *criteria.names()}
-    for name, cells in rows.items():
-        criterion = criteria.find(name)
-        paper = criterion.paper if criterion else None
-        assert paper is None or paper.url in cells[-1], name
+    rows = rows_of("methods.md")
+    assert rows.keys() == {*(one.name for one in methods), "merge"}
+    for one in methods:
+        assert one.paper is None or one.paper.url in rows[one.name][-1], one.name
+
+
+def test_the_page_of_options_has_every_record_that_users_see() -> None:
+    records = {
+        name: named for name in shortllm.__all__ if _is_options(named := getattr(shortllm, name))
+    }
+    page = (DOCS / "options.md").read_text()
+    shown = re.findall(r"^<!-- options: ([\w.]+)\.(\w+)", page, re.MULTILINE)
+    for module, name in shown:
+        assert _is_options(getattr(import_module(f"shortllm.{module}"), name))
+    assert records.keys() <= {name for _, name in shown}
+
+
+def _is_options(named: Any) -> bool:
+    return isinstance(named, type) and issubclass(named, Options)
 
 
 def test_the_entry_of_a_shortened_checkpoint_is_as_shown(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import shortllm
 from shortllm import pipeline
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.structure import find_blocks
 from shortllm.cli import main
 from shortllm.data.calibration import Calibration, tokens_fingerprint
 from shortllm.data.options import CalibrationInfo, CalibrationOptions

@@ -1,7 +1,6 @@
 """The command line: each command parses, calls the function of the same name and prints the result.
 
-    run.py  score.py  measure.py  comparison.py  recipes.py  demo.py     the commands,
-    healing.py  retraining.py  width.py  sublayers.py  quantizing.py     and those of the features
+    run.py  score.py  derive.py  measure.py  comparison.py  recipes.py  demo.py   the commands
     flags.py    flags from option records
     options.py  parameters that several commands share
     output.py   tables and JSON
@@ -26,16 +25,12 @@ import typer
 from shortllm import __version__
 from shortllm.cli.comparison import compare_criteria, compare_units
 from shortllm.cli.demo import demo
-from shortllm.cli.healing import heal, merge
+from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
 from shortllm.cli.measure import bench, compare, evaluate, export_lint, report
 from shortllm.cli.output import is_main_process
-from shortllm.cli.quantizing import quantize
 from shortllm.cli.recipes import recipes
-from shortllm.cli.retraining import retrain
 from shortllm.cli.run import run
 from shortllm.cli.score import info, plan, prune, score
-from shortllm.cli.sublayers import drop_sublayers
-from shortllm.cli.width import width
 from shortllm.errors import ShortLLMError
 
 app = typer.Typer(

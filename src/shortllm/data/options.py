@@ -19,7 +19,7 @@ class CalibrationOptions(Options):
     data: str | None = Field(
         default=None,
         description="Text: a .txt, .jsonl, .json, .csv or .parquet file, a Hub data set "
-        "name[:config[:split]], or a built-in name. Default: bookcorpus.",
+        "NAME:CONFIG:SPLIT, or a built-in name. Default: bookcorpus.",
     )
     file: Annotated[Path | None, Flag(name="--calibration")] = Field(
         default=None,

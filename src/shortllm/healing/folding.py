@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import is_projection
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.structure import is_projection
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.decoder import Decoder, Entry

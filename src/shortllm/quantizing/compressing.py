@@ -10,7 +10,6 @@ head stay as they are.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import os
@@ -24,12 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.structure import build_empty
+from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.quantizing.options import PER_ROW
+from shortllm.runtime import quiet
 from shortllm.surgery.derived import require_text_model, require_unquantized
 
 log = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ def quiet_compressor(advance: Callable[[float], None] = lambda layers: None) -> 
 
     Its warnings about layers that could not be quantized go to our log.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # its log starts with the import
+    with quiet():  # its log starts with the import
         import llmcompressor  # noqa: F401
     from loguru import logger
 
@@ -217,17 +216,13 @@ def quiet_compressor(advance: Callable[[float], None] = lambda layers: None) -> 
 
     logger.remove()
     sink = logger.add(listen, level="INFO")
-    tracer = logging.getLogger("torch.fx")
-    level = tracer.level
-    tracer.setLevel(logging.ERROR)
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ.setdefault(name, "false")  # llm-compressor would set it permanently
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet("torch.fx"):
             yield
     finally:
         logger.remove(sink)
-        tracer.setLevel(level)
         if before is None:
             os.environ.pop(name, None)

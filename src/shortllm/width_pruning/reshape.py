@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import SHAPES, block_shapes, marked
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.structure import build_empty
+from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
 from shortllm.runtime import quiet_transformers

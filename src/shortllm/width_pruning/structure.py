@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import is_projection
 from shortllm.checkpoint.config import block_shapes, text_config
-from shortllm.checkpoint.structure import block_signature
+from shortllm.checkpoint.structure import block_signature, is_projection
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.width_pruning.groups import BlockGroups, Sublayer
