@@ -10,18 +10,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
+from shortllm.data.calibration import Calibration
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
+from shortllm.healing.folding import folded_into
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
 from shortllm.model.session import Session
+from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime
@@ -36,9 +41,6 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
-
-if TYPE_CHECKING:
-    from shortllm.data.calibration import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +180,6 @@ def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
 
 def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Sequence[int]) -> None:
     """Refuse a checkpoint that was changed since it was shortened: compare every tensor."""
-    import torch
-
     expected = renumbered_tensors(source, kept)
     for name, entry in checkpoint.tensors.items():
         held = expected.get(name)
@@ -210,8 +210,6 @@ def _draft(
     expected: str,
 ) -> Draft:
     """Heal, measure, and describe the new checkpoint."""
-    from shortllm.healing.folding import folded_into
-
     removed = sorted(set(range(source.block_count)) - set(kept))
     ids_BT = calibration.ids
     task = Task(
@@ -263,9 +261,6 @@ def _draft(
 
 def _measure(task: Task, healed: Healed) -> HeldOut:
     """Mean next-token loss of source, shortened and healed model on the held-out samples."""
-    from shortllm.healing.folding import folded_into
-    from shortllm.model.walk import NOTHING, mean_nlls
-
     decoder, memory, ids_BT = task.decoder, task.memory, task.ids_BT[-task.held_out :]
     gone = frozenset(task.removed)
     before, shortened = mean_nlls(decoder, ids_BT, [NOTHING, gone], memory=memory)

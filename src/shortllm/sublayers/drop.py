@@ -11,14 +11,17 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
+from shortllm.data.calibration import Calibration
 from shortllm.data.texts import calibrate
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal
+from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.protection import protected_in
@@ -46,12 +49,6 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from shortllm.data.calibration import Calibration
-    from shortllm.model.decoder import Decoder
 
 
 @accepts(options=SublayerOptions, runtime=Runtime)
