@@ -367,7 +367,7 @@ def test_only_what_was_just_shortened_is_healed(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="down_proj.*retrained, healed or merged"):
         heal_from(again, source, HealOptions(), tmp_path / "twice", **arguments)
-    with pytest.raises(CheckpointError, match="does not say which blocks.*shortllm prune"):
+    with pytest.raises(CheckpointError, match="does not say from which model.*shortllm prune"):
         heal_from(source, source, HealOptions(), tmp_path / "none", **arguments)
     short = open_checkpoint(tmp_path / "short")
     with pytest.raises(CheckpointError, match="from 6 blocks.*has 5.*--source"):
@@ -557,7 +557,7 @@ def test_mistakes_say_what_to_do(
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["heal", "nope", "--out", "x"], "no such directory: nope"),
-        (["heal", "embedded", "--out", "x"], "does not say which blocks"),
+        (["heal", "embedded", "--out", "x"], "does not say from which model"),
         (["heal", "embedded"], "Missing option"),
         (["heal", "embedded", "--out", "x", "--ridge", "0"], "--ridge 0.0: must be greater than 0"),
         (["merge", "embedded", "--out", "x", "--blocks", "3,3"], "name each block"),

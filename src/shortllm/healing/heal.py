@@ -30,7 +30,7 @@ from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import PROVENANCE, Lineage, lineage, renumbered_tensors
+from shortllm.surgery.apply import PROVENANCE, lineage, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -135,7 +135,7 @@ def check_healable(options: HealOptions, checkpoint: Checkpoint, session: Sessio
 
 def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
     """For each block of the checkpoint its number in the source."""
-    origin = origin_of(checkpoint)
+    origin = lineage(checkpoint)
     if origin.blocks != source.block_count:
         raise CheckpointError(
             f"{checkpoint.id} was shortened from {origin.blocks} blocks, but {source.id} has "
@@ -153,22 +153,11 @@ def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
     return origin.kept
 
 
-def origin_of(checkpoint: Checkpoint) -> Lineage:
-    """Which blocks of which model a checkpoint has."""
-    try:
-        return lineage(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{checkpoint.id} does not say which blocks of which model it lacks. Shorten the model "
-            "with `shortllm prune`, and heal the result"
-        ) from error
-
-
 def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     """The model that a checkpoint was shortened from: as given, or as its config.json says."""
     if given is not None:
         return open_checkpoint(given)
-    origin = origin_of(checkpoint)
+    origin = lineage(checkpoint)
     try:
         return open_checkpoint(origin.source, revision=origin.revision)
     except CheckpointError as error:
