@@ -323,7 +323,11 @@ def assert_scores_equal_autograd(model: nn.Module, ids_BT: Tensor, kind: Any) ->
     decoder = Decoder(model)
     groups = find_groups(decoder, range(decoder.block_count))
     memory = Session(device="cpu").memory()
-    found = taylor_importance(decoder, ids_BT, groups, kind, memory=memory)
+    task = methods.Task(
+        decoder=decoder, ids_BT=ids_BT, groups=groups, options=WidthOptions(ratio=0.5), counts={},
+        memory=memory,
+    )  # fmt: skip
+    found = taylor_importance(task, kind)
     for b, (heads, neurons) in expected.items():
         torch.testing.assert_close(found[b].heads.float(), heads, rtol=1e-3, atol=0)
         torch.testing.assert_close(found[b].neurons.float(), neurons, rtol=1e-3, atol=1e-7)

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from shortllm.model.decoder import Decoder
-    from shortllm.model.hidden_states import StreamMemory
-    from shortllm.runtime import Advance
     from shortllm.width_pruning.groups import BlockGroups
     from shortllm.width_pruning.options import Importance
 
@@ -49,10 +46,8 @@ def _importance(task: Task) -> dict[int, BlockImportance]:
     """The importance of every head and neuron, as the option `importance` says."""
     import torch
 
-    from shortllm.model.backward import walk_back_flops
-    from shortllm.runtime import progress
-
     decoder, groups, kind = task.decoder, task.groups, task.options.importance
+    assert kind is not None
     if kind == "random":
         generator = torch.Generator().manual_seed(task.options.calibration.seed)
         return {b: sampled(groups[b], generator) for b in groups}
@@ -61,11 +56,7 @@ def _importance(task: Task) -> dict[int, BlockImportance]:
         return {
             b: magnitude(decoder.blocks[b], groups[b], power) for b in decoder.through(list(groups))
         }
-    assert kind is not None
-    ids_BT = task.ids()
-    work = walk_back_flops(decoder, range(decoder.block_count), *ids_BT.shape)
-    with progress("gradients of heads and neurons", work) as advance:
-        return taylor_importance(decoder, ids_BT, groups, kind, memory=task.memory, advance=advance)
+    return taylor_importance(task, kind)
 
 
 def taylor(
@@ -118,19 +109,12 @@ def sampled(groups: BlockGroups, generator: torch.Generator) -> BlockImportance:
     )
 
 
-def taylor_importance(
-    decoder: Decoder,
-    ids_BT: Tensor,
-    groups: Mapping[int, BlockGroups],
-    importance: Importance,
-    *,
-    memory: StreamMemory,
-    advance: Advance = lambda work: None,
-) -> dict[int, BlockImportance]:
+def taylor_importance(task: Task, importance: Importance) -> dict[int, BlockImportance]:
     """Importance by gradients, which exist for one block at a time."""
-    from shortllm.model.backward import walk_back
-    from shortllm.runtime import ALONE
+    from shortllm.model.backward import walk_back, walk_back_flops
+    from shortllm.runtime import ALONE, progress
 
+    decoder, groups, ids_BT = task.decoder, task.groups, task.ids()
     found: dict[int, BlockImportance] = {}
     squares: dict[int, dict[str, Tensor]] = {b: {} for b in groups}
 
@@ -150,7 +134,10 @@ def taylor_importance(
 
     blocks = list(range(decoder.block_count))
     each = take_sample if importance in ("second", "mixed") else None
-    walk_back(
-        decoder, ids_BT, blocks, take, ranks=ALONE, each=each, advance=advance, memory=memory
-    )  # fmt: skip
+    work = walk_back_flops(decoder, blocks, *ids_BT.shape)
+    with progress("gradients of heads and neurons", work) as advance:
+        walk_back(
+            decoder, ids_BT, blocks, take, ranks=ALONE, each=each, advance=advance,
+            memory=task.memory,
+        )  # fmt: skip
     return found
