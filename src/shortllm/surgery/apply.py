@@ -133,7 +133,7 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
     if not removals:
         raise CheckpointError(
             f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
-            f"no removed blocks under '{PROVENANCE}'"
+            f"no removed blocks under '{PROVENANCE}', as `shortllm prune` writes them"
         )
     kept = list(range(removals[-1][0]))
     for _, removed in reversed(removals):
