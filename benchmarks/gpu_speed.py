@@ -81,7 +81,7 @@ def described(name: str, model: Any, prompt_tokens: int, dtype: str) -> Any:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain and compiled, each into a directory of its own."""
-    from shortllm.benchmark.bench import STAND_IN_TOKENS, check_options, sweep
+    from shortllm.benchmark.bench import STAND_IN_TOKENS, sweep
     from shortllm.benchmark.interleaved import Candidate
     from shortllm.benchmark.options import Benchmark, BenchmarkOptions
     from shortllm.files import fingerprint
@@ -100,8 +100,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         for compiled in ([False] if arguments.plain else [False, True])
     ]
-    for options in ways:
-        check_options(options)
     prompt_T = torch.arange(1, STAND_IN_TOKENS + 1)
     candidates, models = [], []
     for blocks in numbers(arguments.blocks):

@@ -62,9 +62,8 @@ def windows(data: str, packing: str, place: Path) -> Any:
     from shortllm.checkpoint.source import open_checkpoint
     from shortllm.checkpoint.tokenizer import load_tokenizer
     from shortllm.data.sources import open_records
-    from shortllm.retraining.documents import documents, kind_of
+    from shortllm.retraining.corpus import documents, kind_of, open_corpus, write_corpus
     from shortllm.retraining.options import RetrainOptions
-    from shortllm.retraining.store import open_corpus, write_corpus
     from shortllm.retraining.windows import Windows
 
     records = open_records(data)
@@ -119,15 +118,17 @@ def ours(data: Any, model: Any, place: Path, steps: int) -> Clock:
     from torch.utils.data import Subset
 
     from shortllm.retraining.distillation import answer_loss
-    from shortllm.retraining.trainer import HELD_OUT, HealingTrainer, Meter
+    from shortllm.retraining.trainer import HELD_OUT, ObjectiveTrainer
     from shortllm.retraining.windows import collate
 
     clock = Clock()
-    HealingTrainer(
+    trainer = ObjectiveTrainer(
         model=model, args=settings(place, steps), train_dataset=data, data_collator=collate,
-        eval_dataset={HELD_OUT: Subset(data, [0])},  # asked for behind the last step
-        objective=answer_loss, meter=Meter(), callbacks=[clock.callback],
-    ).train()  # fmt: skip
+        eval_dataset={HELD_OUT: Subset(data, [0])},  # measured after the last step
+        objective=answer_loss, max_minutes=None, patience=None,
+    )  # fmt: skip
+    trainer.add_callback(clock.callback)
+    trainer.train()
     return clock
 
 

@@ -13,10 +13,18 @@ os.environ.pop("SHORTLLM_DATA", None)
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the slow tests each property is tried on fewer examples."""
+    few = "not slow" in (config.getoption("markexpr") or "")
+    settings.register_profile("here", max_examples=25 if few else 100)
+    settings.load_profile("here")
 
 
 def pytest_collection_finish() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -154,6 +155,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 """Variant name (`type` or `type-what`) -> arguments of the type's config class."""
+
+REPRESENTATIVES = [
+    "llama", "qwen3", "gemma3_text", "gpt2", "falcon", "mixtral", "opt-projected", "bloom",
+]  # fmt: skip
+"""Variants for what hardly depends on the family; the others are tested under `slow`."""
+
+BY_TIER = [
+    pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow)
+    for name in VARIANTS
+]
 
 
 def config_of(variant: str, **changes: Any) -> Any:

@@ -24,8 +24,8 @@ from shortllm.checkpoint.shorten_config import sliced_axis
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor
 from shortllm.model.session import Session
+from shortllm.pruning import estimate
 from shortllm.pruning.budget import Budget
-from shortllm.pruning.estimate import summarize
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from
 from shortllm.pruning.records import PrunePlan
@@ -108,7 +108,7 @@ def examine(bench: Bench, random: Random) -> None:
     assert sum(info.parameters_per_block) <= info.parameters
     assert len(info.parameters_per_block) == info.blocks
     if random.random() < 0.3:
-        assert summarize(checkpoint, probe=False).parameters_outside >= 0
+        assert estimate.info(str(checkpoint.directory), probe=False).parameters_outside >= 0
     lint_export(checkpoint)
     shorten(bench, checkpoint, random)
 

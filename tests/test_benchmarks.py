@@ -51,6 +51,7 @@ def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     assert found["plain"]["timed_blocks"] == 2 and found["plain"]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_speed_benchmark_runs_without_a_gpu_and_goes_on(tmp_path: Path) -> None:
     script = REPOSITORY / "benchmarks" / "gpu.sh"
     command = ["sh", script, "speed", "--tiny", "--plain", "--out", tmp_path]

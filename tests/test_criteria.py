@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import VARIANTS, VOCABULARY, loaded, opened, score, streamed, token_ids
+from families import BY_TIER, VOCABULARY, loaded, opened, score, streamed, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ def plain_products(model: nn.Module, ids_BT: Tensor) -> dict[int, dict[str, Tens
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BY_TIER)
 @pytest.mark.parametrize("stream", [False, True])
 def test_taylor_equals_plain_autograd_for_each_weight(
     variant: str, stream: bool, monkeypatch: pytest.MonkeyPatch
@@ -180,21 +181,19 @@ def test_magnitude_reads_the_stored_weights(variant: str) -> None:
         assert found.importance[b] == pytest.approx(total, rel=1e-6)
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("over_weights", ["sum", "mean", "max", "prod"])
-@pytest.mark.parametrize("over_block", ["sum", "mean", "max", "prod"])
-def test_reductions(power: int, over_weights: Any, over_block: Any) -> None:
+def test_reductions() -> None:
     generator = torch.Generator().manual_seed(3)
     tensors = [torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)]
-    found = reduce_powers(tensors, power=power, over_weights=over_weights, over_block=over_block)
-    kinds: dict[str, Callable[[Tensor], Tensor]] = {
+    kinds: dict[Any, Callable[[Tensor], Tensor]] = {
         "sum": torch.sum, "mean": torch.mean, "max": torch.max, "prod": torch.prod,
     }  # fmt: skip
-    parts = [kinds[over_weights](x.double().abs().flatten() ** power) for x in tensors]
-    expected = kinds[over_block](torch.stack(parts)).item()
-    if "prod" in (over_weights, over_block):
-        expected = math.log(expected)
-    assert found == pytest.approx(expected, rel=1e-6)
+    for power, of_weights, of_block in itertools.product((1, 2), kinds, kinds):
+        parts = [kinds[of_weights](x.double().abs().flatten() ** power) for x in tensors]
+        expected = kinds[of_block](torch.stack(parts)).item()
+        if "prod" in (of_weights, of_block):
+            expected = math.log(expected)
+        found = reduce_powers(tensors, power=power, over_weights=of_weights, over_block=of_block)
+        assert found == pytest.approx(expected, rel=1e-6), (power, of_weights, of_block)
 
 
 @pytest.mark.parametrize("inner", ["ppl", "kl", "influence", "taylor", "angular", "magnitude"])
@@ -307,7 +306,7 @@ def stored_weights(model: nn.Module) -> Any:
 # ------------------------------------------------------------------ the same numbers every way
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BY_TIER)
 def test_streamed_equals_resident(variant: str) -> None:
     checkpoint, ids_BT = opened(variant), token_ids()
     resident = score(

@@ -21,7 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 from hub import fill_datasets_cache
 
-from shortllm.data.rows import ArrowTexts, Rows, split_held_out
+from shortllm.data.rows import (
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+    ArrowTexts,
+    Rows,
+    split_held_out,
+)
 from shortllm.data.sources import BUILT_INS, load_rows, open_records
 from shortllm.errors import DataError
 
@@ -56,16 +62,14 @@ def _bytes_of(kind: str, texts: list[str], column: str = "text") -> bytes:
 # ---- local files
 
 
-@pytest.mark.parametrize("packed", PACKERS)
-@pytest.mark.parametrize(
-    "kind", [".txt", ".text", ".raw", ".tokens", ".jsonl", ".json", ".csv", ".parquet"]
-)
-def test_every_kind_of_file(tmp_path: Path, kind: str, packed: str) -> None:
-    file = tmp_path / f"data.v1{kind}{packed}"
-    file.write_bytes(PACKERS[packed](_bytes_of(kind, TEXTS)))
-    rows = load_rows(str(file))
-    assert list(rows) == TEXTS
-    assert (rows.source, rows.start, rows.stop) == (str(file), 0, 4)
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    for kind in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
+        for packed, pack in PACKERS.items():
+            file = tmp_path / f"data.v1{kind}{packed}"
+            file.write_bytes(pack(_bytes_of(kind, TEXTS)))
+            rows = load_rows(str(file))
+            assert list(rows) == TEXTS, file.name
+            assert (rows.source, rows.start, rows.stop) == (str(file), 0, 4)
 
 
 def test_lines_are_those_of_the_datasets_text_loader(tmp_path: Path) -> None:

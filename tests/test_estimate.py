@@ -126,7 +126,7 @@ def test_reading_hides_behind_computing() -> None:
 
 
 def test_memory_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_libraries", lambda device: 0)
+    monkeypatch.setattr(estimate, "_resident_bytes", lambda: 0)
     checkpoint = opened("llama")
     found = estimates(setting_of(checkpoint), None)
     stream = SAMPLES * LENGTH * 32 * 4
@@ -151,7 +151,7 @@ def test_memory_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_streams_of_all_samples_are_held_where_blocks_are_read_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(estimate, "_libraries", lambda device: 0)
+    monkeypatch.setattr(estimate, "_resident_bytes", lambda: 0)
     few, many = (
         estimates(setting_of(opened("llama"), samples=samples), None) for samples in (100, 200)
     )
@@ -170,7 +170,7 @@ def test_streams_of_all_samples_are_held_where_blocks_are_read_once(
 def test_another_type_needs_room_for_the_mapped_file_while_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(estimate, "_libraries", lambda device: 0)
+    monkeypatch.setattr(estimate, "_resident_bytes", lambda: 0)
     checkpoint = opened("llama")
     found = estimates(setting_of(checkpoint, dtype=torch.bfloat16, samples=1, length=2), None)
     loading = checkpoint.bytes + checkpoint.bytes // 2

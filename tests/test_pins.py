@@ -142,7 +142,7 @@ def test_stages_of_one_run_do_not_mix(
     shortllm.score(ID, calibration=calibration(tmp_path), out=run)
     move(repository, "main", new)
     shortllm.score(ID, calibration=calibration(tmp_path), out=run)  # up to date
-    plan = shortllm.plan(run, shortllm.Budget(remove=2))
+    plan = shortllm.plan(run, remove=2)
     shortllm.prune(ID, run, short)
     assert plan.model.revision == commit_of(old)
     kept = load_file(short / SAFETENSORS)
@@ -167,7 +167,7 @@ def test_a_target_is_counted_on_the_model_that_was_scored(
     scores = shortllm.score(ID, criterion="magnitude", out=run)
     move(repository, "main", new)
     most = scores.model.parameters - 1
-    plan = shortllm.plan(run, shortllm.Budget(target_params=most, protect_first=0, protect_last=0))
+    plan = shortllm.plan(run, target_params=most, protect_first=0, protect_last=0)
     assert len(plan.removed) == 1 and plan.model.revision == commit_of(old)
 
 

@@ -16,7 +16,6 @@ import pytest
 
 import shortllm
 from shortllm import embedded, pipeline
-from shortllm import run_directory as rundir
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
@@ -24,6 +23,7 @@ from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import LOCK, hold, releasing
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.recipe import Recipe
+from shortllm.run_directory import claim_directory
 
 RECIPE = Recipe(
     budget=shortllm.Budget(remove=2),
@@ -39,7 +39,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != LOCK:
             data = path.read_bytes()
-            if path.name == "scores.json":
+            if path.name in ("scores.json", "prune.json"):
                 data = json.dumps({**json.loads(data), "cost": None}).encode()
             found[str(path.relative_to(directory))] = data
     return found
@@ -197,7 +197,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         ({"calibration": CalibrationOptions(data="wikitxt2")}, "Did you mean 'wikitext2'"),
         ({"calibration": CalibrationOptions(length=4096)}, "Use --sampler packed|exceed the"),
         ({"evaluation": EvaluationOptions(length=4096)}, "exceed the 512 positions"),
-        ({"calibration": CalibrationOptions(data="a", file=Path("b"))}, "Leave one out"),
+        ({"calibration": CalibrationOptions(data="a", file=Path("b"))}, "Leave one of them out"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
     ],
 )
@@ -213,7 +213,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(
 def test_a_killed_start_does_not_lock_the_directory(tmp_path: Path) -> None:
     (tmp_path / "run.json.partial").write_text("{")
     checkpoint = shortllm.open_checkpoint("embedded")
-    rundir.claim_directory(tmp_path, checkpoint)
+    claim_directory(tmp_path, checkpoint)
 
 
 HOLD = """

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from shortllm.criteria import require_finite
-from shortllm.errors import BudgetError, CriterionError, ResultFileError
+from shortllm.errors import BudgetError, CriterionError, ResultFileError, ShortLLMError
+from shortllm.options import options_from
 from shortllm.pruning.budget import Budget, check_budget, most_blocks, removable
 from shortllm.pruning.planning import build_plan, removal_order
 from shortllm.pruning.records import BlockScores, PrunePlan
@@ -127,13 +128,11 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     [
         ({}, "no budget given. Give one of --remove"),
         ({"remove": 1, "ratio": 0.5}, "several budgets"),
-        ({"remove": 0}, "removes nothing"),
         ({"remove": 8}, "cannot remove 8 of 12 blocks: 5 are protected. Ask for 7 or fewer"),
         (
             {"remove": 12, "protect_first": 0, "protect_last": 0},
             "one must stay. Ask for 11 or fewer",
         ),
-        ({"ratio": 1.5}, "not between 0 and 1"),
         ({"ratio": 0.01}, "less than half a block"),
         ({"param_ratio": 0.6}, "the 7 unprotected of 12 blocks have 53.8%"),
         ({"blocks": [12]}, "no block 12: the model's blocks are 0 to 11"),
@@ -145,6 +144,15 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
 def test_impossible_budgets(budget: dict[str, object], message: str) -> None:
     with pytest.raises(BudgetError, match=message):
         check_budget(Budget(**budget), model())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"remove": 0}, {"ratio": 1.5}, {"ratio": 0}, {"param_ratio": 1}, {"target_speedup": 1.0}],
+)
+def test_amounts_out_of_range_are_refused_by_name(budget: dict[str, Any]) -> None:
+    with pytest.raises(ShortLLMError, match=f"{next(iter(budget))}.*(greater|less) than"):
+        options_from(Budget, budget)
 
 
 def test_budget_without_scores_says_what_to_run() -> None:

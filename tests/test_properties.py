@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from shortllm.checkpoint.names import BlockNames, find_block_names
 from shortllm.checkpoint.rules import BLOCK_NUMBERS, LEADING, PER_BLOCK
 from shortllm.checkpoint.shorten_config import shorten_config
+from shortllm.checkpoint.source import BlockNames, find_block_names
 from shortllm.checkpoint.tensors import (
     SAFETENSORS,
     SAFETENSORS_INDEX,
@@ -41,7 +41,7 @@ from shortllm.pruning.records import PrunePlan
 from shortllm.records import ModelInfo
 from shortllm.surgery.apply import as_read_from_disk
 
-often = settings(deadline=None, max_examples=100)
+often = settings(deadline=None)
 seldom = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 
 

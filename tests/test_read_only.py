@@ -65,8 +65,8 @@ def calls(place: Path, out: Path) -> dict[str, Callable[[], Any]]:
         ),
         "export-lint": lambda: shortllm.export_lint(name),
         "compare-criteria": lambda: shortllm.compare_criteria(
-            name, criterion=["ppl", "magnitude"], random=1, ratios=[0.25], calibration=ids,
-            evaluation=EvaluationOptions(length=16, max_segments=2), out=out,
+            name, criteria=["ppl", "magnitude"], random=1, ratios=[0.25], calibration=ids,
+            eval_length=16, max_segments=2, out=out,
         ),
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ from shortllm.format import (
 )
 from shortllm.pruning.records import BlockScores, PrunePlan, Size
 from shortllm.records import Cost, ModelInfo
-from shortllm.reporting import write_comparison, write_report, write_runs, write_units
+from shortllm.reporting import compare, write_comparison, write_report, write_units
 from shortllm.reporting.blocks import LONG_TABLE
 from shortllm.reporting.parts import Cell, Table, row
 from shortllm.reporting.plots import PALETTE, line_style, standalone
@@ -93,7 +93,7 @@ def make_run(
 ) -> Path:
     """A run directory as the stages leave it; `scores` changes fields of scores.json.
 
-    A run whose blocks were named by hand has no plot and is made in a tenth of the time.
+    A run whose blocks were given by hand has no plot and takes a tenth of the time.
     """
     directory.mkdir(parents=True, exist_ok=True)
     values = [12.5 + abs(block - 6) for block in range(blocks)]
@@ -211,7 +211,7 @@ def test_golden_comparisons(tmp_path: Path) -> None:
     assert_golden("criteria.html", page.read_text())
     assert_golden("units.html", write_units(units_files(tmp_path / "units")).read_text())
     runs = [write_run(tmp_path / "one"), make_run(tmp_path / "two", removed=(3,), by_hand=True)]
-    write_runs(runs, tmp_path / "runs.html")
+    compare(runs, out=tmp_path / "runs.html")
     assert_golden("runs.html", (tmp_path / "runs.html").read_text())
 
 
@@ -543,7 +543,7 @@ def test_lines_are_told_apart_and_listed_as_they_end() -> None:
     styles = re.findall(r'clip-path[^>]*style="(fill: none;[^"]*stroke: #[^"]*)"', svg)
     lines = [style for style in styles if PALETTE["rule"][0] not in style]
     assert len(lines) == len(set(lines)) == 20
-    assert standalone(plot.figure()).count("background: #fff") == 1
+    assert standalone(plot.figure().svg).count("background: #fff") == 1
 
 
 # ---- format and tables

@@ -27,7 +27,18 @@ from shortllm.model.metrics import kl_divergence
 from shortllm.reporting.healing import retraining_parts
 from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.retraining import CONFIGS
+from shortllm.retraining.corpus import (
+    Corpus,
+    Document,
+    Store,
+    documents,
+    kind_of,
+    open_corpus,
+    template_of,
+    write_corpus,
+)
 from shortllm.retraining.distillation import (
+    CachedTeacher,
     answer_loss,
     hidden_loss,
     recording,
@@ -36,20 +47,15 @@ from shortllm.retraining.distillation import (
     teacher_blocks,
     top_k_loss,
 )
-from shortllm.retraining.documents import Document, documents, kind_of, template_of
-from shortllm.retraining.methods import METHODS, TrainingMethod
+from shortllm.retraining.methods import METHODS, TrainingMethod, find_targets
 from shortllm.retraining.options import RetrainOptions
 from shortllm.retraining.setup import resolve, work_directory
-from shortllm.retraining.store import Corpus, Store, open_corpus, write_corpus
-from shortllm.retraining.trainable import add_adapters, find_targets, train_last_blocks
 from shortllm.retraining.windows import (
     NO_TARGET,
-    CachedTeacher,
     Windows,
     collate,
     keeps_apart,
     target_rows,
-    write_cache,
 )
 from shortllm.runtime import ALONE
 from shortllm.surgery.apply import lineage
@@ -153,7 +159,7 @@ def corpus_of(found: list[Document], target: Path, **changes: Any) -> Corpus:
 
 
 def all_ids(store: Store) -> list[int]:
-    ids: list[int] = store.ids(0, store.tokens).tolist()
+    ids: list[int] = store.ids.tolist()
     return ids
 
 
@@ -195,25 +201,26 @@ def test_too_little_to_train_on_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_is_read_across_batches_and_documents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shortllm.retraining.store.TOKENS_AT_ONCE", 20)
+def test_a_store_is_read_across_documents(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(2, 9, (31,), generator=generator).tolist()
     found = [Document(torch.randint(0, 1024, (n,), generator=generator).tolist()) for n in sizes]
     store = corpus_of(found, tmp_path / "corpus", held_out=1).train
     flat = [token for document in found[1:] for token in document.ids]
     assert all_ids(store) == flat and store.documents == 30
-    for start, stop in ((0, 1), (5, 60), (len(flat) - 3, len(flat))):
-        assert store.ids(start, stop).tolist() == flat[start:stop]
+    windows = Windows(store, length=16, packing="stream", apart=False)
+    for number, item in enumerate(windows):  # type: ignore[arg-type]
+        assert item["input_ids"].tolist() == flat[16 * number : 16 * number + 16]
+        if number == len(windows) - 1:
+            break
 
 
-@pytest.mark.parametrize("damaged", ["train.arrow", "held_out.arrow", "corpus.json"])
-def test_a_damaged_corpus_is_an_error(damaged: str, tmp_path: Path) -> None:
-    corpus_of([Document([1, 2, 3])] * 4, tmp_path / "work" / "corpus")
+@pytest.mark.parametrize("damaged", ["train.ids", "held_out.index", "corpus.json"])
+@pytest.mark.parametrize("lost", [4, 9, 16])
+def test_a_damaged_corpus_is_an_error(damaged: str, lost: int, tmp_path: Path) -> None:
+    corpus_of([Document([1, 2, 3, 4, 5])] * 4, tmp_path / "work" / "corpus")
     file = tmp_path / "work" / "corpus" / damaged
-    file.write_bytes(file.read_bytes()[:-9])
+    file.write_bytes(file.read_bytes()[:-lost])
     with pytest.raises(DataError, match=f"is damaged. Delete {tmp_path / 'work'} to start again"):
         open_corpus(tmp_path / "work" / "corpus")
 
@@ -299,14 +306,14 @@ def test_a_packed_batch_has_the_loss_of_its_documents(variant: str, tmp_path: Pa
 def test_adapters_reach_every_projection_and_merge_exactly(variant: str) -> None:
     """Merged weights compute what the adapter computes at run time."""
     model = families.build(variant)
-    targets = find_targets(model, rank=2)
+    modules, experts = find_targets(model, rank=2)
     inside = [
         name for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split("."))
     ]  # fmt: skip
-    assert set(inside) <= set(targets.modules)
-    assert len(targets.modules + targets.parameters) >= 2 * 6
-    adapted = add_adapters(model, RetrainOptions(rank=2, dropout=0.0)).eval()
+    assert set(inside) <= set(modules)
+    assert len(modules + experts) >= 2 * 6
+    adapted = METHODS.get("lora").function(model, RetrainOptions(rank=2, dropout=0.0)).eval()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     ids = families.token_ids()
@@ -316,21 +323,21 @@ def test_adapters_reach_every_projection_and_merge_exactly(variant: str) -> None
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
         at_run_time = adapted(input_ids=ids).logits
-        merged = adapted.merge_and_unload()(input_ids=ids).logits  # type: ignore[operator]
+        merged = adapted.merge_and_unload()(input_ids=ids).logits
     assert (at_run_time - before).abs().max() > 1e-2
     torch.testing.assert_close(merged, at_run_time, rtol=1e-4, atol=1e-4)
 
 
 def test_last_blocks_and_head_alone_are_trained() -> None:
-    model = families.build("llama")
-    train_last_blocks(model, 2)
+    model, method = families.build("llama"), METHODS.get("last-blocks")
+    method.function(model, RetrainOptions(method="last-blocks", blocks=2))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(
         name.startswith(("model.layers.4.", "model.layers.5.", "lm_head.")) for name in trained
     )
     assert "lm_head.weight" in trained and "model.norm.weight" not in trained
     with pytest.raises(ShortLLMError, match="the model has 6"):
-        train_last_blocks(model, 7)
+        method.function(model, RetrainOptions(method="last-blocks", blocks=7))
 
 
 # ------------------------------------------------------------------ losses
@@ -400,10 +407,9 @@ def test_hidden_states_are_compared_across_the_gap(place: Path) -> None:
 def test_a_cached_teacher_says_what_the_teacher_says(corpus: Corpus, tmp_path: Path) -> None:
     teacher = families.loaded("llama")
     windows = Windows(corpus.train, length=8, packing="stream", apart=True)
-    write_cache(
-        teacher, windows, tmp_path / "cache", k=4, batch=2, ranks=ALONE, advance=lambda done: None
-    )
-    windows.teacher = CachedTeacher(tmp_path / "cache")
+    cache = CachedTeacher(tmp_path)
+    cache.write(teacher, windows, k=4, batch=2, ranks=ALONE, advance=lambda done: None)
+    windows.predictions = cache.predictions
     batch = collate([windows[1], windows[0]])
     rows = target_rows(batch["labels"])
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
@@ -417,14 +423,15 @@ def test_a_cached_teacher_says_what_the_teacher_says(corpus: Corpus, tmp_path: P
 
 
 def test_an_interrupted_cache_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shortllm.retraining.windows.WINDOWS_PER_FILE", 2)
+    monkeypatch.setattr("shortllm.retraining.distillation.WINDOWS_PER_FILE", 2)
     corpus = corpus_of([Document([1, 2, 3, n]) for n in range(4)], tmp_path / "corpus")
     windows = Windows(corpus.train, length=4, packing="stream", apart=False)
     teacher, cache = families.loaded("llama"), tmp_path / "cache"
 
     def predictions() -> list[list[float]]:
-        write_cache(teacher, windows, cache, k=3, batch=1, ranks=ALONE, advance=lambda done: None)
-        return [CachedTeacher(cache).of(n)["teacher_log_probs"].tolist() for n in range(3)]
+        cached = CachedTeacher(cache)
+        cached.write(teacher, windows, k=3, batch=1, ranks=ALONE, advance=lambda done: None)
+        return [cached.predictions(n)["teacher_log_probs"].tolist() for n in range(3)]
 
     before = predictions()
     assert [len(rows) for rows in before] == [3, 3, 3]

@@ -12,11 +12,9 @@ from families import _GROUPED, build, config_of, opened, save, saved, shortened
 from torch import nn
 from transformers import AutoConfig
 
-from shortllm.checkpoint.blocks import find_blocks
-from shortllm.checkpoint.names import find_block_names
 from shortllm.checkpoint.shorten_config import refuse_block_names_in_config, shorten_config
-from shortllm.checkpoint.source import open_checkpoint
-from shortllm.checkpoint.structure import block_signature, block_structure, build_empty
+from shortllm.checkpoint.source import find_block_names, open_checkpoint
+from shortllm.checkpoint.structure import block_signature, block_structure, build_empty, find_blocks
 from shortllm.errors import UnsupportedModelError
 from shortllm.surgery.apply import check_removal
 from shortllm.surgery.guard import Renumbering, check_signatures, difference

@@ -14,6 +14,7 @@ from typing import Any
 
 import children
 import pytest
+import test_cli
 import torch
 from families import opened, saved, token_ids
 
@@ -25,6 +26,7 @@ from shortllm.model.session import Session
 from shortllm.model.streamed import StreamedWeights
 from shortllm.pruning import score as score_module
 from shortllm.pruning.records import BlockScores
+from shortllm.runtime import Ranks
 
 EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
 SAMPLES = 5
@@ -79,11 +81,12 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, stream",
-    [(TORCHRUN, "--stream"), (ACCELERATE, "--no-stream")],
-    ids=["torchrun", "accelerate"],
+    [
+        pytest.param(TORCHRUN, "--stream", id="torchrun"),
+        pytest.param(ACCELERATE, "--no-stream", id="accelerate", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one(
     launcher: list[str], stream: str, alone: Path, ids_file: Path, tmp_path: Path
@@ -173,6 +176,12 @@ def test_criteria_find_the_superfluous_blocks(shared: Path) -> None:
         assert sorted(order[:5]) == [1, 3, 5, 7, 9], name
 
 
+def test_a_process_without_a_sample_is_refused() -> None:
+    with pytest.raises(ShortLLMError, match="1 samples cannot be shared by 2 processes"):
+        Ranks(rank=1, count=2).mine(token_ids(1))
+
+
+@pytest.mark.slow
 def test_too_many_processes_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "one.json"
     file.write_text(json.dumps(token_ids(1).tolist()))
@@ -246,13 +255,17 @@ def test_criteria_without_text_need_no_data(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments(
-    arguments: list[str], message: str, ids_file: Path, tmp_path: Path
+    arguments: list[str],
+    message: str,
+    ids_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    done = call(
-        "score", saved("llama"), "--calibration", ids_file, "--out", tmp_path / "run", *arguments
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
+    code, _, printed = test_cli.call(
+        capfd, "score", saved("llama"), "--calibration", ids_file, "--out", tmp_path / "run",
+        *arguments,
+    )  # fmt: skip
+    assert code == 2 and message in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -326,9 +339,8 @@ def eagerly(words: list[str]) -> None:
     children.command(words)
 
 
-@pytest.mark.slow
 @pytest.mark.shared
-@pytest.mark.parametrize("criterion", ["ppl", "taylor"])
+@pytest.mark.parametrize("criterion", ["ppl", pytest.param("taylor", marks=pytest.mark.slow)])
 def test_a_killed_command_goes_on_where_it_was(
     criterion: str, shared: Path, tmp_path: Path
 ) -> None:

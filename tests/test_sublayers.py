@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import shortllm
 from shortllm import journal
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import open_checkpoint
+from shortllm.checkpoint.structure import find_blocks
 from shortllm.cli import app
 from shortllm.errors import (
     BudgetError,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import shortllm
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.structure import find_blocks
 from shortllm.data.calibration import Calibration, tokens_fingerprint
 from shortllm.data.options import CalibrationInfo
 from shortllm.errors import (

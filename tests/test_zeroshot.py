@@ -367,7 +367,7 @@ def test_any_other_task_of_the_harness_by_its_name(tmp_path: Path) -> None:
     ("asked", "message"),
     [
         (["boolk"], "unknown task 'boolk'. Did you mean 'boolq'.*Available: paper, embedded"),
-        (["shortllm_embedded", "embedded"], "asked for twice, by 'shortllm_embedded' and by"),
+        (["shortllm_embedded", "embedded"], "requested twice, by 'shortllm_embedded' and by"),
     ],
 )
 def test_names_that_cannot_be_are_refused(asked: list[str], message: str) -> None:

@@ -116,7 +116,7 @@ def section_of(one: Shown, runs: Path, steps: int) -> tuple[Table, str]:
     plots["throughput"] = next(p for name, p in speed.items() if "throughput" in name).figure()
     lines = [f"## {one.name}", ""]
     for name, figure in plots.items():
-        write_text(IMAGES / f"{one.name}-{name}.svg", standalone(figure))
+        write_text(IMAGES / f"{one.name}-{name}.svg", standalone(figure.svg))
         lines += [f"![{one.name}: {CITED[name]}](images/gallery/{one.name}-{name}.svg)", ""]
     head, rows = units_table(results).plain()  # without memory, most of which is the libraries'
     for source, text in TEXTS.items():

@@ -30,7 +30,6 @@ from shortllm.reporting.plots import (
     drawn,
     line_style,
     mark_heights,
-    plain_frame,
     standalone,
 )
 
@@ -178,8 +177,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
                     axes.plot(*zip(*points, strict=True), label=criterion, **line_style(place))
                 axes.set_yscale("log")
                 axes.set_ylim(low / 1.05, high * 1.1)
-                mark_heights(axes, 1.0, log=True)
-                plain_frame(axes, bottom=True)
+                mark_heights(axes, 1.0)
                 if i == 0:
                     axes.set_title(way, color=COLOURS["ink"], fontsize=9)
                 if j == 0:

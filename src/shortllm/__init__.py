@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from shortllm.benchmark.options import BenchmarkOptions as BenchmarkOptions
     from shortllm.checkpoint.source import Checkpoint as Checkpoint
     from shortllm.checkpoint.source import open_checkpoint as open_checkpoint
-    from shortllm.comparison.compare import compare as compare
-    from shortllm.comparison.compare import compare_criteria as compare_criteria
-    from shortllm.comparison.compare import compare_units as compare_units
+    from shortllm.comparison.criteria import compare_criteria as compare_criteria
     from shortllm.comparison.options import Comparison as Comparison
+    from shortllm.comparison.width_vs_depth import compare_units as compare_units
     from shortllm.data.options import CalibrationOptions as CalibrationOptions
     from shortllm.errors import ShortLLMError as ShortLLMError
     from shortllm.evaluation.evaluate import evaluate as evaluate
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from shortllm.pipeline import run as run
     from shortllm.pruning.budget import Budget as Budget
     from shortllm.pruning.estimate import info as info
-    from shortllm.pruning.plan import plan as plan
+    from shortllm.pruning.planning import plan as plan
     from shortllm.pruning.prune import prune as prune
     from shortllm.pruning.records import BlockScores as BlockScores
     from shortllm.pruning.records import PrunePlan as PrunePlan
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
     from shortllm.quantizing.quantize import quantize as quantize
     from shortllm.recipe import Recipe as Recipe
+    from shortllm.reporting import compare as compare
     from shortllm.reporting import report as report
     from shortllm.retraining.options import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
@@ -93,9 +93,9 @@ _HOME = {
     "WidthOptions": "width_pruning.options",
     "WidthPruning": "width_pruning.options",
     "bench": "measure",
-    "compare": "comparison.compare",
-    "compare_criteria": "comparison.compare",
-    "compare_units": "comparison.compare",
+    "compare": "reporting",
+    "compare_criteria": "comparison.criteria",
+    "compare_units": "comparison.width_vs_depth",
     "drop_sublayers": "sublayers.drop",
     "evaluate": "evaluation.evaluate",
     "export_lint": "surgery.export_lint",
@@ -104,7 +104,7 @@ _HOME = {
     "load": "model.loading",
     "merge": "merging.merge",
     "open_checkpoint": "checkpoint.source",
-    "plan": "pruning.plan",
+    "plan": "pruning.planning",
     "prune": "pruning.prune",
     "quantize": "quantizing.quantize",
     "report": "reporting",

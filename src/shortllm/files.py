@@ -22,6 +22,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from shortllm.errors import OutputError
+from shortllm.format import in_bytes
 
 PARTIAL = ".partial"
 """Suffix of everything unfinished; files that have it may be deleted."""
@@ -74,11 +75,6 @@ def partial_directory(target: Path, *, needed_bytes: int | None = None) -> Itera
 
     A finished `target` is replaced. Leftovers of an interrupted write are removed first, and after
     an error the unfinished directory is removed too, so that its disk space is free again.
-
-    Args:
-        needed_bytes: about how much will be written, for the message if it does not fit.
-    Raises:
-        OutputError: it cannot be written, or it is or contains the current working directory.
     """
     target = target.resolve()  # "." has no name, and a link cannot be swapped for a directory
     if Path.cwd().is_relative_to(target):
@@ -138,12 +134,7 @@ def translate_os_errors(
 ) -> Iterator[None]:
     """Turn errors of writing below `directory` into an OutputError that says what to do.
 
-    Args:
-        needed_bytes: about how much was to be written, if that is known.
-        hint: what to do other than making space.
-
-    Raises:
-        OutputError: no space, or no permission.
+    `needed_bytes` is about how much was to be written; `hint` what to do other than make space.
     """
     try:
         yield
@@ -179,19 +170,8 @@ def _is_full(error: Exception) -> bool:
     return from_torch or any(os.strerror(number) in text for number in NO_SPACE)
 
 
-def in_bytes(count: int) -> str:
-    """A number of bytes for a message: '817 bytes', '35 KiB', '3,104 MiB'."""
-    if count < 10 * 2**10:
-        return f"{count} bytes"
-    return f"{count / 2**10:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:,.0f} MiB"
-
-
 def require_writable(directory: Path, needed_bytes: int = 0) -> None:
-    """Check before heavy work that `directory` can be created and has `needed_bytes` free.
-
-    Raises:
-        OutputError: a file in the way, no permission, or too little space.
-    """
+    """Check before heavy work that `directory` can be created and has `needed_bytes` free."""
     parent = existing_parent(directory)
     if not parent.is_dir():
         raise OutputError(f"cannot write to {directory}: {parent} is a file. Choose another --out")
@@ -206,11 +186,7 @@ def require_writable(directory: Path, needed_bytes: int = 0) -> None:
 
 
 def require_file_target(path: Path) -> None:
-    """Check before heavy work that the file `path` can be written.
-
-    Raises:
-        OutputError: it is a directory, or see `require_writable`.
-    """
+    """Check before heavy work that the file `path` can be written."""
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file such as {path / 'eval.json'}")
     require_writable(path.parent)
@@ -231,12 +207,7 @@ _held: dict[Path, BaseFileLock] = {}
 
 
 def hold(directory: Path) -> None:
-    """Lock a directory, created if need be, until the nearest `releasing` around this call ends.
-
-    Raises:
-        OutputError: another process has the lock, saying which and since when; or the directory
-            cannot be written.
-    """
+    """Lock a directory, created if need be, until the nearest `releasing` around this call ends."""
     directory = directory.resolve()
     if directory in _held:
         return

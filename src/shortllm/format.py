@@ -94,6 +94,11 @@ def binary_bytes(value: int | None) -> str:
     return _scaled(value, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))
 
 
+def in_bytes(value: float) -> str:
+    """Bytes for a message or a log: '1.50 GiB' in ASCII."""
+    return plain(binary_bytes(round(value)))
+
+
 def _scaled(value: int | None, step: int, units: Sequence[str]) -> str:
     """Three digits and the largest unit that leaves at least one of them before the point."""
     if value is None:

@@ -11,11 +11,7 @@ PROTECT_LAST = 2
 
 
 def protected_ends(count: int, first: int | None = None, last: int | None = None) -> list[int]:
-    """Protected blocks of a model of `count` blocks, ascending.
-
-    Raises:
-        BudgetError: a negative number of protected blocks.
-    """
+    """Protected blocks of a model of `count` blocks, ascending."""
     if (first or 0) < 0 or (last or 0) < 0:
         raise BudgetError("--protect-first and --protect-last cannot be negative")
     first = min(PROTECT_FIRST, count // 4) if first is None else first
@@ -24,9 +20,5 @@ def protected_ends(count: int, first: int | None = None, last: int | None = None
 
 
 def protected_in(model: ModelInfo, first: int | None = None, last: int | None = None) -> list[int]:
-    """Protected blocks of a model, ascending: its ends, and those that other blocks depend on.
-
-    Raises:
-        BudgetError: a negative number of protected blocks.
-    """
+    """Protected blocks of a model, ascending: its ends, and those that other blocks depend on."""
     return sorted({*protected_ends(model.blocks, first, last), *model.fixed})

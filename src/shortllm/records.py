@@ -37,12 +37,7 @@ class ResultFile(Record):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the file back.
-
-        Raises:
-            ResultFileError: missing, not JSON, or with keys or values this kind of file cannot
-                hold.
-        """
+        """Read the file back."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:

@@ -36,21 +36,13 @@ class Registry(Generic[Entry]):
     """Methods of one kind by name, in the order of their registration."""
 
     def __init__(self, kind: str, error: type[ShortLLMError]) -> None:
-        """
-        Args:
-            kind: what one entry is called in messages, e.g. 'criterion'.
-            error: raised for an unknown name.
-        """
+        """Messages call an entry a `kind`; an unknown name raises `error`."""
         self._kind = kind
         self._error = error
         self._entries: dict[str, Entry] = {}
 
     def add(self, name: str, entry: Entry) -> None:
-        """Register an entry.
-
-        Raises:
-            ValueError: the name is taken, and by which module.
-        """
+        """Register an entry."""
         if name in self._entries:
             owner = self._entries[name].function.__module__
             raise ValueError(f"{self._kind} '{name}' is already registered by {owner}")
@@ -122,11 +114,7 @@ class MethodRegistry(Registry[Own]):
         return decorate
 
     def require_own_options(self, name: str, options: BaseModel) -> None:
-        """Refuse options that only another method has.
-
-        Raises:
-            ValueError: the message names the option and its method.
-        """
+        """Refuse options that only another method has."""
         for method in self:
             for one in method.options:
                 default = type(options).model_fields[one].default

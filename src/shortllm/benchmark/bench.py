@@ -17,6 +17,7 @@ together, all but the running one wait off the device.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from shortllm.benchmark.interleaved import CPU, Candidate, InterleavedRuns
-from shortllm.benchmark.meters import Meter, load_average, meter_of
+from shortllm.benchmark.meters import Meter, meter_of
 from shortllm.benchmark.options import (
     UNFINISHED_BENCHMARK,
     Benchmark,
@@ -37,7 +38,7 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.texts import vocabulary
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
-from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
 from shortllm.files import fingerprint
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model
@@ -49,23 +50,6 @@ log = logging.getLogger(__name__)
 
 STAND_IN_TOKENS = 12
 """Length of the prompt for a model without a tokenizer; about that of the usual prompt."""
-
-
-def check_options(options: BenchmarkOptions) -> None:
-    """Refuse what cannot be measured.
-
-    Raises:
-        ShortLLMError: a number below its least.
-    """
-    for flag, numbers in (("--batch", options.batches), ("--new-tokens", options.new_tokens)):
-        if not numbers or min(numbers) < 1:
-            given = ",".join(map(str, numbers)) or "nothing"
-            raise ShortLLMError(f"{flag} {given} is too few. Give 1 or more")
-    if options.compile and options.warmup < 2:
-        raise ShortLLMError(
-            f"--warmup {options.warmup} is too few with --compile, of which the first compiles. "
-            "Give 2 or more"
-        )
 
 
 def benchmark_fingerprint(
@@ -85,16 +69,17 @@ def benchmark_fingerprint(
 def check_speed(
     checkpoints: Mapping[str, Checkpoint], options: BenchmarkOptions, session: Session
 ) -> dict[str, Tensor]:
-    """The prompt `[T]` of each model, after checking that the sweep can begin.
-
-    Raises:
-        ShortLLMError: options that cannot be met.
-    """
-    check_options(options)
+    """The prompt `[T]` of each model, after checking that the sweep can begin."""
     _check_attention(options, session.device)
     prompts = {name: prompt_ids(one, options.prompt) for name, one in checkpoints.items()}
     for name, checkpoint in checkpoints.items():
-        _check_positions(checkpoint, len(prompts[name]), max(options.new_tokens))
+        room, prompt = context_length(checkpoint.config), len(prompts[name])
+        longest = max(options.new_tokens)
+        if room is not None and prompt + longest > room:
+            raise DataError(
+                f"{prompt} tokens of the prompt and {longest} new ones exceed the {room} positions "
+                f"of {checkpoint.id}. Give --new-tokens {room - prompt} or less"
+            )
     return prompts
 
 
@@ -107,26 +92,26 @@ def measure_speed(
 ) -> Benchmark:
     """Every cell of the sweep for every model, by name.
 
-    Args:
-        session: device and computation type; its own model is not used.
-        directory: where finished cells are kept, so that an interrupted sweep resumes.
-    Raises:
-        ShortLLMError: options that cannot be met, before any model is loaded where that is known.
-        CheckpointError: a model that cannot be loaded.
+    Finished cells are kept in `directory`, so that an interrupted sweep resumes.
     """
     prompts = check_speed(checkpoints, options, session)
     meter = meter_of(session.device)
-    candidates = [
-        Candidate(
-            name=name,
-            model=_load(checkpoint, options.attention, session),
-            prompt_T=prompts[name],
+    candidates, models = [], []
+    for name, checkpoint in checkpoints.items():
+        model = _load(checkpoint, options.attention, session)
+        candidates.append(Candidate(name=name, model=model, prompt_T=prompts[name]))
+        models.append(
+            BenchmarkedModel(
+                name=name,
+                model=checkpoint.info(),
+                head_parameters=Decoder(model).head_elements,
+                prompt_tokens=len(prompts[name]),
+                dtype=session.dtype(checkpoint),
+            )
         )
-        for name, checkpoint in checkpoints.items()
-    ]
     return sweep(
         candidates,
-        [_described(one, checkpoints[one.name], session) for one in candidates],
+        models,
         options,
         device=session.device,
         fingerprint=benchmark_fingerprint(checkpoints, options, session, meter),
@@ -143,13 +128,7 @@ def sweep(
     fingerprint: str,
     directory: Path | None = None,
 ) -> Benchmark:
-    """Every cell of the sweep for models that are in memory.
-
-    Args:
-        models: the record of each candidate.
-        fingerprint: of everything the figures depend on.
-        directory: as for `measure_speed`.
-    """
+    """Every cell of the sweep for models that are in memory; `models` has a record of each."""
     meter = meter_of(device)
     interleaved = InterleavedRuns(candidates, options, device, meter)
     kept = None if directory is None else directory / UNFINISHED_BENCHMARK
@@ -172,7 +151,7 @@ def sweep(
             device=device.type,
             device_name=meter.name,
             threads=torch.get_num_threads(),
-            load_average=load_average(),
+            load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
             versions=versions(),
             fingerprint=fingerprint,
         )
@@ -193,11 +172,7 @@ def sweep(
 
 
 def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
-    """Token ids `[T]` of the prompt; arbitrary ones for a model without a tokenizer.
-
-    Raises:
-        DataError: it has no tokens.
-    """
+    """Token ids `[T]` of the prompt; arbitrary ones for a model without a tokenizer."""
     try:
         tokenizer = load_tokenizer(checkpoint)
     except CheckpointError:
@@ -211,16 +186,6 @@ def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
             f"the prompt '{prompt}' has no tokens for {checkpoint.id}. Give a longer one"
         )
     return torch.tensor(ids)
-
-
-def _check_positions(checkpoint: Checkpoint, prompt: int, new_tokens: int) -> None:
-    """Refuse longer texts than the model has positions for."""
-    room = context_length(checkpoint.config)
-    if room is not None and prompt + new_tokens > room:
-        raise DataError(
-            f"{prompt} tokens of the prompt and {new_tokens} new ones exceed the {room} positions "
-            f"of {checkpoint.id}. Give --new-tokens {room - prompt} or less"
-        )
 
 
 def _check_attention(options: BenchmarkOptions, device: torch.device) -> None:
@@ -256,13 +221,3 @@ def _load(checkpoint: Checkpoint, attention: str | None, session: Session) -> An
             f"{checkpoint.id} has one attention implementation of its own. Leave out --attn"
         )
     return model.to(CPU)
-
-
-def _described(candidate: Candidate, checkpoint: Checkpoint, session: Session) -> BenchmarkedModel:
-    return BenchmarkedModel(
-        name=candidate.name,
-        model=checkpoint.info(),
-        head_parameters=Decoder(candidate.model).head_elements,
-        prompt_tokens=len(candidate.prompt_T),
-        dtype=session.dtype(checkpoint),
-    )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from shortllm.benchmark.meters import Meter, Sampler, bounded_memory, is_out_of_memory
 from shortllm.benchmark.options import BenchmarkOptions, Measurement, PeakMemory
 from shortllm.errors import ShortLLMError
-from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
 from shortllm.runtime import Advance, quiet_transformers
 
 CPU = torch.device("cpu")
@@ -67,15 +68,12 @@ class InterleavedRuns:
 
         Args:
             advance: called with the number of runs done since its last call.
-        Raises:
-            ShortLLMError: a model that cannot be compiled, but should be.
         """
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), quiet_transformers():
-            swapped = False
             runs = self._alternate(batch, new_tokens, advance, swapped=False)
+            swapped = runs is None
             if runs is None:
-                swapped = True
                 runs = self._alternate(batch, new_tokens, advance, swapped=True)
         assert runs is not None
         return [
@@ -88,16 +86,15 @@ class InterleavedRuns:
     ) -> list[Runs] | None:
         """All runs of a cell, in turn; None if some do not fit next to the other models.
 
-        Args:
-            swapped: keep on the device only the model that runs.
+        With `swapped`, only the model that runs is on the device.
         """
         self._forget_shapes()
         found = [Runs() for _ in self.candidates]
         for number in range(self.options.warmup + self.options.runs):
             for place in in_turn(len(self.candidates), number):
                 if not found[place].failed:
-                    run = self._run(place, found[place], number, batch, new_tokens, swapped)
-                    if not self._fits(run):
+                    turn = (self.candidates[place], found[place], number, batch, new_tokens)
+                    if not self._fits(partial(self._run, *turn, swapped)):
                         if self._movable and not swapped:
                             return None
                         found[place] = Runs(failed=True)
@@ -105,27 +102,23 @@ class InterleavedRuns:
         return found
 
     def _run(
-        self, place: int, runs: Runs, number: int, batch: int, new_tokens: int, swapped: bool
-    ) -> Callable[[], None]:
-        """The run of one candidate in one turn, as a function."""
-        candidate = self.candidates[place]
-
-        def run() -> None:
-            self._bring(candidate, swapped=swapped)
-            torch.manual_seed(self.options.seed + number)
-            if number < self.options.warmup - 1:
-                self._generate(candidate, batch, new_tokens)
-            elif number == self.options.warmup - 1:
-                runs.memory = self._peak_memory(candidate, batch, new_tokens, swapped=swapped)
-            else:
-                with Sampler(self._meter) as sampler:
-                    latency = self._seconds(candidate, batch, new_tokens)
-                first_token = self._seconds(candidate, batch, 1)
-                runs.latencies_s.append(latency)
-                runs.utilisation.extend(sampler.utilisation)
-                runs.first_tokens_s.append(first_token)
-
-        return run
+        self, candidate: Candidate, runs: Runs, number: int, batch: int, new_tokens: int,
+        swapped: bool,
+    ) -> None:  # fmt: skip
+        """The run of one candidate in one turn."""
+        self._bring(candidate, swapped=swapped)
+        torch.manual_seed(self.options.seed + number)
+        if number < self.options.warmup - 1:
+            self._generate(candidate, batch, new_tokens)
+        elif number == self.options.warmup - 1:
+            runs.memory = self._peak_memory(candidate, batch, new_tokens, swapped=swapped)
+        else:
+            with Sampler(self._meter) as sampler:
+                latency = self._seconds(candidate, batch, new_tokens)
+            first_token = self._seconds(candidate, batch, 1)
+            runs.latencies_s.append(latency)
+            runs.utilisation.extend(sampler.utilisation)
+            runs.first_tokens_s.append(first_token)
 
     def _fits(self, run: Callable[[], None]) -> bool:
         """Make a run; False if memory did not suffice, which is then freed."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from shortllm.errors import ShortLLMError
 from shortllm.runtime import available_memory
@@ -54,8 +54,8 @@ class Sample:
     process_bytes: int | None = None
 
 
-class Meter(Protocol):
-    """Readings of one device."""
+class Meter:
+    """Readings of one device: one that is idle when a call returns, without peaks or a cache."""
 
     name: str
 
@@ -63,45 +63,43 @@ class Meter(Protocol):
         """Return when the device has finished its work."""
 
     def reset(self) -> None:
-        """Forget the peaks so far."""
+        """Begin a run: forget the peaks so far."""
 
     def peaks(self) -> Sample:
         """Memory peaks since the last reset, as far as the device keeps them itself."""
+        return self.sample()
 
     def sample(self) -> Sample:
         """Utilisation of the device since the last sample, and memory in use."""
+        return Sample()
 
     def release(self) -> None:
         """Free cached memory."""
 
 
 def meter_of(device: torch.device) -> Meter:
-    """The meter of a device.
-
-    Raises:
-        ShortLLMError: one that cannot be measured, or the library that reads it is missing.
-    """
-    meters: dict[str, Any] = {"cpu": CpuMeter, "cuda": CudaMeter, "mps": MpsMeter}
-    if device.type not in meters:
-        raise ShortLLMError(f"device '{device}' cannot be measured. Available: {', '.join(meters)}")
-    meter: Meter = meters[device.type](device)
-    return meter
+    """The meter of a device."""
+    if device.type == "cpu":
+        return CpuMeter()
+    if device.type == "cuda":
+        return CudaMeter(device)
+    if device.type == "mps":
+        return MpsMeter()
+    raise ShortLLMError(f"device '{device}' cannot be measured. Available: cpu, cuda, mps")
 
 
-class CpuMeter:
+class CpuMeter(Meter):
     """This process on a CPU, whose work is done when a call returns."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         import psutil
 
         self.name = _processor()
         self._process = psutil.Process()
-        self._processors = usable_processors()
+        affinity = hasattr(os, "sched_getaffinity")
+        self._processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
         self._high_water = _HighWater()
         self._process.cpu_percent()
-
-    def synchronize(self) -> None:
-        """Nothing: the CPU is done when it returns."""
 
     def reset(self) -> None:
         """Begin a run: reset the clock and the high-water mark."""
@@ -116,9 +114,6 @@ class CpuMeter:
         """Busy share since the last sample, and resident memory."""
         busy = self._process.cpu_percent() / 100 / self._processors
         return Sample(utilisation=busy, process_bytes=self._process.memory_info().rss)
-
-    def release(self) -> None:
-        """Nothing: there is no cache to give back."""
 
 
 class _HighWater:
@@ -146,7 +141,7 @@ class _HighWater:
         return None
 
 
-class CudaMeter:
+class CudaMeter(Meter):
     """A CUDA device by torch's allocator and NVML; a ROCm device by torch's allocator alone."""
 
     def __init__(self, device: torch.device) -> None:
@@ -192,11 +187,7 @@ class CudaMeter:
 
 
 def nvml_handle(device: torch.device) -> Any:
-    """NVML's handle of a device by its UUID, since torch and NVML may number devices differently.
-
-    Raises:
-        ShortLLMError: NVML's Python bindings are missing, or there is no driver.
-    """
+    """NVML's handle of a device by its UUID: torch and NVML may number devices differently."""
     import torch
 
     try:
@@ -235,10 +226,10 @@ def nvml_reading(handle: Any) -> tuple[float | None, int | None]:
     )
 
 
-class MpsMeter:
+class MpsMeter(Meter):
     """An Apple GPU, which keeps no peaks: memory is sampled."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.name = f"{_processor()} GPU"
 
     def synchronize(self) -> None:
@@ -246,13 +237,6 @@ class MpsMeter:
         import torch
 
         torch.mps.synchronize()
-
-    def reset(self) -> None:
-        """Nothing: the device keeps no peaks."""
-
-    def peaks(self) -> Sample:
-        """What is in use now."""
-        return self.sample()
 
     def sample(self) -> Sample:
         """What torch's allocator has now."""
@@ -337,18 +321,6 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def usable_processors() -> int:
-    """Processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def load_average() -> float | None:
-    """Processes that wanted to run over the last minute, of the whole machine; None if unknown."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _processor() -> str:

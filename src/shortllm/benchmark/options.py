@@ -8,16 +8,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from shortllm.evaluation.options import PROMPT
 from shortllm.files import PARTIAL
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
-
-PROMPT = "The Leaning Tower of Pisa is known for"
 
 BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
     "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]},
 }
 """Named sweeps; `paper` is that of Shortened LLaMA."""
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class BenchmarkOptions(Options):
@@ -25,11 +26,11 @@ class BenchmarkOptions(Options):
 
     panel: ClassVar[str] = "Benchmark"
 
-    batches: Annotated[list[int], Flag(name="--batch", metavar="1,4,16")] = Field(
-        default=[1], description="Batch sizes: sequences generated at once."
+    batches: Annotated[list[Count], Flag(name="--batch", metavar="1,4,16")] = Field(
+        default=[1], min_length=1, description="Batch sizes: sequences generated at once."
     )
-    new_tokens: Annotated[list[int], Flag(metavar="128,512")] = Field(
-        default=[128], description="Numbers of tokens to generate."
+    new_tokens: Annotated[list[Count], Flag(metavar="128,512")] = Field(
+        default=[128], min_length=1, description="Numbers of tokens to generate."
     )
     warmup: int = Field(default=10, ge=1, description="Runs of each model before measuring.")
     runs: int = Field(default=20, ge=1, description="Measured runs of each model.")
@@ -39,6 +40,15 @@ class BenchmarkOptions(Options):
         Literal["sdpa", "eager", "flash_attention_2"] | None, Flag(name="--attn")
     ] = Field(default=None, description="Attention implementation. Default: the model's own.")
     seed: Annotated[int, Flag(hidden=True)] = Field(default=0, description="Seed of the sampling.")
+
+    @model_validator(mode="after")
+    def _warms_up_after_compiling(self) -> Self:
+        if self.compile and self.warmup < 2:
+            raise ValueError(
+                f"--warmup {self.warmup} is too few with --compile, of which the first compiles. "
+                "Give 2 or more"
+            )
+        return self
 
 
 UNFINISHED_BENCHMARK = f"bench{PARTIAL}"

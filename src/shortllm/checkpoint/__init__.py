@@ -4,10 +4,7 @@ source.py          a local directory or Hub id -> its config and tensor table
 hub.py             Hub ids, revisions, the local cache
 config.py          config.json: a decoder's, trusted, and what it says of the blocks
 tensors.py         tensor name -> file, dtype, shape, byte range; damage is found before use
-structure.py       the model of a config on the meta device, and what its blocks consist of
-blocks.py          the list of blocks inside a model
-shapes.py          models whose blocks differ in width
-names.py           the block number inside a tensor name
+structure.py       the model of a config on the meta device, its blocks and what they consist of
 rules.py           what happens to each config field when blocks go (tables by field name)
 shorten_config.py  the config of a shorter model, by these rules; blocks that must not go
 tokenizer.py       the tokenizer, with corrected special tokens

@@ -2,16 +2,14 @@
 
 Code of its own    Some checkpoints bring Python modules (`auto_map`) instead of a model type that
                    transformers knows. Loading such a model runs that code with all rights of the
-                   user, so it is refused unless the user allows it (`--trust-remote-code`). Types
-                   that transformers knows never run such code.
+                   user, so it is refused unless the user allows it (`--trust-remote-code`).
 Shape per block    Blocks that differ in width have their shapes in config.json, block by block:
 
     "model_type": "llama with a shape per block (load it with shortllm.load)"
     "per_block_shapes": [{"num_attention_heads": 4, ..., "projections": {...}}, ...]
 
-No model class of transformers builds such blocks. Its loader does not know the type, so it refuses
-the checkpoint and repeats what to do, instead of filling tensors of the wrong shape with random
-numbers. Here the type's own config class reads the rest, and shapes.py builds the blocks.
+The loader of transformers does not know this type, so it refuses the checkpoint and repeats what to
+do, instead of filling tensors of the wrong shape with random numbers. structure.py builds it.
 """
 
 from __future__ import annotations
@@ -20,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.tensors import read_json, weight_files
-from shortllm.errors import CheckpointError, UnsupportedModelError
+from shortllm.errors import CheckpointError, UnsupportedModelError, first_line_of
 from shortllm.records import MAX_BLOCKS
 from shortllm.runtime import is_trusted
 
 ADAPTER = "adapter_config.json"
-
 FLAG = "--trust-remote-code"
-
 CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 """What the code of a checkpoint must provide."""
 
@@ -48,15 +44,7 @@ COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
 
 
 def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
-    """config.json as it is in the file, and as a transformers object.
-
-    Args:
-        source: what messages call the checkpoint.
-    Raises:
-        CheckpointError: not a checkpoint, or a damaged one.
-        UnsupportedModelError: not a decoder-only causal language model that transformers knows, or
-            one with code of its own that the user has not allowed.
-    """
+    """config.json as it is in the file, and as a transformers object; messages name `source`."""
     config_file = directory / "config.json"
     if not config_file.is_file():
         weights = directory.is_dir() and weight_files(directory)
@@ -75,9 +63,7 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
         raise CheckpointError(f"{config_file} is not a model config")
     model_type = raw_config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise CheckpointError(
-            f"{config_file} names no model_type; it is not a transformers checkpoint"
-        )
+        raise CheckpointError(f"{config_file} names no model_type: not a model's config")
     if brings_code(raw_config):
         require_trust(source, directory, raw_config)
     config = read_config(directory, model_type)
@@ -86,14 +72,7 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
 
 
 def read_config(directory: Path, model_type: str) -> Any:
-    """config.json as a transformers object, every default filled in.
-
-    The checkpoint's own code is run only for types that transformers does not know;
-    `checked_config` has checked the permission before.
-
-    Raises:
-        UnsupportedModelError: transformers does not know the model type, or refuses its values.
-    """
+    """config.json as a transformers object; `checked_config` has allowed code of its own before."""
     from transformers import AutoConfig
 
     raw = read_json(directory / "config.json")
@@ -106,7 +85,7 @@ def read_config(directory: Path, model_type: str) -> Any:
 
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} cannot read the config of model type "
-            f"'{model_type}': {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"'{model_type}': {first_line_of(error)}"
         ) from error
 
 
@@ -115,17 +94,18 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     from transformers import PretrainedConfig
 
     model_type = config.model_type
-    parts = (config, _text_part(config))
+    try:
+        parts = (config, text_config(config))
+    except Exception:  # config classes raise whatever their values lead to
+        parts = (config, None)
     whole = all(isinstance(part, PretrainedConfig) for part in parts)
     if not (whole and all(isinstance(part.model_type, str) for part in parts)):
         raise UnsupportedModelError(
-            f"model type '{model_type}': the part of config.json that describes its text decoder "
-            "is missing. Download it again"
+            f"model type '{model_type}': config.json lacks its text decoder. Download it again"
         )
     if any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise UnsupportedModelError(
-            f"model type '{model_type}' is an encoder-decoder; shortllm shortens decoder-only "
-            "models"
+            f"model type '{model_type}' is an encoder-decoder; only decoders can be shortened"
         )
     if is_own_code(config):
         return
@@ -133,8 +113,8 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
     classes = text_only | (wrapped if parts[1] is not config else set())
     if not classes:
         raise UnsupportedModelError(
-            f"model type '{model_type}' has no causal language model in transformers; "
-            "shortllm shortens decoder-only models"
+            f"model type '{model_type}' has no causal language model in transformers; only "
+            "decoders can be shortened"
         )
     named = raw_config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -146,14 +126,6 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
             f"the checkpoint was saved as {named[0]}, not as a causal language model "
             f"({', '.join(sorted(classes))})"
         )
-
-
-def _text_part(config: Any) -> Any:
-    """The text decoder's part of the config; None where there is none."""
-    try:
-        return text_config(config)
-    except Exception:  # config classes raise whatever their values lead to
-        return None
 
 
 # ---- code of its own
@@ -172,12 +144,7 @@ def is_own_code(config: Any) -> bool:
 
 
 def require_trust(source: str, directory: Path, raw_config: dict[str, Any]) -> None:
-    """Refuse code that the user has not allowed, and code that is not in the checkpoint.
-
-    Raises:
-        UnsupportedModelError: naming the flag, or a class that the code must provide.
-        CheckpointError: the code is missing, or that of another repository.
-    """
+    """Refuse code that the user has not allowed, and code that is not in the checkpoint."""
     named = raw_config["auto_map"]
     if not isinstance(named, dict) or not all(isinstance(named.get(one), str) for one in CLASSES):
         raise UnsupportedModelError(
@@ -198,8 +165,7 @@ def require_trust(source: str, directory: Path, raw_config: dict[str, Any]) -> N
             )
         if not (directory / file).is_file():
             raise CheckpointError(
-                f"{source} names the code {file}, which is missing. Finish the download of "
-                f"{directory}"
+                f"{source} names the code {file}, which is missing. Finish the download"
             )
 
 
@@ -217,11 +183,7 @@ def plain_type(raw: dict[str, Any]) -> str:
 
 
 def per_block_config(raw: dict[str, Any]) -> Any:
-    """The transformers config of such a config.json: of the plain type, with the shapes.
-
-    Raises:
-        KeyError: transformers does not know the plain type.
-    """
+    """The transformers config of such a config.json: of the plain type, with the shapes."""
     from transformers import CONFIG_MAPPING
 
     model_type = plain_type(raw)
@@ -252,11 +214,7 @@ def count_field(config: Any) -> str:
 
 
 def block_count(config: Any) -> int:
-    """Number of blocks of the text decoder, under whichever name the config class keeps it.
-
-    Raises:
-        UnsupportedModelError: the config states no number of blocks, or an impossible one.
-    """
+    """Number of blocks of the text decoder, under whichever name the config class keeps it."""
     text = text_config(config)
     field = count_field(text)
     count = getattr(text, field, None)

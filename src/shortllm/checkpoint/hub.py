@@ -10,6 +10,7 @@ commit. Without a network only the local cache is searched.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -90,46 +91,8 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot's directory, with the matching files of the repository's top level."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    at = "" if revision is None else f" at revision {revision}"
-    try:
-        return _download_or_find(hub_id, revision, patterns)
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"'{hub_id}' has no revision '{revision}'") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"no directory and no Hub repository is called '{hub_id}' (or it is private: `hf "
-            "auth login`)"
-        ) from error
-    except HFValidationError as error:
-        raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
-    except Exception as error:  # network stacks raise errors of many kinds
-        raise CheckpointError(
-            f"'{hub_id}' is not a local directory, not in the local Hub cache{at}, and could not "
-            f"be downloaded ({type(error).__name__}). Check the name and the network, or give a "
-            "local directory"
-        ) from error
-
-
-def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot from the Hub; if that cannot be reached, from the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """A snapshot with the matching top-level files, from the Hub or else from the cache."""
+    from huggingface_hub import errors, snapshot_download
 
     download = partial(
         snapshot_download,
@@ -140,11 +103,26 @@ def _download_or_find(hub_id: str, revision: str | None, patterns: list[str]) ->
     )
     try:
         return Path(download())
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):  # an answer
-        raise
-    except Exception as error:
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"'{hub_id}' has no revision '{revision}'") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"no directory and no Hub repository is called '{hub_id}' (or it is private: `hf "
+            "auth login`)"
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
+    except Exception as error:  # network stacks raise errors of many kinds
         # for a commit huggingface_hub 1.33 requests a list from the Hub, even if all is cached
-        try:
+        with suppress(Exception):
             return Path(download(local_files_only=True))
-        except Exception:
-            raise error from None
+        at = "" if revision is None else f" at revision {revision}"
+        raise CheckpointError(
+            f"'{hub_id}' is not a local directory, not in the local Hub cache{at}, and could not "
+            f"be downloaded ({type(error).__name__}). Check the name and the network, or give a "
+            "local directory"
+        ) from error

@@ -113,14 +113,16 @@ REWRITTEN: dict[str, Callable[[Any, Kept], dict[str, Any]]] = {
 blocks."""
 
 
-def _first(reason: str) -> Callable[[Any, Kept], dict[int, str]]:
-    return lambda config, kept: {} if kept[0] == 0 else {0: reason}
+Protect = Callable[[Any, Kept], dict[int, str]]
+"""Function of the config and the kept blocks -> removed blocks that cannot go, and why."""
 
 
-def _last(reason: str) -> Callable[[Any, Kept], dict[int, str]]:
+def _at(block: int, reason: str) -> Protect:
+    """The first block (0) or the last one (-1) must stay."""
+
     def rule(config: Any, kept: Kept) -> dict[int, str]:
-        last = block_count(config) - 1
-        return {} if kept[-1] == last else {last: reason}
+        number = block % block_count(config)
+        return {} if kept[block] == number else {number: reason}
 
     return rule
 
@@ -186,11 +188,10 @@ def _numbered_tables(config: Any, kept: Kept) -> dict[int, str]:
     ids = [number - BLOCK_NUMBERS["ple_layer_ids"] for number in config.ple_layer_ids or ()]
     result: dict[int, str] = {}
     for place, block in enumerate(ids):
-        later = [other for other in ids[place + 1 :] if other in kept]
+        later = ", ".join(str(other) for other in ids[place + 1 :] if other in kept)
         if block not in kept and later:
-            named = ", ".join(map(str, later))
             result[block] = (
-                f"the n-gram tables of blocks {named} are hashed by how many come before"
+                f"the n-gram tables of blocks {later} are hashed by how many come before"
             )
     return result
 
@@ -203,52 +204,46 @@ def _first_reads_text(config: Any, kept: Kept) -> dict[int, str]:
     return {block: reason for block in range(kept[0]) if block not in crossing}
 
 
-PROTECTED_BY_FIELD: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
+PROTECTED_BY_FIELD: dict[str, Protect] = {
     "cross_attention_layers": _first_reads_text,
     "indexer_types": _shared_indexer,
     "num_kv_shared_layers": _shared_keys,
     "ple_layer_ids": _numbered_tables,
 }
-PROTECTED_BY_TYPE: dict[str, Callable[[Any, Kept], dict[int, str]]] = {
+PROTECTED_BY_TYPE: dict[str, Protect] = {
     "gemma4_text": _last_attends_fully,
     "gemma4_unified_text": _last_attends_fully,
-    "gpt_neox_japanese": _last("only this block has a bias after its attention"),
-    "modernbert-decoder": _first("only this block has no norm before its attention"),
-    "rwkv": _first("it contains the norm after the embeddings"),
+    "gpt_neox_japanese": _at(-1, "only this block has a bias after its attention"),
+    "modernbert-decoder": _at(0, "only this block has no norm before its attention"),
+    "rwkv": _at(0, "it contains the norm after the embeddings"),
     "zamba": _first_hybrid,
     "zamba2": _every_hybrid,
-    "zaya": _first("only its router takes nothing from an earlier router"),
+    "zaya": _at(0, "only its router takes nothing from an earlier router"),
 }
-"""Config field or type -> function of the config and the kept blocks: removed blocks that cannot go
--> the reason."""
+"""Config field, or type -> blocks that cannot go."""
 
 
-def _drafts(config: Any) -> str:
-    return "it drafts for another model, whose keys and values all of its blocks read"
+_DRAFTS = "it drafts for another model, whose keys and values all of its blocks read"
+_MIXES = "its blocks mix the outputs of all groups of blocks before them, by tables of their own"
 
+REFUSED = {
+    "dory": "its inner blocks run several times per token, in loops",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "inkling2_text": _MIXES,
+    "inkling2_loop_text": _MIXES,
+    "minimax": "its attention decay depends on block number and count",
+    "beam": "its residuals are scaled by the block's number",
+    "blt": "its three decoders, of bytes and patches, are not a single row of blocks",
+    "diffllama": "its lambda depends on the block's number",
+    "hrm_text": "its two stacks of blocks run several times per token, in cycles",
+    "xlm": "its sublayers are in four lists, not in blocks",
+}
+"""Types whose blocks use their own number in a way no config field expresses -> the reason."""
 
-def _mixes_outputs(config: Any) -> str:
-    return "its blocks mix the outputs of all groups of blocks before them, by tables of their own"
-
-
-REFUSED: dict[str, Callable[[Any], str | None]] = {
-    "gpt2": lambda config: (
+REFUSED_IF = {
+    "scale_attn_by_inverse_layer_idx": (
         "scale_attn_by_inverse_layer_idx divides attention by the block's own number"
-        if config.scale_attn_by_inverse_layer_idx
-        else None
     ),
-    "dory": lambda config: "its inner blocks run several times per token, in loops",
-    "gemma4_assistant": _drafts,
-    "gemma4_unified_assistant": _drafts,
-    "inkling2_text": _mixes_outputs,
-    "inkling2_loop_text": _mixes_outputs,
-    "minimax": lambda config: "its attention decay depends on block number and count",
-    "beam": lambda config: "its residuals are scaled by the block's number",
-    "blt": lambda config: (
-        "its three decoders, of bytes and patches, are not a single row of blocks"
-    ),
-    "diffllama": lambda config: "its lambda depends on the block's number",
-    "hrm_text": lambda config: "its two stacks of blocks run several times per token, in cycles",
-    "xlm": lambda config: "its sublayers are in four lists, not in blocks",
 }
-"""Types whose blocks use their own number in a way no config field expresses -> reason, or None."""
+"""Config fields that say the same where they are set -> the reason."""

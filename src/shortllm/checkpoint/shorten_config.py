@@ -6,7 +6,9 @@ In a multimodal model only the fields of the text decoder change.
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
 from typing import Any
 
 from shortllm.checkpoint.config import DECODER_COUNTS, block_count, count_field, text_config
@@ -23,6 +25,7 @@ from shortllm.checkpoint.rules import (
     PROTECTED_BY_FIELD,
     PROTECTED_BY_TYPE,
     REFUSED,
+    REFUSED_IF,
     REWRITTEN,
     SLICED,
     TRAILING,
@@ -34,17 +37,11 @@ from shortllm.errors import UnsupportedModelError
 def shorten_config(
     raw: dict[str, Any], config: Any, kept: Kept, *, heads: int = 0
 ) -> dict[str, Any]:
-    """config.json of the model that keeps only the blocks `kept`.
+    """config.json of the model that keeps only the blocks `kept`; other fields stay as they are.
 
     Args:
-        raw: config.json as read; fields that do not concern blocks are carried over as they are.
-        config: the same config as a transformers object, so that derived defaults are known too.
-        kept: kept block numbers, ascending.
+        raw: config.json as read; `config` is the same with derived defaults.
         heads: prediction heads stored behind the last block, which go.
-    Returns:
-        A new dict; explicit lists are written where the original derived them from a period.
-    Raises:
-        UnsupportedModelError: no rule says how this config is shortened.
     """
     refuse_type(config)
     result = copy.deepcopy(raw)
@@ -58,10 +55,7 @@ def shorten_config(
 
 
 def _text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
-    """The part of config.json that describes the text decoder, in place.
-
-    Older multimodal configs have its fields at the top level.
-    """
+    """The text decoder's part of config.json, in place; the top level in older configs."""
     if text is config:
         return raw
     key = next(name for name in config.sub_configs if getattr(config, name, None) is text)
@@ -86,8 +80,7 @@ def _shortened_fields(raw: dict[str, Any], config: Any, kept: Kept) -> dict[str,
             result[field] = sum(block >= count - value for block in kept)
         elif field in BLOCK_NUMBERS and isinstance(value, (list, tuple)):
             base = BLOCK_NUMBERS[field]
-            numbers = [new_number[b - base] + base for b in value if b - base in new_number]
-            result[field] = numbers
+            result[field] = [new_number[b - base] + base for b in value if b - base in new_number]
         elif field in BLOCK_KEYS and field in raw and isinstance(raw[field], dict):
             result[field] = {
                 str(new_number[int(key)]).zfill(len(key)): entry
@@ -138,8 +131,8 @@ def prediction_heads(config: Any) -> int:
 def refuse_type(config: Any) -> None:
     """Refuse types whose blocks cannot be renumbered."""
     for part in (config, text_config(config)):
-        reason = REFUSED.get(part.model_type, lambda config: None)(part)
-        if reason:
+        reasons = [reason for field, reason in REFUSED_IF.items() if getattr(part, field, False)]
+        if reason := next(iter(reasons), REFUSED.get(part.model_type)):
             raise UnsupportedModelError(
                 f"model type '{part.model_type}' cannot be shortened correctly: {reason}"
             )
@@ -153,11 +146,7 @@ def _protected(config: Any, kept: Kept) -> dict[int, str]:
 
 
 def structurally_protected(config: Any) -> dict[int, str]:
-    """Blocks that cannot go while all others stay, with the reason: plans must avoid them.
-
-    Args:
-        config: the model's transformers config, of a multimodal model too.
-    """
+    """Blocks that cannot go while all others stay, with the reason: plans must avoid them."""
     text = text_config(config)
     count = block_count(config)
     found: dict[int, str] = {}
@@ -199,19 +188,9 @@ def sliced_axis(name: str) -> int | None:
 def refuse_block_names_in_config(raw: dict[str, Any], prefix: str) -> None:
     """Refuse configs that name single blocks in their values (exclusion lists of quantizers do)."""
 
-    def strings(value: Any) -> list[str]:
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, dict):
-            return [s for key, item in value.items() for s in (key, *strings(item))]
-        if isinstance(value, list):
-            return [s for item in value for s in strings(item)]
-        return []
-
-    head = prefix + "."
-    for text in strings(raw):
-        place = text.find(head)
-        if place >= 0 and text[place + len(head) :][:1].isdigit():
-            raise UnsupportedModelError(
-                f"config.json names a single block ('{text}'), which surgery cannot renumber yet"
-            )
+    numbered = re.compile(r'"[^"]*' + re.escape(prefix) + r'\.\d[^"]*"')
+    if found := numbered.search(json.dumps(raw)):
+        name = found[0].strip('"')
+        raise UnsupportedModelError(
+            f"config.json names a single block ('{name}'), which surgery cannot renumber yet"
+        )

@@ -1,27 +1,67 @@
-"""Open a checkpoint (local directory, Hub id, embedded model) and check it before heavy work."""
+"""Open a checkpoint (local directory, Hub id, embedded model) and check it before heavy work.
+
+Block tensors are called `<prefix>.<number>.<rest>`, with one prefix for all blocks of the decoder
+(`model.layers`, `transformer.h`, `gpt_neox.layers`, ...). The prefix is found by its numbers: they
+are exactly 0 to L-1. Names in a checkpoint may differ from module names, so only the names in the
+checkpoint are used.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import block_count, checked_config
 from shortllm.checkpoint.hub import locate, named_revision
-from shortllm.checkpoint.names import BlockNames, find_block_names, is_weight
 from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
 from shortllm.checkpoint.structure import BlockStructure, block_structure
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table, unpacked_elements
+from shortllm.errors import UnsupportedModelError
 from shortllm.records import ModelInfo, SpecialToken
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 SAMPLE_BYTES = 4096
 """Bytes that go into a checkpoint's fingerprint at each sampled place."""
 
 SAMPLE_STEP = 2**20
 """Distance of the sampled places in a file, besides both ends of each tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNames:
+    """Which tensor names of a checkpoint belong to which block of the decoder."""
+
+    prefix: str
+    count: int
+    heads: int = 0
+    """Prediction heads that are numbered like blocks after the last one."""
+
+    def block_of(self, name: str) -> int | None:
+        """Number of the block that tensor `name` belongs to; None outside the blocks."""
+        number = self._number(name)
+        return number if number is None or number < self.count else None
+
+    def is_head(self, name: str) -> bool:
+        """Whether tensor `name` belongs to a prediction head after the last block."""
+        number = self._number(name)
+        return number is not None and number >= self.count
+
+    def _number(self, name: str) -> int | None:
+        inside, _, rest = name.partition(self.prefix + ".")
+        number = rest.partition(".")[0]
+        return int(number) if not inside and number.isdigit() else None
+
+    def renumbered(self, name: str, new: int) -> str:
+        """`name` with its block number replaced by `new`."""
+        rest = name.removeprefix(self.prefix + ".").partition(".")[2]
+        return f"{self.prefix}.{new}.{rest}"
 
 
 @dataclass(frozen=True)
@@ -63,32 +103,27 @@ class Checkpoint:
             found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
             return sum(found) == self.structure.elements
 
+        heads = prediction_heads(self.config)
         return find_block_names(
-            self.tensors,
-            self.block_count,
-            self.structure.name,
-            heads=prediction_heads(self.config),
-            fits=fits,
+            self.tensors, self.block_count, self.structure.name, heads=heads, fits=fits
         )
 
     @cached_property
     def parameters_per_block(self) -> list[int]:
         """Parameters of each block."""
-        totals = [0] * self.block_count
-        for name, elements in self.elements.items():
-            block = self.block_names.block_of(name)
-            if block is not None:
-                totals[block] += elements
-        return totals
+        return self._per_block(self.elements)
 
     @cached_property
     def bytes_per_block(self) -> list[int]:
         """Stored bytes of each block."""
+        return self._per_block({name: entry.bytes for name, entry in self.tensors.items()})
+
+    def _per_block(self, counts: Mapping[str, int]) -> list[int]:
         totals = [0] * self.block_count
-        for entry in self.tensors.values():
-            block = self.block_names.block_of(entry.name)
+        for name, count in counts.items():
+            block = self.block_names.block_of(name)
             if block is not None:
-                totals[block] += entry.bytes
+                totals[block] += count
         return totals
 
     def block_weights(self, block: int) -> list[TensorEntry]:
@@ -208,3 +243,71 @@ def open_checkpoint(
 def token_ids(special_tokens: Mapping[SpecialToken, int]) -> dict[str, int]:
     """Special tokens under the names of config files, e.g. `{"bos_token_id": 1}`, without `unk`."""
     return {f"{kind}_token_id": number for kind, number in special_tokens.items() if kind != "unk"}
+
+
+# ---- names of blocks
+
+
+def find_block_names(
+    names: Iterable[str],
+    count: int,
+    module_name: str,
+    *,
+    heads: int = 0,
+    fits: Callable[[str], bool] = lambda prefix: False,
+) -> BlockNames:
+    """The prefix whose numbers are exactly 0 to `count - 1`, or continue with prediction heads.
+
+    Args:
+        module_name: dotted name of the block list in the built model; if several prefixes fit (a
+            vision tower as deep as the decoder), the one with the longest common ending is taken.
+        fits: whether the tensors under a prefix are as large as the model's blocks; used if
+            transformers renames the blocks while loading, so that no ending is common.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        for match in NUMBER.finditer(name):
+            numbers.setdefault(name[: match.start() - 1], set()).add(int(match.group()))
+    allowed = [set(range(count + extra)) for extra in range(heads + 1)]
+    fitting = [prefix for prefix, found in numbers.items() if found in allowed]
+    # experts inside a block are numbered too: a prefix inside another one is not the block list
+    outer = [p for p in fitting if not any(p.startswith(other + ".") for other in fitting)]
+    if not outer:
+        raise UnsupportedModelError(_explain_numbers(numbers, count, module_name))
+    best = max(outer, key=lambda prefix: _common_ending(prefix, module_name))
+    if not _common_ending(best, module_name) and not (len(outer) == 1 and fits(best)):
+        raise UnsupportedModelError(
+            f"tensors numbered 0 to {count - 1} are called '{best}', but the model's blocks are "
+            f"called '{module_name}': which tensors belong to which block is not certain"
+        )
+    return BlockNames(best, count, len(numbers[best]) - count)
+
+
+def is_weight(name: str, dimensions: int) -> bool:
+    """Whether a tensor of a block counts as a weight: matrices, and vectors called `weight`."""
+    return name.endswith("weight") or (dimensions > 1 and not name.endswith("bias"))
+
+
+def _common_ending(one: str, other: str) -> int:
+    """How many trailing parts two dotted names share."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str) -> str:
+    """Why no prefix fits: the nearest one and how its numbers differ."""
+    near = [prefix for prefix in numbers if _common_ending(prefix, module_name)]
+    if not near:
+        return f"no tensor is named like a block of '{module_name}' (config says {count} blocks)"
+    prefix = max(near, key=lambda p: _common_ending(p, module_name))
+    found = numbers[prefix]
+    missing, extra = set(range(count)) - found, found - set(range(count))
+    if missing:
+        return (
+            f"the config says {count} blocks, but no tensor of block {min(missing)} "
+            f"('{prefix}.{min(missing)}') is stored"
+        )
+    return (
+        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and the config names no "
+        "prediction head there; is the block count in config.json correct?"
+    )

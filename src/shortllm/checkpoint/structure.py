@@ -1,26 +1,50 @@
-"""The model that a config describes, built without weights, and what its blocks are made of.
+"""The model that a config describes: built without weights, its blocks and what they consist of.
 
-Models are built on the meta device, which takes no memory for weights. A block's signature is
-everything about its structure that can be compared: submodule classes, shapes, plain attributes.
+Models are built on the meta device, which takes no memory for weights. The block list is found by
+structure, not by a family's name: the module list as long as the config's block count. A block's
+signature is everything about its structure that can be compared: submodule classes, shapes, plain
+attributes. Models whose blocks differ in width are built by their own class, then the projections
+of each block get the shapes in the config, and its modules the head counts that go with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from shortllm.checkpoint.blocks import find_blocks
-from shortllm.checkpoint.config import block_shapes, is_own_code, model_classes
-from shortllm.checkpoint.shapes import per_block_class
+from shortllm.checkpoint.config import (
+    block_count,
+    block_shapes,
+    is_own_code,
+    marked,
+    model_classes,
+    per_block_config,
+    text_config,
+)
+from shortllm.checkpoint.tensors import read_json, write_json
 from shortllm.errors import UnsupportedModelError
 
 Signature = dict[str, Any]
 
 PLAIN = (bool, int, float, str, type(None))
+
+HEAD_COUNTS = {
+    "num_heads": "num_attention_heads",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "split_size": "attention_width",
+}
+"""Attribute of a module that its forward may read -> the entry in the block's shapes."""
+
+
+# ---- building
 
 
 def auto_class(config: Any) -> Any:
@@ -41,16 +65,12 @@ def auto_class(config: Any) -> Any:
 
 
 def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a config on the meta device: its structure without memory for its weights.
-
-    Args:
-        dtype: type of the parameters; default: the config's.
-    """
+    """The model of a config on the meta device; parameters in the config's type by default."""
+    arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if is_own_code(config):
+        arguments["trust_remote_code"] = True
     try:
         with torch.device("meta"):
-            arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-            if is_own_code(config):
-                arguments["trust_remote_code"] = True
             model: nn.Module = auto_class(config).from_config(config, **arguments)
     except Exception as error:  # model classes raise whatever a config's values lead to
         raise UnsupportedModelError(
@@ -60,18 +80,71 @@ def build_empty(config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
     return model
 
 
-def block_signature(block: nn.Module) -> Signature:
-    """Everything about a block's structure that can be compared.
+# ---- finding blocks
 
-    Keys: `class of X`, `shape of X`, and the dotted name of each plain attribute.
+
+def find_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
+    """Dotted name and module list of the decoder's blocks: modules that have parts themselves.
+
+    Where several lists have the right length (a vision tower as deep as the decoder), those inside
+    the text decoder are taken: within `model.get_decoder()`, and built from the text config.
     """
+    count = block_count(config)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(any(True for _ in block.children()) for block in module)
+    ]
+    outer = [
+        (name, module)
+        for name, module in found
+        if not any(name.startswith(other + ".") for other, _ in found)
+    ]
+    if len(outer) > 1:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+        inside = {id(module) for module in decoder.modules()}
+        outer = [(name, module) for name, module in outer if id(module) in inside]
+    if len(outer) > 1:
+        text_type = text_config(config).model_type
+        outer = [(name, m) for name, m in outer if _config_type(model, name) == text_type]
+    if len(outer) != 1:
+        names = ", ".join(name for name, _ in outer) or "none"
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' has {count} blocks, but the module lists of that "
+            f"length are: {names}. Exactly one is needed to know which blocks can go"
+        )
+    return outer[0]
+
+
+def _config_type(model: nn.Module, name: str) -> str | None:
+    """Model type of the nearest config above the module `name`."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return str(getattr(config, "model_type", None))
+    return None
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is one matrix that its input is multiplied with."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+# ---- comparing blocks
+
+
+def block_signature(block: nn.Module) -> Signature:
+    """What can be compared: `class of X`, `shape of X`, and plain attributes by dotted name."""
     signature: Signature = {}
     for name, module in block.named_modules():
         signature[f"class of {name or 'block'}"] = type(module).__qualname__
         for attribute, value in vars(module).items():
-            if attribute.startswith("_") or attribute == "training":
-                continue
-            if _is_plain(value):
+            if not attribute.startswith("_") and attribute != "training" and _is_plain(value):
                 signature[f"{name}.{attribute}".lstrip(".")] = value
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         signature[f"shape of {name}"] = tuple(tensor.shape)
@@ -80,11 +153,10 @@ def block_signature(block: nn.Module) -> Signature:
 
 def _is_plain(value: Any) -> bool:
     """Whether a value is a number, a string or a flat collection of them, to branch on."""
-    if isinstance(value, PLAIN):
-        return True
-    if isinstance(value, (tuple, list)):
-        return all(isinstance(item, PLAIN) for item in value)
-    return isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values())
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, (tuple, list, dict)):
+        return all(isinstance(item, PLAIN) for item in items)
+    return isinstance(value, PLAIN)
 
 
 def same_number(before: Any, after: Any, old: int, new: int, places: int) -> bool:
@@ -136,3 +208,95 @@ def _same_structure(one: Signature, other: Signature, b: int, c: int) -> bool:
         one[place] == other[place] or same_number(one[place], other[place], b, c, 1)
         for place in one
     )
+
+
+# ---- blocks that differ in width
+
+
+class BlockConfig:
+    """A model's config as the modules of one block see it, with the head counts of that block."""
+
+    def __init__(self, config: Any, counts: dict[str, int]) -> None:
+        self._config = config
+        self._counts = counts
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_counts"):  # missing while the object is being copied
+            raise AttributeError(name)
+        return self._counts[name] if name in self._counts else getattr(self._config, name)
+
+
+def shape_block(block: nn.Module, shapes: dict[str, Any]) -> None:
+    """Give one block the shapes of its entry, without weights; an empty entry changes nothing."""
+    if not shapes:
+        return
+    for name, (rows, columns) in shapes["projections"].items():
+        shape_projection(block.get_submodule(name), rows, columns)
+    for name in shapes["biases"]:
+        module: Any = block.get_submodule(name)
+        rows, _ = shapes["projections"][name]
+        module.bias = nn.Parameter(module.weight.new_empty(rows))
+    counts = {name: shapes[entry] for name, entry in HEAD_COUNTS.items()}
+    for module in block.modules():
+        for name, count in counts.items():
+            if isinstance(vars(module).get(name), int):
+                setattr(module, name, count)
+        if "config" in vars(module):
+            own = {name: shapes[name] for name in ("num_attention_heads", "num_key_value_heads")}
+            module.config = BlockConfig(module.config, own)
+
+
+def shape_projection(module: Any, rows: int, columns: int) -> None:
+    """Give a projection another number of outputs and inputs."""
+    linear = isinstance(module, nn.Linear)
+    shape = (rows, columns) if linear else (columns, rows)
+    if module.weight.shape == shape:
+        return
+    module.weight = nn.Parameter(module.weight.new_empty(shape))
+    if module.bias is not None:
+        module.bias = nn.Parameter(module.weight.new_empty(rows))
+    if linear:
+        module.in_features, module.out_features = columns, rows
+    else:
+        module.nx, module.nf = columns, rows
+
+
+class PerBlockModel:
+    """Mixed into a model class for blocks that differ in width."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
+        _, blocks = find_blocks(model, config)
+        for block, shapes in zip(blocks, block_shapes(config) or (), strict=True):
+            shape_block(block, shapes)
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """The model without weights, as an auto class of transformers builds it."""
+        return cls._from_config(config, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the class does, with the config that transformers cannot read."""
+        if kwargs.get("config") is None:
+            kwargs["config"] = per_block_config(read_json(Path(directory) / "config.json"))
+        kwargs.pop("trust_remote_code", None)
+        return super().from_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As the class does; the model type is marked again."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        path = Path(save_directory) / "config.json"
+        write_json(path, marked(read_json(path)))
+
+
+@cache
+def per_block_class(name: str) -> Any:
+    """The model class of transformers called `name`, for blocks that differ in width."""
+    import transformers
+
+    base = getattr(transformers, name)
+    # with a name and module of its own the loader would take it for custom code, and rename no
+    # tensors
+    return type(name, (PerBlockModel, base), {"__module__": base.__module__})

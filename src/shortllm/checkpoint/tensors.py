@@ -22,20 +22,18 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.errors import CheckpointError
+from shortllm.errors import CheckpointError, first_line_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS = "model.safetensors"
-
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-
 PICKLED = "pytorch_model.bin"
-
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -74,11 +72,7 @@ class TensorEntry:
         return max(1, self.bytes // max(1, self.elements))
 
     def part(self, axis: int, count: int, kept: Sequence[int]) -> TensorEntry:
-        """The shares `kept` of `count` equal ones along `axis`.
-
-        Raises:
-            CheckpointError: the shares are not whole bytes and rows.
-        """
+        """The shares `kept` of `count` equal ones along `axis`."""
         row_bytes, odd = divmod(self.bytes, math.prod(self.shape[:axis]))
         share_bytes, odd_share = divmod(row_bytes, count)
         if self.cut or odd or odd_share or self.shape[axis] % count:
@@ -98,23 +92,13 @@ class TensorEntry:
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The same ranges, those that touch as one."""
-    first, stop = ranges[0]
-    for following in ranges[1:]:
-        if following[0] != stop:
-            yield first, stop
-            first = following[0]
-        stop = following[1]
-    yield first, stop
+    firsts, stops = {first for first, _ in ranges}, {stop for _, stop in ranges}
+    starts = [first for first, _ in ranges if first not in stops]
+    return zip(starts, [stop for _, stop in ranges if stop not in firsts], strict=True)
 
 
 def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
-    """All stored tensors of a checkpoint directory, in file order.
-
-    Looks for, in this order: one safetensors file, a safetensors index, one `.bin`, a `.bin` index.
-
-    Raises:
-        CheckpointError: no weights, a missing shard, a damaged file, or an index that does not fit.
-    """
+    """All stored tensors of a checkpoint directory, in file order; safetensors come first."""
     for name, read in (
         (SAFETENSORS, _read_safetensors),
         (SAFETENSORS_INDEX, _read_sharded),
@@ -141,17 +125,18 @@ def weight_files(directory: Path) -> set[str]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint.
-
-    Raises:
-        CheckpointError: unreadable or not JSON.
-    """
+    """A JSON file of a checkpoint."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file of a checkpoint as transformers does."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- shards
@@ -163,13 +148,12 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map. Download it again")
+    is_safe = index.name == SAFETENSORS_INDEX
+    read, suffix = (_read_safetensors, ".safetensors") if is_safe else (_read_pickled, ".bin")
     tables: dict[str, dict[str, TensorEntry]] = {}
     for shard in weight_map.values():
         if not isinstance(shard, str) or shard not in tables:
-            if index.name == SAFETENSORS_INDEX:
-                tables[str(shard)] = _read_safetensors(named_file(index, shard, ".safetensors"))
-            else:
-                tables[str(shard)] = _read_pickled(named_file(index, shard, ".bin"))
+            tables[str(shard)] = read(named_file(index, shard, suffix))
     missing = [name for name, shard in weight_map.items() if name not in tables[shard]]
     if missing:
         raise CheckpointError(
@@ -186,11 +170,7 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
 
 
 def named_file(index: Path, name: Any, suffix: str) -> Path:
-    """The file `name` that an index in the same directory names.
-
-    Raises:
-        CheckpointError: it is missing, lies or leads elsewhere, or does not end with `suffix`.
-    """
+    """The file `name` that an index in the same directory names; it must lie there too."""
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(
             f"{index} names a shard outside its own directory: {name!r}. It is not read; download "
@@ -201,34 +181,25 @@ def named_file(index: Path, name: Any, suffix: str) -> Path:
             f"{index} names the shard {name!r}, which is not a {suffix} file. Download it again"
         )
     path = index.parent / name
-    real = _real_path(path)
+    try:
+        real = path.resolve(strict=True) if path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle, half letters
+        real = None
     if real is None:
         raise CheckpointError(
             f"{index} names the shard {name}, which is not there. Finish the download of "
             f"{index.parent}"
         )
-    if not any(real.is_relative_to(root) for root in _allowed_roots(index.parent)):
+    directory = index.parent.resolve()
+    roots = [directory]
+    if directory.parent.name == "snapshots":
+        roots.append(directory.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
         raise CheckpointError(
             f"{index} names a shard outside its own directory: {name} is a link to {real}. It is "
             "not read; replace the link by the file itself if it belongs there"
         )
     return path
-
-
-def _real_path(path: Path) -> Path | None:
-    """Where a file really lies; None if there is none."""
-    try:
-        return path.resolve(strict=True) if path.is_file() else None
-    except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle, half letters
-        return None
-
-
-def _allowed_roots(directory: Path) -> list[Path]:
-    """Where files of a checkpoint may lie: its directory, or the blobs of its Hub cache."""
-    directory = directory.resolve()
-    if directory.parent.name == "snapshots":
-        return [directory, directory.parent.parent / "blobs"]
-    return [directory]
 
 
 # ---- safetensors
@@ -252,10 +223,8 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
     table: dict[str, TensorEntry] = {}
     for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         start, stop = item["data_offsets"]
-        offset = 8 + header_bytes + start
-        table[name] = TensorEntry(
-            name, path, item["dtype"], tuple(item["shape"]), stop - start, offset
-        )
+        shape, offset = tuple(item["shape"]), 8 + header_bytes + start
+        table[name] = TensorEntry(name, path, item["dtype"], shape, stop - start, offset)
     return table
 
 
@@ -276,16 +245,19 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     if entry.dtype not in TYPES:
         raise CheckpointError(f"{entry.file}: tensor '{entry.name}' has type {entry.dtype}")
     data = torch.empty(entry.bytes, dtype=torch.uint8)
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
     with open(entry.file, "rb", buffering=0) as stream:
         stream.seek(entry.offset)
-        position = 0
-        while position < entry.bytes:
-            count = stream.readinto(view[position:])
-            if not count:
-                raise CheckpointError(f"{entry.file} ended early; was it changed meanwhile?")
-            position += count
+        read_all(stream, memoryview(data.numpy()))  # type: ignore[arg-type]
     return data.view(TYPES[entry.dtype]).view(entry.shape)
+
+
+def read_all(source: FileIO, buffer: memoryview) -> None:
+    """Fill `buffer`: one unbuffered read may return less than requested."""
+    while buffer:
+        read = source.readinto(buffer)
+        if not read:
+            raise CheckpointError(f"{source.name} ended early; was it changed meanwhile?")
+        buffer = buffer[read:]
 
 
 # ---- pickled files
@@ -321,11 +293,7 @@ def pickled_bytes(entry: TensorEntry) -> memoryview:
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` through the weights-only loader, memory-mapped where the file allows.
-
-    Raises:
-        CheckpointError: the file is damaged, or contains anything but tensors (it could run code).
-    """
+    """The tensors of a `.bin` through the weights-only loader, memory-mapped where possible."""
     return _load_pickled(path, path.stat().st_mtime_ns)
 
 
@@ -343,9 +311,8 @@ def _load_pickled(path: Path, changed_ns: int) -> dict[str, Tensor]:
             "Convert it to safetensors where you trust it"
         ) from error
     except Exception as error:  # torch's reader raises whatever a damaged file leads to
-        reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise CheckpointError(
-            f"{path} is damaged or truncated ({reason}). Download it again"
+            f"{path} is damaged or truncated ({first_line_of(error)}). Download it again"
         ) from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items()
@@ -369,9 +336,7 @@ def _is_plain(value: Any) -> bool:
 # ---- packed weights
 
 PACKED = ".weight_packed"
-
 SHAPE = ".weight_shape"
-
 PACKING_INFO = (SHAPE, ".weight_scale", ".weight_zero_point", ".weight_g_idx")
 """Endings of tensors that only say how to read the packed ones."""
 

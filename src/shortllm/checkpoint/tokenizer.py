@@ -7,14 +7,13 @@ file of a shortened checkpoint.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import FLAG
 from shortllm.checkpoint.source import Checkpoint, token_ids
-from shortllm.checkpoint.tensors import read_json
-from shortllm.errors import CheckpointError
+from shortllm.checkpoint.tensors import read_json, write_json
+from shortllm.errors import CheckpointError, first_line_of
 from shortllm.runtime import is_trusted, quiet_transformers
 
 GENERATION_CONFIG = "generation_config.json"
@@ -54,24 +53,20 @@ def _load(checkpoint: Checkpoint, **named: Any) -> Any:
             )
             tokenizer("a")  # some damage shows only at the first use
     except Exception as error:  # tokenizers raise whatever the values in their files lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "trust_remote_code" in str(error):
             raise CheckpointError(
                 f"the tokenizer of {checkpoint.id} comes with Python code of its own, which was "
                 f"not run. Read it, and if you trust it run the same command with {FLAG}"
             ) from error
         raise CheckpointError(
-            f"{checkpoint.id} has no tokenizer that transformers can load ({reason}). "
-            "Copy the tokenizer files into the directory"
+            f"{checkpoint.id} has no tokenizer that transformers can load "
+            f"({first_line_of(error)}). Copy the tokenizer files into the directory"
         ) from error
     return tokenizer
 
 
 def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:
-    """Correct the special tokens in the tokenizer and the generation config of a new checkpoint.
-
-    Its config.json has them already.
-    """
+    """Correct the special tokens of a new checkpoint; its config.json has them already."""
     if not checkpoint.special_tokens:
         return
     tokenizer = load_tokenizer(checkpoint)
@@ -83,5 +78,4 @@ def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:
         content = read_json(path)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} has no fields. Download it again")
-        content |= token_ids(checkpoint.special_tokens)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(path, content | token_ids(checkpoint.special_tokens))

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from io import RawIOBase
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from shortllm.checkpoint.tensors import (
     Cut,
     TensorEntry,
     pickled_bytes,
+    read_all,
+    write_json,
 )
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -44,12 +46,7 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Advance = lambda copied: None,
 ) -> None:
-    """Write `new name -> stored tensor` as `model.safetensors`, or as shards and their index.
-
-    Args:
-        entries: tensors in the order to store them; those of one file copy fastest in file order.
-        advance: called with the number of bytes copied since its last call.
-    """
+    """Write `new name -> stored tensor`, in this order, as one file or as shards and an index."""
     shards = list(_cut(entries, max_shard_bytes))
     if len(shards) == 1:
         _write_shard(directory / SAFETENSORS, shards[0], advance)
@@ -61,7 +58,7 @@ def write_tensors(
         weight_map |= dict.fromkeys(shard, name)
     total = sum(entry.bytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / SAFETENSORS_INDEX, index)
 
 
 def _cut(entries: dict[str, TensorEntry], limit: int) -> Iterator[dict[str, TensorEntry]]:
@@ -92,7 +89,10 @@ def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) ->
     with open(path, "wb", buffering=0) as out:
         _write_all(out, memoryview(len(text).to_bytes(8, "little") + text))
         for run in _runs([entry for _, entry in ordered]):
-            _copy_run(run, out, advance)
+            if run[0].cut is not None:
+                _copy_part(run[0], run[0].cut, out, advance)
+            else:
+                _copy_bytes(run[0], 0, sum(entry.bytes for entry in run), out, advance)
 
 
 def _data_start(entries: list[TensorEntry], least: int) -> int:
@@ -117,16 +117,7 @@ def _runs(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
     """Consecutive entries whose data is contiguous in one file: copied as one range."""
     run: list[TensorEntry] = []
     for entry in entries:
-        last = run[-1] if run else None
-        adjacent = (
-            last is not None
-            and last.offset is not None
-            and last.cut is None
-            and entry.cut is None
-            and last.file == entry.file
-            and last.offset + last.bytes == entry.offset
-        )
-        if run and not adjacent:
+        if run and not _adjacent(run[-1], entry):
             yield run
             run = []
         run.append(entry)
@@ -134,19 +125,14 @@ def _runs(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
         yield run
 
 
-def _copy_run(run: list[TensorEntry], out: RawIOBase, advance: Advance) -> None:
-    """Append the data of one run to `out`."""
-    if run[0].cut is not None:
-        _copy_part(run[0], run[0].cut, out, advance)
-    else:
-        _copy_bytes(run[0], 0, sum(entry.bytes for entry in run), out, advance)
+def _adjacent(one: TensorEntry, other: TensorEntry) -> bool:
+    if one.offset is None or one.cut or other.cut or one.file != other.file:
+        return False
+    return one.offset + one.bytes == other.offset
 
 
-def _copy_part(entry: TensorEntry, cut: Cut, out: RawIOBase, advance: Advance) -> None:
-    """Append the part of one tensor to `out`.
-
-    Many short rows are read at once, so a table of embeddings takes few reads and writes.
-    """
+def _copy_part(entry: TensorEntry, cut: Cut, out: FileIO, advance: Advance) -> None:
+    """Append the part of one tensor to `out`; many short rows are read at once."""
     part_bytes = sum(stop - first for first, stop in cut.ranges)
     rows = entry.bytes // part_bytes
     together = BUFFER_BYTES // cut.row_bytes
@@ -171,13 +157,11 @@ def _read(entry: TensorEntry, start: int, count: int) -> memoryview:
     with open(entry.file, "rb", buffering=0) as source:
         source.seek(entry.offset + start)
         data = memoryview(bytearray(count))
-        _read_all(source, data)
+        read_all(source, data)
     return data
 
 
-def _copy_bytes(
-    entry: TensorEntry, start: int, count: int, out: RawIOBase, advance: Advance
-) -> None:
+def _copy_bytes(entry: TensorEntry, start: int, count: int, out: FileIO, advance: Advance) -> None:
     """Append `count` bytes of the file, from byte `start` of a tensor on, to `out`."""
     if entry.offset is None:
         _write_all(out, _read(entry, start, count))
@@ -191,7 +175,7 @@ def _copy_bytes(
             advance(copied)
 
 
-def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
+def _copy_some(source: FileIO, out: FileIO, count: int) -> int:
     """Move up to `count` bytes between the files' positions, inside the kernel if it is faster."""
     aligned = (source.tell() - out.tell()) % PAGE_BYTES == 0
     if aligned and hasattr(os, "copy_file_range"):
@@ -206,22 +190,13 @@ def _copy_some(source: RawIOBase, out: RawIOBase, count: int) -> int:
     remaining = count
     while remaining:
         part = buffer[: min(remaining, BUFFER_BYTES)]
-        _read_all(source, part)
+        read_all(source, part)
         _write_all(out, part)
         remaining -= len(part)
     return count
 
 
-def _read_all(source: RawIOBase, buffer: memoryview) -> None:
-    """Fill `buffer`: one unbuffered read may return less than requested."""
-    while buffer:
-        read = source.readinto(buffer)
-        if not read:
-            raise OSError(errno.EIO, "the source file ended early; was it changed meanwhile?")
-        buffer = buffer[read:]
-
-
-def _write_all(out: RawIOBase, data: memoryview) -> None:
+def _write_all(out: FileIO, data: memoryview) -> None:
     """Write all of `data`: one unbuffered write moves at most 2 GiB and may stop earlier."""
     while data:
         data = data[out.write(data) or 0 :]

@@ -118,36 +118,26 @@ def compare_units(
         print_json(found.model_dump(mode="json"))
         return
     from shortllm.comparison.width_vs_depth import default_directory
+    from shortllm.reporting.comparison import units_table
     from shortllm.reporting.load import load_units
-    from shortllm.reporting.units_page import units_table
 
     directory = out or default_directory(chosen.model)
     print_table(*units_table(load_units(directory)).plain())
     typer.echo(f"page: {directory / 'units.html'}")
 
 
-def _print_comparison(comparison: Comparison) -> None:
-    from shortllm.comparison.ranking import standings, verdict
+def _print_comparison(found: Comparison) -> None:
+    from shortllm.comparison.ranking import verdict
+    from shortllm.format import number
+    from shortllm.reporting.comparison import perplexity_table
+    from shortllm.reporting.protocol import perplexity_source, segments_phrase
 
-    columns, intact = standings(comparison), comparison.intact
     typer.echo(
-        f"{comparison.model.id}: {comparison.model.blocks} blocks, intact perplexity "
-        f"{intact.perplexity:.4f} on {intact.segments} x {intact.length} tokens of "
-        f"{Path(intact.source).name}"
+        f"{found.model.id}: {found.model.blocks} blocks, intact perplexity "
+        f"{number(found.intact.perplexity)} on {segments_phrase(found.intact)} from "
+        f"{perplexity_source(found.intact)}"
     )
-    criteria = [one.criterion for one in comparison.criteria]
-    rows = [
-        (name, *(f"{c.perplexities[i]:.4f}{'*' if name in c.best else ' '}" for c in columns))
-        for i, name in enumerate(criteria)
-    ]
-    rows += [
-        ("random, mean", *(f"{c.random_mean:.4f} " for c in columns)),
-        ("random, lowest", *(f"{min(c.random):.4f} " for c in columns)),
-        ("random, highest", *(f"{max(c.random):.4f} " for c in columns)),
-        ("below random's mean", *(f"{c.beat_mean} of {len(criteria)} " for c in columns)),
-    ]
-    print_table(("without", *(f"{c.name} ({c.blocks}) " for c in columns)), rows)
-    for left in comparison.left_out:
+    print_table(*perplexity_table(found).plain())
+    for left in found.left_out:
         typer.echo(f"left out: {100 * left.ratio:.4g} % ({left.reason})")
-    best = [f"{c.name} {', '.join(c.best) or 'none'}" for c in columns]
-    typer.echo(f"* lowest: {'; '.join(best)}\n{verdict(comparison)}")
+    typer.echo(f"* lowest of a column\n{verdict(found)}")

@@ -14,6 +14,7 @@ from shortllm.cli.options import (
     Revision,
 )
 from shortllm.cli.output import is_main_process, print_json, print_table
+from shortllm.format import number
 from shortllm.healing.options import HealOptions
 from shortllm.merging.options import MergeOptions
 from shortllm.quantizing.options import QuantizeOptions
@@ -71,8 +72,8 @@ def _print_healing(record: Healing) -> None:
             "-" if gap.block is None else str(gap.block),
             "no block before it" if gap.block is None else gap.projection or "",
             "unchanged" if gap.ridge is None else f"{gap.ridge:g}",
-            _number(gap.error_before),
-            _number(gap.error_after),
+            number(gap.error_before),
+            number(gap.error_after),
         )
         for gap in record.gaps
     ]
@@ -82,10 +83,6 @@ def _print_healing(record: Healing) -> None:
         f"loss on {held_out.samples} held-out samples of {record.data}: {held_out.source:.4f} "
         f"before the removal, {held_out.shortened:.4f} after, {held_out.healed:.4f} healed"
     )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 @flags(options=MergeOptions, runtime=Runtime)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -63,36 +62,13 @@ def task_scores(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """A row per model: blocks, perplexities, task scores."""
-    first = evaluation.models[0]
-    sources = tuple(f"ppl {Path(entry.source).name}" for entry in first.perplexity)
-    rows = [
-        (
-            model.name,
-            str(model.model.blocks),
-            f"{model.model.parameters:,}",
-            f"{model.model.bytes:,}",
-            *(f"{entry.perplexity:.4f}" for entry in model.perplexity),
-        )
-        for model in evaluation.models
-    ]
-    print_table(("model", "blocks", "parameters", "bytes", *sources), rows)
-    if first.zeroshot:
+    """A row per model: sizes and perplexities; then a row per zero-shot task."""
+    from shortllm.reporting.measurements import evaluation_table, task_table
+
+    print_table(*evaluation_table(evaluation).plain())
+    if evaluation.models[0].zeroshot:
         typer.echo("")
-        _print_tasks(evaluation)
-
-
-def _print_tasks(evaluation: Evaluation) -> None:
-    """A row per task, a column per model: the score and its standard error."""
-    from shortllm.evaluation.harness import metric_phrase, score_phrase
-
-    models = evaluation.models
-    by_task = zip(*(model.zeroshot for model in models), strict=True)
-    rows = [(each[0].task, metric_phrase(each[0]), *map(score_phrase, each)) for each in by_task]
-    means = [model.zeroshot_mean for model in models if model.zeroshot_mean is not None]
-    if means:
-        rows.append(("mean", "[%]", *(f"{100 * mean:.2f}" for mean in means)))
-    print_table(("task", "metric", *(model.name for model in models)), rows)
+        print_table(*task_table(evaluation.models).plain())
 
 
 def is_main_process() -> bool:
@@ -135,16 +111,10 @@ def print_published(
 ) -> None:
     """Blocks and numbers, ours and the published ones."""
     from shortllm.published import compared_blocks
+    from shortllm.reporting.run_page import published_table
 
     typer.echo(f"compared with the published results ({published.source})")
     if published.removed:
         typer.echo(compared_blocks(published, plan.removed))
     if rows:
-        table = [
-            (row.model, row.quantity, _figure(row.ours), _figure(row.published)) for row in rows
-        ]
-        print_table(("model", "quantity", "ours", "published"), table)
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1e6 else f"{value:.4f}"
+        print_table(*published_table(rows).plain())

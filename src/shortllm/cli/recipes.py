@@ -17,7 +17,7 @@ from shortllm.options import overlaid
 from shortllm.recipe import Recipe
 
 if TYPE_CHECKING:
-    from shortllm.released import Measured, Released
+    from shortllm.released import Released
 
 recipes = typer.Typer(
     help="List, show and run the recipes that come with the package: a whole run in a file each.",
@@ -179,33 +179,17 @@ def _run_published(
 
 def _print_released(found: Released) -> None:
     """A row per checkpoint, ours | published; then what is missing."""
-    head = ("checkpoint", *SHOWN.values(), "tokens/s")
-    rows = [
-        (
-            Path(one.checkpoint).name,
-            *(
-                f"{_number(one.ours.get(quantity))} | {_number(one.theirs.get(quantity))}"
-                for quantity in SHOWN
-            ),
-            _throughput(one),
-        )
-        for one in found.measured.values()
-    ]
+    from shortllm.format import figure, number
+
+    rows = []
+    for one in found.measured.values():
+        pairs = [(figure(one.ours.get(name)), figure(one.theirs.get(name))) for name in SHOWN]
+        speed = one.benchmark.measurements[0].tokens_per_s if one.benchmark else None
+        cells = [f"{ours} | {theirs}" for ours, theirs in pairs]
+        rows.append((Path(one.checkpoint).name, *cells, number(speed)))
     if rows:
         typer.echo("ours | published")
-        print_table(head, rows)
+        print_table(("checkpoint", *SHOWN.values(), "tokens/s"), rows)
     typer.echo(f"all numbers: {found.table}")
     for name, reason in found.failed.items():
         typer.echo(f"left out: {name} ({reason})")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value > 1e6 else f"{value:.2f}"
-
-
-def _throughput(one: Measured) -> str:
-    """Tokens per second at the first batch size and length."""
-    found = one.benchmark.measurements[0].tokens_per_s if one.benchmark else None
-    return "-" if found is None else f"{found:.1f}"

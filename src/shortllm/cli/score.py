@@ -19,6 +19,7 @@ from shortllm.cli.output import (
 )
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
+from shortllm.format import duration, plain
 from shortllm.pruning.budget import Budget
 from shortllm.recipe import CRITERION_HELP
 from shortllm.runtime import DeviceOptions, Runtime
@@ -197,19 +198,10 @@ def _print_scores(scores: BlockScores) -> None:
 
 
 def _print_search(search: Search) -> None:
-    """A row per candidate, the one whose set goes marked."""
-    found = search.found
-    listed = [one.criterion for one in search.candidates]
-    extra = [] if found.criterion in listed else [found]
-    rows = [
-        (
-            f"{'* ' if one.criterion == found.criterion else ''}{one.criterion}",
-            ",".join(map(str, one.removed)),
-            *("-" if n is None else f"{n:.6g}" for n in (one.value, one.held_out)),
-        )
-        for one in (*search.candidates, *extra)
-    ]
-    print_table(("set by", "removes", f"{search.fitness}, searched", "ppl, held out"), rows)
+    """A row per candidate set, and those left out."""
+    from shortllm.reporting.run_page import search_table
+
+    print_table(*search_table(search).plain())
     for left in search.left_out:
         typer.echo(f"left out: {left.criterion} ({left.reason})")
 
@@ -266,7 +258,7 @@ def _print_estimates(summary: ModelSummary) -> None:
             "streamed" if one.streamed else "in memory",
             f"{one.flops / 1e12:.3g}",
             f"{one.peak_bytes / 2**30:.2f}",
-            *(() if one.seconds is None else (_duration(one.seconds),)),
+            *(() if one.seconds is None else (plain(duration(one.seconds)),)),
         )
         for one in summary.estimates
     ]
@@ -279,11 +271,3 @@ def _print_estimates(summary: ModelSummary) -> None:
         )
     mode = "read one at a time (streamed)" if summary.streamed else "all in memory"
     typer.echo(f"without --stream or --no-stream, blocks are {mode}: {summary.why}")
-
-
-def _duration(seconds: float) -> str:
-    """E.g. `12.3 s`, `5.2 min` or `3.1 h`."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

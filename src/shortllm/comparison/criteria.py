@@ -1,42 +1,57 @@
-"""Scores by each criterion, a plan per budget, and one walk over all removed sets."""
+"""What each criterion removes at several budgets, and the perplexity that is left.
+
+    scores by each criterion ─► a plan per budget ─┐
+    seeded random draws ───────────────────────────┴─► one walk over all removed sets ─► Comparison
+
+Removed sets that begin alike share their block passes, and equal ones are measured once. The text
+measured on is kept apart from the text scored on, as in a run.
+
+    shortllm compare-criteria MODEL --data stories.jsonl --out runs/compare
+"""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm import run_directory as rundir
 from shortllm.checkpoint.hub import EMBEDDED
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.comparison.options import (
-    FLOOR,
+    ComparedBudget,
     Comparison,
     ComparisonOptions,
     Contender,
-    Question,
+    LeftOut,
     RemovedSet,
 )
-from shortllm.criteria.selection import resolve
+from shortllm.criteria.selection import ResolvedCriterion, resolve, resolve_all
 from shortllm.data.calibration import resolve_calibration
 from shortllm.data.options import CalibrationOptions
+from shortllm.errors import BudgetError, CriterionError
 from shortllm.evaluation.evaluate import resolve_evaluation
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.pruning.planning import build_plan, removal_order
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.score import score_in
 from shortllm.records import Cost, ModelInfo
-from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, progress, versions
+from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, progress, versions
 
 if TYPE_CHECKING:
     from shortllm.evaluation.perplexity import EvaluationText
+
+RANDOM = "random"
+"""The criterion that every other one must beat."""
 
 
 def default_directory(model: str) -> Path:
@@ -44,62 +59,84 @@ def default_directory(model: str) -> Path:
     return Path("runs") / f"{rundir.short_name(model)}-comparison"
 
 
-@releasing()
-def compare_in(
-    directory: Path,
-    checkpoint: Checkpoint,
-    question: Question,
-    options: ComparisonOptions,
-    *,
-    session: Session,
-    command: Sequence[str] = (),
-) -> Comparison:
-    """Scores, comparison.json and comparison.html in a run directory, unless up to date.
+# ---- what is compared
 
-    All processes measure; the main one writes.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is compared, checked against the model."""
+
+    options: ComparisonOptions
+    criteria: list[ResolvedCriterion]
+    budgets: list[ComparedBudget]
+    left_out: list[LeftOut]
+    protected: list[int]
+    """Blocks that no removal may touch."""
+
+
+def prepare_question(
+    model: ModelInfo, options: ComparisonOptions, criteria: Sequence[ResolvedCriterion]
+) -> Question:
+    """Fit criteria and ratios to a model.
+
+    Ratios that come to the same number of blocks are one budget; those that no removal can meet are
+    left out with the reason. A criterion that removes blocks itself gets the largest budget.
     """
-    from shortllm.reporting import write_comparison
+    protected = _budget(options, remove=1).protected(model.blocks)
+    budgets: dict[int, list[float]] = {}
+    left_out: list[LeftOut] = []
+    for ratio in sorted(set(options.ratios)):
+        try:
+            most = most_blocks(_budget(options, ratio=ratio), model)
+            budgets.setdefault(most, []).append(ratio)
+        except BudgetError as error:
+            left_out.append(LeftOut(ratio=ratio, reason=str(error)))
+    if not budgets:
+        raise BudgetError(f"there is no removal to compare: {left_out[0].reason}")
+    return Question(
+        options=options,
+        criteria=[_fitted(one, options, model, list(budgets)) for one in criteria],
+        budgets=[ComparedBudget(blocks=n, ratios=found) for n, found in budgets.items()],
+        left_out=left_out,
+        protected=protected,
+    )
 
-    ranks = join_ranks()
-    if ranks.is_main:
-        rundir.claim_directory(directory, checkpoint)
-    calibration, evaluation = _resolved(options, checkpoint)
-    scoring = any(one.needs_text for one in question.asked)
-    texts = prepare_texts(checkpoint, calibration, evaluation, scoring=scoring)
-    [text] = texts.evaluation
-    if ranks.is_main:
-        chosen = {
-            "model": checkpoint.id,
-            "options": {one.name: one.options for one in question.asked},
-            **options.model_dump(mode="json"),
-            "calibration": calibration.model_dump(mode="json"),
-            **session.runtime.model_dump(mode="json"),
-        }
-        rundir.write_run_file(directory, chosen, checkpoint, command)
-    scores = score_in(directory, checkpoint, question.asked, texts.calibration, session, ranks)
-    path, work = directory / "comparison.json", directory / f"comparing{PARTIAL}"
-    expected = comparison_fingerprint(checkpoint, question, scores, text, session)
-    found = rundir.finished(Comparison, path, expected)
-    if found is None:
-        found = compare(
-            checkpoint, question, scores, text, session=session, directory=work, ranks=ranks
+
+def _budget(options: ComparisonOptions, **amount: float) -> Budget:
+    ends = options.model_dump(include={"protect_first", "protect_last"})
+    return Budget.model_validate(amount | ends)
+
+
+def _fitted(
+    one: ResolvedCriterion, options: ComparisonOptions, model: ModelInfo, budgets: Sequence[int]
+) -> ResolvedCriterion:
+    """A criterion that removes blocks itself with the limits of the comparison."""
+    if one.name == RANDOM:
+        raise CriterionError(
+            f"'{RANDOM}' is part of every comparison. Leave it out of --criterion, and set the "
+            "number of draws with --random 10"
         )
-        if ranks.is_main:
-            found.save(path)
-        ranks.wait()  # the journal is needed until the result is safe
-        shutil.rmtree(work, ignore_errors=True)
-    if ranks.is_main:
-        write_comparison(directory)
-    return found
+    if one.needs == "sets" and len(budgets) > 1:
+        raise CriterionError(
+            f"'{one.name}' searches for the best removal of one size, and the --ratios come to "
+            f"{len(budgets)}. Give one of them, or leave {one.name} out"
+        )
+    limits = removal_options(one, _budget(options, remove=max(budgets)), model)
+    for name in limits:
+        if one.options[name] != one.criterion.defaults[name]:
+            raise CriterionError(
+                f"{one.name}.{name} follows from --ratios, --protect-first and --protect-last "
+                "here. Leave the option out"
+            )
+    return resolve(one.name, one.options | limits) if limits else one
 
 
-def _resolved(
+def _texts(
     options: ComparisonOptions, checkpoint: Checkpoint
 ) -> tuple[CalibrationOptions, EvaluationOptions]:
     """The texts, with the defaults that depend on the model filled in."""
-    embedded = checkpoint.id == EMBEDDED
+    embedded, given = checkpoint.id == EMBEDDED, options.evaluation
     calibration = resolve_calibration(options.calibration, checkpoint.model_type, embedded=embedded)
-    given = options.evaluation
     evaluation = resolve_evaluation(
         EvaluationOptions(
             data=[given.data] if given.data else [],
@@ -114,67 +151,96 @@ def _resolved(
     return calibration, evaluation.model_copy(update={"data": evaluation.data[:1]})
 
 
-def compare(
-    checkpoint: Checkpoint,
-    question: Question,
-    scores: dict[str, BlockScores],
-    text: EvaluationText,
+# ---- the comparison
+
+
+@releasing()
+@accepts(comparison=ComparisonOptions, runtime=Runtime)
+def compare_criteria(
+    model: str = "embedded",
     *,
-    session: Session,
-    directory: Path | None = None,
-    ranks: Ranks = ALONE,
+    comparison: ComparisonOptions,
+    runtime: Runtime,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    out: Path | str | None = None,
+    revision: str | None = None,
+    command: Sequence[str] = (),
 ) -> Comparison:
-    """Perplexity without the blocks that each criterion, and each random draw, removes.
+    """What each criterion removes at several budgets, and the perplexity that is left.
+
+    Writes the scores, comparison.json and comparison.html; what is up to date is skipped. Under
+    `accelerate launch` or `torchrun` all processes share the samples, as in `score`.
 
     Args:
-        scores: by the names of the criteria.
-        directory: where the progress of a long walk over streamed blocks is kept.
-        ranks: the processes that share the segments.
+        model: a checkpoint directory or Hub id.
+        comparison: what to compare; its fields can be given as keywords.
+        runtime: where to compute; its fields can be given as keywords.
+        options: for each criterion its options.
+        out: run directory. Default: `runs/<model>-comparison`.
+        revision: of a Hub model.
+        command: the command line, for run.json.
+    Returns:
+        What each criterion and each random draw removes, and what is left.
     Raises:
-        BudgetError: scores that hold no removal of that size.
-        CheckpointError: the intact model's loss is no number.
-        UnsupportedModelError: the model's blocks cannot be called one by one.
+        ShortLLMError: any kind, before the model is loaded wherever that can be known.
     """
-    from shortllm.evaluation.perplexity import as_perplexity
-    from shortllm.journal import Journal
-    from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
+    from shortllm.reporting import write_comparison
 
-    info = checkpoint.info()
-    chosen, drawn = _chosen(info, question, scores), _drawn(info, question)
-    sets = {frozenset(order) for one in (*chosen, *drawn) for order in one.orders}
-    removals = [NOTHING, *sorted(sets, key=sorted)]
-    expected = comparison_fingerprint(checkpoint, question, scores, text, session)
-    ids_BT = ranks.mine(text.segments.ids)
-    decoder, started = session.decoder(checkpoint), time.monotonic()
-    own = None if directory is None else directory / f"rank{ranks.rank}of{ranks.count}"
-    work = walk_flops(decoder, removals, *ids_BT.shape)
-    with progress(f"perplexity of {len(sets)} shortened models", work) as advance:
-        nlls = mean_nlls(
-            decoder, ids_BT, removals, ranks=ranks, advance=advance,
-            memory=session.memory(directory), journal=Journal(own, expected),
-        )  # fmt: skip
-    measured = dict(zip(removals, nlls, strict=True))
-    return Comparison(
-        model=info,
-        protected=question.protected(info.blocks),
-        budgets=question.budgets,
-        left_out=question.left_out,
-        criteria=[one.measured(measured) for one in chosen],
-        random=[one.measured(measured) for one in drawn],
-        intact=as_perplexity(text, measured[NOTHING]),
-        calibration=next((s.calibration for s in scores.values() if s.calibration), None),
-        models=len(sets),
-        dtype=session.dtype(checkpoint),
-        versions=versions(),
-        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
-        fingerprint=expected,
+    directory = default_directory(model) if out is None else Path(out)
+    checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, directory))
+    criteria = resolve_all(comparison.criteria, options or {})
+    question = prepare_question(checkpoint.info(), comparison, criteria)
+    session, ranks = Session(runtime), join_ranks()
+    if ranks.is_main:
+        rundir.claim_directory(directory, checkpoint)
+    calibration, evaluation = _texts(comparison, checkpoint)
+    scoring = any(one.needs_text for one in question.criteria)
+    texts = prepare_texts(checkpoint, calibration, evaluation, scoring=scoring)
+    [text] = texts.evaluation
+    if ranks.is_main:
+        chosen = {
+            "model": checkpoint.id,
+            "options": {one.name: one.options for one in question.criteria},
+            **comparison.model_dump(mode="json"),
+            "calibration": calibration.model_dump(mode="json"),
+            **runtime.model_dump(mode="json"),
+        }
+        rundir.write_run_file(directory, chosen, checkpoint, command)
+    scores = score_in(directory, checkpoint, question.criteria, texts.calibration, session, ranks)
+    found = _measure_in(
+        directory, checkpoint, question, scores, texts.evaluation[0], session, ranks
     )
+    if ranks.is_main:
+        write_comparison(directory)
+    return found
 
 
-def comparison_fingerprint(
+def _measure_in(
+    directory: Path,
     checkpoint: Checkpoint,
     question: Question,
-    scores: dict[str, BlockScores],
+    scores: Mapping[str, BlockScores],
+    text: EvaluationText,
+    session: Session,
+    ranks: Ranks,
+) -> Comparison:
+    """comparison.json, unless up to date. All processes measure; the main one writes."""
+    path, work = directory / "comparison.json", directory / f"comparing{PARTIAL}"
+    expected = _fingerprint(checkpoint, question, scores, text, session)
+    found = rundir.finished(Comparison, path, expected)
+    if found is None:
+        found = _measure(checkpoint, question, scores, text, session, work, ranks, expected)
+        if ranks.is_main:
+            found.save(path)
+        ranks.wait()  # the journal is needed until the result is safe
+        shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def _fingerprint(
+    checkpoint: Checkpoint,
+    question: Question,
+    scores: Mapping[str, BlockScores],
     text: EvaluationText,
     session: Session,
 ) -> str:
@@ -187,8 +253,8 @@ def comparison_fingerprint(
             "scores": [(name, found.fingerprint) for name, found in scores.items()],
             "budgets": [budget.model_dump() for budget in question.budgets],
             "left out": [left.model_dump() for left in question.left_out],
-            "protected": question.protected(checkpoint.block_count),
-            "draws": question.draws,
+            "protected": question.protected,
+            "draws": question.options.random,
             "text": [text.rows.source, tokens_fingerprint(text.segments.ids)],
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
@@ -196,69 +262,105 @@ def comparison_fingerprint(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Removals:
-    """What one criterion removes at each budget, in order."""
+def _measure(
+    checkpoint: Checkpoint,
+    question: Question,
+    scores: Mapping[str, BlockScores],
+    text: EvaluationText,
+    session: Session,
+    directory: Path,
+    ranks: Ranks,
+    expected: str,
+) -> Comparison:
+    """Perplexity without the blocks that each criterion, and each random draw, removes.
 
-    criterion: str
-    options: dict[str, Any]
-    source: str
-    scores: str | None
-    orders: list[list[int]]
+    `directory` keeps the progress of a long walk; the processes `ranks` share the segments.
+    """
+    from shortllm.evaluation.perplexity import as_perplexity
+    from shortllm.journal import Journal
+    from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
 
-    def measured(self, nlls: dict[frozenset[int], float]) -> Contender:
-        return Contender(
-            criterion=self.criterion,
-            options=self.options,
-            source=self.source,
-            scores=self.scores,
-            sets=[_removed_set(order, nlls[frozenset(order)]) for order in self.orders],
-        )
-
-
-def _removed_set(order: list[int], nll: float) -> RemovedSet:
-    from shortllm.model.metrics import perplexity
-
-    ppl = perplexity(nll)
-    return RemovedSet(
-        order=order,
-        nll=nll if math.isfinite(nll) else None,
-        perplexity=ppl if math.isfinite(ppl) else None,
+    info = checkpoint.info()
+    chosen, drawn = _chosen(info, question, scores), _drawn(info, question)
+    sets = {frozenset(removed.order) for one in (*chosen, *drawn) for removed in one.sets}
+    removals = [NOTHING, *sorted(sets, key=sorted)]
+    ids_BT = ranks.mine(text.segments.ids)
+    decoder, started = session.decoder(checkpoint), time.monotonic()
+    own = directory / f"rank{ranks.rank}of{ranks.count}"
+    work = walk_flops(decoder, removals, *ids_BT.shape)
+    with progress(f"perplexity of {len(sets)} shortened models", work) as advance:
+        nlls = mean_nlls(
+            decoder, ids_BT, removals, ranks=ranks, advance=advance,
+            memory=session.memory(directory), journal=Journal(own, expected),
+        )  # fmt: skip
+    measured = dict(zip(removals, nlls, strict=True))
+    return Comparison(
+        model=info,
+        protected=question.protected,
+        budgets=question.budgets,
+        left_out=question.left_out,
+        criteria=[_filled(one, measured) for one in chosen],
+        random=[_filled(one, measured) for one in drawn],
+        intact=as_perplexity(text, measured[NOTHING]),
+        calibration=next((s.calibration for s in scores.values() if s.calibration), None),
+        models=len(sets),
+        dtype=session.dtype(checkpoint),
+        versions=versions(),
+        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+        fingerprint=expected,
     )
 
 
 def _chosen(
-    model: ModelInfo, question: Question, scores: dict[str, BlockScores]
-) -> list[_Removals]:
-    """The plans of each criterion."""
+    model: ModelInfo, question: Question, scores: Mapping[str, BlockScores]
+) -> list[Contender]:
+    """What the plans of each criterion remove; not measured yet."""
+    budgets = [_budget(question.options, remove=one.blocks) for one in question.budgets]
     return [
-        _Removals(
-            criterion=one.name,
-            options=one.options,
-            source=one.criterion.source,
-            scores=scores[one.name].fingerprint,
-            orders=[
-                build_plan(question.budget(n.blocks), model=model, scores=scores[one.name]).order
-                for n in question.budgets
-            ],
+        _contender(
+            one,
+            [build_plan(budget, model=model, scores=scores[one.name]).order for budget in budgets],
+            scores[one.name].fingerprint,
         )
-        for one in question.asked
+        for one in question.criteria
     ]
 
 
-def _drawn(model: ModelInfo, question: Question) -> list[_Removals]:
-    """What plans by `random` with the seeds 0, 1, ... remove."""
+def _drawn(model: ModelInfo, question: Question) -> list[Contender]:
+    """What plans by `random` with the seeds 0, 1, ... remove; not measured yet."""
     found = []
-    for seed in range(question.draws):
-        one = resolve(FLOOR, {"seed": seed})
-        order = removal_order(one.call(model.blocks), question.protected(model.blocks))
-        found.append(
-            _Removals(
-                criterion=one.name,
-                options=one.options,
-                source=one.criterion.source,
-                scores=None,
-                orders=[order[: budget.blocks] for budget in question.budgets],
+    for seed in range(question.options.random):
+        one = resolve(RANDOM, {"seed": seed})
+        order = removal_order(one.call(model.blocks), question.protected)
+        found.append(_contender(one, [order[: budget.blocks] for budget in question.budgets]))
+    return found
+
+
+def _contender(
+    one: ResolvedCriterion, orders: Sequence[list[int]], scores: str | None = None
+) -> Contender:
+    return Contender(
+        criterion=one.name,
+        options=one.options,
+        source=one.criterion.source,
+        scores=scores,
+        sets=[RemovedSet(order=order, nll=None, perplexity=None) for order in orders],
+    )
+
+
+def _filled(one: Contender, nlls: Mapping[frozenset[int], float]) -> Contender:
+    """The same with what was measured; None where it is not a number."""
+    from shortllm.model.metrics import perplexity
+
+    sets = []
+    for removed in one.sets:
+        nll = nlls[frozenset(removed.order)]
+        ppl = perplexity(nll)
+        sets.append(
+            RemovedSet(
+                order=removed.order,
+                nll=nll if math.isfinite(nll) else None,
+                perplexity=ppl if math.isfinite(ppl) else None,
             )
         )
-    return found
+    return one.model_copy(update={"sets": sets})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shortllm.comparison.options import Comparison, Contender
+from shortllm.format import counted, listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +15,7 @@ class Standing:
     """One budget: what criteria and random draws reach. Infinity where there was no perplexity."""
 
     name: str
-    """The ratios asked for, e.g. '10 %', or '10/20 %' where both come to the same blocks."""
+    """The requested ratios, e.g. '10 %', or '10/20 %' where both come to the same blocks."""
     blocks: int
     perplexities: list[float]
     """One for each criterion."""
@@ -66,26 +67,15 @@ def _perplexities(contenders: Sequence[Contender], place: int) -> list[float]:
 def verdict(comparison: Comparison) -> str:
     """Which criteria win most often, and whether they are better than chance, in two sentences."""
     columns, count = standings(comparison), len(comparison.criteria)
-    won = [f"{_listed(names)} at {n}" for n, names in _wins(columns).items()][:2]
-    of = f"{len(columns)} budget{'' if len(columns) == 1 else 's'}"
-    won[:1] = [f"{text} of {of}" for text in won[:1]]
+    best = [name for column in columns for name in column.best]
+    wins: dict[int, list[str]] = {}
+    for name in sorted(set(best), key=lambda name: (-best.count(name), best.index(name))):
+        wins.setdefault(best.count(name), []).append(name)
+    won = [f"{listed(names)} at {number}" for number, names in wins.items()][:2]
+    won[:1] = [f"{text} of {counted(len(columns), 'budget')}" for text in won[:1]]
     beat = sorted({column.beat_mean for column in columns})
     some = str(beat[0]) if len(beat) == 1 else f"{beat[0]} to {beat[-1]}"
-    lowest = "; ".join(won) or "none could be measured"
     return (
-        f"Lowest perplexity: {lowest}. At each budget {some} of {count} criteria are better than "
-        f"the mean of {len(comparison.random)} random removals."
+        f"Lowest perplexity: {'; '.join(won) or 'none could be measured'}. At each budget {some} "
+        f"of {count} criteria are better than the mean of {len(comparison.random)} random removals."
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _wins(columns: Sequence[Standing]) -> dict[int, list[str]]:
-    """Number of budgets won -> the criteria that won so many, most first."""
-    best = [name for column in columns for name in column.best]
-    found: dict[int, list[str]] = {}
-    for name in sorted(set(best), key=lambda name: (-best.count(name), best.index(name))):
-        found.setdefault(best.count(name), []).append(name)
-    return found

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from shortllm import criteria, pipeline
 from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.comparison.options import UNITS_FILE, Candidate, UnitsComparison
 from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
@@ -31,6 +31,7 @@ from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.model.session import Session
+from shortllm.options import accepts, overlaid
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from
@@ -55,6 +56,12 @@ HEALED_SUFFIX = "-healed"
 TOLERANCE = 0.01
 """Part of the parameters by which a candidate may miss the number of the others."""
 
+REFUSED = {
+    "quantization": "the recipe quantizes, and width and depth are compared before that",
+    "healing": "the recipe heals without training, which needs the gaps of depth pruning",
+}
+"""Stages of a recipe that do not apply to all candidates."""
+
 
 def default_directory(model: str) -> Path:
     """`runs/<model>-units`."""
@@ -62,83 +69,85 @@ def default_directory(model: str) -> Path:
 
 
 def asked_methods(names: Sequence[str]) -> tuple[list[ResolvedCriterion], list[str]]:
-    """The criteria of depth and the methods of width among some names.
-
-    Raises:
-        CriterionError: an unknown name, one twice, or no criterion that blocks are removed by.
-    """
+    """The criteria of depth and the methods of width among some names."""
     if len(set(names)) != len(names):
         raise CriterionError(f"a method was given twice in {', '.join(names)}. Name each once")
     width = [name for name in names if name in WIDTH]
-    depth = [name for name in names if name not in WIDTH]
     known = [*criteria.names(), *WIDTH]
-    for name in depth:
+    for name in names:
         if name not in known:
             raise CriterionError(
                 f"'{name}' is neither a criterion nor a width method.{did_you_mean(name, known)}"
             )
-    asked = [resolve(name, {}) for name in depth]
-    if not asked:
+    depth = [resolve(name, {}) for name in names if name not in width]
+    if not depth:
         raise CriterionError(
             "no criterion of depth was named, and it sets the number of parameters for all. Add "
             "one, e.g. ppl"
         )
-    return asked, width
+    return depth, width
 
 
 @releasing()
-def compare_units_in(
-    directory: Path,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    names: Sequence[str],
+@accepts(recipe=Recipe)
+def compare_units(
+    model: str | None = None,
     *,
+    recipe: Recipe,
+    methods: Sequence[str] = (*DEPTH, *WIDTH),
+    out: Path | str | None = None,
     command: Sequence[str] = (),
 ) -> UnitsComparison:
-    """Make, heal and measure all candidates in a run directory, and write the page.
+    """Width against depth pruning at the same number of parameters: quality, speed, memory.
 
-    What is up to date is not made again.
+    Writes the checkpoints, their evaluation and benchmark, units.json and units.html; what is up to
+    date is skipped.
 
     Args:
-        recipe: filled in; its budget says how many blocks go, its first retraining how all are
-            healed.
-        names: criteria of depth and methods of width.
+        model: a checkpoint directory or Hub id. Default: the recipe's.
+        recipe: budget of depth, calibration, evaluation, benchmark, and the retraining that all
+            candidates get, if any; its fields can be given as keywords.
+        methods: depth criteria, of which the first sets the number of parameters, and width
+            methods.
+        out: run directory. Default: `runs/<model>-units`.
+        command: the command line, for run.json.
+    Returns:
+        The candidates; what they can do and how fast they are is in eval.json and bench.json.
     Raises:
-        ShortLLMError: any of its kinds, before heavy work wherever that can be known.
+        ShortLLMError: any kind, before the model is loaded wherever that can be known.
     """
     from shortllm.reporting import write_units
 
-    depth, width = asked_methods(names)
-    if recipe.quantization is not None:
-        raise RecipeError(
-            "the recipe quantizes, and width and depth are compared before that. Give "
-            "--set quantization=null"
-        )
-    if recipe.healing is not None:
-        raise RecipeError(
-            "the recipe heals without training, which width pruning has no gaps for. Give "
-            "--set healing=null, and --retrain for a healing of all"
-        )
-    rundir.claim_directory(directory, checkpoint)
+    if model is not None:
+        recipe = overlaid(recipe, Recipe(model=model))
+    depth, width = asked_methods(methods)
+    directory = default_directory(recipe.model) if out is None else Path(out)
+    checkpoint = open_checkpoint(
+        recipe.model,
+        revision=rundir.pinned(recipe.model, recipe.revision, directory),
+        special_tokens=recipe.special_tokens,
+    )
+    recipe = recipe.resolved(checkpoint.model_type)
+    for field, problem in REFUSED.items():
+        if getattr(recipe, field) is not None:
+            raise RecipeError(f"{problem}. Give --set {field}=null")
     check_budget(recipe.budget, checkpoint.info())
+    rundir.claim_directory(directory, checkpoint)
     pipeline.check_any_removal(checkpoint, recipe.budget)
     session = pipeline.session_of(recipe)
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     pipeline.check_later_stages(recipe, checkpoint, session)
     texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation)
-    rundir.write_run_file(
-        directory, recipe.model_dump(mode="json") | {"methods": list(names)}, checkpoint, command
-    )
+    chosen = recipe.model_dump(mode="json") | {"methods": list(methods)}
+    rundir.write_run_file(directory, chosen, checkpoint, command)
     made = _shorter(directory, checkpoint, recipe.budget, depth, texts.calibration, session)
     goal = next(iter(made.values())).parameters
     made |= _narrower(directory, checkpoint, width, goal, texts.calibration, session)
     healed = _healed(directory, made, recipe, session)
-    models = {"original": checkpoint, **made, **healed}
-    evaluation = evaluate_in(directory, models, recipe.evaluation, texts, tasks, session)
-    options = recipe.benchmark or BenchmarkOptions()
+    models = {"original": checkpoint, **made}
+    evaluation = evaluate_in(directory, models | healed, recipe.evaluation, texts, tasks, session)
     session.release()
-    measured = {"original": checkpoint, **made}
-    bench_in(directory, measured, options, session)
+    bench_in(directory, models, recipe.benchmark or BenchmarkOptions(), session)
     found = _record(checkpoint, recipe, made, healed, evaluation)
     found.save(directory / UNITS_FILE)
     write_units(directory)
@@ -153,7 +162,7 @@ def _shorter(
     calibration: Calibration | None,
     session: Session,
 ) -> dict[str, Checkpoint]:
-    """A checkpoint with fewer blocks by each criterion, and its plan beside it."""
+    """A checkpoint with fewer blocks by each criterion, and its plan next to it."""
     scores = score_in(directory, checkpoint, asked, calibration, session)
     made = {}
     for one in asked:
@@ -172,11 +181,7 @@ def _narrower(
     calibration: Calibration | None,
     session: Session,
 ) -> dict[str, Checkpoint]:
-    """A checkpoint with fewer heads and neurons by each method, of `goal` parameters or nearly.
-
-    Raises:
-        BudgetError: units so large that a method misses the number by more than `TOLERANCE`.
-    """
+    """A checkpoint with fewer heads and neurons by each method, of `goal` parameters or nearly."""
     from shortllm.width_pruning.groups import options_to_remove
     from shortllm.width_pruning.prune_width import resolve, width_from
     from shortllm.width_pruning.structure import find_groups
@@ -208,8 +213,8 @@ def _healed(
     from shortllm.retraining.retrain import retrain_from
 
     healed = {}
-    for name, checkpoint in made.items():
-        for options in recipe.retraining[:1]:
+    for options in recipe.retraining[:1]:
+        for name, checkpoint in made.items():
             target = f"{name}{HEALED_SUFFIX}"
             retrain_from(checkpoint, options, directory / target, session=session)
             healed[target] = pipeline.opened_within(directory, target)
@@ -230,24 +235,20 @@ def _record(
             unit="width" if name in WIDTH else "depth",
             parameters=one.parameters,
             missed=one.parameters / goal - 1,
-            healed=f"{name}{HEALED_SUFFIX}" if f"{name}{HEALED_SUFFIX}" in healed else None,
+            healed=f"{name}{HEALED_SUFFIX}" if healed else None,
         )
         for name, one in made.items()
     ]
+    retraining = [one.model_dump(mode="json", exclude_unset=True) for one in recipe.retraining[:1]]
+    inputs = {
+        "evaluation": evaluation.fingerprint,
+        "candidates": [one.model_dump() for one in candidates],
+    }
     return UnitsComparison(
         model=checkpoint.info(),
         asked=recipe.budget.asked(),
         candidates=candidates,
-        retraining=(
-            recipe.retraining[0].model_dump(mode="json", exclude_unset=True)
-            if recipe.retraining
-            else None
-        ),
+        retraining=next(iter(retraining), None),
         versions=versions(),
-        fingerprint=fingerprint(
-            {
-                "evaluation": evaluation.fingerprint,
-                "candidates": [one.model_dump() for one in candidates],
-            }
-        ),
+        fingerprint=fingerprint(inputs),
     )

@@ -116,11 +116,7 @@ class Criterion:
         return self.needs not in WITHOUT_TEXT
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All options with their values; texts from a command line are converted.
-
-        Raises:
-            CriterionError: an unknown option or an impossible value.
-        """
+        """All options with their values; texts from a command line are converted."""
         stated = {name: self.function.__annotations__[name] for name in self.defaults}
         hints = get_type_hints(
             SimpleNamespace(__annotations__=stated), globalns=self.function.__globals__
@@ -166,8 +162,6 @@ def criterion(
             perplexity), and the change of the mean next to it.
         compared: include it in a comparison of criteria by default; searches never are.
         search: for a search that others can use, how it improves a set.
-    Raises:
-        ValueError: the name is taken, and by which module.
     """
 
     def register(function: Function) -> Function:
@@ -215,11 +209,7 @@ def help_text() -> str:
 
 
 def require_finite(name: str, values: list[float]) -> None:
-    """Refuse scores that cannot be ranked.
-
-    Raises:
-        CriterionError: naming the first block whose score is NaN or infinite.
-    """
+    """Refuse scores that cannot be ranked."""
     for block, value in enumerate(values):
         if not math.isfinite(value):
             raise CriterionError(
@@ -229,11 +219,7 @@ def require_finite(name: str, values: list[float]) -> None:
 
 
 def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
-    """The value of an option as the type that the function's annotation states.
-
-    Raises:
-        CriterionError: it cannot be converted.
-    """
+    """The value of an option as the type that the function's annotation states."""
     choices = get_args(hint) if get_origin(hint) is Literal else None
     if choices is not None:
         for choice in choices:

@@ -32,8 +32,6 @@ def remove_one_by_one(
         free: the blocks that are not protected, ascending.
         inner: criterion by which the remaining blocks are scored in each round.
         rounds: blocks to remove; default: half of the free ones.
-    Raises:
-        CriterionError: more rounds than blocks that may go.
     """
     rounds = max(1, len(free) // 2) if rounds is None else rounds
     if not 0 < rounds <= min(len(free), blocks - 1):

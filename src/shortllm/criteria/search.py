@@ -216,11 +216,7 @@ def names_in(text: str) -> list[str]:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options of a search that no model could meet.
-
-    Raises:
-        CriterionError: naming the option.
-    """
+    """Refuse options of a search that no model could meet."""
     lists = "candidates" if "candidates" in options else "start"
     chosen = names_in(options[lists])
     if not chosen or len(set(chosen)) != len(chosen):
@@ -244,11 +240,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def best_of(proposals: Sequence[Proposal], values: Sequence[float]) -> Found:
-    """The proposal with the lowest value, the first of equals.
-
-    Raises:
-        CriterionError: none of them leaves a model that computes numbers.
-    """
+    """The proposal with the lowest value, the first of equals."""
     value, place = min(zip(values, range(len(values)), strict=True))
     if math.isinf(value):
         raise CriterionError(

@@ -43,11 +43,7 @@ class ResolvedCriterion:
         return self.criterion.needs_text if inner is None else inner.needs_text
 
     def inner(self) -> ResolvedCriterion | None:
-        """The criterion that this one scores with in each round, if it does.
-
-        Raises:
-            CriterionError: there is no such criterion, or it works in rounds itself.
-        """
+        """The criterion that this one scores with in each round, if it does."""
         if self.needs != "removals":
             return None
         inner = resolve(self.options["inner"])
@@ -74,11 +70,7 @@ class ResolvedCriterion:
 
 
 def resolve(name: str, options: Mapping[str, Any] | None = None) -> ResolvedCriterion:
-    """Look a criterion up and check its options.
-
-    Raises:
-        CriterionError: unknown criterion or option, or an impossible value.
-    """
+    """Look a criterion up and check its options."""
     criterion = criteria.get(name)
     resolved = ResolvedCriterion(criterion, criterion.options(options or {}))
     resolved.inner()
@@ -90,12 +82,7 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> ResolvedCrit
 def resolve_all(
     names: Sequence[str], options: Mapping[str, Mapping[str, Any]]
 ) -> list[ResolvedCriterion]:
-    """Criteria by name with their options.
-
-    Raises:
-        CriterionError: an unknown name or option, no name or the same one twice, or options of a
-            criterion that is not among them.
-    """
+    """Criteria by name with their options."""
     if len(set(names)) != len(names) or not names:
         given = ", ".join(names) or "nothing"
         raise CriterionError(f"--criterion {given} must name criteria, each once")

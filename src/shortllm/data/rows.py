@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, Protocol, cast, overload
+from typing import IO, Any, cast, overload
 
 from shortllm.errors import DataError, did_you_mean
 
@@ -44,14 +44,6 @@ DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
 
 CHUNK_CHARACTERS = 2**20
 """Characters in one Arrow buffer, about."""
-
-
-class Texts(Protocol):
-    """What rows may be stored in: a list, or a column of strings in Arrow buffers."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> str: ...
 
 
 class ArrowTexts:
@@ -78,7 +70,7 @@ class ArrowTexts:
     def __len__(self) -> int:
         return len(self._column)
 
-    def __getitem__(self, index: int, /) -> str:
+    def __getitem__(self, index: int) -> str:
         text: str = self._column[index].as_py()
         return text
 
@@ -91,12 +83,12 @@ class Rows(Sequence[str]):
     """
 
     source: str
-    texts: Texts
+    texts: Sequence[str] | ArrowTexts
     start: int
     stop: int
 
     @classmethod
-    def of(cls, source: str, texts: Texts) -> Rows:
+    def of(cls, source: str, texts: Sequence[str] | ArrowTexts) -> Rows:
         """All of `texts`, at least one."""
         if len(texts) == 0:
             raise DataError(f"'{source}' has no rows. Give a file or a split with text in it")

@@ -116,69 +116,47 @@ def sample_random(
     samples, length = options.samples, options.length
     bos = _bos_of(tokenizer) if options.bos_every_sample else None
     random = Random(options.seed)
-    pool = _LongRows(rows, tokenizer, length=length, special=bos is None)
-    windows = []
-    for taken in range(samples):
-        tokens = pool.draw(random)
-        if tokens is None:
-            raise DataError(pool.too_few(taken, samples))
-        start = random.randint(0, len(tokens) - length)
-        windows.append(tokens[start : start + length])
-    ids = torch.tensor(windows, dtype=torch.int64)
+    windows: dict[int, list[int]] = {}
+    is_long: dict[int, bool] = {}
+    draws = 0
+    while len(windows) < samples:
+        if draws == len(rows):  # none found for long: look whether one is left
+            _measure(rows, tokenizer, is_long, length=length, special=bos is None)
+            if sum(is_long.values()) == len(windows):
+                raise DataError(
+                    f"only {len(windows)} of {len(rows)} rows have at least {length} tokens, "
+                    f"{samples} samples need {samples} such rows. Use --sampler packed, a shorter "
+                    "--length, fewer --samples, or data with longer rows"
+                )
+        draws += 1
+        row = random.randint(0, len(rows) - 1)
+        if row in windows or not is_long.get(row, True):
+            continue
+        tokens = _token_lists(tokenizer, [rows[row]], special=bos is None)[0]
+        is_long[row] = len(tokens) >= length
+        if is_long[row]:
+            start = random.randint(0, len(tokens) - length)
+            windows[row] = tokens[start : start + length]
+            draws = 0
+    ids = torch.tensor(list(windows.values()), dtype=torch.int64)
     return ids if bos is None else _with_bos(ids[:, :-1], bos)
 
 
-class _LongRows:
-    """Draws unused rows of at least `length` tokens and remembers how long each row seen was."""
-
-    def __init__(
-        self, rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int, special: bool
-    ) -> None:
-        self._rows = rows
-        self._tokenizer = tokenizer
-        self._length = length
-        self._special = special
-        self._is_long: dict[int, bool] = {}
-        self._used: set[int] = set()
-
-    def draw(self, random: Random) -> list[int] | None:
-        """The token ids of the next random row that is long and unused; None if none is left.
-
-        When as many draws as there are rows found nothing, all rows are tokenized once: either one
-        is left and drawing continues with the same random numbers, or the search ends.
-        """
-        draws = 0
-        while draws != len(self._rows) or self._any_left():
-            draws += 1
-            index = random.randint(0, len(self._rows) - 1)
-            if index in self._used or not self._is_long.get(index, True):
-                continue
-            tokens = _token_lists(self._tokenizer, [self._rows[index]], special=self._special)[0]
-            self._is_long[index] = len(tokens) >= self._length
-            if self._is_long[index]:
-                self._used.add(index)
-                return tokens
-        return None
-
-    def too_few(self, taken: int, samples: int) -> str:
-        """The message for data that ran out after `taken` samples; every row was seen."""
-        return (
-            f"only {taken} of {len(self._rows)} rows have at least {self._length} tokens, "
-            f"{samples} samples need {samples} such rows. "
-            "Use --sampler packed, a shorter --length, fewer --samples, or data with longer rows"
-        )
-
-    def _any_left(self) -> bool:
-        """Whether a long row is unused; afterwards the length of every row is known."""
-        unseen = [i for i in range(len(self._rows)) if i not in self._is_long]
-        for start in range(0, len(unseen), ROWS_PER_BATCH):
-            batch = unseen[start : start + ROWS_PER_BATCH]
-            texts = [self._rows[i] for i in batch]
-            lists = _token_lists(self._tokenizer, texts, special=self._special)
-            self._is_long.update(
-                (i, len(tokens) >= self._length) for i, tokens in zip(batch, lists, strict=True)
-            )
-        return sum(self._is_long.values()) > len(self._used)
+def _measure(
+    rows: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    is_long: dict[int, bool],
+    *,
+    length: int,
+    special: bool,
+) -> None:
+    """Tokenize every row that is not in `is_long`, and note whether it has `length` tokens."""
+    unseen = [row for row in range(len(rows)) if row not in is_long]
+    for start in range(0, len(unseen), ROWS_PER_BATCH):
+        batch = unseen[start : start + ROWS_PER_BATCH]
+        lists = _token_lists(tokenizer, [rows[row] for row in batch], special=special)
+        for row, tokens in zip(batch, lists, strict=True):
+            is_long[row] = len(tokens) >= length
 
 
 def sample_packed(

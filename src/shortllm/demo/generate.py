@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from shortllm.benchmark.meters import Sampler, bounded_memory, is_out_of_memory
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import DataError, ShortLLMError
-from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
 from shortllm.runtime import available_memory, quiet_transformers
 
 log = logging.getLogger(__name__)

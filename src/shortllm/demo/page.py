@@ -14,13 +14,12 @@ from dataclasses import asdict, astuple, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from shortllm.benchmark.options import PROMPT
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.demo.generate import Limits, Progress, Request, generate
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.evaluate import EMBEDDED_PROMPT
-from shortllm.evaluation.perplexity import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import PROMPT, TEMPERATURE, TOP_K, TOP_P
 from shortllm.format import NONE, change, counted, short_bytes, short_count
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from shortllm.benchmark.options import PROMPT
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -19,7 +18,7 @@ from shortllm.data.sources import load_rows
 from shortllm.data.texts import check_length
 from shortllm.errors import DataError, ShortLLMError
 from shortllm.evaluation.harness import mean_score, measure_tasks, table_path, write_table
-from shortllm.evaluation.options import EvaluatedModel, Evaluation, EvaluationOptions
+from shortllm.evaluation.options import PROMPT, EvaluatedModel, Evaluation, EvaluationOptions
 from shortllm.evaluation.perplexity import EvaluationText, generate_samples, measure_perplexity
 from shortllm.evaluation.tasks import TaskSet, load_tasks
 from shortllm.evaluation.texts import evaluation_segments_of
@@ -63,6 +62,7 @@ def evaluate(
     if not names:
         raise ShortLLMError("no model to evaluate. Give one or more")
     checkpoints = open_checkpoints(names)
+    first, *_ = checkpoints.values()
     if out is not None:
         require_file_target(Path(out))
     session = Session(runtime)
@@ -71,7 +71,7 @@ def evaluate(
     options = resolve_evaluation(
         options,
         embedded=names[0] == EMBEDDED,
-        every=checkpoints[names[0]].model_type in BOS_EVERY_SAMPLE,
+        every=first.model_type in BOS_EVERY_SAMPLE,
     )
     rows = [load_rows(one) for one in options.data] if measured else []
     texts = _shared_texts(checkpoints, rows, options)
@@ -112,8 +112,9 @@ def _shared_texts(
 ) -> list[EvaluationText]:
     """The texts cut into windows, which must be the same with every model's tokenizer."""
     texts: list[EvaluationText] = []
-    for name, checkpoint in checkpoints.items() if sources else ():
-        check_length(checkpoint, options.length, "--length")
+    for name, checkpoint in checkpoints.items():
+        if sources:
+            check_length(checkpoint, options.length, "--length")
         tokenizer = load_tokenizer(checkpoint)
         segments = [
             evaluation_segments_of(checkpoint, rows, tokenizer, options, option="--length")

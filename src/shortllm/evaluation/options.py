@@ -10,6 +10,10 @@ from pydantic import Field
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
 
+PROMPT = "The Leaning Tower of Pisa is known for"
+TOP_K, TOP_P, TEMPERATURE = 50, 0.95, 1.0
+"""How Shortened LLaMA generates text, to read it and to time it."""
+
 
 class EvaluationOptions(Options):
     """On what, and how, models are measured; the defaults are the protocol of Shortened LLaMA."""

@@ -18,14 +18,12 @@ from shortllm.data.calibration import tokens_fingerprint
 from shortllm.data.rows import Rows
 from shortllm.data.texts import Segments
 from shortllm.errors import CheckpointError
-from shortllm.evaluation.options import Perplexity, Samples
+from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P, Perplexity, Samples
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity
 from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.runtime import Advance, quiet_transformers
-
-TOP_K, TOP_P, TEMPERATURE = 50, 0.95, 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,10 +6,8 @@ granite), only an addition follows the projection, and a map of its output can b
 weights. The attention of a serial block is followed by its MLP, the MLP of gemma2 by a norm, an
 expert by a choice: there the output moves differently.
 
-If attention and MLP are both added (parallel blocks), the one that runs last is used.
-
-
-A map folded into the weights of a projection, for the file and for a model in memory.
+If attention and MLP are both added (parallel blocks), the one that runs last is used. Then a map is
+folded into its weights, for the file and for a model in memory:
 
     x ─► W ─► M ─► T          becomes          x ─► Tᵀ W ─► M T
 
@@ -27,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import is_projection
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.structure import is_projection
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.decoder import Decoder, Entry
@@ -39,7 +37,8 @@ TOKENS = 4
 SIZES = (1.0, 30.0)
 """How far outputs are moved, relative to the hidden state; only an addition passes both."""
 
-Change = Callable[[Tensor], Tensor]
+Fold = dict[str, Tensor]
+"""New weights of one projection, as they are stored, by their names within the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +54,7 @@ class Added:
 
 
 def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
-    """For each of `blocks` the last projection whose output is added to the hidden state.
-
-    Raises:
-        UnsupportedModelError: a block has none, or blocks cannot be called one by one.
-    """
+    """For each of `blocks` the last projection whose output is added to the hidden state."""
     obstacle = decoder.obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(obstacle)
@@ -70,7 +65,9 @@ def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
 
 @torch.no_grad()
 def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
-    outputs = _outputs(decoder, b, entry)
+    named = decoder.blocks[b].named_modules()
+    with outputs_of({name: one for name, one in named if is_projection(one)}) as outputs:
+        decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
     width = entry.stream_BTD.shape[-1]
     candidates = [
         name
@@ -90,8 +87,9 @@ def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
     )
 
 
-def _outputs(decoder: Decoder, b: int, entry: Entry) -> dict[str, list[Tensor]]:
-    """The output of each projection of the block, in the order in which they first run."""
+@contextmanager
+def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the context, collect what each module returns; modules in the order they first run."""
     seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -100,22 +98,18 @@ def _outputs(decoder: Decoder, b: int, entry: Entry) -> dict[str, list[Tensor]]:
 
         return hook
 
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in decoder.blocks[b].named_modules()
-        if is_projection(module)
-    ]
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
-        decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
 def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) -> float | None:
     """The factor with which the output is added to the hidden state; None if it is not."""
-    size = max(_size(output), _size(entry.stream_BTD)) or 1.0
+    sizes = (one.float().square().mean().sqrt().item() for one in (output, entry.stream_BTD))
+    size = max(sizes) or 1.0
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(output.shape, generator=generator).to(output)
     before = _moved(decoder, b, entry, name, torch.zeros_like(output))
@@ -140,11 +134,6 @@ def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) ->
     return 1.0 if abs(found[1] - 1.0) < 1e-3 else found[1]  # a rounding error
 
 
-def _size(given: Tensor) -> float:
-    """Root of the mean square."""
-    return given.float().square().mean().sqrt().item()
-
-
 def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> Tensor:
     """The block's output if `step` is added to the output of a projection."""
 
@@ -158,27 +147,8 @@ def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> T
         handle.remove()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Fold:
-    """The new weights of one projection, as they are stored."""
-
-    name: str
-    """Of the projection within its block."""
-    weight: Tensor
-    bias: Tensor | None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By their names within the block."""
-        found = {f"{self.name}.weight": self.weight}
-        return found if self.bias is None else found | {f"{self.name}.bias": self.bias}
-
-
 def require_floats(checkpoint: Checkpoint, b: int, name: str) -> None:
-    """Refuse a checkpoint that does not store the weights of a projection as floats.
-
-    Raises:
-        UnsupportedModelError: the message names the tensor.
-    """
+    """Refuse a checkpoint that does not store the weights of a projection as floats."""
     entry = require_stored(checkpoint, b, name, needed_to="fold a map into a projection")
     if entry.dtype not in ("F64", "F32", "F16", "BF16"):
         raise UnsupportedModelError(
@@ -190,43 +160,33 @@ def require_floats(checkpoint: Checkpoint, b: int, name: str) -> None:
 def fold(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fold:
     """The weights of a projection followed by the map `I + change_DD`, in their stored type."""
     change_DD = change_DD.cpu()
-    weight = read_tensor(checkpoint.tensors[stored_name(checkpoint, b, f"{added.name}.weight")])
-    more = weight.double() @ change_DD if added.transposed else change_DD.T @ weight.double()
-    entry = checkpoint.tensors.get(stored_name(checkpoint, b, f"{added.name}.bias"))
-    bias = None
-    if entry is not None:
-        held = read_tensor(entry)
-        bias = (held.double() + held.double() @ change_DD).to(held.dtype)
-    return Fold(added.name, (weight.double() + more).to(weight.dtype), bias)
+    found: Fold = {}
+    for kind in ("weight", "bias"):
+        name = f"{added.name}.{kind}"
+        entry = checkpoint.tensors.get(stored_name(checkpoint, b, name))
+        if entry is not None:
+            held = read_tensor(entry)
+            before = held.double()
+            from_left = kind == "weight" and not added.transposed
+            change = change_DD.T @ before if from_left else before @ change_DD
+            found[name] = (before + change).to(held.dtype)
+    return found
 
 
 @contextmanager
 def folded_into(decoder: Decoder, folds: Mapping[int, Fold]) -> Iterator[None]:
-    """Within the context, the decoder computes with other weights, in memory or streamed.
-
-    Args:
-        folds: for some blocks the new weights of one projection.
-    """
+    """Within the context, the decoder computes with other weights, in memory or streamed."""
     replaced: list[Any] = []
     try:
-        for b, one in folds.items():
-            module: Any = decoder.blocks[b].get_submodule(one.name)
-            module.forward = _with_weights(module, one, decoder).forward
+        for b, tensors in folds.items():
+            module: Any = decoder.blocks[b].get_submodule(next(iter(tensors)).rpartition(".")[0])
+            stand_in = copy.deepcopy(module)
+            for name, tensor in tensors.items():
+                here = tensor.to(decoder.device, decoder.dtype)
+                setattr(stand_in, name.rpartition(".")[2], nn.Parameter(here, requires_grad=False))
+            module.forward = stand_in.forward
             replaced.append(module)
         yield
     finally:
         for module in replaced:
             module.__dict__.pop("forward", None)
-
-
-def _with_weights(module: nn.Module, one: Fold, decoder: Decoder) -> nn.Module:
-    """A projection of the same kind with other weights."""
-    stand_in: Any = copy.deepcopy(module)
-
-    def parameter(tensor: Tensor) -> nn.Parameter:
-        return nn.Parameter(tensor.to(decoder.device, decoder.dtype), requires_grad=False)
-
-    stand_in.weight = parameter(one.weight)
-    if one.bias is not None:
-        stand_in.bias = parameter(one.bias)
-    return stand_in  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import TensorEntry, read_tensor
+from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
@@ -31,14 +31,13 @@ from shortllm.surgery.derived import (
     copying,
     derive,
     derived_fingerprint,
+    on_probe,
     require_free,
     stored_name,
     verifying,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shortllm.data.calibration import Calibration
 
 log = logging.getLogger(__name__)
@@ -89,11 +88,7 @@ def heal_from(
     calibration: Calibration,
     session: Session,
 ) -> Healing:
-    """The same for open checkpoints and calibration ids.
-
-    Raises:
-        DataError: too few samples.
-    """
+    """The same for open checkpoints and calibration ids."""
     kept = kept_blocks(checkpoint, source)
     if len(calibration.ids) < 2:
         raise DataError(
@@ -118,11 +113,7 @@ def heal_from(
 def healing_text(
     options: HealOptions, checkpoint: Checkpoint, shared: CalibrationOptions | None = None
 ) -> HealCalibration:
-    """The text to heal with, every default filled in.
-
-    Args:
-        shared: the text that blocks are scored on, if any; healing uses more of it by default.
-    """
+    """The text to heal with, every default filled in; by default more of the text that scores."""
     text = options.calibration
     positions = context_length(checkpoint.config)
     update: dict[str, Any] = {
@@ -141,13 +132,7 @@ def check_healable(options: HealOptions, checkpoint: Checkpoint, session: Sessio
 
 
 def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
-    """For each block of the checkpoint its number in the source.
-
-    Raises:
-        CheckpointError: the checkpoint does not say, or the source has another number of blocks.
-        ShortLLMError: no block was removed.
-        UnsupportedModelError: only the first blocks were removed, with none before them.
-    """
+    """For each block of the checkpoint its number in the source."""
     origin = origin_of(checkpoint)
     if origin.blocks != source.block_count:
         raise CheckpointError(
@@ -167,11 +152,7 @@ def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
 
 
 def origin_of(checkpoint: Checkpoint) -> Lineage:
-    """Which blocks of which model a checkpoint has.
-
-    Raises:
-        CheckpointError: its config.json does not say.
-    """
+    """Which blocks of which model a checkpoint has."""
     try:
         return lineage(checkpoint)
     except CheckpointError as error:
@@ -182,14 +163,10 @@ def origin_of(checkpoint: Checkpoint) -> Lineage:
 
 
 def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
-    """The model that a checkpoint was shortened from: as given, or as its config.json says.
-
-    Raises:
-        CheckpointError: its config.json does not say, or that model cannot be opened.
-    """
-    origin = origin_of(checkpoint)
+    """The model that a checkpoint was shortened from: as given, or as its config.json says."""
     if given is not None:
         return open_checkpoint(given)
+    origin = origin_of(checkpoint)
     try:
         return open_checkpoint(origin.source, revision=origin.revision)
     except CheckpointError as error:
@@ -200,11 +177,7 @@ def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
 
 
 def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Sequence[int]) -> None:
-    """Refuse a checkpoint that was changed since it was shortened: compare every tensor.
-
-    Raises:
-        CheckpointError: the message names the first tensor that differs.
-    """
+    """Refuse a checkpoint that was changed since it was shortened: compare every tensor."""
     import torch
 
     expected = renumbered_tensors(source, kept)
@@ -213,19 +186,17 @@ def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Seque
         alike = held is not None and (held.shape, held.dtype) == (entry.shape, entry.dtype)
         # parts of a tensor (tables with a share for each block) cannot be read alone
         if alike and held is not None and held.cut is None:
-            alike = torch.equal(_bytes(held), _bytes(entry))
+            one, other = (
+                read_tensor(tensor).contiguous().flatten().view(torch.uint8)
+                for tensor in (held, entry)
+            )
+            alike = torch.equal(one, other)
         if not alike:
             raise CheckpointError(
                 f"tensor '{name}' of {checkpoint.id} differs from that of {source.id}: was it "
                 "retrained, healed or merged? Heal a checkpoint as `shortllm prune` wrote it, and "
                 "retrain the healed one; or give the model it was shortened from as --source"
             )
-
-
-def _bytes(entry: TensorEntry) -> Tensor:
-    import torch
-
-    return read_tensor(entry).contiguous().flatten().view(torch.uint8)
 
 
 def _draft(
@@ -239,6 +210,8 @@ def _draft(
     expected: str,
 ) -> Draft:
     """Heal, measure, and describe the new checkpoint."""
+    from shortllm.healing.folding import folded_into
+
     removed = sorted(set(range(source.block_count)) - set(kept))
     ids_BT = calibration.ids
     task = Task(
@@ -252,7 +225,8 @@ def _draft(
     )
     healed: Healed = METHODS.get(options.method).function(task)
     held_out = _measure(task, healed)
-    logits, cached = _expected(task, healed)
+    with folded_into(task.decoder, healed.folds):
+        logits, cached = on_probe(task.decoder, removed)
     record = {
         "source": source.info(),
         "method": options.method,
@@ -274,8 +248,8 @@ def _draft(
     }
     new = (
         (stored_name(checkpoint, kept.index(b), name), tensor)
-        for b, one in healed.folds.items()
-        for name, tensor in one.tensors().items()
+        for b, tensors in healed.folds.items()
+        for name, tensor in tensors.items()
     )
     return Draft(
         record=record,
@@ -285,15 +259,6 @@ def _draft(
         write=copying(checkpoint.tensors, new),
         verify=verifying(target, session, logits, cached=cached),
     )
-
-
-def _expected(task: Task, healed: Healed) -> tuple[Tensor, bool]:
-    """What the result must compute, and whether it must with a cache too."""
-    from shortllm.healing.folding import folded_into
-    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
-
-    with folded_into(task.decoder, healed.folds):
-        return bypass_logits(task.decoder, task.removed), kv_cache_matches(task.decoder)
 
 
 def _measure(task: Task, healed: Healed) -> HeldOut:
@@ -309,8 +274,6 @@ def _measure(task: Task, healed: Healed) -> HeldOut:
     if after > shortened:
         log.warning(
             "on held-out text the healed model is worse than the shortened one: %.4f compared with "
-            "%.4f nats per token. Give more, or different, calibration text",
-            after,
-            shortened,
-        )
+            "%.4f nats per token. Give more, or different, calibration text", after, shortened,
+        )  # fmt: skip
     return HeldOut(samples=len(ids_BT), source=before, shortened=shortened, healed=after)

@@ -15,42 +15,35 @@ have hidden states a hundred times the size of all others; if every token counts
 
 Source: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819; the sums are float64 throughout.
 
-Shapes: N tokens, D width.
-
-
-The walk that heals: the hidden states of two models, and at each gap a map solved and folded.
+The walk that heals takes the hidden states of two models through the blocks:
 
     source    0 ─► 1 ─► 2 ─► 3 ─► 4 ─► 5 ─► 6        what the hidden state should be
                              │ wanted     │
     healed    0 ─► 1′───────────► 4 ─► 5′─────►      blocks 2, 3 and 6 removed
 
-The source goes first through the block before a gap and the gap itself. Then the healed hidden
-state goes through that block: sums compare what the projection adds with where the source arrived,
-the map is solved and folded (1′), and the healed hidden state goes through the block as it will be
-stored. So later maps see what is left of earlier errors, and compensate for them too. Two hidden
-states are stored per sample; the sums are matrices of the hidden width.
-
-If blocks are read one at a time, the block before each gap is read twice.
+The source goes first through the block before a gap and the gap itself. Then sums compare what that
+block's projection adds to the healed hidden state with where the source arrived, the map is solved
+and folded (1′), and the healed hidden state goes through the block as it will be stored. So later
+maps compensate for what is left of earlier errors too. Blocks that are read one at a time are read
+twice before a gap.
 
 Shapes: B samples, T tokens, D width, N tokens of one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shortllm.checkpoint.source import Checkpoint
-from shortllm.healing.folding import Added, Fold, fold, folded_into
-from shortllm.healing.methods import Healed
+from shortllm.healing.folding import Added, Fold, fold, folded_into, outputs_of
+from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
 from shortllm.model.decoder import Decoder
-from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
+from shortllm.model.hidden_states import SampleGroups, block_flops
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.runtime import Advance
 
@@ -62,10 +55,7 @@ class GapSums:
     """Sums over tokens that a map depends on."""
 
     def __init__(self, width: int, device: torch.device, *, weighted: bool) -> None:
-        """
-        Args:
-            weighted: count each token relative to its own mean square in H.
-        """
+        """No tokens yet; `weighted`: each counts relative to its own mean square in H."""
         if device.type == "mps":  # which has no float64
             device = torch.device("cpu")
         zeros = torch.zeros((width, width), dtype=torch.float64, device=device)
@@ -78,7 +68,6 @@ class GapSums:
         """‖R‖²"""
         self.wanted = 0.0
         """‖H‖²"""
-        self.tokens = 0
 
     def add(self, added_ND: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
         """Take in more tokens: what is added to the hidden state, the sum, and the wanted one."""
@@ -96,7 +85,6 @@ class GapSums:
         self.cross_DD += added_ND.T @ missing_ND
         self.missing += missing_ND.square().sum().item()
         self.wanted += wanted_ND.square().sum().item()
-        self.tokens += len(added_ND)
 
     def plus(self, other: GapSums) -> GapSums:
         """The sums over both sets of tokens."""
@@ -105,7 +93,6 @@ class GapSums:
         both.cross_DD = self.cross_DD + other.cross_DD
         both.missing = self.missing + other.missing
         both.wanted = self.wanted + other.wanted
-        both.tokens = self.tokens + other.tokens
         return both
 
     def error(self, change_DD: Tensor) -> float:
@@ -152,20 +139,19 @@ class Choice:
     after: float
 
 
-def choose_ridge(fitted: GapSums, held_out: GapSums, ridges: Sequence[float] = RIDGES) -> Choice:
-    """The ridge whose map, solved on some tokens, leaves the least squared error on others."""
-    best, least = None, held_out.missing
+def choose_ridge(
+    fitted: GapSums, held_out: GapSums, ridges: Sequence[float] = RIDGES, *, forced: bool = False
+) -> Choice:
+    """The ridge whose map, solved on some tokens, leaves the least squared error on others.
+
+    No map at all is also a choice, unless `forced`.
+    """
+    best, least = None, float("inf") if forced else held_out.missing
     for ridge in ridges:
         left = held_out.error(solve(fitted, ridge))
         if left < least:
             best, least = ridge, left
     return Choice(best, held_out.relative(held_out.missing), held_out.relative(least))
-
-
-def forced(fitted: GapSums, held_out: GapSums, ridge: float) -> Choice:
-    """The requested ridge, whatever it does on held-out tokens."""
-    left = held_out.error(solve(fitted, ridge))
-    return Choice(ridge, held_out.relative(held_out.missing), held_out.relative(left))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +163,11 @@ class Visit:
     healed: bool
     gap: Gap | None = None
     """The gap after the block, if it is to be measured and healed."""
+
+    @property
+    def passes(self) -> int:
+        """How often samples go through the block."""
+        return self.source + self.healed + (self.gap is not None)
 
 
 def visits_of(gaps: Collection[Gap], count: int) -> list[Visit]:
@@ -196,65 +187,45 @@ def visits_of(gaps: Collection[Gap], count: int) -> list[Visit]:
 
 @torch.no_grad()
 def heal_gaps(
-    decoder: Decoder,
-    checkpoint: Checkpoint,
-    ids_BT: Tensor,
-    removed: Collection[int],
-    added: Mapping[int, Added],
-    *,
-    held_out: int,
-    ridge: float | None,
-    weighted: bool,
-    memory: StreamMemory,
-    advance: Advance = lambda work: None,
+    task: Task, added: Mapping[int, Added], *, advance: Advance = lambda work: None
 ) -> Healed:
     """Solve a map for every gap that has a block before it, and fold it.
 
-    Args:
-        decoder, checkpoint: the source.
-        added: for the block before each gap the projection to fold into (see `find_added`).
-        held_out: how many samples, the last ones, choose the ridge of each map. The folded map is
-            then solved on all samples.
-        ridge: of all maps; None: choose.
-        weighted: see `GapSums`.
+    The held-out samples choose the ridge of each map, unless it is given; the folded map is then
+    solved on all samples. `added` is what `find_added` says of the blocks before the gaps.
     """
-    walk = _Walk(decoder, ids_BT, memory, weighted=weighted)
+    decoder, ridge = task.decoder, task.options.ridge
+    walk = _Walk(task)
     folds: dict[int, Fold] = {}
-    visits = visits_of(gaps_of(removed), decoder.block_count)
-    skipped = [gap for gap in gaps_of(removed) if gap.before is None]
-    gaps = [HealedGap(block=None, removed=gap.blocks) for gap in skipped]
+    found = gaps_of(task.removed)
+    gaps = [HealedGap(block=None, removed=gap.blocks) for gap in found if gap.before is None]
+    visits = visits_of(found, decoder.block_count)
     order = decoder.through([visit.block for visit in visits])
     for visit, b in zip(visits, order, strict=True):
-        if visit.gap is None:
-            walk.through(visit)
-        else:
-            fitted, others = walk.measure(b, added[b], len(ids_BT) - held_out)
-            one, change_DD = _solve(visit.gap, added[b], fitted, others, ridge)
+        if visit.gap is not None:
+            one, change_DD = _solve(visit.gap, added[b], *walk.measure(b, added[b]), ridge)
             gaps.append(one)
             if change_DD is not None:
-                folds[b] = fold(checkpoint, b, added[b], change_DD)
-            with folded_into(decoder, {b: folds[b]}) if b in folds else nullcontext():
-                walk.through(visit)
-        passes = visit.source + visit.healed + (visit.gap is not None)
-        advance(passes * block_flops(decoder, b) * ids_BT.numel())
+                folds[b] = fold(task.checkpoint, b, added[b], change_DD)
+        with folded_into(decoder, {b: folds[b]}) if b in folds else nullcontext():
+            walk.through(visit)
+        advance(visit.passes * block_flops(decoder, b) * task.ids_BT.numel())
     return Healed(gaps=gaps, folds=folds)
 
 
 def heal_flops(decoder: Decoder, removed: Collection[int], tokens: int) -> float:
     """Floating-point operations of `heal_gaps`, as its `advance` counts them."""
-    return tokens * sum(
-        (visit.source + visit.healed + (visit.gap is not None)) * block_flops(decoder, visit.block)
-        for visit in visits_of(gaps_of(removed), decoder.block_count)
-    )
+    visits = visits_of(gaps_of(removed), decoder.block_count)
+    return tokens * sum(visit.passes * block_flops(decoder, visit.block) for visit in visits)
 
 
 def _solve(
     gap: Gap, added: Added, fitted: GapSums, held_out: GapSums, ridge: float | None
 ) -> tuple[HealedGap, Tensor | None]:
     """What the record says of one gap, and its map minus the identity."""
-    choice = forced(fitted, held_out, ridge) if ridge else choose_ridge(fitted, held_out)
-    both = fitted.plus(held_out)
-    chosen = choice.ridge
+    ridges = (ridge,) if ridge else RIDGES
+    choice = choose_ridge(fitted, held_out, ridges, forced=ridge is not None)
+    both, chosen = fitted.plus(held_out), choice.ridge
     found = HealedGap(
         block=gap.before,
         removed=gap.blocks,
@@ -272,12 +243,11 @@ def _solve(
 class _Walk:
     """Both hidden states `[B, T, D]` on their way through the blocks of the source."""
 
-    def __init__(
-        self, decoder: Decoder, ids_BT: Tensor, memory: StreamMemory, *, weighted: bool
-    ) -> None:
-        self._decoder = decoder
-        self._weighted = weighted
-        self._groups = SampleGroups(decoder, ids_BT, memory)
+    def __init__(self, task: Task) -> None:
+        self._decoder = task.decoder
+        self._weighted = task.options.weighting == "norm"
+        self._fitted = len(task.ids_BT) - task.held_out
+        self._groups = SampleGroups(task.decoder, task.ids_BT, task.memory)
         self._source = self._groups.entering()
         self._healed: Tensor | None = None  # one stream until they differ
 
@@ -285,43 +255,25 @@ class _Walk:
         """Take one or both hidden states through the block."""
         if visit.source != visit.healed and self._healed is None:
             self._healed = self._groups.allocate().copy_(self._source)
-        streams = [self._source] if visit.source else []
+        if visit.source:
+            self._groups.apply(visit.block, self._source)
         if visit.healed and self._healed is not None:
-            streams.append(self._healed)
-        for stream in streams:
-            self._groups.apply(visit.block, stream)
+            self._groups.apply(visit.block, self._healed)
 
-    def measure(self, b: int, added: Added, fitted: int) -> tuple[GapSums, GapSums]:
-        """What block `b` adds to the healed hidden state compared with where the source is, for the
-        first `fitted` samples and for the others; both hidden states stay where they are."""
+    def measure(self, b: int, added: Added) -> tuple[GapSums, GapSums]:
+        """What block `b` adds to the healed hidden state compared with where the source is, for
+        the samples to solve with and the held-out ones; both hidden states stay where they are."""
         decoder = self._decoder
         assert self._healed is not None
         width = self._healed.shape[-1]
-        sums = tuple(GapSums(width, decoder.device, weighted=self._weighted) for _ in range(2))
+        fitted, others = (GapSums(width, decoder.device, weighted=self._weighted) for _ in range(2))
         module = decoder.blocks[b].get_submodule(added.name)
         for group, rows in enumerate(self._groups.rows):
-            with _outputs_of(module) as seen:
+            with outputs_of({added.name: module}) as seen:
                 after_BTD = self._groups.after(b, self._healed, group)
-            added_BTD = added.scale * seen[0].double().view(after_BTD.shape)
+            added_BTD = added.scale * seen[added.name][0].double().view(after_BTD.shape)
             wanted_BTD = self._source[rows].to(decoder.device)
-            border = min(max(fitted - rows.start, 0), len(after_BTD))
-            for part, moments in ((slice(border), sums[0]), (slice(border, None), sums[1])):
-                moments.add(
-                    *(one[part].flatten(0, 1) for one in (added_BTD, after_BTD, wanted_BTD))
-                )
-        return sums[0], sums[1]
-
-
-@contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the context, collect what a module returns at each call."""
-    seen: list[Tensor] = []
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen.append(output.clone())
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+            border = min(max(self._fitted - rows.start, 0), len(after_BTD))
+            for part, sums in ((slice(border), fitted), (slice(border, None), others)):
+                sums.add(*(one[part].flatten(0, 1) for one in (added_BTD, after_BTD, wanted_BTD)))
+        return fitted, others

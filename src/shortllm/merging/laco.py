@@ -15,8 +15,7 @@ Shapes: B samples, T tokens, D width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -32,67 +31,57 @@ from shortllm.model.walk import slice_tokens, targets, token_slices
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Advance
 
+Sum = Mapping[int, int]
+"""How often each original block is in a sum; negative if it is subtracted."""
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """A block as a sum of original blocks."""
-
-    block: int
-    """The original block whose place it has."""
-    counts: Counter[int] = field(hash=False)
-    """How often each original block is in the sum; negative if it is subtracted."""
-
-    @property
-    def changed(self) -> bool:
-        """Whether other blocks were folded into it."""
-        return self.counts != Counter({self.block: 1})
+Sums = Mapping[int, Sum]
+"""Remaining block -> the sum in its place, in order."""
 
 
-def original_blocks(count: int) -> list[Merged]:
+def original_blocks(count: int) -> Sums:
     """The blocks of the original model."""
-    return [Merged(b, Counter({b: 1})) for b in range(count)]
+    return {b: {b: 1} for b in range(count)}
 
 
-def merged(blocks: Sequence[Merged], place: int, others: int) -> list[Merged]:
-    """The blocks with the `others` after `place` folded into the one there."""
-    one = blocks[place]
-    counts: Counter[int] = Counter()
-    for block, times in one.counts.items():
-        counts[block] += times * (1 - others)
-    for other in blocks[place + 1 : place + 1 + others]:
-        for block, times in other.counts.items():
-            counts[block] += times
-    present = Counter({block: times for block, times in sorted(counts.items()) if times})
-    return [*blocks[:place], Merged(one.block, present), *blocks[place + 1 + others :]]
+def folded(sums: Sums, block: int, others: int) -> Sums:
+    """The blocks with the `others` after `block` folded into it."""
+    names = list(sums)
+    gone = names[names.index(block) + 1 :][:others]
+    total: Counter[int] = Counter()
+    for one, share in ((block, 1 - others), *((other, 1) for other in gone)):
+        for original, times in sums[one].items():
+            total[original] += share * times
+    found = {original: times for original, times in sorted(total.items()) if times}
+    return {b: found if b == block else one for b, one in sums.items() if b not in gone}
+
+
+def changed_blocks(sums: Sums) -> dict[int, Sum]:
+    """The blocks that others were folded into, ascending."""
+    return {b: one for b, one in sums.items() if one != {b: 1}}
 
 
 def require_alike(checkpoint: Checkpoint, decoder: Decoder) -> None:
-    """Refuse models whose blocks cannot be added to one another.
-
-    Raises:
-        UnsupportedModelError: tensors under other names than the model's, quantized tensors, or
-            blocks of different shapes.
-    """
-    shapes = [_shapes(checkpoint, b) for b in range(checkpoint.block_count)]
+    """Refuse models whose blocks cannot be added to one another."""
+    first = _shapes(checkpoint, 0)
     for b, block in enumerate(decoder.blocks):
-        names = set(block.state_dict())
-        if not names <= set(shapes[b]):
-            name = sorted(names - set(shapes[b]))[0]
+        shapes = _shapes(checkpoint, b)
+        missing = sorted(set(block.state_dict()) - set(shapes))
+        if missing:
             raise UnsupportedModelError(
                 f"{checkpoint.id} stores block {b} under other names than its model's (no "
-                f"'{name}'), so blocks cannot be added. Save it again with transformers' "
+                f"'{missing[0]}'), so blocks cannot be added. Save it again with transformers' "
                 "save_pretrained"
             )
-        if shapes[b] != shapes[0]:
+        if shapes != first:
             raise UnsupportedModelError(
                 f"blocks 0 and {b} of {checkpoint.id} are not built alike, so they cannot be "
                 "merged. Remove whole blocks with `shortllm prune`"
             )
-        if any(dtype not in ("F64", "F32", "F16", "BF16") for _, dtype in shapes[b].values()):
-            raise UnsupportedModelError(
-                f"{checkpoint.id} is quantized, so its weights cannot be added. Give the "
-                "unquantized model"
-            )
+    if any(dtype not in ("F64", "F32", "F16", "BF16") for _, dtype in first.values()):
+        raise UnsupportedModelError(
+            f"{checkpoint.id} is quantized, so its weights cannot be added. Give the unquantized "
+            "model"
+        )
 
 
 def _shapes(checkpoint: Checkpoint, b: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -105,28 +94,17 @@ def _shapes(checkpoint: Checkpoint, b: int) -> dict[str, tuple[tuple[int, ...], 
     }
 
 
-def merged_tensors(checkpoint: Checkpoint, one: Merged) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a merged block by their names within it, in their stored type."""
+def merged_tensors(checkpoint: Checkpoint, one: Sum) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a sum by their names within a block, in their stored type."""
     prefix = checkpoint.block_names.prefix
-    for name in _shapes(checkpoint, one.block):
+    for name in _shapes(checkpoint, 0):
         total: Tensor | None = None
-        for block, times in one.counts.items():
+        for block, times in one.items():
             part = read_tensor(checkpoint.tensors[f"{prefix}.{block}.{name}"])
-            stored = part.dtype
-            part = times * part.to(torch.promote_types(stored, torch.float32))
-            total = part if total is None else total + part
+            share = times * part.to(torch.promote_types(part.dtype, torch.float32))
+            total = share if total is None else total + share
         assert total is not None
-        yield name, total.to(stored)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Swept:
-    """What the sweep found."""
-
-    blocks: list[Merged]
-    """Blocks of the merged model."""
-    tries: list[Merge]
-    cosine: float
+        yield name, total.to(part.dtype)
 
 
 class Merger:
@@ -142,16 +120,11 @@ class Merger:
         first: int = 0,
         advance: Advance = lambda work: None,
     ) -> None:
-        """Run the original model once.
-
-        Args:
-            first: the lowest block that may be changed.
-        """
+        """Run the original model once; `first` is the lowest block that may be changed."""
         self._decoder = decoder
         self._checkpoint = checkpoint
         self._first = first
         self._advance = advance
-        self._tokens = ids_BT.numel()
         self._ids_BT = ids_BT.to(decoder.device)
         self._groups = SampleGroups(decoder, ids_BT, memory)
         count = decoder.block_count
@@ -168,40 +141,45 @@ class Merger:
     def _apply(self, b: int, stream_BTD: Tensor) -> None:
         """Take a stream through block `b`, in place."""
         self._groups.apply(b, stream_BTD)
-        self._advance(block_flops(self._decoder, b) * self._tokens)
+        self._advance(block_flops(self._decoder, b) * self._ids_BT.numel())
 
-    def final(self, blocks: Sequence[Merged], place: int) -> Tensor:
-        """The final hidden state, `[B, T, D]`; below `place` all blocks are original."""
-        entering_BTD = self._entering[blocks[place].block - self._first]
-        stream_BTD = self._groups.allocate().copy_(entering_BTD)
-        above = blocks[place:]
-        order = self._decoder.through([one.block for one in above])
-        for one, b in zip(above, order, strict=True):
-            if one.changed:
-                _put(self._decoder, self._checkpoint, one)
+    def _final(self, sums: Sums) -> Tensor:
+        """The final hidden state, `[B, T, D]`."""
+        changed = changed_blocks(sums)
+        if not changed:
+            return self._entering[-1]
+        lowest = min(changed)  # below it, all blocks are original
+        stream_BTD = self._groups.allocate().copy_(self._entering[lowest - self._first])
+        for b in self._decoder.through([b for b in sums if b >= lowest]):
+            if b in changed:
+                self._put(b, sums[b])
             try:
                 self._apply(b, stream_BTD)
             finally:
-                if one.changed and not self._decoder.streamed:
-                    _put(self._decoder, self._checkpoint, Merged(b, Counter({b: 1})))
+                if b in changed and not self._decoder.streamed:
+                    self._put(b, {b: 1})
         return stream_BTD
 
-    def cosine_similarity(self, blocks: Sequence[Merged], place: int) -> float:
-        """Mean over tokens of the cosine between this model's final hidden states and the
-        original's."""
-        found_BTD, wanted_BTD = self.final(blocks, place), self._entering[-1]
+    @torch.no_grad()
+    def _put(self, b: int, one: Sum) -> None:
+        """Replace the weights of a block in memory."""
+        state = self._decoder.blocks[b].state_dict()
+        for name, tensor in merged_tensors(self._checkpoint, one):
+            if name in state:  # some checkpoints also store buffers
+                state[name].copy_(tensor)
+
+    def cosine_similarity(self, sums: Sums) -> float:
+        """Mean over tokens of the cosine between the final hidden states and the original's."""
+        found_BTD, wanted_BTD = self._final(sums), self._entering[-1]
         total = 0.0
         for rows in self._groups.rows:
             total += cosine(found_BTD[rows], wanted_BTD[rows]).double().sum().item()
-        return total / self._tokens
+        return total / self._ids_BT.numel()
 
     @torch.no_grad()
-    def perplexity(self, blocks: Sequence[Merged] | None) -> float:
-        """Perplexity on the calibration samples; of the original model if `blocks` is None."""
-        final_BTD = self._entering[-1]
-        if blocks is not None:
-            final_BTD = self.final(blocks, lowest_changed(blocks))
-        total, decoder, ids_BT = 0.0, self._decoder, self._ids_BT
+    def perplexity(self, sums: Sums) -> float:
+        """Perplexity on the calibration samples."""
+        final_BTD, total, decoder, ids_BT = self._final(sums), 0.0, self._decoder, self._ids_BT
         with decoder.tail() as logits:
             for rows, columns in token_slices(ids_BT, slice_tokens(decoder)):
                 piece_BTD = final_BTD[rows, columns].to(decoder.device)
@@ -210,53 +188,44 @@ class Merger:
                 total += next_token_nll(logits_NV, target_N).double().sum().item()
         return perplexity(total / (len(ids_BT) * (ids_BT.shape[1] - 1)))
 
-
-def lowest_changed(blocks: Sequence[Merged]) -> int:
-    """Place of the lowest block that others were folded into."""
-    return next(place for place, one in enumerate(blocks) if one.changed)
-
-
-@torch.no_grad()
-def _put(decoder: Decoder, checkpoint: Checkpoint, one: Merged) -> None:
-    """Replace the weights of a block in memory."""
-    state = decoder.blocks[one.block].state_dict()
-    for name, tensor in merged_tensors(checkpoint, one):
-        if name in state:  # some checkpoints also store buffers
-            state[name].copy_(tensor)
+    @torch.no_grad()
+    def logits(self, sums: Sums) -> Tensor:
+        """What the model computes, float32 `[B, T, V]`."""
+        with self._decoder.tail() as logits:
+            stream_BTD = self._final(sums).to(self._decoder.device)
+            return logits(stream_BTD, self._ids_BT).float().cpu()
 
 
-def fold_named(merger: Merger, blocks: list[Merged], named: Collection[int]) -> Swept:
+def fold_named(merger: Merger, sums: Sums, named: Collection[int]) -> tuple[Sums, list[Merge]]:
     """Fold each gap of named blocks into the block before it, from the top down."""
     tries: list[Merge] = []
     for gap in reversed(gaps_of(named)):
-        place, others = gap.start - 1, len(gap.blocks)
-        blocks = merged(blocks, place, others)
-        similarity = merger.cosine_similarity(blocks, place)
-        tries.append(Merge(block=place, merged=gap.blocks, cosine=similarity, kept=True))
-    return Swept(blocks=blocks, tries=tries, cosine=tries[-1].cosine)
+        sums = folded(sums, gap.start - 1, len(gap.blocks))
+        found = merger.cosine_similarity(sums)
+        tries.append(Merge(block=gap.start - 1, merged=gap.blocks, cosine=found, kept=True))
+    return sums, tries
 
 
-def sweep(merger: Merger, blocks: list[Merged], options: MergeOptions) -> Swept:
+def sweep(merger: Merger, sums: Sums, options: MergeOptions) -> tuple[Sums, list[Merge]]:
     """Merge from the top down, as long as the final hidden states stay similar."""
     tries: list[Merge] = []
-    count, similarity = len(blocks), 1.0
-    most = options.max_merged
+    count, most = len(sums), options.max_merged
     place = max(count - options.protect_last - 1 - most, options.protect_first)
     while place >= options.protect_first:
+        blocks = list(sums)
         others = min(most, len(blocks) - options.protect_last - 1 - place)
         if options.remove is not None:
             others = min(others, options.remove - (count - len(blocks)))
         if others < 1:
             break
-        tried = merged(blocks, place, others)
-        found = merger.cosine_similarity(tried, place)
+        tried = folded(sums, blocks[place], others)
+        found = merger.cosine_similarity(tried)
         kept = found > options.threshold
-        gone = [one.block for one in blocks[place + 1 : place + 1 + others]]
-        tries.append(Merge(block=blocks[place].block, merged=gone, cosine=found, kept=kept))
+        gone = blocks[place + 1 : place + 1 + others]
+        tries.append(Merge(block=blocks[place], merged=gone, cosine=found, kept=kept))
         if kept:
-            blocks, similarity = tried, found
-            highest = len(blocks) - options.protect_last - 1 - most
-            place = min(place - options.interval, highest)
+            sums = tried
+            place = min(place - options.interval, len(sums) - options.protect_last - 1 - most)
         else:
             place -= 1
-    return Swept(blocks=blocks, tries=tries, cosine=similarity)
+    return sums, tries

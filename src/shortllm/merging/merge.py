@@ -15,19 +15,26 @@ from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.texts import calibrate
 from shortllm.errors import ShortLLMError
-from shortllm.merging.options import MergeOptions, Merging
+from shortllm.merging.options import Merge, MergeOptions, Merging
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime, progress
 from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
-from shortllm.surgery.derived import Draft, copying, derive, derived_fingerprint, verifying
+from shortllm.surgery.derived import (
+    Draft,
+    copying,
+    derive,
+    derived_fingerprint,
+    stored_name,
+    verifying,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.data.calibration import Calibration
-    from shortllm.merging.laco import Merged, Swept
+    from shortllm.merging.laco import Merger, Sums
     from shortllm.model.decoder import Decoder
 
 
@@ -81,29 +88,23 @@ def merge_from(
         session=session,
         merge=options.model_dump(mode="json", exclude={"calibration"}),
     )
-    return derive(
-        Merging,
-        target,
-        checkpoint,
-        lambda: _draft(checkpoint, options, target, calibration, session),
-        expected=expected,
-    )
+
+    def draft() -> Draft:
+        return _draft(checkpoint, options, target, calibration, session)
+
+    return derive(Merging, target, checkpoint, draft, expected=expected)
 
 
 def check_blocks(options: MergeOptions, count: int) -> None:
-    """Refuse what cannot be done with this many blocks.
-
-    Raises:
-        ShortLLMError: too few blocks are free, or named ones do not exist or have none before them.
-    """
-    for block in options.blocks or ():
-        if not 0 <= block < count:
-            raise ShortLLMError(
-                f"there is no block {block} among {count}. Give numbers from 1 to {count - 1}"
-            )
-        if block == 0:
-            raise ShortLLMError("block 0 has no block before it to fold it into. Give others")
+    """Refuse what cannot be done with this many blocks."""
     if options.blocks is not None:
+        if 0 in options.blocks:
+            raise ShortLLMError("block 0 has no block before it to fold it into. Give others")
+        outside = [b for b in options.blocks if not 0 < b < count]
+        if outside:
+            raise ShortLLMError(
+                f"there is no block {outside[0]} among {count}. Give numbers from 1 to {count - 1}"
+            )
         return
     free = count - options.protect_first - options.protect_last
     if free < 2:
@@ -125,37 +126,37 @@ def _draft(
     calibration: Calibration,
     session: Session,
 ) -> Draft:
-    """Find the sums, and describe the checkpoint made of them."""
-    from shortllm.merging.laco import merged_tensors
-    from shortllm.surgery.verify import kv_cache_matches
+    """Find the sums, and describe the checkpoint derived from them."""
+    from shortllm.merging.laco import Merger, changed_blocks, merged_tensors, original_blocks
+    from shortllm.surgery.verify import kv_cache_matches, probe_ids
 
-    swept, perplexities = _swept(checkpoint, options, calibration.ids, session)
-    kept = [one.block for one in swept.blocks]
+    decoder, memory, count = session.decoder(checkpoint), session.memory(), checkpoint.block_count
+    merger, sums, tries = _swept(decoder, checkpoint, options, calibration.ids, session)
+    kept = list(sums)
     config = check_removal(checkpoint, kept)
-    logits = _logits(session.decoder(checkpoint), checkpoint, swept.blocks, session)
-    cached = kv_cache_matches(session.decoder(checkpoint))
-    removed = sorted(set(range(checkpoint.block_count)) - set(kept))
-    sums = {one.block: dict(one.counts) for one in swept.blocks if one.changed}
+    changed = changed_blocks(sums)
+    probe = Merger(
+        decoder, checkpoint, probe_ids(decoder.model.config), memory, first=min(changed)
+    )  # fmt: skip
+    removed = sorted(set(range(count)) - set(kept))
     record = {
         "options": options.model_dump(mode="json", exclude={"calibration"}),
-        "tries": swept.tries,
+        "tries": tries,
         "kept": kept,
         "removed": removed,
-        "sums": sums,
-        "cosine": swept.cosine,
-        "intact_perplexity": perplexities[0],
-        "perplexity": perplexities[1],
+        "sums": changed,
+        "cosine": [one.cosine for one in tries if one.kept][-1],
+        "intact_perplexity": merger.perplexity(original_blocks(count)),
+        "perplexity": merger.perplexity(sums),
         "calibration": calibration.info.tokens_fingerprint,
         "dtype": session.dtype(checkpoint),
     }
-    prefix = checkpoint.block_names.prefix
     new = (
-        (f"{prefix}.{place}.{name}", tensor)
-        for place, one in enumerate(swept.blocks)
-        if one.changed
+        (stored_name(checkpoint, kept.index(b), name), tensor)
+        for b, one in changed.items()
         for name, tensor in merged_tensors(checkpoint, one)
     )
-    merged = {str(block): counts for block, counts in sums.items()}
+    merged = {str(b): one for b, one in changed.items()}
     entries = renumbered_tensors(checkpoint, kept)
     return Draft(
         record=record,
@@ -163,63 +164,41 @@ def _draft(
         provenance=provenance_of(checkpoint, removed, criterion="merge", merged=merged),
         bytes=sum(entry.bytes for entry in entries.values()),
         write=copying(entries, new),
-        verify=verifying(target, session, logits, cached=cached),
+        verify=verifying(target, session, probe.logits(sums), cached=kv_cache_matches(decoder)),
     )
 
 
 def _swept(
-    checkpoint: Checkpoint, options: MergeOptions, ids_BT: Tensor, session: Session
-) -> tuple[Swept, tuple[float, float]]:
-    """What the sweep finds, and the perplexity of the original and the merged model."""
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    options: MergeOptions,
+    ids_BT: Tensor,
+    session: Session,
+) -> tuple[Merger, Sums, list[Merge]]:
+    """What is folded into what, and every try."""
     from shortllm.merging.laco import Merger, fold_named, original_blocks, require_alike, sweep
+    from shortllm.model.hidden_states import block_flops
 
-    decoder = session.decoder(checkpoint)
     require_alike(checkpoint, decoder)
     count = checkpoint.block_count
-    first = _places(options, count)[0]
-    with progress("merging", _work(decoder, options, ids_BT.numel())) as advance:
-        merger = Merger(decoder, checkpoint, ids_BT, session.memory(), first=first, advance=advance)
+    places = range(options.protect_first, count - options.protect_last - 1)
+    into = [gap.start - 1 for gap in gaps_of(options.blocks)] if options.blocks else list(places)
+    # at most: every place is tried, and everything above it kept
+    flops = [block_flops(decoder, b) for b in range(count)]
+    work = ids_BT.numel() * (sum(flops) + sum(sum(flops[place:]) for place in into))
+    original = original_blocks(count)
+    with progress("merging", work) as advance:
+        merger = Merger(
+            decoder, checkpoint, ids_BT, session.memory(), first=into[0], advance=advance
+        )  # fmt: skip
         if options.blocks is None:
-            swept = sweep(merger, original_blocks(count), options)
+            sums, tries = sweep(merger, original, options)
         else:
-            swept = fold_named(merger, original_blocks(count), options.blocks)
-    if len(swept.blocks) == count:
-        best = max(one.cosine for one in swept.tries)
+            sums, tries = fold_named(merger, original, options.blocks)
+    if len(sums) == count:
+        best = max(one.cosine for one in tries)
         raise ShortLLMError(
             f"no merge leaves a mean cosine above {options.threshold}; the best reaches "
             f"{best:.3f}. Give a lower --threshold, or a smaller --max-merged"
         )
-    return swept, (merger.perplexity(None), merger.perplexity(swept.blocks))
-
-
-def _places(options: MergeOptions, count: int) -> list[int]:
-    """Blocks that others may be folded into, ascending."""
-    if options.blocks is not None:
-        return [gap.start - 1 for gap in gaps_of(options.blocks)]
-    return list(range(options.protect_first, count - options.protect_last - 1))
-
-
-def _work(decoder: Decoder, options: MergeOptions, tokens: int) -> float:
-    """Floating-point operations if every place is tried and everything above it kept: at most."""
-    from shortllm.model.hidden_states import block_flops
-
-    count = decoder.block_count
-    one = [block_flops(decoder, b) for b in range(count)]
-    return tokens * (sum(one) + sum(sum(one[place:]) for place in _places(options, count)))
-
-
-def _logits(
-    decoder: Decoder, checkpoint: Checkpoint, blocks: list[Merged], session: Session
-) -> Tensor:
-    """What the merged model computes on the probe, float32 `[2, 24, V]`."""
-    import torch
-
-    from shortllm.merging.laco import Merger, lowest_changed
-    from shortllm.surgery.verify import probe_ids
-
-    ids_BT = probe_ids(decoder.model.config)
-    place = lowest_changed(blocks)
-    merger = Merger(decoder, checkpoint, ids_BT, session.memory(), first=blocks[place].block)
-    stream_BTD = merger.final(blocks, place).to(decoder.device)
-    with decoder.tail() as logits, torch.no_grad():
-        return logits(stream_BTD, ids_BT.to(decoder.device)).float().cpu()
+    return merger, sums, tries

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shortllm.checkpoint.names import is_weight
+from shortllm.checkpoint.source import is_weight
 from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops, head_flops
@@ -65,17 +65,15 @@ def walk_back(
     results: Callable[[], dict[str, list[float]]] = dict,
     restore: Callable[[dict[str, list[float]]], None] = lambda results: None,
 ) -> None:
-    """Product of weight and gradient for every weight of the blocks, in one model.
+    """Product of weight and gradient for every weight of `blocks`; other blocks are left out.
 
     The loss is the mean next-token NLL over all predictions of all ranks.
 
     Args:
-        blocks: the blocks the model has, ascending; the others are left out.
         receive: called as `receive(b, products)` from the last block to the first; `products` has
             for each weight tensor of block `b` its signed product with the gradient, float32.
         each: called before it in the same way, once for each sample with that sample's share of
             the products; samples then go through the blocks one at a time.
-        observe: observers of the forward pass.
         results: returns the results so far, for the journal; `restore` gets them back.
     """
     back = journal.part("backward") if journal else Journal(None, "")
@@ -97,7 +95,7 @@ def walk_back(
             tensor.copy_(back.tensor(name))
         gradient_BTD = back.tensor("gradient").to(decoder.device)
         restore(position["results"])
-        advance(_flops_before(decoder, blocks, done, ids_BT))
+        advance(walk_back_flops(decoder, blocks, len(ids_BT), ids_BT.shape[1], done))
     for b in decoder.through(list(reversed(blocks))[done:]):
         before_BTD = inputs.entering(b)
         gradients = _through_back(groups, b, before_BTD, gradient_BTD, each)
@@ -128,18 +126,17 @@ def _through_back(
         )
         if each is not None:
             for name, gradient in own.items():
-                gradients[name] = (
-                    gradients[name].add_(gradient) if name in gradients else gradient.clone()
-                )
+                _add(gradients, name, gradient.clone())
             each(b, _products(decoder, b, own, ALONE))
     return gradients
 
 
-def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a block by name: every parameter but biases and single numbers per unit.
+def _add(gradients: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
 
-    These are all matrices, and vectors called `weight` (those of norms).
-    """
+
+def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a block by name: all matrices, and vectors called `weight` (of norms)."""
     return {
         name: parameter
         for name, parameter in block.named_parameters()
@@ -180,19 +177,18 @@ def _block_gradient(
     Gradients of its weights are added to `gradients` in float32, each as soon as it exists.
     """
     before_BTD = before_BTD.detach().clone().requires_grad_()
-    hooks = []
 
     def add(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         parameter.grad = None
-        gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+        _add(gradients, name, gradient)
 
     weights = block_weights(decoder.blocks[b])
-    for name, parameter in weights.items():
-        parameter.requires_grad_(True)
-        hook = parameter.register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
-        hooks.append(hook)
+    hooks = [
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
+        for name, parameter in weights.items()
+    ]
     try:
         with torch.enable_grad():
             after_BTD = decoder.apply(b, before_BTD, entry.calls[b])
@@ -218,18 +214,14 @@ def _products(
     return {name: gradients[name].mul_(weight.detach()) for name, weight in weights.items()}
 
 
-def _flops_before(decoder: Decoder, blocks: Sequence[int], done: int, ids_BT: Tensor) -> float:
-    """Operations that an interrupted pass had done, `done` blocks of the way back included."""
-    forward = sum(block_flops(decoder, b) for b in blocks) * ids_BT.numel()
-    head = 2 * head_flops(decoder) * ids_BT.shape[0] * (ids_BT.shape[1] - 1)
-    back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])
-    return forward + head + 3 * back * ids_BT.numel()
-
-
-def walk_back_flops(decoder: Decoder, blocks: Sequence[int], samples: int, length: int) -> float:
-    """Floating-point operations of `walk_back`, as its `advance` counts them.
+def walk_back_flops(
+    decoder: Decoder, blocks: Sequence[int], samples: int, length: int, done: int | None = None
+) -> float:
+    """Floating-point operations of `walk_back`, or until `done` blocks of the way back are done.
 
     Four passes of each block: forward, forward again, and the gradients of its input and weights.
     """
-    once = sum(block_flops(decoder, b) for b in blocks) * samples * length
-    return 4 * once + 2 * head_flops(decoder) * samples * (length - 1)
+    forward = sum(block_flops(decoder, b) for b in blocks)
+    back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])
+    head = 2 * head_flops(decoder) * samples * (length - 1)
+    return (forward + 3 * back) * samples * length + head

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import find_blocks
+from shortllm.checkpoint.structure import find_blocks
 
 STREAM = "hidden_states"
 """Keyword of the stream where a block does not get it as its first argument."""
@@ -33,18 +33,14 @@ class Call:
 
     def arguments(self) -> dict[Place, Any]:
         """Every argument by its place or keyword."""
-        places: dict[Place, Any] = dict(enumerate(self.args))
-        return places | dict(self.kwargs.items())
+        return {**dict(enumerate(self.args)), **self.kwargs}  # type: ignore[dict-item]
 
 
 @contextmanager
 def bypassed(model: nn.Module, removed: Collection[int], ids_BT: Tensor) -> Iterator[None]:
     """Within the context, `model` computes what it computes without the blocks `removed`.
 
-    For forwards without a cache: a cache counts positions by block 0.
-
-    Args:
-        ids_BT: any token ids, for the plain forward.
+    For forwards without a cache, which counts positions by block 0. `ids_BT` are any token ids.
     """
     _, blocks = find_blocks(model, model.config)
     calls = _record(model, blocks, ids_BT)
@@ -71,8 +67,7 @@ def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> dict[int
         return remember
 
     handles = [
-        block.register_forward_hook(hook(number), with_kwargs=True)
-        for number, block in enumerate(blocks)
+        block.register_forward_hook(hook(b), with_kwargs=True) for b, block in enumerate(blocks)
     ]
     try:
         model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
@@ -84,13 +79,13 @@ def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> dict[int
 
 def _handed_on(calls: list[Call]) -> dict[int, Place]:
     """Which output of a block is which argument of the next block."""
-    found: dict[int, Place] = {}
-    for call, following in zip(calls, calls[1:], strict=False):
-        for number, output in enumerate(_parts(call.output)):
-            for place, argument in following.arguments().items():
-                if output is not None and argument is output:
-                    found[number] = place
-    return found
+    return {
+        number: place
+        for call, following in zip(calls, calls[1:], strict=False)
+        for number, output in enumerate(_parts(call.output))
+        for place, argument in following.arguments().items()
+        if output is not None and argument is output
+    }
 
 
 def _parts(output: Any) -> tuple[Any, ...]:
@@ -105,8 +100,7 @@ def _stand_in(output: Any, handed_on: dict[int, Place]) -> Callable[..., Any]:
         arguments = Call(args, kwargs, None).arguments()
         stream: Place = 0 if args else STREAM
         parts = [arguments[handed_on.get(0, stream)]]
-        for number in range(1, len(_parts(output))):
-            parts.append(arguments.get(handed_on[number]) if number in handed_on else None)
+        parts += [arguments.get(handed_on.get(n, "")) for n in range(1, len(_parts(output)))]
         if not isinstance(output, (tuple, list)):
             return parts[0]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)

@@ -10,24 +10,22 @@ own forward, with a recorder in place of every block. The tail is the model's ow
 a stand-in for the last block that returns the stream to be scored. Stand-ins are set as `forward`
 of the block instance, so the module tree, its names and its attributes stay as they are.
 
-The weights of the blocks are all in memory, or read when a walk comes to them (streamed.py); users
-of this class do not see the difference.
-
 Shapes: B samples, T tokens per sample, D width (of any further shape in a few types), V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.structure import find_blocks
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.bypass import bypassed
 
@@ -59,23 +57,16 @@ class BlockCall:
 
 
 def equal_arguments(one: Any, other: Any, *, opaque: bool) -> bool:
-    """Deep equality of call arguments, tensors and plain values by value.
-
-    Args:
-        opaque: whether two other objects of one type count as equal.
-    """
+    """Deep equality of call arguments by value; other objects of one type are equal if `opaque`."""
     if one is other:
         return True
+    equal = partial(equal_arguments, opaque=opaque)
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(
-            equal_arguments(a, b, opaque=opaque) for a, b in zip(one, other, strict=True)
-        )
+        return len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(
-            equal_arguments(one[key], other[key], opaque=opaque) for key in one
-        )
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
     if type(one) is type(other):
         return bool(one == other) if isinstance(one, (bool, int, float, str)) else opaque
     return False
@@ -111,6 +102,11 @@ class Entry:
         if copies not in self._stacked:
             self._stacked[copies] = decoder.enter(self.ids_BT.repeat(copies, 1)).calls
         return self._stacked[copies][b]
+
+
+def _stream_of(output: Any) -> Tensor:
+    """The stream among what a block returns."""
+    return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
 
 
 class _Reached(Exception):
@@ -185,11 +181,7 @@ class Decoder:
 
     @torch.no_grad()
     def enter(self, ids_BT: Tensor) -> Entry:
-        """Run the model's forward up to the blocks and record how it calls each of them.
-
-        Raises:
-            UnsupportedModelError: the blocks of this model type cannot be called one by one.
-        """
+        """Run the model's forward up to the blocks and record how it calls each of them."""
         obstacle = self.obstacle()
         if obstacle is not None:
             raise UnsupportedModelError(obstacle)
@@ -203,22 +195,20 @@ class Decoder:
 
     def apply(self, b: int, stream_BTD: Tensor, call: BlockCall) -> Tensor:
         """The stream after block `b`, `[B, T, D]`."""
-        output = call.on(self.blocks[b], stream_BTD)
-        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+        return _stream_of(call.on(self.blocks[b], stream_BTD))
 
     def _run_blocks(self, ids_BT: Tensor) -> Tensor:
         """The stream after the last block, before the final norm, by the model's plain forward."""
         found: list[Tensor] = []
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, (tuple, list)) else output)
+            found.append(_stream_of(output))
             raise _Reached
 
         handle = self.blocks[-1].register_forward_hook(hook)
         try:
-            self.model(input_ids=ids_BT.to(self.device), use_cache=False)
-        except _Reached:
-            pass
+            with suppress(_Reached):
+                self.model(input_ids=ids_BT.to(self.device), use_cache=False)
         finally:
             handle.remove()
         return found[0]
@@ -227,8 +217,7 @@ class Decoder:
     def tail(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """Within the context, a function `(stream_BTD, ids_BT) -> logits_BTV`: final norm and head.
 
-        Both work token by token, so any cut of a stream along B and T may be given. The gradient of
-        the stream can be taken through it.
+        Both work token by token, so any cut of a stream along B and T may be given; gradients pass.
         """
         current: list[Tensor] = []
 
@@ -292,8 +281,8 @@ class Decoder:
                 output = original(*args, **kwargs)
                 extras = len(output) - 1 if isinstance(output, (tuple, list)) else None
                 self._extras[type(self.blocks[b])] = extras
-                stream = output if extras is None else output[0]
-                self.stream_dtype = torch.promote_types(self.stream_dtype, stream.dtype)
+                kind = _stream_of(output).dtype
+                self.stream_dtype = torch.promote_types(self.stream_dtype, kind)
                 called.append(b)
                 return output
 
@@ -302,18 +291,11 @@ class Decoder:
         with self._replaced(learn):
             self.model(input_ids=ids_BT, use_cache=False)
         if called != list(range(self.block_count)):
-            wrong = next((i for i, b in enumerate(called) if i != b), None)
-            raise self._wrong_order(
-                f"{len(called)} of the {self.block_count} blocks"
-                if wrong is None
-                else f"block {called[wrong]} at place {wrong}"
-            )
+            wrong = next((f"block {b} at place {i}" for i, b in enumerate(called) if i != b), None)
+            raise self._wrong_order(wrong or f"{len(called)} of the {self.block_count} blocks")
 
     def _record(self, ids_BT: Tensor, *, shift: float = 0.0) -> tuple[Tensor, list[BlockCall]]:
-        """The stream entering block 0 and each block's call; no block is run.
-
-        Blocks hand their input through, changed by `shift`.
-        """
+        """The stream entering block 0 and each block's call; stand-ins add `shift` to it."""
         streams: list[Tensor] = []
         calls: list[BlockCall] = []
 
@@ -354,9 +336,8 @@ class Decoder:
 
     def _check_arguments(self, ids_BT: Tensor) -> None:
         """Refuse types whose blocks are handed state of earlier blocks."""
-        _, plain = self._record(ids_BT)
-        _, shifted = self._record(ids_BT, shift=1.0)
-        for b, (one, other) in enumerate(zip(plain, shifted, strict=True)):
+        pairs = zip(self._record(ids_BT)[1], self._record(ids_BT, shift=1.0)[1], strict=True)
+        for b, (one, other) in enumerate(pairs):
             if not equal_arguments((one.args, one.kwargs), (other.args, other.kwargs), opaque=True):
                 raise UnsupportedModelError(
                     f"block {b} of '{self.blocks_name}' receives state of earlier blocks besides "
@@ -366,8 +347,8 @@ class Decoder:
     def _check_walk(self, ids_BT: Tensor) -> None:
         """Refuse types whose blocks keep state, in themselves or in a store they are all handed.
 
-        A second, different stream is sent through each block after the intact one: if any of it is
-        remembered, the intact stream no longer ends where the plain forward ends.
+        A second stream goes through each block after the intact one: if any of it is remembered,
+        the intact stream no longer ends where the plain forward ends.
         """
         expected_BTD = self._run_blocks(ids_BT)
         intact_BTD, calls = self._record(ids_BT)

@@ -22,12 +22,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shortllm.files import require_writable, translate_os_errors
-from shortllm.model.decoder import BlockCall, Decoder, Entry, equal_arguments
+from shortllm.model.decoder import Decoder, Entry, equal_arguments
 from shortllm.runtime import available_memory
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,6 @@ class StreamMemory:
 
         On `device` if it fits within the limit there, else in main memory, else memory-mapped from
         an unnamed file that is deleted with the tensor.
-
-        Raises:
-            OutputError: there is no space for the file.
         """
         size = math.prod(shape) * dtype.itemsize
         if self._fits(size, device):
@@ -108,17 +106,19 @@ class SampleGroups:
         *,
         size: int | None = None,
     ) -> None:
-        """
-        Args:
-            memory: where the streams of all samples are kept.
-            size: samples of a group; default: as many as are fastest.
-        """
+        """`size` is the number of samples of a group; default: as many as are fastest."""
         self.decoder = decoder
         self.ids_BT = ids_BT
         self._memory = memory or StreamMemory()
         size = size or group_size(decoder, ids_BT.shape[1])
         self.rows = [slice(row, row + size) for row in range(0, len(ids_BT), size)]
-        self.entries = enter_groups(decoder, [ids_BT[rows] for rows in self.rows])
+        self.entries: list[Entry] = []
+        for rows in self.rows:
+            entry = decoder.enter(ids_BT[rows])
+            for first in self.entries[:1]:  # groups with equal calls share them in memory
+                if equal_arguments(_arguments(first), _arguments(entry), opaque=False):
+                    entry = Entry(entry.ids_BT, entry.stream_BTD, first.calls)
+            self.entries.append(entry)
 
     def __iter__(self) -> Iterator[tuple[slice, Entry]]:
         """Each group's samples, and how the blocks are called on it."""
@@ -129,15 +129,12 @@ class SampleGroups:
         shape = (*leading, len(self.ids_BT), *self.entries[0].stream_BTD.shape[1:])
         return self._memory.allocate(shape, self.decoder.stream_dtype, self.decoder.device)
 
-    def enter(self, stream_BTD: Tensor) -> Tensor:
-        """Fill a stream with what enters block 0."""
+    def entering(self, stream_BTD: Tensor | None = None) -> Tensor:
+        """The stream entering block 0, `[B, T, D]`; written into `stream_BTD` where it is given."""
+        stream_BTD = self.allocate() if stream_BTD is None else stream_BTD
         for rows, entry in self:
             stream_BTD[rows] = entry.stream_BTD
         return stream_BTD
-
-    def entering(self) -> Tensor:
-        """The stream entering block 0, `[B, T, D]`."""
-        return self.enter(self.allocate())
 
     def after(self, b: int, stream_BTD: Tensor, group: int) -> Tensor:
         """The stream of one group after block `b`; `stream_BTD` is that of all samples before."""
@@ -145,11 +142,7 @@ class SampleGroups:
         return self.decoder.apply(b, before_BTD, self.entries[group].calls[b])
 
     def apply(self, b: int, stream_BTD: Tensor, *, keep: bool = True) -> None:
-        """Take the stream of all samples through block `b`, in place.
-
-        Args:
-            keep: False: only run the block, and leave the stream as it is.
-        """
+        """Take the stream of all samples through block `b`, in place; or only run it."""
         for group, rows in enumerate(self.rows):
             after_BTD = self.after(b, stream_BTD, group)
             if keep:
@@ -162,22 +155,9 @@ def group_size(decoder: Decoder, length: int) -> int:
     return max(1, tokens // length)
 
 
-def enter_groups(decoder: Decoder, groups: Sequence[Tensor]) -> list[Entry]:
-    """The entry of each group of samples; groups with equal calls share them in memory."""
-    entries: list[Entry] = []
-    for ids_BT in groups:
-        entry = decoder.enter(ids_BT)
-        same = next((e for e in entries[:1] if _equal_calls(e.calls, entry.calls)), None)
-        entries.append(entry if same is None else Entry(entry.ids_BT, entry.stream_BTD, same.calls))
-    return entries
-
-
-def _equal_calls(one: Sequence[BlockCall], other: Sequence[BlockCall]) -> bool:
-    """Whether two groups call the blocks with the same arguments."""
-    return all(
-        equal_arguments((a.args, a.kwargs), (b.args, b.kwargs), opaque=False)
-        for a, b in zip(one, other, strict=True)
-    )
+def _arguments(entry: Entry) -> list[Any]:
+    """What the blocks are called with besides the stream."""
+    return [(call.args, call.kwargs) for call in entry.calls]
 
 
 def block_flops(decoder: Decoder, b: int) -> float:

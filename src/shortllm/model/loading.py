@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,14 @@ log = logging.getLogger(__name__)
 
 MEMORY_PER_WEIGHTS = 1.15
 """Memory that a model takes, as a multiple of its weights."""
+
+TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Code in a tensor table -> type that models compute in."""
 
 PROBE_TOKENS = 8
 """Tokens of the forward pass that tries a model."""
@@ -52,58 +60,36 @@ class Room:
 
 def room_for(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Room:
     """The memory that a checkpoint's model needs, and what is free now."""
-    return Room(
-        device=str(device),
-        needed=round(checkpoint.parameters * dtype.itemsize * MEMORY_PER_WEIGHTS),
-        free=available_memory(device),
-    )
+    needed = round(checkpoint.parameters * dtype.itemsize * MEMORY_PER_WEIGHTS)
+    return Room(device=str(device), needed=needed, free=available_memory(device))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating type most of the checkpoint's elements are in; packed ones say nothing."""
-    types = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }
-    elements: dict[str, int] = {}
+    elements: Counter[str] = Counter()
     for entry in checkpoint.tensors.values():
-        if entry.dtype in types:
-            elements[entry.dtype] = elements.get(entry.dtype, 0) + entry.elements
-    if not elements:
-        return torch.bfloat16
-    return types[max(elements, key=lambda code: elements[code])]
+        elements[entry.dtype] += entry.elements
+    return max(TYPES.items(), key=lambda item: elements[item[0]])[1]
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto") -> nn.Module:
-    """The causal language model of a checkpoint, in evaluation mode, its weights finite.
-
-    Raises:
-        CheckpointError: tensors missing, unexpected or of another shape (transformers would
-            continue with random weights), or NaN or infinite weights, named.
-        ShortLLMError: the weights do not fit into the free memory.
-    """
+    """The causal language model of a checkpoint, in evaluation mode, its weights finite."""
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
     _require_described(checkpoint)
     _require_memory(checkpoint, device, compute)
     try:
         with quiet_transformers(), quiet_bars(checkpoint):
-            model, loading = auto_class(checkpoint.config).from_pretrained(
-                checkpoint.directory,
-                dtype=compute,
-                output_loading_info=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # an error below, naming the tensor
-                trust_remote_code=is_own_code(checkpoint.config),
-            )
+            trusted = is_own_code(checkpoint.config)
+            model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted)
+    except CheckpointError:
+        raise
     except Exception as error:  # model classes raise whatever a config's values lead to
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
-    check_loading(checkpoint.id, loading)
     if is_packed(checkpoint.raw_config):
         with quiet_bars(checkpoint):
             unpack(model)
-    check_finite(checkpoint.id, model)
+    for key, tensor in model.named_parameters():
+        require_finite_tensor(checkpoint.id, key, tensor)
     for name, number in token_ids(checkpoint.special_tokens).items():
         setattr(model.config, name, number)
         setattr(model.generation_config, name, number)
@@ -149,6 +135,11 @@ def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> A
     """
     checkpoint = open_checkpoint(source, revision=revision)
     _require_described(checkpoint)
+    return _from_pretrained(checkpoint, **kwargs)
+
+
+def _from_pretrained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
+    """The model that transformers loads, if all of its tensors are those of the checkpoint."""
     model, loading = auto_class(checkpoint.config).from_pretrained(
         checkpoint.directory,
         output_loading_info=True,
@@ -161,11 +152,7 @@ def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> A
 
 
 def check_loading(name: str, loading: dict[str, Any]) -> None:
-    """Treat every difference between a checkpoint's tensors and the model's as an error.
-
-    Raises:
-        CheckpointError: naming the first tensor that is missing, unexpected or of another shape.
-    """
+    """Refuse every difference of tensors; transformers would continue with random ones."""
     for kind, problem in (
         ("missing_keys", "is missing"),
         ("unexpected_keys", "is not part of the model"),
@@ -177,12 +164,6 @@ def check_loading(name: str, loading: dict[str, Any]) -> None:
             more = f" ({len(found)} such tensors)" if len(found) > 1 else ""
             said = problem.format(*(list(shape) for shape in shapes))
             raise CheckpointError(f"{name}: tensor '{tensor}' {said}{more}. Download it again")
-
-
-def check_finite(name: str, model: nn.Module) -> None:
-    """Refuse NaN and infinite weights, naming the first tensor that contains one."""
-    for key, tensor in model.named_parameters():
-        require_finite_tensor(name, key, tensor)
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
@@ -198,8 +179,7 @@ def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
 
 
 def _require_described(checkpoint: Checkpoint) -> None:
-    """Refuse a config that describes a far larger model than is stored, before memory for it is
-    allocated."""
+    """Refuse a config of a far larger model than is stored, before memory is allocated."""
     described, stored = checkpoint.structure.parameters, checkpoint.parameters
     if "quantization_config" in checkpoint.raw_config or described <= 2 * stored:
         return
@@ -225,8 +205,5 @@ def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 @contextmanager
 def quiet_bars(checkpoint: Checkpoint) -> Iterator[None]:
     """No progress bars of compressed-tensors, which shows some for checkpoints in its format."""
-    if not is_packed(checkpoint.raw_config):
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()) if is_packed(checkpoint.raw_config) else nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""The device, the computation type, and the one model that is open at a time."""
+"""The one model that is open at a time, on which device and in which type it computes."""
 
 from __future__ import annotations
 
@@ -87,9 +87,6 @@ class Session:
             return self.runtime.stream
         room = room_for(checkpoint, device=self.device, dtype=self._torch_dtype(checkpoint))
         if not room.suffices:
-            log.info(
-                "%s: %s; its blocks are read one at a time from the files (streamed)",
-                checkpoint.id,
-                room,
-            )
+            told = "%s: %s; its blocks are read one at a time from the files (streamed)"
+            log.info(told, checkpoint.id, room)
         return not room.suffices

@@ -7,10 +7,9 @@ next one. So a model can be scored that fits neither in memory nor on the GPU.
     for b in decoder.through([0, 1, 2]):
         stream = decoder.apply(b, stream, entry.calls[b])
 
-The model is built without memory for its weights. transformers' own loader assigns stored tensors
-to parameters, since it knows every type's renamings and merged experts; it gets the tensors of one
-block at a time. The functions called here are not part of its public interface (checked with 5.15
-to 5.24).
+transformers' own loader assigns stored tensors to parameters, since it knows every type's renamings
+and merged experts; it gets the tensors of one block at a time. The functions called here are not
+part of its public interface (checked with 5.15 to 5.24).
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.structure import build_empty
+from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.decoder import Decoder
@@ -38,13 +36,7 @@ STAND_IN_STD = 0.02
 
 
 def open_streamed(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """The decoder of a checkpoint with everything but its blocks in memory.
-
-    Raises:
-        CheckpointError: tensors missing or unexpected, or NaN or infinite weights, named.
-        UnsupportedModelError: transformers cannot build this model type, its blocks share weights,
-            or the checkpoint is quantized.
-    """
+    """The decoder of a checkpoint with everything but its blocks in memory."""
     model = build_empty(copy.deepcopy(checkpoint.config), dtype=dtype)
     name, _ = find_blocks(model, model.config)
     weights = StreamedWeights(checkpoint, model, name, device=device, dtype=dtype)
@@ -94,7 +86,7 @@ class StreamedWeights:
                 try:
                     yield b
                 finally:
-                    self._take(b)
+                    self._take(f"{self._prefix}{b}.")
 
     @contextmanager
     def stand_in(self) -> Iterator[None]:
@@ -114,15 +106,10 @@ class StreamedWeights:
         try:
             yield
         finally:
-            for key, empty in self._empty.items():
-                self._set(key, empty)
+            self._take(self._prefix)
 
     def _refuse_shared_weights(self) -> None:
-        """A weight of several blocks is stored in one of them alone.
-
-        Raises:
-            UnsupportedModelError: there are such weights.
-        """
+        """Refuse weights of several blocks, which are stored in one of them alone."""
         tied = self._model.all_tied_weights_keys
         shared = next((key for key in tied if key.startswith(self._prefix)), None)
         if shared is not None:
@@ -151,11 +138,10 @@ class StreamedWeights:
         self._model._adjust_missing_and_unexpected_keys(found)
         self._check(found, {key for key in found.missing_keys if key.startswith(block)})
 
-    def _take(self, b: int) -> None:
-        """Let go of the weights of block `b`."""
-        block = f"{self._prefix}{b}."
+    def _take(self, prefix: str) -> None:
+        """Let go of the weights whose names begin with `prefix`."""
         for key, empty in self._empty.items():
-            if key.startswith(block):
+            if key.startswith(prefix):
                 self._set(key, empty)
 
     def _read(self, b: int | None) -> dict[str, Tensor]:
@@ -181,14 +167,7 @@ class StreamedWeights:
         if found.conversion_errors:
             name, reason = next(iter(found.conversion_errors.items()))
             raise CheckpointError(f"{self._id}: transformers cannot convert '{name}': {reason}")
-        check_loading(
-            self._id,
-            {
-                "missing_keys": missing,
-                "unexpected_keys": found.unexpected_keys,
-                "mismatched_keys": found.mismatched_keys,
-            },
-        )
+        check_loading(self._id, {**vars(found), "missing_keys": missing})
 
     def _set(self, key: str, tensor: Tensor) -> None:
         owner, _, name = key.rpartition(".")
@@ -196,11 +175,7 @@ class StreamedWeights:
 
 
 def _load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """How transformers is to load tensors of this model.
-
-    Raises:
-        UnsupportedModelError: the checkpoint is quantized, which is read as a whole only.
-    """
+    """How transformers is to load tensors of this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 

@@ -9,13 +9,11 @@ the others. With "nothing removed" and each single block removed this is
     after    block b (intact)                block b of each of them, and without b = old intact
 
 L(L+1)/2 block passes instead of the L(L-1) of running each shortened model on its own, with the
-same numbers, since each stream meets the same blocks in the same order. Other sets (those of a
-search, those of a comparison) share their beginnings in the same way.
+same numbers, since each stream meets the same blocks in the same order.
 
 If the blocks' weights are in memory, one group of samples at a time goes through all blocks, so
-that activations stay in a CPU's cache and memory does not grow with the number of samples. If they
-are read from files, all samples go through one block before the next is read. At the end the head
-is applied to each stream in slices of tokens, so that full logits never exist.
+that activations stay in a CPU's cache. If they are read from files, all samples go through one
+block before the next is read. The head is applied in slices of tokens: full logits never exist.
 
 Shapes: B samples, T tokens each, D width, V vocabulary, N predictions of one slice, S streams.
 """
@@ -105,12 +103,11 @@ class Route:
                 if having:
                     through.append(stream)
                     after.append((stream, having))
+                if without:
+                    after.append((streams if having else stream, without))
                 if without and having:
                     split.append((stream, streams))
-                    after.append((streams, without))
                     streams += 1
-                elif without:
-                    after.append((stream, without))
             alike = after
             if through:
                 first = next((stream for stream, members in after if 0 in members), None)
@@ -139,11 +136,7 @@ def walk(
             Without it no logits are computed.
         observe: see the stream of `removals[0]` pass through the blocks.
         advance: called with the floating-point operations done since its last call.
-        memory: where streams are kept.
         journal: where the progress of a walk over streamed blocks is kept.
-    Raises:
-        UnsupportedModelError: the blocks cannot be called one by one, and they are streamed or
-            to be observed.
     """
     memory, journal = memory or StreamMemory(), journal or Journal(None, "")
     route = Route.of(removals, decoder.block_count)
@@ -204,7 +197,7 @@ class _Chunk:
     def run(self, observe: Sequence[Observer], advance: Advance, journal: Journal) -> None:
         """Take all streams through the blocks."""
         decoder, route = self.decoder, self.route
-        self.groups.enter(self.streams[0])
+        self.groups.entering(self.streams[0])
         state = {name: tensor for observer in observe for name, tensor in observer.state.items()}
         done = self._resume(journal, state)
         for step in route.steps[:done]:
@@ -245,8 +238,7 @@ class _Chunk:
 
     def _used(self, done: int) -> Tensor:
         """The streams that exist after `done` steps."""
-        count = 1 + sum(len(step.split) for step in self.route.steps[:done])
-        return self.streams[:count]
+        return self.streams[: 1 + sum(len(step.split) for step in self.route.steps[:done])]
 
     def _resume(self, journal: Journal, state: dict[str, Tensor]) -> int:
         """Restore the state of an interrupted walk; returns the steps it had done."""
@@ -286,12 +278,7 @@ def mean_values(
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> list[list[float]]:
-    """Means over all predictions of all processes: for each value one number per shortened model.
-
-    Args:
-        ids_BT: this process's samples; may be none.
-        values: called with the logits of a shortened model, those of the first one, and targets.
-    """
+    """Means over all predictions of all processes, per value and shortened model."""
     totals = torch.zeros(len(values), len(removals), dtype=torch.float64)
 
     def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
@@ -305,8 +292,7 @@ def mean_values(
         )  # fmt: skip
     ranks.add_up([totals])
     predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
-    found: list[list[float]] = (totals / predictions).tolist()
-    return found
+    return (totals / predictions).tolist()
 
 
 def mean_nlls(
@@ -323,12 +309,10 @@ def mean_nlls(
 ) -> list[float]:
     """Mean next-token NLL of each shortened model, nats, over the predictions of all processes.
 
-    Args:
-        kl: mean KL(intact || shortened) instead of the NLL.
-        together: shortened models of one walk; default: all of them.
+    With `kl` mean KL(intact || shortened) instead; `together` limits the models of one walk.
     """
     intact = [NOTHING] if kl else []  # the first one, which the others are compared with
-    value: Value = _kl_from_first if kl else _nll
+    value = _kl_from_first if kl else _nll
     journal, found = journal or Journal(None, ""), []
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals
@@ -345,9 +329,8 @@ def _nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 def _kl_from_first(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
-    if logits_NV is first_NV:  # the intact model itself
-        return logits_NV.new_zeros(1)
-    return kl_divergence(first_NV, logits_NV)
+    intact = logits_NV is first_NV
+    return logits_NV.new_zeros(1) if intact else kl_divergence(first_NV, logits_NV)
 
 
 def targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -356,10 +339,7 @@ def targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def token_slices(ids_BT: Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of `limit` tokens of all positions that predict something: all but a sample's last.
-
-    Whole samples where they fit, else pieces of single samples.
-    """
+    """Slices of `limit` tokens of all positions but a sample's last; whole samples if they fit."""
     samples, length = ids_BT.shape
     columns = min(length - 1, limit)
     rows = max(1, limit // (length - 1))
@@ -371,8 +351,7 @@ def token_slices(ids_BT: Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
 def stacked_streams(decoder: Decoder, entry: Entry) -> int:
     """Streams of one group that go through a block in one call.
 
-    One on a CPU, where a group alone keeps the matrix unit busy; a stream then goes through the
-    same operations whatever other streams there are.
+    One on a CPU: a stream then goes through the same operations whatever other streams there are.
     """
     if decoder.device.type == "cpu":
         return 1

@@ -49,12 +49,14 @@ class Budget(Options):
 
     panel: ClassVar[str] = "Budget"
 
-    remove: int | None = Field(default=None, description="Number of blocks to remove.")
+    remove: int | None = Field(default=None, ge=1, description="Number of blocks to remove.")
     ratio: float | None = Field(
-        default=None, description="Part of the blocks to remove, e.g. 0.25."
+        default=None, gt=0, lt=1, description="Part of the blocks to remove, e.g. 0.25."
     )
     param_ratio: float | None = Field(
         default=None,
+        gt=0,
+        lt=1,
         description="Part of all parameters to remove, with as few blocks as reach it.",
     )
     blocks: Annotated[list[int] | None, Flag(metavar="3,4,8")] = Field(
@@ -67,7 +69,9 @@ class Budget(Options):
         default=None, description="Need at most this much memory for weights and cache, e.g. 8GiB."
     )
     target_speedup: float | None = Field(
-        default=None, description="Be at least this many times as fast, measured here, e.g. 1.3."
+        default=None,
+        gt=1,
+        description="Be at least this many times as fast, measured here, e.g. 1.3.",
     )
     contiguous: Annotated[bool | None, Flag(name="--contiguous/--scattered")] = Field(
         default=None,
@@ -89,16 +93,9 @@ class Budget(Options):
     )
 
     def asked(self) -> dict[str, Any]:
-        """The one way the amount was given, e.g. `{"remove": 3}`.
-
-        Raises:
-            BudgetError: none or several were given, or the number is impossible for every model.
-        """
-        amounts = {
-            name: getattr(self, name)
-            for name in ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
-        }
-        given = {name: value for name, value in amounts.items() if value is not None}
+        """The one way the amount was given, e.g. `{"remove": 3}`."""
+        ways = ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
+        given = {name: getattr(self, name) for name in ways if getattr(self, name) is not None}
         if len(given) != 1:
             raise BudgetError(
                 f"{'no budget' if not given else 'several budgets'} given. Give one of "
@@ -106,43 +103,22 @@ class Budget(Options):
                 "parameters), --blocks 3,4,5, --target-params 1.0B, --target-memory 8GiB or "
                 "--target-speedup 1.3"
             )
-        for name in ("ratio", "param_ratio"):
-            value = given.get(name)
-            if value is not None and not 0 < value < 1:
-                raise BudgetError(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
-        if self.remove is not None and self.remove < 1:
-            raise BudgetError(f"--remove {self.remove} removes nothing. Give 1 or more")
-        if self.target_speedup is not None and not self.target_speedup > 1:
-            raise BudgetError(
-                f"--target-speedup {self.target_speedup} must be more than 1, e.g. 1.3"
-            )
         return given
 
     def target(self) -> tuple[str, float] | None:
         """Name and value of the target, where the amount was given as one."""
-        for name in TARGETS:
-            value = getattr(self, name)
-            if value is not None:
-                return name, value
-        return None
+        given = ((name, getattr(self, name)) for name in TARGETS)
+        return next((one for one in given if one[1] is not None), None)
 
     def protected(self, count: int) -> list[int]:
-        """Blocks of a model of `count` blocks that may not be removed, ascending.
-
-        Raises:
-            BudgetError: a negative protection.
-        """
+        """Blocks of a model of `count` blocks that may not be removed, ascending."""
         if self.blocks is not None:
             return []
         return protected_ends(count, self.protect_first, self.protect_last)
 
 
 def check_budget(budget: Budget, model: ModelInfo) -> None:
-    """Refuse, before any scoring, a budget that no scores can meet.
-
-    Raises:
-        BudgetError: naming what is free and the largest budget that works.
-    """
+    """Refuse, before any scoring, a budget that no scores can meet."""
     amount_of(budget, model)
 
 
@@ -165,11 +141,7 @@ def _units(budget: Budget, model: ModelInfo) -> list[list[int]]:
 
 
 def amount_of(budget: Budget, model: ModelInfo) -> int | None:
-    """Number of blocks to remove; None where it depends on which blocks go.
-
-    Raises:
-        BudgetError: more than is unprotected, nothing, all, or not whole periods.
-    """
+    """Number of blocks to remove; None where it depends on which blocks go."""
     count = model.blocks
     units = removable(budget, model)
     free = sum(map(len, units))
@@ -184,9 +156,7 @@ def amount_of(budget: Budget, model: ModelInfo) -> int | None:
     if budget.param_ratio is not None:
         _check_parameters(budget.param_ratio, units, model)
         return None
-    number = budget.remove
-    if number is None:
-        number = round(asked["ratio"] * count / size) * size
+    number = budget.remove or round(asked["ratio"] * count / size) * size
     if number == 0:
         raise BudgetError(
             f"--ratio {budget.ratio} of {count} blocks is less than half "
@@ -260,11 +230,7 @@ def _check_given(blocks: list[int], count: int) -> None:
 
 
 def most_blocks(budget: Budget, model: ModelInfo) -> int:
-    """The largest number of blocks that a plan for this budget can remove.
-
-    Raises:
-        BudgetError: see `check_budget`.
-    """
+    """The largest number of blocks that a plan for this budget can remove."""
     number = amount_of(budget, model)
     if number is not None:
         return number
@@ -282,11 +248,7 @@ def most_blocks(budget: Budget, model: ModelInfo) -> int:
 def removal_options(
     resolved: ResolvedCriterion, budget: Budget, model: ModelInfo
 ) -> dict[str, Any]:
-    """The options by which a criterion that removes blocks itself meets a budget; else none.
-
-    Raises:
-        BudgetError: see `most_blocks`.
-    """
+    """The options by which a criterion that removes blocks itself meets a budget; else none."""
     if not resolved.removes_blocks:
         return {}
     searches = resolved.needs == "sets"

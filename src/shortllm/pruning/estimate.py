@@ -91,14 +91,10 @@ class Setting:
 
 
 def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
-    """Each kind of pass, with the model in memory and streamed.
-
-    Raises:
-        UnsupportedModelError: transformers cannot build the model type.
-    """
+    """Each kind of pass, with the model in memory and streamed."""
     decoder = _weightless(setting)
     return [
-        _estimate(setting, decoder, names, probe, streamed=streamed)
+        _estimate(setting, decoder, names, probe, streamed)
         for names in by_pass()
         for streamed in (False, True)
     ]
@@ -122,36 +118,34 @@ def _estimate(
     decoder: Decoder,
     names: list[str],
     probe: Probe | None,
-    *,
     streamed: bool,
 ) -> Estimate:
-    criterion = resolve(names[0], dict(setting.options.get(names[0], {})))
-    flops = _scorer(setting, decoder).work([criterion])
-    seconds = None
+    import torch
+
+    criterion = resolve(names[0], setting.options.get(names[0]))
+    ids_BT = torch.empty(setting.samples, setting.length, dtype=torch.long, device="meta")
+    scorer = Scorer(checkpoint=setting.checkpoint, open_decoder=lambda: decoder, ids_BT=ids_BT)
+    flops, seconds = scorer.work([criterion]), None
     if probe is not None:
-        opening, reading = _read_bytes(setting, criterion, streamed=streamed)
-        computing = _computing(setting, criterion, flops, probe)
+        opening, reading = _read_bytes(setting, criterion, streamed)
+        if criterion.needs == "weights":
+            computing = sum(setting.checkpoint.parameters_per_block) / probe.reduced_per_s
+        else:
+            efficiency = EFFICIENCY.get(setting.device.type, OTHER_EFFICIENCY)
+            computing = flops / (probe.matrix_flops_per_s * efficiency)
         waiting = max(0.0, reading / probe.read_bytes_per_s - computing)
         seconds = opening / probe.read_bytes_per_s + computing + waiting
     return Estimate(
         criteria=names,
         streamed=streamed,
         flops=flops,
-        peak_bytes=_peak_bytes(setting, decoder, criterion, streamed=streamed),
+        peak_bytes=_peak_bytes(setting, decoder, criterion, streamed),
         seconds=seconds,
     )
 
 
-def _computing(setting: Setting, criterion: ResolvedCriterion, flops: float, probe: Probe) -> float:
-    """Seconds of a pass without waiting for data."""
-    if criterion.needs == "weights":
-        return sum(setting.checkpoint.parameters_per_block) / probe.reduced_per_s
-    return flops / (probe.matrix_flops_per_s * _efficiency(setting.device))
-
-
 def _weightless(setting: Setting) -> Decoder:
     """The decoder of a checkpoint without memory for its weights: enough for counting."""
-
     from shortllm.checkpoint.structure import build_empty
     from shortllm.model.decoder import Decoder
 
@@ -166,19 +160,8 @@ def _weightless(setting: Setting) -> Decoder:
     return Weightless(build_empty(setting.checkpoint.config, dtype=setting.dtype))
 
 
-def _scorer(setting: Setting, decoder: Decoder) -> Scorer:
-    import torch
-
-    ids_BT = torch.empty(setting.samples, setting.length, dtype=torch.long, device="meta")
-    return Scorer(checkpoint=setting.checkpoint, open_decoder=lambda: decoder, ids_BT=ids_BT)
-
-
-def _efficiency(device: torch.device) -> float:
-    return EFFICIENCY.get(device.type, OTHER_EFFICIENCY)
-
-
 def _read_bytes(
-    setting: Setting, criterion: ResolvedCriterion, *, streamed: bool
+    setting: Setting, criterion: ResolvedCriterion, streamed: bool
 ) -> tuple[float, float]:
     """Bytes read before a pass, and during it."""
     total, blocks = setting.checkpoint.bytes, sum(setting.checkpoint.bytes_per_block)
@@ -194,12 +177,14 @@ def _read_bytes(
 
 
 def _peak_bytes(
-    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, *, streamed: bool
+    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, streamed: bool
 ) -> int:
     """Memory at the worst moment: while the model is opened, or during a pass."""
+    from shortllm.model.loading import stored_dtype
+
     checkpoint, itemsize = setting.checkpoint, setting.dtype.itemsize
-    one_block = max(checkpoint.bytes_per_block)
-    base = _libraries(setting.device)
+    on_cpu, one_block = setting.device.type == "cpu", max(checkpoint.bytes_per_block)
+    base = _resident_bytes() if on_cpu else 0
     if criterion.needs == "weights":
         return base + one_block
     weights = itemsize * sum(p.numel() for p in decoder.model.parameters())
@@ -209,28 +194,18 @@ def _peak_bytes(
     if streamed:
         opened, mapped = weights - in_blocks, checkpoint.bytes - sum(checkpoint.bytes_per_block)
         ahead = one_block + itemsize * max(checkpoint.parameters_per_block)
-        ahead *= 2 if _kept_by_allocator(setting) else 1
-    if setting.device.type != "cpu" or _same_type(setting):
+        largest = max(entry.bytes for entry in checkpoint.block_weights(0))
+        if on_cpu and largest < KEPT_TENSOR_BYTES:
+            ahead *= 2  # the allocator does not return the memory of a freed block
+    if not on_cpu or stored_dtype(checkpoint) == setting.dtype:
         mapped = 0  # only the copy on the device, or the mapped file itself, takes memory
-    working = ahead + _streams(setting, decoder, criterion, streamed=streamed)
+    working = ahead + _streams(setting, decoder, criterion, streamed)
     working += _working(setting, decoder, criterion)
     return base + opened + max(mapped, working)
 
 
-def _kept_by_allocator(setting: Setting) -> bool:
-    """Whether the memory of a freed block is not returned to the system."""
-    largest = max(entry.bytes for entry in setting.checkpoint.block_weights(0))
-    return setting.device.type == "cpu" and largest < KEPT_TENSOR_BYTES
-
-
-def _same_type(setting: Setting) -> bool:
-    from shortllm.model.loading import stored_dtype
-
-    return stored_dtype(setting.checkpoint) == setting.dtype
-
-
 def _streams(
-    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, *, streamed: bool
+    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, streamed: bool
 ) -> int:
     """Bytes of hidden streams, and of the copies that enter the first block."""
     from shortllm.checkpoint.config import text_config
@@ -275,11 +250,11 @@ def _working(setting: Setting, decoder: Decoder, criterion: ResolvedCriterion) -
     return max(2 * call + gradients + largest * (itemsize + 4), loss)
 
 
-def _libraries(device: torch.device) -> int:
-    """Memory of this process with everything imported and no model; none on a device."""
+def _resident_bytes() -> int:
+    """Memory of this process with everything imported and no model."""
     import psutil
 
-    return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+    return int(psutil.Process().memory_info().rss)
 
 
 class ModelSummary(Record):
@@ -311,53 +286,6 @@ class ModelSummary(Record):
         return parameters, sum(self.bytes_per_block) * share / self.model.bytes
 
 
-def summarize(
-    checkpoint: Checkpoint,
-    *,
-    samples: int = 10,
-    length: int = 128,
-    device: str = "auto",
-    dtype: str = "auto",
-    options: Options | None = None,
-    probe: bool = True,
-) -> ModelSummary:
-    """Sizes of a checkpoint's parts, and the cost of scoring `samples` of `length` tokens.
-
-    Args:
-        options: options of criteria, by name.
-        probe: measure the machine for two seconds; otherwise times are not estimated.
-    """
-    from shortllm.model.loading import room_for, stored_dtype
-    from shortllm.runtime import choose_device, choose_dtype
-
-    info = checkpoint.info()
-    chosen = choose_device(device)
-    setting = Setting(
-        checkpoint=checkpoint,
-        device=chosen,
-        dtype=choose_dtype(dtype, chosen, stored_dtype(checkpoint)),
-        samples=samples,
-        length=length,
-        options=options or {},
-    )
-    room = room_for(checkpoint, device=chosen, dtype=setting.dtype)
-    measured = probe_machine(checkpoint, chosen, setting.dtype) if probe else None
-    return ModelSummary(
-        model=info,
-        parameters_outside=info.parameters - sum(info.parameters_per_block),
-        bytes_per_block=checkpoint.bytes_per_block,
-        protected=protected_in(info),
-        samples=samples,
-        length=length,
-        device=str(chosen),
-        dtype=str(setting.dtype).removeprefix("torch."),
-        probe=measured,
-        estimates=estimates(setting, measured),
-        streamed=not room.suffices,
-        why=str(room),
-    )
-
-
 @accepts(runtime=DeviceOptions)
 def info(
     model: str,
@@ -387,12 +315,33 @@ def info(
         CriterionError: an unknown criterion or option.
         ShortLLMError: a device that is missing.
     """
-    return summarize(
-        open_checkpoint(model, revision=revision),
+    from shortllm.model.loading import room_for, stored_dtype
+    from shortllm.runtime import choose_device, choose_dtype
+
+    checkpoint = open_checkpoint(model, revision=revision)
+    about = checkpoint.info()
+    device = choose_device(runtime.device)
+    setting = Setting(
+        checkpoint=checkpoint,
+        device=device,
+        dtype=choose_dtype(runtime.dtype, device, stored_dtype(checkpoint)),
         samples=samples,
         length=length,
-        device=runtime.device,
-        dtype=runtime.dtype,
         options=options or {},
-        probe=probe,
+    )
+    room = room_for(checkpoint, device=device, dtype=setting.dtype)
+    measured = probe_machine(checkpoint, device, setting.dtype) if probe else None
+    return ModelSummary(
+        model=about,
+        parameters_outside=about.parameters - sum(about.parameters_per_block),
+        bytes_per_block=checkpoint.bytes_per_block,
+        protected=protected_in(about),
+        samples=samples,
+        length=length,
+        device=str(device),
+        dtype=str(setting.dtype).removeprefix("torch."),
+        probe=measured,
+        estimates=estimates(setting, measured),
+        streamed=not room.suffices,
+        why=str(room),
     )

@@ -1,17 +1,25 @@
 """From scores and a budget to a plan: which blocks are removed, in which order, and why.
 
-Pure, no torch. budget.py says how many blocks, and which may be removed. Of equally important
-blocks the later one is removed first.
+budget.py says how many blocks, and which may be removed. Of equally important blocks the later one
+is removed first.
+
+    shortllm plan runs/steps --ratio 0.25
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from shortllm import criteria
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.records import Search
-from shortllm.errors import BudgetError
-from shortllm.files import fingerprint
+from shortllm.errors import BudgetError, CheckpointError, ResultFileError
+from shortllm.files import fingerprint, require_file_target
+from shortllm.format import number
+from shortllm.model.session import Session
+from shortllm.options import accepts
+from shortllm.pruning import targets
 from shortllm.pruning.budget import (
     Budget,
     amount_of,
@@ -23,18 +31,82 @@ from shortllm.pruning.budget import (
 from shortllm.pruning.records import BlockScores, PrunePlan, Size
 from shortllm.published import Published
 from shortllm.records import ModelInfo
+from shortllm.runtime import DeviceOptions
+
+
+@accepts(budget=Budget, runtime=DeviceOptions)
+def plan(
+    scores: BlockScores | Path | str,
+    *,
+    budget: Budget,
+    runtime: DeviceOptions,
+    out: Path | str | None = None,
+) -> PrunePlan:
+    """Choose blocks by their scores.
+
+    Args:
+        scores: scores, a scores.json, or a run directory, which then also gets plan.json.
+        budget: how much to remove; its fields can be given as keywords, e.g. `remove=6`.
+        runtime: for a target of speed or memory; its fields can be given as keywords.
+        out: where to save the plan. Default: plan.json next to the scores, if those are a file.
+            How a target became a number of blocks is saved next to it as target.json.
+    Returns:
+        The blocks to keep and to remove, in which order, and why.
+    Raises:
+        BudgetError: a budget that cannot be met.
+        CheckpointError: a target, and the model that was scored is no longer there.
+    """
+    path = None if out is None else Path(out)
+    if not isinstance(scores, BlockScores):
+        file = _scores_path(Path(scores))
+        path = path or file.with_name("plan.json")
+        scores = BlockScores.load(file)
+    if path is not None:
+        require_file_target(path)
+    target = None
+    if budget.target() is not None:
+        budget, target = targets.resolve(
+            budget,
+            _scored_checkpoint(scores),
+            Session(runtime),
+            directory=None if path is None else path.parent,
+        )
+    chosen = build_plan(budget, model=scores.model, scores=scores)
+    if path is not None:
+        targets.keep(target, path.parent)
+        chosen.save(path)
+    return chosen
+
+
+def _scored_checkpoint(scores: BlockScores) -> Checkpoint:
+    """The model that was scored."""
+    checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
+    if checkpoint.fingerprint != scores.model.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.id} was changed after it was scored, so a target for it cannot be turned "
+            "into a number of blocks. Score it again with `shortllm score`"
+        )
+    return checkpoint
+
+
+def _scores_path(path: Path) -> Path:
+    """A file of scores, or the only one of a run directory."""
+    if not path.exists():
+        raise ResultFileError(
+            f"there are no scores in {path}. Score first: shortllm score MODEL --out {path}"
+        )
+    several = sorted(path.glob("scores-*.json"))
+    if several and not (path / "scores.json").exists():
+        raise ResultFileError(
+            f"{path} contains scores by several criteria. Give one: {', '.join(map(str, several))}"
+        )
+    return path / "scores.json" if path.is_dir() else path
 
 
 def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list[int]:
     """Unprotected blocks, least important first; of equals the later first."""
     free = set(range(len(importance))) - set(protected)
     return sorted(free, key=lambda block: (importance[block], -block))
-
-
-def _unit_order(importance: Sequence[float], units: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Units, least important first; the importance of a unit is the sum of its blocks'."""
-    totals = {tuple(unit): sum(importance[block] for block in unit) for unit in units}
-    return [list(unit) for unit in sorted(totals, key=lambda unit: (totals[unit], -unit[0]))]
 
 
 def build_plan(
@@ -49,15 +121,12 @@ def build_plan(
     Args:
         scores: needed unless the budget names the blocks itself.
         published: an order of blocks to follow instead of scores.
-    Raises:
-        BudgetError: the budget cannot be met, or there are no scores to choose by.
     """
     if not model.parameters_per_block:
         raise BudgetError(
             f"the scores do not have the size of each block of {model.id}. Score it again with "
             "`shortllm score`"
         )
-    count = model.blocks
     protected = protected_blocks(budget, model)
     number = amount_of(budget, model)
     if budget.blocks is not None:
@@ -65,7 +134,9 @@ def build_plan(
         scores = published = None
     elif published is not None:
         scores = None
-        order = _published_order(budget, published, model, number)
+        check_published_order(budget, published, model)
+        ranks = [float(published.order.index(block)) for block in range(model.blocks)]
+        order = _least_important(ranks, budget, model, number)
     elif scores is None:
         raise BudgetError("a budget without block numbers needs scores. Run `shortllm score` first")
     else:
@@ -76,22 +147,18 @@ def build_plan(
     return PrunePlan(
         model=model,
         criterion=scores.criterion if scores else published.criterion if published else None,
-        kept=[block for block in range(count) if block not in set(removed)],
+        kept=[block for block in range(model.blocks) if block not in removed],
         removed=removed,
         protected=protected,
         order=order,
         asked=asked,
         reached=Size(
             blocks=len(removed),
-            block_ratio=len(removed) / count,
+            block_ratio=len(removed) / model.blocks,
             parameters=freed,
             parameter_ratio=freed / model.parameters,
         ),
-        reason=(
-            _published_reason(published, removed, protected, model)
-            if published
-            else _reason(scores, removed, protected, model, budget)
-        ),
+        reason=_reason(scores, published, removed, protected, model, budget),
         scores=scores.fingerprint if scores else None,
         fingerprint=fingerprint(
             {
@@ -108,11 +175,7 @@ def build_plan(
 
 
 def check_published_order(budget: Budget, published: Published, model: ModelInfo) -> None:
-    """Refuse, before any work, a published order that does not fit the model or the budget.
-
-    Raises:
-        BudgetError: it has other blocks than the model, or the budget names blocks as well.
-    """
+    """Refuse, before any work, a published order that does not fit the model or the budget."""
     if sorted(published.order) != list(range(model.blocks)):
         raise BudgetError(
             f"the published order is one of {len(published.order)} blocks, and {model.id} has "
@@ -125,30 +188,21 @@ def check_published_order(budget: Budget, published: Published, model: ModelInfo
             )
 
 
-def _published_order(
-    budget: Budget, published: Published, model: ModelInfo, number: int | None
+def _least_important(
+    importance: Sequence[float], budget: Budget, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The removed blocks: the first ones of the published order that may be removed.
-
-    Raises:
-        BudgetError: see `check_published_order`.
-    """
-    check_published_order(budget, published, model)
-    place = {block: float(rank) for rank, block in enumerate(published.order)}
-    ranks = [place[block] for block in range(model.blocks)]
-    ordered = _unit_order(ranks, removable(budget, model))
+    """The removed blocks in removal order, unit by unit; a unit counts as the sum of its blocks."""
+    totals = {
+        tuple(unit): sum(importance[block] for block in unit) for unit in removable(budget, model)
+    }
+    units = sorted(totals, key=lambda unit: (totals[unit], -unit[0]))
     if number is None:
-        number = _reaching(budget.param_ratio or 0.0, ordered, model)
-    return [block for unit in ordered for block in unit][:number]
+        number = _reaching(budget, units, model)
+    return [block for unit in units for block in unit][:number]
 
 
 def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
-    """The removed blocks in removal order.
-
-    Raises:
-        BudgetError: the scores do not reach that far.
-    """
-    units = removable(budget, model)
+    """The removed blocks in removal order."""
     if _is_contiguous(budget, scores):
         span = _span(budget, scores, model, number)
         outside = [block for block in range(model.blocks) if block not in span]
@@ -157,20 +211,13 @@ def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | 
         return _searched(budget, scores, model, number)
     if scores.order is not None:
         return _followed(budget, scores, model, number)
-    ordered = _unit_order(scores.importance, units)
-    if number is None:
-        number = _reaching(budget.param_ratio or 0.0, ordered, model)
-    return [block for unit in ordered for block in unit][:number]
+    return _least_important(scores.importance, budget, model, number)
 
 
 def _followed(
     budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The beginning of a removal order that a criterion found block by block.
-
-    Raises:
-        BudgetError: it is too short, has protected blocks, or whole periods are requested.
-    """
+    """The beginning of a removal order that a criterion found block by block."""
     name, order = scores.criterion, scores.order or []
     if budget.period_aligned and model.period > 1:
         raise BudgetError(
@@ -178,30 +225,34 @@ def _followed(
             "score by another criterion"
         )
     if number is None:
-        number = _reaching(budget.param_ratio or 0.0, [[block] for block in order], model)
+        number = _reaching(budget, [[block] for block in order], model)
     if number > len(order):
         raise BudgetError(
             f"the scores by '{name}' have the order of {len(order)} removals, and {number} were "
             f"requested. Score again with --option {name}.rounds={number}"
         )
-    protected = set(protected_blocks(budget, model))
-    taken = [block for block in order[:number] if block in protected]
-    if taken:
-        raise BudgetError(
-            f"the scores by '{name}' remove block {taken[0]}, which is protected. Score again with "
-            f"the same protection (--option {name}.protect_first=... and protect_last=...)"
-        )
+    _require_unprotected(name, order[:number], budget, model)
     return order[:number]
+
+
+def _require_unprotected(
+    criterion: str, removed: Sequence[int], budget: Budget, model: ModelInfo
+) -> None:
+    """Refuse the removal of a criterion that ran with less protection than the budget has."""
+    protected = protected_blocks(budget, model)
+    for block in removed:
+        if block in protected:
+            raise BudgetError(
+                f"the scores by '{criterion}' remove block {block}, which is protected. Score "
+                f"again with --option {criterion}.protect_first=... and protect_last=..., as in "
+                "the budget"
+            )
 
 
 def _searched(
     budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The set of blocks that a criterion searched for, which is valid for its own size alone.
-
-    Raises:
-        BudgetError: another size is requested, or the set has protected blocks.
-    """
+    """The set of blocks that a criterion searched for, which is valid for its own size alone."""
     name, removed = scores.criterion, scores.removed or []
     again = f"Score again with --option {name}"
     if number is not None and number != len(removed):
@@ -218,12 +269,7 @@ def _searched(
         )
     units = removable(budget, model)
     apart = sorted(set(removed).difference(*(u for u in units if set(removed).issuperset(u))))
-    taken = [block for block in apart if block in protected_blocks(budget, model)]
-    if taken:
-        raise BudgetError(
-            f"the scores by '{name}' remove block {taken[0]}, which is protected. {again}."
-            "protect_first=... and protect_last=..., as in the budget"
-        )
+    _require_unprotected(name, apart, budget, model)
     if apart:
         raise BudgetError(
             f"the scores by '{name}' remove block {apart[0]} without the rest of its period. "
@@ -232,18 +278,13 @@ def _searched(
     return list(scores.order or removed)
 
 
-def _is_contiguous(budget: Budget, scores: BlockScores | None) -> bool:
+def _is_contiguous(budget: Budget, scores: BlockScores) -> bool:
     """Whether one span is removed: as requested, or because the criterion scores spans."""
-    spans = scores is not None and scores.spans is not None
-    return spans if budget.contiguous is None else budget.contiguous
+    return scores.spans is not None if budget.contiguous is None else budget.contiguous
 
 
 def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> range:
-    """The least important span of removable blocks that meets the budget.
-
-    Raises:
-        BudgetError: the criterion scores no spans, or protected blocks leave no room.
-    """
+    """The least important span of removable blocks that meets the budget."""
     if scores.spans is None:
         raise BudgetError(
             f"criterion '{scores.criterion}' scores no spans of blocks. Leave out --contiguous, or "
@@ -269,9 +310,9 @@ def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | N
     )
 
 
-def _reaching(ratio: float, units: Sequence[Sequence[int]], model: ModelInfo) -> int:
-    """How many blocks, in the order of `units`, hold at least `ratio` of all parameters."""
-    freed = number = 0
+def _reaching(budget: Budget, units: Sequence[Sequence[int]], model: ModelInfo) -> int:
+    """How many blocks, in the order of `units`, have the requested part of all parameters."""
+    ratio, freed, number = budget.param_ratio or 0.0, 0, 0
     for unit in units:
         freed += parameters_of(unit, model)
         number += len(unit)
@@ -282,30 +323,25 @@ def _reaching(ratio: float, units: Sequence[Sequence[int]], model: ModelInfo) ->
     )
 
 
-def _published_reason(
-    published: Published, removed: list[int], protected: list[int], model: ModelInfo
-) -> str:
-    """One sentence for a reader of the plan."""
-    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
-    return (
-        f"Blocks {', '.join(map(str, removed))} come first in the order published for the "
-        f"criterion '{published.criterion}' ({published.source}) among the "
-        f"{model.blocks - len(protected)} blocks that may go{kept_safe}. Nothing was scored."
-    )
-
-
 def _reason(
     scores: BlockScores | None,
+    published: Published | None,
     removed: list[int],
     protected: list[int],
     model: ModelInfo,
     budget: Budget,
 ) -> str:
     """One sentence for a reader of the plan."""
-    blocks = ", ".join(map(str, removed))
+    blocks, free = ", ".join(map(str, removed)), model.blocks - len(protected)
+    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
+    if published is not None:
+        return (
+            f"Blocks {blocks} come first in the order published for the criterion "
+            f"'{published.criterion}' ({published.source}) among the {free} unprotected blocks"
+            f"{kept_safe}. Nothing was scored."
+        )
     if scores is None:
         return f"Blocks {blocks} of {model.blocks} were named by hand."
-    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
     if _is_contiguous(budget, scores):
         chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
     elif scores.search is not None:
@@ -316,8 +352,7 @@ def _reason(
         chosen = f"have the lowest importance by the criterion '{scores.criterion}'"
     whole = budget.period_aligned and model.period > 1
     periods = f", in whole periods of {model.period} blocks" if whole else ""
-    free = model.blocks - len(protected)
-    return f"Blocks {blocks} {chosen} among the {free} blocks that may go{periods}{kept_safe}."
+    return f"Blocks {blocks} {chosen} among the {free} unprotected blocks{periods}{kept_safe}."
 
 
 def _search_reason(search: Search, criterion: str) -> str:
@@ -325,22 +360,18 @@ def _search_reason(search: Search, criterion: str) -> str:
     found = search.found
     if found.criterion != criterion:
         others = [one for one in search.candidates if one.criterion != found.criterion]
-        beaten = ", ".join(f"{one.criterion} {_figure(one.held_out)}" for one in others)
+        beaten = ", ".join(f"{one.criterion} {number(one.held_out, 5)}" for one in others)
         return (
             f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
             f"them the perplexity of {search.held_out_samples} held-out calibration samples is "
-            f"{_figure(found.held_out)}, and by no other candidate lower ({beaten})"
+            f"{number(found.held_out, 5)}, the lowest of all candidates ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
     begun = next(one for one in search.candidates if one.criterion == search.start)
     better = "that found nothing better than its start"
     if found.removed != begun.removed:
         better = (
-            f"that brought the {unit} of the search text from {_figure(begun.value)} to "
-            f"{_figure(found.value)}"
+            f"that brought the {unit} of the search text from {number(begun.value, 5)} to "
+            f"{number(found.value, 5)}"
         )
     return f"were chosen by the search '{criterion}' from the plan by '{search.start}', {better}"
-
-
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.5g}"

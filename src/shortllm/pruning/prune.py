@@ -70,7 +70,11 @@ def prune_from(
     checkpoint: Checkpoint, plan: PrunePlan, target: Path, *, session: Session | None = None
 ) -> Pruning:
     """Apply a plan to an open checkpoint; without a session the result is not computed with."""
-    require_same_model(plan, checkpoint)
+    if plan.model.fingerprint != checkpoint.fingerprint:
+        raise CheckpointError(
+            f"the plan is for {plan.model.id} ({plan.model.blocks} blocks), but {checkpoint.id} is "
+            "another checkpoint or was changed since. Make a plan for it with `shortllm plan`"
+        )
     return write_pruned(checkpoint, plan.kept, target, criterion=plan.criterion, session=session)
 
 
@@ -89,7 +93,6 @@ def write_pruned(
     def draft() -> Draft:
         config = check_removal(checkpoint, kept)
         entries = renumbered_tensors(checkpoint, kept)
-        size = sum(entry.bytes for entry in entries.values())
         heads = checkpoint.block_names.heads
         return Draft(
             record={
@@ -104,14 +107,22 @@ def write_pruned(
                 **provenance_of(checkpoint, removed, criterion=criterion),
                 **({"dropped_heads": heads} if heads else {}),
             },
-            bytes=size,
+            bytes=sum(entry.bytes for entry in entries.values()),
             write=copying(entries, max_shard_bytes=max_shard_bytes),
             verify=_verifying(checkpoint, removed, target, session),
         )
 
-    return derive(
-        Pruning, target, checkpoint, draft, expected=pruned_fingerprint(checkpoint, kept, criterion)
+    special = checkpoint.special_tokens
+    expected = fingerprint(
+        {
+            "model": checkpoint.fingerprint,
+            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
+            "kept": list(kept),
+            "criterion": criterion,
+            **({"special tokens": special} if special else {}),
+        }
     )
+    return derive(Pruning, target, checkpoint, draft, expected=expected)
 
 
 def _verifying(
@@ -125,26 +136,3 @@ def _verifying(
     original = session.decoder(checkpoint)
     logits, cached = bypass_logits(original, removed), kv_cache_matches(original)
     return verifying(target, session, logits, cached=cached)
-
-
-def require_same_model(plan: PrunePlan, checkpoint: Checkpoint) -> None:
-    """Refuse to apply a plan to another model than it was made for."""
-    if plan.model.fingerprint != checkpoint.fingerprint:
-        raise CheckpointError(
-            f"the plan is for {plan.model.id} ({plan.model.blocks} blocks), but {checkpoint.id} is "
-            "another checkpoint or was changed since. Make a plan for it with `shortllm plan`"
-        )
-
-
-def pruned_fingerprint(checkpoint: Checkpoint, kept: Sequence[int], criterion: str | None) -> str:
-    """The fingerprint of everything the shortened checkpoint depends on."""
-    special = {"special tokens": checkpoint.special_tokens} if checkpoint.special_tokens else {}
-    return fingerprint(
-        {
-            "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
-            "kept": list(kept),
-            "criterion": criterion,
-            **special,
-        }
-    )

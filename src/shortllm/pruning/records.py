@@ -164,8 +164,8 @@ class Target(ResultFile):
         if name == "target_speedup":
             return f"speed-up {value:g}: {removed}, {self.reached:.3g} measured"
         if name == "target_params":
-            return f"{value:,.0f} parameters: {removed}, {self.reached:,.0f} left at most"
-        return f"{value / 2**30:.3g} GiB: {removed}, {self.reached / 2**30:.3g} GiB at most"
+            return f"{value:,.0f} parameters: {removed}, at most {self.reached:,.0f} left"
+        return f"{value / 2**30:.3g} GiB: {removed}, at most {self.reached / 2**30:.3g} GiB left"
 
     @property
     def is_met(self) -> bool:

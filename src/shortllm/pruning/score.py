@@ -104,11 +104,8 @@ def score_blocks(
 ) -> dict[str, BlockScores]:
     """One importance per block by each criterion.
 
-    Args:
-        calibration: None if no criterion needs text.
-        directory: where the progress of long passes is kept, so that they can be resumed; to be
-            deleted once the scores are safe.
-        ranks: the processes that share the samples.
+    `directory` keeps the progress of long passes, so that they can be resumed; delete it once the
+    scores are safe.
     """
     require_plain_weights(checkpoint, criteria)
     expected = {
@@ -137,9 +134,7 @@ def score_blocks(
             options=one.options,
             **asdict(found[one.name]),
             calibration=(
-                calibration.info.tokens_fingerprint
-                if calibration is not None and one.needs_text
-                else None
+                calibration.info.tokens_fingerprint if calibration and one.needs_text else None
             ),
             dtype=session.dtype(checkpoint),
             versions=versions(),
@@ -160,17 +155,22 @@ def score_in(
 ) -> dict[str, BlockScores]:
     """Write calibration.* and the scores of each criterion, unless they are up to date.
 
-    All processes score; the main one writes.
+    A single criterion has scores.json, several have scores-NAME.json. All processes score; the main
+    one writes.
     """
     if ranks.is_main:
         if calibration is None:
             delete(directory.glob("calibration.*"))
         else:
             calibration.save(directory)
+    files = {
+        one.name: directory / ("scores.json" if len(criteria) == 1 else f"scores-{one.name}.json")
+        for one in criteria
+    }
     found: dict[str, BlockScores] = {}
     for one in criteria:
         expected = scores_fingerprint(checkpoint, one, calibration, session)
-        scores = finished(BlockScores, scores_file(directory, criteria, one), expected)
+        scores = finished(BlockScores, files[one.name], expected)
         if scores is not None:
             found[one.name] = scores
     ranks.wait()  # until all have looked, nobody writes
@@ -182,17 +182,10 @@ def score_in(
         )
         if ranks.is_main:
             for one in missing:
-                found[one.name].save(scores_file(directory, criteria, one))
+                found[one.name].save(files[one.name])
         ranks.wait()  # the journal is needed until the scores are safe
         shutil.rmtree(journal, ignore_errors=True)
     return {one.name: found[one.name] for one in criteria}
-
-
-def scores_file(
-    directory: Path, criteria: Sequence[ResolvedCriterion], one: ResolvedCriterion
-) -> Path:
-    """scores.json for a single criterion; scores-NAME.json for each of several."""
-    return directory / ("scores.json" if len(criteria) == 1 else f"scores-{one.name}.json")
 
 
 def scores_fingerprint(

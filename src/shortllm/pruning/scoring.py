@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
@@ -31,16 +31,7 @@ if TYPE_CHECKING:
 
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
-
-
-class SearchSpaces(Protocol):
-    """How a criterion that searches measures sets of blocks: `search_space.BlockSearch`."""
-
-    def __call__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal) -> Any:
-        """The space of sets that the criterion searches."""
-
-    def flops(self, scorer: Scorer, searching: ResolvedCriterion) -> float:
-        """Estimated floating-point operations of its search."""
+    from shortllm.pruning.search_space import BlockSearch
 
 
 @dataclass(kw_only=True)
@@ -52,20 +43,15 @@ class Scorer:
     """Called when a pass needs the model."""
     ids_BT: Tensor | None
     """This process's samples; None if no criterion needs text."""
-    search_spaces: SearchSpaces | None = None
-    """Needed for criteria that search."""
+    search_spaces: type[BlockSearch] | None = None
+    """What criteria that search run on."""
     ranks: Ranks = ALONE
     memory: StreamMemory | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
     advance: Advance = lambda work: None
 
     def score(self, resolved: Sequence[ResolvedCriterion]) -> dict[str, Scores]:
-        """Scores of all blocks by each criterion.
-
-        Raises:
-            CriterionError: a score is not finite.
-            UnsupportedModelError: the model's blocks cannot be called one by one.
-        """
+        """Scores of all blocks by each criterion."""
         blocks = range(self.checkpoint.block_count)
         found = self._score(resolved, blocks, blocks, self.journal)
         for name, scores in found.items():
@@ -89,7 +75,9 @@ class Scorer:
             elif one.needs == "removals":
                 found[one.name] = self._removals(one, journal.part(one.name))
             elif one.needs == "sets":
-                found[one.name] = self._sets(one, journal.part(one.name))
+                assert self.search_spaces is not None
+                space = self.search_spaces(self, one, journal.part(one.name))
+                found[one.name] = one.call(space)
         observers = [self._observer(one) for one in resolved if one.needs in OBSERVED]
         logits = [one for one in resolved if one.needs == "logits"]
         gradients = [one for one in resolved if one.needs == "gradients"]
@@ -124,11 +112,10 @@ class Scorer:
         from shortllm.model.walk import walk
 
         decoder = self.open_decoder()
-        removed = frozenset(range(decoder.block_count)) - set(kept)
         walk(
             decoder,
             self.samples(),
-            [removed],
+            removals_of(decoder.block_count, kept),
             observe=observers,
             advance=self.advance,
             memory=self.memory,
@@ -158,10 +145,19 @@ class Scorer:
             memory=self.memory,
             journal=journal,
         )
-        return {
-            one.name: _of_means(one, mean, candidates, decoder.block_count)
-            for one, mean in zip(resolved, means, strict=True)
-        }
+        found = {}
+        for one, (intact, *without) in zip(resolved, means, strict=True):
+            in_nats, count = one.criterion.in_nats, decoder.block_count
+            report = perplexity if in_nats else float
+            values = spread_out([report(mean) for mean in without], candidates, count)
+            change = spread_out([mean - intact for mean in without], candidates, count)
+            found[one.name] = Scores(
+                importance=values,
+                values=values,
+                intact=report(intact),
+                delta_nll=change if in_nats else None,
+            )
+        return found
 
     def _gradients(
         self,
@@ -218,16 +214,10 @@ class Scorer:
         scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
         return scores
 
-    def _sets(self, one: ResolvedCriterion, journal: Journal) -> Scores:
-        assert self.search_spaces is not None
-        scores: Scores = one.call(self.search_spaces(self, one, journal))
-        return scores
-
     def work(self, resolved: Sequence[ResolvedCriterion]) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.
 
-        A criterion that removes blocks is counted as if the first ones went, a search as if it
-        took two rounds.
+        A criterion that removes blocks is counted as if the first ones went.
         """
         blocks = range(self.checkpoint.block_count)
         return self._work(resolved, blocks, blocks)
@@ -244,11 +234,15 @@ class Scorer:
                 weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":
-                total += self._work_of_rounds(one)
+                inner, free = one.inner(), one.free(self.checkpoint.info())
+                assert inner is not None
+                for done in range(one.rounds(self.checkpoint.info())):
+                    left = [b for b in kept if b not in free[:done]]
+                    total += self._work([inner], left, free[done:])
             elif one.needs == "sets":
                 assert self.search_spaces is not None
                 total += self.search_spaces.flops(self, one)
-        if not needs & {"streams", "last token", "logits", "gradients"}:
+        if not needs & {*OBSERVED, "logits", "gradients"}:
             return total
         decoder, (samples, length) = self.open_decoder(), self.samples().shape
         if "logits" in needs:
@@ -257,18 +251,8 @@ class Scorer:
         if "gradients" in needs:
             total += walk_back_flops(decoder, kept, samples, length)
         if not needs & {"logits", "gradients"}:
-            removed = [frozenset(range(decoder.block_count)) - set(kept)]
-            total += walk_flops(decoder, removed, samples, length, head=False)
-        return total
-
-    def _work_of_rounds(self, one: ResolvedCriterion) -> float:
-        inner, free = one.inner(), one.free(self.checkpoint.info())
-        assert inner is not None
-        total = 0.0
-        for done in range(one.rounds(self.checkpoint.info())):
-            gone = set(free[:done])
-            kept = [b for b in range(self.checkpoint.block_count) if b not in gone]
-            total += self._work([inner], kept, free[done:])
+            removals = removals_of(decoder.block_count, kept)
+            total += walk_flops(decoder, removals, samples, length, head=False)
         return total
 
     def samples(self) -> Tensor:
@@ -278,39 +262,11 @@ class Scorer:
 
 
 def removals_of(
-    blocks: int, kept: Sequence[int], candidates: Iterable[int]
+    blocks: int, kept: Sequence[int], candidates: Iterable[int] = ()
 ) -> list[frozenset[int]]:
     """The model of the blocks `kept`, and each model without one more of the candidates."""
     gone = frozenset(range(blocks)) - set(kept)
     return [gone, *(gone | {b} for b in candidates)]
-
-
-def _of_means(
-    one: ResolvedCriterion, means: list[float], candidates: Sequence[int], count: int
-) -> Scores:
-    """Scores from the mean of the intact model and those without each candidate."""
-    intact, *without = means
-    report = perplexity if one.criterion.in_nats else float
-    values = spread_out([report(mean) for mean in without], candidates, count)
-    change = spread_out([mean - intact for mean in without], candidates, count)
-    return Scores(
-        importance=values,
-        values=values,
-        intact=report(intact),
-        delta_nll=change if one.criterion.in_nats else None,
-    )
-
-
-class ScoringObserver(Protocol):
-    """Observes the streams of a pass, and turns what it saw into scores."""
-
-    criterion: ResolvedCriterion
-    state: dict[str, Tensor]
-
-    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None: ...
-
-    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
-        """Scores of the blocks `kept`, from the samples of all processes."""
 
 
 class TokenMeans:
@@ -361,10 +317,13 @@ class LastTokens:
 
         depths = torch.cat([self._before[list(kept)], self._after[None]])
         found: Scores = self.criterion.call(torch.cat(ranks.gather(depths), dim=1))
-        blocks = len(self._before)
-        if len(kept) == blocks:
+        if len(kept) == len(self._before):
             return found
-        return plain_scores(spread_out(found.importance, kept, blocks))
+        return plain_scores(spread_out(found.importance, kept, len(self._before)))
+
+
+ScoringObserver = TokenMeans | LastTokens
+"""Observes the streams of a pass, and turns what it saw into scores."""
 
 
 def plain_scores(values: list[float]) -> Scores:
@@ -381,15 +340,10 @@ def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> li
 
 
 def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[ResolvedCriterion]) -> None:
-    """Refuse to score packed integers as weights, or by gradients of quantized ones.
-
-    Raises:
-        UnsupportedModelError: naming the criterion.
-    """
-    if not is_packed(checkpoint.raw_config):
-        return
+    """Refuse to score packed integers as weights, or by gradients of quantized ones."""
+    packed = is_packed(checkpoint.raw_config)
     for one in resolved:
-        if (one.inner() or one).needs in ("weights", "gradients"):
+        if packed and (one.inner() or one).needs in ("weights", "gradients"):
             others = ", ".join(criteria.names_by_need("logits", *OBSERVED))
             raise UnsupportedModelError(
                 f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "

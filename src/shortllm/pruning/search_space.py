@@ -1,9 +1,9 @@
 """What a search runs on: its candidate sets, measured on one part of the samples.
 
 Every list of sets that a search measures goes through the model in one walk, in which sets that
-begin alike share their block passes. Each finished list is in the journal, so that an interrupted
-search, which decides by these numbers alone, resumes where it was. Each of several processes has
-its share of every part of the samples, and all see the same sums.
+begin alike share their block passes. Each finished list is in the journal, from which an
+interrupted search resumes: it decides by these numbers alone. Each of several processes has its
+share of every part of the samples, and all see the same sums.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -60,18 +60,14 @@ class BlockSearch:
         self._seconds = 0.0
 
     def _held_out(self) -> int:
-        """How many samples the search does not see: the last ones.
-
-        Raises:
-            CriterionError: too few are left for every process to search on one.
-        """
+        """How many samples the search does not see: the last ones."""
         name, options, count = self._searching.name, self._options, self._scorer.ranks.count
         held_out: int = round(options["held_out"] * self._total)
         if "candidates" in options:
             held_out = max(1, held_out)
         if self._total - held_out < count:
             raise CriterionError(
-                f"'{name}' holds out {held_out} of {self._total} calibration samples, which "
+                f"'{name}' keeps {held_out} of {self._total} calibration samples for choosing, which "
                 f"leaves {self._total - held_out} to search on in {count} "
                 f"process{'' if count == 1 else 'es'}. Give more --samples, or a smaller "
                 f"{name}.held_out"
@@ -100,12 +96,15 @@ class BlockSearch:
 
     def _finished(self) -> list[dict[str, Any]]:
         """The measurements of an interrupted search that all processes have."""
+        entries: list[dict[str, Any]] = (self._journal.position() or {"entries": []})["entries"]
+        return entries[: int(min(self._of_all(len(entries))))]
+
+    def _of_all(self, value: float) -> list[float]:
+        """A number of each process."""
         import torch
 
-        entries: list[dict[str, Any]] = (self._journal.position() or {"entries": []})["entries"]
-        ranks = self._scorer.ranks
-        counts = [int(found.item()) for found in ranks.gather(torch.tensor(len(entries)))]
-        return entries[: min(counts)]
+        found = self._scorer.ranks.gather(torch.tensor(value, dtype=torch.float64))
+        return [float(one) for one in found]
 
     def _part(self, start: int, stop: int) -> Tensor:
         """This process's share of the samples numbered from `start` to before `stop`."""
@@ -122,11 +121,7 @@ class BlockSearch:
         return self._count(part) / self._searched
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
-        """What each criterion removes.
-
-        Raises:
-            CriterionError: none of them can meet the budget.
-        """
+        """What each criterion removes."""
         entry = self._entry("propose", partial(self._scored, names))
         self._left_out = [NotTried(**one) for one in entry["left_out"]]
         if not entry["proposals"]:
@@ -152,14 +147,7 @@ class BlockSearch:
         proposals, left_out = [], []
         for name, found in scorer.score(resolved).items():
             scores = BlockScores(
-                model=self._model,
-                criterion=name,
-                importance=found.importance,
-                values=found.values,
-                spans=found.spans,
-                order=found.order,
-                dtype="",
-                fingerprint="",
+                model=self._model, criterion=name, **asdict(found), dtype="", fingerprint=""
             )
             try:
                 removed = build_plan(self._budget, model=self._model, scores=scores).removed
@@ -172,7 +160,7 @@ class BlockSearch:
         return {"proposals": proposals, "left_out": left_out}
 
     def measure(self, sets: Sequence[Blocks], part: float = 1.0) -> list[float]:
-        """Mean fitness of each set, nats; those measured before are remembered."""
+        """Mean fitness of each set, nats; each is measured once."""
         count = self._count(part)
         new = sorted({s for s in sets if (s, count) not in self._known}, key=sorted)
         if new:
@@ -188,19 +176,20 @@ class BlockSearch:
 
     def left(self) -> float:
         """Evaluations that are still allowed."""
-        minutes = self._options["minutes"]
-        if minutes is not None and self._seconds >= 60 * minutes:
+        if self._is_late():
             return 0.0
         allowed = self._options["evaluations"]
         if allowed is None:
             return math.inf
         return max(0.0, float(allowed) + self._at_start - self._evaluations)
 
+    def _is_late(self) -> bool:
+        return self._seconds >= 60 * (self._options["minutes"] or math.inf)
+
     def spent(self) -> str:
         """The limit that was reached, for the record."""
-        minutes = self._options["minutes"]
-        if minutes is not None and self._seconds >= 60 * minutes:
-            return f"{minutes:g} minutes"
+        if self._is_late():
+            return f"{self._options['minutes']:g} minutes"
         return f"{self._options['evaluations']} evaluations"
 
     def candidates(
@@ -208,20 +197,18 @@ class BlockSearch:
     ) -> list[CandidateSet]:
         """Sets with their values, measured on the held-out samples too."""
         held_out: dict[Blocks, float | None] = {}
-        count = self._total - self._searched
-        if count:
+        if self._total > self._searched:
             distinct = sorted({removed for _, removed in sets}, key=sorted)
             ids_BT = self._part(self._searched, self._total)
             entry = self._entry("held-out", partial(self._means, distinct, ids_BT, False))
-            held_out = {
-                removed: _finite(perplexity(value))
-                for removed, value in zip(distinct, entry["values"], strict=True)
-            }
+            shown = [_finite(perplexity(value)) for value in entry["values"]]
+            held_out = dict(zip(distinct, shown, strict=True))
+        in_nats = self._options["fitness"] == "ppl"
         return [
             CandidateSet(
                 criterion=name,
                 removed=sorted(removed),
-                value=self._shown(value),
+                value=_finite(perplexity(value) if in_nats else value),
                 held_out=held_out.get(removed),
             )
             for (name, removed), value in zip(sets, values, strict=True)
@@ -238,19 +225,15 @@ class BlockSearch:
             **found,
         )
 
-    def _shown(self, value: float) -> float | None:
-        """A mean fitness as it is reported."""
-        return _finite(perplexity(value) if self._options["fitness"] == "ppl" else value)
-
     def _entry(self, name: str, work: Callable[[Journal], dict[str, Any]]) -> dict[str, Any]:
         """The next piece of work: from the journal, or done now and written there."""
         if self._taken == len(self._entries):
             part = self._journal.part(f"{name}-{self._taken}")
             done = work(part)
-            spent = time.monotonic() - self._began
             # the slowest process's time, so that all stop at the same place
-            seconds = max(map(float, self._scorer.ranks.gather(_number(spent))))
-            self._entries.append({**done, "seconds": self._before() + seconds})
+            seconds = max(self._of_all(time.monotonic() - self._began))
+            before = self._entries[-1]["seconds"] if self._entries else 0.0
+            self._entries.append({**done, "seconds": before + seconds})
             self._began = time.monotonic()
             self._journal.commit({"entries": self._entries}, {})
             part.discard()
@@ -258,9 +241,6 @@ class BlockSearch:
         self._taken += 1
         self._seconds = entry["seconds"]
         return entry
-
-    def _before(self) -> float:
-        return float(self._entries[-1]["seconds"]) if self._entries else 0.0
 
     def _means(
         self, sets: Sequence[Blocks], ids_BT: Tensor, kl: bool, journal: Journal
@@ -276,22 +256,12 @@ class BlockSearch:
         return {"values": values}
 
 
-def _number(value: float) -> Tensor:
-    import torch
-
-    return torch.tensor(value, dtype=torch.float64)
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
 def budget_of(searching: ResolvedCriterion, model: ModelInfo) -> Budget:
-    """How many blocks a search removes, and which it may not remove.
-
-    Raises:
-        BudgetError: it cannot be met.
-    """
+    """How many blocks a search removes, and which it may not remove."""
     options = searching.options
     remove = options["remove"]
     budget = Budget(

@@ -46,26 +46,20 @@ def resolve(
 ) -> tuple[Budget, Target | None]:
     """The budget with its target replaced by a number of blocks, and the record of that.
 
-    A budget without a target is returned as it is.
-
-    Args:
-        session: device and computation type; a speed-up is measured with its model.
-        directory: where an earlier target.json from the same inputs is reused.
-    Raises:
-        BudgetError: a target that the intact model meets, or that cannot be reached.
+    A budget without a target is returned as it is. An earlier target.json from the same inputs is
+    reused.
     """
     asked = budget.target()
     if asked is None:
         return budget, None
     budget.asked()
     name, value = asked
-    found = None
+    found, expected = None, _fingerprint(budget, checkpoint, session)
     if directory is not None:
-        expected = _fingerprint(budget, checkpoint, session)
         found = load_current(Target, directory / TARGET_FILE, expected)
     if found is None:
         find = _by_speed if name == "target_speedup" else _by_size
-        found = find(budget, checkpoint, session)
+        found = find(budget, checkpoint, session, expected)
     log.info("%s", found.described)
     if not found.is_met:
         log.warning(
@@ -86,8 +80,7 @@ def keep(target: Target | None, directory: Path) -> None:
 
 
 def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> str:
-    """Fingerprint of everything the number of blocks depends on, except for other work on the
-    machine."""
+    """Everything the number of blocks depends on, except for other work on the machine."""
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
@@ -101,11 +94,7 @@ def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> st
 
 
 def _free(budget: Budget, model: ModelInfo) -> list[list[int]]:
-    """Units that may be removed so that one is kept: blocks, or periods of them.
-
-    Raises:
-        BudgetError: there are none.
-    """
+    """Units that may be removed so that one is kept: blocks, or periods of them."""
     units = removable(budget, model)
     if sum(map(len, units)) == model.blocks:
         units.pop()
@@ -122,15 +111,19 @@ def _relief(budget: Budget, model: ModelInfo) -> str:
     return ", or pass --protect-first 0 --protect-last 0" if blocked else ""
 
 
-def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target:
+def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session, fingerprint: str) -> Target:
     """The fewest blocks that bring parameters or memory down to the target, whichever they are."""
-    name, value = budget.target() or ("", 0.0)
+    [(name, value)] = budget.asked().items()
     model = checkpoint.info()
-    shown: Callable[[float], str] = _gibibytes
-    if name == "target_memory":
+    in_memory = name == "target_memory"
+    if in_memory:
         per_block, total = memory_of(checkpoint, session.dtype(checkpoint))
     else:
-        per_block, total, shown = model.parameters_per_block, model.parameters, _parameters
+        per_block, total = model.parameters_per_block, model.parameters
+
+    def shown(size: float) -> str:
+        return f"{size / 2**30:.3f} GiB" if in_memory else f"{size:,.0f} parameters"
+
     if total <= value:
         raise BudgetError(
             f"{model.id} takes {shown(total)}, so that nothing has to go for "
@@ -154,25 +147,13 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target
         remove=remove,
         expected=left[remove],
         reached=left[remove],
-        dtype=session.dtype(checkpoint) if name == "target_memory" else None,
-        fingerprint=_fingerprint(budget, checkpoint, session),
+        dtype=session.dtype(checkpoint) if in_memory else None,
+        fingerprint=fingerprint,
     )
 
 
-def _parameters(value: float) -> str:
-    return f"{value:,.0f} parameters"
-
-
-def _gibibytes(value: float) -> str:
-    return f"{value / 2**30:.3f} GiB"
-
-
 def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
-    """Bytes of each block and of the whole model: weights, and a block's share of the cache.
-
-    The cache is that of `CACHED_TOKENS` tokens by the config's head fields: keys and values of
-    every key-value head.
-    """
+    """Bytes of each block and of the whole model: weights, and a block's share of the cache."""
     import torch
 
     itemsize = getattr(torch, dtype).itemsize
@@ -184,10 +165,7 @@ def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
 
 
 def cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes of the keys and values of one token in one block, by the config's head fields.
-
-    0 where the config names no attention heads.
-    """
+    """Bytes of one token's keys and values in one block; 0 where the config names no heads."""
     import torch
 
     config: Any = text_config(checkpoint.config)
@@ -199,9 +177,9 @@ def cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     return int(2 * heads * width * getattr(torch, dtype).itemsize)
 
 
-def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Target:
+def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session, fingerprint: str) -> Target:
     """The fewest blocks that make the model fast enough, by measuring a few depths."""
-    _, value = budget.target() or ("", 0.0)
+    [value] = budget.asked().values()
     model = checkpoint.info()
     units, count = _free(budget, model), model.blocks
     step, most = len(units[0]), sum(map(len, units))
@@ -224,7 +202,7 @@ def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session) -> Targe
         expected=expected(fast[0]),
         reached=again.speedup,
         depths=depths,
-        fingerprint=_fingerprint(budget, checkpoint, session),
+        fingerprint=fingerprint,
     )
 
 
@@ -250,11 +228,8 @@ def measure_depths(
 ) -> list[DepthSpeed]:
     """Speed of the model with its first blocks alone, measured in turn; the first depth is intact.
 
-    The last blocks are bypassed, so that the cache's positions, which the first ones count, stay
-    correct; which blocks are removed makes no difference to the speed if all have one size.
-
-    Raises:
-        BudgetError: the model does not fit into memory.
+    The last blocks are bypassed, since the first ones count the cache's positions; which blocks are
+    removed makes no difference to the speed if all have one size.
     """
     from shortllm.benchmark.bench import prompt_ids
     from shortllm.benchmark.interleaved import Candidate, InterleavedRuns

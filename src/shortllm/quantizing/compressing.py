@@ -10,7 +10,6 @@ head stay as they are.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import os
@@ -24,33 +23,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.blocks import find_blocks
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.structure import build_empty
+from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.quantizing.options import PER_ROW
+from shortllm.runtime import quiet
+from shortllm.surgery.derived import require_text_model, require_unquantized
+
+log = logging.getLogger(__name__)
 
 LIBRARY = "llmcompressor"
 
-RECORDED = (LIBRARY, "compressed-tensors")
-"""Packages whose versions go into the record."""
+REFUSALS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError)
+"""Errors of llm-compressor for a model that it cannot trace or does not know."""
+
+MAX_UNTOUCHED = 0.1
+"""Largest part of a block's weights outside linear layers (convolutions of state-space blocks)."""
+
+MIN_GROUP = 16
+"""Scales of smaller groups cost as much as the groups save."""
 
 
 def require_extra() -> None:
-    """Refuse to start if llm-compressor is missing, or does not accept the installed packages.
-
-    Raises:
-        ShortLLMError: the message says what to install.
-    """
+    """Refuse to start if llm-compressor is missing, or does not accept the installed packages."""
     try:
         own = version(LIBRARY)
     except PackageNotFoundError:
         raise ShortLLMError(
             "quantizing needs llm-compressor. Install it with: pip install 'shortllm[quantize]'"
         ) from None
-    problems = not_admitted(requires(LIBRARY) or [])
-    if problems:
+    if problems := not_admitted(requires(LIBRARY) or []):
         found = ", ".join(f"{name} {held}" for name, held, _ in problems)
         wanted = " ".join(f"'{name}{accepted}'" for name, _, accepted in problems)
         raise ShortLLMError(
@@ -60,11 +63,7 @@ def require_extra() -> None:
 
 
 def not_admitted(requirements: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(package, installed version, accepted versions) of each requirement that is not met.
-
-    Args:
-        requirements: as a package's metadata states them, e.g. `torch<=2.14.0,>=2.10.0`.
-    """
+    """(package, installed version, accepted versions) of each requirement that is not met."""
     from packaging.requirements import Requirement
 
     problems = []
@@ -81,18 +80,6 @@ def not_admitted(requirements: Iterable[str]) -> list[tuple[str, str, str]]:
     return problems
 
 
-def extra_versions() -> dict[str, str]:
-    """Versions of the packages that only quantizing needs."""
-    return {name: version(name) for name in RECORDED}
-
-
-MAX_UNTOUCHED = 0.1
-"""Largest part of a block's weights outside linear layers (convolutions of state-space blocks)."""
-
-MIN_GROUP = 16
-"""Scales of smaller groups cost as much as the groups save."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
     """The linear layers of a model, by dotted name."""
@@ -104,13 +91,14 @@ class Layers:
 
 
 def find_layers(checkpoint: Checkpoint) -> Layers:
-    """The layers to quantize.
-
-    Raises:
-        UnsupportedModelError: the model is quantized already, is not a plain text model, has blocks
-            of different widths, or has too many weights outside linear layers.
-    """
-    _refuse_kinds(checkpoint)
+    """The layers to quantize."""
+    require_unquantized(checkpoint, "it cannot be quantized again")
+    require_text_model(checkpoint, "be quantized")
+    if block_shapes(checkpoint.config) is not None:
+        raise UnsupportedModelError(
+            f"the blocks of {checkpoint.id} differ in width, so plain transformers could not "
+            "load the result. Make it narrower with --shapes uniform"
+        )
     model = build_empty(checkpoint.config)
     prefix, blocks = find_blocks(model, checkpoint.config)
     inside = {
@@ -139,56 +127,23 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     )
 
 
-def _refuse_kinds(checkpoint: Checkpoint) -> None:
-    from shortllm.checkpoint.config import block_shapes
-
-    config = checkpoint.config
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{checkpoint.id} is quantized already. Give the unquantized checkpoint"
-        )
-    if text_config(config) is not config:
-        raise UnsupportedModelError(
-            f"model type '{config.model_type}' has other towers around its text decoder, and only "
-            "plain text models can be quantized"
-        )
-    if block_shapes(config) is not None:
-        raise UnsupportedModelError(
-            f"the blocks of {checkpoint.id} differ in width, so plain transformers could not "
-            "load the result. Make it narrower with --shapes uniform"
-        )
-
-
 def require_group_size(layers: Layers, size: int) -> None:
-    """Refuse a group size that does not divide the inputs of every layer.
-
-    Raises:
-        ShortLLMError: the message names the sizes that do.
-    """
-    if size == PER_ROW:
-        return
-    unfit = {name: width for name, width in layers.widths.items() if width % size}
-    if not unfit:
-        return
-    name, width = next(iter(unfit.items()))
-    fitting = fitting_sizes(layers)
-    sizes = f"a size that divides all: {', '.join(map(str, fitting))}; or " if fitting else ""
-    raise ShortLLMError(
-        f"--group-size {size} does not divide the {width} inputs of '{name}'. Give {sizes}"
-        "--group-size 0 for one scale per row"
-    )
+    """Refuse a group size that does not divide the inputs of every layer."""
+    unfit = [(name, n) for name, n in layers.widths.items() if size != PER_ROW and n % size]
+    if unfit:
+        name, width = unfit[0]
+        fitting = ", ".join(map(str, fitting_sizes(layers)))
+        sizes = f"a size that divides all: {fitting}; or " if fitting else ""
+        raise ShortLLMError(
+            f"--group-size {size} does not divide the {width} inputs of '{name}'. Give {sizes}"
+            "--group-size 0 for one scale per row"
+        )
 
 
 def fitting_sizes(layers: Layers) -> list[int]:
     """Group sizes that divide the inputs of every layer, the largest first; none below 16."""
     common = math.gcd(*layers.widths.values())
     return [size for size in range(common, MIN_GROUP - 1, -1) if common % size == 0]
-
-
-log = logging.getLogger(__name__)
-
-REFUSALS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError)
-"""Errors of llm-compressor for a model that it cannot trace or does not know."""
 
 
 def compress(
@@ -198,14 +153,7 @@ def compress(
     *,
     advance: Callable[[float], None] = lambda layers: None,
 ) -> None:
-    """Quantize a model in place; `save_compressed` writes it.
-
-    Args:
-        ids: calibration, int64 [samples, length]; None if the modifier needs no text.
-        advance: called with 1 for each layer that gptq starts.
-    Raises:
-        UnsupportedModelError: llm-compressor cannot do it; the message says why.
-    """
+    """Quantize a model in place on calibration ids; `advance` gets 1 for each layer of gptq."""
     with quiet_compressor():
         from llmcompressor import oneshot
         from llmcompressor.core import reset_session
@@ -239,21 +187,14 @@ def save_compressed(model: Any, directory: Path) -> None:
 
 
 def require_device(device: torch.device) -> None:
-    """Refuse a device that llm-compressor would not use: it chooses by itself.
-
-    Raises:
-        ShortLLMError: a device other than the first accelerator, or the CPU next to one.
-    """
-    accelerator = None
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-    chosen = "cpu" if accelerator is None else accelerator.type
-    if device.type == chosen and not device.index:
-        return
-    raise ShortLLMError(
-        f"quantizing uses the first {chosen} device it sees, not {device}. Use --device auto, and "
-        "choose devices with CUDA_VISIBLE_DEVICES"
-    )
+    """Refuse a device that llm-compressor would not use: it chooses by itself."""
+    found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+    chosen = found.type if found else "cpu"
+    if device.type != chosen or device.index:
+        raise ShortLLMError(
+            f"quantizing uses the first {chosen} device it sees, not {device}. Use --device auto, "
+            "and choose devices with CUDA_VISIBLE_DEVICES"
+        )
 
 
 @contextlib.contextmanager
@@ -262,7 +203,7 @@ def quiet_compressor(advance: Callable[[float], None] = lambda layers: None) -> 
 
     Its warnings about layers that could not be quantized go to our log.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # its log starts with the import
+    with quiet():  # its log starts with the import
         import llmcompressor  # noqa: F401
     from loguru import logger
 
@@ -275,17 +216,13 @@ def quiet_compressor(advance: Callable[[float], None] = lambda layers: None) -> 
 
     logger.remove()
     sink = logger.add(listen, level="INFO")
-    tracer = logging.getLogger("torch.fx")
-    level = tracer.level
-    tracer.setLevel(logging.ERROR)
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ.setdefault(name, "false")  # llm-compressor would set it permanently
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet("torch.fx"):
             yield
     finally:
         logger.remove(sink)
-        tracer.setLevel(level)
         if before is None:
             os.environ.pop(name, None)

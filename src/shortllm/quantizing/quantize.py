@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,23 +108,17 @@ def quantize_from(
         session=session,
         quantize=options.model_dump(mode="json", exclude={"calibration"}),
     )
-    return derive(
-        Quantization,
-        target,
-        checkpoint,
-        lambda: _draft(checkpoint, options, layers, seen, session, expected, str(target)),
-        expected=expected,
-    )
+
+    def draft() -> Draft:
+        return _draft(checkpoint, options, layers, seen, session, expected, str(target))
+
+    return derive(Quantization, target, checkpoint, draft, expected=expected)
 
 
 def resolve(
     options: QuantizeOptions, checkpoint: Checkpoint, shared: CalibrationOptions | None = None
 ) -> QuantizeOptions:
-    """The same options with every default filled in.
-
-    Args:
-        shared: the text that blocks are scored on, if any, which says where BOS goes.
-    """
+    """The same options with every default filled in; `shared` text says where BOS goes."""
     method = METHODS.get(options.method)
     defaults = EMBEDDED_DEFAULTS if checkpoint.id == EMBEDDED else {}
     own = {
@@ -146,23 +141,14 @@ def resolve(
 
 
 def check(options: QuantizeOptions, checkpoint: Checkpoint, session: Session) -> Layers:
-    """Check packages, device and model before anything heavy; returns the layers to quantize.
+    """Check packages, device and model before anything heavy; returns the layers to quantize."""
+    from shortllm.quantizing import compressing
 
-    Raises:
-        ShortLLMError: something is missing or does not fit.
-    """
-    from shortllm.quantizing.compressing import (
-        find_layers,
-        require_device,
-        require_extra,
-        require_group_size,
-    )
-
-    require_extra()
-    require_device(session.device)
-    layers = find_layers(checkpoint)
+    compressing.require_extra()
+    compressing.require_device(session.device)
+    layers = compressing.find_layers(checkpoint)
     if options.group_size is not None:
-        require_group_size(layers, options.group_size)
+        compressing.require_group_size(layers, options.group_size)
     if session.streams(checkpoint):
         raise ShortLLMError(
             f"{checkpoint.id} does not fit in memory, and quantizing needs all of it. Use a "
@@ -182,19 +168,15 @@ def _draft(
 ) -> Draft:
     """Load the model in its stored type, quantize it, and describe the new checkpoint."""
     from shortllm.model.loading import load_model, stored_dtype
-    from shortllm.quantizing.compressing import compress, extra_versions
+    from shortllm.quantizing.compressing import LIBRARY, compress
 
     method = METHODS.get(options.method)
     session.release()
     stored = str(stored_dtype(checkpoint)).removeprefix("torch.")
     model = load_model(checkpoint, device=session.device, dtype=stored)
     with progress(f"quantizing by {options.method}", len(layers.widths)) as advance:
-        compress(
-            model,
-            method.function(options, layers),
-            calibration.ids if calibration else None,
-            advance=advance,
-        )
+        ids = calibration.ids if calibration else None
+        compress(model, method.function(options, layers), ids, advance=advance)
     record = {
         "method": options.method,
         "scheme": method.scheme,
@@ -203,7 +185,10 @@ def _draft(
         "layers": len(layers.widths),
         "bytes_before": checkpoint.bytes,
         "device": session.device.type,
-        "versions": {**versions(), **extra_versions()},
+        "versions": {
+            **versions(),
+            **{one: version(one) for one in (LIBRARY, "compressed-tensors")},
+        },
     }
     how = {
         "version": __version__,
@@ -244,11 +229,7 @@ def _packed(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def require_usable(name: str, decoder: Decoder) -> None:
-    """Refuse a model whose predictions are not finite, or that cannot generate.
-
-    Raises:
-        CheckpointError: the message says which.
-    """
+    """Refuse a model whose predictions are not finite, or that cannot generate."""
     import torch
 
     from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids

@@ -3,12 +3,12 @@
     run.json  scores.json  plan.json  eval.json  bench.json  retrained/retrain.json ...
                   │  load.py       reads them, and refuses what does not belong together
                   ▼
-    run_page.py criteria_page.py comparison.py             what each kind of page shows
-      blocks.py healing.py measurements.py protocol.py     some of the sections
-      plots/                                               SVG in the page's colours
+    run_page.py runs_page.py comparison.py               what each kind of page shows
+      blocks.py healing.py measurements.py protocol.py   some of the sections
+      plots/                                             SVG in the page's colours
                   │  parts.py      sections as lists of paragraphs, figures, tables ...
                   ▼
-    templates/page.html.j2, templates/model_card.md.j2     all data is escaped
+    templates/page.html.j2, templates/model_card.md.j2   all data is escaped
 
 Equal files give equal bytes: what differs between two equal runs (times, cost, dates, directories)
 is not shown.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from shortllm.reporting.parts import Page
     from shortllm.reporting.runs_page import ComparedModel
 
-__all__ = ["render", "report", "write_comparison", "write_report", "write_runs", "write_units"]
+__all__ = ["compare", "render", "report", "write_comparison", "write_report", "write_units"]
 
 
 def report(run_dir: Path | str) -> Path:
@@ -97,15 +97,25 @@ def write_units(run_dir: Path) -> Path:
     return run_dir / "units.html"
 
 
-def write_runs(directories: Sequence[Path], out: Path) -> list[ComparedModel]:
-    """Write the page of several runs to the file `out`; returns the models of its table."""
+def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> list[ComparedModel]:
+    """Several runs on one page: every model, quality against size and against latency.
+
+    Args:
+        runs: directories of finished runs.
+        out: the page.
+    Returns:
+        One entry per model; an original that several runs share is listed once.
+    Raises:
+        ResultFileError: a directory without a finished run.
+        OutputError: the page cannot be written.
+    """
     from shortllm.reporting.load import load_runs
     from shortllm.reporting.runs_page import compared_models, runs_page
 
-    require_file_target(out)
-    runs = load_runs(directories)
-    models = compared_models(runs)
-    write_text(out, render(runs_page(runs, models)))
+    require_file_target(Path(out))
+    found = load_runs([Path(one) for one in runs])
+    models = compared_models(found)
+    write_text(Path(out), render(runs_page(found, models)))
     return models
 
 

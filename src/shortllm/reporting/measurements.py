@@ -312,7 +312,7 @@ def write_benchmark(directory: Path, found: Benchmark) -> None:
     write_text(directory / "bench.csv", benchmark_csv(found))
     plots = all_plots(found)
     for name, plot in plots.items():
-        write_text(directory / f"bench-{name}.svg", standalone(plot.figure()))
+        write_text(directory / f"bench-{name}.svg", standalone(plot.figure().svg))
     for stale in directory.glob("bench-*.svg"):
         if stale.stem.removeprefix("bench-") not in plots:
             stale.unlink()

@@ -65,8 +65,9 @@ class Cell:
 
     @property
     def plain(self) -> str:
-        """The cell in one line."""
-        return f"{self.lead}{self.text}{f' ({self.detail})' if self.detail else ''}"
+        """The cell in one line; the best of a column has a star."""
+        star = "*" if self.look == "best" else ""
+        return f"{self.lead}{self.text}{star}{f' ({self.detail})' if self.detail else ''}"
 
 
 @dataclass(frozen=True, slots=True)

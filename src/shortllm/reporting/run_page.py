@@ -146,14 +146,14 @@ def key_figures(results: RunResults) -> Table:
         "blocks": str, "parameters": short_count, "bytes on disk": short_bytes
     }  # fmt: skip
     rows = [
-        compared(Cell(name), [size[place] for size in sizes.values()], show)
-        for place, (name, show) in enumerate(shown.items())
+        compared(Cell(what), [size[place] for size in sizes.values()], show)
+        for place, (what, show) in enumerate(shown.items())
     ]
     by_model = [results.perplexities(name) for name in sizes]
     for key, example in results.protocols().items():
         values = [found[key].perplexity if key in found else None for found in by_model]
-        name = Cell(f"perplexity, {perplexity_source(example)}", segments_phrase(example))
-        rows.append(compared(name, values, number))
+        text = Cell(f"perplexity, {perplexity_source(example)}", segments_phrase(example))
+        rows.append(compared(text, values, number))
     return Table(row("", *sizes), rows)
 
 

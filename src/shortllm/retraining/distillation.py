@@ -8,23 +8,41 @@ compared with the input, in the teacher, of the next block that was kept:
                    │              └──┐ compared
     student   0 ─► 1 ──────────────► 4 ─► 5     so block 4 gets the input it was trained on
 
+A teacher's k likeliest tokens can be cached on disk, 6 bytes each, so that it need not stay in
+memory. `WINDOWS_PER_FILE` windows are in one file, complete or absent: an interrupted pass resumes
+after the files it wrote, and several processes each write their share.
+
+    ids        int32   [N, K]    of all targets, window after window
+    log_probs  float16 [N, K]
+    first      int64             the first target of each window, and after them their number
+
 B windows, T tokens, N targets, V vocabulary, K top tokens, D width.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import find_blocks
+from shortllm.checkpoint.structure import find_blocks
+from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.model.metrics import kl_divergence, next_token_nll
-from shortllm.retraining.windows import target_rows
+from shortllm.retraining.windows import NO_TARGET, Windows, collate, target_rows
+from shortllm.runtime import Ranks
+
+WINDOWS_PER_FILE = 64
+"""Windows whose cached predictions are in one file."""
 
 
 def teacher_blocks(kept: list[int], teacher_count: int) -> list[int]:
@@ -64,14 +82,12 @@ def recording(model: nn.Module) -> Iterator[dict[int, Tensor]]:
     """
     outputs: dict[int, Tensor] = {}
     _, blocks = find_blocks(model, model.config)
+    numbers = {block: number for number, block in enumerate(blocks)}
 
-    def keep(number: int) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            outputs[number] = output[0] if isinstance(output, tuple) else output
+    def keep(block: nn.Module, arguments: Any, output: Any) -> None:
+        outputs[numbers[block]] = output[0] if isinstance(output, tuple) else output
 
-        return hook
-
-    handles = [block.register_forward_hook(keep(n)) for n, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(keep) for block in blocks]
     try:
         yield outputs
     finally:
@@ -84,8 +100,8 @@ def hidden_loss(
 ) -> Tensor:
     """Squared distance relative to the teacher's norm: mean over blocks, sum over targets.
 
-    `pairs` gives for each block of the student the teacher's, `rows_N` the targets' places among
-    all positions of the batch.
+    `pairs` gives for each block of the student the teacher's, see `teacher_blocks`; `rows_N` the
+    targets' places among all positions of the batch.
     """
     losses = []
     for block, other in enumerate(pairs):
@@ -125,16 +141,16 @@ class TeacherLoss:
     """Distance from a teacher that reads the same batch."""
 
     teacher: nn.Module
-    temperature: float = 1.0
-    hidden_weight: float = 0.0
-    pairs: list[int] | None = None
-    """See `teacher_blocks`; needed with a hidden weight."""
+    temperature: float
+    hidden_weight: float
+    pairs: list[int]
+    """See `teacher_blocks`; empty without a hidden weight."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         with ExitStack() as stack:
             student: dict[int, Tensor] = {}
             teacher: dict[int, Tensor] = {}
-            if self.hidden_weight:
+            if self.pairs:
                 inner = getattr(model, "module", model)  # wrapped for several processes
                 student = stack.enter_context(recording(inner))
                 teacher = stack.enter_context(recording(self.teacher))
@@ -142,8 +158,7 @@ class TeacherLoss:
             with torch.no_grad():
                 teacher_NV, _, _ = target_logits(self.teacher, batch)
             loss = soft_loss(teacher_NV, logits_NV, self.temperature)
-            if self.hidden_weight:
-                assert self.pairs is not None
+            if self.pairs:
                 loss = loss + self.hidden_weight * hidden_loss(student, teacher, self.pairs, rows_N)
         return loss
 
@@ -163,3 +178,73 @@ def mean_nll(prediction: Any) -> dict[str, float]:
     """Mean over targets from the sums of all windows, in the form of the Trainer's metrics."""
     nll, targets = prediction.predictions.astype("float64").sum(axis=0)
     return {"loss": float(nll / targets)}
+
+
+class CachedTeacher:
+    """Writes a teacher's predictions, and reads them window by window."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open = lru_cache(maxsize=16)(lambda path: safe_open(path, "pt"))
+
+    def predictions(self, window: int) -> dict[str, Tensor]:
+        """`teacher_ids` and `teacher_log_probs`, `[N, K]`, in the order of the targets."""
+        number, place = divmod(window, WINDOWS_PER_FILE)
+        file: Any = self._open(self._file(number))
+        start, stop = file.get_slice("first")[place : place + 2].tolist()
+        return {
+            f"teacher_{name}": file.get_slice(name)[start:stop] for name in ("ids", "log_probs")
+        }
+
+    @torch.no_grad()
+    def write(
+        self,
+        teacher: nn.Module,
+        windows: Windows,
+        *,
+        k: int,
+        batch: int,
+        ranks: Ranks,
+        advance: Callable[[float], None],
+    ) -> None:
+        """Run the teacher over all windows, `batch` at a time; files that exist are kept.
+
+        `advance` is called with the number of windows done since its last call.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        count = -(-len(windows) // WINDOWS_PER_FILE)
+        for number in range(ranks.rank, count, ranks.count):
+            first = number * WINDOWS_PER_FILE
+            span = range(first, min(first + WINDOWS_PER_FILE, len(windows)))
+            path = self._file(number)
+            if not path.exists():
+                batches = (span[place : place + batch] for place in range(0, len(span), batch))
+                parts = [_likeliest(teacher, [windows[n] for n in part], k) for part in batches]
+                ids, log_probs, counts = (torch.cat(one) for one in zip(*parts, strict=True))
+                tensors = {
+                    "ids": ids,
+                    "log_probs": log_probs,
+                    "first": F.pad(counts.cumsum(0), (1, 0)),
+                }
+                partial = path.with_name(path.name + PARTIAL)
+                with translate_os_errors(self._directory):
+                    save_file(tensors, partial)
+                    os.replace(partial, path)
+            advance(len(span) * ranks.count)
+        ranks.wait()
+
+    def _file(self, number: int) -> Path:
+        return self._directory / f"{number:06d}.safetensors"
+
+
+def _likeliest(
+    teacher: nn.Module, items: list[dict[str, Tensor]], k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and log-probabilities `[N, K]` of the targets, and how many each window has, `[B]`."""
+    device = next(teacher.parameters()).device
+    batch = {name: values.to(device) for name, values in collate(items).items()}
+    logits_NV, _, _ = target_logits(teacher, batch)
+    log_NV = F.log_softmax(logits_NV.float(), dim=-1)
+    top = log_NV.topk(min(k, log_NV.shape[-1]), dim=-1)
+    counts_B = (batch["labels"][:, 1:] != NO_TARGET).sum(dim=-1)
+    return top.indices.int().cpu(), top.values.half().cpu(), counts_B.cpu()

@@ -1,9 +1,11 @@
 """The training methods: which weights each trains, towards what, with which defaults.
 
 To add a method, decorate a function that sets which weights of a model are trained; options, help,
-recipes and reports learn the rest from its entry. The defaults are those of Shortened LLaMA
-(arXiv:2402.02834): LoRA on instructions, all weights on packed text. Importing this module does not
-load torch.
+recipes and reports learn the rest from its entry. No family's names are used: the blocks are the
+module list that the engine finds, the head is what the model names as its output embeddings.
+
+The defaults are those of Shortened LLaMA (arXiv:2402.02834): LoRA on instructions, all weights on
+packed text. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from shortllm.errors import ShortLLMError
+from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.papers import DISTILLATION, LAST_BLOCKS, LORA, SHORTENED_LLAMA
 from shortllm.registry import MethodRegistry, RegisteredMethod
 
@@ -85,9 +87,47 @@ METHODS = MethodRegistry[TrainingMethod]("retraining method", ShortLLMError)
 )
 def lora(model: nn.Module, options: RetrainOptions) -> nn.Module:
     """Low-rank adapters on every projection, merged into the weights."""
-    from shortllm.retraining.trainable import add_adapters
+    from peft import LoraConfig, get_peft_model
+    from torch.nn import Linear
 
-    return add_adapters(model, options)
+    modules, experts = find_targets(model, options.rank)
+    stored_in_by_out = any(not isinstance(model.get_submodule(name), Linear) for name in modules)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=0.0 if experts else options.dropout,  # peft has none for stacked experts
+        target_modules=modules,
+        target_parameters=experts or None,
+        fan_in_fan_out=stored_in_by_out,
+        task_type="CAUSAL_LM",
+    )
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
+
+
+def find_targets(model: Any, rank: int) -> tuple[list[str], list[str]]:
+    """All projections inside the blocks that are at least as wide as the adapters' rank.
+
+    Dotted names of linear modules, and of parameters that stack many experts `[experts, ., .]`.
+    """
+    from shortllm.checkpoint.structure import find_blocks, is_projection
+
+    prefix, blocks = find_blocks(model, model.config)
+    modules, experts = [], []
+    for name, module in blocks.named_modules():
+        if is_projection(module):
+            if min(module.weight.shape) >= rank:
+                modules.append(f"{prefix}.{name}")
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape[1:]) >= rank:
+                experts.append(f"{prefix}.{name}.{own}")
+    if not modules and not experts:
+        raise UnsupportedModelError(
+            f"the blocks of model type '{model.config.model_type}' have no linear projection of "
+            f"at least {rank} rows and columns. Give a smaller --rank, or choose another --method"
+        )
+    return modules, experts
 
 
 @METHODS.register(
@@ -129,11 +169,20 @@ def distill(model: nn.Module, options: RetrainOptions) -> nn.Module:
         state_bytes=8,
     )
 )
-def last_blocks(model: nn.Module, options: RetrainOptions) -> nn.Module:
+def last_blocks(model: Any, options: RetrainOptions) -> nn.Module:
     """The head and the last blocks."""
-    from shortllm.retraining.trainable import train_last_blocks
+    from shortllm.checkpoint.structure import find_blocks
 
-    return train_last_blocks(model, options.blocks)
+    _, blocks = find_blocks(model, model.config)
+    if options.blocks > len(blocks):
+        raise ShortLLMError(
+            f"--blocks {options.blocks}: the model has {len(blocks)}. Give at most that"
+        )
+    trained: nn.Module = model.requires_grad_(False)
+    head = model.get_output_embeddings()  # also the embeddings, where they are tied
+    for part in [*blocks[len(blocks) - options.blocks :], head]:
+        part.requires_grad_(True)
+    return trained
 
 
 def default_of(option: str) -> Any:

@@ -1,8 +1,4 @@
-"""Options of a retraining, and retrain.json: on what a checkpoint was retrained, how, with what
-result.
-
-What an option is where none is given depends on the method, see `methods.py`.
-"""
+"""Options of a retraining, whose defaults depend on the method (`methods.py`), and retrain.json."""
 
 from __future__ import annotations
 
@@ -18,13 +14,11 @@ from shortllm.registry import described
 from shortllm.retraining.methods import METHODS, TrainingMethod, default_of, defaults_text
 from shortllm.runtime import Runtime
 
-GENERATED = "generated"
+GENERATED: Literal["generated"] = "generated"
 """Data source: text that the teacher writes."""
 
-MAX_WARMUP_STEPS = 100
-
-WARMUP_SHARE = 0.1
-"""Warm-up takes the paper's 100 steps, but at most this part of a short training."""
+MAX_WARMUP_STEPS, WARMUP_SHARE = 100, 0.1
+"""Warm-up takes the paper's 100 steps, but at most a tenth of a short training."""
 
 HELD_OUT = {"instructions": 2000, "text": 100, GENERATED: 100}
 """Documents held out by the kind of data; never more than one in ten."""
@@ -58,10 +52,7 @@ class RetrainOptions(Options):
 
     panel: ClassVar[str] = "Training"
 
-    method: MethodName = Field(
-        default="lora",
-        description="What is trained. " + described(METHODS),
-    )
+    method: MethodName = Field(default="lora", description="What is trained. " + described(METHODS))
     data: Annotated[str | None, Flag(panel=DATA)] = Field(
         default=None,
         description="Instructions or text: a file, a Hub data set or a built-in name; for distill "
@@ -217,37 +208,24 @@ class RetrainOptions(Options):
         return METHODS.get(self.method)
 
     @model_validator(mode="after")
-    def _only_its_own_options(self) -> Self:
+    def _fit_each_other(self) -> Self:
         METHODS.require_own_options(self.method, self)
-        return self
-
-    @model_validator(mode="after")
-    def _one_duration(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("--max-steps and --epochs both set the duration. Give one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _hidden_states_need_the_teacher(self) -> Self:
         if self.hidden_weight and self.top_k is not None:
             raise ValueError(
                 "--hidden-weight needs the teacher's hidden states, and --top-k caches only its "
                 "logits. Leave one of them out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _generated_text_needs_a_teacher_and_an_end(self) -> Self:
-        if self.data != GENERATED:
-            if self.generate is not None:
-                raise ValueError(f"--generate belongs to --data {GENERATED}. Leave one of them out")
-        elif not self.about.has_teacher:
+        if self.data != GENERATED and self.generate is not None:
+            raise ValueError(f"--generate belongs to --data {GENERATED}. Leave one of them out")
+        if self.data == GENERATED and not self.about.has_teacher:
             teaching = " or ".join(one.name for one in METHODS if one.has_teacher)
             raise ValueError(
                 f"--data {GENERATED} is text that a teacher writes, and --method {self.method} "
                 f"has no teacher. Use --method {teaching}, or give other --data"
             )
-        elif self.generate is None and self.max_steps is None:
+        if self.data == GENERATED and self.generate is None and self.max_steps is None:
             raise ValueError(
                 f"--data {GENERATED} has no end. Set the number of documents with --generate, or "
                 "of steps with --max-steps"
@@ -261,11 +239,7 @@ class RetrainOptions(Options):
         return min(MAX_WARMUP_STEPS, int(total_steps * WARMUP_SHARE))
 
     def micro_batch_of(self, processes: int) -> int:
-        """Windows that one process takes at a time: a divisor of its share of the batch.
-
-        Raises:
-            ShortLLMError: the batch cannot be divided like this.
-        """
+        """Windows that one process takes at a time: a divisor of its share of the batch."""
         share, rest = divmod(self.batch, processes)
         if rest or not share:
             raise ShortLLMError(

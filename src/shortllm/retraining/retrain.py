@@ -19,25 +19,28 @@ from typing import TYPE_CHECKING, Any
 from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
-from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.errors import CheckpointError
 from shortllm.files import releasing, translate_os_errors
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.records import Cost
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
-from shortllm.retraining.setup import Job, check, prepare
-from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, versions
+from shortllm.retraining.setup import LOGS, Job, check, prepare
+from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, quiet_transformers, versions
 from shortllm.surgery.apply import held_provenance, require_apart
 from shortllm.surgery.derived import NEW, Draft, derive, is_up_to_date, require_free
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from shortllm.retraining.training import Trained
 
 ADAPTER = "adapter"
-LOGS = "logs"
-"""Directories of a retrained checkpoint."""
+"""Directory of LoRA's adapter, next to the merged weights."""
+
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before the names of the model's own modules."""
 
 LONGEST_WAIT = timedelta(days=1)
 """How long a process waits for another one, which may be writing a large checkpoint."""
@@ -74,6 +77,7 @@ def retrain(
         OutputError: `out` contains something else or cannot be written.
     """
     checkpoint, session = open_checkpoint(model, revision=revision), Session(runtime)
+    options.about.require_packages()
     return retrain_from(checkpoint, options, Path(out), session=session, ranks=_join(session))
 
 
@@ -95,7 +99,7 @@ def retrain_from(
     elif not is_up_to_date(target, Retraining, job.fingerprint):
         from shortllm.retraining.training import train
 
-        train(job, logs=job.work / LOGS)
+        train(job)
     ranks.wait()
     if ranks.is_main:
         shutil.rmtree(job.work, ignore_errors=True)
@@ -106,13 +110,8 @@ def _join(session: Session) -> Ranks:
     """The processes this one was launched with, joined in the way the Trainer will use them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise ShortLLMError(
-            "training in several processes needs accelerate. Install it with: pip install "
-            "'shortllm[train]'"
-        ) from error
+    from accelerate import PartialState
+
     PartialState(cpu=session.device.type == "cpu", timeout=LONGEST_WAIT)
     return join_ranks()
 
@@ -121,8 +120,7 @@ def _trained(job: Job) -> Draft:
     """Train, and draft the checkpoint of the best state."""
     from shortllm.retraining.training import train
 
-    trained = train(job, logs=job.work / LOGS)
-    checkpoint = job.setup.checkpoint
+    checkpoint, trained = job.setup.checkpoint, train(job)
     plain = _plain_model(job, trained)
 
     def write(directory: Path, advance: Any) -> None:
@@ -132,52 +130,58 @@ def _trained(job: Job) -> Draft:
                 shutil.copytree(job.work / name, directory / name)
         advance(checkpoint.bytes)
 
+    def verify(directory: Path) -> None:
+        found = _load(open_checkpoint(directory), next(plain.parameters()).dtype).state_dict()
+        for name, tensor in plain.state_dict().items():
+            if not found[name].equal(tensor):
+                raise CheckpointError(f"{directory}: tensor '{name}' differs from what was written")
+
     return Draft(
         record=_record(job, trained),
         config=checkpoint.raw_config,
         provenance=_provenance(job, trained),
         bytes=checkpoint.bytes,
         write=write,
-        verify=lambda directory: _compare(directory, plain),
+        verify=verify,
         leave={ADAPTER, LOGS},
     )
 
 
 def _record(job: Job, trained: Trained) -> dict[str, Any]:
     """The fields of retrain.json."""
-    from shortllm.retraining.trainable import adapted_modules, trainable_parameters
     from shortllm.retraining.trainer import read_history
 
     setup, trainer = job.setup, trained.trainer
+    adapted = (name.partition(".lora_") for name in trained.weights if ".lora_" in name)
     return {
         "teacher": job.teacher.info() if job.teacher else None,
         "method": setup.options.method,
         "options": setup.options.model_dump(mode="json", exclude={"method"}),
         "data": trained.data,
-        "adapted": adapted_modules(trained.weights),
-        "trained_parameters": trainable_parameters(trainer.model),
+        "adapted": list(dict.fromkeys(place.removeprefix(PEFT_PREFIX) for place, *_ in adapted)),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "curves": read_history(trainer.state),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "stopped": trainer.stopped or "steps",
-        "tokens_seen": trainer.meter.tokens,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
         "processes": setup.ranks.count,
         "sharded": trainer.is_fsdp_enabled,
         "dtype": setup.dtype,
         "versions": {**versions(), **setup.options.about.versions()},
-        "cost": Cost(seconds=round(trainer.meter.seconds, 3), peak_bytes=peak_memory()),
+        "cost": Cost(seconds=round(trainer.clock.seconds, 3), peak_bytes=peak_memory()),
     }
 
 
 def _provenance(job: Job, trained: Trained) -> dict[str, Any]:
     """Where the checkpoint comes from and how it was retrained, also in earlier retrainings."""
-    held = held_provenance(job.setup.checkpoint)
+    held, state = held_provenance(job.setup.checkpoint), trained.trainer.state
     retrained = {
         "version": __version__,
         "method": job.setup.options.method,
         "data": trained.data.source,
-        "steps": trained.trainer.state.best_global_step,
-        "tokens": trained.trainer.meter.tokens,
+        "steps": state.best_global_step,
+        "tokens": state.num_input_tokens_seen,
         "fingerprint": job.fingerprint,
         "before": held.get("retrained"),
     }
@@ -188,13 +192,13 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
     """The trained weights in the type the checkpoint stores; adapters are merged in float32."""
     import torch
 
-    from shortllm.model.loading import load_model, stored_dtype
+    from shortllm.model.loading import stored_dtype
 
-    checkpoint, trainer, cpu = job.setup.checkpoint, trained.trainer, torch.device("cpu")
+    checkpoint, trainer = job.setup.checkpoint, trained.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     stored = stored_dtype(checkpoint)
     if not hasattr(model, "peft_config"):
-        plain = load_model(checkpoint, device=cpu, dtype=_name(stored))
+        plain = _load(checkpoint, stored)
         plain.load_state_dict(trained.weights)
         return plain
     from peft import PeftModel
@@ -205,35 +209,25 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
         model.save_pretrained(
             job.work / ADAPTER, state_dict=trained.weights, save_embedding_layers=False
         )
-    base = load_model(checkpoint, device=cpu, dtype="float32")
+    base = _load(checkpoint, torch.float32)
     merged: nn.Module = PeftModel.from_pretrained(base, str(job.work / ADAPTER)).merge_and_unload()
     return merged.to(stored)
 
 
-def _save(plain: Any, directory: Path) -> None:
-    """Save the weights by transformers, which knows their names on disk, and nothing else."""
-    from shortllm.runtime import quiet_transformers
-
-    with quiet_transformers():
-        plain.save_pretrained(directory / NEW)
-    for name in weight_files(directory / NEW):
-        (directory / NEW / name).rename(directory / name)
-    shutil.rmtree(directory / NEW)
-
-
-def _compare(directory: Path, plain: nn.Module) -> None:
-    """Read the written weights back, and compare every tensor bit by bit."""
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     import torch
 
     from shortllm.model.loading import load_model
 
-    dtype = _name(next(plain.parameters()).dtype)
-    written = load_model(open_checkpoint(directory), device=torch.device("cpu"), dtype=dtype)
-    found = written.state_dict()
-    for name, tensor in plain.state_dict().items():
-        if not torch.equal(found[name], tensor):
-            raise CheckpointError(f"{directory}: tensor '{name}' differs from what was written")
+    name = str(dtype).removeprefix("torch.")
+    return load_model(checkpoint, device=torch.device("cpu"), dtype=name)
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+def _save(plain: Any, directory: Path) -> None:
+    """Save the weights by transformers, which knows their names on disk, and nothing else."""
+    new = directory / NEW
+    with quiet_transformers():
+        plain.save_pretrained(new)
+    for name in weight_files(new):
+        (new / name).rename(directory / name)
+    shutil.rmtree(new)

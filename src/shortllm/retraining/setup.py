@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,16 +28,17 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
 from shortllm.model.session import Session
-from shortllm.retraining.documents import (
+from shortllm.retraining.corpus import (
+    Corpus,
     Kind,
-    Template,
     documents,
     kind_of,
+    open_corpus,
     template_of,
+    write_corpus,
     written_by,
 )
 from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions
-from shortllm.retraining.store import Corpus, open_corpus, write_corpus
 from shortllm.retraining.windows import Packing
 from shortllm.runtime import ALONE, Ranks
 from shortllm.surgery.apply import lineage
@@ -46,34 +46,11 @@ from shortllm.surgery.derived import derived_fingerprint
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
-"""How often a process checks whether the main one has written the data."""
+LOGS = "logs"
+"""Directory of the reporters, first in the work directory, then next to the weights."""
 
 LOCATIONS = {"data", "eval_data", "teacher", "report_to"}
 """Options that name a place: its content is part of the fingerprint instead."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Source:
-    """The data to train on."""
-
-    records: Records | None
-    """None if the teacher writes it."""
-    kind: Kind | None
-    template: Template | None
-    """Prompt format of instructions."""
-
-    @property
-    def name(self) -> str:
-        """The data source with its split filled in."""
-        return self.records.source if self.records is not None else GENERATED
-
-    def identity(self) -> Any:
-        """Names, sizes and times of the files, which change with the data."""
-        if self.records is None:
-            return None
-        files = [(str(file.resolve()), file.stat()) for file in self.records.files]
-        return [self.name, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,27 +60,27 @@ class Setup:
     checkpoint: Checkpoint
     options: RetrainOptions
     """Resolved."""
+    length: int
+    """Tokens of a window."""
+    micro_batch: int
+    """Windows that one process takes at a time."""
     session: Session
     ranks: Ranks
     tokenizer: Any
-    source: Source
+    records: Records | None
+    """The data to train on; None if the teacher writes it."""
+    kind: Kind
     evaluation: dict[str, Segments]
 
     @property
-    def length(self) -> int:
-        """Tokens of a window."""
-        assert self.options.length is not None
-        return self.options.length
-
-    @property
-    def micro_batch(self) -> int:
-        """Windows that one process takes at a time."""
-        return self.options.micro_batch_of(self.ranks.count)
+    def source(self) -> str:
+        """The data source with its split filled in."""
+        return self.records.source if self.records is not None else GENERATED
 
     @property
     def packing(self) -> Packing:
         """How documents are put into windows: as requested, or by the kind of data."""
-        if self.source.kind != "instructions":
+        if self.kind != "instructions":
             return "alone" if self.options.packing is False else "stream"
         return "fit" if self.options.packing else "alone"
 
@@ -146,11 +123,7 @@ def resolve(options: RetrainOptions, checkpoint: Checkpoint) -> RetrainOptions:
 def check(
     checkpoint: Checkpoint, options: RetrainOptions, *, session: Session, ranks: Ranks = ALONE
 ) -> Setup:
-    """Check options, packages, device and data; a run asks this of the model it will shorten.
-
-    Raises:
-        ShortLLMError: the first thing that does not fit; nothing heavy has been done.
-    """
+    """Check options, packages, device and data; a run asks this of the model it will shorten."""
     options.about.require_packages()
     for name in options.report_to or ():
         if find_spec(name) is None:
@@ -166,22 +139,6 @@ def check(
     assert options.length is not None
     check_length(checkpoint, options.length, "--length")
     check_length(checkpoint, options.eval_length, "--eval-length")
-    _check_device(session, ranks)
-    options.micro_batch_of(ranks.count)  # raises if the batch cannot be divided
-    tokenizer = load_tokenizer(checkpoint)
-    return Setup(
-        checkpoint=checkpoint,
-        options=options,
-        session=session,
-        ranks=ranks,
-        tokenizer=tokenizer,
-        source=_open_source(options, tokenizer),
-        evaluation=_evaluation_sets(checkpoint, tokenizer, options),
-    )
-
-
-def _check_device(session: Session, ranks: Ranks) -> None:
-    """Refuse what the Trainer cannot train on."""
     if ranks.count == 1 and session.device.index:
         raise ShortLLMError(
             f"training uses the first visible GPU, not {session.device}. Use --device auto, and "
@@ -189,24 +146,39 @@ def _check_device(session: Session, ranks: Ranks) -> None:
         )
     if session.runtime.dtype == "float16":
         raise ShortLLMError("--dtype float16 cannot be trained. Use bfloat16 or float32")
+    micro_batch = options.micro_batch_of(ranks.count)
+    tokenizer = load_tokenizer(checkpoint)
+    records, kind = _open_data(options, tokenizer)
+    return Setup(
+        checkpoint=checkpoint,
+        options=options,
+        length=options.length,
+        micro_batch=micro_batch,
+        session=session,
+        ranks=ranks,
+        tokenizer=tokenizer,
+        records=records,
+        kind=kind,
+        evaluation=_evaluation_sets(checkpoint, tokenizer, options),
+    )
 
 
-def _open_source(options: RetrainOptions, tokenizer: Any) -> Source:
-    """The records to train on, checked as far as the first of them."""
+def _open_data(options: RetrainOptions, tokenizer: Any) -> tuple[Records | None, Kind]:
+    """The records to train on, checked as far as the first of them, and what they are."""
     if options.data == GENERATED:
-        return Source(records=None, kind=None, template=None)
+        return None, GENERATED
     records = open_records(options.data or "")
     kind = kind_of(records, options.form)
     if kind == "instructions":
-        template = template_of(tokenizer, options.template)
-        return Source(records=records, kind=kind, template=template)
-    if options.template != "auto":
+        template_of(tokenizer, options.template)  # raises if the tokenizer has none
+    elif options.template != "auto":
         raise ShortLLMError(
             f"--template {options.template} is for instructions, and '{records.source}' is text. "
             "Leave it out, or give rows with instruction and output"
         )
-    next(records.texts())  # raises if the column is missing or ambiguous
-    return Source(records=records, kind=kind, template=None)
+    else:
+        next(records.texts())  # raises if the column is missing or ambiguous
+    return records, kind
 
 
 def _evaluation_sets(
@@ -220,40 +192,59 @@ def _evaluation_sets(
         rows = load_rows(name, role="evaluation")
         if rows.source in sets:
             raise DataError(f"--eval-data {name} was given twice. Leave one of them out")
-        sets[rows.source] = evaluation_segments_of(
-            checkpoint, rows, tokenizer, how, option="--eval-length"
-        )
+        sets[rows.source] = evaluation_segments_of(checkpoint, rows, tokenizer, how)
     return sets
 
 
 def prepare(setup: Setup, target: Path) -> Job:
     """Open the teacher, tokenize the data into the work directory, and compute the fingerprint."""
-    checkpoint, options = setup.checkpoint, setup.options
-    teacher = open_teacher(checkpoint, options) if options.about.has_teacher else None
-    needed = checkpoint.bytes + options.about.state_bytes * checkpoint.parameters
+    checkpoint, about = setup.checkpoint, setup.options.about
+    teacher = _open_teacher(checkpoint, setup.options) if about.has_teacher else None
+    needed = checkpoint.bytes + about.state_bytes * checkpoint.parameters
     require_writable(target.absolute().parent, int(needed))
-    work = _claim_work(setup, teacher, target)
-    corpus = _tokenized(setup, teacher, work / "corpus")
-    return Job(
-        setup=setup,
-        teacher=teacher,
-        work=work,
-        corpus=corpus,
-        fingerprint=retrained_fingerprint(setup, teacher, corpus),
-    )
+    work = work_directory(target.absolute())
+    if setup.ranks.is_main:
+        _claim(work, _fingerprint(setup, teacher, files=_files(setup.records)))
+        if not (work / "corpus").is_dir():
+            try:
+                _tokenize(setup, teacher, work / "corpus")
+            except ShortLLMError:  # there is nothing to resume from
+                shutil.rmtree(work)
+                raise
+    setup.ranks.wait()
+    corpus = open_corpus(work / "corpus")
+    texts = {name: tokens_fingerprint(segments.ids) for name, segments in setup.evaluation.items()}
+    tokens = [corpus.train.fingerprint, corpus.held_out.fingerprint]
+    fingerprint = _fingerprint(setup, teacher, tokens=tokens, evaluation=texts)
+    return Job(setup=setup, teacher=teacher, work=work, corpus=corpus, fingerprint=fingerprint)
 
 
-def open_teacher(checkpoint: Checkpoint, options: RetrainOptions) -> Checkpoint:
+def work_directory(target: Path) -> Path:
+    """Where the training of a target is kept until the target is complete."""
+    return target.with_name(target.name + ".training" + PARTIAL)
+
+
+def _open_teacher(checkpoint: Checkpoint, options: RetrainOptions) -> Checkpoint:
     """The model to learn from: the one that is named, or the one the checkpoint came from."""
     teacher = open_checkpoint(options.teacher) if options.teacher else _original(checkpoint)
-    sizes = [text_config(one.config).vocab_size for one in (checkpoint, teacher)]
-    if sizes[0] != sizes[1]:
+    (size, width), (teacher_size, teacher_width) = (
+        (text.vocab_size, text.hidden_size)
+        for text in (text_config(checkpoint.config), text_config(teacher.config))
+    )
+    if size != teacher_size:
         raise ShortLLMError(
-            f"{teacher.id} has a vocabulary of {sizes[1]} and {checkpoint.id} one of {sizes[0]}. "
+            f"{teacher.id} has a vocabulary of {teacher_size} and {checkpoint.id} one of {size}. "
             "Name a --teacher with the same tokenizer"
         )
     if options.hidden_weight:
-        _check_block_map(checkpoint, teacher)
+        blocks = lineage(checkpoint).blocks
+        if width != teacher_width or blocks != teacher.block_count:
+            raise ShortLLMError(
+                f"--hidden-weight compares the blocks of {checkpoint.id} (width {width}, shortened "
+                f"from {blocks} blocks) with those of {teacher.id} (width {teacher_width}, "
+                f"{teacher.block_count} blocks). Name its original model as --teacher, or leave "
+                "--hidden-weight out"
+            )
     return teacher
 
 
@@ -272,72 +263,44 @@ def _original(checkpoint: Checkpoint) -> Checkpoint:
         ) from error
 
 
-def _check_block_map(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse to compare blocks with those of a model that the checkpoint did not come from."""
-    widths = [text_config(one.config).hidden_size for one in (checkpoint, teacher)]
-    blocks = lineage(checkpoint).blocks
-    if widths[0] != widths[1] or blocks != teacher.block_count:
-        raise ShortLLMError(
-            f"--hidden-weight compares the blocks of {checkpoint.id} (width {widths[0]}, shortened "
-            f"from {blocks} blocks) with those of {teacher.id} (width {widths[1]}, "
-            f"{teacher.block_count} blocks). Name its original model as --teacher, or leave "
-            "--hidden-weight out"
-        )
+def _claim(work: Path, expected: str) -> None:
+    """Lock the work directory, and empty it if its work was for something else."""
+    hold(work)
+    note = work / "fingerprint.txt"
+    earlier = [path for path in work.iterdir() if path.name != LOCK]
+    if earlier and (not note.is_file() or note.read_text(encoding="utf-8") != expected):
+        log.info("%s contains work for another recipe, which is deleted", work)
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_text(note, expected)
 
 
-def work_directory(target: Path) -> Path:
-    """Where the training of a target is kept until the target is complete."""
-    return target.with_name(target.name + ".training" + PARTIAL)
+def _files(records: Records | None) -> Any:
+    """Names, sizes and times of the files, which change with the data."""
+    if records is None:
+        return None
+    stats = [(str(file.resolve()), file.stat()) for file in records.files]
+    return [records.source, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
 
 
-def _claim_work(setup: Setup, teacher: Checkpoint | None, target: Path) -> Path:
-    """The locked work directory, emptied if its work was for something else."""
-    work = work_directory(target.absolute())
-    if setup.ranks.is_main:
-        hold(work)
-        expected = _fingerprint(setup, teacher, files=setup.source.identity())
-        note = work / "fingerprint.txt"
-        earlier = [path for path in work.iterdir() if path.name != LOCK]
-        if earlier and (not note.is_file() or note.read_text(encoding="utf-8") != expected):
-            log.info("%s contains work for another recipe, which is deleted", work)
-            for path in earlier:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_text(note, expected)
-    setup.ranks.wait()
-    return work
-
-
-def _tokenized(setup: Setup, teacher: Checkpoint | None, place: Path) -> Corpus:
-    """The corpus, written by the main process unless it is there."""
-    if setup.ranks.is_main and not place.is_dir():
-        try:
-            _write_corpus(setup, teacher, place)
-        except ShortLLMError:  # there is nothing to resume from
-            shutil.rmtree(place.parent)
-            raise
-    while not place.is_dir():
-        time.sleep(POLL_S)
-    return open_corpus(place)
-
-
-def _write_corpus(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
-    """Tokenize as many documents as the steps will need."""
-    options, source, streamed = setup.options, setup.source, setup.packing == "stream"
-    if source.records is None or source.kind is None:
-        assert teacher is not None
-        written = written_by(setup.session, teacher, setup.tokenizer, options)
+def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
+    """Write the corpus, of as many documents as the steps will need."""
+    options, streamed = setup.options, setup.packing == "stream"
+    if setup.records is not None:
+        found = documents(setup.records, setup.kind, setup.tokenizer, options)
     else:
-        written = documents(source.records, source.kind, setup.tokenizer, options)
+        assert teacher is not None
+        found = written_by(setup.session, teacher, setup.tokenizer, options)
     enough = None
     if options.max_steps is not None and streamed:
         enough = options.max_steps * options.batch * setup.length
-    log.info("tokenizing %s", source.name)
+    log.info("tokenizing %s", setup.source)
     write_corpus(
-        written,
+        found,
         place,
-        source=source.name,
+        source=setup.source,
         vocabulary=vocabulary(setup.checkpoint),
-        held_out=options.held_out or HELD_OUT[source.kind or GENERATED],
+        held_out=options.held_out or HELD_OUT[setup.kind],
         longest=None if streamed else setup.length,
         enough=enough,
     )
@@ -354,10 +317,3 @@ def _fingerprint(setup: Setup, teacher: Checkpoint | None, **content: Any) -> st
         retraining=setup.options.model_dump(mode="json", exclude=LOCATIONS),
         **content,
     )
-
-
-def retrained_fingerprint(setup: Setup, teacher: Checkpoint | None, corpus: Corpus) -> str:
-    """The fingerprint of everything that a retrained checkpoint depends on."""
-    texts = {name: tokens_fingerprint(segments.ids) for name, segments in setup.evaluation.items()}
-    tokens = [corpus.train.fingerprint, corpus.held_out.fingerprint]
-    return _fingerprint(setup, teacher, tokens=tokens, evaluation=texts)

@@ -37,6 +37,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import get_last_checkpoint
 
 from shortllm.errors import CheckpointError
 from shortllm.files import PARTIAL, translate_os_errors
@@ -52,8 +54,8 @@ WRITING = "writing" + PARTIAL
 
 STATE_FILE = "trainer_state.json"
 
-PICKLES = ("*.pt", "*.pth", "*model*.bin")
-"""Optimizer, scheduler, random generators, and weights where there are none in safetensors."""
+LOADED = (STATE_FILE, "*.pt", "*.pth", "*model*.bin")
+"""Files of a state: also optimizer, scheduler, random generators, and weights that are pickles."""
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]
@@ -67,7 +69,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         patience: int | None,
         **kwargs: Any,
     ) -> None:
-        callbacks: list[TrainerCallback] = [Meter(max_minutes)]
+        callbacks: list[TrainerCallback] = [Clock(max_minutes)]
         if patience is not None:
             callbacks.append(EarlyStoppingCallback(patience))
         super().__init__(*args, compute_metrics=mean_nll, callbacks=callbacks, **kwargs)
@@ -76,16 +78,18 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         # divide by the targets of the whole batch, as `compute_loss` below does
         self.model_accepts_loss_kwargs = True
         self._writing = False
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        """Seen by this process since the last state; those before are in `TrainerState`."""
 
     @property
-    def meter(self) -> Meter:
+    def clock(self) -> Clock:
         """The one in use: resuming replaces the given one by a restored one."""
-        return next(one for one in self.callback_handler.callbacks if isinstance(one, Meter))
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, Clock))
 
     @property
     def stopped(self) -> Literal["minutes", "patience"] | None:
         """Why the training ended before its last step; None if it did not."""
-        if self.meter.out_of_time:
+        if self.clock.out_of_time:
             return "minutes"
         for one in self.callback_handler.callbacks:
             if isinstance(one, EarlyStoppingCallback):
@@ -102,7 +106,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """The sum of the objective, divided by the targets of the whole batch."""
         assert num_items_in_batch is not None
-        self.meter.tokens_here += int(inputs["tokens"].sum())
+        self._tokens += inputs["tokens"].sum()
         # gradients are averaged over the processes, but each has only a part of the sum
         share: Tensor = self.accelerator.num_processes / num_items_in_batch
         return self.objective(model, inputs) * share
@@ -119,8 +123,9 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         return os.path.join(directory, WRITING) if self._writing else directory
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a state under a temporary name, rename it, delete those no longer needed."""
-        self.meter.add_tokens(self.accelerator)
+        """Write a state under a temporary name, which an error deletes, then rename it."""
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(self._tokens).sum())
+        self._tokens.zero_()
         states = Path(self.args.output_dir)
         with translate_os_errors(states):
             if self.args.should_save:
@@ -140,6 +145,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
 
     def _publish(self, states: Path, name: str) -> None:
+        """Give the written state its name, and delete all but it and the best one."""
         self.state.best_model_checkpoint = None  # it would name the directory written to
         self.state.save_to_json(str(states / WRITING / name / STATE_FILE))
         shutil.rmtree(states / name, ignore_errors=True)
@@ -163,38 +169,30 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._load_best_model()
 
 
-class Meter(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Counts tokens and time over all starts of a training, and stops it when its time is over."""
+class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Measures time over all starts of a training, and stops it when its time is over."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.max_minutes = max_minutes
         self.seconds = 0.0
-        self.tokens = 0
         self.out_of_time = False
-        self.tokens_here = 0
         self._since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a saved state keeps of this."""
-        kept = {"seconds": self.elapsed(), "tokens": self.tokens, "out_of_time": self.out_of_time}
+        """What a saved state keeps."""
+        kept = {"seconds": self.elapsed(), "out_of_time": self.out_of_time}
         return {"args": {"max_minutes": self.max_minutes}, "attributes": kept}
 
     def elapsed(self) -> float:
         """Seconds of training, including those before an interruption."""
         return self.seconds + time.monotonic() - self._since
 
-    def add_tokens(self, accelerator: Any) -> None:
-        """Add the tokens that all processes have seen since the last call."""
-        here = torch.tensor(self.tokens_here, device=accelerator.device)
-        self.tokens += int(accelerator.gather(here).sum())
-        self.tokens_here = 0
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start it."""
         self._since = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop it."""
         self.seconds, self._since = self.elapsed(), time.monotonic()
 
     def on_step_end(
@@ -215,13 +213,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._advance = advance
         self._done = 0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Draw the bar at the step that is resumed."""
-        self._move(state)
-
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        self._move(state)
+        """Move the bar; also at the start, to the step that is resumed."""
+        self._advance(state.global_step - self._done)
+        self._done = state.global_step
+
+    on_train_begin = on_step_end
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log the losses of the state that was saved."""
@@ -232,10 +229,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             for name, value in _losses(entry)
         ]
         log.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(losses))
-
-    def _move(self, state: TrainerState) -> None:
-        self._advance(state.global_step - self._done)
-        self._done = state.global_step
 
 
 def read_history(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
@@ -258,9 +251,9 @@ def _losses(entry: dict[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def last_state(states: Path) -> Path | None:
-    """The newest complete state in a directory."""
-    found = [path for path in states.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest state in a directory."""
+    found = get_last_checkpoint(str(states)) if states.is_dir() else None
+    return Path(found) if found else None
 
 
 def require_loadable(state: Path) -> None:
@@ -268,11 +261,8 @@ def require_loadable(state: Path) -> None:
 
     The Trainer itself uses the same weights-only loader, but does not name the file.
     """
-    from transformers.trainer_pt_utils import safe_globals
-
     work = state.parent.parent
-    pickles = (file for kind in PICKLES for file in sorted(state.glob(kind)))
-    for file in (state / STATE_FILE, *pickles):
+    for file in (file for kind in LOADED for file in sorted(state.glob(kind))):
         try:
             if file.name == STATE_FILE:
                 TrainerState.load_from_json(str(file))

@@ -13,21 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model
+from shortllm.retraining.corpus import template_of
 from shortllm.retraining.distillation import (
+    CachedTeacher,
     Objective,
     TeacherLoss,
     answer_loss,
     cached_loss,
     teacher_blocks,
 )
-from shortllm.retraining.options import GENERATED, RetrainOptions, TrainingData
-from shortllm.retraining.setup import Job, Setup
+from shortllm.retraining.options import RetrainOptions, TrainingData
+from shortllm.retraining.setup import LOGS, Job, Setup
 from shortllm.retraining.trainer import (
     BEST_METRIC,
     HELD_OUT,
@@ -36,24 +39,14 @@ from shortllm.retraining.trainer import (
     last_state,
     require_loadable,
 )
-from shortllm.retraining.windows import (
-    CachedTeacher,
-    Segmented,
-    Windows,
-    collate,
-    keeps_apart,
-    write_cache,
-)
+from shortllm.retraining.windows import Windows, collate, keeps_apart, segmented
 from shortllm.runtime import progress, quiet_transformers
 from shortllm.surgery.apply import lineage
 
 log = logging.getLogger(__name__)
 
-EVALUATIONS = 10
-"""Evaluations of a training by default; a state is saved at each."""
-
-LOGGED_LOSSES = 100
-"""Points of the training curve."""
+EVALUATIONS, LOGGED_LOSSES = 10, 100
+"""How often a training is evaluated by default, with a state saved each time, and logs its loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,16 +59,12 @@ class Trained:
     data: TrainingData
 
 
-def train(job: Job, *, logs: Path) -> Trained:
-    """Train; an earlier start of the same training that was interrupted is resumed.
-
-    `logs` is the directory of the reporters.
-    """
+def train(job: Job) -> Trained:
+    """Train; an earlier start of the same training that was interrupted is resumed."""
     setup, options = job.setup, job.setup.options
     setup.session.release()
     model = _open_model(setup)
-    apart = setup.packing != "alone" and keeps_apart(model, vocabulary(setup.checkpoint))
-    _check_boundaries(setup, apart)
+    apart = _kept_apart(setup, model)
     windows, held_out = (
         Windows(store, length=setup.length, packing=setup.packing, apart=apart)
         for store in (job.corpus.train, job.corpus.held_out)
@@ -83,9 +72,11 @@ def train(job: Job, *, logs: Path) -> Trained:
     objective = _objective(job, windows)
     set_seed(options.seed)  # adapters start from random values
     model = options.about.function(model, options)
-    _train_in_float32(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # mixed precision casts it where it is used
     states = job.work / "states"
-    evaluation = {name: Segmented(segments.ids) for name, segments in setup.evaluation.items()}
+    evaluation = {name: segmented(segments.ids) for name, segments in setup.evaluation.items()}
     trainer = ObjectiveTrainer(
         model=model,
         args=_arguments(setup, len(windows), states),
@@ -96,7 +87,7 @@ def train(job: Job, *, logs: Path) -> Trained:
         max_minutes=options.max_minutes,
         patience=options.patience,
     )
-    with _reports_in(logs):
+    with _reports_in(job.work / LOGS):
         _run(trainer, states, total_steps(options, len(windows)))
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return Trained(
@@ -106,58 +97,47 @@ def train(job: Job, *, logs: Path) -> Trained:
     )
 
 
-def is_sharded() -> bool:
+def _is_sharded() -> bool:
     """Whether the launcher has requested FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def _open_model(setup: Setup) -> nn.Module:
-    """The model to train, in float32 where its weights are trained, so that small steps count.
+def _open_model(setup: Setup) -> Any:
+    """The model to train; one that will be sharded stays on the CPU.
 
-    Frozen weights are kept in the computation type. A model that will be sharded stays on the CPU.
+    Weights that are trained must be in float32, so that small steps count.
     """
-    sharded = is_sharded()
+    sharded, attention = _is_sharded(), setup.options.attention
+    device = torch.device("cpu") if sharded else setup.session.device
     frozen = setup.options.about.freezes and not sharded
-    model = load_model(
-        setup.checkpoint,
-        device=torch.device("cpu") if sharded else setup.session.device,
-        dtype=setup.dtype if frozen else "float32",
+    model: Any = load_model(
+        setup.checkpoint, device=device, dtype=setup.dtype if frozen else "float32"
     )
-    if setup.options.attention is not None:
-        _set_attention(model, setup.options.attention)
+    if attention is not None:
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            raise ShortLLMError(
+                f"--attention {attention} cannot be used: {str(error).splitlines()[0]}. Leave it "
+                "out, or use eager or sdpa"
+            ) from error
     return model
 
 
-def _set_attention(model: Any, name: str) -> None:
-    try:
-        model.set_attn_implementation(name)
-    except (ValueError, ImportError) as error:
-        raise ShortLLMError(
-            f"--attention {name} cannot be used: {str(error).splitlines()[0]}. Leave it out, or "
-            "use eager or sdpa"
-        ) from error
-
-
-def _train_in_float32(model: nn.Module) -> None:
-    """Keep the trained weights of a low-precision model in float32; mixed precision reads them."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def _check_boundaries(setup: Setup, apart: bool) -> None:
-    """Log that the documents of a window see each other, or refuse it for instructions."""
-    if setup.packing == "alone" or apart:
-        return
+def _kept_apart(setup: Setup, model: nn.Module) -> bool:
+    """Whether the documents of a window do not see each other; needed of packed instructions."""
+    if setup.packing == "alone":
+        return False
+    if keeps_apart(model, vocabulary(setup.checkpoint)):
+        return True
+    kind = setup.checkpoint.model_type
     if setup.packing == "fit":
         raise ShortLLMError(
-            f"--packing: model type '{setup.checkpoint.model_type}' cannot keep the instructions "
-            "of a window apart. Leave --packing out"
+            f"--packing: model type '{kind}' cannot keep the instructions of a window apart. Leave "
+            "--packing out"
         )
-    log.info(
-        "model type '%s' cannot keep the documents of a window apart: each sees those before it",
-        setup.checkpoint.model_type,
-    )
+    log.info("model type '%s' cannot keep documents apart: each sees those before it", kind)
+    return False
 
 
 def _objective(job: Job, windows: Windows) -> Objective:
@@ -168,22 +148,21 @@ def _objective(job: Job, windows: Windows) -> Objective:
     model = load_model(teacher, device=setup.session.device, dtype=setup.dtype)
     model.requires_grad_(False)
     if options.top_k is None:
-        pairs = None
+        pairs = []
         if options.hidden_weight:
             pairs = teacher_blocks(lineage(setup.checkpoint).kept, teacher.block_count)
         return TeacherLoss(model, options.temperature, options.hidden_weight, pairs)
-    place = job.work / "teacher"
+    cache = CachedTeacher(job.work / "teacher")
     with progress("caching the teacher's predictions", len(windows)) as advance:
-        write_cache(
+        cache.write(
             model,
             windows,
-            place,
             k=options.top_k,
             batch=setup.micro_batch,
             ranks=setup.ranks,
             advance=advance,
         )
-    windows.teacher = CachedTeacher(place)
+    windows.predictions = cache.predictions
     return cached_loss
 
 
@@ -192,6 +171,8 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
     options, device, processes = setup.options, setup.session.device.type, setup.ranks.count
     total = total_steps(options, windows)
     every = options.eval_every or max(1, total // EVALUATIONS)
+    constant = options.schedule == "constant"
+    reporters = ["tensorboard"] if find_spec("tensorboard") else []
     arguments = TrainingArguments(
         output_dir=str(states),
         per_device_train_batch_size=setup.micro_batch,
@@ -200,7 +181,7 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
         max_steps=options.max_steps or -1,
         num_train_epochs=options.epochs or 1.0,
         learning_rate=options.learning_rate,
-        lr_scheduler_type=_SCHEDULES[options.schedule or "linear"],
+        lr_scheduler_type="constant_with_warmup" if constant else options.schedule,
         warmup_steps=options.warmup(total),
         weight_decay=options.weight_decay,
         bf16=setup.dtype == "bfloat16",
@@ -220,27 +201,17 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=_reporters(options),
+        report_to=reporters if options.report_to is None else options.report_to,
         disable_tqdm=True,
         seed=options.seed,
     )
     if processes == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU; more need a launcher
-    if processes > 1 and is_sharded():
-        _shard_on_cpus_too(arguments)
-    return arguments
-
-
-def _shard_on_cpus_too(arguments: TrainingArguments) -> None:
-    """Have FSDP between CPU processes: accelerate 1.15 skips it there, but torch can do it."""
-    from accelerate import DistributedType
-
     state = arguments.distributed_state
-    if state.distributed_type == DistributedType.MULTI_CPU:
+    if _is_sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate 1.15 skips FSDP between CPU processes, but torch can do it
         state.distributed_type = DistributedType.MULTI_GPU
-
-
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+    return arguments
 
 
 def total_steps(options: RetrainOptions, windows: int) -> int:
@@ -248,12 +219,6 @@ def total_steps(options: RetrainOptions, windows: int) -> int:
     if options.max_steps is not None:
         return options.max_steps
     return math.ceil((options.epochs or 1.0) * math.ceil(windows / options.batch))
-
-
-def _reporters(options: RetrainOptions) -> list[str]:
-    if options.report_to is not None:
-        return options.report_to
-    return ["tensorboard"] if find_spec("tensorboard") else []
 
 
 def _run(trainer: ObjectiveTrainer, states: Path, steps: int) -> None:
@@ -290,21 +255,20 @@ def _reports_in(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
+        del os.environ[name]
+        if before is not None:
             os.environ[name] = before
 
 
 def _describe(job: Job, windows: Windows, apart: bool) -> TrainingData:
     """What the model was trained on, for the record."""
     setup, corpus, lengths = job.setup, job.corpus, windows.lengths
-    alone = setup.packing == "alone"
+    alone, instructions = setup.packing == "alone", setup.kind == "instructions"
     room = len(lengths) * (int(lengths.max()) if alone else setup.length)
     return TrainingData(
-        source=setup.source.name,
-        kind=setup.source.kind or GENERATED,
-        template=setup.source.template,
+        source=setup.source,
+        kind=setup.kind,
+        template=template_of(setup.tokenizer, setup.options.template) if instructions else None,
         documents=corpus.train.documents,
         held_out=corpus.held_out.documents,
         tokens=corpus.train.tokens,

@@ -11,24 +11,13 @@ flash kernel, from such positions. Whether it can is tried on the model itself (
 Padding is on the right, where earlier positions of a causal model cannot see it, so that no batch
 needs a padding mask.
 
-What a teacher predicts at every target can be kept on disk, so that the teacher need not stay in
-memory: its k likeliest tokens, 6 bytes each, `WINDOWS_PER_FILE` windows in one Arrow file. A file
-is complete or absent: an interrupted pass continues after the files it wrote, and several processes
-each write their share. One row per window:
-
-    ids         list of int32 [k]     in the order of the window's targets
-    log_probs   list of float16 [k]
-
-B windows, T tokens, N targets, V vocabulary.
+B windows, T tokens, N targets.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,48 +26,32 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from shortllm.files import PARTIAL, translate_os_errors
-from shortllm.retraining.store import Store
-from shortllm.runtime import Ranks
+from shortllm.retraining.corpus import Store
 
 Packing = Literal["stream", "fit", "alone"]
 
 NO_TARGET = -100
 """Label of a token without a loss."""
 
-WINDOWS_PER_FILE = 64
-"""Windows whose cached predictions are in one file."""
-
 OPEN_WINDOWS = 64
 """Windows that `fit` tries to fill at a time."""
 
 PROBE_TOKENS = 8
-PROBE_TOLERANCE = {torch.float32: 1e-3}
-LOW_PRECISION_PROBE_TOLERANCE = 3e-2
-"""Largest difference of a document's logits alone and after another, relative to the largest."""
+
+PROBE_TOLERANCES = 1e-3, 3e-2
+"""Largest difference of a document's logits alone and after another, relative to the largest: in
+float32, and in a lower precision."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
     """The windows of a store, in a fixed order."""
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        length: int,
-        packing: Packing,
-        apart: bool,
-        teacher: CachedTeacher | None = None,
-    ) -> None:
+    def __init__(self, store: Store, *, length: int, packing: Packing, apart: bool) -> None:
         self._store = store
         self._apart = apart
-        self.teacher = teacher
-        if packing == "stream":
-            self._spans = _stream(store, length)
-        elif packing == "fit":
-            self._spans = _fit(store, length)
-        else:
-            self._spans = [[document] for document in _wholes(store)]
+        self._spans = _PACKINGS[packing](store, length)
+        self.predictions: Callable[[int], dict[str, Tensor]] | None = None
+        """What else belongs to a window, by its number: a teacher's cached predictions."""
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -90,45 +63,28 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, window: int) -> dict[str, Tensor]:
         """`input_ids`, `labels` and, where documents are kept apart, `position_ids`, each `[T]`."""
-        parts = [self._part(start, stop) for start, stop in self._spans[window]]
-        item = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        item["labels"][0] = NO_TARGET
-        return item if self.teacher is None else {**item, **self.teacher.of(window)}
-
-    def _part(self, start: int, stop: int) -> dict[str, Tensor]:
-        """A run of tokens of the store, its documents kept apart or not."""
         starts, prompts = self._store.starts, self._store.prompts
-        ids = torch.from_numpy(self._store.ids(start, stop))
-        labels = ids.clone()
-        positions = torch.arange(stop - start)
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        for document in range(first, len(prompts)):
-            begin = int(starts[document]) - start
-            if begin >= stop - start:
-                break
-            first_target = begin + int(prompts[document])
-            labels[max(begin, 0) : max(first_target, 0)] = NO_TARGET
-            if self._apart and begin >= 0:
-                positions[begin:] = torch.arange(stop - start - begin)
-                labels[begin] = NO_TARGET
-        if not self._apart:
-            return {"input_ids": ids, "labels": labels}
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+        place_T = np.concatenate([np.arange(start, stop) for start, stop in self._spans[window]])
+        document_T = np.searchsorted(starts, place_T, side="right") - 1
+        within_T = place_T - starts[document_T]
+        ids_T = np.asarray(self._store.ids[place_T], dtype=np.int64)
+        context_T = within_T < prompts[document_T]
+        context_T[0] = True
+        if self._apart:
+            context_T |= within_T == 0
+        item = {"input_ids": ids_T, "labels": np.where(context_T, NO_TARGET, ids_T)}
+        if self._apart:  # of a document that began earlier, the window's first token is at 0
+            item["position_ids"] = np.minimum(within_T, np.arange(len(place_T)))
+        tensors = {name: torch.from_numpy(values) for name, values in item.items()}
+        return tensors if self.predictions is None else {**tensors, **self.predictions(window)}
 
 
-class Segmented(Dataset[dict[str, Tensor]]):
-    """Windows to evaluate on, `[windows, length]`, as a data set."""
-
-    def __init__(self, ids_ST: Tensor) -> None:
-        self._ids = ids_ST
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, segment: int) -> dict[str, Tensor]:
-        labels = self._ids[segment].clone()
-        labels[0] = NO_TARGET
-        return {"input_ids": self._ids[segment], "labels": labels}
+def segmented(ids_ST: Tensor) -> list[dict[str, Tensor]]:
+    """Segments to evaluate on, each a window."""
+    labels_ST = ids_ST.clone()
+    labels_ST[:, 0] = NO_TARGET
+    pairs = zip(ids_ST, labels_ST, strict=True)
+    return [{"input_ids": ids_T, "labels": labels_T} for ids_T, labels_T in pairs]
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -136,22 +92,25 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     Cached predictions are concatenated, in the order of the targets.
     """
-    longest = max(len(item["input_ids"]) for item in items)
-    batch = {}
+    lengths = [len(item["input_ids"]) for item in items]
+    batch = {"tokens": torch.tensor(lengths)}
     for name in items[0]:
-        if name == "input_ids" or name == "labels" or name == "position_ids":
-            batch[name] = torch.stack([_padded(item[name], name, longest) for item in items])
+        values = [item[name] for item in items]
+        if name in PADDING:
+            rests = [max(lengths) - length for length in lengths]
+            padded = zip(values, rests, strict=True)
+            batch[name] = torch.stack([torch.cat([v, PADDING[name](rest)]) for v, rest in padded])
         else:
-            batch[name] = torch.cat([item[name] for item in items])
-    batch["tokens"] = torch.tensor([len(item["input_ids"]) for item in items])
+            batch[name] = torch.cat(values)
     return batch
 
 
-def _padded(values: Tensor, name: str, longest: int) -> Tensor:
-    rest = longest - len(values)
-    if name == "position_ids":
-        return torch.cat([values, torch.arange(rest)])
-    return F.pad(values, (0, rest), value=NO_TARGET if name == "labels" else 0)
+PADDING: dict[str, Callable[[int], Tensor]] = {
+    "input_ids": lambda rest: torch.zeros(rest, dtype=torch.int64),
+    "labels": lambda rest: torch.full((rest,), NO_TARGET),
+    "position_ids": torch.arange,
+}
+"""The padding at the end of a window, up to the length of the longest one of its batch."""
 
 
 Spans = list[list[tuple[int, int]]]
@@ -160,20 +119,20 @@ Spans = list[list[tuple[int, int]]]
 
 def _stream(store: Store, length: int) -> Spans:
     total = store.tokens
-    spans = [[(start, min(start + length, total))] for start in range(0, total, length)]
-    return [span for span in spans if span[0][1] - span[0][0] > 1]  # one token predicts nothing
+    starts = range(0, total - 1, length)  # one token predicts nothing
+    return [[(start, min(start + length, total))] for start in starts]
 
 
-def _wholes(store: Store) -> list[tuple[int, int]]:
+def _alone(store: Store, length: int) -> Spans:
     starts = store.starts.tolist()
-    return list(zip(starts, starts[1:], strict=False))
+    return [[span] for span in zip(starts, starts[1:], strict=False)]
 
 
 def _fit(store: Store, length: int) -> Spans:
     """Each document into the first open window with room for it."""
     windows: Spans = []
     opened: list[tuple[int, int]] = []  # number of a window, and its room
-    for start, stop in _wholes(store):
+    for [(start, stop)] in _alone(store, length):
         size = stop - start
         place = next((i for i, (_, room) in enumerate(opened) if room >= size), None)
         if place is None:
@@ -186,6 +145,9 @@ def _fit(store: Store, length: int) -> Spans:
             windows[number].append((start, stop))
             opened[place] = (number, room - size)
     return windows
+
+
+_PACKINGS = {"stream": _stream, "fit": _fit, "alone": _alone}
 
 
 @torch.no_grad()
@@ -202,123 +164,17 @@ def keeps_apart(model: nn.Module, vocabulary: int) -> bool:
     was_training = model.training
     model.eval()
     try:
-        alone = _logits(model, ids[:, PROBE_TOKENS:])
-        both = _logits(model, ids, position_ids=positions)[:, PROBE_TOKENS:]
+        alone = model(ids[:, PROBE_TOKENS:], use_cache=False).logits
+        both = model(ids, position_ids=positions, use_cache=False).logits[:, PROBE_TOKENS:]
     except TypeError:  # the model's forward takes no positions
         return False
     finally:
         model.train(was_training)
     difference = (both - alone).abs().max() / alone.abs().max().clamp_min(1e-30)
-    return bool(difference <= PROBE_TOLERANCE.get(alone.dtype, LOW_PRECISION_PROBE_TOLERANCE))
-
-
-def _logits(model: nn.Module, ids: Tensor, **positions: Any) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False, **positions).logits
-    return logits
-
-
-class CachedTeacher:
-    """Reads what `write_cache` wrote, window by window."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._open = lru_cache(maxsize=16)(_open)
-
-    def of(self, window: int) -> dict[str, Tensor]:
-        """`teacher_ids` and `teacher_log_probs`, `[N, k]`, in the order of the targets."""
-        number, place = divmod(window, WINDOWS_PER_FILE)
-        table = self._open(_file(self._directory, number))
-        found = {}
-        for name in ("ids", "log_probs"):
-            kept_NK = table.column(name)[place].values
-            flat = kept_NK.flatten().to_numpy()
-            found[f"teacher_{name}"] = torch.tensor(flat).view(-1, kept_NK.type.list_size)
-        return found
-
-
-def _open(path: Path) -> Any:
-    """A file of cached predictions, memory-mapped."""
-    import pyarrow as pa
-
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-@torch.no_grad()
-def write_cache(
-    teacher: nn.Module,
-    windows: Windows,
-    directory: Path,
-    *,
-    k: int,
-    batch: int,
-    ranks: Ranks,
-    advance: Callable[[float], None],
-) -> None:
-    """Run the teacher over all windows, and keep its predictions; files that exist are kept.
-
-    `batch` windows go through the teacher at a time; `advance` is called with the number of windows
-    done since its last call.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    count = -(-len(windows) // WINDOWS_PER_FILE)
-    for number in range(ranks.rank, count, ranks.count):
-        span = range(number * WINDOWS_PER_FILE, min((number + 1) * WINDOWS_PER_FILE, len(windows)))
-        if not _file(directory, number).exists():
-            _write_file(_file(directory, number), teacher, windows, span, k, batch)
-        advance(len(span) * ranks.count)
-    ranks.wait()
-
-
-def _write_file(
-    path: Path, teacher: nn.Module, windows: Windows, span: range, k: int, batch: int
-) -> None:
-    import pyarrow as pa
-
-    ids, log_probs, first = [], [], [0]
-    for start in range(span.start, span.stop, batch):
-        items = [windows[window] for window in range(start, min(start + batch, span.stop))]
-        kept_NK, log_NK, counts = _likeliest(teacher, collate(items), k)
-        ids.append(kept_NK)
-        log_probs.append(log_NK)
-        for count in counts:
-            first.append(first[-1] + count)
-
-    def by_window(parts: list[Tensor]) -> pa.ListArray:
-        all_NK = torch.cat(parts)
-        flat = pa.array(all_NK.flatten().numpy())
-        return pa.ListArray.from_arrays(
-            pa.array(first, pa.int32()), pa.FixedSizeListArray.from_arrays(flat, all_NK.shape[1])
-        )
-
-    table = pa.table({"ids": by_window(ids), "log_probs": by_window(log_probs)})
-    with translate_os_errors(path.parent):
-        partial = path.with_name(path.name + PARTIAL)
-        with open(partial, "wb") as stream, pa.ipc.new_file(stream, table.schema) as file:
-            file.write_table(table)
-        os.replace(partial, path)
-
-
-def _likeliest(
-    teacher: nn.Module, batch: dict[str, Tensor], k: int
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Ids and log-probabilities `[N, K]` of a batch's targets, and the targets of each window."""
-    device = next(teacher.parameters()).device
-    inputs = {
-        name: batch[name].to(device) for name in ("input_ids", "position_ids") if name in batch
-    }
-    rows_N = target_rows(batch["labels"]).to(device)
-    logits_NV = teacher(**inputs, use_cache=False).logits.flatten(0, 1)[rows_N]
-    log_NV = F.log_softmax(logits_NV.float(), dim=-1)
-    top = log_NV.topk(min(k, log_NV.shape[-1]), dim=-1)
-    counts = (batch["labels"][:, 1:] != NO_TARGET).sum(dim=-1).tolist()
-    return top.indices.int().cpu(), top.values.half().cpu(), counts
+    return bool(difference <= PROBE_TOLERANCES[alone.dtype != torch.float32])
 
 
 def target_rows(labels_BT: Tensor) -> Tensor:
     """Of all positions of a batch, flattened, those whose next token has a loss; int64 `[N]`."""
     next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=NO_TARGET)
     return next_BT.flatten().ne(NO_TARGET).nonzero().squeeze(-1)
-
-
-def _file(directory: Path, number: int) -> Path:
-    return directory / f"{number:06d}.arrow"

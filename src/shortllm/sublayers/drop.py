@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import TensorEntry
+from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.texts import calibrate
-from shortllm.errors import BudgetError, CriterionError, DataError, UnsupportedModelError
+from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal
 from shortllm.model.session import Session
@@ -41,7 +40,9 @@ from shortllm.surgery.derived import (
     copying,
     derive,
     derived_fingerprint,
+    on_probe,
     require_stored,
+    require_unquantized,
     stored_name,
     verifying,
 )
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.data.calibration import Calibration
+    from shortllm.model.decoder import Decoder
 
 
 @accepts(options=SublayerOptions, runtime=Runtime)
@@ -99,11 +101,7 @@ def drop_from(
     allowed = candidates(options, checkpoint.info())
     if options.criterion is not None and calibration is None:
         raise DataError(f"--criterion {options.criterion} needs text. Give calibration ids")
-    if getattr(checkpoint.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{checkpoint.id} is quantized, so its projections cannot be set to zero. Give the "
-            "unquantized model"
-        )
+    require_unquantized(checkpoint, "its projections cannot be set to zero")
     seen = calibration if options.criterion is not None else None
     expected = derived_fingerprint(
         checkpoint,
@@ -114,8 +112,8 @@ def drop_from(
     work = target.with_name(f"{target.name}.choosing{PARTIAL}")
 
     def draft() -> Draft:
-        chosen = _choose(checkpoint, options, allowed, seen, session, Journal(work, expected))
-        return _draft(checkpoint, options, chosen, target, seen, session)
+        journal = Journal(work, expected)
+        return _draft(checkpoint, options, allowed, target, seen, session, journal)
 
     record = derive(
         SublayerDrop, target, checkpoint, draft, expected=expected, needed_bytes=checkpoint.bytes
@@ -168,68 +166,57 @@ def _check_named(options: SublayerOptions, model: ModelInfo, count: int) -> None
         raise BudgetError("every sublayer is named. Name fewer: something must remain")
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """What to remove, in order, and where sublayers end."""
-
-    outputs: Outputs
-    dropped: list[DroppedSublayer]
-    intact: float | None = None
-
-
 def _choose(
-    checkpoint: Checkpoint,
+    decoder: Decoder,
+    outputs: Outputs,
     options: SublayerOptions,
     allowed: Sequence[Sublayer],
-    calibration: Calibration | None,
+    ids_BT: Tensor | None,
     session: Session,
     journal: Journal,
-) -> _Chosen:
-    """Find the output projections, and choose by the criterion where there is one."""
-    decoder = session.decoder(checkpoint)
-    outputs = find_sublayers(decoder, sorted({b for b, _ in allowed}))
-    for b, names in outputs.items():
-        for name in names.values():
-            require_stored(checkpoint, b, name, needed_to="set sublayers to zero")
-    if calibration is None:
-        named = [DroppedSublayer(block=b, part=part, value=None) for b, part in allowed]
-        return _Chosen(outputs, named)
+) -> tuple[list[DroppedSublayer], float | None]:
+    """What to remove, in order, and the perplexity of the intact model if it was measured."""
+    if ids_BT is None:
+        return [DroppedSublayer(block=b, part=part, value=None) for b, part in allowed], None
     assert options.remove is not None and options.criterion is not None
     task = Task(
         decoder=decoder,
         outputs=outputs,
         candidates=allowed,
         remove=options.remove,
-        ids_BT=calibration.ids,
+        ids_BT=ids_BT,
         memory=session.memory(),
         journal=journal,
     )
     ranking: Ranking = CRITERIA.get(options.criterion).function(task)
-    scored = [DroppedSublayer(block=b, part=part, value=v) for (b, part), v in ranking.order]
-    _require_finite(scored)
-    return _Chosen(outputs, scored[: options.remove], ranking.intact)
-
-
-def _require_finite(scored: Sequence[DroppedSublayer]) -> None:
-    """Refuse scores that cannot be ranked."""
-    for one in scored:
-        if one.value is not None and not math.isfinite(one.value):
+    for (b, part), value in ranking.order:
+        if not math.isfinite(value):
             raise CriterionError(
-                f"the score of the {one.part} of block {one.block} is {one.value}, which cannot "
-                "be ranked. Try --dtype float32, and look for extreme weights"
+                f"the score of the {part} of block {b} is {value}, which cannot be ranked. Try "
+                "--dtype float32, and look for extreme weights"
             )
+    order = ranking.order[: options.remove]
+    return [DroppedSublayer(block=b, part=part, value=v) for (b, part), v in order], ranking.intact
 
 
 def _draft(
     checkpoint: Checkpoint,
     options: SublayerOptions,
-    chosen: _Chosen,
+    allowed: Sequence[Sublayer],
     target: Path,
     calibration: Calibration | None,
     session: Session,
+    journal: Journal,
 ) -> Draft:
-    """Config, weights and record of the checkpoint without the chosen sublayers."""
-    gone: list[Sublayer] = [(one.block, one.part) for one in chosen.dropped]
+    """Choose, and describe the checkpoint without the chosen sublayers."""
+    decoder = session.decoder(checkpoint)
+    outputs = find_sublayers(decoder, sorted({b for b, _ in allowed}))
+    for b, names in outputs.items():
+        for name in names.values():
+            require_stored(checkpoint, b, name, needed_to="set sublayers to zero")
+    ids_BT = calibration.ids if calibration else None
+    dropped, intact = _choose(decoder, outputs, options, allowed, ids_BT, session, journal)
+    gone: list[Sublayer] = [(one.block, one.part) for one in dropped]
     fixed = checkpoint.info().fixed
     whole = [b for b in whole_blocks(gone) if b not in fixed]
     zeroed = [one for one in gone if one[0] not in whole]
@@ -237,77 +224,43 @@ def _draft(
     config, entries = dict(checkpoint.raw_config), dict(checkpoint.tensors)
     if whole:
         config, entries = check_removal(checkpoint, kept), renumbered_tensors(checkpoint, kept)
-    names = zeroed_names(checkpoint, chosen.outputs, zeroed, kept)
-    logits, cached = _expected(checkpoint, chosen.outputs, zeroed, whole, session)
+    names_zeroed = zeroed_names(checkpoint, outputs, zeroed, kept)
+    with without_sublayers(decoder, outputs, zeroed):
+        logits, cached = on_probe(decoder, whole)
     size = sum(entry.bytes for entry in entries.values())
     record = {
         "criterion": options.criterion,
         "options": options.model_dump(mode="json", exclude={"criterion", "calibration"}),
-        "dropped": chosen.dropped,
-        "intact": chosen.intact,
+        "dropped": dropped,
+        "intact": intact,
         "removed_blocks": whole,
-        "zeroed_parameters": sum(entries[name].elements for name in names),
+        "zeroed_parameters": sum(entries[name].elements for name in names_zeroed),
         "parameters": sum(entry.elements for entry in entries.values()),
         "bytes": size,
         "calibration": calibration.info.tokens_fingerprint if calibration else None,
         "dtype": session.dtype(checkpoint),
     }
-    provenance = provenance_of(
-        checkpoint,
-        whole,
-        criterion=options.criterion,
-        sublayers={part: sorted(b for b, other in gone if other == part) for part in PARTS},
-    )
-    zeros = {name: entries[name] for name in names}
+    parts = {part: sorted(b for b, other in gone if other == part) for part in PARTS}
     return Draft(
         record=record,
         config=config,
-        provenance=provenance,
+        provenance=provenance_of(checkpoint, whole, criterion=options.criterion, sublayers=parts),
         bytes=size,
-        write=copying(entries, lambda directory: _zeros(directory, zeros)),
+        write=copying(
+            entries, ((name, read_tensor(entries[name]).zero_()) for name in names_zeroed)
+        ),
         verify=verifying(target, session, logits, cached=cached),
     )
-
-
-def _expected(
-    checkpoint: Checkpoint,
-    outputs: Outputs,
-    zeroed: Sequence[Sublayer],
-    whole: Sequence[int],
-    session: Session,
-) -> tuple[Tensor, bool]:
-    """What the result must compute, and whether it must with a cache too.
-
-    A function of its own, so that the source is released before the result is loaded.
-    """
-    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
-
-    decoder = session.decoder(checkpoint)
-    with without_sublayers(decoder, outputs, zeroed):
-        logits = bypass_logits(decoder, whole)
-    return logits, kv_cache_matches(decoder)
 
 
 def zeroed_names(
     checkpoint: Checkpoint, outputs: Outputs, zeroed: Sequence[Sublayer], kept: Sequence[int]
 ) -> list[str]:
     """The new names of the weights and biases that become zero."""
-    number = {old: new for new, old in enumerate(kept)}
     found = []
     for b, part in zeroed:
         for kind in ("weight", "bias"):
             stored = stored_name(checkpoint, b, f"{outputs[b][part]}.{kind}")
             if stored in checkpoint.tensors:
-                found.append(checkpoint.block_names.renumbered(stored, number[b]))
+                found.append(checkpoint.block_names.renumbered(stored, kept.index(b)))
     return found
-
-
-def _zeros(directory: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors as zeros, all read from one sparse file as long as the largest."""
-    if not entries:
-        return {}
-    directory.mkdir()
-    file = directory / "zeros"
-    with open(file, "wb") as stream:
-        stream.truncate(max(entry.bytes for entry in entries.values()))
-    return {name: replace(entry, file=file, offset=0) for name, entry in entries.items()}

@@ -29,13 +29,7 @@ Outputs = Mapping[int, Mapping[Part, str]]
 
 
 def find_sublayers(decoder: Decoder, blocks: Sequence[int]) -> Outputs:
-    """The output projections of each of `blocks`.
-
-    Raises:
-        UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or whose parts are not simply added to the hidden state; or blocks that cannot be called
-            alone.
-    """
+    """The output projections of each of `blocks`."""
     found = {
         b: dict(zip(PARTS, names, strict=True))
         for b, names in find_outputs(decoder, blocks).items()

@@ -39,13 +39,7 @@ PROVENANCE = "shortllm"
 
 
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
-    """The shortened config.json, after the rules and the structural guard; nothing is written.
-
-    Args:
-        kept: kept block numbers, ascending.
-    Raises:
-        UnsupportedModelError: removing these blocks would give a wrong model.
-    """
+    """The shortened config.json, after the rules and the structural guard; nothing is written."""
     refuse_type(checkpoint.config)
     names = checkpoint.block_names
     refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
@@ -121,19 +115,10 @@ class Lineage:
 
 
 def lineage(checkpoint: Checkpoint) -> Lineage:
-    """The original model of a checkpoint that was shortened once or several times.
-
-    Raises:
-        CheckpointError: its config.json does not say, or contradicts its number of blocks.
-    """
-    entry = checkpoint.raw_config.get(PROVENANCE)
-    if not isinstance(entry, dict) or "removed_blocks" not in entry:
-        raise CheckpointError(
-            f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
-            f"no removed blocks under '{PROVENANCE}'"
-        )
-    removals: list[tuple[int, set[int]]] = []
-    parent: Any = entry
+    """The original model of a checkpoint that was shortened once or several times."""
+    removals: list[tuple[int, list[int]]] = []
+    entry: dict[str, Any] = {}
+    parent = checkpoint.raw_config.get(PROVENANCE)
     while isinstance(parent, dict) and "removed_blocks" in parent:
         entry = parent
         count, removed = entry.get("source_blocks"), entry["removed_blocks"]
@@ -141,22 +126,23 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
             raise CheckpointError(
                 f"{checkpoint.id}: the list of removed blocks in its config.json is damaged"
             )
-        removals.append((count, {block for block in removed if isinstance(block, int)}))
+        removals.append((count, removed))
         parent = entry.get("parent")
+    if not removals:
+        raise CheckpointError(
+            f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
+            f"no removed blocks under '{PROVENANCE}'"
+        )
     kept = list(range(removals[-1][0]))
-    for _, gone in reversed(removals):
-        kept = [block for place, block in enumerate(kept) if place not in gone]
+    for _, removed in reversed(removals):
+        kept = [block for place, block in enumerate(kept) if place not in removed]
     if len(kept) != checkpoint.block_count:
         raise CheckpointError(
             f"{checkpoint.id} has {checkpoint.block_count} blocks, but by the removed blocks in "
             f"its config.json it must have {len(kept)}"
         )
-    return Lineage(
-        source=str(entry.get("source")),
-        revision=entry.get("revision"),
-        blocks=removals[-1][0],
-        kept=kept,
-    )
+    source, revision = str(entry.get("source")), entry.get("revision")
+    return Lineage(source=source, revision=revision, blocks=removals[-1][0], kept=kept)
 
 
 def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
@@ -219,15 +205,10 @@ def _contains_output(directory: Path) -> bool:
 
 
 def carried_fingerprint(source: Path, *, without: Collection[str] = ()) -> str:
-    """sha256 over names and contents of the files that a new checkpoint copies.
-
-    Args:
-        without: names of files that do not count.
-    """
+    """sha256 over names and contents of the files that a new checkpoint copies, but for some."""
     digest = hashlib.sha256()
     for name in carried_files(source):
-        if str(name) in without:
-            continue
-        content = hashlib.sha256((source / name).read_bytes()).hexdigest()
-        digest.update(f"{content} {name.as_posix()}\n".encode())
+        if str(name) not in without:
+            content = hashlib.sha256((source / name).read_bytes()).hexdigest()
+            digest.update(f"{content} {name.as_posix()}\n".encode())
     return digest.hexdigest()

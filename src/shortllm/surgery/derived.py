@@ -11,7 +11,6 @@ else in the way is an error.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -22,8 +21,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import SAFETENSORS, TensorEntry, read_json, read_tensor_table
+from shortllm.checkpoint.tensors import (
+    SAFETENSORS,
+    TensorEntry,
+    read_json,
+    read_tensor_table,
+    write_json,
+)
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
@@ -35,6 +41,7 @@ from shortllm.surgery.apply import PROVENANCE, carried_files, carried_fingerprin
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
+    from shortllm.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +102,6 @@ def derive(
         expected: see `derived_fingerprint`.
         source: another checkpoint that must not be overwritten.
         needed_bytes: about how much will be written, where that is known before the work.
-    Raises:
-        OutputError: the target contains something else or cannot be written.
     """
     for one in (checkpoint, source or checkpoint):
         require_apart(one.directory, target)
@@ -123,12 +128,7 @@ def derive(
 def derived_fingerprint(
     checkpoint: Checkpoint, *, calibration: Calibration | None, session: Session, **choices: Any
 ) -> str:
-    """The fingerprint of everything that a derived checkpoint depends on.
-
-    Args:
-        calibration: the tokens that the stage looks at, if any.
-        choices: the options of the stage, under its name, and what else the result depends on.
-    """
+    """The fingerprint of what a derived checkpoint depends on; `choices` are the stage's own."""
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
@@ -142,11 +142,7 @@ def derived_fingerprint(
 
 
 def require_free(target: Path, record: str) -> None:
-    """Refuse a target that contains anything but an earlier result of the same stage.
-
-    Args:
-        record: the file that an earlier result contains.
-    """
+    """Refuse a target that contains anything but an earlier result, which contains `record`."""
     if target.is_file():
         raise OutputError(f"--out {target} is a file. Give a directory")
     if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
@@ -172,11 +168,9 @@ def _write(
     record: Mapping[str, Any],
 ) -> None:
     """Copy the other files, write weights and config, verify, save the record, rename."""
-    left = {*RECORDS, *draft.leave}
-    carried = [
-        file for file in carried_files(checkpoint.directory, target) if file.parts[0] not in left
-    ]
-    needed = draft.bytes + sum((checkpoint.directory / file).stat().st_size for file in carried)
+    source, left = checkpoint.directory, {*RECORDS, *draft.leave}
+    carried = [file for file in carried_files(source, target) if file.parts[0] not in left]
+    needed = draft.bytes + sum((source / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
     provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
     if "parent" in provenance:
@@ -187,13 +181,12 @@ def _write(
     ):
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, directory / name)
+            shutil.copyfile(source / name, directory / name)
         write_special_tokens(checkpoint, directory)
         draft.write(directory, advance)
         more, entries = draft.finish(directory) if draft.finish is not None else ({}, {})
         config = {**draft.config, **entries, PROVENANCE: provenance}
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
+        write_json(directory / "config.json", config)
         draft.verify(directory)
         kind.model_validate({**record, **more}).save(directory / kind.FILE)
 
@@ -224,15 +217,35 @@ def copying(
     return write
 
 
+def on_probe(decoder: Decoder, removed: Collection[int] = ()) -> tuple[Tensor, bool]:
+    """The logits that a result must have on the probe, and whether with a cache too."""
+    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
+
+    return bypass_logits(decoder, removed), kv_cache_matches(decoder)
+
+
+def require_unquantized(checkpoint: Checkpoint, so: str) -> None:
+    """Refuse a quantized checkpoint; `so` says what follows, e.g. `its rows cannot be cut`."""
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.id} is quantized, so {so}. Give the unquantized model"
+        )
+
+
+def require_text_model(checkpoint: Checkpoint, aim: str) -> None:
+    """Refuse a model with towers for images; `aim` says for what, e.g. `be quantized`."""
+    config = checkpoint.config
+    if text_config(config) is not config:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' has other towers around its text decoder, and only "
+            f"plain text models can {aim}"
+        )
+
+
 def verifying(
     target: Path, session: Session, logits: Tensor, *, cached: bool
 ) -> Callable[[Path], None]:
-    """A `Draft.verify` that loads the written checkpoint and compares what it computes.
-
-    Args:
-        logits: what it must compute on the probe, see `bypass_logits`.
-        cached: whether it must compute the same with a cache.
-    """
+    """A `Draft.verify` that loads the written checkpoint and compares its logits on the probe."""
 
     def verify(written: Path) -> None:
         from shortllm.surgery.verify import verify_shortened
@@ -270,11 +283,7 @@ def stored_name(checkpoint: Checkpoint, b: int, name: str) -> str:
 
 
 def require_stored(checkpoint: Checkpoint, b: int, name: str, *, needed_to: str) -> TensorEntry:
-    """The stored weights of the projection `name` of block `b`.
-
-    Args:
-        needed_to: what cannot be done without them, e.g. `cut them`.
-    """
+    """The stored weights of the projection `name` of block `b`, needed e.g. to `cut them`."""
     stored = stored_name(checkpoint, b, f"{name}.weight")
     entry = checkpoint.tensors.get(stored)
     if entry is None:

@@ -10,7 +10,7 @@ stay correct. Where no rule applies, the verdict is "unknown".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,15 +24,15 @@ from shortllm.records import Record
 from shortllm.runtime import Trust
 
 Target = Literal["gguf", "vllm"]
-
 Verdict = Literal["ok", "wrong", "unknown"]
 
 NAMES: dict[Target, str] = {"gguf": "llama.cpp (GGUF)", "vllm": "vLLM"}
 """Target -> its name in messages."""
 
 PERIODS_HELP = "Plan again with --period-aligned, so that only whole periods go"
-
 TRANSFORMERS_HELP = "Run it with transformers instead"
+
+ORDINALS = {2: "second", 4: "fourth", 5: "fifth", 6: "sixth"}
 
 ALIKE = {
     "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "qwen2",
@@ -68,7 +68,7 @@ class Pattern:
         if [entry == self.value for entry in entries] == wanted:
             return None
         return Problem(
-            f"it assumes that every {_ordinal(self.period)} block {self.meaning}, and no other; "
+            f"it assumes that every {ORDINALS[self.period]} block {self.meaning}, and no other; "
             f"here {self.field} differs",
             {self.field: list(entries)},
             PERIODS_HELP,
@@ -87,6 +87,10 @@ class Problem:
 Rule = Callable[[Any], Problem | None]
 
 
+def _fields(config: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
+
+
 def _scale_by_count(blocks: int) -> Rule:
     """The program chooses the attention scale by block count, with an exception at `blocks`."""
 
@@ -95,11 +99,10 @@ def _scale_by_count(blocks: int) -> Rule:
         used = config.hidden_size // config.num_attention_heads if count == blocks else head_dim
         if used == config.query_pre_attn_scalar:
             return None
-        fields = ("num_hidden_layers", "query_pre_attn_scalar", "head_dim")
         return Problem(
             f"it scales attention by 1/sqrt({used}) in a model of {count} blocks and does not read "
             "query_pre_attn_scalar",
-            {name: getattr(config, name) for name in fields},
+            _fields(config, "num_hidden_layers", "query_pre_attn_scalar", "head_dim"),
             TRANSFORMERS_HELP,
         )
 
@@ -116,7 +119,7 @@ def _shared_keys_from(block: int) -> Rule:
         return Problem(
             f"it assumes that blocks from {block} on share keys and values; here those from "
             f"{first} on do",
-            {name: getattr(config, name) for name in ("num_hidden_layers", "num_kv_shared_layers")},
+            _fields(config, "num_hidden_layers", "num_kv_shared_layers"),
             f"Remove only blocks from {block} on, or run it with transformers instead",
         )
 
@@ -129,23 +132,19 @@ def _experts_by_step(config: Any) -> Problem | None:
         return None
     return Problem(
         "it reads interleave_moe_layer_step, but moe_layers says which blocks have experts",
-        {name: getattr(config, name) for name in ("interleave_moe_layer_step", "moe_layers")},
+        _fields(config, "interleave_moe_layer_step", "moe_layers"),
         PERIODS_HELP,
     )
 
 
 def _one_window(config: Any) -> Problem | None:
-    if not getattr(config, "use_sliding_window", False):
-        return None
-    if config.max_window_layers == block_count(config):
+    whole = config.max_window_layers == block_count(config)
+    if whole or not getattr(config, "use_sliding_window", False):
         return None
     return Problem(
         "it refuses a sliding window in some but not all blocks: max_window_layers must be "
         "num_hidden_layers",
-        {
-            name: getattr(config, name)
-            for name in ("max_window_layers", "num_hidden_layers", "sliding_window")
-        },
+        _fields(config, "max_window_layers", "num_hidden_layers", "sliding_window"),
         TRANSFORMERS_HELP,
     )
 
@@ -156,10 +155,6 @@ def _one_shape(config: Any) -> Problem:
         {"shapes": len({str(shapes) for shapes in getattr(config, SHAPES)})},
         "Make it narrower with --shapes uniform, or load it with shortllm.load",
     )
-
-
-def _ordinal(period: int) -> str:
-    return {2: "second", 4: "fourth", 5: "fifth", 6: "sixth"}.get(period, f"{period}th")
 
 
 def _full_every(period: int) -> Pattern:
@@ -210,47 +205,35 @@ def export_lint(model: str, *, trust: Trust, revision: str | None = None) -> lis
 
 
 def lint_export(checkpoint: Checkpoint) -> list[ExportFinding]:
-    """The verdict of each target on an open checkpoint."""
+    """The verdict of each program on an open checkpoint."""
     return [_lint(checkpoint, target) for target in get_args(Target)]
 
 
 def _lint(checkpoint: Checkpoint, target: Target) -> ExportFinding:
     config = text_config(checkpoint.config)
     rules = BY_TYPE[target].get(config.model_type, [])
-    fields = [rule for field, rule in BY_FIELD[target].items() if hasattr(config, field)]
+    by_field = [rule for field, rule in BY_FIELD[target].items() if hasattr(config, field)]
     try:
-        problems = list(_problems([*rules, *fields], config))
+        problem = next(filter(None, (rule(config) for rule in (*rules, *by_field))), None)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise UnsupportedModelError(
             f"config.json of {checkpoint.id} has a value that does not fit its model type "
             f"'{config.model_type}': {error}. Download it again"
         ) from error
-    for problem in problems:
-        return ExportFinding(
-            target=target,
-            verdict="wrong",
-            reason=f"{NAMES[target]} will not run this model correctly: {problem.reason}",
-            fields=problem.fields,
-            hint=problem.hint,
-        )
-    if rules:
+    verdict: Verdict
+    fields: dict[str, Any] = {}
+    hint = None
+    if problem is not None:
+        verdict, fields, hint = "wrong", problem.fields, problem.hint
+        reason = f"{NAMES[target]} will not run this model correctly: {problem.reason}"
+    elif rules:
+        verdict = "ok"
         reason = f"the blocks follow the pattern that {NAMES[target]} assumes for this type"
-        return ExportFinding(target=target, verdict="ok", reason=reason)
-    if config.model_type in ALIKE and checkpoint.structure.period == 1:
+    elif config.model_type in ALIKE and checkpoint.structure.period == 1:
+        verdict = "ok"
         reason = "all blocks have one structure, and their number is read from the config"
-        return ExportFinding(target=target, verdict="ok", reason=reason)
-    differ = checkpoint.structure.period > 1
-    return ExportFinding(
-        target=target,
-        verdict="unknown",
-        reason=f"no rule says how {NAMES[target]} reads model type '{config.model_type}'"
-        f"{', whose blocks differ by position' if differ else ''}",
-        hint="Compare its output with the output of transformers",
-    )
-
-
-def _problems(rules: list[Rule], config: Any) -> Iterator[Problem]:
-    for rule in rules:
-        problem = rule(config)
-        if problem:
-            yield problem
+    else:
+        verdict, hint = "unknown", "Compare its output with the output of transformers"
+        differ = ", whose blocks differ by position" if checkpoint.structure.period > 1 else ""
+        reason = f"no rule says how {NAMES[target]} reads model type '{config.model_type}'{differ}"
+    return ExportFinding(target=target, verdict=verdict, reason=reason, fields=fields, hint=hint)

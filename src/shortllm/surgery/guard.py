@@ -10,15 +10,20 @@ of other blocks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.shorten_config import period_hint, sliced_axis
-from shortllm.checkpoint.structure import Signature, block_signature, build_empty, same_number
+from shortllm.checkpoint.structure import (
+    Signature,
+    block_signature,
+    build_empty,
+    find_blocks,
+    same_number,
+)
 from shortllm.errors import UnsupportedModelError
 
 REFERENCES = {"kv_shared_layer_index"}
@@ -29,15 +34,7 @@ COVERED = {"store_full_length_kv"}
 
 
 def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None:
-    """Build both configs on the meta device and compare every kept block with its original.
-
-    Args:
-        original: transformers config of the whole model.
-        shortened: transformers config after the rules.
-        kept: original numbers of the kept blocks, ascending.
-    Raises:
-        UnsupportedModelError: naming the block and the attribute that would be wrong.
-    """
+    """Build both configs on the meta device and compare every kept block with its original."""
     before, outside_before = _signatures(original)
     after, outside_after = _signatures(shortened)
     if len(after) != len(kept):
@@ -115,31 +112,23 @@ class Renumbering:
             for places in {1, self.places}
         )
 
-    def same_block(self, before: Any, after: Any) -> bool:
-        """Whether two numbers of another block mean the same one."""
-        return before in self.kept and self.kept.index(before) == after
-
 
 def difference(
     original: Signature, shortened: Signature, block: int, numbers: Renumbering
 ) -> str | None:
-    """The first place where two signatures differ, None if they agree.
+    """The first place where two signatures of block `block` differ, None if they agree.
 
     The block's own number may differ, and lists with one entry per block or of block numbers.
-
-    Args:
-        block: original number of the block.
     """
     for place in {**original, **shortened}:
         before, after = original.get(place, "absent"), shortened.get(place, "absent")
         attribute = place.split(".")[-1]
-        if before == after or attribute in COVERED:
-            continue
-        if isinstance(before, float) and isinstance(after, float) and math.isclose(before, after):
-            continue
-        if attribute in REFERENCES and numbers.same_block(before, after):
-            continue
-        if type(before) is type(after) and numbers.explains(before, after, block):
-            continue
-        return f"{place} is {after!r} instead of {before!r}"
+        if not (
+            before == after
+            or attribute in COVERED
+            or (isinstance(before, float) and isinstance(after, float) and isclose(before, after))
+            or (attribute in REFERENCES and (after, before) in enumerate(numbers.kept))
+            or (type(before) is type(after) and numbers.explains(before, after, block))
+        ):
+            return f"{place} is {after!r} instead of {before!r}"
     return None

@@ -23,7 +23,6 @@ CACHES = ("cache", "past_key_values", "cache_params", "state")
 """Names of the cache in a model's output and arguments, the newest first."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-
 LOW_PRECISION_TOLERANCE = 5e-2
 """Largest difference of two logits relative to the largest logit, by computation type.
 
@@ -46,30 +45,23 @@ def probe_ids(config: Any) -> Tensor:
 
 @torch.no_grad()
 def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
-    """Logits on the probe with the blocks `removed` bypassed, float32 `[2, 24, V]`.
-
-    A streamed decoder leaves out the last token, which predicts nothing: `[2, 23, V]`.
-    """
+    """Logits on the probe without the blocks `removed`, float32 `[2, 24, V]`; streamed 23."""
     ids = probe_ids(decoder.model.config)
     if not decoder.streamed:
         with decoder.without(removed):
             return _logits(decoder.model, ids)
     rows: list[Tensor] = []
-    walk(
-        decoder,
-        ids,
-        [frozenset(removed)],
-        consume=lambda m, logits_NV, first_NV, target_N: rows.append(logits_NV.float().cpu()),
-    )
+
+    def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
+        rows.append(logits_NV.float().cpu())
+
+    walk(decoder, ids, [frozenset(removed)], consume=consume)
     return torch.cat(rows).view(len(ids), -1, decoder.vocabulary)
 
 
 @torch.inference_mode()
 def kv_cache_matches(original: Decoder) -> bool:
-    """Whether the original computes the same with a cache as without (some types never do).
-
-    False for streamed blocks, which are not checked.
-    """
+    """Whether the original computes the same with a cache as without; not for streamed blocks."""
     if original.streamed:
         return False
     ids = probe_ids(original.model.config)
@@ -87,23 +79,13 @@ def kv_cache_matches(original: Decoder) -> bool:
 def verify_shortened(
     name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True
 ) -> None:
-    """Compare a reloaded model with `expected` (see `bypass_logits`), without and with cache.
-
-    Args:
-        cached: whether to compare with a cache too (see `kv_cache_matches`).
-    Raises:
-        CheckpointError: the logits differ, or cached generation differs from generation without.
-    """
+    """Compare a reloaded model with `expected` (see `bypass_logits`), with a cache if `cached`."""
     ids = probe_ids(shortened.model.config)
     plain = bypass_logits(shortened)
     tolerance = _tolerance(shortened)
     columns = min(plain.shape[1], expected.shape[1])
-    _compare(
-        plain[:, :columns],
-        expected[:, :columns],
-        tolerance,
-        f"{name} does not compute what the original without the blocks computes",
-    )
+    wrong = f"{name} does not compute what the original without the blocks computes"
+    _compare(plain[:, :columns], expected[:, :columns], tolerance, wrong)
     if not cached or shortened.streamed:
         return
     try:
@@ -120,10 +102,7 @@ def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
-    """Logits of a forward over all but the last tokens, continued token by token from its cache.
-
-    None where the type has no cache.
-    """
+    """Logits of a forward continued token by token from its cache; None where there is none."""
     ids = ids.to(next(model.parameters()).device)
     start = ids.shape[1] - CACHED_TOKENS
     output = model(input_ids=ids[:, :start], use_cache=True)

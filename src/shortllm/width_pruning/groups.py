@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shortllm.errors import BudgetError
 
@@ -65,11 +65,8 @@ class Sublayer:
         return _totals(values_C, self.unit_of_channel_C, self.units)
 
     def weight_totals(self, value: Callable[[str], Tensor]) -> Tensor:
-        """Values of all weights of each unit, summed, float64 `[U]`.
-
-        Args:
-            value: for a projection's name one value for each of its weights, outputs x inputs.
-        """
+        """Values of all weights of each unit, summed, float64 `[U]`; `value` of a projection's
+        name is one number for each of its weights, outputs x inputs."""
         totals = self.channel_totals(value(self.output).sum(0, dtype=torch.float64))
         for name, units in self.unit_of_row_R.items():
             totals += _totals(value(name).sum(1, dtype=torch.float64), units, self.units)
@@ -138,42 +135,30 @@ def without_units(
     removed: Mapping[int, Removed],
     biases: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[None]:
-    """Within the context, the model computes what it would without the units `removed`.
-
-    What a unit passes to the output projection is set to zero.
-
-    Args:
-        biases: for each block what to add to the outputs of an output projection, by its name.
-    """
+    """Within the context, what the units `removed` pass to output projections is zero, and
+    `biases` are added to what these return."""
     handles: list[Any] = []
+
+    def silence(removed_C: Tensor) -> Callable[..., Any]:
+        return lambda module, args: (args[0].masked_fill(removed_C, 0), *args[1:])
+
+    def add(bias_D: Tensor) -> Callable[..., Tensor]:
+        return lambda module, args, output: output + bias_D.to(output.dtype)
+
     try:
         for b, gone in removed.items():
             added = (biases or {}).get(b, {})
             for sublayer, units in gone.pairs(groups[b]):
                 module = decoder.blocks[b].get_submodule(sublayer.output)
                 mask_C = sublayer.removed_C(units).to(decoder.device)
-                handles.append(module.register_forward_pre_hook(_silence(mask_C)))
+                handles.append(module.register_forward_pre_hook(silence(mask_C)))
                 if sublayer.output in added:
                     bias_D = added[sublayer.output].to(decoder.device)
-                    handles.append(module.register_forward_hook(_add(bias_D)))
+                    handles.append(module.register_forward_hook(add(bias_D)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _silence(removed_C: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any) -> Any:
-        return (args[0].masked_fill(removed_C, 0), *args[1:])
-
-    return hook
-
-
-def _add(bias_D: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + bias_D.to(output.dtype)
-
-    return hook
 
 
 def removed_units(units: int, width: int, ratio: float) -> int:
@@ -188,24 +173,16 @@ def removed_units(units: int, width: int, ratio: float) -> int:
 def removed_counts(
     groups: BlockGroups, ratio: float, neuron_ratio: float | None = None
 ) -> tuple[int, int]:
-    """How many units of attention and how many neurons a ratio removes from a block.
-
-    The channels of attention are those of its keys.
-
-    Args:
-        neuron_ratio: for the neurons, where it is a different one.
-    Raises:
-        BudgetError: it removes none or all; the message names ratios that work.
-    """
+    """How many units of attention and how many neurons a ratio removes from a block."""
     heads, neurons = groups.attention.units, groups.mlp.units
     of_neurons = ratio if neuron_ratio is None else neuron_ratio
     gone = removed_units(heads, groups.head_dim, ratio), removed_units(neurons, 1, of_neurons)
     if 0 < gone[0] < heads and 0 < gone[1] < neurons:
         return gone
     kind = "heads" if groups.query_heads == 1 else f"kv heads (of {groups.query_heads} query heads)"
-    named = ", ".join(
+    named = ", ".join(  # at most eight, from one head to all but one
         f"{share / heads:.3g} ({share} of {heads} heads)"
-        for share in _spread(heads)
+        for share in range(1, heads, max(1, (heads - 1) // 7))
         if removed_units(heads, groups.head_dim, float(f"{share / heads:.3g}")) == share
     )
     raise BudgetError(
@@ -214,20 +191,11 @@ def removed_counts(
     )
 
 
-def _spread(heads: int) -> list[int]:
-    """At most eight possible numbers of removed heads, from one to all but one."""
-    step = max(1, (heads - 1) // 7)
-    return list(range(1, heads, step))
-
-
 def unit_parameters(sublayer: Sublayer, width: int) -> int:
     """Weights that one unit frees: its rows of the inputs, its columns of the output.
 
     For a head of llama with its share of the keys and values `head_dim*hidden*(2 + 2/group)` per
     query head, for a neuron `3*hidden`.
-
-    Args:
-        width: of the hidden state.
     """
     rows = sum(len(units) for units in sublayer.unit_of_row_R.values()) // sublayer.units
     return (rows + sublayer.unit_width) * width
@@ -240,12 +208,6 @@ def options_to_remove(
 
     Heads get the ratio nearest to the share of both. A head has many parameters, so neurons make
     up the difference. A method that ranks all blocks in one list gets the share itself.
-
-    Args:
-        options: with every default filled in.
-        groups: of the blocks to make narrower.
-    Raises:
-        BudgetError: these blocks cannot lose that many parameters.
     """
     total = sum(
         unit_parameters(sublayer, block.width) * sublayer.units

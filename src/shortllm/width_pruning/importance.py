@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.model.decoder import Decoder
-from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
-from shortllm.runtime import Advance, progress
+from shortllm.model.hidden_states import SampleGroups, block_flops
+from shortllm.runtime import progress
 from shortllm.width_pruning.groups import (
     BlockGroups,
     Removed,
@@ -75,75 +75,55 @@ Decide = Callable[[int, BlockStats], Removed | None]
 
 
 @torch.no_grad()
-def walk_narrowing(
-    decoder: Decoder,
-    ids_BT: Tensor,
-    groups: Mapping[int, BlockGroups],
-    decide: Decide,
-    *,
-    sequential: bool,
-    memory: StreamMemory,
-    advance: Advance = lambda work: None,
-) -> None:
+def watch_inputs(task: Task, decide: Decide, *, sequential: bool) -> None:
     """Take all samples through the blocks in order, and decide at each what to remove from it.
 
     Args:
-        groups: of the blocks to decide on.
         decide: called as `decide(b, stats)` while the weights of block `b` are there; returns
             what to remove from it.
         sequential: later blocks see the outputs of the narrower block; otherwise those of the
             intact one, and what `decide` returns has no effect.
-    Raises:
-        UnsupportedModelError: the blocks cannot be called one by one.
     """
-    samples = SampleGroups(decoder, ids_BT, memory)
+    decoder, groups, ids_BT = task.decoder, task.groups, task.ids()
+    samples = SampleGroups(decoder, ids_BT, task.memory)
     stream_BTD = samples.entering()
+    passes = [*range(decoder.block_count), *(groups if sequential else ())]
+    work = sum(block_flops(decoder, b) for b in passes) * ids_BT.numel()
+    with progress("inputs of heads and neurons", work) as advance:
 
-    def through(b: int, *, keep: bool) -> None:
-        samples.apply(b, stream_BTD, keep=keep)
-        advance(block_flops(decoder, b) * ids_BT.numel())
+        def through(b: int, *, keep: bool) -> None:
+            samples.apply(b, stream_BTD, keep=keep)
+            advance(block_flops(decoder, b) * ids_BT.numel())
 
-    for b in decoder.through(range(decoder.block_count)):
-        if b not in groups:
-            through(b, keep=True)
-            continue
-        with _watched(decoder.blocks[b], groups[b]) as stats:
-            through(b, keep=not sequential)
-        gone = decide(b, stats)
-        if sequential:
-            with without_units(decoder, groups, {b: gone}) if gone else nullcontext():
+        for b in decoder.through(range(decoder.block_count)):
+            if b not in groups:
                 through(b, keep=True)
-
-
-def walk_narrowing_flops(
-    decoder: Decoder, groups: Mapping[int, BlockGroups], tokens: int, *, sequential: bool
-) -> float:
-    """Floating-point operations of `walk_narrowing`, as its `advance` counts them."""
-    blocks = [*range(decoder.block_count), *(groups if sequential else ())]
-    return sum(block_flops(decoder, b) for b in blocks) * tokens
+                continue
+            with _watched(decoder.blocks[b], groups[b]) as stats:
+                through(b, keep=not sequential)
+            gone = decide(b, stats)
+            if sequential:
+                with without_units(decoder, groups, {b: gone}) if gone else nullcontext():
+                    through(b, keep=True)
 
 
 @contextmanager
 def _watched(block: nn.Module, groups: BlockGroups) -> Iterator[BlockStats]:
     """Within the context, gather the inputs of both output projections."""
-    stats: BlockStats = {}
-    handles = []
-    for sublayer in groups.sublayers:
-        seen = stats[sublayer.output] = ActivationStats()
-        module = block.get_submodule(sublayer.output)
-        handles.append(module.register_forward_pre_hook(_gather(seen)))
+    stats = {sublayer.output: ActivationStats() for sublayer in groups.sublayers}
+
+    def gather(seen: ActivationStats) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: seen.add(args[0])
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(gather(seen))
+        for name, seen in stats.items()
+    ]
     try:
         yield stats
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _gather(stats: ActivationStats) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        stats.add(args[0])
-
-    return hook
 
 
 Rule = Callable[[Tensor, Sublayer, "ActivationStats"], Tensor]
@@ -162,17 +142,6 @@ def block_importance(
     return BlockImportance(*found)
 
 
-def watch_inputs(task: Task, decide: Decide, *, sequential: bool) -> None:
-    """Run `walk_narrowing` on the calibration text of a task, with a progress bar."""
-    decoder, groups, ids_BT = task.decoder, task.groups, task.ids()
-    work = walk_narrowing_flops(decoder, groups, ids_BT.numel(), sequential=sequential)
-    with progress("inputs of heads and neurons", work) as advance:
-        walk_narrowing(
-            decoder, ids_BT, groups, decide,
-            sequential=sequential, memory=task.memory, advance=advance,
-        )  # fmt: skip
-
-
 def choose_per_block(importance: BlockImportance, counts: tuple[int, int], block: int) -> Removed:
     """A block's own lowest heads and neurons; of equal ones the first."""
     _require_finite(importance, block)
@@ -189,11 +158,8 @@ def choose_from_list(
 ) -> dict[int, Removed]:
     """The lowest of all heads and neurons in one list, until that part of their parameters is gone.
 
-    Each counts with the parameters it frees; the number of units whose parameters come nearest to
-    the ratio is removed. The best head and the best neuron of every block stay.
-
-    Raises:
-        BudgetError: nothing would be removed, or more than possible.
+    Each counts with the parameters it frees, and the number that comes nearest to the ratio is
+    removed. The best head and the best neuron of every block stay.
     """
     entries: list[tuple[float, int, bool, int, int]] = []
     total = 0
@@ -221,14 +187,10 @@ def choose_from_list(
             f"one unit must go, and one of each in every block stays. Give {least:.2g} to "
             f"{most:.2g}"
         )
-    chosen = entries[:count]
-    return {
-        b: Removed(
-            sorted(unit for _, block, is_head, unit, _ in chosen if block == b and is_head),
-            sorted(unit for _, block, is_head, unit, _ in chosen if block == b and not is_head),
-        )
-        for b in importance
-    }
+    removed = {b: Removed([], []) for b in importance}
+    for _, b, is_head, unit, _ in sorted(entries[:count], key=lambda entry: entry[3]):
+        (removed[b].heads if is_head else removed[b].neurons).append(unit)
+    return removed
 
 
 def _require_finite(importance: BlockImportance, block: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.config import block_shapes, text_config
+from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.texts import calibrate
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
@@ -27,6 +27,9 @@ from shortllm.surgery.derived import (
     copying,
     derive,
     derived_fingerprint,
+    on_probe,
+    require_text_model,
+    require_unquantized,
     stored_name,
     verifying,
 )
@@ -97,26 +100,21 @@ def width_from(
     options = resolve(options, checkpoint.block_count)
     if options.needs_text and calibration is None:
         raise DataError(f"--method {options.method} needs text. Give calibration ids")
-    _refuse_kinds(checkpoint)
+    require_text_model(checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`")
+    require_unquantized(checkpoint, "rows and columns cannot be cut out of it")
     seen = calibration if options.needs_text else None
     expected = derived_fingerprint(
         checkpoint, calibration=seen, session=session, width=_choices(options)
     )
-    return derive(
-        WidthPruning,
-        target,
-        checkpoint,
-        lambda: _draft(checkpoint, options, target, seen, session),
-        expected=expected,
-    )
+
+    def draft() -> Draft:
+        return _draft(checkpoint, options, target, seen, session)
+
+    return derive(WidthPruning, target, checkpoint, draft, expected=expected)
 
 
 def resolve(options: WidthOptions, blocks: int) -> WidthOptions:
-    """The same options with every default filled in, for a model of this many blocks.
-
-    Raises:
-        ShortLLMError: blocks that the model lacks, or too few of them for uniform shapes.
-    """
+    """The same options with every default filled in, for a model of this many blocks."""
     method = METHODS.get(options.method)
     start, end = options.start, options.end
     if start is None:
@@ -147,21 +145,6 @@ def _choices(options: WidthOptions) -> dict[str, Any]:
     return chosen if options.needs_text else {**chosen, "seed": options.calibration.seed}
 
 
-def _refuse_kinds(checkpoint: Checkpoint) -> None:
-    """Refuse models with towers for images, and quantized ones."""
-    config = checkpoint.config
-    if text_config(config) is not config:
-        raise UnsupportedModelError(
-            f"model type '{config.model_type}' has other towers around its text decoder, and only "
-            "plain text models can be made narrower. Remove whole blocks with `shortllm prune`"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{checkpoint.id} is quantized, so rows and columns cannot be cut out of it. Give the "
-            "unquantized model"
-        )
-
-
 def _draft(
     checkpoint: Checkpoint,
     options: WidthOptions,
@@ -170,8 +153,12 @@ def _draft(
     session: Session,
 ) -> Draft:
     """Find heads and neurons, choose, and describe the narrower checkpoint."""
-    from shortllm.width_pruning.groups import removed_counts
-    from shortllm.width_pruning.reshape import narrowed_tensors, require_plain_names
+    from shortllm.width_pruning.groups import removed_counts, without_units
+    from shortllm.width_pruning.reshape import (
+        narrowed_tensors,
+        per_block_config,
+        require_plain_names,
+    )
     from shortllm.width_pruning.structure import find_groups
 
     assert options.start is not None and options.end is not None
@@ -193,7 +180,10 @@ def _draft(
     chosen: Chosen = METHODS.get(options.method).function(task)
     entries = narrowed_tensors(checkpoint, groups, chosen.removed)
     new, biases = _new_tensors(checkpoint, chosen, uniform)
-    verify = _verifying(checkpoint, groups, chosen, biases, target, session)
+    with without_units(decoder, groups, chosen.removed, biases):
+        logits, cached = on_probe(decoder)
+    biased = {b: list(outputs) for b, outputs in chosen.biases.items()}
+    config = uniform[0] if uniform else per_block_config(checkpoint, groups, chosen.removed, biased)
     total = sum(tensor.numel() for tensor in new.values()) + sum(
         entry.elements for name, entry in entries.items() if name not in new
     )
@@ -215,33 +205,12 @@ def _draft(
     }
     return Draft(
         record=record,
-        config=_config(checkpoint, groups, chosen, uniform),
+        config=config,
         provenance=provenance_of(checkpoint, [], width=choices),
         bytes=sum(entry.bytes for entry in entries.values()),
         write=copying(entries, list(new.items())),
-        verify=verify,
+        verify=verifying(target, session, logits, cached=cached),
     )
-
-
-def _verifying(
-    checkpoint: Checkpoint,
-    groups: Groups,
-    chosen: Chosen,
-    biases: Biases,
-    target: Path,
-    session: Session,
-) -> Any:
-    """Compare the result with the source whose heads and neurons are silenced.
-
-    A function of its own, so that the source is released before the result is loaded.
-    """
-    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
-    from shortllm.width_pruning.groups import without_units
-
-    decoder = session.decoder(checkpoint)
-    with without_units(decoder, groups, chosen.removed, biases):
-        logits = bypass_logits(decoder)
-    return verifying(target, session, logits, cached=kv_cache_matches(decoder))
 
 
 def _uniform_layout(
@@ -250,11 +219,7 @@ def _uniform_layout(
     groups: Groups,
     counts: Mapping[int, tuple[int, int]],
 ) -> Layout | None:
-    """Config and added biases of a plain checkpoint; None if blocks get shapes of their own.
-
-    Raises:
-        UnsupportedModelError: a plain one was requested, and the type's config cannot describe it.
-    """
+    """Config and added biases of a plain checkpoint; None if blocks get shapes of their own."""
     from shortllm.width_pruning.reshape import uniform_config
 
     if options.shapes == "per-block" or not counts:
@@ -304,18 +269,6 @@ def _new_tensors(
             new[name] = (before.double() + bias_D).to(before.dtype)
             added[b][output] = new[name].double() - before.double()
     return new, added
-
-
-def _config(
-    checkpoint: Checkpoint, groups: Groups, chosen: Chosen, uniform: Layout | None
-) -> dict[str, Any]:
-    """config.json of the narrower checkpoint."""
-    from shortllm.width_pruning.reshape import per_block_config
-
-    if uniform is not None:
-        return uniform[0]
-    biased = {b: list(biases) for b, biases in chosen.biases.items()}
-    return per_block_config(checkpoint, groups, chosen.removed, biased=biased)
 
 
 def _narrowed_blocks(groups: Groups, chosen: Chosen) -> list[NarrowedBlock]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shortllm.checkpoint.blocks import find_blocks
 from shortllm.checkpoint.config import SHAPES, block_shapes, marked
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.structure import build_empty
+from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
 from shortllm.runtime import quiet_transformers
@@ -64,38 +63,6 @@ def narrowed_tensors(
     return result
 
 
-def narrowed_shapes(
-    shapes: TensorShapes, groups: BlockGroups, counts: tuple[int, int]
-) -> TensorShapes:
-    """The shapes of a block's tensors after removing that many units of attention and neurons."""
-    result = dict(shapes)
-    for sublayer, gone in zip(groups.sublayers, counts, strict=True):
-        for name, units in sublayer.unit_of_row_R.items():
-            rows = len(units) - gone * len(units) // sublayer.units
-            result[f"{name}.weight"] = _with_size(groups, name, shapes, rows=rows)
-            if f"{name}.bias" in result:
-                result[f"{name}.bias"] = (rows,)
-        channels = len(sublayer.unit_of_channel_C) - gone * sublayer.unit_width
-        name = sublayer.output
-        result[f"{name}.weight"] = _with_size(groups, name, shapes, columns=channels)
-    return result
-
-
-def _with_size(
-    groups: BlockGroups,
-    name: str,
-    shapes: TensorShapes,
-    *,
-    rows: int | None = None,
-    columns: int | None = None,
-) -> tuple[int, ...]:
-    """The shape of a weight with another number of outputs or inputs."""
-    shape = shapes[f"{name}.weight"]
-    before = shape[::-1] if name in groups.transposed else shape
-    after = (rows or before[0], columns or before[1])
-    return after[::-1] if name in groups.transposed else after
-
-
 def uniform_config(
     checkpoint: Checkpoint,
     groups: Mapping[int, BlockGroups],
@@ -105,13 +72,7 @@ def uniform_config(
 ) -> tuple[dict[str, Any], TensorShapes]:
     """config.json where every block loses the same number of heads and neurons.
 
-    Args:
-        counts: how many units of attention and how many neurons each block loses.
-        bias: whether the output projections need biases.
-    Returns:
-        The config, and other biases that the family only has together with those of the outputs.
-    Raises:
-        UnsupportedModelError: the type's config has no fields for it.
+    Also other biases that the family only has together with those of the output projections.
     """
     first = groups[0]
     heads, neurons = first.attention.units - counts[0], first.mlp.units - counts[1]
@@ -131,8 +92,11 @@ def uniform_config(
             f"({reason}). {hint}"
         ) from error
     added: TensorShapes = {}
+    gone = Removed(*(list(range(count)) for count in counts))  # whichever units: shapes are alike
+    kept = narrowed_tensors(checkpoint, groups, dict.fromkeys(groups, gone))
     for b, before in enumerate(_built_shapes(checkpoint.config)):
-        expected = narrowed_shapes(before, groups[b], counts)
+        stored = {name: kept.get(stored_name(checkpoint, b, name)) for name in before}
+        expected = {name: one.shape if one else before[name] for name, one in stored.items()}
         outputs = [f"{sublayer.output}.bias" for sublayer in groups[b].sublayers]
         missing = [name for name in outputs if bias and name not in built[b]]
         if missing:
@@ -175,14 +139,9 @@ def per_block_config(
     checkpoint: Checkpoint,
     groups: Mapping[int, BlockGroups],
     removed: Mapping[int, Removed],
-    *,
     biased: Mapping[int, list[str]],
 ) -> dict[str, Any]:
-    """config.json with the shapes of each block.
-
-    Args:
-        biased: for each block the output projections that get a bias.
-    """
+    """config.json with the shapes of each block, some of whose output projections get a bias."""
     before = block_shapes(checkpoint.config) or [{}] * checkpoint.block_count
     entries = [
         _entry(before[b], groups[b], removed[b], biased.get(b, [])) if b in removed else before[b]

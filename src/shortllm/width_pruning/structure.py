@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortllm.checkpoint.blocks import is_projection
 from shortllm.checkpoint.config import block_shapes, text_config
-from shortllm.checkpoint.structure import block_signature
+from shortllm.checkpoint.structure import block_signature, is_projection
 from shortllm.errors import UnsupportedModelError
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.width_pruning.groups import BlockGroups, Sublayer
@@ -46,22 +45,12 @@ DRAWS = 4
 
 
 def find_groups(decoder: Decoder, blocks: Sequence[int]) -> dict[int, BlockGroups]:
-    """The heads and neurons of each of `blocks`; blocks built alike are probed once.
-
-    Raises:
-        UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or whose heads or neurons are coupled; or blocks that cannot be called alone.
-    """
+    """The heads and neurons of each of `blocks`; blocks built alike are probed once."""
     return _of_kinds(decoder, blocks, lambda b: _Probe(decoder, b).groups())
 
 
 def find_outputs(decoder: Decoder, blocks: Sequence[int]) -> dict[int, tuple[str, str]]:
-    """The names, within each of `blocks`, of the output projections of its attention and its MLP.
-
-    Raises:
-        UnsupportedModelError: a block that is not one attention and one MLP of linear projections,
-            or blocks that cannot be called alone.
-    """
+    """The names of the output projections of each block's attention and MLP, within the block."""
     return _of_kinds(
         decoder, blocks, lambda b: _Probe(decoder, b, "lose single sublayers").outputs()
     )
@@ -130,28 +119,17 @@ class _Probe:
             base = noise + 0.5 * torch.where(noise < 0, -1.0, 1.0)
             self._base[name] = base.to(self._decoder.device, self._decoder.dtype)
 
-    def _run(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    @torch.no_grad()
+    def _run(
+        self, values: dict[str, Tensor], until: str | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """The input of each projection, `[N, T, C]`, and the block's output, `[N, T, D]`.
 
         Args:
             values: what some projections return, `[N, T, R]`; the others return the same N times.
+            until: the projection to stop at; then there is no output.
         """
         seen: dict[str, Tensor] = {}
-        output = self._call(values, seen, until=None)
-        assert output is not None
-        return seen, output
-
-    def _given(self, output: str, values: dict[str, Tensor]) -> Tensor:
-        """The input of the projection `output`, `[N, T, C]`; nothing after it runs."""
-        seen: dict[str, Tensor] = {}
-        self._call(values, seen, until=output)
-        return seen[output]
-
-    @torch.no_grad()
-    def _call(
-        self, values: dict[str, Tensor], seen: dict[str, Tensor], *, until: str | None
-    ) -> Tensor | None:
-        """Run the block, filling `seen`; returns its output unless it stopped at `until`."""
         count = len(next(iter(values.values())))
         if count not in self._entries:
             ids_BT = torch.arange(1, TOKENS + 1)[None] % self._decoder.vocabulary
@@ -173,12 +151,16 @@ class _Probe:
         try:
             for name, module in self._modules.items():
                 module.forward = stand_in(name)
-            return self._decoder.apply(self._b, entry.stream_BTD, entry.calls[self._b])
+            return seen, self._decoder.apply(self._b, entry.stream_BTD, entry.calls[self._b])
         except _Reached:
-            return None
+            return seen, None
         finally:
             for module in self._modules.values():
                 module.__dict__.pop("forward", None)
+
+    def _given(self, output: str, values: dict[str, Tensor]) -> Tensor:
+        """The input of the projection `output`, `[N, T, C]`; nothing after it runs."""
+        return self._run(values, output)[0][output]
 
     def outputs(self) -> tuple[str, str]:
         """The output projections of the attention and of the MLP."""
@@ -232,6 +214,7 @@ class _Probe:
         for place, name in enumerate(names):
             values[name][place + 1] *= CHANGE
         seen, output = self._run(values)
+        assert output is not None
         unused = [name for name in names if name not in seen]
         if unused:
             raise self._refusal(f"does not send every token through '{unused[0]}'")

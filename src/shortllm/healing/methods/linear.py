@@ -45,15 +45,4 @@ def linear(task: Task) -> Healed:
         require_floats(task.checkpoint, b, one.name)
     work = heal_flops(task.decoder, task.removed, task.ids_BT.numel())
     with progress("healing", work) as advance:
-        return heal_gaps(
-            task.decoder,
-            task.checkpoint,
-            task.ids_BT,
-            task.removed,
-            added,
-            held_out=task.held_out,
-            ridge=task.options.ridge,
-            weighted=task.options.weighting == "norm",
-            memory=task.memory,
-            advance=advance,
-        )
+        return heal_gaps(task, added, advance=advance)

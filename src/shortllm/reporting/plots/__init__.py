@@ -48,14 +48,43 @@ WIDTH = 6.4
 LOG_RANGE = 1e6
 """Largest range of a logarithmic axis."""
 
+_INK, _MUTED = COLOURS["ink"], COLOURS["muted"]
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the font of the page
     "text.parse_math": False,  # a criterion's name is data, never markup
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8.5,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5,
     "hatch.linewidth": 0.8,
-}
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "axes.axisbelow": True,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": COLOURS["rule"], "grid.linewidth": 0.6,
+    "xtick.color": _MUTED, "xtick.labelcolor": _INK, "xtick.major.size": 0, "xtick.minor.size": 0,
+    "ytick.color": _MUTED, "ytick.labelcolor": _INK, "ytick.major.size": 0, "ytick.minor.size": 0,
+    "legend.frameon": False, "legend.labelcolor": _INK, "legend.borderpad": 0,
+    "legend.borderaxespad": 0.4, "legend.columnspacing": 1.4, "legend.handlelength": 1.6,
+}  # fmt: skip
+
+
+class Plot:
+    """A plot as a part of a page: subclasses say what it shows, and draw it."""
+
+    __slots__ = ()
+
+    @property
+    def _height(self) -> float:
+        """Inches."""
+        return 2.9
+
+    def _alt(self) -> str:
+        """What the plot shows, in words."""
+        raise NotImplementedError
+
+    def _draw(self, axes: Axes) -> None:
+        raise NotImplementedError
+
+    def figure(self, caption: str = "") -> Figure:
+        """The drawing with its description."""
+        alt = self._alt()
+        return Figure(drawn(self._draw, size=(WIDTH, self._height), alt=alt), alt, caption)
 
 
 def drawn(
@@ -64,7 +93,7 @@ def drawn(
     size: tuple[float, float],
     alt: str,
     grid: tuple[int, int] | None = None,
-) -> Figure:
+) -> str:
     """What `draw(axes)` draws on `size` inches; with `grid` it gets an array of axes."""
     import matplotlib
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -73,7 +102,7 @@ def drawn(
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure = MatplotlibFigure(figsize=size, layout="constrained")
         draw(figure.subplots(*grid, squeeze=False) if grid else figure.add_subplot())
-        return Figure(svg=_svg(figure, name), alt=alt)
+        return _svg(figure, name)
 
 
 def _svg(figure: MatplotlibFigure, name: str) -> str:
@@ -85,9 +114,9 @@ def _svg(figure: MatplotlibFigure, name: str) -> str:
     return text[text.index("<svg") :].replace('<g id="', f'<g id="{name}-').strip()
 
 
-def standalone(figure: Figure) -> str:
+def standalone(svg: str) -> str:
     """The content of an SVG file with this drawing, on white."""
-    return figure.svg.replace("<svg", '<svg style="background: #fff"', 1) + "\n"
+    return svg.replace("<svg", '<svg style="background: #fff"', 1) + "\n"
 
 
 def line_style(place: int) -> dict[str, Any]:
@@ -103,45 +132,23 @@ def line_style(place: int) -> dict[str, Any]:
     }
 
 
-def mark_heights(axes: Axes, decades: float, *, log: bool, whole: bool = False) -> None:
-    """Ticks, their labels and grid lines of the vertical axis; `whole`: of whole numbers."""
+def mark_heights(axes: Axes, decades: float | None, *, whole: bool = False) -> None:
+    """Ticks of the vertical axis; `decades` is the range of a logarithmic one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    if log:
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=12)
-        )
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
+    locator: LogLocator | MaxNLocator
+    if decades is None:
         locator = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole)
-        axes.yaxis.set_major_locator(locator)
+    else:
+        locator = LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=12)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
 
 
-def plain_frame(axes: Axes, *, bottom: bool = True) -> None:
-    """At most a line at the bottom, and ticks without strokes."""
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom" and bottom)
-        spine.set_color(COLOURS["muted"])
-    axes.tick_params(which="both", length=0, colors=COLOURS["muted"], labelcolor=COLOURS["ink"])
-
-
-def label_axes(axes: Axes, x_label: str, y_label: str) -> None:
-    """Names of the two axes."""
-    axes.set_xlabel(x_label, color=COLOURS["muted"])
-    axes.set_ylabel(y_label, color=COLOURS["muted"])
-
-
-def legend_above(axes: Axes, **changes: Any) -> None:
-    """A legend above the plot, four entries to a row."""
-    style: dict[str, Any] = {
-        "loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 4, "frameon": False,
-        "labelcolor": COLOURS["ink"], "borderpad": 0, "borderaxespad": 0.4, "columnspacing": 1.4,
-        "handlelength": 1.6,
-    }  # fmt: skip
-    axes.legend(**(style | changes))
+def legend_above(axes: Axes, *, ncols: int = 4, **changes: Any) -> None:
+    """A legend above the plot."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=ncols, **changes)
 
 
 def tick(value: float) -> str:

@@ -7,17 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shortllm.reporting.parts import Figure, Status
-from shortllm.reporting.plots import (
-    COLOURS,
-    LOG_RANGE,
-    WIDTH,
-    drawn,
-    label_axes,
-    legend_above,
-    mark_heights,
-    plain_frame,
-)
+from shortllm.reporting.parts import Status
+from shortllm.reporting.plots import COLOURS, LOG_RANGE, Plot, legend_above, mark_heights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +25,7 @@ _HATCHES: dict[Status, str | None] = {"kept": None, "removed": "//////", "protec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BarPlot:
+class BarPlot(Plot):
     """One bar per original block; `heights` and `statuses` are in block order."""
 
     heights: Sequence[float]
@@ -62,11 +53,7 @@ class BarPlot:
             return max(0.0, math.floor((low - 0.3 * (high - low)) / step) * step)
         return 0.0
 
-    def figure(self) -> Figure:
-        """The plot as a part of a page."""
-        return drawn(self._draw, size=(WIDTH, 2.9), alt=self._description())
-
-    def _description(self) -> str:
+    def _alt(self) -> str:
         removed = [str(block) for block, status in enumerate(self.statuses) if status == "removed"]
         return (
             f"Bar chart, one bar for each of {len(self.heights)} blocks: {self.y_label}. "
@@ -114,15 +101,15 @@ class BarPlot:
         count = len(self.heights)
         axes.set_xlim(-0.7, count - 0.3)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
-        label_axes(axes, "block (index in the original model)", self.y_label)
         floor = self.log_floor
-        decades = 0.0 if floor is None else math.log10(max(self.heights) / floor)
-        whole = all(float(height).is_integer() for height in self.heights)
-        mark_heights(axes, decades, log=floor is not None, whole=whole)
         at_zero = floor is None and not self.linear_floor
         if at_zero:
             axes.axhline(0, color=COLOURS["ink"], linewidth=0.8, zorder=3)
-        plain_frame(axes, bottom=not at_zero)
+        axes.spines.bottom.set_visible(not at_zero)
+        axes.set(xlabel="block (index in the original model)", ylabel=self.y_label)
+        whole = all(float(height).is_integer() for height in self.heights)
+        decades = None if floor is None else math.log10(max(self.heights) / floor)
+        mark_heights(axes, decades, whole=whole)
 
     def _draw_legend(self, axes: Axes, *, below: bool) -> None:
         from matplotlib.lines import Line2D

@@ -7,17 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shortllm.reporting.parts import Figure
 from shortllm.reporting.plots import (
     COLOURS,
     LOG_RANGE,
-    WIDTH,
-    drawn,
-    label_axes,
+    Plot,
     legend_above,
     line_style,
     mark_heights,
-    plain_frame,
     tick,
 )
 
@@ -54,7 +50,7 @@ class Band:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinePlot:
+class LinePlot(Plot):
     """Lines over a common horizontal axis."""
 
     lines: Sequence[Line]
@@ -87,15 +83,11 @@ class LinePlot:
         """Whether the low lines would be too close to each other on a linear axis."""
         return min(self.heights) > 0 and max(self.heights) > self.log_spread * min(self.heights)
 
-    def figure(self, caption: str = "") -> Figure:
-        """The plot as a part of a page."""
-        height = 2.9
-        if self.listed_by_end:
-            height = max(3.6, 0.2 * len(self.lines) + 0.7)
-        found = drawn(self._draw, size=(WIDTH, height), alt=self._description())
-        return Figure(found.svg, found.alt, caption)
+    @property
+    def _height(self) -> float:
+        return max(3.6, 0.2 * len(self.lines) + 0.7) if self.listed_by_end else 2.9
 
-    def _description(self) -> str:
+    def _alt(self) -> str:
         names = ", ".join(line.name for line in self.lines)
         kind = f"Line chart{f' of {self.name}' if self.name else ''}"
         band = f", and a band for {self.band.name}" if self.band else ""
@@ -133,9 +125,8 @@ class LinePlot:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
         else:
             axes.set_xticks(list(self.ticks), list(self.ticks.values()))
-        mark_heights(axes, math.log10(high / low) if self.is_log else 0.0, log=self.is_log)
-        label_axes(axes, self.x_label, self.y_label)
-        plain_frame(axes)
+        mark_heights(axes, math.log10(high / low) if self.is_log else None)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label)
 
     def _draw_legend(self, axes: Axes) -> None:
         if not self.listed_by_end:
@@ -144,10 +135,9 @@ class LinePlot:
         handles, names = axes.get_legend_handles_labels()
         ends = {line.name: line.points[-1][1] for line in self.lines if line.style is not DASHED}
         order = sorted(range(len(names)), key=lambda i: -ends.get(names[i], -math.inf))
-        legend_above(
-            axes, handles=[handles[i] for i in order], labels=[names[i] for i in order],
-            loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1, handlelength=2.6,
-            labelspacing=0.55,
+        axes.legend(
+            [handles[i] for i in order], [names[i] for i in order], loc="upper left",
+            bbox_to_anchor=(1.0, 1.0), handlelength=2.6, labelspacing=0.55,
         )  # fmt: skip
 
 

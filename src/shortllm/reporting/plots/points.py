@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shortllm.format import number
-from shortllm.reporting.parts import Figure
 from shortllm.reporting.plots import (
     COLOURS,
     LINES,
     MARKERS,
-    WIDTH,
-    drawn,
-    label_axes,
+    Plot,
     legend_above,
     mark_heights,
-    plain_frame,
     tick,
 )
 
@@ -56,7 +52,7 @@ def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TradePlot:
+class TradePlot(Plot):
     """Quality on the vertical axis, cost on the horizontal one."""
 
     points: Sequence[Point]
@@ -66,16 +62,10 @@ class TradePlot:
     numbered: bool = True
 
     @property
-    def is_log(self) -> bool:
-        """Whether the good models would be too close to each other on a linear axis."""
-        heights = [point.y for point in self.points]
-        return min(heights) > 0 and max(heights) > LOG_SPREAD * min(heights)
+    def _height(self) -> float:
+        return 3.4
 
-    def figure(self) -> Figure:
-        """The plot as a part of a page."""
-        return drawn(self._draw, size=(WIDTH, 3.4), alt=self._description())
-
-    def _description(self) -> str:
+    def _alt(self) -> str:
         best = front(self.points, higher_is_better=self.higher_is_better)
         numbers = ", ".join(str(point.number) for point in best)
         return (
@@ -86,33 +76,44 @@ class TradePlot:
     def _draw(self, axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+        groups = list(dict.fromkeys(point.group for point in self.points if point.group))
+        styles: dict[str | None, dict[str, Any]] = {
+            group: {"color": COLOURS[f"line-{i % LINES + 1}"], "marker": MARKERS[i % LINES]}
+            for i, group in enumerate(groups)
+        }
+        if any(point.group is None for point in self.points):
+            styles[None] = {"color": COLOURS["ink"], "marker": "s"}
+        for group, style in styles.items():  # only the legend has these
+            fill = style["color"] if group is None else "none"
+            axes.plot(
+                [], [], linestyle="none", markersize=6, markerfacecolor=fill,
+                label=group or "original", **style,
+            )  # fmt: skip
+        for point in self.points:
+            style = styles[point.group]
+            fill = "none" if point.kind == "pruned" else style["color"]
+            axes.plot(
+                [point.x], [point.y], linestyle="none", zorder=3, markersize=7,
+                markerfacecolor=fill, **style,
+            )  # fmt: skip
         best = front(self.points, higher_is_better=self.higher_is_better)
         axes.step(
-            [point.x for point in best], [point.y for point in best], where="post",
-            color=COLOURS["muted"], linewidth=1.0, linestyle=_DASHES, zorder=1,
+            [point.x for point in best], [point.y for point in best], where="post", linewidth=1.0,
+            color=COLOURS["muted"], linestyle=_DASHES, zorder=1, label="no model is better",
         )  # fmt: skip
-        groups = list(dict.fromkeys(point.group for point in self.points if point.group))
-        for point in self.points:
-            place = groups.index(point.group) if point.group else 0
-            colour = COLOURS[f"line-{place % LINES + 1}"] if point.group else COLOURS["ink"]
-            axes.plot(
-                [point.x], [point.y], linestyle="none", zorder=3, color=colour,
-                marker="s" if point.group is None else MARKERS[place % LINES], markersize=7,
-                markerfacecolor="none" if point.kind == "pruned" else colour,
-            )  # fmt: skip
         if self.numbered:
             self._draw_numbers(axes)
-        if self.is_log:
+        low, high = min(point.y for point in self.points), max(point.y for point in self.points)
+        # the good models would be too close to each other on a linear axis
+        is_log = low > 0 and high > LOG_SPREAD * low
+        if is_log:
             axes.set_yscale("log")
-        heights = [point.y for point in self.points]
-        decades = math.log10(max(heights) / min(heights)) if min(heights) > 0 else 0.0
-        mark_heights(axes, decades, log=self.is_log)
+        mark_heights(axes, math.log10(high / low) if is_log else None)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.margins(x=0.08, y=0.1)
-        label_axes(axes, self.x_label, self.y_label)
-        plain_frame(axes)
-        self._draw_legend(axes, groups)
+        legend_above(axes, ncols=5)
 
     def _draw_numbers(self, axes: Axes) -> None:
         """A label for each point; points at the same place share one."""
@@ -125,29 +126,9 @@ class TradePlot:
                 color=COLOURS["ink"],
             )  # fmt: skip
 
-    def _draw_legend(self, axes: Axes, groups: Sequence[str]) -> None:
-        from matplotlib.lines import Line2D
-
-        entries = [
-            Line2D(
-                [], [], linestyle="none", marker=MARKERS[place % LINES], label=group,
-                color=COLOURS[f"line-{place % LINES + 1}"], markersize=6, markerfacecolor="none",
-            )
-            for place, group in enumerate(groups)
-        ]  # fmt: skip
-        if any(point.group is None for point in self.points):
-            entries.append(
-                Line2D([], [], linestyle="none", marker="s", color=COLOURS["ink"], markersize=6,
-                       label="original")
-            )  # fmt: skip
-        entries.append(
-            Line2D([], [], linestyle=_DASHES, color=COLOURS["muted"], label="no model is better")
-        )
-        legend_above(axes, handles=entries, ncols=5)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DotPlot:
+class DotPlot(Plot):
     """A dot per model, at the end of a line from the first model's value."""
 
     names: Sequence[str]
@@ -157,20 +138,13 @@ class DotPlot:
     label: str
 
     @property
-    def is_log(self) -> bool:
-        """Whether the low values would be too close to each other on a linear axis."""
-        return max(self.values) > LOG_DOTS * min(self.values)
+    def _height(self) -> float:
+        return 0.6 + 0.25 * len(self.names)
 
-    def figure(self) -> Figure:
-        """The plot as a part of a page."""
-        size = (WIDTH, 0.6 + 0.25 * len(self.names))
-        return drawn(self._draw, size=size, alt=self._description())
-
-    def _description(self) -> str:
-        said = [
-            f"{name} {number(value)}" for name, value in zip(self.names, self.values, strict=True)
-        ]
-        return f"Dot plot of {self.label}: {', '.join(said)}."
+    def _alt(self) -> str:
+        pairs = zip(self.names, self.values, strict=True)
+        said = ", ".join(f"{name} {number(value)}" for name, value in pairs)
+        return f"Dot plot of {self.label}: {said}."
 
     def _draw(self, axes: Axes) -> None:
         first = self.values[0]
@@ -183,7 +157,8 @@ class DotPlot:
                 va="center", color=COLOURS["ink"],
             )  # fmt: skip
         low, high = min(self.values), max(self.values)
-        if self.is_log:
+        is_log = high > LOG_DOTS * low
+        if is_log:
             axes.set_xscale("log")
             axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.2)
         else:
@@ -192,11 +167,10 @@ class DotPlot:
         axes.set_yticks(range(len(self.names)), self.names)
         axes.invert_yaxis()
         axes.margins(y=0.15)
+        axes.grid(visible=False)
         axes.xaxis.set_visible(False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        axes.tick_params(length=0, labelcolor=COLOURS["ink"])
+        axes.spines.bottom.set_visible(False)
         axes.set_title(
-            self.label + (", logarithmic" if self.is_log else ""), loc="left", fontsize=8.5,
+            self.label + (", logarithmic" if is_log else ""), loc="left", fontsize=8.5,
             color=COLOURS["muted"],
         )  # fmt: skip
