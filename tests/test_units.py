@@ -106,7 +106,10 @@ def test_the_same_again_does_nothing(
     assert caplog.text.count("is up to date, skipped") >= 12
 
 
-@pytest.mark.parametrize("share", [0.15, 0.2, 0.35])
+@pytest.mark.parametrize(
+    "share",
+    [pytest.param(0.15, marks=pytest.mark.slow), 0.2, pytest.param(0.35, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("method", WIDTH)
 def test_ratios_are_found_for_a_number_of_parameters(
     method: str, share: float, tmp_path: Path
