@@ -273,7 +273,7 @@ JOINED = ("bloom", "mpt", "falcon", "opt")
 """Families whose attention takes no notice of positions."""
 
 
-@pytest.mark.parametrize("variant", families.VARIANTS)
+@pytest.mark.parametrize("variant", families.BY_TIER)
 def test_documents_are_kept_apart_where_the_family_can(variant: str) -> None:
     model = families.loaded(variant)
     assert keeps_apart(model, families.VOCABULARY) is (variant.split("-")[0] not in JOINED)
@@ -302,7 +302,7 @@ def test_a_packed_batch_has_the_loss_of_its_documents(variant: str, tmp_path: Pa
 # ------------------------------------------------------------------ what is trained
 
 
-@pytest.mark.parametrize("variant", families.VARIANTS)
+@pytest.mark.parametrize("variant", families.BY_TIER)
 def test_adapters_reach_every_projection_and_merge_exactly(variant: str) -> None:
     """Merged weights compute what the adapter computes at run time."""
     model = families.build(variant)
@@ -408,7 +408,7 @@ def test_a_cached_teacher_says_what_the_teacher_says(corpus: Corpus, tmp_path: P
     teacher = families.loaded("llama")
     windows = Windows(corpus.train, length=8, packing="stream", apart=True)
     cache = CachedTeacher(tmp_path)
-    cache.write(teacher, windows, k=4, batch=2, ranks=ALONE, advance=lambda done: None)
+    cache.write(teacher, windows, k=4, batch=2, ranks=ALONE)
     windows.predictions = cache.predictions
     batch = collate([windows[1], windows[0]])
     rows = target_rows(batch["labels"])
@@ -430,7 +430,7 @@ def test_an_interrupted_cache_is_continued(tmp_path: Path, monkeypatch: pytest.M
 
     def predictions() -> list[list[float]]:
         cached = CachedTeacher(cache)
-        cached.write(teacher, windows, k=3, batch=1, ranks=ALONE, advance=lambda done: None)
+        cached.write(teacher, windows, k=3, batch=1, ranks=ALONE)
         return [cached.predictions(n)["teacher_log_probs"].tolist() for n in range(3)]
 
     before = predictions()
@@ -533,7 +533,10 @@ def test_what_is_up_to_date_is_skipped_and_another_recipe_is_not(
     assert not torch.equal(weights(out)["lm_head.weight"], before)
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "mixtral", "phi3", "gemma2", "opt"])
+SLOW_VARIANTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("phi3", "gemma2")]
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "mixtral", "opt", *SLOW_VARIANTS])
 def test_any_family_is_retrained_into_the_files_it_came_in(variant: str, tmp_path: Path) -> None:
     tiny.whole(tmp_path / "model", variant)
     tiny.text(tmp_path / "text.jsonl", 12)

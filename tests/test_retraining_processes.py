@@ -1,4 +1,4 @@
-"""Retraining killed anywhere, and shared out over processes: the same weights as without."""
+"""Retraining interrupted anywhere, and shared by processes: the same weights as without."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 import shortllm
-from shortllm.retraining import CONFIGS
+from shortllm.retraining import CONFIGS, training
 from shortllm.retraining.setup import work_directory
+from shortllm.retraining.trainer import ObjectiveTrainer
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 KINDS: dict[str, dict[str, Any]] = {
@@ -68,15 +69,8 @@ def arguments_of(place: Path, out: Path, options: shortllm.RetrainOptions) -> li
     """The command line that means the same."""
     given = options.model_dump(exclude_defaults=True, exclude={"report_to"})
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return [
-        "-m",
-        "shortllm",
-        "retrain",
-        str(place / "short"),
-        f"--out={out}",
-        "--device=cpu",
-        *flags,
-    ]
+    short = str(place / "short")
+    return ["-m", "shortllm", "retrain", short, f"--out={out}", "--device=cpu", *flags]
 
 
 def equal_weights(one: Path, other: Path, **tolerance: float) -> None:
@@ -96,8 +90,9 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 @pytest.mark.parametrize(
     ("kind", "moment"),
-    [*(("lora", moment) for moment in MOMENTS), ("full", "a state is there"),
-     ("distill", "first state is written")],
+    [("full", "a state is there"),
+     *(pytest.param("lora", moment, marks=slow) for moment in MOMENTS),
+     pytest.param("distill", "first state is written", marks=slow)],
 )  # fmt: skip
 def test_killed_at_any_moment_the_same_call_ends_with_the_same_weights(
     kind: str, moment: str, place: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
@@ -109,12 +104,52 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_weights(
     ended = children.killed_when(lambda: MOMENTS[moment](work), children.command, words)
     assert ended == -signal.SIGKILL, "the training ended before it could be killed"
     assert work.is_dir() and not out.exists()
-    record = retrain(place, out, options)
-    whole = uninterrupted(kind)
+    assert_same(retrain(place, out, options), out, uninterrupted(kind))
+
+
+def assert_same(record: shortllm.Retraining, out: Path, whole: Path) -> None:
+    """The weights and the record but for its cost."""
     equal_weights(out, whole)
     expected = shortllm.Retraining.load(whole / "retrain.json")
     assert record.curves == expected.curves
     assert record.model_dump(exclude={"cost"}) == expected.model_dump(exclude={"cost"})
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("distill", marks=slow)])
+def test_interrupted_at_every_stage_the_last_call_ends_with_the_same_weights(
+    kind: str,
+    place: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each try comes a little further, and resumes where the one before stopped."""
+    publish = ObjectiveTrainer._publish
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_after_step_4(trainer: ObjectiveTrainer, *arguments: Any) -> None:
+        publish(trainer, *arguments)
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    caplog.set_level("INFO", logger="shortllm")
+    out = tmp_path / "interrupted"
+    for owner, name, stop, left in (
+        (training, "train", interrupt, "corpus"),
+        (ObjectiveTrainer, "_publish", interrupt, "states/writing.partial"),
+        (ObjectiveTrainer, "_publish", interrupt_after_step_4, "states/checkpoint-4"),
+        (ObjectiveTrainer, "load_best", interrupt, "states/checkpoint-12"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(owner, name, stop)
+            retrain(place, out, options_of(place, kind))
+        assert (work_directory(out) / left).is_dir() and not out.exists()
+    assert_same(retrain(place, out, options_of(place, kind)), out, uninterrupted(kind))
+    assert caplog.text.count("tokenizing") <= 2, "once here, once for the uninterrupted one"
+    assert "resuming from step 4" in caplog.text and "resuming from step 12" in caplog.text
 
 
 def test_another_recipe_does_not_resume_the_work(
@@ -142,7 +177,7 @@ def launch(arguments: list[str], *flags: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("kind", ["full", "distill"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("distill", marks=slow)])
 def test_two_processes_train_as_one(
     kind: str, place: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
@@ -161,6 +196,7 @@ def test_two_processes_train_as_one(
         assert losses == pytest.approx([loss for _, loss in curve], rel=1e-4)
 
 
+@slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_sharded_processes_end_with_a_plain_checkpoint(
     kind: str, place: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]

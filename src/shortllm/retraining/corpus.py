@@ -52,7 +52,6 @@ ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -62,11 +61,8 @@ ALPACA = (
 CHARACTERS_PER_DOCUMENT = 16_000
 """Lines of a text file belong together; about this many characters are one document."""
 
-TOKENIZED_AT_ONCE = 256
-"""Rows that the tokenizer gets in one call."""
-
-WRITTEN_AT_ONCE = 32
-"""Documents that a teacher writes in one batch."""
+TOKENIZED_AT_ONCE, WRITTEN_AT_ONCE = 256, 32
+"""Rows that the tokenizer gets in one call, and documents that a teacher writes in one batch."""
 
 HOLD_OUT_EVERY = 10
 """The first of every ten documents is held out, until there are enough."""
@@ -93,14 +89,12 @@ def kind_of(records: Records, requested: Literal["auto", "instructions", "text"]
 
 def template_of(tokenizer: Any, requested: Literal["auto", "alpaca", "chat"]) -> Template:
     """How instructions are formatted."""
-    has_one = getattr(tokenizer, "chat_template", None) is not None
-    if requested == "chat" and not has_one:
+    found: Template = "alpaca" if getattr(tokenizer, "chat_template", None) is None else "chat"
+    if requested == "chat" != found:
         raise DataError(
             "--template chat: the tokenizer has no chat template. Use --template alpaca"
         )
-    if requested == "auto":
-        return "chat" if has_one else "alpaca"
-    return requested
+    return found if requested == "auto" else requested
 
 
 def documents(
@@ -122,16 +116,14 @@ def documents(
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
     """Lines joined into texts of about `CHARACTERS_PER_DOCUMENT`."""
-    held: list[str] = []
-    size = 0
+    text = ""
     for line in lines:
-        held.append(line)
-        size += len(line) + 1
-        if size >= CHARACTERS_PER_DOCUMENT:
-            yield "\n".join(held)
-            held, size = [], 0
-    if held:
-        yield "\n".join(held)
+        text += f"{line}\n"
+        if len(text) >= CHARACTERS_PER_DOCUMENT:
+            yield text[:-1]
+            text = ""
+    if text:
+        yield text[:-1]
 
 
 def _instruction(source: str, number: int, row: Any) -> dict[str, str]:
@@ -204,34 +196,27 @@ def written_by(
             "--data"
         )
     count = options.generate or (options.max_steps or 0) * options.batch
-    model = session.decoder(teacher).model
+    model: Any = session.decoder(teacher).model
+    cuda = [session.device] if session.device.type == "cuda" else []
     for first in range(0, count, WRITTEN_AT_ONCE):
         wanted = min(WRITTEN_AT_ONCE, count - first)
-        for ids in _sampled(model, start, wanted, options.length, seed=options.seed + first):
+        starts = torch.full((wanted, 1), start, device=session.device)
+        with torch.random.fork_rng(devices=cuda), quiet_transformers():
+            torch.manual_seed(options.seed + first)
+            written = model.generate(
+                input_ids=starts,
+                attention_mask=torch.ones_like(starts),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_length=options.length,
+                pad_token_id=start,
+            )
+        for ids in written.tolist():
             end = tokenizer.eos_token_id
             stop = ids.index(end, 1) + 1 if end in ids[1:] else len(ids)
             yield Document(ids[:stop])
-
-
-def _sampled(
-    model: Any, start: int, count: int, length: int | None, *, seed: int
-) -> list[list[int]]:
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), quiet_transformers():
-        torch.manual_seed(seed)
-        ids = torch.full((count, 1), start, device=device)
-        written: list[list[int]] = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            max_length=length,
-            pad_token_id=start,
-        ).tolist()
-    return written
 
 
 # ---- on disk

@@ -8,9 +8,9 @@ compared with the input, in the teacher, of the next block that was kept:
                    │              └──┐ compared
     student   0 ─► 1 ──────────────► 4 ─► 5     so block 4 gets the input it was trained on
 
-A teacher's k likeliest tokens can be cached on disk, 6 bytes each, so that it need not stay in
-memory. `WINDOWS_PER_FILE` windows are in one file, complete or absent: an interrupted pass resumes
-after the files it wrote, and several processes each write their share.
+A teacher's k likeliest tokens can be cached on disk, so that it need not stay in memory. A file of
+`WINDOWS_PER_FILE` windows is complete or absent: an interrupted pass resumes after those it wrote,
+and several processes each write their share.
 
     ids        int32   [N, K]    of all targets, window after window
     log_probs  float16 [N, K]
@@ -39,7 +39,7 @@ from shortllm.checkpoint.structure import find_blocks
 from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.model.metrics import kl_divergence, next_token_nll
 from shortllm.retraining.windows import NO_TARGET, Windows, collate, target_rows
-from shortllm.runtime import Ranks
+from shortllm.runtime import Ranks, progress
 
 WINDOWS_PER_FILE = 64
 """Windows whose cached predictions are in one file."""
@@ -198,43 +198,40 @@ class CachedTeacher:
 
     @torch.no_grad()
     def write(
-        self,
-        teacher: nn.Module,
-        windows: Windows,
-        *,
-        k: int,
-        batch: int,
-        ranks: Ranks,
-        advance: Callable[[float], None],
+        self, teacher: nn.Module, windows: Windows, *, k: int, batch: int, ranks: Ranks
     ) -> None:
-        """Run the teacher over all windows, `batch` at a time; files that exist are kept.
-
-        `advance` is called with the number of windows done since its last call.
-        """
+        """Run the teacher over all windows, `batch` at a time; files that exist are kept."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        count = -(-len(windows) // WINDOWS_PER_FILE)
-        for number in range(ranks.rank, count, ranks.count):
-            first = number * WINDOWS_PER_FILE
-            span = range(first, min(first + WINDOWS_PER_FILE, len(windows)))
-            path = self._file(number)
-            if not path.exists():
-                batches = (span[place : place + batch] for place in range(0, len(span), batch))
-                parts = [_likeliest(teacher, [windows[n] for n in part], k) for part in batches]
-                ids, log_probs, counts = (torch.cat(one) for one in zip(*parts, strict=True))
-                tensors = {
-                    "ids": ids,
-                    "log_probs": log_probs,
-                    "first": F.pad(counts.cumsum(0), (1, 0)),
-                }
-                partial = path.with_name(path.name + PARTIAL)
-                with translate_os_errors(self._directory):
-                    save_file(tensors, partial)
-                    os.replace(partial, path)
-            advance(len(span) * ranks.count)
+        spans = list(_runs(range(len(windows)), WINDOWS_PER_FILE))
+        with progress("caching the teacher's predictions", len(windows)) as advance:
+            for number in range(ranks.rank, len(spans), ranks.count):
+                if not self._file(number).exists():
+                    parts = [
+                        _likeliest(teacher, [windows[window] for window in part], k)
+                        for part in _runs(spans[number], batch)
+                    ]
+                    self._save(number, *(torch.cat(one) for one in zip(*parts, strict=True)))
+                advance(len(spans[number]) * ranks.count)
         ranks.wait()
+
+    def _save(self, number: int, ids_NK: Tensor, log_probs_NK: Tensor, counts: Tensor) -> None:
+        tensors = {
+            "ids": ids_NK,
+            "log_probs": log_probs_NK,
+            "first": F.pad(counts.cumsum(0), (1, 0)),
+        }
+        path = self._file(number)
+        partial = path.with_name(path.name + PARTIAL)
+        with translate_os_errors(self._directory):
+            save_file(tensors, partial)
+            os.replace(partial, path)
 
     def _file(self, number: int) -> Path:
         return self._directory / f"{number:06d}.safetensors"
+
+
+def _runs(numbers: range, size: int) -> Iterator[range]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def _likeliest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, ByteSize, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from shortllm.errors import ShortLLMError
@@ -12,7 +12,7 @@ from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, ModelInfo, Record
 from shortllm.registry import described
 from shortllm.retraining.methods import METHODS, TrainingMethod, default_of, defaults_text
-from shortllm.runtime import Runtime
+from shortllm.runtime import DeviceOptions
 
 GENERATED: Literal["generated"] = "generated"
 """Data source: text that the teacher writes."""
@@ -37,14 +37,12 @@ MethodName = Annotated[
 ]
 
 
-class TrainingRuntime(Runtime):
+class TrainingRuntime(DeviceOptions):
     """Where a training runs; the whole model must be in memory."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Computation type. auto: bfloat16 on CUDA, else float32."
     )
-    stream: Annotated[bool | None, Flag(hidden=True)] = None
-    max_memory: Annotated[ByteSize | None, Flag(hidden=True)] = None
 
 
 class RetrainOptions(Options):
@@ -246,16 +244,14 @@ class RetrainOptions(Options):
                 f"a batch of {self.batch} cannot be divided among {processes} processes. Give a "
                 f"multiple of {processes} as --batch"
             )
-        if self.micro_batch is not None:
-            if share % self.micro_batch:
-                raise ShortLLMError(
-                    f"--micro-batch {self.micro_batch} does not divide the {share} windows of a "
-                    "step and process. Give a divisor"
-                )
-            return self.micro_batch
-        assert self.length is not None
-        most = max(1, MICRO_TOKENS // self.length)
-        return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+        if self.micro_batch is not None and share % self.micro_batch:
+            raise ShortLLMError(
+                f"--micro-batch {self.micro_batch} does not divide the {share} windows of a step "
+                "and process. Give a divisor"
+            )
+        most = max(1, MICRO_TOKENS // (self.length or MICRO_TOKENS))
+        fitting = (size for size in range(1, min(share, most) + 1) if share % size == 0)
+        return self.micro_batch or max(fitting)
 
 
 class TrainingData(Record):

@@ -16,11 +16,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError
 from shortllm.files import releasing, translate_os_errors
+from shortllm.model.loading import load_model, stored_dtype
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.records import Cost
@@ -31,9 +35,6 @@ from shortllm.surgery.apply import held_provenance, require_apart
 from shortllm.surgery.derived import NEW, Draft, derive, is_up_to_date, require_free
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from shortllm.retraining.training import Trained
 
 ADAPTER = "adapter"
@@ -190,10 +191,6 @@ def _provenance(job: Job, trained: Trained) -> dict[str, Any]:
 
 def _plain_model(job: Job, trained: Trained) -> nn.Module:
     """The trained weights in the type the checkpoint stores; adapters are merged in float32."""
-    import torch
-
-    from shortllm.model.loading import stored_dtype
-
     checkpoint, trainer = job.setup.checkpoint, trained.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     stored = stored_dtype(checkpoint)
@@ -215,10 +212,6 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    import torch
-
-    from shortllm.model.loading import load_model
-
     name = str(dtype).removeprefix("torch.")
     return load_model(checkpoint, device=torch.device("cpu"), dtype=name)
 

@@ -201,8 +201,8 @@ def prepare(setup: Setup, target: Path) -> Job:
     checkpoint, about = setup.checkpoint, setup.options.about
     teacher = _open_teacher(checkpoint, setup.options) if about.has_teacher else None
     needed = checkpoint.bytes + about.state_bytes * checkpoint.parameters
-    require_writable(target.absolute().parent, int(needed))
     work = work_directory(target.absolute())
+    require_writable(work.parent, int(needed))
     if setup.ranks.is_main:
         _claim(work, _fingerprint(setup, teacher, files=_files(setup.records)))
         if not (work / "corpus").is_dir():

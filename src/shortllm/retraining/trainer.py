@@ -3,8 +3,8 @@
 The loop, the optimizer, several processes, resuming, early stopping and reporters are the Trainer's
 own. What is added:
 
-- the loss is a sum over targets divided by the targets of the whole batch, over all processes and
-  micro-batches, so it does not depend on how a batch is divided;
+- the loss is a sum over targets divided by the targets of the whole batch, so it does not depend on
+  how a batch is divided into processes and micro-batches;
 - an evaluation is the mean over all targets of a set, not a mean of batches' means;
 - a state (`checkpoint-N`) is written under a temporary name and then renamed, and only the last and
   the best are kept;
@@ -21,6 +21,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
@@ -48,12 +48,9 @@ log = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"
 """Name of the evaluation set that decides which state is the best one."""
-
 BEST_METRIC = f"eval_{HELD_OUT}_loss"
 WRITING = "writing" + PARTIAL
-
 STATE_FILE = "trainer_state.json"
-
 LOADED = (STATE_FILE, "*.pt", "*.pth", "*model*.bin")
 """Files of a state: also optimizer, scheduler, random generators, and weights that are pickles."""
 
@@ -195,9 +192,7 @@ class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Stop it."""
         self.seconds, self._since = self.elapsed(), time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the training when its minutes are over, by the clock of the main process."""
         if self.max_minutes is not None:
             [self.out_of_time] = broadcast_object_list([self.elapsed() >= 60 * self.max_minutes])
@@ -207,7 +202,7 @@ class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Moves the progress bar, and logs each evaluation."""
+    """Moves the progress bar, and logs the losses of each state."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         self._advance = advance
@@ -222,12 +217,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log the losses of the state that was saved."""
-        losses = [
-            f"{name} {value:.4f}"
-            for entry in state.log_history
-            if entry["step"] == state.global_step
-            for name, value in _losses(entry)
-        ]
+        entries = [entry for entry in state.log_history if entry["step"] == state.global_step]
+        losses = [f"{name} {value:.4f}" for entry in entries for name, value in _losses(entry)]
         log.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(losses))
 
 
@@ -262,7 +253,7 @@ def require_loadable(state: Path) -> None:
     The Trainer itself uses the same weights-only loader, but does not name the file.
     """
     work = state.parent.parent
-    for file in (file for kind in LOADED for file in sorted(state.glob(kind))):
+    for file in chain.from_iterable(state.glob(kind) for kind in LOADED):
         try:
             if file.name == STATE_FILE:
                 TrainerState.load_from_json(str(file))

@@ -153,15 +153,7 @@ def _objective(job: Job, windows: Windows) -> Objective:
             pairs = teacher_blocks(lineage(setup.checkpoint).kept, teacher.block_count)
         return TeacherLoss(model, options.temperature, options.hidden_weight, pairs)
     cache = CachedTeacher(job.work / "teacher")
-    with progress("caching the teacher's predictions", len(windows)) as advance:
-        cache.write(
-            model,
-            windows,
-            k=options.top_k,
-            batch=setup.micro_batch,
-            ranks=setup.ranks,
-            advance=advance,
-        )
+    cache.write(model, windows, k=options.top_k, batch=setup.micro_batch, ranks=setup.ranks)
     windows.predictions = cache.predictions
     return cached_loss
 

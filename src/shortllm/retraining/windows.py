@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from shortllm.retraining.corpus import Store
@@ -88,29 +89,19 @@ def segmented(ids_ST: Tensor) -> list[dict[str, Tensor]]:
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Windows as a batch `[B, T]`, padded on the right with a document of its own.
+    """Windows as a batch `[B, T]`, padded on the right; cached predictions are concatenated.
 
-    Cached predictions are concatenated, in the order of the targets.
+    The positions of padding are all 0: each such token is a document of its own.
     """
-    lengths = [len(item["input_ids"]) for item in items]
-    batch = {"tokens": torch.tensor(lengths)}
+    batch = {"tokens": torch.tensor([len(item["input_ids"]) for item in items])}
     for name in items[0]:
         values = [item[name] for item in items]
-        if name in PADDING:
-            rests = [max(lengths) - length for length in lengths]
-            padded = zip(values, rests, strict=True)
-            batch[name] = torch.stack([torch.cat([v, PADDING[name](rest)]) for v, rest in padded])
+        if name in ("input_ids", "labels", "position_ids"):
+            filler = NO_TARGET if name == "labels" else 0
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=filler)
         else:
             batch[name] = torch.cat(values)
     return batch
-
-
-PADDING: dict[str, Callable[[int], Tensor]] = {
-    "input_ids": lambda rest: torch.zeros(rest, dtype=torch.int64),
-    "labels": lambda rest: torch.full((rest,), NO_TARGET),
-    "position_ids": torch.arange,
-}
-"""The padding at the end of a window, up to the length of the longest one of its batch."""
 
 
 Spans = list[list[tuple[int, int]]]
