@@ -3,6 +3,7 @@
 index.md, contributing.md, changelog.md   README.md, CONTRIBUTING.md, CHANGELOG.md
 commands.md                               every command with its flags, from the command line
 options.md                                a table of every options record that it names
+methods.md                                the tables of criteria
 
 The page of the Python functions is mkdocstrings'; `Sections` parts docstrings as it reads them.
 """
@@ -28,6 +29,18 @@ MARKER = re.compile(r"^<!-- options: ([\w.]+)\.(\w+)(?: (\w+))? -->$", re.MULTIL
 """Where a page has the table of an options record: its module and name, then the key that it has
 in a recipe, or `own` to leave out what the record inherits or nests."""
 
+CRITERIA = re.compile(r"^<!-- criteria: (\w+) -->$", re.MULTILINE)
+"""Where a page has the table of all criteria, or of the searches among them."""
+
+NEEDS = {
+    "streams": "forward",
+    "last token": "forward",
+    "logits": "walk",
+    "removals": "rounds",
+    "sets": "rounds",
+}
+"""What a criterion needs -> what the table calls it, where that is another word."""
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
@@ -42,7 +55,24 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to a file next to docs/ lead to its page, and markers become tables of options."""
     for page, source in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({page}")
-    return MARKER.sub(options_table, markdown)
+    return CRITERIA.sub(criteria_table, MARKER.sub(options_table, markdown))
+
+
+def criteria_table(marker: re.Match[str]) -> str:
+    """The registered criteria, each with its help, options, needs and paper."""
+    from shortllm import criteria
+
+    searches = marker[1] == "searches"
+    lines = ["| name | what it computes | options | needs | source |", "|---|---|---|---|---|"]
+    for one in criteria.listed():
+        if (one.needs == "sets") is not searches:
+            continue
+        options = ", ".join(f"`{name}`" for name in one.defaults)
+        paper = one.paper
+        source = one.source if paper is None else f"{paper.short}, [{paper.arxiv}]({paper.url})"
+        cells = (f"`{one.name}`", one.help, options, NEEDS.get(one.needs, one.needs), source)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def options_table(marker: re.Match[str]) -> str:

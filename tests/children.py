@@ -46,7 +46,7 @@ def run(recipe: str, out: Path, command: list[str] | None = None) -> None:
     from shortllm import pipeline
     from shortllm.recipe import Recipe
 
-    pipeline.run(recipe=Recipe.model_validate_json(recipe), out=out, command=command)
+    pipeline.run(recipe=Recipe.model_validate_json(recipe), out=out, command=command or ())
 
 
 def command(words: list[str]) -> None:

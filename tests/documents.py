@@ -4,12 +4,11 @@
     Reader(...)            one page's directory, its stand-ins, and how each kind of block is run
     commands(text)         the command lines of a block
 
-A block is run as it stands, in a directory that holds small stand-ins under the names the documents
-use (`Qwen/Qwen3-0.6B`, `my_text.jsonl`, `runs/qwen3`, ...); built-in texts are looked up in a
-directory of small ones. Of commands whose own numbers would take minutes the line is read as it
-stands, and then run with the flags of CHEAPER behind it. What cannot run here is marked by a
-comment above its block, `<!-- not run: needs a GPU -->`; its commands are read up to the call of
-the library.
+Each block runs unchanged in a directory with small stand-ins under the names the documents use
+(`Qwen/Qwen3-0.6B`, `my_text.jsonl`, `runs/qwen3`, ...); built-in texts are small ones too. A
+command that would take minutes is first parsed unchanged, then run with the flags of CHEAPER added.
+What cannot run here is marked by a comment above its block, `<!-- not run: needs a GPU -->`; its
+commands are parsed up to the call of the library.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Fence:
     not_run: str | None
     """Why it cannot be run here."""
     follows: bool
-    """Whether nothing stands between it and the block before."""
+    """Whether there is nothing between it and the block before."""
 
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"
@@ -114,7 +113,7 @@ class Command:
 
 
 def commands(text: str) -> list[Command]:
-    """The command lines of a block; what stands behind a `#` is for the reader."""
+    """The command lines of a block, without comments."""
     found = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         words = shlex.split(line, comments=True)
@@ -132,7 +131,7 @@ def commands(text: str) -> list[Command]:
 
 
 def _fields(**values: object) -> list[str]:
-    """`--set` for fields of a recipe, `__` standing for a dot."""
+    """`--set` for fields of a recipe; `__` means a dot."""
     places = [f"{name.replace('__', '.')}={value}" for name, value in values.items()]
     return [word for place in places for word in ("--set", place)]
 
@@ -169,7 +168,7 @@ CHEAPER: list[tuple[str, list[str]]] = [
     ("recipes run my.yaml", ["--limit", "4"]),
     ("shortllm merge", ["--threshold", "0", *FEW]),  # random blocks do not fold into one another
 ]
-"""Flags that are put behind a command that has all of these words."""
+"""Flags that are added to a command that has all of these words."""
 
 
 class Stopped(Exception):

@@ -234,6 +234,14 @@ def shortened(checkpoint: Checkpoint, removed: Iterable[int], target: Path, **kw
     return target
 
 
+def by_tier(variants: Iterable[str], *more: str) -> list[Any]:
+    """Parameters: the representatives and `more`; the other variants are tested under `slow`."""
+    first = {*REPRESENTATIVES, *more}
+    return [
+        pytest.param(name, marks=() if name in first else pytest.mark.slow) for name in variants
+    ]
+
+
 def score(
     decoder: Decoder,
     ids_BT: Tensor,

@@ -27,6 +27,7 @@ from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import Quantization
 from shortllm.records import DerivedRecord, ModelInfo, Record, ResultFile
+from shortllm.reporting.load import RunFile
 from shortllm.retraining.options import Retraining
 
 BLOCKS = 4
@@ -208,7 +209,7 @@ def kinds_of(base: type[Any]) -> list[type[Any]]:
         schemas.schema(name)
     return [
         kind for below in base.__subclasses__() for kind in (below, *kinds_of(below))
-        if kind.__module__.startswith("shortllm.") and kind is not DerivedRecord
+        if kind.__module__.startswith("shortllm.") and kind not in (DerivedRecord, RunFile)
     ]  # fmt: skip
 
 

@@ -84,8 +84,8 @@ STAND_INS: dict[str, Callable[[Path], Any]] = {
     ),
     "../shared/data/wikitext2/wiki.test.raw": _lines(60),
 }
-"""Name in the documents -> what makes a small thing of its kind. What a page makes itself, by an
-earlier command, takes its place."""
+"""Name in the documents -> what writes a small thing of its kind. What a command of the page writes
+itself is used instead."""
 
 TEXTS: dict[str, Callable[[Path], Any]] = {
     "alpaca/train.jsonl": retraining.instructions,

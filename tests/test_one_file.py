@@ -1,4 +1,4 @@
-"""A criterion is one new file: commands, runs and reports know it without another edit."""
+"""A criterion is one new file: commands, runs, reports and docs know it without another edit."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def call(*words):
     except SystemExit as stopped:
         assert not stopped.code, words
 
+sys.path.insert(0, "{docs}")
+import hooks
+
+assert "| `flips` | " in hooks.on_page_markdown("<!-- criteria: scores -->")
+
 small = ["--samples", "2", "--length", "32"]
 call("score", "--help")
 call("score", "embedded", "--criterion", "flips,ppl", "--option", "flips.top=3", *small,
@@ -65,7 +70,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_new_file_is_a_criterion_everywhere(package: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(package=package, out=tmp_path)],
+        [sys.executable, "-c", PROGRAM.format(package=package, out=tmp_path, docs=DOCS)],
         env={**os.environ, "PYTHONPATH": str(package.parent), "COLUMNS": "200"},
         capture_output=True, text=True,
     )  # fmt: skip

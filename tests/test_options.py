@@ -95,6 +95,7 @@ def test_one_change_of_a_field_is_seen_in_flag_keyword_recipe_schema_and_docs() 
         assert inspect.signature(function).parameters["strength"].default == value
         assert options_from(kind, {}).model_dump()["strength"] == value  # as run.json saves it
         schema = kind.model_json_schema()["properties"]["strength"]
+        assert "At most 9." in help_text  # the bound that is not trivial
         assert (schema["default"], schema["description"], schema["maximum"]) == (value, text, 9)
         assert list(table_rows(kind)) == [("--strength", "strength", str(value), text)]
 

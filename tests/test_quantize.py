@@ -71,18 +71,29 @@ def obstacle() -> str | None:
 quantizes = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
 
+HOW: dict[str, dict[str, Any]] = {
+    "gptq": {**SMALL},
+    "per-row": {**SMALL, "group_size": 0, "act_order": True},
+    "int8": {"method": "int8"},
+}
+
+
+class Made(dict[str, Path]):
+    """The embedded model by each method, once it is needed."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+
+    def __missing__(self, name: str) -> Path:
+        shortllm.quantize("embedded", self.directory / name, **HOW[name])
+        self[name] = self.directory / name
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The embedded model by each method."""
-    directory = tmp_path_factory.mktemp("quantized")
-    asked: dict[str, dict[str, Any]] = {
-        "gptq": {**SMALL},
-        "per-row": {**SMALL, "group_size": 0, "act_order": True},
-        "int8": {"method": "int8"},
-    }
-    for name, options in asked.items():
-        shortllm.quantize("embedded", directory / name, **options)
-    return {name: directory / name for name in asked}
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("quantized"))
 
 
 def perplexities(*models: str | Path) -> list[float]:
@@ -93,6 +104,7 @@ def perplexities(*models: str | Path) -> list[float]:
     return [one.perplexity[0].perplexity for one in found.models]
 
 
+@pytest.mark.slow
 @quantizes
 def test_it_is_as_small_as_its_bits_say(made: dict[str, Path]) -> None:
     embedded = open_checkpoint("embedded")
@@ -110,7 +122,7 @@ def test_it_is_as_small_as_its_bits_say(made: dict[str, Path]) -> None:
         "per-row": weights // 2 + rows * 2 + shapes,
         "int8": weights + rows * 2,
     }
-    for name, directory in made.items():
+    for name, directory in ((name, made[name]) for name in HOW):
         checkpoint = open_checkpoint(directory)
         assert checkpoint.bytes == expected[name] + 2 * rest
         record = Quantization.load(directory / Quantization.FILE)
@@ -118,10 +130,11 @@ def test_it_is_as_small_as_its_bits_say(made: dict[str, Path]) -> None:
         assert record.layers == 84 and record.model.fingerprint == embedded.fingerprint
 
 
+@pytest.mark.slow
 @quantizes
 def test_it_is_counted_as_the_weights_it_stands_for(made: dict[str, Path]) -> None:
     embedded = open_checkpoint("embedded").info()
-    for directory in made.values():
+    for directory in map(made.__getitem__, HOW):
         info = open_checkpoint(directory).info()
         assert info.parameters == embedded.parameters
         assert info.parameters_per_block == embedded.parameters_per_block
@@ -137,14 +150,16 @@ def test_what_is_not_in_a_linear_layer_of_a_block_is_unchanged(made: dict[str, P
         assert torch.equal(read_tensor(before.tensors[name]), read_tensor(after.tensors[name]))
 
 
+@pytest.mark.slow
 @quantizes
 def test_perplexity_stays_within_a_hundredth(made: dict[str, Path]) -> None:
-    before, *after = perplexities("embedded", *made.values())
+    before, *after = perplexities("embedded", *map(made.__getitem__, HOW))
     for one in after:
         assert before * 0.99 < one < before * 1.01
         assert one != before
 
 
+@pytest.mark.slow
 @quantizes
 def test_gptq_beats_rounding_to_nearest_on_the_calibration_text() -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -174,7 +189,10 @@ def test_gptq_beats_rounding_to_nearest_on_the_calibration_text() -> None:
 
 
 @quantizes
-@pytest.mark.parametrize("method", ["gptq", "per-row", "int8"])
+@pytest.mark.parametrize(
+    "method",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("gptq", "per-row")), "int8"],
+)
 def test_plain_transformers_in_another_process_reads_and_generates(
     method: str, made: dict[str, Path]
 ) -> None:
@@ -193,6 +211,7 @@ def test_plain_transformers_in_another_process_reads_and_generates(
     assert ours[0].tolist() == written
 
 
+@pytest.mark.slow
 @quantizes
 def test_the_config_says_where_it_comes_from(made: dict[str, Path]) -> None:
     config = json.loads((made["gptq"] / "config.json").read_text())
@@ -232,6 +251,7 @@ def test_the_same_again_is_skipped_and_other_options_are_not(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 
 
+@pytest.mark.slow
 @quantizes
 def test_what_cannot_be_done_to_a_quantized_checkpoint_is_refused(
     made: dict[str, Path], tmp_path: Path
@@ -254,6 +274,7 @@ def test_what_cannot_be_done_to_a_quantized_checkpoint_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @quantizes
 def test_blocks_of_a_quantized_checkpoint_can_go(made: dict[str, Path], tmp_path: Path) -> None:
     calibration = CalibrationOptions(data="embedded", samples=2, length=32)
@@ -288,21 +309,16 @@ def test_where_no_group_size_fits_one_scale_per_row_is_left() -> None:
     assert "divides all" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
+def test_options_without_effect_are_refused() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "int8", "group_size": 32}, "--group-size is an option of --method gptq"),
-        (
-            {"method": "int8", "data": "c4"},
-            "--data has no effect: --method int8 needs no calibration",
-        ),
+        ({"method": "int8", "data": "c4"}, "--data has no effect: --method int8 needs no calib"),
         ({"group_size": -1}, "group_size -1: must be greater than or equal to 0"),
         ({"dampening": 0.0}, "dampening 0.0: must be greater than 0"),
-    ],
-)
-def test_options_without_effect_are_refused(options: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ShortLLMError, match=problem):
-        options_from(QuantizeOptions, options)
+    ]
+    for options, problem in cases:
+        with pytest.raises(ShortLLMError, match=problem):
+            options_from(QuantizeOptions, options)
 
 
 def test_ids_and_text_together_are_refused() -> None:
@@ -370,6 +386,7 @@ def test_a_target_that_holds_something_else_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 @quantizes
 @pytest.mark.parametrize(
     ("name", "text", "group_size", "part", "worse"),
@@ -418,6 +435,7 @@ def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @quantizes
 def test_a_run_quantizes_the_better_of_the_healed_models(healed: Path) -> None:
     models = {one.name: one for one in Evaluation.load(healed / "eval.json").models}
@@ -437,6 +455,7 @@ def test_a_run_quantizes_the_better_of_the_healed_models(healed: Path) -> None:
     assert not (healed / QUANTIZED / "retrain.json").exists()
 
 
+@pytest.mark.slow
 @quantizes
 def test_what_is_measured_was_not_calibrated_on(healed: Path) -> None:
     record = Quantization.load(healed / QUANTIZED / Quantization.FILE)
@@ -464,6 +483,7 @@ def test_what_is_measured_was_not_calibrated_on(healed: Path) -> None:
     assert texts.evaluation[0].held_out
 
 
+@pytest.mark.slow
 @quantizes
 def test_the_report_shows_it(healed: Path) -> None:
     page = (healed / "report.html").read_text()
@@ -479,6 +499,7 @@ def test_the_report_shows_it(healed: Path) -> None:
     assert (one.kind, one.quantized_by, one.healed_by) == ("quantized", "gptq", None)
 
 
+@pytest.mark.slow
 @quantizes
 def test_the_same_run_again_does_nothing(healed: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in healed.glob("*/model.safetensors")}
@@ -488,6 +509,7 @@ def test_the_same_run_again_does_nothing(healed: Path) -> None:
     assert (healed / "eval.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @quantizes
 def test_the_best_is_found_without_an_earlier_evaluation(healed: Path, tmp_path: Path) -> None:
     recipe = RECIPE.resolved("llama")
@@ -503,7 +525,11 @@ def test_the_best_is_found_without_an_earlier_evaluation(healed: Path, tmp_path:
 
 @quantizes
 @pytest.mark.parametrize(
-    ("flags", "method"), [(["--quantize", "int8"], "int8"), (["--quantize", "none"], None)]
+    ("flags", "method"),
+    [
+        (["--quantize", "int8"], "int8"),
+        pytest.param(["--quantize", "none"], None, marks=pytest.mark.slow),
+    ],
 )
 def test_the_flag_of_run(
     flags: list[str],

@@ -25,6 +25,7 @@ from shortllm.format import (
     binary_bytes,
     change,
     duration,
+    figure,
     listed,
     number,
     percent,
@@ -383,23 +384,21 @@ def test_a_small_model_with_tiny_increases(tmp_path: Path) -> None:
     assert ">0.02</text>" in page and "The axis" not in page
 
 
-@pytest.mark.parametrize("name", ["run.json", "calibration.json", "plan.json"])
-def test_a_missing_file_says_what_makes_it(tmp_path: Path, name: str) -> None:
-    (make_run(tmp_path) / name).unlink()
-    command = "plan" if name == "plan.json" else "run"
-    with pytest.raises(ResultFileError, match=rf"{name} is missing.* shortllm {command}"):
-        write_report(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["run.json", "calibration.json", "scores.json", "plan.json", "eval.json"]
-)
-@pytest.mark.parametrize("text", ["{", "[]", '{"recipe": 3, "extra": 1}'])
-def test_a_damaged_file_says_what_makes_it(tmp_path: Path, name: str, text: str) -> None:
-    (make_run(tmp_path) / name).write_text(text)
-    command = "plan" if name == "plan.json" else "run"
-    with pytest.raises(ResultFileError, match=rf"{name}.*again with: shortllm {command}"):
-        write_report(tmp_path)
+def test_a_missing_or_damaged_file_says_what_writes_it(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for name in ("run.json", "calibration.json", "scores.json", "plan.json", "eval.json"):
+        path = tmp_path / name
+        content = path.read_text()
+        command = "plan" if name == "plan.json" else "run"
+        for text in ("{", "[]", '{"recipe": 3, "extra": 1}'):
+            path.write_text(text)
+            with pytest.raises(ResultFileError, match=rf"{name}.*again with: shortllm {command}"):
+                write_report(tmp_path)
+        if name not in ("scores.json", "eval.json"):
+            path.unlink()
+            with pytest.raises(ResultFileError, match=rf"{name} is missing.* shortllm {command}"):
+                write_report(tmp_path)
+        path.write_text(content)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -513,11 +512,11 @@ def test_ticks_of_very_small_and_large_values_are_not_rounded() -> None:
     assert {"2.5e−6", "1.25e−5"} <= set(small) and {"2.5e6", "1.25e7"} <= set(large)
 
 
-@pytest.mark.parametrize("heights", [[0.0, 0.0], [3.0, 3.0], [-1.0, -2.0], [5.0], [1e-9, 1e9]])
-def test_plot_of_odd_values(heights: list[float]) -> None:
-    plot = BarPlot(heights=heights, statuses=["removed"] * len(heights), y_label="y")
-    svg = plot.figure().svg
-    assert svg.startswith("<svg ") and "nan" not in svg
+def test_plot_of_odd_values() -> None:
+    for heights in ([0.0, 0.0], [3.0, 3.0], [-1.0, -2.0], [5.0], [1e-9, 1e9]):
+        plot = BarPlot(heights=heights, statuses=["removed"] * len(heights), y_label="y")
+        svg = plot.figure().svg
+        assert svg.startswith("<svg ") and "nan" not in svg
 
 
 def criteria_lines(high: float, count: int = 2) -> LinePlot:
@@ -554,55 +553,34 @@ def test_a_table_in_a_terminal() -> None:
     assert table.plain() == (("a", "b (c)"), [("1 x", "3 → 2 (±0)")])
 
 
-@pytest.mark.parametrize(
-    ("shown", "text"),
-    [
-        (percent(0.2414), "24.1 %"), (percent(None), "-"), (percent(-0.5, 0), "-50 %"),
-        (short_count(125_000_000), "125 M"), (short_count(999), "999"), (short_count(None), "-"),
-        (short_bytes(13_480_000_000), "13.5 GB"), (short_bytes(12), "12 bytes"),
-        (binary_bytes(3 * 2**29), "1.50 GiB"), (binary_bytes(1023), "1,023 bytes"),
-        (duration(0.35), "350 ms"), (duration(12.34), "12.3 s"), (duration(312), "5.2 min"),
-        (duration(11160), "3.1 h"), (duration(None), "-"), (listed([1, 2, 3]), "1, 2 and 3"),
-        (listed([]), ""), (change(1, 20), "x 20.0"),
-    ],
-)  # fmt: skip
-def test_format(shown: str, text: str) -> None:
-    assert plain(shown) == text
+def test_numbers_as_text() -> None:
+    shown = {
+        percent(0.2414): "24.1 %", percent(None): "-", percent(-0.5, 0): "-50 %",
+        short_count(125_000_000): "125 M", short_count(999): "999", short_count(None): "-",
+        short_bytes(13_480_000_000): "13.5 GB", short_bytes(12): "12 bytes",
+        binary_bytes(3 * 2**29): "1.50 GiB", binary_bytes(1023): "1,023 bytes",
+        duration(0.35): "350 ms", duration(12.34): "12.3 s", duration(312): "5.2 min",
+        duration(11160): "3.1 h", duration(None): "-", listed([1, 2, 3]): "1, 2 and 3",
+        listed([]): "", figure(1.25e6): "1,250,000", figure(12.5): "12.500",
+        number(5.4734): "5.473", number(51.234): "51.23", number(5123.4): "5,123",
+        number(-0.04): "-0.04000", number(0): "0", number(1.5e9): "1.500 x 10⁹",
+        number(None): "-", number(math.inf): "-", number(9.99996): "10.000",
+        change(4, 3): "-25.0 %", change(10, 15): "+50.0 %", change(10, 123): "x 12.3",
+        change(10, 10): "+-0 %", change(10000, 10001): "+<0.1 %", change(None, 1): "-",
+        change(1, None): "-",
+    }  # fmt: skip
+    for found, text in shown.items():
+        assert plain(found) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (5.4734, "5.473"), (51.234, "51.23"), (5123.4, "5,123"), (-0.04, "−0.04000"), (0, "0"),
-        (1.5e9, "1.500 × 10⁹"), (None, "–"), (math.inf, "–"), (9.99996, "10.000"),
-    ],
-)  # fmt: skip
-def test_number(value: float | None, text: str) -> None:
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "text"),
-    [
-        (4, 3, "−25.0 %"), (10, 15, "+50.0 %"), (10, 123, "× 12.3"), (10, 10, "±0 %"),
-        (10000, 10001, "+<0.1 %"), (None, 1, "–"), (1, None, "–"),
-    ],
-)  # fmt: skip
-def test_change(before: float | None, after: float | None, text: str) -> None:
-    assert words(change(before, after)) == text
-
-
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ("acme/tiny", "acme/tiny"), ("/home/a/tiny/", "tiny"), ("../models/tiny", "tiny"),
-        ("~/tiny", "tiny"), (r"C:\models\tiny", "tiny"), ("a/b/tiny", "tiny"),
-        ("/c/hub/models--acme--tiny/snapshots/0123", "acme/tiny"), ("embedded", "embedded"),
-        ("wikitext:wikitext-2-raw-v1:test", "wikitext:wikitext-2-raw-v1:test"),
-    ],
-)  # fmt: skip
-def test_model_name(given: str, shown: str) -> None:
-    assert model_name(given) == shown
+def test_a_model_is_named_without_directories() -> None:
+    for given, shown in {
+        "acme/tiny": "acme/tiny", "/home/a/tiny/": "tiny", "../models/tiny": "tiny",
+        "~/tiny": "tiny", r"C:\models\tiny": "tiny", "a/b/tiny": "tiny",
+        "/c/hub/models--acme--tiny/snapshots/0123": "acme/tiny", "embedded": "embedded",
+        "wikitext:wikitext-2-raw-v1:test": "wikitext:wikitext-2-raw-v1:test",
+    }.items():  # fmt: skip
+        assert model_name(given) == shown
 
 
 def test_import_is_light() -> None:

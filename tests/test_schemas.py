@@ -39,7 +39,7 @@ def test_every_result_file_has_a_schema() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and bases & set(map(ast.unparse, node.bases)):
                 kinds.add(node.name)
-    kinds -= bases
+    kinds -= {*bases, "RunFile"}  # of run.json, pages read only a few keys
     assert len(kinds) == 15
     assert kinds | {"Recipe"} == {place.rpartition(".")[2] for place in _HOME.values()}
 

@@ -256,7 +256,7 @@ def test_impossible_options_are_refused_before_work(
 def test_what_the_model_or_the_text_cannot_give_is_refused() -> None:
     with pytest.raises(BudgetError, match="cannot remove 5 of 6 blocks: 2 are protected"):
         search("local", remove=5, protect_first=1, protect_last=1)
-    with pytest.raises(CriterionError, match="holds out 8 of 8 calibration samples"):
+    with pytest.raises(CriterionError, match="keeps 8 of 8 calibration samples"):
         search("local", held_out=0.99)
     with pytest.raises(CriterionError, match="'local' has no plan to start from: greedy: "):
         search("local", "gemma2", start="greedy", period_aligned=True, **FREE)

@@ -82,7 +82,7 @@ def test_ppl_ranks_exactly_the_superfluous_blocks_as_least_important(shared: Pat
         str(shared / "models" / "stories10L-redundant"),
         calibration=CalibrationOptions(data=str(shared / "data" / "stories" / "valid.jsonl.gz")),
     )
-    plan = shortllm.plan(scores, shortllm.Budget(remove=5, protect_first=0, protect_last=0))
+    plan = shortllm.plan(scores, remove=5, protect_first=0, protect_last=0)
     assert plan.removed == [1, 3, 5, 7, 9]
 
 

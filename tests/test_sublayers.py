@@ -33,11 +33,13 @@ from shortllm.errors import (
 )
 from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder
+from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import next_token_nll
 from shortllm.model.session import Session
 from shortllm.options import options_from
 from shortllm.sublayers import drop as stage
 from shortllm.sublayers import variants
+from shortllm.sublayers.criteria import Task
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers, without_sublayers
 from shortllm.sublayers.variants import Variants, mean_nlls, remove_one_by_one
@@ -111,10 +113,11 @@ def drop(
 
 
 @pytest.mark.parametrize(
-    ("variant", "stream"), [*((variant, False) for variant in SKIPPED), ("gpt_neox", True)]
+    "variant", families.by_tier([*SKIPPED, "gpt_neox-streamed"], "opt", "gpt_neox-streamed")
 )
-def test_zeroed_equals_skipped(variant: str, stream: bool, tmp_path: Path) -> None:
-    made = drop(variant, tmp_path / "short", stream=stream, attention=[1, 4], mlp=[0, 5])
+def test_zeroed_equals_skipped(variant: str, tmp_path: Path) -> None:
+    variant, _, stream = variant.partition("-")
+    made = drop(variant, tmp_path / "short", stream=bool(stream), attention=[1, 4], mlp=[0, 5])
     gone = [(1, "attention"), (4, "attention"), (0, "mlp"), (5, "mlp")]
     original = families.loaded(variant)
     with skipping(original, variant, gone):  # type: ignore[arg-type]
@@ -130,7 +133,10 @@ def test_zeroed_equals_skipped(variant: str, stream: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "variant", [v for v in families.VARIANTS if v not in ("mixtral", "opt-projected", *SKIPPED)]
+    "variant",
+    families.by_tier(
+        v for v in families.VARIANTS if v not in ("mixtral", "opt-projected", *SKIPPED)
+    ),
 )
 def test_zeroed_equals_zeros_handed_out(variant: str) -> None:
     model = families.build(variant)
@@ -148,7 +154,7 @@ def test_zeroed_equals_zeros_handed_out(variant: str) -> None:
     assert not torch.allclose(expected, intact, atol=1e-2)
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "opt"])
+@pytest.mark.parametrize("variant", families.by_tier(["llama", "gpt_neox", "opt"], "opt"))
 def test_only_output_projections_change(variant: str, tmp_path: Path) -> None:
     made = drop(variant, tmp_path / "short", attention=[2], mlp=[3])
     before = load_file(families.saved(variant) / "model.safetensors")
@@ -235,7 +241,7 @@ def test_sublayers_of_a_checkpoint_without_some_can_go_too(tmp_path: Path) -> No
 # ------------------------------------------------------------------ what is chosen
 
 
-@pytest.mark.parametrize("variant", SKIPPED)
+@pytest.mark.parametrize("variant", families.by_tier(SKIPPED, "gpt_neox", "gemma2"))
 def test_one_walk_gives_the_numbers_of_models_one_by_one(variant: str) -> None:
     decoder = Decoder(families.loaded(variant))
     outputs = find_sublayers(decoder, range(6))
@@ -252,7 +258,7 @@ def test_one_walk_gives_the_numbers_of_models_one_by_one(variant: str) -> None:
     assert len({round(value, 4) for value in found}) > 10
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("variant", families.by_tier(["llama", "gpt_neox", "gemma2"]))
 @pytest.mark.parametrize("parts", ["joint", "mlp"])
 def test_perplexity_removes_the_least_missed_one_after_the_other(
     variant: str, parts: str, tmp_path: Path
@@ -273,7 +279,10 @@ def test_perplexity_removes_the_least_missed_one_after_the_other(
     assert made.intact == pytest.approx(math.exp(plain_nll(variant, [])), rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma2", "gpt_neox", "gpt_neox-serial"])
+@pytest.mark.parametrize(
+    "variant",
+    families.by_tier(["llama", "gemma2", "gpt_neox", "gpt_neox-serial"], "gpt_neox"),
+)
 def test_influence_is_the_similarity_around_each_sublayer(variant: str, tmp_path: Path) -> None:
     model = families.loaded(variant)
     _, blocks = find_blocks(model, model.config)
@@ -338,7 +347,11 @@ def test_interrupted_rounds_go_on_where_they_were(
         read.clear()
         with monkeypatch.context() as patch:
             patch.setattr(decoder, "through", counting(through, read, stop_after=stop_after))
-            return remove_one_by_one(Variants(decoder, outputs), ids_BT, ALL, 3, journal=work)
+            task = Task(
+                decoder=decoder, outputs=outputs, candidates=ALL, remove=3, ids_BT=ids_BT,
+                memory=StreamMemory(), journal=work or Journal(None, ""),
+            )  # fmt: skip
+            return remove_one_by_one(task)
 
     expected = attempt(None)
     whole = len(read)
@@ -366,9 +379,11 @@ def test_models_whose_sublayers_cannot_go_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
+def test_impossible_choices_are_refused_before_the_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "decoder", lambda *args: pytest.fail("the model was loaded"))
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({}, CriterionError, "nothing says which sublayers to remove. Give --criterion"),
         ({"criterion": "sublayer-ppl"}, CriterionError, "with --remove 4"),
         ({"criterion": "sublayer-pp", "remove": 2}, ShortLLMError, "Did you mean 'sublayer-ppl'"),
@@ -383,15 +398,10 @@ def test_models_whose_sublayers_cannot_go_are_refused(
         ({"attention": [6]}, BudgetError, "--attention 6: the model has blocks 0 to 5"),
         ({"mlp": [1, 1]}, BudgetError, "--mlp names a block twice: 1,1"),
         ({"mlp": [*range(6)], "attention": [*range(6)]}, BudgetError, "every sublayer is named"),
-    ],
-)
-def test_impossible_choices_are_refused_before_the_model_loads(
-    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(Session, "decoder", lambda *args: pytest.fail("the model was loaded"))
-    with pytest.raises(error, match=message):
-        drop("llama", tmp_path / "short", **options)
+    ]
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            drop("llama", tmp_path / "short", **options)
 
 
 def test_the_command_says_that_zeros_save_nothing(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import shortllm
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.cli import main
-from shortllm.comparison.options import UnitsComparison
-from shortllm.comparison.width_vs_depth import DEPTH, WIDTH, asked_methods
+from shortllm.comparison.options import DEPTH, WIDTH, UnitsComparison
+from shortllm.comparison.width_vs_depth import asked_methods
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
@@ -106,7 +106,10 @@ def test_the_same_again_does_nothing(
     assert caplog.text.count("is up to date, skipped") >= 12
 
 
-@pytest.mark.parametrize("share", [0.15, 0.2, 0.35])
+@pytest.mark.parametrize(
+    "share",
+    [pytest.param(0.15, marks=pytest.mark.slow), 0.2, pytest.param(0.35, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("method", WIDTH)
 def test_ratios_are_found_for_a_number_of_parameters(
     method: str, share: float, tmp_path: Path

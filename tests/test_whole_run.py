@@ -159,8 +159,8 @@ def test_killed_while_healing_the_same_command_completes_with_the_same_weights(
         ({"retraining.data": "no_such_text"}, "no_such_text"),
         ({"retraining.batch": 3, "retraining.micro_batch": 2}, "does not divide"),
         ({"benchmark.new_tokens": [4096]}, "exceed the 512 positions"),
-        ({"benchmark.runs": 0}, "--runs 0 is too few"),
-        ({"stream": True}, "does not fit into memory, where retraining and bench"),
+        ({"benchmark.runs": 0}, "benchmark.runs 0: must be greater than or equal to 1"),
+        ({"stream": True}, "does not fit into memory, but retraining and bench"),
     ],
 )
 def test_mistakes_of_late_stages_are_found_before_scoring(
@@ -208,10 +208,10 @@ def test_changes_keep_what_they_do_not_name() -> None:
         ("retraining: {rnak: 4}\n", "unknown field 'retraining.rnak'. Did you mean 'rank'"),
         ("quantization: {grup_size: 3}\n", "'quantization.grup_size'. Did you mean 'group_size'"),
         ("benchmark: {batch: 3}\n", "'benchmark.batch'. Did you mean 'batches'"),
-        ("calibration: {samples: many}\n", "calibration.samples: Input should be a valid integer"),
-        ("model: [a\n", "is no recipe in YAML"),
-        ("just words\n", "holds no fields"),
-        ("", "holds no fields"),
+        ("calibration: {samples: many}\n", "calibration.samples many: must be a valid integer"),
+        ("model: [a\n", "is not a recipe in YAML"),
+        ("just words\n", "contains no fields"),
+        ("", "contains no fields"),
     ],
 )
 def test_a_recipe_that_cannot_be_used_says_why(text: str, message: str, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_without_a_model_the_embedded_recipe(monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "message"),
     [
         (["--retrain", "lroa"], "unknown retraining method 'lroa'. Did you mean 'lora'"),
-        (["--set", "retraining"], "not of the form FIELD=VALUE"),
+        (["--set", "retraining"], "must have the form FIELD=VALUE"),
         (["--set", "retrainin.rank=3"], "unknown field 'retrainin'"),
         (["--set", "model.name=3"], "there is nothing in model to set"),
         (["--recipe", "embeded"], "Did you mean 'embedded'"),

@@ -148,7 +148,7 @@ def assert_caches(model: nn.Module) -> None:
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("variant", OUTPUTS)
+@pytest.mark.parametrize("variant", families.by_tier(OUTPUTS, "opt"))
 @pytest.mark.parametrize("method", METHODS)
 def test_narrower_equals_silenced(variant: str, method: str, tmp_path: Path) -> None:
     record = narrow(variant, tmp_path / "out", method=method, shapes="per-block", start=1)
@@ -166,7 +166,7 @@ def test_narrower_equals_silenced(variant: str, method: str, tmp_path: Path) -> 
     assert elements == record.reached.parameters < record.model.parameters
 
 
-@pytest.mark.parametrize("variant", OUTPUTS)
+@pytest.mark.parametrize("variant", families.by_tier(OUTPUTS, "opt"))
 def test_uniform_is_a_plain_checkpoint_or_refused(variant: str, tmp_path: Path) -> None:
     options = {"method": "wanda-sp", "shapes": "uniform"}
     if variant not in PLAIN:
@@ -323,7 +323,11 @@ def assert_scores_equal_autograd(model: nn.Module, ids_BT: Tensor, kind: Any) ->
     decoder = Decoder(model)
     groups = find_groups(decoder, range(decoder.block_count))
     memory = Session(device="cpu").memory()
-    found = taylor_importance(decoder, ids_BT, groups, kind, memory=memory)
+    task = methods.Task(
+        decoder=decoder, ids_BT=ids_BT, groups=groups, options=WidthOptions(ratio=0.5), counts={},
+        memory=memory,
+    )  # fmt: skip
+    found = taylor_importance(task, kind)
     for b, (heads, neurons) in expected.items():
         torch.testing.assert_close(found[b].heads.float(), heads, rtol=1e-3, atol=0)
         torch.testing.assert_close(found[b].neurons.float(), neurons, rtol=1e-3, atol=1e-7)
@@ -336,7 +340,13 @@ def test_taylor_scores_equal_autograd(kind: str) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("name", ["books5M", "stories10L", "stories10L-redundant", "stories260K"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "stories260K" else pytest.mark.slow)
+        for name in ("books5M", "stories10L", "stories10L-redundant", "stories260K")
+    ],
+)
 def test_first_order_scores_of_trained_models_equal_autograd(name: str, shared: Path) -> None:
     model = families.load(shared / "models" / name)
     generator = torch.Generator().manual_seed(0)
@@ -463,19 +473,15 @@ def test_models_whose_heads_cannot_go_are_refused_by_name(
         narrow(variant, tmp_path / "out", method="wanda-sp")
 
 
-@pytest.mark.parametrize(
-    ("variant", "shapes"),
-    [
-        *(
-            (name, "uniform")
-            for name in ("gemma", "gemma3_text", "granite", "smollm3", "starcoder2")
-        ),
-        *((name, "per-block") for name in ("gpt2", "gptj", "phi", "falcon-new", "opt-projected")),
-    ],
-)
-def test_further_families(variant: str, shapes: str, tmp_path: Path) -> None:
+UNIFORM = ("gemma", "gemma3_text", "granite", "smollm3", "starcoder2")
+PER_BLOCK = ("gpt2", "gptj", "phi", "falcon-new", "opt-projected")
+
+
+@pytest.mark.parametrize("variant", families.by_tier([*UNIFORM, *PER_BLOCK]))
+def test_further_families(variant: str, tmp_path: Path) -> None:
     blocks = families.opened(variant).block_count
     record = narrow(variant, tmp_path / "out", importance="l2", start=0, end=blocks)
+    shapes = "uniform" if variant in UNIFORM else "per-block"
     assert record.shapes == shapes  # and what was written computes what it should, says the stage
 
 
@@ -575,9 +581,8 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
         assert shortllm.load(healed).config.model_type == "qwen2"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
+    for options, message in (
         ({"ratio": 1.0}, "ratio 1.0: must be less than 1"),
         ({"method": "flip"}, "unknown width method 'flip'. Did you mean 'flap'"),
         ({"method": "flap", "importance": "l1"}, "importance is an option of --method llm-pruner"),
@@ -585,13 +590,9 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
         ({"method": "flap", "neuron_ratio": 0.5}, "one list, so --neuron-ratio has no effect"),
         ({"start": 5, "end": 5}, "the model has 6"),
         ({"shapes": "uniform"}, "--start 0 --end 6"),
-    ],
-)
-def test_options_without_effect_are_refused(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ShortLLMError, match=message):
-        narrow("llama", tmp_path / "out", **options)
+    ):
+        with pytest.raises(ShortLLMError, match=message):
+            narrow("llama", tmp_path / "out", **options)
 
 
 def test_a_score_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: Any) -> None:

@@ -4,7 +4,7 @@ measure.
     import shortllm
 
     scores = shortllm.score("Qwen/Qwen3-0.6B")
-    plan = shortllm.plan(scores, shortllm.Budget(remove=6))
+    plan = shortllm.plan(scores, remove=6)
     shortllm.prune("Qwen/Qwen3-0.6B", plan, Path("qwen3-short"))
 
 The names below are loaded when first used, so that `import shortllm` loads neither torch nor

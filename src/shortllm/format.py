@@ -7,7 +7,7 @@ before a unit); `plain` turns them into ASCII for messages and logs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 NONE = "–"
 """Shown for a value that was not measured."""
@@ -139,11 +139,6 @@ def spans(blocks: Sequence[int]) -> str:
     return ", ".join(
         f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
     )
-
-
-def known(value: float | None, show: Callable[[float], str]) -> str:
-    """`show(value)`, or a dash where it was not measured."""
-    return NONE if value is None else show(value)
 
 
 def plain(text: str) -> str:

@@ -58,17 +58,20 @@ class InterleavedRuns:
         self.options = options
         self._device = device
         self._meter = meter
-        self._arguments = compiling() if options.compile else {}
+        self._arguments: dict[str, Any] = {}
+        """More arguments of `generate`."""
+        if options.compile:
+            from transformers import CompileConfig
+
+            config = CompileConfig()
+            config._compile_all_devices = True  # without it a CPU is silently left out
+            self._arguments = {"cache_implementation": "static", "compile_config": config}
         self._movable = device.type != "cpu" and len(candidates) > 1
 
     def measure(
         self, batch: int, new_tokens: int, advance: Advance = lambda runs: None
     ) -> list[Measurement]:
-        """One cell of the sweep: a measurement for each candidate.
-
-        Args:
-            advance: called with the number of runs done since its last call.
-        """
+        """One cell of the sweep: a measurement for each candidate."""
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), quiet_transformers():
             runs = self._alternate(batch, new_tokens, advance, swapped=False)
@@ -246,12 +249,3 @@ def measurement_of(
         utilisation_max=max(runs.utilisation, default=None),
         swapped=swapped,
     )
-
-
-def compiling() -> dict[str, Any]:
-    """Arguments with which `generate` compiles the model, on any device."""
-    from transformers import CompileConfig
-
-    config = CompileConfig()
-    config._compile_all_devices = True  # without it a CPU is silently left out
-    return {"cache_implementation": "static", "compile_config": config}

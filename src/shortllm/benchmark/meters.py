@@ -91,6 +91,8 @@ def meter_of(device: torch.device) -> Meter:
 class CpuMeter(Meter):
     """This process on a CPU, whose work is done when a call returns."""
 
+    _peaks_reset = Path("/proc/self/clear_refs")
+
     def __init__(self) -> None:
         import psutil
 
@@ -98,47 +100,30 @@ class CpuMeter(Meter):
         self._process = psutil.Process()
         affinity = hasattr(os, "sched_getaffinity")
         self._processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-        self._high_water = _HighWater()
+        self._keeps_peaks = os.access(self._peaks_reset, os.W_OK)  # Linux alone
         self._process.cpu_percent()
 
     def reset(self) -> None:
-        """Begin a run: reset the clock and the high-water mark."""
+        """Begin a run: reset the clock and the kernel's record of the highest resident memory."""
         self._process.cpu_percent()
-        self._high_water.reset()
+        if self._keeps_peaks:
+            try:
+                self._peaks_reset.write_text("5")
+            except OSError:  # some containers show the file and refuse the writing
+                self._keeps_peaks = False
 
     def peaks(self) -> Sample:
         """Highest resident memory since `reset`."""
-        return Sample(process_bytes=self._high_water.read())
+        if not self._keeps_peaks:
+            return Sample()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+        return Sample(process_bytes=found[0] if found else None)
 
     def sample(self) -> Sample:
         """Busy share since the last sample, and resident memory."""
         busy = self._process.cpu_percent() / 100 / self._processors
         return Sample(utilisation=busy, process_bytes=self._process.memory_info().rss)
-
-
-class _HighWater:
-    """The kernel's record of the highest resident memory, where it can be reset (Linux)."""
-
-    _status = Path("/proc/self/status")
-    _reset = Path("/proc/self/clear_refs")
-
-    def __init__(self) -> None:
-        self._usable = os.access(self._reset, os.W_OK)
-
-    def reset(self) -> None:
-        if self._usable:
-            try:
-                self._reset.write_text("5")
-            except OSError:  # some containers show the file and refuse the writing
-                self._usable = False
-
-    def read(self) -> int | None:
-        if not self._usable:
-            return None
-        for line in self._status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return None
 
 
 class CudaMeter(Meter):

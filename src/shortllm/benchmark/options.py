@@ -14,7 +14,7 @@ from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
 
 BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
-    "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]},
+    "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]}
 }
 """Named sweeps; `paper` is that of Shortened LLaMA."""
 
@@ -171,10 +171,8 @@ class Benchmark(ResultFile):
 
     def find(self, model: str, batch: int, new_tokens: int) -> Measurement | None:
         """The measurement of a model in one cell of the sweep."""
-        for one in self.measurements:
-            if (one.model, one.batch, one.new_tokens) == (model, batch, new_tokens):
-                return one
-        return None
+        cells = {(one.model, one.batch, one.new_tokens): one for one in self.measurements}
+        return cells.get((model, batch, new_tokens))
 
     def speedup(self, one: Measurement) -> float | None:
         """How many times as fast as the first model; None where one of the two has no latency."""

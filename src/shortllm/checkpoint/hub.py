@@ -75,10 +75,7 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Snapshot of a Hub repository, safetensors preferred; only from the cache when offline.
-
-    The config comes first, so that no weights of an unsupported model are downloaded.
-    """
+    """Snapshot of a Hub repository, safetensors preferred; its config is checked before weights."""
     code = ["*.py"] if is_trusted() else []
     folder = _snapshot(hub_id, revision, ["config.json", *code])
     checked_config(hub_id, folder)

@@ -154,8 +154,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over the config, the tensor table, and samples of the data.
 
-        The samples are both ends of every tensor and 4 KiB of every MiB of each file, so a
-        retrained or repaired copy differs, but a large model need not be read as a whole.
+        The samples are both ends of every tensor and 4 KiB of every MiB of each file.
         """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for entry in self.tensors.values():

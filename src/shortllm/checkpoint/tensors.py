@@ -234,8 +234,7 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
 def read_tensor(entry: TensorEntry) -> Tensor:
     """The data of one stored tensor, in memory of its own and in its stored type.
 
-    Read, not memory-mapped: mapped pages would count as this process's memory for as long as the
-    system keeps them.
+    Read, not memory-mapped: mapped pages would count as this process's memory.
     """
     import torch
     from safetensors.torch import _TYPES as TYPES

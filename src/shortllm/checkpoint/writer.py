@@ -98,8 +98,7 @@ def _write_shard(path: Path, shard: dict[str, TensorEntry], advance: Advance) ->
 def _data_start(entries: list[TensorEntry], least: int) -> int:
     """Where the data begins in the new file: at `least` or up to a page after it.
 
-    Chosen so that most bytes keep their place within a page: the kernel then moves whole pages, a
-    third faster. Tensors of real models are multiples of a page, so usually all bytes do.
+    Most bytes then keep their place within a page: the kernel moves whole pages, a third faster.
     """
     votes: dict[int, int] = {}
     position = 0

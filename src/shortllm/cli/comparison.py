@@ -9,15 +9,9 @@ import typer
 
 from shortllm.cli.flags import flags
 from shortllm.cli.options import CriterionOption, Json, ModelArgument, Revision, Settings
-from shortllm.cli.output import (
-    command_line,
-    is_main_process,
-    options_in,
-    print_json,
-    print_table,
-)
+from shortllm.cli.output import command_line, is_main_process, options_in, print_json, print_table
 from shortllm.cli.run import RecipeName, Retrain, requested_recipe
-from shortllm.comparison.options import ComparisonOptions
+from shortllm.comparison.options import DEPTH, WIDTH, ComparisonOptions
 from shortllm.recipe import Recipe
 from shortllm.runtime import Runtime
 
@@ -86,7 +80,7 @@ def compare_units(
             help="Depth criteria, of which the first sets the number of parameters, and width "
             "methods.",
         ),
-    ] = "ppl,taylor,llm-pruner,wanda-sp,flap",
+    ] = ",".join((*DEPTH, *WIDTH)),
     retrain: Retrain = None,
     batch: Annotated[
         str | None,

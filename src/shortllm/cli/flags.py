@@ -121,11 +121,10 @@ def _parameter(one: OptionField) -> inspect.Parameter:
         declared = [one.option]  # without a --no- form: off is the default
     option = typer.Option(
         *declared,
-        help=one.info.description,
+        help=f"{one.info.description or ''}{_bounds(one)}",
         rich_help_panel=one.panel,
         metavar=one.flag.metavar,
-        show_default=default not in (None, [], False),
-        **_bounds(one, kind),
+        show_default=default is not None and default is not False and default != [],
     )
     required = one.info.is_required()
     if optional or default is None and not required:
@@ -155,21 +154,16 @@ def _typer_type(one: OptionField) -> tuple[Any, bool]:
     return annotation, optional
 
 
-def _bounds(one: OptionField, kind: Any) -> dict[str, Any]:
-    """Inclusive bounds that typer shows and checks; others are pydantic's."""
-    if kind not in (int, float):
-        return {}
-    found: dict[str, Any] = {}
+def _bounds(one: OptionField) -> str:
+    """The bounds of a number in words, which pydantic checks, e.g. ` At least 1.`"""
+    found = []
     for bound in one.info.metadata:
-        if isinstance(bound, Ge):
-            found["min"] = bound.ge
-        elif isinstance(bound, Le):
-            found["max"] = bound.le
-        elif isinstance(bound, Gt) and kind is int:
-            found["min"] = bound.gt + 1  # type: ignore[operator]
-        elif isinstance(bound, Lt) and kind is int:
-            found["max"] = bound.lt - 1  # type: ignore[operator]
-    return found
+        for kind, words in ((Ge, "at least"), (Gt, "above"), (Le, "at most"), (Lt, "below")):
+            value = getattr(bound, kind.__name__.lower(), None)
+            if isinstance(bound, kind) and (kind is not Ge or value != 0):
+                found.append(f"{words} {value}")
+    text = " and ".join(found)
+    return f" {text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _parsed(one: OptionField, value: Any) -> Any:

@@ -207,15 +207,13 @@ def compare_criteria(
         }
         rundir.write_run_file(directory, chosen, checkpoint, command)
     scores = score_in(directory, checkpoint, question.criteria, texts.calibration, session, ranks)
-    found = _measure_in(
-        directory, checkpoint, question, scores, texts.evaluation[0], session, ranks
-    )
+    found = _measured(directory, checkpoint, question, scores, text, session, ranks)
     if ranks.is_main:
         write_comparison(directory)
     return found
 
 
-def _measure_in(
+def _measured(
     directory: Path,
     checkpoint: Checkpoint,
     question: Question,
@@ -225,15 +223,48 @@ def _measure_in(
     ranks: Ranks,
 ) -> Comparison:
     """comparison.json, unless up to date. All processes measure; the main one writes."""
+    from shortllm.evaluation.perplexity import as_perplexity
+    from shortllm.journal import Journal
+    from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
+
     path, work = directory / "comparison.json", directory / f"comparing{PARTIAL}"
     expected = _fingerprint(checkpoint, question, scores, text, session)
-    found = rundir.finished(Comparison, path, expected)
-    if found is None:
-        found = _measure(checkpoint, question, scores, text, session, work, ranks, expected)
-        if ranks.is_main:
-            found.save(path)
-        ranks.wait()  # the journal is needed until the result is safe
-        shutil.rmtree(work, ignore_errors=True)
+    known = rundir.finished(Comparison, path, expected)
+    if known is not None:
+        return known
+    info = checkpoint.info()
+    chosen, drawn = _chosen(info, question, scores), _drawn(info, question)
+    sets = {frozenset(removed.order) for one in (*chosen, *drawn) for removed in one.sets}
+    removals = [NOTHING, *sorted(sets, key=sorted)]
+    ids_BT = ranks.mine(text.segments.ids)
+    decoder, started = session.decoder(checkpoint), time.monotonic()
+    journal = Journal(work / f"rank{ranks.rank}of{ranks.count}", expected)
+    flops = walk_flops(decoder, removals, *ids_BT.shape)
+    with progress(f"perplexity of {len(sets)} shortened models", flops) as advance:
+        nlls = mean_nlls(
+            decoder, ids_BT, removals, ranks=ranks, advance=advance, memory=session.memory(work),
+            journal=journal,
+        )  # fmt: skip
+    measured = dict(zip(removals, nlls, strict=True))
+    found = Comparison(
+        model=info,
+        protected=question.protected,
+        budgets=question.budgets,
+        left_out=question.left_out,
+        criteria=[_filled(one, measured) for one in chosen],
+        random=[_filled(one, measured) for one in drawn],
+        intact=as_perplexity(text, measured[NOTHING]),
+        calibration=next((s.calibration for s in scores.values() if s.calibration), None),
+        models=len(sets),
+        dtype=session.dtype(checkpoint),
+        versions=versions(),
+        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
+        fingerprint=expected,
+    )
+    if ranks.is_main:
+        found.save(path)
+    ranks.wait()  # the journal is needed until the result is safe
+    shutil.rmtree(work, ignore_errors=True)
     return found
 
 
@@ -259,55 +290,6 @@ def _fingerprint(
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
         }
-    )
-
-
-def _measure(
-    checkpoint: Checkpoint,
-    question: Question,
-    scores: Mapping[str, BlockScores],
-    text: EvaluationText,
-    session: Session,
-    directory: Path,
-    ranks: Ranks,
-    expected: str,
-) -> Comparison:
-    """Perplexity without the blocks that each criterion, and each random draw, removes.
-
-    `directory` keeps the progress of a long walk; the processes `ranks` share the segments.
-    """
-    from shortllm.evaluation.perplexity import as_perplexity
-    from shortllm.journal import Journal
-    from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
-
-    info = checkpoint.info()
-    chosen, drawn = _chosen(info, question, scores), _drawn(info, question)
-    sets = {frozenset(removed.order) for one in (*chosen, *drawn) for removed in one.sets}
-    removals = [NOTHING, *sorted(sets, key=sorted)]
-    ids_BT = ranks.mine(text.segments.ids)
-    decoder, started = session.decoder(checkpoint), time.monotonic()
-    own = directory / f"rank{ranks.rank}of{ranks.count}"
-    work = walk_flops(decoder, removals, *ids_BT.shape)
-    with progress(f"perplexity of {len(sets)} shortened models", work) as advance:
-        nlls = mean_nlls(
-            decoder, ids_BT, removals, ranks=ranks, advance=advance,
-            memory=session.memory(directory), journal=Journal(own, expected),
-        )  # fmt: skip
-    measured = dict(zip(removals, nlls, strict=True))
-    return Comparison(
-        model=info,
-        protected=question.protected,
-        budgets=question.budgets,
-        left_out=question.left_out,
-        criteria=[_filled(one, measured) for one in chosen],
-        random=[_filled(one, measured) for one in drawn],
-        intact=as_perplexity(text, measured[NOTHING]),
-        calibration=next((s.calibration for s in scores.values() if s.calibration), None),
-        models=len(sets),
-        dtype=session.dtype(checkpoint),
-        versions=versions(),
-        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory()),
-        fingerprint=expected,
     )
 
 
@@ -339,12 +321,10 @@ def _drawn(model: ModelInfo, question: Question) -> list[Contender]:
 def _contender(
     one: ResolvedCriterion, orders: Sequence[list[int]], scores: str | None = None
 ) -> Contender:
+    sets = [RemovedSet(order=order, nll=None, perplexity=None) for order in orders]
+    source = one.criterion.source
     return Contender(
-        criterion=one.name,
-        options=one.options,
-        source=one.criterion.source,
-        scores=scores,
-        sets=[RemovedSet(order=order, nll=None, perplexity=None) for order in orders],
+        criterion=one.name, options=one.options, source=source, scores=scores, sets=sets
     )
 
 
@@ -355,12 +335,7 @@ def _filled(one: Contender, nlls: Mapping[frozenset[int], float]) -> Contender:
     sets = []
     for removed in one.sets:
         nll = nlls[frozenset(removed.order)]
-        ppl = perplexity(nll)
-        sets.append(
-            RemovedSet(
-                order=removed.order,
-                nll=nll if math.isfinite(nll) else None,
-                perplexity=ppl if math.isfinite(ppl) else None,
-            )
-        )
+        values = {"nll": nll, "perplexity": perplexity(nll)}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        sets.append(removed.model_copy(update=finite))
     return one.model_copy(update={"sets": sets})

@@ -17,6 +17,11 @@ from shortllm.data.options import CalibrationOptions
 from shortllm.evaluation.options import Perplexity
 from shortllm.options import Flag, Nested, Options
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
+from shortllm.width_pruning.methods import METHODS
+
+DEPTH = ("ppl", "taylor")
+"""Criteria of depth pruning that are compared with width pruning by default."""
+WIDTH = METHODS.names()
 
 
 class ComparisonText(Options):

@@ -22,7 +22,7 @@ from shortllm import criteria, pipeline
 from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.comparison.options import UNITS_FILE, Candidate, UnitsComparison
+from shortllm.comparison.options import DEPTH, UNITS_FILE, WIDTH, Candidate, UnitsComparison
 from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
 from shortllm.evaluation.evaluate import prepare_tasks
@@ -38,17 +38,11 @@ from shortllm.pruning.prune import prune_from
 from shortllm.pruning.score import score_in
 from shortllm.recipe import Recipe
 from shortllm.runtime import versions
-from shortllm.width_pruning.methods import METHODS
 from shortllm.width_pruning.options import WidthOptions
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
 
-
-DEPTH = ("ppl", "taylor")
-"""Criteria of depth pruning that are compared by default."""
-
-WIDTH = METHODS.names()
 
 HEALED_SUFFIX = "-healed"
 """What the name of a healed candidate ends in."""

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
 from shortllm.errors import CriterionError, did_you_mean
 from shortllm.papers import Paper
 from shortllm.registry import Registry, first_line, import_modules
@@ -130,9 +132,6 @@ class Criterion:
         return chosen
 
 
-TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-"""How yes and no are written on a command line."""
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REGISTRY = Registry[Criterion]("criterion", CriterionError)
@@ -220,25 +219,17 @@ def require_finite(name: str, values: list[float]) -> None:
 
 def _converted(criterion: str, name: str, value: Any, hint: Any) -> Any:
     """The value of an option as the type that the function's annotation states."""
-    choices = get_args(hint) if get_origin(hint) is Literal else None
-    if choices is not None:
-        for choice in choices:
-            if str(choice) == str(value):
-                return choice
-        stated = ", ".join(map(str, choices))
+    if get_origin(hint) is Literal:
+        choices = {str(choice): choice for choice in get_args(hint)}
+        if str(value) in choices:
+            return choices[str(value)]
+        stated = ", ".join(choices)
         raise CriterionError(f"{criterion}.{name} must be one of {stated}, not '{value}'")
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
-    if value is None and len(kinds) < len(get_args(hint)):
-        return None
-    kind = kinds[0]
     try:
-        if kind is bool and isinstance(value, str):
-            return TRUTH[value.lower()]
-        return value if isinstance(value, kind) else kind(value)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CriterionError(
-            f"{criterion}.{name} '{value}' is not of type {kind.__name__}"
-        ) from error
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        kind = hint.__name__ if isinstance(hint, type) else str(hint)
+        raise CriterionError(f"{criterion}.{name} '{value}' is not of type {kind}") from error
 
 
 import_modules(__name__, __path__)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shortllm import criteria
 from shortllm.criteria import PLACE, Scores, criterion
 from shortllm.criteria.search import (
     ONE_SHOT,
-    Blocks,
     Fitness,
     Found,
-    Proposal,
     SearchSpace,
-    best_of,
+    begin,
     names_in,
     scores_of,
 )
@@ -51,43 +51,20 @@ def best_on_held_out(
     names = names_in(candidates)
     searches = {name: criteria.get(name).search for name in names}
     others = [name for name, search in searches.items() if search is None]
-    proposals = space.propose(others or names_in(ONE_SHOT))
-    values = space.measure([one.removed for one in proposals])
-    start = best_of(proposals, values)
+    start, proposals, values = begin(space, others or names_in(ONE_SHOT))
     sets = {
-        one.criterion: (one, one.removed, value)
+        one.criterion: Found(start=one, removed=one.removed, value=value)
         for one, value in zip(proposals, values, strict=True)
     }
-    last: Found | None = None
+    searched: Found | None = None
     for name, search in searches.items():
         if search is not None:
-            last = Found(start=start.start, removed=start.removed, value=start.value)
-            search.improve(space, last, {**criteria.get(name).defaults, **given})
-            sets[name] = (last.start, last.removed, last.value)
-    return _choose(space, [name for name in names if name in sets], sets, last)
-
-
-def _choose(
-    space: SearchSpace,
-    names: list[str],
-    sets: dict[str, tuple[Proposal, Blocks, float]],
-    searched: Found | None,
-) -> Scores:
-    """Measure all on the held-out samples and take the best."""
-    found = space.candidates(
-        [(name, sets[name][1]) for name in names], [sets[name][2] for name in names]
+            searched = sets[name] = replace(start, rounds=[])
+            search.improve(space, searched, {**criteria.get(name).defaults, **given})
+    tried = {name: sets[name] for name in names if name in sets}
+    measured = space.candidates(
+        [(name, one.removed) for name, one in tried.items()], [one.value for one in tried.values()]
     )
-    place = {name: i for i, name in enumerate(names)}
-    winner = min(
-        found, key=lambda one: (one.held_out is None, one.held_out or 0.0, place[one.criterion])
-    )
-    by, removed, _ = sets[winner.criterion]
-    record = space.record(
-        candidates=found,
-        found=winner,
-        start=searched.start.criterion if searched else None,
-        ordered_by=by.criterion,
-        rounds=searched.rounds if searched else [],
-        stopped=searched.stopped if searched else None,
-    )
-    return scores_of(space, removed, by, record)
+    # min takes the first of equals
+    winner = min(measured, key=lambda one: (one.held_out is None, one.held_out or 0.0))
+    return scores_of(space, measured, winner, tried[winner.criterion].start, searched)

@@ -51,7 +51,5 @@ def remove_one_by_one(
     importance = [place[b] for b in range(blocks)]
     highest = max(values.values())
     return Scores(
-        importance=importance,
-        values=[values.get(b, highest) for b in range(blocks)],
-        order=order,
+        importance=importance, values=[values.get(b, highest) for b in range(blocks)], order=order
     )

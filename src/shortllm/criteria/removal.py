@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 @criterion(
-    "ppl",
-    needs="logits",
-    label="perplexity without the block",
-    paper=SHORTENED_LLAMA,
-    in_nats=True,
+    "ppl", needs="logits", label="perplexity without the block", paper=SHORTENED_LLAMA, in_nats=True
 )
 def perplexity_without_block(logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor) -> Tensor:
     """Perplexity of the calibration text when the block is removed.

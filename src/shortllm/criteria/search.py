@@ -103,8 +103,8 @@ class SearchSpace(Protocol):
 def climb(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None:
     """Make the best swap of each round while there is one that helps.
 
-    Where the budget allows only a part of a round, the swaps most promising by the start's
-    criterion are tried.
+    If the limit allows only a part of a round, the swaps most promising by the start's criterion
+    are tried.
     """
     while True:
         swaps = _swaps(space, found)
@@ -170,7 +170,7 @@ def swap_while_it_helps(
         minutes: no round begins later than this.
         remove: number of blocks to remove; default: a quarter of them.
     """
-    found, candidates, values = _begin(space, names_in(start))
+    found, candidates, values = begin(space, names_in(start))
     climb(space, found, {})
     return _scores(space, "local", found, candidates, values)
 
@@ -205,7 +205,7 @@ def evolve_from_the_best_plan(
         evaluations: sets measured at most, in addition to the starts; one measured on a part of
             the samples counts as that part.
     """
-    found, candidates, values = _begin(space, names_in(start))
+    found, candidates, values = begin(space, names_in(start))
     evolve(space, found, {"generations": generations, "offspring": offspring, "seed": seed})
     return _scores(space, "evolve", found, candidates, values)
 
@@ -227,10 +227,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         searches = criteria.get(one).needs == "sets"
         if searches and (lists == "start" or criteria.get(one).search is None):
             raise CriterionError(f"{name}.{lists} cannot contain '{one}', which searches itself")
-    least = {"evaluations": 1, "generations": 1, "offspring": 1, "remove": 1}
-    for option, value in least.items():
-        if options.get(option) is not None and options[option] < value:
-            raise CriterionError(f"{name}.{option} {options[option]} must be {value} or more")
+    for option in ("evaluations", "generations", "offspring", "remove"):
+        if options.get(option) is not None and options[option] < 1:
+            raise CriterionError(f"{name}.{option} {options[option]} must be 1 or more")
     if options["minutes"] is not None and not options["minutes"] > 0:
         raise CriterionError(f"{name}.minutes {options['minutes']} must be positive, e.g. 5")
     if not 0 <= options["held_out"] < 1 or (lists == "candidates" and options["held_out"] == 0):
@@ -239,21 +238,18 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def best_of(proposals: Sequence[Proposal], values: Sequence[float]) -> Found:
-    """The proposal with the lowest value, the first of equals."""
+def begin(space: SearchSpace, names: Sequence[str]) -> tuple[Found, list[Proposal], list[float]]:
+    """The best of what the criteria remove, the first of equals; all of it, and their values."""
+    proposals = space.propose(names)
+    values = space.measure([one.removed for one in proposals])
     value, place = min(zip(values, range(len(values)), strict=True))
     if math.isinf(value):
         raise CriterionError(
             "no one-shot plan leaves a model whose loss is a number. Try --dtype float32, or "
             "remove fewer blocks"
         )
-    return Found(start=proposals[place], removed=proposals[place].removed, value=value)
-
-
-def _begin(space: SearchSpace, names: Sequence[str]) -> tuple[Found, list[Proposal], list[float]]:
-    proposals = space.propose(names)
-    values = space.measure([one.removed for one in proposals])
-    return best_of(proposals, values), proposals, values
+    found = Found(start=proposals[place], removed=proposals[place].removed, value=value)
+    return found, proposals, values
 
 
 def _swaps(space: SearchSpace, found: Found) -> list[Blocks]:
@@ -310,23 +306,22 @@ def _scores(
     """The result of a search, with start and result measured on held-out samples."""
     sets = [(one.criterion, one.removed) for one in proposals]
     *candidates, result = space.candidates([*sets, (name, found.removed)], [*values, found.value])
-    record = space.record(
-        candidates=candidates,
-        found=result,
-        start=found.start.criterion,
-        ordered_by=found.start.criterion,
-        rounds=found.rounds,
-        stopped=found.stopped,
-    )
-    return scores_of(space, found.removed, found.start, record)
+    return scores_of(space, candidates, result, found.start, found)
 
 
-def scores_of(space: SearchSpace, removed: Blocks, by: Proposal, record: Search) -> Scores:
+def scores_of(
+    space: SearchSpace,
+    candidates: list[CandidateSet],
+    chosen: CandidateSet,
+    by: Proposal,
+    searched: Found | None,
+) -> Scores:
     """A searched set as scores: importance is the place in an order of removal.
 
     First the set, then the other removable blocks, both least important first by the criterion of
     the proposal, then the protected ones. The values are that criterion's.
     """
+    removed = frozenset(chosen.removed)
     free = frozenset(block for unit in space.units for block in unit)
     protected = frozenset(range(space.blocks)) - free
 
@@ -341,5 +336,12 @@ def scores_of(space: SearchSpace, removed: Blocks, by: Proposal, record: Search)
         values=by.importance,
         order=order,
         removed=sorted(removed),
-        search=record,
+        search=space.record(
+            candidates=candidates,
+            found=chosen,
+            start=searched.start.criterion if searched else None,
+            ordered_by=by.criterion,
+            rounds=searched.rounds if searched else [],
+            stopped=searched.stopped if searched else None,
+        ),
     )

@@ -37,10 +37,7 @@ def relative_magnitude(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
 
 
 @criterion(
-    "angular",
-    needs="last token",
-    label="angular distance [fraction of π]",
-    paper=DEEPER_LAYERS,
+    "angular", needs="last token", label="angular distance [fraction of π]", paper=DEEPER_LAYERS
 )
 def angular_spans(last_SBD: Tensor) -> Scores:
     """Angle, divided by pi, between the last token's stream before and after a span of blocks.

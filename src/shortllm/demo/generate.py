@@ -3,11 +3,10 @@
     request ─► checks ─► a thread runs the model's own `generate` ─► Progress, ten times a second
                            └─► Tokens notes each step and its time ─┘ decoded here
 
-Streaming does not change what is measured. In the thread that generates, `Tokens` only stores
-the tokens of a step and the time; the reader decodes them in its own thread, ten times a second.
-(transformers' TextIteratorStreamer decodes inside the timed loop, at every step, and takes one
-sequence only.) The end-of-text token is barred as in `shortllm bench`, so that all models do the
-same work.
+Streaming does not change what is measured: the thread that generates only stores the tokens of a
+step and the time. (transformers' TextIteratorStreamer decodes inside the timed loop and takes one
+sequence only.) The end-of-text token is barred as in `shortllm bench`, so all models do the same
+work.
 """
 
 from __future__ import annotations
@@ -98,9 +97,9 @@ def check_request(request: Request, limits: Limits) -> None:
     )
     for name, value, kinds, low, high in bounds:
         if not (isinstance(value, kinds) and low <= value <= high):
-            number = "a number" if float in kinds else "a whole number"
+            number = "number" if float in kinds else "whole number"
             given = "empty" if value is None else value
-            raise ShortLLMError(f"{name} must be {number} from {low} to {high:,}, not {given}")
+            raise ShortLLMError(f"{name} must be a {number} from {low} to {high:,}, not {given}")
 
 
 def prompt_ids(model: DemoModel, request: Request, limits: Limits) -> Tensor:

@@ -10,22 +10,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
+from shortllm.data.calibration import Calibration
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
+from shortllm.healing.folding import folded_into
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
 from shortllm.model.session import Session
+from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import PROVENANCE, Lineage, lineage, renumbered_tensors
+from shortllm.surgery.apply import PROVENANCE, lineage, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -36,9 +41,6 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
-
-if TYPE_CHECKING:
-    from shortllm.data.calibration import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ def check_healable(options: HealOptions, checkpoint: Checkpoint, session: Sessio
 
 def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
     """For each block of the checkpoint its number in the source."""
-    origin = origin_of(checkpoint)
+    origin = lineage(checkpoint)
     if origin.blocks != source.block_count:
         raise CheckpointError(
             f"{checkpoint.id} was shortened from {origin.blocks} blocks, but {source.id} has "
@@ -151,22 +153,11 @@ def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
     return origin.kept
 
 
-def origin_of(checkpoint: Checkpoint) -> Lineage:
-    """Which blocks of which model a checkpoint has."""
-    try:
-        return lineage(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{checkpoint.id} does not say which blocks of which model it lacks. Shorten the model "
-            "with `shortllm prune`, and heal the result"
-        ) from error
-
-
 def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     """The model that a checkpoint was shortened from: as given, or as its config.json says."""
     if given is not None:
         return open_checkpoint(given)
-    origin = origin_of(checkpoint)
+    origin = lineage(checkpoint)
     try:
         return open_checkpoint(origin.source, revision=origin.revision)
     except CheckpointError as error:
@@ -178,8 +169,6 @@ def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
 
 def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Sequence[int]) -> None:
     """Refuse a checkpoint that was changed since it was shortened: compare every tensor."""
-    import torch
-
     expected = renumbered_tensors(source, kept)
     for name, entry in checkpoint.tensors.items():
         held = expected.get(name)
@@ -210,8 +199,6 @@ def _draft(
     expected: str,
 ) -> Draft:
     """Heal, measure, and describe the new checkpoint."""
-    from shortllm.healing.folding import folded_into
-
     removed = sorted(set(range(source.block_count)) - set(kept))
     ids_BT = calibration.ids
     task = Task(
@@ -263,9 +250,6 @@ def _draft(
 
 def _measure(task: Task, healed: Healed) -> HeldOut:
     """Mean next-token loss of source, shortened and healed model on the held-out samples."""
-    from shortllm.healing.folding import folded_into
-    from shortllm.model.walk import NOTHING, mean_nlls
-
     decoder, memory, ids_BT = task.decoder, task.memory, task.ids_BT[-task.held_out :]
     gone = frozenset(task.removed)
     before, shortened = mean_nlls(decoder, ids_BT, [NOTHING, gone], memory=memory)

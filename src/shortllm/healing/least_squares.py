@@ -42,10 +42,9 @@ from torch import Tensor
 from shortllm.healing.folding import Added, Fold, fold, folded_into, outputs_of
 from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
-from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, block_flops
 from shortllm.pruning.budget import Gap, gaps_of
-from shortllm.runtime import Advance
+from shortllm.runtime import progress
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `M` summed over tokens."""
@@ -186,9 +185,7 @@ def visits_of(gaps: Collection[Gap], count: int) -> list[Visit]:
 
 
 @torch.no_grad()
-def heal_gaps(
-    task: Task, added: Mapping[int, Added], *, advance: Advance = lambda work: None
-) -> Healed:
+def heal_gaps(task: Task, added: Mapping[int, Added]) -> Healed:
     """Solve a map for every gap that has a block before it, and fold it.
 
     The held-out samples choose the ridge of each map, unless it is given; the folded map is then
@@ -201,22 +198,19 @@ def heal_gaps(
     gaps = [HealedGap(block=None, removed=gap.blocks) for gap in found if gap.before is None]
     visits = visits_of(found, decoder.block_count)
     order = decoder.through([visit.block for visit in visits])
-    for visit, b in zip(visits, order, strict=True):
-        if visit.gap is not None:
-            one, change_DD = _solve(visit.gap, added[b], *walk.measure(b, added[b]), ridge)
-            gaps.append(one)
-            if change_DD is not None:
-                folds[b] = fold(task.checkpoint, b, added[b], change_DD)
-        with folded_into(decoder, {b: folds[b]}) if b in folds else nullcontext():
-            walk.through(visit)
-        advance(visit.passes * block_flops(decoder, b) * task.ids_BT.numel())
+    tokens = task.ids_BT.numel()
+    work = [tokens * visit.passes * block_flops(decoder, visit.block) for visit in visits]
+    with progress("healing", sum(work)) as advance:
+        for visit, b, flops in zip(visits, order, work, strict=True):
+            if visit.gap is not None:
+                one, change_DD = _solve(visit.gap, added[b], *walk.measure(b, added[b]), ridge)
+                gaps.append(one)
+                if change_DD is not None:
+                    folds[b] = fold(task.checkpoint, b, added[b], change_DD)
+            with folded_into(decoder, {b: folds[b]}) if b in folds else nullcontext():
+                walk.through(visit)
+            advance(flops)
     return Healed(gaps=gaps, folds=folds)
-
-
-def heal_flops(decoder: Decoder, removed: Collection[int], tokens: int) -> float:
-    """Floating-point operations of `heal_gaps`, as its `advance` counts them."""
-    visits = visits_of(gaps_of(removed), decoder.block_count)
-    return tokens * sum(visit.passes * block_flops(decoder, visit.block) for visit in visits)
 
 
 def _solve(

@@ -191,8 +191,8 @@ class Merger:
     @torch.no_grad()
     def logits(self, sums: Sums) -> Tensor:
         """What the model computes, float32 `[B, T, V]`."""
-        with self._decoder.tail() as logits:
-            stream_BTD = self._final(sums).to(self._decoder.device)
+        stream_BTD = self._final(sums).to(self._decoder.device)
+        with self._decoder.tail() as logits:  # bypasses the blocks, so the stream comes first
             return logits(stream_BTD, self._ids_BT).float().cpu()
 
 

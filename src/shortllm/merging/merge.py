@@ -9,13 +9,27 @@ calibration text.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.data.calibration import Calibration
 from shortllm.data.texts import calibrate
 from shortllm.errors import ShortLLMError
+from shortllm.merging.laco import (
+    Merger,
+    Sums,
+    changed_blocks,
+    fold_named,
+    merged_tensors,
+    original_blocks,
+    require_alike,
+    sweep,
+)
 from shortllm.merging.options import Merge, MergeOptions, Merging
+from shortllm.model.decoder import Decoder
+from shortllm.model.hidden_states import block_flops
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
@@ -29,13 +43,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from shortllm.data.calibration import Calibration
-    from shortllm.merging.laco import Merger, Sums
-    from shortllm.model.decoder import Decoder
+from shortllm.surgery.verify import kv_cache_matches, probe_ids
 
 
 @accepts(options=MergeOptions, runtime=Runtime)
@@ -127,9 +135,6 @@ def _draft(
     session: Session,
 ) -> Draft:
     """Find the sums, and describe the checkpoint derived from them."""
-    from shortllm.merging.laco import Merger, changed_blocks, merged_tensors, original_blocks
-    from shortllm.surgery.verify import kv_cache_matches, probe_ids
-
     decoder, memory, count = session.decoder(checkpoint), session.memory(), checkpoint.block_count
     merger, sums, tries = _swept(decoder, checkpoint, options, calibration.ids, session)
     kept = list(sums)
@@ -176,9 +181,6 @@ def _swept(
     session: Session,
 ) -> tuple[Merger, Sums, list[Merge]]:
     """What is folded into what, and every try."""
-    from shortllm.merging.laco import Merger, fold_named, original_blocks, require_alike, sweep
-    from shortllm.model.hidden_states import block_flops
-
     require_alike(checkpoint, decoder)
     count = checkpoint.block_count
     places = range(options.protect_first, count - options.protect_last - 1)

@@ -172,10 +172,7 @@ def _block_gradient(
     gradient_BTD: Tensor,
     gradients: dict[str, Tensor],
 ) -> Tensor:
-    """Run block `b` again and take the gradient through it; returns that of its input.
-
-    Gradients of its weights are added to `gradients` in float32, each as soon as it exists.
-    """
+    """The gradient of block `b`'s input; those of its weights are added to `gradients`, float32."""
     before_BTD = before_BTD.detach().clone().requires_grad_()
 
     def add(name: str, parameter: Tensor) -> None:

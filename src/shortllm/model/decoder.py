@@ -240,10 +240,7 @@ class Decoder:
 
     @contextmanager
     def without(self, removed: Collection[int]) -> Iterator[None]:
-        """Within the context the model's forward hands the stream past the blocks `removed`.
-
-        For blocks in memory, and forwards without a cache, whose positions block 0 counts.
-        """
+        """Within the context the forward hands the stream past the blocks `removed`: `bypassed`."""
         assert not self.streamed, "the plain forward needs all blocks"
         with bypassed(self.model, removed, self._probe()):
             yield

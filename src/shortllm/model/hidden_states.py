@@ -53,8 +53,7 @@ class StreamMemory:
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for streams of `shape`, not initialised.
 
-        On `device` if it fits within the limit there, else in main memory, else memory-mapped from
-        an unnamed file that is deleted with the tensor.
+        On `device` if it fits within the limit there, else in main memory, else in an unnamed file.
         """
         size = math.prod(shape) * dtype.itemsize
         if self._fits(size, device):

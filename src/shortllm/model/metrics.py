@@ -78,10 +78,7 @@ def reduce_powers(
 
 
 def _reduced(x_N: Tensor, power: int, reduction: Reduction) -> float:
-    """`abs(x) ** power` reduced over all entries; of a product the logarithm.
-
-    In pieces, so that float32 copies of a large tensor do not add to the memory it takes.
-    """
+    """`abs(x) ** power` reduced piece by piece, for small float32 copies; of a product the log."""
     import torch
 
     pieces = (piece.abs().float() for piece in torch.split(x_N, REDUCED_AT_ONCE))

@@ -36,10 +36,7 @@ class Session:
         gc.collect()
 
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
-        """The checkpoint's decoder; another open one is freed first.
-
-        Its blocks are in memory if they fit, otherwise they are read one at a time from the files.
-        """
+        """The checkpoint's decoder, in memory or streamed; another open one is freed first."""
         from shortllm.model.decoder import Decoder
         from shortllm.model.loading import load_model, require_runs
         from shortllm.model.streamed import open_streamed

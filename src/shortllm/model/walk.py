@@ -307,10 +307,7 @@ def mean_nlls(
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> list[float]:
-    """Mean next-token NLL of each shortened model, nats, over the predictions of all processes.
-
-    With `kl` mean KL(intact || shortened) instead; `together` limits the models of one walk.
-    """
+    """Mean NLL of each shortened model, nats, or with `kl` its mean KL from the intact model."""
     intact = [NOTHING] if kl else []  # the first one, which the others are compared with
     value = _kl_from_first if kl else _nll
     journal, found = journal or Journal(None, ""), []
@@ -349,10 +346,7 @@ def token_slices(ids_BT: Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
 
 
 def stacked_streams(decoder: Decoder, entry: Entry) -> int:
-    """Streams of one group that go through a block in one call.
-
-    One on a CPU: a stream then goes through the same operations whatever other streams there are.
-    """
+    """Streams of a group in one call; one on a CPU, where others must not change its numbers."""
     if decoder.device.type == "cpu":
         return 1
     return max(1, GPU_GROUP_TOKENS // entry.ids_BT.numel())

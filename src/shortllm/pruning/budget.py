@@ -1,12 +1,10 @@
 """A budget: how much to remove and what to keep, checked before any scoring. Pure, no torch.
 
-It is a number of blocks, a ratio of the blocks, a ratio of the parameters, or the blocks
-themselves; a target for the rest is first turned into a number of blocks (targets.py). The first
-and last blocks are protected by default (the "+" of Taylor+ and magnitude+), and those that others
-depend on always.
-
-If the kinds of blocks repeat (e.g. two kinds of attention in turn), a plan can consist of whole
-periods, so that the rest repeats in the same way, as other programs expect of such a model.
+It is a number of blocks, a ratio of the blocks or of the parameters, or the blocks themselves; a
+target for the rest is first turned into a number of blocks (targets.py). The first and last blocks
+are protected by default (the "+" of Taylor+ and magnitude+), and those that others depend on
+always. If the kinds of blocks repeat (e.g. two kinds of attention in turn), a plan can consist of
+whole periods, so that the rest repeats in the same way, as other programs expect.
 
 Removed blocks leave gaps, each with the kept block before it:
 
@@ -150,8 +148,7 @@ def amount_of(budget: Budget, model: ModelInfo) -> int | None:
     assert budget.target() is None, "targets.resolve comes first"
     size = model.period if budget.period_aligned else 1
     if budget.blocks is not None:
-        _check_given(budget.blocks, count)
-        _check_whole_periods(budget, model)
+        _check_named(budget.blocks, budget, model)
         return len(budget.blocks)
     if budget.param_ratio is not None:
         _check_parameters(budget.param_ratio, units, model)
@@ -202,30 +199,24 @@ def parameters_of(blocks: Sequence[int], model: ModelInfo) -> int:
     return sum(model.parameters_per_block[block] for block in blocks)
 
 
-def _check_whole_periods(budget: Budget, model: ModelInfo) -> None:
-    """Explicit block numbers must be whole periods, if these are requested."""
-    given = set(budget.blocks or ())
-    whole = {b for unit in _units(budget, model) if given.issuperset(unit) for b in unit}
-    if given != whole:
-        raise BudgetError(
-            f"block {min(given - whole)} is named without the rest of its period: periods of "
-            f"{model.period} blocks start at multiples of {model.period}. Name all of its blocks, "
-            "or leave out --period-aligned"
-        )
-
-
-def _check_given(blocks: list[int], count: int) -> None:
-    """Explicit block numbers must be distinct, exist, and leave something."""
-    outside = [block for block in blocks if not 0 <= block < count]
+def _check_named(blocks: list[int], budget: Budget, model: ModelInfo) -> None:
+    """Named blocks must be distinct, exist, leave something, and be whole periods if requested."""
+    last = model.blocks - 1
+    outside = [block for block in blocks if not 0 <= block <= last]
     if outside:
-        raise BudgetError(
-            f"there is no block {outside[0]}: the model's blocks are 0 to {count - 1}"
-        )
+        raise BudgetError(f"there is no block {outside[0]}: the model's blocks are 0 to {last}")
     if len(set(blocks)) != len(blocks):
         raise BudgetError(f"--blocks names a block twice: {','.join(map(str, blocks))}")
-    if not 0 < len(blocks) < count:
+    if not 0 < len(blocks) <= last:
         raise BudgetError(
-            f"--blocks must name at least one and at most {count - 1} of the {count} blocks"
+            f"--blocks must name at least one and at most {last} of the {model.blocks} blocks"
+        )
+    whole = {b for unit in _units(budget, model) if set(blocks).issuperset(unit) for b in unit}
+    if whole != set(blocks):
+        raise BudgetError(
+            f"block {min(set(blocks) - whole)} is named without the rest of its period: periods of "
+            f"{model.period} blocks start at multiples of {model.period}. Name all of its blocks, "
+            "or leave out --period-aligned"
         )
 
 

@@ -17,9 +17,8 @@
                 block, of its gradients or of the head
 
 Weights in memory are the whole model, or in a streamed pass those outside the blocks, one block,
-and the next one being read. Experts count as if all of them were used, and blocks as if they could
-be called one by one, which few types do not allow. Criteria of weights alone never build the model:
-they read one block after the other and reduce it.
+and the next one being read. Experts count as if all were used, and blocks as if they could be
+called one by one. Criteria of weights alone read one block after the other and reduce it.
 """
 
 from __future__ import annotations
@@ -93,32 +92,20 @@ class Setting:
 def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
     """Each kind of pass, with the model in memory and streamed."""
     decoder = _weightless(setting)
+    groups: dict[criteria.Needs, list[str]] = {}
+    for name in criteria.names():
+        needs = criteria.get(name).needs
+        if needs not in ("nothing", "sets"):  # how long a search takes is not known before
+            groups.setdefault("streams" if needs in OBSERVED else needs, []).append(name)
     return [
         _estimate(setting, decoder, names, probe, streamed)
-        for names in by_pass()
+        for names in groups.values()
         for streamed in (False, True)
     ]
 
 
-def by_pass() -> list[list[str]]:
-    """Names of the criteria that look at the model, grouped by the pass they need.
-
-    Without searches: how long one takes is not known before.
-    """
-    groups: dict[criteria.Needs, list[str]] = {}
-    for name in criteria.names():
-        needs = criteria.get(name).needs
-        if needs not in ("nothing", "sets"):
-            groups.setdefault("streams" if needs in OBSERVED else needs, []).append(name)
-    return list(groups.values())
-
-
 def _estimate(
-    setting: Setting,
-    decoder: Decoder,
-    names: list[str],
-    probe: Probe | None,
-    streamed: bool,
+    setting: Setting, decoder: Decoder, names: list[str], probe: Probe | None, streamed: bool
 ) -> Estimate:
     import torch
 

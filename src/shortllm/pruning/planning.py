@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shortllm import criteria
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria.records import Search
 from shortllm.errors import BudgetError, CheckpointError, ResultFileError
 from shortllm.files import fingerprint, require_file_target
@@ -65,28 +65,19 @@ def plan(
         require_file_target(path)
     target = None
     if budget.target() is not None:
-        budget, target = targets.resolve(
-            budget,
-            _scored_checkpoint(scores),
-            Session(runtime),
-            directory=None if path is None else path.parent,
-        )
+        checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
+        if checkpoint.fingerprint != scores.model.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.id} was changed after it was scored, so a target for it cannot be "
+                "turned into a number of blocks. Score it again with `shortllm score`"
+            )
+        directory = None if path is None else path.parent
+        budget, target = targets.resolve(budget, checkpoint, Session(runtime), directory=directory)
     chosen = build_plan(budget, model=scores.model, scores=scores)
     if path is not None:
         targets.keep(target, path.parent)
         chosen.save(path)
     return chosen
-
-
-def _scored_checkpoint(scores: BlockScores) -> Checkpoint:
-    """The model that was scored."""
-    checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
-    if checkpoint.fingerprint != scores.model.fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.id} was changed after it was scored, so a target for it cannot be turned "
-            "into a number of blocks. Score it again with `shortllm score`"
-        )
-    return checkpoint
 
 
 def _scores_path(path: Path) -> Path:
@@ -116,12 +107,7 @@ def build_plan(
     scores: BlockScores | None = None,
     published: Published | None = None,
 ) -> PrunePlan:
-    """Choose the blocks.
-
-    Args:
-        scores: needed unless the budget names the blocks itself.
-        published: an order of blocks to follow instead of scores.
-    """
+    """Choose the blocks: those the budget names, or by a published order, or by scores."""
     if not model.parameters_per_block:
         raise BudgetError(
             f"the scores do not have the size of each block of {model.id}. Score it again with "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from shortllm.checkpoint.source import Checkpoint
@@ -50,7 +52,9 @@ def _matrix_rate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
 
     from shortllm.model.hidden_states import CPU_GROUP_TOKENS, GPU_GROUP_TOKENS
 
-    rows, columns = _largest_matrix(checkpoint)
+    # of stacked experts the matrix of one
+    shapes = [entry.shape[-2:] for entry in checkpoint.block_weights(0) if len(entry.shape) > 1]
+    rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
     tokens = CPU_GROUP_TOKENS if device.type == "cpu" else GPU_GROUP_TOKENS
     weight = torch.randn(rows, columns, device=device).to(dtype)
     stream = torch.randn(tokens, columns, device=device).to(dtype)
@@ -59,18 +63,16 @@ def _matrix_rate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
         torch.nn.functional.linear(stream, weight)[0, 0].item()  # waits for the device
 
     product()
+    return _rate(product, 2.0 * tokens * rows * columns, MATRIX_SECONDS)
+
+
+def _rate(call: Callable[[], object], work: float, seconds: float) -> float:
+    """Work per second of calls that do so much each, over so many seconds."""
     count, start = 0, time.perf_counter()
-    while time.perf_counter() < start + MATRIX_SECONDS:
-        product()
+    while time.perf_counter() < start + seconds:
+        call()
         count += 1
-    return count * 2.0 * tokens * rows * columns / (time.perf_counter() - start)
-
-
-def _largest_matrix(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Rows and columns of the largest matrix of block 0; of stacked experts those of one."""
-    shapes = [entry.shape[-2:] for entry in checkpoint.block_weights(0) if len(entry.shape) > 1]
-    rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return rows, columns
+    return count * work / (time.perf_counter() - start)
 
 
 def _read_rate(checkpoint: Checkpoint) -> float:
@@ -96,11 +98,8 @@ def _reducing_rate(checkpoint: Checkpoint) -> float:
 
     largest = max(checkpoint.block_weights(0), key=lambda entry: entry.bytes)
     tensor = read_tensor(largest)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() < start + REDUCE_SECONDS:
-        reduce_powers([tensor], power=1, over_weights="sum", over_block="sum")
-        count += largest.elements
-    return count / (time.perf_counter() - start)
+    reduce = partial(reduce_powers, [tensor], power=1, over_weights="sum", over_block="sum")
+    return _rate(reduce, largest.elements, REDUCE_SECONDS)
 
 
 def _drop_from_cache(entry: TensorEntry) -> None:

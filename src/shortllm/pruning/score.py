@@ -5,7 +5,6 @@ shortllm score MODEL --criterion ppl,kl --data my_text.jsonl --out runs/steps
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,6 @@ from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, pro
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
-
-log = logging.getLogger(__name__)
 
 
 @accepts(calibration=CalibrationOptions, runtime=Runtime)
@@ -170,8 +167,7 @@ def score_in(
     found: dict[str, BlockScores] = {}
     for one in criteria:
         expected = scores_fingerprint(checkpoint, one, calibration, session)
-        scores = finished(BlockScores, files[one.name], expected)
-        if scores is not None:
+        if (scores := finished(BlockScores, files[one.name], expected)) is not None:
             found[one.name] = scores
     ranks.wait()  # until all have looked, nobody writes
     missing = [one for one in criteria if one.name not in found]

@@ -67,8 +67,8 @@ class BlockSearch:
             held_out = max(1, held_out)
         if self._total - held_out < count:
             raise CriterionError(
-                f"'{name}' keeps {held_out} of {self._total} calibration samples for choosing, which "
-                f"leaves {self._total - held_out} to search on in {count} "
+                f"'{name}' keeps {held_out} of {self._total} calibration samples for the choice, "
+                f"and {self._total - held_out} to search on in {count} "
                 f"process{'' if count == 1 else 'es'}. Give more --samples, or a smaller "
                 f"{name}.held_out"
             )
@@ -131,12 +131,7 @@ class BlockSearch:
                 f"{reason.reason}"
             )
         return [
-            Proposal(
-                criterion=one["criterion"],
-                removed=frozenset(one["removed"]),
-                importance=one["importance"],
-            )
-            for one in entry["proposals"]
+            Proposal(**{**one, "removed": frozenset(one["removed"])}) for one in entry["proposals"]
         ]
 
     def _scored(self, names: Sequence[str], journal: Journal) -> dict[str, Any]:

@@ -12,33 +12,38 @@ import math
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.data.calibration import Calibration
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.texts import calibrate
-from shortllm.errors import CheckpointError, DataError, ShortLLMError
+from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.model.decoder import Decoder
+from shortllm.model.loading import load_model, stored_dtype
 from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.quantizing.methods import METHODS
-from shortllm.quantizing.options import (
-    DATA,
-    SAMPLE_LENGTH,
-    SAMPLES,
-    Quantization,
-    QuantizeOptions,
+from shortllm.quantizing.compressing import (
+    LIBRARY,
+    Layers,
+    compress,
+    find_layers,
+    require_device,
+    require_extra,
+    require_group_size,
+    save_compressed,
 )
+from shortllm.quantizing.methods import METHODS
+from shortllm.quantizing.options import DATA, SAMPLE_LENGTH, SAMPLES, Quantization, QuantizeOptions
 from shortllm.runtime import DeviceOptions, progress, versions
 from shortllm.surgery.apply import held_provenance
 from shortllm.surgery.derived import Draft, derive, derived_fingerprint, require_free
-
-if TYPE_CHECKING:
-    from shortllm.data.calibration import Calibration
-    from shortllm.model.decoder import Decoder
-    from shortllm.quantizing.compressing import Layers
+from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids
 
 LEFT_BEHIND = {"adapter", "logs"}
 """Directories next to the source's weights that describe its training."""
@@ -99,8 +104,6 @@ def quantize_from(
     """The same for an open checkpoint; `calibration` is None if the method needs no text."""
     options = resolve(options, checkpoint)
     layers = check(options, checkpoint, session)
-    if options.needs_text and calibration is None:
-        raise DataError(f"--method {options.method} needs text. Give --data")
     seen = calibration if options.needs_text else None
     expected = derived_fingerprint(
         checkpoint,
@@ -142,13 +145,11 @@ def resolve(
 
 def check(options: QuantizeOptions, checkpoint: Checkpoint, session: Session) -> Layers:
     """Check packages, device and model before anything heavy; returns the layers to quantize."""
-    from shortllm.quantizing import compressing
-
-    compressing.require_extra()
-    compressing.require_device(session.device)
-    layers = compressing.find_layers(checkpoint)
+    require_extra()
+    require_device(session.device)
+    layers = find_layers(checkpoint)
     if options.group_size is not None:
-        compressing.require_group_size(layers, options.group_size)
+        require_group_size(layers, options.group_size)
     if session.streams(checkpoint):
         raise ShortLLMError(
             f"{checkpoint.id} does not fit in memory, and quantizing needs all of it. Use a "
@@ -167,9 +168,6 @@ def _draft(
     name: str,
 ) -> Draft:
     """Load the model in its stored type, quantize it, and describe the new checkpoint."""
-    from shortllm.model.loading import load_model, stored_dtype
-    from shortllm.quantizing.compressing import LIBRARY, compress
-
     method = METHODS.get(options.method)
     session.release()
     stored = str(stored_dtype(checkpoint)).removeprefix("torch.")
@@ -212,8 +210,6 @@ def _draft(
 
 def _save(checkpoint: Checkpoint, model: Any, directory: Path) -> None:
     """Save the packed weights, and keep the source's own generation config."""
-    from shortllm.quantizing.compressing import save_compressed
-
     save_compressed(model, directory)
     for name in OWN_FILES:
         (directory / name).unlink(missing_ok=True)
@@ -230,10 +226,6 @@ def _packed(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def require_usable(name: str, decoder: Decoder) -> None:
     """Refuse a model whose predictions are not finite, or that cannot generate."""
-    import torch
-
-    from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids
-
     ids_BT = probe_ids(decoder.model.config)
     logits_BTV = bypass_logits(decoder)
     predicted, targets = logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()

@@ -11,17 +11,7 @@ from collections.abc import Callable, Sequence
 from shortllm import __version__
 from shortllm.comparison.options import Candidate, Comparison, Contender
 from shortllm.comparison.ranking import Standing, standings, verdict
-from shortllm.format import (
-    NONE,
-    THIN,
-    counted,
-    listed,
-    number,
-    percent,
-    short_count,
-    signed,
-    spans,
-)
+from shortllm.format import NONE, THIN, counted, listed, number, percent, short_count, signed, spans
 from shortllm.reporting import protocol, runs_page
 from shortllm.reporting.load import ComparisonResults, UnitsResults, protocol_of
 from shortllm.reporting.measurements import peak_bytes, speed_section

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shortllm.evaluation.options import Perplexity
-from shortllm.format import NONE, counted, known, number, percent, short_bytes, short_count
+from shortllm.format import NONE, counted, number, percent, short_bytes, short_count
 from shortllm.healing import methods as healing_methods
 from shortllm.healing.options import HealedGap, Healing
 from shortllm.quantizing.options import QUANTIZED
@@ -135,8 +135,7 @@ def _recovery_columns(results: RunResults, key: Protocol, heading: str) -> list[
         own = found.get(name)
         if name not in results.healed_by or not (before and removed and own):
             return ""
-        recovery = recovered(before, removed, own)
-        return "" if recovery is None else percent(recovery)
+        return percent(recovered(before, removed, own))
 
     return [(heading, value), ("recovered", share)]
 
@@ -157,9 +156,9 @@ def _maps(record: Healing) -> Part:
     columns: list[Column[HealedGap]] = [
         ("removed", lambda gap: ", ".join(map(str, gap.removed))),
         ("folded into block", _target),
-        ("ridge", lambda gap: known(gap.ridge, number)),
-        ("error", lambda gap: known(gap.error_before, number)),
-        ("healed", lambda gap: known(gap.error_after, number)),
+        ("ridge", lambda gap: number(gap.ridge)),
+        ("error", lambda gap: number(gap.error_before)),
+        ("healed", lambda gap: number(gap.error_after)),
     ]
     note = parts.Paragraph(
         "Error: squared distance to the hidden states of the original after the gap, relative to "
@@ -182,9 +181,19 @@ def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> lis
     if kept is not None:
         first = next(iter(curves.values()))
         summary += f", held-out loss {number(first, 4)} → {number(kept, 4)}"
-    method = METHODS.get(record.method).help.rstrip(".")
-    rows = [(what, how) for what, how in _retraining_rows(record) if how]
-    terms = parts.Terms([("method", method), *rows])
+    method, data = METHODS.get(record.method).help.rstrip("."), record.data
+    documents = f"{counted(data.documents, 'document')}, {data.held_out:,} held out"
+    rows = [
+        ("method", method),
+        ("trained", f"{short_count(record.trained_parameters)} parameters"),
+        ("teacher", model_name(record.teacher.id) if record.teacher else ""),
+        ("data", f"{model_name(data.source)}, {documents}"),
+        ("windows", f"{data.windows:,} of {data.length:,} tokens, {PACKING[data.packing]}"),
+        ("boundaries", BOUNDARIES[data.boundaries]),
+        ("steps", f"{record.steps:,}, best at {record.best_step:,}; {STOPPED[record.stopped]}"),
+        ("tokens seen", short_count(record.tokens_seen)),
+    ]
+    terms = parts.Terms([(what, how) for what, how in rows if how])
     plot = _loss_plot(record, name)
     details = parts.Details(f"{method}: {summary}", [terms], open=open)
     return [*([plot.figure()] if plot else []), details]
@@ -211,20 +220,6 @@ def _loss_plot(record: Retraining, name: str) -> LinePlot | None:
         mark=record.best_step,
         name=f"the retraining {name}, best at step {record.best_step}",
     )
-
-
-def _retraining_rows(record: Retraining) -> list[tuple[str, str]]:
-    data = record.data
-    documents = f"{counted(data.documents, 'document')}, {data.held_out:,} held out"
-    return [
-        ("trained", f"{short_count(record.trained_parameters)} parameters"),
-        ("teacher", model_name(record.teacher.id) if record.teacher else ""),
-        ("data", f"{model_name(data.source)}, {documents}"),
-        ("windows", f"{data.windows:,} of {data.length:,} tokens, {PACKING[data.packing]}"),
-        ("boundaries", BOUNDARIES[data.boundaries]),
-        ("steps", f"{record.steps:,}, best at {record.best_step:,}; {STOPPED[record.stopped]}"),
-        ("tokens seen", short_count(record.tokens_seen)),
-    ]
 
 
 def _perplexity_plot(results: RunResults, names: Sequence[str]) -> DotPlot | None:

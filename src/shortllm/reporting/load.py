@@ -95,12 +95,11 @@ class RunResults:
     @property
     def statuses(self) -> list[Status]:
         """What the plan does with each block."""
-        found: list[Status] = ["kept"] * self.plan.model.blocks
-        for block in self.plan.protected:
-            found[block] = "protected"
-        for block in self.plan.removed:
-            found[block] = "removed"
-        return found
+        removed, protected = set(self.plan.removed), set(self.plan.protected)
+        return [
+            "removed" if block in removed else "protected" if block in protected else "kept"
+            for block in range(self.plan.model.blocks)
+        ]
 
 
 def protocol_of(entry: Perplexity) -> Protocol:
@@ -320,7 +319,14 @@ def load_runs(directories: Sequence[Path]) -> dict[str, RunResults]:
                 f"{place} has no eval.json, so there is nothing to compare. Finish the run with "
                 "the command in its run.json"
             )
-        ends = ("/".join(place.parts[-depth:]) for depth in range(1, len(place.parts)))
-        shared = "".join(f"/{other.as_posix()}\n" for other in places)
-        runs[next((end for end in ends if shared.count(f"/{end}\n") == 1), str(place))] = results
+        runs[_name_among(place, places)] = results
     return runs
+
+
+def _name_among(place: Path, places: Sequence[Path]) -> str:
+    """The shortest end of a path that no other path has."""
+    for depth in range(1, len(place.parts)):
+        end = place.parts[-depth:]
+        if [other.parts[-depth:] for other in places].count(end) == 1:
+            return "/".join(end)
+    return str(place)

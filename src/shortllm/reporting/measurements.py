@@ -17,17 +17,7 @@ from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurem
 from shortllm.evaluation.harness import is_share, metric_phrase, score_phrase
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskScore
 from shortllm.files import write_text
-from shortllm.format import (
-    NONE,
-    change,
-    counted,
-    fixed,
-    known,
-    number,
-    percent,
-    point_change,
-    short_bytes,
-)
+from shortllm.format import NONE, change, counted, fixed, number, percent, point_change, short_bytes
 from shortllm.reporting import parts
 from shortllm.reporting.load import RunResults
 from shortllm.reporting.parts import Cell, Column, Part, Row, Section, Table, row
@@ -82,7 +72,7 @@ def task_table(models: Sequence[EvaluatedModel]) -> Table:
     means = [entry.zeroshot_mean for entry in models if entry.zeroshot_mean is not None]
     if means:
         cells = [(fixed(100 * mean), point_change(means[0], mean)) for mean in means]
-        rows.append(compared_row(Cell("mean", "[%]"), cells))
+        rows.append(compared_row(Cell("mean [%]"), cells))
     return Table(row("task", *(entry.name for entry in models)), rows)
 
 
@@ -182,12 +172,12 @@ def _speedup(found: Benchmark, one: Measurement) -> Cell:
     if one.status != "ok":
         return Cell(NONE)
     ideal = fixed(found.ideal_speedup(one.model))
-    return Cell(known(found.speedup(one), fixed), f"ideal {ideal}", look="after")
+    return Cell(fixed(found.speedup(one)), f"ideal {ideal}", look="after")
 
 
 def _first_token(one: Measurement) -> Cell:
-    first, each = (s and number(1000 * s, 3) for s in (one.first_token_s, one.per_token_s))
-    return Cell(first or NONE, f"then {each} each" if each else "")
+    first, each = (number(s and 1000 * s, 3) for s in (one.first_token_s, one.per_token_s))
+    return Cell(first, "" if each == NONE else f"then {each} each")
 
 
 def peak_bytes(memory: PeakMemory | None) -> int | None:

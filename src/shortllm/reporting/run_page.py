@@ -23,6 +23,7 @@ from shortllm.format import (
     spans,
 )
 from shortllm.published import PublishedComparison, compared_blocks, published_comparison
+from shortllm.reporting import parts
 from shortllm.reporting.blocks import block_section, importance_section, strip_section
 from shortllm.reporting.healing import healed_sentence, healing_section, quantized_sentence
 from shortllm.reporting.load import RunResults
@@ -32,19 +33,7 @@ from shortllm.reporting.measurements import (
     speed_sentence,
     tasks_section,
 )
-from shortllm.reporting.parts import (
-    Cell,
-    Column,
-    Page,
-    Paragraph,
-    Row,
-    Sample,
-    Samples,
-    Section,
-    Table,
-    row,
-    table_of,
-)
+from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Row, Section, Table, row
 from shortllm.reporting.protocol import page_about, perplexity_source, run_protocol, segments_phrase
 from shortllm.run_directory import PRUNED
 
@@ -180,7 +169,7 @@ def search_table(found: Search) -> Table:
     ]
     if found.held_out_samples:
         columns.append(("perplexity on held-out text", lambda one: number(one.held_out, 5)))
-    return table_of(
+    return parts.table_of(
         candidates, columns, look=lambda one: "best" * (one.criterion == found.found.criterion)
     )
 
@@ -235,8 +224,10 @@ def _published_section(results: RunResults) -> Section | None:
             "whole texts and tasks. The published shortened model was healed with LoRA and is "
             "compared with healed models."
         )
-    parts = [Paragraph(text, ""), *([published_table(rows)] if rows else []), Paragraph(note)]
-    return Section("published", "Against published results", parts)
+    table = [published_table(rows)] if rows else []
+    return Section(
+        "published", "Against published results", [Paragraph(text, ""), *table, Paragraph(note)]
+    )
 
 
 def published_table(rows: Sequence[PublishedComparison]) -> Table:
@@ -247,7 +238,7 @@ def published_table(rows: Sequence[PublishedComparison]) -> Table:
         ("here", lambda one: Cell(figure(one.ours), look="after")),
         ("change", lambda one: Cell(change(one.published, one.ours), look="change")),
     ]
-    return table_of(rows, columns)
+    return parts.table_of(rows, columns)
 
 
 def _samples_section(results: RunResults) -> Section | None:
@@ -260,7 +251,7 @@ def _samples_section(results: RunResults) -> Section | None:
     same_prompt = all(written.prompt == first.prompt for _, written in columns)
     rows = [
         [
-            Sample(
+            parts.Sample(
                 label=f"{entry.name}, {counted(entry.model.blocks, 'block')}"
                 f"{f', sample {place + 1}' if count > 1 else ''}",
                 text=written.texts[place].lstrip(" ") if place < len(written.texts) else NONE,
@@ -275,5 +266,5 @@ def _samples_section(results: RunResults) -> Section | None:
         f"top-p {first.top_p:g}, temperature {first.temperature:g}, seed {first.seed}. All samples "
         "are shown."
     )
-    shown = Samples(first.prompt if same_prompt else "", rows)
+    shown = parts.Samples(first.prompt if same_prompt else "", rows)
     return Section("samples", "Generated text", [shown, Paragraph(note)])

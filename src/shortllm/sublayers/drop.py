@@ -11,14 +11,17 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
+from shortllm.data.calibration import Calibration
 from shortllm.data.texts import calibrate
-from shortllm.errors import BudgetError, CriterionError, DataError
+from shortllm.errors import BudgetError, CriterionError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal
+from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.protection import protected_in
@@ -46,12 +49,6 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from shortllm.data.calibration import Calibration
-    from shortllm.model.decoder import Decoder
 
 
 @accepts(options=SublayerOptions, runtime=Runtime)
@@ -99,8 +96,6 @@ def drop_from(
 ) -> SublayerDrop:
     """The same for an open checkpoint; `calibration` is None where the sublayers are named."""
     allowed = candidates(options, checkpoint.info())
-    if options.criterion is not None and calibration is None:
-        raise DataError(f"--criterion {options.criterion} needs text. Give calibration ids")
     require_unquantized(checkpoint, "its projections cannot be set to zero")
     seen = calibration if options.criterion is not None else None
     expected = derived_fingerprint(
@@ -176,9 +171,9 @@ def _choose(
     journal: Journal,
 ) -> tuple[list[DroppedSublayer], float | None]:
     """What to remove, in order, and the perplexity of the intact model if it was measured."""
-    if ids_BT is None:
+    if options.criterion is None:
         return [DroppedSublayer(block=b, part=part, value=None) for b, part in allowed], None
-    assert options.remove is not None and options.criterion is not None
+    assert options.remove is not None and ids_BT is not None
     task = Task(
         decoder=decoder,
         outputs=outputs,

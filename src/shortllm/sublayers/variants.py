@@ -13,11 +13,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from shortllm.journal import Journal
 from shortllm.model.decoder import BlockCall, Decoder, Entry
-from shortllm.model.hidden_states import StreamMemory
+from shortllm.model.metrics import perplexity
 from shortllm.model.walk import TOGETHER, mean_nlls, walk_flops
-from shortllm.runtime import Advance
+from shortllm.runtime import progress
+from shortllm.sublayers.criteria import Ranking, Task
 from shortllm.sublayers.structure import PARTS, Outputs, Part, Sublayer, without_sublayers
 
 VARIANTS: tuple[tuple[Part, ...], ...] = ((), ("attention",), ("mlp",))
@@ -50,6 +50,11 @@ class Variants:
                 kept.add(len(VARIANTS) * b + VARIANTS.index(lacking))
         return frozenset(range(self.block_count)) - kept
 
+    def round(self, gone: frozenset[Sublayer], left: Sequence[Sublayer]) -> list[frozenset[int]]:
+        """The models without `gone` and one of `left`; in the first round the intact one too."""
+        sets = [gone | {one} for one in left]
+        return [self.without(one) for one in (sets if gone else [gone, *sets])]
+
     def enter(self, ids_BT: Tensor) -> Entry:
         """Enter the model; each block's call is made once per variant."""
         entry = self._decoder.enter(ids_BT)
@@ -72,59 +77,44 @@ class Variants:
             return self._decoder.apply(b, stream_BTD, call)
 
 
-def remove_one_by_one(
-    variants: Variants,
-    ids_BT: Tensor,
-    candidates: Sequence[Sublayer],
-    number: int,
-    *,
-    advance: Advance = lambda work: None,
-    memory: StreamMemory | None = None,
-    journal: Journal | None = None,
-) -> tuple[float, list[tuple[Sublayer, float]]]:
-    """The intact model's mean NLL, and the sublayers in the order of removal, each with the mean
-    NLL without it and those before it, nats.
+def remove_one_by_one(task: Task) -> Ranking:
+    """The sublayers in the order of removal, each with the perplexity without it and those before.
 
     Of equal ones the one of the later block goes first, and of one block the attention. Finished
     rounds are in the journal. A NLL that is not a number counts as infinite.
     """
-    journal = journal or Journal(None, "")
+    variants, journal = Variants(task.decoder, task.outputs), task.journal
     rounds: list[list[float]] = (journal.position() or {"rounds": []})["rounds"]
     order: list[tuple[Sublayer, float]] = []
     intact = 0.0
-    for place in range(number):
-        gone = frozenset(one for one, _ in order)
-        left = [one for one in candidates if one not in gone]
-        first: list[frozenset[Sublayer]] = [] if order else [frozenset()]
-        if place == len(rounds):
-            part = journal.part(f"round-{place}")
-            sets = [*first, *(gone | {one} for one in left)]
-            means = mean_nlls(
-                variants.as_decoder(), ids_BT, [variants.without(one) for one in sets],
-                together=TOGETHER, advance=advance, memory=memory, journal=part,
-            )  # fmt: skip
-            rounds.append(means)
-            journal.commit({"rounds": rounds}, {})
-            part.discard()
-        values = [value if value == value else float("inf") for value in rounds[place]]
-        if first:
-            intact, *values = values
-        found = dict(zip(left, values, strict=True))
-        least = min(left, key=lambda one: (found[one], -one[0], PARTS.index(one[1])))
-        order.append((least, found[least]))
-    return intact, order
+    with progress("scoring sublayers by perplexity", _flops(variants, task)) as advance:
+        for place in range(task.remove):
+            gone = frozenset(one for one, _ in order)
+            left = [one for one in task.candidates if one not in gone]
+            if place == len(rounds):
+                part = journal.part(f"round-{place}")
+                means = mean_nlls(
+                    variants.as_decoder(), task.ids_BT, variants.round(gone, left),
+                    together=TOGETHER, advance=advance, memory=task.memory, journal=part,
+                )  # fmt: skip
+                rounds.append(means)
+                journal.commit({"rounds": rounds}, {})
+                part.discard()
+            values = [value if value == value else float("inf") for value in rounds[place]]
+            if not gone:
+                intact, *values = values
+            found = dict(zip(left, values, strict=True))
+            least = min(left, key=lambda one: (found[one], -one[0], PARTS.index(one[1])))
+            order.append((least, perplexity(found[least])))
+    return Ranking(order=order, intact=perplexity(intact))
 
 
-def rounds_flops(
-    variants: Variants, candidates: Sequence[Sublayer], number: int, samples: int, length: int
-) -> float:
-    """Floating-point operations of `remove_one_by_one`, as if the first candidates were removed."""
+def _flops(variants: Variants, task: Task) -> float:
+    """Floating-point operations of all rounds, as if the first candidates were removed."""
     total = 0.0
-    for done in range(number):
-        gone = frozenset(candidates[:done])
-        sets = [gone | {one} for one in candidates[done:]]
-        removals = [variants.without(removed) for removed in ([] if done else [gone]) + sets]
+    for done in range(task.remove):
+        removals = variants.round(frozenset(task.candidates[:done]), task.candidates[done:])
         for start in range(0, len(removals), TOGETHER):
             together = removals[start : start + TOGETHER]
-            total += walk_flops(variants.as_decoder(), together, samples, length)
+            total += walk_flops(variants.as_decoder(), together, *task.ids_BT.shape)
     return total

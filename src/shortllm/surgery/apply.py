@@ -70,6 +70,8 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
     outside the blocks that have a share for every block, the shares of kept blocks stay.
     """
     names = checkpoint.block_names
+    if names.heads:
+        log.info("the prediction heads after the last block are left out")
     new_number = {old: new for new, old in enumerate(kept)}
     result: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.tensors.items():
@@ -131,7 +133,7 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
     if not removals:
         raise CheckpointError(
             f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
-            f"no removed blocks under '{PROVENANCE}'"
+            f"no removed blocks under '{PROVENANCE}', as `shortllm prune` writes them"
         )
     kept = list(range(removals[-1][0]))
     for _, removed in reversed(removals):

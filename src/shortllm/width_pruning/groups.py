@@ -46,13 +46,11 @@ class Sublayer:
         """Input channels of the output projection per unit."""
         return len(self.unit_of_channel_C) // self.units
 
-    def kept_rows(self, name: str, removed: Iterable[int]) -> list[int]:
-        """Rows of an input projection that stay, ascending."""
-        return _kept(self.unit_of_row_R[name], removed)
-
-    def kept_channels(self, removed: Iterable[int]) -> list[int]:
-        """Input channels of the output projection that stay, ascending."""
-        return _kept(self.unit_of_channel_C, removed)
+    def kept(self, name: str, removed: Iterable[int]) -> list[int]:
+        """Rows of an input projection, or channels of the output projection, that stay."""
+        gone = set(removed)
+        units = self.unit_of_channel_C if name == self.output else self.unit_of_row_R[name]
+        return [place for place, unit in enumerate(units.tolist()) if unit not in gone]
 
     def removed_C(self, removed: Iterable[int]) -> Tensor:
         """Whether a channel is removed."""
@@ -71,11 +69,6 @@ class Sublayer:
         for name, units in self.unit_of_row_R.items():
             totals += _totals(value(name).sum(1, dtype=torch.float64), units, self.units)
         return totals
-
-
-def _kept(unit_of: Tensor, removed: Iterable[int]) -> list[int]:
-    gone = set(removed)
-    return [place for place, unit in enumerate(unit_of.tolist()) if unit not in gone]
 
 
 def _totals(values: Tensor, unit_of: Tensor, count: int) -> Tensor:
@@ -109,10 +102,6 @@ class BlockGroups:
     def matrix(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the shape of a projection's weight as outputs x inputs."""
         return tensor.T if name in self.transposed else tensor
-
-    def query_heads_of(self, units: Iterable[int]) -> list[int]:
-        """Numbers of the query heads that belong to the kv heads `units`."""
-        return [unit * self.query_heads + i for unit in units for i in range(self.query_heads)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,12 +145,12 @@ def block_importance(
 def choose_per_block(importance: BlockImportance, counts: tuple[int, int], block: int) -> Removed:
     """A block's own lowest heads and neurons; of equal ones the first."""
     _require_finite(importance, block)
-    heads, neurons = counts
-    return Removed(_lowest(importance.heads, heads), _lowest(importance.neurons, neurons))
-
-
-def _lowest(scores_U: Tensor, count: int) -> list[int]:
-    return sorted(scores_U.argsort(stable=True)[:count].tolist())
+    scores = (importance.heads, importance.neurons)
+    lowest = (
+        sorted(scores_U.argsort(stable=True)[:count].tolist())
+        for scores_U, count in zip(scores, counts, strict=True)
+    )
+    return Removed(*lowest)
 
 
 def choose_from_list(

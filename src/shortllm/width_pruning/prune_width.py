@@ -11,12 +11,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tensors import read_tensor
+from shortllm.data.calibration import Calibration
 from shortllm.data.texts import calibrate
-from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
+from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.model.loading import stored_dtype
 from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.protection import PROTECT_FIRST, PROTECT_LAST
@@ -33,6 +39,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
+from shortllm.width_pruning.groups import BlockGroups, removed_counts, without_units
 from shortllm.width_pruning.methods import METHODS, Chosen, Task
 from shortllm.width_pruning.options import (
     SAMPLE_LENGTH,
@@ -41,16 +48,18 @@ from shortllm.width_pruning.options import (
     WidthPruning,
     WidthSize,
 )
+from shortllm.width_pruning.reshape import (
+    TensorShapes,
+    narrowed_tensors,
+    per_block_config,
+    require_plain_names,
+    uniform_config,
+)
+from shortllm.width_pruning.structure import find_groups
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from shortllm.data.calibration import Calibration
-    from shortllm.width_pruning.groups import BlockGroups
-
-    Groups = Mapping[int, BlockGroups]
-    Biases = dict[int, dict[str, Tensor]]
-    Layout = tuple[dict[str, Any], dict[str, tuple[int, ...]]]
+Groups = Mapping[int, BlockGroups]
+Biases = dict[int, dict[str, Tensor]]
+Layout = tuple[dict[str, Any], TensorShapes]
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +107,6 @@ def width_from(
 ) -> WidthPruning:
     """The same for an open checkpoint; `calibration` is None where the method needs no text."""
     options = resolve(options, checkpoint.block_count)
-    if options.needs_text and calibration is None:
-        raise DataError(f"--method {options.method} needs text. Give calibration ids")
     require_text_model(checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`")
     require_unquantized(checkpoint, "rows and columns cannot be cut out of it")
     seen = calibration if options.needs_text else None
@@ -153,14 +160,6 @@ def _draft(
     session: Session,
 ) -> Draft:
     """Find heads and neurons, choose, and describe the narrower checkpoint."""
-    from shortllm.width_pruning.groups import removed_counts, without_units
-    from shortllm.width_pruning.reshape import (
-        narrowed_tensors,
-        per_block_config,
-        require_plain_names,
-    )
-    from shortllm.width_pruning.structure import find_groups
-
     assert options.start is not None and options.end is not None
     decoder = session.decoder(checkpoint)
     groups = find_groups(decoder, range(options.start, options.end))
@@ -220,8 +219,6 @@ def _uniform_layout(
     counts: Mapping[int, tuple[int, int]],
 ) -> Layout | None:
     """Config and added biases of a plain checkpoint; None if blocks get shapes of their own."""
-    from shortllm.width_pruning.reshape import uniform_config
-
     if options.shapes == "per-block" or not counts:
         return None
     alike = len(set(counts.values())) == 1 and len(counts) == checkpoint.block_count
@@ -248,11 +245,6 @@ def _new_tensors(
     That part is what `chosen` says, rounded to the type the checkpoint is stored in. Where the
     type's config gives all projections biases together, the others are zeros.
     """
-    import torch
-
-    from shortllm.checkpoint.tensors import read_tensor
-    from shortllm.model.loading import stored_dtype
-
     dtype = stored_dtype(checkpoint)
     new: dict[str, Tensor] = {}
     added: Biases = {}
@@ -279,7 +271,11 @@ def _narrowed_blocks(groups: Groups, chosen: Chosen) -> list[NarrowedBlock]:
             query_heads=groups[b].attention.units * groups[b].query_heads,
             kv_heads=groups[b].attention.units,
             neurons=groups[b].mlp.units,
-            removed_query_heads=groups[b].query_heads_of(gone.heads),
+            removed_query_heads=[
+                kv_head * groups[b].query_heads + i
+                for kv_head in gone.heads
+                for i in range(groups[b].query_heads)
+            ],
             removed_kv_heads=gone.heads,
             removed_neurons=gone.neurons,
             head_importance=chosen.importance[b].heads.tolist(),

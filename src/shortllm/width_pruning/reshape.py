@@ -55,10 +55,11 @@ def narrowed_tensors(
 
         for sublayer, units in gone.pairs(of_block):
             for name in sublayer.unit_of_row_R:
-                rows = sublayer.kept_rows(name, units)
+                rows = sublayer.kept(name, units)
                 cut(f"{name}.weight", int(name in of_block.transposed), rows)
                 cut(f"{name}.bias", 0, rows)
-            name, channels = sublayer.output, sublayer.kept_channels(units)
+            name = sublayer.output
+            channels = sublayer.kept(name, units)
             cut(f"{name}.weight", int(name not in of_block.transposed), channels)
     return result
 
@@ -160,8 +161,9 @@ def _entry(
     projections: dict[str, list[int]] = {}
     for sublayer, units in removed.pairs(groups):
         for name in sublayer.unit_of_row_R:
-            projections[name] = [len(sublayer.kept_rows(name, units)), groups.width]
-        projections[sublayer.output] = [groups.width, len(sublayer.kept_channels(units))]
+            projections[name] = [len(sublayer.kept(name, units)), groups.width]
+        kept = len(sublayer.kept(sublayer.output, units))
+        projections[sublayer.output] = [groups.width, kept]
     return {
         "num_attention_heads": heads * groups.query_heads,
         "num_key_value_heads": heads,

@@ -162,12 +162,9 @@ class _Probe:
         """The input of the projection `output`, `[N, T, C]`; nothing after it runs."""
         return self._run(values, output)[0][output]
 
-    def outputs(self) -> tuple[str, str]:
+    def outputs(self, sublayers: dict[str, list[str]] | None = None) -> tuple[str, str]:
         """The output projections of the attention and of the MLP."""
-        return self._outputs(self._sublayers())
-
-    def _outputs(self, sublayers: dict[str, list[str]]) -> tuple[str, str]:
-        """That of the attention, then that of the MLP."""
+        sublayers = self._sublayers() if sublayers is None else sublayers
         mixing = {name: self._mixes(name, inputs) for name, inputs in sublayers.items()}
         if sorted(mixing.values()) != [False, True]:
             held = ", ".join(f"'{name}'" for name in sublayers) or "none"
@@ -181,10 +178,12 @@ class _Probe:
     def groups(self) -> BlockGroups:
         """The heads and neurons of the block."""
         sublayers = self._sublayers()
-        attention, mlp = self._outputs(sublayers)
+        attention, mlp = self.outputs(sublayers)
         heads = self._coupled(attention, sublayers[attention], "heads")
         neurons = self._coupled(mlp, sublayers[mlp], "neurons")
-        count = self._query_heads()
+        shapes = block_shapes(self._config)
+        own = shapes[self._b] if shapes is not None else {}
+        count = own.get("num_attention_heads") or text_config(self._config).num_attention_heads
         if count % heads.units or len(heads.unit_of_channel_C) % count:
             raise self._refusal(
                 f"has {count} query heads, which its {heads.units} separate parts of "
@@ -198,12 +197,6 @@ class _Probe:
             width=self._base[attention].shape[1],
             transposed=frozenset(n for n, m in modules if not isinstance(m, nn.Linear)),
         )
-
-    def _query_heads(self) -> int:
-        shapes = block_shapes(self._config)
-        if shapes is not None and shapes[self._b]:
-            return int(shapes[self._b]["num_attention_heads"])
-        return int(text_config(self._config).num_attention_heads)
 
     def _sublayers(self) -> dict[str, list[str]]:
         """Output projection -> its input projections."""

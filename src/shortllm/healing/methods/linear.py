@@ -35,14 +35,11 @@ def require_projection(checkpoint: Checkpoint, decoder: Decoder) -> None:
 def linear(task: Task) -> Healed:
     """A least-squares map for each gap, folded into the block before it."""
     from shortllm.healing.folding import find_added, require_floats
-    from shortllm.healing.least_squares import heal_flops, heal_gaps
+    from shortllm.healing.least_squares import heal_gaps
     from shortllm.pruning.budget import gaps_of
-    from shortllm.runtime import progress
 
     before = [gap.before for gap in gaps_of(task.removed) if gap.before is not None]
     added = find_added(task.decoder, before)
     for b, one in added.items():
         require_floats(task.checkpoint, b, one.name)
-    work = heal_flops(task.decoder, task.removed, task.ids_BT.numel())
-    with progress("healing", work) as advance:
-        return heal_gaps(task, added, advance=advance)
+    return heal_gaps(task, added)

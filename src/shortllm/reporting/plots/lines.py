@@ -26,8 +26,6 @@ DASHED: dict[str, Any] = {
     "color": COLOURS["muted"], "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 2
 }  # fmt: skip
 """Look of a line that was not measured."""
-_FEW = (("kept", "o"), ("removed", "s"), ("protected", "^"), ("ink", "D"), ("muted", "v"))
-"""Colour and marker of few lines; of more lines each has a colour of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +97,8 @@ class LinePlot(Plot):
                 self.band.places, self.band.low, self.band.high, color=COLOURS["band"],
                 linewidth=0, zorder=1, label=self.band.name,
             )  # fmt: skip
-        unstyled = [line for line in self.lines if line.style is None]
-        for line in self.lines:
-            style = line.style
-            if style is None:
-                style = _automatic_style(unstyled.index(line), len(unstyled))
+        for place, line in enumerate(self.lines):
+            style = line.style or line_style(place)
             axes.plot(*zip(*line.points, strict=True), label=line.name, **{"zorder": 3, **style})
         if self.mark is not None:
             axes.axvline(self.mark, color=COLOURS["protected"], linewidth=0.8, linestyle="--")
@@ -139,13 +134,6 @@ class LinePlot(Plot):
             [handles[i] for i in order], [names[i] for i in order], loc="upper left",
             bbox_to_anchor=(1.0, 1.0), handlelength=2.6, labelspacing=0.55,
         )  # fmt: skip
-
-
-def _automatic_style(place: int, count: int) -> dict[str, Any]:
-    if count > len(_FEW):
-        return line_style(place)
-    colour, marker = _FEW[place]
-    return {"color": COLOURS[colour], "marker": marker, "markersize": 4.5, "linewidth": 1.6}
 
 
 def marked(places: Sequence[float]) -> dict[float, str]:

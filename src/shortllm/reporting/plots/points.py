@@ -8,15 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from shortllm.format import number
-from shortllm.reporting.plots import (
-    COLOURS,
-    LINES,
-    MARKERS,
-    Plot,
-    legend_above,
-    mark_heights,
-    tick,
-)
+from shortllm.reporting.plots import COLOURS, LINES, MARKERS, Plot, legend_above, mark_heights, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

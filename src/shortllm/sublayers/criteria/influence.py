@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.model.decoder import Decoder, Entry
-    from shortllm.runtime import Advance
-    from shortllm.sublayers.structure import Outputs, Part, Sublayer
+    from shortllm.sublayers.structure import Outputs, Part
 
 
 @CRITERIA.register(
@@ -24,66 +23,45 @@ if TYPE_CHECKING:
     )
 )
 def sublayer_influence(task: Task) -> Ranking:
-    """The smallest change of the hidden state's direction."""
-    from shortllm.model.walk import walk_flops
-    from shortllm.runtime import progress
-    from shortllm.sublayers.structure import PARTS
+    """The smallest change of the hidden state's direction.
 
-    work = walk_flops(task.decoder, [frozenset()], *task.ids_BT.shape, head=False)
-    with progress("scoring sublayers by influence", work) as advance:
-        found = influence(task.decoder, task.outputs, task.ids_BT, advance=advance)
-    order = sorted(
-        ((one, found[one]) for one in task.candidates),
-        key=lambda item: (item[1], -item[0][0], PARTS.index(item[0][1])),
-    )
-    return Ranking(order=order)
-
-
-def influence(
-    decoder: Decoder,
-    outputs: Outputs,
-    ids_BT: Tensor,
-    *,
-    advance: Advance = lambda work: None,
-) -> dict[Sublayer, float]:
-    """1 - cos(hidden state before, after) of each sublayer, mean over tokens; in [0, 2].
-
-    The effect of attention is measured in the block without its MLP. If the MLP reads what the
-    attention wrote, the state before it is the one after the attention; if both read the same
-    (parallel blocks), it is the one entering the block, and the effect of the MLP is measured
-    without the attention.
+    1 - cos(hidden state before, after) of each sublayer, mean over tokens; in [0, 2]. The effect of
+    attention is measured in the block without its MLP. If the MLP reads what the attention wrote,
+    the state before it is the one after the attention; if both read the same (parallel blocks), it
+    is the one entering the block, and the effect of the MLP is measured without the attention.
     """
     import torch
 
     from shortllm.model.hidden_states import SampleGroups, block_flops, group_size
+    from shortllm.model.walk import walk_flops
+    from shortllm.runtime import progress
     from shortllm.sublayers.structure import PARTS
 
+    decoder, outputs, ids_BT = task.decoder, task.outputs, task.ids_BT
     sums = {(b, part): 0.0 for b in sorted(outputs) for part in PARTS}
     size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
-    for start in range(0, len(ids_BT), size):
-        groups = SampleGroups(decoder, ids_BT[start : start + size])
-        stream_BTD = groups.entering()
-        for b in decoder.through(range(decoder.block_count)):
-            for rows, entry in groups:
-                before_BTD = stream_BTD[rows].to(decoder.device)
-                with torch.no_grad():
+    work = walk_flops(decoder, [frozenset()], *ids_BT.shape, head=False)
+    with progress("scoring sublayers by influence", work) as advance, torch.no_grad():
+        for start in range(0, len(ids_BT), size):
+            groups = SampleGroups(decoder, ids_BT[start : start + size])
+            stream_BTD = groups.entering()
+            for b in decoder.through(range(decoder.block_count)):
+                for rows, entry in groups:
+                    before_BTD = stream_BTD[rows].to(decoder.device)
                     after_BTD = decoder.apply(b, before_BTD, entry.calls[b])
                     if b in outputs:
                         found = _similarities(decoder, outputs, b, entry, before_BTD, after_BTD)
                         for part, value in zip(PARTS, found, strict=True):
                             sums[b, part] += value
-                stream_BTD[rows] = after_BTD.to(stream_BTD)
-            advance(block_flops(decoder, b) * groups.ids_BT.numel())
-    return {one: 1.0 - total / ids_BT.numel() for one, total in sums.items()}
+                    stream_BTD[rows] = after_BTD.to(stream_BTD)
+                advance(block_flops(decoder, b) * groups.ids_BT.numel())
+    values = {one: 1.0 - sums[one] / ids_BT.numel() for one in task.candidates}
+    order = sorted(values, key=lambda one: (values[one], -one[0], PARTS.index(one[1])))
+    return Ranking(order=[(one, values[one]) for one in order])
 
 
 def _similarities(
-    decoder: Decoder,
-    outputs: Outputs,
-    b: int,
-    entry: Entry,
-    before_BTD: Tensor,
-    after_BTD: Tensor,
+    decoder: Decoder, outputs: Outputs, b: int, entry: Entry, before_BTD: Tensor, after_BTD: Tensor
 ) -> tuple[float, float]:
     """Sums over tokens of cos(before, after), of the attention and of the MLP."""
 

@@ -16,20 +16,6 @@ from shortllm.sublayers.criteria import CRITERIA, Ranking, SublayerCriterion, Ta
 )
 def sublayer_ppl(task: Task) -> Ranking:
     """The lowest perplexity without it, one sublayer after the other."""
-    from shortllm.model.metrics import perplexity
-    from shortllm.runtime import progress
-    from shortllm.sublayers.variants import Variants, remove_one_by_one, rounds_flops
+    from shortllm.sublayers.variants import remove_one_by_one
 
-    variants = Variants(task.decoder, task.outputs)
-    work = rounds_flops(variants, task.candidates, task.remove, *task.ids_BT.shape)
-    with progress("scoring sublayers by perplexity", work) as advance:
-        intact, order = remove_one_by_one(
-            variants,
-            task.ids_BT,
-            task.candidates,
-            task.remove,
-            advance=advance,
-            memory=task.memory,
-            journal=task.journal,
-        )
-    return Ranking(order=[(one, perplexity(nll)) for one, nll in order], intact=perplexity(intact))
+    return remove_one_by_one(task)

@@ -6,7 +6,6 @@ Shapes: U units of a sublayer, B samples, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shortllm.papers import LLM_PRUNER
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from shortllm.model.decoder import Decoder
-    from shortllm.model.hidden_states import StreamMemory
-    from shortllm.runtime import Advance
     from shortllm.width_pruning.groups import BlockGroups
     from shortllm.width_pruning.options import Importance
 
@@ -50,10 +46,8 @@ def _importance(task: Task) -> dict[int, BlockImportance]:
     """The importance of every head and neuron, as the option `importance` says."""
     import torch
 
-    from shortllm.model.backward import walk_back_flops
-    from shortllm.runtime import progress
-
     decoder, groups, kind = task.decoder, task.groups, task.options.importance
+    assert kind is not None
     if kind == "random":
         generator = torch.Generator().manual_seed(task.options.calibration.seed)
         return {b: sampled(groups[b], generator) for b in groups}
@@ -62,62 +56,32 @@ def _importance(task: Task) -> dict[int, BlockImportance]:
         return {
             b: magnitude(decoder.blocks[b], groups[b], power) for b in decoder.through(list(groups))
         }
-    assert kind is not None
-    ids_BT = task.ids()
-    work = walk_back_flops(decoder, range(decoder.block_count), *ids_BT.shape)
-    with progress("gradients of heads and neurons", work) as advance:
-        return taylor_importance(decoder, ids_BT, groups, kind, memory=task.memory, advance=advance)
+    return taylor_importance(task, kind)
 
 
-@dataclass(slots=True)
-class Products:
-    """Products of weights and gradients of one block, and of their squares over single samples."""
-
-    sum: dict[str, Tensor] = field(default_factory=dict)
-    """Name of a weight -> signed product, of the loss of all samples, float32."""
-    samples: int = 0
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    """Name of a weight -> sum over samples of the squared share of one."""
-
-    def add_square(self, products: Mapping[str, Tensor]) -> None:
-        """Take in one sample's share of the products."""
-        self.samples += 1
-        for name, product in products.items():
-            square = product.square_()
-            if name in self.squares:
-                self.squares[name].add_(square)
-            else:
-                self.squares[name] = square.clone()
-
-    def curvature(self, name: str) -> Tensor:
-        """`w * H * w` with `H` the mean squared gradient of the loss of a single sample.
-
-        A share is that loss's part of the mean over samples, 1/samples of it.
-        """
-        return self.squares[name] * self.samples
-
-
-def taylor(groups: BlockGroups, products: Products, importance: Importance) -> BlockImportance:
+def taylor(
+    groups: BlockGroups,
+    products: Mapping[str, Tensor],
+    curvature: Mapping[str, Tensor],
+    importance: Importance,
+) -> BlockImportance:
     """Change of the loss that its expansion predicts, summed over a unit's weights.
 
     Biases do not count. Source: Ma et al. 2023, LLM-Pruner, arXiv:2305.11627.
 
     Args:
+        products: for each weight `w g`, of the loss of all samples.
+        curvature: for each weight `w H w`, if the importance needs it.
         importance: first `|w g|`, second `|w H w|`, mixed `|w g - w H w / 2|`, each summed over all
             weights of the unit; vectorised `|sum of w g|`.
     """
 
     def value(name: str) -> Tensor:
         weight = f"{name}.weight"
-        if importance == "vectorised":
-            found = products.sum[weight]
-        elif importance == "first":
-            found = products.sum[weight].abs()
-        elif importance == "second":
-            found = products.curvature(weight).abs()
-        else:
-            found = (products.sum[weight] - products.curvature(weight) / 2).abs()
-        return groups.matrix(name, found)
+        found = curvature[weight] if importance == "second" else products[weight]
+        if importance == "mixed":
+            found = found - curvature[weight] / 2
+        return groups.matrix(name, found if importance == "vectorised" else found.abs())
 
     return BlockImportance(
         groups.attention.weight_totals(value).abs(), groups.mlp.weight_totals(value).abs()
@@ -145,40 +109,35 @@ def sampled(groups: BlockGroups, generator: torch.Generator) -> BlockImportance:
     )
 
 
-def taylor_importance(
-    decoder: Decoder,
-    ids_BT: Tensor,
-    groups: Mapping[int, BlockGroups],
-    importance: Importance,
-    *,
-    memory: StreamMemory,
-    advance: Advance = lambda work: None,
-) -> dict[int, BlockImportance]:
+def taylor_importance(task: Task, importance: Importance) -> dict[int, BlockImportance]:
     """Importance by gradients, which exist for one block at a time."""
-    from shortllm.model.backward import walk_back
-    from shortllm.runtime import ALONE
+    from shortllm.model.backward import walk_back, walk_back_flops
+    from shortllm.runtime import ALONE, progress
 
+    decoder, groups, ids_BT = task.decoder, task.groups, task.ids()
     found: dict[int, BlockImportance] = {}
-    squares: dict[int, Products] = {}
+    squares: dict[int, dict[str, Tensor]] = {b: {} for b in groups}
 
     def take_sample(b: int, products: dict[str, Tensor]) -> None:
-        if b in groups:
-            squares.setdefault(b, Products()).add_square(products)
+        for name, product in products.items() if b in groups else ():
+            square = product.square_()
+            held = squares[b].get(name)
+            squares[b][name] = square.clone() if held is None else held.add_(square)
 
     def take(b: int, products: dict[str, Tensor]) -> None:
         if b in groups:
-            held = squares.pop(b, Products())
-            held.sum = products
-            found[b] = taylor(groups[b], held, importance)
+            # H is the mean squared gradient of the loss of a single sample, and a sample's share
+            # of the products is of its part of the mean over samples, 1/samples of that loss
+            held = squares.pop(b).items()
+            curvature = {name: square.mul_(len(ids_BT)) for name, square in held}
+            found[b] = taylor(groups[b], products, curvature, importance)
 
-    walk_back(
-        decoder,
-        ids_BT,
-        list(range(decoder.block_count)),
-        take,
-        ranks=ALONE,
-        each=take_sample if importance in ("second", "mixed") else None,
-        advance=advance,
-        memory=memory,
-    )
+    blocks = list(range(decoder.block_count))
+    each = take_sample if importance in ("second", "mixed") else None
+    work = walk_back_flops(decoder, blocks, *ids_BT.shape)
+    with progress("gradients of heads and neurons", work) as advance:
+        walk_back(
+            decoder, ids_BT, blocks, take, ranks=ALONE, each=each, advance=advance,
+            memory=task.memory,
+        )  # fmt: skip
     return found
