@@ -65,9 +65,7 @@ def compare_units(
     typed: Recipe,
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[MODEL]", help="Checkpoint directory or Hub id. Default: embedded."
-        ),
+        typer.Argument(metavar="MODEL", help="Checkpoint directory or Hub id. Default: embedded."),
     ] = None,
     recipe: RecipeName = None,
     out: Annotated[

@@ -98,7 +98,7 @@ def run_recipe(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Use this checkpoint instead of the recipe's, e.g. a local copy.",
         ),
     ] = None,

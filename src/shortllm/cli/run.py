@@ -79,9 +79,7 @@ def run(
     typed: Recipe,
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[MODEL]", help="Checkpoint directory or Hub id. Default: embedded."
-        ),
+        typer.Argument(metavar="MODEL", help="Checkpoint directory or Hub id. Default: embedded."),
     ] = None,
     recipe: RecipeName = None,
     out: Annotated[

@@ -20,7 +20,7 @@ class EvaluationOptions(Options):
 
     panel: ClassVar[str] = "Evaluation"
 
-    data: Annotated[list[str], Flag(repeated=True)] = Field(
+    data: Annotated[list[str], Flag(repeated=True, metavar="TEXT")] = Field(
         default_factory=list,
         description="Text to measure perplexity on; can be repeated. Default: rows of --data that "
         "calibration did not use, or wikitext2 and ptb.",
