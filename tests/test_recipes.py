@@ -44,6 +44,7 @@ from shortllm.recipe import Recipe
 from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text
 from shortllm.records import ModelInfo
 from shortllm.released import measure_released, released_recipes
+from shortllm.retraining import setup
 from shortllm.surgery.apply import check_removal
 
 RECIPES = {name: load_recipe(name) for name in recipe_names()}
@@ -113,7 +114,7 @@ def test_a_recipe_fits_its_model(name: str, shapes: Path) -> None:
     check_budget(recipe.budget, checkpoint.info())
     assert len(recipe.retraining) >= 1
     for options in recipe.retraining:
-        assert options.filled(room=4096).data
+        assert setup.resolve(options, checkpoint).data
     assert set(task_names(recipe.evaluation.tasks)) <= {*METRICS, *EMBEDDED_TASKS}
     is_gemma = checkpoint.model_type.startswith("gemma")
     assert recipe.calibration.bos_every_sample is is_gemma
@@ -575,7 +576,7 @@ def test_special_tokens_are_put_right_where_text_is_tokenized_and_in_what_is_wri
 
 
 def test_a_special_token_that_does_not_exist_is_named(misled: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no token 99999, which is to be its BOS"):
+    with pytest.raises(CheckpointError, match="has no token 99999 to use as "):
         load_tokenizer(open_checkpoint(misled, special_tokens={"bos": 99999}))
 
 

@@ -48,6 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_all_candidates_have_nearly_the_same_number_of_parameters(place: Path) -> None:
     units = UnitsComparison.load(place / "units.json")
     assert [(one.name, one.unit) for one in units.candidates] == [
@@ -67,6 +68,7 @@ def test_all_candidates_have_nearly_the_same_number_of_parameters(place: Path) -
     assert shortllm.open_checkpoint(place / "flap").block_count == 12
 
 
+@pytest.mark.slow
 def test_each_is_healed_measured_and_timed(place: Path) -> None:
     evaluation = Evaluation.load(place / "eval.json")
     names = [entry.name for entry in evaluation.models]
@@ -80,6 +82,7 @@ def test_each_is_healed_measured_and_timed(place: Path) -> None:
         assert after.parameters == before.parameters and after.fingerprint != before.fingerprint
 
 
+@pytest.mark.slow
 def test_the_page_has_every_number_of_the_table(place: Path) -> None:
     results = load_units(place)
     table = units_table(results)
@@ -95,6 +98,7 @@ def test_the_page_has_every_number_of_the_table(place: Path) -> None:
     assert str(place.parent) not in page
 
 
+@pytest.mark.slow
 def test_the_same_again_does_nothing(
     place: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

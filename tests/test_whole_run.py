@@ -138,9 +138,9 @@ def test_killed_while_healing_the_same_command_completes_with_the_same_weights(
     healed: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "killed"
-    states = directory / "retrained-full.training.partial"
+    state = directory / "retrained-full.training.partial" / "states" / "checkpoint-2"
     ended = children.killed_when(
-        lambda: list(states.glob("**/checkpoint-2")),
+        state.is_dir,
         children.run, RECIPE.model_dump_json(exclude_unset=True), directory,
     )  # fmt: skip
     assert ended == -signal.SIGKILL, "the run ended before it could be killed"

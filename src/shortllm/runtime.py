@@ -60,7 +60,7 @@ def is_trusted() -> bool:
 class Trust(Options):
     """Whether Python code that comes with a checkpoint may run."""
 
-    panel: ClassVar[str] = "Device and memory"
+    panel: ClassVar[str] = "Safety"
 
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with a checkpoint."
@@ -73,6 +73,8 @@ class Trust(Options):
 
 class DeviceOptions(Trust):
     """Where models run, for work that needs a whole model in memory or none at all."""
+
+    panel: ClassVar[str] = "Device and memory"
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 or mps.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from shortllm.errors import ShortLLMError
 from shortllm.options import OptionField, Options, option_fields, options_from
-from shortllm.runtime import Runtime
+from shortllm.runtime import Runtime, Trust
 
 PLAIN = (bool, int, float, str, Path)
 """Types that typer reads itself; the text of others goes to pydantic."""
@@ -77,7 +77,7 @@ def typed_flags(ctx: typer.Context, fields: Mapping[str, OptionField]) -> list[s
 
 
 def _fields(records: Mapping[str, type[Options]], common: Sequence[str]) -> dict[str, OptionField]:
-    """The fields by flat name: common ones first, device and memory last.
+    """The fields by flat name: common ones first, device, memory and safety last.
 
     A name that two records share is one flag, which sets both.
     """
@@ -87,7 +87,12 @@ def _fields(records: Mapping[str, type[Options]], common: Sequence[str]) -> dict
             if not one.flag.hidden:
                 found.setdefault(name, one)
     first = {name: replace(found[name], panel=COMMON) for name in common}
-    last = {name: one for name, one in found.items() if one.panel == Runtime.panel}
+    last = {
+        name: one
+        for panel in (Runtime.panel, Trust.panel)
+        for name, one in found.items()
+        if one.panel == panel
+    }
     return {**first, **{n: one for n, one in found.items() if n not in {*first, *last}}, **last}
 
 

@@ -67,7 +67,7 @@ def _matrix_rate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
 
 
 def _rate(call: Callable[[], object], work: float, seconds: float) -> float:
-    """Work per second of calls that do so much each, over so many seconds."""
+    """Work per second of repeated calls, each of which does `work`, over `seconds`."""
     count, start = 0, time.perf_counter()
     while time.perf_counter() < start + seconds:
         call()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
-    from shortllm.pruning.search_space import BlockSearch
+
+
+class SearchSpaces(Protocol):
+    """Makes the space that a criterion searches, see `search_space.BlockSearch`."""
+
+    def __call__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal, /) -> Any:
+        """The space of sets of blocks."""
+
+    @staticmethod
+    def flops(scorer: Scorer, searching: ResolvedCriterion) -> float:
+        """Floating-point operations of the search."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +53,7 @@ class Scorer:
     """Called when a pass needs the model."""
     ids_BT: Tensor | None
     """This process's samples; None if no criterion needs text."""
-    search_spaces: type[BlockSearch] | None = None
+    search_spaces: SearchSpaces | None = None
     """What criteria that search run on."""
     ranks: Ranks = ALONE
     memory: StreamMemory | None = None

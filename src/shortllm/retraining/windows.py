@@ -143,24 +143,17 @@ _PACKINGS = {"stream": _stream, "fit": _fit, "alone": _alone}
 
 @torch.no_grad()
 def keeps_apart(model: nn.Module, vocabulary: int) -> bool:
-    """Whether two documents in one window, told by their positions, do not see each other.
-
-    Tried: the logits of the second must be those it has when it is alone.
-    """
+    """Whether a document's logits are the same after another one, told by positions, as alone."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2 * PROBE_TOKENS)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
     positions = torch.arange(PROBE_TOKENS, device=device).repeat(2)[None]
-    was_training = model.training
-    model.eval()
     try:
         alone = model(ids[:, PROBE_TOKENS:], use_cache=False).logits
         both = model(ids, position_ids=positions, use_cache=False).logits[:, PROBE_TOKENS:]
     except TypeError:  # the model's forward takes no positions
         return False
-    finally:
-        model.train(was_training)
     difference = (both - alone).abs().max() / alone.abs().max().clamp_min(1e-30)
     return bool(difference <= PROBE_TOLERANCES[alone.dtype != torch.float32])
 
