@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import BY_TIER, VOCABULARY, loaded, opened, score, streamed, token_ids
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -432,6 +432,7 @@ def test_a_journal_survives_a_stop_while_it_is_written(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ routes
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # other work slows it
 @given(
     st.integers(1, 7).flatmap(
         lambda count: st.tuples(

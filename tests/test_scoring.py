@@ -320,7 +320,7 @@ def test_streams_that_fit_nowhere_are_refused(tmp_path: Path, monkeypatch: Any) 
     from shortllm.model.hidden_states import StreamMemory
 
     memory = StreamMemory(limit=0, directory=tmp_path)
-    with pytest.raises(OutputError, match="MiB are needed, .* MiB are free"):
+    with pytest.raises(OutputError, match="iB are needed, .* [KMGT]iB are free"):
         memory.allocate((10**9, 10**6), torch.float32, torch.device("cpu"))
 
 
