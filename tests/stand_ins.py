@@ -108,7 +108,8 @@ def cache_directory() -> Path:
 
 def stand_in(name: str) -> Path:
     """The stand-in of a name, made at the first call."""
-    target = cache_directory() / "stand-ins" / name.replace("../", "")
+    # flat, since one name may be within another: runs/qwen3 and runs/qwen3/retrained
+    target = cache_directory() / "stand-ins" / name.replace("../", "").replace("/", "--")
     if name not in _MADE:
         target.parent.mkdir(parents=True, exist_ok=True)
         STAND_INS[name](target)
