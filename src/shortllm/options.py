@@ -192,10 +192,9 @@ def validation_message(
     place = tuple(str(part) for part in first["loc"])
     known = [end for end in range(len(place), 0, -1) if names and place[:end] in names]
     name = names[place[: known[0]]] if names and known else ".".join(place)
-    said = str(first["msg"]).removeprefix("Value error, ")
-    said = said[:1].lower() + said[1:].removeprefix("nput should be ") if said else said
-    if str(first["msg"]).startswith("Input should be "):
-        said = "must be " + str(first["msg"]).removeprefix("Input should be ")
+    said = str(first["msg"]).removeprefix("Value error, ").partition(", unable to parse")[0]
+    if said.startswith("Input should be "):
+        said = "must be " + said.removeprefix("Input should be ")
     if first["type"] == "missing":
         return f"{name} is missing. Give a value"
     if not name:
