@@ -30,7 +30,7 @@ from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import PROVENANCE, lineage, renumbered_tensors
+from shortllm.surgery.apply import PROVENANCE, lineage, open_original, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -74,7 +74,8 @@ def heal(
     """
     require_free(Path(out), Healing.FILE)
     checkpoint = open_checkpoint(model)
-    original = open_source(checkpoint, source)
+    lineage(checkpoint)  # needed with --source too: it says which blocks are left
+    original = open_original(checkpoint, source, "--source")
     kept_blocks(checkpoint, original)
     ids = calibrate(original, healing_text(options, original))
     session = Session(runtime)
@@ -151,20 +152,6 @@ def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
             "so there is no block before a gap to heal with. Use `shortllm retrain`"
         )
     return origin.kept
-
-
-def open_source(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
-    """The model that a checkpoint was shortened from: as given, or as its config.json says."""
-    if given is not None:
-        return open_checkpoint(given)
-    origin = lineage(checkpoint)
-    try:
-        return open_checkpoint(origin.source, revision=origin.revision)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{checkpoint.id} was shortened from {origin.source}, which cannot be opened "
-            f"({error}). Name it with --source"
-        ) from error
 
 
 def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Sequence[int]) -> None:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import context_length, text_config
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
 from shortllm.data.rows import Records
 from shortllm.data.sources import load_rows, open_records
 from shortllm.data.texts import Segments, check_length, vocabulary
-from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
+from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
@@ -41,7 +41,7 @@ from shortllm.retraining.corpus import (
 from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions
 from shortllm.retraining.windows import Packing
 from shortllm.runtime import ALONE, Ranks
-from shortllm.surgery.apply import lineage
+from shortllm.surgery.apply import lineage, open_original
 from shortllm.surgery.derived import derived_fingerprint
 
 log = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def work_directory(target: Path) -> Path:
 
 def _open_teacher(checkpoint: Checkpoint, options: RetrainOptions) -> Checkpoint:
     """The model to learn from: the one that is named, or the one the checkpoint came from."""
-    teacher = open_checkpoint(options.teacher) if options.teacher else _original(checkpoint)
+    teacher = open_original(checkpoint, options.teacher, "--teacher")
     (size, width), (teacher_size, teacher_width) = (
         (text.vocab_size, text.hidden_size)
         for text in (text_config(checkpoint.config), text_config(teacher.config))
@@ -246,21 +246,6 @@ def _open_teacher(checkpoint: Checkpoint, options: RetrainOptions) -> Checkpoint
                 "--hidden-weight out"
             )
     return teacher
-
-
-def _original(checkpoint: Checkpoint) -> Checkpoint:
-    """The model that a checkpoint was shortened from."""
-    try:
-        origin = lineage(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. Name the model to learn from with --teacher") from error
-    try:
-        return open_checkpoint(origin.source, revision=origin.revision)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{checkpoint.id} was shortened from {origin.source}, which cannot be opened "
-            f"({error}). Name it with --teacher"
-        ) from error
 
 
 def _claim(work: Path, expected: str) -> None:

@@ -147,6 +147,23 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
     return Lineage(source=source, revision=revision, blocks=removals[-1][0], kept=kept)
 
 
+def open_original(checkpoint: Checkpoint, given: str | None, flag: str) -> Checkpoint:
+    """The model that a checkpoint was shortened from: the one given, or as its config.json says."""
+    if given is not None:
+        return open_checkpoint(given)
+    try:
+        origin = lineage(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. Name the original model with {flag}") from error
+    try:
+        return open_checkpoint(origin.source, revision=origin.revision)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.id} was shortened from {origin.source}, which cannot be opened "
+            f"({error}). Name it with {flag}"
+        ) from error
+
+
 def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
     """Open each model under the last part of its path, or all of it where that is taken.
 
