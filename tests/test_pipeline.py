@@ -175,7 +175,7 @@ def test_too_little_space_is_found_before_work(
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
-    with pytest.raises(OutputError, match="KiB are needed, 1 bytes are free"):
+    with pytest.raises(OutputError, match="MiB are needed, 1 bytes are free"):
         pipeline.run(recipe=RECIPE, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
