@@ -40,6 +40,7 @@ def test_a_random_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
     assert 0.019 < weights["lm_head.weight"].std().item() < 0.021
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     script, out = REPOSITORY / "benchmarks" / "gpu.sh", tmp_path / "results" / "gpu.json"
     small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", *SMALL]

@@ -402,6 +402,7 @@ def ask(address: str, *given: Any) -> tuple[str, Any]:
     return event, json.loads(content)
 
 
+@pytest.mark.slow
 def test_20_requests_at_once_are_all_answered_one_after_another(
     address: str, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -757,6 +758,7 @@ def test_a_visitor_who_leaves_frees_the_models(browser: Any, address: str, model
     wait_until_free(models)
 
 
+@pytest.mark.slow
 def test_visitors_wait_in_a_queue_up_to_a_limit(
     browser: Any, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

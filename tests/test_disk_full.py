@@ -204,7 +204,7 @@ STATE_BYTES = {"lora": 2**16, "full": 2**19}
 
 
 @pytest.mark.parametrize("scarce", WAYS, indirect=True)
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_during_training(
     method: str,
     scarce: Scarce,

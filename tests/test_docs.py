@@ -27,7 +27,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.options import Options
 
 DOCS = REPOSITORY / "docs"
-FIRST = {"README", "tutorial", "add_a_criterion", "add_a_baseline", "add_an_architecture_rule"}
+FIRST = {"README", "add_a_criterion", "add_a_baseline", "add_an_architecture_rule"}
 """Pages that run in every test run; of the others it checks recipes, commands and flags."""
 
 

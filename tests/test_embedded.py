@@ -214,7 +214,11 @@ def test_one_task_set_at_least_is_mastered_and_all_are_above_chance(record: dict
     assert max(record["tasks"][task.name]["acc"] for task in TASKS) >= 0.85
 
 
-@pytest.mark.parametrize("task", TASKS, ids=task_id)
+@pytest.mark.parametrize(
+    "task",
+    [TASKS[0], *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS[1:])],
+    ids=task_id,
+)
 def test_model_answers_as_recorded(
     task: Task, model: Any, tokenizer: Any, record: dict[str, Any]
 ) -> None:

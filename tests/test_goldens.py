@@ -40,7 +40,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "base",
+        pytest.param("base", marks=pytest.mark.slow),
         pytest.param("training", marks=pytest.mark.slow),
         pytest.param("units", marks=pytest.mark.slow),
         pytest.param("quantizing", marks=pytest.mark.slow),

@@ -615,6 +615,7 @@ def test_text_to_heal_with_is_more_of_the_text_that_scored() -> None:
     assert (found.data, found.length) == ("b.txt", 32)
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> None:
     recipe = Recipe(
         healing=HealOptions(), evaluation=EvaluationOptions(max_segments=128, continuations=0)

@@ -177,7 +177,8 @@ def launch(arguments: list[str], *flags: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("distill", marks=slow)])
+@slow
+@pytest.mark.parametrize("kind", ["full", "distill"])
 def test_two_processes_train_as_one(
     kind: str, place: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
 ) -> None:

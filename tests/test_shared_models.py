@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,15 @@ TEXT = {
     "stories10L-redundant": "stories/valid.jsonl.gz",
     "books5M": "books/valid.jsonl.xz",
 }
+
+
+def sweep(names: Iterable[str], first: Collection[str]) -> list[Any]:
+    """Parameters: the `first` of the names; the others are tested under `slow`."""
+    return [
+        pytest.param(name, marks=() if name in first else pytest.mark.slow)
+        for name in sorted(names)
+    ]
+
 
 PLAIN_TRANSFORMERS = """
 import sys
@@ -51,7 +62,7 @@ assert "shortllm" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("name", sorted(TEXT))
+@pytest.mark.parametrize("name", sweep(TEXT, first=("books5M", "stories260K")))
 def test_run_on_every_shared_model(name: str, shared: Path, tmp_path: Path) -> None:
     recipe = Recipe(
         model=str(shared / "models" / name),
@@ -86,7 +97,7 @@ def test_ppl_ranks_exactly_the_superfluous_blocks_as_least_important(shared: Pat
     assert plan.removed == [1, 3, 5, 7, 9]
 
 
-@pytest.mark.parametrize("name", sorted(TEXT))
+@pytest.mark.parametrize("name", sweep(TEXT, first=("stories260K",)))
 def test_scores_are_reproduced_by_the_script_in_docs(
     name: str, shared: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +129,7 @@ models: 160 windows of 256 tokens of characters 100,000 to 300,000 of stories/va
 each."""
 
 
-@pytest.mark.parametrize("name", sorted(RECORDED))
+@pytest.mark.parametrize("name", sweep(RECORDED, first=("stories260K",)))
 def test_scores_and_perplexity_equal_an_independent_measurement(
     name: str, shared: Path, tmp_path: Path
 ) -> None:

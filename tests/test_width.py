@@ -547,6 +547,7 @@ def test_depth_and_width_again_after_width(tmp_path: Path) -> None:
     assert before and [one.query_heads for one in again.blocks] == [3, 3, 4, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
     source = retraining.whole(tmp_path / "source", "qwen2")
     data = retraining.text(tmp_path / "text.jsonl")

@@ -192,6 +192,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_embedded_tasks_score_as_a_plain_measurement_does(short: Path) -> None:
     """Both models: the harness, with documents loaded once, against torch and nothing else."""
     from measure import task_accuracy
