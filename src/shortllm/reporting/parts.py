@@ -77,6 +77,12 @@ class Row:
     cells: Sequence[Cell]
     look: str = ""
 
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The cells as text; the best row has a star after its first cell."""
+        first, *others = (cell.plain for cell in self.cells)
+        return (f"{first}*" if self.look == "best" else first, *others)
+
 
 @dataclass(frozen=True, slots=True)
 class Table(Part):
@@ -87,8 +93,7 @@ class Table(Part):
 
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Head and rows as text, for a terminal."""
-        head, *rows = (tuple(cell.plain for cell in row.cells) for row in (self.head, *self.rows))
-        return head, rows
+        return self.head.plain, [row.plain for row in self.rows]
 
 
 def row(*cells: Cell | str, look: str = "") -> Row:
