@@ -198,8 +198,8 @@ def test_a_model_without_a_right_cache_is_compared_without(
     expected = bypass_logits(decoder)
     plain = model.forward
 
-    def forward(*, use_cache: bool, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return plain(use_cache=use_cache, **kwargs)  # forgets what was read before
+    def forward(*, input_ids: torch.Tensor, use_cache: bool, **cache: Any) -> Any:
+        return plain(input_ids=input_ids, use_cache=use_cache)  # forgets what was read before
 
     monkeypatch.setattr(model, "forward", forward)
     assert not kv_cache_matches(decoder)
