@@ -13,6 +13,8 @@ import families
 import pytest
 import retraining as tiny
 import torch
+import transformers
+from packaging import version
 from safetensors.torch import load_file
 from test_cli import call
 from torch import Tensor, nn
@@ -269,8 +271,11 @@ def test_whole_documents_fill_windows_or_stand_alone(corpus: Corpus) -> None:
     assert batch["tokens"].tolist() == [4, 3]
 
 
-JOINED = ("bloom", "mpt", "falcon", "opt")
-"""Families whose attention takes no notice of positions."""
+JOINED = ["bloom", "mpt", "opt"]
+"""Families whose attention takes no notice of positions; Falcon's does in newer transformers."""
+
+if version.parse(transformers.__version__) < version.parse("5.24"):
+    JOINED.append("falcon")
 
 
 @pytest.mark.parametrize("variant", families.BY_TIER)
