@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -195,6 +194,8 @@ class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the training when its minutes are over, by the clock of the main process."""
         if self.max_minutes is not None:
+            from accelerate.utils import broadcast_object_list
+
             [self.out_of_time] = broadcast_object_list([self.elapsed() >= 60 * self.max_minutes])
             control.should_training_stop |= self.out_of_time
         if control.should_training_stop:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
@@ -160,6 +159,8 @@ def _objective(job: Job, windows: Windows) -> Objective:
 
 def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
     """The Trainer's own arguments."""
+    from accelerate import DistributedType
+
     options, device, processes = setup.options, setup.session.device.type, setup.ranks.count
     total = total_steps(options, windows)
     every = options.eval_every or max(1, total // EVALUATIONS)
