@@ -10,6 +10,7 @@ says how long `shortllm --help` takes.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,8 +126,9 @@ def check_commands(programs: Path, version: str, elsewhere: Path) -> None:
     said = run(shortllm, "--version", cwd=elsewhere).strip()
     if said != version:
         sys.exit(f"shortllm --version says {said}, and the wheel is {version}")
-    overview = run(shortllm, "--help", cwd=elsewhere).partition("Commands:")[2]
-    names = [line.split()[0] for line in overview.splitlines() if line.startswith("  ")]
+    names = re.findall(r"^│ ([a-z][a-z-]*) ", run(shortllm, "--help", cwd=elsewhere), re.MULTILINE)
+    if not names:
+        sys.exit("shortllm --help lists no commands")
     names = [name for name in names if run(shortllm, name, "--help", cwd=elsewhere)]
     run(shortllm, "info", "embedded", "--no-probe", cwd=elsewhere)
     print(f"{len(names)} commands explain themselves: {', '.join(names)}")
