@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ _SETTINGS: dict[Any, Any] = {
 }  # fmt: skip
 
 
-class Plot:
+class Plot(ABC):
     """A plot as a part of a page: subclasses say what it shows, and draw it."""
 
     __slots__ = ()
@@ -74,12 +75,12 @@ class Plot:
         """Inches."""
         return 2.9
 
+    @abstractmethod
     def _alt(self) -> str:
         """What the plot shows, in words."""
-        raise NotImplementedError
 
-    def _draw(self, axes: Axes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _draw(self, axes: Axes) -> None: ...
 
     def figure(self, caption: str = "") -> Figure:
         """The drawing with its description."""
