@@ -54,15 +54,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary name, then rename it, so that no reader sees half a file."""
-    with translate_os_errors(path.parent, needed_bytes=len(data)):
+    """Write `data` so that no reader sees half a file."""
+    with partial_file(path, needed_bytes=len(data)) as partial, open(partial, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def partial_file(path: Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
+    """A temporary name in the directory of `path`; what the body writes there becomes `path`."""
+    with translate_os_errors(path.parent, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
         try:
-            with open(partial, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+            yield partial
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)

@@ -71,6 +71,9 @@ class ModelInfo(Record):
 
     id: str = Field(description="the Hub id or the directory as the user gave it")
     revision: str | None = Field(default=None, description="commit of the Hub snapshot")
+    gguf_sha256: str | None = Field(
+        default=None, description="of the GGUF file that the weights were dequantized from"
+    )
     model_type: str
     blocks: int = Field(ge=1, le=MAX_BLOCKS)
     parameters: int = Field(

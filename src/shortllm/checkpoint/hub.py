@@ -1,4 +1,4 @@
-"""Find a checkpoint: a local directory, or a snapshot of a Hub repository.
+"""Find a checkpoint: a local directory, a snapshot of a Hub repository, or a GGUF file of either.
 
 A Hub id is resolved to a commit once, when the model is opened. All files are those of that commit,
 and every record and the new checkpoint's config name it. `MODEL@REVISION` requests a branch, tag or
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from shortllm.checkpoint.config import checked_config
+from shortllm.checkpoint.gguf import SUFFIX, dequantized
 from shortllm.errors import CheckpointError
 from shortllm.runtime import is_trusted
 
@@ -48,6 +49,9 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     if source == EMBEDDED:
         return EMBEDDED_MODEL, None
     path = Path(source).expanduser()
+    if path.suffix == SUFFIX:
+        file, commit = locate_gguf(source, revision)
+        return dequantized(file), commit
     if _exists(source):
         if path.is_dir():
             return path, None
@@ -60,6 +64,21 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
             f"owner, e.g. openai-community/gpt2), or '{EMBEDDED}'"
         )
     return _download(str(source), revision)
+
+
+def locate_gguf(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """A GGUF file, and its commit where it is `OWNER/MODEL:FILE.gguf` on the Hub."""
+    if _exists(source):
+        return Path(source).expanduser(), None
+    repository, sign, name = str(source).partition(":")
+    if not sign or not _may_be_hub_id(repository):
+        raise CheckpointError(
+            f"no such file: {source}. Give a GGUF file, or one on the Hub as OWNER/MODEL:FILE.gguf"
+        )
+    folder = _snapshot(repository, revision, [name])
+    if not (folder / name).is_file():
+        raise CheckpointError(f"'{repository}' on the Hub has no file '{name}'")
+    return folder / name, folder.name
 
 
 def _exists(source: str | Path) -> bool:

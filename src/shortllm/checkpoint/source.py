@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import block_count, checked_config
+from shortllm.checkpoint.gguf import ORIGIN
 from shortllm.checkpoint.hub import locate, named_revision
 from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
 from shortllm.checkpoint.structure import BlockStructure, block_structure
@@ -171,6 +172,7 @@ class Checkpoint:
         return ModelInfo(
             id=self.id,
             revision=self.revision,
+            gguf_sha256=self.raw_config.get(ORIGIN, {}).get("sha256"),
             model_type=self.model_type,
             blocks=self.block_count,
             parameters=self.parameters,

@@ -166,8 +166,13 @@ def _copy_bytes(entry: TensorEntry, start: int, count: int, out: FileIO, advance
         _write_all(out, _read(entry, start, count))
         advance(count)
         return
-    with open(entry.file, "rb", buffering=0) as source:
-        source.seek(entry.offset + start)
+    copy_range(entry.file, entry.offset + start, count, out, advance)
+
+
+def copy_range(path: Path, start: int, count: int, out: FileIO, advance: Advance) -> None:
+    """Append `count` bytes of a file from byte `start` on to `out`."""
+    with open(path, "rb", buffering=0) as source:
+        source.seek(start)
         while count:
             copied = _copy_some(source, out, min(count, CHUNK_BYTES))
             count -= copied

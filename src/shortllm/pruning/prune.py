@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shortllm.checkpoint.gguf import SUFFIX, read_gguf
+from shortllm.checkpoint.hub import locate_gguf
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES
-from shortllm.errors import CheckpointError
+from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import fingerprint
 from shortllm.model.session import Session
 from shortllm.options import accepts
@@ -24,6 +26,7 @@ from shortllm.surgery.apply import (
     provenance_of,
     renumbered_tensors,
 )
+from shortllm.surgery.gguf import shorten_gguf
 from shortllm.surgery.derived import CARDS, RECORDS, Draft, copying, derive, verifying
 
 
@@ -42,7 +45,8 @@ def prune(
     Args:
         model: a checkpoint directory or Hub id.
         plan: a plan, a plan.json, a run directory, or the numbers of the blocks to remove.
-        out: the new checkpoint directory, which also gets prune.json.
+        out: the new checkpoint directory, which also gets prune.json. Or, for a GGUF file, the new
+            one, NAME.gguf: its tensors stay quantized as they are, and it is not computed with.
         runtime: where to compute; its fields can be given as keywords.
         revision: of a Hub model.
         verify: load the original and the result and compare what they compute. Otherwise only names
@@ -57,6 +61,8 @@ def prune(
     if isinstance(plan, (str, Path)):
         path = Path(plan)
         plan = PrunePlan.load(path / "plan.json" if path.is_dir() else path)
+    if Path(out).suffix == SUFFIX:
+        return prune_gguf(model, plan, Path(out), revision=revision)
     if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
         revision = plan.model.revision
     checkpoint = open_checkpoint(model, revision=revision)
@@ -64,6 +70,28 @@ def prune(
         plan = build_plan(Budget(blocks=list(plan)), model=checkpoint.info())
     prune_from(checkpoint, plan, Path(out), session=Session(runtime) if verify else None)
     return Path(out)
+
+
+def prune_gguf(
+    model: str, plan: PrunePlan | Sequence[int], out: Path, *, revision: str | None = None
+) -> Path:
+    """Remove blocks from a GGUF file, whose weights stay quantized as they are."""
+    if Path(model).suffix != SUFFIX:
+        raise OutputError(
+            f"--out {out} is a GGUF file, but {model} is not one. Write a directory instead, and "
+            "convert it with `shortllm export --gguf`"
+        )
+    source, _ = locate_gguf(model, revision)
+    if not isinstance(plan, PrunePlan):
+        shorten_gguf(source, plan, out)
+        return out
+    if plan.model.gguf_sha256 != read_gguf(source).sha256:
+        raise CheckpointError(
+            f"the plan is for {plan.model.id}, not for {model}. Make one with `shortllm plan "
+            f"{model}`, or name the blocks with --blocks"
+        )
+    shorten_gguf(source, plan.removed, out, criterion=plan.criterion)
+    return out
 
 
 def prune_from(

@@ -1,0 +1,75 @@
+"""Convert a checkpoint to a GGUF file, with the converter of the llama.cpp project."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from shortllm.checkpoint.gguf import SUFFIX
+from shortllm.checkpoint.source import open_checkpoint
+from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.files import partial_file, require_file_target
+from shortllm.options import accepts
+from shortllm.runtime import Trust
+from shortllm.surgery.export_lint import lint_export
+
+CONVERTER = "convert_hf_to_gguf"
+"""Module of the converter, and the package that has it."""
+
+OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+
+
+@accepts(trust=Trust)
+def export(
+    model: str,
+    out: Path | str,
+    *,
+    trust: Trust,
+    revision: str | None = None,
+    outtype: OutType = "auto",
+) -> Path:
+    """Convert a checkpoint to a GGUF file for llama.cpp.
+
+    Args:
+        model: a checkpoint directory or Hub id.
+        out: the new file, NAME.gguf.
+        trust: `trust_remote_code`; it can be given as a keyword.
+        revision: of a Hub model.
+        outtype: type of the matrices; `auto` keeps the checkpoint's own.
+    Returns:
+        `out`.
+    Raises:
+        UnsupportedModelError: llama.cpp would run the file incorrectly, see `export_lint`.
+        ShortLLMError: the converter is not installed, or fails.
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    if out.suffix != SUFFIX:
+        raise ShortLLMError(f"--gguf {out} must end with {SUFFIX}")
+    require_file_target(out)
+    checkpoint = open_checkpoint(model, revision=revision)
+    finding = next(one for one in lint_export(checkpoint) if one.target == "gguf")
+    if finding.verdict == "wrong":
+        raise UnsupportedModelError(f"{model}: {finding.reason}. {finding.hint}")
+    directory = str(checkpoint.directory)
+    if find_spec(CONVERTER) is None:
+        raise ShortLLMError(
+            "the converter of llama.cpp is not installed. Type:\n"
+            f"  pip install {CONVERTER}\n"
+            f"  {CONVERTER.replace('_', '-')} {directory} --outfile {out} --outtype {outtype}"
+        )
+    with partial_file(out) as partial:
+        command = [sys.executable, "-m", CONVERTER, directory]
+        done = subprocess.run(
+            [*command, "--outfile", str(partial), "--outtype", outtype],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not partial.is_file():
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise ShortLLMError(f"the converter of llama.cpp cannot convert {model}: {last}")
+    return out

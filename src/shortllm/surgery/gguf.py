@@ -1,0 +1,263 @@
+"""Remove blocks from a GGUF file, without touching a quantized byte.
+
+    shortllm prune model.gguf --blocks 12,13 --out short.gguf
+
+Tensors of block N are called `blk.N.*`. Those of kept blocks are copied under their new numbers;
+the metadata is edited by the tables below. What llama.cpp computes from a block's number, and not
+from the metadata, must still be right for every kept block, else the removal is refused. The origin
+is in the metadata, under `shortllm.provenance`, as it is in config.json of other checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shortllm import __version__
+from shortllm.checkpoint.gguf import PROVENANCE_KEY, SCALED_BY_COUNT, GgufFile, read_gguf
+from shortllm.checkpoint.writer import copy_range
+from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
+from shortllm.files import partial_file, require_file_target
+from shortllm.runtime import progress
+
+BLOCK = re.compile(r"blk\.(?P<number>\d+)\.(?P<rest>.+)")
+
+NOT_PER_BLOCK = {"rope.dimension_sections", "classifier.output_labels"}
+"""Lists that do not speak of blocks, also where they are as long as the model by chance."""
+
+LEADING = {"leading_dense_block_count", "hash_layer_count"}
+"""Counts of leading blocks: the new value is how many of those blocks are kept."""
+
+FIXED_PERIODS = {
+    "afmoe": 4,
+    "cohere2": 4,
+    "exaone-moe": 4,
+    "exaone4": 4,
+    "gemma-embedding": 6,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gpt-oss": 2,
+    "llama4": 4,
+    "smallthinker": 4,
+    "smollm3": 4,
+}
+"""Architecture -> every how many blocks llama.cpp builds another kind, by a number in its code."""
+
+PERIOD_KEYS = ("full_attention_interval", "interleave_moe_layer_step", "moe_every_n_layers")
+"""Keys that say every how many blocks llama.cpp builds another kind."""
+
+UNIFORM = {
+    "apertus", "arcee", "bitnet", "bloom", "chatglm", "codeshell", "command-r", "dbrx", "deci",
+    "deepseek", "deepseek2", "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "falcon", "falcon-h1",
+    "gemma", "glm4", "glm4moe", "gpt2", "gptneox", "granite", "granitehybrid", "granitemoe",
+    "hunyuan-dense", "hunyuan-moe", "internlm2", "jais", "jamba", "lfm2", "lfm2moe", "llama",
+    "mamba", "mamba2", "minicpm", "mpt", "nemotron", "nemotron_h", "olmo", "olmoe", "orion",
+    "phi2", "phi3", "phimoe", "plamo2", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3",
+    "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe", "refact", "seed_oss",
+    "stablelm", "starcoder", "starcoder2", "xverse",
+}  # fmt: skip
+"""Architectures whose blocks llama.cpp builds from the metadata and the stored tensors alone."""
+
+REFUSED = {
+    "baichuan": "llama.cpp chooses its position code by the block count",
+    "gemma3n": "llama.cpp fixes the block from which keys and values are shared",
+    "gemma4": "its keys and values are shared, and its embeddings have a share for every block",
+}
+"""Architecture -> why its blocks cannot be removed from the file."""
+
+REFUSED_IF = {
+    "rescale_every_n_layers": "the weights are scaled by the number of their block",
+    "attention.shared_kv_layers": "the last blocks use keys and values of others",
+    "n_deepstack_layers": "image features enter the first blocks by number",
+}
+"""Keys that must be absent or 0 -> the reason."""
+
+
+def shorten_gguf(source: Path, removed: Sequence[int], out: Path, **how: Any) -> None:
+    """Write the GGUF file `out` without the blocks `removed`.
+
+    Args:
+        how: further entries of the provenance, e.g. `criterion`.
+    Raises:
+        CheckpointError: `source` is not a GGUF file, or is damaged.
+        UnsupportedModelError: llama.cpp would run the result incorrectly.
+        OutputError: `out` cannot be written, or is the source.
+    """
+    file = read_gguf(source)
+    kept = kept_blocks(file, removed)
+    tensors, settings = renumbered(file, kept), shortened_settings(file, kept)
+    if out.exists() and out.samefile(source):
+        raise OutputError(f"{out} is the original model, which is never changed. Choose another --out")
+    require_file_target(out)
+    needed = sum(int(tensor.n_bytes) for tensor in tensors.values())
+    provenance = {
+        "version": __version__,
+        "source": str(source),
+        "source_sha256": file.sha256,
+        "source_blocks": file.blocks,
+        "removed_blocks": sorted(removed),
+        **how,
+        "parent": file.provenance,
+    }
+    with (
+        partial_file(out, needed_bytes=needed) as partial,
+        progress(f"writing {out.name}", needed) as advance,
+    ):
+        _write(file, tensors, settings | {PROVENANCE_KEY: json.dumps(provenance)}, partial, advance)
+        _verify(read_gguf(partial), file, tensors)
+
+
+# ---- which blocks may go
+
+
+def kept_blocks(file: GgufFile, removed: Sequence[int]) -> list[int]:
+    """The blocks that stay, if llama.cpp will run them as before."""
+    gone = set(removed)
+    if not gone or not gone < set(range(file.blocks)):
+        raise UnsupportedModelError(
+            f"{file.path} has blocks 0 to {file.blocks - 1}. Remove some of them, not "
+            f"{sorted(gone)}"
+        )
+    kept = [block for block in range(file.blocks) if block not in gone]
+    if reason := _reason_against(file, kept):
+        raise UnsupportedModelError(
+            f"blocks of {file.path} (architecture '{file.architecture}') cannot be removed: "
+            f"{reason}"
+        )
+    return kept
+
+
+def _reason_against(file: GgufFile, kept: Sequence[int]) -> str | None:
+    """Why llama.cpp would run the kept blocks incorrectly; None if it would not."""
+    name = file.architecture
+    if name in REFUSED:
+        return REFUSED[name]
+    for key, reason in REFUSED_IF.items():
+        if file.setting(key):
+            return f"{reason} ({key})"
+    usual, width = SCALED_BY_COUNT.get(name), file.setting("embedding_length")
+    if usual in (file.blocks, len(kept)) and width != file.setting(
+        "attention.head_count"
+    ) * file.setting("attention.key_length"):
+        return f"llama.cpp scales the attention of a model of {usual} blocks in a way of its own"
+    period = _period(file)
+    if period is None:
+        return "no rule says how llama.cpp builds its blocks"
+    moved = [old for new, old in enumerate(kept) if old % period != new % period]
+    if moved:
+        return (
+            f"llama.cpp builds every {period} blocks in one pattern, by their numbers, and block "
+            f"{moved[0]} would get the place of another kind. Remove whole periods of {period} "
+            "blocks (--period-aligned)"
+        )
+    return None
+
+
+def _period(file: GgufFile) -> int | None:
+    """After how many blocks llama.cpp repeats what it builds by number; None if it is not known."""
+    fixed = FIXED_PERIODS.get(file.architecture, 1 if file.architecture in UNIFORM else None)
+    window = file.setting("attention.sliding_window_pattern")
+    if isinstance(window, list):  # says it for every block
+        fixed = 1
+    elif window is not None:
+        fixed = int(window)
+    given = [file.setting(key) or 1 for key in PERIOD_KEYS]
+    return None if fixed is None else math.lcm(fixed, *given)
+
+
+# ---- the new file
+
+
+def renumbered(file: GgufFile, kept: Sequence[int]) -> dict[str, Any]:
+    """New name -> tensor of the reader, in the order of the file; prediction heads stay."""
+    new_number = _new_numbers(file, kept)
+    tensors, stored = {}, set()
+    for tensor in file.reader.tensors:
+        match = BLOCK.fullmatch(tensor.name)
+        if match is None:
+            tensors[tensor.name] = tensor
+            continue
+        stored.add(number := int(match["number"]))
+        if number in new_number:
+            tensors[f"blk.{new_number[number]}.{match['rest']}"] = tensor
+    if stored != set(range(file.blocks + file.heads)):
+        raise CheckpointError(
+            f"the metadata of {file.path} names {file.blocks + file.heads} blocks, but its tensors "
+            f"are those of {len(stored)}. Download it again"
+        )
+    return tensors
+
+
+def _new_numbers(file: GgufFile, kept: Sequence[int]) -> dict[int, int]:
+    """Old number -> new one, of the kept blocks and of the prediction heads behind them."""
+    heads = range(file.blocks, file.blocks + file.heads)
+    return {old: new for new, old in enumerate([*kept, *heads])}
+
+
+def shortened_settings(file: GgufFile, kept: Sequence[int]) -> dict[str, Any]:
+    """The changed metadata: block counts, and lists with one entry per block."""
+    stays = _new_numbers(file, kept)
+    changed: dict[str, Any] = {"block_count": len(stays)}
+    for name, value in file.settings.items():
+        if name in LEADING:
+            changed[name] = sum(block < value for block in kept)
+        elif isinstance(value, list) and name not in NOT_PER_BLOCK:
+            if len(value) not in (file.blocks, file.blocks + file.heads):
+                raise UnsupportedModelError(
+                    f"{file.path}: the list '{name}' has {len(value)} entries for {file.blocks} "
+                    "blocks, and no rule says what they mean"
+                )
+            changed[name] = [value[block] for block in stays if block < len(value)]
+    return {f"{file.architecture}.{name}": value for name, value in changed.items()}
+
+
+def _write(
+    file: GgufFile,
+    tensors: dict[str, Any],
+    changed: dict[str, Any],
+    out: Path,
+    advance: Callable[[int], None],
+) -> None:
+    """Header by the gguf library, then the bytes of the tensors as they are in the file."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    writer = GGUFWriter(out, arch=file.architecture, endianess=file.reader.endianess)
+    writer.data_alignment = file.reader.alignment
+    writer.kv_data[0].clear()
+    for key, field in file.reader.fields.items():
+        if not key.startswith("GGUF."):  # counts, which the writer adds
+            kind, inner = field.types[0], field.types[-1]
+            value = changed[key] if key in changed else field.contents()
+            writer.add_key_value(key, value, kind, inner if kind is GGUFValueType.ARRAY else None)
+    if PROVENANCE_KEY not in file.reader.fields:
+        writer.add_string(PROVENANCE_KEY, changed[PROVENANCE_KEY])
+    for name, tensor in tensors.items():
+        writer.add_tensor_info(
+            name, tensor.data.shape, tensor.data.dtype, int(tensor.n_bytes), tensor.tensor_type
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with open(out, "r+b", buffering=0) as stream:
+        stream.seek(0, os.SEEK_END)
+        for tensor in tensors.values():
+            stream.write(b"\0" * (-stream.tell() % file.reader.alignment))
+            copy_range(file.path, int(tensor.data_offset), int(tensor.n_bytes), stream, advance)
+        stream.write(b"\0" * (-stream.tell() % file.reader.alignment))
+
+
+def _verify(written: GgufFile, file: GgufFile, tensors: dict[str, Any]) -> None:
+    """Read the new file's header again: the same tensors, of the same types and shapes, in place."""
+    found = {t.name: (t.tensor_type, t.shape.tolist()) for t in written.reader.tensors}
+    expected = {name: (t.tensor_type, t.shape.tolist()) for name, t in tensors.items()}
+    if found != expected:
+        raise CheckpointError(
+            f"the file written from {file.path} does not have the tensors it should have; it was "
+            "deleted. Please report this"
+        )

