@@ -47,8 +47,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.options import options_from
 from shortllm.pruning.budget import Gap, gaps_of
-from shortllm.recipe import Recipe
-from shortllm.recipes import changed, parse_recipe
+from shortllm.recipe import Recipe, changed, parse_recipe
 from shortllm.surgery.apply import lineage
 
 DOWN = {

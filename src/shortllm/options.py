@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from shortllm.errors import ShortLLMError, did_you_mean
-from shortllm.records import Record
+from shortllm.records import Record, record_in, shown_value, validation_message
 
 Kind = TypeVar("Kind", bound="Options")
 Result = TypeVar("Result")
@@ -88,13 +88,10 @@ class OptionField:
         return (self.flag.name or "--" + self.name.replace("_", "-")).partition("/")[0]
 
 
-def nested_record(info: FieldInfo) -> type[Options] | None:
+def _nested_record(info: FieldInfo) -> type[Options] | None:
     """The record in a field, or allowed there; None for other fields, lists of records too."""
-    kinds = (info.annotation,) if get_origin(info.annotation) is list else get_args(info.annotation)
-    for kind in (info.annotation, *kinds):
-        if isinstance(kind, type) and issubclass(kind, Options):
-            return kind
-    return None
+    kind = None if get_origin(info.annotation) is list else record_in(info.annotation)
+    return kind if kind is not None and issubclass(kind, Options) else None
 
 
 def option_fields(kind: type[Options]) -> dict[str, OptionField]:
@@ -106,7 +103,7 @@ def option_fields(kind: type[Options]) -> dict[str, OptionField]:
     within: dict[str, OptionField] = {}
     for name, info in kind.model_fields.items():
         nested = _metadata(info, Nested)
-        inner = nested_record(info)
+        inner = _nested_record(info)
         if inner is None:
             flag = _metadata(info, Flag) or Flag()
             found[name] = OptionField(
@@ -161,7 +158,7 @@ def options_from(
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise ShortLLMError(validation_message(error, names)) from error
+        raise ShortLLMError(validation_message(error, kind, names)) from error
 
 
 def overlaid(base: Kind, over: Kind) -> Kind:
@@ -178,28 +175,6 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(name), dict)
     }
     return {**base, **over, **both}
-
-
-def validation_message(
-    error: ValidationError, names: Mapping[tuple[str, ...], str] | None = None
-) -> str:
-    """The first problem of a validation in one line: what was given, and what it must be.
-
-    Args:
-        names: what to call a field, by its place in the record; default: the place.
-    """
-    first = error.errors(include_url=False)[0]
-    place = tuple(str(part) for part in first["loc"])
-    known = [end for end in range(len(place), 0, -1) if names and place[:end] in names]
-    name = names[place[: known[0]]] if names and known else ".".join(place)
-    said = str(first["msg"]).removeprefix("Value error, ").partition(", unable to parse")[0]
-    if said.startswith("Input should be "):
-        said = "must be " + said.removeprefix("Input should be ")
-    if first["type"] == "missing":
-        return f"{name} is missing. Give a value"
-    if not name:
-        return said
-    return f"{name} {_shown_value(first.get('input'))}: {said}".replace("  ", " ")
 
 
 def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
@@ -287,20 +262,11 @@ def _metadata(info: FieldInfo, kind: type[Result]) -> Result | None:
     return next((one for one in info.metadata if isinstance(one, kind)), None)
 
 
-def _shown_value(value: Any) -> str:
-    """A value as a user typed it; nothing of a record."""
-    if isinstance(value, Mapping):
-        return ""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(str, value))
-    return str(value)
-
-
 def table_rows(kind: type[Options]) -> Iterator[tuple[str, str, str, str]]:
     """Flag, recipe key, default and description of each option: a row of the tables in docs."""
     for one in option_fields(kind).values():
         default = one.info.get_default(call_default_factory=True)
-        shown = "" if default is None else _shown_value(default)
+        shown = "" if default is None else shown_value(default)
         if one.info.is_required():
             shown = "required"
         flag = "" if one.flag.hidden else one.option

@@ -10,8 +10,7 @@ from shortllm import criteria
 from shortllm.criteria import Criterion, Needs
 from shortllm.criteria.search import check_options
 from shortllm.errors import CriterionError
-from shortllm.protection import protected_in
-from shortllm.records import ModelInfo
+from shortllm.records import ModelInfo, protected_in
 
 
 @dataclass(frozen=True, slots=True)

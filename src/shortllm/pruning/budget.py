@@ -22,8 +22,7 @@ from pydantic import ByteSize, Field
 
 from shortllm.errors import BudgetError
 from shortllm.options import Flag, Options
-from shortllm.protection import protected_ends, protected_in
-from shortllm.records import ModelInfo
+from shortllm.records import ModelInfo, protected_ends, protected_in
 
 if TYPE_CHECKING:
     from shortllm.criteria.selection import ResolvedCriterion

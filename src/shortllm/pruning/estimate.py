@@ -32,10 +32,9 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import OBSERVED
 from shortllm.criteria.selection import ResolvedCriterion, resolve
 from shortllm.options import accepts
-from shortllm.protection import protected_in
 from shortllm.pruning.probe import Probe, probe_machine
 from shortllm.pruning.scoring import Scorer
-from shortllm.records import ModelInfo, Record
+from shortllm.records import ModelInfo, Record, protected_in
 from shortllm.runtime import DeviceOptions
 
 if TYPE_CHECKING:

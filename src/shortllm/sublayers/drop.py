@@ -24,8 +24,7 @@ from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder
 from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.protection import protected_in
-from shortllm.records import ModelInfo
+from shortllm.records import ModelInfo, protected_in
 from shortllm.runtime import Runtime
 from shortllm.sublayers.criteria import CRITERIA, Ranking, Task
 from shortllm.sublayers.options import DroppedSublayer, SublayerDrop, SublayerOptions

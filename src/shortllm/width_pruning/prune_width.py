@@ -25,7 +25,7 @@ from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.model.loading import stored_dtype
 from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.protection import PROTECT_FIRST, PROTECT_LAST
+from shortllm.records import PROTECT_FIRST, PROTECT_LAST
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import provenance_of
 from shortllm.surgery.derived import (
