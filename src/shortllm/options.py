@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, get_origin
@@ -123,6 +123,14 @@ def option_fields(kind: type[Options]) -> dict[str, OptionField]:
     return {**found, **{name: one for name, one in within.items() if name not in found}}
 
 
+def fields_of_all(kinds: Iterable[type[Options]]) -> dict[str, OptionField]:
+    """The options of several records; of those with one name, the first."""
+    found: dict[str, OptionField] = {}
+    for kind in kinds:
+        found = found | {n: one for n, one in option_fields(kind).items() if n not in found}
+    return found
+
+
 def options_from(
     kind: type[Kind],
     given: Mapping[str, Any],
@@ -141,19 +149,17 @@ def options_from(
     """
     fields = option_fields(kind)
     content: dict[str, Any] = base.model_dump(exclude_unset=True) if base is not None else {}
-    whole = [name for name in given if name not in fields]
-    for name in whole:
-        content[name] = given[name].model_dump(exclude_unset=True)
     for name, value in given.items():
-        if name in whole:
-            continue
+        if name not in fields:
+            content[name] = value.model_dump(exclude_unset=True)
+    for name in fields.keys() & given.keys():
         *parents, last = fields[name].path
         place = content
         for parent in parents:
             if not isinstance(place.get(parent), dict):
                 place[parent] = {}
             place = place[parent]
-        place[last] = value
+        place[last] = given[name]
     names = {one.path: shown(one) for one in fields.values()}
     try:
         return kind.model_validate(content)
@@ -186,6 +192,8 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        parameters = inspect.signature(function).parameters
+
         @functools.wraps(function)
         def call(*arguments: Any, **given: Any) -> Result:
             built: dict[str, Options] = {}
@@ -201,7 +209,11 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
                     or (name in kind.model_fields and isinstance(rest[name], Options))
                 }
                 built[parameter] = options_from(kind, chosen, base=base)
-            _require_known(function, rest, records)
+            for name in rest.keys() - parameters.keys():
+                known = [*(parameters.keys() - records.keys()), *fields_of_all(records.values())]
+                raise TypeError(
+                    f"{function.__name__}() has no argument '{name}'.{did_you_mean(name, known)}"
+                )
             with ExitStack() as contexts:
                 for record in built.values():
                     contexts.enter_context(record.applied())
@@ -227,29 +239,10 @@ def _signature(
     held = {one.name for one in (*own, *named)}
     flat = [
         inspect.Parameter(name, keyword, default=one.info.get_default(call_default_factory=True))
-        for kind in records.values()
-        for name, one in option_fields(kind).items()
-        if name not in held and not held.add(name)  # type: ignore[func-returns-value]
+        for name, one in fields_of_all(records.values()).items()
+        if name not in held
     ]
     return signature.replace(parameters=[*own, *named, *flat])
-
-
-def _require_known(
-    function: Callable[..., Any], given: Mapping[str, Any], records: Mapping[str, type[Options]]
-) -> None:
-    """Refuse keywords that neither the function nor a record has.
-
-    Raises:
-        TypeError: naming the nearest one.
-    """
-    own = inspect.signature(function).parameters
-    fields = [name for kind in records.values() for name in option_fields(kind)]
-    for name in given:
-        if name not in own:
-            raise TypeError(
-                f"{function.__name__}() has no argument '{name}'."
-                f"{did_you_mean(name, [*(one for one in own if one not in records), *fields])}"
-            )
 
 
 def _declaring(kind: type[Options], name: str) -> type[Options]:

@@ -13,7 +13,7 @@ from shortllm.cli.output import answered, command_line, print_table
 from shortllm.cli.run import RecipeName, Retrain, RunFlags, Settings, requested_recipe
 from shortllm.comparison.options import DEPTH, WIDTH, ComparisonOptions
 from shortllm.options import Flag, Options
-from shortllm.recipe import Recipe
+from shortllm.recipe import Recipe, changed
 from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ def compare_units(
     """
     import shortllm
     from shortllm.comparison.width_vs_depth import default_directory
-    from shortllm.recipe import changed
     from shortllm.reporting.comparison import units_table
     from shortllm.reporting.load import load_units
 

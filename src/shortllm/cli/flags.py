@@ -24,7 +24,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
 from shortllm.errors import CriterionError, ShortLLMError
-from shortllm.options import Flag, OptionField, Options, option_fields, options_from
+from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
 from shortllm.runtime import Runtime, Trust
 
 ModelArgument = Annotated[
@@ -113,11 +113,7 @@ def _fields(records: Mapping[str, type[Options]], common: Sequence[str]) -> dict
 
     A name that two records share is one flag, which sets both.
     """
-    found: dict[str, OptionField] = {}
-    for kind in records.values():
-        for name, one in option_fields(kind).items():
-            if not one.flag.hidden:
-                found.setdefault(name, one)
+    found = {n: one for n, one in fields_of_all(records.values()).items() if not one.flag.hidden}
     first = {name: replace(found[name], panel=COMMON) for name in common}
     last = {
         name: one

@@ -22,7 +22,16 @@ from shortllm.healing.methods import METHODS as HEALING
 from shortllm.options import Flag, overlaid
 from shortllm.pruning.budget import TARGETS
 from shortllm.quantizing.methods import METHODS as QUANTIZING
-from shortllm.recipe import Recipe
+from shortllm.recipe import (
+    DEFAULT,
+    Recipe,
+    changed,
+    default_recipe,
+    load_recipe,
+    recipe_names,
+    recipe_text,
+    settings_in,
+)
 from shortllm.retraining.methods import METHODS as RETRAINING
 
 if TYPE_CHECKING:
@@ -127,8 +136,6 @@ def requested_recipe(
     typed: Recipe, own: RunFlags, *, model: str | None, name: str | None
 ) -> Recipe:
     """The recipe of that name, or the default one for the model, with what was typed laid over."""
-    from shortllm.recipe import DEFAULT, changed, default_recipe, load_recipe, settings_in
-
     if name is not None:
         base = load_recipe(name)
     else:
@@ -226,8 +233,6 @@ recipes = typer.Typer(
 @recipes.command(name="list")
 def list_recipes(json: Json = False) -> None:
     """List all recipes: model, blocks removed, and description."""
-    from shortllm.recipe import load_recipe, recipe_names
-
     rows = []
     for name in recipe_names():
         recipe = load_recipe(name)
@@ -248,8 +253,6 @@ def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="See `shortllm recipes list`.")],
 ) -> None:
     """Print a recipe file, to start one of your own from."""
-    from shortllm.recipe import recipe_text
-
     typer.echo(recipe_text(name), nl=False)
 
 
@@ -297,7 +300,6 @@ def run_recipe(
 
 def _run_published(own: RunFlags, typed: Recipe, *, json: bool) -> None:
     """Measure all released checkpoints; exits with 2 if one of them is missing."""
-    from shortllm.recipe import changed, load_recipe, recipe_names, settings_in
     from shortllm.released import DIRECTORY, measure_released
 
     changes = settings_in(own.settings)
