@@ -412,7 +412,7 @@ def test_a_missing_or_damaged_file_says_what_writes_it(tmp_path: Path) -> None:
             {"calibration": "other"},
             "scores.json and .* have different tokens",
         ),
-        ("scores.json", {"values": [math.inf] * 12}, "values.0: Input should be a finite number"),
+        ("scores.json", {"values": [math.inf] * 12}, "values.0 inf: must be a finite number"),
         ("plan.json", {"kept": [1]}, "kept and removed must share out the 12 blocks"),
         ("eval.json", "pruned", "the pruned model in eval.json has 11 blocks.*leads to 9"),
         ("eval.json", "original", "eval.json and plan.json are about different models"),

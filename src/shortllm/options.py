@@ -152,7 +152,7 @@ def options_from(
     for name, value in given.items():
         if name not in fields:
             content[name] = value.model_dump(exclude_unset=True)
-    for name in fields.keys() & given.keys():
+    for name in (name for name in fields if name in given):
         *parents, last = fields[name].path
         place = content
         for parent in parents:
@@ -209,7 +209,7 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
                     or (name in kind.model_fields and isinstance(rest[name], Options))
                 }
                 built[parameter] = options_from(kind, chosen, base=base)
-            for name in rest.keys() - parameters.keys():
+            for name in (name for name in rest if name not in parameters):
                 known = [*(parameters.keys() - records.keys()), *fields_of_all(records.values())]
                 raise TypeError(
                     f"{function.__name__}() has no argument '{name}'.{did_you_mean(name, known)}"

@@ -166,5 +166,4 @@ def _write_table(path: Path, measured: Mapping[str, Measured]) -> None:
     for name, one in measured.items():
         for row in one.comparison:
             writer.writerow((name, one.checkpoint, row.quantity, row.ours, row.published))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())

@@ -25,10 +25,10 @@ from shortllm import __version__
 from shortllm.cli.comparison import compare, compare_criteria, compare_units
 from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
 from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
-from shortllm.cli.output import is_main_process
 from shortllm.cli.run import recipes, run
 from shortllm.cli.score import info, plan, prune, score
 from shortllm.errors import ShortLLMError
+from shortllm.runtime import is_main_process
 
 app = typer.Typer(
     name="shortllm",

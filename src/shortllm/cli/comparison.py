@@ -118,8 +118,8 @@ def compare_units(
     from shortllm.reporting.comparison import units_table
     from shortllm.reporting.load import load_units
 
-    flags_ = RunFlags(retrain=own.retrain, settings=own.settings)
-    chosen = requested_recipe(typed, flags_, model=model, name=recipe)
+    run_flags = RunFlags(retrain=own.retrain, settings=own.settings)
+    chosen = requested_recipe(typed, run_flags, model=model, name=recipe)
     held = chosen.benchmark is not None and "batches" in chosen.benchmark.model_fields_set
     if own.batch is not None or not held:
         sizes = own.batch or [1, 4, 16, 64]

@@ -98,8 +98,6 @@ def flags(
                 for parameter, kind in records.items()
             }
             own = {name: value for name, value in values.items() if name not in fields}
-            if "ctx" in inspect.signature(function).parameters:
-                own["ctx"] = ctx
             function(**own, **built)
 
         command.__signature__ = _signature(function, records, fields)  # type: ignore[attr-defined]
@@ -136,7 +134,7 @@ def _signature(
     own = [
         one.replace(kind=keyword, annotation=hints[one.name])
         for one in inspect.signature(function).parameters.values()
-        if one.name not in records and one.name != "ctx"
+        if one.name not in records
     ]
     made = {one.name: _parameter(one) for one in fields.values()}
     first = [made.pop(name) for name, one in fields.items() if one.panel == COMMON]

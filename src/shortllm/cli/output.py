@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 from pydantic_core import to_jsonable_python
+
+from shortllm.runtime import is_main_process
 
 if TYPE_CHECKING:
     from shortllm.benchmark.options import Benchmark
@@ -22,11 +23,6 @@ def answered(result: Any, *, in_json: bool) -> bool:
     if is_main_process() and in_json:
         typer.echo(json.dumps(to_jsonable_python(result)))
     return in_json or not is_main_process()
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks to the user, of those a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

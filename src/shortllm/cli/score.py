@@ -189,30 +189,27 @@ def _print_summary(summary: ModelSummary) -> None:
     model = summary.model
     protected = set(summary.protected)
     typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
+    inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
     parts = [
-        (
-            f"block {b}",
-            f"{n:,}",
-            f"{size:,}",
-            f"{n / model.parameters:.2%}",
-            "protected" if b in protected else "",
-        )
-        for b, (n, size) in enumerate(
-            zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
-        )
+        (f"block {b}", parameters, size, "protected" if b in protected else "")
+        for b, (parameters, size) in enumerate(inside)
     ]
-    outside_bytes = model.bytes - sum(summary.bytes_per_block)
-    outside = summary.parameters_outside
-    parts.append(
-        ("outside", f"{outside:,}", f"{outside_bytes:,}", f"{outside / model.parameters:.2%}", "")
+    parts += [
+        ("outside", summary.parameters_outside, model.bytes - sum(summary.bytes_per_block), ""),
+        ("all", model.parameters, model.bytes, ""),
+    ]
+    print_table(
+        ("part", "parameters", "bytes", "share", ""),
+        [
+            (part, f"{parameters:,}", f"{size:,}", f"{parameters / model.parameters:.2%}", note)
+            for part, parameters, size, note in parts
+        ],
     )
-    parts.append(("all", f"{model.parameters:,}", f"{model.bytes:,}", "100.00%", ""))
-    print_table(("part", "parameters", "bytes", "share", ""), parts)
     typer.echo("\nremoving on average saves")
     most = model.blocks - len(protected)
     counts = sorted({1, *(max(1, round(model.blocks * r)) for r in (0.1, 0.2, 0.3, 0.4, 0.5))})
     saved = [
-        (f"{k} of {model.blocks}", f"{summary.saved_by(k)[0]:.1%}", f"{summary.saved_by(k)[1]:.1%}")
+        (f"{k} of {model.blocks}", *(f"{ratio:.1%}" for ratio in summary.saved_by(k)))
         for k in counts
         if k <= most
     ]
