@@ -78,7 +78,7 @@ def compare_criteria(
 
 
 class UnitsFlags(Options):
-    """Flags of `compare-units` that are no fields of a recipe."""
+    """Flags of `compare-units` that are not fields of a recipe."""
 
     out: Path | None = Field(
         default=None, description="Run directory. Default: runs/<model>-units."

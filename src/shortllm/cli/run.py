@@ -82,7 +82,7 @@ Settings = Annotated[
 
 
 class RunFlags(CriterionOptions):
-    """Flags of a run that are no fields of its recipe, or stand for several of them."""
+    """Flags of a run that are not fields of its recipe, or stand for several of them."""
 
     out: Path | None = Field(
         default=None, description="Run directory. Default: runs/<model>-<criterion>-<budget>."
