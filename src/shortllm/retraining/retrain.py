@@ -137,10 +137,20 @@ def _trained(job: Job) -> Draft:
             if not found[name].equal(tensor):
                 raise CheckpointError(f"{directory}: tensor '{name}' differs from what was written")
 
+    held, state = held_provenance(checkpoint), trained.trainer.state
+    retrained = {
+        "version": __version__,
+        "method": job.setup.options.method,
+        "data": trained.data.source,
+        "steps": state.best_global_step,
+        "tokens": state.num_input_tokens_seen,
+        "fingerprint": job.fingerprint,
+        "before": held.get("retrained"),  # the same of an earlier retraining
+    }
     return Draft(
         record=_record(job, trained),
         config=checkpoint.raw_config,
-        provenance=_provenance(job, trained),
+        provenance={**held, "retrained": retrained},
         bytes=checkpoint.bytes,
         write=write,
         verify=verify,
@@ -172,21 +182,6 @@ def _record(job: Job, trained: Trained) -> dict[str, Any]:
         "versions": {**versions(), **setup.options.about.versions()},
         "cost": Cost(seconds=round(trainer.clock.seconds, 3), peak_bytes=peak_memory()),
     }
-
-
-def _provenance(job: Job, trained: Trained) -> dict[str, Any]:
-    """Where the checkpoint comes from and how it was retrained, also in earlier retrainings."""
-    held, state = held_provenance(job.setup.checkpoint), trained.trainer.state
-    retrained = {
-        "version": __version__,
-        "method": job.setup.options.method,
-        "data": trained.data.source,
-        "steps": state.best_global_step,
-        "tokens": state.num_input_tokens_seen,
-        "fingerprint": job.fingerprint,
-        "before": held.get("retrained"),
-    }
-    return {**held, "retrained": retrained}
 
 
 def _plain_model(job: Job, trained: Trained) -> nn.Module:
