@@ -19,8 +19,8 @@ from shortllm import pipeline
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.cli import main
+from shortllm.data.calibration import calibrate
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate
 from shortllm.errors import DataError, OutputError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.texts import prepare_texts

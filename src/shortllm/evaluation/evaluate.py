@@ -12,10 +12,9 @@ from pathlib import Path
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
+from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import check_length
 from shortllm.errors import DataError, ShortLLMError
 from shortllm.evaluation.harness import mean_score, measure_tasks, table_path, write_table
 from shortllm.evaluation.options import PROMPT, EvaluatedModel, Evaluation, EvaluationOptions

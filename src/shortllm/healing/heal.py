@@ -18,9 +18,8 @@ from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.data.calibration import Calibration
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.healing.folding import folded_into
 from shortllm.healing.methods import METHODS, Healed, Task

@@ -27,8 +27,7 @@ from torch import Tensor
 from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.data.calibration import Calibration
-from shortllm.data.texts import calibrate
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.merging.options import Merge, MergeOptions, Merging
 from shortllm.model.decoder import Decoder

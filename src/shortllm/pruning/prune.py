@@ -18,13 +18,8 @@ from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import (
-    carried_fingerprint,
-    check_removal,
-    provenance_of,
-    renumbered_tensors,
-)
-from shortllm.surgery.derived import CARDS, RECORDS, Draft, copying, derive, verifying
+from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
+from shortllm.surgery.derived import Draft, carried_fingerprint, copying, derive, verifying
 
 
 @accepts(runtime=Runtime)
@@ -116,7 +111,7 @@ def write_pruned(
     expected = fingerprint(
         {
             "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
+            "other files": carried_fingerprint(checkpoint.directory),
             "kept": list(kept),
             "criterion": criterion,
             **({"special tokens": special} if special else {}),

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.selection import ResolvedCriterion, resolve_all
+from shortllm.data.calibration import calibrate
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate
 from shortllm.files import fingerprint, releasing
 from shortllm.journal import Journal, journal_directory
 from shortllm.model.session import Session

@@ -195,8 +195,7 @@ class Scorer:
             advance=self.advance,
             memory=self.memory,
             journal=journal,
-            results=lambda: values,
-            restore=values.update,
+            results=values,
         )
         return {name: plain_scores(found) for name, found in values.items()}
 

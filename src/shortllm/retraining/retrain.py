@@ -31,8 +31,15 @@ from shortllm.records import Cost
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
 from shortllm.retraining.setup import LOGS, Job, check, prepare
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, quiet_transformers, versions
-from shortllm.surgery.apply import held_provenance, require_apart
-from shortllm.surgery.derived import NEW, Draft, derive, is_up_to_date, require_free
+from shortllm.surgery.apply import held_provenance
+from shortllm.surgery.derived import (
+    NEW,
+    Draft,
+    derive,
+    is_up_to_date,
+    require_apart,
+    require_free,
+)
 
 if TYPE_CHECKING:
     from shortllm.retraining.training import Trained

@@ -19,12 +19,12 @@ from typing import Any
 from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
+from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
 from shortllm.data.rows import Records
 from shortllm.data.sources import load_rows, open_records
-from shortllm.data.texts import Segments, check_length, vocabulary
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.perplexity import Segments
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
 from shortllm.model.session import Session
@@ -275,7 +275,7 @@ def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
         found,
         place,
         source=setup.source,
-        vocabulary=vocabulary(setup.checkpoint),
+        vocabulary=setup.checkpoint.vocabulary,
         held_out=options.held_out or HELD_OUT[setup.kind],
         longest=None if streamed else setup.length,
         enough=enough,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model
 from shortllm.retraining.corpus import template_of
@@ -130,7 +129,7 @@ def _kept_apart(setup: Setup, model: nn.Module) -> bool:
     """Whether the documents of a window do not see each other; needed of packed instructions."""
     if setup.packing == "alone":
         return False
-    if keeps_apart(model, vocabulary(setup.checkpoint)):
+    if keeps_apart(model, setup.checkpoint.vocabulary):
         return True
     kind = setup.checkpoint.model_type
     if setup.packing == "fit":

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.data.calibration import Calibration
-from shortllm.data.texts import calibrate
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal

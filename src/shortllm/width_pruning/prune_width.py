@@ -19,8 +19,7 @@ from torch import Tensor
 from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.data.calibration import Calibration
-from shortllm.data.texts import calibrate
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.model.loading import stored_dtype
 from shortllm.model.session import Session
