@@ -39,7 +39,7 @@ from shortllm.benchmark.options import (
     PeakMemory,
 )
 from shortllm.errors import DataError, OutputError, ShortLLMError
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.reporting import measurements as speed
 from shortllm.reporting import render
 from shortllm.reporting.parts import Page

@@ -26,9 +26,9 @@ from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.format import number, spans
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.metrics import next_token_nll
-from shortllm.model.session import Session
 from shortllm.pruning.records import BlockScores
 
 NAMES = ["ppl", "angular", "greedy", "even"]

@@ -47,8 +47,8 @@ from shortllm.merging.merge import (
     original_blocks,
 )
 from shortllm.merging.options import MergeOptions, Merging
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.session import Session
 from shortllm.options import options_from
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.recipe import Recipe, changed, parse_recipe

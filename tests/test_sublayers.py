@@ -32,10 +32,10 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.journal import Journal
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import next_token_nll
-from shortllm.model.session import Session
 from shortllm.options import options_from
 from shortllm.sublayers import drop as stage
 from shortllm.sublayers import variants

@@ -22,7 +22,7 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.perplexity import measure_perplexity
 from shortllm.evaluation.texts import Texts
 from shortllm.files import hold, releasing, require_writable
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.reporting.measurements import write_benchmark
 from shortllm.run_directory import delete, finished

@@ -28,7 +28,7 @@ from shortllm.files import releasing
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts, overlaid
 from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removable, removal_options

@@ -39,9 +39,9 @@ from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
 from shortllm.files import fingerprint
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model
-from shortllm.model.session import Session
 from shortllm.records import load_current
 from shortllm.runtime import progress, quiet_transformers, versions
 

@@ -155,7 +155,7 @@ def demo(
     from shortllm.demo.generate import Limits
     from shortllm.demo.models import embedded_models, named_models, open_models
     from shortllm.demo.page import serve
-    from shortllm.model.session import Session
+    from shortllm.model import Session
 
     session = Session(runtime)
     given = {"original": original, "width": width, "depth": depth}

@@ -38,7 +38,7 @@ from shortllm.evaluation.evaluate import resolve_evaluation
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.pruning.planning import build_plan, removal_order

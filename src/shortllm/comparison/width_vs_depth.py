@@ -30,7 +30,7 @@ from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
 from shortllm.measure import bench_in, evaluate_in
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts, overlaid
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan

@@ -29,8 +29,8 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, OutputError, ShortLLMError
 from shortllm.files import require_writable
+from shortllm.model import Session
 from shortllm.model.loading import load_model
-from shortllm.model.session import Session
 from shortllm.pruning.targets import cache_bytes
 from shortllm.records import ModelInfo
 from shortllm.surgery.apply import lineage

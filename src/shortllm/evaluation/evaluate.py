@@ -22,7 +22,7 @@ from shortllm.evaluation.perplexity import EvaluationText, generate_samples, mea
 from shortllm.evaluation.tasks import TaskSet, load_tasks
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import fingerprint, require_file_target
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.model.walk import NOTHING, walk_flops
 from shortllm.options import accepts
 from shortllm.runtime import Runtime, progress, versions

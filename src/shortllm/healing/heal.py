@@ -24,7 +24,7 @@ from shortllm.errors import CheckpointError, DataError, ShortLLMError, Unsupport
 from shortllm.healing.folding import folded_into
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of

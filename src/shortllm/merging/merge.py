@@ -30,10 +30,10 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.merging.options import Merge, MergeOptions, Merging
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory
 from shortllm.model.metrics import cosine, next_token_nll, perplexity
-from shortllm.model.session import Session
 from shortllm.model.walk import slice_tokens, targets, token_slices
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of

@@ -17,7 +17,7 @@ from shortllm.criteria.records import Search
 from shortllm.errors import BudgetError, CheckpointError, ResultFileError
 from shortllm.files import fingerprint, require_file_target
 from shortllm.format import number
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning import targets
 from shortllm.pruning.budget import (

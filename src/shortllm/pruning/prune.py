@@ -12,7 +12,7 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES
 from shortllm.errors import CheckpointError
 from shortllm.files import fingerprint
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan

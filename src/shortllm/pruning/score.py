@@ -18,7 +18,7 @@ from shortllm.data.calibration import calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.files import fingerprint, releasing
 from shortllm.journal import Journal, journal_directory
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.scoring import Scorer, require_plain_weights

@@ -26,7 +26,7 @@ from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.pruning.budget import Budget, protected_blocks, removable
 from shortllm.pruning.records import TARGET_FILE, DepthSpeed, Target
 from shortllm.records import ModelInfo, load_current

@@ -23,9 +23,9 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.quantizing.compressing import (
     LIBRARY,

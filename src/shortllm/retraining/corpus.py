@@ -41,7 +41,7 @@ from shortllm.runtime import quiet_transformers
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint
-    from shortllm.model.session import Session
+    from shortllm.model import Session
     from shortllm.retraining.options import Kind, RetrainOptions, Template
 
 ALPACA_WITH_INPUT = (

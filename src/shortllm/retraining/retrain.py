@@ -24,8 +24,8 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError
 from shortllm.files import releasing, translate_os_errors
+from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.records import Cost
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime

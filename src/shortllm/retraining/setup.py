@@ -27,7 +27,7 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.perplexity import Segments
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.retraining.corpus import (
     Corpus,
     documents,

@@ -20,8 +20,8 @@ from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.records import ModelInfo, protected_in
 from shortllm.runtime import Runtime

@@ -36,7 +36,7 @@ from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import PARTIAL, fingerprint, partial_directory, require_writable
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.records import Cost, DerivedRecord
 from shortllm.runtime import peak_memory, progress, versions
 from shortllm.surgery.apply import PROVENANCE

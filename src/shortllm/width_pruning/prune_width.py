@@ -21,8 +21,8 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
-from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.records import PROTECT_FIRST, PROTECT_LAST
 from shortllm.runtime import Runtime
