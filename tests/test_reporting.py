@@ -36,12 +36,11 @@ from shortllm.format import (
 from shortllm.pruning.records import BlockScores, PrunePlan, Size
 from shortllm.records import Cost, ModelInfo
 from shortllm.reporting import compare, write_comparison, write_report, write_units
-from shortllm.reporting.blocks import LONG_TABLE
+from shortllm.reporting.charts import Band, BarPlot, Line, LinePlot
 from shortllm.reporting.parts import Cell, Table, row
 from shortllm.reporting.plots import PALETTE, line_style, standalone
-from shortllm.reporting.plots.bars import BarPlot
-from shortllm.reporting.plots.lines import Band, Line, LinePlot
 from shortllm.reporting.protocol import model_name
+from shortllm.reporting.run_page import LONG_TABLE
 
 GOLDEN = Path(__file__).parent / "golden" / "report"
 TOKENS = "ca11b" * 12

@@ -181,7 +181,7 @@ def requested_recipe(
 def _print_run(result: RunResult, *, json: bool) -> None:
     """The plan, what was measured, and where everything is."""
     from shortllm.published import compared_blocks, published_comparison
-    from shortllm.reporting.run_page import published_table
+    from shortllm.reporting.measurements import published_table
 
     published, evaluation = result.recipe.published, result.evaluation
     rows = []
