@@ -16,7 +16,7 @@ from shortllm.format import NONE, THIN, counted, listed, number, percent, short_
 from shortllm.reporting import parts, protocol, runs_page
 from shortllm.reporting.charts import Band, Line, LinePlot
 from shortllm.reporting.load import ComparisonResults, UnitsResults, protocol_of
-from shortllm.reporting.measurements import peak_memory, speed_section
+from shortllm.reporting.measurements import cell_phrase, peak_memory, speed_section
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Row, Section, Table, row
 from shortllm.reporting.plots import COLOURS, DASHES, line_style
 from shortllm.reporting.runs_page import ComparedModel, ModelRow, common_cell
@@ -211,7 +211,7 @@ def units_page(results: UnitsResults) -> Page:
     """Each method before and after the same healing: table, trade-off, speed and protocol."""
     units, cell = results.units, common_cell(results.benchmark)
     note = (
-        f"Speed and memory: {runs_page.cell_phrase(cell) if cell else 'not measured'}, alternating "
+        f"Speed and memory: {cell_phrase(*cell) if cell else 'not measured'}, alternating "
         "between the models. Below the parameters: deviation from the first method, because only "
         "whole units can be removed."
     )

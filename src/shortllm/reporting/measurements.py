@@ -256,6 +256,11 @@ def peak_memory(one: Measurement | None) -> str:
     return short_bytes(memory.process_bytes if on_device is None else on_device)
 
 
+def cell_phrase(batch: int, new_tokens: int) -> str:
+    """'batch 1, 128 new tokens'."""
+    return f"batch {batch}, {counted(new_tokens, 'new token')}"
+
+
 def speed_sentence(found: Benchmark | None) -> str:
     """How much faster the shortened model generates; empty where it was not measured."""
     if found is None:
@@ -265,7 +270,7 @@ def speed_sentence(found: Benchmark | None) -> str:
         first = found.find(found.models[0].name, one.batch, one.new_tokens)
         if one.model != PRUNED or first is None or speedup is None:
             continue
-        cell = f"batch {one.batch}, {counted(one.new_tokens, 'new token')}"
+        cell = cell_phrase(one.batch, one.new_tokens)
         spread = max((m.latency_std_s or 0.0) / (m.latency_mean_s or 1.0) for m in (first, one))
         if spread > NOISY:
             return (

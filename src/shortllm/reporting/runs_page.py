@@ -23,6 +23,7 @@ from shortllm.records import Record
 from shortllm.reporting import parts, protocol
 from shortllm.reporting.charts import Kind, Point, TradePlot, front
 from shortllm.reporting.load import Protocol, RunResults, protocol_of
+from shortllm.reporting.measurements import cell_phrase
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Part, Section, Table
 from shortllm.run_directory import PRUNED
 
@@ -101,11 +102,6 @@ def common_cell(*benchmarks: Benchmark | None) -> BenchmarkCell | None:
     return max(cells, key=lambda cell: (cells.count(cell), -cell[0], -cell[1]), default=None)
 
 
-def cell_phrase(cell: BenchmarkCell) -> str:
-    """'batch 1, 128 new tokens'."""
-    return f"batch {cell[0]}, {counted(cell[1], 'new token')}"
-
-
 # ---- the table of models
 
 
@@ -182,10 +178,10 @@ def trade_plots(
     if any(one.quantized_by for one in models):
         axes.append(("bytes", "bytes on disk [MB]", 1e-6))
     if cell is not None and len({one.original for one in models}) == 1:
-        label = f"latency relative to the original ({cell_phrase(cell)})"
+        label = f"latency relative to the original ({cell_phrase(*cell)})"
         axes.append(("relative_latency", label, 1.0))
     elif cell is not None:
-        axes.append(("latency_s", f"latency [s] ({cell_phrase(cell)})", 1.0))
+        axes.append(("latency_s", f"latency [s] ({cell_phrase(*cell)})", 1.0))
     text = main_text(models)
     qualities = [(text, "perplexity", f"perplexity, {text}")] if text is not None else []
     plots = {}
