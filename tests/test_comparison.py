@@ -19,8 +19,14 @@ import torch
 import shortllm
 from shortllm import criteria, embedded, journal
 from shortllm.cli import main
-from shortllm.comparison.options import Comparison, ComparisonText, Contender, RemovedSet
-from shortllm.comparison.ranking import standings, verdict
+from shortllm.comparison.options import (
+    Comparison,
+    ComparisonText,
+    Contender,
+    RemovedSet,
+    standings,
+    verdict,
+)
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity

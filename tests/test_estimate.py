@@ -11,7 +11,7 @@ from families import LENGTH, loaded, opened, saved, token_ids
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import resolve
 from shortllm.errors import CriterionError
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder

@@ -21,7 +21,7 @@ from shortllm import embedded, pipeline
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import resolve
 from shortllm.errors import BudgetError, CheckpointError, RecipeError
 from shortllm.evaluation.options import (
     EvaluatedModel,

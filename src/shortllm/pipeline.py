@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.criteria import Criterion, resolve
 from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
@@ -161,7 +161,7 @@ class _Prepared:
     budget: Budget
     """With a target turned into a number of blocks."""
     target: Target | None
-    criterion: ResolvedCriterion
+    criterion: Criterion
     scored: bool
     """Whether blocks are scored."""
 
@@ -287,7 +287,7 @@ def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
     check_removal(checkpoint, sorted(set(range(checkpoint.block_count)).difference(removed)))
 
 
-def resolved_criterion(recipe: Recipe, checkpoint: Checkpoint) -> ResolvedCriterion:
+def resolved_criterion(recipe: Recipe, checkpoint: Checkpoint) -> Criterion:
     """The criterion of a recipe; one that removes blocks itself gets the budget's amount."""
     criterion = resolve(recipe.criterion, recipe.options)
     if recipe.budget.blocks is not None:

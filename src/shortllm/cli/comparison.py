@@ -135,7 +135,7 @@ def compare_units(
 
 
 def _print_comparison(found: Comparison) -> None:
-    from shortllm.comparison.ranking import verdict
+    from shortllm.comparison.options import verdict
     from shortllm.format import number
     from shortllm.reporting.comparison import perplexity_table
     from shortllm.reporting.protocol import perplexity_source, segments_phrase

@@ -19,7 +19,14 @@ from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
-from shortllm.surgery.derived import Draft, carried_fingerprint, copying, derive, verifying
+from shortllm.surgery.derived import (
+    Draft,
+    carried_fingerprint,
+    copying,
+    derive,
+    on_probe,
+    verifying,
+)
 
 
 @accepts(runtime=Runtime)
@@ -126,8 +133,5 @@ def _verifying(
     """A comparison with the original whose removed blocks are bypassed."""
     if session is None:
         return lambda written: None
-    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
-
-    original = session.decoder(checkpoint)
-    logits, cached = bypass_logits(original, removed), kv_cache_matches(original)
+    logits, cached = on_probe(session.decoder(checkpoint), removed)
     return verifying(target, session, logits, cached=cached)

@@ -10,8 +10,14 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from shortllm import __version__
-from shortllm.comparison.options import Candidate, Comparison, Contender
-from shortllm.comparison.ranking import Standing, standings, verdict
+from shortllm.comparison.options import (
+    Candidate,
+    Comparison,
+    Contender,
+    Standing,
+    standings,
+    verdict,
+)
 from shortllm.format import NONE, THIN, counted, listed, number, percent, short_count, signed, spans
 from shortllm.reporting import parts, protocol, runs_page
 from shortllm.reporting.charts import Band, Line, LinePlot

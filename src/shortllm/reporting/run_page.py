@@ -11,7 +11,7 @@ from typing import Any
 
 from shortllm import criteria
 from shortllm.criteria import PLACE
-from shortllm.criteria.records import CandidateSet, Search
+from shortllm.criteria.search import CandidateSet, Search
 from shortllm.format import (
     NONE,
     change,
