@@ -63,7 +63,7 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, int, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure."""
-    from shortllm.criteria.selection import resolve
+    from shortllm.criteria import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.pruning.scoring import Scorer
     from shortllm.runtime import versions

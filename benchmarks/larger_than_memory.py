@@ -116,7 +116,7 @@ def resident_taylor(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from shortllm.checkpoint.source import open_checkpoint
-    from shortllm.criteria.selection import resolve
+    from shortllm.criteria import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
     from shortllm.pruning.scoring import Scorer

@@ -53,7 +53,7 @@ def walk(model: Path, dtype: str, ids: Any, greedy: int) -> Callable[[], list[fl
     import torch
 
     from shortllm.checkpoint.source import open_checkpoint
-    from shortllm.criteria.selection import resolve
+    from shortllm.criteria import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.model.loading import load_model
     from shortllm.pruning.scoring import Scorer

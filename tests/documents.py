@@ -39,7 +39,7 @@ from shortllm.checkpoint import rules
 from shortllm.checkpoint import shorten_config as shortening
 from shortllm.cli import main
 from shortllm.quantizing.methods import METHODS as quantizing_methods
-from shortllm.recipes import load_recipe, parse_recipe, recipe_names
+from shortllm.recipe import load_recipe, parse_recipe, recipe_names
 from shortllm.width_pruning.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -361,7 +361,7 @@ class Reader:
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            module = sys.modules["shortllm.cli.demo"]
+            module = sys.modules["shortllm.cli.measure"]
             patch.setattr(module, "threading", SimpleNamespace(Event=Pressed))
             with pytest.raises(SystemExit):
                 main(words)

@@ -26,13 +26,12 @@ from transformers import AutoConfig
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.structure import auto_class
-from shortllm.criteria import Scores
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import Scores, resolve
 from shortllm.model.decoder import Decoder
 from shortllm.model.streamed import open_streamed
 from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.scoring import Scorer
-from shortllm.pruning.search_space import BlockSearch
+from shortllm.pruning.search_space import score_all
 from shortllm.runtime import quiet_transformers
 
 VOCABULARY = 97
@@ -253,10 +252,9 @@ def score(
     """Scores by criteria; the checkpoint is needed for those that look at stored weights."""
     source: Any = checkpoint or SimpleNamespace(block_count=decoder.block_count, raw_config={})
     scorer = Scorer(
-        checkpoint=source, open_decoder=lambda: decoder, ids_BT=ids_BT, search_spaces=BlockSearch,
-        **kwargs,
+        checkpoint=source, open_decoder=lambda: decoder, ids_BT=ids_BT, **kwargs
     )  # fmt: skip
-    return scorer.score([resolve(name, (options or {}).get(name)) for name in names])
+    return score_all(scorer, [resolve(name, (options or {}).get(name)) for name in names])
 
 
 def streamed(variant: str, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from shortllm.checkpoint.shorten_config import sliced_axis
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.pruning import estimate
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan

@@ -18,9 +18,8 @@ from mutations import damaged, damaged_bytes
 
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores
-from shortllm.recipe import Recipe
-from shortllm.recipes import DIRECTORY as RECIPES
-from shortllm.recipes import changed, load_recipe
+from shortllm.recipe import DIRECTORY as RECIPES
+from shortllm.recipe import Recipe, changed, load_recipe
 from shortllm.records import ModelInfo
 
 HEALTHY_RECIPES = {

@@ -39,11 +39,11 @@ from shortllm.benchmark.options import (
     PeakMemory,
 )
 from shortllm.errors import DataError, OutputError, ShortLLMError
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.reporting import measurements as speed
 from shortllm.reporting import render
+from shortllm.reporting.charts import Line, LinePlot
 from shortllm.reporting.parts import Page
-from shortllm.reporting.plots.lines import Line, LinePlot
 
 CPU = torch.device("cpu")
 QUICK = BenchmarkOptions(new_tokens=[4], warmup=1, runs=2)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from shortllm.data import texts
+from shortllm.data import calibration
 from shortllm.data.calibration import (
     Calibration,
     check_ids,
@@ -27,9 +27,9 @@ from shortllm.data.calibration import (
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import evaluation_segments
 from shortllm.errors import DataError, OutputError, ResultFileError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.perplexity import evaluation_segments
 
 BOS = 0
 
@@ -50,19 +50,19 @@ def _tokenizer(*, bos: bool) -> PreTrainedTokenizerBase:
 def sample_random(
     rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> torch.Tensor:
-    return texts.sample_random(rows, tokenizer, CalibrationOptions(**options))
+    return calibration.sample_random(rows, tokenizer, CalibrationOptions(**options))
 
 
 def sample_packed(
     rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> torch.Tensor:
-    return texts.sample_packed(rows, tokenizer, CalibrationOptions(**options))
+    return calibration.sample_packed(rows, tokenizer, CalibrationOptions(**options))
 
 
 def build_calibration(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> Calibration:
-    return texts.build_calibration(rows, tokenizer, CalibrationOptions(**options))
+    return calibration.build_calibration(rows, tokenizer, CalibrationOptions(**options))
 
 
 def _row(first: int, count: int) -> str:

@@ -19,16 +19,22 @@ import torch
 import shortllm
 from shortllm import criteria, embedded, journal
 from shortllm.cli import main
-from shortllm.comparison.options import Comparison, ComparisonText, Contender, RemovedSet
-from shortllm.comparison.ranking import standings, verdict
+from shortllm.comparison.options import (
+    Comparison,
+    ComparisonText,
+    Contender,
+    RemovedSet,
+    standings,
+    verdict,
+)
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.format import number, spans
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.metrics import next_token_nll
-from shortllm.model.session import Session
 from shortllm.pruning.records import BlockScores
 
 NAMES = ["ppl", "angular", "greedy", "even"]

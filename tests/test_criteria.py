@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shortllm import criteria, journal
-from shortllm.criteria import Scores
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import Scores, resolve
 from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.model import hidden_states, walk

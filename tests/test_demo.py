@@ -29,7 +29,7 @@ from shortllm.demo import page
 from shortllm.demo.generate import Limits, Progress, Request, generate
 from shortllm.demo.models import Models, embedded_models, named_models, open_models
 from shortllm.errors import OutputError, ShortLLMError
-from shortllm.model.session import Session
+from shortllm.model import Session
 
 CHROMIUM = Path("/usr/bin/chromium")
 PROMPT = "There was a drum in the school."

@@ -26,8 +26,7 @@ from families import (
 from torch import Tensor, nn
 
 from shortllm import criteria
-from shortllm.criteria import Scores
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import Scores, resolve
 from shortllm.errors import UnsupportedModelError
 from shortllm.model import hidden_states, walk
 from shortllm.model.decoder import BlockCall, Decoder

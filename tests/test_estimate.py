@@ -11,10 +11,10 @@ from families import LENGTH, loaded, opened, saved, token_ids
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import resolve
 from shortllm.errors import CriterionError
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.session import Session
 from shortllm.pruning import estimate
 from shortllm.pruning.estimate import Estimate, Probe, Setting, estimates, info, probe_machine
 from shortllm.pruning.scoring import Scorer

@@ -32,23 +32,26 @@ from shortllm.healing.folding import find_added
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.healing.least_squares import (
     GapSums,
-    Visit,
     choose_ridge,
     heal_gaps,
     solve,
-    visits_of,
+    steps_of,
 )
 from shortllm.healing.methods import Task
 from shortllm.healing.options import HealCalibration, Healing, HealOptions
-from shortllm.merging.laco import folded, merged_tensors, original_blocks
-from shortllm.merging.merge import check_blocks, merge_from
+from shortllm.merging.merge import (
+    check_blocks,
+    folded,
+    merge_from,
+    merged_tensors,
+    original_blocks,
+)
 from shortllm.merging.options import MergeOptions, Merging
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.session import Session
 from shortllm.options import options_from
 from shortllm.pruning.budget import Gap, gaps_of
-from shortllm.recipe import Recipe
-from shortllm.recipes import changed, parse_recipe
+from shortllm.recipe import Recipe, changed, parse_recipe
 from shortllm.surgery.apply import lineage
 
 DOWN = {
@@ -303,9 +306,10 @@ def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:
         moments.add(added, torch.zeros(64, 4), sign * added)
         return moments
 
-    assert choose_ridge(sums(1.0), sums(-1.0)).ridge is None
-    chosen = choose_ridge(sums(1.0), sums(1.0))
-    assert chosen.ridge is not None and chosen.after < 1e-3 * chosen.before
+    assert choose_ridge(sums(1.0), sums(-1.0))[0] is None
+    fitted, held_out = sums(1.0), sums(1.0)
+    ridge, left = choose_ridge(fitted, held_out)
+    assert ridge is not None and left < 1e-3 * held_out.missing
     still = GapSums(4, CPU, weighted=True)
     still.add(torch.zeros(5, 4), torch.zeros(5, 4), torch.ones(5, 4))
     assert not solve(still, 1.0).any()
@@ -314,13 +318,8 @@ def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:
 def test_gaps_and_the_way_through_them() -> None:
     assert gaps_of([4, 0, 1, 6]) == [Gap(0, 2), Gap(4, 5), Gap(6, 7)]
     gap = Gap(2, 4)
-    assert visits_of([gap], 6) == [
-        Visit(0, True, True),
-        Visit(1, True, False),
-        Visit(2, True, False),
-        Visit(3, True, False),
-        Visit(1, False, True, gap),
-    ]
+    assert steps_of([gap]) == [(0, None), (1, None), (2, None), (3, None), (1, gap)]
+    assert steps_of([Gap(0, 1)]) == [(0, None)]
 
 
 def test_blocks_at_the_start_are_left_as_they_are(tmp_path: Path) -> None:
@@ -402,7 +401,7 @@ def test_the_source_is_left_as_it_was() -> None:
         decoder=decoder, checkpoint=families.opened("llama"), removed=[2], ids_BT=text(),
         held_out=4, options=HealOptions(ridge=0.1), memory=Session(device="cpu").memory(),
     )  # fmt: skip
-    heal_gaps(task, find_added(decoder, [1]))
+    heal_gaps(task)
     for name, tensor in decoder.model.state_dict().items():
         assert torch.equal(tensor, before[name])
 

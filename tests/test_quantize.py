@@ -19,13 +19,13 @@ from shortllm import pipeline
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.cli import main
+from shortllm.data.calibration import calibrate
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate
 from shortllm.errors import DataError, OutputError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.texts import prepare_texts
+from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.model.session import Session
 from shortllm.options import options_from
 from shortllm.quantizing import compressing as packages
 from shortllm.quantizing.compressing import find_layers, fitting_sizes, require_group_size

@@ -21,7 +21,7 @@ from shortllm import embedded, pipeline
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import resolve
 from shortllm.errors import BudgetError, CheckpointError, RecipeError
 from shortllm.evaluation.options import (
     EvaluatedModel,
@@ -40,8 +40,7 @@ from shortllm.published import (
     compared_blocks,
     published_comparison,
 )
-from shortllm.recipe import Recipe
-from shortllm.recipes import changed, load_recipe, parse_recipe, recipe_names, recipe_text
+from shortllm.recipe import Recipe, changed, load_recipe, parse_recipe, recipe_names, recipe_text
 from shortllm.records import ModelInfo
 from shortllm.released import measure_released, released_recipes
 from shortllm.retraining import setup
@@ -492,7 +491,7 @@ def test_recipes_run_published_prints_a_table_and_says_what_is_missing(
             "released": figures,
         }  # fmt: skip
         (directory / f"{name}.yaml").write_text(yaml.safe_dump({"published": published}))
-    monkeypatch.setattr("shortllm.recipes.DIRECTORY", directory)
+    monkeypatch.setattr("shortllm.recipe.DIRECTORY", directory)
     flags = [
         "--out", tmp_path / "out", "--no-bench", "--continuations", "0", "--eval-data", "ptb",
         "--device", "cpu",

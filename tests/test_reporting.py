@@ -36,12 +36,11 @@ from shortllm.format import (
 from shortllm.pruning.records import BlockScores, PrunePlan, Size
 from shortllm.records import Cost, ModelInfo
 from shortllm.reporting import compare, write_comparison, write_report, write_units
-from shortllm.reporting.blocks import LONG_TABLE
+from shortllm.reporting.charts import Band, BarPlot, Line, LinePlot
 from shortllm.reporting.parts import Cell, Table, row
 from shortllm.reporting.plots import PALETTE, line_style, standalone
-from shortllm.reporting.plots.bars import BarPlot
-from shortllm.reporting.plots.lines import Band, Line, LinePlot
 from shortllm.reporting.protocol import model_name
+from shortllm.reporting.run_page import LONG_TABLE
 
 GOLDEN = Path(__file__).parent / "golden" / "report"
 TOKENS = "ca11b" * 12
@@ -412,7 +411,7 @@ def test_a_missing_or_damaged_file_says_what_writes_it(tmp_path: Path) -> None:
             {"calibration": "other"},
             "scores.json and .* have different tokens",
         ),
-        ("scores.json", {"values": [math.inf] * 12}, "values.0: Input should be a finite number"),
+        ("scores.json", {"values": [math.inf] * 12}, "values.0 inf: must be a finite number"),
         ("plan.json", {"kept": [1]}, "kept and removed must share out the 12 blocks"),
         ("eval.json", "pruned", "the pruned model in eval.json has 11 blocks.*leads to 9"),
         ("eval.json", "original", "eval.json and plan.json are about different models"),

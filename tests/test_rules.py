@@ -12,12 +12,15 @@ from families import _GROUPED, build, config_of, opened, save, saved, shortened
 from torch import nn
 from transformers import AutoConfig
 
-from shortllm.checkpoint.shorten_config import refuse_block_names_in_config, shorten_config
+from shortllm.checkpoint.shorten_config import (
+    refuse_block_names_in_config,
+    refuse_type,
+    shorten_config,
+)
 from shortllm.checkpoint.source import find_block_names, open_checkpoint
 from shortllm.checkpoint.structure import block_signature, block_structure, build_empty, find_blocks
 from shortllm.errors import UnsupportedModelError
-from shortllm.surgery.apply import check_removal
-from shortllm.surgery.guard import Renumbering, check_signatures, difference
+from shortllm.surgery.apply import Renumbering, check_removal, check_signatures, difference
 
 
 def shorten(config: Any, kept: list[int], **raw: Any) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def test_types_whose_blocks_know_their_number_are_refused(
     with pytest.raises(
         UnsupportedModelError, match=f"'{model_type}' cannot be shortened correctly: {reason}"
     ):
-        shorten_config(config.to_dict(), config, [0, 1])
+        refuse_type(config)
 
 
 # --- rules for single fields ----------------------------------------------------------------------

@@ -14,7 +14,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 import shortllm
-from shortllm.recipes import DIRECTORY, recipe_names
+from shortllm.recipe import DIRECTORY, recipe_names
 from shortllm.schemas import _HOME, NAMES, schema
 
 DOCS = Path(__file__).parents[1] / "docs"

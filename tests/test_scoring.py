@@ -21,8 +21,7 @@ from families import opened, saved, token_ids
 import shortllm
 from shortllm import journal
 from shortllm.errors import OutputError, ResultFileError, ShortLLMError
-from shortllm.model import loading
-from shortllm.model.session import Session
+from shortllm.model import Session, loading
 from shortllm.model.streamed import StreamedWeights
 from shortllm.options import options_from
 from shortllm.pruning import score as score_module

@@ -22,10 +22,8 @@ import shortllm
 from shortllm import journal
 from shortllm.comparison.criteria import prepare_question
 from shortllm.comparison.options import ComparisonOptions
-from shortllm.criteria import Scores
-from shortllm.criteria.records import Search
-from shortllm.criteria.search import ONE_SHOT
-from shortllm.criteria.selection import resolve
+from shortllm.criteria import Scores, resolve
+from shortllm.criteria.search import ONE_SHOT, Search
 from shortllm.data.options import CalibrationOptions
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import BudgetError, CriterionError

@@ -32,17 +32,23 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.journal import Journal
+from shortllm.model import Session, walk
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import next_token_nll
-from shortllm.model.session import Session
+from shortllm.model.walk import mean_nlls
 from shortllm.options import options_from
 from shortllm.sublayers import drop as stage
-from shortllm.sublayers import variants
 from shortllm.sublayers.criteria import Task
+from shortllm.sublayers.criteria.perplexity import sublayer_ppl
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
-from shortllm.sublayers.structure import PARTS, Sublayer, find_sublayers, without_sublayers
-from shortllm.sublayers.variants import Variants, mean_nlls, remove_one_by_one
+from shortllm.sublayers.structure import (
+    PARTS,
+    Sublayer,
+    Variants,
+    find_sublayers,
+    without_sublayers,
+)
 
 SKIPPED = {
     "llama": ("self_attn", "mlp"),
@@ -325,7 +331,7 @@ def test_streamed_equals_resident(
     criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = drop("gemma3_text", tmp_path / "one", criterion=criterion, remove=4)
-    monkeypatch.setattr(variants, "TOGETHER", 5)
+    monkeypatch.setattr(walk, "TOGETHER", 5)
     two = drop("gemma3_text", tmp_path / "two", criterion=criterion, remove=4, stream=True)
     assert [(d.block, d.part) for d in one.dropped] == [(d.block, d.part) for d in two.dropped]
     for a, b in zip(one.dropped, two.dropped, strict=True):
@@ -351,7 +357,7 @@ def test_interrupted_rounds_go_on_where_they_were(
                 decoder=decoder, outputs=outputs, candidates=ALL, remove=3, ids_BT=ids_BT,
                 memory=StreamMemory(), journal=work or Journal(None, ""),
             )  # fmt: skip
-            return remove_one_by_one(task)
+            return sublayer_ppl(task)
 
     expected = attempt(None)
     whole = len(read)

@@ -17,8 +17,8 @@ from test_cli import SMALL, call
 import shortllm
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.errors import BudgetError, CheckpointError
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.session import Session
 from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.records import BlockScores, DepthSpeed, Target

@@ -16,7 +16,7 @@ from shortllm.comparison.width_vs_depth import asked_methods
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError, CriterionError, RecipeError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.recipe import Recipe
 from shortllm.reporting.comparison import units_models, units_table
 from shortllm.reporting.load import load_units

@@ -20,11 +20,10 @@ from shortllm.cli import main
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import RecipeError, ResultFileError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions, Perplexity
-from shortllm.recipe import Recipe
-from shortllm.recipes import changed, load_recipe, recipe_names
+from shortllm.recipe import Recipe, changed, load_recipe, recipe_names
+from shortllm.reporting.charts import Point, front
 from shortllm.reporting.healing import recovered
 from shortllm.reporting.load import load_results, load_runs
-from shortllm.reporting.plots.points import Point, front
 from shortllm.reporting.run_page import verdict
 from shortllm.reporting.runs_page import compared_models
 from shortllm.retraining.options import Retraining, RetrainOptions

@@ -30,8 +30,8 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.session import Session
 from shortllm.options import options_from
 from shortllm.retraining.options import RetrainOptions
 from shortllm.width_pruning import methods

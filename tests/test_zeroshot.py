@@ -33,7 +33,7 @@ from shortllm.evaluation.tasks import (
     require_harness,
     task_names,
 )
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.recipe import Recipe
 from shortllm.reporting import run_page, write_report
 from shortllm.reporting.load import load_results

@@ -6,6 +6,7 @@ shortllm bench MODEL SHORT --batch 1,16 --new-tokens 128 --out bench
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.perplexity import measure_perplexity
 from shortllm.evaluation.texts import Texts
 from shortllm.files import hold, releasing, require_writable
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.reporting.measurements import write_benchmark
 from shortllm.run_directory import delete, finished
@@ -66,29 +67,22 @@ def best_of(
     if len(candidates) == 1:
         return next(iter(candidates))
     text = texts.evaluation[0]
-    known = _measured(evaluation, tokens_fingerprint(text.segments.ids))
-    found = {}
-    for name, checkpoint in candidates.items():
-        if checkpoint.fingerprint in known:
-            found[name] = known[checkpoint.fingerprint]
-        else:
+    tokens = tokens_fingerprint(text.segments.ids)
+    nll: dict[str, float] = {}
+    """By the fingerprint of the model."""
+    with suppress(ResultFileError):
+        nll = {
+            one.model.fingerprint: entry.nll
+            for one in Evaluation.load(evaluation).models
+            for entry in one.perplexity
+            if entry.tokens_fingerprint == tokens
+        }
+    for checkpoint in candidates.values():
+        if checkpoint.fingerprint not in nll:
             decoder = session.decoder(checkpoint)
-            found[name] = measure_perplexity(decoder, text, memory=session.memory()).nll
-    return min(found, key=lambda name: found[name])
-
-
-def _measured(evaluation: Path, tokens: str) -> dict[str, float]:
-    """Fingerprint of a model -> its mean NLL on the tokens, as far as eval.json has it."""
-    try:
-        models = Evaluation.load(evaluation).models
-    except ResultFileError:
-        return {}
-    return {
-        one.model.fingerprint: entry.nll
-        for one in models
-        for entry in one.perplexity
-        if entry.tokens_fingerprint == tokens
-    }
+            found = measure_perplexity(decoder, text, memory=session.memory())
+            nll[checkpoint.fingerprint] = found.nll
+    return min(candidates, key=lambda name: nll[candidates[name].fingerprint])
 
 
 @accepts(options=BenchmarkOptions, runtime=DeviceOptions)

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from shortllm.errors import ShortLLMError, did_you_mean
-from shortllm.records import Record
+from shortllm.records import Record, record_in, shown_value, validation_message
 
 Kind = TypeVar("Kind", bound="Options")
 Result = TypeVar("Result")
@@ -88,13 +88,10 @@ class OptionField:
         return (self.flag.name or "--" + self.name.replace("_", "-")).partition("/")[0]
 
 
-def nested_record(info: FieldInfo) -> type[Options] | None:
+def _nested_record(info: FieldInfo) -> type[Options] | None:
     """The record in a field, or allowed there; None for other fields, lists of records too."""
-    kinds = (info.annotation,) if get_origin(info.annotation) is list else get_args(info.annotation)
-    for kind in (info.annotation, *kinds):
-        if isinstance(kind, type) and issubclass(kind, Options):
-            return kind
-    return None
+    kind = None if get_origin(info.annotation) is list else record_in(info.annotation)
+    return kind if kind is not None and issubclass(kind, Options) else None
 
 
 def option_fields(kind: type[Options]) -> dict[str, OptionField]:
@@ -106,7 +103,7 @@ def option_fields(kind: type[Options]) -> dict[str, OptionField]:
     within: dict[str, OptionField] = {}
     for name, info in kind.model_fields.items():
         nested = _metadata(info, Nested)
-        inner = nested_record(info)
+        inner = _nested_record(info)
         if inner is None:
             flag = _metadata(info, Flag) or Flag()
             found[name] = OptionField(
@@ -124,6 +121,14 @@ def option_fields(kind: type[Options]) -> dict[str, OptionField]:
                     name=flat, path=(name, *one.path), info=one.info, flag=one.flag, panel=one.panel
                 )
     return {**found, **{name: one for name, one in within.items() if name not in found}}
+
+
+def fields_of_all(kinds: Iterable[type[Options]]) -> dict[str, OptionField]:
+    """The options of several records; of those with one name, the first."""
+    found: dict[str, OptionField] = {}
+    for kind in kinds:
+        found = found | {n: one for n, one in option_fields(kind).items() if n not in found}
+    return found
 
 
 def options_from(
@@ -144,24 +149,22 @@ def options_from(
     """
     fields = option_fields(kind)
     content: dict[str, Any] = base.model_dump(exclude_unset=True) if base is not None else {}
-    whole = [name for name in given if name not in fields]
-    for name in whole:
-        content[name] = given[name].model_dump(exclude_unset=True)
     for name, value in given.items():
-        if name in whole:
-            continue
+        if name not in fields:
+            content[name] = value.model_dump(exclude_unset=True)
+    for name in (name for name in fields if name in given):
         *parents, last = fields[name].path
         place = content
         for parent in parents:
             if not isinstance(place.get(parent), dict):
                 place[parent] = {}
             place = place[parent]
-        place[last] = value
+        place[last] = given[name]
     names = {one.path: shown(one) for one in fields.values()}
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise ShortLLMError(validation_message(error, names)) from error
+        raise ShortLLMError(validation_message(error, kind, names)) from error
 
 
 def overlaid(base: Kind, over: Kind) -> Kind:
@@ -180,28 +183,6 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, **over, **both}
 
 
-def validation_message(
-    error: ValidationError, names: Mapping[tuple[str, ...], str] | None = None
-) -> str:
-    """The first problem of a validation in one line: what was given, and what it must be.
-
-    Args:
-        names: what to call a field, by its place in the record; default: the place.
-    """
-    first = error.errors(include_url=False)[0]
-    place = tuple(str(part) for part in first["loc"])
-    known = [end for end in range(len(place), 0, -1) if names and place[:end] in names]
-    name = names[place[: known[0]]] if names and known else ".".join(place)
-    said = str(first["msg"]).removeprefix("Value error, ").partition(", unable to parse")[0]
-    if said.startswith("Input should be "):
-        said = "must be " + said.removeprefix("Input should be ")
-    if first["type"] == "missing":
-        return f"{name} is missing. Give a value"
-    if not name:
-        return said
-    return f"{name} {_shown_value(first.get('input'))}: {said}".replace("  ", " ")
-
-
 def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function that takes records take their fields as keywords as well.
 
@@ -211,6 +192,8 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        parameters = inspect.signature(function).parameters
+
         @functools.wraps(function)
         def call(*arguments: Any, **given: Any) -> Result:
             built: dict[str, Options] = {}
@@ -226,7 +209,11 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
                     or (name in kind.model_fields and isinstance(rest[name], Options))
                 }
                 built[parameter] = options_from(kind, chosen, base=base)
-            _require_known(function, rest, records)
+            for name in (name for name in rest if name not in parameters):
+                known = [*(parameters.keys() - records.keys()), *fields_of_all(records.values())]
+                raise TypeError(
+                    f"{function.__name__}() has no argument '{name}'.{did_you_mean(name, known)}"
+                )
             with ExitStack() as contexts:
                 for record in built.values():
                     contexts.enter_context(record.applied())
@@ -252,29 +239,10 @@ def _signature(
     held = {one.name for one in (*own, *named)}
     flat = [
         inspect.Parameter(name, keyword, default=one.info.get_default(call_default_factory=True))
-        for kind in records.values()
-        for name, one in option_fields(kind).items()
-        if name not in held and not held.add(name)  # type: ignore[func-returns-value]
+        for name, one in fields_of_all(records.values()).items()
+        if name not in held
     ]
     return signature.replace(parameters=[*own, *named, *flat])
-
-
-def _require_known(
-    function: Callable[..., Any], given: Mapping[str, Any], records: Mapping[str, type[Options]]
-) -> None:
-    """Refuse keywords that neither the function nor a record has.
-
-    Raises:
-        TypeError: naming the nearest one.
-    """
-    own = inspect.signature(function).parameters
-    fields = [name for kind in records.values() for name in option_fields(kind)]
-    for name in given:
-        if name not in own:
-            raise TypeError(
-                f"{function.__name__}() has no argument '{name}'."
-                f"{did_you_mean(name, [*(one for one in own if one not in records), *fields])}"
-            )
 
 
 def _declaring(kind: type[Options], name: str) -> type[Options]:
@@ -287,20 +255,11 @@ def _metadata(info: FieldInfo, kind: type[Result]) -> Result | None:
     return next((one for one in info.metadata if isinstance(one, kind)), None)
 
 
-def _shown_value(value: Any) -> str:
-    """A value as a user typed it; nothing of a record."""
-    if isinstance(value, Mapping):
-        return ""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(str, value))
-    return str(value)
-
-
 def table_rows(kind: type[Options]) -> Iterator[tuple[str, str, str, str]]:
     """Flag, recipe key, default and description of each option: a row of the tables in docs."""
     for one in option_fields(kind).values():
         default = one.info.get_default(call_default_factory=True)
-        shown = "" if default is None else _shown_value(default)
+        shown = "" if default is None else shown_value(default)
         if one.info.is_required():
             shown = "required"
         flag = "" if one.flag.hidden else one.option

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.criteria import Criterion, resolve
 from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
@@ -28,7 +28,7 @@ from shortllm.files import releasing
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts, overlaid
 from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removable, removal_options
@@ -72,18 +72,12 @@ class RunResult:
     """The training-free repair."""
     retraining: dict[str, Retraining]
     """By the name of the retrained model."""
-    quantization: Quantization | None = None
+    quantization: Quantization | None
     evaluation: Evaluation
     benchmark: Benchmark | None
     report: Path
-
-    @property
-    def checkpoints(self) -> dict[str, Path]:
-        """The shortened checkpoint and those derived from it, by name."""
-        healed = [HEALED] if self.healing else []
-        quantized = [QUANTIZED] if self.quantization is not None else []
-        names = (PRUNED, *healed, *self.retraining, *quantized)
-        return {name: self.directory / name for name in names}
+    checkpoints: dict[str, Path]
+    """The shortened checkpoint and those derived from it, by name."""
 
 
 @releasing()
@@ -115,20 +109,39 @@ def run(
     if model is not None:
         recipe = overlaid(recipe, Recipe(model=model))
     prepared = _prepare(recipe, None if out is None else Path(out), command)
+    directory, session, recipe = prepared.directory, prepared.session, prepared.recipe
     plan = _plan(prepared)
-    models, made = _derive(prepared, plan)
-    evaluation = _evaluate(prepared, models)
-    benchmark = _bench(prepared, models)
+    prune_from(prepared.checkpoint, plan, directory / PRUNED, session=session)
+    shortened = opened_within(directory, PRUNED)
+    models = {"original": prepared.checkpoint, PRUNED: shortened}
+    healing = _heal(prepared, shortened)
+    if healing is not None:
+        models[HEALED] = opened_within(directory, HEALED)
+    retraining = _retrain(prepared, shortened)
+    retrained = {name: opened_within(directory, name) for name in retraining}
+    models |= retrained
+    quantization = _quantize(prepared, retrained or {PRUNED: shortened})
+    if quantization is not None:
+        models[QUANTIZED] = opened_within(directory, QUANTIZED)
+    evaluation = evaluate_in(
+        directory, models, recipe.evaluation, prepared.texts, prepared.tasks, session
+    )
+    benchmark = None
+    if recipe.benchmark is not None:
+        session.release()
+        measured = {name: models[name] for name in ("original", PRUNED)}
+        benchmark = bench_in(directory, measured, recipe.benchmark, session)
     return RunResult(
-        directory=prepared.directory,
-        recipe=prepared.recipe,
+        directory=directory,
+        recipe=recipe,
         plan=plan,
-        healing=made.healing,
-        retraining=made.retraining,
-        quantization=made.quantization,
+        healing=healing,
+        retraining=retraining,
+        quantization=quantization,
         evaluation=evaluation,
         benchmark=benchmark,
-        report=write_report(prepared.directory),
+        report=write_report(directory),
+        checkpoints={name: directory / name for name in models if name != "original"},
     )
 
 
@@ -148,12 +161,9 @@ class _Prepared:
     budget: Budget
     """With a target turned into a number of blocks."""
     target: Target | None
-    criterion: ResolvedCriterion
-
-    @property
-    def scored(self) -> bool:
-        """Whether blocks are scored."""
-        return self.recipe.budget.blocks is None and self.published is None
+    criterion: Criterion
+    scored: bool
+    """Whether blocks are scored."""
 
 
 def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepared:
@@ -197,6 +207,7 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
         budget=budget,
         target=target,
         criterion=criterion,
+        scored=scored,
     )
 
 
@@ -270,14 +281,13 @@ def _texts(
 
 def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
     """Run rules and guard on the requested removal, or on a sample one, before scoring."""
-    count = checkpoint.block_count
     removed = budget.blocks
     if removed is None:
         removed = removable(budget, checkpoint.info())[0]
-    check_removal(checkpoint, [block for block in range(count) if block not in set(removed)])
+    check_removal(checkpoint, sorted(set(range(checkpoint.block_count)).difference(removed)))
 
 
-def resolved_criterion(recipe: Recipe, checkpoint: Checkpoint) -> ResolvedCriterion:
+def resolved_criterion(recipe: Recipe, checkpoint: Checkpoint) -> Criterion:
     """The criterion of a recipe; one that removes blocks itself gets the budget's amount."""
     criterion = resolve(recipe.criterion, recipe.options)
     if recipe.budget.blocks is not None:
@@ -306,32 +316,6 @@ def _plan(run: _Prepared) -> PrunePlan:
     )
     plan.save(run.directory / "plan.json")
     return plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Made:
-    """Records of the derived checkpoints."""
-
-    healing: Healing | None
-    retraining: dict[str, Retraining]
-    quantization: Quantization | None
-
-
-def _derive(run: _Prepared, plan: PrunePlan) -> tuple[dict[str, Checkpoint], _Made]:
-    """pruned/ and the checkpoints derived from it, by name, and their records."""
-    prune_from(run.checkpoint, plan, run.directory / PRUNED, session=run.session)
-    shortened = opened_within(run.directory, PRUNED)
-    models = {"original": run.checkpoint, PRUNED: shortened}
-    healing = _heal(run, shortened)
-    if healing is not None:
-        models[HEALED] = opened_within(run.directory, HEALED)
-    retraining = _retrain(run, shortened)
-    models |= {name: opened_within(run.directory, name) for name in retraining}
-    candidates = {name: models[name] for name in retraining or (PRUNED,)}
-    quantization = _quantize(run, candidates)
-    if quantization is not None:
-        models[QUANTIZED] = opened_within(run.directory, QUANTIZED)
-    return models, _Made(healing=healing, retraining=retraining, quantization=quantization)
 
 
 def opened_within(directory: Path, name: str) -> Checkpoint:
@@ -377,18 +361,3 @@ def _quantize(run: _Prepared, candidates: Mapping[str, Checkpoint]) -> Quantizat
     return quantize.quantize_from(
         candidates[name], run.quantizing, target, calibration=text, session=run.session
     )
-
-
-def _evaluate(run: _Prepared, models: dict[str, Checkpoint]) -> Evaluation:
-    return evaluate_in(
-        run.directory, models, run.recipe.evaluation, run.texts, run.tasks, run.session
-    )
-
-
-def _bench(run: _Prepared, models: dict[str, Checkpoint]) -> Benchmark | None:
-    """bench.json of the original and the shortened model, where speed is measured."""
-    if run.recipe.benchmark is None:
-        return None
-    run.session.release()
-    measured = {name: models[name] for name in ("original", PRUNED)}
-    return bench_in(run.directory, measured, run.recipe.benchmark, run.session)

@@ -7,7 +7,6 @@ same metric. Published memory is kept but not compared, because it was not measu
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +17,6 @@ from shortllm.records import Record
 
 if TYPE_CHECKING:
     from shortllm.evaluation.options import EvaluationOptions
-
-log = logging.getLogger(__name__)
 
 Bos = Literal["first", "every"]
 

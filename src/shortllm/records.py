@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from textwrap import shorten
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from shortllm.errors import ResultFileError, did_you_mean
+from shortllm.errors import BudgetError, ResultFileError, did_you_mean
 from shortllm.files import write_text
 
 MAX_BLOCKS = 10_000
 """Most blocks of a model; a config that says more is damaged."""
+
+PROTECT_FIRST = 4
+PROTECT_LAST = 2
+"""Blocks at either end that are protected by default; at most a quarter of all."""
+
+LONGEST_VALUE = 80
+"""Characters of a value that a message quotes."""
 
 ResultKind = TypeVar("ResultKind", bound="ResultFile")
 
@@ -44,7 +53,7 @@ class ResultFile(Record):
             raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
         except ValidationError as error:
             raise ResultFileError(
-                f"{path} is not a {cls.__name__} file: {_explain(error, cls)}"
+                f"{path} is not a {cls.__name__} file: {validation_message(error, cls)}"
             ) from error
 
 
@@ -57,13 +66,52 @@ def load_current(kind: type[ResultKind], path: Path, expected: str) -> ResultKin
     return found if found.fingerprint == expected else None
 
 
-def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The first problem of a validation in one line."""
+def validation_message(
+    error: ValidationError,
+    kind: type[BaseModel],
+    names: Mapping[tuple[str, ...], str] | None = None,
+) -> str:
+    """The first problem of a record in one line: what was given, and what it must be.
+
+    Args:
+        names: what to call a field, by its place in the record; default: the place.
+    """
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        return f"unknown key '{where}'.{did_you_mean(where, kind.model_fields)}"
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+    place = tuple(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, last = (part for part in first["loc"] if isinstance(part, str))
+        for part in parents:
+            if part in kind.model_fields:  # others are keys of dictionaries
+                kind = record_in(kind.model_fields[part].annotation) or kind
+        hint = did_you_mean(last, kind.model_fields)
+        return f"unknown field '{'.'.join([*parents, last])}'.{hint}"
+    known = [end for end in range(len(place), 0, -1) if names and place[:end] in names]
+    name = names[place[: known[0]]] if names and known else ".".join(place)
+    if first["type"] == "missing":
+        return f"{name} is missing. Give a value"
+    said = str(first["msg"]).removeprefix("Value error, ").partition(", unable to parse")[0]
+    if said.startswith("Input should be "):
+        said = "must be " + said.removeprefix("Input should be ")
+    if not name:
+        return said
+    value = shorten(shown_value(first.get("input")), LONGEST_VALUE, placeholder="...")
+    return f"{name} {value}: {said}" if value else f"{name}: {said}"
+
+
+def record_in(annotation: Any) -> type[Record] | None:
+    """The record in a type: itself, in a list or a dict, or optional."""
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        return annotation
+    return next(filter(None, map(record_in, get_args(annotation))), None)
+
+
+def shown_value(value: Any) -> str:
+    """A value as a user typed it; nothing of a record."""
+    if isinstance(value, Mapping):
+        return ""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(str, value))
+    return str(value)
 
 
 class ModelInfo(Record):
@@ -103,6 +151,20 @@ class ModelInfo(Record):
         if self.period > self.blocks or not set(self.fixed) <= set(range(self.blocks)):
             raise ValueError(f"period and fixed must speak of the {self.blocks} blocks")
         return self
+
+
+def protected_ends(count: int, first: int | None = None, last: int | None = None) -> list[int]:
+    """Protected blocks of a model of `count` blocks, ascending."""
+    if (first or 0) < 0 or (last or 0) < 0:
+        raise BudgetError("--protect-first and --protect-last cannot be negative")
+    first = min(PROTECT_FIRST, count // 4) if first is None else first
+    last = min(PROTECT_LAST, count // 4) if last is None else last
+    return [block for block in range(count) if block < first or block >= count - last]
+
+
+def protected_in(model: ModelInfo, first: int | None = None, last: int | None = None) -> list[int]:
+    """Protected blocks of a model, ascending: its ends, and those that other blocks depend on."""
+    return sorted({*protected_ends(model.blocks, first, last), *model.fixed})
 
 
 class Cost(Record):

@@ -20,8 +20,8 @@ from shortllm.benchmark.bench import check_speed
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.calibration import check_length
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import check_length
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import EvaluatedModel
@@ -166,5 +166,4 @@ def _write_table(path: Path, measured: Mapping[str, Measured]) -> None:
     for name, one in measured.items():
         for row in one.comparison:
             writer.writerow((name, one.checkpoint, row.quantity, row.ours, row.published))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())

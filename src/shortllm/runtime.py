@@ -198,6 +198,11 @@ ALONE = Ranks()
 """One process that has all samples."""
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks to the user, of those a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join_ranks() -> Ranks:
     """The processes this one was launched with; alone unless a launcher said otherwise."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -274,7 +279,7 @@ def progress(task: str, total: float) -> Iterator[Advance]:
 
     Yields a function to call with the amount of work done since its last call.
     """
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    if not sys.stderr.isatty() or not is_main_process():
         yield lambda amount: None
         return
     from rich.console import Console

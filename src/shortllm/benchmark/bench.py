@@ -36,13 +36,12 @@ from shortllm.benchmark.options import (
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.texts import vocabulary
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
 from shortllm.files import fingerprint
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model
-from shortllm.model.session import Session
 from shortllm.records import load_current
 from shortllm.runtime import progress, quiet_transformers, versions
 
@@ -179,7 +178,7 @@ def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
         log.info(
             "%s has no tokenizer: its prompt is %d arbitrary tokens", checkpoint.id, STAND_IN_TOKENS
         )
-        return torch.arange(1, STAND_IN_TOKENS + 1) % vocabulary(checkpoint)
+        return torch.arange(1, STAND_IN_TOKENS + 1) % checkpoint.vocabulary
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise DataError(

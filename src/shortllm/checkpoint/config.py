@@ -59,23 +59,20 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
             "Merge it into its model, or give that model"
         )
     raw_config = read_json(config_file)
-    if not isinstance(raw_config, dict):
-        raise CheckpointError(f"{config_file} is not a model config")
     model_type = raw_config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(f"{config_file} names no model_type: not a model's config")
     if brings_code(raw_config):
         require_trust(source, directory, raw_config)
-    config = read_config(directory, model_type)
+    config = read_config(directory, raw_config)
     _require_decoder(config, raw_config)
     return raw_config, config
 
 
-def read_config(directory: Path, model_type: str) -> Any:
-    """config.json as a transformers object; `checked_config` has allowed code of its own before."""
+def read_config(directory: Path, raw: dict[str, Any]) -> Any:
+    """The config.json `raw` in `directory` as a transformers object; runs code of its own."""
     from transformers import AutoConfig
 
-    raw = read_json(directory / "config.json")
     try:
         if SHAPES in raw:
             return per_block_config(raw)
@@ -85,7 +82,7 @@ def read_config(directory: Path, model_type: str) -> Any:
 
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} cannot read the config of model type "
-            f"'{model_type}': {first_line_of(error)}"
+            f"'{raw['model_type']}': {first_line_of(error)}"
         ) from error
 
 
@@ -98,8 +95,7 @@ def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:
         parts = (config, text_config(config))
     except Exception:  # config classes raise whatever their values lead to
         parts = (config, None)
-    whole = all(isinstance(part, PretrainedConfig) for part in parts)
-    if not (whole and all(isinstance(part.model_type, str) for part in parts)):
+    if not all(isinstance(p, PretrainedConfig) and isinstance(p.model_type, str) for p in parts):
         raise UnsupportedModelError(
             f"model type '{model_type}': config.json lacks its text decoder. Download it again"
         )

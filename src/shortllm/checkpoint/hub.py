@@ -119,26 +119,23 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     )
     try:
         return Path(download())
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"'{hub_id}' is gated: accept its terms on the Hub and log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"'{hub_id}' has no revision '{revision}'") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"no directory and no Hub repository is called '{hub_id}' (or it is private: `hf "
-            "auth login`)"
-        ) from error
-    except errors.HFValidationError as error:
-        raise CheckpointError(f"'{hub_id}' is neither a directory nor a possible Hub id") from error
     except Exception as error:  # network stacks raise errors of many kinds
-        # for a commit huggingface_hub 1.33 requests a list from the Hub, even if all is cached
-        with suppress(Exception):
-            return Path(download(local_files_only=True))
-        at = "" if revision is None else f" at revision {revision}"
-        raise CheckpointError(
-            f"'{hub_id}' is not a local directory, not in the local Hub cache{at}, and could not "
-            f"be downloaded ({type(error).__name__}). Check the name and the network, or give a "
-            "local directory"
-        ) from error
+        answers = {  # a gated repository is also one that is not found
+            errors.GatedRepoError: "is gated: accept its terms on the Hub, then `hf auth login`",
+            errors.RevisionNotFoundError: f"has no revision '{revision}'",
+            errors.RepositoryNotFoundError: "is neither a directory nor a public Hub repository. "
+            "Check the name, or `hf auth login` if it is private",
+            errors.HFValidationError: "is neither a directory nor a possible Hub id",
+        }
+        answer = next((said for kind, said in answers.items() if isinstance(error, kind)), None)
+        if answer is None:
+            # for a commit huggingface_hub 1.33 requests a list from the Hub, even if all is cached
+            with suppress(Exception):
+                return Path(download(local_files_only=True))
+            at = "" if revision is None else f" at revision {revision}"
+            answer = (
+                f"is not a local directory, not in the local Hub cache{at}, and could not be "
+                f"downloaded ({type(error).__name__}). Check the name and the network, or give a "
+                "local directory"
+            )
+        raise CheckpointError(f"'{hub_id}' {answer}") from error

@@ -3,7 +3,7 @@
 A field can contain one entry per block (cut it), block numbers (renumber them), a count of blocks
 at one end (count again), or a value derived from all of these (write the list out). The length of a
 field does not tell which, so the tables go by name. A list as long as the model that no table knows
-is refused, naming the field (shorten_config.py). The structural guard (surgery/guard.py) then
+is refused, naming the field (shorten_config.py). The structural guard (surgery/apply.py) then
 checks the result without any table.
 """
 

@@ -43,7 +43,6 @@ def shorten_config(
         raw: config.json as read; `config` is the same with derived defaults.
         heads: prediction heads stored behind the last block, which go.
     """
-    refuse_type(config)
     result = copy.deepcopy(raw)
     text = text_config(config)
     part = _text_part(result, config, text)

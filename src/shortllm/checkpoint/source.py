@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from shortllm.checkpoint.config import block_count, checked_config
+from shortllm.checkpoint.config import block_count, checked_config, text_config
 from shortllm.checkpoint.gguf import ORIGIN
 from shortllm.checkpoint.hub import locate, named_revision
 from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
@@ -90,6 +90,11 @@ class Checkpoint:
     def block_count(self) -> int:
         """Blocks of the (text) decoder."""
         return block_count(self.config)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model has embeddings for."""
+        return int(text_config(self.config).vocab_size)
 
     @cached_property
     def structure(self) -> BlockStructure:

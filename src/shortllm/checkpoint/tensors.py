@@ -124,14 +124,17 @@ def weight_files(directory: Path) -> set[str]:
     }
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file of a checkpoint."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} has no fields. Download it again")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -144,8 +147,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def _read_sharded(index: Path) -> dict[str, TensorEntry]:
     """The table of a checkpoint whose index maps each tensor to one of several files."""
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map. Download it again")
     is_safe = index.name == SAFETENSORS_INDEX

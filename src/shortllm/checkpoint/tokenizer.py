@@ -75,7 +75,4 @@ def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / GENERATION_CONFIG
     if path.is_file():
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} has no fields. Download it again")
-        write_json(path, content | token_ids(checkpoint.special_tokens))
+        write_json(path, read_json(path) | token_ids(checkpoint.special_tokens))

@@ -1,8 +1,7 @@
 """The command line: each command parses, calls the function of the same name and prints the result.
 
-    run.py  score.py  derive.py  measure.py  comparison.py  recipes.py  demo.py   the commands
-    flags.py    flags from option records
-    options.py  parameters that several commands share
+    run.py  score.py  derive.py  measure.py  comparison.py   the commands
+    flags.py    flags from option records, and parameters that several commands share
     output.py   tables and JSON
 
 Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard
@@ -23,15 +22,13 @@ from typing import Annotated, Any
 import typer
 
 from shortllm import __version__
-from shortllm.cli.comparison import compare_criteria, compare_units
-from shortllm.cli.demo import demo
+from shortllm.cli.comparison import compare, compare_criteria, compare_units
 from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
-from shortllm.cli.measure import bench, compare, evaluate, export_lint, report
-from shortllm.cli.output import is_main_process
-from shortllm.cli.recipes import recipes
-from shortllm.cli.run import run
+from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
+from shortllm.cli.run import recipes, run
 from shortllm.cli.score import info, plan, prune, score
 from shortllm.errors import ShortLLMError
+from shortllm.runtime import is_main_process
 
 app = typer.Typer(
     name="shortllm",

@@ -1,4 +1,4 @@
-"""`compare-criteria`, `compare-units`: which criterion to trust, and width against depth."""
+"""`compare`, `compare-criteria`, `compare-units`: runs, criteria, and width against depth."""
 
 from __future__ import annotations
 
@@ -6,28 +6,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import Field
 
-from shortllm.cli.flags import flags
-from shortllm.cli.options import CriterionOption, Json, ModelArgument, Revision, Settings
-from shortllm.cli.output import command_line, is_main_process, options_in, print_json, print_table
-from shortllm.cli.run import RecipeName, Retrain, requested_recipe
+from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags
+from shortllm.cli.output import answered, command_line, print_table
+from shortllm.cli.run import RecipeName, Retrain, RunFlags, Settings, requested_recipe
 from shortllm.comparison.options import DEPTH, WIDTH, ComparisonOptions
-from shortllm.recipe import Recipe
+from shortllm.options import Flag, Options
+from shortllm.recipe import Recipe, changed
 from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
     from shortllm.comparison.options import Comparison
 
 
-@flags(comparison=ComparisonOptions, runtime=Runtime)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
+    json: Json = False,
+) -> None:
+    """Compare several runs on one page: quality against size and latency.
+
+    Example: shortllm compare runs/qwen3 runs/other
+    """
+    import shortllm
+    from shortllm.reporting.runs_page import runs_table
+
+    models = shortllm.compare(runs, out=out)
+    if not answered(models, in_json=json):
+        print_table(*runs_table(models).plain())
+        typer.echo(f"page: {out}")
+
+
+@flags(criteria=CriterionOptions, comparison=ComparisonOptions, runtime=Runtime)
 def compare_criteria(
+    criteria: CriterionOptions,
     comparison: ComparisonOptions,
     runtime: Runtime,
     model: ModelArgument = "embedded",
     out: Annotated[
         Path | None, typer.Option(help="Run directory. Default: runs/<model>-comparison.")
     ] = None,
-    option: CriterionOption = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -45,49 +66,45 @@ def compare_criteria(
     found = shortllm.compare_criteria(
         model,
         comparison=comparison,
-        options=options_in(option),
+        options=criteria.by_criterion(),
         runtime=runtime,
         out=directory,
         revision=revision,
         command=command_line(),
     )
-    if not is_main_process():
-        return
-    if json:
-        print_json(found.model_dump(mode="json"))
-    else:
+    if not answered(found, in_json=json):
         _print_comparison(found)
         typer.echo(f"report: {directory / 'comparison.html'}")
 
 
-@flags(typed=Recipe)
+class UnitsFlags(Options):
+    """Flags of `compare-units` that are not fields of a recipe."""
+
+    out: Path | None = Field(
+        default=None, description="Run directory. Default: runs/<model>-units."
+    )
+    methods: Annotated[str, Flag(metavar="METHOD,METHOD")] = Field(
+        default=",".join((*DEPTH, *WIDTH)),
+        description="Depth criteria, of which the first sets the number of parameters, and width "
+        "methods.",
+    )
+    retrain: Retrain = None
+    batch: Annotated[list[int] | None, Flag(metavar="1,4,16")] = Field(
+        default=None,
+        description="Batch sizes for measuring speed. Default: the recipe's, or 1,4,16,64.",
+    )
+    settings: Settings = []
+
+
+@flags(own=UnitsFlags, typed=Recipe)
 def compare_units(
+    own: UnitsFlags,
     typed: Recipe,
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", help="Checkpoint directory or Hub id. Default: embedded."),
     ] = None,
     recipe: RecipeName = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory. Default: runs/<model>-units.")
-    ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="METHOD,METHOD",
-            help="Depth criteria, of which the first sets the number of parameters, and width "
-            "methods.",
-        ),
-    ] = ",".join((*DEPTH, *WIDTH)),
-    retrain: Retrain = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="1,4,16",
-            help="Batch sizes for measuring speed. Default: the recipe's, or 1,4,16,64.",
-        ),
-    ] = None,
-    settings: Settings = None,
     json: Json = False,
 ) -> None:
     """Compare width and depth pruning at the same number of parameters: quality, speed, memory.
@@ -97,29 +114,28 @@ def compare_units(
     Example: shortllm compare-units Qwen/Qwen3-0.6B --ratio 0.2 --retrain lora
     """
     import shortllm
-    from shortllm.recipes import changed
-
-    chosen = requested_recipe(typed, model, recipe, retrain=retrain, settings=settings or ())
-    held = chosen.benchmark is not None and "batches" in chosen.benchmark.model_fields_set
-    if batch is not None or not held:
-        sizes = [int(size) for size in (batch or "1,4,16,64").split(",")]
-        chosen = changed(chosen, {"benchmark.batches": sizes}, "command line")
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    found = shortllm.compare_units(recipe=chosen, methods=names, out=out, command=command_line())
-    if json:
-        print_json(found.model_dump(mode="json"))
-        return
     from shortllm.comparison.width_vs_depth import default_directory
     from shortllm.reporting.comparison import units_table
     from shortllm.reporting.load import load_units
 
-    directory = out or default_directory(chosen.model)
-    print_table(*units_table(load_units(directory)).plain())
-    typer.echo(f"page: {directory / 'units.html'}")
+    run_flags = RunFlags(retrain=own.retrain, settings=own.settings)
+    chosen = requested_recipe(typed, run_flags, model=model, name=recipe)
+    held = chosen.benchmark is not None and "batches" in chosen.benchmark.model_fields_set
+    if own.batch is not None or not held:
+        sizes = own.batch or [1, 4, 16, 64]
+        chosen = changed(chosen, {"benchmark.batches": sizes}, "command line")
+    names = [name.strip() for name in own.methods.split(",") if name.strip()]
+    found = shortllm.compare_units(
+        recipe=chosen, methods=names, out=own.out, command=command_line()
+    )
+    if not answered(found, in_json=json):
+        directory = own.out or default_directory(chosen.model)
+        print_table(*units_table(load_units(directory)).plain())
+        typer.echo(f"page: {directory / 'units.html'}")
 
 
 def _print_comparison(found: Comparison) -> None:
-    from shortllm.comparison.ranking import verdict
+    from shortllm.comparison.options import verdict
     from shortllm.format import number
     from shortllm.reporting.comparison import perplexity_table
     from shortllm.reporting.protocol import perplexity_source, segments_phrase

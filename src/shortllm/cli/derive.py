@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from shortllm.cli.flags import flags
-from shortllm.cli.options import (
-    Json,
-    ModelArgument,
-    Out,
-    Revision,
-)
-from shortllm.cli.output import is_main_process, print_json, print_table
+from shortllm.cli.flags import Json, ModelArgument, Out, Revision, flags
+from shortllm.cli.output import answered, print_table
 from shortllm.format import number
 from shortllm.healing.options import HealOptions
 from shortllm.merging.options import MergeOptions
@@ -31,6 +27,16 @@ if TYPE_CHECKING:
     from shortllm.retraining.options import Retraining
     from shortllm.sublayers.options import SublayerDrop
     from shortllm.width_pruning.options import WidthPruning
+
+
+Result = TypeVar("Result")
+
+
+def _answer(result: Result, print_text: Callable[[Result], None], out: Path, *, json: bool) -> None:
+    """A record as JSON or as text, then where the checkpoint is."""
+    if not answered(result, in_json=json):
+        print_text(result)
+        typer.echo(f"checkpoint: {out}")
 
 
 @flags(options=HealOptions, runtime=Runtime)
@@ -57,11 +63,7 @@ def heal(
     import shortllm
 
     record = shortllm.heal(model, out, options=options, runtime=runtime, source=source)
-    if json:
-        print_json(record.model_dump(mode="json"))
-        return
-    _print_healing(record)
-    typer.echo(f"checkpoint: {out}")
+    _answer(record, _print_healing, out, json=json)
 
 
 def _print_healing(record: Healing) -> None:
@@ -103,11 +105,7 @@ def merge(
     import shortllm
 
     record = shortllm.merge(model, out, options=options, runtime=runtime, revision=revision)
-    if json:
-        print_json(record.model_dump(mode="json"))
-        return
-    _print_merging(record)
-    typer.echo(f"checkpoint: {out}")
+    _answer(record, _print_merging, out, json=json)
 
 
 def _print_merging(record: Merging) -> None:
@@ -150,11 +148,7 @@ def width(
     import shortllm
 
     record = shortllm.width(model, out, options=options, runtime=runtime, revision=revision)
-    if json:
-        print_json(record.model_dump(mode="json"))
-        return
-    _print_width(record)
-    typer.echo(f"checkpoint: {out}")
+    _answer(record, _print_width, out, json=json)
 
 
 def _print_width(record: WidthPruning) -> None:
@@ -201,11 +195,7 @@ def drop_sublayers(
     record = shortllm.drop_sublayers(
         model, out, options=options, runtime=runtime, revision=revision
     )
-    if json:
-        print_json(record.model_dump(mode="json"))
-        return
-    _print_drop(record)
-    typer.echo(f"checkpoint: {out}")
+    _answer(record, _print_drop, out, json=json)
 
 
 def _print_drop(record: SublayerDrop) -> None:
@@ -255,11 +245,7 @@ def quantize(
     import shortllm
 
     record = shortllm.quantize(model, out, options=options, runtime=runtime, revision=revision)
-    if json:
-        print_json(record.model_dump(mode="json"))
-        return
-    _print_quantization(record)
-    typer.echo(f"checkpoint: {out}")
+    _answer(record, _print_quantization, out, json=json)
 
 
 def _print_quantization(record: Quantization) -> None:
@@ -292,13 +278,7 @@ def retrain(
     import shortllm
 
     record = shortllm.retrain(model, out, options=options, runtime=runtime, revision=revision)
-    if not is_main_process():
-        return
-    if json:
-        print_json(record.model_dump(mode="json"))
-        return
-    _print_retraining(record)
-    typer.echo(f"checkpoint: {out}")
+    _answer(record, _print_retraining, out, json=json)
 
 
 def _print_retraining(record: Retraining) -> None:

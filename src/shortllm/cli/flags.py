@@ -1,4 +1,6 @@
-"""Flags made from option records: name, type, help, bounds, choices, default and panel.
+"""Flags made from option records, and the parameters that several commands share.
+
+A flag gets its name, type, help, bounds, choices, default and panel from the field of a record:
 
     @flags("data", options=HealOptions, runtime=Runtime)
     def heal(model: Model, out: Out, options: HealOptions, runtime: Runtime, json: Json = False):
@@ -19,17 +21,52 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field
 
-from shortllm.errors import ShortLLMError
-from shortllm.options import OptionField, Options, option_fields, options_from
+from shortllm.errors import CriterionError, ShortLLMError
+from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
 from shortllm.runtime import Runtime, Trust
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'.")
+]
+Out = Annotated[Path, typer.Option(help="Directory of the new checkpoint.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub model, as in MODEL@REVISION.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
 
 PLAIN = (bool, int, float, str, Path)
 """Types that typer reads itself; the text of others goes to pydantic."""
 
-
 COMMON = "Options"
 """Heading of the options that most people need, which come first in `--help`."""
+
+
+class CriterionOptions(Options):
+    """Options of criteria, as text."""
+
+    option: Annotated[
+        list[str], Flag(metavar="CRITERION.NAME=VALUE", panel="Scoring", repeated=True)
+    ] = Field(
+        default_factory=list,
+        description="Option of a criterion, e.g. taylor.power=2 or greedy.inner=kl; can be "
+        "repeated.",
+    )
+
+    def by_criterion(self) -> dict[str, dict[str, Any]]:
+        """The options of each criterion."""
+        options: dict[str, dict[str, Any]] = {}
+        for text in self.option:
+            place, equals, value = text.partition("=")
+            criterion, dot, name = place.partition(".")
+            if not equals or not dot or not name:
+                raise CriterionError(
+                    f"--option '{text}' must have the form CRITERION.NAME=VALUE, e.g. "
+                    "taylor.power=2"
+                )
+            options.setdefault(criterion, {})[name] = value
+        return options
 
 
 def flags(
@@ -47,7 +84,11 @@ def flags(
 
         @functools.wraps(function)
         def command(ctx: typer.Context, **values: Any) -> None:
-            typed = {name: _parsed(fields[name], values[name]) for name in typed_flags(ctx, fields)}
+            typed = {
+                name: _parsed(one, values[name])
+                for name, one in fields.items()
+                if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
+            }
             built = {
                 parameter: options_from(
                     kind,
@@ -57,8 +98,6 @@ def flags(
                 for parameter, kind in records.items()
             }
             own = {name: value for name, value in values.items() if name not in fields}
-            if "ctx" in inspect.signature(function).parameters:
-                own["ctx"] = ctx
             function(**own, **built)
 
         command.__signature__ = _signature(function, records, fields)  # type: ignore[attr-defined]
@@ -67,25 +106,12 @@ def flags(
     return decorate
 
 
-def typed_flags(ctx: typer.Context, fields: Mapping[str, OptionField]) -> list[str]:
-    """Names of the fields whose flags were typed."""
-    return [
-        name
-        for name in fields
-        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    ]
-
-
 def _fields(records: Mapping[str, type[Options]], common: Sequence[str]) -> dict[str, OptionField]:
     """The fields by flat name: common ones first, device, memory and safety last.
 
     A name that two records share is one flag, which sets both.
     """
-    found: dict[str, OptionField] = {}
-    for kind in records.values():
-        for name, one in option_fields(kind).items():
-            if not one.flag.hidden:
-                found.setdefault(name, one)
+    found = {n: one for n, one in fields_of_all(records.values()).items() if not one.flag.hidden}
     first = {name: replace(found[name], panel=COMMON) for name in common}
     last = {
         name: one
@@ -108,7 +134,7 @@ def _signature(
     own = [
         one.replace(kind=keyword, annotation=hints[one.name])
         for one in inspect.signature(function).parameters.values()
-        if one.name not in records and one.name != "ctx"
+        if one.name not in records
     ]
     made = {one.name: _parameter(one) for one in fields.values()}
     first = [made.pop(name) for name, one in fields.items() if one.panel == COMMON]

@@ -1,21 +1,28 @@
-"""`eval`, `bench`, `report`, `compare`, `export-lint`: what models can do, and how fast."""
+"""`eval`, `bench`, `report`, `export-lint`, `demo`: what models can do, and how fast."""
 
 from __future__ import annotations
 
+import os
+import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from shortllm.benchmark.options import BENCHMARK_PRESETS, BenchmarkOptions
-from shortllm.cli.flags import flags
-from shortllm.cli.options import Json, Revision
-from shortllm.cli.output import print_benchmark, print_evaluation, print_json, print_table
+from shortllm.cli.flags import Json, Revision, flags
+from shortllm.cli.output import answered, print_benchmark, print_evaluation
+from shortllm.errors import ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.runtime import DeviceOptions, Runtime, Trust
 
 Models = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or Hub ids.")
+]
+Panel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'."),
 ]
 
 
@@ -34,8 +41,7 @@ def evaluate(
     import shortllm
 
     measured = shortllm.evaluate(models, options=options, runtime=runtime, out=out)
-    if json:
-        print_json(measured.model_dump(mode="json"))
+    if answered(measured, in_json=json):
         return
     print_evaluation(measured)
     for model in measured.models:
@@ -71,34 +77,11 @@ def bench(
         given = options.model_dump(exclude_unset=True)
         options = BenchmarkOptions(**{**BENCHMARK_PRESETS[preset], **given})
     measured = shortllm.bench(models, options=options, runtime=runtime, out=out)
-    if json:
-        print_json(measured.model_dump(mode="json"))
+    if answered(measured, in_json=json):
         return
     print_benchmark(measured)
     if out is not None:
         typer.echo(f"benchmark: {out / 'bench.json'}")
-
-
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs.")
-    ],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
-    json: Json = False,
-) -> None:
-    """Compare several runs on one page: quality against size and latency.
-
-    Example: shortllm compare runs/qwen3 runs/other
-    """
-    import shortllm
-    from shortllm.reporting.runs_page import runs_table
-
-    models = shortllm.compare(runs, out=out)
-    if json:
-        print_json([one.model_dump(mode="json") for one in models])
-        return
-    print_table(*runs_table(models).plain())
-    typer.echo(f"page: {out}")
 
 
 def report(
@@ -127,11 +110,67 @@ def export_lint(
     import shortllm
 
     findings = shortllm.export_lint(model, revision=revision, trust=trust)
-    if json:
-        print_json([finding.model_dump(mode="json") for finding in findings])
+    if answered(findings, in_json=json):
         return
     for finding in findings:
         hint = f". {finding.hint}" if finding.hint else ""
         typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){hint}")
         for name, value in finding.fields.items():
             typer.echo(f"    {name}: {value}")
+
+
+@flags(runtime=DeviceOptions)
+def demo(
+    runtime: DeviceOptions,
+    original: Panel = None,
+    width: Panel = None,
+    depth: Panel = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="A panel with a name of yours; can be repeated."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; 0.0.0.0 for all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Default: the first free one from 7860."),
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also serve a public address through gradio's servers.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a user can generate.")] = 256,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch a user can choose.")] = 8,
+) -> None:
+    """Show several models side by side in the browser: text, time, throughput, memory.
+
+    Without a model: the embedded one and its shortened versions, which are made on first use.
+
+    Example: shortllm demo --original Qwen/Qwen3-0.6B --depth qwen3-short
+    """
+    if find_spec("gradio") is None:
+        raise ShortLLMError("the demo needs gradio. Install it with: pip install 'shortllm[demo]'")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+    from shortllm.demo.generate import Limits
+    from shortllm.demo.models import embedded_models, named_models, open_models
+    from shortllm.demo.page import serve
+    from shortllm.model import Session
+
+    session = Session(runtime)
+    given = {"original": original, "width": width, "depth": depth}
+    places = named_models(
+        [
+            *((name, place) for name, place in given.items() if place is not None),
+            *((name, place) for name, _, place in (one.partition("=") for one in model or ())),
+        ]
+    )
+    if not places:
+        places = embedded_models(session)
+        session.release()
+    models = open_models(places, session)
+    limits = Limits(new_tokens=max_tokens, batch=max_batch)
+    _, address = serve(models, limits=limits, host=host, port=port, share=share)
+    typer.echo(f"demo of {', '.join(places)}: {address}")
+    typer.echo("Ctrl-C ends it", err=True)
+    threading.Event().wait()

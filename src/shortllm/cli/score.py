@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortllm.cli.flags import flags
-from shortllm.cli.options import CriterionOption, Json, ModelArgument, Out, Revision
-from shortllm.cli.output import (
-    command_line,
-    is_main_process,
-    options_in,
-    plan_line,
-    print_json,
-    print_table,
-)
+from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Out, Revision, flags
+from shortllm.cli.output import answered, command_line, plan_line, print_table
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
 from shortllm.format import duration, plain
@@ -25,19 +17,18 @@ from shortllm.recipe import CRITERION_HELP
 from shortllm.runtime import DeviceOptions, Runtime
 
 if TYPE_CHECKING:
-    from shortllm.criteria.records import Search
     from shortllm.pruning.estimate import ModelSummary
     from shortllm.pruning.records import BlockScores
 
 
-@flags(runtime=DeviceOptions)
+@flags(criteria=CriterionOptions, runtime=DeviceOptions)
 def info(
     model: ModelArgument,
+    criteria: CriterionOptions,
     runtime: DeviceOptions,
     revision: Revision = None,
     samples: Annotated[int, typer.Option(min=1, help="Estimate for this many samples.")] = 10,
     length: Annotated[int, typer.Option(min=2, help="Estimate for samples of this length.")] = 128,
-    option: CriterionOption = None,
     probe: Annotated[
         bool,
         typer.Option(
@@ -58,18 +49,17 @@ def info(
         revision=revision,
         samples=samples,
         length=length,
-        options=options_in(option),
+        options=criteria.by_criterion(),
         probe=probe,
         runtime=runtime,
     )
-    if json:
-        print_json(summary.model_dump(mode="json"))
-    else:
+    if not answered(summary, in_json=json):
         _print_summary(summary)
 
 
-@flags(calibration=CalibrationOptions, runtime=Runtime)
+@flags(criteria=CriterionOptions, calibration=CalibrationOptions, runtime=Runtime)
 def score(
+    criteria: CriterionOptions,
     calibration: CalibrationOptions,
     runtime: Runtime,
     out: Annotated[Path, typer.Option(help="Run directory for calibration and scores.json.")],
@@ -77,7 +67,6 @@ def score(
     criterion: Annotated[
         str, typer.Option(help=f"{CRITERION_HELP} Several: ppl,kl take as few passes as possible.")
     ] = "ppl",
-    option: CriterionOption = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -93,18 +82,15 @@ def score(
     found = shortllm.score(
         model,
         criterion=[name.strip() for name in criterion.split(",") if name.strip()],
-        options=options_in(option),
+        options=criteria.by_criterion(),
         calibration=calibration,
         runtime=runtime,
         out=out,
         revision=revision,
         command=command_line(),
     )
-    if not is_main_process():
-        return
-    if json:
-        one = [scores.model_dump(mode="json") for scores in found.values()]
-        print_json(one[0] if len(one) == 1 else one)
+    records = list(found.values())
+    if answered(records[0] if len(records) == 1 else records, in_json=json):
         return
     for name, scores in found.items():
         _print_scores(scores)
@@ -132,11 +118,8 @@ def plan(
 
     budget.asked()
     chosen = shortllm.plan(scores, budget=budget, runtime=runtime, out=out)
-    if json:
-        print_json(chosen.model_dump(mode="json"))
-        return
-    typer.echo(plan_line(chosen))
-    typer.echo(chosen.reason)
+    if not answered(chosen, in_json=json):
+        typer.echo(f"{plan_line(chosen)}\n{chosen.reason}")
 
 
 @flags(runtime=Runtime)
@@ -184,9 +167,12 @@ def _block_numbers(text: str) -> list[int]:
 
 
 def _print_scores(scores: BlockScores) -> None:
-    rank = {block: place for place, block in enumerate(_ascending(scores.importance), start=1)}
+    from shortllm.pruning.planning import removal_order
+    from shortllm.reporting.run_page import search_table
+
+    order = removal_order(scores.importance, protected=[])
     rows = [
-        (str(b), f"{scores.importance[b]:.6g}", f"{scores.values[b]:.6g}", str(rank[b]))
+        (str(b), f"{scores.importance[b]:.6g}", f"{scores.values[b]:.6g}", str(order.index(b) + 1))
         for b in range(len(scores.importance))
     ]
     typer.echo(f"{scores.criterion}:")
@@ -194,52 +180,36 @@ def _print_scores(scores: BlockScores) -> None:
     if scores.intact is not None:
         typer.echo(f"intact: {scores.intact:.6g}")
     if scores.search is not None:
-        _print_search(scores.search)
-
-
-def _print_search(search: Search) -> None:
-    """A row per candidate set, and those left out."""
-    from shortllm.reporting.run_page import search_table
-
-    print_table(*search_table(search).plain())
-    for left in search.left_out:
-        typer.echo(f"left out: {left.criterion} ({left.reason})")
-
-
-def _ascending(values: list[float]) -> list[int]:
-    from shortllm.pruning.planning import removal_order
-
-    return removal_order(values, protected=[])
+        print_table(*search_table(scores.search).plain())
+        for left in scores.search.left_out:
+            typer.echo(f"left out: {left.criterion} ({left.reason})")
 
 
 def _print_summary(summary: ModelSummary) -> None:
     model = summary.model
     protected = set(summary.protected)
     typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
+    inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
     parts = [
-        (
-            f"block {b}",
-            f"{n:,}",
-            f"{size:,}",
-            f"{n / model.parameters:.2%}",
-            "protected" if b in protected else "",
-        )
-        for b, (n, size) in enumerate(
-            zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
-        )
+        (f"block {b}", parameters, size, "protected" if b in protected else "")
+        for b, (parameters, size) in enumerate(inside)
     ]
-    outside_bytes = model.bytes - sum(summary.bytes_per_block)
-    outside = summary.parameters_outside
-    parts.append(
-        ("outside", f"{outside:,}", f"{outside_bytes:,}", f"{outside / model.parameters:.2%}", "")
+    parts += [
+        ("outside", summary.parameters_outside, model.bytes - sum(summary.bytes_per_block), ""),
+        ("all", model.parameters, model.bytes, ""),
+    ]
+    print_table(
+        ("part", "parameters", "bytes", "share", ""),
+        [
+            (part, f"{parameters:,}", f"{size:,}", f"{parameters / model.parameters:.2%}", note)
+            for part, parameters, size, note in parts
+        ],
     )
-    parts.append(("all", f"{model.parameters:,}", f"{model.bytes:,}", "100.00%", ""))
-    print_table(("part", "parameters", "bytes", "share", ""), parts)
     typer.echo("\nremoving on average saves")
     most = model.blocks - len(protected)
     counts = sorted({1, *(max(1, round(model.blocks * r)) for r in (0.1, 0.2, 0.3, 0.4, 0.5))})
     saved = [
-        (f"{k} of {model.blocks}", f"{summary.saved_by(k)[0]:.1%}", f"{summary.saved_by(k)[1]:.1%}")
+        (f"{k} of {model.blocks}", *(f"{ratio:.1%}" for ratio in summary.saved_by(k)))
         for k in counts
         if k <= most
     ]

@@ -30,7 +30,7 @@ from shortllm.comparison.options import (
     LeftOut,
     RemovedSet,
 )
-from shortllm.criteria.selection import ResolvedCriterion, resolve, resolve_all
+from shortllm.criteria import Criterion, resolve, resolve_all
 from shortllm.data.calibration import resolve_calibration
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError, CriterionError
@@ -38,7 +38,7 @@ from shortllm.evaluation.evaluate import resolve_evaluation
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.pruning.planning import build_plan, removal_order
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 """The criterion that every other one must beat."""
+
+Removals = tuple[Criterion, list[list[int]]]
+"""A criterion, and the blocks that it removes at each budget, the first to go first."""
 
 
 def default_directory(model: str) -> Path:
@@ -67,7 +70,7 @@ class Question:
     """What is compared, checked against the model."""
 
     options: ComparisonOptions
-    criteria: list[ResolvedCriterion]
+    criteria: list[Criterion]
     budgets: list[ComparedBudget]
     left_out: list[LeftOut]
     protected: list[int]
@@ -75,7 +78,7 @@ class Question:
 
 
 def prepare_question(
-    model: ModelInfo, options: ComparisonOptions, criteria: Sequence[ResolvedCriterion]
+    model: ModelInfo, options: ComparisonOptions, criteria: Sequence[Criterion]
 ) -> Question:
     """Fit criteria and ratios to a model.
 
@@ -108,8 +111,8 @@ def _budget(options: ComparisonOptions, **amount: float) -> Budget:
 
 
 def _fitted(
-    one: ResolvedCriterion, options: ComparisonOptions, model: ModelInfo, budgets: Sequence[int]
-) -> ResolvedCriterion:
+    one: Criterion, options: ComparisonOptions, model: ModelInfo, budgets: Sequence[int]
+) -> Criterion:
     """A criterion that removes blocks itself with the limits of the comparison."""
     if one.name == RANDOM:
         raise CriterionError(
@@ -123,7 +126,7 @@ def _fitted(
         )
     limits = removal_options(one, _budget(options, remove=max(budgets)), model)
     for name in limits:
-        if one.options[name] != one.criterion.defaults[name]:
+        if one.options[name] != one.defaults[name]:
             raise CriterionError(
                 f"{one.name}.{name} follows from --ratios, --protect-first and --protect-last "
                 "here. Leave the option out"
@@ -138,12 +141,7 @@ def _texts(
     embedded, given = checkpoint.id == EMBEDDED, options.evaluation
     calibration = resolve_calibration(options.calibration, checkpoint.model_type, embedded=embedded)
     evaluation = resolve_evaluation(
-        EvaluationOptions(
-            data=[given.data] if given.data else [],
-            length=given.length,
-            bos=given.bos,
-            max_segments=given.max_segments,
-        ),
+        EvaluationOptions(**given.model_dump() | {"data": [given.data] if given.data else []}),
         embedded=embedded,
         every=bool(calibration.bos_every_sample),
         calibrated_on=options.calibration.data,
@@ -234,7 +232,7 @@ def _measured(
         return known
     info = checkpoint.info()
     chosen, drawn = _chosen(info, question, scores), _drawn(info, question)
-    sets = {frozenset(removed.order) for one in (*chosen, *drawn) for removed in one.sets}
+    sets = {frozenset(order) for _, orders in (*chosen, *drawn) for order in orders}
     removals = [NOTHING, *sorted(sets, key=sorted)]
     ids_BT = ranks.mine(text.segments.ids)
     decoder, started = session.decoder(checkpoint), time.monotonic()
@@ -251,8 +249,11 @@ def _measured(
         protected=question.protected,
         budgets=question.budgets,
         left_out=question.left_out,
-        criteria=[_filled(one, measured) for one in chosen],
-        random=[_filled(one, measured) for one in drawn],
+        criteria=[
+            _contender(one, orders, measured, scores=scores[one.name].fingerprint)
+            for one, orders in chosen
+        ],
+        random=[_contender(one, orders, measured) for one, orders in drawn],
         intact=as_perplexity(text, measured[NOTHING]),
         calibration=next((s.calibration for s in scores.values() if s.calibration), None),
         models=len(sets),
@@ -295,47 +296,44 @@ def _fingerprint(
 
 def _chosen(
     model: ModelInfo, question: Question, scores: Mapping[str, BlockScores]
-) -> list[Contender]:
-    """What the plans of each criterion remove; not measured yet."""
+) -> list[Removals]:
+    """What the plans of each criterion remove."""
     budgets = [_budget(question.options, remove=one.blocks) for one in question.budgets]
     return [
-        _contender(
+        (
             one,
             [build_plan(budget, model=model, scores=scores[one.name]).order for budget in budgets],
-            scores[one.name].fingerprint,
         )
         for one in question.criteria
     ]
 
 
-def _drawn(model: ModelInfo, question: Question) -> list[Contender]:
-    """What plans by `random` with the seeds 0, 1, ... remove; not measured yet."""
+def _drawn(model: ModelInfo, question: Question) -> list[Removals]:
+    """What plans by `random` with the seeds 0, 1, ... remove."""
     found = []
     for seed in range(question.options.random):
         one = resolve(RANDOM, {"seed": seed})
         order = removal_order(one.call(model.blocks), question.protected)
-        found.append(_contender(one, [order[: budget.blocks] for budget in question.budgets]))
+        found.append((one, [order[: budget.blocks] for budget in question.budgets]))
     return found
 
 
 def _contender(
-    one: ResolvedCriterion, orders: Sequence[list[int]], scores: str | None = None
+    one: Criterion,
+    orders: Sequence[list[int]],
+    nlls: Mapping[frozenset[int], float],
+    *,
+    scores: str | None = None,
 ) -> Contender:
-    sets = [RemovedSet(order=order, nll=None, perplexity=None) for order in orders]
-    source = one.criterion.source
-    return Contender(
-        criterion=one.name, options=one.options, source=source, scores=scores, sets=sets
-    )
-
-
-def _filled(one: Contender, nlls: Mapping[frozenset[int], float]) -> Contender:
-    """The same with what was measured; None where it is not a number."""
+    """One row of the comparison; None where what was measured is not a number."""
     from shortllm.model.metrics import perplexity
 
     sets = []
-    for removed in one.sets:
-        nll = nlls[frozenset(removed.order)]
+    for order in orders:
+        nll = nlls[frozenset(order)]
         values = {"nll": nll, "perplexity": perplexity(nll)}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        sets.append(removed.model_copy(update=finite))
-    return one.model_copy(update={"sets": sets})
+        sets.append(RemovedSet(order=order, **finite))
+    return Contender(
+        criterion=one.name, options=one.options, source=one.source, scores=scores, sets=sets
+    )

@@ -1,12 +1,14 @@
-"""Options and records of the comparisons: of criteria, and of width with depth.
+"""Options and records of the comparisons, and who wins that of criteria.
 
 comparison.json: removals by several criteria, measured on the same text.
-
 units.json: width against depth pruning at the same number of parameters.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -14,8 +16,10 @@ from typing_extensions import Self
 
 from shortllm import criteria
 from shortllm.data.options import CalibrationOptions
-from shortllm.evaluation.options import Perplexity
+from shortllm.evaluation.options import Perplexity, WindowBos, WindowLength
+from shortllm.format import counted, listed
 from shortllm.options import Flag, Nested, Options
+from shortllm.pruning.budget import ProtectFirst, ProtectLast
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
 from shortllm.width_pruning.methods import METHODS
 
@@ -34,14 +38,8 @@ class ComparisonText(Options):
         description="Text to measure on. Default: rows of --data that calibration did not use, or "
         "wikitext2.",
     )
-    length: int = Field(
-        default=128, ge=2, description="Tokens per window; 2048 is the usual protocol."
-    )
-    bos: Literal["first", "every", "none"] | None = Field(
-        default=None,
-        description="Add BOS before the first window or before every one. Default: first; every "
-        "for Gemma models.",
-    )
+    length: WindowLength = 128
+    bos: WindowBos = None
     max_segments: int = Field(default=64, ge=1, description="Measure this many windows.")
 
 
@@ -63,14 +61,8 @@ class ComparisonOptions(Options):
         ge=1,
         description="Random removals of each size, which a criterion must beat.",
     )
-    protect_first: int | None = Field(
-        default=None,
-        description="Keep this many blocks at the start. Default: 4, at most a quarter of all.",
-    )
-    protect_last: int | None = Field(
-        default=None,
-        description="Keep this many blocks at the end. Default: 2, at most a quarter of all.",
-    )
+    protect_first: ProtectFirst = None
+    protect_last: ProtectLast = None
     calibration: CalibrationOptions = CalibrationOptions()
     evaluation: Annotated[
         ComparisonText,
@@ -138,6 +130,77 @@ class Comparison(ResultFile):
         if not (self.budgets and self.criteria and self.random):
             raise ValueError("budgets, criteria and random must not be empty")
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """One budget: what criteria and random draws reach. Infinity where there was no perplexity."""
+
+    name: str
+    """The requested ratios, e.g. '10 %', or '10/20 %' where both come to the same blocks."""
+    blocks: int
+    perplexities: list[float]
+    """One for each criterion."""
+    best: list[str]
+    """The criteria with the lowest perplexity; several where they remove the same blocks."""
+    random: list[float]
+    """One for each draw."""
+
+    @property
+    def random_mean(self) -> float:
+        """Mean perplexity of the random removals."""
+        return sum(self.random) / len(self.random)
+
+    @property
+    def beat_mean(self) -> int:
+        """Criteria below the mean of the draws."""
+        return sum(value < self.random_mean for value in self.perplexities)
+
+    @property
+    def beat_all(self) -> int:
+        """Criteria below every draw."""
+        return sum(value < min(self.random) for value in self.perplexities)
+
+
+def standings(comparison: Comparison) -> list[Standing]:
+    """One for each budget."""
+    found = []
+    for place, budget in enumerate(comparison.budgets):
+        reached = _perplexities(comparison.criteria, place)
+        contenders = zip(comparison.criteria, reached, strict=True)
+        least = [one.criterion for one, value in contenders if value == min(reached)]
+        found.append(
+            Standing(
+                name=f"{'/'.join(f'{100 * ratio:.4g}' for ratio in budget.ratios)} %",
+                blocks=budget.blocks,
+                perplexities=reached,
+                best=least if math.isfinite(min(reached)) else [],
+                random=_perplexities(comparison.random, place),
+            )
+        )
+    return found
+
+
+def _perplexities(contenders: Sequence[Contender], place: int) -> list[float]:
+    values = [one.sets[place].perplexity for one in contenders]
+    return [math.inf if value is None else value for value in values]
+
+
+def verdict(comparison: Comparison) -> str:
+    """Which criteria win most often, and whether they are better than chance, in two sentences."""
+    columns, count = standings(comparison), len(comparison.criteria)
+    best = [name for column in columns for name in column.best]
+    wins: dict[int, list[str]] = {}
+    for name in sorted(set(best), key=lambda name: (-best.count(name), best.index(name))):
+        wins.setdefault(best.count(name), []).append(name)
+    won = [f"{listed(names)} at {number}" for number, names in wins.items()][:2]
+    won[:1] = [f"{text} of {counted(len(columns), 'budget')}" for text in won[:1]]
+    beat = sorted({column.beat_mean for column in columns})
+    some = str(beat[0]) if len(beat) == 1 else f"{beat[0]} to {beat[-1]}"
+    return (
+        f"Lowest perplexity: {'; '.join(won) or 'none could be measured'}. At each budget {some} "
+        f"of {count} criteria are better than the mean of {len(comparison.random)} random removals."
+    )
 
 
 class Candidate(Record):

@@ -23,14 +23,14 @@ from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.comparison.options import DEPTH, UNITS_FILE, WIDTH, Candidate, UnitsComparison
-from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.criteria import Criterion, resolve
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
 from shortllm.measure import bench_in, evaluate_in
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts, overlaid
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
@@ -62,7 +62,7 @@ def default_directory(model: str) -> Path:
     return Path("runs") / f"{rundir.short_name(model)}-units"
 
 
-def asked_methods(names: Sequence[str]) -> tuple[list[ResolvedCriterion], list[str]]:
+def asked_methods(names: Sequence[str]) -> tuple[list[Criterion], list[str]]:
     """The criteria of depth and the methods of width among some names."""
     if len(set(names)) != len(names):
         raise CriterionError(f"a method was given twice in {', '.join(names)}. Name each once")
@@ -152,7 +152,7 @@ def _shorter(
     directory: Path,
     checkpoint: Checkpoint,
     budget: Budget,
-    asked: Sequence[ResolvedCriterion],
+    asked: Sequence[Criterion],
     calibration: Calibration | None,
     session: Session,
 ) -> dict[str, Checkpoint]:

@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -37,11 +37,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from shortllm.errors import CriterionError, did_you_mean
 from shortllm.papers import Paper
+from shortllm.records import ModelInfo, protected_in
 from shortllm.registry import Registry, first_line, import_modules
 
 if TYPE_CHECKING:
-    from shortllm.criteria.records import Search
-    from shortllm.criteria.search import Found, SearchSpace
+    from shortllm.criteria.search import Found, Search, SearchSpace
 
 Needs = Literal[
     "logits", "gradients", "weights", "streams", "last token", "removals", "nothing", "sets"
@@ -92,7 +92,7 @@ class SearchMethod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
-    """A registered criterion."""
+    """A registered criterion, with the options that it was resolved with."""
 
     name: str
     label: str
@@ -111,25 +111,44 @@ class Criterion:
     search: SearchMethod | None
     defaults: Mapping[str, Any]
     """Every option with its default."""
+    options: dict[str, Any]
+    """Every option with its value: what `resolve` was given, or the default."""
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether it removes blocks itself: one after the other, or by searching for a set."""
+        return self.needs in ("removals", "sets")
 
     @property
     def needs_text(self) -> bool:
         """Whether it looks at calibration text."""
-        return self.needs not in WITHOUT_TEXT
+        return self.scored_by().needs not in WITHOUT_TEXT
 
-    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All options with their values; texts from a command line are converted."""
-        stated = {name: self.function.__annotations__[name] for name in self.defaults}
-        hints = get_type_hints(
-            SimpleNamespace(__annotations__=stated), globalns=self.function.__globals__
-        )
-        chosen = dict(self.defaults)
-        for name, value in given.items():
-            if name not in chosen:
-                known = f".{did_you_mean(name, chosen)}" if chosen else "; it has no options"
-                raise CriterionError(f"criterion '{self.name}' has no option '{name}'{known}")
-            chosen[name] = _converted(self.name, name, value, hints[name])
-        return chosen
+    def scored_by(self) -> Criterion:
+        """The criterion that it scores with in each round, if it removes blocks one by one."""
+        if self.needs != "removals":
+            return self
+        inner = resolve(self.options["inner"])
+        if inner.removes_blocks:
+            raise CriterionError(
+                f"{self.name}.inner cannot be '{inner.name}', which removes blocks itself"
+            )
+        return inner
+
+    def free(self, model: ModelInfo) -> list[int]:
+        """The blocks that a criterion may remove one after the other."""
+        first, last = self.options["protect_first"], self.options["protect_last"]
+        protected = protected_in(model, first, last)
+        return [block for block in range(model.blocks) if block not in protected]
+
+    def rounds(self, model: ModelInfo) -> int:
+        """How many blocks a criterion removes one after the other."""
+        free = len(self.free(model))
+        return min(self.options["rounds"] or max(1, free // 2), free)
+
+    def call(self, *arguments: Any) -> Any:
+        """Call the criterion's function with its options."""
+        return self.function(*arguments, **self.options)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -165,6 +184,7 @@ def criterion(
 
     def register(function: Function) -> Function:
         parameters = inspect.signature(function).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         entry = Criterion(
             name=name,
             label=label or f"importance ({name})",
@@ -176,7 +196,8 @@ def criterion(
             in_nats=in_nats,
             compared=compared and needs != "sets",
             search=search,
-            defaults={p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY},
+            defaults=defaults,
+            options=defaults,
         )
         _REGISTRY.add(name, entry)
         return function
@@ -205,6 +226,70 @@ def help_text() -> str:
     searches = names_by_need("sets")
     others = [one.name for one in listed() if one.name not in searches]
     return f"{', '.join(others)}; searches: {', '.join(searches)}"
+
+
+def resolve(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
+    """Look a criterion up and check its options; texts from a command line are converted."""
+    found = get(name)
+    stated = {option: found.function.__annotations__[option] for option in found.defaults}
+    hints = get_type_hints(
+        SimpleNamespace(__annotations__=stated), globalns=found.function.__globals__
+    )
+    chosen = dict(found.defaults)
+    for option, value in (options or {}).items():
+        if option not in chosen:
+            known = f".{did_you_mean(option, chosen)}" if chosen else "; it has no options"
+            raise CriterionError(f"criterion '{name}' has no option '{option}'{known}")
+        chosen[option] = _converted(name, option, value, hints[option])
+    resolved = replace(found, options=chosen)
+    resolved.scored_by()
+    if resolved.needs == "sets":
+        _check_search(name, resolved.options)
+    return resolved
+
+
+def resolve_all(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[Criterion]:
+    """Criteria by name with their options."""
+    if len(set(names)) != len(names) or not names:
+        given = ", ".join(names) or "nothing"
+        raise CriterionError(f"--criterion {given} must name criteria, each once")
+    resolved = [resolve(name, options.get(name)) for name in names]
+    for name in options:
+        if name not in names:
+            raise CriterionError(
+                f"an option of criterion '{name}' was given, but the criteria requested are "
+                f"{', '.join(names)}"
+            )
+    return resolved
+
+
+def names_in(text: str) -> list[str]:
+    """The names of a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _check_search(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of a search that no model could meet."""
+    lists = "candidates" if "candidates" in options else "start"
+    chosen = names_in(options[lists])
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise CriterionError(
+            f"{name}.{lists} '{options[lists]}' must name criteria, each once, e.g. ppl,influence"
+        )
+    for one in map(get, chosen):
+        if one.needs == "sets" and (lists == "start" or one.search is None):
+            raise CriterionError(
+                f"{name}.{lists} cannot contain '{one.name}', which searches itself"
+            )
+    for option in ("evaluations", "generations", "offspring", "remove"):
+        if options.get(option) is not None and options[option] < 1:
+            raise CriterionError(f"{name}.{option} {options[option]} must be 1 or more")
+    if options["minutes"] is not None and not options["minutes"] > 0:
+        raise CriterionError(f"{name}.minutes {options['minutes']} must be positive, e.g. 5")
+    if not 0 <= options["held_out"] < 1 or (lists == "candidates" and options["held_out"] == 0):
+        raise CriterionError(
+            f"{name}.held_out {options['held_out']} must be between 0 and 1, e.g. 0.2"
+        )
 
 
 def require_finite(name: str, values: list[float]) -> None:

@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shortllm import criteria
-from shortllm.criteria import PLACE, Scores, criterion
-from shortllm.criteria.search import (
-    ONE_SHOT,
-    Fitness,
-    Found,
-    SearchSpace,
-    begin,
-    names_in,
-    scores_of,
-)
+from shortllm.criteria import PLACE, Scores, criterion, names_in
+from shortllm.criteria.search import ONE_SHOT, Fitness, Found, SearchSpace, begin, scores_of
 
 
 @criterion("auto", needs="sets", label=PLACE, paper="the best of several criteria on held-out text")

@@ -15,18 +15,20 @@ block, or a period of blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, Protocol
 
-from shortllm import criteria
-from shortllm.criteria import PLACE, Scores, SearchMethod, criterion
-from shortllm.criteria.records import CandidateSet, Search
+from pydantic import Field
+
+from shortllm.criteria import PLACE, Scores, SearchMethod, criterion, names_in
 from shortllm.errors import CriterionError
 from shortllm.papers import EVOPRESS
+from shortllm.records import Record
 
 Blocks = frozenset[int]
+Unit = tuple[int, ...]
 Fitness = Literal["ppl", "kl"]
 
 ONE_SHOT = "ppl,kl,taylor,influence,relative,angular,magnitude"
@@ -35,6 +37,44 @@ ONE_SHOT = "ppl,kl,taylor,influence,relative,angular,magnitude"
 STAGES = ((0.25, 0.25), (0.5, 0.125), (1.0, 0.125))
 """Of each stage of selection the part of the samples, and the part of the children that survive;
 of the last stage, where they meet their parent, one does."""
+
+
+class CandidateSet(Record):
+    """One removal that a search began with, chose from, or found."""
+
+    criterion: str
+    removed: list[int] = Field(description="ascending")
+    value: float | None = Field(
+        description="on the search samples: perplexity, or KL(intact || without) in nats per token"
+    )
+    held_out: float | None = Field(default=None, description="perplexity on the held-out samples")
+
+
+class NotTried(Record):
+    """A criterion that has no removal of the requested kind."""
+
+    criterion: str
+    reason: str
+
+
+class Search(Record):
+    """How a searched set of blocks came about."""
+
+    fitness: Fitness
+    candidates: list[CandidateSet] = Field(description="in the order requested")
+    found: CandidateSet = Field(description="what is removed")
+    start: str | None = Field(description="the candidate that swaps or children began with")
+    ordered_by: str = Field(description="the criterion whose scores order the blocks")
+    rounds: list[float] = Field(
+        description="mean fitness of the best set after each round, in nats per token"
+    )
+    stopped: str | None = Field(description="why there were no more rounds")
+    evaluations: float = Field(
+        description="sets measured; one measured on a part of the samples counts as that part"
+    )
+    search_samples: int
+    held_out_samples: int
+    left_out: list[NotTried] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +110,7 @@ class SearchSpace(Protocol):
     """Sets of blocks of one size, which can be measured."""
 
     blocks: int
-    units: list[tuple[int, ...]]
+    units: list[Unit]
     """What may be removed, each all or not at all, ascending."""
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
@@ -170,9 +210,7 @@ def swap_while_it_helps(
         minutes: no round begins later than this.
         remove: number of blocks to remove; default: a quarter of them.
     """
-    found, candidates, values = begin(space, names_in(start))
-    climb(space, found, {})
-    return _scores(space, "local", found, candidates, values)
+    return _searched(space, "local", start, climb, {})
 
 
 @criterion(
@@ -205,37 +243,8 @@ def evolve_from_the_best_plan(
         evaluations: sets measured at most, in addition to the starts; one measured on a part of
             the samples counts as that part.
     """
-    found, candidates, values = begin(space, names_in(start))
-    evolve(space, found, {"generations": generations, "offspring": offspring, "seed": seed})
-    return _scores(space, "evolve", found, candidates, values)
-
-
-def names_in(text: str) -> list[str]:
-    """The names of a list with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options of a search that no model could meet."""
-    lists = "candidates" if "candidates" in options else "start"
-    chosen = names_in(options[lists])
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise CriterionError(
-            f"{name}.{lists} '{options[lists]}' must name criteria, each once, e.g. ppl,influence"
-        )
-    for one in chosen:
-        searches = criteria.get(one).needs == "sets"
-        if searches and (lists == "start" or criteria.get(one).search is None):
-            raise CriterionError(f"{name}.{lists} cannot contain '{one}', which searches itself")
-    for option in ("evaluations", "generations", "offspring", "remove"):
-        if options.get(option) is not None and options[option] < 1:
-            raise CriterionError(f"{name}.{option} {options[option]} must be 1 or more")
-    if options["minutes"] is not None and not options["minutes"] > 0:
-        raise CriterionError(f"{name}.minutes {options['minutes']} must be positive, e.g. 5")
-    if not 0 <= options["held_out"] < 1 or (lists == "candidates" and options["held_out"] == 0):
-        raise CriterionError(
-            f"{name}.held_out {options['held_out']} must be between 0 and 1, e.g. 0.2"
-        )
+    options = {"generations": generations, "offspring": offspring, "seed": seed}
+    return _searched(space, "evolve", start, evolve, options)
 
 
 def begin(space: SearchSpace, names: Sequence[str]) -> tuple[Found, list[Proposal], list[float]]:
@@ -257,7 +266,7 @@ def _swaps(space: SearchSpace, found: Found) -> list[Blocks]:
     removed, kept = _parts(space, found.removed)
     importance = found.start.importance
 
-    def gain(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[float, Any]:
+    def gain(pair: tuple[Unit, Unit]) -> tuple[float, Any]:
         back, taken = pair
         return sum(importance[b] for b in taken) - sum(importance[b] for b in back), pair
 
@@ -265,9 +274,7 @@ def _swaps(space: SearchSpace, found: Found) -> list[Blocks]:
     return [found.removed.difference(back).union(taken) for back, taken in pairs]
 
 
-def _parts(
-    space: SearchSpace, removed: Blocks
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def _parts(space: SearchSpace, removed: Blocks) -> tuple[list[Unit], list[Unit]]:
     """The units that are removed, and those that are kept."""
     gone = [unit for unit in space.units if removed.issuperset(unit)]
     return gone, [unit for unit in space.units if removed.isdisjoint(unit)]
@@ -296,14 +303,16 @@ def _children(space: SearchSpace, parent: Blocks, count: int, random: Random) ->
     return list(children)
 
 
-def _scores(
+def _searched(
     space: SearchSpace,
     name: str,
-    found: Found,
-    proposals: Sequence[Proposal],
-    values: Sequence[float],
+    start: str,
+    improve: Callable[[SearchSpace, Found, Mapping[str, Any]], None],
+    options: Mapping[str, Any],
 ) -> Scores:
-    """The result of a search, with start and result measured on held-out samples."""
+    """The best start, improved; starts and result are also measured on held-out samples."""
+    found, proposals, values = begin(space, names_in(start))
+    improve(space, found, options)
     sets = [(one.criterion, one.removed) for one in proposals]
     *candidates, result = space.candidates([*sets, (name, found.removed)], [*values, found.value])
     return scores_of(space, candidates, result, found.start, found)

@@ -1,25 +1,42 @@
-"""Calibration: the token ids that blocks are scored on, their record and their files.
+"""Calibration: the token ids that blocks are scored on, sampled from text, their record and files.
 
-`texts.calibrate` samples the ids. Those of an earlier run, or a JSON list of lists of token ids,
-can be given instead (`load_calibration`). A run directory gets `calibration.safetensors` (tensor
-`ids`, int64) and then `calibration.json`, which carries the ids' fingerprint, so that a
-half-written pair is never taken for a whole one.
+Two samplers give `ids [samples, length]`:
+
+    random   windows at seeded random places of seeded random rows: those of the published scores
+             (10 samples of 128 tokens, seed 1234, BookCorpus), to the token
+    packed   all rows one after another, cut every `length` tokens, the first `samples` of them
+
+The ids of an earlier run, or a JSON list of lists of token ids, can be given instead. A run
+directory gets `calibration.safetensors` (tensor `ids`, int64) and then `calibration.json`, which
+carries the ids' fingerprint, so that a half-written pair is never taken for a whole one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.options import CalibrationInfo, CalibrationOptions
+from shortllm.data.rows import Rows
+from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
 from shortllm.files import fingerprint, require_writable, write_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IDS_FILE = "calibration.safetensors"
 
@@ -27,6 +44,9 @@ INFO_FILE = "calibration.json"
 
 BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
 """Model types whose predictions mean nothing without a BOS at the start of every sample."""
+
+ROWS_PER_BATCH = 1000
+"""Rows tokenized in one call when many are needed: enough to use all cores, small in memory."""
 
 
 def resolve_calibration(
@@ -66,6 +86,163 @@ class Calibration:
     def __str__(self) -> str:
         samples, length = self.ids.shape
         return f"{samples} samples of {length} tokens from {self.info.source} ({self.info.sampler})"
+
+
+def calibrate(
+    checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None
+) -> Calibration:
+    """Calibration ids from `rows`, else from the data or the file of the options, checked against
+    the model."""
+    embedded = checkpoint.id == EMBEDDED
+    options = resolve_calibration(options, checkpoint.model_type, embedded=embedded)
+    if options.file is not None:
+        calibration = load_calibration(options.file)
+    else:
+        if rows is None:
+            rows = load_rows(options.data or "", role="calibration")
+        calibration = build_calibration(rows, load_tokenizer(checkpoint), options)
+    check_ids(calibration.ids, checkpoint.vocabulary)
+    check_length(checkpoint, calibration.ids.shape[1], "--length")
+    return calibration
+
+
+def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
+    """Refuse more tokens than the model has positions for."""
+    room = context_length(checkpoint.config)
+    if room is not None and length > room:
+        raise DataError(
+            f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} "
+            f"{room} or less"
+        )
+
+
+def build_calibration(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> Calibration:
+    """Sample rows, and record how."""
+    is_random = options.sampler == "random"
+    ids = (sample_random if is_random else sample_packed)(rows, tokenizer, options)
+    bos = "tokenizer" if is_random and tokenizer.bos_token_id is not None else "none"
+    return _described(
+        ids,
+        source=rows.source,
+        rows=(rows.start, rows.stop),
+        sampler=options.sampler,
+        seed=options.seed if is_random else None,
+        bos="every-sample" if options.bos_every_sample else bos,
+    )
+
+
+def _described(ids: torch.Tensor, **about: Any) -> Calibration:
+    """Ids with their record; `about` says where they came from."""
+    about |= {"samples": ids.shape[0], "length": ids.shape[1]}
+    about["tokens_fingerprint"] = tokens_fingerprint(ids)
+    return Calibration(ids=ids, info=CalibrationInfo(fingerprint=fingerprint(about), **about))
+
+
+def sample_random(
+    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> torch.Tensor:
+    """Windows at random places of random rows, int64 [samples, length]; no row is used twice.
+
+    Rows are tokenized with special tokens, so a window has a BOS only when it starts where its row
+    starts. With `bos_every_sample` they are tokenized without, and each window becomes [BOS] +
+    window[:-1]. Source: Shortened LLaMA, arXiv:2402.02834.
+    """
+    samples, length = options.samples, options.length
+    bos = _bos_of(tokenizer) if options.bos_every_sample else None
+    random = Random(options.seed)
+    windows: dict[int, list[int]] = {}
+    is_long: dict[int, bool] = {}
+    draws = 0
+    while len(windows) < samples:
+        if draws == len(rows):  # none found for long: look whether one is left
+            _measure(rows, tokenizer, is_long, length=length, special=bos is None)
+            if sum(is_long.values()) == len(windows):
+                raise DataError(
+                    f"only {len(windows)} of {len(rows)} rows have at least {length} tokens, "
+                    f"{samples} samples need {samples} such rows. Use --sampler packed, a shorter "
+                    "--length, fewer --samples, or data with longer rows"
+                )
+        draws += 1
+        row = random.randint(0, len(rows) - 1)
+        if row in windows or not is_long.get(row, True):
+            continue
+        tokens = _token_lists(tokenizer, [rows[row]], special=bos is None)[0]
+        is_long[row] = len(tokens) >= length
+        if is_long[row]:
+            start = random.randint(0, len(tokens) - length)
+            windows[row] = tokens[start : start + length]
+            draws = 0
+    ids = torch.tensor(list(windows.values()), dtype=torch.int64)
+    return ids if bos is None else F.pad(ids[:, :-1], (1, 0), value=bos)
+
+
+def _measure(
+    rows: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    is_long: dict[int, bool],
+    *,
+    length: int,
+    special: bool,
+) -> None:
+    """Tokenize every row that is not in `is_long`, and note whether it has `length` tokens."""
+    unseen = [row for row in range(len(rows)) if row not in is_long]
+    for start in range(0, len(unseen), ROWS_PER_BATCH):
+        batch = unseen[start : start + ROWS_PER_BATCH]
+        lists = _token_lists(tokenizer, [rows[row] for row in batch], special=special)
+        for row, tokens in zip(batch, lists, strict=True):
+            is_long[row] = len(tokens) >= length
+
+
+def sample_packed(
+    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+) -> torch.Tensor:
+    """The rows' tokens one after another, cut every `length`: the first [samples, length], int64.
+
+    Rows are tokenized without special tokens and nothing is put between them. With
+    `bos_every_sample` each piece is [BOS] and `length - 1` tokens. Reading stops as soon as there
+    are enough.
+    """
+    samples = options.samples
+    bos = _bos_of(tokenizer) if options.bos_every_sample else None
+    new_tokens = options.length - (bos is not None)
+    tokens: list[int] = []
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        texts = rows[start : start + ROWS_PER_BATCH]
+        tokens.extend(chain.from_iterable(_token_lists(tokenizer, texts, special=False)))
+        if len(tokens) >= samples * new_tokens:
+            break
+    else:
+        raise DataError(
+            f"all {len(rows)} rows give {len(tokens)} tokens, "
+            f"{samples} samples need {samples * new_tokens}. "
+            "Use a shorter --length, fewer --samples, or more data"
+        )
+    ids = torch.tensor(tokens[: samples * new_tokens], dtype=torch.int64).view(samples, new_tokens)
+    return ids if bos is None else F.pad(ids, (1, 0), value=bos)
+
+
+def _token_lists(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+) -> list[list[int]]:
+    """Token ids of each text. verbose=False: a row may be longer than the model's context."""
+    lists: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=special, verbose=False
+    ).input_ids
+    return lists
+
+
+def _bos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.bos_token_id is None:
+        raise DataError(
+            f"the tokenizer of '{tokenizer.name_or_path}' has no BOS to put before every sample. "
+            "Leave out --bos-every-sample"
+        )
+    return int(tokenizer.bos_token_id)
+
+
+# ---- ids and their files
 
 
 def tokens_fingerprint(ids: torch.Tensor) -> str:
@@ -139,15 +316,7 @@ def _recorded(ids_path: Path, info_path: Path) -> Calibration:
 
 def _given(ids: torch.Tensor, path: Path) -> Calibration:
     """Ids of unknown origin: no seed, no rows, and no knowledge of a BOS."""
-    about: dict[str, Any] = {
-        "source": str(path),
-        "sampler": "given",
-        "samples": ids.shape[0],
-        "length": ids.shape[1],
-        "bos": "none",
-        "tokens_fingerprint": tokens_fingerprint(ids),
-    }
-    return Calibration(ids=ids, info=CalibrationInfo(fingerprint=fingerprint(about), **about))
+    return _described(ids, source=str(path), sampler="given", bos="none")
 
 
 def _read_tensor(path: Path) -> torch.Tensor:

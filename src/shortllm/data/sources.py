@@ -164,35 +164,33 @@ BUILT_INS: dict[str, BuiltIn] = {
 }
 
 
-def load_rows(source: str, *, column: str | None = None, role: Role = "evaluation") -> Rows:
+def load_rows(source: str, *, role: Role = "evaluation") -> Rows:
     """The rows of a data source, for access in any order.
 
-    Args:
-        column: the same as `#column` in the source.
-        role: chooses the split of a source that names none: of a built-in by the table above, of
-            a Hub data set `test` to evaluate and `train` otherwise.
+    `role` chooses the split of a source that names none: of a built-in by the table above, of a
+    Hub data set `test` to evaluate and `train` otherwise.
     """
-    found = _resolve(source, column, role)
+    found = _resolve(source, role)
     column = found.column
-    if column is None and found.built_in is not None:
-        column = found.built_in.column
+    line_rule: Callable[[str], str] = str
+    if found.built_in is not None:
+        column, line_rule = column or found.built_in.column, found.built_in.line_rule
     if found.place is not None:
         return _hub_rows(found, column)
     if not found.files:
         return Rows.of(found.source, _embedded(found))
-    line_rule = str if found.built_in is None else found.built_in.line_rule
     texts = chain.from_iterable(file_texts(file, column, line_rule) for file in found.files)
     return Rows.of(found.source, ArrowTexts.of(texts))
 
 
 def open_records(source: str) -> Records:
     """A data source as a stream of records with all their columns, for training."""
-    found = _resolve(source, None, "training")
+    found = _resolve(source, "training")
     files, column = found.files, found.column
     lines = bool(files) and kind_of(files[0]) in TEXT_SUFFIXES
     whole: Iterable[Any] = ()
     if found.place is not None:
-        whole = _load_hub(found.place, found.hint, streaming=True)
+        whole = _load_hub(found, streaming=True)
     elif not files:
         whole = _embedded(found)
 
@@ -212,12 +210,10 @@ class _Resolved:
     built_in: BuiltIn | None = None
     files: tuple[Path, ...] = ()
     place: HubPlace | None = None
-    hint: str = ""
-    """What to do where the Hub does not give it."""
 
 
-def _resolve(source: str, column: str | None, role: Role) -> _Resolved:
-    name, column = _split_column(source, column)
+def _resolve(source: str, role: Role) -> _Resolved:
+    name, column = _split_column(source)
     head, _, split = name.partition(":")
     if head in BUILT_INS:
         return _resolve_built_in(head, split, column, role)
@@ -251,22 +247,18 @@ def _resolve_built_in(name: str, split: str, column: str | None, role: Role) -> 
     if files:
         logger.info("%s is read from %s", source, ", ".join(map(str, files)))
     elif split in built_in.hub:
-        return replace(found, place=built_in.hub[split], hint=_local_hint(name, split))
+        return replace(found, place=built_in.hub[split])
     return found
 
 
-def _split_column(source: str, column: str | None) -> tuple[str, str | None]:
+def _split_column(source: str) -> tuple[str, str | None]:
     """`FILE#column` as (FILE, column); a `#` in an existing file's name belongs to the name."""
     if "#" not in source or Path(source).expanduser().is_file():
-        return source, column
-    name, _, named = source.rpartition("#")
-    if column not in (None, named):
-        raise DataError(
-            f"'{source}' names the column '{named}', but '{column}' was requested too. Choose one"
-        )
-    if not named:
+        return source, None
+    name, _, column = source.rpartition("#")
+    if not column:
         raise DataError(f"'{source}' names no column after '#'. Leave out the '#', or name one")
-    return name, named
+    return name, column
 
 
 def _looks_like_path(name: str) -> bool:
@@ -303,7 +295,7 @@ def _local_files(patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _local_hint(name: str, split: str) -> str:
-    """Where the local copy would have been found, and which splits of the same name are there."""
+    """Where a local copy would have been found, and which splits of the same name are there."""
     patterns = BUILT_INS[name].local
     wanted = " or ".join(patterns[split])
     if (directory := data_directory()) is None:
@@ -330,8 +322,7 @@ def _embedded(found: _Resolved) -> list[str]:
 
 def _hub_rows(found: _Resolved, column: str | None) -> Rows:
     """The rows of a Hub data set, memory-mapped from its cache."""
-    assert found.place is not None
-    dataset = _load_hub(found.place, found.hint)
+    dataset = _load_hub(found)
     texts = [
         name
         for name, feature in dataset.features.items()
@@ -342,10 +333,12 @@ def _hub_rows(found: _Resolved, column: str | None) -> Rows:
     return Rows.of(found.source, ArrowTexts(table.column(chosen)))
 
 
-def _load_hub(place: HubPlace, hint: str, *, streaming: bool = False) -> Any:
+def _load_hub(found: _Resolved, *, streaming: bool = False) -> Any:
     """The data set itself: on disk, or with `streaming` read over the network as it is used."""
     import datasets
 
+    place = found.place
+    assert place is not None
     try:
         return datasets.load_dataset(
             place.name,
@@ -356,10 +349,10 @@ def _load_hub(place: HubPlace, hint: str, *, streaming: bool = False) -> Any:
             streaming=streaming,
         )
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(_hub_failure(place, error, hint)) from error
+        raise DataError(_hub_failure(found, place, error)) from error
 
 
-def _hub_failure(place: HubPlace, error: Exception, hint: str) -> str:
+def _hub_failure(found: _Resolved, place: HubPlace, error: Exception) -> str:
     """What was requested of the Hub, what it said, and what to do instead."""
     named = ":".join(part for part in (place.name, place.config, place.split) if part)
     said = first_line_of(error)
@@ -373,4 +366,6 @@ def _hub_failure(place: HubPlace, error: Exception, hint: str) -> str:
         message += f"It is not a built-in name either.{did_you_mean(place.name, BUILT_INS)}. "
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         message += "HF_HUB_OFFLINE is set, so only its cache was searched. "
-    return message + (hint or f"Without the Hub, give a local file ({supported()})")
+    if found.built_in is None:
+        return f"{message}Without the Hub, give a local file ({supported()})"
+    return message + _local_hint(found.source.partition(":")[0], found.split)

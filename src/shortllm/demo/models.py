@@ -27,11 +27,10 @@ from shortllm.checkpoint.config import text_config
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.texts import vocabulary
 from shortllm.errors import CheckpointError, OutputError, ShortLLMError
 from shortllm.files import require_writable
+from shortllm.model import Session
 from shortllm.model.loading import load_model
-from shortllm.model.session import Session
 from shortllm.pruning.targets import cache_bytes
 from shortllm.records import ModelInfo
 from shortllm.surgery.apply import lineage
@@ -127,7 +126,7 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
         source_blocks=source_blocks,
         model=load_model(checkpoint, device=session.device, dtype=dtype),
         tokenizer=tokenizer,
-        vocabulary=vocabulary(checkpoint),
+        vocabulary=checkpoint.vocabulary,
         positions=positions if isinstance(positions, int) else None,
         cache_bytes=checkpoint.block_count * cache_bytes(checkpoint, dtype),
     )

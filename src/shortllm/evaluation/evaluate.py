@@ -12,10 +12,9 @@ from pathlib import Path
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
+from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import check_length
 from shortllm.errors import DataError, ShortLLMError
 from shortllm.evaluation.harness import mean_score, measure_tasks, table_path, write_table
 from shortllm.evaluation.options import PROMPT, EvaluatedModel, Evaluation, EvaluationOptions
@@ -23,7 +22,7 @@ from shortllm.evaluation.perplexity import EvaluationText, generate_samples, mea
 from shortllm.evaluation.tasks import TaskSet, load_tasks
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import fingerprint, require_file_target
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.model.walk import NOTHING, walk_flops
 from shortllm.options import accepts
 from shortllm.runtime import Runtime, progress, versions

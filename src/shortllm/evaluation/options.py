@@ -14,6 +14,18 @@ PROMPT = "The Leaning Tower of Pisa is known for"
 TOP_K, TOP_P, TEMPERATURE = 50, 0.95, 1.0
 """How Shortened LLaMA generates text, to read it and to time it."""
 
+WindowLength = Annotated[
+    int, Field(ge=2, description="Tokens per window; 2048 is the usual protocol.")
+]
+WindowBos = Annotated[
+    Literal["first", "every", "none"] | None,
+    Field(
+        description="Add BOS before the first window or before every one. Default: first; every "
+        "for Gemma models."
+    ),
+]
+"""Types of the options that say how a text is cut into windows."""
+
 
 class EvaluationOptions(Options):
     """On what, and how, models are measured; the defaults are the protocol of Shortened LLaMA."""
@@ -25,14 +37,8 @@ class EvaluationOptions(Options):
         description="Text to measure perplexity on; can be repeated. Default: rows of --data that "
         "calibration did not use, or wikitext2 and ptb.",
     )
-    length: int = Field(
-        default=128, ge=2, description="Tokens per window; 2048 is the usual protocol."
-    )
-    bos: Literal["first", "every", "none"] | None = Field(
-        default=None,
-        description="Add BOS before the first window or before every one. Default: first; every "
-        "for Gemma models.",
-    )
+    length: WindowLength = 128
+    bos: WindowBos = None
     max_segments: int | None = Field(
         default=None, ge=1, description="Measure only this many windows."
     )

@@ -12,14 +12,13 @@ from typing import Any
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.calibration import Calibration, check_ids
+from shortllm.data.calibration import Calibration, calibrate, check_ids, check_length
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.rows import Rows, same_text, split_held_out
 from shortllm.data.sources import load_rows
-from shortllm.data.texts import Segments, calibrate, check_length, evaluation_segments, vocabulary
 from shortllm.errors import DataError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.perplexity import EvaluationText
+from shortllm.evaluation.perplexity import EvaluationText, Segments, evaluation_segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,5 +120,5 @@ def evaluation_segments_of(
         max_segments=options.max_segments,
         option=option,
     )
-    check_ids(segments.ids, vocabulary(checkpoint), where=rows.source)
+    check_ids(segments.ids, checkpoint.vocabulary, where=rows.source)
     return segments

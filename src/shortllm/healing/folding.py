@@ -63,6 +63,21 @@ def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
     return {b: _find(decoder, b, entry) for b in decoder.through(blocks)}
 
 
+def find_foldable(
+    checkpoint: Checkpoint, decoder: Decoder, blocks: Sequence[int]
+) -> dict[int, Added]:
+    """The same, if the checkpoint stores the weights of these projections as floats."""
+    found = find_added(decoder, blocks)
+    for b, added in found.items():
+        entry = require_stored(checkpoint, b, added.name, needed_to="fold a map into a projection")
+        if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UnsupportedModelError(
+                f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be "
+                "folded into quantized weights. Give the unquantized model"
+            )
+    return found
+
+
 @torch.no_grad()
 def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
     named = decoder.blocks[b].named_modules()
@@ -145,16 +160,6 @@ def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> T
         return decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
     finally:
         handle.remove()
-
-
-def require_floats(checkpoint: Checkpoint, b: int, name: str) -> None:
-    """Refuse a checkpoint that does not store the weights of a projection as floats."""
-    entry = require_stored(checkpoint, b, name, needed_to="fold a map into a projection")
-    if entry.dtype not in ("F64", "F32", "F16", "BF16"):
-        raise UnsupportedModelError(
-            f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be folded "
-            "into quantized weights. Give the unquantized model"
-        )
 
 
 def fold(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fold:

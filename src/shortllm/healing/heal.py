@@ -18,14 +18,13 @@ from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.data.calibration import Calibration
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.healing.folding import folded_into
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
@@ -93,10 +92,11 @@ def heal_from(
 ) -> Healing:
     """The same for open checkpoints and calibration ids."""
     kept = kept_blocks(checkpoint, source)
-    if len(calibration.ids) < 2:
+    ids_BT = calibration.ids
+    if len(ids_BT) < 2:
         raise DataError(
-            f"{len(calibration.ids)} sample is too few to heal with: a part of the samples is held "
-            "out to choose by. Give two or more"
+            f"{len(ids_BT)} sample is too few to heal with: a part of the samples is held out to "
+            "choose by. Give two or more"
         )
     expected = derived_fingerprint(
         checkpoint,
@@ -108,7 +108,51 @@ def heal_from(
 
     def draft() -> Draft:
         require_same_weights(checkpoint, source, kept)
-        return _draft(checkpoint, source, kept, options, target, calibration, session, expected)
+        task = Task(
+            decoder=session.decoder(source),
+            checkpoint=source,
+            removed=sorted(set(range(source.block_count)) - set(kept)),
+            ids_BT=ids_BT,
+            held_out=max(1, len(ids_BT) // 4),
+            options=options,
+            memory=session.memory(),
+        )
+        healed: Healed = METHODS.get(options.method).function(task)
+        held_out = _measure(task, healed)
+        with folded_into(task.decoder, healed.folds):
+            logits, cached = on_probe(task.decoder, task.removed)
+        record = {
+            "source": source.info(),
+            "method": options.method,
+            "options": options.model_dump(mode="json", exclude={"method", "calibration"}),
+            "gaps": healed.gaps,
+            "held_out": held_out,
+            "calibration": calibration.info.tokens_fingerprint,
+            "data": calibration.info.source,
+            "samples": ids_BT.shape[0],
+            "length": ids_BT.shape[1],
+            "dtype": session.dtype(source),
+        }
+        how = {
+            "version": __version__,
+            "method": options.method,
+            "data": calibration.info.source,
+            "blocks": [gap.block for gap in healed.gaps if gap.ridge is not None],
+            "fingerprint": expected,
+        }
+        new = (
+            (stored_name(checkpoint, kept.index(b), name), tensor)
+            for b, tensors in healed.folds.items()
+            for name, tensor in tensors.items()
+        )
+        return Draft(
+            record=record,
+            config=checkpoint.raw_config,
+            provenance={**checkpoint.raw_config[PROVENANCE], "healed": how},
+            bytes=checkpoint.bytes,
+            write=copying(checkpoint.tensors, new),
+            verify=verifying(target, session, logits, cached=cached),
+        )
 
     return derive(Healing, target, checkpoint, draft, expected=expected, source=source)
 
@@ -173,66 +217,6 @@ def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Seque
                 "retrained, healed or merged? Heal a checkpoint as `shortllm prune` wrote it, and "
                 "retrain the healed one; or give the model it was shortened from as --source"
             )
-
-
-def _draft(
-    checkpoint: Checkpoint,
-    source: Checkpoint,
-    kept: Sequence[int],
-    options: HealOptions,
-    target: Path,
-    calibration: Calibration,
-    session: Session,
-    expected: str,
-) -> Draft:
-    """Heal, measure, and describe the new checkpoint."""
-    removed = sorted(set(range(source.block_count)) - set(kept))
-    ids_BT = calibration.ids
-    task = Task(
-        decoder=session.decoder(source),
-        checkpoint=source,
-        removed=removed,
-        ids_BT=ids_BT,
-        held_out=max(1, len(ids_BT) // 4),
-        options=options,
-        memory=session.memory(),
-    )
-    healed: Healed = METHODS.get(options.method).function(task)
-    held_out = _measure(task, healed)
-    with folded_into(task.decoder, healed.folds):
-        logits, cached = on_probe(task.decoder, removed)
-    record = {
-        "source": source.info(),
-        "method": options.method,
-        "options": options.model_dump(mode="json", exclude={"method", "calibration"}),
-        "gaps": healed.gaps,
-        "held_out": held_out,
-        "calibration": calibration.info.tokens_fingerprint,
-        "data": calibration.info.source,
-        "samples": ids_BT.shape[0],
-        "length": ids_BT.shape[1],
-        "dtype": session.dtype(source),
-    }
-    how = {
-        "version": __version__,
-        "method": options.method,
-        "data": calibration.info.source,
-        "blocks": [gap.block for gap in healed.gaps if gap.ridge is not None],
-        "fingerprint": expected,
-    }
-    new = (
-        (stored_name(checkpoint, kept.index(b), name), tensor)
-        for b, tensors in healed.folds.items()
-        for name, tensor in tensors.items()
-    )
-    return Draft(
-        record=record,
-        config=checkpoint.raw_config,
-        provenance={**checkpoint.raw_config[PROVENANCE], "healed": how},
-        bytes=checkpoint.bytes,
-        write=copying(checkpoint.tensors, new),
-        verify=verifying(target, session, logits, cached=cached),
-    )
 
 
 def _measure(task: Task, healed: Healed) -> HeldOut:

@@ -32,17 +32,15 @@ Shapes: B samples, T tokens, D width, N tokens of one group.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from shortllm.healing.folding import Added, Fold, fold, folded_into, outputs_of
+from shortllm.healing.folding import Added, Fold, find_foldable, fold, folded_into, outputs_of
 from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
-from shortllm.model.hidden_states import SampleGroups, block_flops
+from shortllm.model.hidden_states import SampleGroups
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.runtime import progress
 
@@ -127,111 +125,77 @@ def effective_rank(moments: GapSums, ridge: float) -> float:
     return float((values_D / (values_D + held)).sum().item()) if held else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A ridge strength, and what its map does on held-out tokens."""
-
-    ridge: float | None
-    """None: no map that was tried does better there than no map."""
-    before: float
-    """‖R‖² relative to ‖H‖²"""
-    after: float
-
-
 def choose_ridge(
-    fitted: GapSums, held_out: GapSums, ridges: Sequence[float] = RIDGES, *, forced: bool = False
-) -> Choice:
-    """The ridge whose map, solved on some tokens, leaves the least squared error on others.
-
-    No map at all is also a choice, unless `forced`.
-    """
-    best, least = None, float("inf") if forced else held_out.missing
-    for ridge in ridges:
+    fitted: GapSums, held_out: GapSums, given: float | None = None
+) -> tuple[float | None, float]:
+    """The ridge whose map, solved on some tokens, leaves the least squared error on others; and
+    that error. Where none is given, no map at all is also a choice."""
+    best, least = None, float("inf") if given else held_out.missing
+    for ridge in (given,) if given else RIDGES:
         left = held_out.error(solve(fitted, ridge))
         if left < least:
             best, least = ridge, left
-    return Choice(best, held_out.relative(held_out.missing), held_out.relative(least))
+    return best, least
 
 
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """One step of the walk: a block, and which hidden states go through it."""
-
-    block: int
-    source: bool
-    healed: bool
-    gap: Gap | None = None
-    """The gap after the block, if it is to be measured and healed."""
-
-    @property
-    def passes(self) -> int:
-        """How often samples go through the block."""
-        return self.source + self.healed + (self.gap is not None)
-
-
-def visits_of(gaps: Collection[Gap], count: int) -> list[Visit]:
-    """The steps up to the last gap, through a source of `count` blocks."""
-    removed = {b for gap in gaps for b in gap.blocks}
-    before = {gap.before: gap for gap in gaps}
-    end = max((gap.stop for gap in gaps), default=0)
-    visits = []
-    for b in range(min(end, count)):
-        healed = b not in removed and b not in before
-        visits.append(Visit(b, True, healed))
-        ended = next((gap for gap in gaps if gap.stop == b + 1 and gap.before is not None), None)
-        if ended is not None and ended.before is not None:
-            visits.append(Visit(ended.before, False, True, ended))
-    return visits
+def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
+    """Each block up to the last gap, and after each gap the block before it, with the gap."""
+    steps: list[tuple[int, Gap | None]] = []
+    for b in range(max((gap.stop for gap in gaps), default=0)):
+        steps.append((b, None))
+        steps += [(gap.before, gap) for gap in gaps if gap.stop == b + 1 and gap.before is not None]
+    return steps
 
 
 @torch.no_grad()
-def heal_gaps(task: Task, added: Mapping[int, Added]) -> Healed:
+def heal_gaps(task: Task) -> Healed:
     """Solve a map for every gap that has a block before it, and fold it.
 
     The held-out samples choose the ridge of each map, unless it is given; the folded map is then
-    solved on all samples. `added` is what `find_added` says of the blocks before the gaps.
+    solved on all samples.
     """
-    decoder, ridge = task.decoder, task.options.ridge
+    decoder, gaps = task.decoder, gaps_of(task.removed)
+    before = [gap.before for gap in gaps if gap.before is not None]
+    added = find_foldable(task.checkpoint, decoder, before)
     walk = _Walk(task)
     folds: dict[int, Fold] = {}
-    found = gaps_of(task.removed)
-    gaps = [HealedGap(block=None, removed=gap.blocks) for gap in found if gap.before is None]
-    visits = visits_of(found, decoder.block_count)
-    order = decoder.through([visit.block for visit in visits])
-    tokens = task.ids_BT.numel()
-    work = [tokens * visit.passes * block_flops(decoder, visit.block) for visit in visits]
-    with progress("healing", sum(work)) as advance:
-        for visit, b, flops in zip(visits, order, work, strict=True):
-            if visit.gap is not None:
-                one, change_DD = _solve(visit.gap, added[b], *walk.measure(b, added[b]), ridge)
-                gaps.append(one)
+    records = [HealedGap(block=None, removed=gap.blocks) for gap in gaps if gap.before is None]
+    steps = steps_of(gaps)
+    order = decoder.through([b for b, _ in steps])
+    with progress("healing", len(steps)) as advance:
+        for (b, gap), _ in zip(steps, order, strict=True):
+            if gap is None:
+                walk.through(b, source=True, healed=b not in task.removed and b not in before)
+            else:
+                sums = walk.measure(b, added[b])
+                one, change_DD = _solve(gap, added[b], *sums, task.options.ridge)
+                records.append(one)
                 if change_DD is not None:
                     folds[b] = fold(task.checkpoint, b, added[b], change_DD)
-            with folded_into(decoder, {b: folds[b]}) if b in folds else nullcontext():
-                walk.through(visit)
-            advance(flops)
-    return Healed(gaps=gaps, folds=folds)
+                with folded_into(decoder, {b: folds[b]} if b in folds else {}):
+                    walk.through(b, source=False, healed=True)
+            advance(1)
+    return Healed(gaps=records, folds=folds)
 
 
 def _solve(
-    gap: Gap, added: Added, fitted: GapSums, held_out: GapSums, ridge: float | None
+    gap: Gap, added: Added, fitted: GapSums, held_out: GapSums, given: float | None
 ) -> tuple[HealedGap, Tensor | None]:
     """What the record says of one gap, and its map minus the identity."""
-    ridges = (ridge,) if ridge else RIDGES
-    choice = choose_ridge(fitted, held_out, ridges, forced=ridge is not None)
-    both, chosen = fitted.plus(held_out), choice.ridge
+    ridge, left = choose_ridge(fitted, held_out, given)
+    both = fitted.plus(held_out)
     found = HealedGap(
         block=gap.before,
         removed=gap.blocks,
         projection=added.name,
         scale=added.scale,
-        ridge=chosen,
-        penalty=None if chosen is None else penalty(both, chosen),
-        effective_rank=None if chosen is None else effective_rank(both, chosen),
-        error_before=choice.before,
-        error_after=choice.after,
+        ridge=ridge,
+        penalty=None if ridge is None else penalty(both, ridge),
+        effective_rank=None if ridge is None else effective_rank(both, ridge),
+        error_before=held_out.relative(held_out.missing),
+        error_after=held_out.relative(left),
     )
-    return found, None if chosen is None else solve(both, chosen)
+    return found, None if ridge is None else solve(both, ridge)
 
 
 class _Walk:
@@ -245,14 +209,14 @@ class _Walk:
         self._source = self._groups.entering()
         self._healed: Tensor | None = None  # one stream until they differ
 
-    def through(self, visit: Visit) -> None:
-        """Take one or both hidden states through the block."""
-        if visit.source != visit.healed and self._healed is None:
+    def through(self, b: int, *, source: bool, healed: bool) -> None:
+        """Take one or both hidden states through block `b`."""
+        if source != healed and self._healed is None:
             self._healed = self._groups.allocate().copy_(self._source)
-        if visit.source:
-            self._groups.apply(visit.block, self._source)
-        if visit.healed and self._healed is not None:
-            self._groups.apply(visit.block, self._healed)
+        if source:
+            self._groups.apply(b, self._source)
+        if healed and self._healed is not None:
+            self._groups.apply(b, self._healed)
 
     def measure(self, b: int, added: Added) -> tuple[GapSums, GapSums]:
         """What block `b` adds to the healed hidden state compared with where the source is, for

@@ -1,49 +1,60 @@
-"""Merge blocks: from a checkpoint to one whose blocks are sums of the original ones.
+"""Merge blocks: fold them into one another, from the top down, by the differences of their weights.
 
-A high cosine can hide a broken model, so the record also has the perplexity of both models on the
-calibration text.
+    W_l  ←  W_l + Σ_{k=1..m} (W_{l+k} - W_l)          and blocks l+1 .. l+m are removed
+
+A merge is kept if the final hidden states still point in the direction of the original's. A high
+cosine can hide a broken model, so the record also has the perplexity of both models. Blocks below
+`l` are the original ones, so a try begins with the original's hidden state at `l`. Every remaining
+block is a sum of original blocks, which is all that is stored of it; weights are read, and added in
+float32, when they are needed.
 
     shortllm merge MODEL --threshold 0.65 --out DIR
+
+Source: Yang et al. 2024, LaCo, arXiv:2402.11187.
+
+Shapes: B samples, T tokens, D width.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.data.calibration import Calibration
-from shortllm.data.texts import calibrate
-from shortllm.errors import ShortLLMError
-from shortllm.merging.laco import (
-    Merger,
-    Sums,
-    changed_blocks,
-    fold_named,
-    merged_tensors,
-    original_blocks,
-    require_alike,
-    sweep,
-)
+from shortllm.checkpoint.tensors import read_tensor
+from shortllm.data.calibration import Calibration, calibrate
+from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.merging.options import Merge, MergeOptions, Merging
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.hidden_states import block_flops
-from shortllm.model.session import Session
+from shortllm.model.hidden_states import SampleGroups, StreamMemory
+from shortllm.model.metrics import cosine, next_token_nll, perplexity
+from shortllm.model.walk import slice_tokens, targets, token_slices
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
-from shortllm.runtime import Runtime, progress
+from shortllm.runtime import Advance, Runtime, progress
 from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
     derive,
     derived_fingerprint,
+    require_unquantized,
     stored_name,
     verifying,
 )
 from shortllm.surgery.verify import kv_cache_matches, probe_ids
+
+Sum = Mapping[int, int]
+"""How often each original block is in a sum; negative if it is subtracted."""
+
+Sums = Mapping[int, Sum]
+"""Remaining block -> the sum in its place, in order."""
 
 
 @accepts(options=MergeOptions, runtime=Runtime)
@@ -88,8 +99,10 @@ def merge_from(
     session: Session,
 ) -> Merging:
     """The same for an open checkpoint and calibration ids."""
-    check_blocks(options, checkpoint.block_count)
+    count, memory = checkpoint.block_count, session.memory()
+    check_blocks(options, count)
     refuse_type(checkpoint.config)
+    require_unquantized(checkpoint, "its weights cannot be added")
     expected = derived_fingerprint(
         checkpoint,
         calibration=calibration,
@@ -98,7 +111,42 @@ def merge_from(
     )
 
     def draft() -> Draft:
-        return _draft(checkpoint, options, target, calibration, session)
+        decoder = session.decoder(checkpoint)
+        require_alike(checkpoint, decoder)
+        with progress("merging", _block_passes(options, count)) as advance:
+            merger = Merger(decoder, checkpoint, calibration.ids, memory, advance)
+            sums, tries = _chosen(merger, options)
+        kept, changed = list(sums), changed_blocks(sums)
+        removed = sorted(set(range(count)) - set(kept))
+        config = check_removal(checkpoint, kept)
+        record = {
+            "options": options.model_dump(mode="json", exclude={"calibration"}),
+            "tries": tries,
+            "kept": kept,
+            "removed": removed,
+            "sums": changed,
+            "cosine": [one.cosine for one in tries if one.kept][-1],
+            "intact_perplexity": merger.perplexity(original_blocks(count)),
+            "perplexity": merger.perplexity(sums),
+            "calibration": calibration.info.tokens_fingerprint,
+            "dtype": session.dtype(checkpoint),
+        }
+        probe = Merger(decoder, checkpoint, probe_ids(decoder.model.config), memory)
+        new = (
+            (stored_name(checkpoint, kept.index(b), name), tensor)
+            for b, one in changed.items()
+            for name, tensor in merged_tensors(checkpoint, one)
+        )
+        merged = {str(b): one for b, one in changed.items()}
+        entries = renumbered_tensors(checkpoint, kept)
+        return Draft(
+            record=record,
+            config=config,
+            provenance=provenance_of(checkpoint, removed, criterion="merge", merged=merged),
+            bytes=sum(entry.bytes for entry in entries.values()),
+            write=copying(entries, new),
+            verify=verifying(target, session, probe.logits(sums), cached=kv_cache_matches(decoder)),
+        )
 
     return derive(Merging, target, checkpoint, draft, expected=expected)
 
@@ -127,80 +175,195 @@ def check_blocks(options: MergeOptions, count: int) -> None:
         )
 
 
-def _draft(
-    checkpoint: Checkpoint,
-    options: MergeOptions,
-    target: Path,
-    calibration: Calibration,
-    session: Session,
-) -> Draft:
-    """Find the sums, and describe the checkpoint derived from them."""
-    decoder, memory, count = session.decoder(checkpoint), session.memory(), checkpoint.block_count
-    merger, sums, tries = _swept(decoder, checkpoint, options, calibration.ids, session)
-    kept = list(sums)
-    config = check_removal(checkpoint, kept)
-    changed = changed_blocks(sums)
-    probe = Merger(
-        decoder, checkpoint, probe_ids(decoder.model.config), memory, first=min(changed)
-    )  # fmt: skip
-    removed = sorted(set(range(count)) - set(kept))
-    record = {
-        "options": options.model_dump(mode="json", exclude={"calibration"}),
-        "tries": tries,
-        "kept": kept,
-        "removed": removed,
-        "sums": changed,
-        "cosine": [one.cosine for one in tries if one.kept][-1],
-        "intact_perplexity": merger.perplexity(original_blocks(count)),
-        "perplexity": merger.perplexity(sums),
-        "calibration": calibration.info.tokens_fingerprint,
-        "dtype": session.dtype(checkpoint),
+def original_blocks(count: int) -> Sums:
+    """The blocks of the original model."""
+    return {b: {b: 1} for b in range(count)}
+
+
+def folded(sums: Sums, block: int, others: int) -> Sums:
+    """The blocks with the `others` after `block` folded into it."""
+    names = list(sums)
+    gone = names[names.index(block) + 1 :][:others]
+    total: Counter[int] = Counter()
+    for one, share in ((block, 1 - others), *((other, 1) for other in gone)):
+        for original, times in sums[one].items():
+            total[original] += share * times
+    found = {original: times for original, times in sorted(total.items()) if times}
+    return {b: found if b == block else one for b, one in sums.items() if b not in gone}
+
+
+def changed_blocks(sums: Sums) -> dict[int, Sum]:
+    """The blocks that others were folded into, ascending."""
+    return {b: one for b, one in sums.items() if one != {b: 1}}
+
+
+def require_alike(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    """Refuse models whose blocks cannot be added to one another."""
+    first = _shapes(checkpoint, 0)
+    for b, block in enumerate(decoder.blocks):
+        shapes = _shapes(checkpoint, b)
+        missing = sorted(set(block.state_dict()) - set(shapes))
+        if missing:
+            raise UnsupportedModelError(
+                f"{checkpoint.id} stores block {b} under other names than its model's (no "
+                f"'{missing[0]}'), so blocks cannot be added. Save it again with transformers' "
+                "save_pretrained"
+            )
+        if shapes != first:
+            raise UnsupportedModelError(
+                f"blocks 0 and {b} of {checkpoint.id} are not built alike, so they cannot be "
+                "merged. Remove whole blocks with `shortllm prune`"
+            )
+
+
+def _shapes(checkpoint: Checkpoint, b: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor of a block, by its name within the block."""
+    head = f"{checkpoint.block_names.prefix}.{b}."
+    return {
+        name.removeprefix(head): (entry.shape, entry.dtype)
+        for name, entry in checkpoint.tensors.items()
+        if name.startswith(head)
     }
-    new = (
-        (stored_name(checkpoint, kept.index(b), name), tensor)
-        for b, one in changed.items()
-        for name, tensor in merged_tensors(checkpoint, one)
-    )
-    merged = {str(b): one for b, one in changed.items()}
-    entries = renumbered_tensors(checkpoint, kept)
-    return Draft(
-        record=record,
-        config=config,
-        provenance=provenance_of(checkpoint, removed, criterion="merge", merged=merged),
-        bytes=sum(entry.bytes for entry in entries.values()),
-        write=copying(entries, new),
-        verify=verifying(target, session, probe.logits(sums), cached=kv_cache_matches(decoder)),
-    )
 
 
-def _swept(
-    decoder: Decoder,
-    checkpoint: Checkpoint,
-    options: MergeOptions,
-    ids_BT: Tensor,
-    session: Session,
-) -> tuple[Merger, Sums, list[Merge]]:
-    """What is folded into what, and every try."""
-    require_alike(checkpoint, decoder)
-    count = checkpoint.block_count
-    places = range(options.protect_first, count - options.protect_last - 1)
-    into = [gap.start - 1 for gap in gaps_of(options.blocks)] if options.blocks else list(places)
-    # at most: every place is tried, and everything above it kept
-    flops = [block_flops(decoder, b) for b in range(count)]
-    work = ids_BT.numel() * (sum(flops) + sum(sum(flops[place:]) for place in into))
-    original = original_blocks(count)
-    with progress("merging", work) as advance:
-        merger = Merger(
-            decoder, checkpoint, ids_BT, session.memory(), first=into[0], advance=advance
-        )  # fmt: skip
-        if options.blocks is None:
-            sums, tries = sweep(merger, original, options)
+def merged_tensors(checkpoint: Checkpoint, one: Sum) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a sum by their names within a block, in their stored type."""
+    prefix = checkpoint.block_names.prefix
+    for name in _shapes(checkpoint, 0):
+        total: Tensor | None = None
+        for block, times in one.items():
+            part = read_tensor(checkpoint.tensors[f"{prefix}.{block}.{name}"])
+            share = times * part.to(torch.promote_types(part.dtype, torch.float32))
+            total = share if total is None else total + share
+        assert total is not None
+        yield name, total.to(part.dtype)
+
+
+class Merger:
+    """A model whose blocks are sums of its original ones, on calibration samples."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        decoder: Decoder,
+        checkpoint: Checkpoint,
+        ids_BT: Tensor,
+        memory: StreamMemory,
+        advance: Advance = lambda passes: None,
+    ) -> None:
+        """Run the original model once; `advance` is told of each pass through a block."""
+        self.block_count = decoder.block_count
+        self._decoder = decoder
+        self._checkpoint = checkpoint
+        self._advance = advance
+        self._ids_BT = ids_BT.to(decoder.device)
+        self._groups = SampleGroups(decoder, ids_BT, memory)
+        self._entering = self._groups.allocate(self.block_count + 1)
+        """The original's stream entering each block, and leaving the last."""
+        self._groups.entering(self._entering[0])
+        for b in decoder.through(range(self.block_count)):
+            self._entering[b + 1] = self._entering[b]
+            self._groups.apply(b, self._entering[b + 1])
+            advance(1)
+
+    @torch.no_grad()
+    def _final(self, sums: Sums) -> Tensor:
+        """The final hidden state, `[B, T, D]`."""
+        changed = changed_blocks(sums)
+        lowest = min(changed, default=self.block_count)  # below it, all blocks are original
+        stream_BTD = self._groups.allocate().copy_(self._entering[lowest])
+        for b in self._decoder.through([b for b in sums if b >= lowest]):
+            if b in changed:
+                self._put(b, sums[b])
+            try:
+                self._groups.apply(b, stream_BTD)
+            finally:
+                if b in changed and not self._decoder.streamed:
+                    self._put(b, {b: 1})
+            self._advance(1)
+        return stream_BTD
+
+    def _put(self, b: int, one: Sum) -> None:
+        """Replace the weights of a block in memory."""
+        state = self._decoder.blocks[b].state_dict()
+        for name, tensor in merged_tensors(self._checkpoint, one):
+            if name in state:  # some checkpoints also store buffers
+                state[name].copy_(tensor)
+
+    def cosine_similarity(self, sums: Sums) -> float:
+        """Mean over tokens of the cosine between the final hidden states and the original's."""
+        found_BTD, wanted_BTD = self._final(sums), self._entering[-1]
+        total = 0.0
+        for rows in self._groups.rows:
+            total += cosine(found_BTD[rows], wanted_BTD[rows]).double().sum().item()
+        return total / self._ids_BT.numel()
+
+    @torch.no_grad()
+    def perplexity(self, sums: Sums) -> float:
+        """Perplexity on the calibration samples."""
+        final_BTD, total, decoder, ids_BT = self._final(sums), 0.0, self._decoder, self._ids_BT
+        with decoder.tail() as logits:
+            for rows, columns in token_slices(ids_BT, slice_tokens(decoder)):
+                piece_BTD = final_BTD[rows, columns].to(decoder.device)
+                logits_NV = logits(piece_BTD, ids_BT[rows, columns]).flatten(0, 1)
+                target_N = targets(ids_BT, rows, columns)
+                total += next_token_nll(logits_NV, target_N).double().sum().item()
+        return perplexity(total / (len(ids_BT) * (ids_BT.shape[1] - 1)))
+
+    @torch.no_grad()
+    def logits(self, sums: Sums) -> Tensor:
+        """What the model computes, float32 `[B, T, V]`."""
+        stream_BTD = self._final(sums).to(self._decoder.device)
+        with self._decoder.tail() as logits:  # bypasses the blocks, so the stream comes first
+            return logits(stream_BTD, self._ids_BT).float().cpu()
+
+
+def _block_passes(options: MergeOptions, count: int) -> int:
+    """At most how often a block is run: every place is tried, and everything above it kept."""
+    places: Collection[int] = range(options.protect_first, count - options.protect_last - 1)
+    if options.blocks is not None:
+        places = [gap.start - 1 for gap in gaps_of(options.blocks)]
+    return count + sum(count - place for place in places)
+
+
+def _chosen(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
+    """The merged blocks, and every try: of the named blocks, else of a sweep."""
+    if options.blocks is None:
+        return sweep(merger, options)
+    sums, tries = original_blocks(merger.block_count), []
+    for gap in reversed(gaps_of(options.blocks)):
+        sums = folded(sums, gap.start - 1, len(gap.blocks))
+        found = merger.cosine_similarity(sums)
+        tries.append(Merge(block=gap.start - 1, merged=gap.blocks, cosine=found, kept=True))
+    return sums, tries
+
+
+def sweep(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
+    """Merge from the top down, as long as the final hidden states stay similar."""
+    count, most = merger.block_count, options.max_merged
+    sums, tries = original_blocks(count), []
+    place = max(count - options.protect_last - 1 - most, options.protect_first)
+    while place >= options.protect_first:
+        blocks = list(sums)
+        others = min(most, len(blocks) - options.protect_last - 1 - place)
+        if options.remove is not None:
+            others = min(others, options.remove - (count - len(blocks)))
+        if others < 1:
+            break
+        tried = folded(sums, blocks[place], others)
+        found = merger.cosine_similarity(tried)
+        kept = found > options.threshold
+        gone = blocks[place + 1 : place + 1 + others]
+        tries.append(Merge(block=blocks[place], merged=gone, cosine=found, kept=kept))
+        if kept:
+            sums = tried
+            place = min(place - options.interval, len(sums) - options.protect_last - 1 - most)
         else:
-            sums, tries = fold_named(merger, original, options.blocks)
+            place -= 1
     if len(sums) == count:
         best = max(one.cosine for one in tries)
         raise ShortLLMError(
             f"no merge leaves a mean cosine above {options.threshold}; the best reaches "
             f"{best:.3f}. Give a lower --threshold, or a smaller --max-merged"
         )
-    return merger, sums, tries
+    return sums, tries

@@ -62,8 +62,7 @@ def walk_back(
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
-    results: Callable[[], dict[str, list[float]]] = dict,
-    restore: Callable[[dict[str, list[float]]], None] = lambda results: None,
+    results: dict[str, list[float]] | None = None,
 ) -> None:
     """Product of weight and gradient for every weight of `blocks`; other blocks are left out.
 
@@ -74,9 +73,10 @@ def walk_back(
             for each weight tensor of block `b` its signed product with the gradient, float32.
         each: called before it in the same way, once for each sample with that sample's share of
             the products; samples then go through the blocks one at a time.
-        results: returns the results so far, for the journal; `restore` gets them back.
+        results: what `receive` has gathered; an interrupted pass saves and restores it in place.
     """
     back = journal.part("backward") if journal else Journal(None, "")
+    results = {} if results is None else results
     groups = SampleGroups(decoder, ids_BT, memory, size=None if each is None else 1)
     inputs = _Inputs(blocks, groups.allocate(len(blocks) + 1))
     state = {n: tensor for one in (*observe, inputs) for n, tensor in one.state.items()}
@@ -94,7 +94,7 @@ def walk_back(
         for name, tensor in state.items():
             tensor.copy_(back.tensor(name))
         gradient_BTD = back.tensor("gradient").to(decoder.device)
-        restore(position["results"])
+        results.update(position["results"])
         advance(walk_back_flops(decoder, blocks, len(ids_BT), ids_BT.shape[1], done))
     for b in decoder.through(list(reversed(blocks))[done:]):
         before_BTD = inputs.entering(b)
@@ -107,7 +107,7 @@ def walk_back(
         if back.due() and ranks.count == 1:
             first = back.position() is None
             back.commit(
-                {"done": done, "results": results()},
+                {"done": done, "results": results},
                 {"gradient": gradient_BTD, **(state if first else {})},
                 keep=() if first else state,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +21,10 @@ STREAM = "hidden_states"
 """Keyword of the stream where a block does not get it as its first argument."""
 
 Place = int | str
+"""That of an argument, or its keyword."""
 
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a block in the model's plain forward."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-    def arguments(self) -> dict[Place, Any]:
-        """Every argument by its place or keyword."""
-        return {**dict(enumerate(self.args)), **self.kwargs}  # type: ignore[dict-item]
+Call = tuple[dict[Place, Any], Any]
+"""The arguments of one call of a block, and what it returned."""
 
 
 @contextmanager
@@ -48,7 +39,7 @@ def bypassed(model: nn.Module, removed: Collection[int], ids_BT: Tensor) -> Iter
     replaced = [block for block in removed if block in calls]
     try:
         for block in replaced:
-            blocks[block].forward = _stand_in(calls[block].output, handed_on)
+            blocks[block].forward = _stand_in(calls[block][1], handed_on)
         yield
     finally:
         for block in replaced:
@@ -60,14 +51,12 @@ def _record(model: nn.Module, blocks: nn.ModuleList, ids_BT: Tensor) -> dict[int
     """How a plain forward calls each block, in its order; absent are blocks for images alone."""
     calls: dict[int, Call] = {}
 
-    def hook(number: int) -> Callable[..., None]:
-        def remember(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            calls[number] = Call(args, kwargs, output)
-
-        return remember
+    def hook(b: int, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls[b] = _arguments(args, kwargs), output
 
     handles = [
-        block.register_forward_hook(hook(b), with_kwargs=True) for b, block in enumerate(blocks)
+        block.register_forward_hook(partial(hook, b), with_kwargs=True)
+        for b, block in enumerate(blocks)
     ]
     try:
         model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
@@ -81,11 +70,15 @@ def _handed_on(calls: list[Call]) -> dict[int, Place]:
     """Which output of a block is which argument of the next block."""
     return {
         number: place
-        for call, following in zip(calls, calls[1:], strict=False)
-        for number, output in enumerate(_parts(call.output))
-        for place, argument in following.arguments().items()
+        for (_, outputs), (following, _) in zip(calls, calls[1:], strict=False)
+        for number, output in enumerate(_parts(outputs))
+        for place, argument in following.items()
         if output is not None and argument is output
     }
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Any]:
+    return {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
 
 
 def _parts(output: Any) -> tuple[Any, ...]:
@@ -97,7 +90,7 @@ def _stand_in(output: Any, handed_on: dict[int, Place]) -> Callable[..., Any]:
     """A forward that hands its arguments through in the form of `output`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments = Call(args, kwargs, None).arguments()
+        arguments = _arguments(args, kwargs)
         stream: Place = 0 if args else STREAM
         parts = [arguments[handed_on.get(0, stream)]]
         parts += [arguments.get(handed_on.get(n, "")) for n in range(1, len(_parts(output)))]

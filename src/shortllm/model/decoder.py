@@ -16,7 +16,7 @@ Shapes: B samples, T tokens per sample, D width (of any further shape in a few t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -197,22 +197,6 @@ class Decoder:
         """The stream after block `b`, `[B, T, D]`."""
         return _stream_of(call.on(self.blocks[b], stream_BTD))
 
-    def _run_blocks(self, ids_BT: Tensor) -> Tensor:
-        """The stream after the last block, before the final norm, by the model's plain forward."""
-        found: list[Tensor] = []
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(_stream_of(output))
-            raise _Reached
-
-        handle = self.blocks[-1].register_forward_hook(hook)
-        try:
-            with suppress(_Reached):
-                self.model(input_ids=ids_BT.to(self.device), use_cache=False)
-        finally:
-            handle.remove()
-        return found[0]
-
     @contextmanager
     def tail(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """Within the context, a function `(stream_BTD, ids_BT) -> logits_BTV`: final norm and head.
@@ -258,10 +242,10 @@ class Decoder:
         probe_BT = self._probe()
         with self._weights.stand_in() if self._weights else nullcontext():
             try:
-                self._learn_outputs(probe_BT)
+                expected_BTD = self._learn_outputs(probe_BT)
                 self._check_stream(probe_BT)
                 self._check_arguments(probe_BT)
-                self._check_walk(probe_BT)
+                self._check_walk(probe_BT, expected_BTD)
             except UnsupportedModelError as error:
                 self._obstacle = str(error)
             except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
@@ -269,17 +253,21 @@ class Decoder:
                     f"the blocks of '{self.blocks_name}' cannot be called one by one: {error}"
                 )
 
-    def _learn_outputs(self, ids_BT: Tensor) -> None:
-        """Blocks return a tensor in most types, a tuple in a few; a stand-in must do the same."""
+    def _learn_outputs(self, ids_BT: Tensor) -> Tensor:
+        """Blocks return a tensor in most types, a tuple in a few; a stand-in must do the same.
+
+        Returns the stream after the last block, before the final norm.
+        """
         called: list[int] = []
+        streams: list[Tensor] = []
 
         def learn(b: int, original: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = original(*args, **kwargs)
                 extras = len(output) - 1 if isinstance(output, (tuple, list)) else None
                 self._extras[type(self.blocks[b])] = extras
-                kind = _stream_of(output).dtype
-                self.stream_dtype = torch.promote_types(self.stream_dtype, kind)
+                streams.append(_stream_of(output).clone())
+                self.stream_dtype = torch.promote_types(self.stream_dtype, streams[-1].dtype)
                 called.append(b)
                 return output
 
@@ -290,6 +278,7 @@ class Decoder:
         if called != list(range(self.block_count)):
             wrong = next((f"block {b} at place {i}" for i, b in enumerate(called) if i != b), None)
             raise self._wrong_order(wrong or f"{len(called)} of the {self.block_count} blocks")
+        return streams[-1]
 
     def _record(self, ids_BT: Tensor, *, shift: float = 0.0) -> tuple[Tensor, list[BlockCall]]:
         """The stream entering block 0 and each block's call; stand-ins add `shift` to it."""
@@ -341,13 +330,12 @@ class Decoder:
                     "the stream; removing single blocks is not defined for this model type"
                 )
 
-    def _check_walk(self, ids_BT: Tensor) -> None:
+    def _check_walk(self, ids_BT: Tensor, expected_BTD: Tensor) -> None:
         """Refuse types whose blocks keep state, in themselves or in a store they are all handed.
 
         A second stream goes through each block after the intact one: if any of it is remembered,
-        the intact stream no longer ends where the plain forward ends.
+        the intact stream no longer ends at `expected_BTD`, where the plain forward ended.
         """
-        expected_BTD = self._run_blocks(ids_BT)
         intact_BTD, calls = self._record(ids_BT)
         other_BTD = intact_BTD.flip(-1)
         for b, call in enumerate(calls):

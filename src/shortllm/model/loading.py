@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -14,14 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shortllm.checkpoint.config import is_own_code, text_config
+from shortllm.checkpoint.config import is_own_code
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.checkpoint.structure import auto_class
 from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.runtime import available_memory, choose_dtype, quiet_transformers
-
-log = logging.getLogger(__name__)
 
 MEMORY_PER_WEIGHTS = 1.15
 """Memory that a model takes, as a multiple of its weights."""
@@ -86,8 +83,8 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
     except Exception as error:  # model classes raise whatever a config's values lead to
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
     if is_packed(checkpoint.raw_config):
-        with quiet_bars(checkpoint):
-            unpack(model)
+        with quiet_bars(checkpoint), torch.no_grad():  # the first forward pass unpacks the weights
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
     for key, tensor in model.named_parameters():
         require_finite_tensor(checkpoint.id, key, tensor)
     for name, number in token_ids(checkpoint.special_tokens).items():
@@ -99,8 +96,8 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
 @torch.no_grad()
 def require_runs(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Refuse a model whose own forward pass fails: the values in its config do not fit together."""
-    count = int(text_config(checkpoint.config).vocab_size)
-    ids_BT = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None] % count
+    ids_BT = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
+    ids_BT %= checkpoint.vocabulary
     try:
         model(input_ids=ids_BT, use_cache=False)
     except torch.OutOfMemoryError:
@@ -110,12 +107,6 @@ def require_runs(checkpoint: Checkpoint, model: nn.Module) -> None:
             f"{checkpoint.id} cannot be run: {str(error) or type(error).__name__}. Are the values "
             f"in its config.json those of the model type '{checkpoint.model_type}'?"
         ) from error
-
-
-def unpack(model: nn.Module) -> None:
-    """Have compressed-tensors unpack the weights now; it does so at the first forward pass."""
-    with torch.no_grad():
-        model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
 
 
 def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:

@@ -38,9 +38,7 @@ STAND_IN_STD = 0.02
 def open_streamed(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Decoder:
     """The decoder of a checkpoint with everything but its blocks in memory."""
     model = build_empty(copy.deepcopy(checkpoint.config), dtype=dtype)
-    name, _ = find_blocks(model, model.config)
-    weights = StreamedWeights(checkpoint, model, name, device=device, dtype=dtype)
-    return Decoder(model, weights)
+    return Decoder(model, StreamedWeights(checkpoint, model, device=device, dtype=dtype))
 
 
 class StreamedWeights:
@@ -50,14 +48,13 @@ class StreamedWeights:
         self,
         checkpoint: Checkpoint,
         model: nn.Module,
-        blocks_name: str,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self._id = checkpoint.id
         self._model: Any = model
-        self._prefix = blocks_name + "."
+        self._prefix = find_blocks(model, model.config)[0] + "."
         self._device = device
         self._entries: dict[int | None, list[TensorEntry]] = {}
         for entry in checkpoint.tensors.values():

@@ -16,20 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ByteSize, Field
 
+from shortllm.criteria import Criterion
 from shortllm.errors import BudgetError
 from shortllm.options import Flag, Options
-from shortllm.protection import protected_ends, protected_in
-from shortllm.records import ModelInfo
-
-if TYPE_CHECKING:
-    from shortllm.criteria.selection import ResolvedCriterion
+from shortllm.records import ModelInfo, protected_ends, protected_in
 
 TARGETS = ("target_params", "target_memory", "target_speedup")
 """The amounts of a budget that describe what remains."""
+
+ProtectFirst = Annotated[
+    int | None,
+    Field(description="Keep this many blocks at the start. Default: 4, at most a quarter of all."),
+]
+ProtectLast = Annotated[
+    int | None,
+    Field(description="Keep this many blocks at the end. Default: 2, at most a quarter of all."),
+]
+"""Types of the options that protect blocks."""
 
 
 def parameters_in(text: str) -> int:
@@ -76,14 +83,8 @@ class Budget(Options):
         description="Remove one span of blocks, or single blocks. Default: a span where the "
         "criterion scores spans.",
     )
-    protect_first: int | None = Field(
-        default=None,
-        description="Keep this many blocks at the start. Default: 4, at most a quarter of all.",
-    )
-    protect_last: int | None = Field(
-        default=None,
-        description="Keep this many blocks at the end. Default: 2, at most a quarter of all.",
-    )
+    protect_first: ProtectFirst = None
+    protect_last: ProtectLast = None
     period_aligned: bool = Field(
         default=False,
         description="Remove only whole periods where the kinds of blocks repeat, as llama.cpp and "
@@ -225,20 +226,24 @@ def most_blocks(budget: Budget, model: ModelInfo) -> int:
     number = amount_of(budget, model)
     if number is not None:
         return number
-    units = sorted(removable(budget, model), key=lambda unit: parameters_of(unit, model))
-    enough = (budget.param_ratio or 0.0) * model.parameters
-    freed = taken = 0
+    smallest = sorted(removable(budget, model), key=lambda unit: parameters_of(unit, model))
+    return reaching(budget, smallest, model)
+
+
+def reaching(budget: Budget, units: Sequence[Sequence[int]], model: ModelInfo) -> int:
+    """How many blocks, in the order of `units`, have the requested part of all parameters."""
+    ratio, freed, number = budget.param_ratio or 0.0, 0, 0
     for unit in units:
         freed += parameters_of(unit, model)
-        taken += len(unit)
-        if freed >= enough:
-            break
-    return min(taken, model.blocks - 1)
+        number += len(unit)
+        if freed >= ratio * model.parameters and number < model.blocks:
+            return number
+    raise BudgetError(
+        f"no removal of some but not all blocks takes {ratio:.1%} of the parameters. Ask for less"
+    )
 
 
-def removal_options(
-    resolved: ResolvedCriterion, budget: Budget, model: ModelInfo
-) -> dict[str, Any]:
+def removal_options(resolved: Criterion, budget: Budget, model: ModelInfo) -> dict[str, Any]:
     """The options by which a criterion that removes blocks itself meets a budget; else none."""
     if not resolved.removes_blocks:
         return {}

@@ -23,19 +23,21 @@ called one by one. Criteria of weights alone read one block after the other and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.criteria import OBSERVED
-from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.checkpoint.tensors import TensorEntry, read_tensor
+from shortllm.criteria import OBSERVED, Criterion, resolve
 from shortllm.options import accepts
-from shortllm.protection import protected_in
-from shortllm.pruning.probe import Probe, probe_machine
 from shortllm.pruning.scoring import Scorer
-from shortllm.records import ModelInfo, Record
+from shortllm.records import ModelInfo, Record, protected_in
 from shortllm.runtime import DeviceOptions
 
 if TYPE_CHECKING:
@@ -52,16 +54,21 @@ OTHER_EFFICIENCY = 0.6
 KEPT_TENSOR_BYTES = 32 * 2**20
 """glibc's allocator keeps the memory of freed tensors below this size (see mallopt)."""
 
-Options = Mapping[str, Mapping[str, Any]]
+MATRIX_SECONDS, READ_SECONDS, REDUCE_SECONDS = 1.0, 0.7, 0.3
+"""Time for each measurement of the probe; a single product or tensor may take longer."""
 
-READINGS: dict[criteria.Needs, int] = {
-    "weights": 1,
-    "streams": 1,
-    "last token": 1,
-    "logits": 1,
-    "gradients": 2,
-}
-"""How many times a pass goes through the blocks."""
+
+class Probe(Record):
+    """Rates of a machine, measured in about two seconds."""
+
+    device: str
+    dtype: str
+    matrix_flops_per_s: float
+    """Sustained rate of the product of one group of tokens with the largest matrix of a block."""
+    read_bytes_per_s: float
+    """Rate of reading and checking tensors, dropped from the system's cache before if possible."""
+    reduced_per_s: float
+    """Weights per second whose absolute values are summed."""
 
 
 class Estimate(Record):
@@ -85,7 +92,7 @@ class Setting:
     dtype: torch.dtype
     samples: int
     length: int
-    options: Options
+    options: Mapping[str, Mapping[str, Any]]
     """Options of criteria, by name; defaults where missing."""
 
 
@@ -147,25 +154,21 @@ def _weightless(setting: Setting) -> Decoder:
     return Weightless(build_empty(setting.checkpoint.config, dtype=setting.dtype))
 
 
-def _read_bytes(
-    setting: Setting, criterion: ResolvedCriterion, streamed: bool
-) -> tuple[float, float]:
+def _read_bytes(setting: Setting, criterion: Criterion, streamed: bool) -> tuple[float, float]:
     """Bytes read before a pass, and during it."""
-    total, blocks = setting.checkpoint.bytes, sum(setting.checkpoint.bytes_per_block)
+    checkpoint = setting.checkpoint
+    total, blocks, count = checkpoint.bytes, sum(checkpoint.bytes_per_block), checkpoint.block_count
     if criterion.needs == "weights":
         return float(blocks), 0.0
     if not streamed:
         return float(total), 0.0
-    inner = criterion.inner() or criterion
-    count = setting.checkpoint.block_count
-    rounds = 1 if inner is criterion else criterion.rounds(setting.checkpoint.info())
+    rounds = criterion.rounds(checkpoint.info()) if criterion.removes_blocks else 1
     depths = sum(count - done for done in range(rounds)) / count
-    return float(total - blocks), READINGS[inner.needs] * depths * blocks
+    readings = 2 if criterion.scored_by().needs == "gradients" else 1  # there and back
+    return float(total - blocks), readings * depths * blocks
 
 
-def _peak_bytes(
-    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, streamed: bool
-) -> int:
+def _peak_bytes(setting: Setting, decoder: Decoder, criterion: Criterion, streamed: bool) -> int:
     """Memory at the worst moment: while the model is opened, or during a pass."""
     from shortllm.model.loading import stored_dtype
 
@@ -174,50 +177,42 @@ def _peak_bytes(
     base = _resident_bytes() if on_cpu else 0
     if criterion.needs == "weights":
         return base + one_block
-    weights = itemsize * sum(p.numel() for p in decoder.model.parameters())
-    in_blocks = itemsize * sum(p.numel() for p in decoder.blocks.parameters())
-    opened, ahead = weights, 0
-    mapped = checkpoint.bytes
+    opened = itemsize * sum(p.numel() for p in decoder.model.parameters())
+    mapped, ahead = checkpoint.bytes, 0
     if streamed:
-        opened, mapped = weights - in_blocks, checkpoint.bytes - sum(checkpoint.bytes_per_block)
+        opened -= itemsize * sum(p.numel() for p in decoder.blocks.parameters())
+        mapped -= sum(checkpoint.bytes_per_block)
         ahead = one_block + itemsize * max(checkpoint.parameters_per_block)
         largest = max(entry.bytes for entry in checkpoint.block_weights(0))
         if on_cpu and largest < KEPT_TENSOR_BYTES:
             ahead *= 2  # the allocator does not return the memory of a freed block
     if not on_cpu or stored_dtype(checkpoint) == setting.dtype:
         mapped = 0  # only the copy on the device, or the mapped file itself, takes memory
-    working = ahead + _streams(setting, decoder, criterion, streamed)
-    working += _working(setting, decoder, criterion)
-    return base + opened + max(mapped, working)
+    needs = criterion.scored_by().needs
+    working = _streams(setting, decoder, needs, streamed) + _working(setting, decoder, needs)
+    return base + opened + max(mapped, ahead + working)
 
 
-def _streams(
-    setting: Setting, decoder: Decoder, criterion: ResolvedCriterion, streamed: bool
-) -> int:
+def _streams(setting: Setting, decoder: Decoder, needs: criteria.Needs, streamed: bool) -> int:
     """Bytes of hidden streams, and of the copies that enter the first block."""
     from shortllm.checkpoint.config import text_config
     from shortllm.model.hidden_states import group_size
 
-    needs = (criterion.inner() or criterion).needs
     width = int(text_config(setting.checkpoint.config).hidden_size)
     one = setting.length * width * setting.dtype.itemsize
+    if needs == "gradients":
+        return one * (decoder.block_count + 3) * setting.samples
     group = min(setting.samples, group_size(decoder, setting.length))
     walked = setting.samples if streamed else group
-    depth = decoder.block_count + 1
-    if needs == "logits":
-        return one * (depth + 1) * walked
-    if needs == "gradients":
-        return one * (depth + 2) * setting.samples
-    return one * 2 * walked
+    return one * (decoder.block_count + 2 if needs == "logits" else 2) * walked
 
 
-def _working(setting: Setting, decoder: Decoder, criterion: ResolvedCriterion) -> int:
+def _working(setting: Setting, decoder: Decoder, needs: criteria.Needs) -> int:
     """Bytes of one call at a time: of a block, or the gradients of one, or a slice of the head."""
     from shortllm.model.hidden_states import GPU_GROUP_TOKENS, group_size
     from shortllm.model.walk import CPU_LOSS_BYTES, GPU_LOSS_BYTES
 
-    needs, itemsize = (criterion.inner() or criterion).needs, setting.dtype.itemsize
-    on_cpu = setting.device.type == "cpu"
+    itemsize, on_cpu = setting.dtype.itemsize, setting.device.type == "cpu"
     tokens = setting.length * min(setting.samples, group_size(decoder, setting.length))
     if needs == "logits" and not on_cpu:
         tokens = max(tokens, min(tokens * decoder.block_count, GPU_GROUP_TOKENS))
@@ -238,10 +233,83 @@ def _working(setting: Setting, decoder: Decoder, criterion: ResolvedCriterion) -
 
 
 def _resident_bytes() -> int:
-    """Memory of this process with everything imported and no model."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def probe_machine(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Probe:
+    """Measure the matrix rate of the device and the rate of reading the checkpoint's files."""
+    return Probe(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        matrix_flops_per_s=_matrix_rate(checkpoint, device, dtype),
+        read_bytes_per_s=_read_rate(checkpoint),
+        reduced_per_s=_reducing_rate(checkpoint),
+    )
+
+
+def _matrix_rate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of the product that a block spends most of its time in."""
+    import torch
+
+    from shortllm.model.hidden_states import CPU_GROUP_TOKENS, GPU_GROUP_TOKENS
+
+    # of stacked experts the matrix of one
+    shapes = [entry.shape[-2:] for entry in checkpoint.block_weights(0) if len(entry.shape) > 1]
+    rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
+    tokens = CPU_GROUP_TOKENS if device.type == "cpu" else GPU_GROUP_TOKENS
+    weight = torch.randn(rows, columns, device=device).to(dtype)
+    stream = torch.randn(tokens, columns, device=device).to(dtype)
+
+    def product() -> None:
+        torch.nn.functional.linear(stream, weight)[0, 0].item()  # waits for the device
+
+    product()
+    return _rate(product, 2.0 * tokens * rows * columns, MATRIX_SECONDS)
+
+
+def _rate(call: Callable[[], object], work: float, seconds: float) -> float:
+    """Work per second of repeated calls, each of which does `work`, over `seconds`."""
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        call()
+        count += 1
+    return count * work / (time.perf_counter() - start)
+
+
+def _read_rate(checkpoint: Checkpoint) -> float:
+    """Bytes per second of tensors from all over the files, read as a streamed pass reads them."""
+    from shortllm.model.loading import require_finite_tensor
+
+    entries = list(checkpoint.tensors.values())
+    seconds, count = 0.0, 0
+    for entry in random.Random(0).sample(entries, len(entries)):
+        _drop_from_cache(entry)
+        start = time.perf_counter()
+        require_finite_tensor(checkpoint.id, entry.name, read_tensor(entry))
+        seconds += time.perf_counter() - start
+        count += entry.bytes
+        if seconds > READ_SECONDS:
+            break
+    return count / seconds
+
+
+def _reducing_rate(checkpoint: Checkpoint) -> float:
+    from shortllm.model.metrics import reduce_powers
+
+    largest = max(checkpoint.block_weights(0), key=lambda entry: entry.bytes)
+    tensor = read_tensor(largest)
+    reduce = partial(reduce_powers, [tensor], power=1, over_weights="sum", over_block="sum")
+    return _rate(reduce, largest.elements, REDUCE_SECONDS)
+
+
+def _drop_from_cache(entry: TensorEntry) -> None:
+    """Drop a tensor's data from the system's cache, if the system allows it."""
+    if entry.offset is None or not hasattr(os, "posix_fadvise"):
+        return
+    with open(entry.file, "rb", buffering=0) as stream:
+        os.posix_fadvise(stream.fileno(), entry.offset, entry.bytes, os.POSIX_FADV_DONTNEED)
 
 
 class ModelSummary(Record):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from shortllm import criteria
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.criteria.records import Search
+from shortllm.criteria.search import Search
 from shortllm.errors import BudgetError, CheckpointError, ResultFileError
 from shortllm.files import fingerprint, require_file_target
 from shortllm.format import number
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning import targets
 from shortllm.pruning.budget import (
@@ -26,6 +26,7 @@ from shortllm.pruning.budget import (
     most_blocks,
     parameters_of,
     protected_blocks,
+    reaching,
     removable,
 )
 from shortllm.pruning.records import BlockScores, PrunePlan, Size
@@ -183,12 +184,11 @@ def _least_important(
     }
     units = sorted(totals, key=lambda unit: (totals[unit], -unit[0]))
     if number is None:
-        number = _reaching(budget, units, model)
+        number = reaching(budget, units, model)
     return [block for unit in units for block in unit][:number]
 
 
 def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
-    """The removed blocks in removal order."""
     if _is_contiguous(budget, scores):
         span = _span(budget, scores, model, number)
         outside = [block for block in range(model.blocks) if block not in span]
@@ -211,7 +211,7 @@ def _followed(
             "score by another criterion"
         )
     if number is None:
-        number = _reaching(budget, [[block] for block in order], model)
+        number = reaching(budget, [[block] for block in order], model)
     if number > len(order):
         raise BudgetError(
             f"the scores by '{name}' have the order of {len(order)} removals, and {number} were "
@@ -296,19 +296,6 @@ def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | N
     )
 
 
-def _reaching(budget: Budget, units: Sequence[Sequence[int]], model: ModelInfo) -> int:
-    """How many blocks, in the order of `units`, have the requested part of all parameters."""
-    ratio, freed, number = budget.param_ratio or 0.0, 0, 0
-    for unit in units:
-        freed += parameters_of(unit, model)
-        number += len(unit)
-        if freed >= ratio * model.parameters and number < model.blocks:
-            return number
-    raise BudgetError(
-        f"no removal of some but not all blocks takes {ratio:.1%} of the parameters. Ask for less"
-    )
-
-
 def _reason(
     scores: BlockScores | None,
     published: Published | None,
@@ -342,7 +329,6 @@ def _reason(
 
 
 def _search_reason(search: Search, criterion: str) -> str:
-    """How a searched set was found."""
     found = search.found
     if found.criterion != criterion:
         others = [one for one in search.candidates if one.criterion != found.criterion]

@@ -14,20 +14,22 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES
 from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import fingerprint
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import (
+from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
+from shortllm.surgery.derived import (
+    Draft,
     carried_fingerprint,
-    check_removal,
-    provenance_of,
-    renumbered_tensors,
+    copying,
+    derive,
+    on_probe,
+    verifying,
 )
 from shortllm.surgery.gguf import shorten_gguf
-from shortllm.surgery.derived import CARDS, RECORDS, Draft, copying, derive, verifying
 
 
 @accepts(runtime=Runtime)
@@ -144,7 +146,7 @@ def write_pruned(
     expected = fingerprint(
         {
             "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
+            "other files": carried_fingerprint(checkpoint.directory),
             "kept": list(kept),
             "criterion": criterion,
             **({"special tokens": special} if special else {}),
@@ -159,8 +161,5 @@ def _verifying(
     """A comparison with the original whose removed blocks are bypassed."""
     if session is None:
         return lambda written: None
-    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
-
-    original = session.decoder(checkpoint)
-    logits, cached = bypass_logits(original, removed), kv_cache_matches(original)
+    logits, cached = on_probe(session.decoder(checkpoint), removed)
     return verifying(target, session, logits, cached=cached)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from shortllm.criteria.records import Search
+from shortllm.criteria.search import Search
 from shortllm.pruning.budget import TARGETS
 from shortllm.records import Cost, DerivedRecord, ModelInfo, Record, ResultFile
 

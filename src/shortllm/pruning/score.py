@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.criteria.selection import ResolvedCriterion, resolve_all
+from shortllm.criteria import Criterion, resolve_all
+from shortllm.data.calibration import calibrate
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate
 from shortllm.files import fingerprint, releasing
 from shortllm.journal import Journal, journal_directory
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.scoring import Scorer, require_plain_weights
-from shortllm.pruning.search_space import BlockSearch
+from shortllm.pruning.search_space import score_all, work_of_all
 from shortllm.records import Cost
 from shortllm.run_directory import claim_directory, delete, finished, pinned, write_run_file
 from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, progress, versions
@@ -93,7 +93,7 @@ def score(
 def score_blocks(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
-    criteria: Sequence[ResolvedCriterion],
+    criteria: Sequence[Criterion],
     *,
     session: Session,
     directory: Path | None = None,
@@ -117,12 +117,11 @@ def score_blocks(
         ranks=ranks,
         memory=session.memory(directory),
         journal=Journal(own, fingerprint(expected)),
-        search_spaces=BlockSearch,
     )
     started = time.monotonic()
     named = ", ".join(one.name for one in criteria)
-    with progress(f"scoring by {named}", scorer.work(criteria)) as scorer.advance:
-        found = scorer.score(criteria)
+    with progress(f"scoring by {named}", work_of_all(scorer, criteria)) as scorer.advance:
+        found = score_all(scorer, criteria)
     cost = Cost(seconds=round(time.monotonic() - started, 3), peak_bytes=peak_memory())
     return {
         one.name: BlockScores(
@@ -145,7 +144,7 @@ def score_blocks(
 def score_in(
     directory: Path,
     checkpoint: Checkpoint,
-    criteria: Sequence[ResolvedCriterion],
+    criteria: Sequence[Criterion],
     calibration: Calibration | None,
     session: Session,
     ranks: Ranks = ALONE,
@@ -186,7 +185,7 @@ def score_in(
 
 def scores_fingerprint(
     checkpoint: Checkpoint,
-    criterion: ResolvedCriterion,
+    criterion: Criterion,
     calibration: Calibration | None,
     session: Session,
 ) -> str:

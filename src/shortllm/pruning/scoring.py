@@ -5,22 +5,21 @@
     gradients             one forward and one backward pass
     streams, last token   observers of either of these, else of one forward pass
     removals              one of the above per round
-    sets                  the passes of the criteria it starts with, and walks (search_space.py)
 
-`Scorer` knows which passes are needed and runs them; the passes themselves are in model/.
+`Scorer` knows which passes are needed and runs them; the passes themselves are in model/. Searches
+build on it (search_space.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import is_packed, read_tensor
-from shortllm.criteria import OBSERVED, Scores
-from shortllm.criteria.selection import ResolvedCriterion
+from shortllm.criteria import OBSERVED, Criterion, Scores
 from shortllm.errors import UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
@@ -33,17 +32,6 @@ if TYPE_CHECKING:
     from shortllm.model.hidden_states import StreamMemory
 
 
-class SearchSpaces(Protocol):
-    """Makes the space that a criterion searches, see `search_space.BlockSearch`."""
-
-    def __call__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal, /) -> Any:
-        """The space of sets of blocks."""
-
-    @staticmethod
-    def flops(scorer: Scorer, searching: ResolvedCriterion) -> float:
-        """Floating-point operations of the search."""
-
-
 @dataclass(kw_only=True)
 class Scorer:
     """A model, samples, and the passes over them."""
@@ -53,14 +41,12 @@ class Scorer:
     """Called when a pass needs the model."""
     ids_BT: Tensor | None
     """This process's samples; None if no criterion needs text."""
-    search_spaces: SearchSpaces | None = None
-    """What criteria that search run on."""
     ranks: Ranks = ALONE
     memory: StreamMemory | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
     advance: Advance = lambda work: None
 
-    def score(self, resolved: Sequence[ResolvedCriterion]) -> dict[str, Scores]:
+    def score(self, resolved: Sequence[Criterion]) -> dict[str, Scores]:
         """Scores of all blocks by each criterion."""
         blocks = range(self.checkpoint.block_count)
         found = self._score(resolved, blocks, blocks, self.journal)
@@ -70,7 +56,7 @@ class Scorer:
 
     def _score(
         self,
-        resolved: Sequence[ResolvedCriterion],
+        resolved: Sequence[Criterion],
         kept: Sequence[int],
         candidates: Sequence[int],
         journal: Journal,
@@ -84,10 +70,6 @@ class Scorer:
                 found[one.name] = self._weights(one, candidates)
             elif one.needs == "removals":
                 found[one.name] = self._removals(one, journal.part(one.name))
-            elif one.needs == "sets":
-                assert self.search_spaces is not None
-                space = self.search_spaces(self, one, journal.part(one.name))
-                found[one.name] = one.call(space)
         observers = [self._observer(one) for one in resolved if one.needs in OBSERVED]
         logits = [one for one in resolved if one.needs == "logits"]
         gradients = [one for one in resolved if one.needs == "gradients"]
@@ -101,7 +83,7 @@ class Scorer:
         found |= {one.criterion.name: one.scores(kept, self.ranks) for one in observers}
         return {one.name: found[one.name] for one in resolved}
 
-    def _weights(self, one: ResolvedCriterion, candidates: Sequence[int]) -> Scores:
+    def _weights(self, one: Criterion, candidates: Sequence[int]) -> Scores:
         """One block's weights in memory at a time, straight from the files."""
         values = [0.0] * self.checkpoint.block_count
         for b in candidates:
@@ -110,7 +92,7 @@ class Scorer:
             self.advance(2.0 * sum(entry.elements for entry in entries))
         return plain_scores(values)
 
-    def _observer(self, one: ResolvedCriterion) -> ScoringObserver:
+    def _observer(self, one: Criterion) -> ScoringObserver:
         blocks = self.checkpoint.block_count
         if one.needs == "streams":
             return TokenMeans(one, blocks)
@@ -134,7 +116,7 @@ class Scorer:
 
     def _logits(
         self,
-        resolved: Sequence[ResolvedCriterion],
+        resolved: Sequence[Criterion],
         kept: Sequence[int],
         candidates: Sequence[int],
         observers: Sequence[ScoringObserver],
@@ -157,7 +139,7 @@ class Scorer:
         )
         found = {}
         for one, (intact, *without) in zip(resolved, means, strict=True):
-            in_nats, count = one.criterion.in_nats, decoder.block_count
+            in_nats, count = one.in_nats, decoder.block_count
             report = perplexity if in_nats else float
             values = spread_out([report(mean) for mean in without], candidates, count)
             change = spread_out([mean - intact for mean in without], candidates, count)
@@ -171,7 +153,7 @@ class Scorer:
 
     def _gradients(
         self,
-        resolved: Sequence[ResolvedCriterion],
+        resolved: Sequence[Criterion],
         kept: Sequence[int],
         observers: Sequence[ScoringObserver],
         journal: Journal,
@@ -195,15 +177,13 @@ class Scorer:
             advance=self.advance,
             memory=self.memory,
             journal=journal,
-            results=lambda: values,
-            restore=values.update,
+            results=values,
         )
         return {name: plain_scores(found) for name, found in values.items()}
 
-    def _removals(self, one: ResolvedCriterion, journal: Journal) -> Scores:
+    def _removals(self, one: Criterion, journal: Journal) -> Scores:
         """Rounds of an inner criterion; each finished round is in the journal."""
-        inner = one.inner()
-        assert inner is not None
+        inner = one.scored_by()
         blocks = self.checkpoint.block_count
         rounds: list[dict[str, float]] = (journal.position() or {"rounds": []})["rounds"]
         taken = 0
@@ -224,7 +204,7 @@ class Scorer:
         scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
         return scores
 
-    def work(self, resolved: Sequence[ResolvedCriterion]) -> float:
+    def work(self, resolved: Sequence[Criterion]) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.
 
         A criterion that removes blocks is counted as if the first ones went.
@@ -233,7 +213,7 @@ class Scorer:
         return self._work(resolved, blocks, blocks)
 
     def _work(
-        self, resolved: Sequence[ResolvedCriterion], kept: Sequence[int], candidates: Sequence[int]
+        self, resolved: Sequence[Criterion], kept: Sequence[int], candidates: Sequence[int]
     ) -> float:
         from shortllm.model.backward import walk_back_flops
         from shortllm.model.walk import walk_flops
@@ -244,14 +224,10 @@ class Scorer:
                 weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":
-                inner, free = one.inner(), one.free(self.checkpoint.info())
-                assert inner is not None
+                free = one.free(self.checkpoint.info())
                 for done in range(one.rounds(self.checkpoint.info())):
                     left = [b for b in kept if b not in free[:done]]
-                    total += self._work([inner], left, free[done:])
-            elif one.needs == "sets":
-                assert self.search_spaces is not None
-                total += self.search_spaces.flops(self, one)
+                    total += self._work([one.scored_by()], left, free[done:])
         if not needs & {*OBSERVED, "logits", "gradients"}:
             return total
         decoder, (samples, length) = self.open_decoder(), self.samples().shape
@@ -282,7 +258,7 @@ def removals_of(
 class TokenMeans:
     """The mean over tokens of a number per token, for each block."""
 
-    def __init__(self, criterion: ResolvedCriterion, blocks: int) -> None:
+    def __init__(self, criterion: Criterion, blocks: int) -> None:
         import torch
 
         self.criterion = criterion
@@ -306,7 +282,7 @@ class TokenMeans:
 class LastTokens:
     """The stream of each sample's last token before and after each block."""
 
-    def __init__(self, criterion: ResolvedCriterion, blocks: int, samples: int, width: int) -> None:
+    def __init__(self, criterion: Criterion, blocks: int, samples: int, width: int) -> None:
         import torch
 
         self.criterion = criterion
@@ -349,11 +325,10 @@ def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> li
     return spread
 
 
-def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[ResolvedCriterion]) -> None:
+def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[Criterion]) -> None:
     """Refuse to score packed integers as weights, or by gradients of quantized ones."""
-    packed = is_packed(checkpoint.raw_config)
-    for one in resolved:
-        if packed and (one.inner() or one).needs in ("weights", "gradients"):
+    for one in resolved if is_packed(checkpoint.raw_config) else ():
+        if one.scored_by().needs in ("weights", "gradients"):
             others = ", ".join(criteria.names_by_need("logits", *OBSERVED))
             raise UnsupportedModelError(
                 f"{one.name} looks at weights, and {checkpoint.id} is quantized. Score the "

@@ -1,4 +1,4 @@
-"""What a search runs on: its candidate sets, measured on one part of the samples.
+"""Scores by all kinds of criteria, and what searches run on: sets, measured on part of the samples.
 
 Every list of sets that a search measures goes through the model in one walk, in which sets that
 begin alike share their block passes. Each finished list is in the journal, from which an
@@ -15,9 +15,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shortllm.criteria.records import CandidateSet, NotTried, Search
-from shortllm.criteria.search import Blocks, Proposal, names_in
-from shortllm.criteria.selection import ResolvedCriterion, resolve
+from shortllm.criteria import Criterion, Scores, names_in, resolve
+from shortllm.criteria.search import Blocks, CandidateSet, NotTried, Proposal, Search
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
@@ -31,14 +30,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-QUARTER = 0.25
-"""Part of the blocks to remove if no number is given."""
+def score_all(scorer: Scorer, resolved: Sequence[Criterion]) -> dict[str, Scores]:
+    """Scores of all blocks by each criterion, searches included."""
+    found = {
+        one.name: one.call(BlockSearch(scorer, one, scorer.journal.part(one.name)))
+        for one in resolved
+        if one.needs == "sets"
+    }
+    found |= scorer.score([one for one in resolved if one.needs != "sets"])
+    return {one.name: found[one.name] for one in resolved}
+
+
+def work_of_all(scorer: Scorer, resolved: Sequence[Criterion]) -> float:
+    """Floating-point operations of `score_all`; those of a search as its method estimates them."""
+    searches = sum(_search_work(scorer, one) for one in resolved if one.needs == "sets")
+    return searches + scorer.work([one for one in resolved if one.needs != "sets"])
+
+
+def _search_work(scorer: Scorer, searching: Criterion) -> float:
+    from shortllm.model.walk import walk_flops
+
+    options, model = searching.options, scorer.checkpoint.info()
+    budget = budget_of(searching, model)
+    named = [resolve(name) for name in names_in(options.get("candidates") or options["start"])]
+    shots = [_fitted(one, budget, model) for one in named if one.needs != "sets"]
+    units = removable(budget, model)
+    gone = [block for unit in units for block in unit][: budget.remove]
+    swaps = len(gone) * (sum(map(len, units)) - len(gone))
+    methods = [one.search for one in (searching, *named)]
+    measured = sum(one.measurements(options, swaps) for one in methods if one is not None)
+    if options["evaluations"] is not None:
+        measured = min(measured, float(options["evaluations"]))
+    decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape
+    each = walk_flops(decoder, [frozenset(gone)], samples, length)
+    return scorer.work(shots) + (measured + len(shots)) * each
 
 
 class BlockSearch:
     """The space of sets of a criterion that searches; see `criteria.search.SearchSpace`."""
 
-    def __init__(self, scorer: Scorer, searching: ResolvedCriterion, journal: Journal) -> None:
+    def __init__(self, scorer: Scorer, searching: Criterion, journal: Journal) -> None:
         self._scorer = scorer
         self._searching = searching
         self._options = searching.options
@@ -73,26 +104,6 @@ class BlockSearch:
                 f"{name}.held_out"
             )
         return held_out
-
-    @staticmethod
-    def flops(scorer: Scorer, searching: ResolvedCriterion) -> float:
-        """Floating-point operations of a search, as its method estimates its measurements."""
-        from shortllm.model.walk import walk_flops
-
-        options, model = searching.options, scorer.checkpoint.info()
-        budget = budget_of(searching, model)
-        named = [resolve(name) for name in names_in(options.get("candidates") or options["start"])]
-        shots = _with_amounts([one for one in named if one.needs != "sets"], budget, model)
-        units = removable(budget, model)
-        gone = [block for unit in units for block in unit][: budget.remove]
-        swaps = len(gone) * (sum(map(len, units)) - len(gone))
-        methods = [one.criterion.search for one in (searching, *named)]
-        measured = sum(one.measurements(options, swaps) for one in methods if one is not None)
-        if options["evaluations"] is not None:
-            measured = min(measured, float(options["evaluations"]))
-        decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape
-        each = walk_flops(decoder, [frozenset(gone)], samples, length)
-        return scorer.work(shots) + (measured + len(shots)) * each
 
     def _finished(self) -> list[dict[str, Any]]:
         """The measurements of an interrupted search that all processes have."""
@@ -135,7 +146,7 @@ class BlockSearch:
         ]
 
     def _scored(self, names: Sequence[str], journal: Journal) -> dict[str, Any]:
-        resolved = _with_amounts([resolve(name) for name in names], self._budget, self._model)
+        resolved = [_fitted(resolve(name), self._budget, self._model) for name in names]
         scorer = replace(
             self._scorer, ids_BT=self._part(0, self._searched), journal=journal.part("scores")
         )
@@ -255,22 +266,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def budget_of(searching: ResolvedCriterion, model: ModelInfo) -> Budget:
+def budget_of(searching: Criterion, model: ModelInfo) -> Budget:
     """How many blocks a search removes, and which it may not remove."""
-    options = searching.options
-    remove = options["remove"]
-    budget = Budget(
-        remove=remove,
-        ratio=QUARTER if remove is None else None,
-        protect_first=options["protect_first"],
-        protect_last=options["protect_last"],
-        period_aligned=options["period_aligned"],
-    )
+    names = ("remove", "protect_first", "protect_last", "period_aligned")
+    given = {name: searching.options[name] for name in names}
+    budget = Budget(ratio=0.25 if given["remove"] is None else None, **given)
     return budget.model_copy(update={"ratio": None, "remove": most_blocks(budget, model)})
 
 
-def _with_amounts(
-    resolved: Sequence[ResolvedCriterion], budget: Budget, model: ModelInfo
-) -> list[ResolvedCriterion]:
-    """Criteria with the options by which those that remove blocks themselves meet a budget."""
-    return [resolve(one.name, removal_options(one, budget, model)) for one in resolved]
+def _fitted(one: Criterion, budget: Budget, model: ModelInfo) -> Criterion:
+    """The criterion; one that removes blocks itself with the options by which it meets a budget."""
+    return resolve(one.name, removal_options(one, budget, model))

@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.pruning.budget import Budget, protected_blocks, removable
 from shortllm.pruning.records import TARGET_FILE, DepthSpeed, Target
 from shortllm.records import ModelInfo, load_current
@@ -49,11 +50,9 @@ def resolve(
     A budget without a target is returned as it is. An earlier target.json from the same inputs is
     reused.
     """
-    asked = budget.target()
-    if asked is None:
+    if budget.target() is None:
         return budget, None
-    budget.asked()
-    name, value = asked
+    [(name, value)] = budget.asked().items()
     found, expected = None, _fingerprint(budget, checkpoint, session)
     if directory is not None:
         found = load_current(Target, directory / TARGET_FILE, expected)
@@ -130,23 +129,21 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session, fingerpri
             f"--{name.replace('_', '-')} {shown(value)}. Ask for less"
         )
     units = _free(budget, model)
-    left, step = {0: total}, len(units[0])
-    for size in sorted(sum(per_block[block] for block in unit) for unit in units):
-        left[max(left) + step] = min(left.values()) - size
-    most = max(left)
-    if left[most] > value:
+    sizes = sorted(sum(per_block[block] for block in unit) for unit in units)
+    left = [total - freed for freed in accumulate(sizes, initial=0)]
+    if left[-1] > value:
         raise BudgetError(
-            f"{model.id} still takes {shown(left[most])} without {most} of its {model.blocks} "
-            f"blocks, which is all that may go, and {shown(value)} was requested. Ask for "
-            f"{shown(left[most])} or more{_relief(budget, model)}"
+            f"{model.id} still takes {shown(left[-1])} without {sum(map(len, units))} of its "
+            f"{model.blocks} blocks, which is all that may go, and {shown(value)} was requested. "
+            f"Ask for {shown(left[-1])} or more{_relief(budget, model)}"
         )
-    remove = next(number for number, size in left.items() if size <= value)
+    fewest = next(number for number, size in enumerate(left) if size <= value)
     return Target(
         model=model,
         asked=budget.asked(),
-        remove=remove,
-        expected=left[remove],
-        reached=left[remove],
+        remove=fewest * len(units[0]),
+        expected=left[fewest],
+        reached=left[fewest],
         dtype=session.dtype(checkpoint) if in_memory else None,
         fingerprint=fingerprint,
     )
@@ -157,8 +154,7 @@ def memory_of(checkpoint: Checkpoint, dtype: str) -> tuple[list[int], int]:
     import torch
 
     itemsize = getattr(torch, dtype).itemsize
-    room = context_length(checkpoint.config)
-    tokens = CACHED_TOKENS if room is None else min(CACHED_TOKENS, room)
+    tokens = min(CACHED_TOKENS, context_length(checkpoint.config) or CACHED_TOKENS)
     cache = tokens * cache_bytes(checkpoint, dtype)
     per_block = [number * itemsize + cache for number in checkpoint.parameters_per_block]
     return per_block, checkpoint.parameters * itemsize + cache * checkpoint.block_count

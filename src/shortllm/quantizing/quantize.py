@@ -20,13 +20,12 @@ from shortllm import __version__
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.data.calibration import Calibration
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.texts import calibrate
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.quantizing.compressing import (
     LIBRARY,

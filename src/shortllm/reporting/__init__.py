@@ -3,9 +3,9 @@
     run.json  scores.json  plan.json  eval.json  bench.json  retrained/retrain.json ...
                   │  load.py       reads them, and refuses what does not belong together
                   ▼
-    run_page.py runs_page.py comparison.py               what each kind of page shows
-      blocks.py healing.py measurements.py protocol.py   some of the sections
-      plots/                                             SVG in the page's colours
+    run_page.py runs_page.py comparison.py      what each kind of page shows
+      healing.py measurements.py protocol.py    some of the sections
+      charts.py plots.py                        kinds of plots, as SVG in the page's colours
                   │  parts.py      sections as lists of paragraphs, figures, tables ...
                   ▼
     templates/page.html.j2, templates/model_card.md.j2   all data is escaped

@@ -6,18 +6,25 @@ shortllm compare-units embedded
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from shortllm import __version__
-from shortllm.comparison.options import Candidate, Comparison, Contender
-from shortllm.comparison.ranking import Standing, standings, verdict
+from shortllm.comparison.options import (
+    Candidate,
+    Comparison,
+    Contender,
+    Standing,
+    standings,
+    verdict,
+)
 from shortllm.format import NONE, THIN, counted, listed, number, percent, short_count, signed, spans
-from shortllm.reporting import protocol, runs_page
+from shortllm.reporting import parts, protocol, runs_page
+from shortllm.reporting.charts import Band, Line, LinePlot
 from shortllm.reporting.load import ComparisonResults, UnitsResults, protocol_of
-from shortllm.reporting.measurements import peak_bytes, speed_section
-from shortllm.reporting.parts import Cell, Page, Paragraph, Row, Section, Table, row
+from shortllm.reporting.measurements import cell_phrase, peak_memory, speed_section
+from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Row, Section, Table, row
 from shortllm.reporting.plots import COLOURS, DASHES, line_style
-from shortllm.reporting.plots.lines import Band, Line, LinePlot
 from shortllm.reporting.runs_page import ComparedModel, ModelRow, common_cell
 
 LOG_SPREAD = 4.0
@@ -58,17 +65,14 @@ def criteria_plot(found: Comparison) -> LinePlot:
     muted = {"color": COLOURS["muted"]}
     style = {**muted, "linestyle": DASHES[3], "linewidth": 1.6, "zorder": 2}
     lines = [line("random, mean", [column.random_mean for column in columns], style)]
-    coloured, baselines = 0, 0
+    coloured, baselines = itertools.count(), itertools.cycle([(1, "<"), (2, ">")])
     for i, one in enumerate(found.criteria):
         if one.source == "baseline":
-            style = {
-                **muted, "linestyle": DASHES[1 + baselines % 2], "linewidth": 1.2,
-                "marker": "<>"[baselines % 2], "markersize": 4.5,
-            }  # fmt: skip
-            baselines += 1
+            dashes, marker = next(baselines)
+            style = {**muted, "linestyle": DASHES[dashes], "linewidth": 1.2, "markersize": 4.5}
+            style["marker"] = marker
         else:
-            style = {"zorder": 4, **line_style(coloured)}
-            coloured += 1
+            style = {"zorder": 4, **line_style(next(coloured))}
         lines.append(line(one.criterion, [column.perplexities[i] for column in columns], style))
     return LinePlot(
         lines=lines,
@@ -91,15 +95,14 @@ def _curves(results: ComparisonResults) -> Section:
     scored = ""
     if results.calibration:
         scored = f"; blocks were scored on {protocol.calibration_phrase(results.calibration)}"
-    text = (
-        f"{protocol.segments_phrase(found.intact)} from {protocol.perplexity_source(found.intact)}"
-    )
     caption = (
         "Perplexity of the shortened models without retraining; lower is better. All lines start "
         f"at the intact model, {number(found.intact.perplexity)}. The band is the range of "
         f"{counted(len(found.random), 'random removal')} of the same size. A criterion is useful "
         "where its line is below the band. Lines of criteria that remove the same blocks coincide. "
-        f"Measured on {text}{scored}.{' The axis is logarithmic.' if plot.is_log else ''}"
+        f"Measured on {protocol.segments_phrase(found.intact)} from "
+        f"{protocol.perplexity_source(found.intact)}{scored}."
+        f"{' The axis is logarithmic.' if plot.is_log else ''}"
     )
     return Section("curves", "Perplexity against removed blocks", [plot.figure(caption)])
 
@@ -107,35 +110,31 @@ def _curves(results: ComparisonResults) -> Section:
 def perplexity_table(found: Comparison) -> Table:
     """Every perplexity behind the plot: a column per budget."""
     columns, total = standings(found), len(found.criteria)
-
-    def summary(name: str, show: Callable[[Standing], str], look: str = "") -> Row:
-        return row(name, *(show(column) for column in columns), look=look)
-
+    summaries: dict[str, Callable[[Standing], str]] = {
+        f"random, mean of {len(found.random)}": lambda c: number(c.random_mean),
+        "random, range": lambda c: f"{number(min(c.random))} – {number(max(c.random))}",
+        "criteria below the random mean": lambda c: f"{c.beat_mean} of {total}",
+        "criteria below every random removal": lambda c: f"{c.beat_all} of {total}",
+    }
     rows = [
         row(one.criterion, *(_perplexity(one, i, column) for column in columns))
         for i, one in enumerate(found.criteria)
     ]
-    mean = f"random, mean of {len(found.random)}"
-    rows += [
-        summary(mean, lambda c: number(c.random_mean), look="floor"),
-        summary("random, range", lambda c: f"{number(min(c.random))} – {number(max(c.random))}"),
-        summary("criteria below the random mean", lambda c: f"{c.beat_mean} of {total}"),
-        summary("criteria below every random removal", lambda c: f"{c.beat_all} of {total}"),
-    ]
+    for name, show in summaries.items():
+        look = "" if len(rows) > total else "floor"
+        rows.append(row(name, *map(show, columns), look=look))
     return Table(_head(found), rows)
 
 
 def _perplexity(one: Contender, i: int, column: Standing) -> Cell:
     """A perplexity, marked where it is the best or not better than chance."""
     value = column.perplexities[i]
-    if one.criterion in column.best:
-        return Cell(number(value), look="best")
-    return Cell(number(value), look="" if value < column.random_mean else "worse")
+    look = "" if value < column.random_mean else "worse"
+    return Cell(number(value), look="best" if one.criterion in column.best else look)
 
 
 def _head(found: Comparison) -> Row:
-    total = found.model.blocks
-    cells = (Cell(one.name, f"{one.blocks} of {total}") for one in standings(found))
+    cells = [Cell(one.name, f"{one.blocks} of {found.model.blocks}") for one in standings(found)]
     return row("criterion", *cells)
 
 
@@ -144,16 +143,12 @@ def _perplexities(found: Comparison) -> Section:
     if found.left_out:
         reasons = [f"{percent(left.ratio)} ({left.reason})" for left in found.left_out]
         note += f" Left out: {listed(reasons)}."
-    parts = [perplexity_table(found), Paragraph(note)]
-    return Section("perplexities", "Perplexity at each budget", parts)
+    shown = [perplexity_table(found), Paragraph(note)]
+    return Section("perplexities", "Perplexity at each budget", shown)
 
 
 def _removed_sets(found: Comparison) -> Section:
-    """Which blocks each criterion removes."""
-    rows = [
-        row(one.criterion, *(spans(removed.order) for removed in one.sets))
-        for one in found.criteria
-    ]
+    rows = [row(one.criterion, *(spans(each.order) for each in one.sets)) for one in found.criteria]
     note = (
         f"Of {counted(found.model.blocks, 'block')}, counted from 0; protected: "
         f"{spans(found.protected) or NONE}. The random removals are in comparison.json."
@@ -166,61 +161,63 @@ def _removed_sets(found: Comparison) -> Section:
 
 def units_models(results: UnitsResults) -> list[ComparedModel]:
     """The original, and each candidate before and after healing."""
-    models = [_candidate(results, "original", None)]
-    for candidate in results.units.candidates:
-        for name in (candidate.name, candidate.healed):
-            if name in results.evaluated:
-                models.append(_candidate(results, name, candidate))
+    benchmark, cell = results.benchmark, common_cell(results.benchmark)
+    owners: dict[str, Candidate | None] = {"original": None}
+    for one in results.units.candidates:
+        owners |= {name: one for name in (one.name, one.healed) if name in results.evaluated}
+    models = []
+    for name, candidate in owners.items():
+        entry = results.evaluated[name]
+        models.append(
+            runs_page.compared_model(
+                entry,
+                {protocol_of(one): protocol.perplexity_source(one) for one in entry.perplexity},
+                benchmark,
+                cell,
+                timed_as=[candidate.name if candidate else name],
+                run=f"{candidate.name} ({candidate.unit})" if candidate else None,
+                name=name,
+                original=protocol.model_name(results.units.model.id),
+                criterion=candidate.name if candidate else None,
+                healed_by="retraining" if candidate and name == candidate.healed else None,
+            )
+        )
     return models
-
-
-def _candidate(results: UnitsResults, name: str, candidate: Candidate | None) -> ComparedModel:
-    entry, benchmark = results.evaluated[name], results.benchmark
-    cell = common_cell(benchmark)
-    measured = benchmark.find(candidate.name if candidate else name, *cell) if cell else None
-    is_healed = candidate is not None and name == candidate.healed
-    return runs_page.compared_model(
-        entry,
-        {protocol_of(one): protocol.perplexity_source(one) for one in entry.perplexity},
-        benchmark,
-        measured,
-        run=f"{candidate.name} ({candidate.unit})" if candidate else None,
-        name=name,
-        original=protocol.model_name(results.units.model.id),
-        criterion=candidate.name if candidate else None,
-        healed_by="retraining" if is_healed else None,
-    )
 
 
 def units_table(results: UnitsResults) -> Table:
     """A row per method, before and after healing."""
-    rows = [_units_row(results, None), *(_units_row(results, c) for c in results.units.candidates)]
-    columns = ("exact", "perplexity", "tasks", "latency", "speedup", "memory")
-    return runs_page.models_table(rows, columns)
+    models = {one.name: one for one in units_models(results)}
+    candidates = {one.name: one for one in results.units.candidates}
+    cell = common_cell(results.benchmark)
 
+    def parameters(one: ModelRow) -> Cell:
+        missed = candidates[one.model.name].missed if one.model.name in candidates else 0
+        by = f"{signed(100 * missed, 2)}{THIN}%" if missed else ""
+        return Cell(f"{one.model.parameters:,}", by)
 
-def _units_row(results: UnitsResults, candidate: Candidate | None) -> ModelRow:
-    name, cell = (
-        candidate.name if candidate else "original",
-        common_cell(results.benchmark),
-    )
-    measured = results.benchmark.find(name, *cell) if cell else None
-    healed = candidate.healed if candidate and candidate.healed in results.evaluated else None
-    missed = candidate.missed if candidate else 0
-    return ModelRow(
-        name=Cell(name, candidate.unit if candidate else ""),
-        model=_candidate(results, name, candidate),
-        healed=_candidate(results, healed, candidate) if healed else None,
-        deviation=f"{signed(100 * missed, 2)}{THIN}%" if missed else "",
-        peak_bytes=peak_bytes(measured.memory) if measured else None,
-    )
+    def memory(one: ModelRow) -> str:
+        return peak_memory(results.benchmark.find(one.model.name, *cell) if cell else None)
+
+    rows = [ModelRow(Cell("original"), models["original"])]
+    rows += [
+        ModelRow(Cell(name, one.unit), models[name], models.get(one.healed or ""))
+        for name, one in candidates.items()
+    ]
+    columns: list[Column[ModelRow]] = [
+        ("model", lambda one: one.name),
+        ("parameters", parameters),
+        *runs_page.measured_columns(rows),
+        ("peak memory", memory),
+    ]
+    return parts.table_of(rows, columns)
 
 
 def units_page(results: UnitsResults) -> Page:
     """Each method before and after the same healing: table, trade-off, speed and protocol."""
     units, cell = results.units, common_cell(results.benchmark)
     note = (
-        f"Speed and memory: {runs_page.cell_phrase(cell) if cell else 'not measured'}, alternating "
+        f"Speed and memory: {cell_phrase(*cell) if cell else 'not measured'}, alternating "
         "between the models. Below the parameters: deviation from the first method, because only "
         "whole units can be removed."
     )
@@ -244,7 +241,6 @@ def units_page(results: UnitsResults) -> Page:
 
 
 def _units_verdict(results: UnitsResults) -> str:
-    """The best and the fastest method, in two sentences."""
     units, models = results.units, units_models(results)
     shown = [one for one in models if one.run is not None]
     saved = percent(1 - units.candidates[0].parameters / units.model.parameters)
@@ -260,8 +256,6 @@ def _units_verdict(results: UnitsResults) -> str:
     timed = [one for one in shown if one.speedup is not None]
     if timed:
         fastest = max(timed, key=lambda one: one.speedup or 0.0)
-        sentence += (
-            f". The fastest is {fastest.run}, {number(fastest.speedup, 3)} times as fast as the "
-            "original"
-        )
+        speed = number(fastest.speedup, 3)
+        sentence += f". The fastest is {fastest.run}, {speed} times as fast as the original"
     return f"{sentence}."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from shortllm.evaluation.options import Perplexity
 from shortllm.format import NONE, counted, number, percent, short_bytes, short_count
@@ -10,11 +12,10 @@ from shortllm.healing import methods as healing_methods
 from shortllm.healing.options import HealedGap, Healing
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting import parts
+from shortllm.reporting.charts import DotPlot, Line, LinePlot
 from shortllm.reporting.load import Protocol, RunResults
 from shortllm.reporting.parts import Cell, Column, Heading, Part, Section, Table
 from shortllm.reporting.plots import COLOURS
-from shortllm.reporting.plots.lines import Line, LinePlot
-from shortllm.reporting.plots.points import DotPlot
 from shortllm.reporting.protocol import model_name, perplexity_source
 from shortllm.retraining.methods import METHODS
 from shortllm.retraining.options import Retraining
@@ -35,13 +36,14 @@ STOPPED = {
     "patience": "stopped early: the held-out loss no longer fell",
     "minutes": "stopped at its time limit",
 }
-_CURVES = {"train": "training", "held_out": "held out (best step is kept)"}
-_STYLES = {
-    "train": {"color": COLOURS["muted"], "linewidth": 0.8, "alpha": 0.7},
-    "held_out": {"color": COLOURS["kept"], "linewidth": 1.8, "marker": "o", "markersize": 3.5},
+_CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "train": ("training", {"color": COLOURS["muted"], "linewidth": 0.8, "alpha": 0.7}),
+    "held_out": (
+        "held out (best step is kept)",
+        {"color": COLOURS["kept"], "linewidth": 1.8, "marker": "o", "markersize": 3.5},
+    ),
 }
-"""Look of the curves of every retraining; further curves differ by their dashes."""
-_DASHES = ("--", ":", "-.")
+"""Name and look of the curves of every retraining; further curves differ by their dashes."""
 
 
 def recovered(before: Perplexity, removed: Perplexity, healed: Perplexity) -> float | None:
@@ -112,7 +114,6 @@ def healing_section(results: RunResults) -> Section | None:
 
 
 def _recovery_table(results: RunResults, names: Sequence[str]) -> Table:
-    """A row per model: its perplexity on each text, how much was recovered, its mean score."""
     columns: list[Column[str]] = [("model", lambda name: Cell(name, _summary(results, name)))]
     for key, example in results.protocols().items():
         columns += _recovery_columns(results, key, f"perplexity, {perplexity_source(example)}")
@@ -152,7 +153,6 @@ def _summary(results: RunResults, name: str) -> str:
 
 
 def _maps(record: Healing) -> Part:
-    """A row per gap: what was removed, where its map was folded in, the error before and after."""
     columns: list[Column[HealedGap]] = [
         ("removed", lambda gap: ", ".join(map(str, gap.removed))),
         ("folded into block", _target),
@@ -200,17 +200,13 @@ def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> lis
 
 
 def _loss_plot(record: Retraining, name: str) -> LinePlot | None:
-    """Loss against steps: training, held out, and each evaluation set."""
-    others = [curve for curve in record.curves if curve not in _STYLES]
-    styles = {
-        curve: {"color": COLOURS["removed"], "linewidth": 1.3, "linestyle": _DASHES[place % 3]}
-        for place, curve in enumerate(others)
-    }
-    lines = [
-        Line(name=_CURVES.get(curve, curve), points=points, style=(_STYLES | styles)[curve])
-        for curve, points in record.curves.items()
-        if points
-    ]
+    dashes, lines = itertools.cycle(("--", ":", "-.")), []
+    for curve, points in record.curves.items():
+        label, style = _CURVES.get(curve, (curve, {"color": COLOURS["removed"], "linewidth": 1.3}))
+        if curve not in _CURVES:
+            style |= {"linestyle": next(dashes)}
+        if points:
+            lines.append(Line(name=label, points=points, style=style))
     if not lines:
         return None
     return LinePlot(

@@ -1,4 +1,4 @@
-"""Speed, memory and task scores: sections of a page, tables of a terminal, files of a benchmark.
+"""What was measured: sections of a page, tables of a terminal, files of a benchmark.
 
 Evaluation ─► evaluation_table  a row per model
            ─► task_table        a row per zero-shot task
@@ -15,14 +15,25 @@ from pathlib import Path
 
 from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
 from shortllm.evaluation.harness import is_share, metric_phrase, score_phrase
-from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskScore
+from shortllm.evaluation.options import EvaluatedModel, Evaluation
 from shortllm.files import write_text
-from shortllm.format import NONE, change, counted, fixed, number, percent, point_change, short_bytes
+from shortllm.format import (
+    NONE,
+    change,
+    counted,
+    figure,
+    fixed,
+    number,
+    percent,
+    point_change,
+    short_bytes,
+)
+from shortllm.published import PublishedComparison, compared_blocks, published_comparison
 from shortllm.reporting import parts
+from shortllm.reporting.charts import DASHED, Line, LinePlot, marked
 from shortllm.reporting.load import RunResults
-from shortllm.reporting.parts import Cell, Column, Part, Row, Section, Table, row
+from shortllm.reporting.parts import Cell, Column, Paragraph, Part, Row, Section, Table, row
 from shortllm.reporting.plots import standalone
-from shortllm.reporting.plots.lines import DASHED, Line, LinePlot, marked
 from shortllm.reporting.protocol import without_directories
 from shortllm.run_directory import PRUNED
 
@@ -62,12 +73,13 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def task_table(models: Sequence[EvaluatedModel]) -> Table:
     """A row per task: each model's score ± standard error, and its change from the first model."""
-    scores = [{score.task: score for score in entry.zeroshot} for entry in models]
     rows = []
-    for task in models[0].zeroshot:
+    for scores in zip(*(entry.zeroshot for entry in models), strict=False):
+        task = scores[0]
         asked = f"{metric_phrase(task)}, {counted(task.documents, 'document')}"
         asked += f" after {counted(task.shots, 'example')}" if task.shots else ""
-        cells = [_score(task, of_model.get(task.task)) for of_model in scores]
+        difference = point_change if is_share(task) else change
+        cells = [(score_phrase(one), difference(task.score, one.score)) for one in scores]
         rows.append(compared_row(Cell(task.task, asked), cells))
     means = [entry.zeroshot_mean for entry in models if entry.zeroshot_mean is not None]
     if means:
@@ -83,14 +95,6 @@ def compared_row(name: Cell, cells: Sequence[tuple[str, str]]) -> Row:
     return row(name, first, *changed)
 
 
-def _score(before: TaskScore, after: TaskScore | None) -> tuple[str, str]:
-    """A score, and its change where the same documents were asked."""
-    if after is None or before.documents_fingerprint != after.documents_fingerprint:
-        return score_phrase(after) if after else NONE, NONE
-    difference = point_change if is_share(after) else change
-    return score_phrase(after), difference(before.score, after.score)
-
-
 def tasks_section(results: RunResults) -> Section | None:
     """Zero-shot scores; None where no task was measured."""
     models = [entry for entry in results.evaluated.values() if entry.zeroshot]
@@ -101,7 +105,72 @@ def tasks_section(results: RunResults) -> Section | None:
         f"Scores ± standard error, measured by lm-evaluation-harness{version and f' {version}'} "
         "with its own prompts. Differences of one or two standard errors may be chance."
     )
-    return Section("tasks", "Zero-shot tasks", [task_table(models), parts.Paragraph(note)])
+    return Section("tasks", "Zero-shot tasks", [task_table(models), Paragraph(note)])
+
+
+# ---- published figures and generated text
+
+
+def published_section(results: RunResults) -> Section | None:
+    """Our figures next to the published ones; None where the recipe has none."""
+    if not results.run.recipe.get("published"):
+        return None
+    from shortllm.recipe import Recipe
+
+    recipe = Recipe.model_validate(results.run.recipe)
+    source = recipe.published
+    assert source is not None
+    text = f"Published in {source.source}"
+    text += f"; the healed model was released as {source.checkpoint}." if source.checkpoint else "."
+    if source.removed:
+        text += f" {compared_blocks(source, results.plan.removed)}"
+    rows = []
+    if results.evaluation is not None:
+        rows = published_comparison(source, results.evaluation, recipe.evaluation)
+    note = "No published figure was measured here by the same protocol."
+    if rows:
+        note = (
+            "Only figures of the same protocol are compared: 128 tokens per segment, the same BOS, "
+            "whole texts and tasks. The published shortened model was healed with LoRA and is "
+            "compared with healed models."
+        )
+    found = [Paragraph(text, ""), *([published_table(rows)] if rows else []), Paragraph(note)]
+    return Section("published", "Against published results", found)
+
+
+def published_table(rows: Sequence[PublishedComparison]) -> Table:
+    """Our figures next to the published ones."""
+    columns: list[Column[PublishedComparison]] = [
+        ("quantity", lambda one: Cell(one.quantity, one.model)),
+        ("published", lambda one: figure(one.published)),
+        ("here", lambda one: Cell(figure(one.ours), look="after")),
+        ("change", lambda one: Cell(change(one.published, one.ours), look="change")),
+    ]
+    return parts.table_of(rows, columns)
+
+
+def samples_section(results: RunResults) -> Section | None:
+    """Continuations of the same prompt by each model, side by side."""
+    columns = [(entry, entry.samples) for entry in results.evaluated.values() if entry.samples]
+    samples = list(zip(*(found.texts for _, found in columns), strict=False))
+    if not samples:
+        return None
+    names = [f"{entry.name}, {counted(entry.model.blocks, 'block')}" for entry, _ in columns]
+    rows = []
+    for place, texts in enumerate(samples, start=1):
+        which = f", sample {place}" if len(samples) > 1 else ""
+        rows.append(
+            [(name + which, text.lstrip(" ")) for name, text in zip(names, texts, strict=True)]
+        )
+    first = columns[0][1]
+    note = (
+        f"Sampled with up to {counted(first.new_tokens, 'new token')}, top-k {first.top_k}, "
+        f"top-p {first.top_p:g}, temperature {first.temperature:g}, seed {first.seed}. All samples "
+        "are shown."
+    )
+    return Section(
+        "samples", "Generated text", [parts.Samples(first.prompt, rows), Paragraph(note)]
+    )
 
 
 # ---- speed
@@ -110,14 +179,11 @@ def tasks_section(results: RunResults) -> Section | None:
 def speed_section(found: Benchmark) -> Section:
     """Plots and table of a benchmark, and how it was measured."""
     plots: list[Part] = [plot.figure() for plot in all_plots(found).values()]
-    table, note = benchmark_table(found), parts.Paragraph(_speed_note(found))
+    table, note = benchmark_table(found), Paragraph(_speed_note(found))
     return Section("speed", "Speed and memory", [*plots, table, note])
 
 
 def _speed_note(found: Benchmark) -> str:
-    """The protocol of a benchmark in sentences."""
-    several = len(found.models) > 1
-    runs = f"{counted(found.warmup, 'warm-up run')} and {counted(found.runs, 'measured run')}"
     setup = [
         found.device_name,
         counted(found.threads, "thread") if found.device == "cpu" else "",
@@ -126,18 +192,19 @@ def _speed_note(found: Benchmark) -> str:
         f"attention {found.attention}" if found.attention else "",
         f"load average {number(found.load_average, 3)} at the start" if found.load_average else "",
     ]
-    note = (
-        f"“{found.prompt}” is continued by sampling (top-k {found.top_k}, top-p {found.top_p:g}, "
-        f"temperature {found.temperature:g}) to exactly the stated length; {runs}"
-        f"{' of each model, alternating between the models' if several else ''}. "
-        f"{', '.join(filter(None, setup))}. Latency is the mean ± standard deviation."
-    )
-    if several:
-        note += (
+    turns = paired = ""
+    if len(found.models) > 1:
+        turns = " of each model, alternating between the models"
+        paired = (
             " The speed-up is the median over pairs of consecutive runs. Ideal is the speed-up if "
             "only blocks and head took time."
         )
-    return note
+    return (
+        f"“{found.prompt}” is continued by sampling (top-k {found.top_k}, top-p {found.top_p:g}, "
+        f"temperature {found.temperature:g}) to exactly the stated length; "
+        f"{counted(found.warmup, 'warm-up run')} and {counted(found.runs, 'measured run')}{turns}. "
+        f"{', '.join(filter(None, setup))}. Latency is the mean ± standard deviation.{paired}"
+    )
 
 
 def benchmark_table(found: Benchmark) -> Table:
@@ -155,7 +222,7 @@ def benchmark_table(found: Benchmark) -> Table:
         columns.append(("speed-up", lambda one: _speedup(found, one)))
     columns += [
         ("first token [ms]", _first_token),
-        ("peak memory", lambda one: short_bytes(peak_bytes(one.memory))),
+        ("peak memory", peak_memory),
         ("utilisation", lambda one: percent(one.utilisation_mean)),
     ]
     return parts.table_of(found.measurements, columns)
@@ -180,22 +247,30 @@ def _first_token(one: Measurement) -> Cell:
     return Cell(first, "" if each == NONE else f"then {each} each")
 
 
-def peak_bytes(memory: PeakMemory | None) -> int | None:
+def peak_memory(one: Measurement | None) -> str:
     """Peak memory in one figure: torch's allocator, or the process on a CPU."""
-    if memory is None:
-        return None
-    return memory.process_bytes if memory.allocated_bytes is None else memory.allocated_bytes
+    memory = one and one.memory
+    if not memory:
+        return NONE
+    on_device = memory.allocated_bytes
+    return short_bytes(memory.process_bytes if on_device is None else on_device)
+
+
+def cell_phrase(batch: int, new_tokens: int) -> str:
+    """'batch 1, 128 new tokens'."""
+    return f"batch {batch}, {counted(new_tokens, 'new token')}"
 
 
 def speed_sentence(found: Benchmark | None) -> str:
     """How much faster the shortened model generates; empty where it was not measured."""
-    for one in found.measurements if found else ():
-        assert found is not None
+    if found is None:
+        return ""
+    for one in found.measurements:
         speedup = found.speedup(one)
         first = found.find(found.models[0].name, one.batch, one.new_tokens)
-        if one.model != PRUNED or speedup is None or first is None:
+        if one.model != PRUNED or first is None or speedup is None:
             continue
-        cell = f"batch {one.batch}, {counted(one.new_tokens, 'new token')}"
+        cell = cell_phrase(one.batch, one.new_tokens)
         spread = max((m.latency_std_s or 0.0) / (m.latency_mean_s or 1.0) for m in (first, one))
         if spread > NOISY:
             return (
@@ -222,10 +297,9 @@ def batch_plots(found: Benchmark, new_tokens: int) -> dict[str, LinePlot]:
                 points[one.model].append((float(one.batch), getattr(one, field)))
         lines = [Line(name=model, points=sorted(line)) for model, line in points.items() if line]
         if any(len(line.points) > 1 for line in lines):
-            places = [x for line in lines for x, _ in line.points]
             plots[name] = LinePlot(
-                lines=lines, x_label="batch size", y_label=label, ticks=marked(places),
-                doubling=True, log_spread=LOG_SPREAD,
+                lines=lines, x_label="batch size", y_label=label, doubling=True,
+                ticks=marked([x for line in lines for x, _ in line.points]), log_spread=LOG_SPREAD,
             )  # fmt: skip
     return plots
 
@@ -244,13 +318,11 @@ def speedup_plot(found: Benchmark) -> LinePlot | None:
     batches = {one.batch for one in found.measurements if one.new_tokens == new_tokens}
     lines = []
     for batch in evenly(sorted(batches), MAX_LINES):
-        points = [(0.0, 1.0)]
-        for name, blocks in removed.items():
-            measured = found.find(name, batch, new_tokens)
-            if measured and (speedup := found.speedup(measured)) is not None:
-                points.append((blocks, speedup))
-        if len(points) > 1:
-            lines.append(Line(name=f"batch {batch}", points=sorted(points)))
+        cells = {name: found.find(name, batch, new_tokens) for name in removed}
+        speedups = {name: found.speedup(one) for name, one in cells.items() if one}
+        points = [(removed[name], gain) for name, gain in speedups.items() if gain is not None]
+        if points:
+            lines.append(Line(name=f"batch {batch}", points=sorted([(0.0, 1.0), *points])))
     if not lines:
         return None
     ideal = [(blocks, found.ideal_speedup(name)) for name, blocks in removed.items()]
@@ -272,10 +344,8 @@ def evenly(values: Sequence[int], most: int) -> list[int]:
 
 def all_plots(found: Benchmark) -> dict[str, LinePlot]:
     """Every plot that has enough points, by name."""
-    plots = {}
-    for new_tokens in dict.fromkeys(one.new_tokens for one in found.measurements):
-        for name, plot in batch_plots(found, new_tokens).items():
-            plots[f"{name}-{new_tokens}"] = plot
+    lengths = dict.fromkeys(one.new_tokens for one in found.measurements)
+    plots = {f"{name}-{n}": plot for n in lengths for name, plot in batch_plots(found, n).items()}
     speedups = speedup_plot(found)
     return plots if speedups is None else {**plots, "speedup": speedups}
 

@@ -151,20 +151,11 @@ class Details(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One text that a model wrote; `prompt` only where prompts differ."""
-
-    label: str
-    text: str
-    prompt: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Samples(Part):
-    """Texts of each model side by side: a row for each sample, a column for each model."""
+    """Texts with their labels side by side: a row for each sample, a column for each model."""
 
     prompt: str
-    rows: Sequence[Sequence[Sample]]
+    rows: Sequence[Sequence[tuple[str, str]]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,10 +40,9 @@ def page_about(
     model: ModelInfo, *, title: str, verdict: str, version: str, sections: Sequence[Section]
 ) -> Page:
     """A page about one model."""
-    revision = (model.revision or "")[:12]
     return Page(
-        name=model_name(model.id), revision=revision, title=title, verdict=verdict,
-        version=version, sections=sections,
+        name=model_name(model.id), revision=(model.revision or "")[:12], title=title,
+        verdict=verdict, version=version, sections=sections,
     )  # fmt: skip
 
 
@@ -63,18 +62,19 @@ def run_protocol(results: RunResults) -> Section:
 def protocol_rows(results: RunResults) -> Rows:
     """The protocol of a run as names with descriptions."""
     plan, scores, evaluation = results.plan, results.scores, results.evaluation
-    quantization = results.quantization
-    rows = [
-        ("model", _model_phrase(plan.model)),
-        ("criterion", _criterion_phrase(results)),
-        ("plan", _without_paths(plan.reason)),
-    ]
+    # a sentence in which absolute paths are shortened to their last part
+    reason = re.sub(
+        r"(?<![\w/.:~])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+(?=[^\s/\\])",
+        "",
+        plan.reason,
+    )
+    rows = [_model_row(plan.model), ("criterion", _criterion_phrase(results)), ("plan", reason)]
     versions = {}
     if results.calibration:
         rows += _calibration_rows(results.calibration)
-    if quantization:
-        rows += _quantization_rows(quantization)
-        versions["quantization"] = quantization.versions
+    if results.quantization:
+        rows += _quantization_rows(results.quantization)
+        versions["quantization"] = results.quantization.versions
     rows += [_perplexity_row(entry) for entry in results.protocols().values()]
     if scores:
         rows.append(("scoring dtype", scores.dtype))
@@ -88,7 +88,7 @@ def protocol_rows(results: RunResults) -> Rows:
 def criteria_protocol(results: ComparisonResults) -> Section:
     """The same for a comparison of criteria."""
     found = results.comparison
-    rows = [("model", _model_phrase(found.model))]
+    rows = [_model_row(found.model)]
     rows += [
         (f"criterion {one.criterion}", _options_phrase(one.options))
         for one in found.criteria
@@ -110,7 +110,7 @@ def criteria_protocol(results: ComparisonResults) -> Section:
 def units_protocol(results: UnitsResults) -> Section:
     """The same for width against depth."""
     units, evaluation = results.units, results.evaluation
-    rows = [("model", _model_phrase(units.model))]
+    rows = [_model_row(units.model)]
     rows += [_perplexity_row(one) for one in evaluation.models[0].perplexity]
     rows.append(("dtype", evaluation.dtype))
     rows += _version_rows(results.run.versions, {"evaluation": evaluation.versions})
@@ -118,7 +118,6 @@ def units_protocol(results: UnitsResults) -> Section:
 
 
 def _section(run: RunFile, rows: Rows, methods: Sequence[str]) -> Section:
-    """Rows, command, recipe and papers."""
     found: list[Part] = [parts.Terms(rows)]
     if run.command:
         found.append(parts.Heading("To reproduce"))
@@ -162,10 +161,10 @@ def segments_phrase(entry: Perplexity) -> str:
     return f"{counted(entry.segments, 'segment')} of {counted(entry.length, 'token')}"
 
 
-def _model_phrase(model: ModelInfo) -> str:
+def _model_row(model: ModelInfo) -> tuple[str, str]:
     revision = f", revision {model.revision[:12]}" if model.revision else ""
     kind = f"{model.model_type}{revision}"
-    return f"{model_name(model.id)} ({kind}), fingerprint {model.fingerprint[:12]}"
+    return "model", f"{model_name(model.id)} ({kind}), fingerprint {model.fingerprint[:12]}"
 
 
 def _criterion(results: RunResults) -> str | None:
@@ -173,11 +172,11 @@ def _criterion(results: RunResults) -> str | None:
 
 
 def _criterion_phrase(results: RunResults) -> str:
-    criterion = _criterion(results)
-    if criterion is None:
+    phrase = _criterion(results)
+    if phrase is None:
         return "none: the blocks were given by hand"
-    options = _options_phrase(results.scores.options) if results.scores else ""
-    phrase = f"{criterion} ({options})" if options else criterion
+    if results.scores and results.scores.options:
+        phrase += f" ({_options_phrase(results.scores.options)})"
     return phrase if results.plan.criterion else f"{phrase} (blocks given by hand)"
 
 
@@ -186,10 +185,8 @@ def _options_phrase(options: Mapping[str, Any]) -> str:
 
 
 def _calibration_rows(found: CalibrationInfo) -> Rows:
-    return [
-        ("calibration", calibration_phrase(found)),
-        ("calibration tokens", _calibration_detail(found)),
-    ]
+    rows = [("calibration", calibration_phrase(found))]
+    return [*rows, ("calibration tokens", _calibration_detail(found))]
 
 
 def _calibration_detail(found: CalibrationInfo) -> str:
@@ -261,13 +258,6 @@ def without_directories(text: str) -> str:
     if not absolute and not relative:
         return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
-
-
-def _without_paths(text: str) -> str:
-    """A sentence in which absolute paths are shortened to their last part."""
-    return re.sub(
-        r"(?<![\w/.:~])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+(?=[^\s/\\])", "", text
-    )
 
 
 def command_line(arguments: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The page of one run: a function per section, from results to the parts of a page.
 
 A function returns None where the run has nothing to show. A new section is a function and a line
-in `run_page`.
+in `sections_of`.
 """
 
 from __future__ import annotations
@@ -9,34 +9,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from shortllm.criteria.records import CandidateSet, Search
+from shortllm import criteria
+from shortllm.criteria import PLACE
+from shortllm.criteria.search import CandidateSet, Search
 from shortllm.format import (
     NONE,
     change,
     counted,
-    figure,
     listed,
     number,
     percent,
     short_bytes,
     short_count,
+    signed,
     spans,
 )
-from shortllm.published import PublishedComparison, compared_blocks, published_comparison
-from shortllm.reporting import parts
-from shortllm.reporting.blocks import block_section, importance_section, strip_section
+from shortllm.pruning.planning import removal_order
+from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.reporting import measurements, parts, protocol
+from shortllm.reporting.charts import BarPlot
 from shortllm.reporting.healing import healed_sentence, healing_section, quantized_sentence
 from shortllm.reporting.load import RunResults
-from shortllm.reporting.measurements import (
-    compared_row,
-    speed_section,
-    speed_sentence,
-    tasks_section,
+from shortllm.reporting.parts import (
+    Cell,
+    Column,
+    Page,
+    Paragraph,
+    Part,
+    Row,
+    Section,
+    Status,
+    Table,
 )
-from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Row, Section, Table, row
-from shortllm.reporting.protocol import page_about, perplexity_source, run_protocol, segments_phrase
 from shortllm.run_directory import PRUNED
 
+LONG_TABLE = 16
+"""Number of blocks from which their table is folded."""
 _FITNESS = {
     "ppl": "perplexity on the search text",
     "kl": "KL divergence from the intact model on the search text",
@@ -44,9 +52,9 @@ _FITNESS = {
 
 
 def run_page(results: RunResults) -> Page:
-    """Every section that the run has something to show for, in order."""
+    """The page of a run."""
     plan = results.plan
-    return page_about(
+    return protocol.page_about(
         plan.model,
         title=f"{plan.model.blocks} → {counted(len(plan.kept), 'block')}",
         version=results.run.shortllm,
@@ -56,19 +64,20 @@ def run_page(results: RunResults) -> Page:
 
 
 def sections_of(results: RunResults) -> list[Section]:
-    """The sections of the page."""
+    """The sections of the page, in order."""
+    scores = results.scores
     found = [
         Section("figures", "Key figures", [key_figures(results)]),
-        importance_section(results),
-        _search_section(results),
+        importance_section(results, scores) if scores else None,
+        search_section(results, scores) if scores else None,
         strip_section(results),
-        block_section(results),
+        block_section(results, scores) if scores else None,
         healing_section(results),
-        tasks_section(results),
-        speed_section(results.benchmark) if results.benchmark else None,
-        _published_section(results),
-        _samples_section(results),
-        run_protocol(results),
+        measurements.tasks_section(results),
+        measurements.speed_section(results.benchmark) if results.benchmark else None,
+        measurements.published_section(results),
+        measurements.samples_section(results),
+        protocol.run_protocol(results),
     ]
     return [section for section in found if section is not None]
 
@@ -92,7 +101,7 @@ def verdict(results: RunResults) -> str:
         sentence += f" and {'' if saved_bytes == saved else f'{saved_bytes} '}of the bytes on disk"
     return (
         f"{sentence}{_cost_of_removal(results)}.{healed_sentence(results)}"
-        f"{quantized_sentence(results)}{speed_sentence(results.benchmark)}"
+        f"{quantized_sentence(results)}{measurements.speed_sentence(results.benchmark)}"
     )
 
 
@@ -100,7 +109,7 @@ def _cost_of_removal(results: RunResults) -> str:
     """Perplexities on the first two texts, where original and pruned model saw the same tokens."""
     after = results.perplexities(PRUNED)
     compared = [
-        (perplexity_source(entry), entry.perplexity, after[key].perplexity)
+        (protocol.perplexity_source(entry), entry.perplexity, after[key].perplexity)
         for key, entry in results.perplexities("original").items()
         if key in after
     ]
@@ -119,17 +128,17 @@ def _cost_of_removal(results: RunResults) -> str:
 def key_figures(results: RunResults) -> Table:
     """A row for blocks, parameters, bytes and each perplexity, with changes from the original."""
     plan, original = results.plan, results.plan.model
+    models = {"original": original} | {n: one.model for n, one in results.evaluated.items()}
     sizes: dict[str, tuple[int, int, int | None]] = {
-        "original": (original.blocks, original.parameters, original.bytes)
+        name: (one.blocks, one.parameters, one.bytes) for name, one in models.items()
     }
-    for name, entry in results.evaluated.items():
-        if name != "original":
-            sizes[name] = (entry.model.blocks, entry.model.parameters, entry.model.bytes)
     # plan.json knows the size of the pruned model, except for its bytes
     sizes.setdefault(PRUNED, (len(plan.kept), original.parameters - plan.reached.parameters, None))
 
     def compared(name: Cell, values: Sequence[Any], show: Callable[[Any], str]) -> Row:
-        return compared_row(name, [(show(value), change(values[0], value)) for value in values])
+        return measurements.compared_row(
+            name, [(show(value), change(values[0], value)) for value in values]
+        )
 
     shown: dict[str, Callable[[Any], str]] = {
         "blocks": str, "parameters": short_count, "bytes on disk": short_bytes
@@ -141,21 +150,196 @@ def key_figures(results: RunResults) -> Table:
     by_model = [results.perplexities(name) for name in sizes]
     for key, example in results.protocols().items():
         values = [found[key].perplexity if key in found else None for found in by_model]
-        text = Cell(f"perplexity, {perplexity_source(example)}", segments_phrase(example))
+        text = Cell(
+            f"perplexity, {protocol.perplexity_source(example)}", protocol.segments_phrase(example)
+        )
         rows.append(compared(text, values, number))
-    return Table(row("", *sizes), rows)
+    return Table(parts.row("", *sizes), rows)
+
+
+# ---- blocks: their importance, which were removed, and every number
+
+
+def _axis(scores: BlockScores) -> tuple[str, bool]:
+    """What the criterion's axis says, and whether its numbers are perplexities.
+
+    The criterion may be one that is not registered here.
+    """
+    criterion = criteria.find(scores.criterion)
+    if criterion is None:
+        return f"importance ({scores.criterion})", False
+    return criterion.label, criterion.in_nats
+
+
+def importance_section(results: RunResults, scores: BlockScores) -> Section:
+    """The plot of the criterion, one bar per block."""
+    heights, (label, in_nats), intact = scores.importance, _axis(scores), scores.intact
+    increase = intact is not None and in_nats
+    if intact is not None and in_nats:
+        label = f"increase in perplexity (intact: {number(intact)})"
+        heights = [value - intact for value in scores.values]
+    elif label == PLACE:
+        rank = _ranks(scores)
+        heights = [float(rank[block]) for block in range(len(rank))]
+    elif intact is not None:
+        label = f"{label}; intact: {number(intact)}"
+    plot = BarPlot(
+        heights=heights,
+        statuses=results.statuses,
+        y_label=label,
+        below_label="no increase" if increase else "too small for the axis",
+        span=_span(results),
+    )
+    caption = " ".join(_importance_caption(results, scores, plot, increase=increase))
+    return Section("importance", "Block importance", [plot.figure(caption)])
+
+
+def _importance_caption(
+    results: RunResults, scores: BlockScores, plot: BarPlot, *, increase: bool
+) -> Iterator[str]:
+    criterion, order = scores.criterion, _order(results)
+    if increase:
+        yield (
+            "Each bar shows how much the perplexity rises when that block alone is removed, from "
+            f"{number(scores.intact)} for the intact model."
+        )
+    elif order:
+        yield (
+            "Blocks were removed one after the other, each time the least important by "
+            f"{scores.options.get('inner')} in the remaining model: "
+            f"{', then '.join(map(str, order))}. The bars show this order; kept blocks follow, "
+            "protected ones last."
+        )
+    elif scores.search:
+        yield (
+            f"{criterion} chose the removed blocks together, not one by one. The bars order them, "
+            f"and then the other blocks, by {scores.search.ordered_by}; protected blocks come last."
+        )
+    elif plot.y_label == PLACE:
+        yield f"The order in which {criterion} removes blocks; higher means keep."
+    else:
+        yield f"The importance of each block by {criterion}; higher means keep."
+    if scores.spans and plot.span and len(results.plan.removed) > 1:
+        yield _span_sentence(results.plan, scores.spans[len(results.plan.removed) - 1])
+    if results.calibration and scores.calibration is not None:
+        yield f"Measured on {protocol.calibration_phrase(results.calibration)}, in {scores.dtype}."
+    if plot.log_floor is not None:
+        yield "The axis is logarithmic."
+    elif plot.linear_floor:
+        yield f"The axis starts at {plot.linear_floor:,g}, not at 0."
+    helpful = [str(block) for block, height in enumerate(plot.heights) if height < 0]
+    if helpful and increase:
+        blocks = f"block{'s' if len(helpful) > 1 else ''} {', '.join(helpful)}"
+        yield f"Removing {blocks} alone lowers the perplexity."
+
+
+def _ranks(scores: BlockScores) -> dict[int, int]:
+    """The place of each block in the removal order, from 1."""
+    order = removal_order(scores.importance, protected=[])
+    return {block: place for place, block in enumerate(order, start=1)}
+
+
+def _order(results: RunResults) -> list[int] | None:
+    """The removed blocks in order, where each was chosen after the removal of those before it."""
+    scores = results.scores
+    by_rounds = scores is not None and scores.order is not None and scores.removed is None
+    return results.plan.order if by_rounds and results.plan.criterion else None
+
+
+def _span(results: RunResults) -> tuple[int, int] | None:
+    """First and last removed block, where the criterion scores spans and one span was removed."""
+    scores, removed = results.scores, results.plan.removed
+    if scores is None or scores.spans is None or not results.plan.criterion or not removed:
+        return None
+    first, last = removed[0], removed[-1]
+    return (first, last) if last - first + 1 == len(removed) else None
+
+
+def _span_sentence(plan: PrunePlan, distances: Sequence[float]) -> str:
+    first, count, protected = plan.removed[0], len(plan.removed), set(plan.protected)
+    free = [
+        distance
+        for start, distance in enumerate(distances)
+        if not protected & set(range(start, start + count))
+    ]
+    least = ""
+    if distances[first] <= min(free, default=distances[first]):
+        least = f", the smallest of the {len(free)} spans of {count} blocks that may be removed"
+    return (
+        f"The bars are single blocks, but blocks {first} to {plan.removed[-1]} were removed as one "
+        "span. The angular distance between its input and its output is "
+        f"{number(distances[first])}{least}."
+    )
+
+
+def strip_section(results: RunResults) -> Section:
+    """The model as a row of cells, with the removed blocks crossed out."""
+    plan, order, span = results.plan, _order(results), _span(results)
+    key: list[tuple[Status, str]] = []
+    if plan.removed:
+        text = f"removed: {', '.join(map(str, plan.removed))}"
+        if order and len(order) > 1:
+            text = f"removed in this order: {', '.join(map(str, order))}"
+        elif span and span[0] < span[1]:
+            text = f"removed as one span: {span[0]} to {span[1]}"
+        key.append(("removed", text))
+    if plan.protected:
+        key.append(("protected", f"protected: {', '.join(map(str, sorted(plan.protected)))}"))
+    found: list[Part] = [parts.Strip(results.statuses, key)]
+    if results.target:
+        missed = "" if results.target.is_met else " This misses the target."
+        found.append(Paragraph(f"Requested: {results.target.described}.{missed}"))
+    return Section("strip", "Removed blocks", found)
+
+
+def block_section(results: RunResults, scores: BlockScores) -> Section:
+    """Every number behind the plot."""
+    _, in_nats = _axis(scores)
+    note = "Rank 1 is the least important block."
+    if in_nats and (scores.removed is not None or scores.values == scores.importance):
+        note = f"{note[:-1]}; the importance is the perplexity without the block."
+    found: list[Part] = [_score_table(scores, results), Paragraph(note)]
+    if len(results.statuses) > LONG_TABLE:
+        found = [parts.Details(f"All {len(results.statuses)} blocks", found)]
+    return Section("blocks", "All blocks", found)
+
+
+def _score_table(scores: BlockScores, results: RunResults) -> Table:
+    rank, importance, values = _ranks(scores), scores.importance, scores.values
+    statuses, (label, in_nats) = results.statuses, _axis(scores)
+    new_index = {old: new for new, old in enumerate(results.plan.kept)}
+    columns: list[Column[int]] = [("block", str)]
+    if label != PLACE:
+        columns.append(("importance", lambda block: number(importance[block], 5)))
+    if scores.removed is None and values != importance:
+        unscored = results.plan.protected if scores.order is not None else []
+        inner = scores.options.get("inner")
+        name = f"{inner} when last scored" if inner else "raw value"
+        columns.append(
+            (
+                "perplexity without it" if in_nats else name,
+                lambda block: NONE if block in unscored else number(values[block], 5),
+            )
+        )
+    if (deltas := scores.delta_nll) is not None:
+        columns.append(("Δ NLL [nats/token]", lambda block: signed(deltas[block], 3)))
+    columns += [
+        ("rank", lambda block: str(rank[block])),
+        ("new index", lambda block: str(new_index.get(block, NONE))),
+        ("status", lambda block: statuses[block]),
+    ]
+    return parts.table_of(range(len(statuses)), columns, look=lambda block: statuses[block])
 
 
 # ---- search
 
 
-def _search_section(results: RunResults) -> Section | None:
+def search_section(results: RunResults, scores: BlockScores) -> Section | None:
     """A row per candidate set; None without a search, or where another plan was used."""
-    scores = results.scores
-    if scores is None or scores.search is None or results.plan.criterion != scores.criterion:
+    if scores.search is None or results.plan.criterion != scores.criterion:
         return None
-    note = Paragraph(" ".join(_search_note(scores.search, scores.criterion)))
-    return Section("search", "Search", [search_table(scores.search), note])
+    note = " ".join(_search_note(scores.search, scores.criterion))
+    return Section("search", "Search", [search_table(scores.search), Paragraph(note)])
 
 
 def search_table(found: Search) -> Table:
@@ -175,7 +359,6 @@ def search_table(found: Search) -> Table:
 
 
 def _search_note(found: Search, criterion: str) -> Iterator[str]:
-    """How the search went, one sentence after the other."""
     samples = f"{counted(found.search_samples, 'sample')} of the calibration text"
     held_out = counted(found.held_out_samples, "other sample")
     if found.found.criterion != criterion:
@@ -196,75 +379,3 @@ def _search_note(found: Search, criterion: str) -> Iterator[str]:
     if found.left_out:
         reasons = [f"{one.criterion} ({one.reason})" for one in found.left_out]
         yield f"Left out: {listed(reasons)}."
-
-
-# ---- published figures and samples
-
-
-def _published_section(results: RunResults) -> Section | None:
-    """A row per number that was published and measured by the same protocol."""
-    if not results.run.recipe.get("published"):
-        return None
-    from shortllm.recipe import Recipe
-
-    recipe = Recipe.model_validate(results.run.recipe)
-    source = recipe.published
-    assert source is not None
-    text = f"Published in {source.source}"
-    text += f"; the healed model was released as {source.checkpoint}." if source.checkpoint else "."
-    if source.removed:
-        text += f" {compared_blocks(source, results.plan.removed)}"
-    rows = []
-    if results.evaluation is not None:
-        rows = published_comparison(source, results.evaluation, recipe.evaluation)
-    note = "No published figure was measured here by the same protocol."
-    if rows:
-        note = (
-            "Only figures of the same protocol are compared: 128 tokens per segment, the same BOS, "
-            "whole texts and tasks. The published shortened model was healed with LoRA and is "
-            "compared with healed models."
-        )
-    table = [published_table(rows)] if rows else []
-    return Section(
-        "published", "Against published results", [Paragraph(text, ""), *table, Paragraph(note)]
-    )
-
-
-def published_table(rows: Sequence[PublishedComparison]) -> Table:
-    """Our figures next to the published ones."""
-    columns: list[Column[PublishedComparison]] = [
-        ("quantity", lambda one: Cell(one.quantity, one.model)),
-        ("published", lambda one: figure(one.published)),
-        ("here", lambda one: Cell(figure(one.ours), look="after")),
-        ("change", lambda one: Cell(change(one.published, one.ours), look="change")),
-    ]
-    return parts.table_of(rows, columns)
-
-
-def _samples_section(results: RunResults) -> Section | None:
-    """Continuations of the same prompt by each model, side by side."""
-    columns = [(entry, entry.samples) for entry in results.evaluated.values() if entry.samples]
-    count = max((len(written.texts) for _, written in columns), default=0)
-    if not count:
-        return None
-    _, first = columns[0]
-    same_prompt = all(written.prompt == first.prompt for _, written in columns)
-    rows = [
-        [
-            parts.Sample(
-                label=f"{entry.name}, {counted(entry.model.blocks, 'block')}"
-                f"{f', sample {place + 1}' if count > 1 else ''}",
-                text=written.texts[place].lstrip(" ") if place < len(written.texts) else NONE,
-                prompt="" if same_prompt or place else written.prompt,
-            )
-            for entry, written in columns
-        ]
-        for place in range(count)
-    ]
-    note = (
-        f"Sampled with up to {counted(first.new_tokens, 'new token')}, top-k {first.top_k}, "
-        f"top-p {first.top_p:g}, temperature {first.temperature:g}, seed {first.seed}. All samples "
-        "are shown."
-    )
-    shown = parts.Samples(first.prompt if same_prompt else "", rows)
-    return Section("samples", "Generated text", [shown, Paragraph(note)])

@@ -9,21 +9,22 @@ are measured at different times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from pydantic import Field
 
 from shortllm import __version__
-from shortllm.benchmark.options import Benchmark, Measurement
+from shortllm.benchmark.options import Benchmark
 from shortllm.evaluation.options import EvaluatedModel
 from shortllm.format import counted, number, percent, short_bytes, short_count
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.records import Record
 from shortllm.reporting import parts, protocol
+from shortllm.reporting.charts import Kind, Point, TradePlot, front
 from shortllm.reporting.load import Protocol, RunResults, protocol_of
+from shortllm.reporting.measurements import cell_phrase
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Part, Section, Table
-from shortllm.reporting.plots.points import Kind, Point, TradePlot, front
 from shortllm.run_directory import PRUNED
 
 BenchmarkCell = tuple[int, int]
@@ -72,18 +73,24 @@ def compared_model(
     entry: EvaluatedModel,
     labels: Mapping[Protocol, str],
     benchmark: Benchmark | None,
-    measured: Measurement | None,
+    cell: BenchmarkCell | None,
+    timed_as: Sequence[str],
     **fields: object,
 ) -> ComparedModel:
-    """A model with its size, quality and speed; `fields` say what it is."""
-    size = entry.model.model_dump(include={"blocks", "parameters", "bytes"})
-    found = {
+    """A model with its size, quality, and speed in this cell; `fields` say what it is.
+
+    The speed is that of the first of the names `timed_as`: healing does not change the shape.
+    """
+    found = [benchmark.find(name, *cell) for name in timed_as] if benchmark and cell else []
+    measured = next(filter(None, found), None)
+    return ComparedModel.model_validate({
+        **entry.model.model_dump(include={"blocks", "parameters", "bytes"}),
         "perplexity": {labels[protocol_of(one)]: one.perplexity for one in entry.perplexity},
         "zeroshot_mean": entry.zeroshot_mean,
         "latency_s": measured.latency_median_s if measured else None,
         "speedup": benchmark.speedup(measured) if benchmark and measured else None,
-    }
-    return ComparedModel.model_validate(size | found | fields)
+        **fields,
+    })  # fmt: skip
 
 
 def common_cell(*benchmarks: Benchmark | None) -> BenchmarkCell | None:
@@ -95,76 +102,44 @@ def common_cell(*benchmarks: Benchmark | None) -> BenchmarkCell | None:
     return max(cells, key=lambda cell: (cells.count(cell), -cell[0], -cell[1]), default=None)
 
 
-def cell_phrase(cell: BenchmarkCell) -> str:
-    """'batch 1, 128 new tokens'."""
-    return f"batch {cell[0]}, {counted(cell[1], 'new token')}"
-
-
 # ---- the table of models
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRow:
+class ModelRow(NamedTuple):
     """A row of the table of models: a model, and the same model after healing."""
 
     name: Cell
     model: ComparedModel
     healed: ComparedModel | None = None
-    deviation: str = ""
-    """How far the number of parameters is from the requested one."""
-    peak_bytes: int | None = None
 
 
-def _before_after(before: str, after: str | None) -> Cell:
-    """'18.2 → 13.1', or the one value."""
-    return Cell(before, look="after") if after is None else Cell(after, "", f"{before} → ", "after")
+def measured_columns(rows: Sequence[ModelRow]) -> list[Column[ModelRow]]:
+    """Quality and speed; columns of what was not measured for any model are left out."""
+    models = [model for one in rows for model in (one.model, one.healed) if model]
+    columns = [_perplexity(text) for text in dict.fromkeys(t for m in models for t in m.perplexity)]
+    if any(one.zeroshot_mean is not None for one in models):
+        columns.append(_quality("mean of tasks", lambda one: percent(one.zeroshot_mean)))
+    if any(one.latency_s is not None for one in models):
+        columns += [
+            ("median latency [s]", lambda one: number(one.model.latency_s, 3)),
+            ("speed-up", lambda one: Cell(number(one.model.speedup, 3), look="after")),
+        ]
+    return columns
 
 
 def _perplexity(text: str) -> Column[ModelRow]:
-    def show(one: ModelRow) -> Cell:
-        after = number(one.healed.perplexity.get(text)) if one.healed else None
-        return _before_after(number(one.model.perplexity.get(text)), after)
-
-    return f"perplexity, {text}", show
+    return _quality(f"perplexity, {text}", lambda one: number(one.perplexity.get(text)))
 
 
-def _score(one: ModelRow) -> Cell:
-    after = percent(one.healed.zeroshot_mean) if one.healed else None
-    return _before_after(percent(one.model.zeroshot_mean), after)
+def _quality(heading: str, show: Callable[[ComparedModel], str]) -> Column[ModelRow]:
+    """A column of '18.2 → 13.1', or of one value where the model was not healed."""
 
+    def cell(one: ModelRow) -> Cell:
+        if one.healed is None:
+            return Cell(show(one.model), look="after")
+        return Cell(show(one.healed), "", f"{show(one.model)} → ", "after")
 
-COLUMNS: dict[str, Column[ModelRow]] = {
-    "blocks": ("blocks", lambda one: str(one.model.blocks)),
-    "parameters": ("parameters", lambda one: short_count(one.model.parameters)),
-    "exact": ("parameters", lambda one: Cell(f"{one.model.parameters:,}", one.deviation)),
-    "bytes": ("bytes", lambda one: short_bytes(one.model.bytes)),
-    "tasks": ("mean of tasks", _score),
-    "latency": ("median latency [s]", lambda one: number(one.model.latency_s, 3)),
-    "speedup": ("speed-up", lambda one: Cell(number(one.model.speedup, 3), look="after")),
-    "memory": ("peak memory", lambda one: short_bytes(one.peak_bytes)),
-}
-"""The columns that are not about one text."""
-
-
-def models_table(rows: Sequence[ModelRow], columns: Sequence[str]) -> Table:
-    """The table of models with these columns; `perplexity` becomes one for each text.
-
-    Columns of what was not measured for any model are left out.
-    """
-    models = [model for one in rows for model in (one.model, one.healed) if model]
-    texts = dict.fromkeys(text for one in models for text in one.perplexity)
-    missing = set()
-    if all(one.zeroshot_mean is None for one in models):
-        missing.add("tasks")
-    if all(one.latency_s is None for one in models):
-        missing |= {"latency", "speedup"}
-    shown: list[Column[ModelRow]] = [("model", lambda one: one.name)]
-    for name in columns:
-        if name == "perplexity":
-            shown += map(_perplexity, texts)
-        elif name not in missing:
-            shown.append(COLUMNS[name])
-    return parts.table_of(rows, shown)
+    return heading, cell
 
 
 # ---- trade-off
@@ -184,9 +159,8 @@ def _points(
     points = []
     for place, one in enumerate(models, start=1):
         across: float | None = getattr(one, x)
-        up = one.zeroshot_mean and 100 * one.zeroshot_mean
-        if text is not None:
-            up = one.perplexity.get(text)
+        mean = one.zeroshot_mean and 100 * one.zeroshot_mean
+        up = mean if text is None else one.perplexity.get(text)
         if across is not None and up is not None:
             points.append(Point(number=place, group=one.run, kind=one.kind, x=scale * across, y=up))
     return points
@@ -204,10 +178,10 @@ def trade_plots(
     if any(one.quantized_by for one in models):
         axes.append(("bytes", "bytes on disk [MB]", 1e-6))
     if cell is not None and len({one.original for one in models}) == 1:
-        label = f"latency relative to the original ({cell_phrase(cell)})"
+        label = f"latency relative to the original ({cell_phrase(*cell)})"
         axes.append(("relative_latency", label, 1.0))
     elif cell is not None:
-        axes.append(("latency_s", f"latency [s] ({cell_phrase(cell)})", 1.0))
+        axes.append(("latency_s", f"latency [s] ({cell_phrase(*cell)})", 1.0))
     text = main_text(models)
     qualities = [(text, "perplexity", f"perplexity, {text}")] if text is not None else []
     plots = {}
@@ -244,9 +218,24 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
     originals: dict[str, ComparedModel] = {}
     models = []
     for run, results in runs.items():
+        healed_by, quantization = results.healed_by, results.quantization
         for name, entry in results.evaluated.items():
-            one = _of_run(run, results, name, entry, labels, cell)
-            if one.run is None:
+            is_original, unhealed = name == "original", name in ("original", PRUNED, QUANTIZED)
+            one = compared_model(
+                entry,
+                labels,
+                results.benchmark,
+                cell,
+                timed_as=[name, PRUNED] if name in healed_by else [name],
+                run=None if is_original else run,
+                name=name,
+                original=protocol.model_name(results.plan.model.id),
+                criterion=None if is_original else results.plan.criterion,
+                healed_by=healed_by.get(name) or (None if unhealed else name),
+                quantized_by=quantization.method if quantization and name == QUANTIZED else None,
+                removed=[] if is_original else results.plan.removed,
+            )
+            if is_original:
                 known = originals.get(entry.model.fingerprint, one)
                 originals[entry.model.fingerprint] = _merged(known, one)
             else:
@@ -256,15 +245,13 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
 
 def _merged(known: ComparedModel, other: ComparedModel) -> ComparedModel:
     """An original of two runs, which may have measured it on different texts."""
-    latency = known.latency_s if known.latency_s is not None else other.latency_s
-    return known.model_copy(
-        update={
-            "perplexity": other.perplexity | known.perplexity,
-            "zeroshot_mean": known.zeroshot_mean or other.zeroshot_mean,
-            "latency_s": latency,
-            "speedup": 1.0 if latency is not None else None,
-        }
-    )
+    found = {
+        "perplexity": other.perplexity | known.perplexity,
+        "zeroshot_mean": known.zeroshot_mean or other.zeroshot_mean,
+        "latency_s": known.latency_s or other.latency_s,
+        "speedup": known.speedup or other.speedup,
+    }
+    return known.model_copy(update=found)
 
 
 def _protocol_labels(runs: Mapping[str, RunResults]) -> dict[Protocol, str]:
@@ -280,44 +267,19 @@ def _protocol_labels(runs: Mapping[str, RunResults]) -> dict[Protocol, str]:
     return labels
 
 
-def _of_run(
-    run: str,
-    results: RunResults,
-    name: str,
-    entry: EvaluatedModel,
-    labels: Mapping[Protocol, str],
-    cell: BenchmarkCell | None,
-) -> ComparedModel:
-    benchmark, quantization = results.benchmark, results.quantization
-    measured = None
-    if benchmark is not None and cell is not None:
-        measured = benchmark.find(name, *cell)
-        if measured is None and name in results.healed_by:  # same shape as the shortened model
-            measured = benchmark.find(PRUNED, *cell)
-    is_original, unhealed = name == "original", name in ("original", PRUNED, QUANTIZED)
-    return compared_model(
-        entry,
-        labels,
-        benchmark,
-        measured,
-        run=None if is_original else run,
-        name=name,
-        original=protocol.model_name(results.plan.model.id),
-        criterion=None if is_original else results.plan.criterion,
-        healed_by=results.healed_by.get(name) or (None if unhealed else name),
-        quantized_by=quantization.method if quantization and name == QUANTIZED else None,
-        removed=[] if is_original else results.plan.removed,
-    )
-
-
 def runs_table(models: Sequence[ComparedModel]) -> Table:
     """A numbered row for each model of several runs."""
     rows = [
-        ModelRow(name=Cell(one.full_name, lead=f"{place} "), model=one)
+        ModelRow(Cell(one.full_name, lead=f"{place} "), one)
         for place, one in enumerate(models, start=1)
     ]
-    columns = ("blocks", "parameters", "bytes", "perplexity", "tasks", "latency", "speedup")
-    return models_table(rows, columns)
+    columns: list[Column[ModelRow]] = [
+        ("model", lambda one: one.name),
+        ("blocks", lambda one: str(one.model.blocks)),
+        ("parameters", lambda one: short_count(one.model.parameters)),
+        ("bytes", lambda one: short_bytes(one.model.bytes)),
+    ]
+    return parts.table_of(rows, columns + measured_columns(rows))
 
 
 def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -> Page:
@@ -356,7 +318,6 @@ def _runs_verdict(models: Sequence[ComparedModel]) -> str:
 
 
 def _removed_by(name: str, results: RunResults) -> list[Part]:
-    """What a run removed, and how it healed."""
     plan = results.plan
     healed: list[str] = [results.healing.method] if results.healing else []
     healed += [f"{one.method}, {one.steps:,} steps" for one in results.retraining.values()]

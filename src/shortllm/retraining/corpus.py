@@ -25,7 +25,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,12 +41,8 @@ from shortllm.runtime import quiet_transformers
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint
-    from shortllm.model.session import Session
-    from shortllm.retraining.options import RetrainOptions
-
-Kind = Literal["instructions", "text", "generated"]
-
-Template = Literal["alpaca", "chat"]
+    from shortllm.model import Session
+    from shortllm.retraining.options import Kind, RetrainOptions, Template
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -111,7 +108,8 @@ def documents(
     rows = islice(records.read(), options.rows)
     for batch in _batches(_instruction(records.source, n, row) for n, row in enumerate(rows)):
         for prompt, whole in tokenized(batch, tokenizer):
-            yield Document(whole, _common(prompt, whole) if options.loss_on == "answer" else 0)
+            same = commonprefix([prompt, whole])  # its last token may differ before an answer
+            yield Document(whole, len(same) if options.loss_on == "answer" else 0)
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
@@ -171,12 +169,6 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     """With the end-of-text token at the end, where the tokenizer has one."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the common beginning: the last token of a prompt may differ before an answer."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return sum(1 for _ in same)
 
 
 def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:

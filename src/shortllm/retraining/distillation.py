@@ -205,26 +205,21 @@ class CachedTeacher:
         spans = list(_runs(range(len(windows)), WINDOWS_PER_FILE))
         with progress("caching the teacher's predictions", len(windows)) as advance:
             for number in range(ranks.rank, len(spans), ranks.count):
-                if not self._file(number).exists():
+                path = self._file(number)
+                if not path.exists():
                     parts = [
                         _likeliest(teacher, [windows[window] for window in part], k)
                         for part in _runs(spans[number], batch)
                     ]
-                    self._save(number, *(torch.cat(one) for one in zip(*parts, strict=True)))
+                    ids_NK, log_probs_NK, counts = map(torch.cat, zip(*parts, strict=True))
+                    first = F.pad(counts.cumsum(0), (1, 0))
+                    tensors = {"ids": ids_NK, "log_probs": log_probs_NK, "first": first}
+                    partial = path.with_name(path.name + PARTIAL)
+                    with translate_os_errors(self._directory):
+                        save_file(tensors, partial)
+                        os.replace(partial, path)
                 advance(len(spans[number]) * ranks.count)
         ranks.wait()
-
-    def _save(self, number: int, ids_NK: Tensor, log_probs_NK: Tensor, counts: Tensor) -> None:
-        tensors = {
-            "ids": ids_NK,
-            "log_probs": log_probs_NK,
-            "first": F.pad(counts.cumsum(0), (1, 0)),
-        }
-        path = self._file(number)
-        partial = path.with_name(path.name + PARTIAL)
-        with translate_os_errors(self._directory):
-            save_file(tensors, partial)
-            os.replace(partial, path)
 
     def _file(self, number: int) -> Path:
         return self._directory / f"{number:06d}.safetensors"

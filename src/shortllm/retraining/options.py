@@ -14,6 +14,10 @@ from shortllm.registry import described
 from shortllm.retraining.methods import METHODS, TrainingMethod, default_of, defaults_text
 from shortllm.runtime import DeviceOptions
 
+Kind = Literal["instructions", "text", "generated"]
+Template = Literal["alpaca", "chat"]
+Packing = Literal["stream", "fit", "alone"]
+
 GENERATED: Literal["generated"] = "generated"
 """Data source: text that the teacher writes."""
 
@@ -258,16 +262,14 @@ class TrainingData(Record):
     """What a model was retrained on."""
 
     source: str
-    kind: Literal["instructions", "text", "generated"]
-    template: Literal["alpaca", "chat"] | None = Field(
-        default=None, description="prompt format of instructions"
-    )
+    kind: Kind
+    template: Template | None = Field(default=None, description="prompt format of instructions")
     documents: int
     held_out: int = Field(description="documents that were only measured on")
     tokens: int = Field(description="tokens of the documents trained on, each once")
     cut: int = Field(description="documents longer than a window, whose rest was dropped")
     dropped: int = Field(description="documents with nothing to learn in a window")
-    packing: Literal["stream", "fit", "alone"] = Field(
+    packing: Packing = Field(
         description="documents end to end; as many whole ones as fit; or one in a window"
     )
     boundaries: Literal["apart", "joined", "alone"] = Field(

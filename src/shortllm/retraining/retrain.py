@@ -24,15 +24,22 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError
 from shortllm.files import releasing, translate_os_errors
+from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.model.session import Session
 from shortllm.options import accepts
 from shortllm.records import Cost
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
 from shortllm.retraining.setup import LOGS, Job, check, prepare
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, quiet_transformers, versions
-from shortllm.surgery.apply import held_provenance, require_apart
-from shortllm.surgery.derived import NEW, Draft, derive, is_up_to_date, require_free
+from shortllm.surgery.apply import held_provenance
+from shortllm.surgery.derived import (
+    NEW,
+    Draft,
+    derive,
+    is_up_to_date,
+    require_apart,
+    require_free,
+)
 
 if TYPE_CHECKING:
     from shortllm.retraining.training import Trained
@@ -137,10 +144,20 @@ def _trained(job: Job) -> Draft:
             if not found[name].equal(tensor):
                 raise CheckpointError(f"{directory}: tensor '{name}' differs from what was written")
 
+    held, state = held_provenance(checkpoint), trained.trainer.state
+    retrained = {
+        "version": __version__,
+        "method": job.setup.options.method,
+        "data": trained.data.source,
+        "steps": state.best_global_step,
+        "tokens": state.num_input_tokens_seen,
+        "fingerprint": job.fingerprint,
+        "before": held.get("retrained"),  # the same of an earlier retraining
+    }
     return Draft(
         record=_record(job, trained),
         config=checkpoint.raw_config,
-        provenance=_provenance(job, trained),
+        provenance={**held, "retrained": retrained},
         bytes=checkpoint.bytes,
         write=write,
         verify=verify,
@@ -172,21 +189,6 @@ def _record(job: Job, trained: Trained) -> dict[str, Any]:
         "versions": {**versions(), **setup.options.about.versions()},
         "cost": Cost(seconds=round(trainer.clock.seconds, 3), peak_bytes=peak_memory()),
     }
-
-
-def _provenance(job: Job, trained: Trained) -> dict[str, Any]:
-    """Where the checkpoint comes from and how it was retrained, also in earlier retrainings."""
-    held, state = held_provenance(job.setup.checkpoint), trained.trainer.state
-    retrained = {
-        "version": __version__,
-        "method": job.setup.options.method,
-        "data": trained.data.source,
-        "steps": state.best_global_step,
-        "tokens": state.num_input_tokens_seen,
-        "fingerprint": job.fingerprint,
-        "before": held.get("retrained"),
-    }
-    return {**held, "retrained": retrained}
 
 
 def _plain_model(job: Job, trained: Trained) -> nn.Module:

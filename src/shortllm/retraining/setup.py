@@ -19,18 +19,17 @@ from typing import Any
 from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.calibration import BOS_EVERY_SAMPLE, tokens_fingerprint
+from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
 from shortllm.data.rows import Records
 from shortllm.data.sources import load_rows, open_records
-from shortllm.data.texts import Segments, check_length, vocabulary
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.perplexity import Segments
 from shortllm.evaluation.texts import evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
-from shortllm.model.session import Session
+from shortllm.model import Session
 from shortllm.retraining.corpus import (
     Corpus,
-    Kind,
     documents,
     kind_of,
     open_corpus,
@@ -38,8 +37,7 @@ from shortllm.retraining.corpus import (
     write_corpus,
     written_by,
 )
-from shortllm.retraining.options import GENERATED, HELD_OUT, RetrainOptions
-from shortllm.retraining.windows import Packing
+from shortllm.retraining.options import GENERATED, HELD_OUT, Kind, Packing, RetrainOptions
 from shortllm.runtime import ALONE, Ranks
 from shortllm.surgery.apply import lineage, open_original
 from shortllm.surgery.derived import derived_fingerprint
@@ -204,7 +202,11 @@ def prepare(setup: Setup, target: Path) -> Job:
     work = work_directory(target.absolute())
     require_writable(work.parent, int(needed))
     if setup.ranks.is_main:
-        _claim(work, _fingerprint(setup, teacher, files=_files(setup.records)))
+        files: list[Any] | None = None  # names, sizes and times change with the data
+        if setup.records is not None:
+            stats = [(str(file.resolve()), file.stat()) for file in setup.records.files]
+            files = [setup.source, *((name, at.st_size, at.st_mtime_ns) for name, at in stats)]
+        _claim(work, _fingerprint(setup, teacher, files=files))
         if not (work / "corpus").is_dir():
             try:
                 _tokenize(setup, teacher, work / "corpus")
@@ -227,23 +229,20 @@ def work_directory(target: Path) -> Path:
 def _open_teacher(checkpoint: Checkpoint, options: RetrainOptions) -> Checkpoint:
     """The model to learn from: the one that is named, or the one the checkpoint came from."""
     teacher = open_original(checkpoint, options.teacher, "--teacher")
-    (size, width), (teacher_size, teacher_width) = (
-        (text.vocab_size, text.hidden_size)
-        for text in (text_config(checkpoint.config), text_config(teacher.config))
-    )
-    if size != teacher_size:
+    own, other = text_config(checkpoint.config), text_config(teacher.config)
+    if own.vocab_size != other.vocab_size:
         raise ShortLLMError(
-            f"{teacher.id} has a vocabulary of {teacher_size} and {checkpoint.id} one of {size}. "
-            "Name a --teacher with the same tokenizer"
+            f"{teacher.id} has a vocabulary of {other.vocab_size} and {checkpoint.id} one of "
+            f"{own.vocab_size}. Name a --teacher with the same tokenizer"
         )
     if options.hidden_weight:
         blocks = lineage(checkpoint).blocks
-        if width != teacher_width or blocks != teacher.block_count:
+        if (own.hidden_size, blocks) != (other.hidden_size, teacher.block_count):
             raise ShortLLMError(
-                f"--hidden-weight compares the blocks of {checkpoint.id} (width {width}, shortened "
-                f"from {blocks} blocks) with those of {teacher.id} (width {teacher_width}, "
-                f"{teacher.block_count} blocks). Name its original model as --teacher, or leave "
-                "--hidden-weight out"
+                f"--hidden-weight compares the blocks of {checkpoint.id} (width {own.hidden_size}, "
+                f"shortened from {blocks} blocks) with those of {teacher.id} (width "
+                f"{other.hidden_size}, {teacher.block_count} blocks). Name its original model as "
+                "--teacher, or leave --hidden-weight out"
             )
     return teacher
 
@@ -258,14 +257,6 @@ def _claim(work: Path, expected: str) -> None:
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_text(note, expected)
-
-
-def _files(records: Records | None) -> Any:
-    """Names, sizes and times of the files, which change with the data."""
-    if records is None:
-        return None
-    stats = [(str(file.resolve()), file.stat()) for file in records.files]
-    return [records.source, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
 
 
 def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
@@ -284,7 +275,7 @@ def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
         found,
         place,
         source=setup.source,
-        vocabulary=vocabulary(setup.checkpoint),
+        vocabulary=setup.checkpoint.vocabulary,
         held_out=options.held_out or HELD_OUT[setup.kind],
         longest=None if streamed else setup.length,
         enough=enough,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-from shortllm.data.texts import vocabulary
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model
 from shortllm.retraining.corpus import template_of
@@ -28,7 +27,7 @@ from shortllm.retraining.distillation import (
     cached_loss,
     teacher_blocks,
 )
-from shortllm.retraining.options import RetrainOptions, TrainingData
+from shortllm.retraining.options import TrainingData
 from shortllm.retraining.setup import LOGS, Job, Setup
 from shortllm.retraining.trainer import (
     BEST_METRIC,
@@ -74,11 +73,14 @@ def train(job: Job) -> Trained:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # mixed precision casts it where it is used
+    steps = options.max_steps
+    if steps is None:
+        steps = math.ceil((options.epochs or 1.0) * math.ceil(len(windows) / options.batch))
     states = job.work / "states"
     evaluation = {name: segmented(segments.ids) for name, segments in setup.evaluation.items()}
     trainer = ObjectiveTrainer(
         model=model,
-        args=_arguments(setup, len(windows), states),
+        args=_arguments(setup, steps, states),
         train_dataset=windows,
         eval_dataset={HELD_OUT: held_out, **evaluation},
         data_collator=collate,
@@ -87,7 +89,7 @@ def train(job: Job) -> Trained:
         patience=options.patience,
     )
     with _reports_in(job.work / LOGS):
-        _run(trainer, states, total_steps(options, len(windows)))
+        _run(trainer, states, steps)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return Trained(
         trainer=trainer,
@@ -127,7 +129,7 @@ def _kept_apart(setup: Setup, model: nn.Module) -> bool:
     """Whether the documents of a window do not see each other; needed of packed instructions."""
     if setup.packing == "alone":
         return False
-    if keeps_apart(model, vocabulary(setup.checkpoint)):
+    if keeps_apart(model, setup.checkpoint.vocabulary):
         return True
     kind = setup.checkpoint.model_type
     if setup.packing == "fit":
@@ -157,13 +159,12 @@ def _objective(job: Job, windows: Windows) -> Objective:
     return cached_loss
 
 
-def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
+def _arguments(setup: Setup, steps: int, states: Path) -> TrainingArguments:
     """The Trainer's own arguments."""
     from accelerate import DistributedType
 
     options, device, processes = setup.options, setup.session.device.type, setup.ranks.count
-    total = total_steps(options, windows)
-    every = options.eval_every or max(1, total // EVALUATIONS)
+    every = options.eval_every or max(1, steps // EVALUATIONS)
     constant = options.schedule == "constant"
     reporters = ["tensorboard"] if find_spec("tensorboard") else []
     arguments = TrainingArguments(
@@ -175,7 +176,7 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
         num_train_epochs=options.epochs or 1.0,
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant_with_warmup" if constant else options.schedule,
-        warmup_steps=options.warmup(total),
+        warmup_steps=options.warmup(steps),
         weight_decay=options.weight_decay,
         bf16=setup.dtype == "bfloat16",
         use_cpu=device == "cpu",
@@ -183,7 +184,7 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        logging_steps=max(1, total // LOGGED_LOSSES),
+        logging_steps=max(1, steps // LOGGED_LOSSES),
         logging_nan_inf_filter=False,
         metric_for_best_model=BEST_METRIC,
         greater_is_better=False,
@@ -205,13 +206,6 @@ def _arguments(setup: Setup, windows: int, states: Path) -> TrainingArguments:
         # accelerate 1.15 skips FSDP between CPU processes, but torch can do it
         state.distributed_type = DistributedType.MULTI_GPU
     return arguments
-
-
-def total_steps(options: RetrainOptions, windows: int) -> int:
-    """Number of steps of the whole training."""
-    if options.max_steps is not None:
-        return options.max_steps
-    return math.ceil((options.epochs or 1.0) * math.ceil(windows / options.batch))
 
 
 def _run(trainer: ObjectiveTrainer, states: Path, steps: int) -> None:

@@ -17,7 +17,6 @@ B windows, T tokens, N targets.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,8 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from shortllm.retraining.corpus import Store
-
-Packing = Literal["stream", "fit", "alone"]
+from shortllm.retraining.options import Packing
 
 NO_TARGET = -100
 """Label of a token without a loss."""

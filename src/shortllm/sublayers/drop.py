@@ -16,16 +16,14 @@ from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.data.calibration import Calibration
-from shortllm.data.texts import calibrate
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.files import PARTIAL
 from shortllm.journal import Journal
+from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.protection import protected_in
-from shortllm.records import ModelInfo
+from shortllm.records import ModelInfo, protected_in
 from shortllm.runtime import Runtime
 from shortllm.sublayers.criteria import CRITERIA, Ranking, Task
 from shortllm.sublayers.options import DroppedSublayer, SublayerDrop, SublayerOptions
@@ -34,7 +32,6 @@ from shortllm.sublayers.structure import (
     Outputs,
     Sublayer,
     find_sublayers,
-    whole_blocks,
     without_sublayers,
 )
 from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
@@ -212,8 +209,8 @@ def _draft(
     ids_BT = calibration.ids if calibration else None
     dropped, intact = _choose(decoder, outputs, options, allowed, ids_BT, session, journal)
     gone: list[Sublayer] = [(one.block, one.part) for one in dropped]
-    fixed = checkpoint.info().fixed
-    whole = [b for b in whole_blocks(gone) if b not in fixed]
+    removable = sorted(outputs.keys() - checkpoint.info().fixed.keys())
+    whole = [b for b in removable if all((b, part) in gone for part in PARTS)]
     zeroed = [one for one in gone if one[0] not in whole]
     kept = [b for b in range(checkpoint.block_count) if b not in whole]
     config, entries = dict(checkpoint.raw_config), dict(checkpoint.tensors)

@@ -1,6 +1,6 @@
 """A new checkpoint from an existing one.
 
-apply.py        remove blocks from the files     guard.py        refuse blocks that would change
+apply.py        what a checkpoint without some blocks consists of; refuse blocks that would change
 derived.py      check, write, verify, record     verify.py       reload and compare
 export_lint.py  llama.cpp and vLLM
 """

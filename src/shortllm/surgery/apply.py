@@ -1,24 +1,33 @@
-"""What a checkpoint without some blocks consists of: config, tensors, other files, origin.
+"""What a checkpoint without some blocks consists of: config, tensors, origin; and a guard.
 
 The model is never built in memory: kept tensors are copied under their new names, from file to file
 inside the kernel. Memory stays flat for any model size, and the work takes as long as copying the
 kept bytes. Tied tensors are stored once and stay so.
+
+The guard: every kept block of the shortened model must be built like its original. Just lowering
+the block count silently changes models whose blocks differ by position: the sixth block of the new
+model gets the attention, position code or experts of position six with the weights of another
+position. Both models are built on the meta device (no memory for weights), and for every kept block
+the structural signatures are compared: parameter names and shapes, submodule classes, and every
+plain attribute that can reach the forward pass, except the block's own number and numbers of other
+blocks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from shortllm import __version__
-from shortllm.checkpoint.config import is_own_code, read_config
+from shortllm.checkpoint.config import is_own_code, read_config, text_config
 from shortllm.checkpoint.shorten_config import (
+    period_hint,
     refuse_block_names_in_config,
     refuse_protected,
     refuse_type,
@@ -26,16 +35,28 @@ from shortllm.checkpoint.shorten_config import (
     sliced_axis,
 )
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import TensorEntry, weight_files
-from shortllm.errors import CheckpointError, OutputError
-from shortllm.files import PARTIAL, translate_os_errors
+from shortllm.checkpoint.structure import (
+    Signature,
+    block_signature,
+    build_empty,
+    find_blocks,
+    same_number,
+)
+from shortllm.checkpoint.tensors import TensorEntry
+from shortllm.errors import CheckpointError, UnsupportedModelError
+from shortllm.files import translate_os_errors
 from shortllm.records import MAX_BLOCKS
-from shortllm.surgery.guard import check_signatures
 
 log = logging.getLogger(__name__)
 
 PROVENANCE = "shortllm"
 """Key in config.json for the origin of a shortened checkpoint."""
+
+REFERENCES = {"kv_shared_layer_index"}
+"""Attributes that are the number of another block."""
+
+COVERED = {"store_full_length_kv"}
+"""Attributes that may differ because a rule covers them: sources of shared keys stay."""
 
 
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
@@ -60,7 +81,7 @@ def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
         tempfile.TemporaryDirectory() as directory,
     ):
         (Path(directory) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-        return read_config(Path(directory), original.model_type)
+        return read_config(Path(directory), raw)
 
 
 def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
@@ -83,6 +104,9 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
         elif block in new_number:
             result[names.renumbered(name, new_number[block])] = entry
     return result
+
+
+# ---- origin
 
 
 def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
@@ -181,53 +205,105 @@ def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
     return checkpoints
 
 
-def require_apart(source: Path, target: Path) -> None:
-    """Refuse a target that is the source directory or contains it."""
-    source, target = source.resolve(), target.resolve()
-    if target == source or target in source.parents:
-        relation = "is" if target == source else "contains"
-        raise OutputError(
-            f"{target} {relation} the original model, which is never changed. Choose another --out"
+# ---- the guard
+
+
+def check_signatures(original: Any, shortened: Any, kept: Sequence[int]) -> None:
+    """Build both configs on the meta device and compare every kept block with its original."""
+    before, outside_before = _signatures(original)
+    after, outside_after = _signatures(shortened)
+    if len(after) != len(kept):
+        raise UnsupportedModelError(
+            f"model type '{original.model_type}': {len(kept)} blocks requested, but the shortened "
+            f"config builds {len(after)}"
+        )
+    places = max(1, text_config(original).num_hidden_layers // len(before))
+    numbers = Renumbering(kept, len(before), places)
+    for new, old in enumerate(kept):
+        problem = difference(before[old], after[new], old, numbers)
+        if problem:
+            raise UnsupportedModelError(
+                f"removing these blocks from model type '{original.model_type}' would turn block "
+                f"{old} into a different block: {problem}. No rule covers this yet."
+                f"{period_hint(original)}"
+            )
+    expected = _sliced(outside_before, len(before), len(kept))
+    for place in {**expected, **outside_after}:
+        was, shape = expected.get(place, "absent"), outside_after.get(place, "absent")
+        if was == shape:
+            continue
+        raise UnsupportedModelError(
+            f"removing blocks from model type '{original.model_type}' would change tensors "
+            f"outside the blocks: {place} is {shape} instead of {was}. No rule covers this yet"
         )
 
 
-def carried_files(source: Path, target: Path | None = None) -> list[Path]:
-    """Tokenizer, generation config and all else next to the weights, relative to `source`, sorted.
+def _sliced(outside: Signature, count: int, kept: int) -> Signature:
+    """Shapes outside the blocks without the shares of removed blocks."""
+    result = dict(outside)
+    for place, shape in outside.items():
+        axis = sliced_axis(place)
+        if axis is not None:
+            share = shape[axis] // count
+            result[place] = (*shape[:axis], share * kept, *shape[axis + 1 :])
+    return result
 
-    Left out are config.json, hidden and unfinished files, directories with a model or a run at any
-    depth, and directories that are or contain `target`.
+
+def _signatures(config: Any) -> tuple[list[Signature], Signature]:
+    """The signature of each block, and the shapes of all tensors outside the blocks."""
+    model = build_empty(config)
+    name, blocks = find_blocks(model, config)
+    outside = {
+        f"shape of {key}": tuple(tensor.shape)
+        for key, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not key.startswith(name + ".")
+    }
+    return [block_signature(block) for block in blocks], outside
+
+
+@dataclass(frozen=True, slots=True)
+class Renumbering:
+    """How block numbers change, for attributes that contain some."""
+
+    kept: Sequence[int]
+    """Original numbers of the kept blocks, ascending."""
+    count: int
+    places: int = 1
+    """How many numbers each block takes; more than one for a block of several sublayers."""
+
+    def explains(self, before: Any, after: Any, block: int) -> bool:
+        """Whether `after` means in the shortened model what `before` means in the original."""
+        new_number = {old: new for new, old in enumerate(self.kept)}
+        if isinstance(before, (list, tuple)):
+            if len(before) == self.count and list(after) == [before[old] for old in self.kept]:
+                return True
+            numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in before)
+            renumbered = [new_number[n] for n in before if n in new_number]
+            return numbers and list(after) == renumbered
+        if isinstance(before, dict):
+            return bool(after == {new_number[n]: v for n, v in before.items() if n in new_number})
+        return any(
+            same_number(before, after, block * places, new_number[block] * places, places)
+            for places in {1, self.places}
+        )
+
+
+def difference(
+    original: Signature, shortened: Signature, block: int, numbers: Renumbering
+) -> str | None:
+    """The first place where two signatures of block `block` differ, None if they agree.
+
+    The block's own number may differ, and lists with one entry per block or of block numbers.
     """
-    outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
-    weights = weight_files(source)
-    carried: list[Path] = []
-    for path in sorted(source.iterdir()):
-        if path.name in weights or path.name == "config.json":
-            continue
-        if path.name.startswith(".") or path.name.endswith(PARTIAL):
-            continue
-        if path.is_file():
-            carried.append(path.relative_to(source))
-        elif path.is_dir() and path.resolve() not in outputs and not _contains_output(path):
-            carried += sorted(p.relative_to(source) for p in path.rglob("*") if p.is_file())
-    return carried
-
-
-def _contains_output(directory: Path) -> bool:
-    """Whether it contains weights (of another format or model), a run, or unfinished work."""
-    if weight_files(directory) or (directory / "run.json").exists():
-        return True
-    return any(
-        path.name.endswith(PARTIAL) or (path.is_dir() and _contains_output(path))
-        for path in directory.iterdir()
-        if not path.is_symlink()
-    )
-
-
-def carried_fingerprint(source: Path, *, without: Collection[str] = ()) -> str:
-    """sha256 over names and contents of the files that a new checkpoint copies, but for some."""
-    digest = hashlib.sha256()
-    for name in carried_files(source):
-        if str(name) not in without:
-            content = hashlib.sha256((source / name).read_bytes()).hexdigest()
-            digest.update(f"{content} {name.as_posix()}\n".encode())
-    return digest.hexdigest()
+    for place in {**original, **shortened}:
+        before, after = original.get(place, "absent"), shortened.get(place, "absent")
+        attribute = place.split(".")[-1]
+        if not (
+            before == after
+            or attribute in COVERED
+            or (isinstance(before, float) and isinstance(after, float) and isclose(before, after))
+            or (attribute in REFERENCES and (after, before) in enumerate(numbers.kept))
+            or (type(before) is type(after) and numbers.explains(before, after, block))
+        ):
+            return f"{place} is {after!r} instead of {before!r}"
+    return None

@@ -11,6 +11,7 @@ else in the way is an error.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -28,16 +29,18 @@ from shortllm.checkpoint.tensors import (
     TensorEntry,
     read_json,
     read_tensor_table,
+    weight_files,
     write_json,
 )
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
-from shortllm.files import fingerprint, partial_directory, require_writable
-from shortllm.model.session import Session
+from shortllm.files import PARTIAL, fingerprint, partial_directory, require_writable
+from shortllm.model import Session
 from shortllm.records import Cost, DerivedRecord
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.surgery.apply import PROVENANCE, carried_files, carried_fingerprint, require_apart
+from shortllm.surgery.apply import PROVENANCE
+from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
@@ -132,13 +135,23 @@ def derived_fingerprint(
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
-            "other files": carried_fingerprint(checkpoint.directory, without=CARDS | RECORDS),
+            "other files": carried_fingerprint(checkpoint.directory),
             "calibration": calibration.info.tokens_fingerprint if calibration else None,
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
             **choices,
         }
     )
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Refuse a target that is the source directory or contains it."""
+    source, target = source.resolve(), target.resolve()
+    if target == source or target in source.parents:
+        relation = "is" if target == source else "contains"
+        raise OutputError(
+            f"{target} {relation} the original model, which is never changed. Choose another --out"
+        )
 
 
 def require_free(target: Path, record: str) -> None:
@@ -191,6 +204,48 @@ def _write(
         kind.model_validate({**record, **more}).save(directory / kind.FILE)
 
 
+def carried_files(source: Path, target: Path | None = None) -> list[Path]:
+    """Tokenizer, generation config and all else next to the weights, relative to `source`, sorted.
+
+    Left out are config.json, hidden and unfinished files, directories with a model or a run at any
+    depth, and directories that are or contain `target`.
+    """
+    outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
+    weights = weight_files(source)
+    carried: list[Path] = []
+    for path in sorted(source.iterdir()):
+        if path.name in weights or path.name == "config.json":
+            continue
+        if path.name.startswith(".") or path.name.endswith(PARTIAL):
+            continue
+        if path.is_file():
+            carried.append(path.relative_to(source))
+        elif path.is_dir() and path.resolve() not in outputs and not _contains_output(path):
+            carried += sorted(p.relative_to(source) for p in path.rglob("*") if p.is_file())
+    return carried
+
+
+def _contains_output(directory: Path) -> bool:
+    """Whether it contains weights (of another format or model), a run, or unfinished work."""
+    if weight_files(directory) or (directory / "run.json").exists():
+        return True
+    return any(
+        path.name.endswith(PARTIAL) or (path.is_dir() and _contains_output(path))
+        for path in directory.iterdir()
+        if not path.is_symlink()
+    )
+
+
+def carried_fingerprint(source: Path) -> str:
+    """sha256 over names and contents of the files that a new checkpoint copies, without cards."""
+    digest = hashlib.sha256()
+    for name in carried_files(source):
+        if str(name) not in CARDS | RECORDS:
+            content = hashlib.sha256((source / name).read_bytes()).hexdigest()
+            digest.update(f"{content} {name.as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
 def copying(
     entries: Mapping[str, TensorEntry],
     new: Iterable[tuple[str, Tensor]] | Callable[[Path], Mapping[str, TensorEntry]] = (),
@@ -219,8 +274,6 @@ def copying(
 
 def on_probe(decoder: Decoder, removed: Collection[int] = ()) -> tuple[Tensor, bool]:
     """The logits that a result must have on the probe, and whether with a cache too."""
-    from shortllm.surgery.verify import bypass_logits, kv_cache_matches
-
     return bypass_logits(decoder, removed), kv_cache_matches(decoder)
 
 
@@ -248,8 +301,6 @@ def verifying(
     """A `Draft.verify` that loads the written checkpoint and compares its logits on the probe."""
 
     def verify(written: Path) -> None:
-        from shortllm.surgery.verify import verify_shortened
-
         decoder = session.decoder(open_checkpoint(written))
         verify_shortened(str(target), decoder, logits, cached=cached)
 

@@ -54,28 +54,6 @@ class ExportFinding(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
-    """A program expects `value` in every `period`-th entry of a field and nowhere else."""
-
-    field: str
-    period: int
-    value: Any
-    meaning: str
-
-    def __call__(self, config: Any) -> Problem | None:
-        entries = getattr(config, self.field, None) or []
-        wanted = [(block + 1) % self.period == 0 for block in range(len(entries))]
-        if [entry == self.value for entry in entries] == wanted:
-            return None
-        return Problem(
-            f"it assumes that every {ORDINALS[self.period]} block {self.meaning}, and no other; "
-            f"here {self.field} differs",
-            {self.field: list(entries)},
-            PERIODS_HELP,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Problem:
     """Why a program will run a checkpoint incorrectly."""
 
@@ -89,6 +67,32 @@ Rule = Callable[[Any], Problem | None]
 
 def _fields(config: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
+
+
+def _every(period: int, field: str, value: Any, meaning: str) -> Rule:
+    """The program expects `value` in every `period`-th entry of a field and nowhere else."""
+
+    def rule(config: Any) -> Problem | None:
+        entries = getattr(config, field, None) or []
+        wanted = [(block + 1) % period == 0 for block in range(len(entries))]
+        if [entry == value for entry in entries] == wanted:
+            return None
+        return Problem(
+            f"it assumes that every {ORDINALS[period]} block {meaning}, and no other; here "
+            f"{field} differs",
+            {field: list(entries)},
+            PERIODS_HELP,
+        )
+
+    return rule
+
+
+def _full_every(period: int) -> Rule:
+    return _every(period, "layer_types", "full_attention", "attends to all tokens")
+
+
+def _no_positions_every(period: int) -> Rule:
+    return _every(period, "no_rope_layers", 0, "has no rotary positions")
 
 
 def _scale_by_count(blocks: int) -> Rule:
@@ -155,14 +159,6 @@ def _one_shape(config: Any) -> Problem:
         {"shapes": len({str(shapes) for shapes in getattr(config, SHAPES)})},
         "Make it narrower with --shapes uniform, or load it with shortllm.load",
     )
-
-
-def _full_every(period: int) -> Pattern:
-    return Pattern("layer_types", period, "full_attention", "attends to all tokens")
-
-
-def _no_positions_every(period: int) -> Pattern:
-    return Pattern("no_rope_layers", period, 0, "has no rotary positions")
 
 
 BY_TYPE: dict[Target, dict[str, list[Rule]]] = {

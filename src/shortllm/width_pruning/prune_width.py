@@ -19,13 +19,12 @@ from torch import Tensor
 from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
-from shortllm.data.calibration import Calibration
-from shortllm.data.texts import calibrate
+from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
-from shortllm.model.session import Session
 from shortllm.options import accepts
-from shortllm.protection import PROTECT_FIRST, PROTECT_LAST
+from shortllm.records import PROTECT_FIRST, PROTECT_LAST
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import provenance_of
 from shortllm.surgery.derived import (

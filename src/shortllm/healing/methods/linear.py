@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 def require_projection(checkpoint: Checkpoint, decoder: Decoder) -> None:
     """Find out on the first block whether maps can be folded into a model."""
-    from shortllm.healing.folding import find_added, require_floats
+    from shortllm.healing.folding import find_foldable
 
-    for b, added in find_added(decoder, [0]).items():
-        require_floats(checkpoint, b, added.name)
+    find_foldable(checkpoint, decoder, [0])
 
 
 @METHODS.register(
@@ -34,12 +33,6 @@ def require_projection(checkpoint: Checkpoint, decoder: Decoder) -> None:
 )
 def linear(task: Task) -> Healed:
     """A least-squares map for each gap, folded into the block before it."""
-    from shortllm.healing.folding import find_added, require_floats
     from shortllm.healing.least_squares import heal_gaps
-    from shortllm.pruning.budget import gaps_of
 
-    before = [gap.before for gap in gaps_of(task.removed) if gap.before is not None]
-    added = find_added(task.decoder, before)
-    for b, one in added.items():
-        require_floats(task.checkpoint, b, one.name)
-    return heal_gaps(task, added)
+    return heal_gaps(task)

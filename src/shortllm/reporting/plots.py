@@ -1,4 +1,4 @@
-"""Plots as SVG: drawn once by matplotlib, and styled by the page.
+"""How plots look, and their SVG: drawn once by matplotlib, and styled by the page.
 
 A drawing has the light colours of `PALETTE` and is a complete SVG file. Inside a page, CSS rules
 that select these colours replace them by the dark ones, scale the drawing to the column, and set
