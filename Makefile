@@ -22,7 +22,7 @@ install: $(VENV)/installed
 $(VENV)/run-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[eval,train]'
+	$(PIP) --editable '.[eval,gguf,train]'
 	touch $@
 
 $(VENV)/installed: $(VENV)/run-installed

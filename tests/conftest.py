@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 os.environ.pop("SHORTLLM_DATA", None)
+# shared by the processes of a run, and by runs
+os.environ["SHORTLLM_CACHE"] = str(Path(tempfile.gettempdir()) / f"shortllm-tests-{os.getuid()}")
 
 import pytest
 import torch

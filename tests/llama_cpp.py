@@ -6,8 +6,10 @@ of SmolLM2, which the converter knows.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,8 @@ def convert(directory: Path, out: Path, outtype: str = "bf16") -> Path:
     return out
 
 
-def logprobs(path: Path, prompts: list[list[int]], top: int = 100) -> list[dict[int, float]]:
-    """The likeliest next tokens of each prompt and their log-probabilities, by llama.cpp."""
+def serve(path: Path) -> Any:
+    """A llama.cpp server in this process."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -78,20 +80,38 @@ def logprobs(path: Path, prompts: list[list[int]], top: int = 100) -> list[dict[
     params.warmup = False
     params.cpuparams.n_threads = 2
     params.verbosity = 0
-    server = xllamacpp.Server(params)
+    return xllamacpp.Server(params)
+
+
+def logprobs(path: Path, prompts: list[list[int]], top: int = 100) -> list[dict[int, float]]:
+    """The likeliest next tokens of each prompt and their log-probabilities, by llama.cpp."""
+    server = serve(path)
     found = []
     for prompt in prompts:
-        answer = server.handle_completions(
-            {
-                "prompt": prompt,
-                "n_predict": 1,
-                "n_probs": top,
-                "temperature": 0,
-                "cache_prompt": False,
-            }
-        )
+        asked = {"prompt": prompt, "n_predict": 1, "n_probs": top, "temperature": 0}
+        answer = server.handle_completions({**asked, "cache_prompt": False})
         listed = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found.append({entry["id"]: entry["logprob"] for entry in listed})
+    return found
+
+
+def generate(path: Path, prompts: list[str], tokens: int = 20) -> list[str]:
+    """What llama.cpp writes after each prompt, greedily."""
+    server = serve(path)
+    asked = {"n_predict": tokens, "temperature": 0}
+    answers = [server.handle_completions({**asked, "prompt": prompt}) for prompt in prompts]
+    return [answer["choices"][0]["text"] for answer in answers]
+
+
+def tokenize(path: Path, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, by llama.cpp."""
+    server = serve(path)
+    found = []
+    for text in texts:
+        body = json.dumps({"content": text, "add_special": True}).encode()
+        request = urllib.request.Request(server.listening_address + "/tokenize", body)
+        request.add_header("Content-Type", "application/json")
+        found.append(json.load(urllib.request.urlopen(request))["tokens"])
     return found
 
 

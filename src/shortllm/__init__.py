@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from shortllm.sublayers.drop import drop_sublayers as drop_sublayers
     from shortllm.sublayers.options import SublayerDrop as SublayerDrop
     from shortllm.sublayers.options import SublayerOptions as SublayerOptions
+    from shortllm.surgery.export import export as export
     from shortllm.surgery.export_lint import export_lint as export_lint
     from shortllm.width_pruning.options import WidthOptions as WidthOptions
     from shortllm.width_pruning.options import WidthPruning as WidthPruning
@@ -98,6 +99,7 @@ _NAMES = {
     "runtime": ("Runtime", "trusting_remote_code"),
     "sublayers.drop": ("drop_sublayers",),
     "sublayers.options": ("SublayerDrop", "SublayerOptions"),
+    "surgery.export": ("export",),
     "surgery.export_lint": ("export_lint",),
     "width_pruning.options": ("WidthOptions", "WidthPruning"),
     "width_pruning.prune_width": ("width",),

@@ -19,17 +19,25 @@ import logging
 import os
 import shutil
 from collections import Counter
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import FileLock
 
 from shortllm.checkpoint.tensors import read_json, write_json
-from shortllm.errors import CheckpointError, UnsupportedModelError, first_line_of
+from shortllm.errors import (
+    CheckpointError,
+    ShortLLMError,
+    UnsupportedModelError,
+    first_line_of,
+)
 from shortllm.files import partial_directory, require_writable
 from shortllm.format import in_bytes
-from shortllm.runtime import available_memory, progress, quiet_transformers
+from shortllm.runtime import available_memory, quiet_transformers
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -37,6 +45,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
+
+OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+"""Types that the converter of llama.cpp writes matrices in."""
 
 ORIGIN = "gguf"
 """Key in the cached config.json that names the file the weights come from."""
@@ -46,6 +57,9 @@ PROVENANCE_KEY = "shortllm.provenance"
 
 MEMORY_PER_WEIGHTS = 2
 """Memory that dequantizing takes, as a multiple of the bfloat16 weights."""
+
+READ_BYTES = 2**22
+"""Bytes per read while a file is hashed."""
 
 FIELDS = {
     "attention.key_length": "head_dim",
@@ -134,9 +148,14 @@ class GgufFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole file."""
+        """Of the whole file; where it was dequantized before, as recorded then."""
+        with suppress(OSError, ValueError, LookupError):
+            return str(read_json(_cached(self.path) / "config.json")[ORIGIN]["sha256"])
+        digest = hashlib.sha256()
         with open(self.path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            while part := stream.read(READ_BYTES):
+                digest.update(part)
+        return digest.hexdigest()
 
     @cached_property
     def parameters(self) -> int:
@@ -157,6 +176,11 @@ def is_rope_table(name: str) -> bool:
 
 def read_gguf(path: Path) -> GgufFile:
     """Open a GGUF file; one that is damaged or not a single decoder is an error."""
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise ShortLLMError(
+            f"GGUF files need the package {missing[0]}. Install it with: pip install "
+            "'shortllm[gguf]'"
+        )
     import numpy as np
     from gguf import GGUFReader
 
@@ -229,17 +253,28 @@ def clear_cache() -> int:
     return freed
 
 
+def _cached(path: Path) -> Path:
+    """Where the cache has the model of a file, if it was not moved or changed since."""
+    path = path.resolve()
+    state = path.stat()
+    key = hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    return cache_directory() / "gguf" / f"{path.stem}-{key}"
+
+
 def dequantized(path: Path) -> Path:
     """The directory in the cache with the model of a GGUF file, written if it is missing.
 
     A file that was moved or changed since is dequantized again.
     """
-    path = path.resolve()
-    state = path.stat()
-    key = hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_directory() / "gguf" / f"{path.stem}-{key}"
-    if not (target / "config.json").is_file():
-        file = read_gguf(path)
+    target = _cached(path)
+    if (target / "config.json").is_file():
+        return target
+    file = read_gguf(path)
+    require_writable(target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):  # another process may be at it: wait for its result
+        if (target / "config.json").is_file():
+            return target
         needed = 2 * file.parameters
         _require_memory(file, MEMORY_PER_WEIGHTS * needed)
         require_writable(target.parent, needed)
@@ -334,7 +369,9 @@ def _correct_tokenizer(tokenizer: Any, file: GgufFile) -> None:
             words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
             backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
         elif split not in LIKE_GPT2:
-            log.warning("%s splits text by '%s', which may be read inexactly", file.path.name, split)
+            log.warning(
+                "%s splits text by '%s', which may be read inexactly", file.path.name, split
+            )
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     for name, stored in names.items():
         number = file.value(f"{start}{stored}_token_id")

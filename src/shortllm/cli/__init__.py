@@ -1,6 +1,6 @@
 """The command line: each command parses, calls the function of the same name and prints the result.
 
-    run.py  score.py  derive.py  measure.py  comparison.py   the commands
+    run.py  score.py  derive.py  measure.py  comparison.py  gguf.py   the commands
     flags.py    flags from option records, and parameters that several commands share
     output.py   tables and JSON
 
@@ -24,6 +24,7 @@ import typer
 from shortllm import __version__
 from shortllm.cli.comparison import compare, compare_criteria, compare_units
 from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
+from shortllm.cli.gguf import cache, export
 from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
 from shortllm.cli.run import recipes, run
 from shortllm.cli.score import info, plan, prune, score
@@ -69,7 +70,12 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "compare-criteria": compare_criteria,
         "compare-units": compare_units,
     },
-    "Tools": {"report": report, "demo": demo, "export-lint": export_lint},
+    "Tools": {
+        "report": report,
+        "demo": demo,
+        "export": export,
+        "export-lint": export_lint,
+    },
 }
 """The commands by group, in the order of `--help`."""
 
@@ -84,6 +90,7 @@ for _group, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
         app.command(name=_name, rich_help_panel=_group, help=_paragraphs(_command))(_command)
 app.add_typer(recipes, name="recipes", rich_help_panel="Tools")
+app.add_typer(cache, name="cache", rich_help_panel="Tools")
 
 
 @app.callback(invoke_without_command=True)

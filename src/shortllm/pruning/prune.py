@@ -83,16 +83,17 @@ def prune_gguf(
             f"--out {out} is a GGUF file, but {model} is not one. Write a directory instead, and "
             "convert it with `shortllm export --gguf`"
         )
-    source, _ = locate_gguf(model, revision)
+    path, _ = locate_gguf(model, revision)
+    file = read_gguf(path)
     if not isinstance(plan, PrunePlan):
-        shorten_gguf(source, plan, out)
+        shorten_gguf(file, plan, out)
         return out
-    if plan.model.gguf_sha256 != read_gguf(source).sha256:
+    if plan.model.gguf_sha256 != file.sha256:
         raise CheckpointError(
             f"the plan is for {plan.model.id}, not for {model}. Make one with `shortllm plan "
             f"{model}`, or name the blocks with --blocks"
         )
-    shorten_gguf(source, plan.removed, out, criterion=plan.criterion)
+    shorten_gguf(file, plan.removed, out, criterion=plan.criterion)
     return out
 
 

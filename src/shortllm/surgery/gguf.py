@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from shortllm.checkpoint.writer import copy_range
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
 from shortllm.runtime import progress
+
+UNKNOWN_HASH = "0" * 64
+"""Stands for the hash of the source until it is known: it is computed while tensors are copied."""
 
 BLOCK = re.compile(r"blk\.(?P<number>\d+)\.(?P<rest>.+)")
 
@@ -78,27 +82,28 @@ REFUSED_IF = {
 """Keys that must be absent or 0 -> the reason."""
 
 
-def shorten_gguf(source: Path, removed: Sequence[int], out: Path, **how: Any) -> None:
+def shorten_gguf(file: GgufFile, removed: Sequence[int], out: Path, **how: Any) -> None:
     """Write the GGUF file `out` without the blocks `removed`.
 
     Args:
         how: further entries of the provenance, e.g. `criterion`.
     Raises:
-        CheckpointError: `source` is not a GGUF file, or is damaged.
+        CheckpointError: the tensors of `file` are not those of its blocks.
         UnsupportedModelError: llama.cpp would run the result incorrectly.
         OutputError: `out` cannot be written, or is the source.
     """
-    file = read_gguf(source)
     kept = kept_blocks(file, removed)
     tensors, settings = renumbered(file, kept), shortened_settings(file, kept)
-    if out.exists() and out.samefile(source):
-        raise OutputError(f"{out} is the original model, which is never changed. Choose another --out")
+    if out.exists() and out.samefile(file.path):
+        raise OutputError(
+            f"{out} is the original model, which is never changed. Choose another --out"
+        )
     require_file_target(out)
     needed = sum(int(tensor.n_bytes) for tensor in tensors.values())
     provenance = {
         "version": __version__,
-        "source": str(source),
-        "source_sha256": file.sha256,
+        "source": str(file.path),
+        "source_sha256": UNKNOWN_HASH,
         "source_blocks": file.blocks,
         "removed_blocks": sorted(removed),
         **how,
@@ -107,9 +112,14 @@ def shorten_gguf(source: Path, removed: Sequence[int], out: Path, **how: Any) ->
     with (
         partial_file(out, needed_bytes=needed) as partial,
         progress(f"writing {out.name}", needed) as advance,
+        ThreadPoolExecutor(1) as beside,
     ):
-        _write(file, tensors, settings | {PROVENANCE_KEY: json.dumps(provenance)}, partial, advance)
-        _verify(read_gguf(partial), file, tensors)
+        digest = beside.submit(lambda: file.sha256)
+        changed = settings | {PROVENANCE_KEY: json.dumps(provenance)}
+        _write(file, tensors, changed, partial, advance)
+        written = read_gguf(partial)
+        _verify(written, file, tensors)
+        _fill_in_hash(written, digest.result())
 
 
 # ---- which blocks may go
@@ -250,6 +260,14 @@ def _write(
             stream.write(b"\0" * (-stream.tell() % file.reader.alignment))
             copy_range(file.path, int(tensor.data_offset), int(tensor.n_bytes), stream, advance)
         stream.write(b"\0" * (-stream.tell() % file.reader.alignment))
+
+
+def _fill_in_hash(file: GgufFile, digest: str) -> None:
+    """Write the hash of the source into the provenance, which is in the header."""
+    with open(file.path, "r+b") as stream:
+        header = stream.read(file.reader.data_offset)
+        stream.seek(header.rindex(UNKNOWN_HASH.encode()))
+        stream.write(digest.encode())
 
 
 def _verify(written: GgufFile, file: GgufFile, tensors: dict[str, Any]) -> None:

