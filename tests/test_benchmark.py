@@ -28,7 +28,6 @@ from shortllm.benchmark.interleaved import (
     Runs,
     in_turn,
     measurement_of,
-    weight_bytes,
 )
 from shortllm.benchmark.meters import Sampler, is_out_of_memory, meter_of
 from shortllm.benchmark.options import (
@@ -64,7 +63,7 @@ def measured(short: Path) -> Benchmark:
 
 
 def interleaved_runs(*candidates: Candidate, options: BenchmarkOptions = QUICK) -> InterleavedRuns:
-    return InterleavedRuns(candidates, options, CPU, meter_of(CPU))
+    return InterleavedRuns(candidates, options, CPU)
 
 
 def candidate(name: str, model: Any = None, **kwargs: Any) -> Candidate:
@@ -139,7 +138,7 @@ def test_a_sweep_measures_every_model_in_every_cell(measured: Benchmark) -> None
         assert one.first_token_s is not None and one.latency_median_s is not None
         assert one.first_token_s > 0
         assert one.memory is not None and one.memory.process_bytes is not None
-        assert one.memory.process_bytes > weight_bytes(build("llama"))
+        assert one.memory.process_bytes > build("llama").get_memory_footprint()
         assert one.memory.device_bytes is None
         assert one.utilisation_mean is not None and 0 < one.utilisation_mean < 1.5
     assert measured.device == "cpu" and measured.device_name and measured.threads == 1

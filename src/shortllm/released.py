@@ -25,8 +25,7 @@ from shortllm.data.sources import load_rows
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import EvaluatedModel
-from shortllm.evaluation.perplexity import EvaluationText
-from shortllm.evaluation.texts import Texts, evaluation_segments_of
+from shortllm.evaluation.texts import EvaluationText, Texts, evaluation_segments_of
 from shortllm.files import releasing, write_text
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.published import (

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import shortllm
 from shortllm import __version__
-from shortllm.benchmark.interleaved import weight_bytes
 from shortllm.benchmark.meters import Meter, meter_of
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -81,7 +80,7 @@ class Models:
 
     def other_weight_bytes(self, model: DemoModel) -> int:
         """Bytes of the weights of all models but this one."""
-        return sum(weight_bytes(one.model) for one in self.models if one is not model)
+        return sum(one.model.get_memory_footprint() for one in self.models if one is not model)
 
 
 def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -118,7 +117,6 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
     except CheckpointError:  # not shortened, or its config does not say how
         kept, source_blocks = list(range(checkpoint.block_count)), checkpoint.block_count
     dtype = session.dtype(checkpoint)
-    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
     return DemoModel(
         name=name,
         info=checkpoint.info(),
@@ -127,7 +125,7 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
         model=load_model(checkpoint, device=session.device, dtype=dtype),
         tokenizer=tokenizer,
         vocabulary=checkpoint.vocabulary,
-        positions=positions if isinstance(positions, int) else None,
+        positions=context_length(checkpoint.config),
         cache_bytes=checkpoint.block_count * cache_bytes(checkpoint, dtype),
     )
 

@@ -10,7 +10,7 @@ projection, U units of a sublayer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,18 +115,14 @@ def _watched(block: nn.Module, groups: BlockGroups) -> Iterator[BlockStats]:
     def gather(seen: ActivationStats) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: seen.add(args[0])
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(gather(seen))
-        for name, seen in stats.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, seen in stats.items():
+            module = block.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(gather(seen)))
         yield stats
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-Rule = Callable[[Tensor, Sublayer, "ActivationStats"], Tensor]
+Rule = Callable[[Tensor, Sublayer, ActivationStats], Tensor]
 """Called with an output projection's matrix, its sublayer and what was seen of its inputs; returns
 an importance `[U]`."""
 
