@@ -18,13 +18,13 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from shortllm.benchmark.options import PeakMemory
 from shortllm.errors import ShortLLMError
 from shortllm.runtime import available_memory
 
@@ -42,16 +42,10 @@ OUT_OF_MEMORY = (
 """Messages of out-of-memory errors without a class of their own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One moment of a run; None if the device does not report it."""
+class Sample(PeakMemory):
+    """Memory at one moment of a run, and utilisation (0 to 1) since the sample before."""
 
     utilisation: float | None = None
-    """0 to 1, since the sample before."""
-    allocated_bytes: int | None = None
-    reserved_bytes: int | None = None
-    device_bytes: int | None = None
-    process_bytes: int | None = None
 
 
 class Meter:
@@ -202,34 +196,6 @@ def nvml_reading(handle: Any) -> tuple[float | None, int | None]:
         reading(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
         reading(lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)),
     )
-
-
-class MpsMeter(Meter):
-    """An Apple GPU, which keeps no peaks: memory is sampled."""
-
-    def __init__(self) -> None:
-        self.name = f"{_processor()} GPU"
-
-    def synchronize(self) -> None:
-        """Wait until the device is idle."""
-        import torch
-
-        torch.mps.synchronize()
-
-    def sample(self) -> Sample:
-        """What torch's allocator has now."""
-        import torch
-
-        return Sample(
-            allocated_bytes=torch.mps.current_allocated_memory(),
-            reserved_bytes=torch.mps.driver_allocated_memory(),
-        )
-
-    def release(self) -> None:
-        """Give cached memory back to the device."""
-        import torch
-
-        torch.mps.empty_cache()
 
 
 class Sampler:

@@ -103,10 +103,7 @@ def open_models(locations: Mapping[str, str], session: Session) -> Models:
     meter = meter_of(session.device)
     checkpoints = {name: open_checkpoint(location) for name, location in locations.items()}
     tokenizers = {name: load_tokenizer(one) for name, one in checkpoints.items()}
-    models = [
-        _load(name, checkpoint, tokenizers[name], session)
-        for name, checkpoint in checkpoints.items()
-    ]
+    models = [_load(name, one, tokenizers[name], session) for name, one in checkpoints.items()]
     return Models(models=models, device=session.device, meter=meter)
 
 
@@ -133,7 +130,8 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
 def embedded_models(session: Session) -> dict[str, str]:
     """Locations of the embedded model and its two shortened versions, by name."""
     checkpoint = open_checkpoint(EMBEDDED)
-    home = cache_directory() / f"{__version__}-{checkpoint.fingerprint[:16]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = cache / "shortllm" / "demo" / f"{__version__}-{checkpoint.fingerprint[:16]}"
     try:
         require_writable(home, 2 * checkpoint.bytes)
     except OutputError as error:
@@ -143,12 +141,6 @@ def embedded_models(session: Session) -> dict[str, str]:
         ) from error
     width, depth = _shorten_embedded(home, session)
     return {"original": EMBEDDED, "width": str(width), "depth": str(depth)}
-
-
-def cache_directory() -> Path:
-    """Where the demo keeps what it can derive again."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "shortllm" / "demo"
 
 
 def _shorten_embedded(home: Path, session: Session) -> tuple[Path, Path]:
