@@ -10,8 +10,7 @@ from typing_extensions import Self
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import ShortLLMError
 from shortllm.options import Flag, Options
-from shortllm.protection import PROTECT_FIRST, PROTECT_LAST
-from shortllm.records import DerivedRecord, Record
+from shortllm.records import PROTECT_FIRST, PROTECT_LAST, DerivedRecord, Record
 from shortllm.registry import described
 from shortllm.width_pruning.methods import METHODS
 
