@@ -421,7 +421,7 @@ def test_at_most_four_batch_sizes_share_a_plot() -> None:
         ({"runs": 0}, "runs 0: must be greater than or equal to 1"),
         ({"warmup": 0}, "warmup 0: must be greater than or equal to 1"),
         ({"batches": [4, 0]}, "batches 0: must be greater than or equal to 1"),
-        ({"new_tokens": []}, "new_tokens .*at least 1 item"),
+        ({"new_tokens": []}, "new_tokens.*at least 1 item"),
         ({"compile": True, "warmup": 1}, "with --compile, of which the first compiles. Give 2"),
         ({"attention": "flash_attention_2"}, "works on CUDA devices, not on cpu. Use --attn sdpa"),
         (
