@@ -50,7 +50,7 @@ from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, progress, 
 RANDOM = "random"
 """The criterion that every other one must beat."""
 
-Removals = tuple[Criterion, list[list[int]]]
+Choice = tuple[Criterion, list[list[int]]]
 """A criterion, and the blocks that it removes at each budget, the first to go first."""
 
 
@@ -292,7 +292,7 @@ def _fingerprint(
 
 def _chosen(
     model: ModelInfo, question: Question, scores: Mapping[str, BlockScores]
-) -> list[Removals]:
+) -> list[Choice]:
     """What the plans of each criterion remove."""
     budgets = [_budget(question.options, remove=one.blocks) for one in question.budgets]
     return [
@@ -304,7 +304,7 @@ def _chosen(
     ]
 
 
-def _drawn(model: ModelInfo, question: Question) -> list[Removals]:
+def _drawn(model: ModelInfo, question: Question) -> list[Choice]:
     """What plans by `random` with the seeds 0, 1, ... remove."""
     found = []
     for seed in range(question.options.random):
