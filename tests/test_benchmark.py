@@ -442,7 +442,7 @@ def test_no_model_and_a_file_for_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ShortLLMError, match="no model to measure"):
         shortllm.bench([])
     (tmp_path / "x").write_text("")
-    with pytest.raises(OutputError, match="is a file. Give a directory"):
+    with pytest.raises(OutputError, match="is a file. Choose another --out"):
         shortllm.bench([str(saved("llama"))], out=tmp_path / "x", device="cpu")
 
 

@@ -14,7 +14,7 @@ from shortllm.benchmark.bench import benchmark_fingerprint, check_speed, measure
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import tokens_fingerprint
-from shortllm.errors import OutputError, ResultFileError, ShortLLMError
+from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.evaluate import (
     evaluate_models,
     evaluation_fingerprint,
@@ -114,12 +114,11 @@ def bench(
     session = Session(runtime)
     checkpoints = open_checkpoints(names)
     directory = None if out is None else Path(out)
-    if directory is not None and directory.is_file():
-        raise OutputError(f"--out {directory} is a file. Give a directory")
+    if directory is not None:
+        require_writable(directory)
     check_speed(checkpoints, options, session)
     if directory is None:
         return measure_speed(checkpoints, options, session=session)
-    require_writable(directory)
     return bench_in(directory, checkpoints, options, session)
 
 
