@@ -158,7 +158,6 @@ def _texts(checkpoint: Checkpoint, recipe: Recipe) -> list[EvaluationText]:
 
 
 def _write_table(path: Path, measured: Mapping[str, Measured]) -> None:
-    """A row for every figure that has a published one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("recipe", "checkpoint", "quantity", "ours", "published"))
