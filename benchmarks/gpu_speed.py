@@ -52,7 +52,6 @@ def build(shape: dict[str, int], blocks: int, device: torch.device, dtype: str) 
 
 def described(name: str, model: Any, prompt_tokens: int, dtype: str) -> Any:
     """What the result says of a model that has no files."""
-    from shortllm.benchmark.interleaved import weight_bytes
     from shortllm.benchmark.options import BenchmarkedModel
     from shortllm.files import fingerprint
     from shortllm.model.decoder import Decoder
@@ -67,7 +66,7 @@ def described(name: str, model: Any, prompt_tokens: int, dtype: str) -> Any:
         parameters_per_block=[
             sum(one.numel() for one in block.parameters()) for block in decoder.blocks
         ],
-        bytes=weight_bytes(model),
+        bytes=model.get_memory_footprint(),
         fingerprint=fingerprint([model.config.to_dict(), "random, seed 0"]),
     )
     return BenchmarkedModel(

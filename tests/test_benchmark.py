@@ -28,7 +28,6 @@ from shortllm.benchmark.interleaved import (
     Runs,
     in_turn,
     measurement_of,
-    weight_bytes,
 )
 from shortllm.benchmark.meters import Sampler, is_out_of_memory, meter_of
 from shortllm.benchmark.options import (
@@ -64,7 +63,7 @@ def measured(short: Path) -> Benchmark:
 
 
 def interleaved_runs(*candidates: Candidate, options: BenchmarkOptions = QUICK) -> InterleavedRuns:
-    return InterleavedRuns(candidates, options, CPU, meter_of(CPU))
+    return InterleavedRuns(candidates, options, CPU)
 
 
 def candidate(name: str, model: Any = None, **kwargs: Any) -> Candidate:
@@ -139,7 +138,7 @@ def test_a_sweep_measures_every_model_in_every_cell(measured: Benchmark) -> None
         assert one.first_token_s is not None and one.latency_median_s is not None
         assert one.first_token_s > 0
         assert one.memory is not None and one.memory.process_bytes is not None
-        assert one.memory.process_bytes > weight_bytes(build("llama"))
+        assert one.memory.process_bytes > build("llama").get_memory_footprint()
         assert one.memory.device_bytes is None
         assert one.utilisation_mean is not None and 0 < one.utilisation_mean < 1.5
     assert measured.device == "cpu" and measured.device_name and measured.threads == 1
@@ -422,7 +421,7 @@ def test_at_most_four_batch_sizes_share_a_plot() -> None:
         ({"runs": 0}, "runs 0: must be greater than or equal to 1"),
         ({"warmup": 0}, "warmup 0: must be greater than or equal to 1"),
         ({"batches": [4, 0]}, "batches 0: must be greater than or equal to 1"),
-        ({"new_tokens": []}, "new_tokens .*at least 1 item"),
+        ({"new_tokens": []}, "new_tokens.*at least 1 item"),
         ({"compile": True, "warmup": 1}, "with --compile, of which the first compiles. Give 2"),
         ({"attention": "flash_attention_2"}, "works on CUDA devices, not on cpu. Use --attn sdpa"),
         (
@@ -443,7 +442,7 @@ def test_no_model_and_a_file_for_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ShortLLMError, match="no model to measure"):
         shortllm.bench([])
     (tmp_path / "x").write_text("")
-    with pytest.raises(OutputError, match="is a file. Give a directory"):
+    with pytest.raises(OutputError, match="is a file. Choose another --out"):
         shortllm.bench([str(saved("llama"))], out=tmp_path / "x", device="cpu")
 
 

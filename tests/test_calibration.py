@@ -29,7 +29,7 @@ from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
 from shortllm.errors import DataError, OutputError, ResultFileError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.perplexity import evaluation_segments
+from shortllm.evaluation.texts import evaluation_segments
 
 BOS = 0
 

@@ -23,7 +23,6 @@ from shortllm.reporting.load import load_units
 from shortllm.retraining.options import RetrainOptions
 from shortllm.width_pruning.groups import options_to_remove
 from shortllm.width_pruning.options import WidthOptions, WidthPruning
-from shortllm.width_pruning.prune_width import resolve
 from shortllm.width_pruning.structure import find_groups
 
 RECIPE = Recipe(
@@ -121,7 +120,7 @@ def test_ratios_are_found_for_a_number_of_parameters(
     checkpoint = shortllm.open_checkpoint("embedded")
     session = Session(device="cpu")
     options = WidthOptions.model_validate({"method": method, "ratio": 0.5, "bias": None})
-    filled = resolve(options, checkpoint.block_count)
+    filled = options.resolved(checkpoint.block_count)
     assert filled.start is not None and filled.end is not None
     groups = find_groups(session.decoder(checkpoint), range(filled.start, filled.end))
     asked = int(share * checkpoint.parameters)
@@ -137,7 +136,7 @@ def test_more_than_there_is_cannot_go() -> None:
     checkpoint = shortllm.open_checkpoint("embedded")
     session = Session(device="cpu")
     groups = find_groups(session.decoder(checkpoint), range(2))
-    options = resolve(WidthOptions(ratio=0.5), 12)
+    options = WidthOptions(ratio=0.5).resolved(12)
     with pytest.raises(BudgetError, match="cannot be removed from 2 blocks"):
         options_to_remove(checkpoint.parameters // 2, options, groups)
     with pytest.raises(BudgetError, match="at least one head of 2 and one neuron from each block"):

@@ -24,12 +24,13 @@ from shortllm import embedded, pipeline
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.cli import main
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
-from shortllm.evaluation.harness import mean_score, measure_tasks
+from shortllm.evaluation.evaluate import mean_score
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.tasks import (
     EMBEDDED_TASKS,
     METRICS,
     load_tasks,
+    measure_tasks,
     require_harness,
     task_names,
 )

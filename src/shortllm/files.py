@@ -117,7 +117,7 @@ def _locked_new_directory(partial: Path, target: Path) -> Iterator[None]:
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
-        raise _busy(target, "another process") from error
+        raise _busy(target, partial / LOCK) from error
     lock = None
     try:
         lock = _acquire(partial, target)
@@ -201,9 +201,7 @@ def require_file_target(path: Path) -> None:
 def existing_parent(path: Path) -> Path:
     """`path` or its nearest ancestor that exists."""
     path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return next(one for one in (path, *path.parents) if one.exists())
 
 
 # ---- one writer per directory
@@ -239,7 +237,7 @@ def _acquire(directory: Path, shown: Path) -> BaseFileLock:
     try:
         lock.acquire()
     except Timeout as error:
-        raise _busy(shown, _holder(directory / LOCK)) from error
+        raise _busy(shown, directory / LOCK) from error
     if isinstance(lock, FileLock):  # on a disk without locks it became one with data of its own
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -248,16 +246,12 @@ def _acquire(directory: Path, shown: Path) -> BaseFileLock:
     return lock
 
 
-def _busy(target: Path, holder: str) -> OutputError:
+def _busy(target: Path, lock: Path) -> OutputError:
+    """Says which process has the lock of `target`."""
+    holder = "another process"
+    with suppress(OSError, ValueError, LookupError, TypeError):  # it has only just started
+        who = json.loads(lock.read_bytes())
+        holder = f"process {who['process']} on {who['host']}, since {who['since']}"
     return OutputError(
         f"{target} is being written by {holder}. Wait for it, or choose another --out"
     )
-
-
-def _holder(lock: Path) -> str:
-    """Process, machine and time from a lock file."""
-    try:
-        who = json.loads(lock.read_bytes())
-        return f"process {who['process']} on {who['host']}, since {who['since']}"
-    except (OSError, ValueError, LookupError, TypeError):  # it has only just started
-        return "another process"

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.benchmark.bench import benchmark_fingerprint, check_speed, measure_speed
-from shortllm.benchmark.meters import meter_of
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import tokens_fingerprint
-from shortllm.errors import OutputError, ResultFileError, ShortLLMError
-from shortllm.evaluation.evaluate import evaluate_models, evaluation_fingerprint
-from shortllm.evaluation.harness import table_path, write_table
+from shortllm.errors import ResultFileError, ShortLLMError
+from shortllm.evaluation.evaluate import (
+    evaluate_models,
+    evaluation_fingerprint,
+    table_path,
+    write_table,
+)
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
-from shortllm.evaluation.perplexity import measure_perplexity
-from shortllm.evaluation.texts import Texts
+from shortllm.evaluation.texts import Texts, measure_perplexity
 from shortllm.files import hold, releasing, require_writable
 from shortllm.model import Session
 from shortllm.options import accepts
@@ -112,12 +114,11 @@ def bench(
     session = Session(runtime)
     checkpoints = open_checkpoints(names)
     directory = None if out is None else Path(out)
-    if directory is not None and directory.is_file():
-        raise OutputError(f"--out {directory} is a file. Give a directory")
+    if directory is not None:
+        require_writable(directory)
     check_speed(checkpoints, options, session)
     if directory is None:
         return measure_speed(checkpoints, options, session=session)
-    require_writable(directory)
     return bench_in(directory, checkpoints, options, session)
 
 
@@ -129,7 +130,7 @@ def bench_in(
     session: Session,
 ) -> Benchmark:
     """bench.json with its table and plots, unless they are up to date."""
-    expected = benchmark_fingerprint(checkpoints, options, session, meter_of(session.device))
+    expected = benchmark_fingerprint(checkpoints, options, session)
     found = finished(Benchmark, directory / "bench.json", expected)
     if found is None:
         hold(directory)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shortllm.benchmark.bench import check_speed
 from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve
@@ -40,7 +41,9 @@ from shortllm.published import Published
 from shortllm.quantizing import quantize
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
+from shortllm.retraining import setup
 from shortllm.retraining.options import Retraining
+from shortllm.retraining.retrain import retrain_from
 from shortllm.run_directory import (
     HEALED,
     PRUNED,
@@ -114,10 +117,21 @@ def run(
     prune_from(prepared.checkpoint, plan, directory / PRUNED, session=session)
     shortened = opened_within(directory, PRUNED)
     models = {"original": prepared.checkpoint, PRUNED: shortened}
-    healing = _heal(prepared, shortened)
-    if healing is not None:
+    healing = None
+    if recipe.healing is not None and prepared.texts.healing is not None:
+        healing = heal_from(
+            shortened,
+            prepared.checkpoint,
+            recipe.healing,
+            directory / HEALED,
+            calibration=prepared.texts.healing,
+            session=session,
+        )
         models[HEALED] = opened_within(directory, HEALED)
-    retraining = _retrain(prepared, shortened)
+    retraining = {
+        name: retrain_from(shortened, options, directory / name, session=session)
+        for name, options in recipe.healed.items()
+    }
     retrained = {name: opened_within(directory, name) for name in retraining}
     models |= retrained
     quantization = _quantize(prepared, retrained or {PRUNED: shortened})
@@ -168,9 +182,13 @@ class _Prepared:
 
 def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepared:
     """Read, check and resolve everything before the first heavy step, and write run.json."""
-    needs_text = resolve(recipe.criterion, recipe.options).needs_text
+    criterion = resolve(recipe.criterion, recipe.options)
     recipe.budget.asked()
-    published = _order_to_follow(recipe)
+    if recipe.use_published_order and recipe.published is None:
+        raise RecipeError(
+            "--use-published-order needs a recipe of a published model. See: shortllm recipes list"
+        )
+    published = recipe.published if recipe.use_published_order else None
     directory = out if out is not None else default_directory(recipe)
     checkpoint = open_checkpoint(
         recipe.model,
@@ -188,12 +206,16 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     scored = recipe.budget.blocks is None and published is None
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     quantizing = check_later_stages(recipe, checkpoint, session)
-    texts = _texts(recipe, checkpoint, scoring=scored and needs_text, quantizing=quantizing)
+    texts = _texts(
+        recipe, checkpoint, scoring=scored and criterion.needs_text, quantizing=quantizing
+    )
     if recipe.healing is not None:
         require_free(directory / HEALED, Healing.FILE)
         check_healable(recipe.healing, checkpoint, session)
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
-    criterion = resolved_criterion(recipe.model_copy(update={"budget": budget}), checkpoint)
+    if budget.blocks is None:  # a criterion that removes blocks itself gets the amount
+        amount = removal_options(criterion, budget, checkpoint.info())
+        criterion = resolve(recipe.criterion, {**amount, **recipe.options})
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
     return _Prepared(
         directory=directory,
@@ -222,17 +244,6 @@ def default_directory(recipe: Recipe) -> Path:
     return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}{published}"
 
 
-def _order_to_follow(recipe: Recipe) -> Published | None:
-    """The published order of blocks, where a plan is to be made of it."""
-    if not recipe.use_published_order:
-        return None
-    if recipe.published is None:
-        raise RecipeError(
-            "--use-published-order needs a recipe of a published model. See: shortllm recipes list"
-        )
-    return recipe.published
-
-
 def check_later_stages(
     recipe: Recipe, checkpoint: Checkpoint, session: Session
 ) -> QuantizeOptions | None:
@@ -248,12 +259,8 @@ def check_later_stages(
             "that out, or use a smaller --dtype or another --device"
         )
     for options in recipe.retraining:
-        from shortllm.retraining.setup import check
-
-        check(checkpoint, options, session=session)
+        setup.check(checkpoint, options, session=session)
     if recipe.benchmark is not None:
-        from shortllm.benchmark.bench import check_speed
-
         check_speed({recipe.model: checkpoint}, recipe.benchmark, session)
     if recipe.quantization is None:
         return None
@@ -287,15 +294,6 @@ def check_any_removal(checkpoint: Checkpoint, budget: Budget) -> None:
     check_removal(checkpoint, sorted(set(range(checkpoint.block_count)).difference(removed)))
 
 
-def resolved_criterion(recipe: Recipe, checkpoint: Checkpoint) -> Criterion:
-    """The criterion of a recipe; one that removes blocks itself gets the budget's amount."""
-    criterion = resolve(recipe.criterion, recipe.options)
-    if recipe.budget.blocks is not None:
-        return criterion
-    amount = removal_options(criterion, recipe.budget, checkpoint.info())
-    return resolve(recipe.criterion, {**amount, **recipe.options})
-
-
 def session_of(recipe: Recipe) -> Session:
     """Where and how a recipe's models run."""
     return Session(Runtime(**{name: getattr(recipe, name) for name in Runtime.model_fields}))
@@ -321,31 +319,6 @@ def _plan(run: _Prepared) -> PrunePlan:
 def opened_within(directory: Path, name: str) -> Checkpoint:
     """A checkpoint of the run under its name there, so that results do not depend on the path."""
     return replace(open_checkpoint(directory / name), id=name)
-
-
-def _heal(run: _Prepared, shortened: Checkpoint) -> Healing | None:
-    """healed/, where the recipe repairs the model without training."""
-    if run.recipe.healing is None or run.texts.healing is None:
-        return None
-    return heal_from(
-        shortened,
-        run.checkpoint,
-        run.recipe.healing,
-        run.directory / HEALED,
-        calibration=run.texts.healing,
-        session=run.session,
-    )
-
-
-def _retrain(run: _Prepared, shortened: Checkpoint) -> dict[str, Retraining]:
-    """A retrained checkpoint for each way of retraining, by name."""
-    from shortllm.retraining.retrain import retrain_from
-
-    records = {}
-    for name, options in run.recipe.healed.items():
-        target = run.directory / name
-        records[name] = retrain_from(shortened, options, target, session=run.session)
-    return records
 
 
 def _quantize(run: _Prepared, candidates: Mapping[str, Checkpoint]) -> Quantization | None:

@@ -146,11 +146,10 @@ class Recipe(Runtime):
 
         embedded = self.model == EMBEDDED
         calibration = resolve_calibration(self.calibration, model_type, embedded=embedded)
-        every = bool(calibration.bos_every_sample)
         evaluation = resolve_evaluation(
             self.evaluation,
             embedded=embedded,
-            every=every,
+            every=bool(calibration.bos_every_sample),
             continuations=CONTINUATIONS,
             calibrated_on=self.calibration.data,
         )
@@ -159,13 +158,8 @@ class Recipe(Runtime):
             retraining = [
                 one.model_copy(update={"data": one.data or EMBEDDED}) for one in retraining
             ]
-        return self.model_copy(
-            update={
-                "retraining": retraining,
-                "calibration": calibration,
-                "evaluation": evaluation,
-            }
-        )
+        found = {"retraining": retraining, "calibration": calibration, "evaluation": evaluation}
+        return self.model_copy(update=found)
 
 
 # ---- files and settings
@@ -179,7 +173,7 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str | Path) -> Recipe:
     """A recipe by its name, or from a user's file."""
     path = _file_of(name)
-    text = recipe_text(name)
+    text = recipe_text(path)
     try:
         content = parse_yaml(text)
     except ValueError as error:

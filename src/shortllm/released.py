@@ -25,8 +25,7 @@ from shortllm.data.sources import load_rows
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import EvaluatedModel
-from shortllm.evaluation.perplexity import EvaluationText
-from shortllm.evaluation.texts import Texts, evaluation_segments_of
+from shortllm.evaluation.texts import EvaluationText, Texts, evaluation_segments_of
 from shortllm.files import releasing, write_text
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.published import (
@@ -159,7 +158,6 @@ def _texts(checkpoint: Checkpoint, recipe: Recipe) -> list[EvaluationText]:
 
 
 def _write_table(path: Path, measured: Mapping[str, Measured]) -> None:
-    """A row for every figure that has a published one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("recipe", "checkpoint", "quantity", "ours", "published"))

@@ -34,8 +34,6 @@ def short_name(model: str) -> str:
 
 def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
     """Check that `directory` is free or an earlier run of the same model, and can be written."""
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"--out {directory} is a file. Give a directory")
     listing = directory.iterdir() if directory.is_dir() else []
     present = [path for path in listing if not path.name.endswith(PARTIAL) and path.name != LOCK]
     if present:

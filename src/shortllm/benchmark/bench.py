@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from shortllm.benchmark.interleaved import CPU, Candidate, InterleavedRuns
-from shortllm.benchmark.meters import Meter, meter_of
+from shortllm.benchmark.meters import meter_of
 from shortllm.benchmark.options import (
     UNFINISHED_BENCHMARK,
     Benchmark,
@@ -37,7 +37,7 @@ from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
-from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import SAMPLING
 from shortllm.files import fingerprint
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
@@ -52,7 +52,7 @@ STAND_IN_TOKENS = 12
 
 
 def benchmark_fingerprint(
-    checkpoints: Mapping[str, Checkpoint], options: BenchmarkOptions, session: Session, meter: Meter
+    checkpoints: Mapping[str, Checkpoint], options: BenchmarkOptions, session: Session
 ) -> str:
     """Fingerprint of everything the figures depend on, except for other work on the machine."""
     return fingerprint(
@@ -60,7 +60,7 @@ def benchmark_fingerprint(
             "models": [(name, one.fingerprint) for name, one in checkpoints.items()],
             "options": options.model_dump(mode="json"),
             "dtype": [session.dtype(one) for one in checkpoints.values()],
-            "device": [session.device.type, meter.name, torch.get_num_threads()],
+            "device": [session.device.type, meter_of(session.device).name, torch.get_num_threads()],
         }
     )
 
@@ -94,7 +94,6 @@ def measure_speed(
     Finished cells are kept in `directory`, so that an interrupted sweep resumes.
     """
     prompts = check_speed(checkpoints, options, session)
-    meter = meter_of(session.device)
     candidates, models = [], []
     for name, checkpoint in checkpoints.items():
         model = _load(checkpoint, options.attention, session)
@@ -113,7 +112,7 @@ def measure_speed(
         models,
         options,
         device=session.device,
-        fingerprint=benchmark_fingerprint(checkpoints, options, session, meter),
+        fingerprint=benchmark_fingerprint(checkpoints, options, session),
         directory=directory,
     )
 
@@ -128,8 +127,7 @@ def sweep(
     directory: Path | None = None,
 ) -> Benchmark:
     """Every cell of the sweep for models that are in memory; `models` has a record of each."""
-    meter = meter_of(device)
-    interleaved = InterleavedRuns(candidates, options, device, meter)
+    interleaved = InterleavedRuns(candidates, options, device)
     kept = None if directory is None else directory / UNFINISHED_BENCHMARK
     result = None if kept is None else load_current(Benchmark, kept, fingerprint)
     if result is not None:
@@ -139,20 +137,18 @@ def sweep(
             models=list(models),
             measurements=[],
             prompt=options.prompt,
-            top_k=TOP_K,
-            top_p=TOP_P,
-            temperature=TEMPERATURE,
             seed=options.seed,
             warmup=options.warmup,
             runs=options.runs,
             compiled=options.compile,
             attention=options.attention,
             device=device.type,
-            device_name=meter.name,
+            device_name=meter_of(device).name,
             threads=torch.get_num_threads(),
             load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
             versions=versions(),
             fingerprint=fingerprint,
+            **SAMPLING,
         )
     cells = [
         (batch, new_tokens)

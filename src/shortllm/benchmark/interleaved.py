@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shortllm.benchmark.meters import Meter, Sampler, bounded_memory, is_out_of_memory
+from shortllm.benchmark.meters import Sampler, bounded_memory, is_out_of_memory, meter_of
 from shortllm.benchmark.options import BenchmarkOptions, Measurement, PeakMemory
 from shortllm.errors import ShortLLMError
-from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
+from shortllm.evaluation.options import SAMPLING
 from shortllm.runtime import Advance, quiet_transformers
 
 CPU = torch.device("cpu")
@@ -48,16 +48,12 @@ class InterleavedRuns:
     """Models that are measured in turn on one device."""
 
     def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        options: BenchmarkOptions,
-        device: torch.device,
-        meter: Meter,
+        self, candidates: Sequence[Candidate], options: BenchmarkOptions, device: torch.device
     ) -> None:
         self.candidates = candidates
         self.options = options
         self._device = device
-        self._meter = meter
+        self._meter = meter_of(device)
         self._arguments: dict[str, Any] = {}
         """More arguments of `generate`."""
         if options.compile:
@@ -75,10 +71,8 @@ class InterleavedRuns:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), quiet_transformers():
             runs = self._alternate(batch, new_tokens, advance, swapped=False)
-            swapped = runs is None
-            if runs is None:
-                runs = self._alternate(batch, new_tokens, advance, swapped=True)
-        assert runs is not None
+            swapped = not runs
+            runs = runs or self._alternate(batch, new_tokens, advance, swapped=True)
         return [
             measurement_of(one.name, batch, new_tokens, found, swapped=swapped)
             for one, found in zip(self.candidates, runs, strict=True)
@@ -86,8 +80,8 @@ class InterleavedRuns:
 
     def _alternate(
         self, batch: int, new_tokens: int, advance: Advance, *, swapped: bool
-    ) -> list[Runs] | None:
-        """All runs of a cell, in turn; None if some do not fit next to the other models.
+    ) -> list[Runs]:
+        """All runs of a cell, in turn; none if some do not fit next to the other models.
 
         With `swapped`, only the model that runs is on the device.
         """
@@ -99,7 +93,7 @@ class InterleavedRuns:
                     turn = (self.candidates[place], found[place], number, batch, new_tokens)
                     if not self._fits(partial(self._run, *turn, swapped)):
                         if self._movable and not swapped:
-                            return None
+                            return []
                         found[place] = Runs(failed=True)
                 advance(1)
         return found
@@ -168,7 +162,7 @@ class InterleavedRuns:
             kept = self._meter.peaks()
         models = {id(one.model): one.model for one in self.candidates}
         del models[id(candidate.model)]
-        others = 0 if swapped else sum(map(weight_bytes, models.values()))
+        others = 0 if swapped else sum(one.get_memory_footprint() for one in models.values())
         peaks = {name: sampler.peak(name, kept) for name in PeakMemory.model_fields}
         return PeakMemory(
             **{name: None if peak is None else peak - others for name, peak in peaks.items()}
@@ -182,14 +176,12 @@ class InterleavedRuns:
                 input_ids=ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
                 do_sample=True,
-                top_k=TOP_K,
-                top_p=TOP_P,
-                temperature=TEMPERATURE,
                 num_beams=1,
                 use_cache=True,
                 min_new_tokens=new_tokens,
                 max_new_tokens=new_tokens,
                 pad_token_id=0,  # never used: all sequences have one length
+                **SAMPLING,
                 **self._arguments,
             )
         assert output.shape[1] == ids_BT.shape[1] + new_tokens
@@ -216,12 +208,6 @@ class InterleavedRuns:
 def in_turn(count: int, number: int) -> list[int]:
     """The order of `count` models in turn `number`: each turn begins with the next one."""
     return [(number + place) % count for place in range(count)]
-
-
-def weight_bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
-    tensors = {id(one): one for one in (*model.parameters(), *model.buffers())}
-    return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
 def measurement_of(

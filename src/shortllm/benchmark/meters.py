@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import psutil
+import torch
+
+from shortllm.benchmark.options import PeakMemory
 from shortllm.errors import ShortLLMError
 from shortllm.runtime import available_memory
-
-if TYPE_CHECKING:
-    import torch
-
 
 INTERVAL_S = 0.1
 """Between two samples; NVML itself averages over 1/6 s to 1 s."""
@@ -42,16 +42,10 @@ OUT_OF_MEMORY = (
 """Messages of out-of-memory errors without a class of their own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One moment of a run; None if the device does not report it."""
+class Sample(PeakMemory):
+    """Memory at one moment of a run, and utilisation (0 to 1) since the sample before."""
 
     utilisation: float | None = None
-    """0 to 1, since the sample before."""
-    allocated_bytes: int | None = None
-    reserved_bytes: int | None = None
-    device_bytes: int | None = None
-    process_bytes: int | None = None
 
 
 class Meter:
@@ -80,40 +74,34 @@ class Meter:
 def meter_of(device: torch.device) -> Meter:
     """The meter of a device."""
     if device.type == "cpu":
-        return CpuMeter()
+        return _CpuMeter()
     if device.type == "cuda":
-        return CudaMeter(device)
+        return _CudaMeter(device)
     if device.type == "mps":
-        return MpsMeter()
+        return _MpsMeter()
     raise ShortLLMError(f"device '{device}' cannot be measured. Available: cpu, cuda, mps")
 
 
-class CpuMeter(Meter):
+class _CpuMeter(Meter):
     """This process on a CPU, whose work is done when a call returns."""
 
-    _peaks_reset = Path("/proc/self/clear_refs")
-
     def __init__(self) -> None:
-        import psutil
-
         self.name = _processor()
         self._process = psutil.Process()
         affinity = hasattr(os, "sched_getaffinity")
         self._processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-        self._keeps_peaks = os.access(self._peaks_reset, os.W_OK)  # Linux alone
+        self._keeps_peaks = False
         self._process.cpu_percent()
 
     def reset(self) -> None:
-        """Begin a run: reset the clock and the kernel's record of the highest resident memory."""
         self._process.cpu_percent()
-        if self._keeps_peaks:
-            try:
-                self._peaks_reset.write_text("5")
-            except OSError:  # some containers show the file and refuse the writing
-                self._keeps_peaks = False
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory so far
+            self._keeps_peaks = True
+        except OSError:  # not Linux, or a container that refuses the writing
+            self._keeps_peaks = False
 
     def peaks(self) -> Sample:
-        """Highest resident memory since `reset`."""
         if not self._keeps_peaks:
             return Sample()
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -121,60 +109,61 @@ class CpuMeter(Meter):
         return Sample(process_bytes=found[0] if found else None)
 
     def sample(self) -> Sample:
-        """Busy share since the last sample, and resident memory."""
         busy = self._process.cpu_percent() / 100 / self._processors
         return Sample(utilisation=busy, process_bytes=self._process.memory_info().rss)
 
 
-class CudaMeter(Meter):
+class _CudaMeter(Meter):
     """A CUDA device by torch's allocator and NVML; a ROCm device by torch's allocator alone."""
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
         self._device = device
         self.name = torch.cuda.get_device_name(device)
         self._handle = None if torch.version.hip else nvml_handle(device)
 
     def synchronize(self) -> None:
-        """Wait until the device is idle."""
-        import torch
-
         torch.cuda.synchronize(self._device)
 
     def reset(self) -> None:
-        """Begin a run: reset the peaks."""
-        import torch
-
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def peaks(self) -> Sample:
-        """Peaks of torch's allocator since `reset`."""
-        import torch
-
         return Sample(
             allocated_bytes=torch.cuda.max_memory_allocated(self._device),
             reserved_bytes=torch.cuda.max_memory_reserved(self._device),
         )
 
     def sample(self) -> Sample:
-        """NVML's reading of the device."""
         if self._handle is None:
             return Sample()
         busy, used = nvml_reading(self._handle)
         return Sample(utilisation=busy, device_bytes=used)
 
     def release(self) -> None:
-        """Give cached memory back to the device."""
-        import torch
-
         torch.cuda.empty_cache()
+
+
+class _MpsMeter(Meter):
+    """An Apple GPU, which keeps no peaks: memory is sampled."""
+
+    def __init__(self) -> None:
+        self.name = f"{_processor()} GPU"
+
+    def synchronize(self) -> None:
+        torch.mps.synchronize()
+
+    def sample(self) -> Sample:
+        return Sample(
+            allocated_bytes=torch.mps.current_allocated_memory(),
+            reserved_bytes=torch.mps.driver_allocated_memory(),
+        )
+
+    def release(self) -> None:
+        torch.mps.empty_cache()
 
 
 def nvml_handle(device: torch.device) -> Any:
     """NVML's handle of a device by its UUID: torch and NVML may number devices differently."""
-    import torch
-
     try:
         import pynvml
     except ImportError as error:
@@ -197,46 +186,16 @@ def nvml_reading(handle: Any) -> tuple[float | None, int | None]:
     """Utilisation (0 to 1) and bytes in use of a device, all processes; None if not reported."""
     import pynvml
 
-    def read_or_none(read: Any) -> Any:
+    def reading(read: Callable[[], Any]) -> Any:
         try:
-            return read(handle)
+            return read()
         except pynvml.NVMLError:  # parts of a shared device do not report it
             return None
 
-    rates = read_or_none(pynvml.nvmlDeviceGetUtilizationRates)
-    memory = read_or_none(pynvml.nvmlDeviceGetMemoryInfo)
     return (
-        None if rates is None else rates.gpu / 100,
-        None if memory is None else int(memory.used),
+        reading(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
+        reading(lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)),
     )
-
-
-class MpsMeter(Meter):
-    """An Apple GPU, which keeps no peaks: memory is sampled."""
-
-    def __init__(self) -> None:
-        self.name = f"{_processor()} GPU"
-
-    def synchronize(self) -> None:
-        """Wait until the device is idle."""
-        import torch
-
-        torch.mps.synchronize()
-
-    def sample(self) -> Sample:
-        """What torch's allocator has now."""
-        import torch
-
-        return Sample(
-            allocated_bytes=torch.mps.current_allocated_memory(),
-            reserved_bytes=torch.mps.driver_allocated_memory(),
-        )
-
-    def release(self) -> None:
-        """Give cached memory back to the device."""
-        import torch
-
-        torch.mps.empty_cache()
 
 
 class Sampler:
@@ -276,8 +235,6 @@ class Sampler:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory did not suffice, on any device."""
-    import torch
-
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
@@ -293,10 +250,6 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or platform.system() != "Linux":
         yield
         return
-    import resource
-
-    import psutil
-
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = psutil.Process().memory_info().data + (available_memory(device) or 0)
     if hard != resource.RLIM_INFINITY:

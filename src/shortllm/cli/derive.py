@@ -67,7 +67,6 @@ def heal(
 
 
 def _print_healing(record: Healing) -> None:
-    """A row per gap, then the loss on held-out samples."""
     rows = [
         (
             ", ".join(map(str, gap.removed)),
@@ -109,7 +108,6 @@ def merge(
 
 
 def _print_merging(record: Merging) -> None:
-    """A row per try, then the cosine next to the perplexities."""
     rows = [
         (
             str(one.block),
@@ -152,7 +150,6 @@ def width(
 
 
 def _print_width(record: WidthPruning) -> None:
-    """A row per block: what is left of its heads and neurons."""
     rows = [
         (
             str(one.block),
@@ -199,7 +196,6 @@ def drop_sublayers(
 
 
 def _print_drop(record: SublayerDrop) -> None:
-    """What was removed, in order, and what that saves."""
     value = CRITERIA.get(record.criterion).value if record.criterion else ""
     rows = [
         (f"{one.part} of {one.block}", "" if one.value is None else f"{one.value:.6g}")
@@ -282,7 +278,6 @@ def retrain(
 
 
 def _print_retraining(record: Retraining) -> None:
-    """The losses before and after, and what was trained."""
     rows = []
     for name, curve in record.curves.items():
         best = [loss for step, loss in curve if step <= record.best_step]

@@ -142,7 +142,6 @@ def _signature(
 
 
 def _parameter(one: OptionField) -> inspect.Parameter:
-    """One flag."""
     kind, optional = _typer_type(one)
     default = one.info.get_default(call_default_factory=True)
     if kind not in PLAIN and get_origin(kind) is not Literal and get_origin(kind) is not list:

@@ -179,7 +179,6 @@ def requested_recipe(
 
 
 def _print_run(result: RunResult, *, json: bool) -> None:
-    """The plan, what was measured, and where everything is."""
     from shortllm.published import compared_blocks, published_comparison
     from shortllm.reporting.measurements import published_table
 
@@ -330,7 +329,6 @@ def _run_published(own: RunFlags, typed: Recipe, *, json: bool) -> None:
 
 
 def _print_released(found: Released) -> None:
-    """A row per checkpoint, ours | published; then what is missing."""
     from shortllm.format import figure, number
 
     rows = []

@@ -157,7 +157,6 @@ def prune(
 
 
 def _block_numbers(text: str) -> list[int]:
-    """`3,4,8` as block numbers."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:

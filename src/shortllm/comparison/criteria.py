@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shortllm import run_directory as rundir
 from shortllm.checkpoint.hub import EMBEDDED
@@ -36,7 +36,7 @@ from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.evaluation.evaluate import resolve_evaluation
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.texts import prepare_texts
+from shortllm.evaluation.texts import EvaluationText, prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model import Session
 from shortllm.options import accepts
@@ -47,13 +47,10 @@ from shortllm.pruning.score import score_in
 from shortllm.records import Cost, ModelInfo
 from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, progress, versions
 
-if TYPE_CHECKING:
-    from shortllm.evaluation.perplexity import EvaluationText
-
 RANDOM = "random"
 """The criterion that every other one must beat."""
 
-Removals = tuple[Criterion, list[list[int]]]
+Choice = tuple[Criterion, list[list[int]]]
 """A criterion, and the blocks that it removes at each budget, the first to go first."""
 
 
@@ -221,7 +218,6 @@ def _measured(
     ranks: Ranks,
 ) -> Comparison:
     """comparison.json, unless up to date. All processes measure; the main one writes."""
-    from shortllm.evaluation.perplexity import as_perplexity
     from shortllm.journal import Journal
     from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
 
@@ -254,7 +250,7 @@ def _measured(
             for one, orders in chosen
         ],
         random=[_contender(one, orders, measured) for one, orders in drawn],
-        intact=as_perplexity(text, measured[NOTHING]),
+        intact=text.perplexity(measured[NOTHING]),
         calibration=next((s.calibration for s in scores.values() if s.calibration), None),
         models=len(sets),
         dtype=session.dtype(checkpoint),
@@ -296,7 +292,7 @@ def _fingerprint(
 
 def _chosen(
     model: ModelInfo, question: Question, scores: Mapping[str, BlockScores]
-) -> list[Removals]:
+) -> list[Choice]:
     """What the plans of each criterion remove."""
     budgets = [_budget(question.options, remove=one.blocks) for one in question.budgets]
     return [
@@ -308,7 +304,7 @@ def _chosen(
     ]
 
 
-def _drawn(model: ModelInfo, question: Question) -> list[Removals]:
+def _drawn(model: ModelInfo, question: Question) -> list[Choice]:
     """What plans by `random` with the seeds 0, 1, ... remove."""
     found = []
     for seed in range(question.options.random):

@@ -177,12 +177,12 @@ def _narrower(
 ) -> dict[str, Checkpoint]:
     """A checkpoint with fewer heads and neurons by each method, of `goal` parameters or nearly."""
     from shortllm.width_pruning.groups import options_to_remove
-    from shortllm.width_pruning.prune_width import resolve, width_from
+    from shortllm.width_pruning.prune_width import width_from
     from shortllm.width_pruning.structure import find_groups
 
     made: dict[str, Checkpoint] = {}
     for method in methods:
-        options = resolve(WidthOptions(method=method, ratio=0.5), checkpoint.block_count)
+        options = WidthOptions(method=method, ratio=0.5).resolved(checkpoint.block_count)
         assert options.start is not None and options.end is not None
         decoder = session.decoder(checkpoint)
         groups = find_groups(decoder, range(options.start, options.end))

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import shortllm
 from shortllm import __version__
-from shortllm.benchmark.interleaved import weight_bytes
 from shortllm.benchmark.meters import Meter, meter_of
-from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -81,7 +80,7 @@ class Models:
 
     def other_weight_bytes(self, model: DemoModel) -> int:
         """Bytes of the weights of all models but this one."""
-        return sum(weight_bytes(one.model) for one in self.models if one is not model)
+        return sum(one.model.get_memory_footprint() for one in self.models if one is not model)
 
 
 def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -104,10 +103,7 @@ def open_models(locations: Mapping[str, str], session: Session) -> Models:
     meter = meter_of(session.device)
     checkpoints = {name: open_checkpoint(location) for name, location in locations.items()}
     tokenizers = {name: load_tokenizer(one) for name, one in checkpoints.items()}
-    models = [
-        _load(name, checkpoint, tokenizers[name], session)
-        for name, checkpoint in checkpoints.items()
-    ]
+    models = [_load(name, one, tokenizers[name], session) for name, one in checkpoints.items()]
     return Models(models=models, device=session.device, meter=meter)
 
 
@@ -118,7 +114,6 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
     except CheckpointError:  # not shortened, or its config does not say how
         kept, source_blocks = list(range(checkpoint.block_count)), checkpoint.block_count
     dtype = session.dtype(checkpoint)
-    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
     return DemoModel(
         name=name,
         info=checkpoint.info(),
@@ -127,7 +122,7 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
         model=load_model(checkpoint, device=session.device, dtype=dtype),
         tokenizer=tokenizer,
         vocabulary=checkpoint.vocabulary,
-        positions=positions if isinstance(positions, int) else None,
+        positions=context_length(checkpoint.config),
         cache_bytes=checkpoint.block_count * cache_bytes(checkpoint, dtype),
     )
 
@@ -135,7 +130,8 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
 def embedded_models(session: Session) -> dict[str, str]:
     """Locations of the embedded model and its two shortened versions, by name."""
     checkpoint = open_checkpoint(EMBEDDED)
-    home = cache_directory() / f"{__version__}-{checkpoint.fingerprint[:16]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = cache / "shortllm" / "demo" / f"{__version__}-{checkpoint.fingerprint[:16]}"
     try:
         require_writable(home, 2 * checkpoint.bytes)
     except OutputError as error:
@@ -145,12 +141,6 @@ def embedded_models(session: Session) -> dict[str, str]:
         ) from error
     width, depth = _shorten_embedded(home, session)
     return {"original": EMBEDDED, "width": str(width), "depth": str(depth)}
-
-
-def cache_directory() -> Path:
-    """Where the demo keeps what it can derive again."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "shortllm" / "demo"
 
 
 def _shorten_embedded(home: Path, session: Session) -> tuple[Path, Path]:

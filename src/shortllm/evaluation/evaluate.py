@@ -5,10 +5,16 @@ shortllm eval MODEL SHORT --data wikitext2 --tasks paper
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
@@ -16,16 +22,23 @@ from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fin
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
 from shortllm.errors import DataError, ShortLLMError
-from shortllm.evaluation.harness import mean_score, measure_tasks, table_path, write_table
-from shortllm.evaluation.options import PROMPT, EvaluatedModel, Evaluation, EvaluationOptions
-from shortllm.evaluation.perplexity import EvaluationText, generate_samples, measure_perplexity
-from shortllm.evaluation.tasks import TaskSet, load_tasks
-from shortllm.evaluation.texts import evaluation_segments_of
-from shortllm.files import fingerprint, require_file_target
+from shortllm.evaluation.options import (
+    PROMPT,
+    SAMPLING,
+    EvaluatedModel,
+    Evaluation,
+    EvaluationOptions,
+    Samples,
+    TaskScore,
+)
+from shortllm.evaluation.tasks import TaskSet, load_tasks, measure_tasks
+from shortllm.evaluation.texts import EvaluationText, evaluation_segments_of, measure_perplexity
+from shortllm.files import fingerprint, require_file_target, write_text
 from shortllm.model import Session
+from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, walk_flops
 from shortllm.options import accepts
-from shortllm.runtime import Runtime, progress, versions
+from shortllm.runtime import Runtime, progress, quiet_transformers, versions
 from shortllm.surgery.apply import open_checkpoints
 
 log = logging.getLogger(__name__)
@@ -115,17 +128,19 @@ def _shared_texts(
         if sources:
             check_length(checkpoint, options.length, "--length")
         tokenizer = load_tokenizer(checkpoint)
-        segments = [
-            evaluation_segments_of(checkpoint, rows, tokenizer, options, option="--length")
+        found = [
+            EvaluationText(
+                rows=rows,
+                held_out=False,
+                segments=evaluation_segments_of(
+                    checkpoint, rows, tokenizer, options, option="--length"
+                ),
+            )
             for rows in sources
         ]
-        if not texts:
-            texts = [
-                EvaluationText(rows=rows, held_out=False, segments=one)
-                for rows, one in zip(sources, segments, strict=True)
-            ]
-        pairs = zip(texts, segments, strict=True)
-        if not all(text.segments.ids.equal(one.ids) for text, one in pairs):
+        texts = texts or found
+        pairs = zip(texts, found, strict=True)
+        if not all(text.segments.ids.equal(one.segments.ids) for text, one in pairs):
             raise DataError(
                 f"{next(iter(checkpoints))} and {name} tokenize the text differently, so their "
                 "perplexities per token cannot be compared. Evaluate them in two commands"
@@ -215,14 +230,7 @@ def _evaluate_one(
     if options.continuations and options.prompt and decoder.streamed:
         log.info("no samples of %s: a streamed model would be read once per token", name)
     elif options.continuations and options.prompt:
-        samples = generate_samples(
-            decoder.model,
-            tokenizer,
-            prompt=options.prompt,
-            continuations=options.continuations,
-            new_tokens=options.new_tokens,
-            seed=options.seed,
-        )
+        samples = _samples(decoder, tokenizer, options.prompt, options)
     return EvaluatedModel(
         name=name,
         model=checkpoint.info(),
@@ -231,3 +239,72 @@ def _evaluate_one(
         zeroshot_mean=mean_score(scores),
         samples=samples,
     )
+
+
+def _samples(decoder: Decoder, tokenizer: Any, prompt: str, options: EvaluationOptions) -> Samples:
+    """Sampled continuations of a prompt, the same for a seed.
+
+    The end-of-text token is not produced, so that every continuation has the same length.
+    """
+    model: Any = decoder.model
+    device, room, new_tokens = decoder.device, context_length(model.config), options.new_tokens
+    encoded = tokenizer(prompt, return_tensors="pt").to(device)
+    length = encoded["input_ids"].shape[1]
+    if room is not None:
+        new_tokens = max(1, min(new_tokens, room - length))
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        quiet_transformers(),
+    ):
+        torch.manual_seed(options.seed)
+        output = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            do_sample=True,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            num_return_sequences=options.continuations,
+            pad_token_id=0,  # never used: all sequences have the same length
+            **SAMPLING,
+        )
+    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return Samples(prompt=prompt, texts=texts, new_tokens=new_tokens, seed=options.seed, **SAMPLING)
+
+
+def mean_score(scores: Sequence[TaskScore]) -> float | None:
+    """The plain mean over tasks, in [0, 1]; None where a score is not a share."""
+    if not scores or not all(score.is_share for score in scores):
+        return None
+    return sum(score.score for score in scores) / len(scores)
+
+
+def write_table(evaluation: Evaluation, path: Path) -> None:
+    """zeroshot.csv as Shortened LLaMA publishes it: rows of tasks, metrics, and scores in percent.
+
+    The last column is the mean. Several models get a row each, and a first column with their names.
+    """
+    models = evaluation.models
+    first = models[0].zeroshot
+    rows = [
+        [*(score.task for score in first), "AVE"],
+        [*(score.metric for score in first), "n/a"],
+        *map(_cells, models),
+    ]
+    if len(models) > 1:
+        heads = ["model", "metric", *(model.name for model in models)]
+        rows = [[head, *row] for head, row in zip(heads, rows, strict=True)]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _cells(model: EvaluatedModel) -> list[str]:
+    scores = [repr(100 * one.score if one.is_share else one.score) for one in model.zeroshot]
+    mean = model.zeroshot_mean
+    return [*scores, "n/a" if mean is None else repr(100 * mean)]
+
+
+def table_path(evaluation_file: Path) -> Path:
+    """zeroshot.csv next to eval.json, NAME-zeroshot.csv next to NAME.json."""
+    stem = evaluation_file.stem
+    return evaluation_file.with_name("zeroshot.csv" if stem == "eval" else f"{stem}-zeroshot.csv")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,11 @@ from shortllm.records import ModelInfo, Record, ResultFile
 PROMPT = "The Leaning Tower of Pisa is known for"
 TOP_K, TOP_P, TEMPERATURE = 50, 0.95, 1.0
 """How Shortened LLaMA generates text, to read it and to time it."""
+
+SAMPLING: dict[str, Any] = {"top_k": TOP_K, "top_p": TOP_P, "temperature": TEMPERATURE}
+
+SHARES = ("acc", "acc_norm", "exact_match")
+"""Metrics that are shares of right answers: shown in percent, and a mean of them makes sense."""
 
 WindowLength = Annotated[
     int, Field(ge=2, description="Tokens per window; 2048 is the usual protocol.")
@@ -111,6 +116,17 @@ class TaskScore(Record):
     documents_fingerprint: str = Field(description="sha256 of these documents")
     shots: int | None = Field(default=None, description="solved examples shown before each")
     version: str | None = Field(default=None, description="the task's version in the harness")
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the score is a share of right answers, in [0, 1]."""
+        return self.metric.partition(",")[0] in SHARES
+
+    def __str__(self) -> str:
+        """'75.98 ± 0.43': the score and its standard error, in percent where it is a share."""
+        scale = 100 if self.is_share else 1
+        error = "" if self.stderr is None else f" ± {scale * self.stderr:.2f}"
+        return f"{scale * self.score:.2f}{error}"
 
 
 class EvaluatedModel(Record):

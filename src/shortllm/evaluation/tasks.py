@@ -1,11 +1,14 @@
-"""Tasks of lm-evaluation-harness by name, with their documents: local ones first, else the Hub."""
+"""Tasks of lm-evaluation-harness: loaded with their documents, and run on a model in memory.
+
+Documents are local ones first, else those of the Hub.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from shortllm.data.rows import PACKED_SUFFIXES, load_records
 from shortllm.data.sources import DATA_VARIABLE, data_directory
 from shortllm.embedded import TASKS_DIR
-from shortllm.errors import DataError, ShortLLMError, first_line_of
+from shortllm.errors import CheckpointError, DataError, ShortLLMError, first_line_of
+from shortllm.evaluation.options import TaskScore
 from shortllm.files import fingerprint
-from shortllm.runtime import quiet, quiet_transformers
+from shortllm.runtime import progress, quiet, quiet_transformers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +54,9 @@ DATA_FOLDERS = {"arc_easy": "arc/ARC-Easy", "arc_challenge": "arc/ARC-Challenge"
 """Where local documents lie if not in a folder named like the task."""
 
 RECORD_SUFFIXES = (".jsonl", ".json")
+
+BOOTSTRAPS = 1000
+"""Draws for the standard error of a metric that is not a mean."""
 
 SHOT_SEED = 1234
 """Seed that draws the examples of a task which shows some; the harness's own default."""
@@ -271,3 +278,98 @@ def _prepare(name: str, task: Any) -> None:
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=SHOT_SEED)
+
+
+def measure_tasks(model: Any, tokenizer: Any, tasks: TaskSet, *, name: str) -> list[TaskScore]:
+    """A score of each task, or of each group that has a metric of its own; `name` is shown on the
+    progress bar."""
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    with progress(f"tasks of {name}", 1.0) as advance, quiet_harness():
+        harness_model = _harness_model(model, tokenizer, tasks.batch_size, advance)
+        try:
+            found = evaluate(
+                lm=harness_model,
+                task_dict=tasks.loaded,
+                limit=tasks.limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ShortLLMError(
+                f"{tasks.batch_size} sequences at once do not fit into the memory of "
+                f"{model.device}. Give a smaller --batch-size"
+            ) from error
+    return [
+        _task_score(entry, found, tasks)
+        for requested, members in tasks.members.items()
+        for entry in ([requested] if _metrics(found["results"].get(requested, {})) else members)
+    ]
+
+
+def _harness_model(
+    model: Any, tokenizer: Any, batch_size: int, advance: Callable[[float], None]
+) -> Any:
+    """The harness's own model class around a loaded model; `advance` gets the share of work."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):  # type: ignore[misc]
+        """Reports progress, and stops at logits that are NaN."""
+
+        share = 0.0
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            if override_bs is None:  # else these are only a part of the work
+                read = {(*context, *answer[:-1]) for _, context, answer in requests}
+                self.share = 1.0 / len(read)  # equal requests are computed once
+            room = self.max_length + 1  # the last token is only predicted
+            longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
+            if longer:
+                message = "%d of %d prompts with answer exceed %d tokens: their beginning is cut"
+                log.info(message, longer, len(requests), room)
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits_BTV = super()._model_call(inps, *args, **kwargs)
+            if logits_BTV.isnan().any():
+                raise CheckpointError("the model's logits are NaN. Try --dtype float32")
+            advance(len(inps) * self.share)
+            return logits_BTV
+
+    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a task by metric, without its filter where that is the plain one."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in measured.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+
+
+def _task_score(task: str, found: Mapping[str, Any], tasks: TaskSet) -> TaskScore:
+    """One line of the result from what the harness returned."""
+    measured = found["results"][task]
+    metrics = _metrics(measured)
+    if not metrics:
+        raise ShortLLMError(f"task '{task}' has no metric. Leave it out")
+    metric = METRICS.get(task) or next(iter(metrics))
+    name, _, rule = metric.partition(",")
+    stderr = measured.get(f"{name}_stderr,{rule or 'none'}")
+    members = tasks.members.get(task, [task])
+    version = found["versions"].get(task)
+    return TaskScore(
+        task=task,
+        metric=metric,
+        score=metrics.pop(metric),
+        stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+        others=metrics,
+        documents=sum(found["n-samples"][member]["effective"] for member in members),
+        documents_fingerprint=fingerprint([tasks.documents[member] for member in members]),
+        shots=found["n-shot"].get(task),
+        version=None if version is None else str(version),
+    )

@@ -2,23 +2,109 @@
 
 No row is used for both. Where one source serves for both, its first half calibrates and its second
 half is measured; where calibration ids were given, the rows after theirs are measured.
+
+To measure, rows are joined by a blank line, tokenized without special tokens as one text, and cut
+into segments that do not overlap; the remainder is dropped. 128 tokens are the length in Shortened
+LLaMA (arXiv:2402.02834), 2,048 the usual one.
+
+    bos="first"   [BOS] t0 t1 | t2 t3 t4 | ...      (the paper's: one BOS before the whole text)
+    bos="every"   [BOS] t0 t1 | [BOS] t2 t3 | ...   (Gemma predicts nothing sensible without)
+    bos="none"    t0 t1 t2 | t3 t4 t5 | ...
+
+Perplexity is exp of the mean next-token NLL over all predictions inside segments. The text takes
+the walk that also scores blocks, here with nothing removed, so a model larger than memory can be
+measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.calibration import Calibration, calibrate, check_ids, check_length
+from shortllm.data.calibration import (
+    Calibration,
+    calibrate,
+    check_ids,
+    check_length,
+    tokens_fingerprint,
+)
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.rows import Rows, same_text, split_held_out
 from shortllm.data.sources import load_rows
-from shortllm.errors import DataError
-from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.perplexity import EvaluationText, Segments, evaluation_segments
+from shortllm.errors import CheckpointError, DataError
+from shortllm.evaluation.options import EvaluationOptions, Perplexity
+from shortllm.model.decoder import Decoder
+from shortllm.model.hidden_states import StreamMemory
+from shortllm.model.metrics import perplexity
+from shortllm.model.walk import NOTHING, mean_nlls
+from shortllm.runtime import Advance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Bos = Literal["first", "every", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Segments:
+    """Windows to measure on, and the BOS rule that was applied (not always the requested one)."""
+
+    ids: torch.Tensor
+    """int64 [windows, length]"""
+    bos: Bos
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluationText:
+    """One text cut into segments, with where it came from."""
+
+    rows: Rows
+    held_out: bool
+    """Whether these rows were kept apart from calibration rows of the same source."""
+    segments: Segments
+
+    def perplexity(self, nll: float) -> Perplexity:
+        """A mean NLL measured on this text, with its protocol."""
+        ids_ST, found = self.segments.ids, perplexity(nll)
+        if not math.isfinite(found):
+            raise CheckpointError(
+                f"the model's loss on {self.rows.source} is {nll}, so its perplexity is not "
+                "finite. Try --dtype float32"
+            )
+        return Perplexity(
+            source=self.rows.source,
+            rows=(self.rows.start, self.rows.stop),
+            split="held-out" if self.held_out else None,
+            length=ids_ST.shape[1],
+            bos=self.segments.bos,
+            segments=len(ids_ST),
+            predictions=ids_ST.shape[0] * (ids_ST.shape[1] - 1),
+            tokens_fingerprint=tokens_fingerprint(ids_ST),
+            nll=nll,
+            perplexity=found,
+        )
+
+
+def measure_perplexity(
+    decoder: Decoder,
+    text: EvaluationText,
+    *,
+    memory: StreamMemory | None = None,
+    advance: Advance = lambda work: None,
+) -> Perplexity:
+    """Perplexity of a model on one text; `advance` gets floating-point operations."""
+    [nll] = mean_nlls(decoder, text.segments.ids, [NOTHING], memory=memory, advance=advance)
+    return text.perplexity(nll)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,3 +208,53 @@ def evaluation_segments_of(
     )
     check_ids(segments.ids, checkpoint.vocabulary, where=rows.source)
     return segments
+
+
+def evaluation_segments(
+    rows: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int = 128,
+    bos: Bos = "first",
+    max_segments: int | None = None,
+    option: str = "--length",
+) -> Segments:
+    """Cut rows into windows of `length` tokens, a BOS included where the rule puts one.
+
+    A tokenizer without BOS (Qwen2) always gets `none`. With `max_segments` only the rows that it
+    takes are read, so the source may be larger than memory.
+    """
+    if tokenizer.bos_token_id is None:
+        bos = "none"
+    new_tokens = length - 1 if bos == "every" else length
+    enough = None if max_segments is None else (max_segments + 1) * new_tokens
+    tokens = _tokens(rows, tokenizer, enough)
+    if bos == "first":
+        tokens = [tokenizer.bos_token_id, *tokens]
+    count = len(tokens) // new_tokens
+    if count == 0:
+        raise DataError(
+            f"{getattr(rows, 'source', 'the text')} gives {len(tokens)} tokens to measure on, less "
+            f"than one segment of {length}. Give a shorter {option} or more text"
+        )
+    count = min(count, max_segments or count)
+    ids = torch.tensor(tokens[: count * new_tokens], dtype=torch.int64).view(count, new_tokens)
+    if bos == "every":
+        ids = F.pad(ids, (1, 0), value=tokenizer.bos_token_id)
+    return Segments(ids=ids, bos=bos)
+
+
+def _tokens(
+    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int | None
+) -> list[int]:
+    """The token ids of all rows, or of enough first rows that there are at least `enough` ids.
+
+    The end of a text changes only its last few tokens, so the caller requests one more window.
+    """
+    read = len(rows) if enough is None else min(64, len(rows))
+    while True:
+        text = "\n\n".join(rows[:read])
+        tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if read == len(rows) or (enough is not None and len(tokens) >= enough):
+            return tokens
+        read = min(2 * read, len(rows))

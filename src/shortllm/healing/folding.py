@@ -17,9 +17,10 @@ Shapes: D outputs of the projection.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,18 +108,13 @@ def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tens
     """Within the context, collect what each module returns; modules in the order they first run."""
     seen: dict[str, list[Tensor]] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen.setdefault(name, []).append(output.clone())
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.setdefault(name, []).append(output.clone())
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) -> float | None:
@@ -155,11 +151,8 @@ def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> T
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + step
 
-    handle = decoder.blocks[b].get_submodule(name).register_forward_hook(hook)
-    try:
+    with decoder.blocks[b].get_submodule(name).register_forward_hook(hook):
         return decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
-    finally:
-        handle.remove()
 
 
 def fold(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fold:

@@ -44,7 +44,6 @@ from shortllm.surgery.derived import (
     copying,
     derive,
     derived_fingerprint,
-    require_unquantized,
     stored_name,
     verifying,
 )
@@ -102,7 +101,6 @@ def merge_from(
     count, memory = checkpoint.block_count, session.memory()
     check_blocks(options, count)
     refuse_type(checkpoint.config)
-    require_unquantized(checkpoint, "its weights cannot be added")
     expected = derived_fingerprint(
         checkpoint,
         calibration=calibration,
@@ -214,6 +212,11 @@ def require_alike(checkpoint: Checkpoint, decoder: Decoder) -> None:
                 f"blocks 0 and {b} of {checkpoint.id} are not built alike, so they cannot be "
                 "merged. Remove whole blocks with `shortllm prune`"
             )
+    if any(dtype not in ("F64", "F32", "F16", "BF16") for _, dtype in first.values()):
+        raise UnsupportedModelError(
+            f"{checkpoint.id} is quantized, so its weights cannot be added. Give the unquantized "
+            "model"
+        )
 
 
 def _shapes(checkpoint: Checkpoint, b: int) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,16 +73,19 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
     _require_described(checkpoint)
     _require_memory(checkpoint, device, compute)
+    packed = is_packed(checkpoint.raw_config)
+    # compressed-tensors shows progress bars for checkpoints in its format
+    bars = redirect_stderr(io.StringIO()) if packed else nullcontext()
     try:
-        with quiet_transformers(), quiet_bars(checkpoint):
+        with quiet_transformers(), bars:
             trusted = is_own_code(checkpoint.config)
             model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted)
     except CheckpointError:
         raise
     except Exception as error:  # model classes raise whatever a config's values lead to
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
-    if is_packed(checkpoint.raw_config):
-        with quiet_bars(checkpoint), torch.no_grad():  # the first forward pass unpacks the weights
+    if packed:
+        with bars, torch.no_grad():  # the first forward pass unpacks the weights
             model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
     for key, tensor in model.named_parameters():
         require_finite_tensor(checkpoint.id, key, tensor)
@@ -191,10 +193,3 @@ def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
             f"{str(dtype).removeprefix('torch.')} on {device}, "
             f"{free / 2**30:.1f} GiB are free.{smaller}"
         )
-
-
-@contextmanager
-def quiet_bars(checkpoint: Checkpoint) -> Iterator[None]:
-    """No progress bars of compressed-tensors, which shows some for checkpoints in its format."""
-    with redirect_stderr(io.StringIO()) if is_packed(checkpoint.raw_config) else nullcontext():
-        yield

@@ -309,7 +309,13 @@ def mean_nlls(
 ) -> list[float]:
     """Mean NLL of each shortened model, nats, or with `kl` its mean KL from the intact model."""
     intact = [NOTHING] if kl else []  # the first one, which the others are compared with
-    value = _kl_from_first if kl else _nll
+
+    def value(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+        if not kl:
+            return next_token_nll(logits_NV, target_N)
+        same = logits_NV is first_NV
+        return logits_NV.new_zeros(1) if same else kl_divergence(first_NV, logits_NV)
+
     journal, found = journal or Journal(None, ""), []
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals
@@ -319,15 +325,6 @@ def mean_nlls(
         )  # fmt: skip
         found += means[len(intact) :]
     return found
-
-
-def _nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
-    return next_token_nll(logits_NV, target_N)
-
-
-def _kl_from_first(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
-    intact = logits_NV is first_NV
-    return logits_NV.new_zeros(1) if intact else kl_divergence(first_NV, logits_NV)
 
 
 def targets(ids_BT: Tensor, rows: slice, columns: slice) -> Tensor:

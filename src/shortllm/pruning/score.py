@@ -109,11 +109,11 @@ def score_blocks(
         one.name: scores_fingerprint(checkpoint, one, calibration, session) for one in criteria
     }
     own = None if directory is None else directory / f"rank{ranks.rank}of{ranks.count}"
-    text = calibration is not None and any(one.needs_text for one in criteria)
+    read = calibration if any(one.needs_text for one in criteria) else None
     scorer = Scorer(
         checkpoint=checkpoint,
         open_decoder=lambda: session.decoder(checkpoint),
-        ids_BT=ranks.mine(calibration.ids) if calibration is not None and text else None,
+        ids_BT=None if read is None else ranks.mine(read.ids),
         ranks=ranks,
         memory=session.memory(directory),
         journal=Journal(own, fingerprint(expected)),

@@ -327,7 +327,9 @@ def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> li
 
 def require_plain_weights(checkpoint: Checkpoint, resolved: Sequence[Criterion]) -> None:
     """Refuse to score packed integers as weights, or by gradients of quantized ones."""
-    for one in resolved if is_packed(checkpoint.raw_config) else ():
+    if not is_packed(checkpoint.raw_config):
+        return
+    for one in resolved:
         if one.scored_by().needs in ("weights", "gradients"):
             others = ", ".join(criteria.names_by_need("logits", *OBSERVED))
             raise UnsupportedModelError(

@@ -229,7 +229,6 @@ def measure_depths(
     """
     from shortllm.benchmark.bench import prompt_ids
     from shortllm.benchmark.interleaved import Candidate, InterleavedRuns
-    from shortllm.benchmark.meters import meter_of
 
     decoder = session.decoder(checkpoint)
     if decoder.streamed:
@@ -247,9 +246,7 @@ def measure_depths(
         )
         for depth in depths
     ]
-    interleaved = InterleavedRuns(
-        candidates, SPEED_OPTIONS, session.device, meter_of(session.device)
-    )
+    interleaved = InterleavedRuns(candidates, SPEED_OPTIONS, session.device)
     [batch], [new_tokens] = SPEED_OPTIONS.batches, SPEED_OPTIONS.new_tokens
     runs = len(candidates) * (SPEED_OPTIONS.warmup + SPEED_OPTIONS.runs)
     with progress("measuring the speed of a few depths", runs) as advance:

@@ -13,11 +13,9 @@ import contextlib
 import logging
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,13 +175,6 @@ def compress(
         ) from error
     finally:
         reset_session()
-
-
-def save_compressed(model: Any, directory: Path) -> None:
-    """Save weights in packed form and their config, as `from_pretrained` reads them."""
-    with quiet_compressor(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about memory that is used anyway
-        model.save_pretrained(directory, save_compressed=True, max_shard_size="5GB")
 
 
 def require_device(device: torch.device) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,10 @@ from shortllm.quantizing.compressing import (
     Layers,
     compress,
     find_layers,
+    quiet_compressor,
     require_device,
     require_extra,
     require_group_size,
-    save_compressed,
 )
 from shortllm.quantizing.methods import METHODS
 from shortllm.quantizing.options import DATA, SAMPLE_LENGTH, SAMPLES, Quantization, QuantizeOptions
@@ -111,9 +113,7 @@ def quantize_from(
         quantize=options.model_dump(mode="json", exclude={"calibration"}),
     )
 
-    def draft() -> Draft:
-        return _draft(checkpoint, options, layers, seen, session, expected, str(target))
-
+    draft = partial(_draft, checkpoint, options, layers, seen, session, expected, str(target))
     return derive(Quantization, target, checkpoint, draft, expected=expected)
 
 
@@ -208,8 +208,10 @@ def _draft(
 
 
 def _save(checkpoint: Checkpoint, model: Any, directory: Path) -> None:
-    """Save the packed weights, and keep the source's own generation config."""
-    save_compressed(model, directory)
+    """Save weights in packed form and their config; keep the source's own generation config."""
+    with quiet_compressor(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about memory that is used anyway
+        model.save_pretrained(directory, save_compressed=True, max_shard_size="5GB")
     for name in OWN_FILES:
         (directory / name).unlink(missing_ok=True)
         if (checkpoint.directory / name).is_file():

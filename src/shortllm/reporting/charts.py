@@ -66,7 +66,7 @@ class BarPlot(Plot):
         return 0.0
 
     def _alt(self) -> str:
-        removed = [str(block) for block, status in enumerate(self.statuses) if status == "removed"]
+        removed = [str(b) for b, status in enumerate(self.statuses) if status == "removed"]
         return (
             f"Bar chart, one bar for each of {len(self.heights)} blocks: {self.y_label}. "
             f"Removed: {', '.join(removed) or 'none'}."

@@ -15,6 +15,7 @@ from shortllm.comparison.options import (
     Comparison,
     Contender,
     Standing,
+    UnitsComparison,
     standings,
     verdict,
 )
@@ -215,7 +216,7 @@ def units_table(results: UnitsResults) -> Table:
 
 def units_page(results: UnitsResults) -> Page:
     """Each method before and after the same healing: table, trade-off, speed and protocol."""
-    units, cell = results.units, common_cell(results.benchmark)
+    units, models, cell = results.units, units_models(results), common_cell(results.benchmark)
     note = (
         f"Speed and memory: {cell_phrase(*cell) if cell else 'not measured'}, alternating "
         "between the models. Below the parameters: deviation from the first method, because only "
@@ -224,13 +225,13 @@ def units_page(results: UnitsResults) -> Page:
     if any(one.healed for one in units.candidates):
         retraining = ", ".join(f"{k} {v}" for k, v in protocol.flattened(units.retraining or {}))
         note = f"Before → after the same retraining of each ({retraining}). {note}"
-    plots = runs_page.trade_plots(units_models(results), cell, of_runs=False)
+    plots = runs_page.trade_plots(models, cell, of_runs=False)
     before, after = units.model.parameters, units.candidates[0].parameters
     return protocol.page_about(
         units.model,
         title=f"{short_count(before)} → {short_count(after)} parameters, by width and by depth",
         version=__version__,
-        verdict=_units_verdict(results),
+        verdict=_units_verdict(units, models),
         sections=[
             Section("units", "Width against depth", [units_table(results), Paragraph(note)]),
             *runs_page.trade_section("Quality against latency", plots),
@@ -240,8 +241,7 @@ def units_page(results: UnitsResults) -> Page:
     )
 
 
-def _units_verdict(results: UnitsResults) -> str:
-    units, models = results.units, units_models(results)
+def _units_verdict(units: UnitsComparison, models: Sequence[ComparedModel]) -> str:
     shown = [one for one in models if one.run is not None]
     saved = percent(1 - units.candidates[0].parameters / units.model.parameters)
     sentence = f"With {saved} of the parameters removed"

@@ -220,12 +220,12 @@ def _loss_plot(record: Retraining, name: str) -> LinePlot | None:
 
 def _perplexity_plot(results: RunResults, names: Sequence[str]) -> DotPlot | None:
     """Perplexity of each model on the first text that all of them were measured on."""
-    by_name = {name: results.perplexities(name) for name in names}
+    by_model = [results.perplexities(name) for name in names]
     for key, example in results.protocols().items():
-        if all(key in found for found in by_name.values()):
+        if all(key in found for found in by_model):
             return DotPlot(
-                names=list(names),
-                values=[by_name[name][key].perplexity for name in names],
+                names=names,
+                values=[found[key].perplexity for found in by_model],
                 colours=["protected", "removed", *["kept"] * (len(names) - 2)],
                 label=f"perplexity on {perplexity_source(example)}",
             )

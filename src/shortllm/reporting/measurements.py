@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
-from shortllm.evaluation.harness import is_share, metric_phrase, score_phrase
 from shortllm.evaluation.options import EvaluatedModel, Evaluation
 from shortllm.files import write_text
 from shortllm.format import (
@@ -76,10 +75,11 @@ def task_table(models: Sequence[EvaluatedModel]) -> Table:
     rows = []
     for scores in zip(*(entry.zeroshot for entry in models), strict=False):
         task = scores[0]
-        asked = f"{metric_phrase(task)}, {counted(task.documents, 'document')}"
+        metric = f"{task.metric} [%]" if task.is_share else task.metric
+        asked = f"{metric}, {counted(task.documents, 'document')}"
         asked += f" after {counted(task.shots, 'example')}" if task.shots else ""
-        difference = point_change if is_share(task) else change
-        cells = [(score_phrase(one), difference(task.score, one.score)) for one in scores]
+        difference = point_change if task.is_share else change
+        cells = [(str(one), difference(task.score, one.score)) for one in scores]
         rows.append(compared_row(Cell(task.task, asked), cells))
     means = [entry.zeroshot_mean for entry in models if entry.zeroshot_mean is not None]
     if means:

@@ -22,10 +22,10 @@ B windows, T tokens, N targets, V vocabulary, K top tokens, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +75,21 @@ def _log_rest(log_probs_NK: Tensor) -> Tensor:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Record the output of each block, by its number, while the context lasts.
+def recording(model: nn.Module, numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Record the output of some blocks, by their numbers, while the context lasts.
 
     Hooks on the blocks, because a model's own last hidden state is already normed.
     """
     outputs: dict[int, Tensor] = {}
-    _, blocks = find_blocks(model, model.config)
-    numbers = {block: number for number, block in enumerate(blocks)}
 
-    def keep(block: nn.Module, arguments: Any, output: Any) -> None:
-        outputs[numbers[block]] = output[0] if isinstance(output, tuple) else output
+    def keep(number: int, block: nn.Module, arguments: Any, output: Any) -> None:
+        outputs[number] = output[0] if isinstance(output, tuple) else output
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
+    blocks = find_blocks(model, model.config)[1] if numbers else nn.ModuleList()
+    with ExitStack() as hooks:
+        for number in numbers:
+            hooks.enter_context(blocks[number].register_forward_hook(partial(keep, number)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hidden_loss(
@@ -147,19 +144,15 @@ class TeacherLoss:
     """See `teacher_blocks`; empty without a hidden weight."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        with ExitStack() as stack:
-            student: dict[int, Tensor] = {}
-            teacher: dict[int, Tensor] = {}
-            if self.pairs:
-                inner = getattr(model, "module", model)  # wrapped for several processes
-                student = stack.enter_context(recording(inner))
-                teacher = stack.enter_context(recording(self.teacher))
+        inner = getattr(model, "module", model)  # wrapped for several processes
+        own = range(len(self.pairs))
+        with recording(inner, own) as student, recording(self.teacher, self.pairs) as teacher:
             logits_NV, _, rows_N = target_logits(model, batch)
             with torch.no_grad():
                 teacher_NV, _, _ = target_logits(self.teacher, batch)
-            loss = soft_loss(teacher_NV, logits_NV, self.temperature)
-            if self.pairs:
-                loss = loss + self.hidden_weight * hidden_loss(student, teacher, self.pairs, rows_N)
+        loss = soft_loss(teacher_NV, logits_NV, self.temperature)
+        if self.pairs:
+            loss = loss + self.hidden_weight * hidden_loss(student, teacher, self.pairs, rows_N)
         return loss
 
 

@@ -24,8 +24,7 @@ from shortllm.data.rows import Records
 from shortllm.data.sources import load_rows, open_records
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.perplexity import Segments
-from shortllm.evaluation.texts import evaluation_segments_of
+from shortllm.evaluation.texts import Segments, evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
 from shortllm.model import Session
 from shortllm.retraining.corpus import (

@@ -12,7 +12,7 @@ Shapes: R outputs of a projection (rows), C inputs of the output projection (cha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,11 @@ class Sublayer:
     def unit_width(self) -> int:
         """Input channels of the output projection per unit."""
         return len(self.unit_of_channel_C) // self.units
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The input projections, then the output projection."""
+        return (*self.unit_of_row_R, self.output)
 
     def kept(self, name: str, removed: Iterable[int]) -> list[int]:
         """Rows of an input projection, or channels of the output projection, that stay."""
@@ -126,7 +131,6 @@ def without_units(
 ) -> Iterator[None]:
     """Within the context, what the units `removed` pass to output projections is zero, and
     `biases` are added to what these return."""
-    handles: list[Any] = []
 
     def silence(removed_C: Tensor) -> Callable[..., Any]:
         return lambda module, args: (args[0].masked_fill(removed_C, 0), *args[1:])
@@ -134,20 +138,17 @@ def without_units(
     def add(bias_D: Tensor) -> Callable[..., Tensor]:
         return lambda module, args, output: output + bias_D.to(output.dtype)
 
-    try:
+    with ExitStack() as hooks:
         for b, gone in removed.items():
             added = (biases or {}).get(b, {})
             for sublayer, units in gone.pairs(groups[b]):
                 module = decoder.blocks[b].get_submodule(sublayer.output)
                 mask_C = sublayer.removed_C(units).to(decoder.device)
-                handles.append(module.register_forward_pre_hook(silence(mask_C)))
+                hooks.enter_context(module.register_forward_pre_hook(silence(mask_C)))
                 if sublayer.output in added:
                     bias_D = added[sublayer.output].to(decoder.device)
-                    handles.append(module.register_forward_hook(add(bias_D)))
+                    hooks.enter_context(module.register_forward_hook(add(bias_D)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def removed_units(units: int, width: int, ratio: float) -> int:
@@ -198,11 +199,11 @@ def options_to_remove(
     Heads get the ratio nearest to the share of both. A head has many parameters, so neurons make
     up the difference. A method that ranks all blocks in one list gets the share itself.
     """
-    total = sum(
-        unit_parameters(sublayer, block.width) * sublayer.units
-        for block in groups.values()
-        for sublayer in block.sublayers
+    per_head = {b: unit_parameters(block.attention, block.width) for b, block in groups.items()}
+    of_neurons = sum(
+        unit_parameters(block.mlp, block.width) * block.mlp.units for block in groups.values()
     )
+    total = of_neurons + sum(per_head[b] * block.attention.units for b, block in groups.items())
     ratio = parameters / total
     if not 0 < ratio < 1:
         raise BudgetError(
@@ -211,22 +212,16 @@ def options_to_remove(
         )
     if options.one_list:
         return options.model_copy(update={"ratio": ratio})
-    of_neurons = sum(
-        unit_parameters(block.mlp, block.width) * block.mlp.units for block in groups.values()
-    )
     for more in (0, 1, -1):
         heads = {
             b: min(block.attention.units - 1, max(1, round(ratio * block.attention.units) + more))
             for b, block in groups.items()
         }
-        from_heads = sum(
-            heads[b] * unit_parameters(block.attention, block.width) for b, block in groups.items()
-        )
-        neuron_ratio = (parameters - from_heads) / of_neurons
+        neuron_ratio = (parameters - sum(heads[b] * per_head[b] for b in groups)) / of_neurons
         if all(0 < round(neuron_ratio * one.mlp.units) < one.mlp.units for one in groups.values()):
-            return options.model_copy(
-                update={"ratio": _ratio_of_heads(groups, heads), "neuron_ratio": neuron_ratio}
-            )
+            first = next(iter(groups))  # all blocks are alike
+            of_heads = _ratio_of_heads(groups[first], heads[first])
+            return options.model_copy(update={"ratio": of_heads, "neuron_ratio": neuron_ratio})
     raise BudgetError(
         f"{parameters:,} parameters cannot be removed from {len(groups)} blocks by "
         f"{options.method}: it removes at least one head of "
@@ -235,13 +230,11 @@ def options_to_remove(
     )
 
 
-def _ratio_of_heads(groups: Mapping[int, BlockGroups], heads: Mapping[int, int]) -> float:
-    """A ratio that removes that many heads from the first block; all blocks are alike."""
-    first = next(iter(groups))
-    block = groups[first]
-    share = heads[first] / block.attention.units
-    step = 0.5 / (block.attention.units * block.head_dim)
+def _ratio_of_heads(block: BlockGroups, count: int) -> float:
+    """A ratio that removes `count` heads from a block."""
+    units, width = block.attention.units, block.head_dim
+    share, step = count / units, 0.5 / (units * width)
     for ratio in (share, share + step, share - step):
-        if removed_units(block.attention.units, block.head_dim, ratio) == heads[first]:
+        if removed_units(units, width, ratio) == count:
             return ratio
-    raise AssertionError(f"no ratio removes {heads[first]} of {block.attention.units} heads")
+    raise AssertionError(f"no ratio removes {count} of {units} heads")

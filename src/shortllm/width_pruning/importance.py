@@ -9,10 +9,9 @@ projection, U units of a sublayer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +38,9 @@ class ActivationStats:
     sum_C: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares_C: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, given: Tensor) -> None:
-        """Take in more tokens, `[..., C]`."""
-        given_NC = given.reshape(-1, given.shape[-1]).double()
+    def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """A hook before the projection: take in more tokens, `[..., C]`."""
+        given_NC = args[0].reshape(-1, args[0].shape[-1]).double()
         self.count += len(given_NC)
         self.sum_C = self.sum_C + given_NC.sum(0).cpu()
         self.squares_C = self.squares_C + given_NC.square().sum(0).cpu()
@@ -99,34 +98,19 @@ def watch_inputs(task: Task, decide: Decide, *, sequential: bool) -> None:
             if b not in groups:
                 through(b, keep=True)
                 continue
-            with _watched(decoder.blocks[b], groups[b]) as stats:
+            stats = {sublayer.output: ActivationStats() for sublayer in groups[b].sublayers}
+            with ExitStack() as hooks:
+                for name, seen in stats.items():
+                    module = decoder.blocks[b].get_submodule(name)
+                    hooks.enter_context(module.register_forward_pre_hook(seen.see))
                 through(b, keep=not sequential)
             gone = decide(b, stats)
             if sequential:
-                with without_units(decoder, groups, {b: gone}) if gone else nullcontext():
+                with without_units(decoder, groups, {b: gone} if gone else {}):
                     through(b, keep=True)
 
 
-@contextmanager
-def _watched(block: nn.Module, groups: BlockGroups) -> Iterator[BlockStats]:
-    """Within the context, gather the inputs of both output projections."""
-    stats = {sublayer.output: ActivationStats() for sublayer in groups.sublayers}
-
-    def gather(seen: ActivationStats) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: seen.add(args[0])
-
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(gather(seen))
-        for name, seen in stats.items()
-    ]
-    try:
-        yield stats
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-Rule = Callable[[Tensor, Sublayer, "ActivationStats"], Tensor]
+Rule = Callable[[Tensor, Sublayer, ActivationStats], Tensor]
 """Called with an output projection's matrix, its sublayer and what was seen of its inputs; returns
 an importance `[U]`."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from shortllm.data.options import CalibrationOptions
+from shortllm.errors import ShortLLMError
 from shortllm.options import Flag, Options
-from shortllm.records import DerivedRecord, Record
+from shortllm.records import PROTECT_FIRST, PROTECT_LAST, DerivedRecord, Record
 from shortllm.registry import described
 from shortllm.width_pruning.methods import METHODS
 
@@ -107,6 +108,35 @@ class WidthOptions(Options):
     def one_list(self) -> bool:
         """Whether all blocks are ranked in one list, so that they get different shapes."""
         return METHODS.get(self.method).one_list and self.shapes != "uniform"
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What the result depends on besides the text; random importance depends on the seed."""
+        chosen = self.model_dump(mode="json", exclude={"calibration"})
+        return chosen if self.needs_text else {**chosen, "seed": self.calibration.seed}
+
+    def resolved(self, blocks: int) -> WidthOptions:
+        """The same options with every default filled in, for a model of this many blocks."""
+        method, start, end = METHODS.get(self.method), self.start, self.end
+        if start is None:
+            start = min(PROTECT_FIRST, blocks // 4) if method.protects_ends else 0
+        if end is None:
+            end = blocks - (min(PROTECT_LAST, blocks // 4) if method.protects_ends else 0)
+        if not 0 <= start < end <= blocks:
+            raise ShortLLMError(
+                f"blocks {start} to {end} (not included) were requested, but the model has "
+                f"{blocks}. Give --start below --end, and --end {blocks} or less"
+            )
+        if self.shapes == "uniform" and (start, end) != (0, blocks):
+            raise ShortLLMError(
+                f"--shapes uniform makes all blocks alike, but only blocks {start} to {end - 1} of "
+                f"{blocks} become narrower. Give --start 0 --end {blocks}, or --shapes per-block"
+            )
+        length = self.calibration.length or method.sample_length or SAMPLE_LENGTH
+        text = self.calibration.model_copy(update={"length": length})
+        own = {name: one for name, one in method.options.items() if getattr(self, name) is None}
+        update = {"start": start, "end": end, "calibration": text, **own}
+        return self.model_copy(update=update)
 
 
 class NarrowedBlock(Record):

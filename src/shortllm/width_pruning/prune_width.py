@@ -1,7 +1,10 @@
 """Make a checkpoint narrower: choose attention heads and MLP neurons, cut them out of the files.
 
 find_groups ──► a method chooses ──► rows and columns that stay ──► a plain checkpoint, or one
-(structure.py)  (methods/)           (reshape.py)                   with a shape per block
+(structure.py)  (methods/)                                          with a shape per block
+
+Kept weights are unchanged to the bit. The config is plain if the family's own fields can describe
+the result.
 
 shortllm width MODEL --method flap --ratio 0.2 --out DIR
 """
@@ -10,55 +13,56 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shortllm.checkpoint.config import block_shapes
+from shortllm.checkpoint.config import SHAPES, block_shapes, marked
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import read_tensor
+from shortllm.checkpoint.structure import build_empty, find_blocks
+from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.data.calibration import Calibration, calibrate
-from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.errors import UnsupportedModelError
 from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
 from shortllm.options import accepts
-from shortllm.records import PROTECT_FIRST, PROTECT_LAST
-from shortllm.runtime import Runtime
-from shortllm.surgery.apply import provenance_of
+from shortllm.runtime import Runtime, quiet_transformers
+from shortllm.surgery.apply import as_read_from_disk, provenance_of
 from shortllm.surgery.derived import (
     Draft,
     copying,
     derive,
     derived_fingerprint,
     on_probe,
+    require_stored,
     require_text_model,
     require_unquantized,
     stored_name,
     verifying,
 )
-from shortllm.width_pruning.groups import BlockGroups, removed_counts, without_units
+from shortllm.width_pruning.groups import BlockGroups, Removed, removed_counts, without_units
 from shortllm.width_pruning.methods import METHODS, Chosen, Task
-from shortllm.width_pruning.options import (
-    SAMPLE_LENGTH,
-    NarrowedBlock,
-    WidthOptions,
-    WidthPruning,
-    WidthSize,
-)
-from shortllm.width_pruning.reshape import (
-    TensorShapes,
-    narrowed_tensors,
-    per_block_config,
-    require_plain_names,
-    uniform_config,
-)
+from shortllm.width_pruning.options import NarrowedBlock, WidthOptions, WidthPruning, WidthSize
 from shortllm.width_pruning.structure import find_groups
+
+NEURON_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+"""Names of the number of neurons in configs."""
+
+KV_FIELDS = ("num_key_value_heads", "num_kv_heads")
+
+BIAS_FIELDS = ("attention_bias", "mlp_bias")
+"""Fields that give all projections of a block biases."""
 
 Groups = Mapping[int, BlockGroups]
 Biases = dict[int, dict[str, Tensor]]
+TensorShapes = dict[str, tuple[int, ...]]
+"""Name within a block -> shape."""
+
 Layout = tuple[dict[str, Any], TensorShapes]
+"""config.json of a plain checkpoint, and the biases that it adds to each block."""
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +95,7 @@ def width(
         OutputError: `out` contains something else or cannot be written.
     """
     checkpoint = open_checkpoint(model, revision=revision)
-    options = resolve(options, checkpoint.block_count)
+    options = options.resolved(checkpoint.block_count)
     ids = calibrate(checkpoint, options.calibration) if options.needs_text else None
     return width_from(checkpoint, options, Path(out), calibration=ids, session=Session(runtime))
 
@@ -105,50 +109,16 @@ def width_from(
     session: Session,
 ) -> WidthPruning:
     """The same for an open checkpoint; `calibration` is None where the method needs no text."""
-    options = resolve(options, checkpoint.block_count)
+    options = options.resolved(checkpoint.block_count)
     require_text_model(checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`")
     require_unquantized(checkpoint, "rows and columns cannot be cut out of it")
     seen = calibration if options.needs_text else None
     expected = derived_fingerprint(
-        checkpoint, calibration=seen, session=session, width=_choices(options)
+        checkpoint, calibration=seen, session=session, width=options.choices
     )
 
-    def draft() -> Draft:
-        return _draft(checkpoint, options, target, seen, session)
-
+    draft = partial(_draft, checkpoint, options, target, seen, session)
     return derive(WidthPruning, target, checkpoint, draft, expected=expected)
-
-
-def resolve(options: WidthOptions, blocks: int) -> WidthOptions:
-    """The same options with every default filled in, for a model of this many blocks."""
-    method = METHODS.get(options.method)
-    start, end = options.start, options.end
-    if start is None:
-        start = min(PROTECT_FIRST, blocks // 4) if method.protects_ends else 0
-    if end is None:
-        end = blocks - (min(PROTECT_LAST, blocks // 4) if method.protects_ends else 0)
-    if not 0 <= start < end <= blocks:
-        raise ShortLLMError(
-            f"blocks {start} to {end} (not included) were requested, but the model has {blocks}. "
-            f"Give --start below --end, and --end {blocks} or less"
-        )
-    if options.shapes == "uniform" and (start, end) != (0, blocks):
-        raise ShortLLMError(
-            f"--shapes uniform makes all blocks alike, but only blocks {start} to {end - 1} of "
-            f"{blocks} become narrower. Give --start 0 --end {blocks}, or --shapes per-block"
-        )
-    given = {name: getattr(options, name) for name in method.options}
-    own = {name: default for name, default in method.options.items() if given[name] is None}
-    length = options.calibration.length or method.sample_length or SAMPLE_LENGTH
-    text = options.calibration.model_copy(update={"length": length})
-    update = {"start": start, "end": end, "calibration": text, **own}
-    return options.model_copy(update=update)
-
-
-def _choices(options: WidthOptions) -> dict[str, Any]:
-    """What the result depends on besides the text; random importance depends on the seed."""
-    chosen = options.model_dump(mode="json", exclude={"calibration"})
-    return chosen if options.needs_text else {**chosen, "seed": options.calibration.seed}
 
 
 def _draft(
@@ -162,7 +132,10 @@ def _draft(
     assert options.start is not None and options.end is not None
     decoder = session.decoder(checkpoint)
     groups = find_groups(decoder, range(options.start, options.end))
-    require_plain_names(checkpoint, groups)
+    for b, block in groups.items():
+        for sublayer in block.sublayers:
+            for name in sublayer.projections:
+                require_stored(checkpoint, b, name, needed_to="cut rows and columns")
     counts = {}
     if not options.one_list:
         counts = {b: removed_counts(groups[b], options.ratio, options.neuron_ratio) for b in groups}
@@ -176,17 +149,16 @@ def _draft(
         memory=session.memory(),
     )
     chosen: Chosen = METHODS.get(options.method).function(task)
-    entries = narrowed_tensors(checkpoint, groups, chosen.removed)
+    entries = _narrowed_tensors(checkpoint, groups, chosen.removed)
     new, biases = _new_tensors(checkpoint, chosen, uniform)
     with without_units(decoder, groups, chosen.removed, biases):
         logits, cached = on_probe(decoder)
-    biased = {b: list(outputs) for b, outputs in chosen.biases.items()}
-    config = uniform[0] if uniform else per_block_config(checkpoint, groups, chosen.removed, biased)
+    config = uniform[0] if uniform else _per_block_config(checkpoint, groups, chosen)
     total = sum(tensor.numel() for tensor in new.values()) + sum(
         entry.elements for name, entry in entries.items() if name not in new
     )
     shapes = "per-block" if uniform is None else "uniform"
-    choices = {**_choices(options), "shapes": shapes}
+    choices = {**options.choices, "shapes": shapes}
     record = {
         "method": options.method,
         "options": {name: one for name, one in choices.items() if name not in ("method", "shapes")},
@@ -223,7 +195,7 @@ def _uniform_layout(
     alike = len(set(counts.values())) == 1 and len(counts) == checkpoint.block_count
     if block_shapes(checkpoint.config) is None and alike:
         try:
-            return uniform_config(checkpoint, groups, counts[0], bias=bool(options.bias))
+            return _uniform_config(checkpoint, groups, counts[0], bias=bool(options.bias))
         except UnsupportedModelError as error:
             if options.shapes == "uniform":
                 raise
@@ -234,6 +206,121 @@ def _uniform_layout(
             "them. Give --shapes per-block"
         )
     return None
+
+
+def _narrowed_tensors(
+    checkpoint: Checkpoint, groups: Groups, removed: Mapping[int, Removed]
+) -> dict[str, TensorEntry]:
+    """Tensor name -> the part of the stored tensor that stays, in the order of the files."""
+    result = dict(checkpoint.tensors)
+
+    def cut(b: int, name: str, axis: int, kept: list[int]) -> None:
+        stored = stored_name(checkpoint, b, name)
+        entry = result.get(stored)
+        if entry is not None and len(kept) < entry.shape[axis]:
+            result[stored] = entry.part(axis, entry.shape[axis], kept)
+
+    for b, gone in removed.items():
+        for sublayer, units in gone.pairs(groups[b]):
+            for name in sublayer.projections:
+                kept, transposed = sublayer.kept(name, units), name in groups[b].transposed
+                if name == sublayer.output:
+                    cut(b, f"{name}.weight", int(not transposed), kept)
+                else:
+                    cut(b, f"{name}.weight", int(transposed), kept)
+                    cut(b, f"{name}.bias", 0, kept)
+    return result
+
+
+def _uniform_config(
+    checkpoint: Checkpoint, groups: Groups, counts: tuple[int, int], *, bias: bool
+) -> Layout:
+    """The layout where every block loses the same number of heads and neurons.
+
+    It has other biases that the family only has together with those of the output projections.
+    """
+    first = groups[0]
+    heads, neurons = first.attention.units - counts[0], first.mlp.units - counts[1]
+    raw = _with_counts(checkpoint, heads, neurons, first)
+    if bias:
+        raw |= {name: True for name in BIAS_FIELDS if hasattr(checkpoint.config, name)}
+    config = f"the config of model type '{checkpoint.model_type}'"
+    cannot = (
+        f"{config} cannot describe blocks with {heads * first.query_heads} heads of "
+        f"{first.head_dim} and {neurons} neurons"
+    )
+    hint = "Give --shapes per-block, a checkpoint for shortllm.load"
+    try:
+        with quiet_transformers():
+            built = _built_shapes(as_read_from_disk(checkpoint.config, raw))
+    except UnsupportedModelError as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise UnsupportedModelError(f"{cannot} ({reason}). {hint}") from error
+    added: TensorShapes = {}
+    gone = Removed(*(list(range(count)) for count in counts))  # whichever units: shapes are alike
+    kept = _narrowed_tensors(checkpoint, groups, dict.fromkeys(groups, gone))
+    for b, before in enumerate(_built_shapes(checkpoint.config)):
+        stored = {name: kept.get(stored_name(checkpoint, b, name)) for name in before}
+        expected = {name: one.shape if one else before[name] for name, one in stored.items()}
+        outputs = [f"{sublayer.output}.bias" for sublayer in groups[b].sublayers]
+        missing = [name for name in outputs if bias and name not in built[b]]
+        if missing:
+            raise UnsupportedModelError(
+                f"{config} cannot give '{missing[0]}', which is needed for the mean of what is "
+                f"removed. {hint}, or --no-bias"
+            )
+        new = {name: shape for name, shape in built[b].items() if name not in expected}
+        wrong = [name for name, shape in expected.items() if built[b].get(name) != shape]
+        wrong += [name for name in new if not bias or not name.endswith(".bias")]
+        if wrong:
+            found, wanted = built[b].get(wrong[0]), expected.get(wrong[0])
+            raise UnsupportedModelError(
+                f"{cannot}: '{wrong[0]}' would be {found} instead of {wanted}. {hint}"
+            )
+        added = {name: shape for name, shape in new.items() if name not in outputs}
+    return raw, added
+
+
+def _with_counts(
+    checkpoint: Checkpoint, heads: int, neurons: int, groups: BlockGroups
+) -> dict[str, Any]:
+    """config.json with other counts, under every name that the type's config has for them."""
+    config, renamed = checkpoint.config, type(checkpoint.config).attribute_map
+    fields = {"num_attention_heads": heads * groups.query_heads, "head_dim": groups.head_dim}
+    fields |= {name: heads for name in KV_FIELDS if hasattr(config, name)}
+    fields |= {name: neurons for name in NEURON_FIELDS if hasattr(config, name)}
+    return {**checkpoint.raw_config, **{renamed.get(name, name): n for name, n in fields.items()}}
+
+
+def _built_shapes(config: Any) -> list[TensorShapes]:
+    """Shapes of the parameters of each block that a config builds."""
+    model = build_empty(config)
+    _, blocks = find_blocks(model, config)
+    return [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in blocks]
+
+
+def _per_block_config(checkpoint: Checkpoint, groups: Groups, chosen: Chosen) -> dict[str, Any]:
+    """config.json with the shapes of each block, some of whose output projections get a bias."""
+    entries = list(block_shapes(checkpoint.config) or [{}] * checkpoint.block_count)
+    for b, gone in chosen.removed.items():
+        block = groups[b]
+        heads = block.attention.units - len(gone.heads)
+        projections: dict[str, list[int]] = {}
+        for sublayer, units in gone.pairs(block):
+            for name in sublayer.projections:
+                shape = [len(sublayer.kept(name, units)), block.width]
+                projections[name] = shape[::-1] if name == sublayer.output else shape
+        entries[b] = {
+            "num_attention_heads": heads * block.query_heads,
+            "num_key_value_heads": heads,
+            "attention_width": heads * block.attention.unit_width,
+            "intermediate_size": block.mlp.units - len(gone.neurons),
+            "projections": projections,
+            "biases": sorted({*entries[b].get("biases", []), *chosen.biases.get(b, {})}),
+        }
+    # transformers takes some types for others: e.g. mistral with layer_types for ministral
+    raw = {**checkpoint.raw_config, "model_type": checkpoint.model_type}
+    return {**marked(raw), SHAPES: entries}
 
 
 def _new_tensors(

@@ -251,15 +251,11 @@ class _Probe:
     def _coupled(self, output: str, inputs: list[str], kind: str) -> Sublayer:
         """The units of a sublayer."""
         channels = self._given(output, {inputs[0]: self._base[inputs[0]][None]}).shape[-1]
-        rows: list[Tensor] = []
-        reached: list[Tensor] = []
-        for name in inputs:
-            before = sum(len(self._base[other].T) for other in inputs[: inputs.index(name)])
-            row, channel = self._links(output, name)
-            rows.append(row + before)
-            reached.append(channel)
+        sizes = [self._base[name].shape[1] for name in inputs]
+        links = [self._links(output, name) for name in inputs]
+        rows = [row + sum(sizes[:place]) for place, (row, _) in enumerate(links)]
+        reached = [channel for _, channel in links]
         unit_R, unit_C = _components(torch.cat(rows), torch.cat(reached), channels)
-        sizes = [len(self._base[name].T) for name in inputs]
         parts = dict(zip(inputs, torch.split(unit_R, sizes), strict=True))
         sublayer = Sublayer(output, unit_C, parts)
         if sublayer.units == 1:

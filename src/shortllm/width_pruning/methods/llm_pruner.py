@@ -35,28 +35,24 @@ WITHOUT_TEXT = ("l1", "l2", "random")
 )
 def llm_pruner(task: Task) -> Chosen:
     """Weights times gradients; each block loses its own lowest."""
-    from shortllm.width_pruning.importance import choose_per_block
-
-    importance = _importance(task)
-    removed = {b: choose_per_block(importance[b], task.counts[b], b) for b in task.groups}
-    return Chosen(removed=removed, importance=importance)
-
-
-def _importance(task: Task) -> dict[int, BlockImportance]:
-    """The importance of every head and neuron, as the option `importance` says."""
     import torch
+
+    from shortllm.width_pruning.importance import choose_per_block
 
     decoder, groups, kind = task.decoder, task.groups, task.options.importance
     assert kind is not None
     if kind == "random":
         generator = torch.Generator().manual_seed(task.options.calibration.seed)
-        return {b: sampled(groups[b], generator) for b in groups}
-    if kind in ("l1", "l2"):
+        found = {b: sampled(groups[b], generator) for b in groups}
+    elif kind in ("l1", "l2"):
         power = 1 if kind == "l1" else 2
-        return {
+        found = {
             b: magnitude(decoder.blocks[b], groups[b], power) for b in decoder.through(list(groups))
         }
-    return taylor_importance(task, kind)
+    else:
+        found = taylor_importance(task, kind)
+    removed = {b: choose_per_block(found[b], task.counts[b], b) for b in groups}
+    return Chosen(removed=removed, importance=found)
 
 
 def taylor(
@@ -83,9 +79,7 @@ def taylor(
             found = found - curvature[weight] / 2
         return groups.matrix(name, found if importance == "vectorised" else found.abs())
 
-    return BlockImportance(
-        groups.attention.weight_totals(value).abs(), groups.mlp.weight_totals(value).abs()
-    )
+    return BlockImportance(*(one.weight_totals(value).abs() for one in groups.sublayers))
 
 
 def magnitude(block: nn.Module, groups: BlockGroups, power: int) -> BlockImportance:
@@ -95,18 +89,15 @@ def magnitude(block: nn.Module, groups: BlockGroups, power: int) -> BlockImporta
         weight: Tensor = block.get_submodule(name).weight  # type: ignore[assignment]
         return groups.matrix(name, weight.detach()).float().abs() ** power
 
-    return BlockImportance(groups.attention.weight_totals(value), groups.mlp.weight_totals(value))
+    return BlockImportance(*(one.weight_totals(value) for one in groups.sublayers))
 
 
 def sampled(groups: BlockGroups, generator: torch.Generator) -> BlockImportance:
     """Random ranks."""
     import torch
 
-    heads, neurons = groups.attention.units, groups.mlp.units
-    return BlockImportance(
-        torch.randperm(heads, generator=generator).double(),
-        torch.randperm(neurons, generator=generator).double(),
-    )
+    ranks = (torch.randperm(one.units, generator=generator) for one in groups.sublayers)
+    return BlockImportance(*(ranks_U.double() for ranks_U in ranks))
 
 
 def taylor_importance(task: Task, importance: Importance) -> dict[int, BlockImportance]:
