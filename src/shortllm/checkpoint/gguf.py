@@ -184,7 +184,7 @@ def read_gguf(path: Path) -> GgufFile:
     import numpy as np
     from gguf import GGUFReader
 
-    class Reader(GGUFReader):
+    class Reader(GGUFReader):  # type: ignore[misc]
         """Reads a header of 100,000 tokens in a third of the time: slices of a memmap are slow."""
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -199,8 +199,8 @@ def read_gguf(path: Path) -> GgufFile:
         end = max((int(t.data_offset + t.n_bytes) for t in file.reader.tensors), default=0)
     except Exception as error:  # the reader raises whatever a damaged header leads to
         raise CheckpointError(
-            f"{path} cannot be read ({first_line_of(error)}). Download it again, or install a newer "
-            "gguf package: pip install --upgrade gguf"
+            f"{path} cannot be read ({first_line_of(error)}). Download it again, or install a "
+            "newer gguf package: pip install --upgrade gguf"
         ) from error
     if end > path.stat().st_size:
         raise CheckpointError(f"{path} is shorter than its header says. Download it again")
@@ -442,8 +442,8 @@ def _rope_scaling(config: Any, file: GgufFile) -> dict[str, Any]:
                     found[name] = scaling[f"yarn_{name}"]
     elif kind != "none":
         raise UnsupportedModelError(
-            f"{file.path} scales its rotary positions by '{kind}', for which there is no rule. Give "
-            "the model's safetensors instead"
+            f"{file.path} scales its rotary positions by '{kind}', for which there is no rule. "
+            "Give the model's safetensors instead"
         )
     return found
 

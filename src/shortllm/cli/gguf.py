@@ -1,4 +1,4 @@
-"""`export` and `cache list`, `cache clear`: GGUF files from checkpoints, and checkpoints of them."""
+"""`export`, `cache list` and `cache clear`: checkpoints as GGUF files, and the reverse."""
 
 from __future__ import annotations
 

@@ -235,7 +235,8 @@ def _print_estimates(summary: ModelSummary) -> None:
     print_table(("criteria", "blocks", "TFLOP", "peak GiB", *time), rows)
     if summary.probe is not None:
         typer.echo(
-            f"measured: {summary.probe.matrix_flops_per_s / 1e9:.0f} GFLOP/s in matrix products, "
+            f"measured: {summary.probe.block_flops_per_s / 1e9:.0f} GFLOP/s in blocks, "
+            f"{summary.probe.head_flops_per_s / 1e9:.0f} in the head, "
             f"{summary.probe.read_bytes_per_s / 1e6:.0f} MB/s read from the model's files"
         )
     mode = "read one at a time (streamed)" if summary.streamed else "all in memory"

@@ -212,7 +212,13 @@ def _products(
 
 
 def walk_back_flops(
-    decoder: Decoder, blocks: Sequence[int], samples: int, length: int, done: int | None = None
+    decoder: Decoder,
+    blocks: Sequence[int],
+    samples: int,
+    length: int,
+    done: int | None = None,
+    *,
+    head: bool = True,
 ) -> float:
     """Floating-point operations of `walk_back`, or until `done` blocks of the way back are done.
 
@@ -220,5 +226,5 @@ def walk_back_flops(
     """
     forward = sum(block_flops(decoder, b) for b in blocks)
     back = sum(block_flops(decoder, b) for b in list(reversed(blocks))[:done])
-    head = 2 * head_flops(decoder) * samples * (length - 1)
-    return (forward + 3 * back) * samples * length + head
+    heads = 2 * head_flops(decoder) * samples * (length - 1) if head else 0.0
+    return (forward + 3 * back) * samples * length + heads

@@ -9,8 +9,8 @@
     seconds     opening + computing + max(0, reading - computing)
                 opening      bytes read at first / read rate: all, or in a streamed pass all but
                              the blocks
-                computing    operations / (matrix rate x EFFICIENCY); for criteria of weights alone
-                             their number / reducing rate
+                computing    operations of blocks / rate of a block + those of the head / rate of
+                             the head; for criteria of weights alone their number / reducing rate
                 reading      0, or in a streamed pass bytes of the blocks x how often they are read
                              / read rate: overlaps with computing
     peak        libraries + weights in memory + hidden streams + the temporaries of one call of a
@@ -23,19 +23,14 @@ called one by one. Criteria of weights alone read one block after the other and 
 
 from __future__ import annotations
 
-import os
-import random
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tensors import TensorEntry, read_tensor
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
 from shortllm.options import accepts
+from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
 from shortllm.records import ModelInfo, Record, protected_in
 from shortllm.runtime import DeviceOptions
@@ -46,29 +41,8 @@ if TYPE_CHECKING:
     from shortllm.model.decoder import Decoder
 
 
-EFFICIENCY = {"cpu": 0.8}
-"""Part of the probe's matrix rate that a pass reaches, by kind of device (benchmarks/)."""
-
-OTHER_EFFICIENCY = 0.6
-
 KEPT_TENSOR_BYTES = 32 * 2**20
 """glibc's allocator keeps the memory of freed tensors below this size (see mallopt)."""
-
-MATRIX_SECONDS, READ_SECONDS, REDUCE_SECONDS = 1.0, 0.7, 0.3
-"""Time for each measurement of the probe; a single product or tensor may take longer."""
-
-
-class Probe(Record):
-    """Rates of a machine, measured in about two seconds."""
-
-    device: str
-    dtype: str
-    matrix_flops_per_s: float
-    """Sustained rate of the product of one group of tokens with the largest matrix of a block."""
-    read_bytes_per_s: float
-    """Rate of reading and checking tensors, dropped from the system's cache before if possible."""
-    reduced_per_s: float
-    """Weights per second whose absolute values are summed."""
 
 
 class Estimate(Record):
@@ -81,19 +55,6 @@ class Estimate(Record):
     """Resident memory of the process on a CPU; elsewhere memory of the device."""
     seconds: float | None
     """None without a probe."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What is scored, on what, and how."""
-
-    checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-    samples: int
-    length: int
-    options: Mapping[str, Mapping[str, Any]]
-    """Options of criteria, by name; defaults where missing."""
 
 
 def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
@@ -125,8 +86,9 @@ def _estimate(
         if criterion.needs == "weights":
             computing = sum(setting.checkpoint.parameters_per_block) / probe.reduced_per_s
         else:
-            efficiency = EFFICIENCY.get(setting.device.type, OTHER_EFFICIENCY)
-            computing = flops / (probe.matrix_flops_per_s * efficiency)
+            in_blocks = scorer.work([criterion], head=False)
+            computing = in_blocks / probe.block_flops_per_s
+            computing += (flops - in_blocks) / probe.head_flops_per_s
         waiting = max(0.0, reading / probe.read_bytes_per_s - computing)
         seconds = opening / probe.read_bytes_per_s + computing + waiting
     return Estimate(
@@ -238,80 +200,6 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def probe_machine(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Probe:
-    """Measure the matrix rate of the device and the rate of reading the checkpoint's files."""
-    return Probe(
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        matrix_flops_per_s=_matrix_rate(checkpoint, device, dtype),
-        read_bytes_per_s=_read_rate(checkpoint),
-        reduced_per_s=_reducing_rate(checkpoint),
-    )
-
-
-def _matrix_rate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the product that a block spends most of its time in."""
-    import torch
-
-    from shortllm.model.hidden_states import CPU_GROUP_TOKENS, GPU_GROUP_TOKENS
-
-    # of stacked experts the matrix of one
-    shapes = [entry.shape[-2:] for entry in checkpoint.block_weights(0) if len(entry.shape) > 1]
-    rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
-    tokens = CPU_GROUP_TOKENS if device.type == "cpu" else GPU_GROUP_TOKENS
-    weight = torch.randn(rows, columns, device=device).to(dtype)
-    stream = torch.randn(tokens, columns, device=device).to(dtype)
-
-    def product() -> None:
-        torch.nn.functional.linear(stream, weight)[0, 0].item()  # waits for the device
-
-    product()
-    return _rate(product, 2.0 * tokens * rows * columns, MATRIX_SECONDS)
-
-
-def _rate(call: Callable[[], object], work: float, seconds: float) -> float:
-    """Work per second of repeated calls, each of which does `work`, over `seconds`."""
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() < start + seconds:
-        call()
-        count += 1
-    return count * work / (time.perf_counter() - start)
-
-
-def _read_rate(checkpoint: Checkpoint) -> float:
-    """Bytes per second of tensors from all over the files, read as a streamed pass reads them."""
-    from shortllm.model.loading import require_finite_tensor
-
-    entries = list(checkpoint.tensors.values())
-    seconds, count = 0.0, 0
-    for entry in random.Random(0).sample(entries, len(entries)):
-        _drop_from_cache(entry)
-        start = time.perf_counter()
-        require_finite_tensor(checkpoint.id, entry.name, read_tensor(entry))
-        seconds += time.perf_counter() - start
-        count += entry.bytes
-        if seconds > READ_SECONDS:
-            break
-    return count / seconds
-
-
-def _reducing_rate(checkpoint: Checkpoint) -> float:
-    from shortllm.model.metrics import reduce_powers
-
-    largest = max(checkpoint.block_weights(0), key=lambda entry: entry.bytes)
-    tensor = read_tensor(largest)
-    reduce = partial(reduce_powers, [tensor], power=1, over_weights="sum", over_block="sum")
-    return _rate(reduce, largest.elements, REDUCE_SECONDS)
-
-
-def _drop_from_cache(entry: TensorEntry) -> None:
-    """Drop a tensor's data from the system's cache, if the system allows it."""
-    if entry.offset is None or not hasattr(os, "posix_fadvise"):
-        return
-    with open(entry.file, "rb", buffering=0) as stream:
-        os.posix_fadvise(stream.fileno(), entry.offset, entry.bytes, os.POSIX_FADV_DONTNEED)
-
-
 class ModelSummary(Record):
     """`shortllm info` as data."""
 
@@ -361,8 +249,8 @@ def info(
         samples: calibration samples that the estimate is for.
         length: tokens of each of them.
         options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
-        probe: measure the machine for two seconds and read a few of the model's tensors. Otherwise
-            only headers are read and no times are estimated.
+        probe: measure the machine for two seconds with the first block and the head, and read a
+            few of the model's tensors. Otherwise only headers are read and no times are estimated.
     Returns:
         Blocks, parameters, bytes, and an estimate for each kind of pass.
     Raises:
@@ -385,7 +273,7 @@ def info(
         options=options or {},
     )
     room = room_for(checkpoint, device=device, dtype=setting.dtype)
-    measured = probe_machine(checkpoint, device, setting.dtype) if probe else None
+    measured = probe_machine(setting) if probe else None
     return ModelSummary(
         model=about,
         parameters_outside=about.parameters - sum(about.parameters_per_block),

@@ -204,16 +204,21 @@ class Scorer:
         scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
         return scores
 
-    def work(self, resolved: Sequence[Criterion]) -> float:
+    def work(self, resolved: Sequence[Criterion], *, head: bool = True) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.
 
-        A criterion that removes blocks is counted as if the first ones went.
+        A criterion that removes blocks is counted as if the first ones went. Without `head`: those
+        of the blocks alone.
         """
         blocks = range(self.checkpoint.block_count)
-        return self._work(resolved, blocks, blocks)
+        return self._work(resolved, blocks, blocks, head)
 
     def _work(
-        self, resolved: Sequence[Criterion], kept: Sequence[int], candidates: Sequence[int]
+        self,
+        resolved: Sequence[Criterion],
+        kept: Sequence[int],
+        candidates: Sequence[int],
+        head: bool,
     ) -> float:
         from shortllm.model.backward import walk_back_flops
         from shortllm.model.walk import walk_flops
@@ -227,15 +232,15 @@ class Scorer:
                 free = one.free(self.checkpoint.info())
                 for done in range(one.rounds(self.checkpoint.info())):
                     left = [b for b in kept if b not in free[:done]]
-                    total += self._work([one.scored_by()], left, free[done:])
+                    total += self._work([one.scored_by()], left, free[done:], head)
         if not needs & {*OBSERVED, "logits", "gradients"}:
             return total
         decoder, (samples, length) = self.open_decoder(), self.samples().shape
         if "logits" in needs:
             removals = removals_of(decoder.block_count, kept, candidates)
-            total += walk_flops(decoder, removals, samples, length)
+            total += walk_flops(decoder, removals, samples, length, head=head)
         if "gradients" in needs:
-            total += walk_back_flops(decoder, kept, samples, length)
+            total += walk_back_flops(decoder, kept, samples, length, head=head)
         if not needs & {"logits", "gradients"}:
             removals = removals_of(decoder.block_count, kept)
             total += walk_flops(decoder, removals, samples, length, head=False)

@@ -271,7 +271,7 @@ def _fill_in_hash(file: GgufFile, digest: str) -> None:
 
 
 def _verify(written: GgufFile, file: GgufFile, tensors: dict[str, Any]) -> None:
-    """Read the new file's header again: the same tensors, of the same types and shapes, in place."""
+    """Whether the new file's header names the tensors that were to be written."""
     found = {t.name: (t.tensor_type, t.shape.tolist()) for t in written.reader.tensors}
     expected = {name: (t.tensor_type, t.shape.tolist()) for name, t in tensors.items()}
     if found != expected:
