@@ -1,0 +1,149 @@
+"""SmolLM2-135M-Instruct, dequantized from 4 bits: every stage on a model that people use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import shortllm
+from shortllm.checkpoint.gguf import dequantized
+from shortllm.data.options import CalibrationOptions
+from shortllm.model import Session
+from shortllm.quantizing.compressing import obstacle
+from shortllm.surgery.derived import on_probe
+
+pytestmark = [pytest.mark.shared, pytest.mark.real]
+
+REMOVED = {3: [12, 13, 14], 6: [5, 13, 14, 16, 17, 18], 9: [5, 11, 12, 13, 14, 15, 16, 17, 18]}
+"""Numbers of removed blocks (10, 20, 30 %) -> the blocks."""
+
+
+@pytest.fixture(scope="session")
+def file(shared: Path) -> Path:
+    return shared / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def model(file: Path) -> Path:
+    """The dequantized checkpoint."""
+    return dequantized(file)
+
+
+@pytest.fixture(scope="session")
+def short(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint without three blocks, verified when it was written."""
+    return shortllm.prune(str(file), REMOVED[3], tmp_path_factory.mktemp("real") / "short")
+
+
+@pytest.fixture
+def text(shared: Path) -> CalibrationOptions:
+    return CalibrationOptions(
+        data=str(shared / "data" / "c4" / "train_sample.jsonl.gz"), samples=4, length=64
+    )
+
+
+def chat(directory: Path) -> str:
+    """A conversation by the template of a checkpoint."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+        )
+    )
+
+
+def test_surgery_equals_bypass_in_plain_transformers(model: Path, short: Path) -> None:
+    original = Session(device="cpu").decoder(shortllm.open_checkpoint(model))
+    expected, _ = on_probe(original, REMOVED[3])
+    loaded, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        short, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values())
+    decoder = Session(device="cpu").decoder(shortllm.open_checkpoint(short))
+    found, _ = on_probe(decoder)
+    assert torch.equal(found, expected)
+    assert loaded.config.num_hidden_layers == 27
+    assert loaded.config.gguf["types"] == {"Q4_1": 210, "Q8_0": 1}
+
+
+def test_the_chat_template_goes_along(model: Path, short: Path) -> None:
+    assert chat(short) == chat(model)
+    assert "<|im_start|>user\nHi<|im_end|>" in chat(short)
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_script_in_docs(
+    model: Path, text: CalibrationOptions, tmp_path: Path
+) -> None:
+    scores = shortllm.score(str(model), calibration=text, out=tmp_path, dtype="float32")
+    script = Path(__file__).parents[1] / "docs" / "reproduce_ppl.py"
+    done = subprocess.run(
+        [sys.executable, script, model, tmp_path], check=True, capture_output=True, text=True
+    )
+    differences = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(differences) == len(scores.values) == 30
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", REMOVED)
+def test_linear_healing_lowers_held_out_perplexity(
+    count: int, file: Path, shared: Path, tmp_path: Path
+) -> None:
+    short = shortllm.prune(str(file), REMOVED[count], tmp_path / "short", verify=False)
+    record = shortllm.heal(
+        str(short),
+        tmp_path / "healed",
+        calibration=CalibrationOptions(
+            data=str(shared / "data" / "c4" / "train_sample.jsonl.gz"), samples=24, length=128
+        ),
+        dtype="bfloat16",
+    )
+    assert record.held_out.source < record.held_out.healed < record.held_out.shortened
+    found = shortllm.evaluate(
+        [str(short), str(tmp_path / "healed")],
+        data=[str(shared / "data" / "wikitext2" / "wiki.test.raw")],
+        length=256,
+        max_segments=8,
+        dtype="bfloat16",
+    )
+    before, after = (one.perplexity[0].perplexity for one in found.models)
+    assert after < before
+    assert chat(tmp_path / "healed") == chat(short)
+
+
+@pytest.mark.slow
+def test_lora_lowers_the_loss(short: Path, shared: Path, tmp_path: Path) -> None:
+    record = shortllm.retrain(
+        str(short),
+        tmp_path / "out",
+        data=str(shared / "data" / "alpaca" / "train.jsonl.gz"),
+        rows=200,
+        max_steps=6,
+        batch=4,
+        length=128,
+        held_out=16,
+    )
+    curve = [loss for _, loss in record.curves["held_out"]]
+    assert record.data.template == "chat"
+    assert min(curve) < curve[0]
+    assert chat(tmp_path / "out") == chat(short)
+
+
+@pytest.mark.slow
+def test_it_is_timed(model: Path, short: Path) -> None:
+    found = shortllm.bench([str(model), str(short)], new_tokens=[8], warmup=1, runs=2)
+    assert [one.model.blocks for one in found.models] == [30, 27]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_eight_bits(short: Path, tmp_path: Path) -> None:
+    record = shortllm.quantize(str(short), tmp_path / "int8", method="int8")
+    assert record.bytes_after < record.bytes_before
+    assert chat(tmp_path / "int8") == chat(short)
