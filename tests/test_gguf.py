@@ -191,7 +191,7 @@ def test_it_is_dequantized_once(file: Path, smollm: Path) -> None:
     assert (smollm / "model.safetensors").stat().st_mtime_ns == first
     assert (checkpoint.block_count, checkpoint.parameters) == (30, 134_515_008)
     info = checkpoint.info()
-    assert info.gguf_sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert info.gguf is not None and info.gguf.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     assert [model.directory for model in cached_models()].count(smollm) == 1
 
 

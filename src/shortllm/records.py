@@ -114,13 +114,24 @@ def shown_value(value: Any) -> str:
     return str(value)
 
 
+class GgufOrigin(Record):
+    """The GGUF file that a model's weights were dequantized from."""
+
+    file: str
+    sha256: str
+    types: dict[str, int] = Field(description="how many matrices are stored in each type")
+
+    def __str__(self) -> str:
+        return f"{self.file} ({', '.join(self.types)})"
+
+
 class ModelInfo(Record):
     """Which model a result speaks of, and how large it is."""
 
     id: str = Field(description="the Hub id or the directory as the user gave it")
     revision: str | None = Field(default=None, description="commit of the Hub snapshot")
-    gguf_sha256: str | None = Field(
-        default=None, description="of the GGUF file that the weights were dequantized from"
+    gguf: GgufOrigin | None = Field(
+        default=None, description="the GGUF file that the weights were dequantized from"
     )
     model_type: str
     blocks: int = Field(ge=1, le=MAX_BLOCKS)

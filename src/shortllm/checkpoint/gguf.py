@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
+from pydantic import ValidationError
 
 from shortllm.checkpoint.tensors import read_json, write_json
 from shortllm.errors import (
@@ -37,6 +38,7 @@ from shortllm.errors import (
 )
 from shortllm.files import partial_directory, require_writable
 from shortllm.format import in_bytes
+from shortllm.records import GgufOrigin
 from shortllm.runtime import available_memory, quiet_transformers
 
 if TYPE_CHECKING:
@@ -149,8 +151,9 @@ class GgufFile:
     @cached_property
     def sha256(self) -> str:
         """Of the whole file; where it was dequantized before, as recorded then."""
-        with suppress(OSError, ValueError, LookupError):
-            return str(read_json(_cached(self.path) / "config.json")[ORIGIN]["sha256"])
+        with suppress(OSError, ValueError):
+            if known := origin_in(read_json(_cached(self.path) / "config.json")):
+                return known.sha256
         digest = hashlib.sha256()
         with open(self.path, "rb") as stream:
             while part := stream.read(READ_BYTES):
@@ -214,6 +217,14 @@ def read_gguf(path: Path) -> GgufFile:
     return file
 
 
+def origin_in(raw_config: dict[str, Any]) -> GgufOrigin | None:
+    """The GGUF file that a checkpoint was dequantized from, by its config.json."""
+    try:
+        return GgufOrigin.model_validate(raw_config[ORIGIN])
+    except (LookupError, ValidationError):
+        return None
+
+
 # ---- the cache
 
 
@@ -240,8 +251,9 @@ def cached_models() -> list[CachedModel]:
     found = []
     for config in sorted((cache_directory() / "gguf").glob("*/config.json")):
         size = sum(path.stat().st_size for path in config.parent.iterdir())
-        origin = read_json(config)[ORIGIN]
-        found.append(CachedModel(directory=config.parent, file=origin["file"], bytes=size))
+        origin = origin_in(read_json(config))
+        name = config.parent.name if origin is None else origin.file
+        found.append(CachedModel(directory=config.parent, file=name, bytes=size))
     return found
 
 
@@ -330,8 +342,8 @@ def _dequantize(file: GgufFile, directory: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    origin = {"file": file.path.name, "sha256": file.sha256, "types": file.types}
-    written = read_json(directory / "config.json") | {ORIGIN: origin}
+    origin = GgufOrigin(file=file.path.name, sha256=file.sha256, types=file.types)
+    written = read_json(directory / "config.json") | {ORIGIN: origin.model_dump()}
     written.pop("_model_name_or_path", None)
     if file.provenance is not None:
         written["shortllm"] = file.provenance

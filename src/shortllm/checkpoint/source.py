@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import block_count, checked_config, text_config
-from shortllm.checkpoint.gguf import ORIGIN
+from shortllm.checkpoint.gguf import origin_in
 from shortllm.checkpoint.hub import locate, named_revision
 from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
 from shortllm.checkpoint.structure import BlockStructure, block_structure
@@ -177,7 +177,7 @@ class Checkpoint:
         return ModelInfo(
             id=self.id,
             revision=self.revision,
-            gguf_sha256=self.raw_config.get(ORIGIN, {}).get("sha256"),
+            gguf=origin_in(self.raw_config),
             model_type=self.model_type,
             blocks=self.block_count,
             parameters=self.parameters,

@@ -188,6 +188,8 @@ def _print_summary(summary: ModelSummary) -> None:
     model = summary.model
     protected = set(summary.protected)
     typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
+    if model.gguf is not None:
+        typer.echo(f"dequantized from {model.gguf}")
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
     parts = [
         (f"block {b}", parameters, size, "protected" if b in protected else "")

@@ -88,7 +88,7 @@ def prune_gguf(
     if not isinstance(plan, PrunePlan):
         shorten_gguf(file, plan, out)
         return out
-    if plan.model.gguf_sha256 != file.sha256:
+    if plan.model.gguf is None or plan.model.gguf.sha256 != file.sha256:
         raise CheckpointError(
             f"the plan is for {plan.model.id}, not for {model}. Make one with `shortllm plan "
             f"{model}`, or name the blocks with --blocks"

@@ -164,7 +164,9 @@ def segments_phrase(entry: Perplexity) -> str:
 def _model_row(model: ModelInfo) -> tuple[str, str]:
     revision = f", revision {model.revision[:12]}" if model.revision else ""
     kind = f"{model.model_type}{revision}"
-    return "model", f"{model_name(model.id)} ({kind}), fingerprint {model.fingerprint[:12]}"
+    origin = f", dequantized from {model.gguf}" if model.gguf else ""
+    name = f"{model_name(model.id)} ({kind}{origin})"
+    return "model", f"{name}, fingerprint {model.fingerprint[:12]}"
 
 
 def _criterion(results: RunResults) -> str | None:
