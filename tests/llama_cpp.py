@@ -20,6 +20,7 @@ VOCABULARY = 49_152
 POSITIONS = 2_048
 WIDTHS: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "num_hidden_layers": 6,
     "hidden_size": 64,
     "intermediate_size": 160,
     "num_attention_heads": 4,
@@ -31,20 +32,40 @@ WIDTHS: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 TINY: dict[str, dict[str, Any]] = {
-    "llama": {"num_hidden_layers": 6, "head_dim": 16},
-    "qwen2": {"num_hidden_layers": 6},
-    "qwen3": {"num_hidden_layers": 6, "head_dim": 32},
-    "gemma3_text": {"num_hidden_layers": 12, "head_dim": 16, "sliding_window": 64},
-    "phi3": {"num_hidden_layers": 6, "tie_word_embeddings": False},
+    "llama": {"head_dim": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma3_text": {
+        "num_hidden_layers": 12,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 64,
+    },
+    "phi3": {"tie_word_embeddings": False},
+    "cohere2": {"num_hidden_layers": 8, "sliding_window": 64},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
+    "granite": {},
+    "mistral": {"head_dim": 16, "sliding_window": None},
+    "olmo2": {},
+    "smollm3": {"num_hidden_layers": 8},
+    "stablelm": {"tie_word_embeddings": False},
+    "starcoder2": {"sliding_window": None},
 }
 """Model type -> what its tiny config adds."""
+
+PERIODS = {
+    "cohere2": [4, 5, 6, 7],
+    "gemma2": [2, 3],
+    "gemma3_text": [6, 7, 8, 9, 10, 11],
+    "smollm3": [0, 1, 2, 3],
+}
+"""Model type -> a whole period of blocks, where llama.cpp tells kinds of blocks by their number."""
 
 
 def write_tiny(model_type: str, tokenizer_from: Path, directory: Path, **changed: Any) -> Path:
     """A random model of a type with weights large enough that every block matters."""
-    settings = {**WIDTHS, **TINY.get(model_type, {"num_hidden_layers": 6}), **changed}
-    if model_type == "gemma3_text":
-        settings["query_pre_attn_scalar"] = settings["head_dim"]
+    settings = {**WIDTHS, **TINY[model_type], **changed}
     config = transformers.CONFIG_MAPPING[model_type](**settings)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
