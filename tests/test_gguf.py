@@ -269,7 +269,6 @@ def agree(found: list[dict[int, float]], expected: list[torch.Tensor], what: str
 
 @pytest.mark.shared
 @pytest.mark.slow
-@pytest.mark.shared
 def test_export_is_what_removal_from_the_file_gives(smollm: Path, tmp_path: Path) -> None:
     source = llama_cpp.write_tiny("llama", smollm, tmp_path / "hf")
     shortllm.prune(str(source), [1, 3], tmp_path / "short")
@@ -285,6 +284,7 @@ def test_export_is_what_removal_from_the_file_gives(smollm: Path, tmp_path: Path
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.shared
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", llama_cpp.PERIODS)
 def test_what_the_lint_calls_wrong_is_wrong(model_type: str, smollm: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from shortllm.options import Flag, OptionField, Options, fields_of_all, option_f
 from shortllm.runtime import Runtime, Trust
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'.")
+    str,
+    typer.Argument(metavar="MODEL", help="Checkpoint directory, GGUF file, Hub id, or 'embedded'."),
 ]
 Out = Annotated[Path, typer.Option(help="Directory of the new checkpoint.")]
 Revision = Annotated[

@@ -18,11 +18,12 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.runtime import DeviceOptions, Runtime, Trust
 
 Models = Annotated[
-    list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or Hub ids.")
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Checkpoint directories, GGUF files or Hub ids."),
 ]
 Panel = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Checkpoint directory, Hub id, or 'embedded'."),
+    typer.Option(metavar="MODEL", help="Checkpoint directory, GGUF file, Hub id, or 'embedded'."),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Out, Revision, flags
+from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags
 from shortllm.cli.output import answered, command_line, plan_line, print_table
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
@@ -125,7 +125,13 @@ def plan(
 @flags(runtime=Runtime)
 def prune(
     model: ModelArgument,
-    out: Out,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the new checkpoint. Or NAME.gguf: remove the blocks from a GGUF "
+            "file itself, whose weights stay as they are."
+        ),
+    ],
     runtime: Runtime,
     plan: Annotated[
         Path | None, typer.Option(help="A plan.json, or the run directory that contains it.")
@@ -146,6 +152,8 @@ def prune(
     """Write the checkpoint without the blocks of a plan, or without named blocks.
 
     Example: shortllm prune Qwen/Qwen3-0.6B --blocks 12,13,17 --out qwen3-short
+
+    Example: shortllm prune model.gguf --blocks 12,13,17 --out short.gguf
     """
     import shortllm
 
