@@ -59,7 +59,7 @@ class Recipe(Runtime):
 
     about: Annotated[str, HIDDEN] = Field(default="", description="What it does, in one line.")
     model: Annotated[str, HIDDEN] = Field(
-        default="embedded", description="Checkpoint directory, Hub id, or 'embedded'."
+        default="embedded", description="Checkpoint directory, GGUF file, Hub id, or 'embedded'."
     )
     revision: Annotated[str | None, Flag(panel="Recipe")] = Field(
         default=None, description="Branch, tag or commit of a Hub model, as in MODEL@REVISION."
