@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from hub import fill_cache
 
 import shortllm
 from shortllm.checkpoint.gguf import cached_models, dequantized, read_gguf
@@ -147,6 +148,18 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
             shorten_gguf(read_gguf(source), [1], tmp_path / "b.gguf")
     with pytest.raises(OutputError, match="original model"):
         shorten_gguf(read_gguf(write_gguf(tmp_path / "a.gguf")), [1], tmp_path / "a.gguf")
+
+
+def test_files_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    write_gguf(tmp_path / "model" / "a.gguf")
+    fill_cache(tmp_path / "cache", "acme/tiny", {"main": tmp_path / "model"}, monkeypatch)
+    shortllm.prune("acme/tiny:a.gguf", [1], tmp_path / "b.gguf")
+    assert blocks_of(tmp_path / "b.gguf") == [0, 2, 3, 4, 5]
+    with pytest.raises(CheckpointError, match="has no file 'b.gguf'"):
+        shortllm.prune("acme/tiny:b.gguf", [1], tmp_path / "c.gguf")
+    with pytest.raises(OutputError, match="acme/tiny is not one"):
+        shortllm.prune("acme/tiny", [1], tmp_path / "c.gguf")
 
 
 def test_damaged_files_are_errors(tmp_path: Path) -> None:

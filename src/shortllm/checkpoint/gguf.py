@@ -36,7 +36,7 @@ from shortllm.errors import (
     UnsupportedModelError,
     first_line_of,
 )
-from shortllm.files import partial_directory, require_writable
+from shortllm.files import fingerprint, partial_directory, require_writable
 from shortllm.format import in_bytes
 from shortllm.records import GgufOrigin
 from shortllm.runtime import available_memory, quiet_transformers
@@ -267,9 +267,8 @@ def clear_cache() -> int:
 
 def _cached(path: Path) -> Path:
     """Where the cache has the model of a file, if it was not moved or changed since."""
-    path = path.resolve()
     state = path.stat()
-    key = hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = fingerprint([str(path.resolve()), state.st_size, state.st_mtime_ns])[:12]
     return cache_directory() / "gguf" / f"{path.stem}-{key}"
 
 
