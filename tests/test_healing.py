@@ -1,4 +1,4 @@
-"""Healing without training: maps equal plain least squares, merges equal their formula."""
+"""Healing without training: fits equal plain least squares, merges equal their formula."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.healing.folding import find_added
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.healing.least_squares import (
+    MAP,
     GapSums,
     choose_ridge,
     heal_gaps,
@@ -206,13 +207,44 @@ def test_maps_equal_plain_least_squares(
     assert (found - before).abs().max() > 1e-2 * before.abs().max()
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "granite"])
+def test_regression_equals_plain_least_squares(variant: str, tmp_path: Path) -> None:
+    ridge, ids_BT, down = 0.05, text(), DOWN[variant]
+    [gap] = healed(
+        variant, [2, 3], tmp_path, method="regression", ridge=ridge, weighting="none"
+    ).gaps
+    model, scale = families.load(families.saved(variant)), 0.4 if variant == "granite" else 1.0
+    block = blocks_of(model)[1]
+    module: Any = block.get_submodule(down)
+    inputs: list[Tensor] = []
+    with module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])):
+        after_ND = stream_behind(model, 1, ids_BT)
+    x_NI = scale * inputs[0].double().flatten(0, -2)
+    wanted_ND = stream_behind(families.loaded(variant), 3, ids_BT)
+    columns = x_NI.shape[1]
+    penalty = ridge * x_NI.square().sum() / columns
+    rows = torch.cat([x_NI, penalty.sqrt() * torch.eye(columns, dtype=torch.float64)])
+    missing = torch.cat([wanted_ND - after_ND, torch.zeros(columns, wanted_ND.shape[1])])
+    change_ID = torch.linalg.lstsq(rows, missing).solution
+    found: Any = blocks_of(families.load(tmp_path / "healed"))[1].get_submodule(down)
+    weight, before = found.weight.double(), module.weight.double()
+    change = change_ID.T if isinstance(module, nn.Linear) else change_ID
+    torch.testing.assert_close(weight - before, change, rtol=1e-3, atol=1e-5)
+    # the checkpoint computes what the fit predicted
+    left = ((after_ND + x_NI @ change_ID - wanted_ND) ** 2).sum()
+    computed = stream_behind(families.load(tmp_path / "healed"), 1, ids_BT)
+    assert ((computed - wanted_ND) ** 2).sum().item() == pytest.approx(left.item(), rel=1e-5)
+    assert gap.effective_rank is not None and 0 < gap.effective_rank < columns
+
+
+@pytest.mark.parametrize("method", ["linear", "regression"])
 @pytest.mark.parametrize("variant", families.by_tier(DOWN, "opt"))
-def test_every_family_comes_nearer_to_the_source(variant: str, tmp_path: Path) -> None:
-    record = healed(variant, [2, 4], tmp_path, ridge=0.3)
+def test_every_family_comes_nearer_to_the_source(variant: str, method: str, tmp_path: Path) -> None:
+    record = healed(variant, [2, 4], tmp_path, method=method, ridge=0.3)
     assert [gap.block for gap in record.gaps] == [1, 3]
     for gap in record.gaps:
         assert gap.projection == DOWN[variant]
-        assert 0 < gap.effective_rank < 32  # type: ignore[operator]
+        assert 0 < gap.effective_rank < 128  # type: ignore[operator]
     short, after = (open_checkpoint(tmp_path / name) for name in ("short", "healed"))
     changed_names = {
         name for name, entry in short.tensors.items() if read(entry) != read(after.tensors[name])
@@ -275,10 +307,10 @@ def test_sums_do_not_depend_on_how_tokens_are_cut() -> None:
     added, after, wanted = (torch.randn(300, 8, generator=generator) * 100 for _ in range(3))
     found = []
     for size in (1, 7, 300):
-        moments = GapSums(8, CPU, weighted=True)
+        moments = GapSums(8, 8, CPU, weighted=True)
         for start in range(0, 300, size):
             moments.add(*(one[start : start + size] for one in (added, after, wanted)))
-        assert moments.products_DD.dtype == torch.float64
+        assert moments.products_II.dtype == torch.float64
         found.append(solve(moments, 1e-3))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-11, atol=1e-13)
@@ -287,7 +319,7 @@ def test_sums_do_not_depend_on_how_tokens_are_cut() -> None:
 def test_the_error_of_sums_is_the_error_of_tokens() -> None:
     generator = torch.Generator().manual_seed(1)
     added, after, wanted = (torch.randn(50, 6, generator=generator).double() for _ in range(3))
-    moments = GapSums(6, CPU, weighted=False)
+    moments = GapSums(6, 6, CPU, weighted=False)
     moments.add(added, after, wanted)
     change = torch.randn(6, 6, generator=generator).double()
     direct = (added @ change + after - wanted).square().sum().item()
@@ -302,7 +334,7 @@ def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:
 
     def sums(sign: float) -> GapSums:
         added = torch.randn(64, 4, generator=generator)
-        moments = GapSums(4, CPU, weighted=False)
+        moments = GapSums(4, 4, CPU, weighted=False)
         moments.add(added, torch.zeros(64, 4), sign * added)
         return moments
 
@@ -310,7 +342,7 @@ def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:
     fitted, held_out = sums(1.0), sums(1.0)
     ridge, left = choose_ridge(fitted, held_out)
     assert ridge is not None and left < 1e-3 * held_out.missing
-    still = GapSums(4, CPU, weighted=True)
+    still = GapSums(4, 4, CPU, weighted=True)
     still.add(torch.zeros(5, 4), torch.zeros(5, 4), torch.ones(5, 4))
     assert not solve(still, 1.0).any()
 
@@ -401,7 +433,7 @@ def test_the_source_is_left_as_it_was() -> None:
         decoder=decoder, checkpoint=families.opened("llama"), removed=[2], ids_BT=text(),
         held_out=4, options=HealOptions(ridge=0.1), memory=Session(device="cpu").memory(),
     )  # fmt: skip
-    heal_gaps(task)
+    heal_gaps(task, MAP)
     for name, tensor in decoder.model.state_dict().items():
         assert torch.equal(tensor, before[name])
 

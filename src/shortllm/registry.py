@@ -115,10 +115,11 @@ class MethodRegistry(Registry[Own]):
 
     def require_own_options(self, name: str, options: BaseModel) -> None:
         """Refuse options that only another method has."""
+        own = self.get(name).options
         for method in self:
             for one in method.options:
                 default = type(options).model_fields[one].default
-                if method.name != name and getattr(options, one) != default:
+                if one not in own and getattr(options, one) != default:
                     raise ValueError(
                         f"--{one.replace('_', '-')} is an option of --method {method.name}, and "
                         f"the method is {name}. Leave it out"

@@ -11,7 +11,7 @@ folded into its weights, for the file and for a model in memory:
 
     x ─► W ─► M ─► T          becomes          x ─► Tᵀ W ─► M T
 
-Shapes: D outputs of the projection.
+Shapes: I inputs and D outputs of the projection.
 """
 
 from __future__ import annotations
@@ -117,6 +117,20 @@ def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tens
         yield seen
 
 
+@contextmanager
+def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the context, collect what each module is called with."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, module: nn.Module, args: Any) -> None:
+        seen.setdefault(name, []).append(args[0].clone())
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(keep, name)))
+        yield seen
+
+
 def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) -> float | None:
     """The factor with which the output is added to the hidden state; None if it is not."""
     sizes = (one.float().square().mean().sqrt().item() for one in (output, entry.stream_BTD))
@@ -169,6 +183,13 @@ def fold(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fol
             change = change_DD.T @ before if from_left else before @ change_DD
             found[name] = (before + change).to(held.dtype)
     return found
+
+
+def refit(checkpoint: Checkpoint, b: int, added: Added, change_ID: Tensor) -> Fold:
+    """The weights of a projection plus `change_ID`, in their stored type."""
+    held = read_tensor(checkpoint.tensors[stored_name(checkpoint, b, f"{added.name}.weight")])
+    change = change_ID.cpu() if added.transposed else change_ID.cpu().T
+    return {f"{added.name}.weight": (held.double() + change).to(held.dtype)}
 
 
 @contextmanager

@@ -1,19 +1,21 @@
-"""The least-squares map of one gap, from sums over tokens alone.
+"""The least-squares fit of one gap, from sums over tokens alone.
 
-A projection adds `M` to the hidden state, which then is `Z` but should be `H`. Replacing `M` by
-`M T` with `T = I + D` leaves the error `R - M D`, where `R = H - Z` is what is missing, so
+The projection before a gap adds `M` to the hidden state, which then is `Z` but should be `H`. What
+is missing is `R = H - Z`. Two kinds of change can make up for it:
 
-    min_T  ‖(M T + Y) - H‖² + λ‖T - I‖²    is    min_D  ‖M D - R‖² + λ‖D‖²    (Y = Z - M)
+    map       M (I + C)         leaves R - M C    min  ‖M C - R‖² + λ‖C‖²
+    weights   A (W + C)         leaves R - A C    min  ‖A C - R‖² + λ‖C‖²      where M = A W
 
-and the solution `D = (MᵀM + λI)⁻¹ MᵀR` needs two matrices, whatever the number of tokens. The error
-that is left on other tokens follows from the same sums over them.
+With `X` for `M` or `A` the solution `C = (XᵀX + λI)⁻¹ XᵀR` needs two matrices, whatever the number
+of tokens. The error that is left on other tokens follows from the same sums over them. Every map is
+also a change of the weights, which have more columns: they can fit better, and need more text.
 
-Where we differ from the paper: by default the error of each token is relative to the token's own
-mean square in `H`, by which the norm at the start of the next block will divide it. A few tokens
-have hidden states a hundred times the size of all others; if every token counts alike
+Where we differ from the paper of the map: by default the error of each token is relative to the
+token's own mean square in `H`, by which the norm at the start of the next block will divide it. A
+few tokens have hidden states a hundred times the size of all others; if every token counts alike
 (`weighting="none"`, the formula above) these alone decide, and the others may get worse.
 
-Source: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819; the sums are float64 throughout.
+Source of the map: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819. Sums are float64 throughout.
 
 The walk that heals takes the hidden states of two models through the blocks:
 
@@ -21,23 +23,34 @@ The walk that heals takes the hidden states of two models through the blocks:
                              │ wanted     │
     healed    0 ─► 1′───────────► 4 ─► 5′─────►      blocks 2, 3 and 6 removed
 
-The source goes first through the block before a gap and the gap itself. Then sums compare what that
-block's projection adds to the healed hidden state with where the source arrived, the map is solved
-and folded (1′), and the healed hidden state goes through the block as it will be stored. So later
-maps compensate for what is left of earlier errors too. Blocks that are read one at a time are read
-twice before a gap.
+The source goes first through the block before a gap and the gap itself. Then the sums compare the
+healed hidden state with where the source arrived, the change is solved and folded (1′), and the
+healed hidden state goes through the block as it will be stored. So later changes compensate for
+what is left of earlier errors too. Blocks that are read one at a time are read twice before a gap.
 
-Shapes: B samples, T tokens, D width, N tokens of one group.
+Shapes: B samples, T tokens, D width, I columns of X, N tokens of one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shortllm.healing.folding import Added, Fold, find_foldable, fold, folded_into, outputs_of
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.healing.folding import (
+    Added,
+    Fold,
+    find_foldable,
+    fold,
+    folded_into,
+    inputs_of,
+    outputs_of,
+    refit,
+)
 from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
 from shortllm.model.hidden_states import SampleGroups
@@ -45,57 +58,66 @@ from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.runtime import progress
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
-"""Ridge strengths to choose from, relative to the mean square of `M` summed over tokens."""
+"""Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknowns:
+    """What is solved for."""
+
+    seen: Callable[[Mapping[str, nn.Module]], AbstractContextManager[dict[str, list[Tensor]]]]
+    """Collects `X` while a block runs, before the block multiplies it with its factor."""
+    fold: Callable[[Checkpoint, int, Added, Tensor], Fold]
+    """The new weights of a projection, from the change."""
+
+
+MAP = Unknowns(outputs_of, fold)
+WEIGHTS = Unknowns(inputs_of, refit)
 
 
 class GapSums:
-    """Sums over tokens that a map depends on."""
+    """Sums over tokens that a change depends on."""
 
-    def __init__(self, width: int, device: torch.device, *, weighted: bool) -> None:
+    def __init__(self, columns: int, width: int, device: torch.device, *, weighted: bool) -> None:
         """No tokens yet; `weighted`: each counts relative to its own mean square in H."""
         if device.type == "mps":  # which has no float64
             device = torch.device("cpu")
-        zeros = torch.zeros((width, width), dtype=torch.float64, device=device)
         self.weighted = weighted
-        self.products_DD = zeros
-        """MᵀM"""
-        self.cross_DD = zeros.clone()
-        """MᵀR"""
+        self.products_II = torch.zeros((columns, columns), dtype=torch.float64, device=device)
+        """XᵀX"""
+        self.cross_ID = torch.zeros((columns, width), dtype=torch.float64, device=device)
+        """XᵀR"""
         self.missing = 0.0
         """‖R‖²"""
         self.wanted = 0.0
         """‖H‖²"""
 
-    def add(self, added_ND: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
-        """Take in more tokens: what is added to the hidden state, the sum, and the wanted one."""
-        added_ND, after_ND, wanted_ND = (
-            given.to(self.products_DD.device).double() for given in (added_ND, after_ND, wanted_ND)
+    def add(self, x_NI: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
+        """Take in more tokens: X, the hidden state as it is, and as it should be."""
+        x_NI, after_ND, wanted_ND = (
+            given.to(self.products_II.device).double() for given in (x_NI, after_ND, wanted_ND)
         )
         if self.weighted and len(wanted_ND):
             floor = torch.finfo(torch.float32).tiny
             scale_N1 = wanted_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
-            added_ND, after_ND, wanted_ND = (
-                given * scale_N1 for given in (added_ND, after_ND, wanted_ND)
-            )
+            x_NI, after_ND, wanted_ND = (given * scale_N1 for given in (x_NI, after_ND, wanted_ND))
         missing_ND = wanted_ND - after_ND
-        self.products_DD += added_ND.T @ added_ND
-        self.cross_DD += added_ND.T @ missing_ND
+        self.products_II.addmm_(x_NI.T, x_NI)
+        self.cross_ID.addmm_(x_NI.T, missing_ND)
         self.missing += missing_ND.square().sum().item()
         self.wanted += wanted_ND.square().sum().item()
 
-    def plus(self, other: GapSums) -> GapSums:
-        """The sums over both sets of tokens."""
-        both = GapSums(len(self.products_DD), self.products_DD.device, weighted=self.weighted)
-        both.products_DD = self.products_DD + other.products_DD
-        both.cross_DD = self.cross_DD + other.cross_DD
-        both.missing = self.missing + other.missing
-        both.wanted = self.wanted + other.wanted
-        return both
+    def take(self, other: GapSums) -> None:
+        """Add the sums over other tokens; in place, as the matrices may be large."""
+        self.products_II += other.products_II
+        self.cross_ID += other.cross_ID
+        self.missing += other.missing
+        self.wanted += other.wanted
 
-    def error(self, change_DD: Tensor) -> float:
-        """‖M D - R‖²"""
-        linear = (change_DD * self.cross_DD).sum()
-        square = (change_DD * (self.products_DD @ change_DD)).sum()
+    def error(self, change_ID: Tensor) -> float:
+        """‖X C - R‖²"""
+        linear = (change_ID * self.cross_ID).sum()
+        square = (change_ID * (self.products_II @ change_ID)).sum()
         return self.missing - 2 * linear.item() + square.item()
 
     def relative(self, error: float) -> float:
@@ -103,33 +125,33 @@ class GapSums:
         return error / self.wanted if self.wanted else 0.0
 
 
-def penalty(moments: GapSums, ridge: float) -> float:
-    """λ of a ridge: that many times the mean eigenvalue of MᵀM."""
-    return ridge * moments.products_DD.diagonal().mean().item()
+def penalty(sums: GapSums, ridge: float) -> float:
+    """λ of a ridge: that many times the mean eigenvalue of XᵀX."""
+    return ridge * sums.products_II.diagonal().mean().item()
 
 
-def solve(moments: GapSums, ridge: float) -> Tensor:
-    """`D` of the map `T = I + D`, float64 `[D, D]`; zero if `M` is zero."""
-    held = penalty(moments, ridge)
+def solve(sums: GapSums, ridge: float) -> Tensor:
+    """The change, float64 `[I, D]`; zero if `X` is zero."""
+    held = penalty(sums, ridge)
     if not held:
-        return torch.zeros_like(moments.cross_DD)
-    matrix_DD = moments.products_DD.clone()
-    matrix_DD.diagonal().add_(held)
-    return torch.cholesky_solve(moments.cross_DD, torch.linalg.cholesky(matrix_DD))
+        return torch.zeros_like(sums.cross_ID)
+    matrix_II = sums.products_II.clone()
+    matrix_II.diagonal().add_(held)
+    return torch.cholesky_solve(sums.cross_ID, torch.linalg.cholesky(matrix_II))
 
 
-def effective_rank(moments: GapSums, ridge: float) -> float:
-    """In how many directions of `M` the map is free: sum of e / (e + λ) over eigenvalues of MᵀM."""
-    held = penalty(moments, ridge)
-    values_D = torch.linalg.eigvalsh(moments.products_DD).clamp_min(0.0)
-    return float((values_D / (values_D + held)).sum().item()) if held else 0.0
+def effective_rank(sums: GapSums, ridge: float) -> float:
+    """In how many directions of `X` it is free: sum of e / (e + λ) over eigenvalues of XᵀX."""
+    held = penalty(sums, ridge)
+    values_I = torch.linalg.eigvalsh(sums.products_II).clamp_min(0.0)
+    return float((values_I / (values_I + held)).sum().item()) if held else 0.0
 
 
 def choose_ridge(
     fitted: GapSums, held_out: GapSums, given: float | None = None
 ) -> tuple[float | None, float]:
-    """The ridge whose map, solved on some tokens, leaves the least squared error on others; and
-    that error. Where none is given, no map at all is also a choice."""
+    """The ridge whose change, solved on some tokens, leaves the least squared error on others; and
+    that error. Where none is given, no change at all is also a choice."""
     best, least = None, float("inf") if given else held_out.missing
     for ridge in (given,) if given else RIDGES:
         left = held_out.error(solve(fitted, ridge))
@@ -148,16 +170,16 @@ def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
 
 
 @torch.no_grad()
-def heal_gaps(task: Task) -> Healed:
-    """Solve a map for every gap that has a block before it, and fold it.
+def heal_gaps(task: Task, unknowns: Unknowns) -> Healed:
+    """Solve a change for every gap that has a block before it, and fold it.
 
-    The held-out samples choose the ridge of each map, unless it is given; the folded map is then
+    The held-out samples choose the ridge of each, unless it is given; the folded change is then
     solved on all samples.
     """
     decoder, gaps = task.decoder, gaps_of(task.removed)
     before = [gap.before for gap in gaps if gap.before is not None]
     added = find_foldable(task.checkpoint, decoder, before)
-    walk = _Walk(task)
+    walk = _Walk(task, unknowns)
     folds: dict[int, Fold] = {}
     records = [HealedGap(block=None, removed=gap.blocks) for gap in gaps if gap.before is None]
     steps = steps_of(gaps)
@@ -168,10 +190,10 @@ def heal_gaps(task: Task) -> Healed:
                 walk.through(b, source=True, healed=b not in task.removed and b not in before)
             else:
                 sums = walk.measure(b, added[b])
-                one, change_DD = _solve(gap, added[b], *sums, task.options.ridge)
+                one, change_ID = _solve(gap, added[b], *sums, task.options.ridge)
                 records.append(one)
-                if change_DD is not None:
-                    folds[b] = fold(task.checkpoint, b, added[b], change_DD)
+                if change_ID is not None:
+                    folds[b] = unknowns.fold(task.checkpoint, b, added[b], change_ID)
                 with folded_into(decoder, {b: folds[b]} if b in folds else {}):
                     walk.through(b, source=False, healed=True)
             advance(1)
@@ -181,28 +203,30 @@ def heal_gaps(task: Task) -> Healed:
 def _solve(
     gap: Gap, added: Added, fitted: GapSums, held_out: GapSums, given: float | None
 ) -> tuple[HealedGap, Tensor | None]:
-    """What the record says of one gap, and its map minus the identity."""
+    """What the record says of one gap, and its change; `fitted` takes in the held-out tokens."""
     ridge, left = choose_ridge(fitted, held_out, given)
-    both = fitted.plus(held_out)
+    errors = (held_out.relative(held_out.missing), held_out.relative(left))
+    fitted.take(held_out)
     found = HealedGap(
         block=gap.before,
         removed=gap.blocks,
         projection=added.name,
         scale=added.scale,
         ridge=ridge,
-        penalty=None if ridge is None else penalty(both, ridge),
-        effective_rank=None if ridge is None else effective_rank(both, ridge),
-        error_before=held_out.relative(held_out.missing),
-        error_after=held_out.relative(left),
+        penalty=None if ridge is None else penalty(fitted, ridge),
+        effective_rank=None if ridge is None else effective_rank(fitted, ridge),
+        error_before=errors[0],
+        error_after=errors[1],
     )
-    return found, None if ridge is None else solve(both, ridge)
+    return found, None if ridge is None else solve(fitted, ridge)
 
 
 class _Walk:
     """Both hidden states `[B, T, D]` on their way through the blocks of the source."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, unknowns: Unknowns) -> None:
         self._decoder = task.decoder
+        self._unknowns = unknowns
         self._weighted = task.options.weighting == "norm"
         self._fitted = len(task.ids_BT) - task.held_out
         self._groups = SampleGroups(task.decoder, task.ids_BT, task.memory)
@@ -219,19 +243,24 @@ class _Walk:
             self._groups.apply(b, self._healed)
 
     def measure(self, b: int, added: Added) -> tuple[GapSums, GapSums]:
-        """What block `b` adds to the healed hidden state compared with where the source is, for
+        """What block `b` can add to the healed hidden state compared with where the source is, for
         the samples to solve with and the held-out ones; both hidden states stay where they are."""
         decoder = self._decoder
         assert self._healed is not None
-        width = self._healed.shape[-1]
-        fitted, others = (GapSums(width, decoder.device, weighted=self._weighted) for _ in range(2))
         module = decoder.blocks[b].get_submodule(added.name)
+        sums: list[GapSums] = []
         for group, rows in enumerate(self._groups.rows):
-            with outputs_of({added.name: module}) as seen:
+            with self._unknowns.seen({added.name: module}) as seen:
                 after_BTD = self._groups.after(b, self._healed, group)
-            added_BTD = added.scale * seen[added.name][0].double().view(after_BTD.shape)
+            x_BTI = seen[added.name][0].view(*after_BTD.shape[:2], -1).double() * added.scale
+            if not sums:
+                columns, width = x_BTI.shape[-1], after_BTD.shape[-1]
+                sums = [
+                    GapSums(columns, width, decoder.device, weighted=self._weighted)
+                    for _ in range(2)
+                ]
             wanted_BTD = self._source[rows].to(decoder.device)
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
-            for part, sums in ((slice(border), fitted), (slice(border, None), others)):
-                sums.add(*(one[part].flatten(0, 1) for one in (added_BTD, after_BTD, wanted_BTD)))
-        return fitted, others
+            for part, one in zip((slice(border), slice(border, None)), sums, strict=True):
+                one.add(*(given[part].flatten(0, 1) for given in (x_BTI, after_BTD, wanted_BTD)))
+        return sums[0], sums[1]

@@ -1,0 +1,25 @@
+"""New weights of the output projection of the block before each gap, by least squares.
+
+All weights of the projection are unknowns: as many columns as it has inputs, where a linear map
+behind it has only as many as the hidden state is wide. See `least_squares.py` for the maths.
+"""
+
+from __future__ import annotations
+
+from shortllm.healing.methods import METHODS, Healed, HealingMethod, Task
+from shortllm.healing.methods.linear import require_projection
+
+
+@METHODS.register(
+    HealingMethod(
+        name="regression",
+        label="Regression of the weights",
+        check=require_projection,
+        options={"ridge": None, "weighting": "norm"},
+    )
+)
+def regression(task: Task) -> Healed:
+    """The output projection of the block before each gap, refitted as a whole."""
+    from shortllm.healing.least_squares import WEIGHTS, heal_gaps
+
+    return heal_gaps(task, WEIGHTS)
