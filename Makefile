@@ -3,7 +3,7 @@
 # make test-all  the same with the slow tests, and whether a release would work
 PYTHON ?= python3
 VENV ?= .venv
-PIP_FLAGS ?= --quiet --disable-pip-version-check
+PIP_FLAGS ?= --quiet --disable-pip-version-check --no-compile
 TESTS ?= tests
 XDIST ?= 2
 
