@@ -411,7 +411,7 @@ def supplement(config: Any, file: GgufFile) -> None:
     for setting, field in FIELDS.items():
         value = file.setting(setting)
         if value is not None and hasattr(config, field) and not isinstance(value, list):
-            setattr(config, field, value)
+            setattr(config, field, value or None)  # a window of 0 is none
     scaling = _rope_scaling(config, file)
     by_kind = config.rope_parameters.get("full_attention", config.rope_parameters)
     by_kind.update(scaling)
