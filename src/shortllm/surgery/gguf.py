@@ -41,7 +41,6 @@ FIXED_PERIODS = {
     "afmoe": 4,
     "cohere2": 4,
     "exaone-moe": 4,
-    "exaone4": 4,
     "gemma-embedding": 6,
     "gemma2": 2,
     "gemma3": 6,
@@ -51,6 +50,9 @@ FIXED_PERIODS = {
     "smollm3": 4,
 }
 """Architecture -> every how many blocks llama.cpp builds another kind, by a number in its code."""
+
+WINDOWED_PERIODS = {"exaone4": 4, "olmo2": 4}
+"""The same, of architectures where it holds only if the file states a sliding window."""
 
 PERIOD_KEYS = ("full_attention_interval", "interleave_moe_layer_step", "moe_every_n_layers")
 """Keys that say every how many blocks llama.cpp builds another kind."""
@@ -171,6 +173,9 @@ def _reason_against(file: GgufFile, kept: Sequence[int]) -> str | None:
 def _period(file: GgufFile) -> int | None:
     """After how many blocks llama.cpp repeats what it builds by number; None if it is not known."""
     fixed = FIXED_PERIODS.get(file.architecture, 1 if file.architecture in UNIFORM else None)
+    if file.architecture in WINDOWED_PERIODS:
+        windowed = file.setting("attention.sliding_window")
+        fixed = WINDOWED_PERIODS[file.architecture] if windowed else 1
     window = file.setting("attention.sliding_window_pattern")
     if isinstance(window, list):  # says it for every block
         fixed = 1
