@@ -118,6 +118,11 @@ class Healing(DerivedRecord):
     source: ModelInfo = Field(description="the checkpoint it was shortened from")
     method: str
     gaps: list[HealedGap] = Field(description="in the order in which they were healed")
+    strength: float = Field(
+        default=1.0,
+        description="part of the change that was kept: below 1 where the whole of it would raise "
+        "the loss on held-out samples",
+    )
     held_out: HeldOut
     calibration: str = Field(description="tokens_fingerprint of the calibration")
     data: str = Field(description="where the calibration came from")
