@@ -28,7 +28,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 CRITERIA = ("ppl", "kl", "taylor", "influence", "angular", "greedy", "local", "auto")
 SINGLE = CRITERIA[:5]
 RATIOS = (0.1, 0.2, 0.3)
-WAYS = ("none", "linear", "lora-text", "lora-alpaca")
+WAYS = ("none", "linear", "regression", "lora-text", "lora-alpaca")
 TRAINED = ("ppl", "auto")
 """Criteria whose sets are also trained: training takes the most time."""
 SAMPLES, LENGTH = 32, 128
@@ -43,8 +43,8 @@ carries (4-bit weights): the numbers are those of the quantized weights, not of 
 
 - Blocks were scored on {samples} samples of {length} tokens of C4; the first four and the last two
   were protected.
-- *linear* is `shortllm heal` on 48 samples of 256 tokens of the same text; *lora-text* and
-  *lora-alpaca* are {steps} steps of LoRA on C4 or on Alpaca.
+- *linear* and *regression* are `shortllm heal --method` on 48 samples of 256 tokens of the same
+  text; *lora-text* and *lora-alpaca* are {steps} steps of LoRA on C4 or on Alpaca.
 - Perplexity on {windows} windows of {window} tokens of WikiText-2, and of C4 documents that nothing
   else saw. Tasks: mean of the seven of Shortened LLaMA, first {limit} documents of each, with its
   standard error.
@@ -109,12 +109,12 @@ class Study:
 
     def measure(self, *, tasks: bool) -> None:
         """Each way to heal of each set, the cheapest first."""
-        sets = {tuple(one) for own in self.found["sets"].values() for one in own}
-        trained = {tuple(one) for name in TRAINED for one in self.found["sets"].get(name, [])}
+        sets: dict[str, list[list[int]]] = self.found["sets"]
         jobs: list[tuple[list[int], str]] = [([], "none")]
         for way in WAYS:
-            for removed in sorted(trained if way.startswith("lora") else sets):
-                jobs.append((list(removed), way))
+            names = TRAINED if way.startswith("lora") else tuple(sets)
+            chosen = {tuple(one) for name in names for one in sets.get(name, [])}
+            jobs += [(list(one), way) for one in sorted(chosen)]
         for removed, way in jobs:
             row = self.row(removed, way)
             missing = "tasks" if tasks else "wikitext2"
@@ -142,8 +142,10 @@ class Study:
         text = str(self.data / "c4" / "train_sample.jsonl.gz")
         short = shortllm.prune(self.model, removed, directory / "none", verify=False)
         out = directory / way
-        if way == "linear":
-            shortllm.heal(str(short), out, data=text, samples=48, length=256, dtype=DTYPE)
+        if way in ("linear", "regression"):
+            shortllm.heal(
+                str(short), out, method=way, data=text, samples=48, length=256, dtype=DTYPE
+            )  # fmt: skip
         elif way.startswith("lora"):
             alpaca = str(self.data / "alpaca" / "train.jsonl.gz")
             own = {"data": text, "rows": 1500} if way == "lora-text" else {"data": alpaca}
@@ -199,10 +201,11 @@ class Study:
     def findings(self, rows: list[dict[str, Any]]) -> list[str]:
         """What the numbers say, counted."""
         plain = {tuple(row["removed"]): row for row in rows if row["way"] == "none"}
-        healed = {tuple(row["removed"]): row for row in rows if row["way"] == "linear"}
-        both = [removed for removed in healed if removed in plain]
-        better = sum(healed[one]["wikitext2"] < plain[one]["wikitext2"] for one in both)
-        lines = [f"- `linear` lowers the perplexity of {better} of {len(both)} shortened models."]
+        lines = []
+        for way in WAYS[1:]:
+            healed = {tuple(row["removed"]): row for row in rows if row["way"] == way}
+            better = sum(healed[one]["wikitext2"] < plain[one]["wikitext2"] for one in healed)
+            lines.append(f"- `{way}` lowers the perplexity of {better} of {len(healed)} models.")
         for place, ratio in enumerate(RATIOS):
             sets = {n: tuple(own[place]) for n, own in self.found["sets"].items()}
             known = {name: plain[one]["c4"] for name, one in sets.items() if one in plain}

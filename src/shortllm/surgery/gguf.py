@@ -52,7 +52,7 @@ FIXED_PERIODS = {
 """Architecture -> every how many blocks llama.cpp builds another kind, by a number in its code."""
 
 WINDOWED_PERIODS = {"exaone4": 4, "olmo2": 4}
-"""The same, of architectures where it holds only if the file states a sliding window."""
+"""The same, of architectures where only files that state a sliding window have one."""
 
 PERIOD_KEYS = ("full_attention_interval", "interleave_moe_layer_step", "moe_every_n_layers")
 """Keys that say every how many blocks llama.cpp builds another kind."""
@@ -114,9 +114,9 @@ def shorten_gguf(file: GgufFile, removed: Sequence[int], out: Path, **how: Any) 
     with (
         partial_file(out, needed_bytes=needed) as partial,
         progress(f"writing {out.name}", needed) as advance,
-        ThreadPoolExecutor(1) as beside,
+        ThreadPoolExecutor(1) as thread,
     ):
-        digest = beside.submit(lambda: file.sha256)
+        digest = thread.submit(lambda: file.sha256)
         changed = settings | {PROVENANCE_KEY: json.dumps(provenance)}
         _write(file, tensors, changed, partial, advance)
         written = read_gguf(partial)
