@@ -176,7 +176,7 @@ class GgufFile:
 
 
 def is_rope_table(name: str) -> bool:
-    """Whether a tensor holds rotary factors, which transformers computes from the config."""
+    """Whether a tensor has rotary factors, which transformers computes from the config."""
     return name.startswith(("rope_freqs", "rope_factors"))
 
 
@@ -514,7 +514,7 @@ def _rope_scaling(config: Any, file: GgufFile) -> dict[str, Any]:
 
 
 def _llama3_scaling(config: Any, file: GgufFile, factors: list[float]) -> dict[str, Any]:
-    """The scaling of Llama 3.1, of which the file holds only the resulting factors."""
+    """The scaling of Llama 3.1, of which the file has only the resulting factors."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
