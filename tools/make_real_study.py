@@ -32,7 +32,7 @@ WAYS = ("none", "linear", "regression", "lora-text", "lora-alpaca")
 TRAINED = ("ppl", "auto")
 """Criteria whose sets are also trained: training takes the most time."""
 SAMPLES, LENGTH = 32, 128
-WINDOWS, WINDOW = 32, 512
+WINDOWS, WINDOW = 16, 512
 STEPS, LIMIT = 200, 200
 DTYPE = "bfloat16"
 
@@ -80,32 +80,31 @@ class Study:
         self.found["rows"].append(row)
         return row
 
-    def choose(self) -> None:
-        """What each criterion removes at each budget."""
-        for criteria in (SINGLE, *((name,) for name in CRITERIA if name not in SINGLE)):
-            if criteria[0] in self.found["sets"] or time.monotonic() > self.end:
-                continue
-            start = time.monotonic()
-            compared = shortllm.compare_criteria(
-                self.model,
-                criteria=list(criteria),
-                random=1,
-                ratios=list(RATIOS),
-                data=str(self.data / "c4" / "train_sample.jsonl.gz"),
-                samples=SAMPLES,
-                length=LENGTH,
-                eval_data=str(self.data / "wikitext2" / "wiki.test.raw"),
-                max_segments=4,
-                dtype=DTYPE,
-                out=self.runs / "choice" / criteria[0],
-            )
-            self.found["blocks"] = compared.model.blocks
-            for contender in compared.criteria:
-                own = [sorted(one.order) for one in contender.sets]
-                self.found["sets"][contender.criterion] = own
-            seconds = round(time.monotonic() - start)
-            self.found.setdefault("seconds", {})[", ".join(criteria)] = seconds
-            self.save()
+    def choose(self, criteria: tuple[str, ...]) -> None:
+        """What these criteria remove at each budget."""
+        if criteria[0] in self.found["sets"] or time.monotonic() > self.end:
+            return
+        start = time.monotonic()
+        compared = shortllm.compare_criteria(
+            self.model,
+            criteria=list(criteria),
+            random=1,
+            ratios=list(RATIOS),
+            data=str(self.data / "c4" / "train_sample.jsonl.gz"),
+            samples=SAMPLES,
+            length=LENGTH,
+            eval_data=str(self.data / "wikitext2" / "wiki.test.raw"),
+            max_segments=4,
+            dtype=DTYPE,
+            out=self.runs / "choice" / criteria[0],
+        )
+        self.found["blocks"] = compared.model.blocks
+        for contender in compared.criteria:
+            own = [sorted(one.order) for one in contender.sets]
+            self.found["sets"][contender.criterion] = own
+        seconds = round(time.monotonic() - start)
+        self.found.setdefault("seconds", {})[", ".join(criteria)] = seconds
+        self.save()
 
     def measure(self, *, tasks: bool) -> None:
         """Each way to heal of each set, the cheapest first."""
@@ -283,8 +282,9 @@ def main() -> None:
     logging.getLogger("shortllm").setLevel(logging.ERROR)
     smollm = given.shared / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     study = Study(given.model or smollm, given.name, given.shared, given.runs, given.minutes)
-    study.choose()
-    study.measure(tasks=False)
+    for criteria in (SINGLE, *((name,) for name in CRITERIA if name not in SINGLE)):
+        study.choose(criteria)
+        study.measure(tasks=False)
     study.measure(tasks=True)
     study.write(given.title)
 
