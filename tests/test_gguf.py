@@ -16,7 +16,8 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hub import fill_cache
 
 import shortllm
-from shortllm.checkpoint.gguf import cached_models, dequantized, read_gguf
+from shortllm.checkpoint.dequantize import dequantized
+from shortllm.checkpoint.gguf import cached_models, read_gguf
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.surgery.export_lint import export_lint
 from shortllm.surgery.gguf import PERIOD_KEYS, shorten_gguf

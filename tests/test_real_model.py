@@ -12,7 +12,7 @@ import transformers
 from test_quantize import quantizes
 
 import shortllm
-from shortllm.checkpoint.gguf import dequantized
+from shortllm.checkpoint.dequantize import dequantized
 from shortllm.data.options import CalibrationOptions
 from shortllm.model import Session
 from shortllm.surgery.derived import on_probe

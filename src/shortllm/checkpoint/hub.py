@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from shortllm.checkpoint.config import checked_config
-from shortllm.checkpoint.gguf import SUFFIX, dequantized
+from shortllm.checkpoint.dequantize import dequantized
+from shortllm.checkpoint.gguf import SUFFIX
 from shortllm.errors import CheckpointError
 from shortllm.runtime import is_trusted
 
