@@ -16,8 +16,9 @@ up.
 
 The last line printed is JSON: per type the ratio plain / walk (median of the rounds) by wall time
 and by processor time, which tells more on a machine with other work, the bound that arithmetic
-alone allows, seconds, peak resident bytes of both, the share of the measured rate, and the time and
-memory that were estimated.
+alone allows, seconds, peak resident bytes of both, the share of the measured rate, the time and
+memory that were estimated, and the share of the rate that a block and the head of the model itself
+reach (estimated / measured seconds).
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ SHAPE = {
     "num_hidden_layers": 32,
     "vocab_size": 32_000,
 }
+WIDER = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 8,
+}
+"""What another width changes."""
 LENGTH = 128
 TIMED = 4
 """Blocks of the plain loop that are timed where it is scaled up."""
@@ -145,7 +154,8 @@ def compare(model: Path, dtype: str, rounds: int, samples: int, greedy: int) -> 
 
     def measure(side: str) -> dict[str, Any]:
         given = ["--worker", side, "--model", model, "--dtypes", dtype, "--greedy", greedy]
-        return in_own_process(__file__, *given, "--samples", samples)
+        wide = ["--wide"] if SHAPE["hidden_size"] == WIDER["hidden_size"] else []
+        return in_own_process(__file__, *given, *wide, "--samples", samples)
 
     estimated = measure("estimate")
     runs: dict[str, list[dict[str, Any]]] = {"walk": [], "plain": [], "rate": []}
@@ -177,6 +187,11 @@ def compare(model: Path, dtype: str, rounds: int, samples: int, greedy: int) -> 
         "matrix_gflops": round(statistics.median(run["per_s"] for run in runs["rate"]) / 1e9, 1),
         "share_of_matrix_rate": round(statistics.median(shares("seconds", "per_s")), 3),
         "share_by_cpu_time": round(statistics.median(shares("cpu_seconds", "per_cpu_s")), 3),
+        "share_of_own_rate": round(
+            estimated["predicted_seconds"]
+            / statistics.median(run["seconds"] for run in runs["walk"]),
+            3,
+        ),
         **estimated,
     }
     values = [runs[side][0]["values"] for side in ("walk", "plain")]
@@ -194,6 +209,7 @@ def line_of(dtype: str, found: dict[str, Any]) -> str:
         f"{found['arithmetic_bound']}); peak {found['plain_peak_bytes'] / 2**20:.0f} and "
         f"{found['walk_peak_bytes'] / 2**20:.0f} MiB; {found['share_of_matrix_rate']:.0%} of "
         f"{found['matrix_gflops']} GFLOP/s, by processor time {found['share_by_cpu_time']:.0%}; "
+        f"{found['share_of_own_rate']:.0%} of the rate of its own shapes; "
         f"estimated {found['predicted_seconds']:.1f} s and "
         f"{found['predicted_peak_bytes'] / 2**20:.0f} MiB"
     )
@@ -204,6 +220,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--wide", action="store_true", help="width 2,048 instead of 512")
     parser.add_argument("--samples", type=int, default=10, help=f"of {LENGTH} tokens")
     parser.add_argument("--greedy", type=int, default=0, metavar="N", help="remove N in rounds")
     parser.add_argument(
@@ -211,6 +228,8 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.wide:
+        SHAPE.update(WIDER)
     if arguments.worker:
         given = (arguments.model, arguments.dtypes[0], arguments.samples, arguments.greedy)
         print(json.dumps(worker(arguments.worker, *given)))
