@@ -223,22 +223,24 @@ def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Seque
 
 
 def _no_worse(task: Task, healed: Healed) -> tuple[Healed, float, HeldOut]:
-    """As much of the change as does not raise the loss on held-out samples, and how much that is.
+    """As much of the change as does not raise the loss on held-out samples, and how much that is;
+    all of it where the ridge was set by hand.
 
     Hidden states can come nearer to the source's and the loss still rise: without the block in
     which the first token grows a hundredfold, no change of weights brings that token back.
     """
     whole = found = _measure(task, healed)
     strengths, strength, weaker = iter(STRENGTHS), 1.0, healed
-    while found.healed > found.shortened and strength:
+    by_hand = task.options.ridge is not None
+    while found.healed > found.shortened and strength and not by_hand:
         strength = next(strengths)
         weaker = _weaker(task, healed, strength)
         found = _measure(task, weaker)
-    if strength < 1:
+    if whole.healed > whole.shortened:
         log.warning(
-            "the whole change would raise the loss on held-out text from %.4f to %.4f nats per "
-            "token; %.0f %% of it is kept. Give more, or different, calibration text, or remove "
-            "other blocks", whole.shortened, whole.healed, 100 * strength,
+            "the whole change raises the loss on held-out text from %.4f to %.4f nats per token; "
+            "%.0f %% of it is kept. Give more, or different, calibration text, or remove other "
+            "blocks", whole.shortened, whole.healed, 100 * strength,
         )  # fmt: skip
     return weaker, strength, found
 
