@@ -325,6 +325,8 @@ class Reader:
                 if name.islower() and not name.startswith("__") and name != "load":
                     patch.setattr(shortllm, name, stop, raising=False)
             patch.setattr("shortllm.released.measure_released", stop)
+            patch.setattr("shortllm.checkpoint.gguf.cached_models", stop)
+            patch.setattr("shortllm.checkpoint.gguf.clear_cache", stop)
             patch.setattr("shortllm.demo.models.open_models", stop)
             patch.setattr("shortllm.demo.models.embedded_models", stop)
             try:

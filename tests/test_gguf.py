@@ -343,7 +343,7 @@ def test_failing_converter_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-def test_commands(file: Path, tmp_path: Path) -> None:
+def test_commands(file: Path, smollm: Path, tmp_path: Path) -> None:
     out = tmp_path / "short.gguf"
     command = [
         sys.executable,
@@ -364,5 +364,5 @@ def test_commands(file: Path, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert file.name in done.stdout
+    assert file.name in done.stdout and str(smollm) in done.stdout
     assert GGUFValueType.STRING in read_gguf(out).reader.fields["shortllm.provenance"].types

@@ -85,7 +85,9 @@ def dequantized(path: Path) -> Path:
     file = read_gguf(path)
     require_writable(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):  # another process may be at it: wait for its result
+    with FileLock(
+        target.with_name(target.name + ".lock")
+    ):  # another process may be at it: wait for its result
         if (target / "config.json").is_file():
             return target
         needed = 2 * file.parameters
