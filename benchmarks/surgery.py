@@ -19,6 +19,7 @@ every 20 ms; mapped and cached file pages are not in it). On a machine with othe
 time and the fastest turns tell more than the medians of wall time. Linux only.
 
     python benchmarks/surgery.py --dir /path/on/the/disk/to/measure --out surgery.json
+    python benchmarks/surgery.py --gguf model.gguf        # the same for a GGUF file
 
 Targets: ratio of copying to `cp` at most 1.3; peak at most 300 MB plus the largest tensor.
 """
@@ -59,25 +60,49 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-from shortllm.checkpoint import open_checkpoint, surgery
+from shortllm.checkpoint.source import open_checkpoint
+from shortllm.pruning.prune import write_pruned
+from shortllm.surgery import derived
 imported = time.perf_counter()
 seconds = {}
-write_tensors = surgery.write_tensors
+write_tensors = derived.write_tensors
 def timed(*args, **kwargs):
     begin, cpu = time.perf_counter(), time.process_time()
     write_tensors(*args, **kwargs)
     seconds["copy_s"] = time.perf_counter() - begin
     seconds["copy_cpu_s"] = time.process_time() - cpu
-surgery.write_tensors = timed
+derived.write_tensors = timed
 source, target, kept = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-surgery.write_shortened(
-    open_checkpoint(source), kept, target, provenance={}, max_shard_bytes=10**9
-)
+write_pruned(open_checkpoint(source), kept, target, max_shard_bytes=10**9)
 seconds["import_s"] = imported - start
 seconds["structure_s"] = time.perf_counter() - imported - seconds["copy_s"]
 print(json.dumps(seconds))
 """
 """What one surgery process runs; everything but imports and copying is counted as structure."""
+
+GGUF_CHILD = """
+import time
+start = time.perf_counter()
+import json, sys
+from pathlib import Path
+from shortllm.checkpoint.gguf import read_gguf
+from shortllm.surgery import gguf
+imported = time.perf_counter()
+seconds = {}
+copy_tensors = gguf.copy_tensors
+def timed(*args):
+    begin, cpu = time.perf_counter(), time.process_time()
+    copy_tensors(*args)
+    seconds["copy_s"] = time.perf_counter() - begin
+    seconds["copy_cpu_s"] = time.process_time() - cpu
+gguf.copy_tensors = timed
+source, target, removed = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+gguf.shorten_gguf(read_gguf(source), removed, target)
+seconds["import_s"] = imported - start
+seconds["structure_s"] = time.perf_counter() - imported - seconds["copy_s"]
+print(json.dumps(seconds))
+"""
+"""The same for a GGUF file; reading and writing its header is counted as structure."""
 
 
 def run(command: list[str], *, rest: float = 0.0) -> tuple[float, float, int, str]:
@@ -122,24 +147,47 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
-def read_all(directory: Path) -> None:
-    """Bring the files of a directory into the page cache."""
-    for path in directory.iterdir():
+def files_of(path: Path) -> list[Path]:
+    """A file, or the files of a directory."""
+    return [path] if path.is_file() else list(path.iterdir())
+
+
+def read_all(place: Path) -> None:
+    """Bring files into the page cache."""
+    for path in files_of(place):
         with open(path, "rb", buffering=0) as stream:
             while stream.read(2**24):
                 pass
 
 
-def directory_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir())
+def stored_bytes(place: Path) -> int:
+    return sum(path.stat().st_size for path in files_of(place))
 
 
-def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
-    """Make the checkpoint, take turns, and return every figure."""
-    source, target, copy_source = place / "source", place / "target", place / "kept"
-    largest = make_checkpoint(source, {**SHAPE, "num_hidden_layers": blocks})
-    kept = [b for b in range(blocks) if b % 4 != 2]
-    surgery = [sys.executable, "-c", CHILD, str(source), str(target), json.dumps(kept)]
+def remove(place: Path) -> None:
+    """Delete a file or a directory."""
+    if place.is_file():
+        place.unlink()
+    else:
+        shutil.rmtree(place)
+
+
+def measure(place: Path, *, blocks: int, repeats: int, gguf: Path | None) -> dict[str, Any]:
+    """Make the checkpoint, or take a GGUF file; take turns, and return every figure."""
+    target, copy_source = place / "target", place / "kept"
+    if gguf is None:
+        source, child = place / "source", CHILD
+        largest = make_checkpoint(source, {**SHAPE, "num_hidden_layers": blocks})
+        kept = [b for b in range(blocks) if b % 4 != 2]
+        given = kept
+    else:
+        from shortllm.checkpoint.gguf import read_gguf
+
+        source, child, file = gguf, GGUF_CHILD, read_gguf(gguf)
+        blocks, largest = file.blocks, max(int(t.n_bytes) for t in file.reader.tensors)
+        given = [b for b in range(blocks) if b % 4 == 2]
+        kept = [b for b in range(blocks) if b % 4 != 2]
+    surgery = [sys.executable, "-c", child, str(source), str(target), json.dumps(given)]
     run(surgery)  # warm-up: compiles bytecode, and its result is what `cp` copies
     target.rename(copy_source)
     read_all(source)
@@ -162,7 +210,7 @@ def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
                 rest = row["import_s"] + row["structure_s"]
             else:
                 row["cp_cpu_s"] = children_cpu() - used
-            shutil.rmtree(target)
+            remove(target)
         row["start_and_exit_s"] = row["surgery_s"] - sum(
             row[part] for part in ("import_s", "structure_s", "copy_s")
         )
@@ -178,8 +226,8 @@ def measure(place: Path, *, blocks: int, repeats: int) -> dict[str, Any]:
         "filesystem": filesystem(place),
         "python": platform.python_version(),
         "repeats": repeats,
-        "source_bytes": directory_bytes(source),
-        "kept_bytes": directory_bytes(copy_source),
+        "source_bytes": stored_bytes(source),
+        "kept_bytes": stored_bytes(copy_source),
         "blocks": blocks,
         "kept_blocks": len(kept),
         "largest_tensor_bytes": largest,
@@ -237,11 +285,13 @@ def main() -> None:
         "--dir", type=Path, help="where to write (9 GB); default: the temporary directory"
     )
     parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--gguf", type=Path, help="take this file instead of a random checkpoint")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="surgery-", dir=arguments.dir) as place:
-        result = measure(Path(place), blocks=arguments.blocks, repeats=arguments.repeats)
+        how = {"repeats": arguments.repeats, "gguf": arguments.gguf}
+        result = measure(Path(place), blocks=arguments.blocks, **how)
     print(summary(result))
     print(json.dumps(result))
     if arguments.out:

@@ -118,7 +118,8 @@ def shorten_gguf(file: GgufFile, removed: Sequence[int], out: Path, **how: Any) 
     ):
         digest = thread.submit(lambda: file.sha256)
         changed = settings | {PROVENANCE_KEY: json.dumps(provenance)}
-        _write(file, tensors, changed, partial, advance)
+        write_header(file, tensors, changed, partial)
+        copy_tensors(file, tensors, partial, advance)
         written = read_gguf(partial)
         _verify(written, file, tensors)
         _fill_in_hash(written, digest.result())
@@ -231,14 +232,10 @@ def shortened_settings(file: GgufFile, kept: Sequence[int]) -> dict[str, Any]:
     return {f"{file.architecture}.{name}": value for name, value in changed.items()}
 
 
-def _write(
-    file: GgufFile,
-    tensors: dict[str, Any],
-    changed: dict[str, Any],
-    out: Path,
-    advance: Callable[[int], None],
+def write_header(
+    file: GgufFile, tensors: dict[str, Any], changed: dict[str, Any], out: Path
 ) -> None:
-    """Header by the gguf library, then the bytes of the tensors as they are in the file."""
+    """Write the metadata, with some values changed, and the table of tensors."""
     from gguf import GGUFValueType, GGUFWriter
 
     writer = GGUFWriter(out, arch=file.architecture, endianess=file.reader.endianess)
@@ -259,6 +256,12 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+
+
+def copy_tensors(
+    file: GgufFile, tensors: dict[str, Any], out: Path, advance: Callable[[int], None]
+) -> None:
+    """Append the bytes of tensors as they are in the file."""
     with open(out, "r+b", buffering=0) as stream:
         stream.seek(0, os.SEEK_END)
         for tensor in tensors.values():
