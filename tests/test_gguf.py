@@ -39,10 +39,16 @@ def smollm(file: Path) -> Path:
 
 
 def write_gguf(
-    path: Path, architecture: str = "llama", blocks: int = 6, **settings: object
+    path: Path,
+    architecture: str = "llama",
+    blocks: int = 6,
+    alignment: int | None = None,
+    **settings: object,
 ) -> Path:
     """A GGUF file of tiny tensors with numbered contents; it is never run."""
     writer = GGUFWriter(path, architecture)
+    if alignment:
+        writer.add_custom_alignment(alignment)
     writer.add_uint32(f"{architecture}.block_count", blocks)
     for name, value in settings.items():
         key = f"{architecture}.{name.replace('__', '.')}"
@@ -81,6 +87,22 @@ def test_blocks_are_removed_and_renumbered(tmp_path: Path) -> None:
     assert file.provenance["source_sha256"] == read_gguf(source).sha256
     assert file.provenance["removed_blocks"] == [1, 4]
     assert file.provenance["criterion"] == "ppl"
+
+
+@pytest.mark.parametrize("alignment", [None, 32, 64])
+def test_everything_else_stays_byte_for_byte(alignment: int | None, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "a.gguf", alignment=alignment, attention__head_count=[7] * 6)
+    shorten_gguf(read_gguf(source), [0], tmp_path / "b.gguf")
+    before, after = (GGUFReader(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    assert blocks_of(tmp_path / "b.gguf") == [1, 2, 3, 4, 5]
+    changed = {"llama.block_count", "llama.attention.head_count", "GGUF.tensor_count"}
+    for key, field in before.fields.items():
+        if key not in {*changed, "GGUF.kv_count"}:
+            assert after.fields[key].contents() == field.contents(), key
+        assert after.fields[key].types == field.types
+    assert after.fields["llama.attention.head_count"].contents() == [7] * 5
+    start = {t.name: t.data_offset % (alignment or 32) for t in after.tensors}
+    assert set(start.values()) == {0}
 
 
 def test_second_removal_keeps_the_first_ones_origin(tmp_path: Path) -> None:
@@ -137,9 +159,17 @@ def test_stated_patterns(tmp_path: Path) -> None:
             shorten_gguf(source, [1], tmp_path / "e.gguf")
 
 
+def test_kinds_by_block_count(tmp_path: Path) -> None:
+    source = read_gguf(write_gguf(tmp_path / "a.gguf", "deepseek2", blocks=27))
+    shorten_gguf(source, [3], tmp_path / "b.gguf")
+    with pytest.raises(UnsupportedModelError, match="25 blocks as one of another kind"):
+        shorten_gguf(source, [3, 4], tmp_path / "c.gguf")
+
+
 def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
     for architecture, settings, said in (
         ("baichuan", {}, "position code"),
+        ("minicpm", {}, "residual_scale"),
         ("newest", {}, "no rule"),
         ("llama", {"attention__unheard_of": [1, 2, 3, 4]}, "attention.unheard_of"),
         ("rwkv6", {"rescale_every_n_layers": 6}, "scaled by the number"),

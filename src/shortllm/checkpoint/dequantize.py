@@ -28,15 +28,20 @@ from shortllm.checkpoint.gguf import (
     read_gguf,
 )
 from shortllm.checkpoint.tensors import read_json, write_json
-from shortllm.errors import CheckpointError, UnsupportedModelError, first_line_of
-from shortllm.files import partial_directory, require_writable
+from shortllm.errors import (
+    CheckpointError,
+    ShortLLMError,
+    UnsupportedModelError,
+    first_line_of,
+)
+from shortllm.files import partial_directory, require_writable, translate_os_errors
 from shortllm.format import in_bytes
 from shortllm.records import GgufOrigin
 from shortllm.runtime import available_memory, quiet_transformers
 
 log = logging.getLogger(__name__)
 
-MEMORY_PER_WEIGHTS = 2
+MEMORY_PER_WEIGHTS = 3
 """Memory that dequantizing takes, as a multiple of the bfloat16 weights."""
 
 FIELDS = {
@@ -50,28 +55,34 @@ FIELDS = {
 }
 """Setting of the architecture -> field of the config, where transformers leaves its default."""
 
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLIT_BY = {
-    name: (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    for name, digits in {
-        "llama-bpe": r"\p{N}{1,3}",
-        "llama3": r"\p{N}{1,3}",
-        "qwen2": r"\p{N}",
-        "stablelm2": r"\p{N}",
-    }.items()
+    "llama-bpe": WORDS.replace("NUMBERS", r"\p{N}{1,3}"),
+    "llama3": WORDS.replace("NUMBERS", r"\p{N}{1,3}"),
+    "qwen2": WORDS.replace("NUMBERS", r"\p{N}"),
+    "stablelm2": WORDS.replace("NUMBERS", r"\p{N}"),
 }
 """Name of a way to split text before byte-pair encoding -> its regular expression."""
+
+WHOLE_WORDS = {"llama-bpe", "llama3"}
+"""Ways where a word that is a token is not merged from its parts; text begins with BOS."""
 
 DIGITS_FIRST = {"codeshell", "command-r", "exaone", "refact", "smollm", "starcoder"}
 """Those that split off every digit, and then split as GPT-2 does."""
 
+LIKE_GPT2 = {"default", "gpt-2", "jais", "mpt", "olmo"}
+
 CONTROL_TOKEN, WHOLE_TOKEN = 3, 4
 """Types in `tokenizer.ggml.token_type`: special tokens, and others that are found first."""
 
-LIKE_GPT2 = {"default", "gpt-2", "jais", "mpt", "olmo"}
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""What stands for a space in pieces of sentencepiece."""
+
+DEFAULT_TOKENS = {"bos": 1, "eos": 2, "unknown": 0}
+"""Special tokens of a sentencepiece vocabulary that names none, as in llama.cpp."""
 
 
 def dequantized(path: Path) -> Path:
@@ -83,11 +94,10 @@ def dequantized(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     file = read_gguf(path)
-    require_writable(target.parent)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(
-        target.with_name(target.name + ".lock")
-    ):  # another process may be at it: wait for its result
+    with translate_os_errors(target.parent, hint="set SHORTLLM_CACHE to another directory"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    # wait for a process that is writing it
+    with FileLock(target.with_name(target.name + ".lock")):
         if (target / "config.json").is_file():
             return target
         needed = 2 * file.parameters
@@ -116,7 +126,7 @@ def _require_memory(file: GgufFile, needed: int) -> None:
 def _dequantize(file: GgufFile, directory: Path) -> None:
     """Write the model of a GGUF file as a checkpoint, its config as in config.json at the end."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     where = {"gguf_file": file.path.name, "local_files_only": True}
     try:
@@ -130,7 +140,9 @@ def _dequantize(file: GgufFile, directory: Path) -> None:
                 output_loading_info=True,
                 **where,
             )
-            tokenizer = AutoTokenizer.from_pretrained(file.path.parent, **where)
+            tokenizer = tokenizer_of(file)
+    except ShortLLMError:
+        raise
     except Exception as error:  # readers of architectures raise whatever a file leads to
         raise UnsupportedModelError(
             f"transformers cannot dequantize {file.path} (architecture '{file.architecture}'): "
@@ -143,7 +155,7 @@ def _dequantize(file: GgufFile, directory: Path) -> None:
     model.generation_config.eos_token_id = end_tokens(file) or None
     with quiet_transformers():
         model.save_pretrained(directory)
-        _tokenizer(file, tokenizer).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     origin = GgufOrigin(file=file.path.name, sha256=file.sha256, types=file.types)
     written = read_json(directory / "config.json") | {ORIGIN: origin.model_dump()}
     written.pop("_model_name_or_path", None)
@@ -167,28 +179,32 @@ def _require_complete(file: GgufFile, model: Any, loading: dict[str, Any]) -> No
 # ---- what transformers does not read, or reads incorrectly
 
 
-def _tokenizer(file: GgufFile, converted: Any) -> Any:
-    """The tokenizer that splits text as llama.cpp does, from what transformers made of it."""
+def tokenizer_of(file: GgufFile) -> Any:
+    """The tokenizer of the file, built from its vocabulary: it splits text as llama.cpp does."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     start = "tokenizer.ggml."
-    kind, split = file.value(start + "model"), file.value(start + "pre")
-    if kind == "llama":
-        backend = _sentencepiece(file)
-    else:
-        backend = converted.backend_tokenizer
-        _split_text(backend, str(split), file.path)
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    kind, split = file.value(start + "model"), file.value(start + "pre") or "default"
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModelError(
+            f"{file.path} has a tokenizer of the kind '{kind}', for which there is no rule. Give "
+            "the model's safetensors instead"
+        )
+    backend = _sentencepiece(file) if kind == "llama" else _byte_pairs(file, split)
+    defaults = DEFAULT_TOKENS if kind == "llama" else {}
     special: dict[str, str] = {}
-    for name, stored in names.items():
-        number = file.value(f"{start}{stored}_token_id")
-        if number is not None:
+    for name, stored in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        number = file.value(f"{start}{stored}_token_id", defaults.get(stored))
+        if number is not None and backend.id_to_token(number) is not None:
             special[f"{name}_token"] = backend.id_to_token(number)
-    if file.value(start + "add_bos_token", kind == "llama" or split in ("llama3", "llama-bpe")):
-        bos = (special["bos_token"], file.value(start + "bos_token_id"))
+    begins = file.value(start + "add_bos_token", kind == "llama" or split in WHOLE_WORDS)
+    if begins and "bos_token" in special:
+        bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]} $B", special_tokens=[bos]
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, backend.token_to_id(bos))],
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -198,57 +214,78 @@ def _tokenizer(file: GgufFile, converted: Any) -> Any:
     )
 
 
-def _split_text(backend: Any, split: str, path: Path) -> None:
-    """Split text before byte-pair encoding in the way that the file names."""
-    from tokenizers import Regex, pre_tokenizers
+def _byte_pairs(file: GgufFile, split: str) -> Any:
+    """A byte-level tokenizer by the stored merges."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = file.value("tokenizer.ggml.tokens")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [tuple(one.split(" ", 1)) for one in file.value("tokenizer.ggml.merges")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split in WHOLE_WORDS))
     if split in SPLIT_BY:
-        first = pre_tokenizers.Split(Regex(SPLIT_BY[split]), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([first, by_bytes])
-    elif split in DIGITS_FIRST:
-        digits = pre_tokenizers.Digits(individual_digits=True)
+        words = pre_tokenizers.Split(Regex(SPLIT_BY[split]), "isolated")
+        by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, by_bytes])
+    else:
+        if split not in DIGITS_FIRST | LIKE_GPT2:
+            log.warning("%s splits text by '%s', which may be read inexactly", file.path, split)
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if split in DIGITS_FIRST else []
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    elif split not in LIKE_GPT2:
-        log.warning("%s: its way to split text, '%s', may be read inexactly", path, split)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, words])
+    backend.decoder = decoders.ByteLevel()
+    _add_tokens(backend, file, pieces)
+    return backend
 
 
 def _sentencepiece(file: GgufFile) -> Any:
     """A byte-pair tokenizer of sentencepiece: of two neighbours that make a piece, those that make
     the one with the highest score are merged first."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.convert_slow_tokenizer import generate_merges
 
-    start, mark = "tokenizer.ggml.", "\N{LOWER ONE EIGHTH BLOCK}"
-    types = file.value(start + "token_type")
+    start = "tokenizer.ggml."
     pieces = [
-        piece.replace(" ", mark) if not piece.strip(" ") else piece
+        piece.replace(" ", SPACE) if not piece.strip(" ") else piece
         for piece in file.value(start + "tokens")
     ]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    control, whole = (
-        [piece for piece, kind in zip(pieces, types, strict=True) if kind == wanted]
-        for wanted in (CONTROL_TOKEN, WHOLE_TOKEN)
-    )
     scores = dict(zip(pieces, file.value(start + "scores"), strict=True))
+    whole = {piece for piece, _ in _marked(file, pieces)}
     backend = Tokenizer(
         models.BPE(
             vocabulary,
-            generate_merges(vocabulary, scores, {*control, *whole}),
+            generate_merges(vocabulary, scores, whole),
             unk_token=pieces[file.value(start + "unknown_token_id", 0)],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
-    backend.add_tokens([AddedToken(piece, normalized=True) for piece in whole])
     prefixed = file.value(start + "add_space_prefix", True)
-    normal = [normalizers.Prepend(mark)] if prefixed else []
-    backend.normalizer = normalizers.Sequence([*normal, normalizers.Replace(" ", mark)])
-    read = [decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse()]
+    normal = [normalizers.Prepend(SPACE)] if prefixed else []
+    backend.normalizer = normalizers.Sequence([*normal, normalizers.Replace(" ", SPACE)])
+    read = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)] if prefixed else read)
+    _add_tokens(backend, file, pieces)
     return backend
+
+
+def _marked(file: GgufFile, pieces: list[str]) -> list[tuple[str, int]]:
+    """The special tokens and others that are found before anything is merged, with their types."""
+    types = file.value("tokenizer.ggml.token_type") or []
+    return [
+        (piece, kind)
+        for piece, kind in zip(pieces, types, strict=False)
+        if kind in (CONTROL_TOKEN, WHOLE_TOKEN)
+    ]
+
+
+def _add_tokens(backend: Any, file: GgufFile, pieces: list[str]) -> None:
+    from tokenizers import AddedToken
+
+    for piece, kind in _marked(file, pieces):
+        special = kind == CONTROL_TOKEN
+        token = AddedToken(piece, special=special, normalized=not special)
+        (backend.add_special_tokens if special else backend.add_tokens)([token])
 
 
 def end_tokens(file: GgufFile) -> list[int]:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from shortllm.checkpoint.tensors import read_json
@@ -26,7 +27,7 @@ from shortllm.errors import (
     UnsupportedModelError,
     first_line_of,
 )
-from shortllm.files import fingerprint
+from shortllm.files import PARTIAL, fingerprint
 from shortllm.records import GgufOrigin
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ ORIGIN = "gguf"
 
 PROVENANCE_KEY = "shortllm.provenance"
 """Key in the metadata of a shortened GGUF file, with JSON as text."""
+
+FORMAT = 1
+"""Number of the way in which models are dequantized; another one makes them again."""
 
 READ_BYTES = 2**22
 """Bytes per read while a file is hashed."""
@@ -83,6 +87,16 @@ class GgufFile:
             for key, field in self.reader.fields.items()
             if key.startswith(start)
         }
+
+    @property
+    def alignment(self) -> int:
+        """Multiple of bytes at which tensors begin."""
+        return int(self.reader.alignment)
+
+    @property
+    def byte_order(self) -> str:
+        """`<` for little-endian, `>` for big-endian."""
+        return ">" if self.reader.endianess.name == "BIG" else "<"
 
     @property
     def heads(self) -> int:
@@ -202,6 +216,8 @@ def cached_models() -> list[CachedModel]:
     """The models of the cache, by name."""
     found = []
     for config in sorted((cache_directory() / "gguf").glob("*/config.json")):
+        if config.parent.name.endswith(PARTIAL):
+            continue
         size = sum(path.stat().st_size for path in config.parent.iterdir())
         origin = origin_in(read_json(config))
         name = config.parent.name if origin is None else origin.file
@@ -210,15 +226,18 @@ def cached_models() -> list[CachedModel]:
 
 
 def clear_cache() -> int:
-    """Delete the models of the cache, and unfinished ones; returns the freed bytes."""
-    directory = cache_directory() / "gguf"
-    freed = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    shutil.rmtree(directory, ignore_errors=True)
+    """Delete the models of the cache but those that are being written; returns the freed bytes."""
+    freed = 0
+    for model in cached_models():
+        lock = FileLock(model.directory.with_name(model.directory.name + ".lock"), timeout=0)
+        with suppress(Timeout), lock:
+            shutil.rmtree(model.directory)
+            freed += model.bytes
     return freed
 
 
 def cached_directory(path: Path) -> Path:
     """Where the cache has the model of a file, if it was not moved or changed since."""
     state = path.stat()
-    key = fingerprint([str(path.resolve()), state.st_size, state.st_mtime_ns])[:12]
+    key = fingerprint([FORMAT, str(path.resolve()), state.st_size, state.st_mtime_ns])[:12]
     return cache_directory() / "gguf" / f"{path.stem}-{key}"

@@ -50,7 +50,7 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     if source == EMBEDDED:
         return EMBEDDED_MODEL, None
     path = Path(source).expanduser()
-    if path.suffix == SUFFIX:
+    if is_gguf(source):
         file, commit = locate_gguf(source, revision)
         return dequantized(file), commit
     if _exists(source):
@@ -67,6 +67,11 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     return _download(str(source), revision)
 
 
+def is_gguf(source: str | Path) -> bool:
+    """Whether a model is given as a GGUF file."""
+    return Path(source).suffix.lower() == SUFFIX and not Path(source).expanduser().is_dir()
+
+
 def locate_gguf(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
     """A GGUF file, and its commit where it is `OWNER/MODEL:FILE.gguf` on the Hub."""
     if _exists(source):
@@ -76,7 +81,7 @@ def locate_gguf(source: str | Path, revision: str | None = None) -> tuple[Path, 
         raise CheckpointError(
             f"no such file: {source}. Give a GGUF file, or one on the Hub as OWNER/MODEL:FILE.gguf"
         )
-    folder = _snapshot(repository, revision, [name])
+    folder = _snapshot(repository, revision, [name], ignored=[])
     if not (folder / name).is_file():
         raise CheckpointError(f"'{repository}' on the Hub has no file '{name}'")
     return folder / name, folder.name
@@ -107,7 +112,9 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, commit
 
 
-def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(
+    hub_id: str, revision: str | None, patterns: list[str], ignored: list[str] = SECOND_COPIES
+) -> Path:
     """A snapshot with the matching top-level files, from the Hub or else from the cache."""
     from huggingface_hub import errors, snapshot_download
 
@@ -116,7 +123,7 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         hub_id,
         revision=revision,
         allow_patterns=patterns,
-        ignore_patterns=SECOND_COPIES,
+        ignore_patterns=ignored,
     )
     try:
         return Path(download())

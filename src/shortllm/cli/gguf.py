@@ -20,7 +20,7 @@ def export(
     trust: Trust,
     gguf: Annotated[Path, typer.Option(metavar="NAME.gguf", help="The file to write.")],
     outtype: Annotated[
-        OutType, typer.Option(help="Type of the matrices. auto: the checkpoint's own.")
+        OutType, typer.Option(help="Type of the matrices. auto: that of most of the checkpoint.")
     ] = "auto",
     revision: Revision = None,
 ) -> None:

@@ -129,7 +129,7 @@ def prune(
         Path,
         typer.Option(
             help="Directory of the new checkpoint. Or NAME.gguf: remove the blocks from a GGUF "
-            "file itself, whose weights stay as they are."
+            "file itself, whose weights stay as they are; nothing is computed with it."
         ),
     ],
     runtime: Runtime,

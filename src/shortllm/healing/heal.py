@@ -223,8 +223,8 @@ def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Seque
 
 
 def _no_worse(task: Task, healed: Healed) -> tuple[Healed, float, HeldOut]:
-    """As much of the change as does not raise the loss on held-out samples, and how much that is;
-    all of it where the ridge was set by hand.
+    """As much of the change as does not raise the loss on the samples that chose its ridge, and how
+    much that is; all of it where the ridge was set by hand.
 
     Hidden states can come nearer to the source's and the loss still rise: without the block in
     which the first token grows a hundredfold, no change of weights brings that token back.

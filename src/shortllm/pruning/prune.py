@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shortllm.checkpoint.gguf import SUFFIX, read_gguf
-from shortllm.checkpoint.hub import locate_gguf
+from shortllm.checkpoint.gguf import read_gguf
+from shortllm.checkpoint.hub import is_gguf, locate_gguf, named_revision
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES
 from shortllm.errors import CheckpointError, OutputError
@@ -63,7 +63,7 @@ def prune(
     if isinstance(plan, (str, Path)):
         path = Path(plan)
         plan = PrunePlan.load(path / "plan.json" if path.is_dir() else path)
-    if Path(out).suffix == SUFFIX:
+    if is_gguf(out):
         return prune_gguf(model, plan, Path(out), revision=revision)
     if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
         revision = plan.model.revision
@@ -78,22 +78,26 @@ def prune_gguf(
     model: str, plan: PrunePlan | Sequence[int], out: Path, *, revision: str | None = None
 ) -> Path:
     """Remove blocks from a GGUF file, whose weights stay quantized as they are."""
-    if Path(model).suffix != SUFFIX:
+    source, revision = named_revision(model, revision)
+    if not is_gguf(source):
         raise OutputError(
             f"--out {out} is a GGUF file, but {model} is not one. Write a directory instead, and "
             "convert it with `shortllm export --gguf`"
         )
-    path, _ = locate_gguf(model, revision)
-    file = read_gguf(path)
+    if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
+        revision = plan.model.revision
+    path, commit = locate_gguf(source, revision)
+    file, origin = read_gguf(path), {"source": str(source), "revision": commit}
     if not isinstance(plan, PrunePlan):
-        shorten_gguf(file, plan, out)
+        shorten_gguf(file, plan, out, **origin)
         return out
-    if plan.model.gguf is None or plan.model.gguf.sha256 != file.sha256:
+    known, same = plan.model.gguf, plan.model.blocks == file.blocks
+    if known is None or not same or known.sha256 != file.sha256:
         raise CheckpointError(
             f"the plan is for {plan.model.id}, not for {model}. Make one with `shortllm plan "
             f"{model}`, or name the blocks with --blocks"
         )
-    shorten_gguf(file, plan.removed, out, criterion=plan.criterion)
+    shorten_gguf(file, plan.removed, out, **origin, criterion=plan.criterion)
     return out
 
 

@@ -248,7 +248,7 @@ def model_name(model_id: str) -> str:
 
 def hub_id(model: ModelInfo) -> str | None:
     """The model's name on the Hub; None where it is, or may be, a directory."""
-    name = model_name(model.id)
+    name = model_name(model.id).partition(":")[0]
     from_hub = model.revision is not None or "models--" in model.id
     return name if from_hub and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
 

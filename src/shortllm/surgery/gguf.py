@@ -29,6 +29,9 @@ from shortllm.runtime import progress
 UNKNOWN_HASH = "0" * 64
 """Stands for the hash of the source until it is known: it is computed while tensors are copied."""
 
+STRING = (8,)
+"""The type of text in the metadata."""
+
 BLOCK = re.compile(r"blk\.(?P<number>\d+)\.(?P<rest>.+)")
 
 NOT_PER_BLOCK = {"rope.dimension_sections", "classifier.output_labels"}
@@ -56,6 +59,15 @@ WINDOWED_PERIODS = {"exaone4": 4, "olmo2": 4}
 
 PERIOD_KEYS = ("full_attention_interval", "interleave_moe_layer_step", "moe_every_n_layers")
 """Keys that say every how many blocks llama.cpp builds another kind."""
+
+KINDS_BY_COUNT = {
+    "command-r": lambda file, blocks: blocks >= 64,
+    "deepseek2": lambda file, blocks: (
+        blocks in (26, 27)
+        or (blocks == 48 and len(file.value("tokenizer.ggml.tokens", ())) == 128_256)
+    ),
+}
+"""Architecture -> which of two kinds of model llama.cpp reads, by the block count."""
 
 UNIFORM = {
     "apertus", "arcee", "bitnet", "bloom", "chatglm", "codeshell", "command-r", "dbrx", "deci",
@@ -158,6 +170,11 @@ def _reason_against(file: GgufFile, kept: Sequence[int]) -> str | None:
         "attention.head_count"
     ) * file.setting("attention.key_length"):
         return f"llama.cpp scales the attention of a model of {usual} blocks in a way of its own"
+    kind_of = KINDS_BY_COUNT.get(name)
+    if kind_of and kind_of(file, file.blocks) != kind_of(file, len(kept)):
+        return f"llama.cpp reads a model of {len(kept)} blocks as one of another kind"
+    if name == "minicpm" and file.setting("residual_scale") is None:
+        return "the file does not state residual_scale, and llama.cpp computes it from the count"
     period = _period(file)
     if period is None:
         return "no rule says how llama.cpp builds its blocks"
@@ -235,27 +252,55 @@ def shortened_settings(file: GgufFile, kept: Sequence[int]) -> dict[str, Any]:
 def write_header(
     file: GgufFile, tensors: dict[str, Any], changed: dict[str, Any], out: Path
 ) -> None:
-    """Write the metadata, with some values changed, and the table of tensors."""
-    from gguf import GGUFValueType, GGUFWriter
-
-    writer = GGUFWriter(out, arch=file.architecture, endianess=file.reader.endianess)
-    writer.data_alignment = file.reader.alignment
-    writer.kv_data[0].clear()
-    for key, field in file.reader.fields.items():
-        if not key.startswith("GGUF."):  # counts, which the writer adds
-            kind, inner = field.types[0], field.types[-1]
-            value = changed[key] if key in changed else field.contents()
-            writer.add_key_value(key, value, kind, inner if kind is GGUFValueType.ARRAY else None)
-    if PROVENANCE_KEY not in file.reader.fields:
-        writer.add_string(PROVENANCE_KEY, changed[PROVENANCE_KEY])
+    """Write the metadata and the table of tensors; what does not change is copied as bytes."""
+    reader, new = file.reader, dict(changed)
+    fields = {k: field for k, field in reader.fields.items() if not k.startswith("GGUF.")}
+    ends = [field.offset for field in fields.values()][1:] + [reader.tensors[0].field.offset]
+    entries = [
+        _entry(file, key, new.pop(key), field.types)
+        if key in new
+        else reader.data[field.offset : end].tobytes()
+        for (key, field), end in zip(fields.items(), ends, strict=True)
+    ]
+    entries += [_entry(file, key, value, STRING) for key, value in new.items()]
+    table, start = [], 0
     for name, tensor in tensors.items():
-        writer.add_tensor_info(
-            name, tensor.data.shape, tensor.data.dtype, int(tensor.n_bytes), tensor.tensor_type
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+        shape = tensor.shape.tolist()
+        table += [
+            _text(file, name), _numbers(file, "u4", len(shape)), _numbers(file, "u8", *shape),
+            _numbers(file, "u4", tensor.tensor_type), _numbers(file, "u8", start),
+        ]  # fmt: skip
+        start += int(tensor.n_bytes) + -int(tensor.n_bytes) % file.alignment
+    version = int(reader.fields["GGUF.version"].contents()) & 0xFFFF
+    head = [
+        b"GGUF",
+        _numbers(file, "u4", version),
+        _numbers(file, "u8", len(tensors), len(entries)),
+    ]
+    out.write_bytes(b"".join([*head, *entries, *table]))
+
+
+def _entry(file: GgufFile, key: str, value: Any, types: Sequence[int]) -> bytes:
+    """One entry of the metadata."""
+    kind, inner = types[0], types[-1]
+    start = _text(file, key) + _numbers(file, "u4", kind)
+    if kind == STRING[0]:
+        return start + _text(file, value)
+    number = file.reader.gguf_scalar_to_np[inner]().dtype.str[1:]
+    if kind == inner:
+        return start + _numbers(file, number, value)
+    size = _numbers(file, "u4", inner) + _numbers(file, "u8", len(value))
+    return start + size + _numbers(file, number, *value)
+
+
+def _numbers(file: GgufFile, kind: str, *values: Any) -> bytes:
+    import numpy as np
+
+    return np.array(values, np.dtype(file.byte_order + kind)).tobytes()
+
+
+def _text(file: GgufFile, text: str) -> bytes:
+    return _numbers(file, "u8", len(text.encode())) + text.encode()
 
 
 def copy_tensors(
@@ -265,9 +310,10 @@ def copy_tensors(
     with open(out, "r+b", buffering=0) as stream:
         stream.seek(0, os.SEEK_END)
         for tensor in tensors.values():
-            stream.write(b"\0" * (-stream.tell() % file.reader.alignment))
+            stream.write(b"\0" * (-stream.tell() % file.alignment))
             copy_range(file.path, int(tensor.data_offset), int(tensor.n_bytes), stream, advance)
-        stream.write(b"\0" * (-stream.tell() % file.reader.alignment))
+        stream.write(b"\0" * (-stream.tell() % file.alignment))
+        os.fsync(stream.fileno())
 
 
 def _fill_in_hash(file: GgufFile, digest: str) -> None:
