@@ -230,8 +230,8 @@ def _byte_pairs(file: GgufFile, split: str) -> Any:
         if split not in DIGITS_FIRST | LIKE_GPT2:
             log.warning("%s splits text by '%s', which may be read inexactly", file.path, split)
         digits = [pre_tokenizers.Digits(individual_digits=True)] if split in DIGITS_FIRST else []
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, words])
+        like_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, like_gpt2])
     backend.decoder = decoders.ByteLevel()
     _add_tokens(backend, file, pieces)
     return backend

@@ -60,7 +60,7 @@ WINDOWED_PERIODS = {"exaone4": 4, "olmo2": 4}
 PERIOD_KEYS = ("full_attention_interval", "interleave_moe_layer_step", "moe_every_n_layers")
 """Keys that say every how many blocks llama.cpp builds another kind."""
 
-KINDS_BY_COUNT = {
+KINDS_BY_COUNT: dict[str, Callable[[GgufFile, int], bool]] = {
     "command-r": lambda file, blocks: blocks >= 64,
     "deepseek2": lambda file, blocks: (
         blocks in (26, 27)
