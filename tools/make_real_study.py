@@ -43,7 +43,7 @@ carries (4-bit weights): the numbers are those of the quantized weights, not of 
 
 - Blocks were scored on {samples} samples of {length} tokens of C4; the first four and the last two
   were protected.
-- *linear* and *regression* are `shortllm heal --method` on 48 samples of 256 tokens of the same
+- *linear* and *regression* are methods of `shortllm heal`, on 48 samples of 256 tokens of the same
   text; *lora-text* and *lora-alpaca* are {steps} steps of LoRA on C4 or on Alpaca.
 - Perplexity on {windows} windows of {window} tokens of WikiText-2, and of C4 documents that nothing
   else saw. Tasks: mean of the seven of Shortened LLaMA, first {limit} documents of each, with its
