@@ -366,6 +366,7 @@ def test_export_without_the_converter_says_what_to_type(
         shortllm.export("embedded", tmp_path / "embedded.gguf")
 
 
+@pytest.mark.slow
 def test_failing_converter_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(shortllm.ShortLLMError, match="cannot convert embedded"):
         shortllm.export("embedded", tmp_path / "embedded.gguf")
@@ -373,6 +374,7 @@ def test_failing_converter_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_commands(file: Path, smollm: Path, tmp_path: Path) -> None:
     out = tmp_path / "short.gguf"
     command = [

@@ -237,7 +237,7 @@ def test_regression_equals_plain_least_squares(variant: str, tmp_path: Path) -> 
     assert gap.effective_rank is not None and 0 < gap.effective_rank < columns
 
 
-@pytest.mark.parametrize("method", ["linear", "regression"])
+@pytest.mark.parametrize("method", ["linear", pytest.param("regression", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", families.by_tier(DOWN, "opt"))
 def test_every_family_comes_nearer_to_the_source(variant: str, method: str, tmp_path: Path) -> None:
     record = healed(variant, [2, 4], tmp_path, method=method, ridge=0.3)
