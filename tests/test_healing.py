@@ -690,7 +690,14 @@ def test_a_quarter_of_a_real_model_is_better_healed(
     )
     result = pipeline.run(recipe=recipe, out=tmp_path / "run")
     _, short, after = (one.perplexity[0].perplexity for one in result.evaluation.models)
-    assert after < short
+    assert result.healing is not None
+    # half the blocks of the redundant model are copies: linear maps find next to nothing to repair,
+    # and where the held-out loss does not fall, nothing of the change is kept
+    if name == "stories10L-redundant":
+        assert after <= short
+    else:
+        assert after < short
+        assert result.healing.strength > 0
     assert shortllm.open_checkpoint(tmp_path / "run" / "healed").block_count == len(
         result.plan.kept
     )

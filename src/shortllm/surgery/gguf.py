@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ def write_header(
             _text(file, name), _numbers(file, "u4", len(shape)), _numbers(file, "u8", *shape),
             _numbers(file, "u4", tensor.tensor_type), _numbers(file, "u8", start),
         ]  # fmt: skip
-        start += int(tensor.n_bytes) + -int(tensor.n_bytes) % file.alignment
+        start += _aligned(file, int(tensor.n_bytes))
     version = int(reader.fields["GGUF.version"].contents()) & 0xFFFF
     head = [
         b"GGUF",
@@ -306,14 +307,28 @@ def _text(file: GgufFile, text: str) -> bytes:
 def copy_tensors(
     file: GgufFile, tensors: dict[str, Any], out: Path, advance: Callable[[int], None]
 ) -> None:
-    """Append the bytes of tensors as they are in the file."""
+    """Append the bytes of tensors as they are in the file; neighbours are copied together."""
+    ranges: list[tuple[int, int]] = []
+    for tensor in tensors.values():
+        start, size = int(tensor.data_offset), int(tensor.n_bytes)
+        if ranges and start == _aligned(file, ranges[-1][1]):
+            ranges[-1] = ranges[-1][0], start + size
+        else:
+            ranges.append((start, start + size))
     with open(out, "r+b", buffering=0) as stream:
         stream.seek(0, os.SEEK_END)
-        for tensor in tensors.values():
-            stream.write(b"\0" * (-stream.tell() % file.alignment))
-            copy_range(file.path, int(tensor.data_offset), int(tensor.n_bytes), stream, advance)
-        stream.write(b"\0" * (-stream.tell() % file.alignment))
-        os.fsync(stream.fileno())
+        for start, end in ranges:
+            _pad(file, stream)
+            copy_range(file.path, start, end - start, stream, advance)
+        _pad(file, stream)
+
+
+def _aligned(file: GgufFile, position: int) -> int:
+    return position + -position % file.alignment
+
+
+def _pad(file: GgufFile, stream: FileIO) -> None:
+    stream.write(b"\0" * (_aligned(file, stream.tell()) - stream.tell()))
 
 
 def _fill_in_hash(file: GgufFile, digest: str) -> None:
