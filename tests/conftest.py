@@ -43,3 +43,17 @@ def shared() -> Path:
     if not (directory / "models").is_dir() or not (directory / "data").is_dir():
         pytest.skip(f"no models/ and data/ in {directory}: set SHORTLLM_SHARED")
     return directory
+
+
+@pytest.fixture(scope="session")
+def smollm_gguf(shared: Path) -> Path:
+    """SmolLM2-135M-Instruct in 4 bits, as a GGUF file."""
+    return shared / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_gguf: Path) -> Path:
+    """The directory of the dequantized SmolLM2."""
+    from shortllm.checkpoint.dequantize import dequantized
+
+    return dequantized(smollm_gguf)

@@ -22,19 +22,6 @@ from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.surgery.export_lint import export_lint
 from shortllm.surgery.gguf import PERIOD_KEYS, shorten_gguf
 
-
-@pytest.fixture(scope="session")
-def file(shared: Path) -> Path:
-    """The GGUF file of SmolLM2."""
-    return shared / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="session")
-def smollm(file: Path) -> Path:
-    """The directory of the dequantized SmolLM2."""
-    return dequantized(file)
-
-
 # ---- files that are written here, without weights of a model
 
 
@@ -212,10 +199,10 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-def test_no_byte_of_a_kept_tensor_changes(file: Path, tmp_path: Path) -> None:
+def test_no_byte_of_a_kept_tensor_changes(smollm_gguf: Path, tmp_path: Path) -> None:
     removed = [12, 13, 14, 17]
-    shortllm.prune(str(file), removed, tmp_path / "short.gguf")
-    before = {t.name: t for t in read_gguf(file).reader.tensors}
+    shortllm.prune(str(smollm_gguf), removed, tmp_path / "short.gguf")
+    before = {t.name: t for t in read_gguf(smollm_gguf).reader.tensors}
     kept = [block for block in range(30) if block not in removed]
     for tensor in read_gguf(tmp_path / "short.gguf").reader.tensors:
         parts = tensor.name.split(".")
@@ -228,9 +215,9 @@ def test_no_byte_of_a_kept_tensor_changes(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-def test_it_is_dequantized_once(file: Path, smollm: Path) -> None:
+def test_it_is_dequantized_once(smollm_gguf: Path, smollm: Path) -> None:
     first = (smollm / "model.safetensors").stat().st_mtime_ns
-    checkpoint = shortllm.open_checkpoint(file)
+    checkpoint = shortllm.open_checkpoint(smollm_gguf)
     assert checkpoint.directory == smollm
     assert (smollm / "model.safetensors").stat().st_mtime_ns == first
     assert (checkpoint.block_count, checkpoint.parameters) == (30, 134_515_008)
@@ -255,7 +242,9 @@ def test_tokenizer_and_template(smollm: Path) -> None:
 
 
 @pytest.mark.shared
-def test_text_is_split_as_llama_cpp_splits_it(shared: Path, file: Path, smollm: Path) -> None:
+def test_text_is_split_as_llama_cpp_splits_it(
+    shared: Path, smollm_gguf: Path, smollm: Path
+) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
     texts = [
         (shared / "data" / "wikitext2" / "wiki.test.raw").read_text()[:20_000],
@@ -263,7 +252,7 @@ def test_text_is_split_as_llama_cpp_splits_it(shared: Path, file: Path, smollm: 
         "def f(x):\n    return x**2 # 2024-11-05\n\n\n  y",
         "naïve café – 日本語 ２３ тест\t\ttab  \n end  ",
     ]
-    for text, expected in zip(texts, llama_cpp.tokenize(file, texts), strict=True):
+    for text, expected in zip(texts, llama_cpp.tokenize(smollm_gguf, texts), strict=True):
         assert tokenizer(text)["input_ids"] == expected
         assert tokenizer.decode(expected) == text
 
@@ -352,8 +341,8 @@ def test_what_the_lint_calls_wrong_is_wrong(model_type: str, smollm: Path, tmp_p
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_shortened_smollm_writes_text(file: Path, tmp_path: Path) -> None:
-    shortllm.prune(str(file), [12, 13, 14, 17], tmp_path / "short.gguf")
+def test_shortened_smollm_writes_text(smollm_gguf: Path, tmp_path: Path) -> None:
+    shortllm.prune(str(smollm_gguf), [12, 13, 14, 17], tmp_path / "short.gguf")
     [text] = llama_cpp.generate(tmp_path / "short.gguf", ["The capital of France is"])
     assert len(text.split()) > 5
 
@@ -375,14 +364,14 @@ def test_failing_converter_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_commands(file: Path, smollm: Path, tmp_path: Path) -> None:
+def test_commands(smollm_gguf: Path, smollm: Path, tmp_path: Path) -> None:
     out = tmp_path / "short.gguf"
     command = [
         sys.executable,
         "-m",
         "shortllm",
         "prune",
-        str(file),
+        str(smollm_gguf),
         "--blocks",
         "12,13",
         "--out",
@@ -396,5 +385,5 @@ def test_commands(file: Path, smollm: Path, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert file.name in done.stdout and str(smollm) in done.stdout
+    assert smollm_gguf.name in done.stdout and str(smollm) in done.stdout
     assert GGUFValueType.STRING in read_gguf(out).reader.fields["shortllm.provenance"].types

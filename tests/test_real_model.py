@@ -12,7 +12,6 @@ import transformers
 from test_quantize import quantizes
 
 import shortllm
-from shortllm.checkpoint.dequantize import dequantized
 from shortllm.data.options import CalibrationOptions
 from shortllm.model import Session
 from shortllm.surgery.derived import on_probe
@@ -24,20 +23,9 @@ REMOVED = {3: [12, 13, 14], 6: [5, 13, 14, 16, 17, 18], 9: [5, 12, 13, 14, 15, 1
 
 
 @pytest.fixture(scope="session")
-def file(shared: Path) -> Path:
-    return shared / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="session")
-def model(file: Path) -> Path:
-    """The dequantized checkpoint."""
-    return dequantized(file)
-
-
-@pytest.fixture(scope="session")
-def short(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short(smollm_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint without three blocks, verified when it was written."""
-    return shortllm.prune(str(file), REMOVED[3], tmp_path_factory.mktemp("real") / "short")
+    return shortllm.prune(str(smollm_gguf), REMOVED[3], tmp_path_factory.mktemp("real") / "short")
 
 
 @pytest.fixture
@@ -57,8 +45,8 @@ def chat(directory: Path) -> str:
     )
 
 
-def test_surgery_equals_bypass_in_plain_transformers(model: Path, short: Path) -> None:
-    original = Session(device="cpu").decoder(shortllm.open_checkpoint(model))
+def test_surgery_equals_bypass_in_plain_transformers(smollm: Path, short: Path) -> None:
+    original = Session(device="cpu").decoder(shortllm.open_checkpoint(smollm))
     expected, _ = on_probe(original, REMOVED[3])
     loaded, loading = transformers.AutoModelForCausalLM.from_pretrained(
         short, dtype=torch.float32, output_loading_info=True
@@ -71,19 +59,19 @@ def test_surgery_equals_bypass_in_plain_transformers(model: Path, short: Path) -
     assert loaded.config.gguf["types"] == {"Q4_1": 210, "Q8_0": 1}
 
 
-def test_the_chat_template_goes_along(model: Path, short: Path) -> None:
-    assert chat(short) == chat(model)
+def test_the_chat_template_goes_along(smollm: Path, short: Path) -> None:
+    assert chat(short) == chat(smollm)
     assert "<|im_start|>user\nHi<|im_end|>" in chat(short)
 
 
 @pytest.mark.slow
 def test_scores_are_those_of_the_script_in_docs(
-    model: Path, text: CalibrationOptions, tmp_path: Path
+    smollm: Path, text: CalibrationOptions, tmp_path: Path
 ) -> None:
-    scores = shortllm.score(str(model), calibration=text, out=tmp_path, dtype="float32")
+    scores = shortllm.score(str(smollm), calibration=text, out=tmp_path, dtype="float32")
     script = Path(__file__).parents[1] / "docs" / "reproduce_ppl.py"
     done = subprocess.run(
-        [sys.executable, script, model, tmp_path], check=True, capture_output=True, text=True
+        [sys.executable, script, smollm, tmp_path], check=True, capture_output=True, text=True
     )
     differences = [float(line.split()[-1]) for line in done.stdout.splitlines()]
     assert len(differences) == len(scores.values) == 30
@@ -105,9 +93,9 @@ def heal(short: Path, shared: Path, out: Path, method: str) -> shortllm.Healing:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", REMOVED)
 def test_healing_lowers_held_out_perplexity(
-    count: int, file: Path, shared: Path, tmp_path: Path
+    count: int, smollm_gguf: Path, shared: Path, tmp_path: Path
 ) -> None:
-    short = shortllm.prune(str(file), REMOVED[count], tmp_path / "short", verify=False)
+    short = shortllm.prune(str(smollm_gguf), REMOVED[count], tmp_path / "short", verify=False)
     paths = [short, tmp_path / "linear", tmp_path / "regression"]
     for path in paths[1:]:
         record = heal(short, shared, path, path.name)
@@ -126,10 +114,10 @@ def test_healing_lowers_held_out_perplexity(
 
 
 @pytest.mark.slow
-def test_healing_never_ends_worse(file: Path, shared: Path, tmp_path: Path) -> None:
+def test_healing_never_ends_worse(smollm_gguf: Path, shared: Path, tmp_path: Path) -> None:
     """Block 11 makes the first token's hidden state large, which no later weight can do."""
     removed = [5, 11, 12, 13, 14, 15, 16, 17, 18]
-    short = shortllm.prune(str(file), removed, tmp_path / "short", verify=False)
+    short = shortllm.prune(str(smollm_gguf), removed, tmp_path / "short", verify=False)
     record = heal(short, shared, tmp_path / "healed", "linear")
     assert record.strength < 1
     assert record.held_out.healed <= record.held_out.shortened
@@ -154,8 +142,8 @@ def test_lora_lowers_the_loss(short: Path, shared: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_it_is_timed(model: Path, short: Path) -> None:
-    found = shortllm.bench([str(model), str(short)], new_tokens=[8], warmup=1, runs=2)
+def test_it_is_timed(smollm: Path, short: Path) -> None:
+    found = shortllm.bench([str(smollm), str(short)], new_tokens=[8], warmup=1, runs=2)
     assert [one.model.blocks for one in found.models] == [30, 27]
 
 
