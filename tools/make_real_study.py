@@ -30,7 +30,7 @@ SINGLE = CRITERIA[:5]
 RATIOS = (0.1, 0.2, 0.3)
 WAYS = ("none", "linear", "regression", "lora-text", "lora-alpaca")
 TRAINED = ("ppl", "auto")
-"""Criteria whose sets are also trained: training takes the most time."""
+"""Criteria whose sets are also trained and run on the tasks, which takes the most time."""
 SAMPLES, LENGTH = 32, 128
 WINDOWS, WINDOW = 16, 512
 STEPS, LIMIT = 200, 200
@@ -111,7 +111,7 @@ class Study:
         sets: dict[str, list[list[int]]] = self.found["sets"]
         jobs: list[tuple[list[int], str]] = [([], "none")]
         for way in WAYS:
-            names = TRAINED if way.startswith("lora") else tuple(sets)
+            names = TRAINED if tasks or way.startswith("lora") else tuple(sets)
             chosen = {tuple(one) for name in names for one in sets.get(name, [])}
             jobs += [(list(one), way) for one in sorted(chosen)]
         for removed, way in jobs:
