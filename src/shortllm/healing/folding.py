@@ -1,13 +1,13 @@
-"""Find the projection of a block whose output is added to the hidden state, whatever the family.
+"""Find the projections of a block whose outputs are added to the hidden state, in any family.
 
 By experiment: numbers are added to the output of one projection after the other. If the block's
 output moves by exactly that, times one factor (1 in most families, the residual multiplier of
 granite), only an addition follows the projection, and a map of its output can be folded into its
-weights. The attention of a serial block is followed by its MLP, the MLP of gemma2 by a norm, an
-expert by a choice: there the output moves differently.
-
-If attention and MLP are both added (parallel blocks), the one that runs last is used. Then a map is
-folded into its weights, for the file and for a model in memory:
+weights. The MLP of gemma2 is followed by a norm, an expert by a choice: there the output moves
+differently. The last projection is looked for first. The output of the attention of a serial block
+also goes into its MLP, so the others are looked for while those behind them return what they
+returned before. A map is folded into the weights of the last one, for the file and for a model in
+memory:
 
     x ─► W ─► M ─► T          becomes          x ─► Tᵀ W ─► M T
 
@@ -54,8 +54,9 @@ class Added:
     """Whether the matrix is stored as inputs x outputs."""
 
 
-def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
-    """For each of `blocks` the last projection whose output is added to the hidden state."""
+def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, list[Added]]:
+    """For each of `blocks` the projections whose output is added to the hidden state, one or more,
+    in the order in which they run."""
     obstacle = decoder.obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(obstacle)
@@ -66,21 +67,24 @@ def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
 
 def find_foldable(
     checkpoint: Checkpoint, decoder: Decoder, blocks: Sequence[int]
-) -> dict[int, Added]:
+) -> dict[int, list[Added]]:
     """The same, if the checkpoint stores the weights of these projections as floats."""
     found = find_added(decoder, blocks)
-    for b, added in found.items():
-        entry = require_stored(checkpoint, b, added.name, needed_to="fold a map into a projection")
-        if entry.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise UnsupportedModelError(
-                f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be "
-                "folded into quantized weights. Give the unquantized model"
+    for b, projections in found.items():
+        for added in projections:
+            entry = require_stored(
+                checkpoint, b, added.name, needed_to="fold a map into a projection"
             )
+            if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise UnsupportedModelError(
+                    f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be "
+                    "folded into quantized weights. Give the unquantized model"
+                )
     return found
 
 
 @torch.no_grad()
-def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
+def _find(decoder: Decoder, b: int, entry: Entry) -> list[Added]:
     named = decoder.blocks[b].named_modules()
     with outputs_of({name: one for name, one in named if is_projection(one)}) as outputs:
         decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
@@ -90,11 +94,16 @@ def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
         for name, seen in outputs.items()
         if len(seen) == 1 and seen[0].shape[-1] == width and seen[0].numel() == TOKENS * width
     ]
+    found: list[Added] = []
+    held: dict[str, Tensor] = {}
     for name in reversed(candidates):  # in the order in which they run
-        scale = _scale(decoder, b, entry, name, outputs[name][0])
+        scale = _scale(decoder, b, entry, name, outputs[name][0], held)
         if scale is not None:
             module = decoder.blocks[b].get_submodule(name)
-            return Added(name, scale, transposed=not isinstance(module, nn.Linear))
+            found.insert(0, Added(name, scale, transposed=not isinstance(module, nn.Linear)))
+            held[name] = outputs[name][0]
+    if found:
+        return found
     config: Any = decoder.model.config
     raise UnsupportedModelError(
         f"block {b} of model type '{config.model_type}' has no linear projection whose output is "
@@ -131,17 +140,19 @@ def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tenso
         yield seen
 
 
-def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) -> float | None:
+def _scale(
+    decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor, held: Mapping[str, Tensor]
+) -> float | None:
     """The factor with which the output is added to the hidden state; None if it is not."""
     sizes = (one.float().square().mean().sqrt().item() for one in (output, entry.stream_BTD))
     size = max(sizes) or 1.0
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(output.shape, generator=generator).to(output)
-    before = _moved(decoder, b, entry, name, torch.zeros_like(output))
+    before = _moved(decoder, b, entry, name, torch.zeros_like(output), held)
     found: list[float] = []
     for times in SIZES:
         step = (output + times * size * noise) - output  # what is left after rounding
-        after = _moved(decoder, b, entry, name, step)
+        after = _moved(decoder, b, entry, name, step, held)
         change = (after - before).double().flatten()
         wanted = step.double().flatten()
         scale = (change @ wanted / (wanted @ wanted)).item()
@@ -159,13 +170,24 @@ def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) ->
     return 1.0 if abs(found[1] - 1.0) < 1e-3 else found[1]  # a rounding error
 
 
-def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> Tensor:
-    """The block's output if `step` is added to the output of a projection."""
+def _moved(
+    decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor, held: Mapping[str, Tensor]
+) -> Tensor:
+    """The block's output if `step` is added to the output of a projection, and those of others are
+    held."""
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + step
 
-    with decoder.blocks[b].get_submodule(name).register_forward_hook(hook):
+    def hold(kept: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return kept
+
+    block = decoder.blocks[b]
+    with ExitStack() as hooks:
+        hooks.enter_context(block.get_submodule(name).register_forward_hook(add))
+        for other, kept in held.items():
+            hook = partial(hold, kept)
+            hooks.enter_context(block.get_submodule(other).register_forward_hook(hook))
         return decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
 
 
@@ -195,16 +217,17 @@ def refit(checkpoint: Checkpoint, b: int, added: Added, change_ID: Tensor) -> Fo
 @contextmanager
 def folded_into(decoder: Decoder, folds: Mapping[int, Fold]) -> Iterator[None]:
     """Within the context, the decoder computes with other weights, in memory or streamed."""
-    replaced: list[Any] = []
+    replaced: dict[Any, Any] = {}
     try:
         for b, tensors in folds.items():
-            module: Any = decoder.blocks[b].get_submodule(next(iter(tensors)).rpartition(".")[0])
-            stand_in = copy.deepcopy(module)
             for name, tensor in tensors.items():
+                path, _, own = name.rpartition(".")
+                module: Any = decoder.blocks[b].get_submodule(path)
+                if module not in replaced:
+                    replaced[module] = copy.deepcopy(module)
+                    module.forward = replaced[module].forward
                 here = tensor.to(decoder.device, decoder.dtype)
-                setattr(stand_in, name.rpartition(".")[2], nn.Parameter(here, requires_grad=False))
-            module.forward = stand_in.forward
-            replaced.append(module)
+                setattr(replaced[module], own, nn.Parameter(here, requires_grad=False))
         yield
     finally:
         for module in replaced:

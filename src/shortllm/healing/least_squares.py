@@ -6,6 +6,11 @@ is missing is `R = H - Z`. Two kinds of change can make up for it:
     map       M (I + C)         leaves R - M C    min  ‖M C - R‖² + λ‖C‖²
     weights   A (W + C)         leaves R - A C    min  ‖A C - R‖² + λ‖C‖²      where M = A W
 
+The attention of the block adds to the hidden state too. Where all weights are unknowns, so are
+those of its output projection: `A` is first both inputs side by side. What the changed attention
+does to the MLP behind it is not linear, so the change of the attention is kept alone, `A` is read
+again, and the MLP's projection is solved against what is left.
+
 With `X` for `M` or `A` the solution `C = (XᵀX + λI)⁻¹ XᵀR` needs two matrices, whatever the number
 of tokens. The error that is left on other tokens follows from the same sums over them. Every map is
 also a change of the weights, which have more columns: they can fit better, and need more text.
@@ -33,7 +38,8 @@ Shapes: B samples, T tokens, D width, I columns of X, N tokens of one group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -52,10 +58,10 @@ from shortllm.healing.folding import (
     refit,
 )
 from shortllm.healing.methods import Healed, Task
-from shortllm.healing.options import HealedGap
+from shortllm.healing.options import HealedGap, HealOptions
 from shortllm.model.hidden_states import SampleGroups
 from shortllm.pruning.budget import Gap, gaps_of
-from shortllm.runtime import progress
+from shortllm.runtime import Ranks, progress
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
@@ -69,50 +75,89 @@ class Unknowns:
     """Collects `X` while a block runs, before the block multiplies it with its factor."""
     fold: Callable[[Checkpoint, int, Added, Tensor], Fold]
     """The new weights of a projection, from the change."""
+    earlier: bool
+    """Whether projections before the last one of a block are changed too."""
+
+    def of(self, found: Sequence[Added], options: HealOptions) -> list[Added]:
+        """The projections of a block that get new weights."""
+        return list(found) if self.earlier and options.attention else list(found[-1:])
 
 
-MAP = Unknowns(outputs_of, fold)
-WEIGHTS = Unknowns(inputs_of, refit)
+UNKNOWNS = {
+    "linear": Unknowns(outputs_of, fold, earlier=False),
+    "regression": Unknowns(inputs_of, refit, earlier=True),
+}
+"""By healing method: a map, or all weights."""
 
 
 class GapSums:
     """Sums over tokens that a change depends on."""
 
-    def __init__(self, columns: int, width: int, device: torch.device, *, weighted: bool) -> None:
-        """No tokens yet; `weighted`: each counts relative to its own mean square in H."""
+    def __init__(
+        self,
+        columns: int,
+        width: int,
+        device: torch.device,
+        *,
+        weighted: bool,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        """No tokens yet.
+
+        Args:
+            weighted: each token counts relative to its own mean square in H.
+            dtype: of the products of the tokens of one `add`; those of all are added in float64.
+        """
         if device.type == "mps":  # which has no float64
             device = torch.device("cpu")
-        self.weighted = weighted
+        self.weighted, self.dtype = weighted, dtype
         self.products_II = torch.zeros((columns, columns), dtype=torch.float64, device=device)
         """XᵀX"""
         self.cross_ID = torch.zeros((columns, width), dtype=torch.float64, device=device)
         """XᵀR"""
-        self.missing = 0.0
-        """‖R‖²"""
+        self.missing_D = torch.zeros(width, dtype=torch.float64, device=device)
+        """‖R‖² of each column"""
         self.wanted = 0.0
         """‖H‖²"""
 
     def add(self, x_NI: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
         """Take in more tokens: X, the hidden state as it is, and as it should be."""
         x_NI, after_ND, wanted_ND = (
-            given.to(self.products_II.device).double() for given in (x_NI, after_ND, wanted_ND)
+            given.to(self.products_II.device, self.dtype) for given in (x_NI, after_ND, wanted_ND)
         )
         if self.weighted and len(wanted_ND):
             floor = torch.finfo(torch.float32).tiny
             scale_N1 = wanted_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
             x_NI, after_ND, wanted_ND = (given * scale_N1 for given in (x_NI, after_ND, wanted_ND))
         missing_ND = wanted_ND - after_ND
-        self.products_II.addmm_(x_NI.T, x_NI)
-        self.cross_ID.addmm_(x_NI.T, missing_ND)
-        self.missing += missing_ND.square().sum().item()
+        self.products_II += x_NI.T @ x_NI
+        self.cross_ID += x_NI.T @ missing_ND
+        self.missing_D += missing_ND.square().sum(0)
         self.wanted += wanted_ND.square().sum().item()
 
     def take(self, other: GapSums) -> None:
         """Add the sums over other tokens; in place, as the matrices may be large."""
         self.products_II += other.products_II
         self.cross_ID += other.cross_ID
-        self.missing += other.missing
+        self.missing_D += other.missing_D
         self.wanted += other.wanted
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add the sums of all processes."""
+        wanted = torch.tensor(self.wanted, dtype=torch.float64)
+        ranks.add_up([self.products_II, self.cross_ID, self.missing_D, wanted])
+        self.wanted = wanted.item()
+
+    def columns(self, chosen: slice) -> GapSums:
+        """The sums for some columns of R, as views; `wanted` stays that of all."""
+        found = copy.copy(self)
+        found.cross_ID, found.missing_D = self.cross_ID[:, chosen], self.missing_D[chosen]
+        return found
+
+    @property
+    def missing(self) -> float:
+        """‖R‖²"""
+        return self.missing_D.sum().item()
 
     def error(self, change_ID: Tensor) -> float:
         """‖X C - R‖²"""
@@ -170,7 +215,7 @@ def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
 
 
 @torch.no_grad()
-def heal_gaps(task: Task, unknowns: Unknowns) -> Healed:
+def heal_gaps(task: Task) -> Healed:
     """Solve a change for every gap that has a block before it, and fold it.
 
     The held-out samples choose the ridge of each, unless it is given; the folded change is then
@@ -178,7 +223,8 @@ def heal_gaps(task: Task, unknowns: Unknowns) -> Healed:
     """
     decoder, gaps = task.decoder, gaps_of(task.removed)
     before = [gap.before for gap in gaps if gap.before is not None]
-    added = find_foldable(task.checkpoint, decoder, before)
+    found = find_foldable(task.checkpoint, decoder, before)
+    unknowns = UNKNOWNS[task.options.method]
     walk = _Walk(task, unknowns)
     folds: dict[int, Fold] = {}
     records = [HealedGap(block=None, removed=gap.blocks) for gap in gaps if gap.before is None]
@@ -189,36 +235,47 @@ def heal_gaps(task: Task, unknowns: Unknowns) -> Healed:
             if gap is None:
                 walk.through(b, source=True, healed=b not in task.removed and b not in before)
             else:
-                sums = walk.measure(b, added[b])
-                one, change_ID = _solve(gap, added[b], *sums, task.options.ridge)
-                records.append(one)
-                if change_ID is not None:
-                    folds[b] = unknowns.fold(task.checkpoint, b, added[b], change_ID)
-                with folded_into(decoder, {b: folds[b]} if b in folds else {}):
+                record, changed = _heal_gap(task, walk, gap, b, unknowns.of(found[b], task.options))
+                records.append(record)
+                if changed:
+                    folds[b] = changed
+                with folded_into(decoder, {b: changed}):
                     walk.through(b, source=False, healed=True)
             advance(1)
     return Healed(gaps=records, folds=folds)
 
 
-def _solve(
-    gap: Gap, added: Added, fitted: GapSums, held_out: GapSums, given: float | None
-) -> tuple[HealedGap, Tensor | None]:
-    """What the record says of one gap, and its change; `fitted` takes in the held-out tokens."""
-    ridge, left = choose_ridge(fitted, held_out, given)
-    errors = (held_out.relative(held_out.missing), held_out.relative(left))
-    fitted.take(held_out)
-    found = HealedGap(
-        block=gap.before,
-        removed=gap.blocks,
-        projection=added.name,
-        scale=added.scale,
-        ridge=ridge,
-        penalty=None if ridge is None else penalty(fitted, ridge),
-        effective_rank=None if ridge is None else effective_rank(fitted, ridge),
-        error_before=errors[0],
-        error_after=errors[1],
-    )
-    return found, None if ridge is None else solve(fitted, ridge)
+def _heal_gap(
+    task: Task, walk: _Walk, gap: Gap, b: int, projections: Sequence[Added]
+) -> tuple[HealedGap, Fold]:
+    """New weights of the projections of block `b`, and what the record says of them.
+
+    One after the other, each solved together with those behind it.
+    """
+    changed: Fold = {}
+    errors: list[float] = []
+    record = HealedGap(block=b, removed=gap.blocks)
+    for place, added in enumerate(projections):
+        with folded_into(task.decoder, {b: changed}):
+            fitted, held_out, columns = walk.measure(b, projections[place:])
+        ridge, left = choose_ridge(fitted, held_out, task.options.ridge)
+        errors += [held_out.relative(held_out.missing), held_out.relative(left)]
+        fitted.take(held_out)
+        if ridge is not None:
+            change_ID = solve(fitted, ridge)[:columns]
+            changed |= walk.unknowns.fold(task.checkpoint, b, added, change_ID)
+        record = HealedGap(
+            block=b,
+            removed=gap.blocks,
+            projections=[one.name for one in projections],
+            scale=added.scale,
+            ridge=ridge,
+            penalty=None if ridge is None else penalty(fitted, ridge),
+            effective_rank=None if ridge is None else effective_rank(fitted, ridge),
+            error_before=errors[0],
+            error_after=errors[-1],
+        )
+    return record, changed
 
 
 class _Walk:
@@ -226,7 +283,7 @@ class _Walk:
 
     def __init__(self, task: Task, unknowns: Unknowns) -> None:
         self._decoder = task.decoder
-        self._unknowns = unknowns
+        self.unknowns = unknowns
         self._weighted = task.options.weighting == "norm"
         self._fitted = len(task.ids_BT) - task.held_out
         self._groups = SampleGroups(task.decoder, task.ids_BT, task.memory)
@@ -242,25 +299,27 @@ class _Walk:
         if healed and self._healed is not None:
             self._groups.apply(b, self._healed)
 
-    def measure(self, b: int, added: Added) -> tuple[GapSums, GapSums]:
+    def measure(self, b: int, projections: Sequence[Added]) -> tuple[GapSums, GapSums, int]:
         """What block `b` can add to the healed hidden state compared with where the source is, for
-        the samples to solve with and the held-out ones; both hidden states stay where they are."""
+        the samples to solve with and the held-out ones; both hidden states stay where they are.
+        And how many columns of X are those of the first projection."""
         decoder = self._decoder
         assert self._healed is not None
-        module = decoder.blocks[b].get_submodule(added.name)
+        modules = {one.name: decoder.blocks[b].get_submodule(one.name) for one in projections}
         sums: list[GapSums] = []
+        columns = 0
         for group, rows in enumerate(self._groups.rows):
-            with self._unknowns.seen({added.name: module}) as seen:
+            with self.unknowns.seen(modules) as seen:
                 after_BTD = self._groups.after(b, self._healed, group)
-            x_BTI = seen[added.name][0].view(*after_BTD.shape[:2], -1).double() * added.scale
+            size = after_BTD.shape[:2]
+            parts = [seen[one.name][0].view(*size, -1).double() * one.scale for one in projections]
+            columns = parts[0].shape[-1]
+            x_BTI = torch.cat(parts, dim=-1)
             if not sums:
-                columns, width = x_BTI.shape[-1], after_BTD.shape[-1]
-                sums = [
-                    GapSums(columns, width, decoder.device, weighted=self._weighted)
-                    for _ in range(2)
-                ]
+                shape = (x_BTI.shape[-1], after_BTD.shape[-1])
+                sums = [GapSums(*shape, decoder.device, weighted=self._weighted) for _ in range(2)]
             wanted_BTD = self._source[rows].to(decoder.device)
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
             for part, one in zip((slice(border), slice(border, None)), sums, strict=True):
                 one.add(*(given[part].flatten(0, 1) for given in (x_BTI, after_BTD, wanted_BTD)))
-        return sums[0], sums[1]
+        return sums[0], sums[1], columns
