@@ -335,6 +335,7 @@ def test_groups_stacks_and_files_change_nothing(
     expected = score(Decoder(loaded(variant)), ids_BT, *WITH_TEXT)
     monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", limit)
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
+    monkeypatch.setattr(walk, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(walk, "stacked_streams", lambda decoder, entry: 3)
     decoder = streamed(variant) if stream else Decoder(loaded(variant))
     memory = StreamMemory(limit=100, directory=tmp_path / "spilled")

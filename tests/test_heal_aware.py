@@ -52,7 +52,7 @@ def healed_nll(found: GapRepairs, removed: tuple[int, ...], ids_BT: Tensor) -> f
 
 
 @pytest.mark.parametrize("method", ["linear", "regression"])
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2"])
 def test_a_walk_with_repairs_measures_each_healed_model(variant: str, method: str) -> None:
     found = repairs(variant, method=method)
     ids_BT = families.token_ids(5)
@@ -181,8 +181,8 @@ def test_bad_options_are_refused() -> None:
         resolve("greedy", {"healing": "linear", "inner": "taylor"})
     with pytest.raises(UnsupportedModelError, match="no linear projection"):
         families.score(
-            Decoder(families.loaded("gemma2")), families.token_ids(8), "local",
-            checkpoint=families.opened("gemma2"), options={"local": {"healing": "linear"}},
+            Decoder(families.loaded("mixtral")), families.token_ids(8), "local",
+            checkpoint=families.opened("mixtral"), options={"local": {"healing": "linear"}},
             healing_BT=text(),
         )  # fmt: skip
 

@@ -10,14 +10,14 @@ be the intact one. Then the sums for all gaps behind a block come from the same 
 
 and a search measures thousands of healed models in its usual walks, in which a block in front of a
 gap computes with the weights for a gap of that length. What is left out is small: of two gaps, the
-second is not told what the first could not repair, and only the last projection is changed.
+second is not told what the first could not repair, and only the last module is changed.
 
 Shapes: N tokens of all samples, I columns of X, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.healing.folding import Added, Fold, find_foldable, folded_into
-from shortllm.healing.least_squares import UNKNOWNS, GapSums, Unknowns, choose_ridge, solve
+from shortllm.healing.folding import Fold, find_foldable, folded_into, watching
+from shortllm.healing.least_squares import GapSums, choose_ridge, solve
 from shortllm.healing.options import HealOptions
+from shortllm.healing.unknowns import Stage, stages
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory
 from shortllm.runtime import ALONE, Ranks
@@ -80,8 +81,7 @@ def repairs_of_every_gap(
     lengths = {b: _possible(b, removable, longest) for b in range(decoder.block_count)}
     before = [b for b, length in lengths.items() if length]
     found = find_foldable(checkpoint, decoder, before)
-    added = {b: projections[-1] for b, projections in found.items()}
-    unknowns = UNKNOWNS[options.method]
+    fits = {b: stages(modules, options)[-1] for b, modules in found.items()}
     groups = SampleGroups(decoder, ids_BT, memory)
     stream_BTD = groups.entering()
     waiting: dict[int, Tensor] = {}
@@ -89,16 +89,16 @@ def repairs_of_every_gap(
     folds: dict[tuple[int, int], Fold] = {}
     last = max(b + lengths[b] for b in before)
     for b in decoder.through(range(last + 1)):
-        x_NI = _through(groups, b, stream_BTD, added.get(b), unknowns)
+        x_NI = _through(groups, b, stream_BTD, fits.get(b))
         if x_NI is not None:
             waiting[b] = x_NI
         behind[b] = stream_BTD.flatten(0, 1).clone()
         for a in [a for a in waiting if a + lengths[a] == b]:
             states = [behind[a + n] for n in range(lengths[a] + 1)]
             fitted, held_out = _sums(waiting.pop(a), states, ids_BT.shape, options, ranks)
-            for n, change_ID in enumerate(_solved(fitted, held_out, options, lengths[a]), 1):
-                if change_ID is not None:
-                    folds[a, n] = unknowns.fold(checkpoint, a, added[a], change_ID)
+            unknowns, [added] = fits[a].unknowns, fits[a].modules
+            for n, change_ID in _solved(fitted, held_out, options, lengths[a], unknowns.diagonal):
+                folds[a, n] = unknowns.fold(checkpoint, a, added, change_ID)
         oldest = min(waiting, default=b + 1)
         behind = {depth: state for depth, state in behind.items() if depth >= oldest}
     return GapRepairs(decoder, folds)
@@ -112,21 +112,18 @@ def _possible(b: int, removable: Collection[int], longest: int) -> int:
     return length
 
 
-def _through(
-    groups: SampleGroups, b: int, stream_BTD: Tensor, added: Added | None, unknowns: Unknowns
-) -> Tensor | None:
-    """Take all samples through block `b`, in place; X of its projection, if it has one."""
-    if added is None:
+def _through(groups: SampleGroups, b: int, stream_BTD: Tensor, fit: Stage | None) -> Tensor | None:
+    """Take all samples through block `b`, in place; X of the fit, if there is one."""
+    if fit is None:
         groups.apply(b, stream_BTD)
         return None
-    module = groups.decoder.blocks[b].get_submodule(added.name)
     parts = []
     for group, rows in enumerate(groups.rows):
-        with unknowns.seen({added.name: module}) as seen:
+        with watching(groups.decoder.blocks[b], fit.watched) as seen:
             after_BTD = groups.after(b, stream_BTD, group)
         stream_BTD[rows] = after_BTD.to(stream_BTD)
-        x_NI = seen[added.name][0].view(after_BTD.shape[:2].numel(), -1)
-        parts.append((x_NI * added.scale).to(stream_BTD.device))
+        x_NI = fit.unknowns.columns(fit.modules[0], seen).view(after_BTD.shape[:2].numel(), -1)
+        parts.append(x_NI.to(stream_BTD.device))
     return torch.cat(parts)
 
 
@@ -165,14 +162,17 @@ def _sums(
 
 
 def _solved(
-    fitted: GapSums, held_out: GapSums, options: HealOptions, lengths: int
-) -> list[Tensor | None]:
-    """The change for a gap of each length; None where none is better than any."""
+    fitted: GapSums, held_out: GapSums, options: HealOptions, lengths: int, diagonal: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """Lengths of gaps and the change for each; none where no change is better."""
     width = fitted.cross_ID.shape[1] // lengths
+    one = slice(width)
     ridge, _ = choose_ridge(
-        fitted.columns(slice(width)), held_out.columns(slice(width)), options.ridge
+        fitted.columns(one), held_out.columns(one), options.ridge, diagonal=diagonal
     )
     if ridge is None:
-        return [None] * lengths
+        return
     fitted.take(held_out)
-    return list(torch.split(solve(fitted, ridge), width, dim=1))
+    for n in range(1, lengths + 1):
+        columns = fitted.columns(slice((n - 1) * width, n * width))
+        yield n, solve(columns, ridge, diagonal=diagonal)

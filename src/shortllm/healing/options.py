@@ -80,16 +80,17 @@ class HealedGap(Record):
         description="the block before the gap; null if there is none, so it cannot be healed"
     )
     removed: list[int]
-    projections: list[str] = Field(
-        default_factory=list, description="what was changed, by names within the block"
+    changed: list[str] = Field(
+        default_factory=list,
+        description="projections and norms with new weights, by their names within the block",
     )
     scale: float | None = Field(
-        default=None, description="factor that the block multiplies the projection's output with"
+        default=None, description="factor that the block multiplies their output with"
     )
     ridge: float | None = Field(
         default=None,
-        description="ridge strength relative to the mean squared input; null: unchanged, as no map "
-        "does better on held-out samples",
+        description="ridge strength of the last fit, relative to the mean squared input; null: no "
+        "change does better on held-out samples",
     )
     penalty: float | None = Field(default=None, description="the λ of that ridge")
     effective_rank: float | None = Field(

@@ -53,6 +53,9 @@ CPU_LOSS_BYTES = 64 * 2**20
 GPU_LOSS_BYTES = 2**30
 """Bound on the temporaries of one slice of the head: logits and intermediates of the loss."""
 
+FEWEST_TOKENS = 64
+"""Of one slice, even above that bound: reading a large head for fewer takes longer than its use."""
+
 TOGETHER = 128
 """Sets of a long list that are measured in one walk: each has a stream of its own at the end."""
 
@@ -411,7 +414,7 @@ def slice_tokens(decoder: Decoder) -> int:
     """Tokens whose logits exist at once."""
     limit = CPU_LOSS_BYTES if decoder.device.type == "cpu" else GPU_LOSS_BYTES
     copies = 8 if decoder.dtype.itemsize == 4 else decoder.dtype.itemsize + 8
-    return max(1, limit // (decoder.vocabulary * copies))
+    return max(FEWEST_TOKENS, limit // (decoder.vocabulary * copies))
 
 
 def walk_flops(

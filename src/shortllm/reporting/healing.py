@@ -174,7 +174,7 @@ def _target(gap: HealedGap) -> str:
     return (
         "no block before the gap"
         if gap.block is None
-        else f"{gap.block}, {' and '.join(gap.projections)}"
+        else f"{gap.block}, {' and '.join(gap.changed)}"
     )
 
 
