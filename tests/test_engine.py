@@ -106,6 +106,7 @@ def test_small_slices_and_groups_change_nothing(
     model, ids_BT = loaded(variant), token_ids()
     whole = score_ppl(model, ids_BT)
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
+    monkeypatch.setattr(walk, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", limit)
     view = Decoder(model)
     assert walk.slice_tokens(view) == limit
@@ -136,6 +137,7 @@ def test_announced_work_is_the_work_reported(
     variant: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walk, "CPU_LOSS_BYTES", limit * VOCABULARY * 8)
+    monkeypatch.setattr(walk, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", limit)
     view, ids_BT = Decoder(loaded(variant)), token_ids()
     source: Any = SimpleNamespace(block_count=view.block_count)

@@ -31,7 +31,6 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.healing.folding import find_added
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.healing.least_squares import (
-    MAP,
     GapSums,
     choose_ridge,
     heal_gaps,
@@ -73,8 +72,24 @@ DOWN = {
 }
 """Family -> what it calls its down projection."""
 
-REFUSED = ("gemma2", "gemma3_text", "olmo2", "mixtral", "opt-projected")
-"""Behind their MLP stands a norm, or in its place experts."""
+OUTPUT = {
+    "llama": "self_attn.o_proj",
+    "granite": "self_attn.o_proj",
+    "gpt2": "attn.c_proj",
+    "gpt_neox": "attention.dense",
+}
+"""Family -> what it calls the output projection of its attention."""
+
+NORMS = {
+    "gemma2": "post_feedforward_layernorm",
+    "gemma3_text": "post_feedforward_layernorm",
+    "olmo2": "post_feedforward_layernorm",
+    "opt-projected": "final_layer_norm",
+}
+"""Family -> what it calls the norm behind its MLP; the last one is behind the addition too."""
+
+REFUSED = ("mixtral",)
+"""In the place of their MLP are experts."""
 
 CPU = torch.device("cpu")
 REMOVED = {"contiguous": [2, 3], "scattered": [1, 3, 4]}
@@ -195,7 +210,7 @@ def test_maps_equal_plain_least_squares(
 ) -> None:
     removed, ridge = REMOVED[shape], 0.05
     record = healed(variant, removed, tmp_path, ridge=ridge, weighting=weighting)
-    assert [gap.projection for gap in record.gaps] == [DOWN[variant]] * len(record.gaps)
+    assert [gap.changed for gap in record.gaps] == [[DOWN[variant]]] * len(record.gaps)
     scale = 0.4 if variant == "granite" else 1.0
     assert [gap.scale for gap in record.gaps] == pytest.approx([scale] * len(record.gaps), rel=1e-4)
     model = plain_least_squares(variant, removed, DOWN[variant], scale, ridge, weighting == "norm")
@@ -207,14 +222,24 @@ def test_maps_equal_plain_least_squares(
     assert (found - before).abs().max() > 1e-2 * before.abs().max()
 
 
+@pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "granite"])
-def test_regression_equals_plain_least_squares(variant: str, tmp_path: Path) -> None:
+def test_regression_equals_plain_least_squares(
+    variant: str, attention: bool, tmp_path: Path
+) -> None:
     ridge, ids_BT, down = 0.05, text(), DOWN[variant]
     [gap] = healed(
-        variant, [2, 3], tmp_path, method="regression", ridge=ridge, weighting="none"
-    ).gaps
+        variant, [2, 3], tmp_path, method="regression", ridge=ridge, weighting="none",
+        attention=attention,
+    ).gaps  # fmt: skip
     model, scale = families.load(families.saved(variant)), 0.4 if variant == "granite" else 1.0
     block = blocks_of(model)[1]
+    healed_block = blocks_of(families.load(tmp_path / "healed"))[1]
+    if attention:  # the MLP's projection is fitted behind the new one of the attention
+        before, output = block.get_submodule(OUTPUT[variant]), OUTPUT[variant]
+        new = healed_block.get_submodule(output).weight
+        assert not torch.equal(before.weight, new)
+        before.weight = new
     module: Any = block.get_submodule(down)
     inputs: list[Tensor] = []
     with module.register_forward_pre_hook(lambda _, given: inputs.append(given[0])):
@@ -226,7 +251,7 @@ def test_regression_equals_plain_least_squares(variant: str, tmp_path: Path) -> 
     rows = torch.cat([x_NI, penalty.sqrt() * torch.eye(columns, dtype=torch.float64)])
     missing = torch.cat([wanted_ND - after_ND, torch.zeros(columns, wanted_ND.shape[1])])
     change_ID = torch.linalg.lstsq(rows, missing).solution
-    found: Any = blocks_of(families.load(tmp_path / "healed"))[1].get_submodule(down)
+    found: Any = healed_block.get_submodule(down)
     weight, before = found.weight.double(), module.weight.double()
     change = change_ID.T if isinstance(module, nn.Linear) else change_ID
     torch.testing.assert_close(weight - before, change, rtol=1e-3, atol=1e-5)
@@ -237,13 +262,50 @@ def test_regression_equals_plain_least_squares(variant: str, tmp_path: Path) -> 
     assert gap.effective_rank is not None and 0 < gap.effective_rank < columns
 
 
+@pytest.mark.parametrize("weighting", ["norm", "none"])
+@pytest.mark.parametrize("variant", families.by_tier(NORMS, "gemma2"))
+def test_gains_equal_plain_least_squares(variant: str, weighting: str, tmp_path: Path) -> None:
+    ridge, ids_BT, name = 0.05, text(), NORMS[variant]
+    [gap] = healed(variant, [2, 3], tmp_path, ridge=ridge, weighting=weighting).gaps
+    assert gap.changed == [name]
+    model = families.load(families.saved(variant))
+    module: Any = blocks_of(model)[1].get_submodule(name)
+    added_ND, after_ND = outputs(model, [module, blocks_of(model)[1]], ids_BT)
+    wanted_ND = stream_behind(families.loaded(variant), 3, ids_BT)
+    size_N1 = wanted_ND.square().mean(1, keepdim=True).sqrt() if weighting == "norm" else 1.0
+    x_ND, missing_ND = added_ND / size_N1, (wanted_ND - after_ND) / size_N1
+    squares_D = x_ND.square().sum(0)
+    change_D = (x_ND * missing_ND).sum(0) / (squares_D + ridge * squares_D.mean())
+    found: Any = blocks_of(families.load(tmp_path / "healed"))[1].get_submodule(name)
+    offset = 1.0 if variant.startswith("gemma") else 0.0
+    torch.testing.assert_close(
+        found.weight.double() + offset, (module.weight.double() + offset) * (1 + change_D),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    # the checkpoint computes what the fit predicted
+    computed = stream_behind(families.load(tmp_path / "healed"), 1, ids_BT)
+    assert (computed - after_ND - added_ND * change_D).abs().max() <= 1e-5 * after_ND.abs().max()
+
+
+@pytest.mark.parametrize("variant", families.by_tier(["gemma2", "gemma3_text", "olmo2"], "olmo2"))
+def test_a_projection_in_front_of_a_norm_is_refitted(variant: str, tmp_path: Path) -> None:
+    gaps = {
+        method: healed(variant, [2, 3], tmp_path / method, method=method).gaps[0]
+        for method in ("linear", "regression")
+    }
+    assert gaps["regression"].changed == ["mlp.down_proj", NORMS[variant]]
+    after = {method: gap.error_after for method, gap in gaps.items()}
+    assert gaps["linear"].error_before is not None
+    assert after["regression"] < after["linear"] <= gaps["linear"].error_before  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("method", ["linear", pytest.param("regression", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", families.by_tier(DOWN, "opt"))
 def test_every_family_comes_nearer_to_the_source(variant: str, method: str, tmp_path: Path) -> None:
     record = healed(variant, [2, 4], tmp_path, method=method, ridge=0.3)
     assert [gap.block for gap in record.gaps] == [1, 3]
     for gap in record.gaps:
-        assert gap.projection == DOWN[variant]
+        assert gap.changed == [DOWN[variant]]
         assert 0 < gap.effective_rank < 128  # type: ignore[operator]
     short, after = (open_checkpoint(tmp_path / name) for name in ("short", "healed"))
     changed_names = {
@@ -418,12 +480,19 @@ def test_the_projection_is_found_in_bfloat16_and_where_it_adds_nothing() -> None
     model = families.build("llama")
     with torch.no_grad():
         blocks_of(model)[2].mlp.down_proj.weight.zero_()
-    assert find_added(Decoder(model), [2])[2].name == "mlp.down_proj"
-    for variant in ("llama", "granite", "gpt_neox"):
+    assert [one.name for one in find_added(Decoder(model), [2])[2]][-1] == "mlp.down_proj"
+    for variant in OUTPUT:
         found = find_added(Decoder(families.build(variant).bfloat16()), [0, 3])
-        assert {one.name for one in found.values()} == {DOWN[variant]}
+        expected = [OUTPUT[variant], DOWN[variant]]
+        assert [[one.name for one in projections] for projections in found.values()] == [
+            expected, expected
+        ]  # fmt: skip
+    for variant, offset in (("gemma2", 1), ("olmo2", 0)):
+        [_, mlp] = find_added(Decoder(families.build(variant).bfloat16()), [1])[1]
+        assert (mlp.name, mlp.projection.name) == (NORMS[variant], "mlp.down_proj")
+        assert mlp.norm is not None and mlp.norm.offset == offset
     with pytest.raises(UnsupportedModelError, match="no linear projection"):
-        find_added(Decoder(families.build("gemma2").bfloat16()), [1])
+        find_added(Decoder(families.build("mixtral").bfloat16()), [1])
 
 
 def test_the_source_is_left_as_it_was() -> None:
@@ -433,7 +502,7 @@ def test_the_source_is_left_as_it_was() -> None:
         decoder=decoder, checkpoint=families.opened("llama"), removed=[2], ids_BT=text(),
         held_out=4, options=HealOptions(ridge=0.1), memory=Session(device="cpu").memory(),
     )  # fmt: skip
-    heal_gaps(task, MAP)
+    heal_gaps(task)
     for name, tensor in decoder.model.state_dict().items():
         assert torch.equal(tensor, before[name])
 

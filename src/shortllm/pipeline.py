@@ -183,6 +183,7 @@ class _Prepared:
 def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepared:
     """Read, check and resolve everything before the first heavy step, and write run.json."""
     criterion = resolve(recipe.criterion, recipe.options)
+    healed = healing_of(recipe, criterion)
     recipe.budget.asked()
     if recipe.use_published_order and recipe.published is None:
         raise RecipeError(
@@ -215,7 +216,7 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     if budget.blocks is None:  # a criterion that removes blocks itself gets the amount
         amount = removal_options(criterion, budget, checkpoint.info())
-        criterion = resolve(recipe.criterion, {**amount, **recipe.options})
+        criterion = resolve(recipe.criterion, {**amount, **healed, **recipe.options})
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
     return _Prepared(
         directory=directory,
@@ -231,6 +232,23 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
         criterion=criterion,
         scored=scored,
     )
+
+
+def healing_of(recipe: Recipe, criterion: Criterion) -> dict[str, str]:
+    """The option by which a criterion measures models after the healing of the run."""
+    if recipe.heal_aware is False or (recipe.heal_aware is None and recipe.healing is None):
+        return {}
+    if recipe.healing is None:
+        raise RecipeError("--heal-aware needs a method to heal with. Add e.g. --heal regression")
+    measures = criterion.needs == "sets" or criterion.scored_by().needs == "logits"
+    if "healing" in criterion.options and measures:
+        return {"healing": recipe.healing.method}
+    if recipe.heal_aware:
+        raise RecipeError(
+            f"criterion '{criterion.name}' does not measure shortened models, so it cannot measure "
+            "healed ones. Use --criterion auto, local, evolve or greedy, or leave out --heal-aware"
+        )
+    return {}
 
 
 def default_directory(recipe: Recipe) -> Path:
@@ -305,7 +323,12 @@ def _plan(run: _Prepared) -> PrunePlan:
     scores: BlockScores | None = None
     if run.scored:
         [scores] = score_in(
-            run.directory, run.checkpoint, [run.criterion], run.texts.calibration, run.session
+            run.directory,
+            run.checkpoint,
+            [run.criterion],
+            run.texts.calibration,
+            run.session,
+            healing=run.texts.healing,
         ).values()
     else:
         delete([run.directory / "scores.json", *run.directory.glob("calibration.*")])

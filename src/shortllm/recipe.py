@@ -82,6 +82,11 @@ class Recipe(Runtime):
         default=None,
         description="How to repair the shortened model without training: a method, or its options.",
     )
+    heal_aware: Annotated[bool | None, Flag(panel="Healing")] = Field(
+        default=None,
+        description="Judge the sets that a search or 'greedy' tries by what is left of their loss "
+        "after healing. Default: if the run heals.",
+    )
     retraining: Annotated[list[RetrainOptions], HIDDEN] = Field(
         default_factory=list,
         description="How to retrain the shortened model: one way or several, each from the same "

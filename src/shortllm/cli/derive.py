@@ -71,7 +71,7 @@ def _print_healing(record: Healing) -> None:
         (
             ", ".join(map(str, gap.removed)),
             "-" if gap.block is None else str(gap.block),
-            "no block before it" if gap.block is None else gap.projection or "",
+            "no block before it" if gap.block is None else ", ".join(gap.changed),
             "unchanged" if gap.ridge is None else f"{gap.ridge:g}",
             number(gap.error_before),
             number(gap.error_after),

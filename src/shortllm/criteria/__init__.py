@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 from pydantic import TypeAdapter, ValidationError
 
 from shortllm.errors import CriterionError, did_you_mean
+from shortllm.healing.methods import METHODS as HEALING_METHODS
 from shortllm.papers import Paper
 from shortllm.records import ModelInfo, protected_in
 from shortllm.registry import Registry, first_line, import_modules
@@ -123,6 +124,11 @@ class Criterion:
     def needs_text(self) -> bool:
         """Whether it looks at calibration text."""
         return self.scored_by().needs not in WITHOUT_TEXT
+
+    @property
+    def healing(self) -> str | None:
+        """The method by which models are healed before they are measured."""
+        return self.options.get("healing")
 
     def scored_by(self) -> Criterion:
         """The criterion that it scores with in each round, if it removes blocks one by one."""
@@ -242,7 +248,15 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
             raise CriterionError(f"criterion '{name}' has no option '{option}'{known}")
         chosen[option] = _converted(name, option, value, hints[option])
     resolved = replace(found, options=chosen)
-    resolved.scored_by()
+    inner = resolved.scored_by()
+    if resolved.healing is not None:
+        HEALING_METHODS.get(resolved.healing)
+        if resolved.needs == "removals" and inner.needs != "logits":
+            raise CriterionError(
+                f"{name}.inner '{inner.name}' does not measure a model, so it cannot measure a "
+                f"healed one. Use one of {', '.join(names_by_need('logits'))}, or leave out "
+                f"{name}.healing"
+            )
     if resolved.needs == "sets":
         _check_search(name, resolved.options)
     return resolved

@@ -21,6 +21,7 @@ def best_on_held_out(
     held_out: float = 0.6,
     evaluations: int | None = None,
     minutes: float | None = None,
+    healing: str | None = None,
     remove: int | None = None,
     protect_first: int | None = None,
     protect_last: int | None = None,
@@ -36,6 +37,7 @@ def best_on_held_out(
         candidates: criteria and searches to try.
         held_out: part of the calibration samples that decides. Measuring a few sets is cheap, and
             it takes much text to tell them apart.
+        healing: a method of `shortllm heal`; candidates are measured after it.
         generations, offspring, seed, evaluations, minutes: of the searches among the candidates
             that have such an option.
     """

@@ -20,6 +20,7 @@ def remove_one_by_one(
     *,
     inner: str = "ppl",
     rounds: int | None = None,
+    healing: str | None = None,
     protect_first: int | None = None,
     protect_last: int | None = None,
 ) -> Scores:
@@ -32,6 +33,7 @@ def remove_one_by_one(
         free: the blocks that are not protected, ascending.
         inner: criterion by which the remaining blocks are scored in each round.
         rounds: blocks to remove; default: half of the free ones.
+        healing: a method of `shortllm heal`; models are scored after it.
     """
     rounds = max(1, len(free) // 2) if rounds is None else rounds
     if not 0 < rounds <= min(len(free), blocks - 1):

@@ -195,6 +195,7 @@ def swap_while_it_helps(
     held_out: float = 0.2,
     evaluations: int | None = None,
     minutes: float | None = None,
+    healing: str | None = None,
     remove: int | None = None,
     protect_first: int | None = None,
     protect_last: int | None = None,
@@ -208,6 +209,7 @@ def swap_while_it_helps(
         held_out: part of the calibration samples that the search does not see.
         evaluations: sets measured at most, in addition to the starts.
         minutes: no round begins later than this.
+        healing: a method of `shortllm heal`; sets are measured after it.
         remove: number of blocks to remove; default: a quarter of them.
     """
     return _searched(space, "local", start, climb, {})
@@ -231,6 +233,7 @@ def evolve_from_the_best_plan(
     held_out: float = 0.2,
     evaluations: int | None = None,
     minutes: float | None = None,
+    healing: str | None = None,
     remove: int | None = None,
     protect_first: int | None = None,
     protect_last: int | None = None,

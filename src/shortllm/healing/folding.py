@@ -1,13 +1,14 @@
-"""Find the projection of a block whose output is added to the hidden state, whatever the family.
+"""Find the projections of a block whose outputs are added to the hidden state, in any family.
 
 By experiment: numbers are added to the output of one projection after the other. If the block's
 output moves by exactly that, times one factor (1 in most families, the residual multiplier of
 granite), only an addition follows the projection, and a map of its output can be folded into its
-weights. The attention of a serial block is followed by its MLP, the MLP of gemma2 by a norm, an
-expert by a choice: there the output moves differently.
+weights. An expert is followed by a choice: there the output moves differently. Where norms follow
+attention and MLP (gemma2, olmo2), the experiment is made with them instead.
 
-If attention and MLP are both added (parallel blocks), the one that runs last is used. Then a map is
-folded into its weights, for the file and for a model in memory:
+The last one is looked for first. The output of the attention of a serial block also goes into its
+MLP, so others are looked for while those behind them return what they returned before. A map is
+folded into the weights, for the file and for a model in memory:
 
     x ─► W ─► M ─► T          becomes          x ─► Tᵀ W ─► M T
 
@@ -43,19 +44,44 @@ Fold = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class NormGains:
+    """The gains of a norm."""
+
+    weight_D: Tensor
+    offset: int
+    """What is added to the weight: 1 in gemma, else 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class Added:
-    """A projection whose output is added to the hidden state."""
+    """A projection, or a norm, whose output is added to the hidden state."""
 
     name: str
     """Within the block."""
     scale: float
     """Factor that the block multiplies the output with before it adds it."""
-    transposed: bool
+    transposed: bool = False
     """Whether the matrix is stored as inputs x outputs."""
+    norm: NormGains | None = None
+    """For a norm, its gains."""
+    source: Added | None = None
+    """For a norm, the projection that it gets its input from."""
+
+    @property
+    def projection(self) -> Added:
+        """The projection in front of a norm."""
+        assert self.source is not None
+        return self.source
+
+    def gains(self) -> Tensor:
+        """What a norm multiplies its channels with, float64 `[D]`."""
+        assert self.norm is not None
+        return self.norm.weight_D.double() + self.norm.offset
 
 
-def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
-    """For each of `blocks` the last projection whose output is added to the hidden state."""
+def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, list[Added]]:
+    """For each of `blocks` the modules whose output is added to the hidden state, one or more, in
+    the order in which they run: projections, or where a norm follows them, the norms."""
     obstacle = decoder.obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(obstacle)
@@ -66,82 +92,133 @@ def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, Added]:
 
 def find_foldable(
     checkpoint: Checkpoint, decoder: Decoder, blocks: Sequence[int]
-) -> dict[int, Added]:
-    """The same, if the checkpoint stores the weights of these projections as floats."""
+) -> dict[int, list[Added]]:
+    """The same, if the checkpoint stores their weights as floats."""
     found = find_added(decoder, blocks)
-    for b, added in found.items():
-        entry = require_stored(checkpoint, b, added.name, needed_to="fold a map into a projection")
-        if entry.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise UnsupportedModelError(
-                f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be "
-                "folded into quantized weights. Give the unquantized model"
+    for b, modules in found.items():
+        for added in (*modules, *(one.source for one in modules if one.source is not None)):
+            entry = require_stored(
+                checkpoint, b, added.name, needed_to="fold a map into a projection"
             )
+            if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise UnsupportedModelError(
+                    f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be "
+                    "folded into quantized weights. Give the unquantized model"
+                )
     return found
 
 
 @torch.no_grad()
-def _find(decoder: Decoder, b: int, entry: Entry) -> Added:
-    named = decoder.blocks[b].named_modules()
-    with outputs_of({name: one for name, one in named if is_projection(one)}) as outputs:
+def _find(decoder: Decoder, b: int, entry: Entry) -> list[Added]:
+    block, width = decoder.blocks[b], entry.stream_BTD.shape[-1]
+    named = {
+        name: one for name, one in block.named_modules() if is_projection(one) or _gains_of(one)
+    }
+    with watching(block, list(named)) as seen:
         decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
-    width = entry.stream_BTD.shape[-1]
-    candidates = [
-        name
-        for name, seen in outputs.items()
-        if len(seen) == 1 and seen[0].shape[-1] == width and seen[0].numel() == TOKENS * width
-    ]
-    for name in reversed(candidates):  # in the order in which they run
-        scale = _scale(decoder, b, entry, name, outputs[name][0])
-        if scale is not None:
-            module = decoder.blocks[b].get_submodule(name)
-            return Added(name, scale, transposed=not isinstance(module, nn.Linear))
+    outputs = {
+        name: output
+        for name, (_, output) in seen.items()
+        if output.shape[-1] == width and output.numel() == TOKENS * width
+    }
+    for wanted in (True, False):
+        found: list[Added] = []
+        held: dict[str, Tensor] = {}
+        for name in reversed(outputs):  # in the order in which they run
+            module = named[name]
+            if is_projection(module) is not wanted:
+                continue
+            scale = _scale(decoder, b, entry, name, outputs[name], held)
+            if scale is not None:
+                found.insert(0, _added(named, name, scale, seen))
+                held[name] = outputs[name]
+        if found:
+            return found
     config: Any = decoder.model.config
     raise UnsupportedModelError(
         f"block {b} of model type '{config.model_type}' has no linear projection whose output is "
-        "added to the hidden state unchanged (a norm may follow its MLP, or it has experts), so a "
-        "map cannot be folded into it. Heal it with `shortllm retrain`"
+        "added to the hidden state unchanged, nor a norm behind one (it may have experts), so "
+        "nothing can be folded into it. Heal it with `shortllm retrain`"
     )
 
 
-@contextmanager
-def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the context, collect what each module returns; modules in the order they first run."""
-    seen: dict[str, list[Tensor]] = {}
+def _added(
+    named: Mapping[str, nn.Module],
+    name: str,
+    scale: float,
+    seen: Mapping[str, tuple[Tensor, Tensor]],
+) -> Added:
+    """What is known of a module whose output is added to the hidden state."""
+    module = named[name]
+    if is_projection(module):
+        return Added(name, scale, transposed=not isinstance(module, nn.Linear))
+    given = seen[name][0]
+    source = next(
+        (
+            Added(other, 1.0, transposed=not isinstance(named[other], nn.Linear))
+            for other, (_, output) in seen.items()
+            if is_projection(named[other]) and output.shape == given.shape
+            and torch.equal(output, given)
+        ),
+        None,
+    )  # fmt: skip
+    return Added(name, scale, norm=_gains_of(module), source=source)
 
-    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        seen.setdefault(name, []).append(output.clone())
+
+def _gains_of(module: nn.Module) -> NormGains | None:
+    """The gains of a norm, by what it returns with gains of zero and one; None for others."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or list(module.children()):
+        return None
+    probe: Any = copy.deepcopy(module).float()
+    states = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device)[None]
+    found = []
+    for value in (0.0, 1.0):
+        for parameter in probe.parameters():
+            parameter.detach().fill_(value if parameter is probe.weight else 0.0)
+        found.append(probe(states).flatten())
+    unit = found[1] - found[0]
+    offset = (found[0] @ unit / (unit @ unit)).item()
+    if not abs(offset - round(offset)) < 1e-3:
+        return None
+    return NormGains(weight.detach(), round(offset))
+
+
+@contextmanager
+def watching(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within the context, what modules of a block are called with and return; those that run more
+    than once are left out."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    again: set[str] = set()
+
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if name in seen or not args or not isinstance(output, Tensor):
+            again.add(name)
+        else:
+            seen[name] = (args[0].clone(), output.clone())
 
     with ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
+        for name in names:
+            hook = partial(keep, name)
+            hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
         yield seen
+    for name in again:
+        seen.pop(name, None)
 
 
-@contextmanager
-def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the context, collect what each module is called with."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def keep(name: str, module: nn.Module, args: Any) -> None:
-        seen.setdefault(name, []).append(args[0].clone())
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_pre_hook(partial(keep, name)))
-        yield seen
-
-
-def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) -> float | None:
+def _scale(
+    decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor, held: Mapping[str, Tensor]
+) -> float | None:
     """The factor with which the output is added to the hidden state; None if it is not."""
     sizes = (one.float().square().mean().sqrt().item() for one in (output, entry.stream_BTD))
     size = max(sizes) or 1.0
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(output.shape, generator=generator).to(output)
-    before = _moved(decoder, b, entry, name, torch.zeros_like(output))
+    before = _moved(decoder, b, entry, name, torch.zeros_like(output), held)
     found: list[float] = []
     for times in SIZES:
         step = (output + times * size * noise) - output  # what is left after rounding
-        after = _moved(decoder, b, entry, name, step)
+        after = _moved(decoder, b, entry, name, step, held)
         change = (after - before).double().flatten()
         wanted = step.double().flatten()
         scale = (change @ wanted / (wanted @ wanted)).item()
@@ -159,13 +236,24 @@ def _scale(decoder: Decoder, b: int, entry: Entry, name: str, output: Tensor) ->
     return 1.0 if abs(found[1] - 1.0) < 1e-3 else found[1]  # a rounding error
 
 
-def _moved(decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor) -> Tensor:
-    """The block's output if `step` is added to the output of a projection."""
+def _moved(
+    decoder: Decoder, b: int, entry: Entry, name: str, step: Tensor, held: Mapping[str, Tensor]
+) -> Tensor:
+    """The block's output if `step` is added to the output of a projection, and those of others are
+    held."""
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + step
 
-    with decoder.blocks[b].get_submodule(name).register_forward_hook(hook):
+    def hold(kept: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return kept
+
+    block = decoder.blocks[b]
+    with ExitStack() as hooks:
+        hooks.enter_context(block.get_submodule(name).register_forward_hook(add))
+        for other, kept in held.items():
+            hook = partial(hold, kept)
+            hooks.enter_context(block.get_submodule(other).register_forward_hook(hook))
         return decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
 
 
@@ -192,19 +280,34 @@ def refit(checkpoint: Checkpoint, b: int, added: Added, change_ID: Tensor) -> Fo
     return {f"{added.name}.weight": (held.double() + change).to(held.dtype)}
 
 
+def regain(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fold:
+    """The gains of a norm, and its bias, times `1 + change_DD` of each channel."""
+    assert added.norm is not None
+    change_D = change_DD.diagonal().cpu()
+    found: Fold = {}
+    for kind, offset in (("weight", added.norm.offset), ("bias", 0)):
+        name = f"{added.name}.{kind}"
+        entry = checkpoint.tensors.get(stored_name(checkpoint, b, name))
+        if entry is not None:
+            held = read_tensor(entry)
+            found[name] = ((held.double() + offset) * (1 + change_D) - offset).to(held.dtype)
+    return found
+
+
 @contextmanager
 def folded_into(decoder: Decoder, folds: Mapping[int, Fold]) -> Iterator[None]:
     """Within the context, the decoder computes with other weights, in memory or streamed."""
-    replaced: list[Any] = []
+    replaced: dict[Any, Any] = {}
     try:
         for b, tensors in folds.items():
-            module: Any = decoder.blocks[b].get_submodule(next(iter(tensors)).rpartition(".")[0])
-            stand_in = copy.deepcopy(module)
             for name, tensor in tensors.items():
+                path, _, own = name.rpartition(".")
+                module: Any = decoder.blocks[b].get_submodule(path)
+                if module not in replaced:
+                    replaced[module] = copy.deepcopy(module)
+                    module.forward = replaced[module].forward
                 here = tensor.to(decoder.device, decoder.dtype)
-                setattr(stand_in, name.rpartition(".")[2], nn.Parameter(here, requires_grad=False))
-            module.forward = stand_in.forward
-            replaced.append(module)
+                setattr(replaced[module], own, nn.Parameter(here, requires_grad=False))
         yield
     finally:
         for module in replaced:

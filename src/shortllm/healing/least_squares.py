@@ -1,14 +1,15 @@
 """The least-squares fit of one gap, from sums over tokens alone.
 
-The projection before a gap adds `M` to the hidden state, which then is `Z` but should be `H`. What
-is missing is `R = H - Z`. Two kinds of change can make up for it:
+A change `C` of the block before a gap adds `X C` where `R` is missing; `unknowns.py` says what X
+and R are. It is the one that leaves the least of
 
-    map       M (I + C)         leaves R - M C    min  ‖M C - R‖² + λ‖C‖²
-    weights   A (W + C)         leaves R - A C    min  ‖A C - R‖² + λ‖C‖²      where M = A W
+    ‖X C - R‖² + λ‖C‖²        C = (XᵀX + λI)⁻¹ XᵀR
 
-With `X` for `M` or `A` the solution `C = (XᵀX + λI)⁻¹ XᵀR` needs two matrices, whatever the number
-of tokens. The error that is left on other tokens follows from the same sums over them. Every map is
-also a change of the weights, which have more columns: they can fit better, and need more text.
+which needs two matrices, whatever the number of tokens. The error that is left on other tokens
+follows from the same sums over them. The attention of the block adds to the hidden state too; the
+weights of its output projection are solved together with those of the MLP's. What a changed
+attention does to the MLP behind it is not linear, so the change of the attention is kept alone, X
+is read again, and the MLP's projection is solved against what is left.
 
 Where we differ from the paper of the map: by default the error of each token is relative to the
 token's own mean square in `H`, by which the norm at the start of the next block will divide it. A
@@ -33,86 +34,103 @@ Shapes: B samples, T tokens, D width, I columns of X, N tokens of one group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import copy
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shortllm.checkpoint.source import Checkpoint
-from shortllm.healing.folding import (
-    Added,
-    Fold,
-    find_foldable,
-    fold,
-    folded_into,
-    inputs_of,
-    outputs_of,
-    refit,
-)
+from shortllm.healing.folding import Fold, find_foldable, folded_into, watching
 from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
+from shortllm.healing.unknowns import Stage, stages
 from shortllm.model.hidden_states import SampleGroups
 from shortllm.pruning.budget import Gap, gaps_of
-from shortllm.runtime import progress
+from shortllm.runtime import Ranks, progress
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unknowns:
-    """What is solved for."""
-
-    seen: Callable[[Mapping[str, nn.Module]], AbstractContextManager[dict[str, list[Tensor]]]]
-    """Collects `X` while a block runs, before the block multiplies it with its factor."""
-    fold: Callable[[Checkpoint, int, Added, Tensor], Fold]
-    """The new weights of a projection, from the change."""
-
-
-MAP = Unknowns(outputs_of, fold)
-WEIGHTS = Unknowns(inputs_of, refit)
-
-
 class GapSums:
     """Sums over tokens that a change depends on."""
 
-    def __init__(self, columns: int, width: int, device: torch.device, *, weighted: bool) -> None:
-        """No tokens yet; `weighted`: each counts relative to its own mean square in H."""
+    def __init__(
+        self,
+        columns: int,
+        width: int,
+        device: torch.device,
+        *,
+        weighted: bool,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        """No tokens yet.
+
+        Args:
+            weighted: each token counts relative to its own mean square in H.
+            dtype: of the products of the tokens of one `add`; those of all are added in float64.
+        """
         if device.type == "mps":  # which has no float64
             device = torch.device("cpu")
-        self.weighted = weighted
+        self.weighted, self.dtype = weighted, dtype
         self.products_II = torch.zeros((columns, columns), dtype=torch.float64, device=device)
         """XᵀX"""
         self.cross_ID = torch.zeros((columns, width), dtype=torch.float64, device=device)
         """XᵀR"""
-        self.missing = 0.0
-        """‖R‖²"""
+        self.missing_D = torch.zeros(width, dtype=torch.float64, device=device)
+        """‖R‖² of each column"""
         self.wanted = 0.0
         """‖H‖²"""
 
-    def add(self, x_NI: Tensor, after_ND: Tensor, wanted_ND: Tensor) -> None:
-        """Take in more tokens: X, the hidden state as it is, and as it should be."""
-        x_NI, after_ND, wanted_ND = (
-            given.to(self.products_II.device).double() for given in (x_NI, after_ND, wanted_ND)
+    def add(
+        self, x_NI: Tensor, after_ND: Tensor, wanted_ND: Tensor, state_ND: Tensor | None = None
+    ) -> None:
+        """Take in more tokens.
+
+        Args:
+            x_NI: X.
+            after_ND: what there is, usually the hidden state.
+            wanted_ND: what there should be.
+            state_ND: the hidden state that tokens count relative to; default: `wanted_ND`.
+        """
+        state_ND = wanted_ND if state_ND is None else state_ND
+        x_NI, after_ND, wanted_ND, state_ND = (
+            given.to(self.products_II.device, self.dtype)
+            for given in (x_NI, after_ND, wanted_ND, state_ND)
         )
         if self.weighted and len(wanted_ND):
             floor = torch.finfo(torch.float32).tiny
-            scale_N1 = wanted_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
+            scale_N1 = state_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
             x_NI, after_ND, wanted_ND = (given * scale_N1 for given in (x_NI, after_ND, wanted_ND))
         missing_ND = wanted_ND - after_ND
-        self.products_II.addmm_(x_NI.T, x_NI)
-        self.cross_ID.addmm_(x_NI.T, missing_ND)
-        self.missing += missing_ND.square().sum().item()
+        self.products_II += x_NI.T @ x_NI
+        self.cross_ID += x_NI.T @ missing_ND
+        self.missing_D += missing_ND.square().sum(0)
         self.wanted += wanted_ND.square().sum().item()
 
     def take(self, other: GapSums) -> None:
         """Add the sums over other tokens; in place, as the matrices may be large."""
         self.products_II += other.products_II
         self.cross_ID += other.cross_ID
-        self.missing += other.missing
+        self.missing_D += other.missing_D
         self.wanted += other.wanted
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add the sums of all processes."""
+        wanted = torch.tensor(self.wanted, dtype=torch.float64)
+        ranks.add_up([self.products_II, self.cross_ID, self.missing_D, wanted])
+        self.wanted = wanted.item()
+
+    def columns(self, chosen: slice) -> GapSums:
+        """The sums for some columns of R, as views; `wanted` stays that of all."""
+        found = copy.copy(self)
+        found.cross_ID, found.missing_D = self.cross_ID[:, chosen], self.missing_D[chosen]
+        return found
+
+    @property
+    def missing(self) -> float:
+        """‖R‖²"""
+        return self.missing_D.sum().item()
 
     def error(self, change_ID: Tensor) -> float:
         """‖X C - R‖²"""
@@ -130,31 +148,34 @@ def penalty(sums: GapSums, ridge: float) -> float:
     return ridge * sums.products_II.diagonal().mean().item()
 
 
-def solve(sums: GapSums, ridge: float) -> Tensor:
-    """The change, float64 `[I, D]`; zero if `X` is zero."""
+def solve(sums: GapSums, ridge: float, *, diagonal: bool = False) -> Tensor:
+    """The change, float64 `[I, D]`; zero if `X` is zero. With `diagonal`, a diagonal matrix."""
     held = penalty(sums, ridge)
     if not held:
         return torch.zeros_like(sums.cross_ID)
+    if diagonal:
+        return torch.diag(sums.cross_ID.diagonal() / (sums.products_II.diagonal() + held))
     matrix_II = sums.products_II.clone()
     matrix_II.diagonal().add_(held)
     return torch.cholesky_solve(sums.cross_ID, torch.linalg.cholesky(matrix_II))
 
 
-def effective_rank(sums: GapSums, ridge: float) -> float:
+def effective_rank(sums: GapSums, ridge: float, *, diagonal: bool = False) -> float:
     """In how many directions of `X` it is free: sum of e / (e + λ) over eigenvalues of XᵀX."""
-    held = penalty(sums, ridge)
-    values_I = torch.linalg.eigvalsh(sums.products_II).clamp_min(0.0)
+    held, products_II = penalty(sums, ridge), sums.products_II
+    values_I = products_II.diagonal() if diagonal else torch.linalg.eigvalsh(products_II)
+    values_I = values_I.clamp_min(0.0)
     return float((values_I / (values_I + held)).sum().item()) if held else 0.0
 
 
 def choose_ridge(
-    fitted: GapSums, held_out: GapSums, given: float | None = None
+    fitted: GapSums, held_out: GapSums, given: float | None = None, *, diagonal: bool = False
 ) -> tuple[float | None, float]:
     """The ridge whose change, solved on some tokens, leaves the least squared error on others; and
     that error. Where none is given, no change at all is also a choice."""
     best, least = None, float("inf") if given else held_out.missing
     for ridge in (given,) if given else RIDGES:
-        left = held_out.error(solve(fitted, ridge))
+        left = held_out.error(solve(fitted, ridge, diagonal=diagonal))
         if left < least:
             best, least = ridge, left
     return best, least
@@ -170,7 +191,7 @@ def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
 
 
 @torch.no_grad()
-def heal_gaps(task: Task, unknowns: Unknowns) -> Healed:
+def heal_gaps(task: Task) -> Healed:
     """Solve a change for every gap that has a block before it, and fold it.
 
     The held-out samples choose the ridge of each, unless it is given; the folded change is then
@@ -178,8 +199,8 @@ def heal_gaps(task: Task, unknowns: Unknowns) -> Healed:
     """
     decoder, gaps = task.decoder, gaps_of(task.removed)
     before = [gap.before for gap in gaps if gap.before is not None]
-    added = find_foldable(task.checkpoint, decoder, before)
-    walk = _Walk(task, unknowns)
+    found = find_foldable(task.checkpoint, decoder, before)
+    walk = _Walk(task)
     folds: dict[int, Fold] = {}
     records = [HealedGap(block=None, removed=gap.blocks) for gap in gaps if gap.before is None]
     steps = steps_of(gaps)
@@ -189,44 +210,55 @@ def heal_gaps(task: Task, unknowns: Unknowns) -> Healed:
             if gap is None:
                 walk.through(b, source=True, healed=b not in task.removed and b not in before)
             else:
-                sums = walk.measure(b, added[b])
-                one, change_ID = _solve(gap, added[b], *sums, task.options.ridge)
-                records.append(one)
-                if change_ID is not None:
-                    folds[b] = unknowns.fold(task.checkpoint, b, added[b], change_ID)
-                with folded_into(decoder, {b: folds[b]} if b in folds else {}):
+                record, changed = _heal_gap(task, walk, gap, b, stages(found[b], task.options))
+                records.append(record)
+                if changed:
+                    folds[b] = changed
+                with folded_into(decoder, {b: changed}):
                     walk.through(b, source=False, healed=True)
             advance(1)
     return Healed(gaps=records, folds=folds)
 
 
-def _solve(
-    gap: Gap, added: Added, fitted: GapSums, held_out: GapSums, given: float | None
-) -> tuple[HealedGap, Tensor | None]:
-    """What the record says of one gap, and its change; `fitted` takes in the held-out tokens."""
-    ridge, left = choose_ridge(fitted, held_out, given)
-    errors = (held_out.relative(held_out.missing), held_out.relative(left))
-    fitted.take(held_out)
-    found = HealedGap(
-        block=gap.before,
-        removed=gap.blocks,
-        projection=added.name,
-        scale=added.scale,
-        ridge=ridge,
-        penalty=None if ridge is None else penalty(fitted, ridge),
-        effective_rank=None if ridge is None else effective_rank(fitted, ridge),
-        error_before=errors[0],
-        error_after=errors[1],
-    )
-    return found, None if ridge is None else solve(fitted, ridge)
+def _heal_gap(
+    task: Task, walk: _Walk, gap: Gap, b: int, fits: Sequence[Stage]
+) -> tuple[HealedGap, Fold]:
+    """New weights for block `b`, stage by stage, and what the record says of them."""
+    changed: Fold = {}
+    record = HealedGap(block=b, removed=gap.blocks)
+    errors: list[float] = []
+    for fit in fits:
+        added, diagonal = fit.modules[0], fit.unknowns.diagonal
+        with folded_into(task.decoder, {b: changed}):
+            fitted, held_out, columns = walk.measure(b, fit)
+        ridge, left = choose_ridge(fitted, held_out, task.options.ridge, diagonal=diagonal)
+        if not fit.unknowns.behind_norm:
+            errors += [held_out.relative(held_out.missing), held_out.relative(left)]
+        fitted.take(held_out)
+        if ridge is not None:
+            change_ID = solve(fitted, ridge, diagonal=diagonal)[:columns]
+            changed |= fit.unknowns.fold(task.checkpoint, b, added, change_ID)
+        record = HealedGap(
+            block=b,
+            removed=gap.blocks,
+            changed=[name.removesuffix(".weight") for name in changed if name.endswith(".weight")],
+            scale=added.scale,
+            ridge=ridge,
+            penalty=None if ridge is None else penalty(fitted, ridge),
+            effective_rank=(
+                None if ridge is None else effective_rank(fitted, ridge, diagonal=diagonal)
+            ),
+            error_before=errors[0] if errors else None,
+            error_after=errors[-1] if errors else None,
+        )
+    return record, changed
 
 
 class _Walk:
     """Both hidden states `[B, T, D]` on their way through the blocks of the source."""
 
-    def __init__(self, task: Task, unknowns: Unknowns) -> None:
+    def __init__(self, task: Task) -> None:
         self._decoder = task.decoder
-        self._unknowns = unknowns
         self._weighted = task.options.weighting == "norm"
         self._fitted = len(task.ids_BT) - task.held_out
         self._groups = SampleGroups(task.decoder, task.ids_BT, task.memory)
@@ -242,25 +274,24 @@ class _Walk:
         if healed and self._healed is not None:
             self._groups.apply(b, self._healed)
 
-    def measure(self, b: int, added: Added) -> tuple[GapSums, GapSums]:
-        """What block `b` can add to the healed hidden state compared with where the source is, for
-        the samples to solve with and the held-out ones; both hidden states stay where they are."""
+    def measure(self, b: int, fit: Stage) -> tuple[GapSums, GapSums, int]:
+        """The sums of a fit of block `b`, over the samples to solve with and the held-out ones, and
+        how many columns of X are those of the module that is changed. Both hidden states stay where
+        they are."""
         decoder = self._decoder
         assert self._healed is not None
-        module = decoder.blocks[b].get_submodule(added.name)
         sums: list[GapSums] = []
+        columns = 0
         for group, rows in enumerate(self._groups.rows):
-            with self._unknowns.seen({added.name: module}) as seen:
+            with watching(decoder.blocks[b], fit.watched) as seen:
                 after_BTD = self._groups.after(b, self._healed, group)
-            x_BTI = seen[added.name][0].view(*after_BTD.shape[:2], -1).double() * added.scale
-            if not sums:
-                columns, width = x_BTI.shape[-1], after_BTD.shape[-1]
-                sums = [
-                    GapSums(columns, width, decoder.device, weighted=self._weighted)
-                    for _ in range(2)
-                ]
             wanted_BTD = self._source[rows].to(decoder.device)
+            columns = fit.unknowns.columns(fit.modules[0], seen).shape[-1]
+            equations = fit.unknowns.equations(fit.modules, seen, after_BTD, wanted_BTD)
+            if not sums:
+                shape = (equations[0].shape[-1], after_BTD.shape[-1])
+                sums = [GapSums(*shape, decoder.device, weighted=self._weighted) for _ in range(2)]
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
             for part, one in zip((slice(border), slice(border, None)), sums, strict=True):
-                one.add(*(given[part].flatten(0, 1) for given in (x_BTI, after_BTD, wanted_BTD)))
-        return sums[0], sums[1]
+                one.add(*(given[part].flatten(0, 1) for given in (*equations, wanted_BTD)))
+        return sums[0], sums[1], columns

@@ -60,6 +60,10 @@ class HealOptions(Options):
         description="norm: the error of each token relative to the mean square of its hidden "
         "state. none: all tokens alike, as published.",
     )
+    attention: bool = Field(
+        default=True,
+        description="Refit the output projection of the attention before each gap too.",
+    )
     calibration: HealCalibration = HealCalibration()
 
     @model_validator(mode="after")
@@ -76,16 +80,17 @@ class HealedGap(Record):
         description="the block before the gap; null if there is none, so it cannot be healed"
     )
     removed: list[int]
-    projection: str | None = Field(
-        default=None, description="what the map was folded into, by its name within the block"
+    changed: list[str] = Field(
+        default_factory=list,
+        description="projections and norms with new weights, by their names within the block",
     )
     scale: float | None = Field(
-        default=None, description="factor that the block multiplies the projection's output with"
+        default=None, description="factor that the block multiplies their output with"
     )
     ridge: float | None = Field(
         default=None,
-        description="ridge strength relative to the mean squared input; null: unchanged, as no map "
-        "does better on held-out samples",
+        description="ridge strength of the last fit, relative to the mean squared input; null: no "
+        "change does better on held-out samples",
     )
     penalty: float | None = Field(default=None, description="the λ of that ridge")
     effective_rank: float | None = Field(

@@ -9,7 +9,8 @@ the others. With "nothing removed" and each single block removed this is
     after    block b (intact)                block b of each of them, and without b = old intact
 
 L(L+1)/2 block passes instead of the L(L-1) of running each shortened model on its own, with the
-same numbers, since each stream meets the same blocks in the same order.
+same numbers, since each stream meets the same blocks in the same order. Where blocks get other
+weights in front of a gap (`Repairs`), streams part there too.
 
 If the blocks' weights are in memory, one group of samples at a time goes through all blocks, so
 that activations stay in a CPU's cache. If they are read from files, all samples go through one
@@ -21,6 +22,7 @@ Shapes: B samples, T tokens each, D width, V vocabulary, N predictions of one sl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,11 +53,17 @@ CPU_LOSS_BYTES = 64 * 2**20
 GPU_LOSS_BYTES = 2**30
 """Bound on the temporaries of one slice of the head: logits and intermediates of the loss."""
 
+FEWEST_TOKENS = 64
+"""Of one slice, even above that bound: reading a large head for fewer takes longer than its use."""
+
 TOGETHER = 128
 """Sets of a long list that are measured in one walk: each has a stream of its own at the end."""
 
 NOTHING: frozenset[int] = frozenset()
 """The removal that leaves a model intact."""
+
+GONE = 2**31
+"""Stands for the version of a removed block; after all others in order."""
 
 
 class Observer(Protocol):
@@ -68,6 +76,29 @@ class Observer(Protocol):
         """The samples `rows` enter block `b` as `before_BTD` and leave it as `after_BTD`."""
 
 
+class Repairs(Protocol):
+    """Other weights for blocks of shortened models."""
+
+    def version(self, b: int, removed: Collection[int]) -> int:
+        """The number of the weights that the kept block `b` has without `removed`; 0: its own."""
+
+    def applied(self, b: int, version: int) -> AbstractContextManager[None]:
+        """Within the context, block `b` computes with these weights."""
+
+
+class _NoRepairs:
+    """Every block has its own weights."""
+
+    def version(self, b: int, removed: Collection[int]) -> int:
+        return 0
+
+    def applied(self, b: int, version: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+NO_REPAIRS = _NoRepairs()
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What happens at one block."""
@@ -75,10 +106,15 @@ class Step:
     block: int
     split: list[tuple[int, int]]
     """Streams to copy before the block is applied: (from, to)."""
-    through: list[int]
-    """Streams that go through the block."""
+    through: dict[int, list[int]]
+    """Streams that go through the block, by the version of its weights."""
     first: int | None
     """That of the first removal, if it is among them."""
+
+    @property
+    def passes(self) -> int:
+        """How many streams go through the block."""
+        return sum(map(len, self.through.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,27 +127,32 @@ class Route:
     """The stream of each removal after the last block."""
 
     @staticmethod
-    def of(removals: Removals, count: int) -> Route:
+    def of(removals: Removals, count: int, repairs: Repairs = NO_REPAIRS) -> Route:
         """How to reach all `removals` of a model of `count` blocks with the fewest block passes."""
         alike: list[tuple[int, list[int]]] = [(0, list(range(len(removals))))]
         streams, steps = 1, []
         for b in range(count):
-            split, through, after = [], [], []
+            split, after = [], []
+            through: dict[int, list[int]] = {}
             for stream, members in alike:
-                without = [m for m in members if b in removals[m]]
-                having = [m for m in members if b not in removals[m]]
-                if having:
-                    through.append(stream)
-                    after.append((stream, having))
-                if without:
-                    after.append((streams if having else stream, without))
-                if without and having:
-                    split.append((stream, streams))
-                    streams += 1
+                versions: dict[int, list[int]] = {}
+                for m in members:
+                    version = GONE if b in removals[m] else repairs.version(b, removals[m])
+                    versions.setdefault(version, []).append(m)
+                own = stream  # of the first of them; the others get copies
+                for version in sorted(versions):
+                    if own != stream:
+                        split.append((stream, own))
+                        streams += 1
+                    if version != GONE:
+                        through.setdefault(version, []).append(own)
+                    after.append((own, versions[version]))
+                    own = streams
             alike = after
             if through:
                 first = next((stream for stream, members in after if 0 in members), None)
-                steps.append(Step(b, split, through, first if first in through else None))
+                passing = {stream for group in through.values() for stream in group}
+                steps.append(Step(b, split, through, first if first in passing else None))
         final = {member: stream for stream, members in alike for member in members}
         return Route(steps, streams, [final[m] for m in range(len(removals))])
 
@@ -123,6 +164,7 @@ def walk(
     *,
     consume: Consume | None = None,
     observe: Sequence[Observer] = (),
+    repairs: Repairs = NO_REPAIRS,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
@@ -131,6 +173,7 @@ def walk(
 
     Args:
         removals: for each shortened model the blocks it lacks.
+        repairs: other weights that blocks of these models have.
         consume: called as `consume(m, logits_NV, first_NV, target_N)` for each slice of predictions
             and each place `m` in `removals`, first with `m = 0`, whose logits are also `first_NV`.
             Without it no logits are computed.
@@ -139,16 +182,17 @@ def walk(
         journal: where the progress of a walk over streamed blocks is kept.
     """
     memory, journal = memory or StreamMemory(), journal or Journal(None, "")
-    route = Route.of(removals, decoder.block_count)
+    route = Route.of(removals, decoder.block_count, repairs)
     obstacle = decoder.obstacle()
-    if obstacle is not None and (observe or decoder.streamed):
+    repaired = repairs is not NO_REPAIRS
+    if obstacle is not None and (observe or decoder.streamed or repaired):
         raise UnsupportedModelError(obstacle)
     if obstacle is not None:
         _run_whole(decoder, ids_BT, removals, consume, advance)
         return
     size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
     for start in range(0, len(ids_BT), size):
-        chunk = _Chunk(decoder, ids_BT[start : start + size], start, route, memory)
+        chunk = _Chunk(decoder, ids_BT[start : start + size], start, route, repairs, memory)
         with torch.no_grad():
             chunk.run(observe, advance, journal if decoder.streamed else Journal(None, ""))
             if consume is not None:
@@ -185,12 +229,19 @@ class _Chunk:
     """Samples that go through the blocks together, and their streams `[S, B, T, D]`."""
 
     def __init__(
-        self, decoder: Decoder, ids_BT: Tensor, start: int, route: Route, memory: StreamMemory
+        self,
+        decoder: Decoder,
+        ids_BT: Tensor,
+        start: int,
+        route: Route,
+        repairs: Repairs,
+        memory: StreamMemory,
     ) -> None:
         self.decoder = decoder
         self.ids_BT = ids_BT.to(decoder.device)
         self.start = start
         self.route = route
+        self.repairs = repairs
         self.groups = SampleGroups(decoder, self.ids_BT, memory)
         self.streams = self.groups.allocate(route.streams)
 
@@ -206,35 +257,43 @@ class _Chunk:
         for step, b in zip(steps, decoder.through([step.block for step in steps]), strict=True):
             for source, copy in step.split:
                 self.streams[copy] = self.streams[source]
-            for rows, entry in self.groups:
-                self._apply(b, step, rows, entry, observe)
+            for version, streams in step.through.items():
+                with self.repairs.applied(b, version):
+                    for rows, entry in self.groups:
+                        self._apply(b, streams, rows, entry, step.first, observe)
             advance(self._work(step))
             done += 1
             if journal.due():
                 journal.commit({"steps": done}, {"streams": self._used(done), **state})
 
     def _apply(
-        self, b: int, step: Step, rows: slice, entry: Entry, observe: Sequence[Observer]
+        self,
+        b: int,
+        through: Sequence[int],
+        rows: slice,
+        entry: Entry,
+        first: int | None,
+        observe: Sequence[Observer],
     ) -> None:
-        """Take the samples `rows` of all streams that have block `b` through it."""
+        """Take the samples `rows` of some streams through block `b`."""
         together = stacked_streams(self.decoder, entry)
-        for place in range(0, len(step.through), together):
-            streams = step.through[place : place + together]
+        for place in range(0, len(through), together):
+            streams = through[place : place + together]
             # a single stream is a view; several are copied together
-            which = slice(streams[0], streams[0] + 1) if len(streams) == 1 else streams
+            which = slice(streams[0], streams[0] + 1) if len(streams) == 1 else list(streams)
             before_SBTD = self.streams[which, rows].to(self.decoder.device)
             call = entry.call(self.decoder, b, len(streams))
             after_BTD = self.decoder.apply(b, before_SBTD.flatten(0, 1), call)
             after_SBTD = after_BTD.reshape(*before_SBTD.shape[:2], *after_BTD.shape[1:])
-            if step.first in streams:
+            if first is not None and first in streams:
                 seen = slice(self.start + rows.start, self.start + rows.stop)
-                i = streams.index(step.first)
+                i = streams.index(first)
                 for observer in observe:
                     observer(b, before_SBTD[i], after_SBTD[i], seen)
             self.streams[which, rows] = after_SBTD.to(self.streams)
 
     def _work(self, step: Step) -> float:
-        return block_flops(self.decoder, step.block) * self.ids_BT.numel() * len(step.through)
+        return block_flops(self.decoder, step.block) * self.ids_BT.numel() * step.passes
 
     def _used(self, done: int) -> Tensor:
         """The streams that exist after `done` steps."""
@@ -274,6 +333,7 @@ def mean_values(
     *,
     ranks: Ranks = ALONE,
     observe: Sequence[Observer] = (),
+    repairs: Repairs = NO_REPAIRS,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
@@ -287,8 +347,8 @@ def mean_values(
 
     if len(ids_BT):
         walk(
-            decoder, ids_BT, removals,
-            consume=consume, observe=observe, advance=advance, memory=memory, journal=journal,
+            decoder, ids_BT, removals, consume=consume, observe=observe, repairs=repairs,
+            advance=advance, memory=memory, journal=journal,
         )  # fmt: skip
     ranks.add_up([totals])
     predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
@@ -303,6 +363,7 @@ def mean_nlls(
     kl: bool = False,
     together: int | None = None,
     ranks: Ranks = ALONE,
+    repairs: Repairs = NO_REPAIRS,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
@@ -320,8 +381,8 @@ def mean_nlls(
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals
         [means] = mean_values(
-            decoder, ids_BT, [*intact, *chunk], [value], ranks=ranks, advance=advance,
-            memory=memory, journal=journal.part(f"sets-{start}"),
+            decoder, ids_BT, [*intact, *chunk], [value], ranks=ranks, repairs=repairs,
+            advance=advance, memory=memory, journal=journal.part(f"sets-{start}"),
         )  # fmt: skip
         found += means[len(intact) :]
     return found
@@ -353,7 +414,7 @@ def slice_tokens(decoder: Decoder) -> int:
     """Tokens whose logits exist at once."""
     limit = CPU_LOSS_BYTES if decoder.device.type == "cpu" else GPU_LOSS_BYTES
     copies = 8 if decoder.dtype.itemsize == 4 else decoder.dtype.itemsize + 8
-    return max(1, limit // (decoder.vocabulary * copies))
+    return max(FEWEST_TOKENS, limit // (decoder.vocabulary * copies))
 
 
 def walk_flops(
@@ -365,6 +426,6 @@ def walk_flops(
         blocks = sum(block_flops(decoder, b) for b in kept)
     else:
         steps = Route.of(removals, decoder.block_count).steps
-        blocks = sum(block_flops(decoder, step.block) * len(step.through) for step in steps)
+        blocks = sum(block_flops(decoder, step.block) * step.passes for step in steps)
     heads = head_flops(decoder) * len(removals) * samples * (length - 1) if head else 0.0
     return blocks * samples * length + heads

@@ -172,7 +172,7 @@ def _streams(setting: Setting, decoder: Decoder, needs: criteria.Needs, streamed
 def _working(setting: Setting, decoder: Decoder, needs: criteria.Needs) -> int:
     """Bytes of one call at a time: of a block, or the gradients of one, or a slice of the head."""
     from shortllm.model.hidden_states import GPU_GROUP_TOKENS, group_size
-    from shortllm.model.walk import CPU_LOSS_BYTES, GPU_LOSS_BYTES
+    from shortllm.model.walk import CPU_LOSS_BYTES, FEWEST_TOKENS, GPU_LOSS_BYTES
 
     itemsize, on_cpu = setting.dtype.itemsize, setting.device.type == "cpu"
     tokens = setting.length * min(setting.samples, group_size(decoder, setting.length))
@@ -185,8 +185,9 @@ def _working(setting: Setting, decoder: Decoder, needs: criteria.Needs) -> int:
     call = tokens * outputs * itemsize
     if needs in OBSERVED:
         return call
-    loss = CPU_LOSS_BYTES if on_cpu else GPU_LOSS_BYTES
-    loss = min(loss, setting.samples * setting.length * decoder.vocabulary * (itemsize + 8))
+    per_token = decoder.vocabulary * (itemsize + 8)
+    loss = max(CPU_LOSS_BYTES if on_cpu else GPU_LOSS_BYTES, FEWEST_TOKENS * per_token)
+    loss = min(loss, setting.samples * setting.length * per_token)
     if needs == "logits":
         return max(call, loss)
     largest = max(p.numel() for p in decoder.blocks.parameters())

@@ -17,6 +17,7 @@ from shortllm.criteria import Criterion, resolve_all
 from shortllm.data.calibration import calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.files import fingerprint, releasing
+from shortllm.healing.options import HealOptions
 from shortllm.journal import Journal, journal_directory
 from shortllm.model import Session
 from shortllm.options import accepts
@@ -73,8 +74,11 @@ def score(
     session = Session(runtime)
     needs_text = any(one.needs_text for one in criteria)
     ids = calibrate(checkpoint, calibration) if needs_text else None
+    healing = text_to_heal_with(checkpoint, criteria, calibration)
     if directory is None:
-        found = score_blocks(checkpoint, ids, criteria, session=session, ranks=ranks)
+        found = score_blocks(
+            checkpoint, ids, criteria, healing=healing, session=session, ranks=ranks
+        )
     else:
         with releasing():
             if ranks.is_main:
@@ -86,8 +90,20 @@ def score(
                     **runtime.model_dump(mode="json"),
                 }
                 write_run_file(directory, chosen, checkpoint, list(command))
-            found = score_in(directory, checkpoint, criteria, ids, session, ranks)
+            found = score_in(directory, checkpoint, criteria, ids, session, ranks, healing=healing)
     return found[names[0]] if isinstance(criterion, str) else found
+
+
+def text_to_heal_with(
+    checkpoint: Checkpoint, criteria: Sequence[Criterion], text: CalibrationOptions
+) -> Calibration | None:
+    """More of the text, if any of the criteria measures healed models."""
+    from shortllm.healing.heal import healing_text
+
+    methods = [one.healing for one in criteria if one.healing is not None]
+    if not methods:
+        return None
+    return calibrate(checkpoint, healing_text(HealOptions(method=methods[0]), checkpoint, text))
 
 
 def score_blocks(
@@ -96,6 +112,7 @@ def score_blocks(
     criteria: Sequence[Criterion],
     *,
     session: Session,
+    healing: Calibration | None = None,
     directory: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, BlockScores]:
@@ -106,7 +123,8 @@ def score_blocks(
     """
     require_plain_weights(checkpoint, criteria)
     expected = {
-        one.name: scores_fingerprint(checkpoint, one, calibration, session) for one in criteria
+        one.name: scores_fingerprint(checkpoint, one, calibration, session, healing)
+        for one in criteria
     }
     own = None if directory is None else directory / f"rank{ranks.rank}of{ranks.count}"
     read = calibration if any(one.needs_text for one in criteria) else None
@@ -114,6 +132,7 @@ def score_blocks(
         checkpoint=checkpoint,
         open_decoder=lambda: session.decoder(checkpoint),
         ids_BT=None if read is None else ranks.mine(read.ids),
+        healing_BT=None if healing is None else ranks.mine(healing.ids),
         ranks=ranks,
         memory=session.memory(directory),
         journal=Journal(own, fingerprint(expected)),
@@ -148,6 +167,8 @@ def score_in(
     calibration: Calibration | None,
     session: Session,
     ranks: Ranks = ALONE,
+    *,
+    healing: Calibration | None = None,
 ) -> dict[str, BlockScores]:
     """Write calibration.* and the scores of each criterion, unless they are up to date.
 
@@ -165,7 +186,7 @@ def score_in(
     }
     found: dict[str, BlockScores] = {}
     for one in criteria:
-        expected = scores_fingerprint(checkpoint, one, calibration, session)
+        expected = scores_fingerprint(checkpoint, one, calibration, session, healing)
         if (scores := finished(BlockScores, files[one.name], expected)) is not None:
             found[one.name] = scores
     ranks.wait()  # until all have looked, nobody writes
@@ -173,7 +194,13 @@ def score_in(
     if missing:
         journal = journal_directory(directory)
         found |= score_blocks(
-            checkpoint, calibration, missing, session=session, directory=journal, ranks=ranks
+            checkpoint,
+            calibration,
+            missing,
+            session=session,
+            healing=healing,
+            directory=journal,
+            ranks=ranks,
         )
         if ranks.is_main:
             for one in missing:
@@ -188,6 +215,7 @@ def scores_fingerprint(
     criterion: Criterion,
     calibration: Calibration | None,
     session: Session,
+    healing: Calibration | None = None,
 ) -> str:
     """The fingerprint of everything the scores of one criterion depend on."""
     inputs: dict[str, Any] = {
@@ -201,4 +229,6 @@ def scores_fingerprint(
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
         }
+    if criterion.healing is not None and healing is not None:
+        inputs["healing"] = healing.info.tokens_fingerprint
     return fingerprint(inputs)

@@ -12,15 +12,16 @@ build on it (search_space.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import is_packed, read_tensor
 from shortllm.criteria import OBSERVED, Criterion, Scores
 from shortllm.errors import UnsupportedModelError
+from shortllm.healing.options import HealOptions
 from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
 from shortllm.runtime import ALONE, Advance, Ranks
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
+    from shortllm.model.walk import Repairs
 
 
 @dataclass(kw_only=True)
@@ -41,10 +43,13 @@ class Scorer:
     """Called when a pass needs the model."""
     ids_BT: Tensor | None
     """This process's samples; None if no criterion needs text."""
+    healing_BT: Tensor | None = None
+    """Its samples to heal with; None if no criterion measures healed models."""
     ranks: Ranks = ALONE
     memory: StreamMemory | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
     advance: Advance = lambda work: None
+    _repairs: dict[Any, Repairs] = field(default_factory=dict)
 
     def score(self, resolved: Sequence[Criterion]) -> dict[str, Scores]:
         """Scores of all blocks by each criterion."""
@@ -60,6 +65,7 @@ class Scorer:
         kept: Sequence[int],
         candidates: Sequence[int],
         journal: Journal,
+        repairs: Repairs | None = None,
     ) -> dict[str, Scores]:
         """Scores of the blocks `candidates` in the model of the blocks `kept`; 0 for others."""
         found: dict[str, Scores] = {}
@@ -74,7 +80,8 @@ class Scorer:
         logits = [one for one in resolved if one.needs == "logits"]
         gradients = [one for one in resolved if one.needs == "gradients"]
         if logits:
-            found |= self._logits(logits, kept, candidates, observers, journal.part("logits"))
+            part = journal.part("logits")
+            found |= self._logits(logits, kept, candidates, observers, part, repairs)
         if gradients:
             seen = [] if logits else observers
             found |= self._gradients(gradients, kept, seen, journal.part("gradients"))
@@ -121,9 +128,10 @@ class Scorer:
         candidates: Sequence[int],
         observers: Sequence[ScoringObserver],
         journal: Journal,
+        repairs: Repairs | None,
     ) -> dict[str, Scores]:
         """The model of `kept` and each model with one more block removed, in one walk."""
-        from shortllm.model.walk import mean_values
+        from shortllm.model.walk import NO_REPAIRS, mean_values
 
         decoder = self.open_decoder()
         means = mean_values(
@@ -133,6 +141,7 @@ class Scorer:
             [one.call for one in resolved],
             ranks=self.ranks,
             observe=observers,
+            repairs=repairs or NO_REPAIRS,
             advance=self.advance,
             memory=self.memory,
             journal=journal,
@@ -184,7 +193,8 @@ class Scorer:
     def _removals(self, one: Criterion, journal: Journal) -> Scores:
         """Rounds of an inner criterion; each finished round is in the journal."""
         inner = one.scored_by()
-        blocks = self.checkpoint.block_count
+        blocks, model = self.checkpoint.block_count, self.checkpoint.info()
+        repairs = self.repairs(one.healing, one.free(model), one.rounds(model))
         rounds: list[dict[str, float]] = (journal.position() or {"rounds": []})["rounds"]
         taken = 0
 
@@ -193,7 +203,7 @@ class Scorer:
             if taken == len(rounds):
                 kept = [b for b in range(blocks) if b not in set(removed)]
                 part = journal.part(f"round-{taken}")
-                found = self._score([inner], kept, candidates, part)[inner.name].importance
+                found = self._score([inner], kept, candidates, part, repairs)[inner.name].importance
                 criteria.require_finite(inner.name, [found[b] for b in candidates])
                 part.discard()
                 rounds.append({str(b): found[b] for b in candidates})
@@ -201,8 +211,23 @@ class Scorer:
             taken += 1
             return {int(b): value for b, value in rounds[taken - 1].items()}
 
-        scores: Scores = one.call(rescore, one.free(self.checkpoint.info()), blocks)
+        scores: Scores = one.call(rescore, one.free(model), blocks)
         return scores
+
+    def repairs(self, method: str | None, free: Collection[int], longest: int) -> Repairs | None:
+        """Weights for the gaps that removals of up to `longest` of the blocks `free` make."""
+        if method is None:
+            return None
+        from shortllm.healing.every_gap import repairs_of_every_gap
+
+        key = (method, frozenset(free), longest)
+        if key not in self._repairs:
+            assert self.healing_BT is not None, "no text to heal with"
+            self._repairs[key] = repairs_of_every_gap(
+                self.open_decoder(), self.checkpoint, self.healing_BT, HealOptions(method=method),
+                key[1], longest, ranks=self.ranks, memory=self.memory,
+            )  # fmt: skip
+        return self._repairs[key]
 
     def work(self, resolved: Sequence[Criterion], *, head: bool = True) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.

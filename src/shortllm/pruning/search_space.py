@@ -146,7 +146,10 @@ class BlockSearch:
         ]
 
     def _scored(self, names: Sequence[str], journal: Journal) -> dict[str, Any]:
-        resolved = [_fitted(resolve(name), self._budget, self._model) for name in names]
+        named = [resolve(name) for name in names]
+        resolved = [
+            _fitted(one, self._budget, self._model, self._searching.healing) for one in named
+        ]
         scorer = replace(
             self._scorer, ids_BT=self._part(0, self._searched), journal=journal.part("scores")
         )
@@ -252,12 +255,16 @@ class BlockSearch:
         self, sets: Sequence[Blocks], ids_BT: Tensor, kl: bool, journal: Journal
     ) -> dict[str, Any]:
         """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
-        from shortllm.model.walk import TOGETHER, mean_nlls
+        from shortllm.model.walk import NO_REPAIRS, TOGETHER, mean_nlls
 
         scorer = self._scorer
+        free = [block for unit in self.units for block in unit]
+        longest = self._budget.remove or len(free)
+        repairs = scorer.repairs(self._searching.healing, free, longest)
         values = mean_nlls(
             scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
-            advance=scorer.advance, memory=scorer.memory, journal=journal,
+            repairs=repairs or NO_REPAIRS, advance=scorer.advance, memory=scorer.memory,
+            journal=journal,
         )  # fmt: skip
         return {"values": values}
 
@@ -274,6 +281,9 @@ def budget_of(searching: Criterion, model: ModelInfo) -> Budget:
     return budget.model_copy(update={"ratio": None, "remove": most_blocks(budget, model)})
 
 
-def _fitted(one: Criterion, budget: Budget, model: ModelInfo) -> Criterion:
+def _fitted(
+    one: Criterion, budget: Budget, model: ModelInfo, healing: str | None = None
+) -> Criterion:
     """The criterion; one that removes blocks itself with the options by which it meets a budget."""
-    return resolve(one.name, removal_options(one, budget, model))
+    healed = {"healing": healing} if "healing" in one.options else {}
+    return resolve(one.name, {**removal_options(one, budget, model), **healed})

@@ -171,7 +171,11 @@ def _maps(record: Healing) -> Part:
 
 
 def _target(gap: HealedGap) -> str:
-    return "no block before the gap" if gap.block is None else f"{gap.block}, {gap.projection}"
+    return (
+        "no block before the gap"
+        if gap.block is None
+        else f"{gap.block}, {' and '.join(gap.changed)}"
+    )
 
 
 def retraining_parts(record: Retraining, name: str, *, open: bool = True) -> list[Part]:

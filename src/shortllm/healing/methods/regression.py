@@ -1,7 +1,7 @@
-"""New weights of the output projection of the block before each gap, by least squares.
+"""New weights of the output projections of the block before each gap, by least squares.
 
-All weights of the projection are unknowns: as many columns as it has inputs, where a linear map
-behind it has only as many as the hidden state is wide. See `least_squares.py` for the maths.
+All weights of the projections are unknowns: as many columns as it has inputs, where a linear map
+behind one has only as many as the hidden state is wide. See `least_squares.py` for the maths.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from shortllm.healing.methods.linear import require_projection
         name="regression",
         label="Regression of the weights",
         check=require_projection,
-        options={"ridge": None, "weighting": "norm"},
+        options={"ridge": None, "weighting": "norm", "attention": True},
     )
 )
 def regression(task: Task) -> Healed:
-    """The output projection of the block before each gap, refitted as a whole."""
-    from shortllm.healing.least_squares import WEIGHTS, heal_gaps
+    """The output projections of the block before each gap, refitted as a whole."""
+    from shortllm.healing.least_squares import heal_gaps
 
-    return heal_gaps(task, WEIGHTS)
+    return heal_gaps(task)
