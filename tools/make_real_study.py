@@ -25,7 +25,7 @@ from shortllm.format import spans
 from shortllm.reporting.plots import COLOURS, drawn, line_style, mark_heights, standalone
 
 DOCS = Path(__file__).parents[1] / "docs"
-CRITERIA = ("ppl", "kl", "taylor", "influence", "angular", "greedy", "local", "auto")
+CRITERIA = ("ppl", "kl", "taylor", "influence", "angular", "auto", "greedy", "local")
 SINGLE = CRITERIA[:5]
 RATIOS = (0.1, 0.2, 0.3)
 WAYS = ("none", "linear", "regression", "lora-text", "lora-alpaca")
@@ -33,7 +33,7 @@ TRAINED = ("ppl", "auto")
 """Criteria whose sets are also trained and run on the tasks, which takes the most time."""
 SAMPLES, LENGTH = 32, 128
 WINDOWS, WINDOW = 16, 512
-STEPS, LIMIT = 200, 200
+STEPS, BATCH, LIMIT = 200, 4, 200
 DTYPE = "bfloat16"
 
 INTRO = """# A real model: {title}
@@ -44,7 +44,8 @@ carries (4-bit weights): the numbers are those of the quantized weights, not of 
 - Blocks were scored on {samples} samples of {length} tokens of C4; the first four and the last two
   were protected.
 - *linear* and *regression* are methods of `shortllm heal`, on 48 samples of 256 tokens of the same
-  text; *lora-text* and *lora-alpaca* are {steps} steps of LoRA on C4 or on Alpaca.
+  text; *lora-text* and *lora-alpaca* are {steps} steps of LoRA on C4 or on Alpaca, each of {batch}
+  rows of {length} tokens.
 - Perplexity on {windows} windows of {window} tokens of WikiText-2, and of C4 documents that nothing
   else saw. Tasks: mean of the seven of Shortened LLaMA, first {limit} documents of each, with its
   standard error. Rows and tasks that are not in the table were not measured yet.
@@ -113,7 +114,9 @@ class Study:
         for way in WAYS:
             names = TRAINED if tasks or way.startswith("lora") else tuple(sets)
             chosen = {tuple(one) for name in names for one in sets.get(name, [])}
-            jobs += [(list(one), way) for one in sorted(chosen)]
+            middle = RATIOS[1] * self.found["blocks"]
+            nearest = sorted(chosen, key=lambda one: (abs(len(one) - middle), one))
+            jobs += [(list(one), way) for one in nearest]
         for removed, way in jobs:
             row = self.row(removed, way)
             missing = "tasks" if tasks else "wikitext2"
@@ -149,7 +152,8 @@ class Study:
             alpaca = str(self.data / "alpaca" / "train.jsonl.gz")
             own = {"data": text, "rows": 1500} if way == "lora-text" else {"data": alpaca}
             shortllm.retrain(
-                str(short), out, max_steps=STEPS, batch=8, length=256, held_out=32, eval_every=50,
+                str(short), out, max_steps=STEPS, batch=BATCH, length=LENGTH, held_out=32,
+                eval_every=50,
                 report_to=[], dtype=DTYPE, **own,
             )  # fmt: skip
         return out
@@ -189,7 +193,7 @@ class Study:
         write_text(DOCS / "images" / f"{self.name}.svg", self.plot(rows))
         intro = INTRO.format(
             title=title, name=self.name, blocks=self.found["blocks"], samples=SAMPLES,
-            length=LENGTH, steps=STEPS, windows=WINDOWS, window=WINDOW, limit=LIMIT,
+            length=LENGTH, steps=STEPS, batch=BATCH, windows=WINDOWS, window=WINDOW, limit=LIMIT,
         )  # fmt: skip
         lines = [*self.findings(rows), "", *self.table(rows), "", *self.costs(rows)]
         write_text(DOCS / f"{self.name}.md", intro + "\n".join(lines) + "\n")
