@@ -79,6 +79,30 @@ def plainly(variant: str, removed: Sequence[int], fitness: str, ids_BT: Tensor) 
 
 
 @pytest.mark.parametrize("fitness", ["ppl", "kl"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_best_span_of_all_is_found(size: int, fitness: str) -> None:
+    found = search("span", fitness=fitness, **{**ALL_TEXT, "remove": size})
+    values = {
+        start: plainly("llama", range(start, start + size), fitness, token_ids(SAMPLES))
+        for start in range(7 - size)
+    }
+    best = min(values, key=lambda start: values[start])
+    assert found.removed == list(range(best, best + size))
+    shown = math.exp(values[best]) if fitness == "ppl" else values[best]
+    assert record(found).found.value == pytest.approx(shown, rel=1e-5)
+    assert sorted(found.order or []) == found.removed
+
+
+def test_a_span_is_of_whole_periods_and_of_blocks_that_may_go() -> None:
+    whole = search("span", "gemma2", remove=2, period_aligned=True, held_out=0, **FREE)
+    assert whole.removed in ([0, 1], [2, 3], [4, 5])
+    inner = search("span", remove=3, held_out=0, protect_first=1, protect_last=2)
+    assert inner.removed == [1, 2, 3]
+    chosen = search("auto", candidates="influence,span", remove=3, **FREE)
+    assert [one.criterion for one in record(chosen).candidates] == ["influence", "span"]
+
+
+@pytest.mark.parametrize("fitness", ["ppl", "kl"])
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gpt_neox"])
 def test_local_search_finds_the_best_pair_of_all(variant: str, fitness: str) -> None:
     found = search("local", variant, fitness=fitness, **ALL_TEXT)

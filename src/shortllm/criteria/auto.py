@@ -13,7 +13,7 @@ from shortllm.criteria.search import ONE_SHOT, Fitness, Found, SearchSpace, begi
 def best_on_held_out(
     space: SearchSpace,
     *,
-    candidates: str = f"{ONE_SHOT},greedy,local",
+    candidates: str = f"{ONE_SHOT},greedy,span,local",
     fitness: Fitness = "ppl",
     generations: int = 30,
     offspring: int = 16,
@@ -30,8 +30,8 @@ def best_on_held_out(
     """The removal, of those by several criteria and searches, with the lowest held-out perplexity.
 
     Calibration samples are split: all candidates are found on one part, and measured in one walk
-    on the other. Of equals the first named wins. Searches start from the best plan of the other
-    candidates.
+    on the other. Of equals the first named wins. Searches start from the best candidate before
+    them.
 
     Args:
         candidates: criteria and searches to try.
@@ -53,7 +53,8 @@ def best_on_held_out(
     searched: Found | None = None
     for name, search in searches.items():
         if search is not None:
-            searched = sets[name] = replace(start, rounds=[])
+            best = min([start, *sets.values()], key=lambda one: one.value)
+            searched = sets[name] = replace(best, rounds=[])
             search.improve(space, searched, {**criteria.get(name).defaults, **given})
     tried = {name: sets[name] for name in names if name in sets}
     measured = space.candidates(

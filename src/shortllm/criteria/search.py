@@ -63,7 +63,9 @@ class Search(Record):
     fitness: Fitness
     candidates: list[CandidateSet] = Field(description="in the order requested")
     found: CandidateSet = Field(description="what is removed")
-    start: str | None = Field(description="the candidate that swaps or children began with")
+    start: str | None = Field(
+        description="the candidate that swaps or children began with; null where there are none"
+    )
     ordered_by: str = Field(description="the criterion whose scores order the blocks")
     rounds: list[float] = Field(
         description="mean fitness of the best set after each round, in nats per token"

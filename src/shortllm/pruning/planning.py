@@ -339,6 +339,8 @@ def _search_reason(search: Search, criterion: str) -> str:
             f"{number(found.held_out, 5)}, the lowest of all candidates ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
+    if search.start is None:
+        return f"are the span with the lowest {unit} of the search text, {number(found.value, 5)}"
     begun = next(one for one in search.candidates if one.criterion == search.start)
     better = "that found nothing better than its start"
     if found.removed != begun.removed:
