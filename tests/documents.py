@@ -161,7 +161,10 @@ CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm bench", ["--warmup", "1", "--runs", "2", "--new-tokens", "2", "--batch", "1,2"]),
     ("shortllm retrain", ["--max-steps", "2", "--batch", "2", "--length", "256"]),
     ("shortllm heal", ["--samples", "16", "--length", "64"]),
-    ("--heal linear", _fields(healing__calibration__samples=4, healing__calibration__length=32)),
+    (
+        "--heal regression",
+        _fields(healing__calibration__samples=4, healing__calibration__length=32),
+    ),
     ("shortllm eval --limit", ["--limit", "4"]),
     ("shortllm eval --max-segments", ["--max-segments", "4"]),
     ("shortllm run --tasks", ["--limit", "4"]),

@@ -122,7 +122,7 @@ def healed(
     return heal_from(
         short,
         source,
-        HealOptions(**options),
+        HealOptions(**{"method": "linear", **options}),
         directory / "healed",
         calibration=calibration(text()),
         session=Session(device="cpu", stream=stream, dtype=dtype),
@@ -260,6 +260,22 @@ def test_regression_equals_plain_least_squares(
     computed = stream_behind(families.load(tmp_path / "healed"), 1, ids_BT)
     assert ((computed - wanted_ND) ** 2).sum().item() == pytest.approx(left.item(), rel=1e-5)
     assert gap.effective_rank is not None and 0 < gap.effective_rank < columns
+
+
+@pytest.mark.parametrize("removed", [[1], [3], [2, 3], [4, 5]])
+def test_the_attention_is_changed_only_where_that_helps(removed: list[int], tmp_path: Path) -> None:
+    [both], [alone] = (
+        healed(
+            "llama", removed, tmp_path / str(attention), method="regression", attention=attention
+        ).gaps
+        for attention in (True, False)
+    )
+    assert alone.changed in ([DOWN["llama"]], [])
+    if both.changed == alone.changed:
+        assert both.error_after == alone.error_after
+    else:
+        assert both.changed == [OUTPUT["llama"], DOWN["llama"]]
+        assert both.error_after < alone.error_after  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("weighting", ["norm", "none"])
@@ -695,7 +711,7 @@ def test_heal_and_merge_on_the_command_line(
 
 
 def test_a_recipe_names_healing_or_gives_its_options() -> None:
-    assert parse_recipe({"healing": "linear"}, "x").healing == HealOptions()
+    assert parse_recipe({"healing": "linear"}, "x").healing == HealOptions(method="linear")
     assert parse_recipe({"healing": "none"}, "x").healing is None
     recipe = changed(Recipe(), {"healing.calibration.samples": 8})
     assert recipe.healing == HealOptions(calibration=HealCalibration(samples=8))
@@ -729,7 +745,12 @@ def test_a_quarter_of_the_embedded_model_is_better_healed(tmp_path: Path) -> Non
     assert result.healing is not None
     assert result.healing.held_out.healed < result.healing.held_out.shortened
     page = (tmp_path / "run" / "report.html").read_text()
-    for part in ("Recovery", "Linear maps", "folded in, no training", "Fitted on 64 samples of"):
+    for part in (
+        "Recovery",
+        "Regression of the weights",
+        "healed, no training",
+        "Fitted on 64 samples of",
+    ):
         assert part in page
     assert "retraining also learns" not in page
     written = (tmp_path / "run" / "healed" / "heal.json").stat().st_mtime_ns

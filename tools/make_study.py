@@ -139,7 +139,7 @@ def healed(
     directory = runs / f"{one.name}-without-{'-'.join(map(str, removed))}"
     paths = {way: directory / way for way in WAYS}
     shortllm.prune(one.model, removed, paths["none"])
-    shortllm.heal(str(paths["none"]), paths["linear"], data=one.text)
+    shortllm.heal(str(paths["none"]), paths["linear"], method="linear", data=one.text)
     shortllm.merge(one.model, paths["merge"], blocks=removed, data=one.text)
     shortllm.retrain(
         str(paths["none"]), paths["lora"],

@@ -121,6 +121,13 @@ class GapSums:
         ranks.add_up([self.products_II, self.cross_ID, self.missing_D, wanted])
         self.wanted = wanted.item()
 
+    def rows(self, chosen: slice) -> GapSums:
+        """The sums for some columns of X, as views."""
+        found = copy.copy(self)
+        found.products_II = self.products_II[chosen, chosen]
+        found.cross_ID = self.cross_ID[chosen]
+        return found
+
     def columns(self, chosen: slice) -> GapSums:
         """The sums for some columns of R, as views; `wanted` stays that of all."""
         found = copy.copy(self)
@@ -223,35 +230,55 @@ def heal_gaps(task: Task) -> Healed:
 def _heal_gap(
     task: Task, walk: _Walk, gap: Gap, b: int, fits: Sequence[Stage]
 ) -> tuple[HealedGap, Fold]:
-    """New weights for block `b`, stage by stage, and what the record says of them."""
-    changed: Fold = {}
-    record = HealedGap(block=b, removed=gap.blocks)
-    errors: list[float] = []
+    """New weights for block `b`, stage by stage, and what the record says of them.
+
+    A module that is changed before the last one can also do harm, as the last one then gets another
+    input. So the last one is solved alone too, and the better of both is taken.
+    """
+    given, changed = task.options.ridge, Fold()
+    before: float | None = None
+    solutions: list[tuple[float, HealedGap, Fold]] = []
     for fit in fits:
-        added, diagonal = fit.modules[0], fit.unknowns.diagonal
+        diagonal = fit.unknowns.diagonal
         with folded_into(task.decoder, {b: changed}):
-            fitted, held_out, columns = walk.measure(b, fit)
-        ridge, left = choose_ridge(fitted, held_out, task.options.ridge, diagonal=diagonal)
-        if not fit.unknowns.behind_norm:
-            errors += [held_out.relative(held_out.missing), held_out.relative(left)]
+            fitted, held_out, sizes = walk.measure(b, fit)
+        choices = [(fit.modules[0], slice(None))]
+        if len(fit.modules) > 1:
+            choices.append((fit.modules[-1], slice(sum(sizes[:-1]), None)))
+        ridges = [
+            choose_ridge(fitted.rows(part), held_out.rows(part), given, diagonal=diagonal)
+            for _, part in choices
+        ]
+        if before is None and not fit.unknowns.behind_norm:
+            before = held_out.relative(held_out.missing)
         fitted.take(held_out)
-        if ridge is not None:
-            change_ID = solve(fitted, ridge, diagonal=diagonal)[:columns]
-            changed |= fit.unknowns.fold(task.checkpoint, b, added, change_ID)
-        record = HealedGap(
-            block=b,
-            removed=gap.blocks,
-            changed=[name.removesuffix(".weight") for name in changed if name.endswith(".weight")],
-            scale=added.scale,
-            ridge=ridge,
-            penalty=None if ridge is None else penalty(fitted, ridge),
-            effective_rank=(
-                None if ridge is None else effective_rank(fitted, ridge, diagonal=diagonal)
-            ),
-            error_before=errors[0] if errors else None,
-            error_after=errors[-1] if errors else None,
-        )
-    return record, changed
+        folds = []
+        for (added, part), (ridge, left) in zip(choices, ridges, strict=True):
+            sums, fold = fitted.rows(part), Fold()
+            if ridge is not None:
+                change_ID = solve(sums, ridge, diagonal=diagonal)[: sizes[fit.modules.index(added)]]
+                fold = fit.unknowns.fold(task.checkpoint, b, added, change_ID)
+            folds.append(fold)
+            if added is fits[-1].modules[-1] and fit.unknowns is fits[-1].unknowns:
+                weights = fold if part.start else changed | fold
+                record = HealedGap(
+                    block=b,
+                    removed=gap.blocks,
+                    changed=[name[: -len(".weight")] for name in weights if ".weight" in name],
+                    scale=added.scale,
+                    ridge=ridge,
+                    penalty=None if ridge is None else penalty(sums, ridge),
+                    effective_rank=(
+                        None if ridge is None else effective_rank(sums, ridge, diagonal=diagonal)
+                    ),
+                    error_before=before,
+                    error_after=held_out.relative(left),
+                )
+                solutions.append((left, record, weights))
+        changed |= folds[0]
+    # of equals the one that changes more modules
+    _, record, weights = min(reversed(solutions), key=lambda one: one[0])
+    return record, weights
 
 
 class _Walk:
@@ -274,19 +301,18 @@ class _Walk:
         if healed and self._healed is not None:
             self._groups.apply(b, self._healed)
 
-    def measure(self, b: int, fit: Stage) -> tuple[GapSums, GapSums, int]:
+    def measure(self, b: int, fit: Stage) -> tuple[GapSums, GapSums, list[int]]:
         """The sums of a fit of block `b`, over the samples to solve with and the held-out ones, and
-        how many columns of X are those of the module that is changed. Both hidden states stay where
-        they are."""
+        how many columns of X each module has. Both hidden states stay where they are."""
         decoder = self._decoder
         assert self._healed is not None
         sums: list[GapSums] = []
-        columns = 0
+        sizes: list[int] = []
         for group, rows in enumerate(self._groups.rows):
             with watching(decoder.blocks[b], fit.watched) as seen:
                 after_BTD = self._groups.after(b, self._healed, group)
             wanted_BTD = self._source[rows].to(decoder.device)
-            columns = fit.unknowns.columns(fit.modules[0], seen).shape[-1]
+            sizes = [fit.unknowns.columns(one, seen).shape[-1] for one in fit.modules]
             equations = fit.unknowns.equations(fit.modules, seen, after_BTD, wanted_BTD)
             if not sums:
                 shape = (equations[0].shape[-1], after_BTD.shape[-1])
@@ -294,4 +320,4 @@ class _Walk:
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
             for part, one in zip((slice(border), slice(border, None)), sums, strict=True):
                 one.add(*(given[part].flatten(0, 1) for given in (*equations, wanted_BTD)))
-        return sums[0], sums[1], columns
+        return sums[0], sums[1], sizes

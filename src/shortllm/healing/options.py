@@ -48,11 +48,13 @@ class HealOptions(Options):
 
     panel: ClassVar[str] = "Healing"
 
-    method: MethodName = Field(default="linear", description="How to heal. " + described(METHODS))
+    method: MethodName = Field(
+        default="regression", description="How to heal. " + described(METHODS)
+    )
     ridge: float | None = Field(
         default=None,
         gt=0,
-        description="Ridge strength: pulls each map towards the identity, relative to the mean "
+        description="Ridge strength: holds weights to what they were, relative to the mean "
         "squared input. Default: for each gap what does best on held-out samples.",
     )
     weighting: Literal["norm", "none"] = Field(

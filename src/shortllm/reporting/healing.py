@@ -148,22 +148,22 @@ def _summary(results: RunResults, name: str) -> str:
         return f"{trained.steps:,} steps, {trained.trained_parameters:,} parameters trained"
     if name == HEALED and results.healing is not None:
         folded = sum(gap.ridge is not None for gap in results.healing.gaps)
-        return f"{counted(folded, 'linear map')} folded in, no training"
+        return f"{counted(folded, 'gap')} healed, no training"
     return ""
 
 
 def _maps(record: Healing) -> Part:
     columns: list[Column[HealedGap]] = [
         ("removed", lambda gap: ", ".join(map(str, gap.removed))),
-        ("folded into block", _target),
+        ("changed in block", _target),
         ("ridge", lambda gap: number(gap.ridge)),
         ("error", lambda gap: number(gap.error_before)),
         ("healed", lambda gap: number(gap.error_after)),
     ]
     note = parts.Paragraph(
         "Error: squared distance to the hidden states of the original after the gap, relative to "
-        "their squared size, on held-out samples. Ridge: how strongly the map is pulled towards "
-        "the identity."
+        "their squared size, on held-out samples. Ridge: how strongly the weights are held to what "
+        "they were."
     )
     text = f"{counted(record.samples, 'sample')} of {counted(record.length, 'token')}"
     summary = f"Fitted on {text} from {model_name(record.data)}"
