@@ -27,7 +27,7 @@ def scan(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None:
 
 
 def spans_of(space: SearchSpace, size: int) -> list[Blocks]:
-    """The spans of so many blocks that whole units make."""
+    """The spans of `size` blocks that whole units make."""
     unit = len(space.units[0])
     spans = []
     for start in range(len(space.units) - size // unit + 1):

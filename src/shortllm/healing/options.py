@@ -54,7 +54,7 @@ class HealOptions(Options):
     ridge: float | None = Field(
         default=None,
         gt=0,
-        description="Ridge strength: holds weights to what they were, relative to the mean "
+        description="Ridge strength: keeps weights near what they were, relative to the mean "
         "squared input. Default: for each gap what does best on held-out samples.",
     )
     weighting: Literal["norm", "none"] = Field(
