@@ -20,8 +20,11 @@ from shortllm.errors import CriterionError, RecipeError, ShortLLMError, Unsuppor
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.healing.every_gap import GapRepairs, repairs_of_every_gap
 from shortllm.healing.folding import folded_into
+from shortllm.healing.least_squares import heal_gaps
+from shortllm.healing.methods import Task
 from shortllm.healing.options import HealCalibration, HealOptions
 from shortllm.model.decoder import Decoder
+from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.walk import mean_nlls
 from shortllm.pipeline import healing_of
 from shortllm.pruning.budget import Budget, gaps_of
@@ -153,6 +156,22 @@ def test_auto_passes_it_on_to_its_candidates() -> None:
         },
     )["greedy"]  # fmt: skip
     assert greedy.removed == sorted(alone.order or [])
+
+
+def test_the_best_sets_are_judged_with_their_gaps_healed_one_after_the_other() -> None:
+    options = {**ALL_TEXT, "held_out": 0.5, "candidates": "ppl,influence,last"}
+    found = search("auto", healing="regression", **options).search
+    assert found is not None and found.held_out_samples == 4
+    for one in found.candidates:
+        decoder = Decoder(families.loaded("llama"))
+        task = Task(
+            decoder=decoder, checkpoint=families.opened("llama"), removed=one.removed,
+            ids_BT=text(), held_out=4, options=HealOptions(method="regression"),
+            memory=StreamMemory(),
+        )  # fmt: skip
+        with folded_into(decoder, heal_gaps(task).folds):
+            [nll] = mean_nlls(decoder, families.token_ids(8)[4:], [frozenset(one.removed)])
+        assert one.held_out == pytest.approx(math.exp(nll), rel=1e-4)
 
 
 # ---- options

@@ -35,12 +35,12 @@ from shortllm.journal import Journal
 from shortllm.model import Session, walk
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.metrics import next_token_nll
+from shortllm.model.metrics import kl_divergence, next_token_nll
 from shortllm.model.walk import mean_nlls
 from shortllm.options import options_from
 from shortllm.sublayers import drop as stage
 from shortllm.sublayers.criteria import Task
-from shortllm.sublayers.criteria.perplexity import sublayer_ppl
+from shortllm.sublayers.criteria.removal import sublayer_ppl
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.sublayers.structure import (
     PARTS,
@@ -97,11 +97,16 @@ def logits_of(model: nn.Module, ids_BT: Tensor | None = None) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def plain_nll(variant: str, removed: Iterable[Sublayer]) -> float:
-    model, ids = families.loaded(variant), families.token_ids()
+def plain_logits(variant: str, removed: Iterable[Sublayer]) -> Tensor:
+    """Logits of all predictions `[N, V]`."""
+    model = families.loaded(variant)
     with skipping(model, variant, removed):
-        logits = logits_of(model)[:, :-1].flatten(0, 1)
-    return float(next_token_nll(logits, ids[:, 1:].flatten()).double().mean())
+        return logits_of(model)[:, :-1].flatten(0, 1)
+
+
+def plain_nll(variant: str, removed: Iterable[Sublayer]) -> float:
+    logits_NV, ids_BT = plain_logits(variant, removed), families.token_ids()
+    return float(next_token_nll(logits_NV, ids_BT[:, 1:].flatten()).double().mean())
 
 
 def drop(
@@ -283,6 +288,26 @@ def test_perplexity_removes_the_least_missed_one_after_the_other(
         assert one.value == pytest.approx(math.exp(values[best]), rel=1e-5)
         gone.append(best)
     assert made.intact == pytest.approx(math.exp(plain_nll(variant, [])), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", families.by_tier(["gpt_neox", "gemma2"], "gemma2"))
+def test_divergence_removes_the_least_missed_one_after_the_other(
+    variant: str, tmp_path: Path
+) -> None:
+    made = drop(variant, tmp_path / "short", criterion="sublayer-kl", remove=2, protect_first=3)
+    intact = plain_logits(variant, [])
+    gone: list[Sublayer] = []
+    for one in made.dropped:
+        left = [(b, p) for b, p in ALL if b >= 3 and (b, p) not in gone]
+        values = {
+            other: kl_divergence(intact, plain_logits(variant, [*gone, other])).mean().item()
+            for other in left
+        }
+        best = min(values, key=lambda other: values[other])
+        assert (one.block, one.part) == best
+        assert one.value == pytest.approx(values[best], rel=1e-4)
+        gone.append(best)
+    assert made.intact == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,10 @@ LAST_BLOCKS = Paper(
     title="Reassessing Layer Pruning in LLMs: New Insights and Methods",
     arxiv="2411.15558",
 )
+FINERCUT = Paper(
+    key="zhang2024finercut",
+    authors="Zhang, Yang and Li, Yawei and Wang, Xinpeng and Shen, Qianli and Plank, Barbara and "
+    "Bischl, Bernd and Rezaei, Mina and Kawaguchi, Kenji",
+    title="FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models",
+    arxiv="2405.18218",
+)

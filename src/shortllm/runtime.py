@@ -160,6 +160,13 @@ class Ranks:
             )
         return samples[self.rank :: self.count]
 
+    def share_of_last_quarter(self, samples: int) -> int:
+        """How many of this process's samples are of the last quarter of those of all; one or more
+        of all."""
+        total = int(self.total(float(samples)))
+        border = total - max(1, total // 4)
+        return samples - len(range(self.rank, border, self.count))
+
     def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.count > 1:
@@ -273,13 +280,18 @@ def quiet(*loggers: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
+_BARS: list[str] = []
+"""What the bar on the screen is for."""
+
+
 @contextmanager
 def progress(task: str, total: float) -> Iterator[Advance]:
-    """A progress bar with the time left, on a terminal's standard error; silent elsewhere.
+    """A progress bar with the time left, on a terminal's standard error; silent elsewhere, and
+    within another bar.
 
     Yields a function to call with the amount of work done since its last call.
     """
-    if not sys.stderr.isatty() or not is_main_process():
+    if not sys.stderr.isatty() or not is_main_process() or _BARS:
         yield lambda amount: None
         return
     from rich.console import Console
@@ -303,6 +315,10 @@ def progress(task: str, total: float) -> Iterator[Advance]:
         console=Console(file=sys.stderr),
         transient=True,
     )
-    with bar:
-        task_id = bar.add_task(task, total=total)
-        yield lambda amount: bar.advance(task_id, amount)
+    _BARS.append(task)
+    try:
+        with bar:
+            task_id = bar.add_task(task, total=total)
+            yield lambda amount: bar.advance(task_id, amount)
+    finally:
+        _BARS.remove(task)

@@ -134,9 +134,8 @@ def _sums(
 
     A token counts relative to the largest of the hidden states that it has within the longest gap.
     """
-    samples = int(ranks.total(float(shape[0])))
-    fitted = samples - max(1, samples // 4)
-    border = len(range(ranks.rank, fitted, ranks.count)) * shape[1]
+    samples, length = shape
+    border = (samples - ranks.share_of_last_quarter(samples)) * length
     width = states[0].shape[-1] * (len(states) - 1)
     found = []
     for part in (slice(border), slice(border, None)):

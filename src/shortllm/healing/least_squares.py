@@ -286,6 +286,7 @@ class _Walk:
 
     def __init__(self, task: Task) -> None:
         self._decoder = task.decoder
+        self._ranks = task.ranks
         self._weighted = task.options.weighting == "norm"
         self._fitted = len(task.ids_BT) - task.held_out
         self._groups = SampleGroups(task.decoder, task.ids_BT, task.memory)
@@ -320,4 +321,6 @@ class _Walk:
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
             for part, one in zip((slice(border), slice(border, None)), sums, strict=True):
                 one.add(*(given[part].flatten(0, 1) for given in (*equations, wanted_BTD)))
+        for one in sums:
+            one.add_up(self._ranks)
         return sums[0], sums[1], sizes

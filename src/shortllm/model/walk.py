@@ -361,6 +361,7 @@ def mean_nlls(
     removals: Removals,
     *,
     kl: bool = False,
+    intact: Collection[int] = NOTHING,
     together: int | None = None,
     ranks: Ranks = ALONE,
     repairs: Repairs = NO_REPAIRS,
@@ -369,7 +370,7 @@ def mean_nlls(
     journal: Journal | None = None,
 ) -> list[float]:
     """Mean NLL of each shortened model, nats, or with `kl` its mean KL from the intact model."""
-    intact = [NOTHING] if kl else []  # the first one, which the others are compared with
+    first = [intact] if kl else []  # which the others are compared with
 
     def value(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
         if not kl:
@@ -381,10 +382,10 @@ def mean_nlls(
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals
         [means] = mean_values(
-            decoder, ids_BT, [*intact, *chunk], [value], ranks=ranks, repairs=repairs,
+            decoder, ids_BT, [*first, *chunk], [value], ranks=ranks, repairs=repairs,
             advance=advance, memory=memory, journal=journal.part(f"sets-{start}"),
         )  # fmt: skip
-        found += means[len(intact) :]
+        found += means[len(first) :]
     return found
 
 

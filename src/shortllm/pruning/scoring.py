@@ -229,6 +229,33 @@ class Scorer:
             )  # fmt: skip
         return self._repairs[key]
 
+    def healed_nll(self, method: str, removed: Collection[int], ids_BT: Tensor) -> float:
+        """Mean NLL of a model that is healed gap after gap, as `heal` does it, nats per token."""
+        from shortllm.healing.folding import folded_into
+        from shortllm.healing.methods import METHODS, Task
+        from shortllm.model.hidden_states import StreamMemory
+        from shortllm.model.walk import mean_nlls
+
+        assert self.healing_BT is not None, "no text to heal with"
+        decoder, memory = self.open_decoder(), self.memory or StreamMemory()
+        healed = METHODS.get(method).function(
+            Task(
+                decoder=decoder,
+                checkpoint=self.checkpoint,
+                removed=sorted(removed),
+                ids_BT=self.healing_BT,
+                held_out=self.ranks.share_of_last_quarter(len(self.healing_BT)),
+                ranks=self.ranks,
+                options=HealOptions(method=method),
+                memory=memory,
+            )
+        )
+        with folded_into(decoder, healed.folds):
+            [found] = mean_nlls(
+                decoder, ids_BT, [frozenset(removed)], ranks=self.ranks, memory=memory
+            )
+        return found
+
     def work(self, resolved: Sequence[Criterion], *, head: bool = True) -> float:
         """Floating-point operations of `score`, the total of what `advance` is told.
 

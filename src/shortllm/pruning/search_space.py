@@ -66,6 +66,10 @@ def _search_work(scorer: Scorer, searching: Criterion) -> float:
     return scorer.work(shots) + (measured + len(shots)) * each
 
 
+FULLY_HEALED = 3
+"""Best sets of a heal-aware search that are also healed as `heal` does it."""
+
+
 class BlockSearch:
     """The space of sets of a criterion that searches; see `criteria.search.SearchSpace`."""
 
@@ -210,8 +214,12 @@ class BlockSearch:
             distinct = sorted({removed for _, removed in sets}, key=sorted)
             ids_BT = self._part(self._searched, self._total)
             entry = self._entry("held-out", partial(self._means, distinct, ids_BT, False))
-            shown = [_finite(perplexity(value)) for value in entry["values"]]
-            held_out = dict(zip(distinct, shown, strict=True))
+            found = dict(zip(distinct, entry["values"], strict=True))
+            if self._searching.healing is not None:
+                best = sorted(distinct, key=lambda one: (found[one], sorted(one)))[:FULLY_HEALED]
+                entry = self._entry("healed", partial(self._healed, best, ids_BT))
+                found |= dict(zip(best, entry["values"], strict=True))
+            held_out = {one: _finite(perplexity(value)) for one, value in found.items()}
         in_nats = self._options["fitness"] == "ppl"
         return [
             CandidateSet(
@@ -267,6 +275,12 @@ class BlockSearch:
             journal=journal,
         )  # fmt: skip
         return {"values": values}
+
+    def _healed(self, sets: Sequence[Blocks], ids_BT: Tensor, journal: Journal) -> dict[str, Any]:
+        """Mean NLL without each set after its gaps were healed one after the other."""
+        method = self._searching.healing
+        assert method is not None
+        return {"values": [self._scorer.healed_nll(method, one, ids_BT) for one in sets]}
 
 
 def _finite(value: float) -> float | None:

@@ -162,7 +162,7 @@ def _maps(record: Healing) -> Part:
     ]
     note = parts.Paragraph(
         "Error: squared distance to the hidden states of the original after the gap, relative to "
-        "their squared size, on held-out samples. Ridge: how strongly the weights are kept near what "
+        "their squared size, on held-out samples. Ridge: how strongly weights are kept near what "
         "they were."
     )
     text = f"{counted(record.samples, 'sample')} of {counted(record.length, 'token')}"

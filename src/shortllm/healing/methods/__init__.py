@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
 from shortllm.registry import MethodRegistry, RegisteredMethod, import_modules
+from shortllm.runtime import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,8 @@ class Task:
     """Calibration ids."""
     held_out: int
     """How many samples, the last ones, are for choices between solutions, not for solving."""
+    ranks: Ranks = ALONE
+    """The processes that share the samples; sums are those of all."""
     options: HealOptions
     memory: StreamMemory
 
