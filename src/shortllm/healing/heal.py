@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from shortllm.model import Session
 from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
-from shortllm.runtime import Runtime
+from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks
 from shortllm.surgery.apply import PROVENANCE, lineage, open_original, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
     derive,
     derived_fingerprint,
+    is_up_to_date,
     on_probe,
     require_free,
     stored_name,
@@ -58,6 +60,9 @@ def heal(
 ) -> Healing:
     """Heal a shortened checkpoint without training, and write it as a plain checkpoint.
 
+    Under `accelerate launch` or `torchrun` all processes share the samples, and the main one
+    writes.
+
     Args:
         model: a checkpoint directory as `shortllm prune` wrote it.
         out: the new checkpoint directory, which also gets heal.json.
@@ -74,6 +79,7 @@ def heal(
         DataError: too few samples.
         OutputError: `out` contains something else or cannot be written.
     """
+    ranks = join_ranks()
     require_free(Path(out), Healing.FILE)
     checkpoint = open_checkpoint(model)
     lineage(checkpoint)  # needed with --source too: it says which blocks are left
@@ -81,7 +87,9 @@ def heal(
     kept_blocks(checkpoint, original)
     ids = calibrate(original, healing_text(options, original))
     session = Session(runtime)
-    return heal_from(checkpoint, original, options, Path(out), calibration=ids, session=session)
+    return heal_from(
+        checkpoint, original, options, Path(out), calibration=ids, session=session, ranks=ranks
+    )
 
 
 def heal_from(
@@ -92,14 +100,14 @@ def heal_from(
     *,
     calibration: Calibration,
     session: Session,
+    ranks: Ranks = ALONE,
 ) -> Healing:
     """The same for open checkpoints and calibration ids."""
     kept = kept_blocks(checkpoint, source)
-    ids_BT = calibration.ids
-    if len(ids_BT) < 2:
+    if len(calibration.ids) < 2:
         raise DataError(
-            f"{len(ids_BT)} sample is too few to heal with: a part of the samples is held out to "
-            "choose by. Give two or more"
+            f"{len(calibration.ids)} sample is too few to heal with: a part of the samples is held "
+            "out to choose by. Give two or more"
         )
     expected = derived_fingerprint(
         checkpoint,
@@ -109,18 +117,23 @@ def heal_from(
         heal=options.model_dump(mode="json", exclude={"calibration"}),
     )
 
-    def draft() -> Draft:
-        require_same_weights(checkpoint, source, kept)
+    def fitted() -> tuple[Task, Healed, float, HeldOut]:
+        ids_BT = ranks.mine(calibration.ids)
         task = Task(
             decoder=session.decoder(source),
             checkpoint=source,
             removed=sorted(set(range(source.block_count)) - set(kept)),
             ids_BT=ids_BT,
-            held_out=max(1, len(ids_BT) // 4),
+            held_out=ranks.share_of_last_quarter(len(ids_BT)),
+            ranks=ranks,
             options=options,
             memory=session.memory(),
         )
-        healed, strength, held_out = _no_worse(task, METHODS.get(options.method).function(task))
+        return task, *_no_worse(task, METHODS.get(options.method).function(task))
+
+    def draft() -> Draft:
+        require_same_weights(checkpoint, source, kept)
+        task, healed, strength, held_out = fitted()
         with folded_into(task.decoder, healed.folds):
             logits, cached = on_probe(task.decoder, task.removed)
         record = {
@@ -132,8 +145,8 @@ def heal_from(
             "held_out": held_out,
             "calibration": calibration.info.tokens_fingerprint,
             "data": calibration.info.source,
-            "samples": ids_BT.shape[0],
-            "length": ids_BT.shape[1],
+            "samples": calibration.ids.shape[0],
+            "length": calibration.ids.shape[1],
             "dtype": session.dtype(source),
         }
         how = {
@@ -157,7 +170,12 @@ def heal_from(
             verify=verifying(target, session, logits, cached=cached),
         )
 
-    return derive(Healing, target, checkpoint, draft, expected=expected, source=source)
+    if ranks.is_main:
+        derive(Healing, target, checkpoint, draft, expected=expected, source=source)
+    elif not is_up_to_date(target, Healing, expected):
+        fitted()  # its share of the sums
+    ranks.wait()
+    return Healing.load(target / Healing.FILE)
 
 
 def healing_text(
@@ -259,9 +277,10 @@ def _weaker(task: Task, healed: Healed, strength: float) -> Healed:
 
 def _measure(task: Task, healed: Healed) -> HeldOut:
     """Mean next-token loss of source, shortened and healed model on the held-out samples."""
-    decoder, memory, ids_BT = task.decoder, task.memory, task.ids_BT[-task.held_out :]
-    gone = frozenset(task.removed)
-    before, shortened = mean_nlls(decoder, ids_BT, [NOTHING, gone], memory=memory)
-    with folded_into(decoder, healed.folds):
-        [after] = mean_nlls(decoder, ids_BT, [gone], memory=memory)
-    return HeldOut(samples=len(ids_BT), source=before, shortened=shortened, healed=after)
+    ids_BT = task.ids_BT[len(task.ids_BT) - task.held_out :]
+    gone, mean = frozenset(task.removed), partial(mean_nlls, task.decoder, ids_BT)
+    before, shortened = mean([NOTHING, gone], memory=task.memory, ranks=task.ranks)
+    with folded_into(task.decoder, healed.folds):
+        [after] = mean([gone], memory=task.memory, ranks=task.ranks)
+    samples = int(task.ranks.total(float(len(ids_BT))))
+    return HeldOut(samples=samples, source=before, shortened=shortened, healed=after)
