@@ -7,7 +7,8 @@ A tenth, a fifth and three tenths of the blocks removed by each criterion and se
 healed without training, and after 200 steps of LoRA on text and on Alpaca. Perplexity on WikiText-2
 and on held-out C4, the seven tasks of Shortened LLaMA, and speed. Every measured row goes into
 docs/NAME.json at once, and rows that are there are not measured again: `--minutes` ends a sitting.
-Writes docs/NAME.md with table and plot from the rows there are.
+Writes docs/NAME.md with table and plot from the rows there are, and for SmolLM2 the first table of
+the README.
 """
 
 from __future__ import annotations
@@ -24,13 +25,22 @@ from shortllm.files import write_text
 from shortllm.format import spans
 from shortllm.reporting.plots import COLOURS, drawn, line_style, mark_heights, standalone
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README_TABLE = ("<!-- smollm2 -->\n", "<!-- end of smollm2 -->\n")
+"""What is around the table in the README."""
 CRITERIA = ("ppl", "kl", "taylor", "influence", "angular", "auto", "greedy", "local")
 SINGLE = CRITERIA[:5]
 RATIOS = (0.1, 0.2, 0.3)
 WAYS = ("none", "linear", "regression", "lora-text", "lora-alpaca")
 TRAINED = ("ppl", "auto")
 """Criteria whose sets are also trained and run on the tasks, which takes the most time."""
+README_WAYS = {
+    "none": "blocks removed by {name}",
+    "regression": "{name}, healed without training",
+    "lora-text": "{name}, LoRA on text, 200 steps",
+    "lora-alpaca": "{name}, LoRA on Alpaca, 200 steps",
+}
 SAMPLES, LENGTH = 32, 128
 WINDOWS, WINDOW = 16, 512
 STEPS, BATCH, LIMIT = 200, 4, 200
@@ -198,6 +208,26 @@ class Study:
         lines = [*self.findings(rows), "", *self.table(rows), "", *self.costs(rows)]
         write_text(DOCS / f"{self.name}.md", intro + "\n".join(lines) + "\n")
 
+    def write_readme(self) -> None:
+        """The first table of the README: what is left at each budget, by WikiText-2 and C4."""
+        known = {(tuple(row["removed"]), row["way"]): row for row in self.found["rows"]}
+        sizes = [len(own) for own in self.found["sets"]["ppl"]]
+        heading = " | ".join(
+            f"{size} removed ({size / self.found['blocks']:.0%})" for size in sizes
+        )
+        lines = [f"| | {heading} |", "|---|" + "---:|" * len(sizes)]
+        for name in TRAINED:
+            for way, words in README_WAYS.items():
+                rows = [known.get((tuple(one), way)) for one in self.found["sets"].get(name, [])]
+                if not rows or not all(row and "c4" in row for row in rows):
+                    continue
+                cells = [f"{row['wikitext2']:.1f} / {row['c4']:.1f}" for row in rows if row]
+                lines.append(f"| {words.format(name=f'`{name}`')} | {' | '.join(cells)} |")
+        path, (start, end) = ROOT / "README.md", README_TABLE
+        before, _, rest = path.read_text().partition(start)
+        _, _, after = rest.partition(end)
+        write_text(path, before + start + "\n".join(lines) + "\n" + end + after)
+
     def by(self, removed: list[int]) -> list[str]:
         return [name for name, own in self.found["sets"].items() if removed in own]
 
@@ -293,6 +323,8 @@ def main() -> None:
         study.measure(tasks=False)
     study.measure(tasks=True)
     study.write(given.title)
+    if given.name == "smollm2":
+        study.write_readme()
 
 
 if __name__ == "__main__":
