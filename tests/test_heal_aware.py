@@ -98,6 +98,8 @@ def test_gaps_that_no_removal_makes_are_left_out() -> None:
     )
     assert set(found.folds) <= {(0, 1), (0, 2), (1, 1), (3, 1)}
     assert found.version(0, {1, 2}) in (0, 2) and found.version(0, {1, 2, 3}) == 0
+    first = repairs_of_every_gap(decoder, families.opened("llama"), text(), HealOptions(), {0}, 1)
+    assert not first.folds  # no block is before it
 
 
 def search(name: str, **options: Any) -> Scores:

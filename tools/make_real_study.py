@@ -31,6 +31,7 @@ README_TABLE = ("<!-- smollm2 -->\n", "<!-- end of smollm2 -->\n")
 """What is around the table in the README."""
 CRITERIA = ("ppl", "kl", "taylor", "influence", "angular", "auto", "greedy", "local")
 SINGLE = CRITERIA[:5]
+SEARCHES = ("auto", "local")
 RATIOS = (0.1, 0.2, 0.3)
 WAYS = ("none", "linear", "regression", "lora-text", "lora-alpaca")
 TRAINED = ("ppl", "auto")
@@ -96,23 +97,28 @@ class Study:
         if criteria[0] in self.found["sets"] or time.monotonic() > self.end:
             return
         start = time.monotonic()
-        compared = shortllm.compare_criteria(
-            self.model,
-            criteria=list(criteria),
-            random=1,
-            ratios=list(RATIOS),
-            data=str(self.data / "c4" / "train_sample.jsonl.gz"),
-            samples=SAMPLES,
-            length=LENGTH,
-            eval_data=str(self.data / "wikitext2" / "wiki.test.raw"),
-            max_segments=4,
-            dtype=DTYPE,
-            out=self.runs / "choice" / criteria[0],
-        )
-        self.found["blocks"] = compared.model.blocks
-        for contender in compared.criteria:
-            own = [sorted(one.order) for one in contender.sets]
-            self.found["sets"][contender.criterion] = own
+        sets: dict[str, list[list[int]]] = {}
+        # a search finds the best removal of one size
+        several = [[ratio] for ratio in RATIOS] if criteria[0] in SEARCHES else [list(RATIOS)]
+        for ratios in several:
+            compared = shortllm.compare_criteria(
+                self.model,
+                criteria=list(criteria),
+                random=1,
+                ratios=ratios,
+                data=str(self.data / "c4" / "train_sample.jsonl.gz"),
+                samples=SAMPLES,
+                length=LENGTH,
+                eval_data=str(self.data / "wikitext2" / "wiki.test.raw"),
+                max_segments=4,
+                dtype=DTYPE,
+                out=self.runs / "choice" / f"{criteria[0]}-{len(ratios)}-{ratios[0]}",
+            )
+            self.found["blocks"] = compared.model.blocks
+            for contender in compared.criteria:
+                own = [sorted(one.order) for one in contender.sets]
+                sets.setdefault(contender.criterion, []).extend(own)
+        self.found["sets"] |= sets
         seconds = round(time.monotonic() - start)
         self.found.setdefault("seconds", {})[", ".join(criteria)] = seconds
         self.save()

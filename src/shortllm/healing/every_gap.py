@@ -80,6 +80,8 @@ def repairs_of_every_gap(
     """
     lengths = {b: _possible(b, removable, longest) for b in range(decoder.block_count)}
     before = [b for b, length in lengths.items() if length]
+    if not before:
+        return GapRepairs(decoder, {})
     found = find_foldable(checkpoint, decoder, before)
     fits = {b: stages(modules, options)[-1] for b, modules in found.items()}
     groups = SampleGroups(decoder, ids_BT, memory)
