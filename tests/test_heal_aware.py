@@ -13,6 +13,7 @@ import torch
 from test_healing import healed
 from torch import Tensor
 
+import shortllm
 from shortllm import pipeline
 from shortllm.criteria import Scores, resolve
 from shortllm.data.options import CalibrationOptions
@@ -234,3 +235,21 @@ def test_runs_on_the_embedded_model(tmp_path: Path) -> None:
     again = scored(tmp_path / "aware")
     assert again.cost == aware.cost  # not scored again
     assert scored(tmp_path / "aware", samples=32).fingerprint != aware.fingerprint
+
+
+def test_the_option_works_wherever_criteria_are_scored(tmp_path: Path) -> None:
+    """The text to heal with is there for a comparison, and for a run that does not heal."""
+    text = {"samples": 2, "length": 32, "max_segments": 1, "out": tmp_path / "compared"}
+    options = {"greedy": {"healing": "linear"}}
+    shortllm.compare_criteria(criteria=["greedy"], ratios=[0.1], random=1, options=options, **text)
+    scores = BlockScores.load(tmp_path / "compared" / "scores.json")
+    assert scores.options["healing"] == "linear"
+    recipe = Recipe(
+        criterion="greedy",
+        options={"healing": "linear"},
+        budget=Budget(remove=1),
+        calibration=CalibrationOptions(samples=2, length=32),
+        evaluation=EvaluationOptions(max_segments=1, continuations=0),
+    )
+    pipeline.run(recipe=recipe, out=tmp_path / "run")
+    assert BlockScores.load(tmp_path / "run" / "scores.json").options["healing"] == "linear"

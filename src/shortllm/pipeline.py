@@ -36,7 +36,7 @@ from shortllm.pruning.budget import Budget, check_budget, removable, removal_opt
 from shortllm.pruning.planning import build_plan, check_published_order
 from shortllm.pruning.prune import prune_from
 from shortllm.pruning.records import BlockScores, PrunePlan, Target
-from shortllm.pruning.score import score_in
+from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.published import Published
 from shortllm.quantizing import quantize
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
@@ -328,7 +328,8 @@ def _plan(run: _Prepared) -> PrunePlan:
             [run.criterion],
             run.texts.calibration,
             run.session,
-            healing=run.texts.healing,
+            healing=run.texts.healing
+            or text_to_heal_with(run.checkpoint, [run.criterion], run.recipe.calibration),
         ).values()
     else:
         delete([run.directory / "scores.json", *run.directory.glob("calibration.*")])

@@ -43,7 +43,7 @@ from shortllm.options import accepts
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.pruning.planning import build_plan, removal_order
 from shortllm.pruning.records import BlockScores
-from shortllm.pruning.score import score_in
+from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.records import Cost, ModelInfo
 from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, progress, versions
 
@@ -201,7 +201,10 @@ def compare_criteria(
             **runtime.model_dump(mode="json"),
         }
         rundir.write_run_file(directory, chosen, checkpoint, command)
-    scores = score_in(directory, checkpoint, question.criteria, texts.calibration, session, ranks)
+    healing = text_to_heal_with(checkpoint, question.criteria, calibration)
+    scores = score_in(
+        directory, checkpoint, question.criteria, texts.calibration, session, ranks, healing=healing
+    )
     found = _measured(directory, checkpoint, question, scores, text, session, ranks)
     if ranks.is_main:
         write_comparison(directory)
