@@ -117,23 +117,12 @@ def heal_from(
         heal=options.model_dump(mode="json", exclude={"calibration"}),
     )
 
-    def fitted() -> tuple[Task, Healed, float, HeldOut]:
-        ids_BT = ranks.mine(calibration.ids)
-        task = Task(
-            decoder=session.decoder(source),
-            checkpoint=source,
-            removed=sorted(set(range(source.block_count)) - set(kept)),
-            ids_BT=ids_BT,
-            held_out=ranks.share_of_last_quarter(len(ids_BT)),
-            ranks=ranks,
-            options=options,
-            memory=session.memory(),
-        )
-        return task, *_no_worse(task, METHODS.get(options.method).function(task))
+    task_of = partial(_task, source, kept, calibration, options, session, ranks)
 
     def draft() -> Draft:
         require_same_weights(checkpoint, source, kept)
-        task, healed, strength, held_out = fitted()
+        task = task_of()
+        healed, strength, held_out = _fitted(task)
         with folded_into(task.decoder, healed.folds):
             logits, cached = on_probe(task.decoder, task.removed)
         record = {
@@ -173,7 +162,7 @@ def heal_from(
     if ranks.is_main:
         derive(Healing, target, checkpoint, draft, expected=expected, source=source)
     elif not is_up_to_date(target, Healing, expected):
-        fitted()  # its share of the sums
+        _fitted(task_of())  # its share of the sums
     ranks.wait()
     return Healing.load(target / Healing.FILE)
 
@@ -238,6 +227,33 @@ def require_same_weights(checkpoint: Checkpoint, source: Checkpoint, kept: Seque
                 "retrained, healed or merged? Heal a checkpoint as `shortllm prune` wrote it, and "
                 "retrain the healed one; or give the model it was shortened from as --source"
             )
+
+
+def _task(
+    source: Checkpoint,
+    kept: Sequence[int],
+    calibration: Calibration,
+    options: HealOptions,
+    session: Session,
+    ranks: Ranks,
+) -> Task:
+    """What the method gets, with this process's share of the samples."""
+    ids_BT = ranks.mine(calibration.ids)
+    return Task(
+        decoder=session.decoder(source),
+        checkpoint=source,
+        removed=sorted(set(range(source.block_count)) - set(kept)),
+        ids_BT=ids_BT,
+        held_out=ranks.share_of_last_quarter(len(ids_BT)),
+        ranks=ranks,
+        options=options,
+        memory=session.memory(),
+    )
+
+
+def _fitted(task: Task) -> tuple[Healed, float, HeldOut]:
+    """What the method changes, as far as it does no harm."""
+    return _no_worse(task, METHODS.get(task.options.method).function(task))
 
 
 def _no_worse(task: Task, healed: Healed) -> tuple[Healed, float, HeldOut]:
