@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,10 +92,10 @@ class _CpuMeter(Meter):
         affinity = hasattr(os, "sched_getaffinity")
         self._processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
         self._keeps_peaks = False
-        self._process.cpu_percent()
+        self._last = _clocks()
 
     def reset(self) -> None:
-        self._process.cpu_percent()
+        self._last = _clocks()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory so far
             self._keeps_peaks = True
@@ -109,8 +110,17 @@ class _CpuMeter(Meter):
         return Sample(process_bytes=found[0] if found else None)
 
     def sample(self) -> Sample:
-        busy = self._process.cpu_percent() / 100 / self._processors
-        return Sample(utilisation=busy, process_bytes=self._process.memory_info().rss)
+        (wall, busy), self._last = self._last, _clocks()
+        share = (self._last[1] - busy) / max(self._last[0] - wall, 1e-9) / self._processors
+        return Sample(utilisation=share, process_bytes=self._process.memory_info().rss)
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds that went by, and seconds of processor time of this process, to the microsecond.
+
+    The counters of /proc, which psutil reads, move in steps of 10 ms: a short run would show 0.
+    """
+    return time.perf_counter(), time.process_time()
 
 
 class _CudaMeter(Meter):
