@@ -74,8 +74,8 @@ def test_weights_for_one_gap_are_those_that_heal_it(
     removed: list[int], method: str, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"method": method, "ridge": 0.05, "weighting": "none"}
-    attention = {"attention": False} if method == "regression" else {}
-    healed("llama", removed, tmp_path, **options, **attention)
+    alone = {"attention": False, "gain": False} if method == "regression" else {}
+    healed("llama", removed, tmp_path, **options, **alone)
     fold = repairs(**options).folds[removed[0] - 1, len(removed)]
     weights = dict(families.load(tmp_path / "healed").model.layers.named_parameters())
     for name, tensor in fold.items():
@@ -172,7 +172,7 @@ def test_the_best_sets_are_judged_with_their_gaps_healed_one_after_the_other() -
             ids_BT=text(), held_out=4, options=HealOptions(method="regression"),
             memory=StreamMemory(),
         )  # fmt: skip
-        with folded_into(decoder, heal_gaps(task).folds):
+        with heal_gaps(task).applied(decoder):
             [nll] = mean_nlls(decoder, families.token_ids(8)[4:], [frozenset(one.removed)])
         assert one.held_out == pytest.approx(math.exp(nll), rel=1e-4)
 

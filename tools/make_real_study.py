@@ -42,9 +42,10 @@ README_WAYS = {
     "lora-text": "{name}, LoRA on text, 200 steps",
     "lora-alpaca": "{name}, LoRA on Alpaca, 200 steps",
 }
-SAMPLES, LENGTH = 32, 128
+SAMPLES, LENGTH = 16, 512
+"""Text that the blocks are scored on: as long as the windows that measure."""
 WINDOWS, WINDOW = 16, 512
-STEPS, BATCH, LIMIT = 200, 4, 200
+STEPS, BATCH, ROW, LIMIT = 200, 4, 128, 200
 DTYPE = "bfloat16"
 
 INTRO = """# A real model: {title}
@@ -56,7 +57,7 @@ carries (4-bit weights): the numbers are those of the quantized weights, not of 
   were protected.
 - *linear* and *regression* are methods of `shortllm heal`, on 48 samples of 256 tokens of the same
   text; *lora-text* and *lora-alpaca* are {steps} steps of LoRA on C4 or on Alpaca, each of {batch}
-  rows of {length} tokens.
+  rows of {row} tokens.
 - Perplexity on {windows} windows of {window} tokens of WikiText-2, and of C4 documents that nothing
   else saw. Tasks: mean of the seven of Shortened LLaMA, first {limit} documents of each, with its
   standard error. Rows and tasks that are not in the table were not measured yet.
@@ -79,6 +80,11 @@ class Study:
         self.found: dict[str, Any] = {"sets": {}, "rows": []}
         if self.path.exists():
             self.found = json.loads(self.path.read_text())
+        scored = {"samples": SAMPLES, "length": LENGTH}
+        if self.found.get("scored", scored) != scored and minutes:
+            self.found |= {"sets": {}, "seconds": {}}  # chosen by other text: choose again
+        if minutes:
+            self.found["scored"] = scored
 
     def save(self) -> None:
         write_text(self.path, json.dumps(self.found, indent=1) + "\n")
@@ -168,7 +174,7 @@ class Study:
             alpaca = str(self.data / "alpaca" / "train.jsonl.gz")
             own = {"data": text, "rows": 1500} if way == "lora-text" else {"data": alpaca}
             shortllm.retrain(
-                str(short), out, max_steps=STEPS, batch=BATCH, length=LENGTH, held_out=32,
+                str(short), out, max_steps=STEPS, batch=BATCH, length=ROW, held_out=32,
                 eval_every=50,
                 report_to=[], dtype=DTYPE, **own,
             )  # fmt: skip
@@ -203,13 +209,17 @@ class Study:
     # ---- the page
 
     def write(self, title: str) -> None:
-        rows = [row for row in self.found["rows"] if "wikitext2" in row]
+        rows = [
+            row
+            for row in self.found["rows"]
+            if "wikitext2" in row and (self.by(row["removed"]) or not row["removed"])
+        ]
         if not any(row["removed"] for row in rows):
             return
         write_text(DOCS / "images" / f"{self.name}.svg", self.plot(rows))
         intro = INTRO.format(
-            title=title, name=self.name, blocks=self.found["blocks"], samples=SAMPLES,
-            length=LENGTH, steps=STEPS, batch=BATCH, windows=WINDOWS, window=WINDOW, limit=LIMIT,
+            title=title, name=self.name, blocks=self.found["blocks"], steps=STEPS, batch=BATCH,
+            row=ROW, windows=WINDOWS, window=WINDOW, limit=LIMIT, **self.found["scored"],
         )  # fmt: skip
         lines = [*self.findings(rows), "", *self.table(rows), "", *self.costs(rows)]
         write_text(DOCS / f"{self.name}.md", intro + "\n".join(lines) + "\n")

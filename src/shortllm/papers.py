@@ -113,6 +113,14 @@ REPLACE_ME = Paper(
     title="ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
     arxiv="2505.02819",
 )
+PRUNE_AND_COMP = Paper(
+    key="chen2025prunecomp",
+    authors="Chen, Xinrui and Zhang, Hongxing and Zeng, Fanyi and Wei, Yongxian and Wang, Yizhi "
+    "and Ling, Xitong and Li, Guanghao and Yuan, Chun",
+    title="Prune&Comp: Free Lunch for Layer-Pruned LLMs via Iterative Pruning with Magnitude "
+    "Compensation",
+    arxiv="2507.18212",
+)
 LACO = Paper(
     key="yang2024laco",
     authors="Yang, Yifei and Cao, Zouying and Zhao, Hai",

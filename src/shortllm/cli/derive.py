@@ -72,13 +72,14 @@ def _print_healing(record: Healing) -> None:
             ", ".join(map(str, gap.removed)),
             "-" if gap.block is None else str(gap.block),
             "no block before it" if gap.block is None else ", ".join(gap.changed) or "nothing",
+            f"{gap.gain:.3f}",
             "-" if gap.ridge is None else f"{gap.ridge:g}",
             number(gap.error_before),
             number(gap.error_after),
         )
         for gap in record.gaps
     ]
-    print_table(("removed", "in block", "changed", "ridge", "error", "healed"), rows)
+    print_table(("removed", "in block", "changed", "factor", "ridge", "error", "healed"), rows)
     held_out = record.held_out
     typer.echo(
         f"loss on {held_out.samples} held-out samples of {record.data}: {held_out.source:.4f} "

@@ -176,4 +176,4 @@ def _solved(
     fitted.take(held_out)
     for n in range(1, lengths + 1):
         columns = fitted.columns(slice((n - 1) * width, n * width))
-        yield n, solve(columns, ridge, diagonal=diagonal)
+        yield n, solve(columns, ridge, diagonal=diagonal).weights_ID

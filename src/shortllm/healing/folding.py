@@ -246,7 +246,7 @@ def _moved(
         return output + step
 
     def hold(kept: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return kept
+        return kept.clone()  # falcon adds to it in place
 
     block = decoder.blocks[b]
     with ExitStack() as hooks:
@@ -283,32 +283,69 @@ def refit(checkpoint: Checkpoint, b: int, added: Added, change_ID: Tensor) -> Fo
 def regain(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fold:
     """The gains of a norm, and its bias, times `1 + change_DD` of each channel."""
     assert added.norm is not None
-    change_D = change_DD.diagonal().cpu()
+    factor_D = 1 + change_DD.diagonal().cpu()
     found: Fold = {}
     for kind, offset in (("weight", added.norm.offset), ("bias", 0)):
-        name = f"{added.name}.{kind}"
-        entry = checkpoint.tensors.get(stored_name(checkpoint, b, name))
-        if entry is not None:
-            held = read_tensor(entry)
-            found[name] = ((held.double() + offset) * (1 + change_D) - offset).to(held.dtype)
+        found |= multiplied(checkpoint, b, f"{added.name}.{kind}", factor_D, offset)
     return found
 
 
+def multiplied(
+    checkpoint: Checkpoint,
+    b: int,
+    name: str,
+    factor: Tensor | float,
+    offset: int = 0,
+    fold: Fold | None = None,
+) -> Fold:
+    """A tensor of a block times a factor, as it is in `fold` or else stored; empty where there is
+    none. With an `offset`, that of the weights plus the offset is multiplied."""
+    held = (fold or {}).get(name)
+    if held is None:
+        entry = checkpoint.tensors.get(stored_name(checkpoint, b, name))
+        if entry is None:
+            return {}
+        held = read_tensor(entry)
+    return {name: ((held.double() + offset) * factor - offset).to(held.dtype)}
+
+
 @contextmanager
-def folded_into(decoder: Decoder, folds: Mapping[int, Fold]) -> Iterator[None]:
-    """Within the context, the decoder computes with other weights, in memory or streamed."""
-    replaced: dict[Any, Any] = {}
-    try:
+def folded_into(
+    decoder: Decoder, folds: Mapping[int, Fold], gains: Mapping[int, float] | None = None
+) -> Iterator[None]:
+    """Within the context, the decoder computes with other weights, in memory or streamed, and
+    multiplies the hidden state behind some blocks by a factor."""
+    replaced: dict[Any, dict[str, nn.Parameter]] = {}
+    with ExitStack() as hooks:
+        for b, gain in (gains or {}).items():
+            hook = partial(_multiply, gain)
+            hooks.enter_context(decoder.blocks[b].register_forward_hook(hook))
         for b, tensors in folds.items():
             for name, tensor in tensors.items():
                 path, _, own = name.rpartition(".")
-                module: Any = decoder.blocks[b].get_submodule(path)
-                if module not in replaced:
-                    replaced[module] = copy.deepcopy(module)
-                    module.forward = replaced[module].forward
                 here = tensor.to(decoder.device, decoder.dtype)
-                setattr(replaced[module], own, nn.Parameter(here, requires_grad=False))
+                weights = replaced.setdefault(decoder.blocks[b].get_submodule(path), {})
+                weights[own] = nn.Parameter(here, requires_grad=False)
+        for module, weights in replaced.items():
+            module.forward = partial(_with_weights, module, weights)
+            hooks.callback(module.__dict__.pop, "forward", None)
         yield
+
+
+def _with_weights(
+    module: nn.Module, weights: dict[str, nn.Parameter], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a module with some other weights; streamed ones are in the module only meanwhile."""
+    own = {name: module._parameters[name] for name in weights}
+    module._parameters.update(weights)
+    try:
+        return type(module).forward(module, *args, **kwargs)
     finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)
+        module._parameters.update(own)
+
+
+def _multiply(gain: float, module: nn.Module, args: Any, output: Any) -> Any:
+    """The output of a block with its hidden state multiplied."""
+    if isinstance(output, (tuple, list)):
+        return type(output)([gain * output[0], *output[1:]])
+    return gain * output

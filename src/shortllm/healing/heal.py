@@ -8,12 +8,14 @@ The result is a plain checkpoint with the same names, shapes and types, and no n
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shortllm import __version__
 from shortllm.checkpoint.config import context_length
@@ -22,10 +24,12 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
-from shortllm.healing.folding import Fold, folded_into
+from shortllm.healing.folding import Fold
+from shortllm.healing.gain import divisors
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
 from shortllm.model import Session
+from shortllm.model.loading import stored_dtype
 from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
@@ -123,7 +127,7 @@ def heal_from(
         require_same_weights(checkpoint, source, kept)
         task = task_of()
         healed, strength, held_out = _fitted(task)
-        with folded_into(task.decoder, healed.folds):
+        with healed.applied(task.decoder):
             logits, cached = on_probe(task.decoder, task.removed)
         record = {
             "source": source.info(),
@@ -138,17 +142,17 @@ def heal_from(
             "length": calibration.ids.shape[1],
             "dtype": session.dtype(source),
         }
+        rounded = bool(healed.gains) and stored_dtype(source).itemsize < 4
         how = {
             "version": __version__,
             "method": options.method,
             "data": calibration.info.source,
-            "blocks": sorted(healed.folds),
+            "blocks": sorted({*healed.folds, *divisors(healed.gains, kept)}),
             "fingerprint": expected,
         }
         new = (
             (stored_name(checkpoint, kept.index(b), name), tensor)
-            for b, tensors in healed.folds.items()
-            for name, tensor in tensors.items()
+            for b, name, tensor in _new_weights(source, kept, healed)
         )
         return Draft(
             record=record,
@@ -156,7 +160,7 @@ def heal_from(
             provenance={**checkpoint.raw_config[PROVENANCE], "healed": how},
             bytes=checkpoint.bytes,
             write=copying(checkpoint.tensors, new),
-            verify=verifying(target, session, logits, cached=cached),
+            verify=verifying(target, session, logits, cached=cached, rounded=rounded),
         )
 
     if ranks.is_main:
@@ -279,8 +283,22 @@ def _no_worse(task: Task, healed: Healed) -> tuple[Healed, float, HeldOut]:
     return weaker, strength, found
 
 
+def _new_weights(
+    source: Checkpoint, kept: Sequence[int], healed: Healed
+) -> Iterator[tuple[int, str, Tensor]]:
+    """The tensors that change, one at a time: the source's block number, the name, the weights."""
+    factors = divisors(healed.gains, kept)
+    for b in kept:
+        fold = healed.folds.get(b, {})
+        weights: Iterable[tuple[str, Tensor]] = fold.items()
+        if b in factors:
+            weights = healed.scalable[b].weights(source, b, factors[b], fold)
+        for name, tensor in weights:
+            yield b, name, tensor
+
+
 def _weaker(task: Task, healed: Healed, strength: float) -> Healed:
-    """The same with only a part of the change of each weight."""
+    """The same with only a part of the change of each weight and factor."""
     folds: dict[int, Fold] = {}
     for b, tensors in healed.folds.items() if strength else ():
         folds[b] = {}
@@ -288,7 +306,8 @@ def _weaker(task: Task, healed: Healed, strength: float) -> Healed:
             stored = task.checkpoint.tensors[stored_name(task.checkpoint, b, name)]
             before = read_tensor(stored).double()
             folds[b][name] = torch.lerp(before, after.double(), strength).to(after.dtype)
-    return Healed(gaps=healed.gaps, folds=folds)
+    gains = {b: 1.0 + strength * (gain - 1.0) for b, gain in healed.gains.items() if strength}
+    return replace(healed, folds=folds, gains=gains)
 
 
 def _measure(task: Task, healed: Healed) -> HeldOut:
@@ -296,7 +315,7 @@ def _measure(task: Task, healed: Healed) -> HeldOut:
     ids_BT = task.ids_BT[len(task.ids_BT) - task.held_out :]
     gone, mean = frozenset(task.removed), partial(mean_nlls, task.decoder, ids_BT)
     before, shortened = mean([NOTHING, gone], memory=task.memory, ranks=task.ranks)
-    with folded_into(task.decoder, healed.folds):
+    with healed.applied(task.decoder):
         [after] = mean([gone], memory=task.memory, ranks=task.ranks)
     samples = int(task.ranks.total(float(len(ids_BT))))
     return HeldOut(samples=samples, source=before, shortened=shortened, healed=after)

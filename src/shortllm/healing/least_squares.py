@@ -6,7 +6,12 @@ and R are. It is the one that leaves the least of
     ‖X C - R‖² + λ‖C‖²        C = (XᵀX + λI)⁻¹ XᵀR
 
 which needs two matrices, whatever the number of tokens. The error that is left on other tokens
-follows from the same sums over them. The attention of the block adds to the hidden state too; the
+follows from the same sums over them. A factor α for the whole hidden state behind the gap
+(`gain.py`) is one more unknown, a = α - 1, of ‖X C + a Z - R‖², and needs one more matrix, XᵀZ:
+
+    C = (XᵀX + λI)⁻¹ (XᵀR - a XᵀZ)        a from the one equation that is left
+
+The attention of the block adds to the hidden state too; the
 weights of its output projection are solved together with those of the MLP's. What a changed
 attention does to the MLP behind it is not linear, so the change of the attention is kept alone, X
 is read again, and the MLP's projection is solved against what is left.
@@ -35,12 +40,15 @@ Shapes: B samples, T tokens, D width, I columns of X, N tokens of one group.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shortllm.healing.folding import Fold, find_foldable, folded_into, watching
+from shortllm.healing.gain import Scalable, find_scalable
 from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
 from shortllm.healing.unknowns import Stage, stages
@@ -48,8 +56,22 @@ from shortllm.model.hidden_states import SampleGroups
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.runtime import Ranks, progress
 
+log = logging.getLogger(__name__)
+
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
+
+
+LEAST_GAIN = 0.25
+"""Factors of the hidden state that are smaller, or larger than its inverse, are not believed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A solution: what is added to weights, and what the hidden state is then multiplied by."""
+
+    weights_ID: Tensor
+    gain: float = 1.0
 
 
 class GapSums:
@@ -62,12 +84,14 @@ class GapSums:
         device: torch.device,
         *,
         weighted: bool,
+        gain: bool = False,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         """No tokens yet.
 
         Args:
             weighted: each token counts relative to its own mean square in H.
+            gain: whether a factor for the whole hidden state is one of the unknowns.
             dtype: of the products of the tokens of one `add`; those of all are added in float64.
         """
         if device.type == "mps":  # which has no float64
@@ -81,6 +105,12 @@ class GapSums:
         """‖R‖² of each column"""
         self.wanted = 0.0
         """‖H‖²"""
+        self.stretch_ID = torch.zeros_like(self.cross_ID) if gain else None
+        """XᵀZ"""
+        self.existing = 0.0
+        """‖Z‖²"""
+        self.overlap = 0.0
+        """<Z, R>"""
 
     def add(
         self, x_NI: Tensor, after_ND: Tensor, wanted_ND: Tensor, state_ND: Tensor | None = None
@@ -107,6 +137,10 @@ class GapSums:
         self.cross_ID += x_NI.T @ missing_ND
         self.missing_D += missing_ND.square().sum(0)
         self.wanted += wanted_ND.square().sum().item()
+        if self.stretch_ID is not None:
+            self.stretch_ID += x_NI.T @ after_ND
+            self.existing += after_ND.square().sum().item()
+            self.overlap += (after_ND * missing_ND).sum().item()
 
     def take(self, other: GapSums) -> None:
         """Add the sums over other tokens; in place, as the matrices may be large."""
@@ -114,18 +148,27 @@ class GapSums:
         self.cross_ID += other.cross_ID
         self.missing_D += other.missing_D
         self.wanted += other.wanted
+        if self.stretch_ID is not None and other.stretch_ID is not None:
+            self.stretch_ID += other.stretch_ID
+        self.existing += other.existing
+        self.overlap += other.overlap
 
     def add_up(self, ranks: Ranks) -> None:
         """Add the sums of all processes."""
-        wanted = torch.tensor(self.wanted, dtype=torch.float64)
-        ranks.add_up([self.products_II, self.cross_ID, self.missing_D, wanted])
-        self.wanted = wanted.item()
+        numbers = torch.tensor([self.wanted, self.existing, self.overlap], dtype=torch.float64)
+        matrices = [self.products_II, self.cross_ID, self.missing_D]
+        if self.stretch_ID is not None:
+            matrices.append(self.stretch_ID)
+        ranks.add_up([*matrices, numbers])
+        self.wanted, self.existing, self.overlap = numbers.tolist()
 
     def rows(self, chosen: slice) -> GapSums:
         """The sums for some columns of X, as views."""
         found = copy.copy(self)
         found.products_II = self.products_II[chosen, chosen]
         found.cross_ID = self.cross_ID[chosen]
+        if self.stretch_ID is not None:
+            found.stretch_ID = self.stretch_ID[chosen]
         return found
 
     def columns(self, chosen: slice) -> GapSums:
@@ -139,11 +182,14 @@ class GapSums:
         """‖R‖²"""
         return self.missing_D.sum().item()
 
-    def error(self, change_ID: Tensor) -> float:
-        """‖X C - R‖²"""
-        linear = (change_ID * self.cross_ID).sum()
-        square = (change_ID * (self.products_II @ change_ID)).sum()
-        return self.missing - 2 * linear.item() + square.item()
+    def error(self, change: Change) -> float:
+        """‖X C + a Z - R‖²"""
+        c_ID, a = change.gain * change.weights_ID, change.gain - 1.0
+        linear = _dot(c_ID, self.cross_ID) + a * self.overlap
+        square = _dot(c_ID, self.products_II @ c_ID) + a**2 * self.existing
+        if self.stretch_ID is not None:
+            square += 2 * a * _dot(c_ID, self.stretch_ID)
+        return self.missing - 2 * linear + square
 
     def relative(self, error: float) -> float:
         """A squared error relative to ‖H‖²."""
@@ -152,19 +198,44 @@ class GapSums:
 
 def penalty(sums: GapSums, ridge: float) -> float:
     """λ of a ridge: that many times the mean eigenvalue of XᵀX."""
-    return ridge * sums.products_II.diagonal().mean().item()
+    return ridge * sums.products_II.diagonal().sum().item() / max(len(sums.products_II), 1)
 
 
-def solve(sums: GapSums, ridge: float, *, diagonal: bool = False) -> Tensor:
+def solve(sums: GapSums, ridge: float, *, diagonal: bool = False) -> Change:
     """The change, float64 `[I, D]`; zero if `X` is zero. With `diagonal`, a diagonal matrix."""
     held = penalty(sums, ridge)
-    if not held:
-        return torch.zeros_like(sums.cross_ID)
-    if diagonal:
-        return torch.diag(sums.cross_ID.diagonal() / (sums.products_II.diagonal() + held))
-    matrix_II = sums.products_II.clone()
-    matrix_II.diagonal().add_(held)
-    return torch.cholesky_solve(sums.cross_ID, torch.linalg.cholesky(matrix_II))
+    rows = None if not held or diagonal else torch.linalg.cholesky(_with(sums.products_II, held))
+
+    def inverse(cross_ID: Tensor) -> Tensor:
+        """(XᵀX + λI)⁻¹ of it."""
+        if not held:
+            return torch.zeros_like(cross_ID)
+        if rows is None:
+            return torch.diag(cross_ID.diagonal() / (sums.products_II.diagonal() + held))
+        return torch.cholesky_solve(cross_ID, rows)
+
+    c_ID = inverse(sums.cross_ID)
+    if sums.stretch_ID is None:
+        return Change(c_ID)
+    of_gain_ID = inverse(sums.stretch_ID)
+    unexplained = sums.existing - _dot(sums.stretch_ID, of_gain_ID)
+    if not unexplained > 1e-12 * sums.existing:  # X can also do what the gain does
+        return Change(c_ID)
+    a = (sums.overlap - _dot(sums.stretch_ID, c_ID)) / unexplained
+    if not LEAST_GAIN <= 1.0 + a <= 1.0 / LEAST_GAIN:
+        return Change(c_ID)
+    return Change((c_ID - a * of_gain_ID) / (1.0 + a), 1.0 + a)
+
+
+def _with(matrix_II: Tensor, diagonal: float) -> Tensor:
+    """A copy of the matrix with a number added to its diagonal."""
+    copied_II = matrix_II.clone()
+    copied_II.diagonal().add_(diagonal)
+    return copied_II
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return (one * other).sum().item()
 
 
 def effective_rank(sums: GapSums, ridge: float, *, diagonal: bool = False) -> float:
@@ -207,8 +278,10 @@ def heal_gaps(task: Task) -> Healed:
     decoder, gaps = task.decoder, gaps_of(task.removed)
     before = [gap.before for gap in gaps if gap.before is not None]
     found = find_foldable(task.checkpoint, decoder, before)
-    walk = _Walk(task)
+    scalable = scalable_behind(task, before)
+    walk = _Walk(task, gain=scalable is not None)
     folds: dict[int, Fold] = {}
+    gains: dict[int, float] = {}
     records = [HealedGap(block=None, removed=gap.blocks) for gap in gaps if gap.before is None]
     steps = steps_of(gaps)
     order = decoder.through([b for b, _ in steps])
@@ -221,10 +294,25 @@ def heal_gaps(task: Task) -> Healed:
                 records.append(record)
                 if changed:
                     folds[b] = changed
-                with folded_into(decoder, {b: changed}):
+                if record.gain != 1.0:
+                    gains[b] = record.gain
+                with folded_into(decoder, {b: changed}, {b: record.gain}):
                     walk.through(b, source=False, healed=True)
             advance(1)
-    return Healed(gaps=records, folds=folds)
+    return Healed(gaps=records, folds=folds, gains=gains, scalable=scalable or {})
+
+
+def scalable_behind(task: Task, before: Sequence[int]) -> dict[int, Scalable] | None:
+    """How to scale the blocks behind the first gap that is healed; None if that is not wanted, or
+    not possible."""
+    if task.options.method == "linear" or not task.options.gain:
+        return None
+    kept = set(range(task.decoder.block_count)) - set(task.removed)
+    behind = [b for b in kept if b > min(before, default=b)]
+    scalable = find_scalable(task.checkpoint, task.decoder, behind)
+    if scalable is None:
+        log.info("the hidden state behind gaps gets no factor: it would change what blocks compute")
+    return scalable
 
 
 def _heal_gap(
@@ -254,10 +342,11 @@ def _heal_gap(
         fitted.take(held_out)
         folds = []
         for (added, part), (ridge, left) in zip(choices, ridges, strict=True):
-            sums, fold = fitted.rows(part), Fold()
+            sums, fold, gain = fitted.rows(part), Fold(), 1.0
             if ridge is not None:
-                change_ID = solve(sums, ridge, diagonal=diagonal)[: sizes[fit.modules.index(added)]]
-                fold = fit.unknowns.fold(task.checkpoint, b, added, change_ID)
+                change = solve(sums, ridge, diagonal=diagonal)
+                own_ID = change.weights_ID[: sizes[fit.modules.index(added)]]
+                fold, gain = fit.unknowns.fold(task.checkpoint, b, added, own_ID), change.gain
             folds.append(fold)
             if added is fits[-1].modules[-1] and fit.unknowns is fits[-1].unknowns:
                 weights = fold if part.start else changed | fold
@@ -266,6 +355,7 @@ def _heal_gap(
                     removed=gap.blocks,
                     changed=[name[: -len(".weight")] for name in weights if ".weight" in name],
                     scale=added.scale,
+                    gain=gain,
                     ridge=ridge,
                     penalty=None if ridge is None else penalty(sums, ridge),
                     effective_rank=(
@@ -284,8 +374,9 @@ def _heal_gap(
 class _Walk:
     """Both hidden states `[B, T, D]` on their way through the blocks of the source."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, *, gain: bool) -> None:
         self._decoder = task.decoder
+        self._gain = gain
         self._ranks = task.ranks
         self._weighted = task.options.weighting == "norm"
         self._fitted = len(task.ids_BT) - task.held_out
@@ -317,7 +408,11 @@ class _Walk:
             equations = fit.unknowns.equations(fit.modules, seen, after_BTD, wanted_BTD)
             if not sums:
                 shape = (equations[0].shape[-1], after_BTD.shape[-1])
-                sums = [GapSums(*shape, decoder.device, weighted=self._weighted) for _ in range(2)]
+                gain = self._gain and not fit.unknowns.behind_norm
+                sums = [
+                    GapSums(*shape, decoder.device, weighted=self._weighted, gain=gain)
+                    for _ in range(2)
+                ]
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
             for part, one in zip((slice(border), slice(border, None)), sums, strict=True):
                 one.add(*(given[part].flatten(0, 1) for given in (*equations, wanted_BTD)))

@@ -66,6 +66,11 @@ class HealOptions(Options):
         default=True,
         description="Refit the output projection of the attention before each gap too.",
     )
+    gain: bool = Field(
+        default=True,
+        description="Also multiply the hidden state behind each gap by a factor, by dividing what "
+        "all later blocks add; only where every norm ignores its scale.",
+    )
     calibration: HealCalibration = HealCalibration()
 
     @model_validator(mode="after")
@@ -89,6 +94,7 @@ class HealedGap(Record):
     scale: float | None = Field(
         default=None, description="factor that the block multiplies their output with"
     )
+    gain: float = Field(default=1.0, description="factor of the whole hidden state behind the gap")
     ridge: float | None = Field(
         default=None,
         description="ridge strength of the last fit, relative to the mean squared input; null: no "

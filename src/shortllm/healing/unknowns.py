@@ -7,6 +7,7 @@ The block adds `M` to the hidden state, which then is `Z` but should be `H`: `R 
     weights     A (W + C)             projection: all its weights
     gains       M ⊙ (1 + c)           norm: one factor per channel, folded into its gains
     direction   g ⊙ norm(A (W + C))   norm: the weights of the projection in front of it
+    nothing     M                     only the factor of the hidden state behind the gap
 
 The first three are linear in the change. The norm behind `direction` gives every token the same
 size, so the projection is fitted to what the norm should return, `(M + R) / g`, at the size that
@@ -64,6 +65,7 @@ class Unknowns:
 MAP = Unknowns(lambda added, seen: added.scale * seen[added.name][1], fold)
 WEIGHTS = Unknowns(lambda added, seen: added.scale * seen[added.name][0], refit)
 GAINS = Unknowns(lambda added, seen: added.scale * seen[added.name][1], regain, diagonal=True)
+NOTHING = Unknowns(lambda added, seen: seen[added.name][1][..., :0], lambda *of: Fold())
 DIRECTION = Unknowns(
     lambda added, seen: seen[added.projection.name][0],
     lambda checkpoint, b, added, change: refit(checkpoint, b, added.projection, change),
@@ -91,6 +93,8 @@ def stages(found: Sequence[Added], options: HealOptions) -> list[Stage]:
     The last one changes the last module, and needs no other one.
     """
     last = found[-1]
+    if options.method == "gain":
+        return [Stage(NOTHING, [last])]
     if last.norm:
         first = [Stage(DIRECTION, [last])] if last.source and options.method != "linear" else []
         return [*first, Stage(GAINS, [last])]

@@ -231,7 +231,6 @@ class Scorer:
 
     def healed_nll(self, method: str, removed: Collection[int], ids_BT: Tensor) -> float:
         """Mean NLL of a model that is healed gap after gap, as `heal` does it, nats per token."""
-        from shortllm.healing.folding import folded_into
         from shortllm.healing.methods import METHODS, Task
         from shortllm.model.hidden_states import StreamMemory
         from shortllm.model.walk import mean_nlls
@@ -250,7 +249,7 @@ class Scorer:
                 memory=memory,
             )
         )
-        with folded_into(decoder, healed.folds):
+        with healed.applied(decoder):
             [found] = mean_nlls(
                 decoder, ids_BT, [frozenset(removed)], ranks=self.ranks, memory=memory
             )

@@ -147,7 +147,7 @@ def _summary(results: RunResults, name: str) -> str:
     if trained is not None:
         return f"{trained.steps:,} steps, {trained.trained_parameters:,} parameters trained"
     if name == HEALED and results.healing is not None:
-        folded = sum(gap.ridge is not None for gap in results.healing.gaps)
+        folded = sum(bool(gap.changed) or gap.gain != 1.0 for gap in results.healing.gaps)
         return f"{counted(folded, 'gap')} healed, no training"
     return ""
 
@@ -156,14 +156,15 @@ def _maps(record: Healing) -> Part:
     columns: list[Column[HealedGap]] = [
         ("removed", lambda gap: ", ".join(map(str, gap.removed))),
         ("changed in block", _target),
+        ("factor", lambda gap: f"{gap.gain:.3f}"),
         ("ridge", lambda gap: number(gap.ridge)),
         ("error", lambda gap: number(gap.error_before)),
         ("healed", lambda gap: number(gap.error_after)),
     ]
     note = parts.Paragraph(
         "Error: squared distance to the hidden states of the original after the gap, relative to "
-        "their squared size, on held-out samples. Ridge: how strongly weights are kept near what "
-        "they were."
+        "their squared size, on held-out samples. Factor: of the whole hidden state behind the "
+        "gap. Ridge: how strongly weights are kept near what they were."
     )
     text = f"{counted(record.samples, 'sample')} of {counted(record.length, 'token')}"
     summary = f"Fitted on {text} from {model_name(record.data)}"
@@ -174,7 +175,7 @@ def _target(gap: HealedGap) -> str:
     return (
         "no block before the gap"
         if gap.block is None
-        else f"{gap.block}, {' and '.join(gap.changed)}"
+        else f"{gap.block}, {' and '.join(gap.changed) or 'nothing'}"
     )
 
 

@@ -8,8 +8,9 @@ lists them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shortllm.errors import ShortLLMError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from shortllm.checkpoint.source import Checkpoint
     from shortllm.healing.folding import Fold
+    from shortllm.healing.gain import Scalable
     from shortllm.healing.options import HealedGap, HealOptions
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
@@ -53,6 +55,16 @@ class Healed:
     gaps: list[HealedGap]
     folds: dict[int, Fold]
     """New weights by the source's block number."""
+    gains: dict[int, float] = field(default_factory=dict)
+    """What the hidden state behind a block is multiplied by."""
+    scalable: Mapping[int, Scalable] = field(default_factory=dict)
+    """How to write that: what of the blocks behind is divided instead."""
+
+    def applied(self, decoder: Decoder) -> AbstractContextManager[None]:
+        """Within the context, the source computes with what was changed."""
+        from shortllm.healing.folding import folded_into
+
+        return folded_into(decoder, self.folds, self.gains)
 
 
 @dataclass(frozen=True, kw_only=True)

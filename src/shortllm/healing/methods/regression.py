@@ -15,7 +15,7 @@ from shortllm.healing.methods.linear import require_projection
         name="regression",
         label="Regression of the weights",
         check=require_projection,
-        options={"ridge": None, "weighting": "norm", "attention": True},
+        options={"ridge": None, "weighting": "norm", "attention": True, "gain": True},
     )
 )
 def regression(task: Task) -> Healed:
