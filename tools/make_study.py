@@ -3,11 +3,11 @@
     python tools/make_study.py                      # the embedded model: some minutes on two cores
     python tools/make_study.py --shared ../shared   # and the real models of that directory: an hour
 
-One removal by every criterion at each budget; each is measured as it is, with linear maps folded in
-(`shortllm heal`), folded into the block before (`shortllm merge --blocks`), and after the same LoRA
+One removal by every criterion at each budget; each is measured as it is, healed by two methods of
+`shortllm heal`, folded into the block before (`shortllm merge --blocks`), and after the same LoRA
 steps for all; always on text that neither criterion nor healing saw. Removals that several criteria
-agree on are done once. Writes docs/study.md, docs/study.json and docs/images/study.svg; the runs
-behind it stay in --runs, where what is up to date is not made again.
+agree on are done once. What is measured goes into docs/study.json at once, and what is there is not
+measured again. Writes docs/study.md and docs/images/study.svg from it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import shortllm
-from shortllm import EvaluationOptions, RetrainOptions
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.files import fingerprint, write_text
+from shortllm.files import write_text
 from shortllm.format import spans
 from shortllm.reporting.plots import (
     COLOURS,
@@ -34,11 +33,15 @@ from shortllm.reporting.plots import (
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
-CRITERIA = ("ppl", "taylor", "influence", "angular", "greedy", "evolve", "local", "auto")
-SINGLE = CRITERIA[:5]
+SINGLE = ("ppl", "taylor", "influence", "angular", "greedy")
 """What `auto` is held against."""
+SEARCHES = ("evolve", "local", "auto")
+HEAL_AWARE = "auto, healed"
+"""`auto` that judges by what is left after healing."""
+CRITERIA = (*SINGLE, *SEARCHES, HEAL_AWARE)
 RATIOS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
-WAYS = ("none", "linear", "merge", "lora")
+METHODS = ("linear", "regression")
+WAYS = ("none", *METHODS, "merge", "lora")
 SAMPLES = 160
 HELD_OUT = 0.6
 """Part of the samples that searches do not see, and `auto` decides by."""
@@ -48,9 +51,10 @@ SEGMENTS = 200
 INTRO = """# Which blocks, and how to heal
 
 Perplexity on held-out text after each criterion and search removed a tenth to a half of the blocks.
-Each shortened model is measured as it is (*none*), healed without training by linear maps
-([`heal`](heal.md)), with the removed blocks folded into the one before them
-([`merge --blocks`](heal.md#merging)), and after the same {steps} steps of LoRA. Scores used
+Each shortened model is measured as it is (*none*), healed without training by two methods of
+[`heal`](heal.md), with the removed blocks folded into the one before them
+([`merge --blocks`](heal.md#merging)), and after the same {steps} steps of LoRA. *auto, healed* is
+`auto` that judges models after healing. Scores used
 {samples} samples of 128 tokens; searches used {searched:.0%} of them, and `auto` decided by the
 others. The stories models are measured on every fifth story of the data set, and scored and healed
 on the rest; books5M is measured on six books that it never saw.
@@ -100,62 +104,101 @@ def split(source: Path, target: Path) -> tuple[str, str]:
     return str(target / "rest.jsonl"), str(target / "fifth.jsonl")
 
 
-def study(one: Studied, runs: Path) -> list[dict[str, Any]]:
-    """A row per budget and removed set."""
-    blocks = open_checkpoint(one.model).block_count
-    rows: list[dict[str, Any]] = []
-    evaluation = EvaluationOptions(data=[one.held_out], max_segments=SEGMENTS, continuations=0)
-    for remove in sorted({int(ratio * blocks + 1e-9) for ratio in RATIOS} - {0}):
+class Study:
+    """The rows there are: one for each removed set of a model."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs, self.path = runs, DOCS / "study.json"
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            self.rows = json.loads(self.path.read_text())
+
+    def save(self) -> None:
+        write_text(self.path, json.dumps(self.rows, indent=1) + "\n")
+
+    def of(self, name: str, count: int) -> list[dict[str, Any]]:
+        """The rows of a model without so many blocks."""
+        here = ((row["model"], len(row["removed"])) for row in self.rows)
+        return [row for row, key in zip(self.rows, here, strict=True) if key == (name, count)]
+
+    def study(self, one: Studied) -> None:
+        """Choose and measure what is missing of a model."""
+        blocks = open_checkpoint(one.model).block_count
+        for count in sorted({int(ratio * blocks + 1e-9) for ratio in RATIOS} - {0}):
+            known = {name for row in self.of(one.name, count) for name in row["criteria"]}
+            missing = [name for name in CRITERIA if name not in known]
+            for names in (set(missing) - {HEAL_AWARE}, set(missing) & {HEAL_AWARE}):
+                if names:
+                    self.choose(one, blocks, count, sorted(names, key=CRITERIA.index))
+            for row in self.of(one.name, count):
+                self.measure(one, row)
+
+    def choose(self, one: Studied, blocks: int, count: int, names: list[str]) -> None:
+        """What these criteria remove."""
+        options: dict[str, dict[str, Any]] = {name: {"held_out": HELD_OUT} for name in SEARCHES}
+        if names == [HEAL_AWARE]:
+            options["auto"]["healing"] = "regression"
         found = shortllm.compare_criteria(
             one.model,
-            criteria=list(CRITERIA),
-            options={name: {"held_out": HELD_OUT} for name in ("evolve", "local", "auto")},
-            ratios=[(remove + 0.01) / blocks],
+            criteria=[name.partition(",")[0] for name in names],
+            options=options,
+            ratios=[(count + 0.01) / blocks],
             data=one.text,
             samples=SAMPLES,
             eval_data=one.held_out,
             max_segments=SEGMENTS,
-            out=runs / f"{one.name}-{remove}",
+            out=self.runs / f"{one.name}-{count}-{names[0]}",
         )
-        sets: dict[frozenset[int], list[str]] = {}
         for contender in found.criteria:
-            sets.setdefault(frozenset(contender.sets[0].order), []).append(contender.criterion)
-        for removed, criteria in sets.items():
-            print(f"{one.name}: without {sorted(removed)} ({', '.join(criteria)})", flush=True)
-            measured = healed(one, sorted(removed), evaluation, runs)
-            rows.append(
-                {
-                    "model": one.name, "blocks": blocks, "removed": sorted(removed),
-                    "criteria": criteria, "intact": found.intact.perplexity, **measured,
-                }
-            )  # fmt: skip
-    return rows
+            name = HEAL_AWARE if names == [HEAL_AWARE] else contender.criterion
+            if name not in names:
+                continue
+            removed = sorted(contender.sets[0].order)
+            rows = [row for row in self.of(one.name, count) if row["removed"] == removed]
+            if not rows:
+                rows.append(
+                    {
+                        "model": one.name, "blocks": blocks, "removed": removed, "criteria": [],
+                        "intact": found.intact.perplexity,
+                    }
+                )  # fmt: skip
+                self.rows += rows
+            rows[0]["criteria"] = sorted([*rows[0]["criteria"], name], key=CRITERIA.index)
+        self.save()
+
+    def measure(self, one: Studied, row: dict[str, Any]) -> None:
+        """Held-out perplexity of a row after each way that is missing."""
+        missing = [way for way in WAYS if way not in row]
+        if not missing:
+            return
+        name = f"{one.name}-without-{'-'.join(map(str, row['removed']))}"
+        paths = [made(one, row["removed"], way, self.runs / name) for way in missing]
+        found = shortllm.evaluate(
+            [str(path) for path in paths], data=[one.held_out], max_segments=SEGMENTS,
+            continuations=0,
+        )  # fmt: skip
+        for way, model in zip(missing, found.models, strict=True):
+            row[way] = model.perplexity[0].perplexity
+        print(one.name, row, flush=True)
+        self.save()
 
 
-def healed(
-    one: Studied, removed: list[int], evaluation: EvaluationOptions, runs: Path
-) -> dict[str, float]:
-    """Held-out perplexity without these blocks, and after each way to heal."""
-    directory = runs / f"{one.name}-without-{'-'.join(map(str, removed))}"
-    paths = {way: directory / way for way in WAYS}
-    shortllm.prune(one.model, removed, paths["none"])
-    shortllm.heal(str(paths["none"]), paths["linear"], method="linear", data=one.text)
-    shortllm.merge(one.model, paths["merge"], blocks=removed, data=one.text)
-    shortllm.retrain(
-        str(paths["none"]), paths["lora"],
-        options=RetrainOptions(
-            data=one.text, form="text", length=128, batch=8, max_steps=STEPS, rows=4000,
+def made(one: Studied, removed: list[int], way: str, directory: Path) -> Path:
+    """The checkpoint without these blocks, after one way to heal."""
+    out = directory / way
+    if way == "merge":
+        shortllm.merge(one.model, out, blocks=removed, data=one.text)
+        return out
+    shortllm.prune(one.model, removed, directory / "none")
+    short = str(directory / "none")
+    if way in METHODS:
+        shortllm.heal(short, out, method=way, data=one.text)
+    elif way == "lora":
+        shortllm.retrain(
+            short, out, data=one.text, form="text", length=128, batch=8, max_steps=STEPS, rows=4000,
             learning_rate=1e-3, schedule="cosine", held_out=20, report_to=[],
-        ),
-    )  # fmt: skip
-    made = [open_checkpoint(str(path)).fingerprint for path in paths.values()]
-    expected, kept = fingerprint([made, evaluation.model_dump()]), directory / "measured.json"
-    if kept.exists() and (measured := json.loads(kept.read_text()))["fingerprint"] == expected:
-        return measured["perplexity"]  # type: ignore[no-any-return]
-    models = shortllm.evaluate([str(path) for path in paths.values()], options=evaluation).models
-    found = {way: one.perplexity[0].perplexity for way, one in zip(WAYS, models, strict=True)}
-    write_text(kept, json.dumps({"fingerprint": expected, "perplexity": found}))
-    return found
+        )  # fmt: skip
+    return out
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
@@ -197,12 +240,12 @@ def plot(rows: list[dict[str, Any]]) -> str:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A line per removed set; those found by several criteria once."""
     lines = [
-        "| model | gone | by | blocks | none | linear | merge | LoRA |",
-        "|---|---:|---|---|---:|---:|---:|---:|",
+        f"| model | gone | by | blocks | {' | '.join(WAYS)} |",
+        "|---|---:|---|---|" + "---:|" * len(WAYS),
     ]
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
-        lines.append(f"| **{name}** | 0 | | | {own[0]['intact']:.4g} | | | |")
+        lines.append(f"| **{name}** | 0 | | | {own[0]['intact']:.4g} |{' |' * (len(WAYS) - 1)}")
         for count in sorted({len(row["removed"]) for row in own}):
             here = [row for row in own if len(row["removed"]) == count]
             best = {way: min(row[way] for row in here) for way in WAYS}
@@ -249,24 +292,44 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
         )
         for name in dict.fromkeys(row["model"] for row in rows)
     }  # fmt: skip
-    gains = ", ".join(f"{n} {row['none']:.4g} to {row['linear']:.4g}" for n, row in quarter.items())
-    lines.append(f"- A quarter removed by `ppl`, `linear`: {gains}.")
+    healed = ", ".join(
+        f"{n} {row['none']:.4g} to {row['regression']:.4g}" for n, row in quarter.items()
+    )
+    lines.append(f"- A quarter removed by `ppl`, `regression`: {healed}.")
+    ratios = [row["regression"] / row["linear"] for row in rows]
+    lines.append(counted("`regression` against `linear`", ratios))
+    ratios = [
+        by[model, count, HEAL_AWARE]["regression"] / by[model, count, "auto"]["regression"]
+        for model, count in budgets
+    ]
+    lines.append(counted("Healed, the choice of `auto, healed` against that of `auto`", ratios))
     return lines
+
+
+def counted(what: str, ratios: list[float]) -> str:
+    """A line about perplexities relative to others."""
+    lower, worse = sum(one < 1 for one in ratios), sum(one > 1.01 for one in ratios)
+    return (
+        f"- {what}: lower in {lower} of {len(ratios)}, more than 1 % higher in {worse}; between "
+        f"{min(ratios) - 1:+.1%} and {max(ratios) - 1:+.1%}."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, help="directory with models/ and data/")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
-    parser.add_argument("--only", help="make what is missing of this model, and write no page")
+    parser.add_argument("--only", help="measure what is missing of this model, and write no page")
     arguments = parser.parse_args()
     logging.getLogger("shortllm").setLevel(logging.ERROR)
     models = studied_models(arguments.shared, arguments.runs)
-    chosen = [one for one in models if arguments.only in (None, one.name)]
-    rows = [row for one in chosen for row in study(one, arguments.runs)]
+    study = Study(arguments.runs)
+    for one in models:
+        if arguments.only in (None, one.name):
+            study.study(one)
     if arguments.only is not None:
         return
-    write_text(DOCS / "study.json", json.dumps(rows, indent=1) + "\n")
+    rows = study.rows
     write_text(DOCS / "images" / "study.svg", plot(rows))
     intro = INTRO.format(steps=STEPS, samples=SAMPLES, searched=1 - HELD_OUT)
     write_text(

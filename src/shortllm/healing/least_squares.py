@@ -183,12 +183,12 @@ class GapSums:
         return self.missing_D.sum().item()
 
     def error(self, change: Change) -> float:
-        """‖X C + a Z - R‖²"""
-        c_ID, a = change.gain * change.weights_ID, change.gain - 1.0
-        linear = _dot(c_ID, self.cross_ID) + a * self.overlap
-        square = _dot(c_ID, self.products_II @ c_ID) + a**2 * self.existing
+        """‖α X C + a Z - R‖²"""
+        weights_ID, gain, a = change.weights_ID, change.gain, change.gain - 1.0
+        linear = gain * _dot(weights_ID, self.cross_ID) + a * self.overlap
+        square = gain**2 * _dot(weights_ID, self.products_II @ weights_ID) + a**2 * self.existing
         if self.stretch_ID is not None:
-            square += 2 * a * _dot(c_ID, self.stretch_ID)
+            square += 2 * a * gain * _dot(weights_ID, self.stretch_ID)
         return self.missing - 2 * linear + square
 
     def relative(self, error: float) -> float:
@@ -204,38 +204,43 @@ def penalty(sums: GapSums, ridge: float) -> float:
 def solve(sums: GapSums, ridge: float, *, diagonal: bool = False) -> Change:
     """The change, float64 `[I, D]`; zero if `X` is zero. With `diagonal`, a diagonal matrix."""
     held = penalty(sums, ridge)
-    rows = None if not held or diagonal else torch.linalg.cholesky(_with(sums.products_II, held))
+    factor_II = None if not held or diagonal else _cholesky(sums.products_II, held)
 
     def inverse(cross_ID: Tensor) -> Tensor:
         """(XᵀX + λI)⁻¹ of it."""
         if not held:
             return torch.zeros_like(cross_ID)
-        if rows is None:
+        if factor_II is None:
             return torch.diag(cross_ID.diagonal() / (sums.products_II.diagonal() + held))
-        return torch.cholesky_solve(cross_ID, rows)
+        half_ID = torch.linalg.solve_triangular(factor_II, cross_ID, upper=False)
+        return torch.linalg.solve_triangular(factor_II.mT, half_ID, upper=True)
 
-    c_ID = inverse(sums.cross_ID)
+    change_ID = inverse(sums.cross_ID)
     if sums.stretch_ID is None:
-        return Change(c_ID)
+        return Change(change_ID)
     of_gain_ID = inverse(sums.stretch_ID)
     unexplained = sums.existing - _dot(sums.stretch_ID, of_gain_ID)
     if not unexplained > 1e-12 * sums.existing:  # X can also do what the gain does
-        return Change(c_ID)
-    a = (sums.overlap - _dot(sums.stretch_ID, c_ID)) / unexplained
+        return Change(change_ID)
+    a = (sums.overlap - _dot(sums.stretch_ID, change_ID)) / unexplained
     if not LEAST_GAIN <= 1.0 + a <= 1.0 / LEAST_GAIN:
-        return Change(c_ID)
-    return Change((c_ID - a * of_gain_ID) / (1.0 + a), 1.0 + a)
+        return Change(change_ID)
+    return Change(change_ID.sub_(of_gain_ID, alpha=a).div_(1.0 + a), 1.0 + a)
 
 
-def _with(matrix_II: Tensor, diagonal: float) -> Tensor:
-    """A copy of the matrix with a number added to its diagonal."""
-    copied_II = matrix_II.clone()
-    copied_II.diagonal().add_(diagonal)
-    return copied_II
+def _cholesky(matrix_II: Tensor, diagonal: float) -> Tensor:
+    """The lower Cholesky factor of a symmetric matrix plus a number on its diagonal.
+
+    It is solved in place, and by column, so that no other matrix of this size is in memory.
+    """
+    factor_II = matrix_II.clone().mT
+    factor_II.diagonal().add_(diagonal)
+    return torch.linalg.cholesky(factor_II, out=factor_II)
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
-    return (one * other).sum().item()
+    """The sum of the products of all elements, with no third matrix in memory."""
+    return torch.einsum("ij,ij->", one, other).item()
 
 
 def effective_rank(sums: GapSums, ridge: float, *, diagonal: bool = False) -> float:
@@ -251,12 +256,22 @@ def choose_ridge(
 ) -> tuple[float | None, float]:
     """The ridge whose change, solved on some tokens, leaves the least squared error on others; and
     that error. Where none is given, no change at all is also a choice."""
-    best, least = None, float("inf") if given else held_out.missing
-    for ridge in (given,) if given else RIDGES:
-        left = held_out.error(solve(fitted, ridge, diagonal=diagonal))
-        if left < least:
-            best, least = ridge, left
-    return best, least
+    still = float("inf") if given else held_out.missing
+    ridges = (given,) if given else RIDGES
+    errors: dict[int, float] = {}
+
+    def error(place: int) -> float:
+        if place not in errors:
+            change = solve(fitted, ridges[place], diagonal=diagonal)
+            errors[place] = held_out.error(change)
+        return errors[place]
+
+    best, place = -1, len(ridges) // 2
+    while best != place:  # the error falls and then rises with the ridge
+        best = place
+        around = range(max(best - 1, 0), min(best + 2, len(ridges)))
+        place = min(around, key=lambda one: (error(one), one != best))
+    return (ridges[best], errors[best]) if errors[best] < still else (None, still)
 
 
 def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
