@@ -212,8 +212,9 @@ def solve(sums: GapSums, ridge: float, *, diagonal: bool = False) -> Change:
             return torch.zeros_like(cross_ID)
         if factor_II is None:
             return torch.diag(cross_ID.diagonal() / (sums.products_II.diagonal() + held))
-        half_ID = torch.linalg.solve_triangular(factor_II, cross_ID, upper=False)
-        return torch.linalg.solve_triangular(factor_II.mT, half_ID, upper=True)
+        half_ID: Tensor = torch.linalg.solve_triangular(factor_II, cross_ID, upper=False)
+        solved_ID: Tensor = torch.linalg.solve_triangular(factor_II.mT, half_ID, upper=True)
+        return solved_ID
 
     change_ID = inverse(sums.cross_ID)
     if sums.stretch_ID is None:
@@ -235,7 +236,8 @@ def _cholesky(matrix_II: Tensor, diagonal: float) -> Tensor:
     """
     factor_II = matrix_II.clone().mT
     factor_II.diagonal().add_(diagonal)
-    return torch.linalg.cholesky(factor_II, out=factor_II)
+    torch.linalg.cholesky(factor_II, out=factor_II)
+    return factor_II
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
