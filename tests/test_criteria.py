@@ -44,7 +44,7 @@ def test_criteria_are_listed_by_what_they_need() -> None:
         "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "greedy", "last",
         "random", "even",
     ]  # fmt: skip
-    assert criteria.help_text() == f"{', '.join(EVERY)}; searches: local, evolve, auto, span"
+    assert criteria.help_text() == f"{', '.join(EVERY)}; searches: local, evolve, auto, dp, span"
     assert criteria.compared() == [name for name in EVERY if name != "random"]
     assert criteria.names() == sorted([*EVERY, *SEARCHES])
 

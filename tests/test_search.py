@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 from families import loaded, opened, saved, score, streamed, token_ids
 from safetensors.torch import load_file, save_file
-from test_criteria import Stopped, counting
+from test_criteria import Stopped, counting, hidden_streams
 from test_scoring import TORCHRUN, call, equal_scores
 from torch import Tensor
 
@@ -23,13 +24,16 @@ from shortllm import journal
 from shortllm.comparison.criteria import prepare_question
 from shortllm.comparison.options import ComparisonOptions
 from shortllm.criteria import Scores, resolve
+from shortllm.criteria.dp import skip_nearest
 from shortllm.criteria.search import ONE_SHOT, Search
 from shortllm.data.options import CalibrationOptions
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.journal import Journal
+from shortllm.model import hidden_states
 from shortllm.model.decoder import Decoder
+from shortllm.model.hidden_states import SampleGroups, block_flops
 from shortllm.model.metrics import kl_divergence, next_token_nll
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
@@ -37,6 +41,7 @@ from shortllm.pruning.records import BlockScores
 from shortllm.pruning.search_space import BlockSearch
 from shortllm.recipe import Recipe
 from shortllm.records import ModelInfo
+from shortllm.runtime import ALONE
 
 FREE = {"protect_first": 0, "protect_last": 0}
 ALL_TEXT = {**FREE, "held_out": 0}
@@ -100,6 +105,110 @@ def test_a_span_is_of_whole_periods_and_of_blocks_that_may_go() -> None:
     assert inner.removed == [1, 2, 3]
     chosen = search("auto", candidates="influence,span", remove=3, **FREE)
     assert [one.criterion for one in record(chosen).candidates] == ["influence", "span"]
+
+
+@torch.no_grad()
+def by_recursion(variant: str, units: list[list[int]], count: int, ids_BT: Tensor) -> list[int]:
+    """The set of the dynamic programme: g(i, n) by its definition, from whole hidden states."""
+    model = loaded(variant)
+    decoder, intact_LBTD = Decoder(model), hidden_streams(model, ids_BT)
+    calls = decoder.enter(ids_BT).calls
+    unit_of = {unit[0]: unit for unit in units}
+    steps, b = [], 0
+    while b < decoder.block_count:
+        steps.append(unit_of.get(b, [b]))
+        b += len(steps[-1])
+
+    @functools.cache
+    def g(i: int, n: int) -> tuple[Tensor, list[int]] | None:
+        """The state and the blocks skipped on the way to it."""
+        if i == 0:
+            return (intact_LBTD[0], []) if n == 0 else None
+        step, found = steps[i - 1], []
+        skipping = g(i - 1, n - 1) if n and step in units else None
+        if skipping is not None:
+            found.append((skipping[0], [*skipping[1], *step]))
+        applying = g(i - 1, n)
+        if applying is not None:
+            state = applying[0]
+            for b in step:
+                state = decoder.apply(b, state, calls[b])
+            found.append((state, applying[1]))
+        target = intact_LBTD[step[-1] + 1].double()
+
+        def near(one: tuple[Tensor, list[int]]) -> float:
+            return float(torch.cosine_similarity(one[0].double(), target, dim=-1).mean())
+
+        return max(found, key=near) if found else None
+
+    end = g(len(steps), count)
+    assert end is not None
+    return end[1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "remove", "free", "period"),
+    [
+        *(("llama", remove, range(6), 1) for remove in (1, 2, 3, 5)),
+        ("llama", 3, range(1, 5), 1),
+        ("llama", 4, range(1, 5), 1),
+        ("opt-projected", 2, range(6), 1),
+        ("gemma3_text", 3, range(7), 1),
+        ("mixtral", 2, range(1, 6), 1),
+        *(("gemma2", remove, range(6), 2) for remove in (2, 4)),
+        ("gemma2", 2, range(2, 6), 2),
+    ],
+)
+def test_the_set_of_the_dynamic_programme(
+    variant: str, remove: int, free: range, period: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", 40)  # three groups
+    blocks = Decoder(loaded(variant)).block_count
+    ends = {"protect_first": free.start, "protect_last": blocks - free.stop}
+    found = search("dp", variant, remove=remove, period_aligned=period > 1, held_out=0.25, **ends)
+    units = [list(free[i : i + period]) for i in range(0, len(free), period)]
+    expected = by_recursion(variant, units, remove // period, token_ids(SAMPLES)[:6])
+    assert found.removed == expected
+    value = plainly(variant, expected, "ppl", token_ids(SAMPLES)[:6])
+    assert record(found).found.value == pytest.approx(math.exp(value), rel=1e-5)
+    assert (record(found).search_samples, record(found).held_out_samples) == (6, 2)
+    streams = search(
+        "dp", variant, decoder=streamed(variant), remove=remove, period_aligned=period > 1,
+        held_out=0.25, **ends,
+    )  # fmt: skip
+    assert streams.removed == expected
+
+
+def test_the_programme_passes_few_states_through_each_block() -> None:
+    """Those from which the set's size can still be reached, and the intact one."""
+    decoder, passed = Decoder(loaded("llama")), [0] * 6
+    apply = decoder.apply
+
+    def counted(b: int, *args: Any) -> Tensor:
+        passed[b] += 1
+        return apply(b, *args)
+
+    groups = SampleGroups(decoder, token_ids(SAMPLES))
+    [_] = groups.rows
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(decoder, "apply", counted)
+        units, done = [(b,) for b in range(1, 5)], []
+        removed = skip_nearest(units, 2, groups, ALONE, done.append)
+    assert len(removed) == 2 and set(removed) <= {1, 2, 3, 4}
+    # of one skipped before block 4, only the way that skips it too leads to two
+    assert passed == [1, 1, 2, 3, 2, 2]
+    each = block_flops(decoder, 0) * token_ids(SAMPLES).numel()
+    assert sum(done) == pytest.approx(sum(passed) * each)
+
+
+def test_two_planted_blocks_are_found_by_the_programme(planted: Path) -> None:
+    found = shortllm.score(
+        str(planted), criterion="dp", options={"dp": {"remove": 2, **FREE}}, data="embedded",
+        samples=4, length=32, max_memory=0,
+    )  # fmt: skip
+    assert found.removed == [3, 7]
+    plan = build_plan(Budget(remove=2, **FREE), model=found.model, scores=found)
+    assert "are those that the search 'dp' found: without them the perplexity" in plan.reason
 
 
 @pytest.mark.parametrize("fitness", ["ppl", "kl"])
@@ -422,7 +531,8 @@ def test_many_sets_go_through_in_several_walks(
 
 
 @pytest.mark.parametrize(
-    ("name", "after"), [("local", 3), ("local", 20), ("local", 33), ("evolve", 26), ("auto", 38)]
+    ("name", "after"),
+    [("local", 3), ("local", 20), ("local", 33), ("evolve", 26), ("auto", 38), ("dp", 18)],
 )
 def test_an_interrupted_search_goes_on_where_it_was(
     name: str, after: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -476,7 +586,7 @@ def test_processes_that_were_stopped_at_different_places_agree_on_the_earlier() 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps(token_ids(7).tolist()))
-    names = ["local", "evolve", "auto", "greedy"]
+    names = ["local", "evolve", "auto", "dp", "greedy"]
     options: dict[str, Any] = {
         "evolve": {"generations": 3}, "greedy": {"rounds": 2, "healing": "regression"}
     }  # fmt: skip
@@ -493,7 +603,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "local*" in done.stdout and "evolve*" in done.stdout
     equal_scores(tmp_path / "two", tmp_path / "one")
-    for name in names[:3]:
+    for name in names[:4]:
         one, two = (
             BlockScores.load(tmp_path / out / f"scores-{name}.json") for out in ("one", "two")
         )

@@ -153,6 +153,20 @@ LAST_BLOCKS = Paper(
     title="Reassessing Layer Pruning in LLMs: New Insights and Methods",
     arxiv="2411.15558",
 )
+CLASP = Paper(
+    key="chen2025clasp",
+    authors="Chen, Longze and Shan, Renke and Wang, Huiming and Wang, Lu and Liu, Ziqiang and "
+    "Luo, Run and Wang, Jiawei and Alinejad-Rokny, Hamid and Yang, Min",
+    title="CLaSp: In-Context Layer Skip for Self-Speculative Decoding",
+    arxiv="2505.24196",
+)
+LORP = Paper(
+    key="yun2026locality",
+    authors="Yun, Vincent-Daniel and Kim, Youngrae and Lim, Woosang and Heo, YoungJin and "
+    "Kim, Minkyu and Lee, Sunwoo",
+    title="Locality-Aware Redundancy Pruning for LLM Depth Compression",
+    arxiv="2605.27786",
+)
 FINERCUT = Paper(
     key="zhang2024finercut",
     authors="Zhang, Yang and Li, Yawei and Wang, Xinpeng and Shen, Qianli and Plank, Barbara and "

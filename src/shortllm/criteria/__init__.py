@@ -87,8 +87,9 @@ class SearchMethod:
 
     improve: Callable[[SearchSpace, Found, Mapping[str, Any]], None]
     """Improve the set in place; the options are those of the criterion."""
-    measurements: Callable[[Mapping[str, Any], int], float]
-    """Sets it will measure, by its options and the number of possible swaps: for time estimates."""
+    measurements: Callable[[Mapping[str, Any], int, int], float]
+    """Sets it will measure, by its options and the numbers of blocks that it removes and that it
+    may remove besides: for time estimates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,7 +299,7 @@ def _check_search(name: str, options: Mapping[str, Any]) -> None:
     for option in ("evaluations", "generations", "offspring", "remove"):
         if options.get(option) is not None and options[option] < 1:
             raise CriterionError(f"{name}.{option} {options[option]} must be 1 or more")
-    if options["minutes"] is not None and not options["minutes"] > 0:
+    if options.get("minutes") is not None and not options["minutes"] > 0:
         raise CriterionError(f"{name}.minutes {options['minutes']} must be positive, e.g. 5")
     if not 0 <= options["held_out"] < 1 or (lists == "candidates" and options["held_out"] == 0):
         raise CriterionError(

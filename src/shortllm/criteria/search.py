@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -27,9 +27,16 @@ from shortllm.errors import CriterionError
 from shortllm.papers import EVOPRESS
 from shortllm.records import Record
 
+if TYPE_CHECKING:
+    from shortllm.model.hidden_states import SampleGroups
+    from shortllm.runtime import Advance, Ranks
+
 Blocks = frozenset[int]
 Unit = tuple[int, ...]
 Fitness = Literal["ppl", "kl"]
+
+Choice = Callable[["SampleGroups", "Ranks", "Advance"], Sequence[int]]
+"""Chooses a set by the hidden states of samples, of which each process has a share."""
 
 ONE_SHOT = "ppl,kl,taylor,influence,relative,angular,magnitude"
 """Criteria that are cheap compared with a search."""
@@ -124,6 +131,9 @@ class SearchSpace(Protocol):
         All are measured in one walk.
         """
 
+    def choose(self, choice: Choice) -> Blocks:
+        """The set that is chosen by the hidden states of the search text."""
+
     def left(self) -> float:
         """How many more measurements the budget allows."""
 
@@ -187,7 +197,8 @@ def evolve(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None
     needs="sets",
     label=PLACE,
     paper="local search by swaps",
-    search=SearchMethod(climb, lambda options, swaps: 2.0 * swaps),  # as if two rounds helped
+    # as if two rounds helped
+    search=SearchMethod(climb, lambda options, removed, kept: 2.0 * removed * kept),
 )
 def swap_while_it_helps(
     space: SearchSpace,
@@ -222,7 +233,7 @@ def swap_while_it_helps(
     needs="sets",
     label=PLACE,
     paper=EVOPRESS,
-    search=SearchMethod(evolve, lambda options, swaps: 8.0 * options["generations"]),
+    search=SearchMethod(evolve, lambda options, removed, kept: 8.0 * options["generations"]),
 )
 def evolve_from_the_best_plan(
     space: SearchSpace,

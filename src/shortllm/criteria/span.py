@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +41,7 @@ def spans_of(space: SearchSpace, size: int) -> list[Blocks]:
     needs="sets",
     label=PLACE,
     paper="every span by perplexity",
-    search=SearchMethod(scan, lambda options, swaps: 2.0 * math.sqrt(swaps)),
+    search=SearchMethod(scan, lambda options, removed, kept: kept + 1.0),
 )
 def best_span(
     space: SearchSpace,

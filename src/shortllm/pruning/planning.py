@@ -340,7 +340,10 @@ def _search_reason(search: Search, criterion: str) -> str:
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
     if search.start is None:
-        return f"are the span with the lowest {unit} of the search text, {number(found.value, 5)}"
+        return (
+            f"are those that the search '{criterion}' found: without them the {unit} of the search "
+            f"text is {number(found.value, 5)}"
+        )
     begun = next(one for one in search.candidates if one.criterion == search.start)
     better = "that found nothing better than its start"
     if found.removed != begun.removed:

@@ -16,7 +16,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shortllm.criteria import Criterion, Scores, names_in, resolve
-from shortllm.criteria.search import Blocks, CandidateSet, NotTried, Proposal, Search
+from shortllm.criteria.search import (
+    Blocks,
+    CandidateSet,
+    Choice,
+    Fitness,
+    NotTried,
+    Proposal,
+    Search,
+)
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
@@ -56,10 +64,10 @@ def _search_work(scorer: Scorer, searching: Criterion) -> float:
     shots = [_fitted(one, budget, model) for one in named if one.needs != "sets"]
     units = removable(budget, model)
     gone = [block for unit in units for block in unit][: budget.remove]
-    swaps = len(gone) * (sum(map(len, units)) - len(gone))
+    kept = sum(map(len, units)) - len(gone)
     methods = [one.search for one in (searching, *named)]
-    measured = sum(one.measurements(options, swaps) for one in methods if one is not None)
-    if options["evaluations"] is not None:
+    measured = sum(one.measurements(options, len(gone), kept) for one in methods if one is not None)
+    if options.get("evaluations") is not None:
         measured = min(measured, float(options["evaluations"]))
     decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape
     each = walk_flops(decoder, [frozenset(gone)], samples, length)
@@ -77,6 +85,7 @@ class BlockSearch:
         self._scorer = scorer
         self._searching = searching
         self._options = searching.options
+        self._fitness: Fitness = searching.options.get("fitness", "ppl")
         self._journal = journal
         self._model = scorer.checkpoint.info()
         self._budget = budget_of(searching, self._model)
@@ -178,7 +187,7 @@ class BlockSearch:
         new = sorted({s for s in sets if (s, count) not in self._known}, key=sorted)
         if new:
             ids_BT = self._part(0, count)
-            kl = self._options["fitness"] == "kl"
+            kl = self._fitness == "kl"
             entry = self._entry("measure", partial(self._means, new, ids_BT, kl))
             for removed, value in zip(new, entry["values"], strict=True):
                 self._known[removed, count] = value if math.isfinite(value) else math.inf
@@ -187,17 +196,33 @@ class BlockSearch:
                 self._at_start = self._evaluations
         return [self._known[removed, count] for removed in sets]
 
+    def choose(self, choice: Choice) -> Blocks:
+        """The set that is chosen by the hidden states of the search text."""
+        return frozenset(self._entry("choose", partial(self._chosen, choice))["removed"])
+
+    def _chosen(self, choice: Choice, journal: Journal) -> dict[str, Any]:
+        import torch
+
+        from shortllm.model.hidden_states import SampleGroups
+
+        scorer = self._scorer
+        with torch.no_grad():
+            groups = SampleGroups(
+                scorer.open_decoder(), self._part(0, self._searched), scorer.memory
+            )
+            return {"removed": sorted(choice(groups, scorer.ranks, scorer.advance))}
+
     def left(self) -> float:
         """Evaluations that are still allowed."""
         if self._is_late():
             return 0.0
-        allowed = self._options["evaluations"]
+        allowed = self._options.get("evaluations")
         if allowed is None:
             return math.inf
         return max(0.0, float(allowed) + self._at_start - self._evaluations)
 
     def _is_late(self) -> bool:
-        return self._seconds >= 60 * (self._options["minutes"] or math.inf)
+        return self._seconds >= 60 * (self._options.get("minutes") or math.inf)
 
     def spent(self) -> str:
         """The limit that was reached, for the record."""
@@ -220,7 +245,7 @@ class BlockSearch:
                 entry = self._entry("healed", partial(self._healed, best, ids_BT))
                 found |= dict(zip(best, entry["values"], strict=True))
             held_out = {one: _finite(perplexity(value)) for one, value in found.items()}
-        in_nats = self._options["fitness"] == "ppl"
+        in_nats = self._fitness == "ppl"
         return [
             CandidateSet(
                 criterion=name,
@@ -234,7 +259,7 @@ class BlockSearch:
     def record(self, **found: Any) -> Search:
         """The result, with the search's own settings and counts."""
         return Search(
-            fitness=self._options["fitness"],
+            fitness=self._fitness,
             evaluations=round(self._evaluations, 3),
             search_samples=self._searched,
             held_out_samples=self._total - self._searched,

@@ -365,10 +365,13 @@ def _search_note(found: Search, criterion: str) -> Iterator[str]:
         yield f"All sets were found on {samples} and measured on {held_out}."
         yield f"{found.found.criterion} has the lowest perplexity there."
     else:
-        yield (
-            f"The sets of single criteria were measured on {samples}. {criterion} started with the "
-            f"best of them, by {found.start}, and accepted only improvements."
-        )
+        if found.start is None:
+            yield f"{criterion} found its set on {samples}."
+        else:
+            yield (
+                f"The sets of single criteria were measured on {samples}. {criterion} started with "
+                f"the best of them, by {found.start}, and accepted only improvements."
+            )
         if found.held_out_samples:
             yield f"The last column was measured on {held_out}, which the search did not use."
     if found.start is not None:
