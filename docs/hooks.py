@@ -35,6 +35,7 @@ CRITERIA = re.compile(r"^<!-- criteria: (\w+) -->$", re.MULTILINE)
 NEEDS = {
     "streams": "forward",
     "last token": "forward",
+    "similarities": "forward",
     "logits": "walk",
     "removals": "rounds",
     "sets": "rounds",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import BY_TIER, VOCABULARY, loaded, opened, score, streamed, token_ids
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from shortllm import criteria, journal
 from shortllm.criteria import Scores, resolve
+from shortllm.criteria.lorp import cluster_count, spectral_clusters
 from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
 from shortllm.model import hidden_states, walk
@@ -28,7 +30,7 @@ from shortllm.model.metrics import next_token_nll, reduce_powers
 from shortllm.model.streamed import open_streamed
 from shortllm.runtime import ALONE
 
-WITH_TEXT = criteria.names_by_need("logits", "gradients", "streams", "last token")
+WITH_TEXT = criteria.names_by_need("logits", "gradients", *criteria.OBSERVED)
 SEARCHES = criteria.names_by_need("sets")
 """Tested in test_search.py."""
 EVERY = [one.name for one in criteria.listed() if one.name not in SEARCHES]
@@ -41,8 +43,8 @@ GREEDY = {"greedy": {"rounds": 3, "protect_first": 1, "protect_last": 0}}
 
 def test_criteria_are_listed_by_what_they_need() -> None:
     assert EVERY == [
-        "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "greedy", "last",
-        "random", "even",
+        "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "lorp", "greedy",
+        "last", "random", "even",
     ]  # fmt: skip
     assert criteria.help_text() == f"{', '.join(EVERY)}; searches: local, evolve, auto, dp, span"
     assert criteria.compared() == [name for name in EVERY if name != "random"]
@@ -195,7 +197,118 @@ def test_reductions() -> None:
         assert found == pytest.approx(expected, rel=1e-6), (power, of_weights, of_block)
 
 
-@pytest.mark.parametrize("inner", ["ppl", "kl", "influence", "taylor", "angular", "magnitude"])
+def plain_similarities(model: nn.Module, ids_BT: Tensor) -> list[list[float]]:
+    """Mean cosine over all tokens of the inputs of each pair of blocks."""
+    h_LBTD = hidden_streams(model, ids_BT)[:-1].double()
+    return [
+        [torch.cosine_similarity(one, other, dim=-1).mean().item() for other in h_LBTD]
+        for one in h_LBTD
+    ]
+
+
+def plain_partition(similarity: list[list[float]], count: int) -> list[set[int]]:
+    """Of all partitions the one with the lowest cost of k-means on the spectral embedding."""
+    affinity = (np.array(similarity) + 1) / 2
+    degree = affinity.sum(axis=0)
+    laplacian = np.eye(len(affinity)) - affinity / np.sqrt(np.outer(degree, degree))
+    points = np.linalg.eigh(laplacian)[1][:, :count]
+    points /= np.linalg.norm(points, axis=1)[:, None]
+
+    def cost(labels: tuple[int, ...]) -> float:
+        own = [points[[one == c for one in labels]] for c in set(labels)]
+        return float(sum(((part - part.mean(axis=0)) ** 2).sum() for part in own))
+
+    best = min(itertools.product(range(count), repeat=len(points)), key=cost)
+    return [{b for b, label in enumerate(best) if label == c} for c in set(best)]
+
+
+def plain_lorp_order(similarity: list[list[float]], clusters: list[set[int]]) -> list[int]:
+    last = len(similarity) - 1
+
+    def mean_of_pairs(blocks: set[int]) -> tuple[float, int]:
+        pairs = list(itertools.combinations(blocks, 2))
+        mean = sum(similarity[i][j] for i, j in pairs) / len(pairs) if pairs else -2.0
+        return mean, max(blocks)
+
+    def most_redundant(blocks: set[int], cluster: set[int]) -> int:
+        def redundancy(b: int) -> tuple[float, int]:
+            total = sum(similarity[b][c] for c in cluster - {b})
+            return round(total / max(1, len(cluster) - 1), 12), b
+
+        return max(blocks - {0, last}, key=redundancy)
+
+    order = [most_redundant(c, c) for c in sorted(clusters, key=mean_of_pairs) if c - {0, last}]
+    order.reverse()
+    while len(order) < last - 1:
+        remaining = [(c - set(order), c) for c in clusters if c - set(order) - {0, last}]
+        order.append(most_redundant(*max(remaining, key=lambda pair: mean_of_pairs(pair[0]))))
+    return [*order, last, 0]
+
+
+@pytest.mark.parametrize("variant", SOME_VARIANTS)
+@pytest.mark.parametrize("clusters", [None, 2, 3, 4])
+def test_lorp_takes_from_spectral_clusters_in_turn(variant: str, clusters: int | None) -> None:
+    model, ids_BT = loaded(variant), token_ids()
+    options = {"lorp": {"clusters": clusters}}
+    found = score(Decoder(model), ids_BT, "lorp", options=options)["lorp"]
+    similarity = plain_similarities(model, ids_BT)
+    pairs = list(itertools.combinations(range(len(similarity)), 2))
+    locality = -math.log2(sum(similarity[i][j] for i, j in pairs) / len(pairs))
+    count = clusters or (2 if locality >= 1 else 3 if locality >= 0.7 else 4)
+    partition = plain_partition(similarity, count)
+    for cluster in partition:
+        for b in cluster:
+            others = [similarity[b][other] for other in cluster - {b}]
+            expected = sum(others) / len(others) if others else 0.0
+            assert found.values[b] == pytest.approx(expected, rel=1e-4)
+    order = sorted(range(len(similarity)), key=lambda b: found.importance[b])
+    assert order == plain_lorp_order(similarity, partition)
+
+
+@pytest.mark.parametrize(
+    ("mean", "count"),
+    [(-0.1, 2), (0.0, 2), (0.5, 2), (0.51, 3), (0.615, 3), (0.616, 4), (0.9, 4), (1.0, 4)],
+)
+def test_lorp_has_more_clusters_where_distant_blocks_are_alike(mean: float, count: int) -> None:
+    similarity = [[1.0 if i == j else mean for j in range(6)] for i in range(6)]
+    assert cluster_count(similarity) == count
+
+
+def test_lorp_on_planted_clusters() -> None:
+    """Blocks 0 to 2, 3 to 6 and 7 to 9 are alike among themselves, the second group most."""
+    groups = [range(3), range(3, 7), range(7, 10)]
+    similarity_LL = torch.full((10, 10), 0.1, dtype=torch.float64)
+    for group, alike in zip(groups, (0.7, 0.9, 0.8), strict=True):
+        similarity_LL[group.start : group.stop, group.start : group.stop] = alike
+    similarity_LL[4, 3:7] += 0.05
+    similarity_LL[3:7, 4] += 0.05
+    similarity_LL.fill_diagonal_(1.0)
+    assert spectral_clusters(similarity_LL, 3) == [list(group) for group in groups]
+    found: Scores = resolve("lorp", {"clusters": 3}).call(similarity_LL)
+    order = sorted(range(10), key=lambda b: found.importance[b])
+    # one of each cluster, the most alike first; then the second, until one block of it is left;
+    # of the others one more each, and last the ends of the model
+    assert order == [4, 8, 2, 6, 5, 7, 1, 3, 9, 0]
+
+
+def test_lorp_refuses_what_cannot_be_clustered() -> None:
+    for clusters in (0, 7):
+        with pytest.raises(
+            CriterionError, match=rf"lorp.clusters {clusters} must be between 1 and 6"
+        ):
+            score(
+                Decoder(loaded("llama")),
+                token_ids(),
+                "lorp",
+                options={"lorp": {"clusters": clusters}},
+            )
+    with pytest.raises(CriterionError, match="'lorp' gives nan for block 0"):
+        resolve("lorp").call(torch.full((4, 4), math.nan))
+
+
+@pytest.mark.parametrize(
+    "inner", ["ppl", "kl", "influence", "taylor", "angular", "magnitude", "lorp"]
+)
 @pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
 def test_greedy_scores_anew_in_the_shortened_model(inner: str, variant: str) -> None:
     decoder, ids_BT = Decoder(loaded(variant)), token_ids()

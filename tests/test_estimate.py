@@ -151,6 +151,8 @@ def test_memory_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     by_hand = {
         ("influence", False): checkpoint.bytes + 2 * stream + call,
         ("influence", True): outside + 4 * block + 2 * stream + call,
+        ("lorp", False): checkpoint.bytes + 8 * stream + call,
+        ("lorp", True): outside + 4 * block + 8 * stream + call,
         ("ppl", False): checkpoint.bytes + 8 * stream + max(call, loss),
         ("ppl", True): outside + 4 * block + 8 * stream + max(call, loss),
         ("taylor", True): outside + 4 * block + 9 * stream + max(gradients, loss),

@@ -28,7 +28,7 @@ from shortllm.pruning import score as score_module
 from shortllm.pruning.records import BlockScores
 from shortllm.runtime import Ranks, Runtime
 
-EVERY = "ppl,kl,taylor,influence,relative,angular,magnitude,greedy,last,random,even"
+EVERY = "ppl,kl,taylor,influence,relative,angular,lorp,magnitude,greedy,last,random,even"
 SAMPLES = 5
 """An odd number, so that two processes get shares of different size."""
 
@@ -161,7 +161,7 @@ def stopping(blocks: int) -> Any:
 
 @pytest.mark.shared
 def test_criteria_find_the_superfluous_blocks(shared: Path) -> None:
-    names = ["ppl", "kl", "taylor", "influence", "relative", "angular", "greedy"]
+    names = ["ppl", "kl", "taylor", "influence", "relative", "angular", "lorp", "greedy"]
     options = {"greedy": {"rounds": 5, "protect_first": 0, "protect_last": 0}}
     found = shortllm.score(
         str(shared / "models" / "stories10L-redundant"),

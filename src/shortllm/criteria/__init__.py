@@ -10,6 +10,9 @@ block, several processes, an interrupted pass) is not its concern. *Higher = kee
     "weights"     each block          its weight tensors                 a number
     "streams"     each block          stream before, stream after        a number per token
     "last token"  the model           last token's stream at each depth  Scores
+    "similarities"
+                  the model           mean cosine of the streams that    Scores
+                                      enter each pair of blocks
     "removals"    the model           a function that scores the blocks  Scores
                                       left when others are gone
     "nothing"     the model           number of blocks                   a number per block
@@ -45,13 +48,21 @@ if TYPE_CHECKING:
     from shortllm.criteria.search import Found, Search, SearchSpace
 
 Needs = Literal[
-    "logits", "gradients", "weights", "streams", "last token", "removals", "nothing", "sets"
+    "logits",
+    "gradients",
+    "weights",
+    "streams",
+    "last token",
+    "similarities",
+    "removals",
+    "nothing",
+    "sets",
 ]
 
 WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights"})
 """Needs that are met without calibration text."""
 
-OBSERVED: frozenset[Needs] = frozenset({"streams", "last token"})
+OBSERVED: frozenset[Needs] = frozenset({"streams", "last token", "similarities"})
 """Needs that are met by observing the streams of any pass over the blocks."""
 
 PLACE = "place in the removal order (1 = removed first)"

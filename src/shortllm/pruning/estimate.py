@@ -64,7 +64,7 @@ def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
     for name in criteria.names():
         needs = criteria.get(name).needs
         if needs not in ("nothing", "sets"):  # how long a search takes is not known before
-            groups.setdefault("streams" if needs in OBSERVED else needs, []).append(name)
+            groups.setdefault("streams" if needs == "last token" else needs, []).append(name)
     return [
         _estimate(setting, decoder, names, probe, streamed)
         for names in groups.values()
@@ -166,7 +166,8 @@ def _streams(setting: Setting, decoder: Decoder, needs: criteria.Needs, streamed
         return one * (decoder.block_count + 3) * setting.samples
     group = min(setting.samples, group_size(decoder, setting.length))
     walked = setting.samples if streamed else group
-    return one * (decoder.block_count + 2 if needs == "logits" else 2) * walked
+    all_depths = needs in ("logits", "similarities")
+    return one * (decoder.block_count + 2 if all_depths else 2) * walked
 
 
 def _working(setting: Setting, decoder: Decoder, needs: criteria.Needs) -> int:

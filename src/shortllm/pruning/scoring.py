@@ -3,7 +3,8 @@
     nothing, weights      no pass: weights are read from the files, one block at a time
     logits                one walk over all removals
     gradients             one forward and one backward pass
-    streams, last token   observers of either of these, else of one forward pass
+    streams, last token,
+    similarities          observers of either of these, else of one forward pass
     removals              one of the above per round
 
 `Scorer` knows which passes are needed and runs them; the passes themselves are in model/. Searches
@@ -76,7 +77,7 @@ class Scorer:
                 found[one.name] = self._weights(one, candidates)
             elif one.needs == "removals":
                 found[one.name] = self._removals(one, journal.part(one.name))
-        observers = [self._observer(one) for one in resolved if one.needs in OBSERVED]
+        observers = [self._observer(one, kept) for one in resolved if one.needs in OBSERVED]
         logits = [one for one in resolved if one.needs == "logits"]
         gradients = [one for one in resolved if one.needs == "gradients"]
         if logits:
@@ -99,10 +100,12 @@ class Scorer:
             self.advance(2.0 * sum(entry.elements for entry in entries))
         return plain_scores(values)
 
-    def _observer(self, one: Criterion) -> ScoringObserver:
+    def _observer(self, one: Criterion, kept: Sequence[int]) -> ScoringObserver:
         blocks = self.checkpoint.block_count
         if one.needs == "streams":
             return TokenMeans(one, blocks)
+        if one.needs == "similarities":
+            return Similarities(one, self.open_decoder(), self.samples(), kept, self.memory)
         return LastTokens(one, blocks, len(self.samples()), self.open_decoder().stream_width)
 
     def _forward(
@@ -359,18 +362,71 @@ class LastTokens:
 
         depths = torch.cat([self._before[list(kept)], self._after[None]])
         found: Scores = self.criterion.call(torch.cat(ranks.gather(depths), dim=1))
-        if len(kept) == len(self._before):
-            return found
-        return plain_scores(spread_out(found.importance, kept, len(self._before)))
+        return _of_all(found, kept, len(self._before))
 
 
-ScoringObserver = TokenMeans | LastTokens
+class Similarities:
+    """The mean cosine of the streams entering each pair of blocks."""
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        decoder: Decoder,
+        ids_BT: Tensor,
+        kept: Sequence[int],
+        memory: StreamMemory | None,
+    ) -> None:
+        import torch
+
+        from shortllm.model.hidden_states import StreamMemory, group_size
+
+        self.criterion = criterion
+        self._blocks, self._kept = decoder.block_count, kept
+        self._tokens = float(ids_BT.numel())
+        self._device = decoder.device
+        # blocks that are read from files take all samples before the next one
+        self._together = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
+        shape = (len(kept), min(self._together, len(ids_BT)), ids_BT.shape[1], decoder.stream_width)
+        memory = memory or StreamMemory()
+        self._inputs = memory.allocate(shape, decoder.stream_dtype, decoder.device)
+        self._sums = torch.zeros(len(kept), len(kept), dtype=torch.float64)
+        self.state = {
+            f"{criterion.name}-inputs": self._inputs,
+            f"{criterion.name}-sums": self._sums,
+        }
+
+    def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
+        from shortllm.model.metrics import cosine
+
+        i, start = self._kept.index(b), rows.start % self._together
+        place, before_BTD = slice(start, start + len(before_BTD)), before_BTD.flatten(2)
+        self._inputs[i, place] = before_BTD.to(self._inputs)
+        for j in range(i + 1):
+            other_BTD = self._inputs[j, place].to(self._device)
+            self._sums[j, i] += cosine(other_BTD, before_BTD).double().sum().item()
+
+    def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
+        """The criterion's scores by the means over all tokens of all processes."""
+        ranks.add_up([self._sums])
+        upper = self._sums / ranks.total(self._tokens)
+        found: Scores = self.criterion.call(upper + upper.triu(1).T)
+        return _of_all(found, kept, self._blocks)
+
+
+ScoringObserver = TokenMeans | LastTokens | Similarities
 """Observes the streams of a pass, and turns what it saw into scores."""
 
 
 def plain_scores(values: list[float]) -> Scores:
     """Scores whose importance is the raw number itself."""
     return Scores(importance=values, values=values)
+
+
+def _of_all(found: Scores, kept: Sequence[int], count: int) -> Scores:
+    """Scores of the blocks `kept` as those of all."""
+    if len(kept) == count:
+        return found
+    return plain_scores(spread_out(found.importance, kept, count))
 
 
 def spread_out(values: Sequence[float], blocks: Sequence[int], count: int) -> list[float]:
