@@ -161,7 +161,7 @@ def stopping(blocks: int) -> Any:
 
 @pytest.mark.shared
 def test_criteria_find_the_superfluous_blocks(shared: Path) -> None:
-    names = ["ppl", "kl", "taylor", "influence", "relative", "angular", "lorp", "greedy"]
+    names = ["ppl", "kl", "taylor", "influence", "relative", "angular", "greedy"]
     options = {"greedy": {"rounds": 5, "protect_first": 0, "protect_last": 0}}
     found = shortllm.score(
         str(shared / "models" / "stories10L-redundant"),
