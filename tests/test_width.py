@@ -25,11 +25,13 @@ from shortllm.data.options import CalibrationInfo
 from shortllm.errors import (
     BudgetError,
     CriterionError,
+    DataError,
     OutputError,
     ShortLLMError,
     UnsupportedModelError,
 )
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.healing.least_squares import RIDGES
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.options import options_from
@@ -38,7 +40,7 @@ from shortllm.width_pruning import methods
 from shortllm.width_pruning.groups import removed_units
 from shortllm.width_pruning.methods import wanda_sp
 from shortllm.width_pruning.methods.llm_pruner import taylor_importance
-from shortllm.width_pruning.options import WidthOptions, WidthPruning
+from shortllm.width_pruning.options import NarrowedBlock, WidthOptions, WidthPruning
 from shortllm.width_pruning.prune_width import width_from
 from shortllm.width_pruning.structure import find_groups
 
@@ -107,6 +109,15 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[list[list[Tensor]]]:
         handle.remove()
 
 
+def removed_channels(one: NarrowedBlock, place: int, channels: int) -> Tensor:
+    """Which of the inputs of the output projection of the attention (0) or the MLP (1) go."""
+    if place == 1:
+        return torch.tensor(one.removed_neurons, dtype=torch.long)
+    head_dim = channels // one.query_heads
+    starts = torch.tensor(one.removed_query_heads, dtype=torch.long) * head_dim
+    return (starts[:, None] + torch.arange(head_dim)).flatten()
+
+
 @torch.no_grad()
 def silenced(checkpoint: Path, record: WidthPruning, outputs: tuple[str, str]) -> nn.Module:
     """The original with the columns of removed heads and neurons set to zero, by its own names.
@@ -119,12 +130,7 @@ def silenced(checkpoint: Path, record: WidthPruning, outputs: tuple[str, str]) -
     with inputs_of(modules) as seen:
         model(input_ids=families.token_ids(), use_cache=False)
     for place, (module, given) in enumerate(zip(modules, seen, strict=True)):
-        one = record.blocks[place // 2]
-        channels = torch.tensor(one.removed_neurons, dtype=torch.long)
-        if place % 2 == 0:
-            head_dim = module.in_features // one.query_heads
-            starts = torch.tensor(one.removed_query_heads, dtype=torch.long) * head_dim
-            channels = (starts[:, None] + torch.arange(head_dim)).flatten()
+        channels = removed_channels(record.blocks[place // 2], place % 2, module.in_features)
         if record.biases and len(channels):
             mean_C = torch.cat(given).mean(0)[channels]
             bias = module.weight[:, channels].double() @ mean_C
@@ -198,11 +204,123 @@ def test_uniform_bias_goes_into_the_config_where_it_can(tmp_path: Path) -> None:
     families.load(tmp_path / "mistral")
 
 
-def test_biases_of_a_checkpoint_in_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repair", [False, True])
+def test_biases_of_a_checkpoint_in_bfloat16(repair: bool, tmp_path: Path) -> None:
     source = families.save(families.build("qwen3").bfloat16(), tmp_path / "source")
-    narrow(open_checkpoint(source), tmp_path / "out", method="flap", ratio=0.4)
+    narrow(open_checkpoint(source), tmp_path / "out", method="flap", ratio=0.4, repair=repair)
     tensors = open_checkpoint(tmp_path / "out").tensors
     assert {entry.dtype for entry in tensors.values()} == {"BF16"}
+
+
+REPAIRED = {"llama": LLAMA_LIKE, "opt": OUTPUTS["opt"], "gpt2": ("attn.c_proj", "mlp.c_proj")}
+"""Families that have biases, call with other shapes, store inputs x outputs."""
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "flap"])
+@pytest.mark.parametrize("variant", REPAIRED)
+@torch.no_grad()
+def test_repaired_weights_are_those_of_plain_least_squares(
+    variant: str, method: str, tmp_path: Path
+) -> None:
+    outputs = REPAIRED[variant]
+    record = narrow(
+        variant, tmp_path / "out", method=method, ratio=0.6, repair=True, shapes="per-block"
+    )
+    plain = narrow(variant, tmp_path / "plain", method=method, ratio=0.6, shapes="per-block")
+    removed = [one.model_copy(update={"repaired": []}) for one in record.blocks]
+    assert removed == plain.blocks, "the choice is the method's"
+    model = families.load(families.saved(variant))
+    written = blocks_of(shortllm.load(tmp_path / "out", dtype=torch.float32))
+    changed = 0
+    for one in record.blocks:
+        reports = iter(one.repaired)
+        for place, name in enumerate(outputs):
+            module = blocks_of(model)[one.block].get_submodule(name)
+            weight_DC = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            gone = removed_channels(one, place, weight_DC.shape[1])
+            stay = torch.tensor([c for c in range(weight_DC.shape[1]) if c not in gone.tolist()])
+            if len(gone):
+                with inputs_of([module]) as seen:
+                    model(input_ids=families.token_ids(), use_cache=False)
+                [given_NC] = map(torch.cat, seen)
+                change_KD, bias_D, report = plain_repair(
+                    given_NC[:, stay], given_NC[:, gone], weight_DC.double(), stay, gone,
+                    bias=record.biases,
+                )  # fmt: skip
+                found, errors = next(reports), report[1:]
+                assert (found.projection, found.ridge) == (name, report[0])
+                assert (found.error_before, found.error_after) == pytest.approx(errors, rel=1e-4)
+                assert found.error_after <= found.error_before
+                weight_DC[:, stay] += change_KD.T.float()
+                weight_DC[:, gone] = 0
+                if record.biases:
+                    before = 0 if module.bias is None else module.bias
+                    module.bias = nn.Parameter(before + bias_D.float())
+                changed += bool(change_KD.any())
+            new = written[one.block].get_submodule(name)
+            new_DK = new.weight if isinstance(new, nn.Linear) else new.weight.T
+            torch.testing.assert_close(new_DK, weight_DC[:, stay], rtol=0, atol=1e-4)
+            if module.bias is not None:
+                torch.testing.assert_close(new.bias, module.bias, rtol=0, atol=1e-4)
+    assert changed > 4, "no change does better: the comparison is blind"
+
+
+def plain_repair(
+    stay_NK: Tensor, gone_NR: Tensor, weight_DC: Tensor, stay: Tensor, gone: Tensor, *, bias: bool
+) -> tuple[Tensor, Tensor, tuple[float | None, float, float]]:
+    """Change and bias that make up for channels; the ridge, and the error before and after it on
+    the last sample. By the least squares of the equations themselves."""
+    lost_ND = gone_NR @ weight_DC[:, gone].T
+    length = families.token_ids().shape[1]
+    first, last = slice(-length), slice(-length, None)  # of the three samples
+
+    def solved(rows: slice, ridge: float | None) -> tuple[Tensor, Tensor]:
+        x, y = stay_NK[rows], lost_ND[rows]
+        mean_x, mean_y = (one.mean(0) * bias for one in (x, y))
+        x, y = x - mean_x, y - mean_y
+        change = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)
+        if ridge is not None:
+            root = (ridge * x.square().sum(0).mean()).sqrt()
+            x = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
+            change = torch.linalg.lstsq(x, torch.cat([y, torch.zeros_like(change)])).solution
+        return change, mean_y - mean_x @ change
+
+    def error(ridge: float | None) -> float:
+        change, bias_D = solved(first, ridge)
+        left = lost_ND[last] - stay_NK[last] @ change - bias_D
+        whole = lost_ND[last] + stay_NK[last] @ weight_DC[:, stay].T
+        return float(left.square().sum() / whole.square().sum())
+
+    errors = {ridge: error(ridge) for ridge in (None, *RIDGES)}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    return *solved(slice(None), best), (best, errors[None], errors[best])
+
+
+@pytest.mark.slow
+def test_repair_lowers_the_loss_on_other_text(tmp_path: Path) -> None:
+    options = {"method": "flap", "ratio": 0.3, "data": "embedded", "samples": 24, "device": "cpu"}
+    for name, repair in (("plain", False), ("repaired", True)):
+        shortllm.width("embedded", tmp_path / name, repair=repair, **options)
+    names = [str(tmp_path / name) for name in ("plain", "repaired")]
+    found = shortllm.evaluate(
+        names, data=["embedded:test"], max_segments=8, continuations=0, device="cpu"
+    )
+    plain, repaired = (entry.perplexity[0].perplexity for entry in found.models)
+    assert repaired < plain
+
+
+def test_repair_looks_at_text_whatever_the_method(tmp_path: Path) -> None:
+    options = {"importance": "random", "repair": True}
+    assert WidthOptions(ratio=0.5, **options).choices["seed"] == 1234
+    record = narrow("llama", tmp_path / "out", **options)
+    assert record.calibration is not None and all(one.repaired for one in record.blocks)
+    one_sample = calibration(families.token_ids(1))
+    given, session = WidthOptions(ratio=0.5, **options), Session(device="cpu")
+    with pytest.raises(DataError, match="--samples 2 or more, or leave --repair out"):
+        width_from(
+            families.opened("llama"), given, tmp_path / "one", calibration=one_sample,
+            session=session,
+        )  # fmt: skip
 
 
 NEW_PROCESS = """
@@ -500,6 +618,7 @@ def test_groups_of_a_fused_matrix_are_its_own_rows() -> None:
     {"method": "llm-pruner", "importance": "mixed"},
     {"method": "wanda-sp"},
     {"method": "flap"},
+    {"method": "flap", "repair": True},
 ])  # fmt: skip
 def test_streamed_equals_resident(options: dict[str, Any], tmp_path: Path) -> None:
     resident = narrow("gemma2", tmp_path / "resident", stream=False, **options)

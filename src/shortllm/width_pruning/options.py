@@ -81,6 +81,11 @@ class WidthOptions(Options):
         default=None,
         description="Whether flap keeps the mean of what it removes as a bias. Default: yes.",
     )
+    repair: bool = Field(
+        default=False,
+        description="Refit the weights that stay in each output projection, by least squares on "
+        "the calibration text, so that they make up for those that are removed.",
+    )
     shapes: Literal["auto", "uniform", "per-block"] = Field(
         default="auto",
         description="uniform: all blocks alike, a plain checkpoint. per-block: for shortllm.load. "
@@ -101,8 +106,8 @@ class WidthOptions(Options):
 
     @property
     def needs_text(self) -> bool:
-        """Whether the method looks at calibration text."""
-        return METHODS.get(self.method).needs_text(self)
+        """Whether the method, or the repair, looks at calibration text."""
+        return self.repair or METHODS.get(self.method).needs_text(self)
 
     @property
     def one_list(self) -> bool:
@@ -113,7 +118,8 @@ class WidthOptions(Options):
     def choices(self) -> dict[str, Any]:
         """What the result depends on besides the text; random importance depends on the seed."""
         chosen = self.model_dump(mode="json", exclude={"calibration"})
-        return chosen if self.needs_text else {**chosen, "seed": self.calibration.seed}
+        on_text = METHODS.get(self.method).needs_text(self)
+        return chosen if on_text else {**chosen, "seed": self.calibration.seed}
 
     def resolved(self, blocks: int) -> WidthOptions:
         """The same options with every default filled in, for a model of this many blocks."""
@@ -139,6 +145,22 @@ class WidthOptions(Options):
         return self.model_copy(update=update)
 
 
+class RepairedProjection(Record):
+    """New weights of one output projection.
+
+    Errors are those of its output on held-out samples, compared with the same block before the
+    removal: squares, relative to the square of that output.
+    """
+
+    projection: str = Field(description="its name within the block")
+    ridge: float | None = Field(
+        description="ridge strength, relative to the mean squared input; null: no change does "
+        "better on held-out samples"
+    )
+    error_before: float = Field(description="without new weights; with the mean as a bias, if any")
+    error_after: float = Field(description="with those solved on the other samples")
+
+
 class NarrowedBlock(Record):
     """What was removed from one block; numbers are those of the source."""
 
@@ -153,6 +175,9 @@ class NarrowedBlock(Record):
         description="of every kv head with its query heads; higher = keep"
     )
     neuron_importance: list[float] = Field(description="of the removed neurons, in their order")
+    repaired: list[RepairedProjection] = Field(
+        default_factory=list, description="output projections whose weights were fitted again"
+    )
 
 
 class WidthSize(Record):

@@ -3,8 +3,8 @@
 find_groups ──► a method chooses ──► rows and columns that stay ──► a plain checkpoint, or one
 (structure.py)  (methods/)                                          with a shape per block
 
-Kept weights are unchanged to the bit. The config is plain if the family's own fields can describe
-the result.
+Kept weights are unchanged to the bit, unless the output projections are repaired (repair.py). The
+config is plain if the family's own fields can describe the result.
 
 shortllm width MODEL --method flap --ratio 0.2 --out DIR
 """
@@ -12,8 +12,9 @@ shortllm width MODEL --method flap --ratio 0.2 --out DIR
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.data.calibration import Calibration, calibrate
-from shortllm.errors import UnsupportedModelError
+from shortllm.errors import DataError, UnsupportedModelError
+from shortllm.healing.folding import folded_into
 from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
 from shortllm.options import accepts
@@ -46,6 +48,7 @@ from shortllm.surgery.derived import (
 from shortllm.width_pruning.groups import BlockGroups, Removed, removed_counts, without_units
 from shortllm.width_pruning.methods import METHODS, Chosen, Task
 from shortllm.width_pruning.options import NarrowedBlock, WidthOptions, WidthPruning, WidthSize
+from shortllm.width_pruning.repair import repair
 from shortllm.width_pruning.structure import find_groups
 
 NEURON_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
@@ -91,6 +94,7 @@ def width(
             its config cannot describe the requested shapes.
         BudgetError: the ratio removes nothing or everything.
         CriterionError: the importances cannot be ranked.
+        DataError: too few samples.
         CheckpointError: the result does not compute what it should.
         OutputError: `out` contains something else or cannot be written.
     """
@@ -113,6 +117,11 @@ def width_from(
     require_text_model(checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`")
     require_unquantized(checkpoint, "rows and columns cannot be cut out of it")
     seen = calibration if options.needs_text else None
+    if options.repair and seen is not None and len(seen.ids) < 2:
+        raise DataError(
+            "1 sample is too few for --repair: a part of the samples is held out to choose by. "
+            "Give --samples 2 or more, or leave --repair out"
+        )
     expected = derived_fingerprint(
         checkpoint, calibration=seen, session=session, width=options.choices
     )
@@ -149,9 +158,14 @@ def _draft(
         memory=session.memory(),
     )
     chosen: Chosen = METHODS.get(options.method).function(task)
+    if options.repair:
+        chosen = repair(checkpoint, task, chosen)
     entries = _narrowed_tensors(checkpoint, groups, chosen.removed)
     new, biases = _new_tensors(checkpoint, chosen, uniform)
-    with without_units(decoder, groups, chosen.removed, biases):
+    with (
+        folded_into(decoder, chosen.folds),
+        without_units(decoder, groups, chosen.removed, biases),
+    ):
         logits, cached = on_probe(decoder)
     config = uniform[0] if uniform else _per_block_config(checkpoint, groups, chosen)
     total = sum(tensor.numel() for tensor in new.values()) + sum(
@@ -178,7 +192,7 @@ def _draft(
         config=config,
         provenance=provenance_of(checkpoint, [], width=choices),
         bytes=sum(entry.bytes for entry in entries.values()),
-        write=copying(entries, list(new.items())),
+        write=copying(entries, chain(new.items(), _repaired_weights(checkpoint, groups, chosen))),
         verify=verifying(target, session, logits, cached=cached),
     )
 
@@ -349,6 +363,19 @@ def _new_tensors(
     return new, added
 
 
+def _repaired_weights(
+    checkpoint: Checkpoint, groups: Groups, chosen: Chosen
+) -> Iterator[tuple[str, Tensor]]:
+    """New weights of output projections by their stored names, without the removed channels."""
+    for b, fold in chosen.folds.items():
+        for sublayer, units in chosen.removed[b].pairs(groups[b]):
+            name = f"{sublayer.output}.weight"
+            if name in fold:
+                kept = torch.tensor(sublayer.kept(sublayer.output, units))
+                axis = int(sublayer.output not in groups[b].transposed)
+                yield stored_name(checkpoint, b, name), fold[name].index_select(axis, kept)
+
+
 def _narrowed_blocks(groups: Groups, chosen: Chosen) -> list[NarrowedBlock]:
     """What the record says of each block."""
     return [
@@ -366,6 +393,7 @@ def _narrowed_blocks(groups: Groups, chosen: Chosen) -> list[NarrowedBlock]:
             removed_neurons=gone.neurons,
             head_importance=chosen.importance[b].heads.tolist(),
             neuron_importance=chosen.importance[b].neurons[gone.neurons].tolist(),
+            repaired=chosen.repairs.get(b, []),
         )
         for b, gone in sorted(chosen.removed.items())
     ]

@@ -19,10 +19,11 @@ from shortllm.registry import MethodRegistry, RegisteredMethod, import_modules
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shortllm.healing.folding import Fold
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
     from shortllm.width_pruning.groups import BlockGroups, Removed
-    from shortllm.width_pruning.options import WidthOptions
+    from shortllm.width_pruning.options import RepairedProjection, WidthOptions
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +64,10 @@ class Chosen:
     importance: dict[int, BlockImportance]
     biases: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """For each block what to add to the outputs of its output projections, float64 `[D]`."""
+    folds: dict[int, Fold] = field(default_factory=dict)
+    """For each block new weights of its output projections, for all their inputs; from `repair`."""
+    repairs: dict[int, list[RepairedProjection]] = field(default_factory=dict)
+    """What the record says of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
