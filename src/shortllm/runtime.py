@@ -18,7 +18,7 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ByteSize, Field
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+Anything = TypeVar("Anything")
 
 Advance = Callable[[float], None]
 """Called with the amount of work done since its last call, as `progress` yields it."""
@@ -141,7 +143,7 @@ def available_memory(device: torch.device) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes that share the samples of one score (`accelerate launch`, `torchrun`)."""
+    """The processes that share one measurement (`accelerate launch`, `torchrun`)."""
 
     rank: int = 0
     count: int = 1
@@ -152,12 +154,16 @@ class Ranks:
         return self.rank == 0
 
     def mine(self, samples: torch.Tensor) -> torch.Tensor:
-        """This process's share of `[samples, ...]`."""
+        """This process's share of `[samples, ...]`, which must be one or more."""
         if len(samples) < self.count:
             raise ShortLLMError(
                 f"{len(samples)} samples cannot be shared by {self.count} processes. Start "
                 f"{len(samples)} or fewer, or ask for more --samples"
             )
+        return self.share(samples)
+
+    def share(self, samples: torch.Tensor) -> torch.Tensor:
+        """This process's share of `[samples, ...]`; none where there are too few."""
         return samples[self.rank :: self.count]
 
     def share_of_last_quarter(self, samples: int) -> int:
@@ -183,14 +189,14 @@ class Ranks:
         self.add_up([tensor])
         return float(tensor.item())
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all processes, which may differ in shape."""
+    def gather(self, own: Anything) -> list[Anything]:
+        """What each process has; tensors are on the CPU and may differ in shape."""
         if self.count == 1:
-            return [tensor]
+            return [own]
         import torch.distributed
 
         found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, tensor.cpu())
+        torch.distributed.all_gather_object(found, own)
         return found
 
     def wait(self) -> None:

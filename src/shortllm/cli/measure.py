@@ -37,6 +37,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity, zero-shot tasks and samples of models that share a tokenizer.
 
+    Under `accelerate launch -m shortllm eval ...` or `torchrun -m shortllm eval ...` all processes
+    share the windows and the documents of tasks.
+
     Example: shortllm eval Qwen/Qwen3-0.6B qwen3-short --data wikitext2 --tasks paper
     """
     import shortllm

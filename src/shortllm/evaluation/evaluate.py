@@ -38,7 +38,15 @@ from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, walk_flops
 from shortllm.options import accepts
-from shortllm.runtime import Runtime, progress, quiet_transformers, versions
+from shortllm.runtime import (
+    ALONE,
+    Ranks,
+    Runtime,
+    join_ranks,
+    progress,
+    quiet_transformers,
+    versions,
+)
 from shortllm.surgery.apply import open_checkpoints
 
 log = logging.getLogger(__name__)
@@ -57,6 +65,9 @@ def evaluate(
     out: Path | str | None = None,
 ) -> Evaluation:
     """Perplexity, task scores and generated samples of one or more models.
+
+    Under `accelerate launch` or `torchrun` all processes share the windows and the documents of
+    tasks, each of them gets the result, and the main one writes it.
 
     Args:
         models: checkpoint directories or Hub ids, with the same tokenizer.
@@ -77,6 +88,7 @@ def evaluate(
     first, *_ = checkpoints.values()
     if out is not None:
         require_file_target(Path(out))
+    ranks = join_ranks()
     session = Session(runtime)
     tasks = prepare_tasks(list(checkpoints.values()), options, session)
     measured = bool(options.data) or not options.tasks
@@ -87,11 +99,14 @@ def evaluate(
     )
     rows = [load_rows(one) for one in options.data] if measured else []
     texts = _shared_texts(checkpoints, rows, options)
-    found = evaluate_models(list(checkpoints.items()), texts, options, session=session, tasks=tasks)
-    if out is not None:
+    found = evaluate_models(
+        list(checkpoints.items()), texts, options, session=session, tasks=tasks, ranks=ranks
+    )
+    if out is not None and ranks.is_main:
         found.save(Path(out))
         if tasks is not None:
             write_table(found, table_path(Path(out)))
+    ranks.wait()
     return found
 
 
@@ -193,11 +208,12 @@ def evaluate_models(
     *,
     session: Session,
     tasks: TaskSet | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure each named model, one at a time, on texts from a tokenizer that all of them share."""
     measured = {
         # the last one first: a run has just verified it, so that it is still in memory
-        name: _evaluate_one(name, checkpoint, texts, options, session, tasks)
+        name: _evaluate_one(name, checkpoint, texts, options, session, tasks, ranks)
         for name, checkpoint in reversed(models)
     }
     return Evaluation(
@@ -215,17 +231,23 @@ def _evaluate_one(
     options: EvaluationOptions,
     session: Session,
     tasks: TaskSet | None,
+    ranks: Ranks,
 ) -> EvaluatedModel:
     decoder = session.decoder(checkpoint)
-    work = sum(walk_flops(decoder, [NOTHING], *text.segments.ids.shape) for text in texts)
+    shares = [ranks.share(text.segments.ids) for text in texts]
+    work = sum(walk_flops(decoder, [NOTHING], *ids_ST.shape) for ids_ST in shares)
     windows = sum(len(text.segments.ids) for text in texts)
     with progress(f"perplexity of {name} on {windows:,} windows", work) as advance:
         perplexities = [
-            measure_perplexity(decoder, text, memory=session.memory(), advance=advance)
+            measure_perplexity(decoder, text, ranks=ranks, memory=session.memory(), advance=advance)
             for text in texts
         ]
     tokenizer = load_tokenizer(checkpoint)
-    scores = [] if tasks is None else measure_tasks(decoder.model, tokenizer, tasks, name=name)
+    scores = (
+        []
+        if tasks is None
+        else measure_tasks(decoder.model, tokenizer, tasks, name=name, ranks=ranks)
+    )
     samples = None
     if options.continuations and options.prompt and decoder.streamed:
         log.info("no samples of %s: a streamed model would be read once per token", name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from shortllm.data.rows import PACKED_SUFFIXES, load_records
 from shortllm.data.sources import DATA_VARIABLE, data_directory
 from shortllm.embedded import TASKS_DIR
-from shortllm.errors import CheckpointError, DataError, ShortLLMError, first_line_of
+from shortllm.errors import DataError, ShortLLMError, first_line_of
+from shortllm.evaluation.harness import harness_model
 from shortllm.evaluation.options import TaskScore
 from shortllm.files import fingerprint
-from shortllm.runtime import progress, quiet, quiet_transformers
+from shortllm.runtime import ALONE, Ranks, progress, quiet, quiet_transformers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -280,17 +281,19 @@ def _prepare(name: str, task: Any) -> None:
     task.set_fewshot_seed(seed=SHOT_SEED)
 
 
-def measure_tasks(model: Any, tokenizer: Any, tasks: TaskSet, *, name: str) -> list[TaskScore]:
+def measure_tasks(
+    model: Any, tokenizer: Any, tasks: TaskSet, *, name: str, ranks: Ranks = ALONE
+) -> list[TaskScore]:
     """A score of each task, or of each group that has a metric of its own; `name` is shown on the
     progress bar."""
     import torch
     from lm_eval.evaluator import evaluate
 
     with progress(f"tasks of {name}", 1.0) as advance, quiet_harness():
-        harness_model = _harness_model(model, tokenizer, tasks.batch_size, advance)
+        lm = harness_model(model, tokenizer, tasks.batch_size, ranks=ranks, advance=advance)
         try:
             found = evaluate(
-                lm=harness_model,
+                lm=lm,
                 task_dict=tasks.loaded,
                 limit=tasks.limit,
                 bootstrap_iters=BOOTSTRAPS,
@@ -306,40 +309,6 @@ def measure_tasks(model: Any, tokenizer: Any, tasks: TaskSet, *, name: str) -> l
         for requested, members in tasks.members.items()
         for entry in ([requested] if _metrics(found["results"].get(requested, {})) else members)
     ]
-
-
-def _harness_model(
-    model: Any, tokenizer: Any, batch_size: int, advance: Callable[[float], None]
-) -> Any:
-    """The harness's own model class around a loaded model; `advance` gets the share of work."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Watched(HFLM):  # type: ignore[misc]
-        """Reports progress, and stops at logits that are NaN."""
-
-        share = 0.0
-
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> Any:
-            if override_bs is None:  # else these are only a part of the work
-                read = {(*context, *answer[:-1]) for _, context, answer in requests}
-                self.share = 1.0 / len(read)  # equal requests are computed once
-            room = self.max_length + 1  # the last token is only predicted
-            longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
-            if longer:
-                message = "%d of %d prompts with answer exceed %d tokens: their beginning is cut"
-                log.info(message, longer, len(requests), room)
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            logits_BTV = super()._model_call(inps, *args, **kwargs)
-            if logits_BTV.isnan().any():
-                raise CheckpointError("the model's logits are NaN. Try --dtype float32")
-            advance(len(inps) * self.share)
-            return logits_BTV
-
-    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:

@@ -44,7 +44,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity
 from shortllm.model.walk import NOTHING, mean_nlls
-from shortllm.runtime import Advance
+from shortllm.runtime import ALONE, Advance, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,11 +99,14 @@ def measure_perplexity(
     decoder: Decoder,
     text: EvaluationText,
     *,
+    ranks: Ranks = ALONE,
     memory: StreamMemory | None = None,
     advance: Advance = lambda work: None,
 ) -> Perplexity:
-    """Perplexity of a model on one text; `advance` gets floating-point operations."""
-    [nll] = mean_nlls(decoder, text.segments.ids, [NOTHING], memory=memory, advance=advance)
+    """Perplexity of a model on one text, whose segments all processes share; `advance` gets
+    floating-point operations."""
+    ids_ST = ranks.share(text.segments.ids)
+    [nll] = mean_nlls(decoder, ids_ST, [NOTHING], ranks=ranks, memory=memory, advance=advance)
     return text.perplexity(nll)
 
 

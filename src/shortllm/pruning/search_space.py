@@ -125,10 +125,7 @@ class BlockSearch:
 
     def _of_all(self, value: float) -> list[float]:
         """A number of each process."""
-        import torch
-
-        found = self._scorer.ranks.gather(torch.tensor(value, dtype=torch.float64))
-        return [float(one) for one in found]
+        return self._scorer.ranks.gather(value)
 
     def _part(self, start: int, stop: int) -> Tensor:
         """This process's share of the samples numbered from `start` to before `stop`."""

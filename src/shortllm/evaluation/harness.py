@@ -1,0 +1,107 @@
+"""A loaded model as lm-evaluation-harness runs it, with the documents shared by processes.
+
+The harness itself counts one process. Each process has all requests, answers those to its own
+documents and gets the other answers, so each has the scores of all documents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.files import fingerprint
+from shortllm.runtime import Advance, Ranks
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+def shared_answers(
+    answer: Callable[[list[Instance]], list[Answer]], requests: Sequence[Instance], ranks: Ranks
+) -> list[Answer]:
+    """The answers to all requests in their order; each process gives those to its documents.
+
+    The requests of one document stay together: they often differ in one token, and are then
+    computed once.
+    """
+    require_same_requests(requests, ranks)
+    documents: dict[tuple[str, int], int] = {}
+    owners = [
+        documents.setdefault((one.task_name, one.doc_id), len(documents)) % ranks.count
+        for one in requests
+    ]
+    own = [one for one, owner in zip(requests, owners, strict=True) if owner == ranks.rank]
+    shares = [iter(answers) for answers in ranks.gather(answer(own))]
+    return [next(shares[owner]) for owner in owners]
+
+
+def require_same_requests(requests: Sequence[Instance], ranks: Ranks) -> None:
+    """Refuse tasks that each process asks in another way: those that draw without a seed."""
+    if ranks.count == 1:
+        return
+    asked: dict[str, list[Any]] = {}
+    for one in requests:
+        asked.setdefault(one.task_name, []).append(one.args)
+    found = ranks.gather({name: fingerprint(arguments) for name, arguments in asked.items()})
+    drawn = sorted({name for other in found for name in other if other[name] != found[0].get(name)})
+    if drawn:
+        raise ShortLLMError(
+            f"{', '.join(drawn)}: each process draws other questions or choices, so processes "
+            "cannot share the documents. Leave these tasks out, or start one process"
+        )
+
+
+def harness_model(
+    model: Any, tokenizer: Any, batch_size: int, *, ranks: Ranks, advance: Advance
+) -> Any:
+    """The harness's own model class around a loaded model; `advance` gets the share of work."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):  # type: ignore[misc]
+        """Answers its share of the requests, reports progress, and stops at logits that are NaN."""
+
+        part = 0.0
+        """One sequence as a share of this process's work."""
+
+        def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+            return shared_answers(super().loglikelihood, requests, ranks)
+
+        def loglikelihood_rolling(
+            self, requests: list[Instance], disable_tqdm: bool = False
+        ) -> Any:
+            return shared_answers(super().loglikelihood_rolling, requests, ranks)
+
+        def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+            return shared_answers(super().generate_until, requests, ranks)
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            if override_bs is None:  # else these are only a part of the work
+                read = {(*context, *answer[:-1]) for _, context, answer in requests}
+                self.part = 1.0 / max(1, len(read))  # equal requests are computed once
+                room = self.max_length + 1  # the last token is only predicted
+                longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
+                _say_what_is_cut(ranks.total(longer), ranks.total(len(requests)), room)
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits_BTV = super()._model_call(inps, *args, **kwargs)
+            if logits_BTV.isnan().any():
+                raise CheckpointError("the model's logits are NaN. Try --dtype float32")
+            advance(len(inps) * self.part)
+            return logits_BTV
+
+    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _say_what_is_cut(longer: float, prompts: float, room: int) -> None:
+    if longer:
+        message = "%d of %d prompts with answer exceed %d tokens: their beginning is cut"
+        log.info(message, longer, prompts, room)
