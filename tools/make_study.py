@@ -135,12 +135,15 @@ class Study:
 
     def choose(self, one: Studied, blocks: int, count: int, names: list[str]) -> None:
         """What these criteria remove."""
-        options: dict[str, dict[str, Any]] = {name: {"held_out": HELD_OUT} for name in SEARCHES}
+        criteria = [name.partition(",")[0] for name in names]
+        options: dict[str, dict[str, Any]] = {
+            name: {"held_out": HELD_OUT} for name in SEARCHES if name in criteria
+        }
         if names == [HEAL_AWARE]:
             options["auto"]["healing"] = "regression"
         found = shortllm.compare_criteria(
             one.model,
-            criteria=[name.partition(",")[0] for name in names],
+            criteria=criteria,
             options=options,
             ratios=[(count + 0.01) / blocks],
             data=one.text,
