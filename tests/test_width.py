@@ -591,6 +591,15 @@ def test_models_whose_heads_cannot_go_are_refused_by_name(
         narrow(variant, tmp_path / "out", method="wanda-sp")
 
 
+def test_quantized_weights_are_refused_by_name(tmp_path: Path) -> None:
+    source = families.save(families.build("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="source is quantized, so rows and columns"):
+        narrow(open_checkpoint(source), tmp_path / "out", method="flap", repair=True)
+
+
 UNIFORM = ("gemma", "gemma3_text", "granite", "smollm3", "starcoder2")
 PER_BLOCK = ("gpt2", "gptj", "phi", "falcon-new", "opt-projected")
 
