@@ -29,9 +29,11 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.healing import least_squares
 from shortllm.healing.folding import find_added
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.healing.least_squares import (
+    RIDGES,
     Change,
     GapSums,
     choose_ridge,
@@ -411,6 +413,35 @@ def test_the_error_of_sums_is_the_error_of_tokens() -> None:
     best = solve(moments, 1e-9).weights_ID
     direct_best = torch.linalg.lstsq(added, wanted - after).solution
     torch.testing.assert_close(best, direct_best, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gain", [True, False])
+def test_a_part_of_the_columns_chooses_the_ridge(
+    gain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    change = torch.randn(12, 40, generator=generator)
+
+    def sums(tokens: int) -> GapSums:
+        x_NI, after_ND, noise_ND = (
+            torch.randn(tokens, columns, generator=generator) for columns in (12, 40, 40)
+        )
+        moments = GapSums(12, 40, CPU, weighted=False, gain=gain)
+        moments.add(x_NI, after_ND, 1.1 * after_ND + x_NI @ change + 4.0 * noise_ND)
+        return moments
+
+    fitted, held_out = sums(20), sums(200)
+    errors = {ridge: held_out.error(solve(fitted, ridge)) for ridge in RIDGES}
+    all_columns = choose_ridge(fitted, held_out)
+    assert all_columns == (min(errors, key=errors.__getitem__), min(errors.values()))
+    monkeypatch.setattr(least_squares, "COLUMNS", 10)
+    ridge, left = choose_ridge(fitted, held_out)
+    part = slice(None, None, 4)
+    few = {
+        ridge: held_out.columns(part).error(solve(fitted.columns(part), ridge)) for ridge in RIDGES
+    }
+    assert ridge == min(few, key=few.__getitem__)
+    assert left == pytest.approx(errors[ridge], rel=1e-12)
 
 
 def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:

@@ -58,6 +58,9 @@ from shortllm.runtime import Ranks, progress
 
 log = logging.getLogger(__name__)
 
+COLUMNS = 512
+"""About how many columns of R choose the ridge."""
+
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
 
@@ -107,10 +110,10 @@ class GapSums:
         """‖H‖²"""
         self.stretch_ID = torch.zeros_like(self.cross_ID) if gain else None
         """XᵀZ"""
-        self.existing = 0.0
-        """‖Z‖²"""
-        self.overlap = 0.0
-        """<Z, R>"""
+        self.existing_D = torch.zeros(width, dtype=torch.float64, device=device)
+        """‖Z‖² of each column"""
+        self.overlap_D = torch.zeros(width, dtype=torch.float64, device=device)
+        """<Z, R> of each column"""
 
     def add(
         self, x_NI: Tensor, after_ND: Tensor, wanted_ND: Tensor, state_ND: Tensor | None = None
@@ -139,8 +142,8 @@ class GapSums:
         self.wanted += wanted_ND.square().sum().item()
         if self.stretch_ID is not None:
             self.stretch_ID += x_NI.T @ after_ND
-            self.existing += after_ND.square().sum().item()
-            self.overlap += (after_ND * missing_ND).sum().item()
+            self.existing_D += after_ND.square().sum(0)
+            self.overlap_D += (after_ND * missing_ND).sum(0)
 
     def take(self, other: GapSums) -> None:
         """Add the sums over other tokens; in place, as the matrices may be large."""
@@ -150,17 +153,17 @@ class GapSums:
         self.wanted += other.wanted
         if self.stretch_ID is not None and other.stretch_ID is not None:
             self.stretch_ID += other.stretch_ID
-        self.existing += other.existing
-        self.overlap += other.overlap
+        self.existing_D += other.existing_D
+        self.overlap_D += other.overlap_D
 
     def add_up(self, ranks: Ranks) -> None:
         """Add the sums of all processes."""
-        numbers = torch.tensor([self.wanted, self.existing, self.overlap], dtype=torch.float64)
-        matrices = [self.products_II, self.cross_ID, self.missing_D]
+        wanted = torch.tensor(self.wanted, dtype=torch.float64)
+        sums = [self.products_II, self.cross_ID, self.missing_D, wanted]
         if self.stretch_ID is not None:
-            matrices.append(self.stretch_ID)
-        ranks.add_up([*matrices, numbers])
-        self.wanted, self.existing, self.overlap = numbers.tolist()
+            sums += [self.stretch_ID, self.existing_D, self.overlap_D]
+        ranks.add_up(sums)
+        self.wanted = wanted.item()
 
     def rows(self, chosen: slice) -> GapSums:
         """The sums for some columns of X, as views."""
@@ -175,12 +178,25 @@ class GapSums:
         """The sums for some columns of R, as views; `wanted` stays that of all."""
         found = copy.copy(self)
         found.cross_ID, found.missing_D = self.cross_ID[:, chosen], self.missing_D[chosen]
+        if self.stretch_ID is not None:
+            found.stretch_ID = self.stretch_ID[:, chosen]
+            found.existing_D, found.overlap_D = self.existing_D[chosen], self.overlap_D[chosen]
         return found
 
     @property
     def missing(self) -> float:
         """‖R‖²"""
         return self.missing_D.sum().item()
+
+    @property
+    def existing(self) -> float:
+        """‖Z‖²"""
+        return self.existing_D.sum().item()
+
+    @property
+    def overlap(self) -> float:
+        """<Z, R>"""
+        return self.overlap_D.sum().item()
 
     def error(self, change: Change) -> float:
         """‖α X C + a Z - R‖²"""
@@ -257,23 +273,31 @@ def choose_ridge(
     fitted: GapSums, held_out: GapSums, given: float | None = None, *, diagonal: bool = False
 ) -> tuple[float | None, float]:
     """The ridge whose change, solved on some tokens, leaves the least squared error on others; and
-    that error. Where none is given, no change at all is also a choice."""
-    still = float("inf") if given else held_out.missing
+    that error. Where none is given, no change at all is also a choice.
+
+    Wide models choose by a part of the columns of R, evenly spread: one ridge is for all of them.
+    """
+    few = slice(None, None, 1 if diagonal else max(fitted.cross_ID.shape[1] // COLUMNS, 1))
+    parts = fitted.columns(few), held_out.columns(few)
+    errors: dict[float, float] = {}
+
+    def error(ridge: float) -> float:
+        if ridge not in errors:
+            errors[ridge] = parts[1].error(solve(parts[0], ridge, diagonal=diagonal))
+        return errors[ridge]
+
     ridges = (given,) if given else RIDGES
-    errors: dict[int, float] = {}
-
-    def error(place: int) -> float:
-        if place not in errors:
-            change = solve(fitted, ridges[place], diagonal=diagonal)
-            errors[place] = held_out.error(change)
-        return errors[place]
-
     best, place = -1, len(ridges) // 2
     while best != place:  # the error falls and then rises with the ridge
         best = place
         around = range(max(best - 1, 0), min(best + 2, len(ridges)))
-        place = min(around, key=lambda one: (error(one), one != best))
-    return (ridges[best], errors[best]) if errors[best] < still else (None, still)
+        place = min(around, key=lambda one: (error(ridges[one]), one != best))
+    left = error(ridges[best])
+    if few.step > 1:
+        left = held_out.error(solve(fitted, ridges[best], diagonal=diagonal))
+    if given or left < held_out.missing:
+        return ridges[best], left
+    return None, held_out.missing
 
 
 def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
