@@ -117,7 +117,7 @@ class Study:
         write_text(self.path, json.dumps(self.rows, indent=1) + "\n")
 
     def of(self, name: str, count: int) -> list[dict[str, Any]]:
-        """The rows of a model without so many blocks."""
+        """The rows of a model without `count` blocks."""
         here = ((row["model"], len(row["removed"])) for row in self.rows)
         return [row for row, key in zip(self.rows, here, strict=True) if key == (name, count)]
 
