@@ -9,6 +9,7 @@ from typing import Any
 
 import families
 import pytest
+import test_experts
 import torch
 from test_healing import healed
 from torch import Tensor
@@ -56,7 +57,7 @@ def healed_nll(found: GapRepairs, removed: tuple[int, ...], ids_BT: Tensor) -> f
 
 
 @pytest.mark.parametrize("method", ["linear", "regression"])
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2", "mixtral"])
 def test_a_walk_with_repairs_measures_each_healed_model(variant: str, method: str) -> None:
     found = repairs(variant, method=method)
     ids_BT = families.token_ids(5)
@@ -203,8 +204,8 @@ def test_bad_options_are_refused() -> None:
         resolve("greedy", {"healing": "linear", "inner": "taylor"})
     with pytest.raises(UnsupportedModelError, match="no linear projection"):
         families.score(
-            Decoder(families.loaded("mixtral")), families.token_ids(8), "local",
-            checkpoint=families.opened("mixtral"), options={"local": {"healing": "linear"}},
+            Decoder(test_experts.loaded("dbrx")), families.token_ids(8), "local",
+            checkpoint=test_experts.opened("dbrx"), options={"local": {"healing": "linear"}},
             healing_BT=text(),
         )  # fmt: skip
 

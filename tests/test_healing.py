@@ -92,9 +92,6 @@ NORMS = {
 }
 """Family -> what it calls the norm behind its MLP; the last one is behind the addition too."""
 
-REFUSED = ("mixtral",)
-"""In the place of their MLP are experts."""
-
 CPU = torch.device("cpu")
 REMOVED = {"contiguous": [2, 3], "scattered": [1, 3, 4]}
 
@@ -354,13 +351,6 @@ def read(entry: Any) -> bytes:
     return bytes(entry.file.read_bytes()[entry.offset : entry.offset + entry.bytes])
 
 
-@pytest.mark.parametrize("variant", families.by_tier(REFUSED))
-def test_no_place_for_a_map_is_refused(variant: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="no linear projection whose output is added"):
-        healed(variant, [2], tmp_path)
-    assert not (tmp_path / "healed").exists()
-
-
 def test_a_strong_ridge_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     healed("llama", [2, 4], tmp_path, ridge=1e12)
     short, after = (logits(families.load(tmp_path / name)) for name in ("short", "healed"))
@@ -544,8 +534,6 @@ def test_the_projection_is_found_in_bfloat16_and_where_it_adds_nothing() -> None
         [_, mlp] = find_added(Decoder(families.build(variant).bfloat16()), [1])[1]
         assert (mlp.name, mlp.projection.name) == (NORMS[variant], "mlp.down_proj")
         assert mlp.norm is not None and mlp.norm.offset == offset
-    with pytest.raises(UnsupportedModelError, match="no linear projection"):
-        find_added(Decoder(families.build("mixtral").bfloat16()), [1])
 
 
 def test_the_source_is_left_as_it_was() -> None:

@@ -3,8 +3,9 @@
 By experiment: numbers are added to the output of one projection after the other. If the block's
 output moves by exactly that, times one factor (1 in most families, the residual multiplier of
 granite), only an addition follows the projection, and a map of its output can be folded into its
-weights. An expert is followed by a choice: there the output moves differently. Where norms follow
-attention and MLP (gemma2, olmo2), the experiment is made with them instead.
+weights. An expert is followed by a choice: there the output moves differently, and the experiment
+is made with the module that returns the sum of all of them (`experts.py`). Where norms follow
+attention and MLP (gemma2, olmo2), it is made with these.
 
 The last one is looked for first. The output of the attention of a serial block also goes into its
 MLP, so others are looked for while those behind them return what they returned before. A map is
@@ -20,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,14 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.structure import is_projection
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
+from shortllm.healing.experts import (
+    FLOATS,
+    Factor,
+    Output,
+    around_stacked,
+    find_outputs,
+    find_stored,
+)
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.surgery.derived import require_stored, stored_name
 
@@ -39,8 +48,9 @@ TOKENS = 4
 SIZES = (1.0, 30.0)
 """How far outputs are moved, relative to the hidden state; only an addition passes both."""
 
-Fold = dict[str, Tensor]
-"""New weights of one projection, as they are stored, by their names within the block."""
+Fold = dict[str, Tensor | Factor]
+"""New weights as they are stored, or what weights are multiplied by, by their names within the
+block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +64,7 @@ class NormGains:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A projection, or a norm, whose output is added to the hidden state."""
+    """A projection, a norm, or experts, whose output is added to the hidden state."""
 
     name: str
     """Within the block."""
@@ -66,6 +76,8 @@ class Added:
     """For a norm, its gains."""
     source: Added | None = None
     """For a norm, the projection that it gets its input from."""
+    experts: tuple[Output, ...] = ()
+    """For experts, what their output is proportional to."""
 
     @property
     def projection(self) -> Added:
@@ -79,33 +91,94 @@ class Added:
         return self.norm.weight_D.double() + self.norm.offset
 
 
-def find_added(decoder: Decoder, blocks: Sequence[int]) -> dict[int, list[Added]]:
-    """For each of `blocks` the modules whose output is added to the hidden state, one or more, in
-    the order in which they run: projections, or where a norm follows them, the norms."""
+def find_added(
+    decoder: Decoder, blocks: Sequence[int], checkpoint: Checkpoint | None = None
+) -> dict[int, list[Added]]:
+    """For each of `blocks` the modules whose output is added to the hidden state, one or more, none
+    of which gets what a later one returns: projections and experts, or where a norm follows, norms.
+
+    With a checkpoint, experts have the names of their stored tensors.
+    """
     obstacle = decoder.obstacle()
     if obstacle is not None:
         raise UnsupportedModelError(obstacle)
     ids_BT = torch.arange(1, TOKENS + 1)[None] % decoder.vocabulary
     entry = decoder.enter(ids_BT)
-    return {b: _find(decoder, b, entry) for b in decoder.through(blocks)}
+    found: dict[int, list[Added]] = {}
+    for b in decoder.through(blocks):
+        found[b] = _find(decoder, b, entry)
+        if checkpoint is not None:
+            others = [one for other in found.values() for added in other for one in added.experts]
+            found[b] = _with_stored(checkpoint, decoder, b, found[b], others)
+    return found
 
 
 def find_foldable(
     checkpoint: Checkpoint, decoder: Decoder, blocks: Sequence[int]
 ) -> dict[int, list[Added]]:
     """The same, if the checkpoint stores their weights as floats."""
-    found = find_added(decoder, blocks)
+    found = find_added(decoder, blocks, checkpoint)
     for b, modules in found.items():
         for added in (*modules, *(one.source for one in modules if one.source is not None)):
+            if added.experts:
+                continue
             entry = require_stored(
                 checkpoint, b, added.name, needed_to="fold a map into a projection"
             )
-            if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+            if entry.dtype not in FLOATS:
                 raise UnsupportedModelError(
                     f"{checkpoint.id} stores '{entry.name}' as {entry.dtype}, and a map cannot be "
                     "folded into quantized weights. Give the unquantized model"
                 )
     return found
+
+
+def _with_stored(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    b: int,
+    modules: Sequence[Added],
+    others: Sequence[Output],
+) -> list[Added]:
+    """The modules of block `b`, experts with the names of their stored tensors.
+
+    Experts with no such names are left out if they are not the last module, which is changed.
+
+    Args:
+        others: those of experts of other blocks: under the same names are the same tensors.
+    """
+    found: list[Added] = []
+    for added in modules:
+        outputs: list[Output] = []
+        for one in added.experts:
+            weight = decoder.blocks[b].get_parameter(one.name)
+            alike = (
+                other for other in others if _is_stored_like(checkpoint, b, one, weight, other)
+            )
+            known = next(alike, None)
+            stored = None if known else find_stored(checkpoint, b, weight, one.axis)
+            if stored is not None:
+                known = replace(one, stored=stored[0], dtype=stored[1])
+            if known is not None:
+                outputs.append(known)
+            elif added is modules[-1]:
+                raise UnsupportedModelError(
+                    f"{checkpoint.id} stores '{one.name}' of block {b} neither as the model has it "
+                    "nor expert by expert, so what its experts add cannot be changed. If it is "
+                    "quantized, give the unquantized model"
+                )
+        if len(outputs) == len(added.experts):
+            found.append(replace(added, experts=tuple(outputs)))
+    return found
+
+
+def _is_stored_like(
+    checkpoint: Checkpoint, b: int, one: Output, weight: Tensor, other: Output
+) -> bool:
+    """Whether a parameter of block `b` is stored under the names that another block has for it."""
+    entries = [checkpoint.tensors.get(stored_name(checkpoint, b, name)) for name in other.stored]
+    elements = sum(entry.elements for entry in entries if entry and entry.dtype in FLOATS)
+    return one.name == other.name and elements == weight.numel()
 
 
 @torch.no_grad()
@@ -114,31 +187,66 @@ def _find(decoder: Decoder, b: int, entry: Entry) -> list[Added]:
     named = {
         name: one for name, one in block.named_modules() if is_projection(one) or _gains_of(one)
     }
-    with watching(block, list(named)) as seen:
+    stacked = around_stacked(block)
+    with watching(block, [*named, *stacked]) as seen:
         decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
     outputs = {
         name: output
         for name, (_, output) in seen.items()
-        if output.shape[-1] == width and output.numel() == TOKENS * width
+        if output.shape[-1] == width and output.numel() == entry.stream_BTD.numel()
     }
-    for wanted in (True, False):
+    held: dict[str, Tensor] = {}
+
+    def look(projections: bool) -> list[Added]:
+        """The projections, or the norms, that are not known yet."""
         found: list[Added] = []
-        held: dict[str, Tensor] = {}
         for name in reversed(outputs):  # in the order in which they run
-            module = named[name]
-            if is_projection(module) is not wanted:
+            if name in held or name not in named or is_projection(named[name]) is not projections:
                 continue
             scale = _scale(decoder, b, entry, name, outputs[name], held)
             if scale is not None:
                 found.insert(0, _added(named, name, scale, seen))
                 held[name] = outputs[name]
-        if found:
-            return found
+        return found
+
+    found = look(projections=True)
+    experts: list[Added] = []
+    for name in stacked:
+        inside = any(name.startswith(f"{one.name}.") for one in experts)
+        around = any(one.startswith(f"{name}.") for one in held)
+        if name not in outputs or inside or around:
+            continue
+        scale = _scale(decoder, b, entry, name, outputs[name], held)
+        parameters = () if scale is None else _outputs_of(decoder, b, entry, name)
+        if scale is not None and parameters:
+            experts.append(Added(name, scale, experts=parameters))
+            held[name] = outputs[name]
+    before = look(projections=True) if experts else []
+    found = [*before, *experts, *found] or look(projections=False)
+    if found:
+        return found
     config: Any = decoder.model.config
     raise UnsupportedModelError(
-        f"block {b} of model type '{config.model_type}' has no linear projection whose output is "
-        "added to the hidden state unchanged, nor a norm behind one (it may have experts), so "
-        "nothing can be folded into it. Heal it with `shortllm retrain`"
+        f"block {b} of model type '{config.model_type}' has no linear projection, norm or experts "
+        "whose output is added to the hidden state unchanged, so nothing can be folded into it. "
+        "Heal it with `shortllm retrain`"
+    )
+
+
+def _outputs_of(decoder: Decoder, b: int, entry: Entry, name: str) -> tuple[Output, ...]:
+    """What the output of experts is proportional to; empty if there is no such."""
+    module = decoder.blocks[b].get_submodule(name)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        copied = tuple(one.clone() if isinstance(one, Tensor) else one for one in args)
+        calls.append((copied, kwargs))
+
+    with module.register_forward_pre_hook(keep, with_kwargs=True):
+        decoder.apply(b, entry.stream_BTD.clone(), entry.calls[b])
+    axes = find_outputs(module, *calls[0]) or {}
+    return tuple(
+        Output(f"{name}.{own}", axis, module.get_parameter(own).dtype) for own, axis in axes.items()
     )
 
 
@@ -157,7 +265,7 @@ def _added(
         (
             Added(other, 1.0, transposed=not isinstance(named[other], nn.Linear))
             for other, (_, output) in seen.items()
-            if is_projection(named[other]) and output.shape == given.shape
+            if other in named and is_projection(named[other]) and output.shape == given.shape
             and torch.equal(output, given)
         ),
         None,
@@ -176,7 +284,10 @@ def _gains_of(module: nn.Module) -> NormGains | None:
     for value in (0.0, 1.0):
         for parameter in probe.parameters():
             parameter.detach().fill_(value if parameter is probe.weight else 0.0)
-        found.append(probe(states).flatten())
+        try:
+            found.append(probe(states).flatten())
+        except TypeError:  # one that gets a gate too
+            return None
     unit = found[1] - found[0]
     offset = (found[0] @ unit / (unit @ unit)).item()
     if not abs(offset - round(offset)) < 1e-3:
@@ -286,27 +397,19 @@ def regain(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> F
     factor_D = 1 + change_DD.diagonal().cpu()
     found: Fold = {}
     for kind, offset in (("weight", added.norm.offset), ("bias", 0)):
-        found |= multiplied(checkpoint, b, f"{added.name}.{kind}", factor_D, offset)
+        name = f"{added.name}.{kind}"
+        entry = checkpoint.tensors.get(stored_name(checkpoint, b, name))
+        if entry is not None:
+            held = read_tensor(entry)
+            found[name] = ((held.double() + offset) * factor_D - offset).to(held.dtype)
     return found
 
 
-def multiplied(
-    checkpoint: Checkpoint,
-    b: int,
-    name: str,
-    factor: Tensor | float,
-    offset: int = 0,
-    fold: Fold | None = None,
-) -> Fold:
-    """A tensor of a block times a factor, as it is in `fold` or else stored; empty where there is
-    none. With an `offset`, that of the weights plus the offset is multiplied."""
-    held = (fold or {}).get(name)
-    if held is None:
-        entry = checkpoint.tensors.get(stored_name(checkpoint, b, name))
-        if entry is None:
-            return {}
-        held = read_tensor(entry)
-    return {name: ((held.double() + offset) * factor - offset).to(held.dtype)}
+def rescale(checkpoint: Checkpoint, b: int, added: Added, change_DD: Tensor) -> Fold:
+    """What weights of experts are multiplied by so that the output is times `1 + change_DD` of each
+    channel."""
+    factor_D = 1 + change_DD.diagonal().cpu()
+    return {one.name: one.factor(factor_D) for one in added.experts}
 
 
 @contextmanager
@@ -315,17 +418,20 @@ def folded_into(
 ) -> Iterator[None]:
     """Within the context, the decoder computes with other weights, in memory or streamed, and
     multiplies the hidden state behind some blocks by a factor."""
-    replaced: dict[Any, dict[str, nn.Parameter]] = {}
+    replaced: dict[nn.Module, dict[str, nn.Parameter | Factor]] = {}
     with ExitStack() as hooks:
         for b, gain in (gains or {}).items():
             hook = partial(_multiply, gain)
             hooks.enter_context(decoder.blocks[b].register_forward_hook(hook))
         for b, tensors in folds.items():
-            for name, tensor in tensors.items():
+            for name, new in tensors.items():
                 path, _, own = name.rpartition(".")
-                here = tensor.to(decoder.device, decoder.dtype)
                 weights = replaced.setdefault(decoder.blocks[b].get_submodule(path), {})
-                weights[own] = nn.Parameter(here, requires_grad=False)
+                if isinstance(new, Factor):
+                    weights[own] = replace(new, value=new.value.to(decoder.device))
+                else:
+                    here = new.to(decoder.device, decoder.dtype)
+                    weights[own] = nn.Parameter(here, requires_grad=False)
         for module, weights in replaced.items():
             module.forward = partial(_with_weights, module, weights)
             hooks.callback(module.__dict__.pop, "forward", None)
@@ -333,11 +439,14 @@ def folded_into(
 
 
 def _with_weights(
-    module: nn.Module, weights: dict[str, nn.Parameter], *args: Any, **kwargs: Any
+    module: Any, weights: dict[str, nn.Parameter | Factor], *args: Any, **kwargs: Any
 ) -> Any:
     """Call a module with some other weights; streamed ones are in the module only meanwhile."""
     own = {name: module._parameters[name] for name in weights}
-    module._parameters.update(weights)
+    for name, new in weights.items():
+        if isinstance(new, Factor):
+            new = nn.Parameter(new.times(own[name].detach()), requires_grad=False)
+        module._parameters[name] = new
     try:
         return type(module).forward(module, *args, **kwargs)
     finally:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,13 @@ from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.structure import is_projection
+from shortllm.checkpoint.tensors import read_tensor
 from shortllm.errors import UnsupportedModelError
-from shortllm.healing.folding import TOKENS, Added, Fold, find_foldable, multiplied, watching
+from shortllm.healing.experts import Factor
+from shortllm.healing.folding import TOKENS, Added, Fold, find_foldable, watching
 from shortllm.model.decoder import BlockCall, Decoder
-from shortllm.surgery.derived import require_stored
+from shortllm.model.loading import TYPES
+from shortllm.surgery.derived import require_stored, stored_name
 
 PROBE = 2.0
 """The factor that is tried: a power of two, so that nothing is rounded in any precision."""
@@ -44,29 +47,54 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Scalable:
-    """What has to be changed in a block so that its output scales with its input."""
+    """What has to be changed in a block so that its output scales with its input, and how to write
+    changes."""
 
     added: list[Added]
     """Divided by the factor."""
     readers: list[str] = field(default_factory=list)
     """Projections that read the hidden state as it is: multiplied by the factor."""
 
+    def divided(self, checkpoint: Checkpoint, b: int, factor: float, fold: Fold) -> Fold:
+        """`fold`, and what else of block `b` changes, for a hidden state divided by the factor."""
+        found = dict(fold)
+        if factor == 1:
+            return found
+        for added in self.added:
+            for output in added.experts:
+                held = found.get(output.name, output.factor(torch.ones(1)))
+                assert isinstance(held, Factor)
+                found[output.name] = replace(held, value=held.value / factor)
+            offset = added.norm.offset if added.norm is not None else 0
+            _multiply(checkpoint, b, f"{added.name}.weight", 1 / factor, found, offset)
+            _multiply(checkpoint, b, f"{added.name}.bias", 1 / factor, found)
+        for name in self.readers:
+            _multiply(checkpoint, b, f"{name}.weight", factor, found)
+        return found
+
     def weights(
         self, checkpoint: Checkpoint, b: int, factor: float, fold: Fold
     ) -> Iterator[tuple[str, Tensor]]:
-        """The new weights by their names within the block, one at a time, from `fold` where it has
-        them, else as they are stored; then what else `fold` has."""
-        left = dict(fold)
-        for added in self.added:
-            offset = added.norm.offset if added.norm is not None else 0
-            for kind, own in (("weight", offset), ("bias", 0)):
-                name = f"{added.name}.{kind}"
-                yield from multiplied(checkpoint, b, name, 1 / factor, own, left).items()
-                left.pop(name, None)
-        for name in self.readers:
-            yield from multiplied(checkpoint, b, f"{name}.weight", factor, 0, left).items()
-            left.pop(f"{name}.weight", None)
-        yield from left.items()
+        """The stored tensors of all that, by their names within the block, one at a time."""
+        outputs = {one.name: one for added in self.added for one in added.experts}
+        for name, new in self.divided(checkpoint, b, factor, fold).items():
+            if isinstance(new, Tensor):
+                yield name, new
+            elif name in outputs:
+                yield from outputs[name].weights(checkpoint, b, new)
+            else:
+                held = checkpoint.tensors[stored_name(checkpoint, b, name)]
+                yield name, new.times(read_tensor(held))
+
+
+def _multiply(
+    checkpoint: Checkpoint, b: int, name: str, factor: float, fold: Fold, offset: int = 0
+) -> None:
+    """Multiply a tensor of a block in `fold`, if it is stored."""
+    entry = checkpoint.tensors.get(stored_name(checkpoint, b, name))
+    if entry is not None:
+        new, times = fold.get(name), Factor(torch.tensor(factor), TYPES[entry.dtype], offset)
+        fold[name] = times.times(new) if isinstance(new, Tensor) else times
 
 
 def divisors(gains: Mapping[int, float], blocks: Collection[int]) -> dict[int, float]:

@@ -8,7 +8,8 @@ The result is a plain checkpoint with the same names, shapes and types, and no n
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,13 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
-from shortllm.healing.folding import Fold
+from shortllm.healing.experts import Factor
+from shortllm.healing.folding import Fold, folded_into
 from shortllm.healing.gain import divisors
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
 from shortllm.model import Session
-from shortllm.model.loading import stored_dtype
+from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
@@ -127,7 +129,7 @@ def heal_from(
         require_same_weights(checkpoint, source, kept)
         task = task_of()
         healed, strength, held_out = _fitted(task)
-        with healed.applied(task.decoder):
+        with _as_written(source, kept, healed, task.decoder):
             logits, cached = on_probe(task.decoder, task.removed)
         record = {
             "source": source.info(),
@@ -142,12 +144,11 @@ def heal_from(
             "length": calibration.ids.shape[1],
             "dtype": session.dtype(source),
         }
-        rounded = bool(healed.gains) and stored_dtype(source).itemsize < 4
         how = {
             "version": __version__,
             "method": options.method,
             "data": calibration.info.source,
-            "blocks": sorted({*healed.folds, *divisors(healed.gains, kept)}),
+            "blocks": sorted(_divisors(kept, healed)),
             "fingerprint": expected,
         }
         new = (
@@ -160,7 +161,7 @@ def heal_from(
             provenance={**checkpoint.raw_config[PROVENANCE], "healed": how},
             bytes=checkpoint.bytes,
             write=copying(checkpoint.tensors, new),
-            verify=verifying(target, session, logits, cached=cached, rounded=rounded),
+            verify=verifying(target, session, logits, cached=cached),
         )
 
     if ranks.is_main:
@@ -287,14 +288,28 @@ def _new_weights(
     source: Checkpoint, kept: Sequence[int], healed: Healed
 ) -> Iterator[tuple[int, str, Tensor]]:
     """The tensors that change, one at a time: the source's block number, the name, the weights."""
-    factors = divisors(healed.gains, kept)
-    for b in kept:
+    for b, factor in _divisors(kept, healed).items():
         fold = healed.folds.get(b, {})
-        weights: Iterable[tuple[str, Tensor]] = fold.items()
-        if b in factors:
-            weights = healed.scalable[b].weights(source, b, factors[b], fold)
-        for name, tensor in weights:
+        for name, tensor in healed.scalable[b].weights(source, b, factor, fold):
             yield b, name, tensor
+
+
+def _as_written(
+    source: Checkpoint, kept: Sequence[int], healed: Healed, decoder: Decoder
+) -> AbstractContextManager[None]:
+    """Within the context, the source computes with the tensors that change as they are written,
+    rounded: which experts a token goes to can depend on it."""
+    folds = {
+        b: healed.scalable[b].divided(source, b, factor, healed.folds.get(b, {}))
+        for b, factor in _divisors(kept, healed).items()
+    }
+    return folded_into(decoder, folds)
+
+
+def _divisors(kept: Sequence[int], healed: Healed) -> dict[int, float]:
+    """What blocks that change are divided by."""
+    factors = divisors(healed.gains, kept)
+    return {b: factors.get(b, 1.0) for b in kept if b in factors or healed.folds.get(b)}
 
 
 def _weaker(task: Task, healed: Healed, strength: float) -> Healed:
@@ -303,6 +318,9 @@ def _weaker(task: Task, healed: Healed, strength: float) -> Healed:
     for b, tensors in healed.folds.items() if strength else ():
         folds[b] = {}
         for name, after in tensors.items():
+            if isinstance(after, Factor):
+                folds[b][name] = replace(after, value=1 + strength * (after.value - 1))
+                continue
             stored = task.checkpoint.tensors[stored_name(task.checkpoint, b, name)]
             before = read_tensor(stored).double()
             folds[b][name] = torch.lerp(before, after.double(), strength).to(after.dtype)

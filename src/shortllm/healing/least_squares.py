@@ -340,7 +340,8 @@ def heal_gaps(task: Task) -> Healed:
                 with folded_into(decoder, {b: changed}, {b: record.gain}):
                     walk.through(b, source=False, healed=True)
             advance(1)
-    return Healed(gaps=records, folds=folds, gains=gains, scalable=scalable or {})
+    written = {b: Scalable(found[b]) for b in folds} | (scalable or {})
+    return Healed(gaps=records, folds=folds, gains=gains, scalable=written)
 
 
 def scalable_behind(task: Task, before: Sequence[int]) -> dict[int, Scalable] | None:
@@ -364,6 +365,19 @@ def _heal_gap(
     A module that is changed before the last one can also do harm, as the last one then gets another
     input. So the last one is solved alone too, and the better of both is taken.
     """
+    solutions = _solutions(task, walk, gap, b, fits)
+    if fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]:
+        solutions = _solutions(task, walk, gap, b, fits[-1:]) + solutions
+    # of equals the one that changes more modules
+    _, record, weights = min(reversed(solutions), key=lambda one: one[0])
+    return record, weights
+
+
+def _solutions(
+    task: Task, walk: _Walk, gap: Gap, b: int, fits: Sequence[Stage]
+) -> list[tuple[float, HealedGap, Fold]]:
+    """What the stages end with, and where the first of them solves the last module too, what that
+    does alone: the error that is left on held-out samples, the record, and the new weights."""
     given, changed = task.options.ridge, Fold()
     before: float | None = None
     solutions: list[tuple[float, HealedGap, Fold]] = []
@@ -394,7 +408,11 @@ def _heal_gap(
                 record = HealedGap(
                     block=b,
                     removed=gap.blocks,
-                    changed=[name[: -len(".weight")] for name in weights if ".weight" in name],
+                    changed=[
+                        name.removesuffix(".weight")
+                        for name in weights
+                        if not name.endswith(".bias")
+                    ],
                     scale=added.scale,
                     gain=gain,
                     ridge=ridge,
@@ -407,9 +425,7 @@ def _heal_gap(
                 )
                 solutions.append((left, record, weights))
         changed |= folds[0]
-    # of equals the one that changes more modules
-    _, record, weights = min(reversed(solutions), key=lambda one: one[0])
-    return record, weights
+    return solutions
 
 
 class _Walk:

@@ -89,7 +89,8 @@ class HealedGap(Record):
     removed: list[int]
     changed: list[str] = Field(
         default_factory=list,
-        description="projections and norms with new weights, by their names within the block",
+        description="projections, norms and matrices of experts with new weights, by their names "
+        "within the block",
     )
     scale: float | None = Field(
         default=None, description="factor that the block multiplies their output with"

@@ -1,15 +1,17 @@
 """What is changed in the block before a gap, and the equations that its new weights should meet.
 
 The block adds `M` to the hidden state, which then is `Z` but should be `H`: `R = H - Z` is missing.
-`M` is the output of a projection `M = A W`, or of a norm behind one, `M = g ⊙ norm(A W)`.
+`M` is the output of a projection `M = A W`, of a norm behind one, `M = g ⊙ norm(A W)`, or the sum
+of experts.
 
     map         M (I + C)             projection: any map of what it returns, folded into it
     weights     A (W + C)             projection: all its weights
     gains       M ⊙ (1 + c)           norm: one factor per channel, folded into its gains
+    scales      M ⊙ (1 + c)           experts: one factor per channel, folded into all of them
     direction   g ⊙ norm(A (W + C))   norm: the weights of the projection in front of it
     nothing     M                     only the factor of the hidden state behind the gap
 
-The first three are linear in the change. The norm behind `direction` gives every token the same
+The first four are linear in the change. The norm behind `direction` gives every token the same
 size, so the projection is fitted to what the norm should return, `(M + R) / g`, at the size that
 the token has now; gains are solved after it.
 
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.healing.folding import Added, Fold, fold, refit, regain
+from shortllm.healing.folding import Added, Fold, fold, refit, regain, rescale
 from shortllm.healing.options import HealOptions
 
 Seen = Mapping[str, tuple[Tensor, Tensor]]
@@ -65,6 +67,7 @@ class Unknowns:
 MAP = Unknowns(lambda added, seen: added.scale * seen[added.name][1], fold)
 WEIGHTS = Unknowns(lambda added, seen: added.scale * seen[added.name][0], refit)
 GAINS = Unknowns(lambda added, seen: added.scale * seen[added.name][1], regain, diagonal=True)
+SCALES = Unknowns(lambda added, seen: added.scale * seen[added.name][1], rescale, diagonal=True)
 NOTHING = Unknowns(lambda added, seen: seen[added.name][1][..., :0], lambda *of: Fold())
 DIRECTION = Unknowns(
     lambda added, seen: seen[added.projection.name][0],
@@ -90,7 +93,8 @@ class Stage:
 def stages(found: Sequence[Added], options: HealOptions) -> list[Stage]:
     """The fits of one block, in order, from the modules whose output is added to the hidden state.
 
-    The last one changes the last module, and needs no other one.
+    The last one changes the last module, and needs no other one. Experts get factors only where
+    no projection is added next to them.
     """
     last = found[-1]
     if options.method == "gain":
@@ -99,9 +103,13 @@ def stages(found: Sequence[Added], options: HealOptions) -> list[Stage]:
         first = [Stage(DIRECTION, [last])] if last.source and options.method != "linear" else []
         return [*first, Stage(GAINS, [last])]
     if options.method == "linear":
-        return [Stage(MAP, [last])]
-    places = range(len(found)) if options.attention else [len(found) - 1]
-    return [Stage(WEIGHTS, list(found[place:])) for place in places]
+        return [Stage(SCALES if last.experts else MAP, [last])]
+    projections = [one for one in found if not one.experts]
+    places = range(len(projections)) if options.attention else range(len(projections))[-1:]
+    weights = [Stage(WEIGHTS, projections[place:]) for place in places]
+    if last.experts:
+        return [*(weights if options.attention else []), Stage(SCALES, [last])]
+    return weights
 
 
 def _before_the_norm(

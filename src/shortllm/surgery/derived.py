@@ -296,14 +296,13 @@ def require_text_model(checkpoint: Checkpoint, aim: str) -> None:
 
 
 def verifying(
-    target: Path, session: Session, logits: Tensor, *, cached: bool, rounded: bool = False
+    target: Path, session: Session, logits: Tensor, *, cached: bool
 ) -> Callable[[Path], None]:
-    """A `Draft.verify` that loads the written checkpoint and compares its logits on the probe; with
-    `rounded`, its weights may have been rounded since."""
+    """A `Draft.verify` that loads the written checkpoint and compares its logits on the probe."""
 
     def verify(written: Path) -> None:
         decoder = session.decoder(open_checkpoint(written))
-        verify_shortened(str(target), decoder, logits, cached=cached, rounded=rounded)
+        verify_shortened(str(target), decoder, logits, cached=cached)
 
     return verify
 

@@ -77,19 +77,15 @@ def kv_cache_matches(original: Decoder) -> bool:
 
 @torch.inference_mode()
 def verify_shortened(
-    name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True, rounded: bool = False
+    name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True
 ) -> None:
-    """Compare a reloaded model with `expected` (see `bypass_logits`), with a cache if `cached`.
-
-    With `rounded`, its weights were rounded to a low precision since.
-    """
+    """Compare a reloaded model with `expected` (see `bypass_logits`), with a cache if `cached`."""
     ids = probe_ids(shortened.model.config)
     plain = bypass_logits(shortened)
     tolerance = _tolerance(shortened)
     columns = min(plain.shape[1], expected.shape[1])
-    allowed = LOW_PRECISION_TOLERANCE if rounded else tolerance
     wrong = f"{name} does not compute what the original without the blocks computes"
-    _compare(plain[:, :columns], expected[:, :columns], allowed, wrong)
+    _compare(plain[:, :columns], expected[:, :columns], tolerance, wrong)
     if not cached or shortened.streamed:
         return
     try:

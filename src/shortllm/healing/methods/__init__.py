@@ -58,7 +58,7 @@ class Healed:
     gains: dict[int, float] = field(default_factory=dict)
     """What the hidden state behind a block is multiplied by."""
     scalable: Mapping[int, Scalable] = field(default_factory=dict)
-    """How to write that: what of the blocks behind is divided instead."""
+    """How to write both: the modules that change, and what of the blocks behind is divided."""
 
     def applied(self, decoder: Decoder) -> AbstractContextManager[None]:
         """Within the context, the source computes with what was changed."""
