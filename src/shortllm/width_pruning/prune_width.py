@@ -370,10 +370,11 @@ def _repaired_weights(
     for b, fold in chosen.folds.items():
         for sublayer, units in chosen.removed[b].pairs(groups[b]):
             name = f"{sublayer.output}.weight"
-            if name in fold:
+            weights = fold.get(name)
+            if isinstance(weights, Tensor):
                 kept = torch.tensor(sublayer.kept(sublayer.output, units))
                 axis = int(sublayer.output not in groups[b].transposed)
-                yield stored_name(checkpoint, b, name), fold[name].index_select(axis, kept)
+                yield stored_name(checkpoint, b, name), weights.index_select(axis, kept)
 
 
 def _narrowed_blocks(groups: Groups, chosen: Chosen) -> list[NarrowedBlock]:
