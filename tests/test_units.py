@@ -147,7 +147,10 @@ def test_more_than_there_is_cannot_go() -> None:
     ("names", "message"),
     [
         (["flap"], "no criterion of depth was named"),
-        (["ppl", "flop"], "'flop' is neither a criterion nor a width method. Did you mean 'flap'."),
+        (
+            ["ppl", "flapp"],
+            "'flapp' is neither a criterion nor a width method. Did you mean 'flap'.",
+        ),
         (["ppl", "ppl"], "given twice"),
     ],
 )

@@ -278,25 +278,15 @@ def choose_ridge(
     Wide models choose by a part of the columns of R, evenly spread: one ridge is for all of them.
     """
     few = slice(None, None, 1 if diagonal else max(fitted.cross_ID.shape[1] // COLUMNS, 1))
-    parts = fitted.columns(few), held_out.columns(few)
-    errors: dict[float, float] = {}
-
-    def error(ridge: float) -> float:
-        if ridge not in errors:
-            errors[ridge] = parts[1].error(solve(parts[0], ridge, diagonal=diagonal))
-        return errors[ridge]
-
+    some, others = fitted.columns(few), held_out.columns(few)
     ridges = (given,) if given else RIDGES
-    best, place = -1, len(ridges) // 2
-    while best != place:  # the error falls and then rises with the ridge
-        best = place
-        around = range(max(best - 1, 0), min(best + 2, len(ridges)))
-        place = min(around, key=lambda one: (error(ridges[one]), one != best))
-    left = error(ridges[best])
+    left, best = min(
+        (others.error(solve(some, ridge, diagonal=diagonal)), ridge) for ridge in ridges
+    )
     if few.step > 1:
-        left = held_out.error(solve(fitted, ridges[best], diagonal=diagonal))
+        left = held_out.error(solve(fitted, best, diagonal=diagonal))
     if given or left < held_out.missing:
-        return ridges[best], left
+        return best, left
     return None, held_out.missing
 
 
