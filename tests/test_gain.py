@@ -142,6 +142,7 @@ def test_the_checkpoint_computes_what_the_fit_predicted(
     for gap in found.gaps:
         assert gap.block is not None and gap.gain > 0
         assert (gap.changed == []) is (method == "gain")
+        assert (gap.ridge is None) is (method == "gain")
         assert gap.error_after <= gap.error_before  # type: ignore[operator]
         product *= gap.gain
     assert product != 1.0

@@ -392,6 +392,8 @@ def _solutions(
                 change = solve(sums, ridge, diagonal=diagonal)
                 own_ID = change.weights_ID[: sizes[fit.modules.index(added)]]
                 fold, gain = fit.unknowns.fold(task.checkpoint, b, added, own_ID), change.gain
+            if not len(sums.products_II):
+                ridge = None  # no weights are fitted
             folds.append(fold)
             if added is fits[-1].modules[-1] and fit.unknowns is fits[-1].unknowns:
                 weights = fold if part.start else changed | fold
