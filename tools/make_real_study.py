@@ -33,7 +33,7 @@ CRITERIA = ("ppl", "kl", "taylor", "influence", "angular", "auto", "greedy", "lo
 SINGLE = CRITERIA[:5]
 SEARCHES = ("auto", "local")
 RATIOS = (0.1, 0.2, 0.3)
-WAYS = ("none", "linear", "regression", "lora-text", "lora-alpaca")
+WAYS = ("none", "regression", "linear", "lora-text", "lora-alpaca")
 TRAINED = ("ppl", "auto")
 """Criteria whose sets are also trained and run on the tasks, which takes the most time."""
 README_WAYS = {
@@ -46,7 +46,8 @@ SAMPLES, LENGTH = 16, 512
 """Text that the blocks are scored on: as long as the windows that measure."""
 WINDOWS, WINDOW = 16, 512
 STEPS, BATCH, ROW, LIMIT = 200, 4, 128, 200
-DTYPE = "bfloat16"
+DTYPE = "float32"
+"""Computed alike, and in a bearable time, on a CPU without units for bfloat16."""
 
 INTRO = """# A real model: {title}
 
@@ -61,7 +62,7 @@ carries (4-bit weights): the numbers are those of the quantized weights, not of 
 - Perplexity on {windows} windows of {window} tokens of WikiText-2, and of C4 documents that nothing
   else saw. Tasks: mean of the seven of Shortened LLaMA, first {limit} documents of each, with its
   standard error. Rows and tasks that are not in the table were not measured yet.
-- Computed in bfloat16 on two CPU cores. `python tools/make_real_study.py --shared ../shared` writes
+- Computed in {dtype} on two CPU cores. `python tools/make_real_study.py --shared ../shared` writes
   this page and [{name}.json]({name}.json).
 
 ![Perplexity on WikiText-2 against the part of the blocks removed](images/{name}.svg)
@@ -80,11 +81,9 @@ class Study:
         self.found: dict[str, Any] = {"sets": {}, "rows": []}
         if self.path.exists():
             self.found = json.loads(self.path.read_text())
-        scored = {"samples": SAMPLES, "length": LENGTH}
-        if self.found.get("scored", scored) != scored and minutes:
-            self.found |= {"sets": {}, "seconds": {}}  # chosen by other text: choose again
-        if minutes:
-            self.found["scored"] = scored
+        settings = {"samples": SAMPLES, "length": LENGTH, "dtype": DTYPE}
+        if minutes and self.found.get("settings") != settings:  # nothing of it can be compared
+            self.found = {"settings": settings, "sets": {}, "rows": []}
 
     def save(self) -> None:
         write_text(self.path, json.dumps(self.found, indent=1) + "\n")
@@ -129,11 +128,11 @@ class Study:
         self.found.setdefault("seconds", {})[", ".join(criteria)] = seconds
         self.save()
 
-    def measure(self, *, tasks: bool) -> None:
+    def measure(self, ways: tuple[str, ...], *, tasks: bool = False) -> None:
         """Each way to heal of each set, the cheapest first."""
         sets: dict[str, list[list[int]]] = self.found["sets"]
         jobs: list[tuple[list[int], str]] = [([], "none")]
-        for way in WAYS:
+        for way in ways:
             names = TRAINED if tasks or way.startswith("lora") else tuple(sets)
             chosen = {tuple(one) for name in names for one in sets.get(name, [])}
             middle = RATIOS[1] * self.found["blocks"]
@@ -206,6 +205,26 @@ class Study:
             "tasks_stderr": sum(error**2 for error in errors) ** 0.5 / len(errors),
         }
 
+    def speed(self) -> None:
+        """Speed and memory of the intact model and of one model of each size, in turn."""
+        if "speed" in self.found or time.monotonic() > self.end:
+            return
+        sizes = {len(own): own for own in self.found["sets"]["ppl"]}
+        short = {f"{size} removed": self.made(own, "none") for size, own in sizes.items()}
+        found = shortllm.bench(
+            {"intact": self.model, **short}, warmup=2, runs=10, new_tokens=[64], dtype=DTYPE
+        )
+        self.found["speed"] = [
+            {
+                "model": one.model,
+                "tokens_per_s": one.tokens_per_s,
+                "speedup": found.speedup(one),
+                "first_token_s": one.first_token_s,
+            }
+            for one in found.measurements
+        ]
+        self.save()
+
     # ---- the page
 
     def write(self, title: str) -> None:
@@ -219,9 +238,11 @@ class Study:
         write_text(DOCS / "images" / f"{self.name}.svg", self.plot(rows))
         intro = INTRO.format(
             title=title, name=self.name, blocks=self.found["blocks"], steps=STEPS, batch=BATCH,
-            row=ROW, windows=WINDOWS, window=WINDOW, limit=LIMIT, **self.found["scored"],
+            row=ROW, windows=WINDOWS, window=WINDOW, limit=LIMIT, **self.found["settings"],
         )  # fmt: skip
-        lines = [*self.findings(rows), "", *self.table(rows), "", *self.costs(rows)]
+        lines = [
+            *self.findings(rows), "", *self.table(rows), "", *self.speeds(), "", *self.costs()
+        ]  # fmt: skip
         write_text(DOCS / f"{self.name}.md", intro + "\n".join(lines) + "\n")
 
     def write_readme(self) -> None:
@@ -287,7 +308,18 @@ class Study:
             )
         return lines
 
-    def costs(self, rows: list[dict[str, Any]]) -> list[str]:
+    def speeds(self) -> list[str]:
+        lines = [
+            "| 64 tokens generated | tokens/s | times as fast | first token |",
+            "|---|---:|---:|---:|",
+        ]
+        return lines + [
+            f"| {one['model']} | {one['tokens_per_s']:.1f} | {one['speedup']:.2f} | "
+            f"{1000 * one['first_token_s']:.0f} ms |"
+            for one in self.found["speed"]
+        ]
+
+    def costs(self) -> list[str]:
         choosing = self.found.get("seconds", {})
         said = "; ".join(f"{name} {seconds} s" for name, seconds in choosing.items())
         return [f"Choosing the blocks of all three budgets took, on two cores: {said}."]
@@ -334,10 +366,15 @@ def main() -> None:
     logging.getLogger("shortllm").setLevel(logging.ERROR)
     smollm = given.shared / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     study = Study(given.model or smollm, given.name, given.shared, given.runs, given.minutes)
-    for criteria in (SINGLE, *((name,) for name in CRITERIA if name not in SINGLE)):
+    for criteria in (SINGLE, ("auto",)):
         study.choose(criteria)
-        study.measure(tasks=False)
-    study.measure(tasks=True)
+        study.speed()
+        study.measure(("none",))
+    study.measure(WAYS)
+    study.measure(WAYS, tasks=True)
+    for criteria in (("greedy",), ("local",)):
+        study.choose(criteria)
+        study.measure(WAYS)
     study.write(given.title)
     if given.name == "smollm2":
         study.write_readme()
