@@ -210,18 +210,18 @@ class Study:
         if "speed" in self.found or time.monotonic() > self.end:
             return
         sizes = {len(own): own for own in self.found["sets"]["ppl"]}
-        short = {f"{size} removed": self.made(own, "none") for size, own in sizes.items()}
+        short = [str(self.made(own, "none")) for own in sizes.values()]
         found = shortllm.bench(
-            {"intact": self.model, **short}, warmup=2, runs=10, new_tokens=[64], dtype=DTYPE
-        )
+            [self.model, *short], warmup=2, runs=10, new_tokens=[64], dtype=DTYPE
+        )  # fmt: skip
         self.found["speed"] = [
             {
-                "model": one.model,
+                "removed": size,
                 "tokens_per_s": one.tokens_per_s,
                 "speedup": found.speedup(one),
                 "first_token_s": one.first_token_s,
             }
-            for one in found.measurements
+            for size, one in zip((0, *sizes), found.measurements, strict=True)
         ]
         self.save()
 
@@ -314,7 +314,7 @@ class Study:
             "|---|---:|---:|---:|",
         ]
         return lines + [
-            f"| {one['model']} | {one['tokens_per_s']:.1f} | {one['speedup']:.2f} | "
+            f"| {one['removed'] or 'none'} removed | {one['tokens_per_s']:.1f} | {one['speedup']:.2f} | "
             f"{1000 * one['first_token_s']:.0f} ms |"
             for one in self.found["speed"]
         ]
