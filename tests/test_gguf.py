@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -279,6 +280,7 @@ def test_llama_cpp_agrees(model_type: str, smollm: Path, tmp_path: Path) -> None
 
     removed = llama_cpp.PERIODS.get(model_type, [1, 3])
     shortllm.prune(str(source), removed, tmp_path / "short")
+    assert verdict(tmp_path / "short") == "ok"
     shorten_gguf(read_gguf(intact), removed, tmp_path / "short.gguf")
     expected = llama_cpp.transformers_logprobs(tmp_path / "short", prompts)
     found = llama_cpp.logprobs(tmp_path / "short.gguf", prompts)
@@ -291,12 +293,60 @@ def test_llama_cpp_agrees(model_type: str, smollm: Path, tmp_path: Path) -> None
         assert float((one - other).abs().max()) < 1e-4
 
 
+def verdict(directory: Path) -> str:
+    """What `export-lint` says of llama.cpp."""
+    [found] = [one for one in export_lint(str(directory)) if one.target == "gguf"]
+    return found.verdict
+
+
+LONG_FACTORS = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0]
+SCALINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": (
+        "llama",
+        {
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "linear": ("llama", {"factor": 4.0}),
+    "yarn": ("qwen2", {"factor": 4.0, "original_max_position_embeddings": 512}),
+    "longrope": (
+        "phi3",
+        {
+            "long_factor": LONG_FACTORS,
+            "short_factor": [1.0] * len(LONG_FACTORS),
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
+"""Way to scale rotary positions -> model type, entries of `rope_parameters`."""
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaled_positions_are_read_back(kind: str, smollm: Path, tmp_path: Path) -> None:
+    """The file has factors, numbers or a name; the config gets back what it was made of."""
+    model_type, entries = SCALINGS[kind]
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, **entries}
+    source = llama_cpp.write_tiny(model_type, smollm, tmp_path / "hf", rope_parameters=rope)
+    written = llama_cpp.convert(source, tmp_path / "model.gguf")
+    prompts = [PROMPTS[:length] for length in LENGTHS]
+    expected = llama_cpp.transformers_logprobs(source, prompts)
+    again = llama_cpp.transformers_logprobs(dequantized(written), prompts)
+    for one, other in zip(again, expected, strict=True):
+        assert float((one - other).abs().max()) < 1e-4
+    # llama.cpp takes the long factors for every prompt if its context is long
+    longer = slice(1, None) if kind == "longrope" else slice(None)
+    agree(llama_cpp.logprobs(written, prompts)[longer], expected[longer], kind)
+
+
 def agree(found: list[dict[int, float]], expected: list[torch.Tensor], what: str) -> None:
     """Within what a half-precision cache of keys and values costs."""
     differences = llama_cpp.largest_difference(found, expected)
-    print(
-        what, " ".join(f"{length}: {d:.4f}" for length, d in zip(LENGTHS, differences, strict=True))
-    )
+    print(what, " ".join(f"{difference:.4f}" for difference in differences))
     assert max(differences) < 0.05
 
 
@@ -324,9 +374,7 @@ def test_what_the_lint_calls_wrong_is_wrong(model_type: str, smollm: Path, tmp_p
     """Without single blocks: llama.cpp loads it and computes something else."""
     source = llama_cpp.write_tiny(model_type, smollm, tmp_path / "hf")
     shortllm.prune(str(source), [1], tmp_path / "short")
-    assert [f.verdict for f in export_lint(str(tmp_path / "short")) if f.target == "gguf"] == [
-        "wrong"
-    ]
+    assert verdict(tmp_path / "short") == "wrong"
     with pytest.raises(UnsupportedModelError, match="it assumes that every"):
         shortllm.export(str(tmp_path / "short"), tmp_path / "refused.gguf")
     prompts = [PROMPTS[:length] for length in LENGTHS]

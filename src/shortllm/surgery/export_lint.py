@@ -35,8 +35,8 @@ TRANSFORMERS_HELP = "Run it with transformers instead"
 ORDINALS = {2: "second", 4: "fourth", 5: "fifth", 6: "sixth"}
 
 ALIKE = {
-    "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "qwen2",
-    "qwen3", "stablelm", "starcoder2",
+    "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3",
+    "qwen2", "qwen3", "stablelm", "starcoder2",
 }  # fmt: skip
 """Types that both programs build from the block count if all blocks have one structure."""
 
