@@ -1,7 +1,7 @@
 """Searches over sets of blocks of one size, each starting from the best one-shot plan.
 
-    local    swaps one removed block for a kept one: all swaps are measured in one walk and the
-             best is made, while it helps (best improvement)
+    local    swaps one removed block for a kept one: all swaps are measured on a quarter of the
+             samples, the 16 best of them on all, and the best is made, while it helps
     evolve   children of the best set so far have one to three such pairs flipped at random; the
              better ones are measured on more and more samples (EvoPress)
 
@@ -41,9 +41,11 @@ Choice = Callable[["SampleGroups", "Ranks", "Advance"], Sequence[int]]
 ONE_SHOT = "ppl,kl,taylor,influence,relative,angular,magnitude"
 """Criteria that are cheap compared with a search."""
 
-STAGES = ((0.25, 0.25), (0.5, 0.125), (1.0, 0.125))
-"""Of each stage of selection the part of the samples, and the part of the children that survive;
-of the last stage, where they meet their parent, one does."""
+FINALISTS = 16
+"""Swaps of a round that are measured on all of the search text."""
+
+Stages = list[tuple[float, int]]
+"""Of each stage of a selection, the part of the samples, and how many sets are measured on it."""
 
 
 class CandidateSet(Record):
@@ -152,6 +154,34 @@ class SearchSpace(Protocol):
         """The result, with the search's own settings and counts."""
 
 
+def select(space: SearchSpace, sets: Sequence[Blocks], stages: Stages) -> tuple[float, Blocks]:
+    """The best of some sets by measuring fewer and fewer of them on more and more samples."""
+    ranked = [(0.0, sorted(one), one) for one in sets]
+    for part, count in stages:
+        rest = [one for _, _, one in ranked[:count]]
+        values = space.measure(rest, part)
+        ranked = sorted(zip(values, map(sorted, rest), rest, strict=True))
+    value, _, best = ranked[0]
+    return value, best
+
+
+def swap_stages(count: int) -> Stages:
+    """All on a quarter of the samples, unless they are few, and the best ones on all."""
+    return [(1.0, count)] if count <= 2 * FINALISTS else [(0.25, count), (1.0, FINALISTS)]
+
+
+def child_stages(count: int) -> Stages:
+    """All on a quarter of the samples, a quarter of them on half, an eighth of them on all."""
+    return [(0.25, count), (0.5, math.ceil(count / 4)), (1.0, math.ceil(count / 8))]
+
+
+def affordable(space: SearchSpace, count: int, stages: Callable[[int], Stages]) -> int:
+    """How many of `count` sets a selection can begin with before the limit is reached."""
+    while count and sum(n * space.share(part) for part, n in stages(count)) > space.left():
+        count -= 1
+    return count
+
+
 def climb(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None:
     """Make the best swap of each round while there is one that helps.
 
@@ -160,14 +190,11 @@ def climb(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None:
     """
     while True:
         swaps = _swaps(space, found)
-        tried = swaps[: int(min(space.left(), len(swaps)))]
+        tried = swaps[: affordable(space, len(swaps), swap_stages)]
         if not tried:
             found.stopped = space.spent() if swaps else "no other set of that size"
             return
-        values = space.measure(tried)
-        value, _, best = min(
-            (value, sorted(removed), removed) for value, removed in zip(values, tried, strict=True)
-        )
+        value, best = select(space, tried, swap_stages(len(tried)))
         if not found.take(best, value):
             found.stopped = "no swap helps" if len(tried) == len(swaps) else space.spent()
             return
@@ -178,17 +205,12 @@ def evolve(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None
     random, generations = Random(options["seed"]), options["generations"]
     for _ in range(generations):
         children = _children(space, found.removed, options["offspring"], random)
-        while children and _cost(space, len(children)) > space.left():
-            children.pop()
-        if not children:
-            found.stopped = space.spent() if space.left() < _cost(space, 1) else "no other set"
+        tried = children[: affordable(space, len(children), child_stages)]
+        if not tried:
+            found.stopped = space.spent() if children else "no other set"
             return
-        count = len(children)
-        for part, survive in STAGES:
-            values = space.measure(children, part)
-            ranked = sorted(zip(values, map(sorted, children), children, strict=True))
-            children = [child for _, _, child in ranked[: math.ceil(survive * count)]]
-        found.take(children[0], ranked[0][0])
+        value, best = select(space, tried, child_stages(len(tried)))
+        found.take(best, value)
     found.stopped = f"{generations} generations"
 
 
@@ -198,7 +220,9 @@ def evolve(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None
     label=PLACE,
     paper="local search by swaps",
     # as if two rounds helped
-    search=SearchMethod(climb, lambda options, removed, kept: 2.0 * removed * kept),
+    search=SearchMethod(
+        climb, lambda options, removed, kept: 2 * (0.25 * removed * kept + FINALISTS)
+    ),
 )
 def swap_while_it_helps(
     space: SearchSpace,
@@ -294,15 +318,6 @@ def _parts(space: SearchSpace, removed: Blocks) -> tuple[list[Unit], list[Unit]]
     """The units that are removed, and those that are kept."""
     gone = [unit for unit in space.units if removed.issuperset(unit)]
     return gone, [unit for unit in space.units if removed.isdisjoint(unit)]
-
-
-def _cost(space: SearchSpace, children: int) -> float:
-    """Measurements that a generation of `children` takes."""
-    total, measured = 0.0, children
-    for part, survive in STAGES:
-        total += measured * space.share(part)
-        measured = math.ceil(survive * children)
-    return total
 
 
 def _children(space: SearchSpace, parent: Blocks, count: int, random: Random) -> list[Blocks]:
