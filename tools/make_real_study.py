@@ -314,8 +314,8 @@ class Study:
             "|---|---:|---:|---:|",
         ]
         return lines + [
-            f"| {one['removed'] or 'none'} removed | {one['tokens_per_s']:.1f} | {one['speedup']:.2f} | "
-            f"{1000 * one['first_token_s']:.0f} ms |"
+            f"| {one['removed'] or 'none'} removed | {one['tokens_per_s']:.1f} | "
+            f"{one['speedup']:.2f} | {1000 * one['first_token_s']:.0f} ms |"
             for one in self.found["speed"]
         ]
 
