@@ -69,7 +69,10 @@ def healed_sentence(results: RunResults) -> str:
         method, reached = registry.get(results.healed_by[best]).label, healed[best].perplexity
         if share is None or share <= 0:
             return f" {method} led to a perplexity of {number(reached)}."
-        return f" {method} recovered {percent(share)} of the increase ({number(reached)})."
+        return (
+            f" {method} brought {number(removed[key].perplexity)} down to {number(reached)}, "
+            f"{percent(share)} of the increase in loss."
+        )
     return ""
 
 
