@@ -318,14 +318,24 @@ def write_units(directory: Path) -> Path:
     (directory / "plan.json").unlink()
     names = ("ppl", "flap")
     candidates = [
-        {"name": name, "unit": unit, "parameters": 900_000, "missed": 0.01, "healed": None}
+        {
+            "name": name,
+            "unit": unit,
+            "parameters": 900_000,
+            "missed": 0.01,
+            "healed": f"{name}-healed",
+            "retrained": None,
+        }
         for name, unit in zip(names, ("depth", "width"), strict=True)
     ]
-    units = of(UnitsComparison, candidates=candidates, retraining={"method": "lora"})
+    units = of(
+        UnitsComparison, candidates=candidates, healing={"method": "linear"}, retraining=None
+    )
     units.save(directory / UNITS_FILE)
     evaluation = Evaluation.load(directory / "eval.json")
     original, pruned = evaluation.models
-    models = [original, *(pruned.model_copy(update={"name": name}) for name in names)]
+    measured = [name + way for name in names for way in ("", "-healed")]
+    models = [original, *(pruned.model_copy(update={"name": name}) for name in measured)]
     evaluation.model_copy(update={"models": models}).save(directory / "eval.json")
     benchmark("original", *names).save(directory / "bench.json")
     return directory

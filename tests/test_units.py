@@ -28,6 +28,7 @@ from shortllm.width_pruning.structure import find_groups
 RECIPE = Recipe(
     budget=shortllm.Budget(remove=2),
     calibration=CalibrationOptions(samples=4, length=64),
+    healing=shortllm.HealOptions(calibration={"samples": 64, "length": 64}),
     retraining=[
         RetrainOptions(
             length=64, batch=2, max_steps=2, eval_every=2, held_out=4, learning_rate=1e-3,
@@ -62,36 +63,40 @@ def test_all_candidates_have_nearly_the_same_number_of_parameters(place: Path) -
         found = shortllm.open_checkpoint(place / one.name).parameters
         assert found == one.parameters
         assert abs(found / goal - 1) == abs(one.missed) < 0.01
-        assert one.healed == f"{one.name}-healed"
+        assert (one.healed, one.retrained) == (f"{one.name}-healed", f"{one.name}-retrained")
     assert shortllm.open_checkpoint(place / "ppl").block_count == 10
     assert shortllm.open_checkpoint(place / "flap").block_count == 12
 
 
 @pytest.mark.slow
-def test_each_is_healed_measured_and_timed(place: Path) -> None:
+def test_each_is_healed_retrained_measured_and_timed(place: Path) -> None:
     evaluation = Evaluation.load(place / "eval.json")
     names = [entry.name for entry in evaluation.models]
-    assert names == ["original", *METHODS, *(f"{name}-healed" for name in METHODS)]
+    derived = [name + way for way in ("-healed", "-retrained") for name in METHODS]
+    assert names == ["original", *METHODS, *derived]
     benchmark = Benchmark.load(place / "bench.json")
     assert [one.name for one in benchmark.models] == ["original", *METHODS]
     assert len(benchmark.measurements) == 2 * 6
-    for name in METHODS:
-        before = shortllm.open_checkpoint(place / name)
-        after = shortllm.open_checkpoint(place / f"{name}-healed")
+    for made in derived:
+        before = shortllm.open_checkpoint(place / made.rpartition("-")[0])
+        after = shortllm.open_checkpoint(place / made)
         assert after.parameters == before.parameters and after.fingerprint != before.fingerprint
+    assert WidthPruning.load(place / "flap-healed" / "width.json").repaired
+    losses = {entry.name: entry.perplexity[0].nll for entry in evaluation.models}
+    assert losses["ppl-healed"] < losses["ppl"] and losses["flap-healed"] < losses["flap"]
 
 
 @pytest.mark.slow
 def test_the_page_has_every_number_of_the_table(place: Path) -> None:
     results = load_units(place)
     table = units_table(results)
-    assert len(table.rows) == 6
+    assert len(table.rows) == 1 + 2 * 5
     assert all(len(row.cells) == len(table.head.cells) for row in table.rows)
     page = (place / "units.html").read_text()
     for row in table.rows:
         assert all(f"{cell.text}<" in page for cell in row.cells)
     models = units_models(results)
-    assert [one.kind for one in models] == ["original", *["pruned", "retrained"] * 5]
+    assert [one.kind for one in models] == ["original", *["pruned", "retrained", "retrained"] * 5]
     assert models[1].latency_s == models[2].latency_s, "healing does not change the shape"
     assert page.count("<svg") >= 3 and "arXiv:2305.11627" in page and "arXiv:2312.11983" in page
     assert str(place.parent) not in page
@@ -104,7 +109,7 @@ def test_the_same_again_does_nothing(
     before = {path: path.stat().st_mtime_ns for path in place.glob("*/model.safetensors")}
     with caplog.at_level(logging.INFO, logger="shortllm"):
         shortllm.compare_units(recipe=RECIPE, out=place)
-    assert len(before) == 10
+    assert len(before) == 15
     assert all(path.stat().st_mtime_ns == before[path] for path in before)
     assert caplog.text.count("is up to date, skipped") >= 12
 
@@ -168,9 +173,9 @@ def test_models_without_heads_of_their_own_are_refused_before_scoring(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_that_heals_without_training_is_refused(tmp_path: Path) -> None:
-    recipe = RECIPE.model_copy(update={"healing": shortllm.HealOptions()})
-    with pytest.raises(RecipeError, match="heals without training"):
+def test_a_recipe_that_quantizes_is_refused(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"quantization": shortllm.QuantizeOptions()})
+    with pytest.raises(RecipeError, match="the recipe quantizes"):
         shortllm.compare_units(recipe=recipe, out=tmp_path / "run")
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags
 from shortllm.cli.output import answered, command_line, print_table
-from shortllm.cli.run import RecipeName, Retrain, RunFlags, Settings, requested_recipe
+from shortllm.cli.run import Heal, RecipeName, Retrain, RunFlags, Settings, requested_recipe
 from shortllm.comparison.options import DEPTH, WIDTH, ComparisonOptions
 from shortllm.options import Flag, Options
 from shortllm.recipe import Recipe, changed
@@ -88,6 +88,7 @@ class UnitsFlags(Options):
         description="Depth criteria, of which the first sets the number of parameters, and width "
         "methods.",
     )
+    heal: Heal = None
     retrain: Retrain = None
     batch: Annotated[list[int] | None, Flag(metavar="1,4,16")] = Field(
         default=None,
@@ -118,7 +119,7 @@ def compare_units(
     from shortllm.reporting.comparison import units_table
     from shortllm.reporting.load import load_units
 
-    run_flags = RunFlags(retrain=own.retrain, settings=own.settings)
+    run_flags = RunFlags(heal=own.heal, retrain=own.retrain, settings=own.settings)
     chosen = requested_recipe(typed, run_flags, model=model, name=recipe)
     held = chosen.benchmark is not None and "batches" in chosen.benchmark.model_fields_set
     if own.batch is not None or not held:

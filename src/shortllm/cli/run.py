@@ -63,6 +63,14 @@ RecipeName = Annotated[
         "it.",
     ),
 ]
+Heal = Annotated[
+    str | None,
+    Flag(metavar="METHOD"),
+    Field(
+        description=f"Heal the shortened model without training: {', '.join(HEALING.names())}; "
+        "or none. Default: the recipe's."
+    ),
+]
 Retrain = Annotated[
     str | None,
     Flag(metavar="METHOD"),
@@ -87,11 +95,7 @@ class RunFlags(CriterionOptions):
     out: Path | None = Field(
         default=None, description="Run directory. Default: runs/<model>-<criterion>-<budget>."
     )
-    heal: Annotated[str | None, Flag(metavar="METHOD")] = Field(
-        default=None,
-        description=f"Repair the shortened model without training: {', '.join(HEALING.names())}; "
-        "or none. Default: the recipe's.",
-    )
+    heal: Heal = None
     retrain: Retrain = None
     quantize: Annotated[str | None, Flag(metavar="METHOD")] = Field(
         default=None,

@@ -210,7 +210,12 @@ class Candidate(Record):
     unit: Literal["depth", "width"]
     parameters: int
     missed: float = Field(description="part by which it misses the number of the first one")
-    healed: str | None = Field(default=None, description="name of the model after retraining")
+    healed: str | None = Field(
+        default=None,
+        description="name of the model healed without training: depth by the recipe's method, "
+        "width by the repair of its output projections",
+    )
+    retrained: str | None = Field(default=None, description="name of the model after retraining")
 
 
 UNITS_FILE = "units.json"
@@ -225,7 +230,10 @@ class UnitsComparison(ResultFile):
     model: ModelInfo
     asked: dict[str, Any] = Field(description="the budget of depth, which sets the number")
     candidates: list[Candidate]
+    healing: dict[str, Any] | None = Field(
+        default=None, description="how those of depth were healed without training, as requested"
+    )
     retraining: dict[str, Any] | None = Field(
-        default=None, description="how all were healed, as requested"
+        default=None, description="how all were retrained, as requested"
     )
     versions: dict[str, str] = Field(default_factory=dict)

@@ -3,13 +3,14 @@
     depth   whole blocks, by a criterion (ppl, taylor)       sets the number of parameters
     width   heads and neurons, by llm-pruner, wanda-sp, flap  as near to that number as units allow
 
-    runs/<model>-units/  ppl/ taylor/ llm-pruner/ wanda-sp/ flap/  and NAME-healed/ of each
+    runs/<model>-units/  ppl/ taylor/ llm-pruner/ wanda-sp/ flap/
+                         NAME-healed/ and NAME-retrained/ of each
                          units.json  eval.json  bench.json  units.html
 
-All see the same calibration text, are healed by the same retraining, measured on the same text and
-tasks, and take turns when their speed is measured.
+All see the same calibration text, are healed on the same text, retrained alike, measured on the
+same text and tasks, and take turns when their speed is measured.
 
-    shortllm compare-units MODEL --ratio 0.2 --retrain lora
+    shortllm compare-units MODEL --ratio 0.2 --heal regression --retrain lora
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import fingerprint, releasing
+from shortllm.healing.heal import heal_from, healing_text
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.model import Session
 from shortllm.options import accepts, overlaid
@@ -44,17 +46,11 @@ if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
 
 
-HEALED_SUFFIX = "-healed"
-"""What the name of a healed candidate ends in."""
+HEALED, RETRAINED = "-healed", "-retrained"
+"""What the names of models end in that were made of a candidate."""
 
 TOLERANCE = 0.01
 """Part of the parameters by which a candidate may miss the number of the others."""
-
-REFUSED = {
-    "quantization": "the recipe quantizes, and width and depth are compared before that",
-    "healing": "the recipe heals without training, which needs the gaps of depth pruning",
-}
-"""Stages of a recipe that do not apply to all candidates."""
 
 
 def default_directory(model: str) -> Path:
@@ -99,8 +95,9 @@ def compare_units(
 
     Args:
         model: a checkpoint directory or Hub id. Default: the recipe's.
-        recipe: budget of depth, calibration, evaluation, benchmark, and the retraining that all
-            candidates get, if any; its fields can be given as keywords.
+        recipe: budget of depth, calibration, evaluation, benchmark, and what all candidates get, if
+            anything: healing without training, which for width is the repair of what is left, and
+            retraining; its fields can be given as keywords.
         methods: depth criteria, of which the first sets the number of parameters, and width
             methods.
         out: run directory. Default: `runs/<model>-units`.
@@ -122,27 +119,51 @@ def compare_units(
         special_tokens=recipe.special_tokens,
     )
     recipe = recipe.resolved(checkpoint.model_type)
-    for field, problem in REFUSED.items():
-        if getattr(recipe, field) is not None:
-            raise RecipeError(f"{problem}. Give --set {field}=null")
+    if recipe.quantization is not None:
+        raise RecipeError(
+            "the recipe quantizes, and width and depth are compared before that. Give --set "
+            "quantization=null"
+        )
     check_budget(recipe.budget, checkpoint.info())
     rundir.claim_directory(directory, checkpoint)
     pipeline.check_any_removal(checkpoint, recipe.budget)
     session = pipeline.session_of(recipe)
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     pipeline.check_later_stages(recipe, checkpoint, session)
-    texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation)
+    healing = recipe.healing and healing_text(recipe.healing, checkpoint, recipe.calibration)
+    texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, healing=healing)
     chosen = recipe.model_dump(mode="json") | {"methods": list(methods)}
     rundir.write_run_file(directory, chosen, checkpoint, command)
     made = _shorter(directory, checkpoint, recipe.budget, depth, texts.calibration, session)
     goal = next(iter(made.values())).parameters
-    made |= _narrower(directory, checkpoint, width, goal, texts.calibration, session)
-    healed = _healed(directory, made, recipe, session)
-    models = {"original": checkpoint, **made}
-    evaluation = evaluate_in(directory, models | healed, recipe.evaluation, texts, tasks, session)
+    narrowing = _narrowing(checkpoint, width, goal, session)
+    made |= _narrower(directory, checkpoint, narrowing, texts.calibration, session)
+    _require_alike(made, goal)
+    healed = {}
+    if recipe.healing is not None and texts.healing is not None:
+        for one in depth:
+            target = directory / f"{one.name}{HEALED}"
+            heal_from(
+                made[one.name], checkpoint, recipe.healing, target,
+                calibration=texts.healing, session=session,
+            )  # fmt: skip
+            healed[one.name] = pipeline.opened_within(directory, target.name)
+        repairing = {
+            name: options.model_copy(update={"repair": True}) for name, options in narrowing.items()
+        }
+        healed |= _narrower(directory, checkpoint, repairing, texts.healing, session, HEALED)
+    retrained = _retrained(directory, made, recipe, session)
+    models = {
+        "original": checkpoint,
+        **made,
+        **{f"{name}{HEALED}": one for name, one in healed.items()},
+        **{f"{name}{RETRAINED}": one for name, one in retrained.items()},
+    }
+    evaluation = evaluate_in(directory, models, recipe.evaluation, texts, tasks, session)
     session.release()
-    bench_in(directory, models, recipe.benchmark or BenchmarkOptions(), session)
-    found = _record(checkpoint, recipe, made, healed, evaluation)
+    timed = {"original": checkpoint, **made}
+    bench_in(directory, timed, recipe.benchmark or BenchmarkOptions(), session)
+    found = _record(checkpoint, recipe, made, healed, retrained, evaluation)
     found.save(directory / UNITS_FILE)
     write_units(directory)
     return found
@@ -167,52 +188,66 @@ def _shorter(
     return made
 
 
-def _narrower(
-    directory: Path,
-    checkpoint: Checkpoint,
-    methods: Sequence[str],
-    goal: int,
-    calibration: Calibration | None,
-    session: Session,
-) -> dict[str, Checkpoint]:
-    """A checkpoint with fewer heads and neurons by each method, of `goal` parameters or nearly."""
+def _narrowing(
+    checkpoint: Checkpoint, methods: Sequence[str], goal: int, session: Session
+) -> dict[str, WidthOptions]:
+    """How each method of width leads to `goal` parameters, or nearly."""
     from shortllm.width_pruning.groups import options_to_remove
-    from shortllm.width_pruning.prune_width import width_from
     from shortllm.width_pruning.structure import find_groups
 
-    made: dict[str, Checkpoint] = {}
+    found: dict[str, WidthOptions] = {}
     for method in methods:
         options = WidthOptions(method=method, ratio=0.5).resolved(checkpoint.block_count)
         assert options.start is not None and options.end is not None
-        decoder = session.decoder(checkpoint)
-        groups = find_groups(decoder, range(options.start, options.end))
-        options = options_to_remove(checkpoint.parameters - goal, options, groups)
-        target = directory / method
+        groups = find_groups(session.decoder(checkpoint), range(options.start, options.end))
+        found[method] = options_to_remove(checkpoint.parameters - goal, options, groups)
+    return found
+
+
+def _narrower(
+    directory: Path,
+    checkpoint: Checkpoint,
+    narrowing: Mapping[str, WidthOptions],
+    calibration: Calibration | None,
+    session: Session,
+    suffix: str = "",
+) -> dict[str, Checkpoint]:
+    """A checkpoint with fewer heads and neurons by each method."""
+    from shortllm.width_pruning.prune_width import width_from
+
+    made = {}
+    for method, options in narrowing.items():
+        target = directory / f"{method}{suffix}"
         width_from(checkpoint, options, target, calibration=calibration, session=session)
-        made[method] = pipeline.opened_within(directory, method)
-        missed = made[method].parameters / goal - 1
-        if abs(missed) > TOLERANCE:
-            raise BudgetError(
-                f"{method} leads to {made[method].parameters:,} parameters, {missed:+.1%} of what "
-                f"depth pruning leads to: its units are too large for this model. Choose another "
-                "--ratio, or leave the method out with --methods"
-            )
+        made[method] = pipeline.opened_within(directory, target.name)
     return made
 
 
-def _healed(
+def _require_alike(made: Mapping[str, Checkpoint], goal: int) -> None:
+    """Refuse candidates whose units are too large to come near the number of parameters."""
+    for name, one in made.items():
+        missed = one.parameters / goal - 1
+        if name in WIDTH and abs(missed) > TOLERANCE:
+            raise BudgetError(
+                f"{name} leads to {one.parameters:,} parameters, {missed:+.1%} of what depth "
+                "pruning leads to: its units are too large for this model. Choose another "
+                "--ratio, or leave the method out with --methods"
+            )
+
+
+def _retrained(
     directory: Path, made: Mapping[str, Checkpoint], recipe: Recipe, session: Session
 ) -> dict[str, Checkpoint]:
     """Each candidate after the same retraining; none where the recipe has none."""
     from shortllm.retraining.retrain import retrain_from
 
-    healed = {}
+    retrained = {}
     for options in recipe.retraining[:1]:
         for name, checkpoint in made.items():
-            target = f"{name}{HEALED_SUFFIX}"
+            target = f"{name}{RETRAINED}"
             retrain_from(checkpoint, options, directory / target, session=session)
-            healed[target] = pipeline.opened_within(directory, target)
-    return healed
+            retrained[name] = pipeline.opened_within(directory, target)
+    return retrained
 
 
 def _record(
@@ -220,6 +255,7 @@ def _record(
     recipe: Recipe,
     made: Mapping[str, Checkpoint],
     healed: Mapping[str, Checkpoint],
+    retrained: Mapping[str, Checkpoint],
     evaluation: Evaluation,
 ) -> UnitsComparison:
     goal = next(iter(made.values())).parameters
@@ -229,11 +265,15 @@ def _record(
             unit="width" if name in WIDTH else "depth",
             parameters=one.parameters,
             missed=one.parameters / goal - 1,
-            healed=f"{name}{HEALED_SUFFIX}" if healed else None,
+            healed=f"{name}{HEALED}" if name in healed else None,
+            retrained=f"{name}{RETRAINED}" if name in retrained else None,
         )
         for name, one in made.items()
     ]
-    retraining = [one.model_dump(mode="json", exclude_unset=True) for one in recipe.retraining[:1]]
+    healing, retraining = (
+        [one.model_dump(mode="json", exclude_unset=True) for one in asked if one is not None]
+        for asked in ([recipe.healing], recipe.retraining[:1])
+    )
     inputs = {
         "evaluation": evaluation.fingerprint,
         "candidates": [one.model_dump() for one in candidates],
@@ -242,6 +282,7 @@ def _record(
         model=checkpoint.info(),
         asked=recipe.budget.asked(),
         candidates=candidates,
+        healing=next(iter(healing), None),
         retraining=next(iter(retraining), None),
         versions=versions(),
         fingerprint=fingerprint(inputs),

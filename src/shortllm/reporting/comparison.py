@@ -161,11 +161,12 @@ def _removed_sets(found: Comparison) -> Section:
 
 
 def units_models(results: UnitsResults) -> list[ComparedModel]:
-    """The original, and each candidate before and after healing."""
+    """The original, and each candidate as it is, healed and retrained."""
     benchmark, cell = results.benchmark, common_cell(results.benchmark)
     owners: dict[str, Candidate | None] = {"original": None}
     for one in results.units.candidates:
-        owners |= {name: one for name in (one.name, one.healed) if name in results.evaluated}
+        names = (one.name, one.healed, one.retrained)
+        owners |= {name: one for name in names if name in results.evaluated}
     models = []
     for name, candidate in owners.items():
         entry = results.evaluated[name]
@@ -180,14 +181,14 @@ def units_models(results: UnitsResults) -> list[ComparedModel]:
                 name=name,
                 original=protocol.model_name(results.units.model.id),
                 criterion=candidate.name if candidate else None,
-                healed_by="retraining" if candidate and name == candidate.healed else None,
+                healed_by=name if candidate and name != candidate.name else None,
             )
         )
     return models
 
 
 def units_table(results: UnitsResults) -> Table:
-    """A row per method, before and after healing."""
+    """A row per method and way to recover quality, before and after it."""
     models = {one.name: one for one in units_models(results)}
     candidates = {one.name: one for one in results.units.candidates}
     cell = common_cell(results.benchmark)
@@ -201,10 +202,13 @@ def units_table(results: UnitsResults) -> Table:
         return peak_memory(results.benchmark.find(one.model.name, *cell) if cell else None)
 
     rows = [ModelRow(Cell("original"), models["original"])]
-    rows += [
-        ModelRow(Cell(name, one.unit), models[name], models.get(one.healed or ""))
-        for name, one in candidates.items()
-    ]
+    for name, one in candidates.items():
+        ways = {"healed": one.healed, "retrained": one.retrained}
+        after = {way: models[made] for way, made in ways.items() if made in models}
+        rows += [
+            ModelRow(Cell(name, f"{one.unit}, {way}"), models[name], model)
+            for way, model in after.items()
+        ] or [ModelRow(Cell(name, one.unit), models[name])]
     columns: list[Column[ModelRow]] = [
         ("model", lambda one: one.name),
         ("parameters", parameters),
@@ -215,16 +219,21 @@ def units_table(results: UnitsResults) -> Table:
 
 
 def units_page(results: UnitsResults) -> Page:
-    """Each method before and after the same healing: table, trade-off, speed and protocol."""
+    """Each method before and after healing and retraining: table, plots and protocol."""
     units, models, cell = results.units, units_models(results), common_cell(results.benchmark)
     note = (
         f"Speed and memory: {cell_phrase(*cell) if cell else 'not measured'}, alternating "
         "between the models. Below the parameters: deviation from the first method, because only "
         "whole units can be removed."
     )
-    if any(one.healed for one in units.candidates):
-        retraining = ", ".join(f"{k} {v}" for k, v in protocol.flattened(units.retraining or {}))
-        note = f"Before → after the same retraining of each ({retraining}). {note}"
+    if units.retraining is not None:
+        retraining = ", ".join(f"{k} {v}" for k, v in protocol.flattened(units.retraining))
+        note = f"Retrained: all alike ({retraining}). {note}"
+    if units.healing is not None:
+        note = (
+            "Healed: without training, depth by the method that was asked for, width by refitting "
+            f"its output projections. {note}"
+        )
     plots = runs_page.trade_plots(models, cell, of_runs=False)
     before, after = units.model.parameters, units.candidates[0].parameters
     return protocol.page_about(
@@ -247,10 +256,10 @@ def _units_verdict(units: UnitsComparison, models: Sequence[ComparedModel]) -> s
     sentence = f"With {saved} of the parameters removed"
     text = runs_page.main_text(models)
     if text is not None:
-        healed = [one for one in shown if one.healed_by]
-        best = min(healed or shown, key=lambda one: one.perplexity.get(text, float("inf")))
+        best = min(shown, key=lambda one: one.perplexity.get(text, float("inf")))
+        way = best.name.removeprefix(f"{best.criterion}-") if best.healed_by else ""
         sentence += (
-            f", {best.run} has the lowest perplexity{' after healing' if healed else ''}: "
+            f", {best.run}{f', {way},' if way else ''} has the lowest perplexity: "
             f"{number(best.perplexity.get(text))} on {text}"
         )
     timed = [one for one in shown if one.speedup is not None]
