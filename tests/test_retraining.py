@@ -98,14 +98,16 @@ def test_the_answer_alone_has_a_loss_and_ends_the_document(place: Path, tokenize
     found = read(place / "alpaca.jsonl", tokenizer)
     assert len(found) == 40
     for number in (0, 1):
-        ids, prompt = found[number].ids, found[number].prompt
+        ids, [(prompt, stop)] = found[number].ids, found[number].spans
+        assert stop == len(ids)
         answer = tokenizer.decode(ids[prompt:-1])
         asked = tokenizer.decode(ids[1:prompt])
         assert answer == f"It is {number}, " * (1 + number % 4) + "no more."
         assert asked.endswith("### Response:\n") and f"Say the number {number}." in asked
         assert ("### Input:\nin words" in asked) == (number == 0)
         assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert {d.prompt for d in read(place / "alpaca.jsonl", tokenizer, loss_on="all")} == {0}
+    whole = read(place / "alpaca.jsonl", tokenizer, loss_on="all")
+    assert all(one.targets is None for one in whole)
 
 
 def test_a_chat_model_gets_its_chat_template(place: Path) -> None:
@@ -116,10 +118,11 @@ def test_a_chat_model_gets_its_chat_template(place: Path) -> None:
     )
     assert template_of(chat, "auto") == "chat"
     first = read(place / "alpaca.jsonl", chat)[0]
-    assert chat.decode(first.ids[: first.prompt]) == (
+    [(prompt, _)] = first.spans
+    assert chat.decode(first.ids[:prompt]) == (
         "<s>user:\nSay the number 0.\n\nin words</s><s>assistant:\n"
     )
-    assert chat.decode(first.ids[first.prompt :]) == "It is 0, no more.</s>"
+    assert chat.decode(first.ids[prompt:]) == "It is 0, no more.</s>"
     alpaca = read(place / "alpaca.jsonl", chat, template="alpaca")[0]
     assert "### Response:" in chat.decode(alpaca.ids)
 
@@ -187,7 +190,7 @@ def test_reading_stops_where_there_is_enough(tmp_path: Path) -> None:
 
 def test_long_documents_are_cut_and_hopeless_ones_dropped(tmp_path: Path) -> None:
     found = [
-        Document([1] * 5), Document([2] * 20, prompt=4), Document([3] * 20, prompt=12),
+        Document([1] * 5), Document([2] * 20, [(4, 20)]), Document([3] * 20, [(12, 20)]),
         Document([4] * 5),
     ]  # fmt: skip
     corpus = corpus_of(found, tmp_path / "corpus", longest=10)
@@ -217,7 +220,7 @@ def test_a_store_is_read_across_documents(tmp_path: Path) -> None:
             break
 
 
-@pytest.mark.parametrize("damaged", ["train.ids", "held_out.index", "corpus.json"])
+@pytest.mark.parametrize("damaged", ["train.ids", "held_out.index", "train.targets", "corpus.json"])
 @pytest.mark.parametrize("lost", [4, 9, 16])
 def test_a_damaged_corpus_is_an_error(damaged: str, lost: int, tmp_path: Path) -> None:
     corpus_of([Document([1, 2, 3, 4, 5])] * 4, tmp_path / "work" / "corpus")
@@ -231,8 +234,8 @@ def test_a_damaged_corpus_is_an_error(damaged: str, lost: int, tmp_path: Path) -
 def corpus(tmp_path: Path) -> Corpus:
     """Documents of 4, 3 and 6 tokens that are trained on: 10.., 20.., 30..; prompts of 2, 0, 1."""
     found = [
-        Document([1, 2]), Document([10, 11, 12, 13], prompt=2), Document([20, 21, 22]),
-        Document([30, 31, 32, 33, 34, 35], prompt=1),
+        Document([1, 2]), Document([10, 11, 12, 13], [(2, 4)]), Document([20, 21, 22]),
+        Document([30, 31, 32, 33, 34, 35], [(1, 6)]),
     ]  # fmt: skip
     return corpus_of(found, tmp_path / "corpus")
 
@@ -269,6 +272,16 @@ def test_whole_documents_fill_windows_or_stand_alone(corpus: Corpus) -> None:
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13], [20, 21, 22, 0]]
     assert batch["labels"][1].tolist() == [NO_TARGET, 21, 22, NO_TARGET]
     assert batch["tokens"].tolist() == [4, 3]
+
+
+def test_every_turn_of_the_assistant_has_a_loss_in_a_window(tmp_path: Path) -> None:
+    found = [Document([1, 2]), Document(list(range(10, 20)), [(2, 4), (7, 9)]), Document([20, 21])]
+    store = corpus_of(found, tmp_path / "corpus", held_out=1, longest=8).train
+    no = NO_TARGET
+    window = Windows(store, length=8, packing="alone", apart=False)[0]
+    assert window["labels"].tolist() == [no, no, 12, 13, no, no, no, 17], "cut within a turn"
+    stream = Windows(store, length=5, packing="stream", apart=False)
+    assert stream[1]["labels"].tolist() == [no, no, 17, 20, 21]
 
 
 JOINED = ["bloom", "mpt", "opt"]
@@ -641,7 +654,7 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
             "--rank is an option of --method lora",
         ),
         ({"data": "text.jsonl", "micro_batch": 3}, "--micro-batch 3 does not divide the 4"),
-        ({"data": "text.jsonl", "template": "chat"}, "--template chat is for instructions"),
+        ({"data": "text.jsonl", "template": "chat"}, "--template chat is for conversations"),
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
         ({"data": "generated"}, "text that a teacher writes"),
         ({"data": "text.jsonl", "rank": 64}, "have no linear projection"),

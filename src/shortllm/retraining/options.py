@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
+from shortllm.data.options import Columns
+from shortllm.data.shapes import Form, Template
 from shortllm.errors import ShortLLMError
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, ModelInfo, Record
@@ -15,7 +17,6 @@ from shortllm.retraining.methods import METHODS, TrainingMethod, default_of, def
 from shortllm.runtime import DeviceOptions
 
 Kind = Literal["instructions", "text", "generated"]
-Template = Literal["alpaca", "chat"]
 Packing = Literal["stream", "fit", "alone"]
 
 GENERATED: Literal["generated"] = "generated"
@@ -60,18 +61,21 @@ class RetrainOptions(Options):
         description="Instructions or text: a file, a Hub data set or a built-in name; for distill "
         f"also '{GENERATED}' (the teacher writes it). Default: {defaults_text('data')}.",
     )
-    form: Annotated[Literal["auto", "instructions", "text"], Flag(panel=DATA)] = Field(
+    columns: Annotated[Columns, Flag(panel=DATA, metavar="FIELD=COLUMN,...")] = None
+    form: Annotated[Form, Flag(panel=DATA)] = Field(
         default="auto",
-        description="Kind of data. auto: instructions if rows have instruction and output.",
+        description="Kind of data: conversations (instructions with their answers) or text. auto: "
+        "by the names of the columns.",
     )
     template: Annotated[Literal["auto", "alpaca", "chat"], Flag(panel=DATA)] = Field(
         default="auto",
-        description="Prompt format of instructions. auto: the tokenizer's chat template if it has "
-        "one, else that of Alpaca.",
+        description="Format of conversations. auto: the tokenizer's chat template if it has one, "
+        "else that of Alpaca.",
     )
     loss_on: Annotated[Literal["answer", "all"], Flag(panel=DATA)] = Field(
         default="answer",
-        description="Which tokens of an instruction are learned: the answer, or the prompt too.",
+        description="Which tokens of a conversation are learned: every turn of the assistant, or "
+        "all.",
     )
     packing: Annotated[bool | None, Flag(panel=DATA)] = Field(
         default=None,

@@ -20,7 +20,9 @@ from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
+from shortllm.data.chat import template_of
 from shortllm.data.rows import Records
+from shortllm.data.shapes import with_columns
 from shortllm.data.sources import load_rows, open_records
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
@@ -32,7 +34,6 @@ from shortllm.retraining.corpus import (
     documents,
     kind_of,
     open_corpus,
-    template_of,
     write_corpus,
     written_by,
 )
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 LOGS = "logs"
 """Directory of the reporters, first in the work directory, then next to the weights."""
 
-LOCATIONS = {"data", "eval_data", "teacher", "report_to"}
+LOCATIONS = {"data", "columns", "eval_data", "teacher", "report_to"}
 """Options that name a place: its content is part of the fingerprint instead."""
 
 
@@ -164,17 +165,15 @@ def _open_data(options: RetrainOptions, tokenizer: Any) -> tuple[Records | None,
     """The records to train on, checked as far as the first of them, and what they are."""
     if options.data == GENERATED:
         return None, GENERATED
-    records = open_records(options.data or "")
+    records = open_records(with_columns(options.data or "", options.columns))
     kind = kind_of(records, options.form)
     if kind == "instructions":
         template_of(tokenizer, options.template)  # raises if the tokenizer has none
     elif options.template != "auto":
         raise ShortLLMError(
-            f"--template {options.template} is for instructions, and '{records.source}' is text. "
-            "Leave it out, or give rows with instruction and output"
+            f"--template {options.template} is for conversations, and '{records.source}' is text. "
+            "Leave it out, or give conversations"
         )
-    else:
-        next(records.texts())  # raises if the column is missing or ambiguous
     return records, kind
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
+from shortllm.data.chat import template_of
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model
-from shortllm.retraining.corpus import template_of
 from shortllm.retraining.distillation import (
     CachedTeacher,
     Objective,
