@@ -521,11 +521,22 @@ def test_every_method_ends_with_a_plain_checkpoint(
     assert (out / "tokenizer.json").read_bytes() == (MODEL_DIR / "tokenizer.json").read_bytes()
 
 
-def test_the_adapter_at_run_time_is_the_merged_checkpoint(place: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
+@pytest.mark.parametrize("switch", [None, "use_rslora", "use_dora"])
+def test_the_adapter_at_run_time_is_the_merged_checkpoint(
+    switch: str | None, place: Path, tmp_path: Path
+) -> None:
+    from peft import PeftConfig, PeftModel
 
-    record = retrain(place, tmp_path / "out", method="lora", data="alpaca.jsonl", length=256)
+    given = {switch: True} if switch else {}
+    record = retrain(
+        place, tmp_path / "out", method="lora", data="alpaca.jsonl", length=256, **given
+    )
     assert len(record.adapted) == 4 * 7
+    config = PeftConfig.from_pretrained(tmp_path / "out" / "adapter")
+    switches = {name: True for name in ("use_rslora", "use_dora") if getattr(config, name)}
+    assert switches == given
+    names = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert any("magnitude" in name for name in names) == (switch == "use_dora")
     base = AutoModelForCausalLM.from_pretrained(place / "short", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     merged = families.load(tmp_path / "out")
@@ -533,6 +544,41 @@ def test_the_adapter_at_run_time_is_the_merged_checkpoint(place: Path, tmp_path:
     with torch.no_grad():
         one, other = (model(input_ids=ids).logits for model in (adapted, merged))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_of_stacked_experts_is_refused() -> None:
+    with pytest.raises(ShortLLMError, match="stacks the weights of its experts.*--use-dora"):
+        METHODS.get("lora").function(families.build("mixtral"), RetrainOptions(use_dora=True))
+
+
+@pytest.mark.gpu
+def test_adapters_of_a_4_bit_model_are_merged_into_its_own_weights(
+    place: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = tiny.options(data=str(place / "alpaca.jsonl"), length=256, load_in_4bit=True)
+    record = shortllm.retrain(
+        str(place / "short"), tmp_path / "out", options=options, device="cuda"
+    )
+    assert len(record.adapted) == 4 * 7
+    found, before = weights(tmp_path / "out"), weights(place / "short")
+    assert {key: t.dtype for key, t in found.items()} == {k: t.dtype for k, t in before.items()}
+    assert max((found[key] - before[key]).abs().max() for key in found) < 0.1
+
+
+def test_callbacks_of_the_trainer(place: Path, tmp_path: Path) -> None:
+    class Steps(transformers.TrainerCallback):  # type: ignore[misc]
+        seen: list[int] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.append(state.global_step)
+
+    steps = Steps()
+    shortllm.retrain(
+        str(place / "short"), tmp_path / "out", callbacks=[steps],
+        options=tiny.options(data=str(place / "text.jsonl"), method="full"),
+    )  # fmt: skip
+    assert steps.seen == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_is_up_to_date_is_skipped_and_another_recipe_is_not(
@@ -658,7 +704,10 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
         ({"data": "generated"}, "text that a teacher writes"),
         ({"data": "text.jsonl", "rank": 64}, "have no linear projection"),
-        ({"data": "text.jsonl", "report_to": ["nothing"]}, "pip install nothing"),
+        ({"data": "text.jsonl", "report_to": ["tensorbord"]}, "Did you mean 'tensorboard'"),
+        ({"data": "text.jsonl", "report_to": ["wandb"]}, "pip install wandb"),
+        ({"data": "text.jsonl", "report_to": ["all", "none"]}, "--report-to all stands alone"),
+        ({"data": "text.jsonl", "load_in_4bit": True}, "needs a CUDA GPU.* on cpu"),
         ({"data": "text.jsonl", "eval_data": ["embedded", "embedded"]}, "given twice"),
         (
             {"data": "text.jsonl", "method": "distill", "top_k": 4, "hidden_weight": 1.0},

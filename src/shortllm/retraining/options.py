@@ -162,8 +162,8 @@ class RetrainOptions(Options):
     )
     report_to: Annotated[list[str] | None, Flag(repeated=True)] = Field(
         default=None,
-        description="Where the Trainer reports: tensorboard, wandb ...; may be repeated. Default: "
-        "tensorboard if installed.",
+        description="Where the Trainer reports, by transformers' names: none, all, tensorboard, "
+        "wandb ...; may be repeated. Default: tensorboard if installed.",
     )
 
     rank: Annotated[int, Flag(panel=OWN)] = Field(
@@ -176,6 +176,19 @@ class RetrainOptions(Options):
     )
     dropout: Annotated[float, Flag(panel=OWN)] = Field(
         default=default_of("dropout"), ge=0, lt=1, description="lora: dropout before the adapters."
+    )
+    use_rslora: Annotated[bool, Flag(panel=OWN)] = Field(
+        default=default_of("use_rslora"),
+        description="lora: divide alpha by the root of the rank (rank-stabilised LoRA).",
+    )
+    use_dora: Annotated[bool, Flag(panel=OWN)] = Field(
+        default=default_of("use_dora"),
+        description="lora: learn the length of each weight vector separately (DoRA).",
+    )
+    load_in_4bit: Annotated[bool, Flag(panel=OWN)] = Field(
+        default=default_of("load_in_4bit"),
+        description="lora: keep the frozen weights in 4 bits while training (QLoRA); needs a CUDA "
+        "GPU and bitsandbytes.",
     )
     blocks: Annotated[int, Flag(panel=OWN)] = Field(
         default=default_of("blocks"),

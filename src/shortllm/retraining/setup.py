@@ -24,7 +24,7 @@ from shortllm.data.chat import template_of
 from shortllm.data.rows import Records
 from shortllm.data.shapes import with_columns
 from shortllm.data.sources import load_rows, open_records
-from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
+from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError, did_you_mean
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import Segments, evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 LOGS = "logs"
 """Directory of the reporters, first in the work directory, then next to the weights."""
+
+PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
+"""Packages of reporters with another name."""
 
 LOCATIONS = {"data", "columns", "eval_data", "teacher", "report_to"}
 """Options that name a place: its content is part of the fingerprint instead."""
@@ -123,11 +126,10 @@ def check(
 ) -> Setup:
     """Check options, packages, device and data; a run asks this of the model it will shorten."""
     options.about.require_packages()
-    for name in options.report_to or ():
-        if find_spec(name) is None:
-            raise ShortLLMError(
-                f"--report-to {name} needs {name}. Install it with: pip install {name}"
-            )
+    if options.load_in_4bit:
+        _require_4bit(session)
+    if options.report_to:
+        _require_reporters(options.report_to)
     if checkpoint.raw_config.get("quantization_config"):
         raise UnsupportedModelError(
             f"{checkpoint.id} is quantized, and rounded weights cannot be trained. Retrain the "
@@ -159,6 +161,37 @@ def check(
         kind=kind,
         evaluation=_evaluation_sets(checkpoint, tokenizer, options),
     )
+
+
+def _require_4bit(session: Session) -> None:
+    """Refuse 4-bit weights where bitsandbytes is not at home."""
+    if session.device.type != "cuda":
+        raise ShortLLMError(
+            f"--load-in-4bit needs a CUDA GPU, and this training is on {session.device}. Leave it "
+            "out: LoRA without it trains the same adapters"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ShortLLMError(
+            "--load-in-4bit needs bitsandbytes. Install it with: pip install bitsandbytes"
+        )
+
+
+def _require_reporters(names: list[str]) -> None:
+    """Refuse reporters that transformers does not know, or that are not installed."""
+    from transformers.integrations import integration_utils as known
+
+    for name in names:
+        if name in ("none", "all"):
+            if len(names) > 1:
+                raise ShortLLMError(f"--report-to {name} stands alone. Leave the others out")
+        elif name not in known.INTEGRATION_TO_CALLBACK:
+            reporters = ["none", "all", *known.INTEGRATION_TO_CALLBACK]
+            raise ShortLLMError(f"--report-to {name}: unknown.{did_you_mean(name, reporters)}")
+        elif name not in known.get_available_reporting_integrations():
+            package = PACKAGES.get(name, name)
+            raise ShortLLMError(
+                f"--report-to {name} needs {package}. Install it with: pip install {package}"
+            )
 
 
 def _open_data(options: RetrainOptions, tokenizer: Any) -> tuple[Records | None, Kind]:
