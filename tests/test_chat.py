@@ -15,10 +15,10 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.data.calibration import calibrate
 from shortllm.data.chat import Chat, agreed, row_texts
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.sources import load_rows, open_records
+from shortllm.data.sources import load_rows, mixture, open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError
-from shortllm.retraining.corpus import documents, kind_of
+from shortllm.retraining.corpus import documents, kind_of, mixed
 from shortllm.retraining.options import RetrainOptions
 
 CHATML = (
@@ -267,6 +267,35 @@ def test_a_template_that_refuses_a_conversation_names_the_row(tmp_path: Path) ->
     rows = [{"messages": TALK}, {"messages": TALK[1:]}]
     with pytest.raises(DataError, match="row 1 of .* does not take .* assistant, user.*user first"):
         read(write(tmp_path / "rows.jsonl", rows), tokenizer)
+
+
+def test_a_mixture_gives_each_source_its_share_of_the_tokens(tmp_path: Path) -> None:
+    talks = write(tmp_path / "talks.jsonl", [{"messages": TALK}] * 400)
+    texts = write(tmp_path / "texts.jsonl", [{"text": "One two three four."}] * 400)
+    assert mixture(f"{talks}:3,{texts}:1") == {talks: 3.0, texts: 1.0}
+    odd = "a.jsonl#prompt=q,completion=a:.5,org/data:config:train:0.25,c4:2"
+    assert mixture(odd) == {
+        "a.jsonl#prompt=q,completion=a": 0.5, "org/data:config:train": 0.25, "c4": 2.0,
+    }  # fmt: skip
+    for one in ("c4", "c4:train", "a,b.jsonl", "org/data:config:2024", "c4:0.5"):
+        assert mixture(one) == {one: 1.0}
+    for wrong in ("c4:0.5,c4:0.5", "c4:0,alpaca:1"):
+        with pytest.raises(DataError, match="every source once, with a weight above 0"):
+            mixture(wrong)
+    with pytest.raises(DataError, match="is a mixture, which only retraining takes"):
+        load_rows("c4:0.5,alpaca:0.5")
+    tokenizer = tokenizer_of()
+    parts = [
+        (weight, documents(records, kind_of(records, "auto"), tokenizer, RetrainOptions()))
+        for weight, records in ((3.0, open_records(talks)), (1.0, open_records(texts)))
+    ]
+    found = list(mixed(parts, longest=30))
+    talk, text = (
+        sum(min(30, len(one.ids)) for one in found if (one.targets is None) == is_text)
+        for is_text in (False, True)
+    )
+    assert abs(talk - 3 * text) <= 3 * 30
+    assert sum(one.targets is None for one in found) == 400, "it ends with the first to end"
 
 
 def test_the_common_beginning() -> None:

@@ -546,12 +546,25 @@ def test_the_adapter_at_run_time_is_the_merged_checkpoint(
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_a_mixture_of_text_and_instructions(place: Path, tmp_path: Path) -> None:
+    data = f"{place / 'alpaca.jsonl'}:0.75,{place / 'text.jsonl'}:0.25"
+    record = shortllm.retrain(
+        str(place / "short"), tmp_path / "out", device="cpu",
+        options=tiny.options(data=data, length=256),
+    )  # fmt: skip
+    assert (record.data.source, record.data.kind, record.data.packing) == (
+        data, "instructions", "alone",
+    )  # fmt: skip
+    assert record.data.template == "alpaca" and record.steps == 6
+
+
 def test_dora_of_stacked_experts_is_refused() -> None:
     with pytest.raises(ShortLLMError, match="stacks the weights of its experts.*--use-dora"):
         METHODS.get("lora").function(families.build("mixtral"), RetrainOptions(use_dora=True))
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_adapters_of_a_4_bit_model_are_merged_into_its_own_weights(
     place: Path, tmp_path: Path
 ) -> None:

@@ -14,8 +14,8 @@ from shortllm.records import ResultFile
 Columns = Annotated[
     str | None,
     Field(
-        description="Which columns of --data are what, e.g. prompt=question,completion=answer or "
-        "text=story. Default: by their names."
+        description="Which columns of --data are what, e.g. prompt=q,completion=a or text=story. "
+        "Default: by their names."
     ),
 ]
 
@@ -30,7 +30,7 @@ class CalibrationOptions(Options):
         description="Text: a .txt, .jsonl, .json, .csv or .parquet file, a Hub data set "
         "NAME:CONFIG:SPLIT, or a built-in name. Default: bookcorpus.",
     )
-    columns: Annotated[Columns, Flag(metavar="FIELD=COLUMN,...")] = None
+    columns: Annotated[Columns, Flag(metavar="FIELD=COLUMN")] = None
     file: Annotated[Path | None, Flag(name="--calibration")] = Field(
         default=None,
         description="Token ids instead of text: an earlier run, or a JSON list of lists.",

@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -57,6 +58,9 @@ DATA_VARIABLE = "SHORTLLM_DATA"
 
 Role = Literal["calibration", "evaluation", "training"]
 """What rows are for; it decides only which split a name without a split means."""
+
+WEIGHTED = re.compile(r"(.+?):(\d*\.?\d+)(?:,|$)")
+"""A source of a mixture and its weight; after `#` a source may have commas of its own."""
 
 EMBEDDED_TRAIN_ROWS = 4096
 """The train split of the embedded world is endless; this many rows of it are one data source."""
@@ -197,6 +201,17 @@ def open_records(source: str) -> Records:
     return Records(source=found.source, named=named, lines=lines, files=files, read=read)
 
 
+def mixture(source: str) -> dict[str, float]:
+    """`SOURCE:WEIGHT,SOURCE:WEIGHT,...` as source -> weight; one source alone has weight 1."""
+    found = WEIGHTED.findall(source)
+    if len(found) < 2 or ",".join(map(":".join, found)) != source:
+        return {source: 1.0}
+    weights = {name: float(weight) for name, weight in found}
+    if len(weights) < len(found) or not all(weights.values()):
+        raise DataError(f"'{source}': give every source once, with a weight above 0")
+    return weights
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Resolved:
     """What a source string means: local files, else a place on the Hub, else the embedded world."""
@@ -210,6 +225,8 @@ class _Resolved:
 
 
 def _resolve(source: str, role: Role) -> _Resolved:
+    if len(mixture(source)) > 1:
+        raise DataError(f"'{source}' is a mixture, which only retraining takes. Give one source")
     name, named = _split_column(source)
     head, _, split = name.partition(":")
     if head in BUILT_INS:

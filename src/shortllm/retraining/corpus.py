@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -94,6 +94,27 @@ def documents(
     for batch in _batches(rows):
         for ids, targets in chat.documents(batch, list(islice(places, len(batch)))):
             yield Document(ids, targets if options.loss_on == "answer" else None)
+
+
+def mixed(
+    parts: Sequence[tuple[float, Iterator[Document]]], longest: int | None
+) -> Iterator[Document]:
+    """Documents of several sources, whose tokens are in proportion to their weights.
+
+    Always the next document of the source that has given least of its share. It ends with the first
+    source that ends.
+
+    Args:
+        longest: tokens to which each document will be cut.
+    """
+    given = [0] * len(parts)
+    while True:
+        n = min(range(len(parts)), key=lambda n: given[n] / parts[n][0])
+        document = next(parts[n][1], None)
+        if document is None:
+            return
+        given[n] += min(len(document.ids), longest or len(document.ids))
+        yield document
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:

@@ -58,10 +58,11 @@ class RetrainOptions(Options):
     method: MethodName = Field(default="lora", description="What is trained. " + described(METHODS))
     data: Annotated[str | None, Flag(panel=DATA)] = Field(
         default=None,
-        description="Instructions or text: a file, a Hub data set or a built-in name; for distill "
-        f"also '{GENERATED}' (the teacher writes it). Default: {defaults_text('data')}.",
+        description="Conversations or text: a file, a Hub data set or a built-in name, or a "
+        "mixture with weights, as in c4:0.5,alpaca:0.5; for distill also "
+        f"'{GENERATED}' (the teacher writes it). Default: {defaults_text('data')}.",
     )
-    columns: Annotated[Columns, Flag(panel=DATA, metavar="FIELD=COLUMN,...")] = None
+    columns: Annotated[Columns, Flag(panel=DATA, metavar="FIELD=COLUMN")] = None
     form: Annotated[Form, Flag(panel=DATA)] = Field(
         default="auto",
         description="Kind of data: conversations (instructions with their answers) or text. auto: "

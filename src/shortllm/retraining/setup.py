@@ -23,7 +23,7 @@ from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fin
 from shortllm.data.chat import template_of
 from shortllm.data.rows import Records
 from shortllm.data.shapes import with_columns
-from shortllm.data.sources import load_rows, open_records
+from shortllm.data.sources import load_rows, mixture, open_records
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError, did_you_mean
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import Segments, evaluation_segments_of
@@ -33,6 +33,7 @@ from shortllm.retraining.corpus import (
     Corpus,
     documents,
     kind_of,
+    mixed,
     open_corpus,
     write_corpus,
     written_by,
@@ -55,6 +56,15 @@ LOCATIONS = {"data", "columns", "eval_data", "teacher", "report_to"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """One source of the data to train on, and its weight among several."""
+
+    records: Records
+    kind: Kind
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Setup:
     """A training whose options, packages, device and data have been checked."""
 
@@ -68,15 +78,22 @@ class Setup:
     session: Session
     ranks: Ranks
     tokenizer: Any
-    records: Records | None
-    """The data to train on; None if the teacher writes it."""
-    kind: Kind
+    parts: list[Part]
+    """The data to train on; nothing if the teacher writes it."""
     evaluation: dict[str, Segments]
 
     @property
     def source(self) -> str:
-        """The data source with its split filled in."""
-        return self.records.source if self.records is not None else GENERATED
+        """The data source with its split filled in; those of a mixture with their weights."""
+        if len(self.parts) > 1:
+            return ",".join(f"{part.records.source}:{part.weight:g}" for part in self.parts)
+        return self.parts[0].records.source if self.parts else GENERATED
+
+    @property
+    def kind(self) -> Kind:
+        """What the data is; instructions where some of it are."""
+        kinds: set[Kind] = {part.kind for part in self.parts}
+        return "instructions" if "instructions" in kinds else "text" if kinds else GENERATED
 
     @property
     def packing(self) -> Packing:
@@ -148,7 +165,6 @@ def check(
         raise ShortLLMError("--dtype float16 cannot be trained. Use bfloat16 or float32")
     micro_batch = options.micro_batch_of(ranks.count)
     tokenizer = load_tokenizer(checkpoint)
-    records, kind = _open_data(options, tokenizer)
     return Setup(
         checkpoint=checkpoint,
         options=options,
@@ -157,8 +173,7 @@ def check(
         session=session,
         ranks=ranks,
         tokenizer=tokenizer,
-        records=records,
-        kind=kind,
+        parts=_open_data(options, tokenizer),
         evaluation=_evaluation_sets(checkpoint, tokenizer, options),
     )
 
@@ -194,20 +209,22 @@ def _require_reporters(names: list[str]) -> None:
             )
 
 
-def _open_data(options: RetrainOptions, tokenizer: Any) -> tuple[Records | None, Kind]:
-    """The records to train on, checked as far as the first of them, and what they are."""
+def _open_data(options: RetrainOptions, tokenizer: Any) -> list[Part]:
+    """The data to train on, checked as far as the first record of each source."""
     if options.data == GENERATED:
-        return None, GENERATED
-    records = open_records(with_columns(options.data or "", options.columns))
-    kind = kind_of(records, options.form)
-    if kind == "instructions":
+        return []
+    parts = []
+    for source, weight in mixture(options.data or "").items():
+        records = open_records(with_columns(source, options.columns))
+        parts.append(Part(records=records, kind=kind_of(records, options.form), weight=weight))
+    if any(part.kind == "instructions" for part in parts):
         template_of(tokenizer, options.template)  # raises if the tokenizer has none
     elif options.template != "auto":
         raise ShortLLMError(
-            f"--template {options.template} is for conversations, and '{records.source}' is text. "
+            f"--template {options.template} is for conversations, and '{options.data}' is text. "
             "Leave it out, or give conversations"
         )
-    return records, kind
+    return parts
 
 
 def _evaluation_sets(
@@ -234,8 +251,9 @@ def prepare(setup: Setup, target: Path) -> Job:
     require_writable(work.parent, int(needed))
     if setup.ranks.is_main:
         files: list[Any] | None = None  # names, sizes and times change with the data
-        if setup.records is not None:
-            stats = [(str(file.resolve()), file.stat()) for file in setup.records.files]
+        if setup.parts:
+            paths = [file for part in setup.parts for file in part.records.files]
+            stats = [(str(file.resolve()), file.stat()) for file in paths]
             files = [setup.source, *((name, at.st_size, at.st_mtime_ns) for name, at in stats)]
         _claim(work, _fingerprint(setup, teacher, files=files))
         if not (work / "corpus").is_dir():
@@ -293,8 +311,13 @@ def _claim(work: Path, expected: str) -> None:
 def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
     """Write the corpus, of as many documents as the steps will need."""
     options, streamed = setup.options, setup.packing == "stream"
-    if setup.records is not None:
-        found = documents(setup.records, setup.kind, setup.tokenizer, options)
+    longest = None if streamed else setup.length
+    if setup.parts:
+        streams = [
+            (part.weight, documents(part.records, part.kind, setup.tokenizer, options))
+            for part in setup.parts
+        ]
+        found = mixed(streams, longest)
     else:
         assert teacher is not None
         found = written_by(setup.session, teacher, setup.tokenizer, options)
@@ -308,7 +331,7 @@ def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
         source=setup.source,
         vocabulary=setup.checkpoint.vocabulary,
         held_out=options.held_out or HELD_OUT[setup.kind],
-        longest=None if streamed else setup.length,
+        longest=longest,
         enough=enough,
     )
 
