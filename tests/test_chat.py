@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import fill_datasets_cache
 from test_cli import call
 from transformers import AutoTokenizer
 
@@ -18,6 +19,8 @@ from shortllm.data.options import CalibrationOptions
 from shortllm.data.sources import load_rows, mixture, open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError
+from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import prepare_texts
 from shortllm.retraining.corpus import documents, kind_of, mixed
 from shortllm.retraining.options import RetrainOptions
 
@@ -208,6 +211,30 @@ def test_parquet_keeps_conversations_apart_from_other_columns(tmp_path: Path) ->
     rows = [{"messages": TALK, "score": 1.5}, {"messages": TALK[:2], "score": 2.5}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "talk.parquet")
     assert list(load_rows(str(tmp_path / "talk.parquet"))) == [TALK, TALK[:2]]
+
+
+def test_conversations_of_the_hub_stay_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = [{"id": n, "messages": TALK[: 2 + 2 * n]} for n in range(2)]
+    fill_datasets_cache(tmp_path, "acme/talks", content, monkeypatch)
+    for source in ("acme/talks", "acme/talks#messages"):
+        rows = load_rows(source)
+        assert list(rows) == [TALK[:2], TALK] and rows.span(1, 2)[0] == TALK
+    assert list(open_records("acme/talks::test").rows()) == [TALK[:2], TALK]
+
+
+def test_a_run_measures_the_conversations_that_it_did_not_calibrate_on(tmp_path: Path) -> None:
+    faq = [{"q": f"What is {n}?", "a": f"{n} it is."} for n in range(40)]
+    calibration = CalibrationOptions(
+        data=write(tmp_path / "faq.jsonl", faq), columns="prompt=q,completion=a",
+        sampler="packed", samples=2, length=16,
+    )  # fmt: skip
+    evaluation = EvaluationOptions(data=[calibration.source or ""], length=16)
+    texts = prepare_texts(open_checkpoint("embedded"), calibration, evaluation)
+    assert texts.calibration is not None and texts.calibration.info.rows == (0, 20)
+    [measured] = texts.evaluation
+    assert measured.held_out and (measured.rows.start, measured.rows.stop) == (20, 40)
 
 
 BOTH = {"messages": TALK, "prompt": "a?", "completion": "b"}

@@ -234,7 +234,7 @@ def evaluation_segments(
     new_tokens = length - 1 if bos == "every" else length
     enough = None if max_segments is None else (max_segments + 1) * new_tokens
     tokens = _tokens(rows, tokenizer, enough)
-    if bos == "first":
+    if bos == "first" and tokens[:1] != [tokenizer.bos_token_id]:  # a chat template may have it
         tokens = [tokenizer.bos_token_id, *tokens]
     count = len(tokens) // new_tokens
     if count == 0:
