@@ -147,7 +147,7 @@ def test_named_column(tmp_path: Path, kind: str) -> None:
         (
             "two.jsonl",
             '{"a": "x", "b": "y", "n": 1}',
-            r"2 columns of text.*two\.jsonl#a\. Columns: a, b, n",
+            r"2 columns of text.*--columns text=COLUMN .*\. Columns: a, b, n",
         ),
         ("none.jsonl", '{"n": 1}', r"has no column of text\. Columns: n"),
     ],
@@ -291,7 +291,9 @@ def test_built_in_names_from_the_local_directory(
     assert list(load_rows("wikitext2", role="calibration")) == [" = T = \n"]
     assert list(load_rows("ptb")) == ["a b", "c"]
     assert list(load_rows("bookcorpus", role="calibration")) == ["first", "second"]
-    assert list(load_rows("alpaca")) == ["done"]
+    [talk] = load_rows("alpaca")
+    assert talk == [{"role": "user", "content": "do"}, {"role": "assistant", "content": "done"}]
+    assert list(load_rows("alpaca#output")) == ["done"]
     assert load_rows("alpaca#instruction").source == "alpaca:train#instruction"
     with pytest.raises(DataError, match="has no ptb/ptb.test.txt .ptb:validation is there."):
         load_rows("ptb:test")
@@ -343,7 +345,7 @@ def test_a_data_set_in_the_cache_is_read_offline(
     assert list(load_rows("acme/rows:default:test[1:]#body")) == texts[1:]
     records = open_records("acme/rows::test")
     assert list(records.read()) == list(records.read()) == [{"n": 1, "body": t} for t in texts]
-    assert list(records.texts()) == texts
+    assert list(records.rows()) == texts
     with pytest.raises(DataError, match="has no column 'boddy'. Did you mean 'body'"):
         load_rows("acme/rows#boddy")
     with pytest.raises(DataError, match="cannot load 'acme/rows:default:train'.*HF_HUB_OFFLINE"):
@@ -397,7 +399,7 @@ def test_hub_script_data_set_comes_from_its_conversion(asked: _Asked) -> None:
 
 
 def test_hub_column(asked: _Asked) -> None:
-    assert load_rows("some/data#sentence").source == "some/data::test"
+    assert load_rows("some/data#sentence").source == "some/data::test#sentence"
     with pytest.raises(DataError, match="has no column 'sentences'. Did you mean 'sentence'"):
         load_rows("some/data#sentences")
 
@@ -491,7 +493,7 @@ def test_records_keep_their_columns_and_can_be_read_again(
     whole = [{"id": name(number), "text": text} for number, text in enumerate(TEXTS)]
     expected: list[Any] = TEXTS if kind == ".txt" else whole
     assert list(records.read()) == list(records.read()) == expected
-    assert list(records.texts()) == TEXTS
+    assert list(records.rows()) == TEXTS
     assert (records.lines, records.files) == (kind == ".txt", (file,))
 
 
@@ -505,7 +507,7 @@ def test_records_of_built_in_names_are_those_to_train_on(
     assert list(open_records("alpaca").read()) == [record]
     embedded = open_records("embedded")
     assert embedded.source == "embedded:train"
-    assert next(embedded.texts()) == load_rows("embedded:train")[0]
+    assert next(embedded.rows()) == load_rows("embedded:train")[0]
 
 
 @pytest.mark.parametrize(

@@ -98,14 +98,16 @@ def test_the_answer_alone_has_a_loss_and_ends_the_document(place: Path, tokenize
     found = read(place / "alpaca.jsonl", tokenizer)
     assert len(found) == 40
     for number in (0, 1):
-        ids, prompt = found[number].ids, found[number].prompt
+        ids, [(prompt, stop)] = found[number].ids, found[number].spans
+        assert stop == len(ids)
         answer = tokenizer.decode(ids[prompt:-1])
         asked = tokenizer.decode(ids[1:prompt])
         assert answer == f"It is {number}, " * (1 + number % 4) + "no more."
         assert asked.endswith("### Response:\n") and f"Say the number {number}." in asked
         assert ("### Input:\nin words" in asked) == (number == 0)
         assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert {d.prompt for d in read(place / "alpaca.jsonl", tokenizer, loss_on="all")} == {0}
+    whole = read(place / "alpaca.jsonl", tokenizer, loss_on="all")
+    assert all(one.targets is None for one in whole)
 
 
 def test_a_chat_model_gets_its_chat_template(place: Path) -> None:
@@ -116,10 +118,11 @@ def test_a_chat_model_gets_its_chat_template(place: Path) -> None:
     )
     assert template_of(chat, "auto") == "chat"
     first = read(place / "alpaca.jsonl", chat)[0]
-    assert chat.decode(first.ids[: first.prompt]) == (
+    [(prompt, _)] = first.spans
+    assert chat.decode(first.ids[:prompt]) == (
         "<s>user:\nSay the number 0.\n\nin words</s><s>assistant:\n"
     )
-    assert chat.decode(first.ids[first.prompt :]) == "It is 0, no more.</s>"
+    assert chat.decode(first.ids[prompt:]) == "It is 0, no more.</s>"
     alpaca = read(place / "alpaca.jsonl", chat, template="alpaca")[0]
     assert "### Response:" in chat.decode(alpaca.ids)
 
@@ -187,7 +190,7 @@ def test_reading_stops_where_there_is_enough(tmp_path: Path) -> None:
 
 def test_long_documents_are_cut_and_hopeless_ones_dropped(tmp_path: Path) -> None:
     found = [
-        Document([1] * 5), Document([2] * 20, prompt=4), Document([3] * 20, prompt=12),
+        Document([1] * 5), Document([2] * 20, [(4, 20)]), Document([3] * 20, [(12, 20)]),
         Document([4] * 5),
     ]  # fmt: skip
     corpus = corpus_of(found, tmp_path / "corpus", longest=10)
@@ -217,7 +220,7 @@ def test_a_store_is_read_across_documents(tmp_path: Path) -> None:
             break
 
 
-@pytest.mark.parametrize("damaged", ["train.ids", "held_out.index", "corpus.json"])
+@pytest.mark.parametrize("damaged", ["train.ids", "held_out.index", "train.targets", "corpus.json"])
 @pytest.mark.parametrize("lost", [4, 9, 16])
 def test_a_damaged_corpus_is_an_error(damaged: str, lost: int, tmp_path: Path) -> None:
     corpus_of([Document([1, 2, 3, 4, 5])] * 4, tmp_path / "work" / "corpus")
@@ -231,8 +234,8 @@ def test_a_damaged_corpus_is_an_error(damaged: str, lost: int, tmp_path: Path) -
 def corpus(tmp_path: Path) -> Corpus:
     """Documents of 4, 3 and 6 tokens that are trained on: 10.., 20.., 30..; prompts of 2, 0, 1."""
     found = [
-        Document([1, 2]), Document([10, 11, 12, 13], prompt=2), Document([20, 21, 22]),
-        Document([30, 31, 32, 33, 34, 35], prompt=1),
+        Document([1, 2]), Document([10, 11, 12, 13], [(2, 4)]), Document([20, 21, 22]),
+        Document([30, 31, 32, 33, 34, 35], [(1, 6)]),
     ]  # fmt: skip
     return corpus_of(found, tmp_path / "corpus")
 
@@ -269,6 +272,16 @@ def test_whole_documents_fill_windows_or_stand_alone(corpus: Corpus) -> None:
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13], [20, 21, 22, 0]]
     assert batch["labels"][1].tolist() == [NO_TARGET, 21, 22, NO_TARGET]
     assert batch["tokens"].tolist() == [4, 3]
+
+
+def test_every_turn_of_the_assistant_has_a_loss_in_a_window(tmp_path: Path) -> None:
+    found = [Document([1, 2]), Document(list(range(10, 20)), [(2, 4), (7, 9)]), Document([20, 21])]
+    store = corpus_of(found, tmp_path / "corpus", held_out=1, longest=8).train
+    no = NO_TARGET
+    window = Windows(store, length=8, packing="alone", apart=False)[0]
+    assert window["labels"].tolist() == [no, no, 12, 13, no, no, no, 17], "cut within a turn"
+    stream = Windows(store, length=5, packing="stream", apart=False)
+    assert stream[1]["labels"].tolist() == [no, no, 17, 20, 21]
 
 
 JOINED = ["bloom", "mpt", "opt"]
@@ -508,11 +521,22 @@ def test_every_method_ends_with_a_plain_checkpoint(
     assert (out / "tokenizer.json").read_bytes() == (MODEL_DIR / "tokenizer.json").read_bytes()
 
 
-def test_the_adapter_at_run_time_is_the_merged_checkpoint(place: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
+@pytest.mark.parametrize("switch", [None, "use_rslora", "use_dora"])
+def test_the_adapter_at_run_time_is_the_merged_checkpoint(
+    switch: str | None, place: Path, tmp_path: Path
+) -> None:
+    from peft import PeftConfig, PeftModel
 
-    record = retrain(place, tmp_path / "out", method="lora", data="alpaca.jsonl", length=256)
+    given = {switch: True} if switch else {}
+    record = retrain(
+        place, tmp_path / "out", method="lora", data="alpaca.jsonl", length=256, **given
+    )
     assert len(record.adapted) == 4 * 7
+    config = PeftConfig.from_pretrained(tmp_path / "out" / "adapter")
+    switches = {name: True for name in ("use_rslora", "use_dora") if getattr(config, name)}
+    assert switches == given
+    names = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert any("magnitude" in name for name in names) == (switch == "use_dora")
     base = AutoModelForCausalLM.from_pretrained(place / "short", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     merged = families.load(tmp_path / "out")
@@ -520,6 +544,54 @@ def test_the_adapter_at_run_time_is_the_merged_checkpoint(place: Path, tmp_path:
     with torch.no_grad():
         one, other = (model(input_ids=ids).logits for model in (adapted, merged))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_of_text_and_instructions(place: Path, tmp_path: Path) -> None:
+    data = f"{place / 'alpaca.jsonl'}:0.75,{place / 'text.jsonl'}:0.25"
+    record = shortllm.retrain(
+        str(place / "short"), tmp_path / "out", device="cpu",
+        options=tiny.options(data=data, length=256),
+    )  # fmt: skip
+    assert (record.data.source, record.data.kind, record.data.packing) == (
+        data, "instructions", "alone",
+    )  # fmt: skip
+    assert record.data.template == "alpaca" and record.steps == 6
+
+
+def test_dora_of_stacked_experts_is_refused() -> None:
+    with pytest.raises(ShortLLMError, match="stacks the weights of its experts.*--use-dora"):
+        METHODS.get("lora").function(families.build("mixtral"), RetrainOptions(use_dora=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_adapters_of_a_4_bit_model_are_merged_into_its_own_weights(
+    place: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = tiny.options(data=str(place / "alpaca.jsonl"), length=256, load_in_4bit=True)
+    record = shortllm.retrain(
+        str(place / "short"), tmp_path / "out", options=options, device="cuda"
+    )
+    assert len(record.adapted) == 4 * 7
+    found, before = weights(tmp_path / "out"), weights(place / "short")
+    assert {key: t.dtype for key, t in found.items()} == {k: t.dtype for k, t in before.items()}
+    assert max((found[key] - before[key]).abs().max() for key in found) < 0.1
+
+
+def test_callbacks_of_the_trainer(place: Path, tmp_path: Path) -> None:
+    class Steps(transformers.TrainerCallback):  # type: ignore[misc]
+        seen: list[int] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.append(state.global_step)
+
+    steps = Steps()
+    shortllm.retrain(
+        str(place / "short"), tmp_path / "out", callbacks=[steps],
+        options=tiny.options(data=str(place / "text.jsonl"), method="full"),
+    )  # fmt: skip
+    assert steps.seen == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_is_up_to_date_is_skipped_and_another_recipe_is_not(
@@ -641,11 +713,14 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
             "--rank is an option of --method lora",
         ),
         ({"data": "text.jsonl", "micro_batch": 3}, "--micro-batch 3 does not divide the 4"),
-        ({"data": "text.jsonl", "template": "chat"}, "--template chat is for instructions"),
+        ({"data": "text.jsonl", "template": "chat"}, "--template chat is for conversations"),
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
         ({"data": "generated"}, "text that a teacher writes"),
         ({"data": "text.jsonl", "rank": 64}, "have no linear projection"),
-        ({"data": "text.jsonl", "report_to": ["nothing"]}, "pip install nothing"),
+        ({"data": "text.jsonl", "report_to": ["tensorbord"]}, "Did you mean 'tensorboard'"),
+        ({"data": "text.jsonl", "report_to": ["wandb"]}, "pip install wandb"),
+        ({"data": "text.jsonl", "report_to": ["all", "none"]}, "--report-to all stands alone"),
+        ({"data": "text.jsonl", "load_in_4bit": True}, "needs a CUDA GPU.* on cpu"),
         ({"data": "text.jsonl", "eval_data": ["embedded", "embedded"]}, "given twice"),
         (
             {"data": "text.jsonl", "method": "distill", "top_k": 4, "hidden_weight": 1.0},

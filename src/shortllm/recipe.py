@@ -156,7 +156,7 @@ class Recipe(Runtime):
             embedded=embedded,
             every=bool(calibration.bos_every_sample),
             continuations=CONTINUATIONS,
-            calibrated_on=self.calibration.data,
+            calibrated_on=self.calibration.source,
         )
         retraining = self.retraining
         if embedded:

@@ -141,7 +141,7 @@ def _texts(
         EvaluationOptions(**given.model_dump() | {"data": [given.data] if given.data else []}),
         embedded=embedded,
         every=bool(calibration.bos_every_sample),
-        calibrated_on=options.calibration.data,
+        calibrated_on=options.calibration.source,
     )
     return calibration, evaluation.model_copy(update={"data": evaluation.data[:1]})
 

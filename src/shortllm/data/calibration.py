@@ -1,6 +1,6 @@
 """Calibration: the token ids that blocks are scored on, sampled from text, their record and files.
 
-Two samplers give `ids [samples, length]`:
+Conversations are rendered by the model's chat template. Two samplers give `ids [samples, length]`:
 
     random   windows at seeded random places of seeded random rows: those of the published scores
              (10 samples of 128 tokens, seed 1234, BookCorpus), to the token
@@ -29,8 +29,10 @@ from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.data.chat import row_texts
 from shortllm.data.options import CalibrationInfo, CalibrationOptions
 from shortllm.data.rows import Rows
+from shortllm.data.shapes import Row
 from shortllm.data.sources import load_rows
 from shortllm.errors import DataError
 from shortllm.files import fingerprint, require_writable, write_bytes
@@ -54,7 +56,7 @@ def resolve_calibration(
 ) -> CalibrationOptions:
     """The options with every default that depends on the model filled in; the `embedded` model has
     text of its own."""
-    if options.file is not None and options.data is not None:
+    if options.file is not None and (options.data or options.columns) is not None:
         raise DataError(
             "--calibration gives token ids, so --data has no effect. Leave one of them out, and "
             "give the text to measure on as --eval-data"
@@ -99,7 +101,7 @@ def calibrate(
         calibration = load_calibration(options.file)
     else:
         if rows is None:
-            rows = load_rows(options.data or "", role="calibration")
+            rows = load_rows(options.source or "", role="calibration")
         calibration = build_calibration(rows, load_tokenizer(checkpoint), options)
     check_ids(calibration.ids, checkpoint.vocabulary)
     check_length(checkpoint, calibration.ids.shape[1], "--length")
@@ -141,7 +143,7 @@ def _described(ids: torch.Tensor, **about: Any) -> Calibration:
 
 
 def sample_random(
-    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
 ) -> torch.Tensor:
     """Windows at random places of random rows, int64 [samples, length]; no row is used twice.
 
@@ -179,7 +181,7 @@ def sample_random(
 
 
 def _measure(
-    rows: Sequence[str],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     is_long: dict[int, bool],
     *,
@@ -196,7 +198,7 @@ def _measure(
 
 
 def sample_packed(
-    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
 ) -> torch.Tensor:
     """The rows' tokens one after another, cut every `length`: the first [samples, length], int64.
 
@@ -224,11 +226,11 @@ def sample_packed(
 
 
 def _token_lists(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, special: bool
 ) -> list[list[int]]:
-    """Token ids of each text. verbose=False: a row may be longer than the model's context."""
+    """Token ids of each row. verbose=False: a row may be longer than the model's context."""
     lists: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=special, verbose=False
+        row_texts(rows, tokenizer), add_special_tokens=special, verbose=False
     ).input_ids
     return lists
 

@@ -7,8 +7,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from shortllm.data.shapes import with_columns
 from shortllm.options import Flag, Options
 from shortllm.records import ResultFile
+
+Columns = Annotated[
+    str | None,
+    Field(
+        description="Which columns of --data are what, e.g. prompt=q,completion=a or text=story. "
+        "Default: by their names."
+    ),
+]
 
 
 class CalibrationOptions(Options):
@@ -21,6 +30,7 @@ class CalibrationOptions(Options):
         description="Text: a .txt, .jsonl, .json, .csv or .parquet file, a Hub data set "
         "NAME:CONFIG:SPLIT, or a built-in name. Default: bookcorpus.",
     )
+    columns: Annotated[Columns, Flag(metavar="FIELD=COLUMN")] = None
     file: Annotated[Path | None, Flag(name="--calibration")] = Field(
         default=None,
         description="Token ids instead of text: an earlier run, or a JSON list of lists.",
@@ -37,6 +47,11 @@ class CalibrationOptions(Options):
         default=None,
         description="Start every sample with BOS. Default: only for Gemma models.",
     )
+
+    @property
+    def source(self) -> str | None:
+        """The data source, with the columns named in it."""
+        return with_columns(self.data, self.columns) if self.data else None
 
 
 class CalibrationInfo(ResultFile):

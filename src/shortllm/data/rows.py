@@ -1,4 +1,4 @@
-"""Rows of text with their origin, and the local files that rows and records are read from.
+"""Rows of text or conversations with their origin, and the local files they are read from.
 
 The suffix of a file says what it contains; `.gz` or `.xz` may follow it.
 
@@ -24,11 +24,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast, overload
 
-from shortllm.errors import DataError, did_you_mean
+from shortllm.data.shapes import Form, Reading, Row, read_rows, reading_of
+from shortllm.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".tokens")
 
@@ -39,24 +40,26 @@ PACKED_SUFFIXES = (".gz", ".xz")
 UNREADABLE = (OSError, EOFError, RecursionError, lzma.LZMAError, zlib.error, csv.Error, ValueError)
 """What reading a damaged file raises."""
 
-DEFAULT_COLUMNS = ("text", "page", "sentence", "content")
-"""Columns taken when none is named: the first of these that exists."""
-
 CHUNK_CHARACTERS = 2**20
 """Characters in one Arrow buffer, about."""
 
 
 class ArrowTexts:
-    """A column of strings in Arrow buffers, in memory or memory-mapped."""
+    """A column of strings in Arrow buffers, in memory or memory-mapped; conversations as JSON."""
 
-    def __init__(self, column: Any) -> None:
+    def __init__(self, column: Any, decode: Callable[[str], Row] | None = None) -> None:
         self._column = column
+        self._decode = decode
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> ArrowTexts:
-        """Copy texts into memory: a row costs its UTF-8 bytes and 8 more."""
+    def of(cls, rows: Iterable[Row]) -> ArrowTexts:
+        """Copy rows of one kind into memory: a row costs its UTF-8 bytes and 8 more."""
         import pyarrow as pa
 
+        rows = iter(rows)
+        first = list(islice(rows, 1))
+        talks = bool(first) and not isinstance(first[0], str)
+        texts = (json.dumps(row) if talks else cast(str, row) for row in chain(first, rows))
         chunks, buffer, size = [], [], 0
         for text in texts:
             buffer.append(text)
@@ -65,30 +68,47 @@ class ArrowTexts:
                 chunks.append(pa.array(buffer, pa.large_string()))
                 buffer, size = [], 0
         chunks.append(pa.array(buffer, pa.large_string()))
-        return cls(pa.chunked_array(chunks, pa.large_string()))
+        decode = json.loads if talks else None
+        return cls(pa.chunked_array(chunks, pa.large_string()), decode)
 
     def __len__(self) -> int:
         return len(self._column)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Row:
         text: str = self._column[index].as_py()
-        return text
+        return text if self._decode is None else self._decode(text)
+
+
+class HubConversations:
+    """The conversations of a Hub data set, which stay on disk."""
+
+    def __init__(self, dataset: Any, reading: Reading, source: str) -> None:
+        self._dataset, self._reading, self._source = dataset, reading, source
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._reading.read(self._dataset[index], self._source, index)
+
+
+Stored = Sequence[Row] | Sequence[str] | ArrowTexts | HubConversations
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows(Sequence[str]):
-    """Rows of text with their origin: a view on `texts[start:stop]` that copies nothing.
+class Rows(Sequence[Row]):
+    """Texts or conversations with their origin: a view on `texts[start:stop]` that copies nothing.
 
     `start` and `stop` are row numbers in the whole source, so that a result file can name them.
     """
 
     source: str
-    texts: Sequence[str] | ArrowTexts
+    texts: Stored
     start: int
     stop: int
 
     @classmethod
-    def of(cls, source: str, texts: Sequence[str] | ArrowTexts) -> Rows:
+    def of(cls, source: str, texts: Stored) -> Rows:
         """All of `texts`, at least one."""
         if len(texts) == 0:
             raise DataError(f"'{source}' has no rows. Give a file or a split with text in it")
@@ -102,21 +122,19 @@ class Rows(Sequence[str]):
         return self.stop - self.start
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Row: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: slice) -> list[Row]: ...
 
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(self.start, self.stop)[index]
-        text: object = self.texts[number]
-        if not isinstance(text, str):
-            raise DataError(
-                f"row {number} of '{self.source}' is not text but {type(text).__name__}"
-            )
-        return text
+        row: object = self.texts[number]
+        if not isinstance(row, str | list):
+            raise DataError(f"row {number} of '{self.source}' is not text but {type(row).__name__}")
+        return row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,8 +143,8 @@ class Records:
 
     source: str
     """The data source with its split filled in."""
-    column: str | None
-    """The column named with `#`."""
+    named: str | None
+    """What was named with `#`: a column, or the columns of some fields."""
     lines: bool
     """Whether records are lines of a text file, which are not documents of their own."""
     files: tuple[Path, ...]
@@ -134,9 +152,9 @@ class Records:
     read: Callable[[], Iterator[Any]]
     """Yields from the first record on: a text, or a dict."""
 
-    def texts(self) -> Iterator[str]:
-        """The text of each record, by the rule of `load_rows`."""
-        return record_texts(self.source, self.read(), self.column)
+    def rows(self, form: Form = "auto") -> Iterator[Row]:
+        """Each record as a text or a conversation, by the rule of `load_rows`."""
+        return read_rows(self.source, self.read(), self.named, form)
 
 
 def split_held_out(rows: Rows) -> tuple[Rows, Rows]:
@@ -178,30 +196,39 @@ def kind_of(path: Path) -> str:
     return kind
 
 
-def file_texts(
-    path: Path, column: str | None, line_rule: Callable[[str], str] = str
-) -> Iterator[str]:
-    """The texts of one file; `line_rule` is applied to the lines of a text file."""
+def file_rows(
+    path: Path, named: str | None, line_rule: Callable[[str], str] = str
+) -> Iterator[Row]:
+    """The rows of one file; `line_rule` is applied to the lines of a text file."""
     kind = kind_of(path)
-    if kind == ".parquet":
-        return _parquet_texts(path, column)
-    records = file_records(path, column)
     if kind in TEXT_SUFFIXES:
-        return map(line_rule, records)
-    return record_texts(path, records, column)
+        return map(line_rule, file_records(path, named))
+    columns = None
+    if kind == ".parquet":  # the other columns are not read
+        for record in file_records(path, peek=True):
+            columns = list(reading_of(str(path), record, named).columns.values())
+    return read_rows(str(path), file_records(path, named, columns=columns), named)
 
 
-def file_records(path: Path, column: str | None = None) -> Iterator[Any]:
-    """The records of one file: dicts, or the lines of a text file, which has no `column`."""
+def file_records(
+    path: Path,
+    named: str | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+    peek: bool = False,
+) -> Iterator[Any]:
+    """The records of one file: dicts, or the lines of a text file, which has no columns.
+
+    Of a parquet file only some `columns` can be read, or with `peek` only the first record.
+    """
     kind = kind_of(path)
-    if kind in TEXT_SUFFIXES and column is not None:
-        raise DataError(f"{path} is a text file and has no column '{column}'. Leave the column out")
+    if kind in TEXT_SUFFIXES and named is not None:
+        raise DataError(f"{path} is a text file and has no column '{named}'. Leave the column out")
     with _readable(path):
         if kind == ".csv":
             yield from _csv_records(path)
         elif kind == ".parquet":
-            for batch in _parquet_batches(path):
-                yield from batch.to_pylist()
+            yield from _parquet_records(path, columns, peek)
         else:
             yield from _lines(path) if kind in TEXT_SUFFIXES else _json_records(path, kind)
 
@@ -212,50 +239,6 @@ def load_records(path: Path) -> list[dict[str, Any]]:
     if not records or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path} is not a list of records. Give one JSON object per line")
     return records
-
-
-def record_texts(path: Path | str, records: Iterable[Any], column: str | None) -> Iterator[str]:
-    """One text per record; the first record decides which column. Records may be plain strings."""
-    chosen: str | None = None
-    for number, record in enumerate(records):
-        if isinstance(record, str) and column is None:
-            yield record
-            continue
-        if not isinstance(record, dict):
-            raise DataError(
-                f"row {number} of {path} is a {type(record).__name__}, not a record"
-                + (f" with a column '{column}'" if column else "")
-            )
-        if chosen is None:
-            text_columns = [key for key, value in record.items() if isinstance(value, str)]
-            chosen = choose_column(str(path), list(record), text_columns, column)
-        yield _require_text(record.get(chosen), number, path, chosen)
-
-
-def choose_column(where: str, names: list[str], text_names: list[str], column: str | None) -> str:
-    """The named column if it exists; without one a default name, else the only column of text."""
-    if column is not None:
-        if column in names:
-            return column
-        raise DataError(f"{where} has no column '{column}'.{did_you_mean(column, names)}")
-    for name in DEFAULT_COLUMNS:
-        if name in text_names:
-            return name
-    if len(text_names) == 1:
-        return text_names[0]
-    if not text_names:
-        raise DataError(f"{where} has no column of text. Columns: {', '.join(names)}")
-    raise DataError(
-        f"{where} has {len(text_names)} columns of text, "
-        f"none of them named {', '.join(DEFAULT_COLUMNS)}. "
-        f"Name one, as in {where}#{text_names[0]}. Columns: {', '.join(names)}"
-    )
-
-
-def _require_text(value: object, number: int, path: Path | str, column: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"row {number} of {path} has no text in column '{column}'")
-    return value
 
 
 @contextmanager
@@ -304,6 +287,8 @@ def _without_surrogates(record: Any) -> Any:
     """A record with `?` for each lone surrogate (`"\\ud800"`), which no tokenizer takes."""
     if isinstance(record, dict):
         return {key: _without_surrogates(value) for key, value in record.items()}
+    if isinstance(record, list):
+        return [_without_surrogates(value) for value in record]
     if isinstance(record, str) and not record.isascii():
         return record.encode("utf-8", "replace").decode("utf-8")
     return record
@@ -315,28 +300,17 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(stream, strict=True)
 
 
-def _parquet_texts(path: Path, column: str | None) -> Iterator[str]:
-    """The texts of one column; no other column is read."""
-
-    def text_column(schema: Any) -> str:
-        strings = ("string", "large_string", "string_view")
-        text_names = [field.name for field in schema if str(field.type) in strings]
-        return choose_column(str(path), schema.names, text_names, column)
-
-    with _readable(path):
-        numbers = count()
-        for batch in _parquet_batches(path, text_column):
-            for text in batch.column(0).to_pylist():
-                yield _require_text(text, next(numbers), path, batch.schema.names[0])
-
-
-def _parquet_batches(path: Path, choose: Callable[[Any], str] | None = None) -> Iterator[Any]:
-    """A parquet file batch by batch, all columns or the one that `choose` takes of the schema."""
+def _parquet_records(path: Path, columns: Sequence[str] | None, peek: bool) -> Iterator[Any]:
+    """The records of a parquet file, batch by batch."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _open(path) as stream:
         packed = path.suffix.lower() in PACKED_SUFFIXES
         file = pq.ParquetFile(pa.BufferReader(stream.read()) if packed else stream)
-        columns = None if choose is None else [choose(file.schema_arrow)]
-        yield from file.iter_batches(columns=columns)
+        size = {"batch_size": 1} if peek else {}
+        records = chain.from_iterable(
+            batch.to_pylist()
+            for batch in file.iter_batches(columns=columns and list(columns), **size)
+        )
+        yield from islice(records, 1 if peek else None)

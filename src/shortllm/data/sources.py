@@ -1,6 +1,7 @@
 """Data sources: one string names text, and `load_rows` or `open_records` reads it.
 
-    stories.jsonl.gz                  a local file; `stories.jsonl.gz#summary` picks a column
+    stories.jsonl.gz                  a local file; `stories.jsonl.gz#summary` picks a column, and
+                                      `faq.csv#prompt=q,completion=a` says what columns are
     wikitext:wikitext-2-raw-v1:test   a Hub data set: name[:config[:split]], also with `#column`
     wikitext2   ptb:test   embedded   a built-in name, with a split where the default is not meant
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -35,14 +37,15 @@ from shortllm.data.rows import (
     PACKED_SUFFIXES,
     TEXT_SUFFIXES,
     ArrowTexts,
+    HubConversations,
     Records,
     Rows,
-    choose_column,
     file_records,
-    file_texts,
+    file_rows,
     kind_of,
     supported,
 )
+from shortllm.data.shapes import reading_of
 from shortllm.errors import DataError, did_you_mean, first_line_of
 
 if TYPE_CHECKING:
@@ -55,6 +58,9 @@ DATA_VARIABLE = "SHORTLLM_DATA"
 
 Role = Literal["calibration", "evaluation", "training"]
 """What rows are for; it decides only which split a name without a split means."""
+
+WEIGHTED = re.compile(r"(.+?):(\d*\.?\d+)(?:,|$)")
+"""A source of a mixture and its weight; after `#` a source may have commas of its own."""
 
 EMBEDDED_TRAIN_ROWS = 4096
 """The train split of the embedded world is endless; this many rows of it are one data source."""
@@ -83,7 +89,6 @@ class BuiltIn:
     evaluation: str
     local: dict[str, tuple[str, ...]]
     hub: dict[str, HubPlace] = field(default_factory=dict)
-    column: str | None = None
     line_rule: Callable[[str], str] = str
 
     def default_split(self, role: Role) -> str:
@@ -154,7 +159,6 @@ BUILT_INS: dict[str, BuiltIn] = {
         evaluation="train",
         local={"train": ("alpaca/train.jsonl", "alpaca/*.json")},
         hub={"train": HubPlace("yahma/alpaca-cleaned", None, "train")},
-        column="output",
     ),
     "embedded": BuiltIn(
         calibration="calibration",
@@ -171,22 +175,19 @@ def load_rows(source: str, *, role: Role = "evaluation") -> Rows:
     Hub data set `test` to evaluate and `train` otherwise.
     """
     found = _resolve(source, role)
-    column = found.column
-    line_rule: Callable[[str], str] = str
-    if found.built_in is not None:
-        column, line_rule = column or found.built_in.column, found.built_in.line_rule
+    line_rule = str if found.built_in is None else found.built_in.line_rule
     if found.place is not None:
-        return _hub_rows(found, column)
+        return _hub_rows(found)
     if not found.files:
         return Rows.of(found.source, _embedded(found))
-    texts = chain.from_iterable(file_texts(file, column, line_rule) for file in found.files)
-    return Rows.of(found.source, ArrowTexts.of(texts))
+    rows = chain.from_iterable(file_rows(file, found.named, line_rule) for file in found.files)
+    return Rows.of(found.source, ArrowTexts.of(rows))
 
 
 def open_records(source: str) -> Records:
     """A data source as a stream of records with all their columns, for training."""
     found = _resolve(source, "training")
-    files, column = found.files, found.column
+    files, named = found.files, found.named
     lines = bool(files) and kind_of(files[0]) in TEXT_SUFFIXES
     whole: Iterable[Any] = ()
     if found.place is not None:
@@ -195,9 +196,20 @@ def open_records(source: str) -> Records:
         whole = _embedded(found)
 
     def read() -> Iterator[Any]:
-        return chain(whole, *(file_records(file, column) for file in files))
+        return chain(whole, *(file_records(file, named) for file in files))
 
-    return Records(source=found.source, column=column, lines=lines, files=files, read=read)
+    return Records(source=found.source, named=named, lines=lines, files=files, read=read)
+
+
+def mixture(source: str) -> dict[str, float]:
+    """`SOURCE:WEIGHT,SOURCE:WEIGHT,...` as source -> weight; one source alone has weight 1."""
+    found = WEIGHTED.findall(source)
+    if len(found) < 2 or ",".join(map(":".join, found)) != source:
+        return {source: 1.0}
+    weights = {name: float(weight) for name, weight in found}
+    if len(weights) < len(found) or not all(weights.values()):
+        raise DataError(f"'{source}': give every source once, with a weight above 0")
+    return weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +217,7 @@ class _Resolved:
     """What a source string means: local files, else a place on the Hub, else the embedded world."""
 
     source: str
-    column: str | None
+    named: str | None
     split: str = ""
     built_in: BuiltIn | None = None
     files: tuple[Path, ...] = ()
@@ -213,13 +225,15 @@ class _Resolved:
 
 
 def _resolve(source: str, role: Role) -> _Resolved:
-    name, column = _split_column(source)
+    if len(mixture(source)) > 1:
+        raise DataError(f"'{source}' is a mixture, which only retraining takes. Give one source")
+    name, named = _split_column(source)
     head, _, split = name.partition(":")
     if head in BUILT_INS:
-        return _resolve_built_in(head, split, column, role)
+        return _resolve_built_in(head, split, named, role)
     path = Path(name).expanduser()
     if name and path.is_file():
-        return _Resolved(source=source, column=column, files=(path,))
+        return _Resolved(source=source, named=named, files=(path,))
     if name and path.is_dir():
         raise DataError(f"'{name}' is a directory. Name one file in it ({supported()})")
     if _looks_like_path(name):
@@ -232,18 +246,18 @@ def _resolve(source: str, role: Role) -> _Resolved:
         )
     parts = [part or None for part in name.split(":", 2)] + [None, None]
     place = HubPlace(head, parts[1], parts[2] or ("test" if role == "evaluation" else "train"))
-    source = f"{head}:{place.config or ''}:{place.split}"
-    return _Resolved(source=source, column=column, place=place)
+    source = f"{head}:{place.config or ''}:{place.split}" + (f"#{named}" if named else "")
+    return _Resolved(source=source, named=named, place=place)
 
 
-def _resolve_built_in(name: str, split: str, column: str | None, role: Role) -> _Resolved:
+def _resolve_built_in(name: str, split: str, named: str | None, role: Role) -> _Resolved:
     built_in = BUILT_INS[name]
     split = split or built_in.default_split(role)
     if split not in built_in.local:
         raise DataError(f"'{name}' has no split '{split}'.{did_you_mean(split, built_in.local)}")
     files = tuple(_local_files(built_in.local[split]))
-    source = f"{name}:{split}" + (f"#{column}" if column else "")
-    found = _Resolved(source=source, column=column, split=split, built_in=built_in, files=files)
+    source = f"{name}:{split}" + (f"#{named}" if named else "")
+    found = _Resolved(source=source, named=named, split=split, built_in=built_in, files=files)
     if files:
         logger.info("%s is read from %s", source, ", ".join(map(str, files)))
     elif split in built_in.hub:
@@ -310,7 +324,7 @@ def _local_hint(name: str, split: str) -> str:
 
 def _embedded(found: _Resolved) -> list[str]:
     """A split of the embedded world's text."""
-    if found.column is not None:
+    if found.named is not None:
         raise DataError(
             f"'{found.source}': embedded rows are plain text without columns. Leave the column out"
         )
@@ -320,17 +334,18 @@ def _embedded(found: _Resolved) -> list[str]:
     return rows(split, EMBEDDED_TRAIN_ROWS if split == "train" else None)
 
 
-def _hub_rows(found: _Resolved, column: str | None) -> Rows:
+def _hub_rows(found: _Resolved) -> Rows:
     """The rows of a Hub data set, memory-mapped from its cache."""
     dataset = _load_hub(found)
-    texts = [
-        name
-        for name, feature in dataset.features.items()
-        if getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
-    chosen = choose_column(found.source, dataset.column_names, texts, column)
-    table = dataset.select_columns(chosen).with_format("arrow")[:]
-    return Rows.of(found.source, ArrowTexts(table.column(chosen)))
+    if len(dataset) == 0:
+        return Rows.of(found.source, [])
+    reading = reading_of(found.source, dataset[0], found.named)
+    columns = list(reading.columns.values())
+    if not reading.is_text:
+        talks = HubConversations(dataset.select_columns(columns), reading, found.source)
+        return Rows.of(found.source, talks)
+    table = dataset.select_columns(columns).with_format("arrow")[:]
+    return Rows.of(found.source, ArrowTexts(table.column(columns[0])))
 
 
 def _load_hub(found: _Resolved, *, streaming: bool = False) -> Any:

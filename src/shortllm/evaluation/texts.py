@@ -35,8 +35,10 @@ from shortllm.data.calibration import (
     check_length,
     tokens_fingerprint,
 )
+from shortllm.data.chat import row_texts
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.rows import Rows, same_text, split_held_out
+from shortllm.data.shapes import Row
 from shortllm.data.sources import load_rows
 from shortllm.errors import CheckpointError, DataError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
@@ -164,7 +166,7 @@ def _calibration_rows(
         if options is None or options.file is not None:
             used.append(None)
             continue
-        source = options.data or ""
+        source = options.source or ""
         if source not in loaded:
             loaded[source] = load_rows(source, role="calibration")
         rows = loaded[source]
@@ -214,7 +216,7 @@ def evaluation_segments_of(
 
 
 def evaluation_segments(
-    rows: Sequence[str],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int = 128,
@@ -232,7 +234,7 @@ def evaluation_segments(
     new_tokens = length - 1 if bos == "every" else length
     enough = None if max_segments is None else (max_segments + 1) * new_tokens
     tokens = _tokens(rows, tokenizer, enough)
-    if bos == "first":
+    if bos == "first" and tokens[:1] != [tokenizer.bos_token_id]:  # a chat template may have it
         tokens = [tokenizer.bos_token_id, *tokens]
     count = len(tokens) // new_tokens
     if count == 0:
@@ -248,15 +250,17 @@ def evaluation_segments(
 
 
 def _tokens(
-    rows: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int | None
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, enough: int | None
 ) -> list[int]:
     """The token ids of all rows, or of enough first rows that there are at least `enough` ids.
 
-    The end of a text changes only its last few tokens, so the caller requests one more window.
+    Conversations follow each other as the chat template ends them, texts after an empty line. The
+    end of a text changes only its last few tokens, so the caller requests one more window.
     """
     read = len(rows) if enough is None else min(64, len(rows))
     while True:
-        text = "\n\n".join(rows[:read])
+        between = "\n\n" if isinstance(rows[0], str) else ""
+        text = between.join(row_texts(rows[:read], tokenizer))
         tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if read == len(rows) or (enough is not None and len(tokens) >= enough):
             return tokens

@@ -182,7 +182,7 @@ def healing_text(
         "length": text.length or min(SAMPLE_LENGTH, positions or SAMPLE_LENGTH)
     }
     if shared is not None and text.data is None and text.file is None:
-        update |= {"data": shared.data, "file": shared.file}
+        update |= {"data": shared.source, "file": shared.file}
     if shared is not None and text.bos_every_sample is None:
         update["bos_every_sample"] = shared.bos_every_sample
     return text.model_copy(update=update)

@@ -68,18 +68,31 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(TYPES.items(), key=lambda item: elements[item[0]])[1]
 
 
-def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "auto") -> nn.Module:
-    """The causal language model of a checkpoint, in evaluation mode, its weights finite."""
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    in_4bit: bool = False,
+) -> nn.Module:
+    """The causal language model of a checkpoint, in evaluation mode, its weights finite.
+
+    With `in_4bit`, bitsandbytes quantizes its projections while they are loaded.
+    """
     compute = choose_dtype(dtype, device, stored_dtype(checkpoint))
     _require_described(checkpoint)
-    _require_memory(checkpoint, device, compute)
+    how: dict[str, Any] = {}
+    if in_4bit:
+        how = {"quantization_config": _nf4(compute), "device_map": {"": device}}
+    else:
+        _require_memory(checkpoint, device, compute)
     packed = is_packed(checkpoint.raw_config)
     # compressed-tensors shows progress bars for checkpoints in its format
     bars = redirect_stderr(io.StringIO()) if packed else nullcontext()
     try:
         with quiet_transformers(), bars:
             trusted = is_own_code(checkpoint.config)
-            model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted)
+            model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted, **how)
     except CheckpointError:
         raise
     except Exception as error:  # model classes raise whatever a config's values lead to
@@ -93,6 +106,18 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: str = "au
         setattr(model.config, name, number)
         setattr(model.generation_config, name, number)
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _nf4(compute: torch.dtype) -> Any:
+    """The 4-bit type of QLoRA, computed in `compute` (arXiv:2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 @torch.no_grad()

@@ -1,40 +1,43 @@
 """The corpus of a training: documents of token ids, from a data source or a teacher, on disk.
 
-    {"instruction", "input", "output"}   prompt | answer EOS     the loss is on the answer alone
-    {"text"}                             [BOS] text EOS          the loss is on everything
-    lines of a text file                 joined into documents of about 16,000 characters
-    a teacher                            [BOS] what it samples at temperature 1 [EOS]
+    a conversation         the loss is on what the assistant says in every turn, and its end
+    a text                 [BOS] text EOS          the loss is on everything
+    lines of a text file   joined into documents of about 16,000 characters
+    a teacher              [BOS] what it samples at temperature 1 [EOS]
 
-Instructions are formatted by the tokenizer's chat template, or in the prompt format of Alpaca. BOS
-goes where the tokenizer puts it. A teacher's own documents are distributed as the teacher believes
-text to be; such data recovers generation best (arXiv:2602.01997).
+What is a conversation, and how it is rendered: `data.shapes`, `data.chat`. BOS goes where the
+tokenizer puts it. A teacher's own documents are distributed as the teacher believes text to be;
+such data recovers generation best (arXiv:2602.01997).
 
 Everything is a stream: a source may be larger than memory. On disk, read in any order as a memory
 map, so that an interrupted training resumes on the very same tokens:
 
-    train.ids    held_out.ids     the ids one after another, uint16 (uint32 in a vocabulary above
-                                  65,536)
-    train.index  held_out.index   int64: the first position of each document and the tokens of its
-                                  prompt; in the last row the number of tokens
-    corpus.json                   what was cut and dropped, and the sha256 of ids and index
+    train.ids      held_out.ids       the ids one after another, uint16 (uint32 in a vocabulary
+                                      above 65,536)
+    train.index    held_out.index     int64: the first position of each document, then the number of
+                                      tokens
+    train.targets  held_out.targets   int64: first and last + 1 position of each run of ids with a
+                                      loss
+    corpus.json                       what was cut and dropped, and the sha256 of all of them
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-from os.path import commonprefix
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shortllm.data.chat import Chat, Span, template_of
 from shortllm.data.rows import Records
+from shortllm.data.shapes import Form
 from shortllm.errors import DataError
 from shortllm.files import partial_directory, write_text
 from shortllm.runtime import quiet_transformers
@@ -42,18 +45,7 @@ from shortllm.runtime import quiet_transformers
 if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint
     from shortllm.model import Session
-    from shortllm.retraining.options import Kind, RetrainOptions, Template
-
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-"""The prompt format of the Alpaca data set, which its answers were written for."""
+    from shortllm.retraining.options import Kind, RetrainOptions
 
 CHARACTERS_PER_DOCUMENT = 16_000
 """Lines of a text file belong together; about this many characters are one document."""
@@ -67,49 +59,62 @@ HOLD_OUT_EVERY = 10
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Token ids of one document; the first `prompt` of them are context without a loss."""
+    """Token ids of one document, and the spans `[start, stop)` of those with a loss."""
 
     ids: list[int]
-    prompt: int = 0
+    targets: list[Span] | None = None
+    """None where all have one."""
+
+    @property
+    def spans(self) -> list[Span]:
+        """The targets, also of a document that is learned as a whole."""
+        return [(0, len(self.ids))] if self.targets is None else self.targets
 
 
-def kind_of(records: Records, requested: Literal["auto", "instructions", "text"]) -> Kind:
+def kind_of(records: Records, requested: Form) -> Kind:
     """What the records are, told by the first of them unless the user says it."""
-    first = next(records.read(), None)
+    first = next(records.rows(requested), None)
     if first is None:
         raise DataError(f"'{records.source}' has no rows. Give a file or a split with rows in it")
-    if requested != "auto":
-        return requested
-    answers = isinstance(first, dict) and {"instruction", "output"} <= first.keys()
-    return "instructions" if answers and records.column is None else "text"
-
-
-def template_of(tokenizer: Any, requested: Literal["auto", "alpaca", "chat"]) -> Template:
-    """How instructions are formatted."""
-    found: Template = "alpaca" if getattr(tokenizer, "chat_template", None) is None else "chat"
-    if requested == "chat" != found:
-        raise DataError(
-            "--template chat: the tokenizer has no chat template. Use --template alpaca"
-        )
-    return found if requested == "auto" else requested
+    return "text" if isinstance(first, str) else "instructions"
 
 
 def documents(
     records: Records, kind: Kind, tokenizer: Any, options: RetrainOptions
 ) -> Iterator[Document]:
     """Every record as a document, one after the other."""
+    rows: Iterator[Any] = islice(records.rows(options.form), options.rows)
     if kind == "text":
-        texts = islice(records.texts(), options.rows)
-        for batch in _batches(_joined(texts) if records.lines else texts):
+        for batch in _batches(_joined(rows) if records.lines else rows):
             for ids in tokenizer(batch, verbose=False)["input_ids"]:
                 yield Document(_ended(ids, tokenizer))
         return
-    tokenized = _chat if template_of(tokenizer, options.template) == "chat" else _alpaca
-    rows = islice(records.read(), options.rows)
-    for batch in _batches(_instruction(records.source, n, row) for n, row in enumerate(rows)):
-        for prompt, whole in tokenized(batch, tokenizer):
-            same = commonprefix([prompt, whole])  # its last token may differ before an answer
-            yield Document(whole, len(same) if options.loss_on == "answer" else 0)
+    chat = Chat(tokenizer, template_of(tokenizer, options.template))
+    places = (f"row {number} of '{records.source}'" for number in count())
+    for batch in _batches(rows):
+        for ids, targets in chat.documents(batch, list(islice(places, len(batch)))):
+            yield Document(ids, targets if options.loss_on == "answer" else None)
+
+
+def mixed(
+    parts: Sequence[tuple[float, Iterator[Document]]], longest: int | None
+) -> Iterator[Document]:
+    """Documents of several sources, whose tokens are in proportion to their weights.
+
+    Always the next document of the source that has given least of its share. It ends with the first
+    source that ends.
+
+    Args:
+        longest: tokens to which each document will be cut.
+    """
+    given = [0] * len(parts)
+    while True:
+        n = min(range(len(parts)), key=lambda n: given[n] / parts[n][0])
+        document = next(parts[n][1], None)
+        if document is None:
+            return
+        given[n] += min(len(document.ids), longest or len(document.ids))
+        yield document
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
@@ -122,47 +127,6 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
             text = ""
     if text:
         yield text[:-1]
-
-
-def _instruction(source: str, number: int, row: Any) -> dict[str, str]:
-    """A record's instruction, input and output."""
-    if not isinstance(row, dict):
-        raise DataError(
-            f"row {number} of '{source}' is a {type(row).__name__}, and an instruction is a record "
-            "with instruction and output. Give such rows, or --form text"
-        )
-    found = {name: row.get(name) for name in ("instruction", "input", "output")}
-    for name, value in found.items():
-        if name != "input" and not (isinstance(value, str) and value.strip()):
-            raise DataError(
-                f"row {number} of '{source}' has no {name}. Every row needs instruction and output "
-                "(and may have input); leave such rows out, or use --form text"
-            )
-    return {name: value if isinstance(value, str) else "" for name, value in found.items()}
-
-
-Tokenized = Iterator[tuple[list[int], list[int]]]
-"""Of each row the ids of the prompt alone, and those of the prompt with its answer."""
-
-
-def _alpaca(rows: list[dict[str, str]], tokenizer: Any) -> Tokenized:
-    prompts = [(ALPACA_WITH_INPUT if row["input"] else ALPACA).format(**row) for row in rows]
-    wholes = [prompt + row["output"] for prompt, row in zip(prompts, rows, strict=True)]
-    tokenized = (tokenizer(texts, verbose=False)["input_ids"] for texts in (prompts, wholes))
-    for prompt, whole in zip(*tokenized, strict=True):
-        yield prompt, _ended(whole, tokenizer)
-
-
-def _chat(rows: list[dict[str, str]], tokenizer: Any) -> Tokenized:
-    for row in rows:
-        request = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
-        user = {"role": "user", "content": request}
-        answer = {"role": "assistant", "content": row["output"]}
-        prompt = tokenizer.apply_chat_template(
-            [user], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        whole = tokenizer.apply_chat_template([user, answer], tokenize=True, return_dict=False)
-        yield list(prompt), list(whole)
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
@@ -214,31 +178,34 @@ def written_by(
 # ---- on disk
 
 
+FILES = (".index", ".targets", ".ids")
+
+
 class _Writer:
-    """Appends documents to the two files of a store."""
+    """Appends documents to the files of a store."""
 
     def __init__(self, path: Path, dtype: str) -> None:
-        self._ids = open(path.with_suffix(".ids"), "wb")
-        self._index = open(path.with_suffix(".index"), "wb")
+        self._streams = [open(path.with_suffix(suffix), "wb") for suffix in FILES]
         self._dtype = dtype
         self._digest = hashlib.sha256()
         self.tokens = self.count = 0
 
     def add(self, document: Document) -> None:
         """Append one document."""
-        row = np.array([self.tokens, document.prompt], "<i8").tobytes()
-        ids = np.array(document.ids, self._dtype).tobytes()
-        for stream, data in ((self._index, row), (self._ids, ids)):
-            stream.write(data)
+        start = np.array(self.tokens, "<i8")
+        targets = np.array(document.spans, "<i8") + self.tokens
+        ids = np.array(document.ids, self._dtype)
+        for stream, values in zip(self._streams, (start, targets, ids), strict=True):
+            stream.write(data := values.tobytes())
             self._digest.update(data)
         self.tokens += len(document.ids)
         self.count += 1
 
     def close(self) -> str:
-        """Finish the files; returns the sha256 over all ids and prompt lengths."""
-        self._index.write(np.array([self.tokens, 0], "<i8").tobytes())
-        self._index.close()
-        self._ids.close()
+        """Finish the files; returns the sha256 of their content."""
+        self._streams[0].write(np.array(self.tokens, "<i8").tobytes())
+        for stream in self._streams:
+            stream.close()
         return self._digest.hexdigest()
 
 
@@ -248,17 +215,23 @@ class Store:
     def __init__(self, path: Path, dtype: str, fingerprint: str) -> None:
         self.ids: NDArray[Any] = np.memmap(path.with_suffix(".ids"), dtype, mode="r")
         """The token ids of all documents, one after another."""
-        index = np.fromfile(path.with_suffix(".index"), "<i8").reshape(-1, 2)
-        self.starts: NDArray[np.int64] = index[:, 0]
+        self.starts: NDArray[np.int64] = np.fromfile(path.with_suffix(".index"), "<i8")
         """The position of each document's first token, and after them the number of tokens."""
-        self.prompts: NDArray[np.int64] = index[:-1, 1]
-        """Tokens of each document that are context without a loss."""
+        self.targets: NDArray[np.int64] = np.fromfile(path.with_suffix(".targets"), "<i8")
+        """Where runs of ids with a loss begin and end, in turns."""
         self.fingerprint = fingerprint
-        """sha256 over all ids and prompt lengths."""
-        self.documents = len(self.prompts)
+        """sha256 of all three."""
+        self.documents = len(self.starts) - 1
         self.tokens = len(self.ids)
-        if self.starts[-1] != self.tokens:
+        runs = self.targets.reshape(-1, 2)
+        if self.starts[-1] != self.tokens or len(runs) < self.documents:
             raise ValueError("the index is of other ids")
+
+    def has_loss(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the ids at these positions have a loss."""
+        edges: NDArray[np.int64] = np.searchsorted(self.targets, places, side="right")
+        odd: NDArray[np.bool_] = edges % 2 == 1
+        return odd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +243,7 @@ class Corpus:
     cut: int
     """Documents longer than a window, of which the rest was dropped."""
     dropped: int
-    """Documents whose prompt alone fills a window, so that nothing of the answer was left."""
+    """Documents whose prompt alone fills a window, so that nothing with a loss was left."""
 
 
 def write_corpus(
@@ -295,8 +268,9 @@ def write_corpus(
         for document in documents:
             if longest is not None and len(document.ids) > longest:
                 cut += 1
-                document = Document(document.ids[:longest], document.prompt)
-            if len(document.ids) < 2 or document.prompt >= len(document.ids):
+                left = [(a, min(b, longest)) for a, b in document.spans if a < longest]
+                document = Document(document.ids[:longest], left)
+            if len(document.ids) < 2 or not document.spans:
                 dropped += 1
                 continue
             if max(document.ids) >= vocabulary:

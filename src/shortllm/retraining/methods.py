@@ -78,19 +78,35 @@ METHODS = MethodRegistry[TrainingMethod]("retraining method", ShortLLMError)
         name="lora",
         label="LoRA retraining",
         paper=LORA,
-        options={"rank": 8, "alpha": 16, "dropout": 0.05},
+        options={
+            "rank": 8,
+            "alpha": 16,
+            "dropout": 0.05,
+            "use_rslora": False,
+            "use_dora": False,
+            "load_in_4bit": False,
+        },
         defaults=INSTRUCTION_DEFAULTS,
         packages=("accelerate", "peft"),
         freezes=True,
         state_bytes=0.5,
     )
 )
-def lora(model: nn.Module, options: RetrainOptions) -> nn.Module:
+def lora(model: Any, options: RetrainOptions) -> nn.Module:
     """Low-rank adapters on every projection, merged into the weights."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from torch.nn import Linear
 
     modules, experts = find_targets(model, options.rank)
+    if experts and options.use_dora:
+        raise UnsupportedModelError(
+            f"model type '{model.config.model_type}' stacks the weights of its experts, for which "
+            "peft has no DoRA. Leave --use-dora out"
+        )
+    if options.load_in_4bit:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=options.gradient_checkpointing
+        )
     stored_in_by_out = any(not isinstance(model.get_submodule(name), Linear) for name in modules)
     config = LoraConfig(
         r=options.rank,
@@ -99,6 +115,8 @@ def lora(model: nn.Module, options: RetrainOptions) -> nn.Module:
         target_modules=modules,
         target_parameters=experts or None,
         fan_in_fan_out=stored_in_by_out,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
         task_type="CAUSAL_LM",
     )
     adapted: nn.Module = get_peft_model(model, config)
@@ -110,13 +128,19 @@ def find_targets(model: Any, rank: int) -> tuple[list[str], list[str]]:
 
     Dotted names of linear modules, and of parameters that stack many experts `[experts, ., .]`.
     """
+    from torch.nn import Linear
+
     from shortllm.checkpoint.structure import find_blocks, is_projection
 
     prefix, blocks = find_blocks(model, model.config)
     modules, experts = [], []
     for name, module in blocks.named_modules():
         if is_projection(module):
-            if min(module.weight.shape) >= rank:
+            linear = isinstance(module, Linear)  # packed weights have another shape
+            if (
+                min((module.in_features, module.out_features) if linear else module.weight.shape)
+                >= rank
+            ):
                 modules.append(f"{prefix}.{name}")
             continue
         for own, parameter in module.named_parameters(recurse=False):

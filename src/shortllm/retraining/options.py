@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
+from shortllm.data.options import Columns
+from shortllm.data.shapes import Form, Template
 from shortllm.errors import ShortLLMError
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, ModelInfo, Record
@@ -15,7 +17,6 @@ from shortllm.retraining.methods import METHODS, TrainingMethod, default_of, def
 from shortllm.runtime import DeviceOptions
 
 Kind = Literal["instructions", "text", "generated"]
-Template = Literal["alpaca", "chat"]
 Packing = Literal["stream", "fit", "alone"]
 
 GENERATED: Literal["generated"] = "generated"
@@ -57,21 +58,25 @@ class RetrainOptions(Options):
     method: MethodName = Field(default="lora", description="What is trained. " + described(METHODS))
     data: Annotated[str | None, Flag(panel=DATA)] = Field(
         default=None,
-        description="Instructions or text: a file, a Hub data set or a built-in name; for distill "
-        f"also '{GENERATED}' (the teacher writes it). Default: {defaults_text('data')}.",
+        description="Conversations or text: a file, a Hub data set or a built-in name, or a "
+        "mixture with weights, as in c4:0.5,alpaca:0.5; for distill also "
+        f"'{GENERATED}' (the teacher writes it). Default: {defaults_text('data')}.",
     )
-    form: Annotated[Literal["auto", "instructions", "text"], Flag(panel=DATA)] = Field(
+    columns: Annotated[Columns, Flag(panel=DATA, metavar="FIELD=COLUMN")] = None
+    form: Annotated[Form, Flag(panel=DATA)] = Field(
         default="auto",
-        description="Kind of data. auto: instructions if rows have instruction and output.",
+        description="Kind of data: conversations (instructions with their answers) or text. auto: "
+        "by the names of the columns.",
     )
     template: Annotated[Literal["auto", "alpaca", "chat"], Flag(panel=DATA)] = Field(
         default="auto",
-        description="Prompt format of instructions. auto: the tokenizer's chat template if it has "
-        "one, else that of Alpaca.",
+        description="Format of conversations. auto: the tokenizer's chat template if it has one, "
+        "else that of Alpaca.",
     )
     loss_on: Annotated[Literal["answer", "all"], Flag(panel=DATA)] = Field(
         default="answer",
-        description="Which tokens of an instruction are learned: the answer, or the prompt too.",
+        description="Which tokens of a conversation are learned: every turn of the assistant, or "
+        "all.",
     )
     packing: Annotated[bool | None, Flag(panel=DATA)] = Field(
         default=None,
@@ -158,8 +163,8 @@ class RetrainOptions(Options):
     )
     report_to: Annotated[list[str] | None, Flag(repeated=True)] = Field(
         default=None,
-        description="Where the Trainer reports: tensorboard, wandb ...; may be repeated. Default: "
-        "tensorboard if installed.",
+        description="Where the Trainer reports, by transformers' names: none, all, tensorboard, "
+        "wandb ...; may be repeated. Default: tensorboard if installed.",
     )
 
     rank: Annotated[int, Flag(panel=OWN)] = Field(
@@ -172,6 +177,19 @@ class RetrainOptions(Options):
     )
     dropout: Annotated[float, Flag(panel=OWN)] = Field(
         default=default_of("dropout"), ge=0, lt=1, description="lora: dropout before the adapters."
+    )
+    use_rslora: Annotated[bool, Flag(panel=OWN)] = Field(
+        default=default_of("use_rslora"),
+        description="lora: divide alpha by the root of the rank (rank-stabilised LoRA).",
+    )
+    use_dora: Annotated[bool, Flag(panel=OWN)] = Field(
+        default=default_of("use_dora"),
+        description="lora: learn the length of each weight vector separately (DoRA).",
+    )
+    load_in_4bit: Annotated[bool, Flag(panel=OWN)] = Field(
+        default=default_of("load_in_4bit"),
+        description="lora: keep the frozen weights in 4 bits while training (QLoRA); needs a CUDA "
+        "GPU and bitsandbytes.",
     )
     blocks: Annotated[int, Flag(panel=OWN)] = Field(
         default=default_of("blocks"),

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +64,7 @@ def retrain(
     options: RetrainOptions,
     runtime: TrainingRuntime,
     revision: str | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Retraining:
     """Retrain a shortened checkpoint, and write the result as a plain checkpoint.
 
@@ -74,6 +77,7 @@ def retrain(
         options: what is trained, on what, how long; their fields can be given as keywords.
         runtime: where to train; its fields can be given as keywords.
         revision: of a Hub model.
+        callbacks: of the transformers Trainer: instances or subclasses of `TrainerCallback`.
     Returns:
         The content of retrain.json, with the loss curves.
     Raises:
@@ -86,7 +90,14 @@ def retrain(
     """
     checkpoint, session = open_checkpoint(model, revision=revision), Session(runtime)
     options.about.require_packages()
-    return retrain_from(checkpoint, options, Path(out), session=session, ranks=_join(session))
+    return retrain_from(
+        checkpoint,
+        options,
+        Path(out),
+        session=session,
+        ranks=_join(session),
+        callbacks=callbacks,
+    )
 
 
 @releasing()
@@ -97,17 +108,24 @@ def retrain_from(
     *,
     session: Session,
     ranks: Ranks = ALONE,
+    callbacks: Sequence[Any] = (),
 ) -> Retraining:
     """The same for an open checkpoint; of several processes all train and the main one writes."""
     require_apart(checkpoint.directory, target)
     require_free(target, Retraining.FILE)
     job = prepare(check(checkpoint, options, session=session, ranks=ranks), target)
     if ranks.is_main:
-        derive(Retraining, target, checkpoint, lambda: _trained(job), expected=job.fingerprint)
+        derive(
+            Retraining,
+            target,
+            checkpoint,
+            partial(_trained, job, callbacks),
+            expected=job.fingerprint,
+        )
     elif not is_up_to_date(target, Retraining, job.fingerprint):
         from shortllm.retraining.training import train
 
-        train(job)
+        train(job, callbacks)
     ranks.wait()
     if ranks.is_main:
         shutil.rmtree(job.work, ignore_errors=True)
@@ -124,11 +142,11 @@ def _join(session: Session) -> Ranks:
     return join_ranks()
 
 
-def _trained(job: Job) -> Draft:
+def _trained(job: Job, callbacks: Sequence[Any]) -> Draft:
     """Train, and draft the checkpoint of the best state."""
     from shortllm.retraining.training import train
 
-    checkpoint, trained = job.setup.checkpoint, train(job)
+    checkpoint, trained = job.setup.checkpoint, train(job, callbacks)
     plain = _plain_model(job, trained)
 
     def write(directory: Path, advance: Any) -> None:

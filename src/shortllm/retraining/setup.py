@@ -20,9 +20,11 @@ from shortllm.checkpoint.config import context_length, text_config
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
+from shortllm.data.chat import template_of
 from shortllm.data.rows import Records
-from shortllm.data.sources import load_rows, open_records
-from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
+from shortllm.data.shapes import with_columns
+from shortllm.data.sources import load_rows, mixture, open_records
+from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError, did_you_mean
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import Segments, evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
@@ -31,8 +33,8 @@ from shortllm.retraining.corpus import (
     Corpus,
     documents,
     kind_of,
+    mixed,
     open_corpus,
-    template_of,
     write_corpus,
     written_by,
 )
@@ -46,8 +48,20 @@ log = logging.getLogger(__name__)
 LOGS = "logs"
 """Directory of the reporters, first in the work directory, then next to the weights."""
 
-LOCATIONS = {"data", "eval_data", "teacher", "report_to"}
+PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
+"""Packages of reporters with another name."""
+
+LOCATIONS = {"data", "columns", "eval_data", "teacher", "report_to"}
 """Options that name a place: its content is part of the fingerprint instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """One source of the data to train on, and its weight among several."""
+
+    records: Records
+    kind: Kind
+    weight: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,15 +78,22 @@ class Setup:
     session: Session
     ranks: Ranks
     tokenizer: Any
-    records: Records | None
-    """The data to train on; None if the teacher writes it."""
-    kind: Kind
+    parts: list[Part]
+    """The data to train on; nothing if the teacher writes it."""
     evaluation: dict[str, Segments]
 
     @property
     def source(self) -> str:
-        """The data source with its split filled in."""
-        return self.records.source if self.records is not None else GENERATED
+        """The data source with its split filled in; those of a mixture with their weights."""
+        if len(self.parts) > 1:
+            return ",".join(f"{part.records.source}:{part.weight:g}" for part in self.parts)
+        return self.parts[0].records.source if self.parts else GENERATED
+
+    @property
+    def kind(self) -> Kind:
+        """What the data is; instructions where some of it are."""
+        kinds: set[Kind] = {part.kind for part in self.parts}
+        return "instructions" if "instructions" in kinds else "text" if kinds else GENERATED
 
     @property
     def packing(self) -> Packing:
@@ -122,11 +143,10 @@ def check(
 ) -> Setup:
     """Check options, packages, device and data; a run asks this of the model it will shorten."""
     options.about.require_packages()
-    for name in options.report_to or ():
-        if find_spec(name) is None:
-            raise ShortLLMError(
-                f"--report-to {name} needs {name}. Install it with: pip install {name}"
-            )
+    if options.load_in_4bit:
+        _require_4bit(session)
+    if options.report_to:
+        _require_reporters(options.report_to)
     if checkpoint.raw_config.get("quantization_config"):
         raise UnsupportedModelError(
             f"{checkpoint.id} is quantized, and rounded weights cannot be trained. Retrain the "
@@ -145,7 +165,6 @@ def check(
         raise ShortLLMError("--dtype float16 cannot be trained. Use bfloat16 or float32")
     micro_batch = options.micro_batch_of(ranks.count)
     tokenizer = load_tokenizer(checkpoint)
-    records, kind = _open_data(options, tokenizer)
     return Setup(
         checkpoint=checkpoint,
         options=options,
@@ -154,28 +173,58 @@ def check(
         session=session,
         ranks=ranks,
         tokenizer=tokenizer,
-        records=records,
-        kind=kind,
+        parts=_open_data(options, tokenizer),
         evaluation=_evaluation_sets(checkpoint, tokenizer, options),
     )
 
 
-def _open_data(options: RetrainOptions, tokenizer: Any) -> tuple[Records | None, Kind]:
-    """The records to train on, checked as far as the first of them, and what they are."""
+def _require_4bit(session: Session) -> None:
+    """Refuse 4-bit weights where bitsandbytes is not at home."""
+    if session.device.type != "cuda":
+        raise ShortLLMError(
+            f"--load-in-4bit needs a CUDA GPU, and this training is on {session.device}. Leave it "
+            "out: LoRA without it trains the same adapters"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ShortLLMError(
+            "--load-in-4bit needs bitsandbytes. Install it with: pip install bitsandbytes"
+        )
+
+
+def _require_reporters(names: list[str]) -> None:
+    """Refuse reporters that transformers does not know, or that are not installed."""
+    from transformers.integrations import integration_utils as known
+
+    for name in names:
+        if name in ("none", "all"):
+            if len(names) > 1:
+                raise ShortLLMError(f"--report-to {name} stands alone. Leave the others out")
+        elif name not in known.INTEGRATION_TO_CALLBACK:
+            reporters = ["none", "all", *known.INTEGRATION_TO_CALLBACK]
+            raise ShortLLMError(f"--report-to {name}: unknown.{did_you_mean(name, reporters)}")
+        elif name not in known.get_available_reporting_integrations():
+            package = PACKAGES.get(name, name)
+            raise ShortLLMError(
+                f"--report-to {name} needs {package}. Install it with: pip install {package}"
+            )
+
+
+def _open_data(options: RetrainOptions, tokenizer: Any) -> list[Part]:
+    """The data to train on, checked as far as the first record of each source."""
     if options.data == GENERATED:
-        return None, GENERATED
-    records = open_records(options.data or "")
-    kind = kind_of(records, options.form)
-    if kind == "instructions":
+        return []
+    parts = []
+    for source, weight in mixture(options.data or "").items():
+        records = open_records(with_columns(source, options.columns))
+        parts.append(Part(records=records, kind=kind_of(records, options.form), weight=weight))
+    if any(part.kind == "instructions" for part in parts):
         template_of(tokenizer, options.template)  # raises if the tokenizer has none
     elif options.template != "auto":
         raise ShortLLMError(
-            f"--template {options.template} is for instructions, and '{records.source}' is text. "
-            "Leave it out, or give rows with instruction and output"
+            f"--template {options.template} is for conversations, and '{options.data}' is text. "
+            "Leave it out, or give conversations"
         )
-    else:
-        next(records.texts())  # raises if the column is missing or ambiguous
-    return records, kind
+    return parts
 
 
 def _evaluation_sets(
@@ -202,8 +251,9 @@ def prepare(setup: Setup, target: Path) -> Job:
     require_writable(work.parent, int(needed))
     if setup.ranks.is_main:
         files: list[Any] | None = None  # names, sizes and times change with the data
-        if setup.records is not None:
-            stats = [(str(file.resolve()), file.stat()) for file in setup.records.files]
+        if setup.parts:
+            paths = [file for part in setup.parts for file in part.records.files]
+            stats = [(str(file.resolve()), file.stat()) for file in paths]
             files = [setup.source, *((name, at.st_size, at.st_mtime_ns) for name, at in stats)]
         _claim(work, _fingerprint(setup, teacher, files=files))
         if not (work / "corpus").is_dir():
@@ -261,8 +311,13 @@ def _claim(work: Path, expected: str) -> None:
 def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
     """Write the corpus, of as many documents as the steps will need."""
     options, streamed = setup.options, setup.packing == "stream"
-    if setup.records is not None:
-        found = documents(setup.records, setup.kind, setup.tokenizer, options)
+    longest = None if streamed else setup.length
+    if setup.parts:
+        streams = [
+            (part.weight, documents(part.records, part.kind, setup.tokenizer, options))
+            for part in setup.parts
+        ]
+        found = mixed(streams, longest)
     else:
         assert teacher is not None
         found = written_by(setup.session, teacher, setup.tokenizer, options)
@@ -276,7 +331,7 @@ def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
         source=setup.source,
         vocabulary=setup.checkpoint.vocabulary,
         held_out=options.held_out or HELD_OUT[setup.kind],
-        longest=None if streamed else setup.length,
+        longest=longest,
         enough=enough,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
+from shortllm.data.chat import template_of
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model
-from shortllm.retraining.corpus import template_of
 from shortllm.retraining.distillation import (
     CachedTeacher,
     Objective,
@@ -57,8 +57,12 @@ class Trained:
     data: TrainingData
 
 
-def train(job: Job) -> Trained:
-    """Train; an earlier start of the same training that was interrupted is resumed."""
+def train(job: Job, callbacks: Sequence[Any] = ()) -> Trained:
+    """Train; an earlier start of the same training that was interrupted is resumed.
+
+    Args:
+        callbacks: further ones of the Trainer.
+    """
     setup, options = job.setup, job.setup.options
     setup.session.release()
     model = _open_model(setup)
@@ -88,6 +92,8 @@ def train(job: Job) -> Trained:
         max_minutes=options.max_minutes,
         patience=options.patience,
     )
+    for callback in callbacks:
+        trainer.add_callback(callback)
     with _reports_in(job.work / LOGS):
         _run(trainer, states, steps)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -111,8 +117,16 @@ def _open_model(setup: Setup) -> Any:
     sharded, attention = _is_sharded(), setup.options.attention
     device = torch.device("cpu") if sharded else setup.session.device
     frozen = setup.options.about.freezes and not sharded
+    in_4bit = setup.options.load_in_4bit
+    if in_4bit and sharded:
+        raise ShortLLMError(
+            "--load-in-4bit cannot be sharded over processes. Leave it out, or train without FSDP"
+        )
     model: Any = load_model(
-        setup.checkpoint, device=device, dtype=setup.dtype if frozen else "float32"
+        setup.checkpoint,
+        device=device,
+        dtype=setup.dtype if frozen else "float32",
+        in_4bit=in_4bit,
     )
     if attention is not None:
         try:

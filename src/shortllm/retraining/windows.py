@@ -62,12 +62,12 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, window: int) -> dict[str, Tensor]:
         """`input_ids`, `labels` and, where documents are kept apart, `position_ids`, each `[T]`."""
-        starts, prompts = self._store.starts, self._store.prompts
+        starts = self._store.starts
         place_T = np.concatenate([np.arange(start, stop) for start, stop in self._spans[window]])
         document_T = np.searchsorted(starts, place_T, side="right") - 1
         within_T = place_T - starts[document_T]
         ids_T = np.asarray(self._store.ids[place_T], dtype=np.int64)
-        context_T = within_T < prompts[document_T]
+        context_T = ~self._store.has_loss(place_T)
         context_T[0] = True
         if self._apart:
             context_T |= within_T == 0

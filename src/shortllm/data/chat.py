@@ -1,0 +1,200 @@
+"""Conversations as text and token ids, by the tokenizer's chat template or in the format of Alpaca.
+
+Which tokens of a conversation the assistant wrote is found for any chat template. One that marks
+them with `{% generation %}` is taken at its word. Of any other, the conversation is rendered again
+with something changed, and what differs says where a turn is:
+
+    start   where the prompt before the turn, rendered with the generation prompt, stops agreeing
+    end     the end of what changes with the turn's content, then what follows the content of a
+            last turn (the end-of-turn token), as far as it follows here too
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any, Literal, cast
+
+from jinja2 import TemplateError
+
+from shortllm.data.shapes import Messages, Row, Template
+from shortllm.errors import DataError, first_line_of
+
+Span = tuple[int, int]
+"""`[start, stop)`"""
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n"
+)
+"""How a prompt of the Alpaca data set begins, which its answers were written for."""
+
+CHANGED = "\ue000"
+"""Stands for the content of a turn; a private character, which no text begins or ends with."""
+
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def template_of(tokenizer: Any, requested: Literal["auto", "alpaca", "chat"] = "auto") -> Template:
+    """How conversations are formatted."""
+    found: Template = "alpaca" if getattr(tokenizer, "chat_template", None) is None else "chat"
+    if requested == "chat" != found:
+        raise DataError(
+            "--template chat: the tokenizer has no chat template. Use --template alpaca"
+        )
+    return found if requested == "auto" else requested
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Renders conversations with one tokenizer."""
+
+    tokenizer: Any
+    template: Template
+
+    def text(self, messages: Messages, *, prompt: bool = False) -> str:
+        """A conversation as text; with `prompt` up to where the assistant begins to write."""
+        if self.template == "alpaca":
+            return _alpaca(messages, prompt, self.tokenizer.eos_token or "")
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt
+        )
+        return text
+
+    def documents(
+        self, conversations: Sequence[Messages], places: Iterable[str]
+    ) -> Iterator[tuple[list[int], list[Span]]]:
+        """Of each conversation the token ids, and the spans of those that the assistant wrote.
+
+        Args:
+            places: what to call each one in an error.
+        """
+        found = []
+        for messages, place in zip(conversations, places, strict=False):
+            try:
+                text = self.text(messages)
+                found.append((text, [] if self._is_marked else self._turns(messages, text)))
+            except (TemplateError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{place}: the chat template does not take this conversation of "
+                    f"{', '.join(message['role'] for message in messages)}: {first_line_of(error)}"
+                ) from error
+        if self._is_marked:
+            yield from map(self._marked, conversations)
+            return
+        # each text up to every end of a span, and the whole, in one call of the tokenizer
+        ends = [sorted({*chain(*spans), len(text)}) for text, spans in found]
+        pieces = [text[:end] for (text, _), cuts in zip(found, ends, strict=True) for end in cuts]
+        all_ids = iter(self._ids(pieces))
+        for (_, spans), cuts in zip(found, ends, strict=True):
+            prefixes = {end: next(all_ids) for end in cuts}
+            whole = prefixes[cuts[-1]]
+            token = {end: agreed(ids, whole) for end, ids in prefixes.items()}
+            found_spans = [(token[start], token[stop]) for start, stop in spans]
+            yield whole, [(start, stop) for start, stop in found_spans if start < stop]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids; special tokens are in the text of a chat template already."""
+        if not texts:
+            return []
+        special = self.template == "alpaca"
+        lists: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=special, verbose=False
+        ).input_ids
+        end = self.tokenizer.eos_token_id
+        # one end is enough where the tokenizer adds its own
+        return [ids[:-1] if end is not None and ids[-2:] == [end, end] else ids for ids in lists]
+
+    @cached_property
+    def _is_marked(self) -> bool:
+        if self.template == "alpaca" or not self.tokenizer.is_fast:
+            return False
+        return bool(MARKED.search(self.tokenizer.get_chat_template()))
+
+    def _marked(self, messages: Messages) -> tuple[list[int], list[Span]]:
+        found = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [0, *found["assistant_masks"], 0]
+        edges = [n for n, (before, here) in enumerate(pairwise(mask)) if before != here]
+        return list(found["input_ids"]), list(zip(edges[::2], edges[1::2], strict=True))
+
+    def _turns(self, messages: Messages, text: str) -> list[Span]:
+        """The characters of each turn of the assistant, up to its end-of-turn token."""
+        spans: list[Span] = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            changed = [*messages]
+            changed[number] = {"role": "assistant", "content": CHANGED}
+            other = self.text(changed)
+            start = agreed(text, other)
+            stop = len(text) - agreed(text[start:][::-1], other[start:][::-1])
+            stop += agreed(text[stop:], self._after_turn)
+            spans.append((self._start(messages[:number], text, start), stop))
+        return spans
+
+    def _start(self, before: Messages, text: str, content: int) -> int:
+        """Where a turn begins: after the generation prompt, where the template has it so."""
+        if not before:
+            return content
+        try:
+            prompt = self.text(before, prompt=True)
+            known = agreed(text, prompt)
+            if known == len(prompt) or known >= len(self.text(before)):
+                return min(known, content)
+        except TemplateError:  # it takes no conversation that ends there
+            pass
+        return content  # what comes before is rendered otherwise without the turn
+
+    @cached_property
+    def _after_turn(self) -> str:
+        """What follows the content of a last turn."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": CHANGED}]
+        return self.text(turns).rpartition(CHANGED)[2]
+
+
+def agreed(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How long the common beginning of two sequences is."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def row_texts(rows: Sequence[Row], tokenizer: Any) -> list[str]:
+    """Each row as text: conversations rendered, without a BOS that tokenizing puts there."""
+    if all(isinstance(row, str) for row in rows):
+        return cast(list[str], list(rows))
+    chat = Chat(tokenizer, template_of(tokenizer))
+    adds_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token if adds_bos else ""
+    return [row if isinstance(row, str) else chat.text(row).removeprefix(bos) for row in rows]
+
+
+def _alpaca(messages: Messages, prompt: bool, end: str) -> str:
+    """The format of the Alpaca data set; further turns follow in the same form."""
+    text = ""
+    for message in messages:
+        said, extra = message["content"], message.get("input")
+        if message["role"] == "system":
+            text += f"{said}\n\n"
+        elif message["role"] == "assistant":
+            text += f"{said}{end}\n\n"
+        else:
+            text += "" if text else ALPACA_WITH_INPUT if extra else ALPACA
+            if extra:
+                said = f"{said.removesuffix(extra)[:-2]}\n\n### Input:\n{extra}"
+            text += f"### Instruction:\n{said}\n\n### Response:\n"
+    return text if prompt else text.removesuffix("\n\n")
