@@ -198,6 +198,14 @@ def require_file_target(path: Path) -> None:
     require_writable(path.parent)
 
 
+def require_free(target: Path, record: str) -> None:
+    """Refuse a target that contains anything but an earlier result, which contains `record`."""
+    if target.is_file():
+        raise OutputError(f"--out {target} is a file. Give a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
+        raise OutputError(f"{target} contains something else. Choose another --out, or delete it")
+
+
 def existing_parent(path: Path) -> Path:
     """`path` or its nearest ancestor that exists."""
     path = path.absolute()

@@ -25,7 +25,7 @@ from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import Texts, prepare_texts
-from shortllm.files import releasing
+from shortllm.files import releasing, require_free
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
@@ -55,7 +55,6 @@ from shortllm.run_directory import (
 )
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.derived import require_free
 
 if TYPE_CHECKING:
     from shortllm.evaluation.tasks import TaskSet

@@ -23,8 +23,10 @@ import typer
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
+from shortllm.cli import early
 from shortllm.errors import CriterionError, ShortLLMError
 from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
+from shortllm.recipe import Recipe
 from shortllm.runtime import Runtime, Trust
 
 ModelArgument = Annotated[
@@ -99,6 +101,8 @@ def flags(
                 for parameter, kind in records.items()
             }
             own = {name: value for name, value in values.items() if name not in fields}
+            if Recipe not in records.values():  # it is checked with the recipe that it is laid over
+                early.check(own, built.values())
             function(**own, **built)
 
         command.__signature__ = _signature(function, records, fields)  # type: ignore[attr-defined]

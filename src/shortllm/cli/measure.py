@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 import typer
 
 from shortllm.benchmark.options import BENCHMARK_PRESETS, BenchmarkOptions
+from shortllm.cli import early
 from shortllm.cli.flags import Json, Revision, flags
 from shortllm.cli.output import answered, print_benchmark, print_evaluation
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.files import require_file_target
 from shortllm.runtime import DeviceOptions, Runtime, Trust
 
 Models = Annotated[
@@ -44,6 +46,13 @@ def evaluate(
     """
     import shortllm
 
+    if out is not None:
+        require_file_target(out)
+    if options.tasks and find_spec("lm_eval") is None:
+        raise ShortLLMError(
+            "zero-shot tasks need lm-evaluation-harness. Install it with: pip install "
+            "'shortllm[eval]'"
+        )
     measured = shortllm.evaluate(models, options=options, runtime=runtime, out=out)
     if answered(measured, in_json=json):
         return
@@ -80,6 +89,8 @@ def bench(
     if preset is not None:
         given = options.model_dump(exclude_unset=True)
         options = BenchmarkOptions(**{**BENCHMARK_PRESETS[preset], **given})
+    if out is not None:
+        early.check_directory(out)
     measured = shortllm.bench(models, options=options, runtime=runtime, out=out)
     if answered(measured, in_json=json):
         return
@@ -97,6 +108,7 @@ def report(
     """
     import shortllm
 
+    early.check_run(run_dir)
     typer.echo(f"report: {shortllm.report(run_dir)}")
 
 

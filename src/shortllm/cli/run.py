@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import Field
 
+from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, flags
 from shortllm.cli.output import (
     answered,
@@ -129,6 +130,7 @@ def _run(typed: Recipe, own: RunFlags, *, model: str | None, name: str | None, j
     import shortllm
 
     chosen = requested_recipe(typed, own, model=model, name=name)
+    early.check_recipe(chosen, own.out)
     _print_run(shortllm.run(recipe=chosen, out=own.out, command=command_line()), json=json)
 
 

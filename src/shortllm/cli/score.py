@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags
 from shortllm.cli.output import answered, command_line, plan_line, print_table
+from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
 from shortllm.format import duration, plain
@@ -79,10 +81,12 @@ def score(
     """
     import shortllm
 
+    names, given = names_in(criterion), criteria.by_criterion()
+    early.check_scoring(model, resolve_all(names, given), calibration, out)
     found = shortllm.score(
         model,
-        criterion=[name.strip() for name in criterion.split(",") if name.strip()],
-        options=criteria.by_criterion(),
+        criterion=names,
+        options=given,
         calibration=calibration,
         runtime=runtime,
         out=out,
@@ -117,6 +121,7 @@ def plan(
     import shortllm
 
     budget.asked()
+    early.check_scores(scores)
     chosen = shortllm.plan(scores, budget=budget, runtime=runtime, out=out)
     if not answered(chosen, in_json=json):
         typer.echo(f"{plan_line(chosen)}\n{chosen.reason}")
@@ -160,6 +165,7 @@ def prune(
     if (plan is None) == (blocks is None):
         raise BudgetError("give either --plan plan.json or --blocks 3,4,8")
     chosen = plan if plan is not None else _block_numbers(blocks or "")
+    early.check_pruning(model, plan, out)
     written = shortllm.prune(model, chosen, out, revision=revision, verify=verify, runtime=runtime)
     typer.echo(f"checkpoint: {written}")
 

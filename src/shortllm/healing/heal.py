@@ -25,6 +25,7 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
+from shortllm.files import require_free
 from shortllm.healing.experts import Factor
 from shortllm.healing.folding import Fold, folded_into
 from shortllm.healing.gain import divisors
@@ -44,7 +45,6 @@ from shortllm.surgery.derived import (
     derived_fingerprint,
     is_up_to_date,
     on_probe,
-    require_free,
     stored_name,
     verifying,
 )

@@ -23,7 +23,7 @@ from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError
-from shortllm.files import releasing, translate_os_errors
+from shortllm.files import releasing, require_free, translate_os_errors
 from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
 from shortllm.options import accepts
@@ -38,7 +38,6 @@ from shortllm.surgery.derived import (
     derive,
     is_up_to_date,
     require_apart,
-    require_free,
 )
 
 if TYPE_CHECKING:

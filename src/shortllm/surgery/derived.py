@@ -35,7 +35,13 @@ from shortllm.checkpoint.tensors import (
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
-from shortllm.files import PARTIAL, fingerprint, partial_directory, require_writable
+from shortllm.files import (
+    PARTIAL,
+    fingerprint,
+    partial_directory,
+    require_free,
+    require_writable,
+)
 from shortllm.model import Session
 from shortllm.records import Cost, DerivedRecord
 from shortllm.runtime import peak_memory, progress, versions
@@ -152,14 +158,6 @@ def require_apart(source: Path, target: Path) -> None:
         raise OutputError(
             f"{target} {relation} the original model, which is never changed. Choose another --out"
         )
-
-
-def require_free(target: Path, record: str) -> None:
-    """Refuse a target that contains anything but an earlier result, which contains `record`."""
-    if target.is_file():
-        raise OutputError(f"--out {target} is a file. Give a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
-        raise OutputError(f"{target} contains something else. Choose another --out, or delete it")
 
 
 def is_up_to_date(target: Path, kind: type[DerivedRecord], expected: str) -> bool:
