@@ -6,15 +6,17 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm import __version__
 from shortllm.checkpoint.hub import named_revision
-from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import OutputError
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
 from shortllm.records import ResultFile, load_current
 from shortllm.runtime import versions
+
+if TYPE_CHECKING:
+    from shortllm.checkpoint.source import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +36,31 @@ def short_name(model: str) -> str:
 
 def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
     """Check that `directory` is free or an earlier run of the same model, and can be written."""
+    present = require_run_directory(directory)
+    earlier = _run_model(directory) or {}
+    has_results = any(
+        path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in present
+    )
+    if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
+        raise OutputError(
+            f"{directory} is a run of another model ({earlier.get('id')}). Choose another "
+            "--out, or delete it"
+        )
+    require_writable(directory, checkpoint.bytes)
+
+
+def require_run_directory(directory: Path) -> list[Path]:
+    """Refuse a file, and a directory that contains something else than a run; what it contains."""
+    if directory.is_file():
+        raise OutputError(f"--out {directory} is a file. Give a directory")
+    require_writable(directory)
     listing = directory.iterdir() if directory.is_dir() else []
     present = [path for path in listing if not path.name.endswith(PARTIAL) and path.name != LOCK]
-    if present:
-        earlier = _run_model(directory)
-        if earlier is None:
-            raise OutputError(
-                f"{directory} is not empty and not a run of shortllm. Choose another --out"
-            )
-        has_results = any(
-            path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in present
+    if present and _run_model(directory) is None:
+        raise OutputError(
+            f"{directory} is not empty and not a run of shortllm. Choose another --out"
         )
-        if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
-            raise OutputError(
-                f"{directory} is a run of another model ({earlier.get('id')}). Choose another "
-                "--out, or delete it"
-            )
-    require_writable(directory, checkpoint.bytes)
+    return present
 
 
 def pinned(model: str, revision: str | None, directory: Path | None) -> str | None:

@@ -17,6 +17,7 @@ from shortllm.criteria import resolve
 from shortllm.files import require_file_target
 from shortllm.options import Flag, Options
 from shortllm.recipe import Recipe, changed
+from shortllm.run_directory import require_run_directory
 from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -67,11 +68,14 @@ def compare_criteria(
     Example: shortllm compare-criteria Qwen/Qwen3-0.6B --data my_text.jsonl
     """
     import shortllm
+
+    for name in comparison.criteria:
+        resolve(name, criteria.by_criterion().get(name))
+    if out is not None:
+        require_run_directory(out)
     from shortllm.comparison.criteria import default_directory
 
     directory = out or default_directory(model)
-    for name in comparison.criteria:
-        resolve(name, criteria.by_criterion().get(name))
     found = shortllm.compare_criteria(
         model,
         comparison=comparison,

@@ -29,6 +29,7 @@ from shortllm.quantizing.options import Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
 from shortllm.records import DerivedRecord
 from shortllm.retraining.options import GENERATED, Retraining, RetrainOptions
+from shortllm.run_directory import require_run_directory
 from shortllm.runtime import DeviceOptions, check_device
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.width_pruning.options import WidthOptions, WidthPruning
@@ -75,7 +76,7 @@ def check_recipe(recipe: Recipe, out: Path | None) -> None:
     for options in recipe.retraining:
         _check_texts(options, [recipe.model])
     if out is not None:
-        check_directory(out)
+        require_run_directory(out)
     _go_offline()
 
 
@@ -85,7 +86,7 @@ def check_scoring(
     """Check the text and the directory of scores."""
     needed = any(one.needs_text for one in criteria)
     _check_calibration(calibration, embedded=model == EMBEDDED or not needed)
-    check_directory(out)
+    require_run_directory(out)
 
 
 def check_scores(scores: Path) -> None:

@@ -14,6 +14,7 @@ from shortllm.benchmark.options import BENCHMARK_PRESETS, BenchmarkOptions
 from shortllm.cli import early
 from shortllm.cli.flags import Json, Revision, flags
 from shortllm.cli.output import answered, print_benchmark, print_evaluation
+from shortllm.demo import named_models
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.files import require_file_target
@@ -166,14 +167,6 @@ def demo(
     """
     if find_spec("gradio") is None:
         raise ShortLLMError("the demo needs gradio. Install it with: pip install 'shortllm[demo]'")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-    from shortllm.demo.generate import Limits
-    from shortllm.demo.models import embedded_models, named_models, open_models
-    from shortllm.demo.page import serve
-    from shortllm.model import Session
-
-    session = Session(runtime)
     given = {"original": original, "width": width, "depth": depth}
     places = named_models(
         [
@@ -181,6 +174,14 @@ def demo(
             *((name, place) for name, _, place in (one.partition("=") for one in model or ())),
         ]
     )
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+    from shortllm.demo.generate import Limits
+    from shortllm.demo.models import embedded_models, open_models
+    from shortllm.demo.page import serve
+    from shortllm.model import Session
+
+    session = Session(runtime)
     if not places:
         places = embedded_models(session)
         session.release()

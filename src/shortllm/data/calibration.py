@@ -54,11 +54,6 @@ def resolve_calibration(
 ) -> CalibrationOptions:
     """The options with every default that depends on the model filled in; the `embedded` model has
     text of its own."""
-    if options.file is not None and options.data is not None:
-        raise DataError(
-            "--calibration gives token ids, so --data has no effect. Leave one of them out, and "
-            "give the text to measure on as --eval-data"
-        )
     filled: dict[str, Any] = {}
     if options.bos_every_sample is None:
         filled["bos_every_sample"] = model_type in BOS_EVERY_SAMPLE

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from shortllm.options import Flag, Options
 from shortllm.records import ResultFile
@@ -37,6 +38,16 @@ class CalibrationOptions(Options):
         default=None,
         description="Start every sample with BOS. Default: only for Gemma models.",
     )
+
+    @model_validator(mode="after")
+    def _is_one_source(self) -> Self:
+        """Token ids stand for text; both were given by mistake."""
+        if self.file is not None and self.data is not None:
+            raise ValueError(
+                "--calibration gives token ids, so --data has no effect. Leave one of them out, "
+                "and give the text to measure on as --eval-data"
+            )
+        return self
 
 
 class CalibrationInfo(ResultFile):

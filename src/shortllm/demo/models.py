@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,21 +81,6 @@ class Models:
     def other_weight_bytes(self, model: DemoModel) -> int:
         """Bytes of the weights of all models but this one."""
         return sum(one.model.get_memory_footprint() for one in self.models if one is not model)
-
-
-def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Model locations by name; refuses names that are blank or repeated."""
-    found: dict[str, str] = {}
-    for name, location in pairs:
-        if not name.strip() or not location.strip():
-            raise ShortLLMError(
-                f"--model '{name}={location}' must have the form NAME=MODEL, "
-                "for example healed=runs/short"
-            )
-        if name in found:
-            raise ShortLLMError(f"two models are called '{name}'. Give each its own name")
-        found[name] = location
-    return found
 
 
 def open_models(locations: Mapping[str, str], session: Session) -> Models:

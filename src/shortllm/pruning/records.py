@@ -129,16 +129,17 @@ class Pruning(DerivedRecord):
 
 def scores_path(path: Path) -> Path:
     """A file of scores, or the only one of a run directory."""
-    if not path.exists():
+    several = sorted(path.glob("scores-*.json"))
+    file = path / "scores.json" if path.is_dir() else path
+    if not file.exists() and not several:
         raise ResultFileError(
             f"there are no scores in {path}. Score first: shortllm score MODEL --out {path}"
         )
-    several = sorted(path.glob("scores-*.json"))
-    if several and not (path / "scores.json").exists():
+    if not file.exists():
         raise ResultFileError(
             f"{path} contains scores by several criteria. Give one: {', '.join(map(str, several))}"
         )
-    return path / "scores.json" if path.is_dir() else path
+    return file
 
 
 def load_plan(path: Path) -> PrunePlan:
