@@ -25,6 +25,7 @@ from pydantic import Field
 
 from shortllm.cli import early
 from shortllm.errors import CriterionError, ShortLLMError
+from shortllm.files import overwriting
 from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
 from shortllm.recipe import Recipe
 from shortllm.runtime import Runtime, Trust
@@ -38,6 +39,17 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub model, as in MODEL@REVISION.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
+
+OVERWRITE = "overwrite"
+"""Parameter of every command that writes results to `--out`."""
+
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace finished results in --out that were made with other choices.",
+    ),
+]
 
 PLAIN = (bool, int, float, str, Path)
 """Types that typer reads itself; the text of others goes to pydantic."""
@@ -101,9 +113,10 @@ def flags(
                 for parameter, kind in records.items()
             }
             own = {name: value for name, value in values.items() if name not in fields}
-            if Recipe not in records.values():  # it is checked with the recipe that it is laid over
-                early.check(own, built.values())
-            function(**own, **built)
+            with overwriting(own.pop(OVERWRITE, False)):
+                if Recipe not in records.values():  # checked with the recipe that it is laid over
+                    early.check(own, built.values())
+                function(**own, **built)
 
         command.__signature__ = _signature(function, records, fields)  # type: ignore[attr-defined]
         return command
@@ -142,6 +155,9 @@ def _signature(
         if one.name not in records
     ]
     made = {one.name: _parameter(one) for one in fields.values()}
+    names = {*made, *(one.name for one in own)}
+    if "out" in names and "scores" not in names:  # a plan is made again in no time
+        own.append(inspect.Parameter(OVERWRITE, keyword, default=False, annotation=Overwrite))
     first = [made.pop(name) for name, one in fields.items() if one.panel == COMMON]
     return inspect.Signature([context, *first, *own, *made.values()])
 

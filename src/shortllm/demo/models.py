@@ -133,12 +133,14 @@ def _shorten_embedded(home: Path, session: Session) -> tuple[Path, Path]:
     runtime = session.runtime
     width, depth = home / "width", home / "depth"
     options = shortllm.WidthOptions(method="flap", ratio=RATIO)
-    shortllm.width(EMBEDDED, width, options=options, device=runtime.device, dtype=runtime.dtype)
-    scores = shortllm.score(EMBEDDED, out=home / "scores", runtime=runtime)
+    shortllm.width(
+        EMBEDDED, width, options=options, device=runtime.device, dtype=runtime.dtype, overwrite=True
+    )
+    scores = shortllm.score(EMBEDDED, out=home / "scores", runtime=runtime, overwrite=True)
     plan = shortllm.plan(scores, ratio=RATIO)
     try:
-        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime, overwrite=True)
     except OutputError:  # prune never replaces a damaged checkpoint, but this one is the demo's own
         shutil.rmtree(depth, ignore_errors=True)
-        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime, overwrite=True)
     return width, depth

@@ -165,7 +165,15 @@ def heal_from(
         )
 
     if ranks.is_main:
-        derive(Healing, target, checkpoint, draft, expected=expected, source=source)
+        derive(
+            Healing,
+            target,
+            checkpoint,
+            draft,
+            expected=expected,
+            choices=options.model_dump(mode="json"),
+            source=source,
+        )
     elif not is_up_to_date(target, Healing, expected):
         _fitted(task_of())  # its share of the sums
     ranks.wait()

@@ -156,7 +156,9 @@ def write_pruned(
             **({"special tokens": special} if special else {}),
         }
     )
-    return derive(Pruning, target, checkpoint, draft, expected=expected)
+    return derive(
+        Pruning, target, checkpoint, draft, expected=expected, choices={"removed": removed}
+    )
 
 
 def _verifying(

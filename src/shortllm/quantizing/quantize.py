@@ -115,7 +115,14 @@ def quantize_from(
     )
 
     draft = partial(_draft, checkpoint, options, layers, seen, session, expected, str(target))
-    return derive(Quantization, target, checkpoint, draft, expected=expected)
+    return derive(
+        Quantization,
+        target,
+        checkpoint,
+        draft,
+        expected=expected,
+        choices=options.model_dump(mode="json"),
+    )
 
 
 def resolve(

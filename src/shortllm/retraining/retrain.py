@@ -102,7 +102,14 @@ def retrain_from(
     require_free(target, Retraining.FILE)
     job = prepare(check(checkpoint, options, session=session, ranks=ranks), target)
     if ranks.is_main:
-        derive(Retraining, target, checkpoint, lambda: _trained(job), expected=job.fingerprint)
+        derive(
+            Retraining,
+            target,
+            checkpoint,
+            lambda: _trained(job),
+            expected=job.fingerprint,
+            choices=job.setup.options.model_dump(mode="json"),
+        )
     elif not is_up_to_date(target, Retraining, job.fingerprint):
         from shortllm.retraining.training import train
 

@@ -5,8 +5,8 @@
                                                      heal.json     the record, with a fingerprint
 
 The record's fingerprint covers everything the result depends on. A target that carries the expected
-one is up to date and skipped; one that the same stage wrote from other inputs is replaced; anything
-else in the way is an error.
+one is up to date and skipped; one that the same stage wrote from other inputs is only replaced if the
+user allows it; anything else in the way is an error.
 """
 
 from __future__ import annotations
@@ -34,12 +34,18 @@ from shortllm.checkpoint.tensors import (
 )
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
-from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
+from shortllm.errors import (
+    CheckpointError,
+    OutputError,
+    ResultFileError,
+    UnsupportedModelError,
+)
 from shortllm.files import (
     PARTIAL,
     fingerprint,
     partial_directory,
     require_free,
+    require_same_choices,
     require_writable,
 )
 from shortllm.model import Session
@@ -101,6 +107,7 @@ def derive(
     draft: Callable[[], Draft],
     *,
     expected: str,
+    choices: Mapping[str, Any],
     source: Checkpoint | None = None,
     needed_bytes: int = 0,
 ) -> Derived:
@@ -109,6 +116,7 @@ def derive(
     Args:
         draft: does the work of the stage; only called where something is to be written.
         expected: see `derived_fingerprint`.
+        choices: those that a user made, as JSON, to say how an earlier result differs.
         source: another checkpoint that must not be overwritten.
         needed_bytes: about how much will be written, where that is known before the work.
     """
@@ -119,6 +127,7 @@ def derive(
         log.info("%s is up to date, skipped", target)
         return kind.load(target / kind.FILE)
     if (target / kind.FILE).is_file():
+        _require_replaceable(target, kind, checkpoint, expected, choices)
         log.info("%s was written from other inputs and will be replaced", target)
     require_writable(target.absolute().parent, needed_bytes)
     started = time.monotonic()
@@ -132,6 +141,32 @@ def derive(
     }
     _write(kind, checkpoint, target, drafted, record)
     return kind.load(target / kind.FILE)
+
+
+def _require_replaceable(
+    target: Path,
+    kind: type[DerivedRecord],
+    checkpoint: Checkpoint,
+    expected: str,
+    choices: Mapping[str, Any],
+) -> None:
+    """Refuse to replace a finished checkpoint that was made with other choices."""
+    try:
+        found = kind.load(target / kind.FILE)
+    except ResultFileError:  # damaged
+        return
+    if found.fingerprint != expected:
+        before = found.model_dump(mode="json", exclude={"options", "model"})
+        model = {"id": found.model.id, "fingerprint": found.model.fingerprint}
+        now = {"id": checkpoint.id, "fingerprint": checkpoint.fingerprint}
+        if model["fingerprint"] == now["fingerprint"]:
+            model = now
+        require_same_choices(
+            target,
+            {**before, **found.options, "model": model},
+            {**choices, "model": now},
+            to=f"written by `shortllm {kind.FILE.removesuffix('.json')}`",
+        )
 
 
 def derived_fingerprint(
