@@ -92,8 +92,8 @@ def test_info_prints_a_table_or_one_line_of_json(capfd: pytest.CaptureFixture[st
         (["plan", "nowhere", "--remove", "2"], "Score first: shortllm score MODEL --out nowhere"),
         (["prune", "embedded", "--out", "x"], "give either --plan"),
         (["report", "nowhere"], "nowhere"),
-        (["run", "--remov", "2"], "No such option"),
-        (["score"], "Missing option"),
+        (["run", "--remov", "2"], "no such option"),
+        (["score"], "missing option"),
     ],
 )
 def test_mistakes_exit_with_2_and_say_what_to_do(

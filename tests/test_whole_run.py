@@ -123,7 +123,7 @@ def test_another_plan_heals_again_and_leaves_nothing_stale(healed: Path, tmp_pat
     other = RECIPE.model_copy(
         update={"budget": shortllm.Budget(remove=3), "retraining": [RECIPE.retraining[1]]}
     )
-    result = pipeline.run(recipe=other, out=directory)
+    result = pipeline.run(recipe=other, out=directory, overwrite=True)
     assert list(result.checkpoints) == ["pruned", "retrained"]
     assert shortllm.open_checkpoint(directory / "retrained").block_count == 9
     # what an earlier recipe has healed stays on disk, and out of the report

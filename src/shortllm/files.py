@@ -112,6 +112,17 @@ def partial_directory(target: Path, *, needed_bytes: int | None = None) -> Itera
         shutil.rmtree(old)
 
 
+def follow_umask(directory: Path) -> None:
+    """Give all files below a directory the mode of new ones; safetensors makes theirs 0600."""
+    probe = directory / f"mode{PARTIAL}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 @contextmanager
 def _locked_new_directory(partial: Path, target: Path) -> Iterator[None]:
     """An empty directory `partial`, locked; the body may rename it to `target`."""

@@ -163,6 +163,7 @@ def _check_texts(record: Options, models: list[str]) -> None:
 
 def _check_calibration(options: CalibrationOptions, *, embedded: bool) -> None:
     """Check the text of a calibration; the default one only where it is `embedded`'s or needed."""
+    options.require_one_source()
     if options.data is not None:
         require_at_hand(options.data, role="calibration")
     elif options.file is not None and not options.file.exists():

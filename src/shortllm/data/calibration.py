@@ -54,6 +54,7 @@ def resolve_calibration(
 ) -> CalibrationOptions:
     """The options with every default that depends on the model filled in; the `embedded` model has
     text of its own."""
+    options.require_one_source()
     filled: dict[str, Any] = {}
     if options.bos_every_sample is None:
         filled["bos_every_sample"] = model_type in BOS_EVERY_SAMPLE

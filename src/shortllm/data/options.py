@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
+from shortllm.errors import DataError
 from shortllm.options import Flag, Options
 from shortllm.records import ResultFile
 
@@ -39,15 +39,13 @@ class CalibrationOptions(Options):
         description="Start every sample with BOS. Default: only for Gemma models.",
     )
 
-    @model_validator(mode="after")
-    def _is_one_source(self) -> Self:
-        """Token ids stand for text; both were given by mistake."""
+    def require_one_source(self) -> None:
+        """Refuse text next to token ids, which stand for it."""
         if self.file is not None and self.data is not None:
-            raise ValueError(
+            raise DataError(
                 "--calibration gives token ids, so --data has no effect. Leave one of them out, "
                 "and give the text to measure on as --eval-data"
             )
-        return self
 
 
 class CalibrationInfo(ResultFile):

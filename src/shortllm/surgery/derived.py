@@ -5,8 +5,8 @@
                                                      heal.json     the record, with a fingerprint
 
 The record's fingerprint covers everything the result depends on. A target that carries the expected
-one is up to date and skipped; one that the same stage wrote from other inputs is only replaced if the
-user allows it; anything else in the way is an error.
+one is up to date and skipped; one that the same stage wrote from other inputs is replaced only if
+that is allowed; anything else in the way is an error.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from shortllm.errors import (
 from shortllm.files import (
     PARTIAL,
     fingerprint,
+    follow_umask,
     partial_directory,
     require_free,
     require_same_choices,
@@ -235,6 +236,7 @@ def _write(
         write_json(directory / "config.json", config)
         draft.verify(directory)
         kind.model_validate({**record, **more}).save(directory / kind.FILE)
+        follow_umask(directory)
 
 
 def carried_files(source: Path, target: Path | None = None) -> list[Path]:
