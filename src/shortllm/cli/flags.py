@@ -28,6 +28,7 @@ from shortllm.errors import CriterionError, ShortLLMError
 from shortllm.files import overwriting
 from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
 from shortllm.recipe import Recipe
+from shortllm.records import MAX_BLOCKS
 from shortllm.runtime import Runtime, Trust
 
 ModelArgument = Annotated[
@@ -228,5 +229,17 @@ def _parsed(one: OptionField, value: Any) -> Any:
             raise ShortLLMError(f"{one.option} '{value}': {error}") from error
     annotations = (one.info.annotation, *get_args(one.info.annotation))
     if isinstance(value, str) and any(get_origin(kind) is list for kind in annotations):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        return list_of(value)
     return value
+
+
+def list_of(text: str) -> list[str]:
+    """The parts of a list with commas; `4-6` stands for 4, 5 and 6."""
+    found: list[str] = []
+    for part in (one.strip() for one in text.split(",")):
+        first, dash, last = part.partition("-")
+        if dash and first.isdecimal() and last.isdecimal() and int(last) - int(first) < MAX_BLOCKS:
+            found += map(str, range(int(first), int(last) + 1))
+        elif part:
+            found.append(part)
+    return found

@@ -15,7 +15,7 @@ from shortllm.cli import early
 from shortllm.cli.flags import Json, Revision, flags
 from shortllm.cli.output import answered, print_benchmark, print_evaluation
 from shortllm.demo import named_models
-from shortllm.errors import ShortLLMError
+from shortllm.errors import ShortLLMError, install_hint
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.files import require_file_target
 from shortllm.runtime import DeviceOptions, Runtime, Trust
@@ -51,8 +51,7 @@ def evaluate(
         require_file_target(out)
     if options.tasks and find_spec("lm_eval") is None:
         raise ShortLLMError(
-            "zero-shot tasks need lm-evaluation-harness. Install it with: pip install "
-            "'shortllm[eval]'"
+            f"zero-shot tasks need lm-evaluation-harness. Install it with: {install_hint('eval')}"
         )
     measured = shortllm.evaluate(models, options=options, runtime=runtime, out=out)
     if answered(measured, in_json=json):
@@ -166,7 +165,7 @@ def demo(
     Example: shortllm demo --original Qwen/Qwen3-0.6B --depth qwen3-short
     """
     if find_spec("gradio") is None:
-        raise ShortLLMError("the demo needs gradio. Install it with: pip install 'shortllm[demo]'")
+        raise ShortLLMError(f"the demo needs gradio. Install it with: {install_hint('demo')}")
     given = {"original": original, "width": width, "depth": depth}
     places = named_models(
         [
