@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -100,7 +101,7 @@ def require_there(source: str | Path, revision: str | None = None) -> None:
         locate_gguf(source)  # says that there is no such file
     if not cached(repository, "models") and not hub_answers():
         raise CheckpointError(
-            f"'{repository}' is not a local directory and not in the local Hub cache, and "
+            f"'{repository}' is not a local directory, not in the local Hub cache, and "
             f"{why_not_asked()}. Check the name and the network, or give a local directory"
         )
 
@@ -110,6 +111,10 @@ def cached(repository: str, kind: str) -> bool:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     sets = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    if "huggingface_hub.constants" in sys.modules:  # it read the environment when it was loaded
+        cache = Path(sys.modules["huggingface_hub.constants"].HF_HUB_CACHE)
+    if "datasets.config" in sys.modules:
+        sets = Path(sys.modules["datasets.config"].HF_DATASETS_CACHE)
     owner_name = repository.split("/")
     return (cache / "--".join([kind, *owner_name])).exists() or (
         kind == "datasets" and (sets / "___".join(owner_name).lower()).exists()
