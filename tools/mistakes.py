@@ -183,7 +183,7 @@ def problem_of(mistake: Mistake, code: int, out: str, err: str) -> str | None:
         return "a traceback" if "Traceback" in err else "something on standard output"
     last = err.strip().splitlines()[-1] if err.strip() else ""
     if not last.startswith("error: "):
-        return f"the last line is no error: {last}"
+        return f"the last line is not an error: {last}"
     return None if mistake.says in last else f"does not say '{mistake.says}': {last}"
 
 

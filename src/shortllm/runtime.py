@@ -105,7 +105,7 @@ class Runtime(DeviceOptions):
 
 
 def check_device(name: str) -> None:
-    """Refuse what is no device, and CUDA where torch is built without it; does not load torch."""
+    """Refuse an unknown device, and CUDA where torch has none; does not load torch."""
     kind, _, number = name.partition(":")
     if kind not in ("auto", *DEVICES) or (":" in name and not number.isdecimal()):
         near = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps"}.get(kind.lower())

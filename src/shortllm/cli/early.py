@@ -116,7 +116,7 @@ def check_directory(out: Path) -> None:
 
 
 def check_run(directory: Path) -> None:
-    """Refuse what is no directory of a run."""
+    """Refuse what is not a directory of a run."""
     if not directory.is_dir():
         raise ResultFileError(f"no such directory: {directory}. Give the directory of a run")
     if not any(directory.glob("*.json")):
