@@ -130,7 +130,7 @@ def is_offline() -> bool:
 
 
 def why_not_asked() -> str:
-    """Why the Hub is not fetched a file."""
+    """Why nothing is downloaded from the Hub."""
     if is_offline():
         return "HF_HUB_OFFLINE is set, so the Hub is not asked"
     return f"the Hub cannot be reached (no answer from {_hub_place()[0]})"
