@@ -570,10 +570,10 @@ def test_the_command_prints_a_table_or_json(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench"], "Missing argument"),
+        (["bench"], "missing argument"),
         (["bench", "nope"], "no such directory: nope"),
         (["bench", "embedded", "--batch", "1,x"], "--batch x: must be a valid integer"),
-        (["bench", "embedded", "--preset", "none"], "Invalid value for '--preset'"),
+        (["bench", "embedded", "--preset", "none"], "invalid value for '--preset'"),
         (["bench", "embedded", "--new-tokens", "9999"], "exceed the 512 positions of embedded"),
     ],
 )

@@ -13,6 +13,9 @@ import pytest
 
 from shortllm import __version__
 from shortllm.cli import app, main
+from shortllm.cli.run import RunFlags, requested_recipe
+from shortllm.pruning.budget import Budget
+from shortllm.recipe import Recipe
 
 SMALL = ["--samples", "4", "--length", "64"]
 
@@ -92,8 +95,8 @@ def test_info_prints_a_table_or_one_line_of_json(capfd: pytest.CaptureFixture[st
         (["plan", "nowhere", "--remove", "2"], "Score first: shortllm score MODEL --out nowhere"),
         (["prune", "embedded", "--out", "x"], "give either --plan"),
         (["report", "nowhere"], "nowhere"),
-        (["run", "--remov", "2"], "No such option"),
-        (["score"], "Missing option"),
+        (["run", "--remov", "2"], "no such option"),
+        (["score"], "missing option"),
     ],
 )
 def test_mistakes_exit_with_2_and_say_what_to_do(
@@ -106,6 +109,25 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
     assert message in err and "Traceback" not in err
     assert out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_a_range_of_blocks_and_what_prune_did(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "short"
+    code, said, _ = call(capfd, "prune", "embedded", "--blocks", "3,5-7", "--out", out)
+    assert code == 0
+    assert "12 -> 8 blocks, without 3, 5, 6, 7; 8.90 MiB -> " in said and "verified: " in said
+    code, said, err = call(capfd, "prune", "embedded", "--blocks", "3", "--out", out)
+    assert code == 2 and "removed: [3, 5, 6, 7], now [3]" in err and "--overwrite" in err
+    code, _, _ = call(capfd, "prune", "embedded", "--blocks", "3", "--out", out, "--overwrite")
+    assert code == 0 and json.loads((out / "config.json").read_bytes())["num_hidden_layers"] == 11
+
+
+def test_a_criterion_next_to_blocks_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Recipe(budget=Budget(blocks=[3]), criterion="kl")
+    requested_recipe(recipe, RunFlags(), model="embedded", name=None)
+    assert "--criterion kl has no effect" in caplog.text
 
 
 def test_notes_of_libraries_are_printed_once(capfd: pytest.CaptureFixture[str]) -> None:

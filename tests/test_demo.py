@@ -25,9 +25,9 @@ import torch
 from shortllm.cli import main
 from shortllm.demo import generate as generating
 from shortllm.demo import models as demo_models
-from shortllm.demo import page
+from shortllm.demo import named_models, page
 from shortllm.demo.generate import Limits, Progress, Request, generate
-from shortllm.demo.models import Models, embedded_models, named_models, open_models
+from shortllm.demo.models import Models, embedded_models, open_models
 from shortllm.errors import OutputError, ShortLLMError
 from shortllm.model import Session
 

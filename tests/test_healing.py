@@ -29,6 +29,7 @@ from shortllm.errors import (
     UnsupportedModelError,
 )
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.files import overwriting
 from shortllm.healing import least_squares
 from shortllm.healing.folding import find_added
 from shortllm.healing.heal import heal_from, healing_text
@@ -491,7 +492,11 @@ def test_a_finished_one_is_left_alone_and_another_replaced(tmp_path: Path) -> No
     assert config.stat().st_mtime_ns == written
     entry = json.loads(config.read_text())["shortllm"]
     assert entry["removed_blocks"] == [2] and entry["healed"]["fingerprint"] == first.fingerprint
-    assert healed("llama", [2], tmp_path, ridge=0.5).gaps[0].ridge == 0.5
+    with pytest.raises(OutputError, match=r"ridge: null, now 0\.5.*--overwrite"):
+        healed("llama", [2], tmp_path, ridge=0.5)
+    assert config.stat().st_mtime_ns == written
+    with overwriting():
+        assert healed("llama", [2], tmp_path, ridge=0.5).gaps[0].ridge == 0.5
 
 
 def test_only_what_was_just_shortened_is_healed(tmp_path: Path) -> None:
@@ -699,7 +704,7 @@ def test_mistakes_say_what_to_do(
     for arguments, message in (
         (["heal", "nope", "--out", "x"], "no such directory: nope"),
         (["heal", "embedded", "--out", "x"], "does not say from which model"),
-        (["heal", "embedded"], "Missing option"),
+        (["heal", "embedded"], "missing option"),
         (["heal", "embedded", "--out", "x", "--ridge", "0"], "--ridge 0.0: must be greater than 0"),
         (["merge", "embedded", "--out", "x", "--blocks", "3,3"], "name each block"),
         (["run", "--heal", "lora"], "lora"),

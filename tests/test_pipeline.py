@@ -100,7 +100,10 @@ def test_another_budget_reuses_the_scores_and_redoes_the_rest(
     shutil.copytree(finished, directory)
     other = RECIPE.model_copy(update={"budget": shortllm.Budget(remove=3)})
     with caplog.at_level(logging.INFO, logger="shortllm"):
-        result = pipeline.run(recipe=other, out=directory, command=COMMAND)
+        with pytest.raises(OutputError, match=r"budget.remove: 2, now 3\)\. .*--overwrite"):
+            pipeline.run(recipe=other, out=directory, command=COMMAND)
+        assert contents(directory) == contents(finished)
+        result = pipeline.run(recipe=other, out=directory, command=COMMAND, overwrite=True)
     assert "scores.json is up to date, skipped" in caplog.text
     assert "pruned is up to date" not in caplog.text
     assert len(result.plan.removed) == 3
@@ -198,7 +201,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         ({"calibration": CalibrationOptions(length=4096)}, "Use --sampler packed|exceed the"),
         ({"evaluation": EvaluationOptions(length=4096)}, "exceed the 512 positions"),
         ({"calibration": CalibrationOptions(data="a", file=Path("b"))}, "Leave one of them out"),
-        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(

@@ -604,7 +604,13 @@ def test_what_is_up_to_date_is_skipped_and_another_recipe_is_not(
     assert retrain(place, out, method="full", data="text.jsonl") == first
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     assert "up to date, skipped" in caplog.text
-    second = retrain(place, out, method="full", data="text.jsonl", seed=5)
+    with pytest.raises(OutputError, match=r"seed: 1234, now 5.*--overwrite"):
+        retrain(place, out, method="full", data="text.jsonl", seed=5)
+    assert torch.equal(weights(out)["lm_head.weight"], before)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in out.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}  # follow the umask
+    second = retrain(place, out, method="full", data="text.jsonl", seed=5, overwrite=True)
     assert second.fingerprint != first.fingerprint
     assert "will be replaced" in caplog.text
     assert not torch.equal(weights(out)["lm_head.weight"], before)

@@ -222,6 +222,7 @@ def test_finished_scores_are_not_made_again(
         options={"taylor": {"power": 2}},
         calibration=shortllm.CalibrationOptions(file=ids_file),
         out=alone,
+        overwrite=True,
     )
     assert asked == [["taylor"]]  # another option, so another work
     assert (alone / "scores-kl.json").read_bytes() == before

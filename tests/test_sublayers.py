@@ -31,6 +31,7 @@ from shortllm.errors import (
     ShortLLMError,
     UnsupportedModelError,
 )
+from shortllm.files import overwriting
 from shortllm.journal import Journal
 from shortllm.model import Session, walk
 from shortllm.model.decoder import Decoder
@@ -230,7 +231,10 @@ def test_what_is_up_to_date_is_left_alone_and_other_things_are_not_replaced(
     with monkeypatch.context() as patch:
         patch.setattr(stage, "find_sublayers", lambda *args: pytest.fail("worked again"))
         assert drop("llama", target, criterion="sublayer-influence", remove=2) == made
-    other = drop("llama", target, criterion="sublayer-influence", remove=3)
+    with pytest.raises(OutputError, match="remove: 2, now 3.*--overwrite"):
+        drop("llama", target, criterion="sublayer-influence", remove=3)
+    with overwriting():
+        other = drop("llama", target, criterion="sublayer-influence", remove=3)
     assert len(other.dropped) == 3 and SublayerDrop.load(target / SublayerDrop.FILE) == other
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")

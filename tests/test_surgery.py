@@ -31,6 +31,7 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor_table
 from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, OutputError
+from shortllm.files import overwriting
 from shortllm.model.decoder import Decoder
 from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.records import Pruning
@@ -420,7 +421,11 @@ def test_an_earlier_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
     (target / "stale.txt").write_text("of yesterday")
     (tmp_path / "short.partial").mkdir()
     (tmp_path / "short.partial" / "junk").write_text("of a killed process")
-    shortened(opened("llama"), [2, 3], target)
+    with pytest.raises(OutputError, match=r"removed: \[1\], now \[2, 3\].*--overwrite"):
+        shortened(opened("llama"), [2, 3], target)
+    assert load(target).config.num_hidden_layers == 5
+    with overwriting():
+        shortened(opened("llama"), [2, 3], target)
     assert list(tmp_path.iterdir()) == [target]
     assert {path.name for path in target.iterdir()} == {
         *(path.name for path in saved("llama").iterdir()), "prune.json"

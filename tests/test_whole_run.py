@@ -62,7 +62,10 @@ def test_every_way_of_healing_makes_a_checkpoint_that_is_measured(healed: Path) 
         assert checkpoint.block_count == 10
         card = (healed / name / "README.md").read_text()
         shown = f'path = "{name}"  #'
-        assert shown in card and card.replace(shown, 'path = "pruned"  #') == of_the_run
+        assert shown in card and f"retrained (method {record.method})" in card
+        assert (card == of_the_run) == (name == names[-1])
+    card = (healed / "pruned" / "README.md").read_text()
+    assert "before it was healed or retrained" in card and "was not retrained" in card
     assert (healed / "retrained-lora" / "adapter" / "adapter_model.safetensors").exists()
     benchmark = Benchmark.load(healed / "bench.json")
     assert [one.name for one in benchmark.models] == ["original", "pruned"]
@@ -123,7 +126,7 @@ def test_another_plan_heals_again_and_leaves_nothing_stale(healed: Path, tmp_pat
     other = RECIPE.model_copy(
         update={"budget": shortllm.Budget(remove=3), "retraining": [RECIPE.retraining[1]]}
     )
-    result = pipeline.run(recipe=other, out=directory)
+    result = pipeline.run(recipe=other, out=directory, overwrite=True)
     assert list(result.checkpoints) == ["pruned", "retrained"]
     assert shortllm.open_checkpoint(directory / "retrained").block_count == 9
     # what an earlier recipe has healed stays on disk, and out of the report

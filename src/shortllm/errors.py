@@ -60,6 +60,11 @@ class ResultFileError(ShortLLMError):
     """A result file of an earlier stage is missing, damaged or of another kind."""
 
 
+def install_hint(extra: str) -> str:
+    """What to type to install an extra of this package, from an index or from its sources."""
+    return f"pip install 'shortllm[{extra}]', or in a checkout: pip install '.[{extra}]'"
+
+
 def first_line_of(error: BaseException) -> str:
     """What an error of a library says, in one line without its full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -14,9 +14,11 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -32,6 +34,9 @@ LOCK = ".shortllm.lock"
 
 ANOTHER = "choose another --out"
 """The hint for a place that cannot be written and that the user has named."""
+
+LONGEST_CHOICE = 60
+"""Characters of a choice that a message quotes."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a full quota, and a file that may not grow."""
@@ -107,6 +112,17 @@ def partial_directory(target: Path, *, needed_bytes: int | None = None) -> Itera
         shutil.rmtree(old)
 
 
+def follow_umask(directory: Path) -> None:
+    """Give all files below a directory the mode of new ones; safetensors makes theirs 0600."""
+    probe = directory / f"mode{PARTIAL}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 @contextmanager
 def _locked_new_directory(partial: Path, target: Path) -> Iterator[None]:
     """An empty directory `partial`, locked; the body may rename it to `target`."""
@@ -129,6 +145,60 @@ def _locked_new_directory(partial: Path, target: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+# ---- earlier results
+
+_overwriting: ContextVar[bool] = ContextVar("overwriting", default=False)
+
+
+@contextmanager
+def overwriting(allowed: bool = True) -> Iterator[None]:
+    """Allow finished results to be replaced by those of other choices within the context."""
+    before = _overwriting.set(allowed or _overwriting.get())
+    try:
+        yield
+    finally:
+        _overwriting.reset(before)
+
+
+def require_same_choices(
+    path: Path, before: Mapping[str, Any], asked: Mapping[str, Any], *, to: str = "made"
+) -> None:
+    """Refuse to replace a finished result by one of other choices, unless that is allowed.
+
+    Args:
+        before: the choices that the result at `path` was made with, as JSON.
+        asked: those of now; only what both name is compared.
+        to: what was done to the result, for the message.
+    """
+    if _overwriting.get():
+        return
+    found = "; ".join(_differences(before, asked)) or "other inputs"
+    raise OutputError(
+        f"{path} is finished and was {to} with other choices ({found}). Choose another --out, or "
+        "give --overwrite to replace it"
+    )
+
+
+def differs(before: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether two records of choices differ in what both name."""
+    return bool(_differences(before, asked))
+
+
+def _differences(before: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> list[str]:
+    """`name: old, now new` for every choice that both name and that differs."""
+    found: list[str] = []
+    for name in (name for name in before if name in asked):
+        old, new = before[name], asked[name]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{at}{name}.")
+        elif old != new:
+            shown = [
+                shorten(json.dumps(one), LONGEST_CHOICE, placeholder="...") for one in (old, new)
+            ]
+            found.append(f"{at}{name}: {shown[0]}, now {shown[1]}")
+    return found
 
 
 # ---- errors of the operating system
@@ -196,6 +266,14 @@ def require_file_target(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file such as {path / 'eval.json'}")
     require_writable(path.parent)
+
+
+def require_free(target: Path, record: str) -> None:
+    """Refuse a target that contains anything but an earlier result, which contains `record`."""
+    if target.is_file():
+        raise OutputError(f"--out {target} is a file. Give a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
+        raise OutputError(f"{target} contains something else. Choose another --out, or delete it")
 
 
 def existing_parent(path: Path) -> Path:

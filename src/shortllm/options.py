@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from shortllm.errors import ShortLLMError, did_you_mean
+from shortllm.files import overwriting
 from shortllm.records import Record, record_in, shown_value, validation_message
 
 Kind = TypeVar("Kind", bound="Options")
@@ -188,7 +189,8 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
 
     `@accepts(options=HealOptions, runtime=Runtime)` on `heal(model, out, *, options, runtime)` lets
     people call `heal(model, out, options=HealOptions(ridge=0.1))`, `heal(model, out, ridge=0.1)`,
-    or both: keywords win. A record that is not given has its defaults.
+    or both: keywords win. A record that is not given has its defaults. A function that writes to
+    `out` also takes `overwrite=True`, which lets it replace a finished result of other choices.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -209,12 +211,14 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
                     or (name in kind.model_fields and isinstance(rest[name], Options))
                 }
                 built[parameter] = options_from(kind, chosen, base=base)
+            overwrite = bool(rest.pop("overwrite", False)) if "out" in parameters else False
             for name in (name for name in rest if name not in parameters):
                 known = [*(parameters.keys() - records.keys()), *fields_of_all(records.values())]
                 raise TypeError(
                     f"{function.__name__}() has no argument '{name}'.{did_you_mean(name, known)}"
                 )
             with ExitStack() as contexts:
+                contexts.enter_context(overwriting(overwrite))
                 for record in built.values():
                     contexts.enter_context(record.applied())
                 return function(*arguments, **rest, **built)

@@ -25,7 +25,7 @@ from shortllm.errors import RecipeError, ShortLLMError
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import Texts, prepare_texts
-from shortllm.files import releasing
+from shortllm.files import overwriting, releasing, require_free
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
@@ -55,7 +55,6 @@ from shortllm.run_directory import (
 )
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal
-from shortllm.surgery.derived import require_free
 
 if TYPE_CHECKING:
     from shortllm.evaluation.tasks import TaskSet
@@ -107,11 +106,17 @@ def run(
     Raises:
         ShortLLMError: any kind, before heavy work wherever that can be known.
     """
-    from shortllm.reporting import write_report
-
     if model is not None:
         recipe = overlaid(recipe, Recipe(model=model))
     prepared = _prepare(recipe, None if out is None else Path(out), command)
+    with overwriting():  # the recipe of the whole run has been compared
+        return _stages(prepared)
+
+
+def _stages(prepared: _Prepared) -> RunResult:
+    """All stages in order."""
+    from shortllm.reporting import write_report
+
     directory, session, recipe = prepared.directory, prepared.session, prepared.recipe
     plan = _plan(prepared)
     prune_from(prepared.checkpoint, plan, directory / PRUNED, session=session)
@@ -202,7 +207,7 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     if recipe.budget.target() is None:
         check_budget(recipe.budget, checkpoint.info())
     check_any_removal(checkpoint, recipe.budget)
-    claim_directory(directory, checkpoint)
+    claim_directory(directory, checkpoint, recipe.model_dump(mode="json"))
     session = session_of(recipe)
     scored = recipe.budget.blocks is None and published is None
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)

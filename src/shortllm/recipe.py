@@ -26,7 +26,7 @@ from shortllm import criteria
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.data.options import CalibrationOptions
-from shortllm.errors import RecipeError, did_you_mean
+from shortllm.errors import RecipeError, did_you_mean, install_hint
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.healing.options import HealOptions, MethodName
 from shortllm.options import Flag, Nested
@@ -257,10 +257,10 @@ def default_recipe() -> Recipe:
     needed = {name for one in recipe.retraining for name in one.about.packages}
     if not all(map(find_spec, needed)):
         left_out["retraining"] = []
-        log.info("retraining is left out. It needs: pip install 'shortllm[train]'")
+        log.info("retraining is left out. It needs: %s", install_hint("train"))
     if recipe.evaluation.tasks and find_spec("lm_eval") is None:
         left_out["evaluation.tasks"] = []
-        log.info("tasks are left out. They need: pip install 'shortllm[eval]'")
+        log.info("tasks are left out. They need: %s", install_hint("eval"))
     return changed(recipe, left_out)
 
 

@@ -32,7 +32,7 @@ SpecialToken = Literal["bos", "eos", "unk", "pad"]
 class Record(BaseModel):
     """A frozen piece of a result file; unknown keys are refused, and numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class ResultFile(Record):

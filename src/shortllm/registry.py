@@ -26,6 +26,10 @@ class Method(Protocol):
     def function(self) -> Any:
         """The registered function; an error names the module it is from."""
 
+    @property
+    def label(self) -> str:
+        """What it is called in full; an unknown name may be part of that."""
+
 
 Entry = TypeVar("Entry", bound=Method)
 Own = TypeVar("Own", bound="RegisteredMethod")
@@ -51,7 +55,9 @@ class Registry(Generic[Entry]):
     def get(self, name: str) -> Entry:
         """The entry of that name; an unknown name raises the registry's error."""
         if name not in self._entries:
-            hint = did_you_mean(name, self._entries)
+            meant = [own for own, one in self._entries.items() if name.lower() in one.label.lower()]
+            near = meant[0] if len(name) > 3 and meant else name
+            hint = did_you_mean(near, self._entries)
             raise self._error(f"unknown {self._kind} '{name}'.{hint}")
         return self._entries[name]
 

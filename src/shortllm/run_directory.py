@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm import __version__
 from shortllm.checkpoint.hub import named_revision
-from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import OutputError
-from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
+from shortllm.errors import OutputError, ResultFileError
+from shortllm.files import (
+    LOCK,
+    PARTIAL,
+    differs,
+    hold,
+    require_same_choices,
+    require_writable,
+    write_text,
+)
 from shortllm.records import ResultFile, load_current
 from shortllm.runtime import versions
+
+if TYPE_CHECKING:
+    from shortllm.checkpoint.source import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +35,12 @@ PRUNED = "pruned"
 HEALED = "healed"
 """The same of the checkpoint that was healed without training."""
 
+NOT_COMPARED = {"about", "device", "stream", "max_memory", "trust_remote_code"}
+"""Fields of a recipe that say where and how it runs, not what comes of it."""
+
+ADDED = {"benchmark", "quantization", "retraining"}
+"""Stages that can be added to a finished run: they leave its other results as they are."""
+
 Kind = TypeVar("Kind", bound=ResultFile)
 
 
@@ -32,25 +49,44 @@ def short_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model.split("/")[-1]
 
 
-def claim_directory(directory: Path, checkpoint: Checkpoint) -> None:
-    """Check that `directory` is free or an earlier run of the same model, and can be written."""
+def claim_directory(
+    directory: Path, checkpoint: Checkpoint, recipe: Mapping[str, Any] | None = None
+) -> None:
+    """Check that `directory` is free or an earlier run of the same model, and can be written; one
+    with results also of the same `recipe`, unless those may be replaced."""
+    present = require_run_directory(directory)
+    earlier = _run_model(directory) or {}
+    has_results = any(
+        path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in present
+    )
+    if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
+        raise OutputError(
+            f"{directory} is a run of another model ({earlier.get('id')}). Choose another "
+            "--out, or delete it"
+        )
+    if has_results and recipe is not None:
+        before = {
+            name: value
+            for name, value in run_file(directory).get("recipe", {}).items()
+            if name not in NOT_COMPARED and (value or name not in ADDED)
+        }
+        if differs(before, recipe):
+            require_same_choices(directory, before, recipe)
+    require_writable(directory, checkpoint.bytes)
+
+
+def require_run_directory(directory: Path) -> list[Path]:
+    """Refuse a file, and a directory that contains something else than a run; what it contains."""
+    if directory.is_file():
+        raise OutputError(f"--out {directory} is a file. Give a directory")
+    require_writable(directory)
     listing = directory.iterdir() if directory.is_dir() else []
     present = [path for path in listing if not path.name.endswith(PARTIAL) and path.name != LOCK]
-    if present:
-        earlier = _run_model(directory)
-        if earlier is None:
-            raise OutputError(
-                f"{directory} is not empty and not a run of shortllm. Choose another --out"
-            )
-        has_results = any(
-            path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in present
+    if present and _run_model(directory) is None:
+        raise OutputError(
+            f"{directory} is not empty and not a run of shortllm. Choose another --out"
         )
-        if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
-            raise OutputError(
-                f"{directory} is a run of another model ({earlier.get('id')}). Choose another "
-                "--out, or delete it"
-            )
-    require_writable(directory, checkpoint.bytes)
+    return present
 
 
 def pinned(model: str, revision: str | None, directory: Path | None) -> str | None:
@@ -65,13 +101,18 @@ def pinned(model: str, revision: str | None, directory: Path | None) -> str | No
     return str(earlier["revision"])
 
 
-def _run_model(directory: Path) -> dict[str, Any] | None:
-    """The `model` entry of a directory's run.json; None if it has no readable one."""
+def run_file(directory: Path) -> dict[str, Any]:
+    """The content of a directory's run.json; empty if it has no readable one."""
     try:
         content = json.loads((directory / "run.json").read_bytes())
-        model = content["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _run_model(directory: Path) -> dict[str, Any] | None:
+    """The `model` entry of a directory's run.json; None if it has no readable one."""
+    model = run_file(directory).get("model")
     return model if isinstance(model, dict) else None
 
 
@@ -94,11 +135,20 @@ def write_run_file(
 
 
 def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:
-    """An earlier result if it is complete and from the same inputs; logs that it is reused."""
+    """An earlier result if it is complete and from the same inputs; one from others is refused."""
     found = load_current(kind, path, expected)
     if found is not None:
         log.info("%s is up to date, skipped", path)
+    else:
+        require_replaceable(kind, path, expected)
     return found
+
+
+def require_replaceable(kind: type[ResultFile], path: Path, expected: str) -> None:
+    """Refuse to replace a result that was made from other inputs, unless that is allowed."""
+    with suppress(ResultFileError):  # missing or damaged
+        if kind.load(path).fingerprint != expected:
+            require_same_choices(path, {}, {})
 
 
 def delete(files: Iterable[Path]) -> None:

@@ -18,12 +18,13 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ByteSize, Field
 
 from shortllm import __version__
-from shortllm.errors import ShortLLMError
+from shortllm.errors import ShortLLMError, first_line_of
 from shortllm.options import Options
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ Anything = TypeVar("Anything")
 
 Advance = Callable[[float], None]
 """Called with the amount of work done since its last call, as `progress` yields it."""
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu")
+"""Kinds of devices that a model can run on, by torch's names."""
+
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
@@ -100,8 +104,23 @@ class Runtime(DeviceOptions):
     )
 
 
+def check_device(name: str) -> None:
+    """Refuse an unknown device, and CUDA where torch has none; does not load torch."""
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", *DEVICES) or (":" in name and not number.isdecimal()):
+        near = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps"}.get(kind.lower())
+        hint = f" Did you mean '{near}'? Available: auto, " if near else " Available: auto, "
+        raise ShortLLMError(f"unknown --device '{name}'.{hint}{', '.join(DEVICES)}, cuda:1")
+    if kind == "cuda" and version("torch").endswith("+cpu"):
+        raise ShortLLMError(
+            f"--device {name} cannot be used: torch {version('torch')} is built without CUDA. Use "
+            "--device cpu, or install a build of torch for your GPU"
+        )
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """`auto` (an accelerator if there is one, else the CPU) or a torch device name."""
+    check_device(name)
     import torch
 
     if name == "auto":
@@ -113,8 +132,7 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ShortLLMError(
-            f"device '{name}' cannot be used: {str(error).splitlines()[0]}. Use --device auto or "
-            "cpu"
+            f"--device {name} cannot be used: {first_line_of(error)}. Use --device auto or cpu"
         ) from error
     return device
 

@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from shortllm.benchmark.options import PeakMemory
-from shortllm.errors import ShortLLMError
+from shortllm.errors import ShortLLMError, install_hint
 from shortllm.runtime import available_memory
 
 INTERVAL_S = 0.1
@@ -178,8 +178,7 @@ def nvml_handle(device: torch.device) -> Any:
         import pynvml
     except ImportError as error:
         raise ShortLLMError(
-            "measuring on a CUDA device needs nvidia-ml-py. Install it with: "
-            "pip install 'shortllm[gpu]'"
+            f"measuring on a CUDA device needs nvidia-ml-py. Install it with: {install_hint('gpu')}"
         ) from error
     identity = str(torch.cuda.get_device_properties(device).uuid)
     try:

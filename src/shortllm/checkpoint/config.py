@@ -45,6 +45,16 @@ COUNT_BY_TYPE = {"longcat_flash": "num_layers"}
 
 def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
     """config.json as it is in the file, and as a transformers object; messages name `source`."""
+    raw_config = read_raw_config(source, directory)
+    if brings_code(raw_config):
+        require_trust(source, directory, raw_config)
+    config = read_config(directory, raw_config)
+    _require_decoder(config, raw_config)
+    return raw_config, config
+
+
+def read_raw_config(source: str, directory: Path) -> dict[str, Any]:
+    """config.json as it is in the file, checked to be a model's; messages name `source`."""
     config_file = directory / "config.json"
     if not config_file.is_file():
         weights = directory.is_dir() and weight_files(directory)
@@ -62,11 +72,7 @@ def checked_config(source: str, directory: Path) -> tuple[dict[str, Any], Any]:
     model_type = raw_config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(f"{config_file} names no model_type: not a model's config")
-    if brings_code(raw_config):
-        require_trust(source, directory, raw_config)
-    config = read_config(directory, raw_config)
-    _require_decoder(config, raw_config)
-    return raw_config, config
+    return raw_config
 
 
 def read_config(directory: Path, raw: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from shortllm.errors import (
     ShortLLMError,
     UnsupportedModelError,
     first_line_of,
+    install_hint,
 )
 from shortllm.files import PARTIAL, fingerprint
 from shortllm.records import GgufOrigin
@@ -147,8 +148,7 @@ def read_gguf(path: Path) -> GgufFile:
     """Open a GGUF file; one that is damaged or not a single decoder is an error."""
     if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         raise ShortLLMError(
-            f"GGUF files need the package {missing[0]}. Install it with: pip install "
-            "'shortllm[gguf]'"
+            f"GGUF files need the package {missing[0]}. Install it with: {install_hint('gguf')}"
         )
     import numpy as np
     from gguf import GGUFReader

@@ -10,18 +10,28 @@ commit. Without a network only the local cache is searched.
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from shortllm.checkpoint.config import checked_config
+from shortllm.checkpoint.config import checked_config, read_raw_config
 from shortllm.checkpoint.dequantize import dequantized
 from shortllm.checkpoint.gguf import SUFFIX
+from shortllm.checkpoint.tensors import require_weights
 from shortllm.errors import CheckpointError
 from shortllm.runtime import is_trusted
 
 SECOND_COPIES = ["consolidated*", "*/*"]
 """Files of a repository that repeat the weights, or belong to something else."""
+
+HUB_WAIT_S = 2.0
+"""How long an answer of the Hub is waited for before it counts as out of reach."""
 
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
@@ -49,13 +59,19 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     """Directory and, for a Hub id, the commit of the snapshot."""
     if source == EMBEDDED:
         return EMBEDDED_MODEL, None
-    path = Path(source).expanduser()
     if is_gguf(source):
         file, commit = locate_gguf(source, revision)
         return dequantized(file), commit
+    directory = local_directory(source)
+    return _download(str(source), revision) if directory is None else (directory, None)
+
+
+def local_directory(source: str | Path) -> Path | None:
+    """The directory of a model's checkpoint; None if it is on the Hub."""
+    path = Path(source).expanduser()
     if _exists(source):
         if path.is_dir():
-            return path, None
+            return path
         raise CheckpointError(
             f"{source} is a file. Give the checkpoint's directory: {path.parent or Path('.')}"
         )
@@ -64,7 +80,86 @@ def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
             f"no such directory: {source}. Give a checkpoint directory, a Hub id (it needs its "
             f"owner, e.g. openai-community/gpt2), or '{EMBEDDED}'"
         )
-    return _download(str(source), revision)
+    return None
+
+
+def require_there(source: str | Path, revision: str | None = None) -> None:
+    """Refuse a model whose files are not here and cannot be fetched; opens none, loads no torch."""
+    source, revision = named_revision(source, revision)
+    if source == EMBEDDED:
+        return
+    if not is_gguf(source):
+        directory = local_directory(source)
+        if directory is not None:
+            read_raw_config(str(source), directory)
+            require_weights(directory)
+            return
+    elif _exists(source):
+        return
+    repository = str(source).partition(":")[0]
+    if not _may_be_hub_id(repository):
+        locate_gguf(source)  # says that there is no such file
+    if not cached(repository, "models") and not hub_answers():
+        raise CheckpointError(
+            f"'{repository}' is not a local directory, not in the local Hub cache, and "
+            f"{why_not_asked()}. Check the name and the network, or give a local directory"
+        )
+
+
+def cached(repository: str, kind: str) -> bool:
+    """Whether the local Hub cache has something of a repository; `kind` is models or datasets."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    sets = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    if "huggingface_hub.constants" in sys.modules:  # it read the environment when it was loaded
+        cache = Path(sys.modules["huggingface_hub.constants"].HF_HUB_CACHE)
+    if "datasets.config" in sys.modules:
+        sets = Path(sys.modules["datasets.config"].HF_DATASETS_CACHE)
+    owner_name = repository.split("/")
+    return (cache / "--".join([kind, *owner_name])).exists() or (
+        kind == "datasets" and (sets / "___".join(owner_name).lower()).exists()
+    )
+
+
+def is_offline() -> bool:
+    """Whether the user has switched the Hub off."""
+    return any(
+        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def why_not_asked() -> str:
+    """Why nothing is downloaded from the Hub."""
+    if is_offline():
+        return "HF_HUB_OFFLINE is set, so the Hub is not asked"
+    return f"the Hub cannot be reached (no answer from {_hub_place()[0]})"
+
+
+def _hub_place() -> tuple[str, int]:
+    """Host and port through which the Hub is reached: its own, or those of a proxy."""
+    hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    host = hub.hostname or ""
+    proxy = None if proxy_bypass(host) else getproxies().get(hub.scheme)
+    place = hub if not proxy else urlsplit(proxy)
+    return place.hostname or host, place.port or (80 if place.scheme == "http" else 443)
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hub can be reached; asked once, for two seconds at most."""
+    answered: list[bool] = []
+
+    def ask() -> None:  # looking up a name has no time limit of its own
+        with suppress(OSError), socket.create_connection(_hub_place(), timeout=HUB_WAIT_S):
+            answered.append(True)
+
+    if is_offline():
+        return False
+    asking = Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_WAIT_S)
+    return bool(answered)
 
 
 def is_gguf(source: str | Path) -> bool:
@@ -141,9 +236,10 @@ def _snapshot(
             with suppress(Exception):
                 return Path(download(local_files_only=True))
             at = "" if revision is None else f" at revision {revision}"
+            said = f"could not be downloaded ({type(error).__name__})"
+            why = said if hub_answers() else why_not_asked()
             answer = (
-                f"is not a local directory, not in the local Hub cache{at}, and could not be "
-                f"downloaded ({type(error).__name__}). Check the name and the network, or give a "
-                "local directory"
+                f"is not a local directory, not in the local Hub cache{at}, and {why}. Check the "
+                "name and the network, or give a local directory"
             )
         raise CheckpointError(f"'{hub_id}' {answer}") from error

@@ -107,7 +107,18 @@ def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
     ):
         if (directory / name).is_file():
             return read(directory / name)
-    raise CheckpointError(
+    raise _no_weights(directory)
+
+
+def require_weights(directory: Path) -> None:
+    """Refuse a directory without weights; opens no file."""
+    names = (SAFETENSORS, SAFETENSORS_INDEX, PICKLED, PICKLED_INDEX)
+    if not any((directory / name).is_file() for name in names):
+        raise _no_weights(directory)
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    return CheckpointError(
         f"{directory} has a config.json but no weights: expected {SAFETENSORS}, "
         f"{SAFETENSORS_INDEX} or {PICKLED}. Was the download finished?"
     )

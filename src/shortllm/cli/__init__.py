@@ -31,12 +31,15 @@ from shortllm.cli.score import info, plan, prune, score
 from shortllm.errors import ShortLLMError
 from shortllm.runtime import is_main_process
 
+HELP = {"help_option_names": ["-h", "--help"]}
+"""For the groups within too: settings of the outer one apply to them."""
+
 app = typer.Typer(
     name="shortllm",
     help="Make large language models shorter: remove Transformer blocks, recover quality, and "
     "report what it cost.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=HELP,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -116,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         code = 2
     except UsageError as error:
-        error.show()
+        _explain(error)
         code = 2
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return 130 instead
         code = INTERRUPTED
@@ -125,6 +128,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _repeat_interrupt(after_s=0)
         typer.echo("Interrupted. Run the same command again to resume.", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Any) -> None:
+    """Print a mistake that typer found in the style of all others."""
+    said = str(error.format_message()).strip().rstrip(".")
+    if not said or "Commands" in said:  # no command was given: the help is printed instead
+        error.show()
+        return
+    context = getattr(error, "ctx", None)
+    called = "shortllm" if context is None else context.command_path
+    said = said.replace("Value error, ", "").replace("Input should be ", "must be ")
+    said = said.partition(", unable to parse")[0]
+    stop = "" if said.endswith("?") else "."
+    typer.echo(f"error: {said[:1].lower()}{said[1:]}{stop} See: {called} --help", err=True)
 
 
 def _print_notes() -> None:

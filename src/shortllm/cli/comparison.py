@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import Field
 
+from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags
 from shortllm.cli.output import answered, command_line, print_table
 from shortllm.cli.run import Heal, RecipeName, Retrain, RunFlags, Settings, requested_recipe
 from shortllm.comparison.options import DEPTH, WIDTH, ComparisonOptions
+from shortllm.criteria import resolve
+from shortllm.files import require_file_target
 from shortllm.options import Flag, Options
 from shortllm.recipe import Recipe, changed
+from shortllm.run_directory import require_run_directory
 from shortllm.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -32,6 +36,10 @@ def compare(
     Example: shortllm compare runs/qwen3 runs/other
     """
     import shortllm
+
+    for run in runs:
+        early.check_run(run)
+    require_file_target(out)
     from shortllm.reporting.runs_page import runs_table
 
     models = shortllm.compare(runs, out=out)
@@ -60,6 +68,11 @@ def compare_criteria(
     Example: shortllm compare-criteria Qwen/Qwen3-0.6B --data my_text.jsonl
     """
     import shortllm
+
+    for name in comparison.criteria:
+        resolve(name, criteria.by_criterion().get(name))
+    if out is not None:
+        require_run_directory(out)
     from shortllm.comparison.criteria import default_directory
 
     directory = out or default_directory(model)
@@ -125,6 +138,7 @@ def compare_units(
     if own.batch is not None or not held:
         sizes = own.batch or [1, 4, 16, 64]
         chosen = changed(chosen, {"benchmark.batches": sizes}, "command line")
+    early.check_recipe(chosen, own.out)
     names = [name.strip() for name in own.methods.split(",") if name.strip()]
     found = shortllm.compare_units(
         recipe=chosen, methods=names, out=own.out, command=command_line()

@@ -23,8 +23,12 @@ import typer
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
+from shortllm.cli import early
 from shortllm.errors import CriterionError, ShortLLMError
+from shortllm.files import overwriting
 from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
+from shortllm.recipe import Recipe
+from shortllm.records import MAX_BLOCKS
 from shortllm.runtime import Runtime, Trust
 
 ModelArgument = Annotated[
@@ -36,6 +40,17 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub model, as in MODEL@REVISION.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")]
+
+OVERWRITE = "overwrite"
+"""Parameter of every command that writes results to `--out`."""
+
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace finished results in --out that were made with other choices.",
+    ),
+]
 
 PLAIN = (bool, int, float, str, Path)
 """Types that typer reads itself; the text of others goes to pydantic."""
@@ -99,7 +114,10 @@ def flags(
                 for parameter, kind in records.items()
             }
             own = {name: value for name, value in values.items() if name not in fields}
-            function(**own, **built)
+            with overwriting(own.pop(OVERWRITE, False)):
+                if Recipe not in records.values():  # checked with the recipe that it is laid over
+                    early.check(own, built.values())
+                function(**own, **built)
 
         command.__signature__ = _signature(function, records, fields)  # type: ignore[attr-defined]
         return command
@@ -138,6 +156,9 @@ def _signature(
         if one.name not in records
     ]
     made = {one.name: _parameter(one) for one in fields.values()}
+    names = {*made, *(one.name for one in own)}
+    if "out" in names and "scores" not in names:  # a plan is made again in no time
+        own.append(inspect.Parameter(OVERWRITE, keyword, default=False, annotation=Overwrite))
     first = [made.pop(name) for name, one in fields.items() if one.panel == COMMON]
     return inspect.Signature([context, *first, *own, *made.values()])
 
@@ -208,5 +229,17 @@ def _parsed(one: OptionField, value: Any) -> Any:
             raise ShortLLMError(f"{one.option} '{value}': {error}") from error
     annotations = (one.info.annotation, *get_args(one.info.annotation))
     if isinstance(value, str) and any(get_origin(kind) is list for kind in annotations):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        return list_of(value)
     return value
+
+
+def list_of(text: str) -> list[str]:
+    """The parts of a list with commas; `4-6` stands for 4, 5 and 6."""
+    found: list[str] = []
+    for part in (one.strip() for one in text.split(",")):
+        first, dash, last = part.partition("-")
+        if dash and first.isdecimal() and last.isdecimal() and int(last) - int(first) < MAX_BLOCKS:
+            found += map(str, range(int(first), int(last) + 1))
+        elif part:
+            found.append(part)
+    return found

@@ -11,10 +11,13 @@ from typing import Annotated, Literal
 import typer
 
 from shortllm.benchmark.options import BENCHMARK_PRESETS, BenchmarkOptions
+from shortllm.cli import early
 from shortllm.cli.flags import Json, Revision, flags
 from shortllm.cli.output import answered, print_benchmark, print_evaluation
-from shortllm.errors import ShortLLMError
+from shortllm.demo import named_models
+from shortllm.errors import ShortLLMError, install_hint
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.files import require_file_target
 from shortllm.runtime import DeviceOptions, Runtime, Trust
 
 Models = Annotated[
@@ -44,6 +47,12 @@ def evaluate(
     """
     import shortllm
 
+    if out is not None:
+        require_file_target(out)
+    if options.tasks and find_spec("lm_eval") is None:
+        raise ShortLLMError(
+            f"zero-shot tasks need lm-evaluation-harness. Install it with: {install_hint('eval')}"
+        )
     measured = shortllm.evaluate(models, options=options, runtime=runtime, out=out)
     if answered(measured, in_json=json):
         return
@@ -80,6 +89,8 @@ def bench(
     if preset is not None:
         given = options.model_dump(exclude_unset=True)
         options = BenchmarkOptions(**{**BENCHMARK_PRESETS[preset], **given})
+    if out is not None:
+        early.check_directory(out)
     measured = shortllm.bench(models, options=options, runtime=runtime, out=out)
     if answered(measured, in_json=json):
         return
@@ -97,6 +108,7 @@ def report(
     """
     import shortllm
 
+    early.check_run(run_dir)
     typer.echo(f"report: {shortllm.report(run_dir)}")
 
 
@@ -153,15 +165,7 @@ def demo(
     Example: shortllm demo --original Qwen/Qwen3-0.6B --depth qwen3-short
     """
     if find_spec("gradio") is None:
-        raise ShortLLMError("the demo needs gradio. Install it with: pip install 'shortllm[demo]'")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-    from shortllm.demo.generate import Limits
-    from shortllm.demo.models import embedded_models, named_models, open_models
-    from shortllm.demo.page import serve
-    from shortllm.model import Session
-
-    session = Session(runtime)
+        raise ShortLLMError(f"the demo needs gradio. Install it with: {install_hint('demo')}")
     given = {"original": original, "width": width, "depth": depth}
     places = named_models(
         [
@@ -169,6 +173,14 @@ def demo(
             *((name, place) for name, _, place in (one.partition("=") for one in model or ())),
         ]
     )
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+    from shortllm.demo.generate import Limits
+    from shortllm.demo.models import embedded_models, open_models
+    from shortllm.demo.page import serve
+    from shortllm.model import Session
+
+    session = Session(runtime)
     if not places:
         places = embedded_models(session)
         session.release()

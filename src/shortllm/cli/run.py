@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import Field
 
+from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, flags
 from shortllm.cli.output import (
     answered,
@@ -37,6 +39,8 @@ from shortllm.retraining.methods import METHODS as RETRAINING
 if TYPE_CHECKING:
     from shortllm.pipeline import RunResult
     from shortllm.released import Released
+
+log = logging.getLogger(__name__)
 
 PUBLISHED = "published"
 """The name of the recipe that measures all released checkpoints."""
@@ -133,6 +137,7 @@ def _run(typed: Recipe, own: RunFlags, *, model: str | None, name: str | None, j
     import shortllm
 
     chosen = requested_recipe(typed, own, model=model, name=name)
+    early.check_recipe(chosen, own.out)
     _print_run(shortllm.run(recipe=chosen, out=own.out, command=command_line()), json=json)
 
 
@@ -149,6 +154,10 @@ def requested_recipe(
     if given.intersection(amounts):  # an amount replaces the recipe's
         kept = {name: None for name in amounts}
         base = base.model_copy(update={"budget": base.budget.model_copy(update=kept)})
+    if "blocks" in given and "criterion" in typed.model_fields_set:
+        log.warning(
+            "--blocks names the blocks to remove, so --criterion %s has no effect", typed.criterion
+        )
     changes: dict[str, object] = {}
     if model is not None:
         changes["model"] = model

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags
+from shortllm.checkpoint.hub import is_gguf
+from shortllm.checkpoint.tensors import weight_files
+from shortllm.cli import early
+from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags, list_of
 from shortllm.cli.output import answered, command_line, plan_line, print_table
+from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
-from shortllm.format import duration, plain
+from shortllm.format import duration, in_bytes, plain
 from shortllm.pruning.budget import Budget
+from shortllm.pruning.records import Pruning
 from shortllm.recipe import CRITERION_HELP
 from shortllm.runtime import DeviceOptions, Runtime
 
@@ -79,10 +85,12 @@ def score(
     """
     import shortllm
 
+    names, given = names_in(criterion), criteria.by_criterion()
+    early.check_scoring(model, resolve_all(names, given), calibration, out)
     found = shortllm.score(
         model,
-        criterion=[name.strip() for name in criterion.split(",") if name.strip()],
-        options=criteria.by_criterion(),
+        criterion=names,
+        options=given,
         calibration=calibration,
         runtime=runtime,
         out=out,
@@ -117,6 +125,7 @@ def plan(
     import shortllm
 
     budget.asked()
+    early.check_scores(scores)
     chosen = shortllm.plan(scores, budget=budget, runtime=runtime, out=out)
     if not answered(chosen, in_json=json):
         typer.echo(f"{plan_line(chosen)}\n{chosen.reason}")
@@ -138,7 +147,7 @@ def prune(
     ] = None,
     blocks: Annotated[
         str | None,
-        typer.Option(metavar="3,4,8", help="Remove exactly these blocks, counted from 0."),
+        typer.Option(metavar="3,4,8-10", help="Remove exactly these blocks, counted from 0."),
     ] = None,
     verify: Annotated[
         bool,
@@ -160,16 +169,33 @@ def prune(
     if (plan is None) == (blocks is None):
         raise BudgetError("give either --plan plan.json or --blocks 3,4,8")
     chosen = plan if plan is not None else _block_numbers(blocks or "")
+    early.check_pruning(model, plan, out)
     written = shortllm.prune(model, chosen, out, revision=revision, verify=verify, runtime=runtime)
-    typer.echo(f"checkpoint: {written}")
+    if not is_gguf(out):
+        _print_pruning(Pruning.load(written / Pruning.FILE), written, verified=verify)
+    typer.echo(f"{'file' if is_gguf(out) else 'checkpoint'}: {written}")
+
+
+def _print_pruning(record: Pruning, written: Path, *, verified: bool) -> None:
+    size = sum((written / name).stat().st_size for name in weight_files(written))
+    typer.echo(
+        f"{record.model.id}: {record.model.blocks} -> {len(record.kept)} blocks, without "
+        f"{', '.join(map(str, record.removed))}; {in_bytes(record.model.bytes)} -> {in_bytes(size)}"
+    )
+    if verified:
+        typer.echo(
+            "verified: loaded again, it computes what the original does without these blocks"
+        )
+    else:
+        typer.echo("not verified: names and structure were checked, nothing was computed")
 
 
 def _block_numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(part) for part in list_of(text)]
     except ValueError as error:
         raise BudgetError(
-            f"--blocks '{text}' is not a list of block numbers such as 3,4,8"
+            f"--blocks '{text}' is not a list of block numbers such as 3,4,8 or 4-6"
         ) from error
 
 
@@ -178,12 +204,15 @@ def _print_scores(scores: BlockScores) -> None:
     from shortllm.reporting.run_page import search_table
 
     order = removal_order(scores.importance, protected=[])
+    columns = {"importance": scores.importance}
+    if scores.values != scores.importance:
+        columns["value"] = scores.values
     rows = [
-        (str(b), f"{scores.importance[b]:.6g}", f"{scores.values[b]:.6g}", str(order.index(b) + 1))
-        for b in range(len(scores.importance))
+        (str(b), *(f"{one[b]:.6g}" for one in columns.values()), str(order.index(b) + 1))
+        for b in range(len(order))
     ]
     typer.echo(f"{scores.criterion}:")
-    print_table(("block", "importance", "value", "rank (1 = removed first)"), rows)
+    print_table(("block", *columns, "rank (1 = removed first)"), rows)
     if scores.intact is not None:
         typer.echo(f"intact: {scores.intact:.6g}")
     if scores.search is not None:
@@ -199,10 +228,15 @@ def _print_summary(summary: ModelSummary) -> None:
     if model.gguf is not None:
         typer.echo(f"dequantized from {model.gguf}")
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
-    parts = [
-        (f"block {b}", parameters, size, "protected" if b in protected else "")
+    blocks = [
+        (parameters, size, "protected" if b in protected else "")
         for b, (parameters, size) in enumerate(inside)
     ]
+    parts = []
+    for (parameters, size, note), equal in groupby(range(model.blocks), key=blocks.__getitem__):
+        first, *others = equal
+        name = f"blocks {first}-{others[-1]}, each" if others else f"block {first}"
+        parts.append((name, parameters, size, note))
     parts += [
         ("outside", summary.parameters_outside, model.bytes - sum(summary.bytes_per_block), ""),
         ("all", model.parameters, model.bytes, ""),

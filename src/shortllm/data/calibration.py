@@ -56,11 +56,7 @@ def resolve_calibration(
 ) -> CalibrationOptions:
     """The options with every default that depends on the model filled in; the `embedded` model has
     text of its own."""
-    if options.file is not None and (options.data or options.columns) is not None:
-        raise DataError(
-            "--calibration gives token ids, so --data has no effect. Leave one of them out, and "
-            "give the text to measure on as --eval-data"
-        )
+    options.require_one_source()
     filled: dict[str, Any] = {}
     if options.bos_every_sample is None:
         filled["bos_every_sample"] = model_type in BOS_EVERY_SAMPLE

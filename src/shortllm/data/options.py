@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from shortllm.data.shapes import with_columns
+from shortllm.errors import DataError
 from shortllm.options import Flag, Options
 from shortllm.records import ResultFile
 
@@ -52,6 +53,14 @@ class CalibrationOptions(Options):
     def source(self) -> str | None:
         """The data source, with the columns named in it."""
         return with_columns(self.data, self.columns) if self.data else None
+
+    def require_one_source(self) -> None:
+        """Refuse text next to token ids, which stand for it."""
+        if self.file is not None and (self.data or self.columns) is not None:
+            raise DataError(
+                "--calibration gives token ids, so --data has no effect. Leave one of them out, "
+                "and give the text to measure on as --eval-data"
+            )
 
 
 class CalibrationInfo(ResultFile):

@@ -6,3 +6,24 @@ page.py      the page, and its server
 
 shortllm demo --original MODEL --depth SHORT
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shortllm.errors import ShortLLMError
+
+
+def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Model locations by name; refuses names that are blank or repeated."""
+    found: dict[str, str] = {}
+    for name, location in pairs:
+        if not name.strip() or not location.strip():
+            raise ShortLLMError(
+                f"--model '{name}={location}' must have the form NAME=MODEL, "
+                "for example healed=runs/short"
+            )
+        if name in found:
+            raise ShortLLMError(f"two models are called '{name}'. Give each its own name")
+        found[name] = location
+    return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,21 +83,6 @@ class Models:
         return sum(one.model.get_memory_footprint() for one in self.models if one is not model)
 
 
-def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Model locations by name; refuses names that are blank or repeated."""
-    found: dict[str, str] = {}
-    for name, location in pairs:
-        if not name.strip() or not location.strip():
-            raise ShortLLMError(
-                f"--model '{name}={location}' must have the form NAME=MODEL, "
-                "for example healed=runs/short"
-            )
-        if name in found:
-            raise ShortLLMError(f"two models are called '{name}'. Give each its own name")
-        found[name] = location
-    return found
-
-
 def open_models(locations: Mapping[str, str], session: Session) -> Models:
     """Load every model; a bad checkpoint or missing tokenizer is reported before any is loaded."""
     meter = meter_of(session.device)
@@ -148,12 +133,14 @@ def _shorten_embedded(home: Path, session: Session) -> tuple[Path, Path]:
     runtime = session.runtime
     width, depth = home / "width", home / "depth"
     options = shortllm.WidthOptions(method="flap", ratio=RATIO)
-    shortllm.width(EMBEDDED, width, options=options, device=runtime.device, dtype=runtime.dtype)
-    scores = shortllm.score(EMBEDDED, out=home / "scores", runtime=runtime)
+    shortllm.width(
+        EMBEDDED, width, options=options, device=runtime.device, dtype=runtime.dtype, overwrite=True
+    )
+    scores = shortllm.score(EMBEDDED, out=home / "scores", runtime=runtime, overwrite=True)
     plan = shortllm.plan(scores, ratio=RATIO)
     try:
-        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime, overwrite=True)
     except OutputError:  # prune never replaces a damaged checkpoint, but this one is the demo's own
         shutil.rmtree(depth, ignore_errors=True)
-        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime)
+        shortllm.prune(EMBEDDED, plan, depth, runtime=runtime, overwrite=True)
     return width, depth

@@ -38,6 +38,7 @@ from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, walk_flops
 from shortllm.options import accepts
+from shortllm.run_directory import require_replaceable
 from shortllm.runtime import (
     ALONE,
     Ranks,
@@ -99,6 +100,10 @@ def evaluate(
     )
     rows = [load_rows(one) for one in options.data] if measured else []
     texts = _shared_texts(checkpoints, rows, options)
+    if out is not None:
+        named = list(checkpoints.items())
+        expected = evaluation_fingerprint(named, texts, options, session, tasks)
+        require_replaceable(Evaluation, Path(out), expected)
     found = evaluate_models(
         list(checkpoints.items()), texts, options, session=session, tasks=tasks, ranks=ranks
     )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm.data.rows import PACKED_SUFFIXES, load_records
 from shortllm.data.sources import DATA_VARIABLE, data_directory
 from shortllm.embedded import TASKS_DIR
-from shortllm.errors import DataError, ShortLLMError, first_line_of
+from shortllm.errors import DataError, ShortLLMError, first_line_of, install_hint
 from shortllm.evaluation.harness import harness_model
 from shortllm.evaluation.options import TaskScore
 from shortllm.files import fingerprint
@@ -141,8 +141,8 @@ def require_harness() -> str:
         import lm_eval.tasks
     except ImportError as error:
         raise ShortLLMError(
-            f"zero-shot tasks need lm-evaluation-harness ({error}). "
-            "Install it with: pip install 'shortllm[eval]'"
+            f"zero-shot tasks need lm-evaluation-harness ({error}). Install it with: "
+            f"{install_hint('eval')}"
         ) from error
     return str(lm_eval.__version__)
 

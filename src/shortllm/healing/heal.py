@@ -25,6 +25,7 @@ from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
+from shortllm.files import require_free
 from shortllm.healing.experts import Factor
 from shortllm.healing.folding import Fold, folded_into
 from shortllm.healing.gain import divisors
@@ -44,7 +45,6 @@ from shortllm.surgery.derived import (
     derived_fingerprint,
     is_up_to_date,
     on_probe,
-    require_free,
     stored_name,
     verifying,
 )
@@ -165,7 +165,15 @@ def heal_from(
         )
 
     if ranks.is_main:
-        derive(Healing, target, checkpoint, draft, expected=expected, source=source)
+        derive(
+            Healing,
+            target,
+            checkpoint,
+            draft,
+            expected=expected,
+            choices=options.model_dump(mode="json"),
+            source=source,
+        )
     elif not is_up_to_date(target, Healing, expected):
         _fitted(task_of())  # its share of the sums
     ranks.wait()

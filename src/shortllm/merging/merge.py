@@ -146,7 +146,14 @@ def merge_from(
             verify=verifying(target, session, probe.logits(sums), cached=kv_cache_matches(decoder)),
         )
 
-    return derive(Merging, target, checkpoint, draft, expected=expected)
+    return derive(
+        Merging,
+        target,
+        checkpoint,
+        draft,
+        expected=expected,
+        choices=options.model_dump(mode="json"),
+    )
 
 
 def check_blocks(options: MergeOptions, count: int) -> None:

@@ -64,7 +64,7 @@ class Budget(Options):
         lt=1,
         description="Part of all parameters to remove, with as few blocks as reach it.",
     )
-    blocks: Annotated[list[int] | None, Flag(metavar="3,4,8")] = Field(
+    blocks: Annotated[list[int] | None, Flag(metavar="3,4,8-10")] = Field(
         default=None, description="Remove exactly these blocks, counted from 0."
     )
     target_params: Annotated[int | None, Flag(parse=parameters_in, metavar="1.0B")] = Field(

@@ -14,7 +14,7 @@ from pathlib import Path
 from shortllm import criteria
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria.search import Search
-from shortllm.errors import BudgetError, CheckpointError, ResultFileError
+from shortllm.errors import BudgetError, CheckpointError
 from shortllm.files import fingerprint, require_file_target
 from shortllm.format import number
 from shortllm.model import Session
@@ -29,7 +29,7 @@ from shortllm.pruning.budget import (
     reaching,
     removable,
 )
-from shortllm.pruning.records import BlockScores, PrunePlan, Size
+from shortllm.pruning.records import BlockScores, PrunePlan, Size, scores_path
 from shortllm.published import Published
 from shortllm.records import ModelInfo
 from shortllm.runtime import DeviceOptions
@@ -59,7 +59,7 @@ def plan(
     """
     path = None if out is None else Path(out)
     if not isinstance(scores, BlockScores):
-        file = _scores_path(Path(scores))
+        file = scores_path(Path(scores))
         path = path or file.with_name("plan.json")
         scores = BlockScores.load(file)
     if path is not None:
@@ -79,20 +79,6 @@ def plan(
         targets.keep(target, path.parent)
         chosen.save(path)
     return chosen
-
-
-def _scores_path(path: Path) -> Path:
-    """A file of scores, or the only one of a run directory."""
-    if not path.exists():
-        raise ResultFileError(
-            f"there are no scores in {path}. Score first: shortllm score MODEL --out {path}"
-        )
-    several = sorted(path.glob("scores-*.json"))
-    if several and not (path / "scores.json").exists():
-        raise ResultFileError(
-            f"{path} contains scores by several criteria. Give one: {', '.join(map(str, several))}"
-        )
-    return path / "scores.json" if path.is_dir() else path
 
 
 def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list[int]:

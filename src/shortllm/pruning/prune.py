@@ -18,7 +18,7 @@ from shortllm.model import Session
 from shortllm.options import accepts
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
-from shortllm.pruning.records import PrunePlan, Pruning
+from shortllm.pruning.records import PrunePlan, Pruning, load_plan
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
 from shortllm.surgery.derived import (
@@ -61,8 +61,7 @@ def prune(
         OutputError: `out` contains something else or cannot be written.
     """
     if isinstance(plan, (str, Path)):
-        path = Path(plan)
-        plan = PrunePlan.load(path / "plan.json" if path.is_dir() else path)
+        plan = load_plan(Path(plan))
     if is_gguf(out):
         return prune_gguf(model, plan, Path(out), revision=revision)
     if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
@@ -157,7 +156,9 @@ def write_pruned(
             **({"special tokens": special} if special else {}),
         }
     )
-    return derive(Pruning, target, checkpoint, draft, expected=expected)
+    return derive(
+        Pruning, target, checkpoint, draft, expected=expected, choices={"removed": removed}
+    )
 
 
 def _verifying(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from shortllm.criteria.search import Search
+from shortllm.errors import ResultFileError
 from shortllm.pruning.budget import TARGETS
 from shortllm.records import Cost, DerivedRecord, ModelInfo, Record, ResultFile
 
@@ -123,6 +125,32 @@ class Pruning(DerivedRecord):
     dropped_heads: int = Field(
         default=0, description="prediction heads behind the last block that were left out"
     )
+
+
+def scores_path(path: Path) -> Path:
+    """A file of scores, or the only one of a run directory."""
+    several = sorted(path.glob("scores-*.json"))
+    file = path / "scores.json" if path.is_dir() else path
+    if not file.exists() and not several:
+        raise ResultFileError(
+            f"there are no scores in {path}. Score first: shortllm score MODEL --out {path}"
+        )
+    if not file.exists():
+        raise ResultFileError(
+            f"{path} contains scores by several criteria. Give one: {', '.join(map(str, several))}"
+        )
+    return file
+
+
+def load_plan(path: Path) -> PrunePlan:
+    """A plan.json, or that of a run directory."""
+    file = path / "plan.json" if path.is_dir() else path
+    if not file.exists():
+        raise ResultFileError(
+            f"there is no plan in {path}. Make one first: shortllm plan SCORES --out "
+            f"{path if path.suffix == '.json' else path / 'plan.json'}"
+        )
+    return PrunePlan.load(file)
 
 
 class DepthSpeed(Record):

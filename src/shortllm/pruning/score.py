@@ -12,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve_all
-from shortllm.data.calibration import calibrate
+from shortllm.data.calibration import calibrate, resolve_calibration
 from shortllm.data.options import CalibrationOptions
 from shortllm.files import fingerprint, releasing
 from shortllm.healing.options import HealOptions
@@ -69,8 +70,17 @@ def score(
     directory = None if out is None else Path(out)
     checkpoint = open_checkpoint(model, revision=pinned(model, revision, directory))
     ranks = join_ranks()
+    embedded = checkpoint.id == EMBEDDED
+    text = resolve_calibration(calibration, checkpoint.model_type, embedded=embedded)
+    chosen = {
+        "model": model,
+        "criterion": ",".join(names),
+        "options": {name: dict(given) for name, given in (options or {}).items()},
+        "calibration": text.model_dump(mode="json"),
+        **runtime.model_dump(mode="json"),
+    }
     if directory is not None and ranks.is_main:
-        claim_directory(directory, checkpoint)
+        claim_directory(directory, checkpoint, chosen)
     session = Session(runtime)
     needs_text = any(one.needs_text for one in criteria)
     ids = calibrate(checkpoint, calibration) if needs_text else None
@@ -82,13 +92,6 @@ def score(
     else:
         with releasing():
             if ranks.is_main:
-                chosen = {
-                    "model": model,
-                    "criterion": ",".join(names),
-                    "options": {name: dict(given) for name, given in (options or {}).items()},
-                    "calibration": calibration.model_dump(mode="json"),
-                    **runtime.model_dump(mode="json"),
-                }
                 write_run_file(directory, chosen, checkpoint, list(command))
             found = score_in(directory, checkpoint, criteria, ids, session, ranks, healing=healing)
     return found[names[0]] if isinstance(criterion, str) else found

@@ -24,7 +24,7 @@ from torch import nn
 from shortllm.checkpoint.config import block_shapes
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.structure import build_empty, find_blocks
-from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.errors import ShortLLMError, UnsupportedModelError, install_hint
 from shortllm.quantizing.options import PER_ROW
 from shortllm.runtime import quiet
 from shortllm.surgery.derived import require_text_model, require_unquantized
@@ -49,7 +49,7 @@ def require_extra() -> None:
         own = version(LIBRARY)
     except PackageNotFoundError:
         raise ShortLLMError(
-            "quantizing needs llm-compressor. Install it with: pip install 'shortllm[quantize]'"
+            f"quantizing needs llm-compressor. Install it with: {install_hint('quantize')}"
         ) from None
     if problems := not_admitted(requires(LIBRARY) or []):
         found = ", ".join(f"{name} {held}" for name, held, _ in problems)

@@ -25,6 +25,7 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.files import require_free
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, stored_dtype
@@ -43,7 +44,7 @@ from shortllm.quantizing.methods import METHODS
 from shortllm.quantizing.options import DATA, SAMPLE_LENGTH, SAMPLES, Quantization, QuantizeOptions
 from shortllm.runtime import DeviceOptions, progress, versions
 from shortllm.surgery.apply import held_provenance
-from shortllm.surgery.derived import Draft, derive, derived_fingerprint, require_free
+from shortllm.surgery.derived import Draft, derive, derived_fingerprint
 from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids
 
 LEFT_BEHIND = {"adapter", "logs"}
@@ -114,7 +115,14 @@ def quantize_from(
     )
 
     draft = partial(_draft, checkpoint, options, layers, seen, session, expected, str(target))
-    return derive(Quantization, target, checkpoint, draft, expected=expected)
+    return derive(
+        Quantization,
+        target,
+        checkpoint,
+        draft,
+        expected=expected,
+        choices=options.model_dump(mode="json"),
+    )
 
 
 def resolve(

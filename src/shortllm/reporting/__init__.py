@@ -70,7 +70,8 @@ def write_report(run_dir: Path) -> Path:
     results = load_results(run_dir)
     page = run_page(results)
     text = render(page)
-    write_text(run_dir / "README.md", _model_card(page, results, PRUNED))
+    last = [PRUNED, *results.healed_by][-1]
+    write_text(run_dir / "README.md", _model_card(page, results, last))
     for name in (PRUNED, *results.healed_by, QUANTIZED):
         if (run_dir / name).is_dir():
             _keep_original_card(run_dir / name)
@@ -134,6 +135,7 @@ def _model_card(page: Page, results: RunResults, directory: str) -> str:
     from shortllm import criteria
     from shortllm.reporting import protocol
     from shortllm.reporting.run_page import key_figures
+    from shortllm.run_directory import PRUNED
 
     criterion = criteria.find(results.plan.criterion)
     template = _templates().get_template("model_card.md.j2")
@@ -147,8 +149,24 @@ def _model_card(page: Page, results: RunResults, directory: str) -> str:
         protocol=protocol.protocol_rows(results),
         command=protocol.command_line(results.run.command),
         paper=criterion.paper if criterion else None,
-        healed=bool(results.healed_by),
+        healed=directory != PRUNED and bool(results.healed_by),
+        state=_state_of(results, directory),
     ) + "\n"  # fmt: skip
+
+
+def _state_of(results: RunResults, directory: str) -> str | None:
+    """Which of a run's several checkpoints one is; None where there is only one."""
+    from shortllm.quantizing.options import QUANTIZED
+    from shortllm.run_directory import HEALED, PRUNED
+
+    if not results.healed_by:
+        return None
+    if directory == PRUNED:
+        return "the shortened model before it was healed or retrained"
+    if directory == QUANTIZED:
+        return "the best model of the run, quantized"
+    done = "healed without training" if directory == HEALED else "retrained"
+    return f"the shortened model, {done} (method {results.healed_by[directory]})"
 
 
 def _keep_original_card(checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.errors import ShortLLMError, UnsupportedModelError, install_hint
 from shortllm.papers import DISTILLATION, LAST_BLOCKS, LORA, SHORTENED_LLAMA
 from shortllm.registry import MethodRegistry, RegisteredMethod
 
@@ -61,8 +61,8 @@ class TrainingMethod(RegisteredMethod):
         for name in self.packages:
             if find_spec(name) is None:
                 raise ShortLLMError(
-                    f"retraining by {self.name} needs {name}. Install it with: pip install "
-                    "'shortllm[train]'"
+                    f"retraining by {self.name} needs {name}. Install it with: "
+                    f"{install_hint('train')}"
                 )
 
     def versions(self) -> dict[str, str]:

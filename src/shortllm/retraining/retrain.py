@@ -25,7 +25,7 @@ from shortllm import __version__
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError
-from shortllm.files import releasing, translate_os_errors
+from shortllm.files import releasing, require_free, translate_os_errors
 from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
 from shortllm.options import accepts
@@ -40,7 +40,6 @@ from shortllm.surgery.derived import (
     derive,
     is_up_to_date,
     require_apart,
-    require_free,
 )
 
 if TYPE_CHECKING:
@@ -121,6 +120,7 @@ def retrain_from(
             checkpoint,
             partial(_trained, job, callbacks),
             expected=job.fingerprint,
+            choices=job.setup.options.model_dump(mode="json"),
         )
     elif not is_up_to_date(target, Retraining, job.fingerprint):
         from shortllm.retraining.training import train

@@ -107,8 +107,15 @@ def drop_from(
         journal = Journal(work, expected)
         return _draft(checkpoint, options, allowed, target, seen, session, journal)
 
+    choices = options.model_dump(mode="json")
     record = derive(
-        SublayerDrop, target, checkpoint, draft, expected=expected, needed_bytes=checkpoint.bytes
+        SublayerDrop,
+        target,
+        checkpoint,
+        draft,
+        expected=expected,
+        choices=choices,
+        needed_bytes=checkpoint.bytes,
     )
     shutil.rmtree(work, ignore_errors=True)
     return record

@@ -5,8 +5,8 @@
                                                      heal.json     the record, with a fingerprint
 
 The record's fingerprint covers everything the result depends on. A target that carries the expected
-one is up to date and skipped; one that the same stage wrote from other inputs is replaced; anything
-else in the way is an error.
+one is up to date and skipped; one that the same stage wrote from other inputs is replaced only if
+that is allowed; anything else in the way is an error.
 """
 
 from __future__ import annotations
@@ -34,8 +34,21 @@ from shortllm.checkpoint.tensors import (
 )
 from shortllm.checkpoint.tokenizer import write_special_tokens
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES, write_tensors
-from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
-from shortllm.files import PARTIAL, fingerprint, partial_directory, require_writable
+from shortllm.errors import (
+    CheckpointError,
+    OutputError,
+    ResultFileError,
+    UnsupportedModelError,
+)
+from shortllm.files import (
+    PARTIAL,
+    fingerprint,
+    follow_umask,
+    partial_directory,
+    require_free,
+    require_same_choices,
+    require_writable,
+)
 from shortllm.model import Session
 from shortllm.records import Cost, DerivedRecord
 from shortllm.runtime import peak_memory, progress, versions
@@ -95,6 +108,7 @@ def derive(
     draft: Callable[[], Draft],
     *,
     expected: str,
+    choices: Mapping[str, Any],
     source: Checkpoint | None = None,
     needed_bytes: int = 0,
 ) -> Derived:
@@ -103,6 +117,7 @@ def derive(
     Args:
         draft: does the work of the stage; only called where something is to be written.
         expected: see `derived_fingerprint`.
+        choices: those that a user made, as JSON, to say how an earlier result differs.
         source: another checkpoint that must not be overwritten.
         needed_bytes: about how much will be written, where that is known before the work.
     """
@@ -113,6 +128,7 @@ def derive(
         log.info("%s is up to date, skipped", target)
         return kind.load(target / kind.FILE)
     if (target / kind.FILE).is_file():
+        _require_replaceable(target, kind, checkpoint, expected, choices)
         log.info("%s was written from other inputs and will be replaced", target)
     require_writable(target.absolute().parent, needed_bytes)
     started = time.monotonic()
@@ -126,6 +142,32 @@ def derive(
     }
     _write(kind, checkpoint, target, drafted, record)
     return kind.load(target / kind.FILE)
+
+
+def _require_replaceable(
+    target: Path,
+    kind: type[DerivedRecord],
+    checkpoint: Checkpoint,
+    expected: str,
+    choices: Mapping[str, Any],
+) -> None:
+    """Refuse to replace a finished checkpoint that was made with other choices."""
+    try:
+        found = kind.load(target / kind.FILE)
+    except ResultFileError:  # damaged
+        return
+    if found.fingerprint != expected:
+        before = found.model_dump(mode="json", exclude={"options", "model"})
+        model = {"id": found.model.id, "fingerprint": found.model.fingerprint}
+        now = {"id": checkpoint.id, "fingerprint": checkpoint.fingerprint}
+        if model["fingerprint"] == now["fingerprint"]:
+            model = now
+        require_same_choices(
+            target,
+            {**before, **found.options, "model": model},
+            {**choices, "model": now},
+            to=f"written by `shortllm {kind.FILE.removesuffix('.json')}`",
+        )
 
 
 def derived_fingerprint(
@@ -152,14 +194,6 @@ def require_apart(source: Path, target: Path) -> None:
         raise OutputError(
             f"{target} {relation} the original model, which is never changed. Choose another --out"
         )
-
-
-def require_free(target: Path, record: str) -> None:
-    """Refuse a target that contains anything but an earlier result, which contains `record`."""
-    if target.is_file():
-        raise OutputError(f"--out {target} is a file. Give a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
-        raise OutputError(f"{target} contains something else. Choose another --out, or delete it")
 
 
 def is_up_to_date(target: Path, kind: type[DerivedRecord], expected: str) -> bool:
@@ -202,6 +236,7 @@ def _write(
         write_json(directory / "config.json", config)
         draft.verify(directory)
         kind.model_validate({**record, **more}).save(directory / kind.FILE)
+        follow_umask(directory)
 
 
 def carried_files(source: Path, target: Path | None = None) -> list[Path]:

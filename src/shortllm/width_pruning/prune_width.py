@@ -127,7 +127,14 @@ def width_from(
     )
 
     draft = partial(_draft, checkpoint, options, target, seen, session)
-    return derive(WidthPruning, target, checkpoint, draft, expected=expected)
+    return derive(
+        WidthPruning,
+        target,
+        checkpoint,
+        draft,
+        expected=expected,
+        choices=options.model_dump(mode="json"),
+    )
 
 
 def _draft(
