@@ -27,6 +27,7 @@ from transformers import AutoConfig
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.structure import auto_class
 from shortllm.criteria import Scores, resolve
+from shortllm.files import overwriting
 from shortllm.model.decoder import Decoder
 from shortllm.model.streamed import open_streamed
 from shortllm.pruning.prune import write_pruned
@@ -229,7 +230,8 @@ def shortened(checkpoint: Checkpoint, removed: Iterable[int], target: Path, **kw
     """Surgery to disk by the blocks to remove; returns `target`."""
     gone = set(removed)
     kept = [block for block in range(checkpoint.block_count) if block not in gone]
-    write_pruned(checkpoint, kept, target, **kwargs)
+    with overwriting():
+        write_pruned(checkpoint, kept, target, **kwargs)
     return target
 
 

@@ -31,6 +31,7 @@ from shortllm.data.options import CalibrationOptions
 from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.evaluation.texts import prepare_texts
+from shortllm.files import overwriting
 from shortllm.format import number, spans
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
@@ -219,7 +220,8 @@ def test_another_question_reuses_the_scores_only(
     copy = tmp_path / "copy"
     shutil.copytree(directory, copy)
     monkeypatch.setattr("shortllm.pruning.score.score_blocks", None)  # scoring would fail
-    compared(copy, **changes)
+    with overwriting():
+        compared(copy, **changes)
     old, new = (Comparison.load(path / "comparison.json") for path in (directory, copy))
     assert new.fingerprint != old.fingerprint
     assert len(new.random) == changes.get("random", 3)

@@ -130,7 +130,9 @@ def compare_units(
     session = pipeline.session_of(recipe)
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     pipeline.check_later_stages(recipe, checkpoint, session)
-    healing = recipe.healing and healing_text(recipe.healing, checkpoint, recipe.calibration)
+    healing = None
+    if recipe.healing is not None:
+        healing = healing_text(recipe.healing, checkpoint, recipe.calibration)
     texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, healing=healing)
     chosen = recipe.model_dump(mode="json") | {"methods": list(methods)}
     rundir.write_run_file(directory, chosen, checkpoint, command)
@@ -151,7 +153,9 @@ def compare_units(
         repairing = {
             name: options.model_copy(update={"repair": True}) for name, options in narrowing.items()
         }
-        healed |= _narrower(directory, checkpoint, repairing, texts.healing, session, HEALED)
+        healed |= _narrower(
+            directory, checkpoint, repairing, texts.calibration, session, refit_on=texts.healing
+        )
     retrained = _retrained(directory, made, recipe, session)
     models = {
         "original": checkpoint,
@@ -210,15 +214,18 @@ def _narrower(
     narrowing: Mapping[str, WidthOptions],
     calibration: Calibration | None,
     session: Session,
-    suffix: str = "",
+    *,
+    refit_on: Calibration | None = None,
 ) -> dict[str, Checkpoint]:
-    """A checkpoint with fewer heads and neurons by each method."""
+    """A checkpoint with fewer heads and neurons by each method; healed if there is text for it."""
     from shortllm.width_pruning.prune_width import width_from
 
     made = {}
     for method, options in narrowing.items():
-        target = directory / f"{method}{suffix}"
-        width_from(checkpoint, options, target, calibration=calibration, session=session)
+        target = directory / f"{method}{HEALED if refit_on else ''}"
+        width_from(
+            checkpoint, options, target, calibration=calibration, session=session, refit_on=refit_on
+        )
         made[method] = pipeline.opened_within(directory, target.name)
     return made
 

@@ -231,7 +231,7 @@ def units_page(results: UnitsResults) -> Page:
         note = f"Retrained: all alike ({retraining}). {note}"
     if units.healing is not None:
         note = (
-            "Healed: without training, depth by the method that was asked for, width by refitting "
+            "Healed: without training, depth by the requested method, width by refitting "
             f"its output projections. {note}"
         )
     plots = runs_page.trade_plots(models, cell, of_runs=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -111,22 +112,28 @@ def width_from(
     *,
     calibration: Calibration | None,
     session: Session,
+    refit_on: Calibration | None = None,
 ) -> WidthPruning:
-    """The same for an open checkpoint; `calibration` is None where the method needs no text."""
+    """The same for an open checkpoint; `calibration` is None where the method needs no text.
+
+    The repair refits on the same text, or on `refit_on`.
+    """
     options = options.resolved(checkpoint.block_count)
     require_text_model(checkpoint, "be made narrower. Remove whole blocks with `shortllm prune`")
     require_unquantized(checkpoint, "rows and columns cannot be cut out of it")
     seen = calibration if options.needs_text else None
-    if options.repair and seen is not None and len(seen.ids) < 2:
+    refitting = refit_on or seen
+    if options.repair and refitting is not None and len(refitting.ids) < 2:
         raise DataError(
             "1 sample is too few for --repair: a part of the samples is held out to choose by. "
             "Give --samples 2 or more, or leave --repair out"
         )
+    other = {} if refit_on is None else {"refit_on": refit_on.info.tokens_fingerprint}
     expected = derived_fingerprint(
-        checkpoint, calibration=seen, session=session, width=options.choices
+        checkpoint, calibration=seen, session=session, width=options.choices, **other
     )
 
-    draft = partial(_draft, checkpoint, options, target, seen, session)
+    draft = partial(_draft, checkpoint, options, target, seen, refitting, session)
     return derive(
         WidthPruning,
         target,
@@ -142,6 +149,7 @@ def _draft(
     options: WidthOptions,
     target: Path,
     calibration: Calibration | None,
+    refit_on: Calibration | None,
     session: Session,
 ) -> Draft:
     """Find heads and neurons, choose, and describe the narrower checkpoint."""
@@ -165,8 +173,8 @@ def _draft(
         memory=session.memory(),
     )
     chosen: Chosen = METHODS.get(options.method).function(task)
-    if options.repair:
-        chosen = repair(checkpoint, task, chosen)
+    if options.repair and refit_on is not None:
+        chosen = repair(checkpoint, replace(task, ids_BT=refit_on.ids), chosen)
     entries = _narrowed_tensors(checkpoint, groups, chosen.removed)
     new, biases = _new_tensors(checkpoint, chosen, uniform)
     with (
