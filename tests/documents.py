@@ -327,6 +327,16 @@ class Reader:
             for name in shortllm.__all__:
                 if name.islower() and not name.startswith("__") and name != "load":
                     patch.setattr(shortllm, name, stop, raising=False)
+            for name in (
+                "check",
+                "check_recipe",
+                "check_scoring",
+                "check_scores",
+                "check_pruning",
+                "check_directory",
+                "check_run",
+            ):
+                patch.setattr(f"shortllm.cli.early.{name}", lambda *given: None)
             patch.setattr("shortllm.released.measure_released", stop)
             patch.setattr("shortllm.checkpoint.gguf.cached_models", stop)
             patch.setattr("shortllm.checkpoint.gguf.clear_cache", stop)

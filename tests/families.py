@@ -227,7 +227,7 @@ def loaded(variant: str) -> nn.Module:
 
 
 def shortened(checkpoint: Checkpoint, removed: Iterable[int], target: Path, **kwargs: Any) -> Path:
-    """Surgery to disk by the blocks to remove; returns `target`."""
+    """Surgery to disk by the blocks to remove, in place of an earlier one; returns `target`."""
     gone = set(removed)
     kept = [block for block in range(checkpoint.block_count) if block not in gone]
     with overwriting():

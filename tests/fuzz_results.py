@@ -32,6 +32,7 @@ from mutations import damaged, damaged_bytes
 import shortllm
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.data.calibration import Calibration, check_ids, load_calibration, tokens_fingerprint
+from shortllm.data.chat import row_texts
 from shortllm.data.options import CalibrationInfo
 from shortllm.data.sources import load_rows, open_records
 from shortllm.embedded import MODEL_DIR
@@ -225,11 +226,10 @@ def texts(random: Random, bench: Bench) -> Act:
         rows = load_rows(str(file), role="calibration")
         assert len(rows) > 0
         tokenizer = _tokenizer()
-        for row in rows[: min(len(rows), 20)]:
-            assert isinstance(row, str)
+        for row in row_texts(rows[: min(len(rows), 20)], tokenizer):
             assert all(isinstance(token, int) for token in tokenizer(row)["input_ids"])
-        read = list(open_records(str(file)).texts())
-        assert [text for text in read if text] == [row for row in rows if row]
+        read = list(open_records(str(file)).rows())
+        assert [row for row in read if row] == [row for row in rows if row]
 
     return act
 

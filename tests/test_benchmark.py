@@ -308,7 +308,7 @@ def test_files_and_skipping_what_is_up_to_date(
         again = shortllm.bench(models, options=options, device="cpu", out=tmp_path)
     assert again == found and "is up to date, skipped" in caplog.text
     other = options.model_copy(update={"batches": [1]})
-    shortllm.bench(models, options=other, device="cpu", out=tmp_path)
+    shortllm.bench(models, options=other, device="cpu", out=tmp_path, overwrite=True)
     left = {path.name for path in tmp_path.glob("[!.]*")}
     assert left == {"bench.json", "bench.csv", "bench-speedup.svg"}
 

@@ -654,7 +654,10 @@ def test_streamed_merges_equal_resident_ones(tmp_path: Path) -> None:
 def test_a_finished_merge_is_left_alone(tmp_path: Path) -> None:
     first = merge("llama", tmp_path / "out")
     assert merge("llama", tmp_path / "out") == first
-    assert merge("llama", tmp_path / "out", remove=1) != first
+    with pytest.raises(OutputError, match="with other choices .remove: null, now 1"):
+        merge("llama", tmp_path / "out", remove=1)
+    with overwriting():
+        assert merge("llama", tmp_path / "out", remove=1) != first
 
 
 def test_what_cannot_be_merged(tmp_path: Path) -> None:

@@ -422,10 +422,10 @@ def test_an_earlier_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "short.partial").mkdir()
     (tmp_path / "short.partial" / "junk").write_text("of a killed process")
     with pytest.raises(OutputError, match=r"removed: \[1\], now \[2, 3\].*--overwrite"):
-        shortened(opened("llama"), [2, 3], target)
+        write_pruned(opened("llama"), [0, 1, 4, 5], target)
     assert load(target).config.num_hidden_layers == 5
     with overwriting():
-        shortened(opened("llama"), [2, 3], target)
+        write_pruned(opened("llama"), [0, 1, 4, 5], target)
     assert list(tmp_path.iterdir()) == [target]
     assert {path.name for path in target.iterdir()} == {
         *(path.name for path in saved("llama").iterdir()), "prune.json"

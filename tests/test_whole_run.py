@@ -246,6 +246,7 @@ def recipe_of(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Recipe:
         raise ShortLLMError("enough")
 
     monkeypatch.setattr(shortllm, "run", stop, raising=False)
+    monkeypatch.setattr("shortllm.cli.early.check_recipe", lambda *given: None)
     with pytest.raises(SystemExit):
         main(["run", *map(str, arguments)])
     return seen[0]

@@ -281,7 +281,8 @@ def test_a_run_puts_the_tasks_to_both_models_once(
 
     for change in ({"limit": 5}, {"tasks": []}):
         changed = RECIPE.evaluation.model_copy(update=change)
-        pipeline.run(recipe=RECIPE.model_copy(update={"evaluation": changed}), out=directory)
+        recipe = RECIPE.model_copy(update={"evaluation": changed})
+        pipeline.run(recipe=recipe, out=directory, overwrite=True)
         measured = Evaluation.load(directory / "eval.json").models[1].zeroshot
         assert [score.documents for score in measured] == ([5, 5] if changed.tasks else [])
     assert not (directory / "zeroshot.csv").exists()

@@ -174,31 +174,36 @@ def require_same_choices(
     """
     if _overwriting.get():
         return
-    found = "; ".join(_differences(before, asked)) or "other inputs"
+    said = [
+        f"{name}: {_quoted(old)}, now {_quoted(new)}"
+        for name, old, new in _differences(before, asked)
+        if new not in (None, "auto") and not isinstance(new, Mapping)  # defaults, not resolved yet
+    ]
     raise OutputError(
-        f"{path} is finished and was {to} with other choices ({found}). Choose another --out, or "
-        "give --overwrite to replace it"
+        f"{path} is finished and was {to} with other choices ({'; '.join(said) or 'other inputs'})."
+        " Choose another --out, or give --overwrite to replace it"
     )
 
 
 def differs(before: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
     """Whether two records of choices differ in what both name."""
-    return bool(_differences(before, asked))
+    return any(_differences(before, asked))
 
 
-def _differences(before: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> list[str]:
-    """`name: old, now new` for every choice that both name and that differs."""
-    found: list[str] = []
+def _differences(
+    before: Mapping[str, Any], asked: Mapping[str, Any], at: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of every choice that both name and that differs."""
     for name in (name for name in before if name in asked):
         old, new = before[name], asked[name]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{at}{name}.")
+            yield from _differences(old, new, f"{at}{name}.")
         elif old != new:
-            shown = [
-                shorten(json.dumps(one), LONGEST_CHOICE, placeholder="...") for one in (old, new)
-            ]
-            found.append(f"{at}{name}: {shown[0]}, now {shown[1]}")
-    return found
+            yield f"{at}{name}", old, new
+
+
+def _quoted(value: Any) -> str:
+    return shorten(json.dumps(value), LONGEST_CHOICE, placeholder="...")
 
 
 # ---- errors of the operating system
