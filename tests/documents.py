@@ -348,7 +348,7 @@ class Reader:
                 self.said()
             except SystemExit as stopped:
                 said = self.said()
-                left_out = not whole and ("Missing " in said or ".yaml. See:" in said)
+                left_out = not whole and ("missing " in said.lower() or ".yaml. See:" in said)
                 assert left_out or not stopped.code, f"{where}\n{said}"
 
     def cheap(self, words: list[str]) -> list[str]:
