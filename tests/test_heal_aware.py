@@ -225,7 +225,7 @@ def test_runs_on_the_embedded_model(tmp_path: Path) -> None:
             evaluation=EvaluationOptions(max_segments=4, continuations=0),
             **more,
         )
-        pipeline.run(recipe=recipe, out=out)
+        pipeline.run(recipe=recipe, out=out, overwrite=True)
         return BlockScores.load(out / "scores.json")
 
     aware, blind = scored(tmp_path / "aware"), scored(tmp_path / "blind", heal_aware=False)

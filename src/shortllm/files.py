@@ -162,15 +162,12 @@ def overwriting(allowed: bool = True) -> Iterator[None]:
         _overwriting.reset(before)
 
 
-def require_same_choices(
-    path: Path, before: Mapping[str, Any], asked: Mapping[str, Any], *, to: str = "made"
-) -> None:
+def require_same_choices(path: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse to replace a finished result by one of other choices, unless that is allowed.
 
     Args:
         before: the choices that the result at `path` was made with, as JSON.
         asked: those of now; only what both name is compared.
-        to: what was done to the result, for the message.
     """
     if _overwriting.get():
         return
@@ -180,7 +177,7 @@ def require_same_choices(
         if new not in (None, "auto") and not isinstance(new, Mapping)  # defaults, not resolved yet
     ]
     raise OutputError(
-        f"{path} is finished and was {to} with other choices ({'; '.join(said) or 'other inputs'})."
+        f"{path} is finished and was made with other choices ({'; '.join(said) or 'other inputs'})."
         " Choose another --out, or give --overwrite to replace it"
     )
 

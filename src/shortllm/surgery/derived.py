@@ -166,7 +166,6 @@ def _require_replaceable(
             target,
             {**before, **found.options, "model": model},
             {**choices, "model": now},
-            to=f"written by `shortllm {kind.FILE.removesuffix('.json')}`",
         )
 
 
