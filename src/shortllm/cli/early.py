@@ -59,7 +59,7 @@ def check(own: Mapping[str, Any], records: Iterable[Options]) -> None:
         _check_texts(record, models)
         out = own.get("out")
         if out is not None and type(record) in DERIVED:
-            check_new_checkpoint(models[0], out, DERIVED[type(record)])
+            check_new_checkpoint(out, DERIVED[type(record)])
     _go_offline()
 
 
@@ -95,15 +95,15 @@ def check_scores(scores: Path) -> None:
     scores_path(scores)
 
 
-def check_pruning(model: str, plan: Path | None, out: Path) -> None:
+def check_pruning(plan: Path | None, out: Path) -> None:
     """Check the plan and the target of a removal."""
     if plan is not None:
         load_plan(plan)
     if not is_gguf(out):
-        check_new_checkpoint(model, out, Pruning)
+        check_new_checkpoint(out, Pruning)
 
 
-def check_new_checkpoint(model: str, out: Path, kind: type[DerivedRecord]) -> None:
+def check_new_checkpoint(out: Path, kind: type[DerivedRecord]) -> None:
     """Refuse a directory that is not free for a new checkpoint."""
     require_free(out, kind.FILE)
     require_writable(out.absolute().parent)

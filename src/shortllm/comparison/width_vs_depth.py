@@ -28,8 +28,8 @@ from shortllm.criteria import Criterion, resolve
 from shortllm.errors import BudgetError, CriterionError, RecipeError, did_you_mean
 from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
-from shortllm.evaluation.texts import prepare_texts
-from shortllm.files import fingerprint, releasing
+from shortllm.evaluation.texts import Texts, prepare_texts
+from shortllm.files import fingerprint, overwriting, releasing
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.model import Session
@@ -44,6 +44,7 @@ from shortllm.width_pruning.options import WidthOptions
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
+    from shortllm.evaluation.tasks import TaskSet
 
 
 HEALED, RETRAINED = "-healed", "-retrained"
@@ -107,8 +108,6 @@ def compare_units(
     Raises:
         ShortLLMError: any kind, before the model is loaded wherever that can be known.
     """
-    from shortllm.reporting import write_units
-
     if model is not None:
         recipe = overlaid(recipe, Recipe(model=model))
     depth, width = asked_methods(methods)
@@ -125,7 +124,8 @@ def compare_units(
             "quantization=null"
         )
     check_budget(recipe.budget, checkpoint.info())
-    rundir.claim_directory(directory, checkpoint)
+    chosen = recipe.model_dump(mode="json") | {"methods": list(methods)}
+    rundir.claim_directory(directory, checkpoint, chosen)
     pipeline.check_any_removal(checkpoint, recipe.budget)
     session = pipeline.session_of(recipe)
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
@@ -134,8 +134,24 @@ def compare_units(
     if recipe.healing is not None:
         healing = healing_text(recipe.healing, checkpoint, recipe.calibration)
     texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, healing=healing)
-    chosen = recipe.model_dump(mode="json") | {"methods": list(methods)}
     rundir.write_run_file(directory, chosen, checkpoint, command)
+    with overwriting():  # the recipe has been compared
+        return _compared(directory, checkpoint, recipe, depth, width, texts, tasks, session)
+
+
+def _compared(
+    directory: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    depth: Sequence[Criterion],
+    width: Sequence[str],
+    texts: Texts,
+    tasks: TaskSet | None,
+    session: Session,
+) -> UnitsComparison:
+    """Make all candidates, measure them, and write what was found."""
+    from shortllm.reporting import write_units
+
     made = _shorter(directory, checkpoint, recipe.budget, depth, texts.calibration, session)
     goal = next(iter(made.values())).parameters
     narrowing = _narrowing(checkpoint, width, goal, session)
