@@ -28,7 +28,7 @@ from shortllm.comparison.options import (
     verdict,
 )
 from shortllm.data.options import CalibrationOptions
-from shortllm.errors import ResultFileError, ShortLLMError
+from shortllm.errors import OutputError, ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import overwriting
@@ -220,6 +220,10 @@ def test_another_question_reuses_the_scores_only(
     copy = tmp_path / "copy"
     shutil.copytree(directory, copy)
     monkeypatch.setattr("shortllm.pruning.score.score_blocks", None)  # scoring would fail
+    before = (copy / "run.json").read_bytes()
+    with pytest.raises(OutputError, match="was made with other choices"):
+        compared(copy, **changes)
+    assert (copy / "run.json").read_bytes() == before
     with overwriting():
         compared(copy, **changes)
     old, new = (Comparison.load(path / "comparison.json") for path in (directory, copy))

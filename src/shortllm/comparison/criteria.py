@@ -186,20 +186,20 @@ def compare_criteria(
     criteria = resolve_all(comparison.criteria, options or {})
     question = prepare_question(checkpoint.info(), comparison, criteria)
     session, ranks = Session(runtime), join_ranks()
-    if ranks.is_main:
-        rundir.claim_directory(directory, checkpoint)
     calibration, evaluation = _texts(comparison, checkpoint)
+    chosen = {
+        "model": checkpoint.id,
+        "options": {one.name: one.options for one in question.criteria},
+        **comparison.model_dump(mode="json"),
+        "calibration": calibration.model_dump(mode="json"),
+        **runtime.model_dump(mode="json"),
+    }
+    if ranks.is_main:
+        rundir.claim_directory(directory, checkpoint, chosen)
     scoring = any(one.needs_text for one in question.criteria)
     texts = prepare_texts(checkpoint, calibration, evaluation, scoring=scoring)
     [text] = texts.evaluation
     if ranks.is_main:
-        chosen = {
-            "model": checkpoint.id,
-            "options": {one.name: one.options for one in question.criteria},
-            **comparison.model_dump(mode="json"),
-            "calibration": calibration.model_dump(mode="json"),
-            **runtime.model_dump(mode="json"),
-        }
         rundir.write_run_file(directory, chosen, checkpoint, command)
     healing = text_to_heal_with(checkpoint, question.criteria, calibration)
     scores = score_in(
