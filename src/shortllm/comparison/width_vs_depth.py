@@ -154,7 +154,7 @@ def _compared(
 
     made = _shorter(directory, checkpoint, recipe.budget, depth, texts.calibration, session)
     goal = next(iter(made.values())).parameters
-    narrowing = _narrowing(checkpoint, width, goal, session)
+    narrowing = narrowing_to(checkpoint, width, goal, session)
     made |= _narrower(directory, checkpoint, narrowing, texts.calibration, session)
     _require_alike(made, goal)
     healed = {}
@@ -208,7 +208,7 @@ def _shorter(
     return made
 
 
-def _narrowing(
+def narrowing_to(
     checkpoint: Checkpoint, methods: Sequence[str], goal: int, session: Session
 ) -> dict[str, WidthOptions]:
     """How each method of width leads to `goal` parameters, or nearly."""
