@@ -441,24 +441,26 @@ def options_of(name: str, count: int) -> dict[str, Any]:
 def work(found: Measured) -> Iterator[Callable[[], None]]:
     """All that can be measured of a model, what says most first."""
     counts = sorted(found.counts, key=lambda count: (abs(count - found.middle), count))
+    near, middle = counts[:3], counts[:1]
     yield partial(found.measure, INTACT)
     yield partial(found.choose, SINGLE, found.counts)
-    yield found.speed
-    yield from rows_of(found, SINGLE, ("none",), counts)
+    yield from rows_of(found, SINGLE, ("none",), near)
     for search in ("auto", HEAL_AWARE):
-        for count in counts[:3]:
+        for count in near:
             yield partial(found.choose, (search,), [count])
             yield from rows_of(found, (search,), ("none", "regression"), [count])
-    yield from rows_of(found, SINGLE, ("regression", "linear"), counts)
-    yield from league_rows(found, [found.middle])
+    yield from rows_of(found, SINGLE, ("regression", "linear"), middle)
+    yield from league_rows(found, middle)
     if found.one.data is not None:
         yield from trained_rows(found)
+    yield from rows_of(found, SINGLE, ("regression", "linear"), near)
+    yield found.speed
+    yield from rows_of(found, SINGLE, COLUMNS[:5], counts)
     for search in SEARCHES:
         for chosen in [counts] if search == "greedy" else [[count] for count in counts]:
             yield partial(found.choose, (search,), chosen)
             yield from rows_of(found, (search,), COLUMNS[:5], chosen)
     yield from league_rows(found, counts)
-    yield from rows_of(found, SINGLE, ("gain", "merge"), counts)
 
 
 def rows_of(

@@ -43,11 +43,12 @@ import copy
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shortllm.healing.folding import Fold, find_foldable, folded_into, watching
+from shortllm.healing.folding import Added, Fold, find_foldable, folded_into, watching
 from shortllm.healing.gain import Scalable, find_scalable
 from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
@@ -136,12 +137,12 @@ class GapSums:
             scale_N1 = state_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
             x_NI, after_ND, wanted_ND = (given * scale_N1 for given in (x_NI, after_ND, wanted_ND))
         missing_ND = wanted_ND - after_ND
-        self.products_II += x_NI.T @ x_NI
-        self.cross_ID += x_NI.T @ missing_ND
+        _add_product(self.products_II, x_NI, x_NI)
+        _add_product(self.cross_ID, x_NI, missing_ND)
         self.missing_D += missing_ND.square().sum(0)
         self.wanted += wanted_ND.square().sum().item()
         if self.stretch_ID is not None:
-            self.stretch_ID += x_NI.T @ after_ND
+            _add_product(self.stretch_ID, x_NI, after_ND)
             self.existing_D += after_ND.square().sum(0)
             self.overlap_D += (after_ND * missing_ND).sum(0)
 
@@ -256,6 +257,14 @@ def _cholesky(matrix_II: Tensor, diagonal: float) -> Tensor:
     return factor_II
 
 
+def _add_product(total: Tensor, one_NI: Tensor, other_NJ: Tensor) -> None:
+    """Add XᵀY; with no other matrix of this size in memory where the types are the same."""
+    if one_NI.dtype == total.dtype:
+        total.addmm_(one_NI.T, other_NJ)
+    else:
+        total += one_NI.T @ other_NJ
+
+
 def _dot(one: Tensor, other: Tensor) -> float:
     """The sum of the products of all elements, with no third matrix in memory."""
     return torch.einsum("ij,ij->", one, other).item()
@@ -368,56 +377,63 @@ def _solutions(
 ) -> list[tuple[float, HealedGap, Fold]]:
     """What the stages end with, and where the first of them solves the last module too, what that
     does alone: the error that is left on held-out samples, the record, and the new weights."""
-    given, changed = task.options.ridge, Fold()
+    changed = Fold()
     before: float | None = None
     solutions: list[tuple[float, HealedGap, Fold]] = []
     for fit in fits:
-        diagonal = fit.unknowns.diagonal
         with folded_into(task.decoder, {b: changed}):
             fitted, held_out, sizes = walk.measure(b, fit)
-        choices = [(fit.modules[0], slice(None))]
+        parts = [(fit.modules[0], slice(None))]
         if len(fit.modules) > 1:
-            choices.append((fit.modules[-1], slice(sum(sizes[:-1]), None)))
+            parts.append((fit.modules[-1], slice(sum(sizes[:-1]), None)))
         ridges = [
-            choose_ridge(fitted.rows(part), held_out.rows(part), given, diagonal=diagonal)
-            for _, part in choices
-        ]
+            choose_ridge(
+                fitted.rows(part), held_out.rows(part), task.options.ridge,
+                diagonal=fit.unknowns.diagonal,
+            )
+            for _, part in parts
+        ]  # fmt: skip
         if before is None and not fit.unknowns.behind_norm:
             before = held_out.relative(held_out.missing)
+        errors = [held_out.relative(left) for _, left in ridges]
         fitted.take(held_out)
+        del held_out  # a matrix less in memory
         folds = []
-        for (added, part), (ridge, left) in zip(choices, ridges, strict=True):
-            sums, fold, gain = fitted.rows(part), Fold(), 1.0
-            if ridge is not None:
-                change = solve(sums, ridge, diagonal=diagonal)
-                own_ID = change.weights_ID[: sizes[fit.modules.index(added)]]
-                fold, gain = fit.unknowns.fold(task.checkpoint, b, added, own_ID), change.gain
-            if not len(sums.products_II):
-                ridge = None  # no weights are fitted
+        for (added, part), (ridge, left), error in zip(parts, ridges, errors, strict=True):
+            sums = fitted.rows(part)
+            columns = sizes[fit.modules.index(added)]
+            fold, record = _solved(task, b, fit, added, sums, ridge, columns)
             folds.append(fold)
             if added is fits[-1].modules[-1] and fit.unknowns is fits[-1].unknowns:
                 weights = fold if part.start else changed | fold
-                record = HealedGap(
-                    block=b,
-                    removed=gap.blocks,
-                    changed=[
-                        name.removesuffix(".weight")
-                        for name in weights
-                        if not name.endswith(".bias")
-                    ],
-                    scale=added.scale,
-                    gain=gain,
-                    ridge=ridge,
-                    penalty=None if ridge is None else penalty(sums, ridge),
-                    effective_rank=(
-                        None if ridge is None else effective_rank(sums, ridge, diagonal=diagonal)
-                    ),
-                    error_before=before,
-                    error_after=held_out.relative(left),
-                )
-                solutions.append((left, record, weights))
+                names = (n.removesuffix(".weight") for n in weights if not n.endswith(".bias"))
+                update = {
+                    "removed": gap.blocks, "changed": list(names), "error_before": before,
+                    "error_after": error,
+                }  # fmt: skip
+                solutions.append((left, record.model_copy(update=update), weights))
         changed |= folds[0]
     return solutions
+
+
+def _solved(
+    task: Task, b: int, fit: Stage, added: Added, sums: GapSums, ridge: float | None, columns: int
+) -> tuple[Fold, HealedGap]:
+    """The new weights of one module, whose columns are the first of X, and how they were solved."""
+    fold, record = Fold(), HealedGap(block=b, removed=[], scale=added.scale)
+    if ridge is None:
+        return fold, record
+    diagonal = fit.unknowns.diagonal
+    change = solve(sums, ridge, diagonal=diagonal)
+    fold = fit.unknowns.fold(task.checkpoint, b, added, change.weights_ID[:columns])
+    solved: dict[str, Any] = {"gain": change.gain}
+    if len(sums.products_II):  # else only the gain is unknown
+        solved |= {
+            "ridge": ridge,
+            "penalty": penalty(sums, ridge),
+            "effective_rank": effective_rank(sums, ridge, diagonal=diagonal),
+        }
+    return fold, record.model_copy(update=solved)
 
 
 class _Walk:
