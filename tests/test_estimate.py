@@ -16,7 +16,8 @@ from shortllm.errors import CriterionError
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.pruning import estimate
-from shortllm.pruning.estimate import Estimate, estimates, info
+from shortllm.pruning.estimate import Estimate, info, weightless
+from shortllm.pruning.estimate_stages import EVALUATED, StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
 
@@ -43,7 +44,13 @@ def probe_of(*, compute: float, read: float, reduce: float = 1e30) -> Probe:
         head_flops_per_s=compute / 2,
         read_bytes_per_s=read,
         reduced_per_s=reduce,
+        float64_flops_per_s=compute / 4,
+        token_s=0.5,
     )
+
+
+def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
+    return estimate.estimates(setting, weightless(setting), probe)
 
 
 def seconds_of(one: Estimate) -> float:
@@ -135,6 +142,28 @@ def test_reading_hides_behind_computing() -> None:
     computing = seconds_of(one)
     assert sum(checkpoint.bytes_per_block) / 1e6 < computing
     assert one.seconds == pytest.approx(outside / 1e6 + computing)
+
+
+def test_other_stages_by_hand() -> None:
+    setting = setting_of(opened("llama"))
+    stages = stage_estimates(setting, weightless(setting), probe_of(compute=1e6, read=1e30))
+    by_stage: dict[str, list[StageEstimate]] = {}
+    for one in stages:
+        by_stage.setdefault(one.stage, []).append(one)
+    blocks = 2.0 * sum(opened("llama").parameters_per_block)
+    token = (blocks + 2 * 2.0 * 97 * 32) / 1e6  # the head computes at half the rate
+    [evaluating], [lora, full], [timing], [healing] = (
+        by_stage[name] for name in ("eval", "retrain", "bench", "heal")
+    )
+    assert evaluating.seconds == pytest.approx(EVALUATED * token)
+    assert lora.seconds == pytest.approx(2 * 64 * 256 * token)
+    assert full.seconds == pytest.approx(3 * 64 * 2048 * token)
+    assert timing.seconds == 30 * 128 * 0.5
+    tokens, inputs, width = 64 * 256, 48, 32
+    passing = 2 * tokens * blocks / 1e6 + 3 * tokens / 4 * token
+    products = sum(2.0 * tokens * x * (x + 2 * width) for x in (inputs, inputs + width, inputs))
+    assert healing.seconds > passing + products / 2.5e5
+    assert healing.seconds == pytest.approx(passing + products / 2.5e5, rel=0.1)
 
 
 def test_memory_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def info(
         bool,
         typer.Option(
             "--probe/--no-probe",
-            help="Measure this machine for two seconds; otherwise times are not estimated.",
+            help="Measure this machine for three seconds; otherwise times are not estimated.",
         ),
     ] = True,
     json: Json = False,
@@ -281,7 +281,9 @@ def _print_estimates(summary: ModelSummary) -> None:
         typer.echo(
             f"measured: {summary.probe.block_flops_per_s / 1e9:.0f} GFLOP/s in blocks, "
             f"{summary.probe.head_flops_per_s / 1e9:.0f} in the head, "
-            f"{summary.probe.read_bytes_per_s / 1e6:.0f} MB/s read from the model's files"
+            f"{summary.probe.read_bytes_per_s / 1e6:.0f} MB/s read from the model's files\n"
         )
+        rows = [(one.stage, one.of, plain(duration(one.seconds))) for one in summary.stages]
+        print_table(("stage, one model", "of", "time (estimated)"), rows)
     mode = "read one at a time (streamed)" if summary.streamed else "all in memory"
     typer.echo(f"without --stream or --no-stream, blocks are {mode}: {summary.why}")

@@ -1,4 +1,4 @@
-"""Time and memory of scoring, estimated from a checkpoint's headers and a probe of the machine.
+"""Time and memory of scoring, from headers and a probe of the machine.
 
     operations  those of the passes that a criterion needs, counted as their progress bars do:
                 ppl, kl      2 x block parameters x tokens x L(L+1)/2 block passes, and the head
@@ -30,6 +30,7 @@ from shortllm import criteria
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
 from shortllm.options import accepts
+from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
 from shortllm.records import ModelInfo, Record, protected_in
@@ -57,9 +58,8 @@ class Estimate(Record):
     """None without a probe."""
 
 
-def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
+def estimates(setting: Setting, decoder: Decoder, probe: Probe | None) -> list[Estimate]:
     """Each kind of pass, with the model in memory and streamed."""
-    decoder = _weightless(setting)
     groups: dict[criteria.Needs, list[str]] = {}
     for name in criteria.names():
         needs = criteria.get(name).needs
@@ -100,7 +100,7 @@ def _estimate(
     )
 
 
-def _weightless(setting: Setting) -> Decoder:
+def weightless(setting: Setting) -> Decoder:
     """The decoder of a checkpoint without memory for its weights: enough for counting."""
     from shortllm.checkpoint.structure import build_empty
     from shortllm.model.decoder import Decoder
@@ -219,6 +219,8 @@ class ModelSummary(Record):
     probe: Probe | None
     estimates: list[Estimate]
     """For each kind of pass, with the model in memory and streamed."""
+    stages: list[StageEstimate]
+    """The other stages of a run; none without a probe."""
     streamed: bool
     """Whether scoring would read blocks one at a time now, by default."""
     why: str
@@ -251,7 +253,7 @@ def info(
         samples: calibration samples that the estimate is for.
         length: tokens of each of them.
         options: for a criterion its options, e.g. `{"greedy": {"rounds": 8}}`.
-        probe: measure the machine for two seconds with the first block and the head, and read a
+        probe: measure the machine for three seconds with the first block and the head, and read a
             few of the model's tensors. Otherwise only headers are read and no times are estimated.
     Returns:
         Blocks, parameters, bytes, and an estimate for each kind of pass.
@@ -276,6 +278,7 @@ def info(
     )
     room = room_for(checkpoint, device=device, dtype=setting.dtype)
     measured = probe_machine(setting) if probe else None
+    decoder = weightless(setting)
     return ModelSummary(
         model=about,
         parameters_outside=about.parameters - sum(about.parameters_per_block),
@@ -286,7 +289,8 @@ def info(
         device=str(device),
         dtype=str(setting.dtype).removeprefix("torch."),
         probe=measured,
-        estimates=estimates(setting, measured),
+        estimates=estimates(setting, decoder, measured),
+        stages=[] if measured is None else stage_estimates(setting, decoder, measured),
         streamed=not room.suffices,
         why=str(room),
     )

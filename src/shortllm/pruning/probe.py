@@ -18,7 +18,8 @@ from shortllm.records import Record
 if TYPE_CHECKING:
     import torch
 
-BLOCK_SECONDS, HEAD_SECONDS, READ_SECONDS, REDUCE_SECONDS = 0.7, 0.4, 0.7, 0.3
+BLOCK_SECONDS, HEAD_SECONDS, TOKEN_SECONDS, READ_SECONDS = 0.7, 0.4, 0.2, 0.7
+REDUCE_SECONDS, FLOAT64_SECONDS = 0.3, 0.2
 """Time for each measurement of the probe; a single call or tensor may take longer."""
 
 OF_PRODUCTS = 0.8
@@ -39,7 +40,7 @@ class Setting:
 
 
 class Probe(Record):
-    """Rates of a machine, measured in about two seconds."""
+    """Rates of a machine, measured in about three seconds."""
 
     device: str
     dtype: str
@@ -51,11 +52,16 @@ class Probe(Record):
     """Rate of reading and checking tensors, dropped from the system's cache before if possible."""
     reduced_per_s: float
     """Weights per second whose absolute values are summed."""
+    float64_flops_per_s: float
+    """Rate of products in float64, on a CPU where the device has none."""
+    token_s: float | None
+    """Seconds for one token to pass through all blocks and the head; null where no block can be
+    called alone."""
 
 
 def probe_machine(setting: Setting) -> Probe:
     """Measure the rates of the device on the model's own shapes, and of reading its files."""
-    blocks, head = _pass_rates(setting)
+    blocks, head, token = _pass_rates(setting)
     return Probe(
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),
@@ -63,11 +69,14 @@ def probe_machine(setting: Setting) -> Probe:
         head_flops_per_s=head,
         read_bytes_per_s=_read_rate(setting.checkpoint),
         reduced_per_s=_reducing_rate(setting.checkpoint),
+        float64_flops_per_s=_float64_rate(setting),
+        token_s=token,
     )
 
 
-def _pass_rates(setting: Setting) -> tuple[float, float]:
-    """Operations per second of calls of the first block, and of slices of the head."""
+def _pass_rates(setting: Setting) -> tuple[float, float, float | None]:
+    """Operations per second of calls of the first block, and of slices of the head; seconds for one
+    token to pass through all blocks and the head."""
     import torch
 
     from shortllm.model.hidden_states import block_flops, group_size, head_flops
@@ -81,11 +90,11 @@ def _pass_rates(setting: Setting) -> tuple[float, float]:
             raise UnsupportedModelError("no block can be called alone")
     except UnsupportedModelError:
         rate = OF_PRODUCTS * _matrix_rate(setting)
-        return rate, rate
+        return rate, rate, None
     size = min(setting.samples, group_size(decoder, setting.length))
     ids_BT = torch.randint(decoder.vocabulary, (size, setting.length), device=setting.device)
     entry = decoder.enter(ids_BT)
-    stream_BTD = entry.stream_BTD
+    stream_BTD, one = entry.stream_BTD, decoder.enter(ids_BT[:1, :1])
     rows, columns = next(token_slices(ids_BT, slice_tokens(decoder)))
     target_N = targets(ids_BT, rows, columns)
 
@@ -95,16 +104,24 @@ def _pass_rates(setting: Setting) -> tuple[float, float]:
             def block() -> None:
                 decoder.apply(0, stream_BTD, entry.calls[0])[0, 0, 0].item()  # waits
 
+            def one_token() -> None:
+                decoder.apply(0, one.stream_BTD, one.calls[0])[0, 0, 0].item()
+
             block()
             blocks = _rate(block, block_flops(decoder, 0) * ids_BT.numel(), BLOCK_SECONDS)
+            token = decoder.block_count / _rate(one_token, 1, TOKEN_SECONDS)
         with decoder.tail() as logits:
 
             def head() -> None:
                 piece = logits(stream_BTD[rows, columns], ids_BT[rows, columns])
                 next_token_nll(piece.flatten(0, 1), target_N).sum().item()
 
+            def one_logits() -> None:
+                logits(stream_BTD[:1, :1], ids_BT[:1, :1])[0, 0, 0].item()
+
             head()
-            return blocks, _rate(head, head_flops(decoder) * len(target_N), HEAD_SECONDS)
+            rate = _rate(head, head_flops(decoder) * len(target_N), HEAD_SECONDS)
+            return blocks, rate, token + 1 / _rate(one_logits, 1, TOKEN_SECONDS)
 
 
 def _matrix_rate(setting: Setting) -> float:
@@ -126,6 +143,20 @@ def _matrix_rate(setting: Setting) -> float:
 
     product()
     return _rate(product, 2.0 * tokens * rows * columns, BLOCK_SECONDS)
+
+
+def _float64_rate(setting: Setting) -> float:
+    """Operations per second of a product of tokens with themselves, as healing sums them up."""
+    import torch
+
+    device = torch.device("cpu") if setting.device.type == "mps" else setting.device
+    tokens = torch.randn(512, 1024, dtype=torch.float64, device=device)
+
+    def product() -> None:
+        (tokens.T @ tokens)[0, 0].item()
+
+    product()
+    return _rate(product, 2.0 * 512 * 1024**2, FLOAT64_SECONDS)
 
 
 def _rate(call: Callable[[], object], work: float, seconds: float) -> float:
