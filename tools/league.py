@@ -227,6 +227,9 @@ OF_COUNTS: dict[str, Callable[[Studied, int, Path], None]] = {
 }
 """Methods that choose by themselves, given how many blocks' parameters to remove."""
 
+TRAINED = ("LoRA on text", "LoRA on Alpaca", "regression, LoRA on text")
+"""Ways that train."""
+
 COLUMNS = ("none", "gain", "linear", "regression", "merge", "LoRA on text", "LoRA on Alpaca")
 """Ways in the table of all sets."""
 
@@ -442,19 +445,27 @@ def work(found: Measured) -> Iterator[Callable[[], None]]:
     """All that can be measured of a model, what says most first."""
     counts = sorted(found.counts, key=lambda count: (abs(count - found.middle), count))
     near, middle = counts[:3], counts[:1]
+    trains = found.one.data is not None
     yield partial(found.measure, INTACT)
     yield partial(found.choose, SINGLE, found.counts)
     yield from rows_of(found, SINGLE, ("none",), near)
     for search in ("auto", HEAL_AWARE):
-        for count in near:
-            yield partial(found.choose, (search,), [count])
-            yield from rows_of(found, (search,), ("none", "regression"), [count])
+        yield partial(found.choose, (search,), middle)
+        yield from rows_of(found, (search,), ("none", "regression"), middle)
     yield from rows_of(found, SINGLE, ("regression", "linear"), middle)
     yield from league_rows(found, middle)
-    if found.one.data is not None:
-        yield from trained_rows(found)
+    if trains:
+        yield from rows_of(found, (HEAL_AWARE, "ppl"), TRAINED, middle)
+    for count in near[1:]:
+        for search in ("auto", HEAL_AWARE):
+            yield partial(found.choose, (search,), [count])
+            yield from rows_of(found, (search,), ("none", "regression"), [count])
+    if trains:
+        yield from task_rows(found)
     yield from rows_of(found, SINGLE, ("regression", "linear"), near)
     yield found.speed
+    if trains:
+        yield from rows_of(found, (HEAL_AWARE, "ppl"), TRAINED, near)
     yield from rows_of(found, SINGLE, COLUMNS[:5], counts)
     for search in SEARCHES:
         for chosen in [counts] if search == "greedy" else [[count] for count in counts]:
@@ -485,18 +496,15 @@ def league_rows(found: Measured, counts: Iterable[int]) -> Iterator[Callable[[],
                 yield partial(found.measure, key)
 
 
-def trained_rows(found: Measured) -> Iterator[Callable[[], None]]:
-    """Rows that are trained, and rows that are run on the tasks."""
-    for way in ("LoRA on text", "LoRA on Alpaca", "regression, LoRA on text"):
-        yield from rows_of(found, ("ppl", HEAL_AWARE), (way,), [found.middle])
-    yield partial(found.measure, INTACT, tasks=True)
-    trained = ("LoRA on text", "LoRA on Alpaca", "regression, LoRA on text")
-    healed = [
+def task_rows(found: Measured) -> Iterator[Callable[[], None]]:
+    """What is run on the tasks: at the middle budget what is healed and trained, and the league."""
+    chosen = [
         Contender("", name, way)
+        for way in ("none", "regression", *TRAINED)
         for name in ("ppl", HEAL_AWARE)
-        for way in ("none", "regression", *trained)
     ]
-    for contender in (*LEAGUE, *healed):
+    yield partial(found.measure, INTACT, tasks=True)
+    for contender in (*chosen, *LEAGUE):
         key = found.key(contender, found.middle)
         if key is not None:
             yield partial(found.measure, key, tasks=True)
