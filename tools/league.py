@@ -452,10 +452,10 @@ def work(found: Measured) -> Iterator[Callable[[], None]]:
     for search in ("auto", HEAL_AWARE):
         yield partial(found.choose, (search,), middle)
         yield from rows_of(found, (search,), ("none", "regression"), middle)
+    if trains:
+        yield from rows_of(found, (HEAL_AWARE, "ppl"), ("regression", *TRAINED), middle)
     yield from rows_of(found, SINGLE, ("regression", "linear"), middle)
     yield from league_rows(found, middle)
-    if trains:
-        yield from rows_of(found, (HEAL_AWARE, "ppl"), TRAINED, middle)
     for count in near[1:]:
         for search in ("auto", HEAL_AWARE):
             yield partial(found.choose, (search,), [count])

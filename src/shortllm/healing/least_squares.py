@@ -284,7 +284,8 @@ def choose_ridge(
     """The ridge whose change, solved on some tokens, leaves the least squared error on others; and
     that error. Where none is given, no change at all is also a choice.
 
-    Wide models choose by a part of the columns of R, evenly spread: one ridge is for all of them.
+    Wide models choose by a part of the columns of R, evenly spread, as one ridge is for all of
+    them; the error is then that of this part relative to what is missing there.
     """
     few = slice(None, None, 1 if diagonal else max(fitted.cross_ID.shape[1] // COLUMNS, 1))
     some, others = fitted.columns(few), held_out.columns(few)
@@ -292,8 +293,8 @@ def choose_ridge(
     left, best = min(
         (others.error(solve(some, ridge, diagonal=diagonal)), ridge) for ridge in ridges
     )
-    if few.step > 1:
-        left = held_out.error(solve(fitted, best, diagonal=diagonal))
+    if others.missing:
+        left *= held_out.missing / others.missing
     if given or left < held_out.missing:
         return best, left
     return None, held_out.missing
