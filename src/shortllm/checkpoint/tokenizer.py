@@ -39,6 +39,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return _load(checkpoint, **named)
 
 
+def chat_template_of(checkpoint: Checkpoint) -> str | None:
+    """The chat template of the checkpoint's tokenizer."""
+    tokenizer = load_tokenizer(checkpoint)
+    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+
+
 def _load(checkpoint: Checkpoint, **named: Any) -> Any:
     from transformers import AutoTokenizer
 

@@ -7,15 +7,18 @@ with something changed, and what differs says where a turn is:
     start   where the prompt before the turn, rendered with the generation prompt, stops agreeing
     end     the end of what changes with the turn's content, then what follows the content of a
             last turn (the end-of-turn token), as far as it follows here too
+
+`prompt_of` is for generating: a text to continue, or what a user says, to be answered.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, pairwise, takewhile
 from typing import Any, Literal, cast
 
 from jinja2 import TemplateError
@@ -78,14 +81,9 @@ class Chat:
         """
         found = []
         for messages, place in zip(conversations, places, strict=False):
-            try:
+            with _naming(messages, f"{place}: "):
                 text = self.text(messages)
                 found.append((text, [] if self._is_marked else self._turns(messages, text)))
-            except (TemplateError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{place}: the chat template does not take this conversation of "
-                    f"{', '.join(message['role'] for message in messages)}: {first_line_of(error)}"
-                ) from error
         if self._is_marked:
             yield from map(self._marked, conversations)
             return
@@ -99,6 +97,19 @@ class Chat:
             token = {end: agreed(ids, whole) for end, ids in prefixes.items()}
             found_spans = [(token[start], token[stop]) for start, stop in spans]
             yield whole, [(start, stop) for start, stop in found_spans if start < stop]
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The token ids of a conversation up to where the assistant begins to write."""
+        with _naming(messages):
+            [ids] = self._ids([self.text(messages, prompt=True)])
+        return ids
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The tokens that end what the assistant writes: EOS, and the template's end of a turn."""
+        [after] = self._ids([self._after_turn.lstrip()])
+        found = {one for one in after[:1] if one in self.tokenizer.added_tokens_decoder}
+        return found | ({self.tokenizer.eos_token_id} - {None})
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids; special tokens are in the text of a chat template already."""
@@ -159,6 +170,63 @@ class Chat:
         """What follows the content of a last turn."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": CHANGED}]
         return self.text(turns).rpartition(CHANGED)[2]
+
+
+@contextmanager
+def _naming(messages: Messages, place: str = "") -> Iterator[None]:
+    """Say which conversation a chat template does not take."""
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{place}the chat template does not take this conversation of "
+            f"{', '.join(message['role'] for message in messages)}: {first_line_of(error)}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to go on from."""
+
+    ids: list[int]
+    ends: list[int]
+    """The tokens that end the text; none where it gets all the tokens asked for."""
+
+    def limits(self, new_tokens: int) -> dict[str, Any]:
+        """Arguments of `generate` for a text of this length, or of at most this length."""
+        if self.ends:
+            ends = {"eos_token_id": self.ends, "pad_token_id": self.ends[0]}
+            return {"max_new_tokens": new_tokens, **ends}
+        # no end is produced, so that all texts have the same length and nothing is padded
+        return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
+
+    def written(self, ids: Sequence[int]) -> list[int]:
+        """A text without its end and what pads it."""
+        return list(takewhile(lambda one: one not in self.ends, ids))
+
+
+def conversation(said: str, system: str | None = None) -> Messages:
+    """What a user says first, after a system message if there is one."""
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": said}]
+
+
+def prompt_of(
+    text: str, tokenizer: Any, model: Any, *, chat: bool, system: str | None = None
+) -> Prompt:
+    """A text to continue, or in a `chat` what a user says, to be answered up to the end of a turn.
+
+    Args:
+        model: whose own end tokens count as well.
+        system: the system message of a chat.
+    """
+    if not chat:
+        return Prompt(tokenizer(text).input_ids, [])
+    talk = Chat(tokenizer, "chat")
+    ids = talk.prompt_ids(conversation(text, system))
+    own = model.generation_config.eos_token_id
+    ends = talk.ends | {*(own if isinstance(own, list) else [own])} - {None}
+    return Prompt(ids, sorted(ends))
 
 
 def agreed(one: Sequence[Any], other: Sequence[Any]) -> int:

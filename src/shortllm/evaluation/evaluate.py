@@ -1,4 +1,4 @@
-"""Measure models by one protocol: perplexity, zero-shot tasks and generated samples.
+"""Measure models by one protocol: perplexity, tasks and generated samples.
 
 shortllm eval MODEL SHORT --data wikitext2 --tasks paper
 """
@@ -6,9 +6,11 @@ shortllm eval MODEL SHORT --data wikitext2 --tasks paper
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ import torch
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.checkpoint.tokenizer import chat_template_of, load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
+from shortllm.data.chat import Chat, conversation, prompt_of
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
-from shortllm.errors import DataError, ShortLLMError
+from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.evaluation.options import (
+    CHAT_TEMPERATURE,
     PROMPT,
     SAMPLING,
     EvaluatedModel,
@@ -171,7 +175,12 @@ def _shared_texts(
 def prepare_tasks(
     checkpoints: Sequence[Checkpoint], options: EvaluationOptions, session: Session
 ) -> TaskSet | None:
-    """The requested zero-shot tasks with their documents; None if there are none."""
+    """The requested tasks with their documents; None if there are none. Refuses conversations that
+    a model cannot have."""
+    options.require_template_for_turns()
+    if options.apply_chat_template or options.system_instruction:
+        for checkpoint in checkpoints:
+            _check_conversation(checkpoint, options)
     if not options.tasks:
         return None
     for checkpoint in checkpoints:
@@ -181,9 +190,38 @@ def prepare_tasks(
                 "thousands of passes cannot use. Leave --tasks out, or keep the model in memory: "
                 "--no-stream, a smaller --dtype, another --device"
             )
-    return load_tasks(
-        options.tasks, data=options.task_data, limit=options.limit, batch_size=options.batch_size
-    )
+    tasks = load_tasks(options)
+    for checkpoint in checkpoints:
+        tasks.require_room(checkpoint)
+    return tasks
+
+
+def _check_conversation(checkpoint: Checkpoint, options: EvaluationOptions) -> None:
+    """Refuse a chat template that is not there, and one that does not take the system message."""
+    tokenizer, system = load_tokenizer(checkpoint), options.system_instruction
+    if tokenizer.chat_template:
+        if options.apply_chat_template is not False:
+            Chat(tokenizer, "chat").prompt_ids(conversation("", system))
+    elif options.apply_chat_template or not options.tasks:
+        raise CheckpointError(
+            f"{'--apply-chat-template' if options.apply_chat_template else '--system'}: "
+            f"{checkpoint.id} has no chat template. Leave the option out, or put the template into "
+            "its directory as chat_template.jinja"
+        )
+
+
+def chat_templates(
+    checkpoints: Iterable[Checkpoint], options: EvaluationOptions
+) -> list[str] | None:
+    """The chat template of each model, which its samples are put into; None where none is used.
+
+    Unless something else is requested, samples are conversations if all models have a template.
+    """
+    asked_in_it = bool(options.apply_chat_template and options.tasks)
+    if options.apply_chat_template is False or not (options.continuations or asked_in_it):
+        return None
+    found = [chat_template_of(one) for one in checkpoints]
+    return [one for one in found if one is not None] if None not in found else None
 
 
 def evaluation_fingerprint(
@@ -194,13 +232,16 @@ def evaluation_fingerprint(
     tasks: TaskSet | None = None,
 ) -> str:
     """The fingerprint of everything the evaluation depends on."""
-    inputs = {
+    inputs: dict[str, Any] = {
         "models": [(name, checkpoint.fingerprint) for name, checkpoint in models],
         "texts": [tokens_fingerprint(text.segments.ids) for text in texts],
         "samples": [options.prompt, options.continuations, options.new_tokens, options.seed],
         "dtype": [session.dtype(checkpoint) for _, checkpoint in models],
         "device": session.device.type,
     }
+    templates = chat_templates([checkpoint for _, checkpoint in models], options)
+    if templates is not None:
+        inputs["chat"] = [templates, options.system_instruction]
     if tasks is not None:
         inputs["tasks"] = tasks.fingerprint
     return fingerprint(inputs)
@@ -216,13 +257,16 @@ def evaluate_models(
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure each named model, one at a time, on texts from a tokenizer that all of them share."""
+    templates = chat_templates([checkpoint for _, checkpoint in models], options)
+    named = list(zip(models, templates or repeat(None), strict=False))
     measured = {
         # the last one first: a run has just verified it, so that it is still in memory
-        name: _evaluate_one(name, checkpoint, texts, options, session, tasks, ranks)
-        for name, checkpoint in reversed(models)
+        name: _evaluate_one(name, checkpoint, template, texts, options, session, tasks, ranks)
+        for (name, checkpoint), template in reversed(named)
     }
     return Evaluation(
         models=[measured[name] for name, _ in models],
+        task_prompts=tasks.prompts if tasks is not None else None,
         dtype=session.dtype(models[0][1]),
         versions=versions() | ({"lm_eval": tasks.version} if tasks is not None else {}),
         fingerprint=evaluation_fingerprint(models, texts, options, session, tasks),
@@ -232,6 +276,7 @@ def evaluate_models(
 def _evaluate_one(
     name: str,
     checkpoint: Checkpoint,
+    chat_template: str | None,
     texts: Sequence[EvaluationText],
     options: EvaluationOptions,
     session: Session,
@@ -257,7 +302,7 @@ def _evaluate_one(
     if options.continuations and options.prompt and decoder.streamed:
         log.info("no samples of %s: a streamed model would be read once per token", name)
     elif options.continuations and options.prompt:
-        samples = _samples(decoder, tokenizer, options.prompt, options)
+        samples = _samples(decoder, tokenizer, options.prompt, options, chat=bool(chat_template))
     return EvaluatedModel(
         name=name,
         model=checkpoint.info(),
@@ -265,18 +310,25 @@ def _evaluate_one(
         zeroshot=scores,
         zeroshot_mean=mean_score(scores),
         samples=samples,
+        chat_template=chat_template and hashlib.sha256(chat_template.encode()).hexdigest(),
     )
 
 
-def _samples(decoder: Decoder, tokenizer: Any, prompt: str, options: EvaluationOptions) -> Samples:
-    """Sampled continuations of a prompt, the same for a seed.
+def _samples(
+    decoder: Decoder, tokenizer: Any, prompt: str, options: EvaluationOptions, *, chat: bool
+) -> Samples:
+    """Sampled continuations of a prompt, or answers to it in a `chat`; the same for a seed.
 
-    The end-of-text token is not produced, so that every continuation has the same length.
+    Answers end where the model ends them. Continuations all have the same length: the end-of-text
+    token is not produced.
     """
     model: Any = decoder.model
     device, room, new_tokens = decoder.device, context_length(model.config), options.new_tokens
-    encoded = tokenizer(prompt, return_tensors="pt").to(device)
-    length = encoded["input_ids"].shape[1]
+    system = options.system_instruction if chat else None
+    start = prompt_of(prompt, tokenizer, model, chat=chat, system=system)
+    sampling = SAMPLING | {"temperature": CHAT_TEMPERATURE} if chat else SAMPLING
+    ids_BT = torch.tensor([start.ids], device=device)
+    length = ids_BT.shape[1]
     if room is not None:
         new_tokens = max(1, min(new_tokens, room - length))
     with (
@@ -285,17 +337,23 @@ def _samples(decoder: Decoder, tokenizer: Any, prompt: str, options: EvaluationO
     ):
         torch.manual_seed(options.seed)
         output = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
             do_sample=True,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
             num_return_sequences=options.continuations,
-            pad_token_id=0,  # never used: all sequences have the same length
-            **SAMPLING,
+            **start.limits(new_tokens),
+            **sampling,
         )
-    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-    return Samples(prompt=prompt, texts=texts, new_tokens=new_tokens, seed=options.seed, **SAMPLING)
+    written = [start.written(ids) for ids in output[:, length:].tolist()]
+    return Samples(
+        prompt=prompt,
+        apply_chat_template=chat,
+        system_instruction=system,
+        texts=tokenizer.batch_decode(written, skip_special_tokens=True),
+        new_tokens=new_tokens,
+        seed=options.seed,
+        **sampling,
+    )
 
 
 def mean_score(scores: Sequence[TaskScore]) -> float | None:

@@ -7,7 +7,7 @@ documents and gets the other answers, so each has the scores of all documents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm.errors import CheckpointError, ShortLLMError
@@ -16,6 +16,7 @@ from shortllm.runtime import Advance, Ranks
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,10 @@ def require_same_requests(requests: Sequence[Instance], ranks: Ranks) -> None:
 
 
 def harness_model(
-    model: Any, tokenizer: Any, batch_size: int, *, ranks: Ranks, advance: Advance
+    model: Any, tokenizer: Any, batch_size: int, *, kinds: int, ranks: Ranks, advance: Advance
 ) -> Any:
-    """The harness's own model class around a loaded model; `advance` gets the share of work."""
+    """The harness's own model class around a loaded model; `advance` gets the share of work, to
+    which each of the `kinds` of requests (to score, to generate) contributes the same part."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):  # type: ignore[misc]
@@ -78,27 +80,54 @@ def harness_model(
             return shared_answers(super().loglikelihood_rolling, requests, ranks)
 
         def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-            return shared_answers(super().generate_until, requests, ranks)
+            return shared_answers(self._generate_own, requests, ranks)
+
+        def _generate_own(self, requests: list[Instance]) -> Any:
+            self.part = 1.0 / kinds / max(1, len(requests))
+            longer = sum(
+                len(self.tok_encode(prompt)) + new_tokens_of(options) > self.max_length
+                for prompt, options in (one.args for one in requests)
+            )
+            _say_what_is_cut(ranks.total(longer), ranks.total(len(requests)), self.max_length)
+            return super().generate_until(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> Any:
             if override_bs is None:  # else these are only a part of the work
                 read = {(*context, *answer[:-1]) for _, context, answer in requests}
-                self.part = 1.0 / max(1, len(read))  # equal requests are computed once
+                self.part = 1.0 / kinds / max(1, len(read))  # equal requests are computed once
                 room = self.max_length + 1  # the last token is only predicted
                 longer = sum(len(context) + len(answer) > room for _, context, answer in requests)
                 _say_what_is_cut(ranks.total(longer), ranks.total(len(requests)), room)
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            logits_BTV = super()._model_call(inps, *args, **kwargs)
-            if logits_BTV.isnan().any():
-                raise CheckpointError("the model's logits are NaN. Try --dtype float32")
+            logits_BTV = require_numbers(inps, super()._model_call(inps, *args, **kwargs))
             advance(len(inps) * self.part)
             return logits_BTV
 
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            checked = {"logits_processor": [require_numbers]}
+            ids_BT = super()._model_generate(context, *args, **kwargs, **checked)
+            advance(len(context) * self.part)
+            return ids_BT
+
     return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def require_numbers(ids: Tensor, logits: Tensor) -> Tensor:
+    """The logits, unless they are NaN, which tasks would take for a model at chance."""
+    if logits.isnan().any():
+        raise CheckpointError("the model's logits are NaN. Try --dtype float32")
+    return logits
+
+
+def new_tokens_of(options: Mapping[str, Any]) -> int:
+    """The most tokens that a request lets a model write."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(dict(options))["max_gen_toks"])
 
 
 def _say_what_is_cut(longer: float, prompts: float, room: int) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from shortllm.errors import ShortLLMError
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
 
@@ -16,7 +17,10 @@ TOP_K, TOP_P, TEMPERATURE = 50, 0.95, 1.0
 
 SAMPLING: dict[str, Any] = {"top_k": TOP_K, "top_p": TOP_P, "temperature": TEMPERATURE}
 
-SHARES = ("acc", "acc_norm", "exact_match")
+CHAT_TEMPERATURE = 0.2
+"""Of answers in a chat: near the likeliest one, by which a shortened model is judged."""
+
+SHARES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc")
 """Metrics that are shares of right answers: shown in percent, and a mean of them makes sense."""
 
 WindowLength = Annotated[
@@ -30,6 +34,16 @@ WindowBos = Annotated[
     ),
 ]
 """Types of the options that say how a text is cut into windows."""
+
+
+class TaskPrompts(Record):
+    """How the documents of tasks were put to the models, in the terms of lm-evaluation-harness."""
+
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = Field(
+        default=False, description="whether examples were earlier turns of the conversation"
+    )
+    system_instruction: str | None = None
 
 
 class EvaluationOptions(Options):
@@ -59,8 +73,27 @@ class EvaluationOptions(Options):
     )
     tasks: Annotated[list[str], Flag(metavar="TASK,TASK")] = Field(
         default_factory=list,
-        description="Zero-shot tasks of lm-evaluation-harness, e.g. boolq,piqa. paper: the seven "
-        "of Shortened LLaMA; embedded: those of the embedded model.",
+        description="Tasks of lm-evaluation-harness, e.g. boolq,piqa. paper: the seven of "
+        "Shortened LLaMA; chat: mmlu, gsm8k and ifeval; embedded: those of the embedded model.",
+    )
+    apply_chat_template: bool | None = Field(
+        default=None,
+        description="Put the prompts of tasks and of generated samples into the model's chat "
+        "template. Default: samples where the models have one, tasks not.",
+    )
+    num_fewshot: int | None = Field(
+        default=None,
+        ge=0,
+        description="Solved examples before each document of a task. Default: the task's own "
+        "number, and 5 for mmlu in the set chat.",
+    )
+    fewshot_as_multiturn: bool | None = Field(
+        default=None,
+        description="Show the examples as earlier turns of the conversation. Default: with "
+        "--apply-chat-template.",
+    )
+    system_instruction: Annotated[str | None, Flag(name="--system", metavar="TEXT")] = Field(
+        default=None, description="System message of tasks, and of samples in a chat template."
     )
     task_data: Path | None = Field(
         default=None,
@@ -71,6 +104,24 @@ class EvaluationOptions(Options):
         default=None, ge=1, description="Ask only this many documents of each task."
     )
     batch_size: int = Field(default=8, ge=1, description="Sequences per forward pass of a task.")
+
+    @property
+    def task_prompts(self) -> TaskPrompts:
+        """How the documents of tasks are put to the models."""
+        in_template = bool(self.apply_chat_template)
+        return TaskPrompts(
+            apply_chat_template=in_template,
+            fewshot_as_multiturn=in_template and self.fewshot_as_multiturn is not False,
+            system_instruction=self.system_instruction,
+        )
+
+    def require_template_for_turns(self) -> None:
+        """Refuse examples as turns of a conversation where there is no conversation."""
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ShortLLMError(
+                "--fewshot-as-multiturn shows examples as turns of a conversation. Add "
+                "--apply-chat-template"
+            )
 
 
 class Perplexity(Record):
@@ -91,9 +142,15 @@ class Perplexity(Record):
 
 
 class Samples(Record):
-    """Continuations of one prompt."""
+    """Continuations of one prompt, or answers to it."""
 
     prompt: str
+    apply_chat_template: bool = Field(
+        default=False, description="whether the prompt was put into the model's chat template"
+    )
+    system_instruction: str | None = Field(
+        default=None, description="the system message before the prompt"
+    )
     texts: list[str] = Field(description="the continuations, without the prompt")
     new_tokens: int
     top_k: int
@@ -140,11 +197,17 @@ class EvaluatedModel(Record):
         default=None, description="plain mean of the scores, where all are accuracies"
     )
     samples: Samples | None = None
+    chat_template: str | None = Field(
+        default=None, description="sha256 of the chat template that prompts were put into"
+    )
 
 
 class Evaluation(ResultFile):
     """eval.json: one entry per model measured, all by the same protocol."""
 
     models: list[EvaluatedModel]
+    task_prompts: TaskPrompts | None = Field(
+        default=None, description="how tasks were asked; null where none was"
+    )
     dtype: str
     versions: dict[str, str] = Field(default_factory=dict)

@@ -6,7 +6,6 @@ Documents are local ones first, else those of the Hub.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,19 +14,24 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shortllm.data.rows import PACKED_SUFFIXES, load_records
-from shortllm.data.sources import DATA_VARIABLE, data_directory
+from shortllm.checkpoint.config import context_length
+from shortllm.checkpoint.source import Checkpoint
+from shortllm.data.sources import DATA_VARIABLE
 from shortllm.embedded import TASKS_DIR
 from shortllm.errors import DataError, ShortLLMError, first_line_of, install_hint
-from shortllm.evaluation.harness import harness_model
-from shortllm.evaluation.options import TaskScore
+from shortllm.evaluation.harness import harness_model, new_tokens_of
+from shortllm.evaluation.options import EvaluationOptions, TaskPrompts, TaskScore
+from shortllm.evaluation.task_files import (
+    effective_shots,
+    entries_of,
+    folder_of,
+    is_task,
+    with_local_files,
+)
 from shortllm.files import fingerprint
 from shortllm.runtime import ALONE, Ranks, progress, quiet, quiet_transformers
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +49,20 @@ METRICS = {
 EMBEDDED_TASKS = tuple(f"shortllm_{name}" for name in ("where", "who", "count", "compare", "why"))
 """The task sets of the embedded world."""
 
-SETS = {"paper": tuple(METRICS), "embedded": EMBEDDED_TASKS}
+CHAT_TASKS = ("mmlu", "gsm8k", "ifeval")
+"""What chat models are measured by."""
+
+CHAT_SHOTS = 5
+"""Examples in the published protocols of MMLU and GSM8K; IFEval shows none."""
+
+SETS = {"paper": tuple(METRICS), "chat": CHAT_TASKS, "embedded": EMBEDDED_TASKS}
 """Names of several tasks at once."""
 
-HARNESS_FOLDERS = ("super_glue/boolq", "piqa", "hellaswag", "winogrande", "arc", "openbookqa")
-"""Where the harness describes the seven; indexing all of its 14,000 names takes seconds."""
-
-DATA_FOLDERS = {"arc_easy": "arc/ARC-Easy", "arc_challenge": "arc/ARC-Challenge"}
-"""Where local documents lie if not in a folder named like the task."""
-
-RECORD_SUFFIXES = (".jsonl", ".json")
+HARNESS_FOLDERS = (
+    "super_glue/boolq", "piqa", "hellaswag", "winogrande", "arc", "openbookqa", "mmlu/default",
+    "gsm8k", "ifeval",
+)  # fmt: skip
+"""Where the harness describes these; indexing all of its 14,000 names takes seconds."""
 
 BOOTSTRAPS = 1000
 """Draws for the standard error of a metric that is not a mean."""
@@ -73,6 +81,9 @@ class TaskSet:
     """Each requested name -> its tasks: itself, or those of a group or tag."""
     documents: dict[str, str]
     """Task -> fingerprint of its documents."""
+    examples: dict[str, str]
+    """Task that shows some -> fingerprint of their number and what they are drawn from."""
+    prompts: TaskPrompts
     limit: int | None
     batch_size: int
     version: str
@@ -81,9 +92,29 @@ class TaskSet:
     @property
     def fingerprint(self) -> str:
         """Of everything the scores depend on, except the model."""
-        return fingerprint(
-            [self.version, list(self.members.items()), self.documents, self.batch_size]
-        )
+        inputs = [self.version, list(self.members.items()), self.documents, self.batch_size]
+        if self.examples or self.prompts != TaskPrompts():
+            inputs += [self.examples, self.prompts.model_dump()]
+        return fingerprint(inputs)
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of requests the tasks make."""
+        kinds = {str(task.OUTPUT_TYPE) for task in self.loaded["tasks"].values()}
+        return len({kind.replace("multiple_choice", "loglikelihood") for kind in kinds})
+
+    def require_room(self, checkpoint: Checkpoint) -> None:
+        """Refuse a model with fewer positions than a task lets it write tokens."""
+        positions = context_length(checkpoint.config)
+        for name, task in self.loaded["tasks"].items():
+            if positions is None or task.OUTPUT_TYPE != "generate_until":
+                continue
+            new_tokens = new_tokens_of(task.get_config("generation_kwargs") or {})
+            if new_tokens >= positions:
+                raise ShortLLMError(
+                    f"task '{name}' lets a model write {new_tokens:,} tokens, and {checkpoint.id} "
+                    f"has {positions:,} positions for prompt and answer. Leave the task out"
+                )
 
 
 def task_names(requested: Iterable[str]) -> list[str]:
@@ -92,22 +123,16 @@ def task_names(requested: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(n for name in names if name for n in SETS.get(name, (name,))))
 
 
-def load_tasks(
-    requested: Iterable[str],
-    *,
-    data: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-) -> TaskSet:
-    """Tasks by name with their first `limit` documents, from `data`, SHORTLLM_DATA or the Hub."""
+def load_tasks(options: EvaluationOptions) -> TaskSet:
+    """The requested tasks with their documents: local ones, or those of the Hub."""
     version = require_harness()
-    names = task_names(requested)
+    shots = {name: _shots(name, options) for name in task_names(options.tasks)}
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     members: dict[str, list[str]] = {}
     with quiet_harness(), TemporaryDirectory(prefix="shortllm-tasks-") as written:
-        index = _index(names)
-        for name in names:
-            found = _load(index, name, _local_task(name, index, data, Path(written)))
+        index = with_local_files(_index(list(shots)), shots, options.task_data, Path(written))
+        for name, number in shots.items():
+            found = _load(index, name)
             for other, tasks in members.items():
                 if twice := set(tasks) & set(found["tasks"]):
                     raise ShortLLMError(
@@ -115,22 +140,36 @@ def load_tasks(
                         "Leave one of them out"
                     )
             members[name] = list(found["tasks"])
+            for task_name, task in found["tasks"].items():
+                _prepare(task_name, task, number)
             for kind, entries in found.items():
                 loaded[kind] |= entries
-        for name, task in loaded["tasks"].items():
-            _prepare(name, task)
         documents = {
-            name: fingerprint(list(islice(task.eval_docs, limit)))
+            name: fingerprint(list(islice(task.eval_docs, options.limit)))
             for name, task in loaded["tasks"].items()
+        }
+        examples = {
+            name: fingerprint([number, list(task.fewshot_docs())])
+            for name, task in loaded["tasks"].items()
+            if (number := task.get_config("num_fewshot"))
         }
     return TaskSet(
         loaded=loaded,
         members=members,
         documents=documents,
-        limit=limit,
-        batch_size=batch_size,
+        examples=examples,
+        prompts=options.task_prompts,
+        limit=options.limit,
+        batch_size=options.batch_size,
         version=version,
     )
+
+
+def _shots(name: str, options: EvaluationOptions) -> int | None:
+    """The requested number of examples of a task; None for its own."""
+    if options.num_fewshot is None and name in CHAT_TASKS and "chat" in options.tasks:
+        return CHAT_SHOTS
+    return options.num_fewshot
 
 
 def require_harness() -> str:
@@ -158,7 +197,7 @@ def _index(names: Sequence[str]) -> Any:
     """The harness's tasks by name; only the well-known ones where no other is requested."""
     from lm_eval import tasks as harness
 
-    if {*METRICS, *EMBEDDED_TASKS}.issuperset(names):
+    if {*METRICS, *CHAT_TASKS, *EMBEDDED_TASKS}.issuperset(names):
         root = Path(harness.__file__).parent
         folders = [*(root / folder for folder in HARNESS_FOLDERS), TASKS_DIR]
         return harness.TaskManager(include_defaults=False, include_path=folders)
@@ -169,7 +208,7 @@ def _index(names: Sequence[str]) -> Any:
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise ShortLLMError(
                 f"unknown task '{name}'. {hint}Available: {', '.join(SETS)}, "
-                f"{', '.join(METRICS)}, and what `lm_eval ls tasks` prints"
+                f"{', '.join((*METRICS, *CHAT_TASKS))}, and what `lm_eval ls tasks` prints"
             )
     return index
 
@@ -181,104 +220,49 @@ def _whole_index() -> Any:
     return TaskManager(include_path=[TASKS_DIR])
 
 
-def _local_task(name: str, index: Any, data: Path | None, written: Path) -> Path | None:
-    """The description of a task with local documents; None if there are none and none must be."""
-    directory = data if data is not None else data_directory()
-    if directory is None or name in EMBEDDED_TASKS:
-        return None
-    entry = index.task_index[name]
-    splits = _splits(entry.cfg or {})
-    if not splits and data is not None:
-        raise DataError(
-            f"'{name}' is a group of tasks, which --task-data cannot serve. Name them singly"
-        )
-    folder = directory / DATA_FOLDERS.get(name, name)
-    files = {split: file for split in splits if (file := _split_file(folder, split)) is not None}
-    missing = [split for split in splits if split not in files]
-    if missing and data is not None:
-        raise DataError(
-            f"--task-data {data} has no {(folder / missing[0]).relative_to(data)}.jsonl for task "
-            f"'{name}' (or .json, plain, {' or '.join(PACKED_SUFFIXES)}). Put it there, or leave "
-            "--task-data out to take it from the Hub"
-        )
-    if missing or not splits:
-        return None
-    log.info("task %s is read from %s", name, ", ".join(map(str, files.values())))
-    description = written / f"{name}.yaml"
-    description.write_text(_description(name, entry.yaml_path, entry.cfg, files))
-    return description
-
-
-def _splits(config: Mapping[str, Any]) -> list[str]:
-    """The splits a task needs: the measured one, and that of its examples where it shows some."""
-    measured = config.get("test_split") or config.get("validation_split")
-    shown = config.get("fewshot_split") or config.get("training_split")
-    wanted = [measured, shown if config.get("num_fewshot") else None]
-    return list(dict.fromkeys(split for split in wanted if split))
-
-
-def _split_file(folder: Path, split: str) -> Path | None:
-    names = (f"{split}{kind}{pack}" for kind in RECORD_SUFFIXES for pack in ("", *PACKED_SUFFIXES))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _description(
-    name: str, stock: Path, config: Mapping[str, Any], files: Mapping[str, Path]
-) -> str:
-    """YAML for the harness: its own task, with documents from these files."""
-    changes: dict[str, Any] = {
-        "include": str(stock),
-        "task": name,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"files": {split: str(file) for split, file in files.items()}},
-    }
-    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
-        if config.get(key) not in files:
-            changes[key] = None
-    lines = [f"{key}: {json.dumps(value)}" for key, value in changes.items()]
-    return "\n".join([*lines, f"custom_dataset: !function {__name__}.local_dataset", ""])
-
-
-def local_dataset(*, files: Mapping[str, str], **_: Any) -> dict[str, Dataset]:
-    """The documents of local files by split, as the harness wants them (`custom_dataset`)."""
-    from datasets import Dataset
-
-    return {split: Dataset.from_list(load_records(Path(file))) for split, file in files.items()}
-
-
-def _load(index: Any, name: str, local: Path | None) -> dict[str, dict[str, Any]]:
+def _load(index: Any, name: str) -> dict[str, dict[str, Any]]:
     """What the harness knows by a name, with its documents."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
     try:
-        found: dict[str, dict[str, Any]] = index.load([str(local or name)])
+        found: dict[str, dict[str, Any]] = index.load([name])
         return found
     except ShortLLMError:  # a ValueError too
         raise
     except ImportError as error:
+        hint = f". Install it with: pip install {error.name}" if error.name else ""
         raise ShortLLMError(
-            f"task '{name}' needs a package that is not installed: {first_line_of(error)}"
+            f"task '{name}' needs a package that is not installed: {first_line_of(error)}{hint}"
         ) from error
     except (DatasetsError, TemplateError, OSError, LookupError, TypeError, ValueError) as error:
+        first = next((one.name for one in entries_of(index, name) if is_task(one)), name)
         raise DataError(
             f"the documents of task '{name}' cannot be used: {first_line_of(error)}. Without the "
             f"Hub, give --task-data DIR (or {DATA_VARIABLE}) with "
-            f"DIR/{DATA_FOLDERS.get(name, name)}/SPLIT.jsonl"
+            f"DIR/{folder_of(first)}/SPLIT.jsonl"
         ) from error
 
 
-def _prepare(name: str, task: Any) -> None:
-    """Refuse a task that needs more than text, and settle what it leaves open."""
+def _prepare(name: str, task: Any, shots: int | None) -> None:
+    """Refuse a task that needs more than text or shows more examples than there are, and settle
+    what it leaves open."""
     if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
         raise ShortLLMError(
             f"task '{name}' shows more than text or runs code that the model writes. "
             "Give it to the `lm_eval` command instead"
         )
-    if task.get_config("num_fewshot") is None:
-        task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(seed=SHOT_SEED)
+    own = task.get_config("num_fewshot")
+    number = effective_shots(own, shots)
+    if shots and own == 0:
+        log.info("task %s shows no examples: it is defined without any", name)
+    task.set_config("num_fewshot", number)
+    available = len(list(task.fewshot_docs())) if number else 0
+    if number > available:
+        raise ShortLLMError(
+            f"task '{name}' has {available:,} documents to show as examples, fewer than "
+            f"{number}. Give a smaller --num-fewshot"
+        )
 
 
 def measure_tasks(
@@ -289,8 +273,12 @@ def measure_tasks(
     import torch
     from lm_eval.evaluator import evaluate
 
+    for task in tasks.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=SHOT_SEED)  # every model sees the same examples
     with progress(f"tasks of {name}", 1.0) as advance, quiet_harness():
-        lm = harness_model(model, tokenizer, tasks.batch_size, ranks=ranks, advance=advance)
+        lm = harness_model(
+            model, tokenizer, tasks.batch_size, kinds=tasks.kinds, ranks=ranks, advance=advance
+        )
         try:
             found = evaluate(
                 lm=lm,
@@ -298,6 +286,7 @@ def measure_tasks(
                 limit=tasks.limit,
                 bootstrap_iters=BOOTSTRAPS,
                 log_samples=False,
+                **tasks.prompts.model_dump(),
             )
         except torch.OutOfMemoryError as error:
             raise ShortLLMError(
@@ -331,6 +320,7 @@ def _task_score(task: str, found: Mapping[str, Any], tasks: TaskSet) -> TaskScor
     stderr = measured.get(f"{name}_stderr,{rule or 'none'}")
     members = tasks.members.get(task, [task])
     version = found["versions"].get(task)
+    shots = {found["n-shot"].get(member) for member in members}
     return TaskScore(
         task=task,
         metric=metric,
@@ -339,6 +329,6 @@ def _task_score(task: str, found: Mapping[str, Any], tasks: TaskSet) -> TaskScor
         others=metrics,
         documents=sum(found["n-samples"][member]["effective"] for member in members),
         documents_fingerprint=fingerprint([tasks.documents[member] for member in members]),
-        shots=found["n-shot"].get(task),
+        shots=shots.pop() if len(shots) == 1 else None,
         version=None if version is None else str(version),
     )
