@@ -289,6 +289,9 @@ def existing_parent(path: Path) -> Path:
 _held: dict[Path, BaseFileLock] = {}
 """The directories this process has locked."""
 
+_interrupted: set[Path] = set()
+"""Those of work that Ctrl-C ended."""
+
 
 def hold(directory: Path) -> None:
     """Lock a directory, created if need be, until the nearest `releasing` around this call ends."""
@@ -306,9 +309,17 @@ def releasing() -> Iterator[None]:
     before = set(_held)
     try:
         yield
+    except KeyboardInterrupt:
+        _interrupted.update(set(_held) - before)
+        raise
     finally:
         for directory in set(_held) - before:
             _held.pop(directory).release()
+
+
+def can_resume() -> bool:
+    """Whether Ctrl-C ended work in a directory, where the same command resumes it."""
+    return bool(_interrupted)
 
 
 def _acquire(directory: Path, shown: Path) -> BaseFileLock:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from shortllm.evaluation.options import EvaluatedModel, Evaluation
+from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskPrompts
 from shortllm.records import Record
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, 
             for entry in model.perplexity
             if entry.length == LENGTH and entry.split is None
         }
-    if options.limit is None:
+    if options.limit is None and options.task_prompts == TaskPrompts():
         numbers |= {
             task_of(score.task, score.metric): 100 * score.score
             for score in model.zeroshot

@@ -29,6 +29,7 @@ from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
 from shortllm.cli.run import recipes, run
 from shortllm.cli.score import info, plan, prune, score
 from shortllm.errors import ShortLLMError
+from shortllm.files import can_resume
 from shortllm.runtime import is_main_process
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -126,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _repeat_interrupt(after_s=0)
-        typer.echo("Interrupted. Run the same command again to resume.", err=True)
+        hint = " Run the same command again to resume." if can_resume() else ""
+        typer.echo(f"Interrupted.{hint}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

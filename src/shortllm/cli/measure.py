@@ -38,7 +38,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure perplexity, zero-shot tasks and samples of models that share a tokenizer.
+    """Measure perplexity, tasks and samples of models that share a tokenizer.
 
     Under `accelerate launch -m shortllm eval ...` or `torchrun -m shortllm eval ...` all processes
     share the windows and the documents of tasks.
@@ -51,15 +51,15 @@ def evaluate(
         require_file_target(out)
     if options.tasks and find_spec("lm_eval") is None:
         raise ShortLLMError(
-            f"zero-shot tasks need lm-evaluation-harness. Install it with: {install_hint('eval')}"
+            f"tasks need lm-evaluation-harness. Install it with: {install_hint('eval')}"
         )
     measured = shortllm.evaluate(models, options=options, runtime=runtime, out=out)
     if answered(measured, in_json=json):
         return
     print_evaluation(measured)
     for model in measured.models:
-        for text in model.samples.texts if model.samples else ():
-            typer.echo(f"\n[{model.name}] {model.samples.prompt if model.samples else ''}{text}")
+        for text in model.samples.shown() if model.samples else ():
+            typer.echo(f"\n[{model.name}] {text}")
 
 
 @flags(options=BenchmarkOptions, runtime=DeviceOptions)

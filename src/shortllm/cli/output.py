@@ -43,13 +43,15 @@ def plan_line(plan: PrunePlan) -> str:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """A row per model: sizes and perplexities; then a row per zero-shot task."""
-    from shortllm.reporting.measurements import evaluation_table, task_table
+    """A row per model: sizes and perplexities; then a row per task."""
+    from shortllm.reporting.measurements import evaluation_table, prompts_phrase, task_table
 
     print_table(*evaluation_table(evaluation).plain())
     if evaluation.models[0].zeroshot:
         typer.echo("")
         print_table(*task_table(evaluation.models).plain())
+        if prompts := prompts_phrase(evaluation.task_prompts):
+            typer.echo(f"asked {prompts}")
 
 
 def print_benchmark(found: Benchmark) -> None:

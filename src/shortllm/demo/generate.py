@@ -5,8 +5,8 @@
 
 Streaming does not change what is measured: the thread that generates only stores the tokens of a
 step and the time. (transformers' TextIteratorStreamer decodes inside the timed loop and takes one
-sequence only.) The end-of-text token is barred as in `shortllm bench`, so all models do the same
-work.
+sequence only.) Answers of a chat end where the model ends them. Of plain text the end is barred as
+in `shortllm bench`, so all models do the same work.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from shortllm.benchmark.meters import Sampler, bounded_memory, is_out_of_memory
+from shortllm.data.chat import Prompt, prompt_of
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import DataError, ShortLLMError
 from shortllm.evaluation.options import TEMPERATURE, TOP_K, TOP_P
@@ -60,6 +61,8 @@ class Request:
     top_k: int = TOP_K
     top_p: float = TOP_P
     temperature: float = TEMPERATURE
+    chat: bool = False
+    """Whether the prompt is put into the model's chat template, to be answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,7 @@ class Progress:
     texts: list[str]
     """What follows the prompt, one text per sequence of the batch."""
     tokens: int
-    """Of each sequence, so far."""
+    """Of all sequences, so far."""
     seconds: float
     """From the call of `generate` to the newest token."""
     first_token_s: float | None = None
@@ -82,7 +85,7 @@ class Progress:
         """Tokens of all sequences per second."""
         if not self.tokens or not self.seconds:
             return None
-        return len(self.texts) * self.tokens / self.seconds
+        return self.tokens / self.seconds
 
 
 def check_request(request: Request, limits: Limits) -> None:
@@ -102,8 +105,8 @@ def check_request(request: Request, limits: Limits) -> None:
             raise ShortLLMError(f"{name} must be a {number} from {low} to {high:,}, not {given}")
 
 
-def prompt_ids(model: DemoModel, request: Request, limits: Limits) -> Tensor:
-    """The prompt as token ids `[T]`, once it is clear that the model can serve the request."""
+def prompt_for(model: DemoModel, request: Request, limits: Limits) -> Prompt:
+    """The prompt as token ids, once it is clear that the model can serve the request."""
     check_request(request, limits)
     if not isinstance(request.prompt, str) or not request.prompt.strip():
         raise DataError("the prompt is empty. Type some text")
@@ -111,17 +114,19 @@ def prompt_ids(model: DemoModel, request: Request, limits: Limits) -> Tensor:
         raise DataError(
             f"the prompt has {len(request.prompt):,} characters. At most {MAX_PROMPT:,} are allowed"
         )
+    if request.chat and not model.has_chat_template:
+        raise DataError(f"{model.name} has no chat template. Turn chat off")
     with quiet_transformers():  # its warning about long texts: the length is checked here
-        ids = model.tokenizer(request.prompt)["input_ids"]
-    if not ids:
+        prompt = prompt_of(request.prompt, model.tokenizer, model.model, chat=request.chat)
+    if not prompt.ids:
         raise DataError("the tokenizer finds no token in the prompt. Type some more text")
-    if max(ids) >= model.vocabulary:
+    if max(prompt.ids) >= model.vocabulary:
         raise DataError(
-            f"the prompt has token id {max(ids)}, outside the vocabulary of {model.vocabulary} "
-            f"of {model.name}: its tokenizer belongs to another model"
+            f"the prompt has token id {max(prompt.ids)}, outside the vocabulary of "
+            f"{model.vocabulary} of {model.name}: its tokenizer belongs to another model"
         )
-    _check_room(model, len(ids), request)
-    return torch.tensor(ids)
+    _check_room(model, len(prompt.ids), request)
+    return prompt
 
 
 def _check_room(model: DemoModel, prompt: int, request: Request) -> None:
@@ -169,16 +174,18 @@ class Tokens(BaseStreamer):  # type: ignore[misc]
     def end(self) -> None:
         """Nothing to do."""
 
-    def progress(self, model: DemoModel, prompt_T: Tensor, batch: int) -> Progress:
+    def progress(self, model: DemoModel, prompt: Prompt, batch: int) -> Progress:
         """The texts so far."""
         seconds = self.seconds[1:]  # the first entry is the prompt
         if not seconds:
             return Progress(state="running", texts=[""] * batch, tokens=0, seconds=0.0)
-        ids_BT = torch.stack(self.steps[1 : 1 + len(seconds)], dim=1)
+        steps_BT = torch.stack(self.steps[1 : 1 + len(seconds)], dim=1).tolist()
+        texts = [prompt.written(ids) for ids in steps_BT]
+        ended = sum(len(text) < len(seconds) for text in texts)  # by a token that was generated too
         return Progress(
             state="running",
-            texts=decode(model.tokenizer, prompt_T.tolist(), ids_BT.tolist()),
-            tokens=len(seconds),
+            texts=decode(model.tokenizer, prompt.ids, texts),
+            tokens=sum(map(len, texts)) + ended,
             seconds=seconds[-1],
             first_token_s=seconds[0],
         )
@@ -206,17 +213,17 @@ def generate(
     The same request gives the same text. Only one text of `models` is generated at a time. When
     the iterator is closed, the model stops at its next token.
     """
-    prompt_T = prompt_ids(model, request, limits)
+    prompt = prompt_for(model, request, limits)
     tokens = Tokens()
     outcome: Future[int | None] = Future()
     thread = threading.Thread(
-        target=_run, args=(models, model, request, prompt_T, tokens, outcome), daemon=True
+        target=_run, args=(models, model, request, prompt, tokens, outcome), daemon=True
     )
     with models.lock:
         thread.start()
         try:
             while not outcome.done():
-                now = tokens.progress(model, prompt_T, request.batch)
+                now = tokens.progress(model, prompt, request.batch)
                 # the last token may be half a character
                 yield replace(now, texts=[text.rstrip("\ufffd") for text in now.texts])
                 wait([outcome], UPDATE_S)
@@ -224,7 +231,7 @@ def generate(
             tokens.stop = True
             thread.join()
     peak_bytes = _result(outcome, model, request)
-    last = tokens.progress(model, prompt_T, request.batch)
+    last = tokens.progress(model, prompt, request.batch)
     yield replace(last, state="done", peak_bytes=peak_bytes)
 
 
@@ -248,14 +255,14 @@ def _run(
     models: Models,
     model: DemoModel,
     request: Request,
-    prompt_T: Tensor,
+    prompt: Prompt,
     tokens: Tokens,
     outcome: Future[int | None],
 ) -> None:
     """The thread that generates: the result is the peak memory without the other models."""
     device, meter = models.device, models.meter
     try:
-        ids_BT = prompt_T.repeat(request.batch, 1).to(device)
+        ids_BT = torch.tensor([prompt.ids] * request.batch, device=device)
         sampling: dict[str, Any] = {"do_sample": False}
         if request.temperature > 0:
             sampling = {"do_sample": True, "temperature": request.temperature}
@@ -273,10 +280,8 @@ def _run(
                 input_ids=ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
                 num_beams=1,
-                min_new_tokens=request.new_tokens,
-                max_new_tokens=request.new_tokens,
-                pad_token_id=0,  # never used: all sequences have the same length
                 streamer=tokens,
+                **prompt.limits(request.new_tokens),
                 **sampling,
             )
             meter.synchronize()

@@ -53,6 +53,7 @@ class DemoModel:
     """Number of blocks of the model it was shortened from."""
     model: Any
     tokenizer: Any
+    has_chat_template: bool
     vocabulary: int
     positions: int | None
     """Most tokens of prompt and output together; None where the config sets no limit."""
@@ -106,6 +107,7 @@ def _load(name: str, checkpoint: Checkpoint, tokenizer: Any, session: Session) -
         source_blocks=source_blocks,
         model=load_model(checkpoint, device=session.device, dtype=dtype),
         tokenizer=tokenizer,
+        has_chat_template=bool(tokenizer.chat_template),
         vocabulary=checkpoint.vocabulary,
         positions=context_length(checkpoint.config),
         cache_bytes=checkpoint.block_count * cache_bytes(checkpoint, dtype),

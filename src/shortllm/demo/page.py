@@ -19,8 +19,8 @@ from shortllm.demo.generate import Limits, Progress, Request, generate
 from shortllm.demo.models import DemoModel, Models
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.evaluate import EMBEDDED_PROMPT
-from shortllm.evaluation.options import PROMPT, TEMPERATURE, TOP_K, TOP_P
-from shortllm.format import NONE, change, counted, short_bytes, short_count
+from shortllm.evaluation.options import CHAT_TEMPERATURE, PROMPT, TEMPERATURE, TOP_K, TOP_P
+from shortllm.format import NONE, change, counted, number, short_bytes, short_count
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -57,6 +57,10 @@ CSS = """
   color-mix(in srgb, var(--color) 18%, transparent) 0); }
 .blocks .gone { border: 1px dashed var(--color); opacity: .7; }
 .figures p { color: var(--error-text-color); overflow-wrap: anywhere; }
+.prose.text { min-height: 12rem; max-height: 40rem; overflow-y: auto; overflow-wrap: anywhere;
+  white-space: pre-wrap; padding: .6rem .7rem; line-height: 1.5;
+  border: 1px solid var(--border-color-primary); border-radius: 4px; }
+.prose.text:empty::before { content: "Nothing generated yet"; opacity: .6; }
 """
 EMBEDDED_EXAMPLES = (
     EMBEDDED_PROMPT,
@@ -72,6 +76,12 @@ EXAMPLES = (
     "The three most important things to know about the sea are",
     "def fibonacci(n):",
 )
+CHAT_EXAMPLES = (
+    "What is the capital of France?",
+    "Explain in one sentence why the sky is blue.",
+    "Write a short poem about the sea.",
+    "Write a Python function that returns the sum of a list.",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,8 +90,8 @@ class Panel:
 
     model: DemoModel
     button: gr.Button
-    text: gr.Textbox
     figures: gr.HTML
+    text: gr.HTML
 
 
 class Page:
@@ -92,8 +102,7 @@ class Page:
 
         self._models, self._limits = models, limits
         self._first, count = models.models[0], len(models.models)
-        self._examples = EMBEDDED_EXAMPLES if self._first.info.id == EMBEDDED else EXAMPLES
-        self._defaults = Request(self._examples[0], min(64, limits.new_tokens))
+        self._defaults = defaults(models, limits)
         colors = [COLORS[place % len(COLORS)] for place in range(count)]
         self._colors = dict(zip((one.name for one in models.models), colors, strict=True))
         with gr.Blocks(title="shortllm demo", analytics_enabled=False, fill_width=True) as blocks:
@@ -121,29 +130,37 @@ class Page:
 
         default = self._defaults
         prompt = gr.Textbox(default.prompt, label="Prompt", lines=3, max_lines=10, elem_id="prompt")
-        gr.Examples([[one] for one in self._examples], prompt, elem_id="examples")
+        examples = examples_for(self._first, chat=default.chat)
+        gr.Examples([[one] for one in examples], prompt, elem_id="examples")
         labels = ("Output tokens", "Batch size", "Seed", "Top-k", "Top-p", "Temperature")
         inputs = [prompt]
         with gr.Row():
-            for label, value in zip(labels, astuple(default)[1:], strict=True):
+            for label, value in zip(labels, astuple(default)[1:-1], strict=True):
                 digits = 0 if isinstance(value, int) else None
                 name = label.lower().replace(" ", "-")
                 inputs += [
                     gr.Number(value, label=label, precision=digits, min_width=100, elem_id=name)
                 ]
-        return inputs
+        chat = gr.Checkbox(
+            default.chat,
+            label="Chat: the prompt is put into the model's chat template, and the answer ends by "
+            "itself",
+            container=False,
+            visible=any(one.has_chat_template for one in self._models.models),
+            elem_id="chat",
+        )
+        chat.input(temperature_of, chat, inputs[-1], queue=False, **PRIVATE)
+        return [*inputs, chat]
 
     def _build_panel(self, model: DemoModel) -> Panel:
         import gradio as gr
 
-        several, empty = len(self._models.models) > 1, "Nothing generated yet"
+        several = len(self._models.models) > 1
         with gr.Column(min_width=280):
             gr.HTML(head(model, self._first, self._colors[model.name]))
             button = gr.Button("Generate", size="sm", visible=several)
-            text = gr.Textbox(
-                placeholder=empty, lines=10, max_lines=10, interactive=False, container=False
-            )
-            return Panel(model=model, button=button, text=text, figures=gr.HTML(figures(None)))
+            shown, text = gr.HTML(figures(None)), gr.HTML("", elem_classes="text")
+            return Panel(model=model, button=button, figures=shown, text=text)
 
     def _build_chart(self) -> gr.BarPlot:
         import gradio as gr
@@ -198,7 +215,7 @@ class Page:
                 try:
                     with closing(states):
                         for now in states:
-                            text = written(request.prompt, now.texts)
+                            text = escape(written(request, now.texts))
                             yield {panel.text: text, panel.figures: figures(now)}
                 except ShortLLMError as error:
                     yield {panel.figures: failure(error)}
@@ -206,7 +223,8 @@ class Page:
                 rates[panel.model.name] = now.tokens_per_s or 0.0
             if rates:  # once per run: a plot that is updated while it is drawn may stay as it was
                 batch = f" × {request.batch}" if request.batch > 1 else ""
-                title = f"Run {len(history) + 1}: {counted(request.new_tokens, 'token')}{batch}"
+                length = f"{'up to ' if request.chat else ''}{counted(request.new_tokens, 'token')}"
+                title = f"Run {len(history) + 1}: {length}{batch}"
                 yield self._drawn([*history, (title, rates)])
 
         return run
@@ -240,18 +258,46 @@ class Page:
         seed: int = 0,
         top_k: int = TOP_K,
         top_p: float = TOP_P,
-        temperature: float = TEMPERATURE,
+        temperature: float | None = None,
+        chat: bool | None = None,
     ) -> dict[str, Any]:
-        """Text of one model, by name."""
+        """Text of one model, by name; by default an answer if the model has a chat template."""
         import gradio as gr
 
-        request = Request(prompt, output_tokens, batch_size, seed, top_k, top_p, temperature)
         try:
             chosen = self._models.named(model)
+            chat = chosen.has_chat_template if chat is None else chat
+            temperature = temperature_of(chat) if temperature is None else temperature
+            request = Request(
+                prompt, output_tokens, batch_size, seed, top_k, top_p, temperature, chat
+            )
             *_, last = generate(self._models, chosen, request, limits=self._limits)
         except ShortLLMError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return asdict(last) | {"tokens_per_s": last.tokens_per_s}
+
+
+def defaults(models: Models, limits: Limits) -> Request:
+    """What the page asks when it is opened: a question if all models have a chat template."""
+    chat = all(one.has_chat_template for one in models.models)
+    return Request(
+        examples_for(models.models[0], chat=chat)[0],
+        new_tokens=min(128 if chat else 64, limits.new_tokens),
+        temperature=temperature_of(chat),
+        chat=chat,
+    )
+
+
+def examples_for(model: DemoModel, *, chat: bool) -> tuple[str, ...]:
+    """Prompts that suit a model."""
+    if model.info.id == EMBEDDED:
+        return EMBEDDED_EXAMPLES
+    return CHAT_EXAMPLES if chat else EXAMPLES
+
+
+def temperature_of(chat: bool) -> float:
+    """The usual temperature of answers and of plain text."""
+    return CHAT_TEMPERATURE if chat else TEMPERATURE
 
 
 def cleared(panels: list[Panel]) -> dict[Any, Any]:
@@ -260,12 +306,13 @@ def cleared(panels: list[Panel]) -> dict[Any, Any]:
     return texts | {panel.figures: figures(None) for panel in panels}
 
 
-def written(prompt: str, texts: list[str]) -> str:
-    """Prompt and text; the texts of a batch are numbered."""
+def written(request: Request, texts: list[str]) -> str:
+    """Prompt and text, or the answer alone; the texts of a batch are numbered."""
+    prompt = "" if request.chat else request.prompt
     if len(texts) == 1:
         return prompt + texts[0]
     numbered = [f"{number}. {text.lstrip()}" for number, text in enumerate(texts, 1)]
-    return "\n\n".join([prompt, *numbered])
+    return "\n\n".join([prompt, *numbered] if prompt else numbered)
 
 
 def head(model: DemoModel, first: DemoModel, color: str) -> str:
@@ -304,7 +351,7 @@ def figures(progress: Progress | None) -> str:
         shown = {
             "time": f"{progress.seconds:.2f} s",
             "tokens": f"{progress.tokens:,}",
-            "throughput": f"{progress.tokens_per_s:,.0f} tokens/s",
+            "throughput": f"{number(progress.tokens_per_s, 3)} tokens/s",
             "first token": f"{1000 * progress.first_token_s:,.0f} ms",
             "memory": short_bytes(progress.peak_bytes),
         }

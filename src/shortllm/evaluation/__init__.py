@@ -1,1 +1,1 @@
-"""Perplexity, zero-shot tasks and samples of models."""
+"""Perplexity, tasks and samples of models."""

@@ -158,6 +158,11 @@ class Samples(Record):
     temperature: float
     seed: int
 
+    def shown(self) -> list[str]:
+        """Each text after its prompt: on the same line, or as an answer below it."""
+        between = "\n" if self.apply_chat_template else ""
+        return [f"{self.prompt}{between}{text}" for text in self.texts]
+
 
 class TaskScore(Record):
     """What a model scores in one task of lm-evaluation-harness."""

@@ -44,20 +44,35 @@ def with_local_files(
     directory = given or data_directory()
     if directory is None:
         return index
-    found = [(one, number) for name, number in shots.items() for one in entries_of(index, name)]
-    for entry, number in found:
-        if not is_task(entry) or TASKS_DIR in entry.yaml_path.parents:
-            continue
-        if files := _files(entry, number, directory, required=given is not None):
-            log.info("task %s is read from %s", entry.name, ", ".join(map(str, files.values())))
-            description = _description(entry.name, entry.yaml_path, entry.cfg, files)
-            (written / f"{entry.name}.yaml").write_text(description)
+    folders: set[Path] = set()
+    for name, number in shots.items():
+        files: list[Path] = []
+        for entry in entries_of(index, name):
+            if entry.yaml_path is None:  # a tag
+                continue
+            folders.add(entry.yaml_path.parent)
+            if is_task(entry) and entry.yaml_path.parent != TASKS_DIR:
+                files += _redirect(entry, number, directory, given is not None, written)
+        if files:
+            few = len(files) < 3
+            where = ", ".join(map(str, files)) if few else f"{len(files)} files in {directory}"
+            log.info("task %s is read from %s", name, where)
     if not any(written.iterdir()):
         return index
     from lm_eval.tasks import TaskManager
 
-    folders = {entry.yaml_path.parent for entry, _ in found if entry.yaml_path is not None}
     return TaskManager(include_defaults=False, include_path=[*sorted(folders), written])
+
+
+def _redirect(
+    entry: Any, shots: int | None, directory: Path, required: bool, written: Path
+) -> list[Path]:
+    """Describe a task with its local documents, if they are there; their files."""
+    files = _files(entry, shots, directory, required=required)
+    if files:
+        description = _description(entry.name, entry.yaml_path, entry.cfg, files)
+        (written / f"{entry.name}.yaml").write_text(description)
+    return list(files.values())
 
 
 def entries_of(index: Any, name: str) -> Iterator[Any]:

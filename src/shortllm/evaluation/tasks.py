@@ -180,8 +180,7 @@ def require_harness() -> str:
         import lm_eval.tasks
     except ImportError as error:
         raise ShortLLMError(
-            f"zero-shot tasks need lm-evaluation-harness ({error}). Install it with: "
-            f"{install_hint('eval')}"
+            f"tasks need lm-evaluation-harness ({error}). Install it with: {install_hint('eval')}"
         ) from error
     return str(lm_eval.__version__)
 

@@ -1,7 +1,7 @@
 """What was measured: sections of a page, tables of a terminal, files of a benchmark.
 
 Evaluation ─► evaluation_table  a row per model
-           ─► task_table        a row per zero-shot task
+           ─► task_table        a row per task
 Benchmark  ─► benchmark_table   a row per model, batch size and length
            ─► write_benchmark   bench.csv, bench-*.svg and bench.json in a directory
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
-from shortllm.evaluation.options import EvaluatedModel, Evaluation
+from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskPrompts
 from shortllm.files import write_text
 from shortllm.format import (
     NONE,
@@ -95,17 +95,33 @@ def compared_row(name: Cell, cells: Sequence[tuple[str, str]]) -> Row:
     return row(name, first, *changed)
 
 
+def prompts_phrase(prompts: TaskPrompts | None) -> str:
+    """How tasks were put to chat models: 'in the chat template, with examples as turns'."""
+    if prompts is None:
+        return ""
+    said = [
+        "in the chat template" if prompts.apply_chat_template else "",
+        "with examples as earlier turns" if prompts.fewshot_as_multiturn else "",
+        f"after the system message “{prompts.system_instruction}”"
+        if prompts.system_instruction
+        else "",
+    ]
+    return ", ".join(filter(None, said))
+
+
 def tasks_section(results: RunResults) -> Section | None:
-    """Zero-shot scores; None where no task was measured."""
+    """Scores of tasks; None where none was measured."""
     models = [entry for entry in results.evaluated.values() if entry.zeroshot]
     if not models or results.evaluation is None:
         return None
     version = results.evaluation.versions.get("lm_eval", "")
+    prompts = prompts_phrase(results.evaluation.task_prompts)
     note = (
         f"Scores ± standard error, measured by lm-evaluation-harness{version and f' {version}'} "
-        "with its own prompts. Differences of one or two standard errors may be chance."
+        f"with its own prompts{prompts and f', {prompts}'}. Differences of one or two standard "
+        "errors may be chance."
     )
-    return Section("tasks", "Zero-shot tasks", [task_table(models), Paragraph(note)])
+    return Section("tasks", "Tasks", [task_table(models), Paragraph(note)])
 
 
 # ---- published figures and generated text
@@ -150,7 +166,7 @@ def published_table(rows: Sequence[PublishedComparison]) -> Table:
 
 
 def samples_section(results: RunResults) -> Section | None:
-    """Continuations of the same prompt by each model, side by side."""
+    """Continuations of the same prompt by each model, or answers to it, side by side."""
     columns = [(entry, entry.samples) for entry in results.evaluated.values() if entry.samples]
     samples = list(zip(*(found.texts for _, found in columns), strict=False))
     if not samples:
@@ -163,8 +179,13 @@ def samples_section(results: RunResults) -> Section | None:
             [(name + which, text.lstrip(" ")) for name, text in zip(names, texts, strict=True)]
         )
     first = columns[0][1]
+    chat = ""
+    if first.apply_chat_template:
+        system = first.system_instruction
+        after = f" after the system message “{system}”" if system else ""
+        chat = f"Answers in the chat template{after}. "
     note = (
-        f"Sampled with up to {counted(first.new_tokens, 'new token')}, top-k {first.top_k}, "
+        f"{chat}Sampled with up to {counted(first.new_tokens, 'new token')}, top-k {first.top_k}, "
         f"top-p {first.top_p:g}, temperature {first.temperature:g}, seed {first.seed}. All samples "
         "are shown."
     )
