@@ -13,6 +13,8 @@ from typing import Any
 
 import families
 import retraining
+from chatting import TEMPLATE
+from test_chat_evaluation import apples
 from test_zeroshot import DOCUMENTS, write
 
 import shortllm
@@ -35,6 +37,8 @@ def _model(variant: str, blocks: int) -> Callable[[Path], None]:
         families.save(families.build(config), target)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(embedded.MODEL_DIR / name, target / name)
+        if variant == "qwen3":
+            (target / "chat_template.jinja").write_text(TEMPLATE)
 
     return make
 
@@ -119,7 +123,7 @@ def stand_in(name: str) -> Path:
 
 @cache
 def built_in_texts() -> Path:
-    """A directory for SHORTLLM_DATA: small texts, and documents of the seven tasks."""
+    """A directory for SHORTLLM_DATA: small texts, and documents of tasks."""
     directory = cache_directory() / "texts"
     for name, make in TEXTS.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -129,4 +133,6 @@ def built_in_texts() -> Path:
     write(directory / "sciq/test.jsonl", [sciq])
     for file, document in DOCUMENTS.values():
         write(directory / file, [document(i) for i in range(4)])
+    for split in ("train", "test"):
+        write(directory / f"gsm8k/{split}.jsonl", [apples(i) for i in range(6)])
     return directory

@@ -21,6 +21,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 import httpx
 import pytest
 import torch
+from chatting import ANSWER, QUESTION, STORY, chat_model
 
 from shortllm.cli import main
 from shortllm.demo import generate as generating
@@ -32,6 +33,7 @@ from shortllm.errors import OutputError, ShortLLMError
 from shortllm.model import Session
 
 CHROMIUM = Path("/usr/bin/chromium")
+TEXT = ".prose.text"
 PROMPT = "There was a drum in the school."
 LIMITS = Limits(new_tokens=400, batch=8)
 
@@ -85,7 +87,7 @@ def test_the_text_is_what_the_model_generates_for_the_seed(models: Models) -> No
     assert torch.equal(torch.get_rng_state(), before)
     decoded = model.tokenizer.batch_decode(expected, skip_special_tokens=True)
     assert [PROMPT + text for text in found.texts] == decoded
-    assert found.tokens == 12 and len(set(found.texts)) > 1
+    assert found.tokens == 3 * 12 and len(set(found.texts)) > 1
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(models: Models) -> None:
@@ -106,13 +108,45 @@ def test_temperature_0_takes_the_likeliest_token(models: Models) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A model with a chat template, and one without."""
+    chat = chat_model(tmp_path_factory.mktemp("chat") / "model")
+    return open_models({"chat": chat, "plain": "embedded"}, Session(device="cpu"))
+
+
+ASKED = f"{STORY}\nQuestion: {QUESTION}"
+
+
+def test_an_answer_ends_where_the_model_ends_it(chatting: Models) -> None:
+    asked: dict[str, Any] = {"prompt": ASKED, "chat": True, "temperature": 0.2, "new_tokens": 60}
+    one = whole(chatting, "chat", **asked)
+    assert one.texts == [f" {ANSWER}"]
+    model = chatting.named("chat")
+    written = model.tokenizer(one.texts[0], add_special_tokens=False)["input_ids"]
+    assert one.tokens == len(written) + 1, "the end was generated too"
+    several = whole(chatting, "chat", batch=3, **asked | {"temperature": 1.0, "seed": 3})
+    assert 3 < several.tokens < 3 * 60 and all("\n" not in text for text in several.texts)
+    assert several.tokens_per_s == pytest.approx(several.tokens / several.seconds)
+    assert whole(chatting, "chat", **asked | {"chat": False}).tokens == 60
+    with pytest.raises(ShortLLMError, match="plain has no chat template. Turn chat off"):
+        whole(chatting, "plain", **asked)
+
+
+def test_the_page_opens_with_a_question_if_all_models_chat(chatting: Models) -> None:
+    both = page.defaults(chatting, LIMITS)
+    assert (both.chat, both.temperature) == (False, 1.0)
+    alone = page.defaults(replace(chatting, models=chatting.models[:1]), LIMITS)
+    assert (alone.chat, alone.temperature, alone.prompt) == (True, 0.2, page.CHAT_EXAMPLES[0])
+
+
 def test_text_comes_as_it_is_made(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generating, "UPDATE_S", 0.001)
     request = Request(prompt=PROMPT, new_tokens=40, batch=2)
     states = list(generate(models, models.named("original"), request, limits=LIMITS))
     assert [one.state for one in states[:-1]] == ["running"] * (len(states) - 1)
     tokens = [one.tokens for one in states]
-    assert tokens == sorted(tokens) and tokens[0] == 0 and tokens[-1] == 40
+    assert tokens == sorted(tokens) and tokens[0] == 0 and tokens[-1] == 2 * 40
     assert len(set(tokens)) > 5
     for state in states:
         for part, text in zip(state.texts, states[-1].texts, strict=True):
@@ -175,8 +209,8 @@ def test_a_closed_iterator_stops_the_model_at_its_next_token(
     assert models.lock.locked() and threading.active_count() > before
     states.close()
     assert not models.lock.locked() and threading.active_count() == before
-    assert seen.tokens <= len(steps) < 400
-    part = whole(models, new_tokens=seen.tokens, batch=8)
+    assert seen.tokens <= 8 * len(steps) < 8 * 400
+    part = whole(models, new_tokens=seen.tokens // 8, batch=8)
     assert all(
         text.startswith(start.rstrip("\ufffd"))
         for text, start in zip(part.texts, seen.texts, strict=True)
@@ -259,7 +293,7 @@ def test_a_cache_larger_than_memory_is_refused(
     monkeypatch.setattr(
         generating, "available_memory", lambda device: 4 * tokens * model.cache_bytes
     )
-    assert whole(models, batch=4).tokens == 12
+    assert whole(models, batch=4).tokens == 4 * 12
     with pytest.raises(ShortLLMError, match="a batch of 5 .* Request a smaller batch"):
         whole(models, batch=5)
 
@@ -367,14 +401,19 @@ def test_names_and_errors_are_escaped(models: Models) -> None:
 
 def test_figures_and_the_texts_of_a_batch() -> None:
     progress = Progress(
-        state="done", texts=["<b>&", " two"], tokens=3, seconds=1.5, first_token_s=0.25
+        state="done", texts=["<b>&", " two"], tokens=6, seconds=1.5, first_token_s=0.25
     )
     shown = page.figures(progress)
-    for figure in ("1.50 s", "4 tokens/s", "250 ms", "<dd>3</dd>", "<dd>–</dd>"):
+    for figure in ("1.50 s", "4.00 tokens/s", "250 ms", "<dd>6</dd>", "<dd>–</dd>"):
         assert figure in shown
+    assert "8.33 tokens/s" in page.figures(replace(progress, seconds=0.72))
     assert page.figures(None).count("<dd>–</dd>") == 5
-    assert page.written("so", progress.texts) == "so\n\n1. <b>&\n\n2. two"
-    assert page.written("so", [" far"]) == "so far"
+    asked = Request("so")
+    assert page.written(asked, progress.texts) == "so\n\n1. <b>&\n\n2. two"
+    assert page.written(asked, [" far"]) == "so far"
+    asked = Request("so", chat=True)
+    assert page.written(asked, progress.texts) == "1. <b>&\n\n2. two"
+    assert page.written(asked, [" far"]) == " far"
 
 
 # The server.
@@ -393,7 +432,7 @@ def ask(address: str, *given: Any) -> tuple[str, Any]:
 
     Given are model and prompt, then output tokens, batch size and seed.
     """
-    data = [*given, *(64, 1, 0, 50, 0.95, 1.0)[len(given) - 2 :]]
+    data = [*given, *(64, 1, 0, 50, 0.95, None, None)[len(given) - 2 :]]
     with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
         joined = client.post("gradio_api/call/generate", json={"data": data}).json()
         answer = client.get(f"gradio_api/call/generate/{joined['event_id']}").text
@@ -501,7 +540,8 @@ def test_the_command_serves_until_it_is_interrupted(places: dict[str, str]) -> N
         _, errors = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.returncode == 130
+    assert errors.splitlines()[-2:] == ["Ctrl-C ends it", "Interrupted."]
 
 
 # The page in a browser.
@@ -558,14 +598,14 @@ class Visitor:
 
     def wait_for_text(self, length: int) -> None:
         """In the first panel."""
-        area = f"document.querySelector('{panel(0)} textarea')"
-        self.tab.wait_for_function(f"{area}.value.length > {length}")
+        shown = f"document.querySelector('{panel(0)} {TEXT}')"
+        self.tab.wait_for_function(f"{shown}.innerText.length > {length}")
 
     def read(self, what: str) -> list[str]:
         return [str(text) for text in self.tab.locator(what).all_inner_texts()]
 
     def texts(self) -> list[str]:
-        return [str(one.input_value()) for one in self.tab.locator("#panels textarea").all()]
+        return self.read(f"#panels {TEXT}")
 
     def states(self) -> list[str]:
         found = self.tab.locator(".figures").all()
@@ -627,7 +667,8 @@ def test_three_models_side_by_side(visitor: Visitor, address: str, models: Model
         found = visitor.figures(place)
         assert (found["parameters"], found["blocks"], found["size"]) == (count, blocks, size)
         assert re.fullmatch(r"\d+\.\d\d s", found["time"]) and found["tokens"] == "30"
-        assert re.fullmatch(r"[\d,]+ tokens/s", found["throughput"])
+        assert re.fullmatch(r"[\d,.]+ tokens/s", found["throughput"])
+        assert sum(map(str.isdecimal, found["throughput"])) >= 3
         assert re.fullmatch(r"[\d,]+ ms", found["first token"])
         assert re.fullmatch(r"[\d.]+ [MG]B", found["memory"])
     visitor.wait_for_bars(3)
@@ -645,6 +686,54 @@ def test_three_models_side_by_side(visitor: Visitor, address: str, models: Model
         url for url in visitor.requested if not url.startswith((address, "data:", "blob:"))
     ]
     assert elsewhere == []
+
+
+def test_the_chat_switch(browser: Any, address: str, chatting: Models) -> None:
+    blocks, url = page.serve(chatting, limits=LIMITS)
+    assert ask(url, "chat", ASKED, 60)[1][0]["texts"] == [f" {ANSWER}"]
+    assert ask(url, "plain", ASKED, 60)[1][0]["tokens"] == 60
+    visitor = Visitor(browser, url)
+    switch = visitor.tab.locator("#chat input")
+    assert not switch.is_checked(), "one model has no template"
+    visitor.set(output_tokens=60, temperature=0.7)
+    switch.check()
+    visitor.tab.wait_for_function("document.querySelector('#temperature input').value == '0.2'")
+    visitor.type(ASKED)
+    visitor.generate()
+    assert visitor.states() == ["done", "failed"] and visitor.texts()[0].strip() == ANSWER
+    assert visitor.read("[role=alert]") == ["Plain has no chat template. Turn chat off."]
+    visitor.wait_for_bars(1)
+    assert visitor.runs() == ["Run 1: up to 60 tokens"]
+    switch.uncheck()
+    visitor.tab.wait_for_function("document.querySelector('#temperature input').value == '1'")
+    visitor.generate()
+    assert visitor.states() == ["done"] * 2
+    assert all(text.startswith(ASKED) for text in visitor.texts())
+    visitor.context.close()
+    blocks.close()
+    visitor = Visitor(browser, address)
+    assert visitor.tab.locator("#chat").count() == 0, "no model has a template"
+    visitor.context.close()
+
+
+def test_text_that_grows_stays_where_it_was_scrolled_to(visitor: Visitor, models: Models) -> None:
+    visitor.set(output_tokens=400, batch_size=8)
+    visitor.press()
+    shown = f"document.querySelector('{panel(0)} {TEXT}')"
+    visitor.tab.wait_for_function(f"{shown}.scrollHeight > {shown}.clientHeight + 200")
+    visitor.tab.evaluate(
+        f"""() => {{
+            window.places = new Set()
+            const note = () => {{ places.add({shown}.scrollTop); requestAnimationFrame(note) }}
+            {shown}.scrollTop = 120
+            note()
+        }}"""
+    )
+    before = visitor.tab.evaluate(f"{shown}.scrollHeight")
+    visitor.tab.wait_for_function(f"{shown}.scrollHeight > {before} + 300")
+    assert visitor.tab.evaluate("[...places]") == [120]
+    visitor.tab.dispatch_event("#stop", "click")
+    wait_until_free(models)
 
 
 def test_one_panel_alone_and_a_batch_in_numbers(visitor: Visitor) -> None:

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: local documents, scores against a plain measurement, runs, mistakes, report."""
+"""Tasks: local documents, scores against a plain measurement, runs, mistakes, report."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.tasks import (
     EMBEDDED_TASKS,
     METRICS,
+    TaskSet,
     load_tasks,
     measure_tasks,
     require_harness,
@@ -124,6 +125,10 @@ def evaluate(*models: str, **options: Any) -> Evaluation:
     return shortllm.evaluate(models, options=EvaluationOptions(continuations=0, **options))
 
 
+def loaded(tasks: list[str], **options: Any) -> TaskSet:
+    return load_tasks(EvaluationOptions(tasks=tasks, **options))
+
+
 def scores(evaluation: Evaluation, model: int = 0) -> dict[str, float]:
     return {score.task: score.score for score in evaluation.models[model].zeroshot}
 
@@ -180,9 +185,9 @@ def test_the_labels_of_the_files_are_the_ones_compared_with(data: Path, tmp_path
 def test_the_directory_of_SHORTLLM_DATA_is_looked_up(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = load_tasks(["openbookqa"], data=data)
+    given = loaded(["openbookqa"], task_data=data)
     monkeypatch.setenv("SHORTLLM_DATA", str(data))
-    assert load_tasks(["openbookqa"]).documents == given.documents
+    assert loaded(["openbookqa"]).documents == given.documents
 
 
 @pytest.fixture(scope="module")
@@ -215,18 +220,18 @@ def test_embedded_tasks_score_as_a_plain_measurement_does(short: Path) -> None:
 def test_what_was_asked_is_in_the_fingerprint(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "copy")
     names = ["boolq", "openbookqa"]
-    one = load_tasks(names, data=data, limit=4)
-    assert load_tasks(names, data=tmp_path / "copy", limit=4).fingerprint == one.fingerprint
+    one = loaded(names, task_data=data, limit=4)
+    assert loaded(names, task_data=tmp_path / "copy", limit=4).fingerprint == one.fingerprint
     file, document = DOCUMENTS["boolq"]
     write(tmp_path / "copy" / file, [document(i) for i in range(5)])
-    assert load_tasks(names, data=tmp_path / "copy", limit=4).fingerprint == one.fingerprint
+    assert loaded(names, task_data=tmp_path / "copy", limit=4).fingerprint == one.fingerprint
     changed = {**document(3), "label": 1 - document(3)["label"]}
     write(tmp_path / "copy" / file, [*(document(i) for i in range(3)), changed])
     others = [
-        load_tasks(names, data=tmp_path / "copy", limit=4),
-        load_tasks(names, data=data, limit=5),
-        load_tasks(names[:1], data=data, limit=4),
-        load_tasks(names, data=data, limit=4, batch_size=3),
+        loaded(names, task_data=tmp_path / "copy", limit=4),
+        loaded(names, task_data=data, limit=5),
+        loaded(names[:1], task_data=data, limit=4),
+        loaded(names, task_data=data, limit=4, batch_size=3),
     ]
     assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 5
 
@@ -303,7 +308,7 @@ def test_the_report_shows_every_score(finished: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(run_page, "sections_of", lambda results: [tasks_section(results)])
     page = write_report(finished).read_text()
-    assert "Zero-shot tasks" in page and "shortllm_where" in page
+    assert "<h2>Tasks</h2>" in page and "shortllm_where" in page
     assert f"lm-evaluation-harness {require_harness()}" in page
     for row in rows:
         assert all(text in page for cell in row[1:] for text in cell.strip(")").split(" ("))
@@ -328,12 +333,14 @@ def test_a_group_scores_by_its_own_metric_and_a_tag_by_its_tasks(tmp_path: Path)
         "aggregate_metric_list:\n"
         "  - {metric: acc, aggregation: mean, weight_by_size: true}\n"
     )
-    singly = load_tasks(["shortllm_where", "shortllm_who"], limit=10)
+    singly = loaded(["shortllm_where", "shortllm_who"], limit=10)
     index = TaskManager(include_defaults=False, include_path=[embedded.TASKS_DIR, tmp_path])
-    group = load_tasks(["shortllm_where"], limit=10).__class__(
+    group = loaded(["shortllm_where"], limit=10).__class__(
         loaded=dict(index.load(["both"])),
         members={"both": ["shortllm_where", "shortllm_who"]},
         documents=singly.documents,
+        examples={},
+        prompts=singly.prompts,
         limit=10,
         batch_size=8,
         version=singly.version,
@@ -375,7 +382,7 @@ def test_any_other_task_of_the_harness_by_its_name(tmp_path: Path) -> None:
 )
 def test_names_that_cannot_be_are_refused(asked: list[str], message: str) -> None:
     with pytest.raises(ShortLLMError, match=message):
-        load_tasks(asked)
+        loaded(asked)
 
 
 @pytest.mark.parametrize(
@@ -393,12 +400,12 @@ def test_documents_that_cannot_be_used_are_refused(
     if records is not None:
         write(tmp_path / "boolq" / "validation.jsonl", records)
     with pytest.raises(DataError, match=message):
-        load_tasks(["boolq"], data=tmp_path)
+        loaded(["boolq"], task_data=tmp_path)
 
 
 def test_without_local_documents_the_hub_is_asked() -> None:
     with pytest.raises(DataError, match=r"'piqa' cannot be used: .*piqa.* give --task-data DIR"):
-        load_tasks(["piqa"])
+        loaded(["piqa"])
 
 
 def test_a_streamed_model_is_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -420,7 +427,7 @@ def test_a_model_that_answers_nan_is_no_model_at_chance() -> None:
     checkpoint = shortllm.open_checkpoint("embedded")
     model: Any = Session(device="cpu").decoder(checkpoint).model
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
-    tasks = load_tasks(["shortllm_where"], limit=2)
+    tasks = loaded(["shortllm_where"], limit=2)
     with pytest.raises(CheckpointError, match="logits are NaN"):
         measure_tasks(model, load_tokenizer(checkpoint), tasks, name="broken")
 

@@ -142,6 +142,7 @@ def _check_texts(record: Options, models: list[str]) -> None:
     """Check every source of text that a record names, or that stands for none."""
     embedded = models == [EMBEDDED]
     if isinstance(record, EvaluationOptions):
+        record.require_template_for_turns()
         _check_all(record.data, "evaluation", "--eval-data" if not models else "--data")
     elif isinstance(record, RetrainOptions):
         record.about.require_packages()

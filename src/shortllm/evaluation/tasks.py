@@ -67,6 +67,8 @@ HARNESS_FOLDERS = (
 BOOTSTRAPS = 1000
 """Draws for the standard error of a metric that is not a mean."""
 
+PUNKT_HINT = "Get it with: python -m nltk.downloader punkt_tab"
+
 SHOT_SEED = 1234
 """Seed that draws the examples of a task which shows some; the harness's own default."""
 
@@ -251,6 +253,8 @@ def _prepare(name: str, task: Any, shots: int | None) -> None:
             f"task '{name}' shows more than text or runs code that the model writes. "
             "Give it to the `lm_eval` command instead"
         )
+    if name == "ifeval":
+        _warn_without_sentences()
     own = task.get_config("num_fewshot")
     number = effective_shots(own, shots)
     if shots and own == 0:
@@ -262,6 +266,16 @@ def _prepare(name: str, task: Any, shots: int | None) -> None:
             f"task '{name}' has {available:,} documents to show as examples, fewer than "
             f"{number}. Give a smaller --num-fewshot"
         )
+
+
+def _warn_without_sentences() -> None:
+    """Say that some instructions of IFEval cannot be checked, as long as there is time to stop."""
+    import nltk  # type: ignore[import-untyped]
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        log.warning("task ifeval needs punkt_tab of nltk for some instructions. %s", PUNKT_HINT)
 
 
 def measure_tasks(
@@ -287,6 +301,10 @@ def measure_tasks(
                 log_samples=False,
                 **tasks.prompts.model_dump(),
             )
+        except LookupError as error:
+            if "punkt" not in str(error):
+                raise
+            raise ShortLLMError(f"some answers to ifeval cannot be scored. {PUNKT_HINT}") from error
         except torch.OutOfMemoryError as error:
             raise ShortLLMError(
                 f"{tasks.batch_size} sequences at once do not fit into the memory of "
