@@ -201,7 +201,7 @@ def _check_conversation(checkpoint: Checkpoint, options: EvaluationOptions) -> N
     tokenizer, system = load_tokenizer(checkpoint), options.system_instruction
     if tokenizer.chat_template:
         if options.apply_chat_template is not False:
-            Chat(tokenizer, "chat").prompt_ids(conversation("", system))
+            Chat(tokenizer, "chat").prompt_ids(conversation("a", system))
     elif options.apply_chat_template or not options.tasks:
         raise CheckpointError(
             f"{'--apply-chat-template' if options.apply_chat_template else '--system'}: "

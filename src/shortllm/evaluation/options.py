@@ -76,10 +76,12 @@ class EvaluationOptions(Options):
         description="Tasks of lm-evaluation-harness, e.g. boolq,piqa. paper: the seven of "
         "Shortened LLaMA; chat: mmlu, gsm8k and ifeval; embedded: those of the embedded model.",
     )
-    apply_chat_template: bool | None = Field(
-        default=None,
-        description="Put the prompts of tasks and of generated samples into the model's chat "
-        "template. Default: samples where the models have one, tasks not.",
+    apply_chat_template: Annotated[bool | None, Flag(name="--apply-chat-template/--no-chat")] = (
+        Field(
+            default=None,
+            description="Put the prompts of tasks and of generated samples into the model's chat "
+            "template. Default: samples where the models have one, tasks not.",
+        )
     )
     num_fewshot: int | None = Field(
         default=None,
@@ -87,10 +89,12 @@ class EvaluationOptions(Options):
         description="Solved examples before each document of a task. Default: the task's own "
         "number, and 5 for mmlu in the set chat.",
     )
-    fewshot_as_multiturn: bool | None = Field(
-        default=None,
-        description="Show the examples as earlier turns of the conversation. Default: with "
-        "--apply-chat-template.",
+    fewshot_as_multiturn: Annotated[bool | None, Flag(name="--fewshot-as-multiturn/--one-turn")] = (
+        Field(
+            default=None,
+            description="Show the examples as earlier turns of the conversation, as is the default "
+            "with --apply-chat-template, or in one turn.",
+        )
     )
     system_instruction: Annotated[str | None, Flag(name="--system", metavar="TEXT")] = Field(
         default=None, description="System message of tasks, and of samples in a chat template."
