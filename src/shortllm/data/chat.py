@@ -186,11 +186,11 @@ def _naming(messages: Messages, place: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is to go on from."""
+    """What a model is to continue or to answer."""
 
     ids: list[int]
     ends: list[int]
-    """The tokens that end the text; none where it gets all the tokens asked for."""
+    """The tokens that end the text; none where it has the requested length."""
 
     def limits(self, new_tokens: int) -> dict[str, Any]:
         """Arguments of `generate` for a text of this length, or of at most this length."""
