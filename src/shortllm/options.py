@@ -10,18 +10,35 @@
 that a command line and a Python call use. `accepts` lets a function take them as keywords, and
 `shortllm.cli.flags` makes a flag of each. How a flag differs from its field is said by `Flag`, how
 the fields of a nested record are named by `Nested`.
+
+What a Python caller gives is checked by the annotations: those of fields by pydantic, those of a
+function's own arguments by `accepts`. `OneOrMore[str]` takes one item where a list is meant, and a
+field that is a list does so by itself.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_origin
+from functools import cached_property
+from pathlib import PurePath
+from types import SimpleNamespace
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from pydantic import ValidationError
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from shortllm.errors import ShortLLMError, did_you_mean
@@ -29,18 +46,63 @@ from shortllm.files import overwriting
 from shortllm.records import Record, record_in, shown_value, validation_message
 
 Kind = TypeVar("Kind", bound="Options")
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
 Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+TAKES_A_MODEL = {"model", "models", "source"}
+"""Names of arguments that can be a loaded model."""
 
 
-class Options(Record):
+def as_list(given: Any) -> Any:
+    """One item as a list of it; what has items, and None, as it is."""
+    single = isinstance(given, (str, Mapping, BaseModel)) or not isinstance(given, Iterable)
+    return [given] if single and given is not None else given
+
+
+OneOrMore = Annotated[list[Item], BeforeValidator(as_list)]
+"""A list, or one item of it."""
+
+
+class _Constructor(ModelMetaclass):
+    """What does not fit a record that a user makes is said in one line."""
+
+    def __call__(cls: type[BaseModel], *unnamed: Any, **fields: Any) -> Any:  # type: ignore[misc]
+        if unnamed:
+            names = ", ".join(f"{name}=..." for name in cls.model_fields)
+            raise TypeError(f"{cls.__name__} takes its fields by name: {cls.__name__}({names})")
+        try:
+            return type.__call__(cls, **fields)
+        except ValidationError as error:
+            raise ShortLLMError(f"{cls.__name__}: {validation_message(error, cls)}") from None
+
+
+class Options(Record, metaclass=_Constructor):
     """Choices that a user makes: a section of a recipe, flags of a command, Python arguments."""
 
     panel: ClassVar[str] = "Options"
     """Heading of these options in `--help`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_item_is_a_list(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        lists = {name for name, info in cls.model_fields.items() if _holds_list(info.annotation)}
+        return {name: as_list(value) if name in lists else value for name, value in given.items()}
+
     def applied(self) -> AbstractContextManager[Any]:
         """A context in which a function that accepts these options runs; most need none."""
         return ExitStack()
+
+
+def _holds_list(annotation: Any) -> bool:
+    """Whether a type is a list, or allows one."""
+    return get_origin(annotation) is list or any(map(_holds_list, get_args(annotation)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +214,8 @@ def options_from(
     content: dict[str, Any] = base.model_dump(exclude_unset=True) if base is not None else {}
     for name, value in given.items():
         if name not in fields:
-            content[name] = value.model_dump(exclude_unset=True)
+            whole = isinstance(value, Options)
+            content[name] = value.model_dump(exclude_unset=True) if whole else value
     for name in (name for name in fields if name in given):
         *parents, last = fields[name].path
         place = content
@@ -184,69 +247,195 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, **over, **both}
 
 
+# ---- calls
+
+
 def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let a function that takes records take their fields as keywords as well.
+    """Check what a public function is called with, and let it take the fields of records as
+    keywords.
 
     `@accepts(options=HealOptions, runtime=Runtime)` on `heal(model, out, *, options, runtime)` lets
     people call `heal(model, out, options=HealOptions(ridge=0.1))`, `heal(model, out, ridge=0.1)`,
-    or both: keywords win. A record that is not given has its defaults. A function that writes to
-    `out` also takes `overwrite=True`, which lets it replace a finished result of other choices.
+    or both: keywords win. A record that is not given has its defaults. A field is also known by the
+    name of its flag. The function's own arguments are checked and converted by their annotations,
+    as pydantic does.
+
+    A function that writes to `out` also takes `overwrite=True`, which lets it replace a finished
+    result of other choices. One that takes a model takes `tokenizer=`, that of a loaded model.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        parameters = inspect.signature(function).parameters
+        called = _Called(function, records)
 
         @functools.wraps(function)
         def call(*arguments: Any, **given: Any) -> Result:
-            built: dict[str, Options] = {}
-            rest = dict(given)
-            for parameter, kind in records.items():
-                base = rest.pop(parameter, None)
-                kind = kind if base is None else type(base)  # a subclass has more options
-                fields = option_fields(kind)
-                chosen = {
-                    name: rest.pop(name)
-                    for name in list(rest)
-                    if name in fields
-                    or (name in kind.model_fields and isinstance(rest[name], Options))
-                }
-                built[parameter] = options_from(kind, chosen, base=base)
-            overwrite = bool(rest.pop("overwrite", False)) if "out" in parameters else False
-            for name in (name for name in rest if name not in parameters):
-                known = [*(parameters.keys() - records.keys()), *fields_of_all(records.values())]
-                raise TypeError(
-                    f"{function.__name__}() has no argument '{name}'.{did_you_mean(name, known)}"
-                )
+            built = {name: called.record(name, given) for name in records}
+            overwrite = given.pop("overwrite", False) if "overwrite" in called.added else False
+            tokenizer = given.pop("tokenizer", None) if "tokenizer" in called.added else None
+            bound = called.bound(arguments, {**given, **built}, tokenizer)
             with ExitStack() as contexts:
-                contexts.enter_context(overwriting(overwrite))
+                contexts.enter_context(overwriting(bool(overwrite)))
                 for record in built.values():
                     contexts.enter_context(record.applied())
-                return function(*arguments, **rest, **built)
+                return function(*bound.args, **bound.kwargs)
 
-        call.__signature__ = _signature(function, records)  # type: ignore[attr-defined]
+        call.__signature__ = called.signature()  # type: ignore[attr-defined]
         return call
 
     return decorate
 
 
-def _signature(
-    function: Callable[..., Any], records: Mapping[str, type[Options]]
-) -> inspect.Signature:
-    """What `help()` shows: the function's own arguments, the records, and their fields."""
-    signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.name not in records]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    named = [
-        inspect.Parameter(name, keyword, default=None, annotation=kind)
-        for name, kind in records.items()
-    ]
-    held = {one.name for one in (*own, *named)}
-    flat = [
-        inspect.Parameter(name, keyword, default=one.info.get_default(call_default_factory=True))
-        for name, one in fields_of_all(records.values()).items()
-        if name not in held
-    ]
-    return signature.replace(parameters=[*own, *named, *flat])
+@dataclass(frozen=True, eq=False)
+class _Called:
+    """A public function, and the records whose fields are its keywords."""
+
+    function: Callable[..., Any]
+    records: Mapping[str, type[Options]]
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Its own, the records among them."""
+        return inspect.signature(self.function).parameters
+
+    @cached_property
+    def added(self) -> dict[str, Any]:
+        """Keywords that it takes besides, and their defaults."""
+        found = {"overwrite": False} if "out" in self.parameters else {}
+        return found | ({"tokenizer": None} if TAKES_A_MODEL & self.parameters.keys() else {})
+
+    @cached_property
+    def types(self) -> dict[str, TypeAdapter[Any]]:
+        """What checks each of its own arguments."""
+        own = {
+            name: one.annotation
+            for name, one in self.parameters.items()
+            if name not in self.records and one.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        names = vars(sys.modules[self.function.__module__])
+        hints = get_type_hints(SimpleNamespace(__annotations__=own), names, include_extras=True)
+        return {name: TypeAdapter(hint) for name, hint in hints.items()}
+
+    def record(self, name: str, given: dict[str, Any]) -> Options:
+        """A record with the fields that were given as keywords, which are taken out."""
+        base, kind = given.pop(name, None), self.records[name]
+        if base is not None and not isinstance(base, Options):
+            raise self.wrong(name, base, kind.__name__)
+        kind = type(base) if isinstance(base, kind) else kind  # a subclass has more options
+        keywords = _keywords(kind)
+        chosen = {
+            keywords[name]: given.pop(name)
+            for name in list(given)
+            if name in keywords and name not in self.parameters
+        }
+        return options_from(kind, chosen, base=base)
+
+    def bound(
+        self, arguments: Sequence[Any], given: Mapping[str, Any], tokenizer: Any
+    ) -> inspect.BoundArguments:
+        """Its arguments, checked and converted; `tokenizer` is that of a loaded model."""
+        self.require_known(given)
+        try:
+            bound = inspect.signature(self.function).bind(*arguments, **given)
+        except TypeError as error:
+            raise TypeError(f"{self.function.__name__}(): {error}. {self.usage}") from None
+        context = {"tokenizer": tokenizer}
+        for name in bound.arguments.keys() & self.types.keys():
+            bound.arguments[name] = self.checked(name, bound.arguments[name], context)
+        if tokenizer is not None and "loaded" not in context:
+            raise ShortLLMError(
+                "tokenizer= is that of a loaded model; a directory or Hub id has its own. Leave it "
+                "out"
+            )
+        return bound
+
+    def require_known(self, given: Mapping[str, Any]) -> None:
+        """Refuse keywords that it does not have."""
+        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self.parameters.values()):
+            return
+        known = {*self.parameters, *self.added}.union(*map(_keywords, self.records.values()))
+        for name in (name for name in given if name not in self.parameters):
+            hint = did_you_mean(name, known - self.records.keys())
+            raise TypeError(f"{self.function.__name__}() has no argument '{name}'.{hint}")
+
+    def checked(self, name: str, value: Any, context: dict[str, Any]) -> Any:
+        """The value of one of its own arguments, converted."""
+        try:
+            return self.types[name].validate_python(value, context=context)
+        except TypeError as error:
+            raise TypeError(f"{self.function.__name__}(): {error}. {self.usage}") from None
+        except ValidationError as error:
+            cause = error.errors()[0].get("ctx", {}).get("error")
+            if isinstance(cause, ShortLLMError):
+                raise cause from None
+            raise self.wrong(name, value, str(self.parameters[name].annotation)) from None
+
+    def wrong(self, name: str, value: Any, expected: str) -> TypeError:
+        """The error for an argument of a wrong type."""
+        return TypeError(
+            f"{self.function.__name__}() takes {name} as {expected}, not {described(value)}. "
+            f"{self.usage}"
+        )
+
+    @property
+    def usage(self) -> str:
+        """The call with the function's own arguments."""
+        own = [
+            one.replace(annotation=inspect.Parameter.empty)
+            for one in self.parameters.values()
+            if one.name not in self.records
+        ]
+        call = f"shortllm.{self.function.__name__}{inspect.Signature(own)}"
+        return f"Call {call}" + ("; options are keywords" if self.records else "")
+
+    def signature(self) -> inspect.Signature:
+        """What `help()` shows: the function's own arguments, the records, and their fields."""
+        signature = inspect.signature(self.function)
+        own = [one for one in self.parameters.values() if one.name not in self.records]
+        kinds = self.records.values()
+        kept = {
+            name: info.get_default(call_default_factory=True)
+            for kind in kinds
+            for name, info in kind.model_fields.items()
+        }
+        flat = {
+            name: one.info.get_default(call_default_factory=True)
+            for name, one in fields_of_all(kinds).items()
+        }
+        whole = {name: value for name, value in kept.items() if not isinstance(value, Options)}
+        defaults = {**self.added, **dict.fromkeys(self.records), **whole, **flat}
+        keywords = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=self.records.get(name, inspect.Parameter.empty),
+            )
+            for name, default in defaults.items()
+            if name not in {one.name for one in own}
+        ]
+        rest = [one for one in own if one.kind is inspect.Parameter.VAR_KEYWORD]
+        named = [one for one in own if one not in rest]
+        return signature.replace(parameters=[*named, *keywords, *rest])
+
+
+def _keywords(kind: type[Options]) -> dict[str, str]:
+    """Every keyword that sets an option of a record, or a record within it, and its name."""
+    fields = option_fields(kind)
+    within = {name: _metadata(info, Flag) or Flag() for name, info in kind.model_fields.items()}
+    flags = within | {name: one.flag for name, one in fields.items()}
+    of_flags = {
+        flag.name.partition("/")[0].lstrip("-").replace("-", "_"): name
+        for name, flag in flags.items()
+        if flag.name
+    }
+    return {**of_flags, **{name: name for name in (*kind.model_fields, *fields)}}
+
+
+def described(value: Any) -> str:
+    """A value of a wrong type, e.g. `3 (int)`; of large ones the type."""
+    kind = type(value).__name__
+    short = value is not None and isinstance(value, (bool, int, float, str, PurePath))
+    return f"{str(value)!r} ({kind})" if short else "None" if value is None else f"a {kind}"
 
 
 def _declaring(kind: type[Options], name: str) -> type[Options]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm import __version__
 from shortllm.checkpoint.hub import named_revision
+from shortllm.checkpoint.loaded import is_name
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import (
     LOCK,
@@ -45,7 +47,9 @@ Kind = TypeVar("Kind", bound=ResultFile)
 
 
 def short_name(model: str) -> str:
-    """The last part of a model's directory or Hub id."""
+    """The last part of a model's directory or Hub id, or the words of a loaded model's name."""
+    if is_name(model):
+        return "-".join(re.findall(r"[\w.-]+", model))
     return Path(model).resolve().name if Path(model).exists() else model.split("/")[-1]
 
 

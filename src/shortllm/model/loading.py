@@ -6,17 +6,18 @@ import io
 from collections import Counter
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from shortllm.checkpoint.config import is_own_code
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.checkpoint.structure import auto_class
 from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.options import accepts
 from shortllm.runtime import available_memory, choose_dtype, quiet_transformers
 
 MEMORY_PER_WEIGHTS = 1.15
@@ -136,14 +137,15 @@ def require_runs(checkpoint: Checkpoint, model: nn.Module) -> None:
         ) from error
 
 
-def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
+@accepts()
+def load(source: ModelSource, *, revision: str | None = None, **kwargs: Any) -> Any:
     """A causal language model, as `AutoModelForCausalLM.from_pretrained` returns it.
 
     Also loads checkpoints with a shape per block, which transformers cannot build, and refuses
     tensors that are missing, unexpected or of another shape.
 
     Args:
-        source: a checkpoint directory, a Hub id, or `embedded`.
+        source: a checkpoint directory, a Hub id, `embedded`, or a loaded model.
         revision: branch, tag or commit of a Hub id.
         kwargs: of `from_pretrained`, e.g. `dtype` or `device_map`.
     Returns:
