@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePath
@@ -89,15 +91,23 @@ class Options(Record, metaclass=_Constructor):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_item_is_a_list(cls, given: Any) -> Any:
+    def _as_people_give_it(cls, given: Any) -> Any:
+        """One item where a list is meant, and a `Path` where a text is."""
         if not isinstance(given, dict):
             return given
         lists = {name for name, info in cls.model_fields.items() if _holds_list(info.annotation)}
-        return {name: as_list(value) if name in lists else value for name, value in given.items()}
+        listed = {name: as_list(value) if name in lists else value for name, value in given.items()}
+        return {name: _paths_as_text(value) for name, value in listed.items()}
 
     def applied(self) -> AbstractContextManager[Any]:
         """A context in which a function that accepts these options runs; most need none."""
         return ExitStack()
+
+
+def _paths_as_text(given: Any) -> Any:
+    if isinstance(given, list):
+        return [_paths_as_text(one) for one in given]
+    return str(given) if isinstance(given, PurePath) else given
 
 
 def _holds_list(annotation: Any) -> bool:
@@ -319,7 +329,7 @@ class _Called:
         """A record with the fields that were given as keywords, which are taken out."""
         base, kind = given.pop(name, None), self.records[name]
         if base is not None and not isinstance(base, Options):
-            raise self.wrong(name, base, kind.__name__)
+            raise self.wrong(name, base)
         kind = type(base) if isinstance(base, kind) else kind  # a subclass has more options
         keywords = _keywords(kind)
         chosen = {
@@ -327,17 +337,16 @@ class _Called:
             for name in list(given)
             if name in keywords and name not in self.parameters
         }
-        return options_from(kind, chosen, base=base)
+        with self.named():
+            return options_from(kind, chosen, base=base)
 
     def bound(
         self, arguments: Sequence[Any], given: Mapping[str, Any], tokenizer: Any
     ) -> inspect.BoundArguments:
         """Its arguments, checked and converted; `tokenizer` is that of a loaded model."""
         self.require_known(given)
-        try:
+        with self.named():
             bound = inspect.signature(self.function).bind(*arguments, **given)
-        except TypeError as error:
-            raise TypeError(f"{self.function.__name__}(): {error}. {self.usage}") from None
         context = {"tokenizer": tokenizer}
         for name in bound.arguments.keys() & self.types.keys():
             bound.arguments[name] = self.checked(name, bound.arguments[name], context)
@@ -360,21 +369,30 @@ class _Called:
     def checked(self, name: str, value: Any, context: dict[str, Any]) -> Any:
         """The value of one of its own arguments, converted."""
         try:
-            return self.types[name].validate_python(value, context=context)
-        except TypeError as error:
-            raise TypeError(f"{self.function.__name__}(): {error}. {self.usage}") from None
+            with self.named():
+                return self.types[name].validate_python(value, context=context)
         except ValidationError as error:
             cause = error.errors()[0].get("ctx", {}).get("error")
             if isinstance(cause, ShortLLMError):
                 raise cause from None
-            raise self.wrong(name, value, str(self.parameters[name].annotation)) from None
+            raise self.wrong(name, value) from None
 
-    def wrong(self, name: str, value: Any, expected: str) -> TypeError:
-        """The error for an argument of a wrong type."""
+    def wrong(self, name: str, value: Any) -> TypeError:
+        """The error for an argument of a wrong type, with what the docstring says of it."""
+        found = re.search(rf"^ +{name}: (.+(?:\n {{12}}.+)*)", self.function.__doc__ or "", re.M)
+        about = f" {name}: {' '.join(found[1].split())}" if found else ""
         return TypeError(
-            f"{self.function.__name__}() takes {name} as {expected}, not {described(value)}. "
+            f"{self.function.__name__}(): {name}={described(value)} does not fit.{about} "
             f"{self.usage}"
         )
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """A TypeError within the context says what was called, and how to call it."""
+        try:
+            yield
+        except TypeError as error:
+            raise TypeError(f"{self.function.__name__}(): {error}. {self.usage}") from None
 
     @property
     def usage(self) -> str:
@@ -382,10 +400,10 @@ class _Called:
         own = [
             one.replace(annotation=inspect.Parameter.empty)
             for one in self.parameters.values()
-            if one.name not in self.records
+            if one.name not in (*self.records, "command")
         ]
-        call = f"shortllm.{self.function.__name__}{inspect.Signature(own)}"
-        return f"Call {call}" + ("; options are keywords" if self.records else "")
+        more = ", ...)" if self.records else ")"
+        return f"Call shortllm.{self.function.__name__}{str(inspect.Signature(own))[:-1]}{more}"
 
     def signature(self) -> inspect.Signature:
         """What `help()` shows: the function's own arguments, the records, and their fields."""
@@ -432,10 +450,10 @@ def _keywords(kind: type[Options]) -> dict[str, str]:
 
 
 def described(value: Any) -> str:
-    """A value of a wrong type, e.g. `3 (int)`; of large ones the type."""
-    kind = type(value).__name__
-    short = value is not None and isinstance(value, (bool, int, float, str, PurePath))
-    return f"{str(value)!r} ({kind})" if short else "None" if value is None else f"a {kind}"
+    """A value that does not fit: as Python writes it where that is short, else its type."""
+    if value is None or type(value) in (bool, int, float, str, list, tuple, dict):
+        return reprlib.repr(value)
+    return f"an object of type {type(value).__name__}"
 
 
 def _declaring(kind: type[Options], name: str) -> type[Options]:

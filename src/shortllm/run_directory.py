@@ -79,6 +79,16 @@ def claim_directory(
     require_writable(directory, checkpoint.bytes)
 
 
+def require_results(directory: Path) -> None:
+    """Refuse what is not a directory of a finished run."""
+    if not directory.is_dir():
+        raise ResultFileError(f"no such directory: {directory}. Give the directory of a run")
+    if not any(directory.glob("*.json")):
+        raise ResultFileError(
+            f"{directory} is not a run: it has no results. Give the --out of `shortllm run`"
+        )
+
+
 def require_run_directory(directory: Path) -> list[Path]:
     """Refuse a file, and a directory that contains something else than a run; what it contains."""
     if directory.is_file():

@@ -68,7 +68,7 @@ def _load(checkpoint: Checkpoint, **named: Any) -> Any:
 
 def _how_to_give(checkpoint: Checkpoint) -> str:
     if is_name(checkpoint.id):
-        return "Give it: tokenizer=AutoTokenizer.from_pretrained(...)"
+        return "Give it as tokenizer=AutoTokenizer.from_pretrained(...)"
     return "Copy the tokenizer files into the directory"
 
 

@@ -90,14 +90,9 @@ def load_model(
     packed = is_packed(checkpoint.raw_config)
     # compressed-tensors shows progress bars for checkpoints in its format
     bars = redirect_stderr(io.StringIO()) if packed else nullcontext()
-    try:
-        with quiet_transformers(), bars:
-            trusted = is_own_code(checkpoint.config)
-            model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted, **how)
-    except CheckpointError:
-        raise
-    except Exception as error:  # model classes raise whatever a config's values lead to
-        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
+    with quiet_transformers(), bars:
+        trusted = is_own_code(checkpoint.config)
+        model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted, **how)
     if packed:
         with bars, torch.no_grad():  # the first forward pass unpacks the weights
             model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
@@ -160,13 +155,18 @@ def load(source: ModelSource, *, revision: str | None = None, **kwargs: Any) -> 
 
 def _from_pretrained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
     """The model that transformers loads, if all of its tensors are those of the checkpoint."""
-    model, loading = auto_class(checkpoint.config).from_pretrained(
-        checkpoint.directory,
-        output_loading_info=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # an error below, naming the tensor
-        **kwargs,
-    )
+    try:
+        model, loading = auto_class(checkpoint.config).from_pretrained(
+            checkpoint.directory,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # an error below, naming the tensor
+            **kwargs,
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # model classes raise whatever a config's values lead to
+        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
     check_loading(checkpoint.id, loading)
     return model
 

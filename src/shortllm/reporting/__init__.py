@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.files import require_file_target, translate_os_errors, write_text
 from shortllm.options import OneOrMore, accepts
+from shortllm.run_directory import require_results
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -51,6 +52,7 @@ def report(run_dir: Path) -> Path:
     Raises:
         ResultFileError: no finished run, or files that do not belong together.
     """
+    require_results(run_dir)
     if (run_dir / "comparison.json").exists() and not (run_dir / "plan.json").exists():
         return write_comparison(run_dir)
     return write_report(run_dir)
@@ -111,10 +113,12 @@ def compare(runs: OneOrMore[Path], *, out: Path = Path("compare.html")) -> list[
         ResultFileError: a directory without a finished run.
         OutputError: the page cannot be written.
     """
+    for one in runs:
+        require_results(one)
+    require_file_target(out)
     from shortllm.reporting.load import load_runs
     from shortllm.reporting.runs_page import compared_models, runs_page
 
-    require_file_target(out)
     found = load_runs(runs)
     models = compared_models(found)
     write_text(out, render(runs_page(found, models)))

@@ -29,7 +29,7 @@ from shortllm.errors import CheckpointError
 from shortllm.files import releasing, require_free, translate_os_errors
 from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.options import OneOrMore, accepts
+from shortllm.options import OneOrMore, accepts, described
 from shortllm.records import Cost
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
 from shortllm.retraining.setup import LOGS, Job, check, prepare
@@ -88,6 +88,14 @@ def retrain(
         CheckpointError: no teacher can be opened, or a saved state is damaged.
         OutputError: `out` contains something else or cannot be written.
     """
+    from transformers import TrainerCallback
+
+    for one in callbacks or ():
+        if not issubclass(one if isinstance(one, type) else type(one), TrainerCallback):
+            raise TypeError(
+                "retrain(): callbacks are instances or subclasses of transformers.TrainerCallback, "
+                f"not {described(one)}"
+            )
     checkpoint, session = open_checkpoint(model, revision=revision), Session(runtime)
     options.about.require_packages()
     return retrain_from(
