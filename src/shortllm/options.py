@@ -125,8 +125,6 @@ class Flag:
     """Heading in `--help`, where it is not that of the record."""
     metavar: str | None = None
     """What stands for the value in `--help`, e.g. `3,4,8`."""
-    parse: Callable[[str], Any] | None = None
-    """Turns the text of the command line into a value; default: pydantic does."""
     repeated: bool = False
     """Whether a list is given by several flags instead of one with commas."""
     hidden: bool = False
