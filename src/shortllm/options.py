@@ -95,7 +95,7 @@ class Options(Record, metaclass=_Constructor):
         """One item where a list is meant, and a `Path` where a text is."""
         if not isinstance(given, dict):
             return given
-        lists = {name for name, info in cls.model_fields.items() if _holds_list(info.annotation)}
+        lists = {name for name, info in cls.model_fields.items() if _takes_list(info.annotation)}
         listed = {name: as_list(value) if name in lists else value for name, value in given.items()}
         return {name: _paths_as_text(value) for name, value in listed.items()}
 
@@ -110,9 +110,9 @@ def _paths_as_text(given: Any) -> Any:
     return str(given) if isinstance(given, PurePath) else given
 
 
-def _holds_list(annotation: Any) -> bool:
+def _takes_list(annotation: Any) -> bool:
     """Whether a type is a list, or allows one."""
-    return get_origin(annotation) is list or any(map(_holds_list, get_args(annotation)))
+    return get_origin(annotation) is list or any(map(_takes_list, get_args(annotation)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,11 +280,11 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
             built = {name: called.record(name, given) for name in records}
             overwrite = given.pop("overwrite", False) if "overwrite" in called.added else False
             tokenizer = given.pop("tokenizer", None) if "tokenizer" in called.added else None
-            bound = called.bound(arguments, {**given, **built}, tokenizer)
             with ExitStack() as contexts:
                 contexts.enter_context(overwriting(bool(overwrite)))
                 for record in built.values():
                     contexts.enter_context(record.applied())
+                bound = called.bound(arguments, {**given, **built}, tokenizer)
                 return function(*bound.args, **bound.kwargs)
 
         call.__signature__ = called.signature()  # type: ignore[attr-defined]

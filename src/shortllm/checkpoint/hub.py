@@ -46,19 +46,19 @@ EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
 def _named(given: Any, info: ValidationInfo) -> str:
     """The name by which a model is opened that a caller gave in any way."""
-    if loaded.is_loaded_model(given):
-        context = info.context or {}
-        context["loaded"] = True
-        return loaded.name_of(given, context.get("tokenizer"))
     if isinstance(given, Path):
         return f"./{given}" if str(given) == EMBEDDED else str(given)
-    if not isinstance(given, str):
-        raise loaded.refuse(given)
-    if not given.strip():
+    if isinstance(given, str):
+        if given.strip():
+            return given
         raise CheckpointError(
             f"the model's name is empty. Give a checkpoint directory, a Hub id or '{EMBEDDED}'"
         )
-    return given
+    if not loaded.is_loaded_model(given):
+        raise loaded.refuse(given)
+    context = info.context or {}
+    context["loaded"] = True
+    return loaded.name_of(given, context.get("tokenizer"))
 
 
 ModelSource = Annotated[str, BeforeValidator(_named)]

@@ -108,7 +108,7 @@ def directory_of(name: str) -> Path | None:
 
 
 def refuse(given: Any) -> TypeError:
-    """The error for what is no model."""
+    """The error for something else than a model."""
     kinds = "a checkpoint directory, a Hub id or a loaded model of transformers"
     if isinstance(given, type):
         how = f"give an instance: {given.__name__}.from_pretrained(...)"
@@ -176,7 +176,7 @@ def _saved(name: str, model: Any) -> Path:
 
 @contextmanager
 def _saving(what: str) -> Iterator[None]:
-    """Errors of transformers while it saves something as one of ours."""
+    """Turn errors of transformers while it saves something into a CheckpointError."""
     place = Path(tempfile.gettempdir())
     try:
         with quiet_transformers(), translate_os_errors(place, hint=ELSEWHERE):

@@ -40,7 +40,7 @@ ProtectLast = Annotated[
 
 
 def parameters_in(text: Any) -> Any:
-    """`1.0B`, `350M` or a plain number as a count of parameters; what is no text as it is."""
+    """`1.0B`, `350M` or a plain number as a count of parameters; a number as it is."""
     if not isinstance(text, str):
         return text
     number = text.strip().rstrip("KkMmBbTt ")
