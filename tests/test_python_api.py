@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaModel, T5Config, T5ForConditionalGe
 
 import shortllm
 from shortllm import embedded
+from shortllm.calls import accepts
 from shortllm.checkpoint.loaded import directory_of
 from shortllm.cli import app
 from shortllm.errors import (
@@ -28,7 +29,7 @@ from shortllm.errors import (
     ShortLLMError,
     UnsupportedModelError,
 )
-from shortllm.options import Options, _keywords, accepts
+from shortllm.options import Options, keywords_of
 from shortllm.recipe import Recipe
 from shortllm.runtime import quiet_transformers
 
@@ -356,7 +357,7 @@ def test_every_flag_of_a_command_is_a_keyword_of_its_function() -> None:
         known = {one.name for one in parameters}
         for one in parameters:
             if isinstance(one.annotation, type) and issubclass(one.annotation, Options):
-                known |= _keywords(one.annotation).keys()
+                known |= keywords_of(one.annotation).keys()
         flags = {flag for one in command.params for flag in one.opts if flag.startswith("--")}
         missing = {flag for flag in flags - OTHERWISE if flag[2:].replace("-", "_") not in known}
         allowed = {"prune": {"--blocks"}, "compare-units": {"--batch"}}

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.loaded import ELSEWHERE, model_called
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -24,7 +25,7 @@ from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import HealOptions
 from shortllm.model import Session
 from shortllm.model.loading import load
-from shortllm.options import OneOrMore, accepts, options_from
+from shortllm.options import OneOrMore, options_from
 from shortllm.pipeline import check_any_removal, healing_of, opened_within, session_of
 from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removal_options

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.benchmark.bench import benchmark_fingerprint, check_speed, measure_speed
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import tokens_fingerprint
@@ -26,7 +27,7 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.texts import Texts, measure_perplexity
 from shortllm.files import hold, releasing, require_writable
 from shortllm.model import Session
-from shortllm.options import OneOrMore, accepts
+from shortllm.options import OneOrMore
 from shortllm.reporting.measurements import write_benchmark
 from shortllm.run_directory import delete, finished
 from shortllm.runtime import DeviceOptions

@@ -7,28 +7,20 @@
         ridge: float | None = Field(default=None, gt=0, description="Ridge strength ...")
 
 `option_fields` lists the fields of a record, those of nested records included, under the flat names
-that a command line and a Python call use. `accepts` lets a function take them as keywords, and
-`shortllm.cli.flags` makes a flag of each. How a flag differs from its field is said by `Flag`, how
-the fields of a nested record are named by `Nested`.
+that a command line and a Python call use. `shortllm.calls` lets a function take them as keywords,
+and `shortllm.cli.flags` makes a flag of each. How a flag differs from its field is said by `Flag`,
+how the fields of a nested record are named by `Nested`.
 
-What a Python caller gives is checked by the annotations: those of fields by pydantic, those of a
-function's own arguments by `accepts`. `OneOrMore[str]` takes one item where a list is meant, and a
-field that is a list does so by itself.
+Where a list is meant, people give one item: a field that is a list takes it, and so does an
+argument of a function that is annotated `OneOrMore[str]`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
-import reprlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import PurePath
-from types import SimpleNamespace
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -37,14 +29,12 @@ from typing import (
     TypeVar,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
-from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from shortllm.errors import ShortLLMError, did_you_mean
-from shortllm.files import overwriting
+from shortllm.errors import ShortLLMError
 from shortllm.records import Record, record_in, shown_value, validation_message
 
 Kind = TypeVar("Kind", bound="Options")
@@ -55,9 +45,6 @@ else:
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
-
-TAKES_A_MODEL = {"model", "models", "source"}
-"""Names of arguments that can be a loaded model."""
 
 
 def as_list(given: Any) -> Any:
@@ -194,6 +181,19 @@ def option_fields(kind: type[Options]) -> dict[str, OptionField]:
     return {**found, **{name: one for name, one in within.items() if name not in found}}
 
 
+def keywords_of(kind: type[Options]) -> dict[str, str]:
+    """Every keyword that sets an option of a record, or a record within it, and its name."""
+    fields = option_fields(kind)
+    within = {name: _metadata(info, Flag) or Flag() for name, info in kind.model_fields.items()}
+    flags = within | {name: one.flag for name, one in fields.items()}
+    of_flags = {
+        flag.name.partition("/")[0].lstrip("-").replace("-", "_"): name
+        for name, flag in flags.items()
+        if flag.name
+    }
+    return {**of_flags, **{name: name for name in (*kind.model_fields, *fields)}}
+
+
 def fields_of_all(kinds: Iterable[type[Options]]) -> dict[str, OptionField]:
     """The options of several records; of those with one name, the first."""
     found: dict[str, OptionField] = {}
@@ -253,205 +253,6 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(name), dict)
     }
     return {**base, **over, **both}
-
-
-# ---- calls
-
-
-def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Check what a public function is called with, and let it take the fields of records as
-    keywords.
-
-    `@accepts(options=HealOptions, runtime=Runtime)` on `heal(model, out, *, options, runtime)` lets
-    people call `heal(model, out, options=HealOptions(ridge=0.1))`, `heal(model, out, ridge=0.1)`,
-    or both: keywords win. A record that is not given has its defaults. A field is also known by the
-    name of its flag. The function's own arguments are checked and converted by their annotations,
-    as pydantic does.
-
-    A function that writes to `out` also takes `overwrite=True`, which lets it replace a finished
-    result of other choices. One that takes a model takes `tokenizer=`, that of a loaded model.
-    """
-
-    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        called = _Called(function, records)
-
-        @functools.wraps(function)
-        def call(*arguments: Any, **given: Any) -> Result:
-            built = {name: called.record(name, given) for name in records}
-            overwrite = given.pop("overwrite", False) if "overwrite" in called.added else False
-            tokenizer = given.pop("tokenizer", None) if "tokenizer" in called.added else None
-            with ExitStack() as contexts:
-                contexts.enter_context(overwriting(bool(overwrite)))
-                for record in built.values():
-                    contexts.enter_context(record.applied())
-                bound = called.bound(arguments, {**given, **built}, tokenizer)
-                return function(*bound.args, **bound.kwargs)
-
-        call.__signature__ = called.signature()  # type: ignore[attr-defined]
-        return call
-
-    return decorate
-
-
-@dataclass(frozen=True, eq=False)
-class _Called:
-    """A public function, and the records whose fields are its keywords."""
-
-    function: Callable[..., Any]
-    records: Mapping[str, type[Options]]
-
-    @cached_property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """Its own, the records among them."""
-        return inspect.signature(self.function).parameters
-
-    @cached_property
-    def added(self) -> dict[str, Any]:
-        """Keywords that it takes besides, and their defaults."""
-        found = {"overwrite": False} if "out" in self.parameters else {}
-        return found | ({"tokenizer": None} if TAKES_A_MODEL & self.parameters.keys() else {})
-
-    @cached_property
-    def types(self) -> dict[str, TypeAdapter[Any]]:
-        """What checks each of its own arguments."""
-        own = {
-            name: one.annotation
-            for name, one in self.parameters.items()
-            if name not in self.records and one.kind is not inspect.Parameter.VAR_KEYWORD
-        }
-        names = vars(sys.modules[self.function.__module__])
-        hints = get_type_hints(SimpleNamespace(__annotations__=own), names, include_extras=True)
-        return {name: TypeAdapter(hint) for name, hint in hints.items()}
-
-    def record(self, name: str, given: dict[str, Any]) -> Options:
-        """A record with the fields that were given as keywords, which are taken out."""
-        base, kind = given.pop(name, None), self.records[name]
-        if base is not None and not isinstance(base, Options):
-            raise self.wrong(name, base)
-        kind = type(base) if isinstance(base, kind) else kind  # a subclass has more options
-        keywords = _keywords(kind)
-        chosen = {
-            keywords[name]: given.pop(name)
-            for name in list(given)
-            if name in keywords and name not in self.parameters
-        }
-        with self.named():
-            return options_from(kind, chosen, base=base)
-
-    def bound(
-        self, arguments: Sequence[Any], given: Mapping[str, Any], tokenizer: Any
-    ) -> inspect.BoundArguments:
-        """Its arguments, checked and converted; `tokenizer` is that of a loaded model."""
-        self.require_known(given)
-        with self.named():
-            bound = inspect.signature(self.function).bind(*arguments, **given)
-        context = {"tokenizer": tokenizer}
-        for name in bound.arguments.keys() & self.types.keys():
-            bound.arguments[name] = self.checked(name, bound.arguments[name], context)
-        if tokenizer is not None and "loaded" not in context:
-            raise ShortLLMError(
-                "tokenizer= is that of a loaded model; a directory or Hub id has its own. Leave it "
-                "out"
-            )
-        return bound
-
-    def require_known(self, given: Mapping[str, Any]) -> None:
-        """Refuse keywords that it does not have."""
-        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self.parameters.values()):
-            return
-        known = {*self.parameters, *self.added}.union(*map(_keywords, self.records.values()))
-        for name in (name for name in given if name not in self.parameters):
-            hint = did_you_mean(name, known - self.records.keys())
-            raise TypeError(f"{self.function.__name__}() has no argument '{name}'.{hint}")
-
-    def checked(self, name: str, value: Any, context: dict[str, Any]) -> Any:
-        """The value of one of its own arguments, converted."""
-        try:
-            with self.named():
-                return self.types[name].validate_python(value, context=context)
-        except ValidationError as error:
-            cause = error.errors()[0].get("ctx", {}).get("error")
-            if isinstance(cause, ShortLLMError):
-                raise cause from None
-            raise self.wrong(name, value) from None
-
-    def wrong(self, name: str, value: Any) -> TypeError:
-        """The error for an argument of a wrong type, with what the docstring says of it."""
-        found = re.search(rf"^ +{name}: (.+(?:\n {{12}}.+)*)", self.function.__doc__ or "", re.M)
-        about = f" {name}: {' '.join(found[1].split())}" if found else ""
-        return TypeError(
-            f"{self.function.__name__}(): {name}={described(value)} does not fit.{about} "
-            f"{self.usage}"
-        )
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """A TypeError within the context says what was called, and how to call it."""
-        try:
-            yield
-        except TypeError as error:
-            raise TypeError(f"{self.function.__name__}(): {error}. {self.usage}") from None
-
-    @property
-    def usage(self) -> str:
-        """The call with the function's own arguments."""
-        own = [
-            one.replace(annotation=inspect.Parameter.empty)
-            for one in self.parameters.values()
-            if one.name not in (*self.records, "command")
-        ]
-        more = ", ...)" if self.records else ")"
-        return f"Call shortllm.{self.function.__name__}{str(inspect.Signature(own))[:-1]}{more}"
-
-    def signature(self) -> inspect.Signature:
-        """What `help()` shows: the function's own arguments, the records, and their fields."""
-        signature = inspect.signature(self.function)
-        own = [one for one in self.parameters.values() if one.name not in self.records]
-        kinds = self.records.values()
-        kept = {
-            name: info.get_default(call_default_factory=True)
-            for kind in kinds
-            for name, info in kind.model_fields.items()
-        }
-        flat = {
-            name: one.info.get_default(call_default_factory=True)
-            for name, one in fields_of_all(kinds).items()
-        }
-        whole = {name: value for name, value in kept.items() if not isinstance(value, Options)}
-        defaults = {**self.added, **dict.fromkeys(self.records), **whole, **flat}
-        keywords = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=self.records.get(name, inspect.Parameter.empty),
-            )
-            for name, default in defaults.items()
-            if name not in {one.name for one in own}
-        ]
-        rest = [one for one in own if one.kind is inspect.Parameter.VAR_KEYWORD]
-        named = [one for one in own if one not in rest]
-        return signature.replace(parameters=[*named, *keywords, *rest])
-
-
-def _keywords(kind: type[Options]) -> dict[str, str]:
-    """Every keyword that sets an option of a record, or a record within it, and its name."""
-    fields = option_fields(kind)
-    within = {name: _metadata(info, Flag) or Flag() for name, info in kind.model_fields.items()}
-    flags = within | {name: one.flag for name, one in fields.items()}
-    of_flags = {
-        flag.name.partition("/")[0].lstrip("-").replace("-", "_"): name
-        for name, flag in flags.items()
-        if flag.name
-    }
-    return {**of_flags, **{name: name for name in (*kind.model_fields, *fields)}}
-
-
-def described(value: Any) -> str:
-    """A value that does not fit: as Python writes it where that is short, else its type."""
-    if value is None or type(value) in (bool, int, float, str, list, tuple, dict):
-        return reprlib.repr(value)
-    return f"an object of type {type(value).__name__}"
 
 
 def _declaring(kind: type[Options], name: str) -> type[Options]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.benchmark.bench import check_speed
 from shortllm.benchmark.options import Benchmark
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve
@@ -31,7 +32,7 @@ from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
 from shortllm.model import Session
-from shortllm.options import accepts, overlaid
+from shortllm.options import overlaid
 from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removable, removal_options
 from shortllm.pruning.planning import build_plan, check_published_order

@@ -24,10 +24,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from shortllm.calls import described
 from shortllm.checkpoint.config import block_count
 from shortllm.errors import CheckpointError, ShortLLMError, first_line_of
 from shortllm.files import require_writable, translate_os_errors
-from shortllm.options import described
 from shortllm.runtime import is_trusted, quiet_transformers
 
 ELSEWHERE = "set TMPDIR to another directory"

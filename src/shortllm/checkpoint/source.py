@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import block_count, checked_config, text_config
 from shortllm.checkpoint.gguf import origin_in
 from shortllm.checkpoint.hub import ModelSource, locate, named_revision
@@ -24,7 +25,6 @@ from shortllm.checkpoint.shorten_config import prediction_heads, structurally_pr
 from shortllm.checkpoint.structure import BlockStructure, block_structure
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table, unpacked_elements
 from shortllm.errors import UnsupportedModelError
-from shortllm.options import accepts
 from shortllm.records import ModelInfo, SpecialToken
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

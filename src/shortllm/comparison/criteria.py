@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm import run_directory as rundir
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.comparison.options import (
@@ -39,7 +40,6 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import EvaluationText, prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model import Session
-from shortllm.options import accepts
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.pruning.planning import build_plan, removal_order
 from shortllm.pruning.records import BlockScores

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from shortllm import criteria, pipeline
 from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.comparison.options import DEPTH, UNITS_FILE, WIDTH, Candidate, UnitsComparison
@@ -34,7 +35,7 @@ from shortllm.files import fingerprint, overwriting, releasing
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.model import Session
-from shortllm.options import OneOrMore, accepts, overlaid
+from shortllm.options import OneOrMore, overlaid
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from
@@ -86,7 +87,7 @@ def compare_units(
     model: ModelSource | None = None,
     *,
     recipe: Recipe,
-    methods: OneOrMore[str] = [*DEPTH, *WIDTH],  # noqa: B006
+    methods: OneOrMore[str] | None = None,
     out: Path | None = None,
     command: Sequence[str] = (),
 ) -> UnitsComparison:
@@ -101,7 +102,7 @@ def compare_units(
             anything: healing without training, which for width is the repair of what is left, and
             retraining; its fields can be given as keywords.
         methods: depth criteria, of which the first sets the number of parameters, and width
-            methods.
+            methods. Default: ppl, taylor and all width methods.
         out: run directory. Default: `runs/<model>-units`.
         command: the command line, for run.json.
     Returns:
@@ -111,6 +112,7 @@ def compare_units(
     """
     if model is not None:
         recipe = overlaid(recipe, Recipe(model=model))
+    methods = [*DEPTH, *WIDTH] if methods is None else methods
     depth, width = asked_methods(methods)
     directory = out or default_directory(recipe.model)
     checkpoint = open_checkpoint(
@@ -125,7 +127,7 @@ def compare_units(
             "quantization=null"
         )
     check_budget(recipe.budget, checkpoint.info())
-    chosen = recipe.model_dump(mode="json") | {"methods": list(methods)}
+    chosen = recipe.model_dump(mode="json") | {"methods": methods}
     rundir.claim_directory(directory, checkpoint, chosen)
     pipeline.check_any_removal(checkpoint, recipe.budget)
     session = pipeline.session_of(recipe)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint
@@ -37,7 +38,7 @@ from shortllm.files import fingerprint, require_file_target, write_text
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, walk_flops
-from shortllm.options import OneOrMore, accepts
+from shortllm.options import OneOrMore
 from shortllm.run_directory import require_replaceable
 from shortllm.runtime import (
     ALONE,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shortllm import __version__
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -35,7 +36,6 @@ from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, He
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, mean_nlls
-from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks
 from shortllm.surgery.apply import PROVENANCE, lineage, open_original, renumbered_tensors

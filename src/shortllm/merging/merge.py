@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -36,7 +37,6 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory
 from shortllm.model.metrics import cosine, next_token_nll, perplexity
 from shortllm.model.walk import slice_tokens, targets, token_slices
-from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Advance, Runtime, progress
 from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import is_own_code
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.checkpoint.structure import auto_class
 from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
-from shortllm.options import accepts
 from shortllm.runtime import available_memory, choose_dtype, quiet_transformers
 
 MEMORY_PER_WEIGHTS = 1.15

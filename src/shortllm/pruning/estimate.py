@@ -27,10 +27,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
-from shortllm.options import accepts
 from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shortllm import criteria
+from shortllm.calls import accepts
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria.search import Search
 from shortllm.errors import BudgetError, CheckpointError
 from shortllm.files import fingerprint, require_file_target
 from shortllm.format import number
 from shortllm.model import Session
-from shortllm.options import accepts
 from shortllm.pruning import targets
 from shortllm.pruning.budget import (
     Budget,

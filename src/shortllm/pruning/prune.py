@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.gguf import read_gguf
 from shortllm.checkpoint.hub import ModelSource, is_gguf, locate_gguf, named_revision
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -15,7 +16,7 @@ from shortllm.checkpoint.writer import MAX_SHARD_BYTES
 from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import fingerprint
 from shortllm.model import Session
-from shortllm.options import OneOrMore, accepts
+from shortllm.options import OneOrMore
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning, load_plan

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve_all
@@ -21,7 +22,6 @@ from shortllm.files import fingerprint, releasing
 from shortllm.healing.options import HealOptions
 from shortllm.journal import Journal, journal_directory
 from shortllm.model import Session
-from shortllm.options import accepts
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.scoring import Scorer, require_plain_weights
 from shortllm.pruning.search_space import score_all, work_of_all

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from shortllm import __version__
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -29,7 +30,6 @@ from shortllm.files import require_free
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.options import accepts
 from shortllm.quantizing.compressing import (
     LIBRARY,
     Layers,

@@ -24,8 +24,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shortllm.calls import accepts
 from shortllm.files import require_file_target, translate_os_errors, write_text
-from shortllm.options import OneOrMore, accepts
+from shortllm.options import OneOrMore
 from shortllm.run_directory import require_results
 
 if TYPE_CHECKING:

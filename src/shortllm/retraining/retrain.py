@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from shortllm import __version__
+from shortllm.calls import accepts, described
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
@@ -29,7 +30,7 @@ from shortllm.errors import CheckpointError
 from shortllm.files import releasing, require_free, translate_os_errors
 from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.options import OneOrMore, accepts, described
+from shortllm.options import OneOrMore
 from shortllm.records import Cost
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
 from shortllm.retraining.setup import LOGS, Job, check, prepare

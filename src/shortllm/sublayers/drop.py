@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
@@ -23,7 +24,6 @@ from shortllm.files import PARTIAL
 from shortllm.journal import Journal
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.options import accepts
 from shortllm.records import ModelInfo, protected_in
 from shortllm.runtime import Runtime
 from shortllm.sublayers.criteria import CRITERIA, Ranking, Task

@@ -8,12 +8,12 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.gguf import SUFFIX, OutType
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
-from shortllm.options import accepts
 from shortllm.runtime import Trust
 from shortllm.surgery.export_lint import lint_export
 

@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import SHAPES, block_count, text_config
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import UnsupportedModelError
-from shortllm.options import accepts
 from shortllm.records import Record
 from shortllm.runtime import Trust
 

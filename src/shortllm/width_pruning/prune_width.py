@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import SHAPES, block_shapes, marked
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
@@ -32,7 +33,6 @@ from shortllm.errors import DataError, UnsupportedModelError
 from shortllm.healing.folding import folded_into
 from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
-from shortllm.options import accepts
 from shortllm.runtime import Runtime, quiet_transformers
 from shortllm.surgery.apply import as_read_from_disk, provenance_of
 from shortllm.surgery.derived import (
