@@ -30,7 +30,7 @@ from shortllm.errors import RecipeError, did_you_mean, install_hint
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.healing.options import HealOptions
 from shortllm.healing.options import MethodName as HealMethod
-from shortllm.options import Flag, Nested, as_list
+from shortllm.options import Flag, Nested
 from shortllm.pruning.budget import Budget
 from shortllm.published import Published
 from shortllm.quantizing.options import MethodName as QuantizeMethod
@@ -148,8 +148,7 @@ class Recipe(Runtime):
     )
     @classmethod
     def _retraining_by_names(cls, given: Any) -> Any:
-        found = map(_by_method, as_list(given) or ())
-        return [one for one in found if one is not None]
+        return [one for one in map(_by_method, given or ()) if one is not None]
 
     @field_validator(
         "benchmark", mode="before", json_schema_input_type=BenchmarkOptions | bool | None
