@@ -334,7 +334,6 @@ class Reader:
                 "check_scores",
                 "check_pruning",
                 "check_directory",
-                "check_run",
             ):
                 patch.setattr(f"shortllm.cli.early.{name}", lambda *given: None)
             patch.setattr("shortllm.released.measure_released", stop)

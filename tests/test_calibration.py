@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -27,7 +26,7 @@ from shortllm.data.calibration import (
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
-from shortllm.errors import DataError, OutputError, ResultFileError
+from shortllm.errors import DataError, OutputError, ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import evaluation_segments
 
@@ -186,12 +185,12 @@ def test_random_reads_a_row_once(with_bos: PreTrainedTokenizerBase) -> None:
 
 
 def test_senseless_shapes() -> None:
-    at_least = "Input should be greater than or equal to"
+    at_least = "must be greater than or equal to"
     for samples, length in [(0, 8), (1, 1), (-1, 8)]:
-        with pytest.raises(ValidationError, match=at_least):
+        with pytest.raises(ShortLLMError, match=at_least):
             CalibrationOptions(samples=samples, length=length)
     for shape in ({"length": 1}, {"max_segments": 0}):
-        with pytest.raises(ValidationError, match=at_least):
+        with pytest.raises(ShortLLMError, match=at_least):
             EvaluationOptions(**shape)
 
 

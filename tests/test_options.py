@@ -13,13 +13,13 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 import shortllm
+from shortllm.calls import accepts
 from shortllm.cli.flags import flags
 from shortllm.errors import ShortLLMError
 from shortllm.options import (
     Flag,
     Nested,
     Options,
-    accepts,
     option_fields,
     options_from,
     overlaid,

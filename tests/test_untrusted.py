@@ -389,6 +389,10 @@ def test_with_the_flag_every_stage_works(
         assert type(shortllm.load(healed)).__name__ == "OwnModel"
     model = AutoModelForCausalLM.from_pretrained(healed, trust_remote_code=True)
     assert model.config.num_hidden_layers == 4 and (healed / "own.py").exists()
+    with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
+        shortllm.shorten(model, blocks=2)
+    shorter = shortllm.shorten(model, blocks=2, trust_remote_code=True)
+    assert type(shorter).__name__ == "OwnModel" and shorter.config.num_hidden_layers == 3
 
 
 def test_a_whole_run_with_the_flag(

@@ -710,6 +710,9 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
         shapes = json.loads((healed / "config.json").read_text())["per_block_shapes"]
         assert shapes == json.loads(Path(narrower, "config.json").read_text())["per_block_shapes"]
         assert shortllm.load(healed).config.model_type == "qwen2"
+    shorter = shortllm.shorten(shortllm.load(narrower), blocks=2)
+    shorter.save_pretrained(tmp_path / "shorter")
+    assert "per_block_shapes" in (tmp_path / "shorter" / "config.json").read_text()
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:

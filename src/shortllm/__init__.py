@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shortllm.healing.heal import heal as heal
     from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
+    from shortllm.live import shorten as shorten
     from shortllm.measure import bench as bench
     from shortllm.merging.merge import merge as merge
     from shortllm.merging.options import MergeOptions as MergeOptions
@@ -79,6 +80,7 @@ _NAMES = {
     "evaluation.options": ("Evaluation", "EvaluationOptions"),
     "healing.heal": ("heal",),
     "healing.options": ("HealOptions", "Healing"),
+    "live": ("shorten",),
     "measure": ("bench",),
     "merging.merge": ("merge",),
     "merging.options": ("MergeOptions", "Merging"),

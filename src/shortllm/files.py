@@ -248,18 +248,21 @@ def _is_full(error: Exception) -> bool:
     return from_torch or any(os.strerror(number) in text for number in NO_SPACE)
 
 
-def require_writable(directory: Path, needed_bytes: int = 0) -> None:
-    """Check before heavy work that `directory` can be created and has `needed_bytes` free."""
-    parent = existing_parent(directory)
+def require_writable(directory: Path, needed_bytes: int = 0, *, hint: str = ANOTHER) -> None:
+    """Check before heavy work that `directory` can be created and has `needed_bytes` free.
+
+    `hint` says what to do other than make space.
+    """
+    parent, instead = existing_parent(directory), f"{hint[:1].upper()}{hint[1:]}"
     if not parent.is_dir():
-        raise OutputError(f"cannot write to {directory}: {parent} is a file. Choose another --out")
+        raise OutputError(f"cannot write to {directory}: {parent} is a file. {instead}")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"no permission to write in {parent}. Choose another --out")
+        raise OutputError(f"no permission to write in {parent}. {instead}")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise OutputError(
             f"not enough space on the disk of {directory}: {in_bytes(needed_bytes)} are needed, "
-            f"{in_bytes(free)} are free. Make space and run the same command again, or {ANOTHER}"
+            f"{in_bytes(free)} are free. Make space and run the same command again, or {hint}"
         )
 
 

@@ -5,13 +5,15 @@ shortllm bench MODEL SHORT --batch 1,16 --new-tokens 128 --out bench
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.benchmark.bench import benchmark_fingerprint, check_speed, measure_speed
 from shortllm.benchmark.options import Benchmark, BenchmarkOptions
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import tokens_fingerprint
 from shortllm.errors import ResultFileError, ShortLLMError
@@ -25,7 +27,7 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.texts import Texts, measure_perplexity
 from shortllm.files import hold, releasing, require_writable
 from shortllm.model import Session
-from shortllm.options import accepts
+from shortllm.options import OneOrMore
 from shortllm.reporting.measurements import write_benchmark
 from shortllm.run_directory import delete, finished
 from shortllm.runtime import DeviceOptions
@@ -89,16 +91,16 @@ def best_of(
 
 @accepts(options=BenchmarkOptions, runtime=DeviceOptions)
 def bench(
-    models: str | Sequence[str],
+    models: OneOrMore[ModelSource],
     *,
     options: BenchmarkOptions,
     runtime: DeviceOptions,
-    out: Path | str | None = None,
+    out: Path | None = None,
 ) -> Benchmark:
     """Latency, throughput and memory of one or more models, measured in interleaved runs.
 
     Args:
-        models: checkpoint directories or Hub ids.
+        models: checkpoint directories, Hub ids or loaded models: one or several.
         options: what to measure; its fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
         out: a directory for bench.json, bench.csv and the plots; a run directory will do. An
@@ -108,18 +110,16 @@ def bench(
     Raises:
         ShortLLMError: something cannot be measured here; before any model is loaded.
     """
-    names = [models] if isinstance(models, str) else list(models)
-    if not names:
+    if not models:
         raise ShortLLMError("no model to measure. Give one or more")
     session = Session(runtime)
-    checkpoints = open_checkpoints(names)
-    directory = None if out is None else Path(out)
-    if directory is not None:
-        require_writable(directory)
+    checkpoints = open_checkpoints(models)
+    if out is not None:
+        require_writable(out)
     check_speed(checkpoints, options, session)
-    if directory is None:
+    if out is None:
         return measure_speed(checkpoints, options, session=session)
-    return bench_in(directory, checkpoints, options, session)
+    return bench_in(out, checkpoints, options, session)
 
 
 @releasing()

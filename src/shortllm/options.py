@@ -7,40 +7,99 @@
         ridge: float | None = Field(default=None, gt=0, description="Ridge strength ...")
 
 `option_fields` lists the fields of a record, those of nested records included, under the flat names
-that a command line and a Python call use. `accepts` lets a function take them as keywords, and
-`shortllm.cli.flags` makes a flag of each. How a flag differs from its field is said by `Flag`, how
-the fields of a nested record are named by `Nested`.
+that a command line and a Python call use. `shortllm.calls` lets a function take them as keywords,
+and `shortllm.cli.flags` makes a flag of each. How a flag differs from its field is said by `Flag`,
+how the fields of a nested record are named by `Nested`.
+
+Where a list is meant, people give one item: a field that is a list takes it, and so does an
+argument of a function that is annotated `OneOrMore[str]`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_origin
+from pathlib import PurePath
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    TypeVar,
+    get_args,
+    get_origin,
+)
 
-from pydantic import ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from shortllm.errors import ShortLLMError, did_you_mean
-from shortllm.files import overwriting
+from shortllm.errors import ShortLLMError
 from shortllm.records import Record, record_in, shown_value, validation_message
 
 Kind = TypeVar("Kind", bound="Options")
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
-class Options(Record):
+def as_list(given: Any) -> Any:
+    """One item as a list of it; what has items, and None, as it is."""
+    single = isinstance(given, (str, Mapping, BaseModel)) or not isinstance(given, Iterable)
+    return [given] if single and given is not None else given
+
+
+OneOrMore = Annotated[list[Item], BeforeValidator(as_list)]
+"""A list, or one item of it."""
+
+
+class _Constructor(ModelMetaclass):
+    """What does not fit a record that a user makes is said in one line."""
+
+    def __call__(cls: type[BaseModel], *unnamed: Any, **fields: Any) -> Any:  # type: ignore[misc]
+        if unnamed:
+            names = ", ".join(f"{name}=..." for name in cls.model_fields)
+            raise TypeError(f"{cls.__name__} takes its fields by name: {cls.__name__}({names})")
+        try:
+            return type.__call__(cls, **fields)
+        except ValidationError as error:
+            raise ShortLLMError(f"{cls.__name__}: {validation_message(error, cls)}") from None
+
+
+class Options(Record, metaclass=_Constructor):
     """Choices that a user makes: a section of a recipe, flags of a command, Python arguments."""
 
     panel: ClassVar[str] = "Options"
     """Heading of these options in `--help`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_people_give_it(cls, given: Any) -> Any:
+        """One item where a list is meant, and a `Path` where a text is."""
+        if not isinstance(given, dict):
+            return given
+        lists = {name for name, info in cls.model_fields.items() if _takes_list(info.annotation)}
+        listed = {name: as_list(value) if name in lists else value for name, value in given.items()}
+        return {name: _paths_as_text(value) for name, value in listed.items()}
+
     def applied(self) -> AbstractContextManager[Any]:
         """A context in which a function that accepts these options runs; most need none."""
         return ExitStack()
+
+
+def _paths_as_text(given: Any) -> Any:
+    if isinstance(given, list):
+        return [_paths_as_text(one) for one in given]
+    return str(given) if isinstance(given, PurePath) else given
+
+
+def _takes_list(annotation: Any) -> bool:
+    """Whether a type is a list, or allows one."""
+    return get_origin(annotation) is list or any(map(_takes_list, get_args(annotation)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +112,6 @@ class Flag:
     """Heading in `--help`, where it is not that of the record."""
     metavar: str | None = None
     """What stands for the value in `--help`, e.g. `3,4,8`."""
-    parse: Callable[[str], Any] | None = None
-    """Turns the text of the command line into a value; default: pydantic does."""
     repeated: bool = False
     """Whether a list is given by several flags instead of one with commas."""
     hidden: bool = False
@@ -124,6 +181,19 @@ def option_fields(kind: type[Options]) -> dict[str, OptionField]:
     return {**found, **{name: one for name, one in within.items() if name not in found}}
 
 
+def keywords_of(kind: type[Options]) -> dict[str, str]:
+    """Every keyword that sets an option of a record, or a record within it, and its name."""
+    fields = option_fields(kind)
+    within = {name: _metadata(info, Flag) or Flag() for name, info in kind.model_fields.items()}
+    flags = within | {name: one.flag for name, one in fields.items()}
+    of_flags = {
+        flag.name.partition("/")[0].lstrip("-").replace("-", "_"): name
+        for name, flag in flags.items()
+        if flag.name
+    }
+    return {**of_flags, **{name: name for name in (*kind.model_fields, *fields)}}
+
+
 def fields_of_all(kinds: Iterable[type[Options]]) -> dict[str, OptionField]:
     """The options of several records; of those with one name, the first."""
     found: dict[str, OptionField] = {}
@@ -152,7 +222,8 @@ def options_from(
     content: dict[str, Any] = base.model_dump(exclude_unset=True) if base is not None else {}
     for name, value in given.items():
         if name not in fields:
-            content[name] = value.model_dump(exclude_unset=True)
+            whole = isinstance(value, Options)
+            content[name] = value.model_dump(exclude_unset=True) if whole else value
     for name in (name for name in fields if name in given):
         *parents, last = fields[name].path
         place = content
@@ -182,71 +253,6 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(name), dict)
     }
     return {**base, **over, **both}
-
-
-def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let a function that takes records take their fields as keywords as well.
-
-    `@accepts(options=HealOptions, runtime=Runtime)` on `heal(model, out, *, options, runtime)` lets
-    people call `heal(model, out, options=HealOptions(ridge=0.1))`, `heal(model, out, ridge=0.1)`,
-    or both: keywords win. A record that is not given has its defaults. A function that writes to
-    `out` also takes `overwrite=True`, which lets it replace a finished result of other choices.
-    """
-
-    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        parameters = inspect.signature(function).parameters
-
-        @functools.wraps(function)
-        def call(*arguments: Any, **given: Any) -> Result:
-            built: dict[str, Options] = {}
-            rest = dict(given)
-            for parameter, kind in records.items():
-                base = rest.pop(parameter, None)
-                kind = kind if base is None else type(base)  # a subclass has more options
-                fields = option_fields(kind)
-                chosen = {
-                    name: rest.pop(name)
-                    for name in list(rest)
-                    if name in fields
-                    or (name in kind.model_fields and isinstance(rest[name], Options))
-                }
-                built[parameter] = options_from(kind, chosen, base=base)
-            overwrite = bool(rest.pop("overwrite", False)) if "out" in parameters else False
-            for name in (name for name in rest if name not in parameters):
-                known = [*(parameters.keys() - records.keys()), *fields_of_all(records.values())]
-                raise TypeError(
-                    f"{function.__name__}() has no argument '{name}'.{did_you_mean(name, known)}"
-                )
-            with ExitStack() as contexts:
-                contexts.enter_context(overwriting(overwrite))
-                for record in built.values():
-                    contexts.enter_context(record.applied())
-                return function(*arguments, **rest, **built)
-
-        call.__signature__ = _signature(function, records)  # type: ignore[attr-defined]
-        return call
-
-    return decorate
-
-
-def _signature(
-    function: Callable[..., Any], records: Mapping[str, type[Options]]
-) -> inspect.Signature:
-    """What `help()` shows: the function's own arguments, the records, and their fields."""
-    signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.name not in records]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    named = [
-        inspect.Parameter(name, keyword, default=None, annotation=kind)
-        for name, kind in records.items()
-    ]
-    held = {one.name for one in (*own, *named)}
-    flat = [
-        inspect.Parameter(name, keyword, default=one.info.get_default(call_default_factory=True))
-        for name, one in fields_of_all(records.values()).items()
-        if name not in held
-    ]
-    return signature.replace(parameters=[*own, *named, *flat])
 
 
 def _declaring(kind: type[Options], name: str) -> type[Options]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from shortllm.benchmark.bench import check_speed
 from shortllm.benchmark.options import Benchmark
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve
 from shortllm.errors import RecipeError, ShortLLMError
@@ -30,7 +32,7 @@ from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
 from shortllm.model import Session
-from shortllm.options import accepts, overlaid
+from shortllm.options import overlaid
 from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removable, removal_options
 from shortllm.pruning.planning import build_plan, check_published_order
@@ -85,10 +87,10 @@ class RunResult:
 @releasing()
 @accepts(recipe=Recipe)
 def run(
-    model: str | None = None,
+    model: ModelSource | None = None,
     *,
     recipe: Recipe,
-    out: Path | str | None = None,
+    out: Path | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
     """From a model's name to a shortened, repaired checkpoint and a report, in one directory.
@@ -96,7 +98,8 @@ def run(
     Stages whose files are up to date are skipped; an interrupted run is resumed.
 
     Args:
-        model: a checkpoint directory or Hub id. Default: the recipe's, the embedded model.
+        model: a checkpoint directory, a Hub id, or a loaded model. Default: the recipe's, the
+            embedded model.
         recipe: every choice; its fields can be given as keywords, e.g. `remove=6, data="c4"`.
         out: run directory. Default: `runs/<model>-<criterion>-<budget>`.
         command: the command line, for run.json and the report.
@@ -108,7 +111,7 @@ def run(
     """
     if model is not None:
         recipe = overlaid(recipe, Recipe(model=model))
-    prepared = _prepare(recipe, None if out is None else Path(out), command)
+    prepared = _prepare(recipe, out, command)
     with overwriting():  # the recipe of the whole run has been compared
         return _stages(prepared)
 

@@ -24,16 +24,19 @@ from pydantic import Field, ValidationError, field_validator
 
 from shortllm import criteria
 from shortllm.benchmark.options import BenchmarkOptions
-from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import RecipeError, did_you_mean, install_hint
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.healing.options import HealOptions, MethodName
+from shortllm.healing.options import HealOptions
+from shortllm.healing.options import MethodName as HealMethod
 from shortllm.options import Flag, Nested
 from shortllm.pruning.budget import Budget
 from shortllm.published import Published
+from shortllm.quantizing.options import MethodName as QuantizeMethod
 from shortllm.quantizing.options import QuantizeOptions
 from shortllm.records import SpecialToken, validation_message
+from shortllm.retraining.options import MethodName as RetrainMethod
 from shortllm.retraining.options import RetrainOptions
 from shortllm.runtime import Runtime
 
@@ -50,6 +53,10 @@ CONTINUATIONS = 5
 """Generated samples per model in a run."""
 
 HIDDEN = Flag(hidden=True)
+HEAL, RETRAIN, QUANTIZE, BENCH = (
+    Flag(name=f"--{name}", hidden=True) for name in ("heal", "retrain", "quantize", "bench")
+)
+"""Flags that `shortllm run` has of its own; here they are names of keywords."""
 
 
 class Recipe(Runtime):
@@ -58,7 +65,7 @@ class Recipe(Runtime):
     panel: ClassVar[str] = "Scoring"
 
     about: Annotated[str, HIDDEN] = Field(default="", description="What it does, in one line.")
-    model: Annotated[str, HIDDEN] = Field(
+    model: Annotated[ModelSource, HIDDEN] = Field(
         default="embedded", description="Checkpoint directory, GGUF file, Hub id, or 'embedded'."
     )
     revision: Annotated[str | None, Flag(panel="Recipe")] = Field(
@@ -78,7 +85,7 @@ class Recipe(Runtime):
         description="Remove blocks in the order that the recipe has as published; score nothing.",
     )
     calibration: CalibrationOptions = CalibrationOptions()
-    healing: Annotated[HealOptions | None, Nested(skip=True), HIDDEN] = Field(
+    healing: Annotated[HealOptions | None, Nested(skip=True), HEAL] = Field(
         default=None,
         description="How to repair the shortened model without training: a method, or its options.",
     )
@@ -87,12 +94,12 @@ class Recipe(Runtime):
         description="Judge the sets that a search or 'greedy' tries by what is left of their loss "
         "after healing. Default: if the run heals.",
     )
-    retraining: Annotated[list[RetrainOptions], HIDDEN] = Field(
+    retraining: Annotated[list[RetrainOptions], RETRAIN] = Field(
         default_factory=list,
         description="How to retrain the shortened model: one way or several, each from the same "
         "start.",
     )
-    quantization: Annotated[QuantizeOptions | None, Nested(skip=True), HIDDEN] = Field(
+    quantization: Annotated[QuantizeOptions | None, Nested(skip=True), QUANTIZE] = Field(
         default=None, description="How to quantize the best model. Default: not at all."
     )
     evaluation: Annotated[
@@ -106,7 +113,7 @@ class Recipe(Runtime):
             }
         ),
     ] = EvaluationOptions()
-    benchmark: Annotated[BenchmarkOptions | None, Nested(skip=True)] = Field(
+    benchmark: Annotated[BenchmarkOptions | None, Nested(skip=True), BENCH] = Field(
         default=None, description="How to measure speed and memory. Default: not at all."
     )
     published: Annotated[Published | None, HIDDEN] = Field(
@@ -114,21 +121,42 @@ class Recipe(Runtime):
     )
 
     @field_validator(
-        "retraining", mode="before", json_schema_input_type=RetrainOptions | list[RetrainOptions]
-    )
-    @classmethod
-    def _one_or_a_list(cls, given: Any) -> Any:
-        return [given] if isinstance(given, (dict, RetrainOptions)) else given
-
-    @field_validator(
         "healing",
         mode="before",
-        json_schema_input_type=HealOptions | MethodName | Literal["none"] | None,
+        json_schema_input_type=HealOptions | HealMethod | Literal["none"] | None,
     )
     @classmethod
-    def _a_name_or_options(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return None if given == "none" else {"method": given}
+    def _healing_by_name(cls, given: Any) -> Any:
+        return _by_method(given)
+
+    @field_validator(
+        "quantization",
+        mode="before",
+        json_schema_input_type=QuantizeOptions | QuantizeMethod | Literal["none"] | None,
+    )
+    @classmethod
+    def _quantization_by_name(cls, given: Any) -> Any:
+        return _by_method(given)
+
+    @field_validator(
+        "retraining",
+        mode="before",
+        json_schema_input_type=RetrainOptions
+        | RetrainMethod
+        | Literal["none"]
+        | list[RetrainOptions | RetrainMethod],
+    )
+    @classmethod
+    def _retraining_by_names(cls, given: Any) -> Any:
+        return [one for one in map(_by_method, given or ()) if one is not None]
+
+    @field_validator(
+        "benchmark", mode="before", json_schema_input_type=BenchmarkOptions | bool | None
+    )
+    @classmethod
+    def _benchmark_or_none(cls, given: Any) -> Any:
+        if isinstance(given, bool):
+            return {} if given else None
         return given
 
     @property
@@ -165,6 +193,13 @@ class Recipe(Runtime):
             ]
         found = {"retraining": retraining, "calibration": calibration, "evaluation": evaluation}
         return self.model_copy(update=found)
+
+
+def _by_method(given: Any) -> Any:
+    """The name of a method as its options; `none` as None."""
+    if isinstance(given, str):
+        return None if given == "none" else {"method": given}
+    return given
 
 
 # ---- files and settings

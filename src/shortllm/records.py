@@ -40,15 +40,17 @@ class ResultFile(Record):
 
     fingerprint: str = Field(description="sha256 of the inputs that made this file")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the file under a temporary name, then rename it into place."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+        write_text(
+            Path(path), json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+        )
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path | str) -> Self:
         """Read the file back."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
         except ValidationError as error:
@@ -128,7 +130,9 @@ class GgufOrigin(Record):
 class ModelInfo(Record):
     """Which model a result speaks of, and how large it is."""
 
-    id: str = Field(description="the Hub id or the directory as the user gave it")
+    id: str = Field(
+        description="the Hub id or the directory as the user gave it, or the name of a loaded model"
+    )
     revision: str | None = Field(default=None, description="commit of the Hub snapshot")
     gguf: GgufOrigin | None = Field(
         default=None, description="the GGUF file that the weights were dequantized from"

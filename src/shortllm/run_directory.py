@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm import __version__
 from shortllm.checkpoint.hub import named_revision
+from shortllm.checkpoint.loaded import is_name
 from shortllm.errors import OutputError, ResultFileError
 from shortllm.files import (
     LOCK,
@@ -45,7 +47,9 @@ Kind = TypeVar("Kind", bound=ResultFile)
 
 
 def short_name(model: str) -> str:
-    """The last part of a model's directory or Hub id."""
+    """The last part of a model's directory or Hub id, or the words of a loaded model's name."""
+    if is_name(model):
+        return "-".join(re.findall(r"[\w.-]+", model))
     return Path(model).resolve().name if Path(model).exists() else model.split("/")[-1]
 
 
@@ -73,6 +77,16 @@ def claim_directory(
         if differs(before, recipe):
             require_same_choices(directory, before, recipe)
     require_writable(directory, checkpoint.bytes)
+
+
+def require_results(directory: Path) -> None:
+    """Refuse what is not a directory of a finished run."""
+    if not directory.is_dir():
+        raise ResultFileError(f"no such directory: {directory}. Give the directory of a run")
+    if not any(directory.glob("*.json")):
+        raise ResultFileError(
+            f"{directory} is not a run: it has no results. Give the --out of `shortllm run`"
+        )
 
 
 def require_run_directory(directory: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, field_validator
 
 from shortllm import __version__
 from shortllm.errors import ShortLLMError, first_line_of
@@ -87,6 +87,14 @@ class DeviceOptions(Trust):
         default="auto",
         description="Computation type. auto: float32 on a CPU, else the checkpoint's own.",
     )
+
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        """`torch.device` and `torch.dtype` by their names."""
+        if type(given).__module__ == "torch" or isinstance(given, str):
+            return str(given).removeprefix("torch.")
+        return given
 
 
 class Runtime(DeviceOptions):

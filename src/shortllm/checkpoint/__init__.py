@@ -2,6 +2,7 @@
 
 source.py          a local directory or Hub id -> its config and tensor table
 hub.py             Hub ids, revisions, the local cache
+loaded.py          models in memory, saved when they are opened
 config.py          config.json: a decoder's, trusted, and what it says of the blocks
 tensors.py         tensor name -> file, dtype, shape, byte range; damage is found before use
 structure.py       the model of a config on the meta device, its blocks and what they consist of

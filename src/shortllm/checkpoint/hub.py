@@ -1,4 +1,5 @@
-"""Find a checkpoint: a local directory, a snapshot of a Hub repository, or a GGUF file of either.
+"""Find a checkpoint: a local directory, a snapshot of a Hub repository, a GGUF file of either, or a
+loaded model.
 
 A Hub id is resolved to a commit once, when the model is opened. All files are those of that commit,
 and every record and the new checkpoint's config name it. `MODEL@REVISION` requests a branch, tag or
@@ -17,9 +18,13 @@ from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from threading import Thread
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from pydantic import BeforeValidator, ValidationInfo
+
+from shortllm.checkpoint import loaded
 from shortllm.checkpoint.config import checked_config, read_raw_config
 from shortllm.checkpoint.dequantize import dequantized
 from shortllm.checkpoint.gguf import SUFFIX
@@ -39,10 +44,31 @@ EMBEDDED = "embedded"
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
 
-def named_revision(source: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
+def _named(given: Any, info: ValidationInfo) -> str:
+    """The name by which a model is opened that a caller gave in any way."""
+    if isinstance(given, Path):
+        return f"./{given}" if str(given) == EMBEDDED else str(given)
+    if isinstance(given, str):
+        if given.strip():
+            return given
+        raise CheckpointError(
+            f"the model's name is empty. Give a checkpoint directory, a Hub id or '{EMBEDDED}'"
+        )
+    if not loaded.is_loaded_model(given):
+        raise loaded.refuse(given)
+    context = info.context or {}
+    context["loaded"] = True
+    return loaded.name_of(given, context.get("tokenizer"))
+
+
+ModelSource = Annotated[str, BeforeValidator(_named)]
+"""A model: a directory, Hub id, GGUF file or loaded model, each by the name it is opened by."""
+
+
+def named_revision(source: str, revision: str | None) -> tuple[str, str | None]:
     """A Hub id `MODEL@REVISION` as model and revision; anything else as it is."""
-    name, sign, named = str(source).rpartition("@")
-    if not sign or not isinstance(source, str) or _exists(source) or not _may_be_hub_id(name):
+    name, sign, named = source.rpartition("@")
+    if not sign or _exists(source) or not _may_be_hub_id(name):
         return source, revision
     if not named:
         raise CheckpointError(f"'{source}' is not of the form MODEL@REVISION")
@@ -55,18 +81,21 @@ def named_revision(source: str | Path, revision: str | None) -> tuple[str | Path
     return name, named
 
 
-def locate(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
+def locate(source: str, revision: str | None) -> tuple[Path, str | None]:
     """Directory and, for a Hub id, the commit of the snapshot."""
     if source == EMBEDDED:
         return EMBEDDED_MODEL, None
+    saved = loaded.directory_of(source)
+    if saved is not None:
+        return saved, None
     if is_gguf(source):
         file, commit = locate_gguf(source, revision)
         return dequantized(file), commit
     directory = local_directory(source)
-    return _download(str(source), revision) if directory is None else (directory, None)
+    return _download(source, revision) if directory is None else (directory, None)
 
 
-def local_directory(source: str | Path) -> Path | None:
+def local_directory(source: str) -> Path | None:
     """The directory of a model's checkpoint; None if it is on the Hub."""
     path = Path(source).expanduser()
     if _exists(source):
@@ -75,7 +104,12 @@ def local_directory(source: str | Path) -> Path | None:
         raise CheckpointError(
             f"{source} is a file. Give the checkpoint's directory: {path.parent or Path('.')}"
         )
-    if not _may_be_hub_id(str(source)):
+    if loaded.is_name(source):
+        raise CheckpointError(
+            f"{source} was a model in memory, and is no longer there. Give it again, or the "
+            "directory or Hub id that it was loaded from"
+        )
+    if not _may_be_hub_id(source):
         raise CheckpointError(
             f"no such directory: {source}. Give a checkpoint directory, a Hub id (it needs its "
             f"owner, e.g. openai-community/gpt2), or '{EMBEDDED}'"
@@ -83,7 +117,7 @@ def local_directory(source: str | Path) -> Path | None:
     return None
 
 
-def require_there(source: str | Path, revision: str | None = None) -> None:
+def require_there(source: str, revision: str | None = None) -> None:
     """Refuse a model whose files are not here and cannot be fetched; opens none, loads no torch."""
     source, revision = named_revision(source, revision)
     if source == EMBEDDED:
@@ -91,12 +125,12 @@ def require_there(source: str | Path, revision: str | None = None) -> None:
     if not is_gguf(source):
         directory = local_directory(source)
         if directory is not None:
-            read_raw_config(str(source), directory)
+            read_raw_config(source, directory)
             require_weights(directory)
             return
     elif _exists(source):
         return
-    repository = str(source).partition(":")[0]
+    repository = source.partition(":")[0]
     if not _may_be_hub_id(repository):
         locate_gguf(source)  # says that there is no such file
     if not cached(repository, "models") and not hub_answers():

@@ -17,9 +17,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import block_count, checked_config, text_config
 from shortllm.checkpoint.gguf import origin_in
-from shortllm.checkpoint.hub import locate, named_revision
+from shortllm.checkpoint.hub import ModelSource, locate, named_revision
 from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
 from shortllm.checkpoint.structure import BlockStructure, block_structure
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table, unpacked_elements
@@ -70,7 +71,7 @@ class Checkpoint:
     """A directory that `from_pretrained` loads, seen without building the model."""
 
     id: str
-    """Hub id or directory, as the user gave it."""
+    """Hub id or directory, as the user gave it, or the name of a loaded model."""
     directory: Path
     revision: str | None
     raw_config: dict[str, Any]
@@ -213,8 +214,9 @@ def _sampled_places(entries: Iterable[TensorEntry]) -> dict[Path, set[tuple[int,
     return places
 
 
+@accepts()
 def open_checkpoint(
-    source: str | Path,
+    source: ModelSource,
     *,
     revision: str | None = None,
     special_tokens: Mapping[SpecialToken, int] | None = None,
@@ -225,7 +227,7 @@ def open_checkpoint(
     directory of that name is `./embedded`.
 
     Args:
-        source: a directory or a Hub id, also as `MODEL@REVISION`.
+        source: a directory, a Hub id, also as `MODEL@REVISION`, or a loaded model.
         revision: branch, tag or commit of a Hub id.
         special_tokens: correct ids of `bos`, `eos`, `unk`, `pad`, if the files name wrong ones.
     Returns:
@@ -237,13 +239,13 @@ def open_checkpoint(
     """
     source, revision = named_revision(source, revision)
     directory, commit = locate(source, revision)
-    raw_config, config = checked_config(str(source), directory)
+    raw_config, config = checked_config(source, directory)
     tensors = read_tensor_table(directory)
     special = dict(special_tokens or {})
     raw_config = raw_config | token_ids(special)
     for name, number in token_ids(special).items():
         setattr(config, name, number)
-    return Checkpoint(str(source), directory, commit, raw_config, config, tensors, special)
+    return Checkpoint(source, directory, commit, raw_config, config, tensors, special)
 
 
 def token_ids(special_tokens: Mapping[SpecialToken, int]) -> dict[str, int]:

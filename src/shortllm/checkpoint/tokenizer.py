@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import FLAG
+from shortllm.checkpoint.loaded import is_name
 from shortllm.checkpoint.source import Checkpoint, token_ids
 from shortllm.checkpoint.tensors import read_json, write_json
 from shortllm.errors import CheckpointError, first_line_of
@@ -66,9 +67,15 @@ def _load(checkpoint: Checkpoint, **named: Any) -> Any:
             ) from error
         raise CheckpointError(
             f"{checkpoint.id} has no tokenizer that transformers can load "
-            f"({first_line_of(error)}). Copy the tokenizer files into the directory"
+            f"({first_line_of(error)}). {_how_to_give(checkpoint)}"
         ) from error
     return tokenizer
+
+
+def _how_to_give(checkpoint: Checkpoint) -> str:
+    if is_name(checkpoint.id):
+        return "Give it as tokenizer=AutoTokenizer.from_pretrained(...)"
+    return "Copy the tokenizer files into the directory"
 
 
 def write_special_tokens(checkpoint: Checkpoint, directory: Path) -> None:

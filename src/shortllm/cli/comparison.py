@@ -14,7 +14,6 @@ from shortllm.cli.output import answered, command_line, print_table
 from shortllm.cli.run import Heal, RecipeName, Retrain, RunFlags, Settings, requested_recipe
 from shortllm.comparison.options import DEPTH, WIDTH, ComparisonOptions
 from shortllm.criteria import resolve
-from shortllm.files import require_file_target
 from shortllm.options import Flag, Options
 from shortllm.recipe import Recipe, changed
 from shortllm.run_directory import require_run_directory
@@ -37,12 +36,9 @@ def compare(
     """
     import shortllm
 
-    for run in runs:
-        early.check_run(run)
-    require_file_target(out)
+    models = shortllm.compare(runs, out=out)
     from shortllm.reporting.runs_page import runs_table
 
-    models = shortllm.compare(runs, out=out)
     if not answered(models, in_json=json):
         print_table(*runs_table(models).plain())
         typer.echo(f"page: {out}")

@@ -19,7 +19,7 @@ from shortllm.data.at_hand import require_at_hand
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.shapes import with_columns
 from shortllm.data.sources import Role
-from shortllm.errors import DataError, OutputError, ResultFileError
+from shortllm.errors import DataError, OutputError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.files import require_free, require_writable
 from shortllm.healing.options import Healing, HealOptions
@@ -114,16 +114,6 @@ def check_directory(out: Path) -> None:
     if out.is_file():
         raise OutputError(f"--out {out} is a file. Give a directory")
     require_writable(out)
-
-
-def check_run(directory: Path) -> None:
-    """Refuse what is not a directory of a run."""
-    if not directory.is_dir():
-        raise ResultFileError(f"no such directory: {directory}. Give the directory of a run")
-    if not any(directory.glob("*.json")):
-        raise ResultFileError(
-            f"{directory} is not a run: it has no results. Give the --out of `shortllm run`"
-        )
 
 
 def _models(own: Mapping[str, Any]) -> Iterator[str]:

@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from shortllm.cli import early
-from shortllm.errors import CriterionError, ShortLLMError
+from shortllm.errors import CriterionError
 from shortllm.files import overwriting
 from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
 from shortllm.recipe import Recipe
@@ -199,7 +199,7 @@ def _typer_type(one: OptionField) -> tuple[Any, bool]:
         annotation = kinds[0] if len(kinds) == 1 else str
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    if one.flag.parse is not None:
+    if any(isinstance(found, BeforeValidator) for found in one.info.metadata):
         return str, True
     if get_origin(annotation) is list:
         return (list[str], True) if one.flag.repeated else (str, True)
@@ -220,13 +220,6 @@ def _bounds(one: OptionField) -> str:
 
 def _parsed(one: OptionField, value: Any) -> Any:
     """A typed value as the record takes it: lists are split at commas."""
-    if one.flag.parse is not None:
-        try:
-            return one.flag.parse(value)
-        except ValueError as error:
-            if isinstance(error, ShortLLMError):
-                raise
-            raise ShortLLMError(f"{one.option} '{value}': {error}") from error
     annotations = (one.info.annotation, *get_args(one.info.annotation))
     if isinstance(value, str) and any(get_origin(kind) is list for kind in annotations):
         return list_of(value)

@@ -108,7 +108,6 @@ def report(
     """
     import shortllm
 
-    early.check_run(run_dir)
     typer.echo(f"report: {shortllm.report(run_dir)}")
 
 

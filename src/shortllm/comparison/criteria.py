@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from shortllm import run_directory as rundir
-from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.comparison.options import (
     ComparedBudget,
@@ -39,7 +40,6 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import EvaluationText, prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model import Session
-from shortllm.options import accepts
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.pruning.planning import build_plan, removal_order
 from shortllm.pruning.records import BlockScores
@@ -152,12 +152,12 @@ def _texts(
 @releasing()
 @accepts(comparison=ComparisonOptions, runtime=Runtime)
 def compare_criteria(
-    model: str = "embedded",
+    model: ModelSource = "embedded",
     *,
     comparison: ComparisonOptions,
     runtime: Runtime,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    out: Path | str | None = None,
+    out: Path | None = None,
     revision: str | None = None,
     command: Sequence[str] = (),
 ) -> Comparison:
@@ -167,7 +167,7 @@ def compare_criteria(
     `accelerate launch` or `torchrun` all processes share the samples, as in `score`.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         comparison: what to compare; its fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
         options: for each criterion its options.
@@ -181,7 +181,7 @@ def compare_criteria(
     """
     from shortllm.reporting import write_comparison
 
-    directory = default_directory(model) if out is None else Path(out)
+    directory = out or default_directory(model)
     checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, directory))
     criteria = resolve_all(comparison.criteria, options or {})
     question = prepare_question(checkpoint.info(), comparison, criteria)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 from shortllm import criteria, pipeline
 from shortllm import run_directory as rundir
 from shortllm.benchmark.options import BenchmarkOptions
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.comparison.options import DEPTH, UNITS_FILE, WIDTH, Candidate, UnitsComparison
 from shortllm.criteria import Criterion, resolve
@@ -33,7 +35,7 @@ from shortllm.files import fingerprint, overwriting, releasing
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.model import Session
-from shortllm.options import accepts, overlaid
+from shortllm.options import OneOrMore, overlaid
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from
@@ -82,11 +84,11 @@ def asked_methods(names: Sequence[str]) -> tuple[list[Criterion], list[str]]:
 @releasing()
 @accepts(recipe=Recipe)
 def compare_units(
-    model: str | None = None,
+    model: ModelSource | None = None,
     *,
     recipe: Recipe,
-    methods: Sequence[str] = (*DEPTH, *WIDTH),
-    out: Path | str | None = None,
+    methods: OneOrMore[str] | None = None,
+    out: Path | None = None,
     command: Sequence[str] = (),
 ) -> UnitsComparison:
     """Width against depth pruning at the same number of parameters: quality, speed, memory.
@@ -95,12 +97,12 @@ def compare_units(
     date is skipped.
 
     Args:
-        model: a checkpoint directory or Hub id. Default: the recipe's.
+        model: a checkpoint directory, a Hub id, or a loaded model. Default: the recipe's.
         recipe: budget of depth, calibration, evaluation, benchmark, and what all candidates get, if
             anything: healing without training, which for width is the repair of what is left, and
             retraining; its fields can be given as keywords.
         methods: depth criteria, of which the first sets the number of parameters, and width
-            methods.
+            methods. Default: ppl, taylor and all width methods.
         out: run directory. Default: `runs/<model>-units`.
         command: the command line, for run.json.
     Returns:
@@ -110,8 +112,9 @@ def compare_units(
     """
     if model is not None:
         recipe = overlaid(recipe, Recipe(model=model))
+    methods = [*DEPTH, *WIDTH] if methods is None else methods
     depth, width = asked_methods(methods)
-    directory = default_directory(recipe.model) if out is None else Path(out)
+    directory = out or default_directory(recipe.model)
     checkpoint = open_checkpoint(
         recipe.model,
         revision=rundir.pinned(recipe.model, recipe.revision, directory),
@@ -124,7 +127,7 @@ def compare_units(
             "quantization=null"
         )
     check_budget(recipe.budget, checkpoint.info())
-    chosen = recipe.model_dump(mode="json") | {"methods": list(methods)}
+    chosen = recipe.model_dump(mode="json") | {"methods": methods}
     rundir.claim_directory(directory, checkpoint, chosen)
     pipeline.check_any_removal(checkpoint, recipe.budget)
     session = pipeline.session_of(recipe)

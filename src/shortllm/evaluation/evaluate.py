@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import context_length
-from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import chat_template_of, load_tokenizer
 from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
@@ -41,7 +42,7 @@ from shortllm.files import fingerprint, require_file_target, write_text
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, walk_flops
-from shortllm.options import accepts
+from shortllm.options import OneOrMore
 from shortllm.run_directory import require_replaceable
 from shortllm.runtime import (
     ALONE,
@@ -63,11 +64,11 @@ EMBEDDED_SEGMENTS = 256
 
 @accepts(options=EvaluationOptions, runtime=Runtime)
 def evaluate(
-    models: str | Sequence[str],
+    models: OneOrMore[ModelSource],
     *,
     options: EvaluationOptions,
     runtime: Runtime,
-    out: Path | str | None = None,
+    out: Path | None = None,
 ) -> Evaluation:
     """Perplexity, task scores and generated samples of one or more models.
 
@@ -75,7 +76,8 @@ def evaluate(
     tasks, each of them gets the result, and the main one writes it.
 
     Args:
-        models: checkpoint directories or Hub ids, with the same tokenizer.
+        models: checkpoint directories, Hub ids or loaded models: one or several, with the same
+            tokenizer.
         options: what to measure; their fields can be given as keywords. Without `data`, perplexity
             is measured on wikitext2 and ptb, or not at all where tasks are given.
         runtime: where to compute; its fields can be given as keywords.
@@ -86,20 +88,19 @@ def evaluate(
         DataError: unreadable text, or models whose tokenizers split it differently.
         ShortLLMError: any other kind, before a model is loaded wherever that can be known.
     """
-    names = [models] if isinstance(models, str) else list(models)
-    if not names:
+    if not models:
         raise ShortLLMError("no model to evaluate. Give one or more")
-    checkpoints = open_checkpoints(names)
+    checkpoints = open_checkpoints(models)
     first, *_ = checkpoints.values()
     if out is not None:
-        require_file_target(Path(out))
+        require_file_target(out)
     ranks = join_ranks()
     session = Session(runtime)
     tasks = prepare_tasks(list(checkpoints.values()), options, session)
     measured = bool(options.data) or not options.tasks
     options = resolve_evaluation(
         options,
-        embedded=names[0] == EMBEDDED,
+        embedded=models[0] == EMBEDDED,
         every=first.model_type in BOS_EVERY_SAMPLE,
     )
     rows = [load_rows(one) for one in options.data] if measured else []
@@ -107,14 +108,14 @@ def evaluate(
     if out is not None:
         named = list(checkpoints.items())
         expected = evaluation_fingerprint(named, texts, options, session, tasks)
-        require_replaceable(Evaluation, Path(out), expected)
+        require_replaceable(Evaluation, out, expected)
     found = evaluate_models(
         list(checkpoints.items()), texts, options, session=session, tasks=tasks, ranks=ranks
     )
     if out is not None and ranks.is_main:
-        found.save(Path(out))
+        found.save(out)
         if tasks is not None:
-            write_table(found, table_path(Path(out)))
+            write_table(found, table_path(out))
     ranks.wait()
     return found
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from shortllm import __version__
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import context_length
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
@@ -34,7 +36,6 @@ from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, He
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, mean_nlls
-from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks
 from shortllm.surgery.apply import PROVENANCE, lineage, open_original, renumbered_tensors
@@ -57,12 +58,12 @@ STRENGTHS = (0.5, 0.25, 0.0)
 
 @accepts(options=HealOptions, runtime=Runtime)
 def heal(
-    model: str,
-    out: Path | str,
+    model: ModelSource,
+    out: Path,
     *,
     options: HealOptions,
     runtime: Runtime,
-    source: str | None = None,
+    source: ModelSource | None = None,
 ) -> Healing:
     """Heal a shortened checkpoint without training, and write it as a plain checkpoint.
 
@@ -70,7 +71,7 @@ def heal(
     writes.
 
     Args:
-        model: a checkpoint directory as `shortllm prune` wrote it.
+        model: a checkpoint directory as `shortllm prune` wrote it, or it loaded.
         out: the new checkpoint directory, which also gets heal.json.
         options: how to heal; their fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
@@ -86,7 +87,7 @@ def heal(
         OutputError: `out` contains something else or cannot be written.
     """
     ranks = join_ranks()
-    require_free(Path(out), Healing.FILE)
+    require_free(out, Healing.FILE)
     checkpoint = open_checkpoint(model)
     lineage(checkpoint)  # needed with --source too: it says which blocks are left
     original = open_original(checkpoint, source, "--source")
@@ -94,7 +95,7 @@ def heal(
     ids = calibrate(original, healing_text(options, original))
     session = Session(runtime)
     return heal_from(
-        checkpoint, original, options, Path(out), calibration=ids, session=session, ranks=ranks
+        checkpoint, original, options, out, calibration=ids, session=session, ranks=ranks
     )
 
 

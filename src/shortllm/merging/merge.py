@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
@@ -35,7 +37,6 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory
 from shortllm.model.metrics import cosine, next_token_nll, perplexity
 from shortllm.model.walk import slice_tokens, targets, token_slices
-from shortllm.options import accepts
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Advance, Runtime, progress
 from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
@@ -58,8 +59,8 @@ Sums = Mapping[int, Sum]
 
 @accepts(options=MergeOptions, runtime=Runtime)
 def merge(
-    model: str,
-    out: Path | str,
+    model: ModelSource,
+    out: Path,
     *,
     options: MergeOptions,
     runtime: Runtime,
@@ -70,7 +71,7 @@ def merge(
     Source: Yang et al. 2024, LaCo, arXiv:2402.11187.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         out: the new checkpoint directory, which also gets merge.json.
         options: which blocks to merge; their fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
@@ -86,7 +87,7 @@ def merge(
     checkpoint = open_checkpoint(model, revision=revision)
     check_blocks(options, checkpoint.block_count)
     ids = calibrate(checkpoint, options.calibration)
-    return merge_from(checkpoint, options, Path(out), calibration=ids, session=Session(runtime))
+    return merge_from(checkpoint, options, out, calibration=ids, session=Session(runtime))
 
 
 def merge_from(

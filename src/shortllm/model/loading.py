@@ -6,13 +6,14 @@ import io
 from collections import Counter
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import is_own_code
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
 from shortllm.checkpoint.structure import auto_class
 from shortllm.checkpoint.tensors import is_packed
@@ -89,14 +90,9 @@ def load_model(
     packed = is_packed(checkpoint.raw_config)
     # compressed-tensors shows progress bars for checkpoints in its format
     bars = redirect_stderr(io.StringIO()) if packed else nullcontext()
-    try:
-        with quiet_transformers(), bars:
-            trusted = is_own_code(checkpoint.config)
-            model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted, **how)
-    except CheckpointError:
-        raise
-    except Exception as error:  # model classes raise whatever a config's values lead to
-        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
+    with quiet_transformers(), bars:
+        trusted = is_own_code(checkpoint.config)
+        model = _from_pretrained(checkpoint, dtype=compute, trust_remote_code=trusted, **how)
     if packed:
         with bars, torch.no_grad():  # the first forward pass unpacks the weights
             model(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False)
@@ -136,14 +132,15 @@ def require_runs(checkpoint: Checkpoint, model: nn.Module) -> None:
         ) from error
 
 
-def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
+@accepts()
+def load(source: ModelSource, *, revision: str | None = None, **kwargs: Any) -> Any:
     """A causal language model, as `AutoModelForCausalLM.from_pretrained` returns it.
 
     Also loads checkpoints with a shape per block, which transformers cannot build, and refuses
     tensors that are missing, unexpected or of another shape.
 
     Args:
-        source: a checkpoint directory, a Hub id, or `embedded`.
+        source: a checkpoint directory, a Hub id, `embedded`, or a loaded model.
         revision: branch, tag or commit of a Hub id.
         kwargs: of `from_pretrained`, e.g. `dtype` or `device_map`.
     Returns:
@@ -158,13 +155,18 @@ def load(source: str | Path, *, revision: str | None = None, **kwargs: Any) -> A
 
 def _from_pretrained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
     """The model that transformers loads, if all of its tensors are those of the checkpoint."""
-    model, loading = auto_class(checkpoint.config).from_pretrained(
-        checkpoint.directory,
-        output_loading_info=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # an error below, naming the tensor
-        **kwargs,
-    )
+    try:
+        model, loading = auto_class(checkpoint.config).from_pretrained(
+            checkpoint.directory,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # an error below, naming the tensor
+            **kwargs,
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # model classes raise whatever a config's values lead to
+        raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
     check_loading(checkpoint.id, loading)
     return model
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field
 
 from shortllm.criteria import Criterion
 from shortllm.errors import BudgetError
@@ -39,8 +39,10 @@ ProtectLast = Annotated[
 """Types of the options that protect blocks."""
 
 
-def parameters_in(text: str) -> int:
-    """`1.0B`, `350M` or a plain number as a count of parameters."""
+def parameters_in(text: Any) -> Any:
+    """`1.0B`, `350M` or a plain number as a count of parameters; a number as it is."""
+    if not isinstance(text, str):
+        return text
     number = text.strip().rstrip("KkMmBbTt ")
     unit = text.strip()[len(number) :].strip().upper()
     try:
@@ -67,9 +69,11 @@ class Budget(Options):
     blocks: Annotated[list[int] | None, Flag(metavar="3,4,8-10")] = Field(
         default=None, description="Remove exactly these blocks, counted from 0."
     )
-    target_params: Annotated[int | None, Flag(parse=parameters_in, metavar="1.0B")] = Field(
-        default=None, description="Keep at most this many parameters, e.g. 1.0B or 350M."
-    )
+    target_params: Annotated[
+        int | None,
+        BeforeValidator(parameters_in, json_schema_input_type=int | str | None),
+        Flag(metavar="1.0B"),
+    ] = Field(default=None, description="Keep at most this many parameters, e.g. 1.0B or 350M.")
     target_memory: Annotated[ByteSize | None, Flag(metavar="8GiB")] = Field(
         default=None, description="Need at most this much memory for weights and cache, e.g. 8GiB."
     )

@@ -27,9 +27,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
-from shortllm.options import accepts
 from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
@@ -235,7 +236,7 @@ class ModelSummary(Record):
 
 @accepts(runtime=DeviceOptions)
 def info(
-    model: str,
+    model: ModelSource,
     *,
     runtime: DeviceOptions,
     revision: str | None = None,
@@ -247,7 +248,7 @@ def info(
     """What a model consists of, which blocks can be removed, and what scoring it takes.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         runtime: where to compute; its fields can be given as keywords.
         revision: of a Hub model.
         samples: calibration samples that the estimate is for.

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shortllm import criteria
+from shortllm.calls import accepts
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria.search import Search
 from shortllm.errors import BudgetError, CheckpointError
 from shortllm.files import fingerprint, require_file_target
 from shortllm.format import number
 from shortllm.model import Session
-from shortllm.options import accepts
 from shortllm.pruning import targets
 from shortllm.pruning.budget import (
     Budget,
@@ -37,11 +37,11 @@ from shortllm.runtime import DeviceOptions
 
 @accepts(budget=Budget, runtime=DeviceOptions)
 def plan(
-    scores: BlockScores | Path | str,
+    scores: BlockScores | Path,
     *,
     budget: Budget,
     runtime: DeviceOptions,
-    out: Path | str | None = None,
+    out: Path | None = None,
 ) -> PrunePlan:
     """Choose blocks by their scores.
 
@@ -57,13 +57,12 @@ def plan(
         BudgetError: a budget that cannot be met.
         CheckpointError: a target, and the model that was scored is no longer there.
     """
-    path = None if out is None else Path(out)
     if not isinstance(scores, BlockScores):
-        file = scores_path(Path(scores))
-        path = path or file.with_name("plan.json")
+        file = scores_path(scores)
+        out = out or file.with_name("plan.json")
         scores = BlockScores.load(file)
-    if path is not None:
-        require_file_target(path)
+    if out is not None:
+        require_file_target(out)
     target = None
     if budget.target() is not None:
         checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
@@ -72,12 +71,12 @@ def plan(
                 f"{checkpoint.id} was changed after it was scored, so a target for it cannot be "
                 "turned into a number of blocks. Score it again with `shortllm score`"
             )
-        directory = None if path is None else path.parent
+        directory = None if out is None else out.parent
         budget, target = targets.resolve(budget, checkpoint, Session(runtime), directory=directory)
     chosen = build_plan(budget, model=scores.model, scores=scores)
-    if path is not None:
-        targets.keep(target, path.parent)
-        chosen.save(path)
+    if out is not None:
+        targets.keep(target, out.parent)
+        chosen.save(out)
     return chosen
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.gguf import read_gguf
-from shortllm.checkpoint.hub import is_gguf, locate_gguf, named_revision
+from shortllm.checkpoint.hub import ModelSource, is_gguf, locate_gguf, named_revision
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES
 from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import fingerprint
 from shortllm.model import Session
-from shortllm.options import accepts
+from shortllm.options import OneOrMore
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning, load_plan
@@ -34,9 +35,9 @@ from shortllm.surgery.gguf import shorten_gguf
 
 @accepts(runtime=Runtime)
 def prune(
-    model: str,
-    plan: PrunePlan | Path | str | Sequence[int],
-    out: Path | str,
+    model: ModelSource,
+    plan: PrunePlan | Path | str | OneOrMore[int],
+    out: Path,
     *,
     runtime: Runtime,
     revision: str | None = None,
@@ -45,7 +46,7 @@ def prune(
     """Write the shortened checkpoint.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         plan: a plan, a plan.json, a run directory, or the numbers of the blocks to remove.
         out: the new checkpoint directory, which also gets prune.json. Or, for a GGUF file, the new
             one, NAME.gguf: its tensors stay quantized as they are, and it is not computed with.
@@ -63,14 +64,14 @@ def prune(
     if isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
     if is_gguf(out):
-        return prune_gguf(model, plan, Path(out), revision=revision)
+        return prune_gguf(model, plan, out, revision=revision)
     if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
         revision = plan.model.revision
     checkpoint = open_checkpoint(model, revision=revision)
     if not isinstance(plan, PrunePlan):
-        plan = build_plan(Budget(blocks=list(plan)), model=checkpoint.info())
-    prune_from(checkpoint, plan, Path(out), session=Session(runtime) if verify else None)
-    return Path(out)
+        plan = build_plan(Budget(blocks=plan), model=checkpoint.info())
+    prune_from(checkpoint, plan, out, session=Session(runtime) if verify else None)
+    return out
 
 
 def prune_gguf(

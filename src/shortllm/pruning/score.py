@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve_all
 from shortllm.data.calibration import calibrate, resolve_calibration
@@ -21,7 +22,6 @@ from shortllm.files import fingerprint, releasing
 from shortllm.healing.options import HealOptions
 from shortllm.journal import Journal, journal_directory
 from shortllm.model import Session
-from shortllm.options import accepts
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.scoring import Scorer, require_plain_weights
 from shortllm.pruning.search_space import score_all, work_of_all
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 @accepts(calibration=CalibrationOptions, runtime=Runtime)
 def score(
-    model: str = "embedded",
+    model: ModelSource = "embedded",
     *,
-    criterion: str | Sequence[str] = "ppl",
+    criterion: str | list[str] = "ppl",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     calibration: CalibrationOptions,
     runtime: Runtime,
-    out: Path | str | None = None,
+    out: Path | None = None,
     revision: str | None = None,
     command: Sequence[str] = (),
 ) -> Any:
@@ -51,7 +51,7 @@ def score(
     result, and the main one writes it.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         criterion: a name, or several.
         options: for each criterion its options, e.g. `{"taylor": {"power": 2}}`.
         calibration: the text to score on; its fields can be given as keywords.
@@ -65,10 +65,9 @@ def score(
     Raises:
         ShortLLMError: any kind, before the model is loaded wherever that can be known.
     """
-    names = [criterion] if isinstance(criterion, str) else list(criterion)
+    names = [criterion] if isinstance(criterion, str) else criterion
     criteria = resolve_all(names, options or {})
-    directory = None if out is None else Path(out)
-    checkpoint = open_checkpoint(model, revision=pinned(model, revision, directory))
+    checkpoint = open_checkpoint(model, revision=pinned(model, revision, out))
     ranks = join_ranks()
     embedded = checkpoint.id == EMBEDDED
     text = resolve_calibration(calibration, checkpoint.model_type, embedded=embedded)
@@ -79,21 +78,21 @@ def score(
         "calibration": text.model_dump(mode="json"),
         **runtime.model_dump(mode="json"),
     }
-    if directory is not None and ranks.is_main:
-        claim_directory(directory, checkpoint, chosen)
+    if out is not None and ranks.is_main:
+        claim_directory(out, checkpoint, chosen)
     session = Session(runtime)
     needs_text = any(one.needs_text for one in criteria)
     ids = calibrate(checkpoint, calibration) if needs_text else None
     healing = text_to_heal_with(checkpoint, criteria, calibration)
-    if directory is None:
+    if out is None:
         found = score_blocks(
             checkpoint, ids, criteria, healing=healing, session=session, ranks=ranks
         )
     else:
         with releasing():
             if ranks.is_main:
-                write_run_file(directory, chosen, checkpoint, list(command))
-            found = score_in(directory, checkpoint, criteria, ids, session, ranks, healing=healing)
+                write_run_file(out, chosen, checkpoint, command)
+            found = score_in(out, checkpoint, criteria, ids, session, ranks, healing=healing)
     return found[names[0]] if isinstance(criterion, str) else found
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from shortllm import __version__
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import context_length
-from shortllm.checkpoint.hub import EMBEDDED
+from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
@@ -29,7 +30,6 @@ from shortllm.files import require_free
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.options import accepts
 from shortllm.quantizing.compressing import (
     LIBRARY,
     Layers,
@@ -62,8 +62,8 @@ NEW_TOKENS = 4
 
 @accepts(options=QuantizeOptions, runtime=DeviceOptions)
 def quantize(
-    model: str,
-    out: Path | str,
+    model: ModelSource,
+    out: Path,
     *,
     options: QuantizeOptions,
     runtime: DeviceOptions,
@@ -72,7 +72,7 @@ def quantize(
     """Write a quantized checkpoint, which plain transformers loads.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         out: the new checkpoint directory, which also gets quantize.json.
         options: the method and its options; their fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
@@ -87,12 +87,12 @@ def quantize(
         OutputError: `out` contains something else or cannot be written.
     """
     checkpoint = open_checkpoint(model, revision=revision)
-    require_free(Path(out), Quantization.FILE)
+    require_free(out, Quantization.FILE)
     options = resolve(options, checkpoint)
     session = Session(runtime)
     check(options, checkpoint, session)
     ids = calibrate(checkpoint, options.calibration) if options.needs_text else None
-    return quantize_from(checkpoint, options, Path(out), calibration=ids, session=session)
+    return quantize_from(checkpoint, options, out, calibration=ids, session=session)
 
 
 def quantize_from(

@@ -21,11 +21,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shortllm.calls import accepts
 from shortllm.files import require_file_target, translate_os_errors, write_text
+from shortllm.options import OneOrMore
+from shortllm.run_directory import require_results
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["compare", "render", "report", "write_comparison", "write_report", "write_units"]
 
 
-def report(run_dir: Path | str) -> Path:
+@accepts()
+def report(run_dir: Path) -> Path:
     """Write the page of a run directory from its files.
 
     That is report.html and the model card, or comparison.html where the directory contains a
@@ -50,10 +53,10 @@ def report(run_dir: Path | str) -> Path:
     Raises:
         ResultFileError: no finished run, or files that do not belong together.
     """
-    directory = Path(run_dir)
-    if (directory / "comparison.json").exists() and not (directory / "plan.json").exists():
-        return write_comparison(directory)
-    return write_report(directory)
+    require_results(run_dir)
+    if (run_dir / "comparison.json").exists() and not (run_dir / "plan.json").exists():
+        return write_comparison(run_dir)
+    return write_report(run_dir)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -98,11 +101,12 @@ def write_units(run_dir: Path) -> Path:
     return run_dir / "units.html"
 
 
-def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> list[ComparedModel]:
+@accepts()
+def compare(runs: OneOrMore[Path], *, out: Path = Path("compare.html")) -> list[ComparedModel]:
     """Several runs on one page: every model, quality against size and against latency.
 
     Args:
-        runs: directories of finished runs.
+        runs: directories of finished runs: one or several.
         out: the page.
     Returns:
         One entry per model; an original that several runs share is listed once.
@@ -110,13 +114,15 @@ def compare(runs: Sequence[Path | str], *, out: Path | str = "compare.html") -> 
         ResultFileError: a directory without a finished run.
         OutputError: the page cannot be written.
     """
+    for one in runs:
+        require_results(one)
+    require_file_target(out)
     from shortllm.reporting.load import load_runs
     from shortllm.reporting.runs_page import compared_models, runs_page
 
-    require_file_target(Path(out))
-    found = load_runs([Path(one) for one in runs])
+    found = load_runs(runs)
     models = compared_models(found)
-    write_text(Path(out), render(runs_page(found, models)))
+    write_text(out, render(runs_page(found, models)))
     return models
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.data.options import Columns
 from shortllm.data.shapes import Form, Template
 from shortllm.errors import ShortLLMError
@@ -196,7 +197,7 @@ class RetrainOptions(Options):
         gt=0,
         description="last-blocks: number of blocks to train, next to the head.",
     )
-    teacher: Annotated[str | None, Flag(panel=OWN)] = Field(
+    teacher: Annotated[ModelSource | None, Flag(panel=OWN)] = Field(
         default=default_of("teacher"),
         description="distill: model to learn from. Default: the model that was shortened.",
     )

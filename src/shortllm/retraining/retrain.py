@@ -22,13 +22,15 @@ import torch
 from torch import nn
 
 from shortllm import __version__
+from shortllm.calls import accepts, described
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError
 from shortllm.files import releasing, require_free, translate_os_errors
 from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
-from shortllm.options import accepts
+from shortllm.options import OneOrMore
 from shortllm.records import Cost
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
 from shortllm.retraining.setup import LOGS, Job, check, prepare
@@ -57,13 +59,13 @@ LONGEST_WAIT = timedelta(days=1)
 
 @accepts(options=RetrainOptions, runtime=TrainingRuntime)
 def retrain(
-    model: str,
-    out: Path | str,
+    model: ModelSource,
+    out: Path,
     *,
     options: RetrainOptions,
     runtime: TrainingRuntime,
     revision: str | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: OneOrMore[Any] | None = None,
 ) -> Retraining:
     """Retrain a shortened checkpoint, and write the result as a plain checkpoint.
 
@@ -71,7 +73,7 @@ def retrain(
     call again resumes an interrupted training.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         out: the new checkpoint directory, which also gets retrain.json, and the adapter of LoRA.
         options: what is trained, on what, how long; their fields can be given as keywords.
         runtime: where to train; its fields can be given as keywords.
@@ -87,15 +89,23 @@ def retrain(
         CheckpointError: no teacher can be opened, or a saved state is damaged.
         OutputError: `out` contains something else or cannot be written.
     """
+    from transformers import TrainerCallback
+
+    for one in callbacks or ():
+        if not issubclass(one if isinstance(one, type) else type(one), TrainerCallback):
+            raise TypeError(
+                "retrain(): callbacks are instances or subclasses of transformers.TrainerCallback, "
+                f"not {described(one)}"
+            )
     checkpoint, session = open_checkpoint(model, revision=revision), Session(runtime)
     options.about.require_packages()
     return retrain_from(
         checkpoint,
         options,
-        Path(out),
+        out,
         session=session,
         ranks=_join(session),
-        callbacks=callbacks,
+        callbacks=callbacks or (),
     )
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
@@ -22,7 +24,6 @@ from shortllm.files import PARTIAL
 from shortllm.journal import Journal
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.options import accepts
 from shortllm.records import ModelInfo, protected_in
 from shortllm.runtime import Runtime
 from shortllm.sublayers.criteria import CRITERIA, Ranking, Task
@@ -50,8 +51,8 @@ from shortllm.surgery.derived import (
 
 @accepts(options=SublayerOptions, runtime=Runtime)
 def drop_sublayers(
-    model: str,
-    out: Path | str,
+    model: ModelSource,
+    out: Path,
     *,
     options: SublayerOptions,
     runtime: Runtime,
@@ -63,7 +64,7 @@ def drop_sublayers(
     speed. Blocks that lose both sublayers are removed.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         out: the new checkpoint directory, which also gets sublayers.json.
         options: which sublayers to remove; their fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
@@ -80,7 +81,7 @@ def drop_sublayers(
     checkpoint = open_checkpoint(model, revision=revision)
     candidates(options, checkpoint.info())
     ids = calibrate(checkpoint, options.calibration) if options.criterion else None
-    return drop_from(checkpoint, options, Path(out), calibration=ids, session=Session(runtime))
+    return drop_from(checkpoint, options, out, calibration=ids, session=Session(runtime))
 
 
 def drop_from(

@@ -26,6 +26,7 @@ from typing import Any
 
 from shortllm import __version__
 from shortllm.checkpoint.config import is_own_code, read_config, text_config
+from shortllm.checkpoint.loaded import is_name
 from shortllm.checkpoint.shorten_config import (
     period_hint,
     refuse_block_names_in_config,
@@ -199,7 +200,7 @@ def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
     origins = {str(entry.get("source")): entry.get("revision") for entry in held}
     checkpoints: dict[str, Checkpoint] = {}
     for model in models:
-        short = Path(model).name or model
+        short = model if is_name(model) else Path(model).name or model
         one = opened.get(model) or open_checkpoint(model, revision=origins.get(model))
         checkpoints[model if short in checkpoints else short] = one
     return checkpoints

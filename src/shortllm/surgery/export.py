@@ -8,11 +8,12 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.gguf import SUFFIX, OutType
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
-from shortllm.options import accepts
 from shortllm.runtime import Trust
 from shortllm.surgery.export_lint import lint_export
 
@@ -26,8 +27,8 @@ TYPES: dict[str, OutType] = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "
 
 @accepts(trust=Trust)
 def export(
-    model: str,
-    out: Path | str,
+    model: ModelSource,
+    out: Path,
     *,
     trust: Trust,
     revision: str | None = None,
@@ -36,7 +37,7 @@ def export(
     """Convert a checkpoint to a GGUF file for llama.cpp.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         out: the new file, NAME.gguf.
         trust: `trust_remote_code`; it can be given as a keyword.
         revision: of a Hub model.
@@ -48,7 +49,6 @@ def export(
         ShortLLMError: the converter is not installed, or fails.
         OutputError: `out` cannot be written.
     """
-    out = Path(out)
     if out.suffix != SUFFIX:
         raise ShortLLMError(f"{out} is not the name of a GGUF file: it must end with {SUFFIX}")
     require_file_target(out)

@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import SHAPES, block_count, text_config
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.errors import UnsupportedModelError
-from shortllm.options import accepts
 from shortllm.records import Record
 from shortllm.runtime import Trust
 
@@ -183,13 +184,15 @@ BY_FIELD: dict[Target, dict[str, Rule]] = {
 
 
 @accepts(trust=Trust)
-def export_lint(model: str, *, trust: Trust, revision: str | None = None) -> list[ExportFinding]:
+def export_lint(
+    model: ModelSource, *, trust: Trust, revision: str | None = None
+) -> list[ExportFinding]:
     """Check by rule whether llama.cpp (GGUF) and vLLM will run a checkpoint correctly.
 
     Reads only the config and the headers of the weights.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         trust: `trust_remote_code`; it can be given as a keyword.
         revision: of a Hub model.
     Returns:

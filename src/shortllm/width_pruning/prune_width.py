@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortllm.calls import accepts
 from shortllm.checkpoint.config import SHAPES, block_shapes, marked
+from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
@@ -31,7 +33,6 @@ from shortllm.errors import DataError, UnsupportedModelError
 from shortllm.healing.folding import folded_into
 from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
-from shortllm.options import accepts
 from shortllm.runtime import Runtime, quiet_transformers
 from shortllm.surgery.apply import as_read_from_disk, provenance_of
 from shortllm.surgery.derived import (
@@ -73,8 +74,8 @@ log = logging.getLogger(__name__)
 
 @accepts(options=WidthOptions, runtime=Runtime)
 def width(
-    model: str,
-    out: Path | str,
+    model: ModelSource,
+    out: Path,
     *,
     options: WidthOptions,
     runtime: Runtime,
@@ -83,7 +84,7 @@ def width(
     """Write a narrower checkpoint: heads and neurons removed by one of the width baselines.
 
     Args:
-        model: a checkpoint directory or Hub id.
+        model: a checkpoint directory, a Hub id, or a loaded model.
         out: the new checkpoint directory, which also gets width.json.
         options: the method and how much to remove; their fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
@@ -102,7 +103,7 @@ def width(
     checkpoint = open_checkpoint(model, revision=revision)
     options = options.resolved(checkpoint.block_count)
     ids = calibrate(checkpoint, options.calibration) if options.needs_text else None
-    return width_from(checkpoint, options, Path(out), calibration=ids, session=Session(runtime))
+    return width_from(checkpoint, options, out, calibration=ids, session=Session(runtime))
 
 
 def width_from(
