@@ -532,7 +532,7 @@ program.
 - A cell that is empty was not measured yet.
 
 `python tools/league.py --shared ../shared` writes this page and [league.json](league.json), and
-goes on where it stopped.
+resumes where it stopped.
 
 """
 
@@ -658,7 +658,7 @@ def findings(found: Measured) -> list[str]:
         return [loss(found.of(Contender("", name, way), count)) for name in names]
 
     known = [row for row in found.found["rows"] if row["count"] and row["removed"]]
-    lines = [place_of_ours(found)]
+    lines = [own_place(found)]
     for way, other, words in (
         ("regression", "linear", "`linear`"),
         ("regression", "none", "the same sets unhealed"),
@@ -688,7 +688,7 @@ def findings(found: Measured) -> list[str]:
     return lines
 
 
-def place_of_ours(found: Measured) -> str:
+def own_place(found: Measured) -> str:
     """Where `run --criterion auto --heal regression` ended at each budget."""
     places = []
     for count in found.counts:
