@@ -48,7 +48,7 @@ from shortllm.runtime import (
     quiet_transformers,
     versions,
 )
-from shortllm.surgery.apply import open_checkpoints
+from shortllm.surgery.origin import open_checkpoints
 
 log = logging.getLogger(__name__)
 

@@ -36,9 +36,10 @@ from shortllm.model.hidden_states import SampleGroups, StreamMemory
 from shortllm.model.metrics import cosine, next_token_nll, perplexity
 from shortllm.model.walk import slice_tokens, targets, token_slices
 from shortllm.options import accepts
+from shortllm.papers import LACO
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Advance, Runtime, progress
-from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
+from shortllm.surgery.apply import check_removal, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -47,6 +48,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
+from shortllm.surgery.origin import provenance_of
 from shortllm.surgery.verify import kv_cache_matches, probe_ids
 
 Sum = Mapping[int, int]
@@ -140,7 +142,9 @@ def merge_from(
         return Draft(
             record=record,
             config=config,
-            provenance=provenance_of(checkpoint, removed, criterion="merge", merged=merged),
+            provenance=provenance_of(
+                checkpoint, removed, criterion="merge", paper=str(LACO), merged=merged
+            ),
             bytes=sum(entry.bytes for entry in entries.values()),
             write=copying(entries, new),
             verify=verifying(target, session, probe.logits(sums), cached=kv_cache_matches(decoder)),

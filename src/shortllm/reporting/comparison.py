@@ -19,7 +19,18 @@ from shortllm.comparison.options import (
     standings,
     verdict,
 )
-from shortllm.format import NONE, THIN, counted, listed, number, percent, short_count, signed, spans
+from shortllm.format import (
+    NONE,
+    THIN,
+    counted,
+    listed,
+    model_name,
+    number,
+    percent,
+    short_count,
+    signed,
+    spans,
+)
 from shortllm.reporting import parts, protocol, runs_page
 from shortllm.reporting.charts import Band, Line, LinePlot
 from shortllm.reporting.load import ComparisonResults, UnitsResults, protocol_of
@@ -179,7 +190,7 @@ def units_models(results: UnitsResults) -> list[ComparedModel]:
                 timed_as=[candidate.name if candidate else name],
                 run=f"{candidate.name} ({candidate.unit})" if candidate else None,
                 name=name,
-                original=protocol.model_name(results.units.model.id),
+                original=model_name(results.units.model.id),
                 criterion=candidate.name if candidate else None,
                 healed_by=name if candidate and name != candidate.name else None,
             )

@@ -26,6 +26,7 @@ from shortllm.format import (
     percent,
     point_change,
     short_bytes,
+    without_directories,
 )
 from shortllm.published import PublishedComparison, compared_blocks, published_comparison
 from shortllm.reporting import parts
@@ -33,7 +34,6 @@ from shortllm.reporting.charts import DASHED, Line, LinePlot, marked
 from shortllm.reporting.load import RunResults
 from shortllm.reporting.parts import Cell, Column, Paragraph, Part, Row, Section, Table, row
 from shortllm.reporting.plots import standalone
-from shortllm.reporting.protocol import without_directories
 from shortllm.run_directory import PRUNED
 
 LOG_SPREAD = 10.0

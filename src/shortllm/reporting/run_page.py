@@ -6,7 +6,8 @@ in `sections_of`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shortllm import criteria
@@ -26,6 +27,7 @@ from shortllm.format import (
 )
 from shortllm.pruning.planning import removal_order
 from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting import measurements, parts, protocol
 from shortllm.reporting.charts import BarPlot
 from shortllm.reporting.healing import healed_sentence, healing_section, quantized_sentence
@@ -42,6 +44,7 @@ from shortllm.reporting.parts import (
     Table,
 )
 from shortllm.run_directory import PRUNED
+from shortllm.surgery.card import Measured
 
 LONG_TABLE = 16
 """Number of blocks from which their table is folded."""
@@ -125,8 +128,27 @@ def _cost_of_removal(results: RunResults) -> str:
     return sentence or "; the perplexity was not measured"
 
 
-def key_figures(results: RunResults) -> Table:
-    """A row for blocks, parameters, bytes and each perplexity, with changes from the original."""
+def measured(results: RunResults, name: str) -> Measured:
+    """What a run found out about one of its checkpoints."""
+    quantized = results.quantization if name == QUANTIZED else None
+    own = [one for one in results.evaluated.values() if one.name in ("original", name)]
+    tables = [key_figures(results, ["original", name])]
+    if len(own) == 2 and own[1].zeroshot:
+        tables.append(measurements.task_table(own))
+    return Measured(
+        tables=[[head, *rows] for head, rows in (table.plain() for table in tables)],
+        protocol=protocol.protocol_rows(replace(results, quantization=quantized)),
+        command=protocol.command_line(results.run.command),
+        quality=name in results.evaluated,
+    )
+
+
+def key_figures(results: RunResults, names: Collection[str] = ()) -> Table:
+    """A row for blocks, parameters, bytes and each perplexity, with changes from the original.
+
+    Args:
+        names: of the models to show. Default: all.
+    """
     plan, original = results.plan, results.plan.model
     models = {"original": original} | {n: one.model for n, one in results.evaluated.items()}
     sizes: dict[str, tuple[int, int, int | None]] = {
@@ -134,6 +156,9 @@ def key_figures(results: RunResults) -> Table:
     }
     # plan.json knows the size of the pruned model, except for its bytes
     sizes.setdefault(PRUNED, (len(plan.kept), original.parameters - plan.reached.parameters, None))
+
+    if names:
+        sizes = {name: size for name, size in sizes.items() if name in names}
 
     def compared(name: Cell, values: Sequence[Any], show: Callable[[Any], str]) -> Row:
         return measurements.compared_row(

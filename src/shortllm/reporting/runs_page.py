@@ -17,7 +17,7 @@ from pydantic import Field
 from shortllm import __version__
 from shortllm.benchmark.options import Benchmark
 from shortllm.evaluation.options import EvaluatedModel
-from shortllm.format import counted, number, percent, short_bytes, short_count
+from shortllm.format import counted, model_name, number, percent, short_bytes, short_count
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.records import Record
 from shortllm.reporting import parts, protocol
@@ -229,7 +229,7 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
                 timed_as=[name, PRUNED] if name in healed_by else [name],
                 run=None if is_original else run,
                 name=name,
-                original=protocol.model_name(results.plan.model.id),
+                original=model_name(results.plan.model.id),
                 criterion=None if is_original else results.plan.criterion,
                 healed_by=healed_by.get(name) or (None if unhealed else name),
                 quantized_by=quantization.method if quantization and name == QUANTIZED else None,
@@ -326,7 +326,7 @@ def _removed_by(name: str, results: RunResults) -> list[Part]:
         parts.Heading(name),
         parts.Strip(results.statuses, ends=False),
         Paragraph(
-            f"{protocol.model_name(plan.model.id)}; {plan.criterion or 'blocks given by hand'}; "
+            f"{model_name(plan.model.id)}; {plan.criterion or 'blocks given by hand'}; "
             f"{removed}; {'healed by ' if healed else 'not healed'}{'; '.join(healed)}."
         ),
     ]

@@ -32,8 +32,9 @@ from shortllm.healing.folding import folded_into
 from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
 from shortllm.options import accepts
+from shortllm.registry import cited
 from shortllm.runtime import Runtime, quiet_transformers
-from shortllm.surgery.apply import as_read_from_disk, provenance_of
+from shortllm.surgery.apply import as_read_from_disk
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -46,6 +47,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
+from shortllm.surgery.origin import provenance_of
 from shortllm.width_pruning.groups import BlockGroups, Removed, removed_counts, without_units
 from shortllm.width_pruning.methods import METHODS, Chosen, Task
 from shortllm.width_pruning.options import NarrowedBlock, WidthOptions, WidthPruning, WidthSize
@@ -205,7 +207,9 @@ def _draft(
     return Draft(
         record=record,
         config=config,
-        provenance=provenance_of(checkpoint, [], width=choices),
+        provenance=provenance_of(
+            checkpoint, [], paper=cited(METHODS.get(options.method)), width=choices
+        ),
         bytes=sum(entry.bytes for entry in entries.values()),
         write=copying(entries, chain(new.items(), _repaired_weights(checkpoint, groups, chosen))),
         verify=verifying(target, session, logits, cached=cached),
