@@ -20,6 +20,9 @@ ABSOLUTE = r"(~|\.{1,2}|[A-Za-z]:)?[/\\]"
 HUB_FILE = r"[\w.-]+/[\w.-]+:"
 """How a file in a repository of the Hub begins."""
 
+MOST_NATS = 700.0
+"""Differences in nats above this are shown as this; exp of more is not a float."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _ASCII = str.maketrans({THIN: " ", SPACE: " ", "−": "-", NONE: "-", "×": "x", "±": "+-"})
 
@@ -52,6 +55,24 @@ def fixed(value: float | None, decimals: int = 2) -> str:
 def signed(value: float, digits: int = 4) -> str:
     """A number with its sign."""
     return f"{'+' if value > 0 else ''}{number(value, digits)}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A value with its standard error: '36.02 ± 0.41'."""
+    shown = number(value)
+    return shown if error is None or shown == NONE else f"{shown} ± {number(error, 2)}"
+
+
+def change_of_perplexity(nll: float, error: float | None) -> str:
+    """A difference in nats as the relative change of the perplexity: '+53.04 ± 0.82 %'."""
+    ratio = math.exp(min(nll, MOST_NATS))
+    if not error:
+        return change(1.0, ratio)
+    if ratio >= 10:
+        return f"{change(1.0, ratio)} ± {number(ratio * error, 2)}"
+    said = number(100 * ratio * error, 2)
+    changed = fixed(100 * (ratio - 1), len(said.partition(".")[2]))
+    return f"{'+' if ratio > 1 else ''}{changed} ± {said}{THIN}%"
 
 
 def percent(ratio: float | None, decimals: int = 1) -> str:

@@ -221,12 +221,22 @@ def evaluate_models(
         name: _evaluate_one(name, checkpoint, texts, options, session, tasks, ranks)
         for name, checkpoint in reversed(models)
     }
+    first = measured[models[0][0]]
     return Evaluation(
-        models=[measured[name] for name, _ in models],
+        models=[first, *(_compared(measured[name], first) for name, _ in models[1:])],
         dtype=session.dtype(models[0][1]),
         versions=versions() | ({"lm_eval": tasks.version} if tasks is not None else {}),
         fingerprint=evaluation_fingerprint(models, texts, options, session, tasks),
     )
+
+
+def _compared(model: EvaluatedModel, first: EvaluatedModel) -> EvaluatedModel:
+    """The model with its paired differences from the first one."""
+    pairs = zip(model.perplexity, first.perplexity, strict=True)
+    found = [
+        one.model_copy(update={"difference": one.difference_from(other)}) for one, other in pairs
+    ]
+    return model.model_copy(update={"perplexity": found})
 
 
 def _evaluate_one(

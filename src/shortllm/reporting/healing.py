@@ -133,7 +133,7 @@ def _recovery_columns(results: RunResults, key: Protocol, heading: str) -> list[
 
     def value(name: str) -> Cell:
         own = found.get(name)
-        return Cell(number(own.perplexity) if own else NONE, look="after")
+        return Cell(str(own or NONE), look="after")
 
     def share(name: str) -> str:
         own = found.get(name)

@@ -38,7 +38,6 @@ from shortllm.reporting.parts import (
     Page,
     Paragraph,
     Part,
-    Row,
     Section,
     Status,
     Table,
@@ -70,7 +69,7 @@ def sections_of(results: RunResults) -> list[Section]:
     """The sections of the page, in order."""
     scores = results.scores
     found = [
-        Section("figures", "Key figures", [key_figures(results)]),
+        Section("figures", "Key figures", [key_figures(results), *_errors_note(results)]),
         importance_section(results, scores) if scores else None,
         search_section(results, scores) if scores else None,
         strip_section(results),
@@ -83,6 +82,11 @@ def sections_of(results: RunResults) -> list[Section]:
         protocol.run_protocol(results),
     ]
     return [section for section in found if section is not None]
+
+
+def _errors_note(results: RunResults) -> list[Part]:
+    note = measurements.errors_note(results.protocols().values())
+    return [Paragraph(note)] if note else []
 
 
 # ---- verdict and key figures
@@ -112,18 +116,19 @@ def _cost_of_removal(results: RunResults) -> str:
     """Perplexities on the first two texts, where original and pruned model saw the same tokens."""
     after = results.perplexities(PRUNED)
     compared = [
-        (protocol.perplexity_source(entry), entry.perplexity, after[key].perplexity)
+        (protocol.perplexity_source(entry), entry, after[key])
         for key, entry in results.perplexities("original").items()
         if key in after
     ]
     sentence = ""
     for source, before, now in compared[:2]:
-        if now == before:
-            move = f"stays at {number(before)}"
+        if now.nll == before.nll:
+            move = f"stays at {number(before.perplexity)}"
         else:
-            move = f"from {number(before)} to {number(now)}"
-        if not sentence and now != before:
-            move = f"{'rises' if now > before else 'falls'} {move} ({change(before, now)})"
+            move = f"from {number(before.perplexity)} to {number(now.perplexity)}"
+        if not sentence and now.nll != before.nll:
+            changed = measurements.perplexity_change(before, now)
+            move = f"{'rises' if now.nll > before.nll else 'falls'} {move} ({changed})"
         sentence += f"{', and' if sentence else '; perplexity'} {move} on {source}"
     return sentence or "; the perplexity was not measured"
 
@@ -160,25 +165,22 @@ def key_figures(results: RunResults, names: Collection[str] = ()) -> Table:
     if names:
         sizes = {name: size for name, size in sizes.items() if name in names}
 
-    def compared(name: Cell, values: Sequence[Any], show: Callable[[Any], str]) -> Row:
-        return measurements.compared_row(
-            name, [(show(value), change(values[0], value)) for value in values]
-        )
-
     shown: dict[str, Callable[[Any], str]] = {
         "blocks": str, "parameters": short_count, "bytes on disk": short_bytes
     }  # fmt: skip
-    rows = [
-        compared(Cell(what), [size[place] for size in sizes.values()], show)
-        for place, (what, show) in enumerate(shown.items())
-    ]
+    rows = []
+    for place, (what, show) in enumerate(shown.items()):
+        values = [size[place] for size in sizes.values()]
+        cells = [(show(value), change(values[0], value)) for value in values]
+        rows.append(measurements.compared_row(Cell(what), cells))
     by_model = [results.perplexities(name) for name in sizes]
     for key, example in results.protocols().items():
-        values = [found[key].perplexity if key in found else None for found in by_model]
+        found = [perplexities.get(key) for perplexities in by_model]
+        cells = [(str(one or NONE), measurements.perplexity_change(found[0], one)) for one in found]
         text = Cell(
             f"perplexity, {protocol.perplexity_source(example)}", protocol.segments_phrase(example)
         )
-        rows.append(compared(text, values, number))
+        rows.append(measurements.compared_row(text, cells))
     return Table(parts.row("", *sizes), rows)
 
 
