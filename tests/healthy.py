@@ -13,7 +13,7 @@ import torch
 from architectures import tiny_config
 from families import VARIANTS, build, save
 from safetensors.torch import load_file, save_file
-from test_reporting import TOKENS, make_run
+from test_reporting import TOKENS, make_run, write_config
 from transformers import AutoConfig
 
 from shortllm import schemas
@@ -282,10 +282,13 @@ def write_run(directory: Path) -> Path:
     evaluation.model_copy(update={"models": [evaluation.models[0], pruned, *others]}).save(
         directory / "eval.json"
     )
-    provenance = {"removed_blocks": plan.removed, "source_blocks": plan.model.blocks}
-    for name in ("pruned", *names):
-        (directory / name).mkdir()
-    (directory / "pruned" / "config.json").write_text(json.dumps({"shortllm": provenance}))
+    done = {
+        "healed": {"method": "linear", "data": "c4", "blocks": [4]},
+        "retrained": {"method": "lora", "data": "alpaca", "steps": 3, "tokens": 4096},
+        "quantized": {"method": "gptq", "scheme": "some scheme"},
+    }
+    for name in names:
+        write_config(directory / name, plan, **{name: done[name]})
     of(Target, model=plan.model, asked={"target_params": 1e6}).save(directory / TARGET_FILE)
     of(Healing, model=pruned.model, method="linear").save(directory / "healed" / Healing.FILE)
     curves = {

@@ -369,7 +369,8 @@ def test_the_page_shows_the_numbers_and_nothing_of_the_machine(
     assert verdict(found) in page
     for one in found.criteria:
         for removed in one.sets:
-            assert f">{removed.perplexity:.3f}</td>" in page
+            assert f">{removed.perplexity:.3f}<span" in page and removed.behind is not None
+            assert f"± {number(removed.stderr, 2)}</span>" in page
             assert f"<td>{spans(removed.order)}</td>" in page
     for name, paper in (("angular", "2403.17887"), ("greedy", "2402.09025"), ("ppl", "2402.02834")):
         assert re.search(rf"\b{name}\b[^\n]*: [^\n]*{paper}", page)
@@ -430,11 +431,16 @@ def test_the_command(
 
     code, out, _ = call(*arguments)
     assert code == 0 and f"report: {run / 'comparison.html'}" in out
-    lines = {line.split("  ")[0]: line.split()[-2:] for line in out.splitlines()}
-    for i, one in enumerate(found.criteria):
-        for column, cell in zip(standings(found), lines[one.criterion], strict=True):
-            mark = "*" if one.criterion in column.best else ""
-            assert cell == f"{number(column.perplexities[i])}{mark}"
+    lines = {
+        first: cells[-2:] for first, *cells in (re.split(" {2,}", one) for one in out.split("\n"))
+    }
+    for one in found.criteria:
+        columns = zip(standings(found), one.sets, lines[one.criterion], strict=True)
+        for column, removed, cell in columns:
+            assert removed.behind is not None
+            marked = one.criterion in column.best or not removed.behind.is_clear
+            error = f" (± {number(removed.stderr, 2)})"
+            assert cell == f"{number(removed.perplexity)}{'*' * marked}{error}"
     means = [number(column.random_mean) for column in standings(found)]
     assert lines["random, mean of 3"] == means
     assert "8/10 % (1 of 12)" in out and "left out: 90 % (cannot remove 11" in out

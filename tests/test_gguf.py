@@ -72,6 +72,7 @@ def test_blocks_are_removed_and_renumbered(tmp_path: Path) -> None:
     assert file.setting("block_count") == 4
     assert file.setting("attention.head_count_kv") == [1, 3, 4, 6]
     assert file.provenance is not None
+    assert file.provenance["source"] == source.name
     assert file.provenance["source_sha256"] == read_gguf(source).sha256
     assert file.provenance["removed_blocks"] == [1, 4]
     assert file.provenance["criterion"] == "ppl"
@@ -102,6 +103,8 @@ def test_second_removal_keeps_the_first_ones_origin(tmp_path: Path) -> None:
     assert provenance is not None
     assert provenance["parent"]["removed_blocks"] == [1]
     assert provenance["source_sha256"] == read_gguf(tmp_path / "b.gguf").sha256
+    assert str(tmp_path) not in json.dumps(provenance)
+    assert json.loads((tmp_path / "c.local.json").read_text()) == {"original": str(source)}
 
 
 def test_counts_and_prediction_heads_are_kept_right(tmp_path: Path) -> None:

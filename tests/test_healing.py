@@ -57,7 +57,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.options import options_from
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.recipe import Recipe, changed, parse_recipe
-from shortllm.surgery.apply import lineage
+from shortllm.surgery.origin import lineage
 
 DOWN = {
     "llama": "mlp.down_proj",

@@ -33,11 +33,15 @@ from shortllm.checkpoint.writer import write_tensors
 from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import overwriting
 from shortllm.model.decoder import Decoder
+from shortllm.papers import SHORTENED_LLAMA
 from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.records import Pruning
 from shortllm.surgery.apply import renumbered_tensors
 from shortllm.surgery.derived import carried_files, carried_fingerprint
 from shortllm.surgery.verify import bypass_logits, verify_shortened
+
+WRITTEN = ("README.md", "local.json", "prune.json")
+"""Files that say what a shortened checkpoint is."""
 
 REMOVED = ([0], [3], [-1], [0, 2, 3])
 
@@ -285,7 +289,7 @@ def test_other_files_are_carried_along(tmp_path: Path) -> None:
         (source / name).write_text(text)
     target = shortened(open_checkpoint(source), [5], tmp_path / "short")
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    assert found == {*carried, "config.json", "prune.json", SAFETENSORS}
+    assert found == {*carried, "config.json", *WRITTEN, SAFETENSORS}
     assert all((target / name).read_text() == text for name, text in carried.items())
 
 
@@ -305,7 +309,7 @@ def test_an_output_inside_the_source_is_not_carried(
         shortened(checkpoint, [2], target)
         found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
         assert found == {
-            "config.json", "generation_config.json", "prune.json", SAFETENSORS, "extra/words.txt"
+            "config.json", "generation_config.json", *WRITTEN, SAFETENSORS, "extra/words.txt"
         }  # fmt: skip
     again = carried_fingerprint(Path("short"))
     assert carried_fingerprint(source) == before == again
@@ -347,11 +351,13 @@ def test_config_says_where_the_checkpoint_comes_from(tmp_path: Path) -> None:
     config = json.loads((target / "config.json").read_text())
     entry = {
         "version": __version__,
-        "source": str(saved("qwen2")),
+        "source": saved("qwen2").name,
+        "source_fingerprint": checkpoint.fingerprint,
         "revision": None,
         "source_blocks": 6,
         "removed_blocks": [1, 4],
         "criterion": "ppl",
+        "paper": str(SHORTENED_LLAMA),
         "parent": None,
         "fingerprint": Pruning.load(target / "prune.json").fingerprint,
     }
@@ -428,7 +434,7 @@ def test_an_earlier_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
         write_pruned(opened("llama"), [0, 1, 4, 5], target)
     assert list(tmp_path.iterdir()) == [target]
     assert {path.name for path in target.iterdir()} == {
-        *(path.name for path in saved("llama").iterdir()), "prune.json"
+        *(path.name for path in saved("llama").iterdir()), *WRITTEN
     }  # fmt: skip
     assert load(target).config.num_hidden_layers == 4
 

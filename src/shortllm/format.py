@@ -1,4 +1,4 @@
-"""Numbers, ratios, bytes, counts and durations as text, for reports, tables and messages.
+"""Numbers, ratios, bytes, counts, durations and names as text, for reports, tables and messages.
 
 Imports nothing but the standard library. Texts use typographic signs (−, ×, – and a narrow space
 before a unit); `plain` turns them into ASCII for messages and logs.
@@ -7,12 +7,22 @@ before a unit); `plain` turns them into ASCII for messages and logs.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 NONE = "–"
 """Shown for a value that was not measured."""
 THIN = "\N{NARROW NO-BREAK SPACE}"
 SPACE = "\N{NO-BREAK SPACE}"
+ABSOLUTE = r"(~|\.{1,2}|[A-Za-z]:)?[/\\]"
+"""How a path begins that only its own machine understands."""
+
+HUB_FILE = r"[\w.-]+/[\w.-]+:"
+"""How a file in a repository of the Hub begins."""
+
+MOST_NATS = 700.0
+"""Differences in nats above this are shown as this; exp of more is not a float."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _ASCII = str.maketrans({THIN: " ", SPACE: " ", "−": "-", NONE: "-", "×": "x", "±": "+-"})
 
@@ -45,6 +55,24 @@ def fixed(value: float | None, decimals: int = 2) -> str:
 def signed(value: float, digits: int = 4) -> str:
     """A number with its sign."""
     return f"{'+' if value > 0 else ''}{number(value, digits)}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A value with its standard error: '36.02 ± 0.41'."""
+    shown = number(value)
+    return shown if error is None or shown == NONE else f"{shown} ± {number(error, 2)}"
+
+
+def change_of_perplexity(nll: float, error: float | None) -> str:
+    """A difference in nats as the relative change of the perplexity: '+53.04 ± 0.82 %'."""
+    ratio = math.exp(min(nll, MOST_NATS))
+    if not error:
+        return change(1.0, ratio)
+    if ratio >= 10:
+        return f"{change(1.0, ratio)} ± {number(ratio * error, 2)}"
+    said = number(100 * ratio * error, 2)
+    changed = fixed(100 * (ratio - 1), len(said.partition(".")[2]))
+    return f"{'+' if ratio > 1 else ''}{changed} ± {said}{THIN}%"
 
 
 def percent(ratio: float | None, decimals: int = 1) -> str:
@@ -139,6 +167,25 @@ def spans(blocks: Sequence[int]) -> str:
     return ", ".join(
         f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
     )
+
+
+def model_name(model_id: str) -> str:
+    """A Hub id unchanged, the last part of a directory, the Hub id of a Hub cache directory."""
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)", model_id)
+    return f"{cached[1]}/{cached[2]}" if cached else without_directories(model_id)
+
+
+def without_directories(text: str) -> str:
+    """The last part of a path, also of each in a list; any other text unchanged."""
+    return ",".join(map(_last_part, text.split(",")))
+
+
+def _last_part(text: str) -> str:
+    absolute, hub = re.match(ABSOLUTE, text), re.match(HUB_FILE, text)
+    relative = text.count("/") > 1 and " " not in text and "://" not in text and not hub
+    if not absolute and not relative:
+        return text
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
 
 
 def plain(text: str) -> str:

@@ -31,7 +31,7 @@ from shortllm.options import OneOrMore
 from shortllm.reporting.measurements import write_benchmark
 from shortllm.run_directory import delete, finished
 from shortllm.runtime import DeviceOptions
-from shortllm.surgery.apply import open_checkpoints
+from shortllm.surgery.origin import open_checkpoints
 
 if TYPE_CHECKING:
     from shortllm.evaluation.tasks import TaskSet

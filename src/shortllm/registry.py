@@ -30,6 +30,10 @@ class Method(Protocol):
     def label(self) -> str:
         """What it is called in full; an unknown name may be part of that."""
 
+    @property
+    def paper(self) -> Paper | None:
+        """The paper that defines it."""
+
 
 Entry = TypeVar("Entry", bound=Method)
 Own = TypeVar("Own", bound="RegisteredMethod")
@@ -77,6 +81,11 @@ def import_modules(package: str, path: Iterable[str]) -> None:
     """Import every module of a package, so that each registers its methods; sorted by name."""
     for name in sorted(module.name for module in pkgutil.iter_modules(path)):
         importlib.import_module(f"{package}.{name}")
+
+
+def cited(method: Method | None) -> str | None:
+    """The paper of a method, as config.json and model cards name it."""
+    return str(method.paper) if method and method.paper else None
 
 
 def first_line(function: Any) -> str:

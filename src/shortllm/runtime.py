@@ -225,6 +225,16 @@ class Ranks:
         torch.distributed.all_gather_object(found, own)
         return found
 
+    def in_order(self, own: torch.Tensor) -> torch.Tensor:
+        """What all processes found for their shares of the samples, in the samples' order."""
+        import torch
+
+        parts = self.gather(own)
+        found = torch.empty(sum(map(len, parts)), *own.shape[1:], dtype=own.dtype)
+        for rank, part in enumerate(parts):
+            found[rank :: self.count] = part
+        return found
+
     def wait(self) -> None:
         """Wait until all processes have come here."""
         if self.count > 1:

@@ -147,16 +147,19 @@ def compare_units(
 
 def _print_comparison(found: Comparison) -> None:
     from shortllm.comparison.options import verdict
-    from shortllm.format import number
     from shortllm.reporting.comparison import perplexity_table
+    from shortllm.reporting.measurements import errors_note
     from shortllm.reporting.protocol import perplexity_source, segments_phrase
 
     typer.echo(
         f"{found.model.id}: {found.model.blocks} blocks, intact perplexity "
-        f"{number(found.intact.perplexity)} on {segments_phrase(found.intact)} from "
+        f"{found.intact} on {segments_phrase(found.intact)} from "
         f"{perplexity_source(found.intact)}"
     )
     print_table(*perplexity_table(found).plain())
     for left in found.left_out:
         typer.echo(f"left out: {100 * left.ratio:.4g} % ({left.reason})")
-    typer.echo(f"* lowest of a column\n{verdict(found)}")
+    typer.echo("* lowest of a column, or not clearly above the lowest")
+    if note := errors_note([found.intact]):
+        typer.echo(note)
+    typer.echo(verdict(found))

@@ -44,9 +44,16 @@ def plan_line(plan: PrunePlan) -> str:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """A row per model: sizes and perplexities; then a row per task."""
-    from shortllm.reporting.measurements import evaluation_table, prompts_phrase, task_table
+    from shortllm.reporting.measurements import (
+        errors_note,
+        evaluation_table,
+        prompts_phrase,
+        task_table,
+    )
 
     print_table(*evaluation_table(evaluation).plain())
+    if note := errors_note(evaluation.models[0].perplexity):
+        typer.echo(note)
     if evaluation.models[0].zeroshot:
         typer.echo("")
         print_table(*task_table(evaluation.models).plain())

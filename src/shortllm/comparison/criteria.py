@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from shortllm import run_directory as rundir
@@ -49,6 +50,9 @@ from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, progress, 
 
 RANDOM = "random"
 """The criterion that every other one must beat."""
+
+Measured = Mapping[frozenset[int], list[float]]
+"""Removed blocks -> mean NLL of each segment, nats."""
 
 Choice = tuple[Criterion, list[list[int]]]
 """A criterion, and the blocks that it removes at each budget, the first to go first."""
@@ -222,7 +226,7 @@ def _measured(
 ) -> Comparison:
     """comparison.json, unless up to date. All processes measure; the main one writes."""
     from shortllm.journal import Journal
-    from shortllm.model.walk import NOTHING, mean_nlls, walk_flops
+    from shortllm.model.walk import NOTHING, sample_nlls, walk_flops
 
     path, work = directory / "comparison.json", directory / f"comparing{PARTIAL}"
     expected = _fingerprint(checkpoint, question, scores, text, session)
@@ -238,21 +242,25 @@ def _measured(
     journal = Journal(work / f"rank{ranks.rank}of{ranks.count}", expected)
     flops = walk_flops(decoder, removals, *ids_BT.shape)
     with progress(f"perplexity of {len(sets)} shortened models", flops) as advance:
-        nlls = mean_nlls(
+        nlls_MS = sample_nlls(
             decoder, ids_BT, removals, ranks=ranks, advance=advance, memory=session.memory(work),
             journal=journal,
         )  # fmt: skip
-    measured = dict(zip(removals, nlls, strict=True))
+    measured = dict(zip(removals, nlls_MS.tolist(), strict=True))
+    best = [
+        _lowest([orders[place] for _, orders in chosen], measured)
+        for place in range(len(question.budgets))
+    ]
     found = Comparison(
         model=info,
         protected=question.protected,
         budgets=question.budgets,
         left_out=question.left_out,
         criteria=[
-            _contender(one, orders, measured, scores=scores[one.name].fingerprint)
+            _contender(one, orders, measured, best, scores=scores[one.name].fingerprint)
             for one, orders in chosen
         ],
-        random=[_contender(one, orders, measured) for one, orders in drawn],
+        random=[_contender(one, orders, measured, best) for one, orders in drawn],
         intact=text.perplexity(measured[NOTHING]),
         calibration=next((s.calibration for s in scores.values() if s.calibration), None),
         models=len(sets),
@@ -317,22 +325,41 @@ def _drawn(model: ModelInfo, question: Question) -> list[Choice]:
     return found
 
 
+def _lowest(orders: Sequence[list[int]], measured: Measured) -> frozenset[int]:
+    """The removal with the lowest loss of some."""
+    sets = [frozenset(order) for order in orders]
+    means = {one: fmean(measured[one]) for one in sets}
+    return min(sets, key=lambda one: math.inf if math.isnan(means[one]) else means[one])
+
+
 def _contender(
     one: Criterion,
     orders: Sequence[list[int]],
-    nlls: Mapping[frozenset[int], float],
+    measured: Measured,
+    best: Sequence[frozenset[int]],
     *,
     scores: str | None = None,
 ) -> Contender:
-    """One row of the comparison; None where what was measured is not a number."""
-    from shortllm.model.metrics import perplexity
-
-    sets = []
-    for order in orders:
-        nll = nlls[frozenset(order)]
-        values = {"nll": nll, "perplexity": perplexity(nll)}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        sets.append(RemovedSet(order=order, **finite))
+    """One row of the comparison, with its distance from the best of each budget."""
+    sets = [
+        _removed_set(order, measured[frozenset(order)], measured[lowest])
+        for order, lowest in zip(orders, best, strict=True)
+    ]
     return Contender(
         criterion=one.name, options=one.options, source=one.source, scores=scores, sets=sets
     )
+
+
+def _removed_set(order: list[int], nlls: list[float], lowest: list[float]) -> RemovedSet:
+    """What is left without some blocks; None where what was measured is not a number."""
+    from shortllm.evaluation.options import paired_difference, standard_error
+    from shortllm.model.metrics import perplexity
+
+    nll, error = fmean(nlls), standard_error(nlls)
+    found = perplexity(nll)
+    values = {"nll": nll, "perplexity": found, "stderr": None if error is None else found * error}
+    finite = {name: one for name, one in values.items() if one is not None and math.isfinite(one)}
+    is_known = "perplexity" in finite and math.isfinite(fmean(lowest))
+    behind = paired_difference(lowest, nlls) if is_known else None
+    unknown = {"nll": None, "perplexity": None}
+    return RemovedSet.model_validate({"order": order, **unknown, **finite, "behind": behind})

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from shortllm import criteria
 from shortllm.data.options import CalibrationOptions
-from shortllm.evaluation.options import Perplexity, WindowBos, WindowLength
+from shortllm.evaluation.options import Difference, Perplexity, WindowBos, WindowLength
 from shortllm.format import counted, listed
 from shortllm.options import Flag, Nested, Options
 from shortllm.pruning.budget import ProtectFirst, ProtectLast
@@ -90,6 +90,12 @@ class RemovedSet(Record):
     order: list[int] = Field(description="the removed blocks, the first to go first")
     nll: float | None = Field(description="mean NLL in nats per predicted token")
     perplexity: float | None
+    stderr: float | None = Field(
+        default=None, description="standard error of the perplexity, over segments"
+    )
+    behind: Difference | None = Field(
+        default=None, description="from the lowest of the same budget, paired by segment"
+    )
 
 
 class Contender(Record):

@@ -32,7 +32,7 @@ from shortllm.model import Session
 from shortllm.model.loading import load_model
 from shortllm.pruning.targets import cache_bytes
 from shortllm.records import ModelInfo
-from shortllm.surgery.apply import lineage
+from shortllm.surgery.origin import lineage
 
 if TYPE_CHECKING:
     import torch

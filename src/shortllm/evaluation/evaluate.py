@@ -53,7 +53,7 @@ from shortllm.runtime import (
     quiet_transformers,
     versions,
 )
-from shortllm.surgery.apply import open_checkpoints
+from shortllm.surgery.origin import open_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -265,13 +265,23 @@ def evaluate_models(
         name: _evaluate_one(name, checkpoint, template, texts, options, session, tasks, ranks)
         for (name, checkpoint), template in reversed(named)
     }
+    first = measured[models[0][0]]
     return Evaluation(
-        models=[measured[name] for name, _ in models],
+        models=[first, *(_compared(measured[name], first) for name, _ in models[1:])],
         task_prompts=tasks.prompts if tasks is not None else None,
         dtype=session.dtype(models[0][1]),
         versions=versions() | ({"lm_eval": tasks.version} if tasks is not None else {}),
         fingerprint=evaluation_fingerprint(models, texts, options, session, tasks),
     )
+
+
+def _compared(model: EvaluatedModel, first: EvaluatedModel) -> EvaluatedModel:
+    """The model with its paired differences from the first one."""
+    pairs = zip(model.perplexity, first.perplexity, strict=True)
+    found = [
+        one.model_copy(update={"difference": one.difference_from(other)}) for one, other in pairs
+    ]
+    return model.model_copy(update={"perplexity": found})
 
 
 def _evaluate_one(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import fsum, sqrt
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from shortllm.errors import ShortLLMError
+from shortllm.format import change_of_perplexity, with_error
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
 
@@ -19,6 +23,9 @@ SAMPLING: dict[str, Any] = {"top_k": TOP_K, "top_p": TOP_P, "temperature": TEMPE
 
 CHAT_TEMPERATURE = 0.2
 """Of answers in a chat: near the likeliest one, by which a shortened model is judged."""
+
+FEW_SEGMENTS = 100
+"""With fewer segments a perplexity is a rough estimate, and so is its standard error."""
 
 SHARES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc")
 """Metrics that are shares of right answers: shown in percent, and a mean of them makes sense."""
@@ -128,6 +135,22 @@ class EvaluationOptions(Options):
             )
 
 
+class Difference(Record):
+    """How much more a model loses than another one, on the same segments."""
+
+    nll: float = Field(description="mean difference in nats per predicted token; more is worse")
+    stderr: float | None = Field(description="its standard error, over segments")
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than two standard errors."""
+        return self.stderr is not None and abs(self.nll) > 2 * self.stderr
+
+    def __str__(self) -> str:
+        """The relative change of the perplexity: '+53.0 ± 0.8 %'."""
+        return change_of_perplexity(self.nll, self.stderr)
+
+
 class Perplexity(Record):
     """One perplexity with its protocol."""
 
@@ -143,6 +166,41 @@ class Perplexity(Record):
     tokens_fingerprint: str
     nll: float = Field(description="mean negative log-likelihood in nats per predicted token")
     perplexity: float
+    stderr: float | None = Field(
+        default=None, description="standard error of the perplexity, over segments"
+    )
+    difference: Difference | None = Field(
+        default=None, description="from the first model of the evaluation, paired by segment"
+    )
+    segment_nlls: list[float] = Field(
+        default_factory=list, description="mean NLL of each segment, in nats, in order"
+    )
+
+    def difference_from(self, other: Perplexity) -> Difference | None:
+        """How much more this model loses than another; None where segments differ."""
+        if self.tokens_fingerprint != other.tokens_fingerprint:
+            return None
+        return paired_difference(other.segment_nlls, self.segment_nlls)
+
+    def __str__(self) -> str:
+        """'36.02 ± 0.41'."""
+        return with_error(self.perplexity, self.stderr)
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> Difference | None:
+    """The mean difference of two models over the same segments; None without any."""
+    if not before or len(before) != len(after):
+        return None
+    differences = [now - then for then, now in zip(before, after, strict=True)]
+    return Difference(nll=fmean(differences), stderr=standard_error(differences))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for a single one."""
+    if len(values) < 2:
+        return None
+    mean, count = fmean(values), len(values)
+    return sqrt(fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 class Samples(Record):

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -41,17 +42,20 @@ from shortllm.data.rows import Rows, same_text, split_held_out
 from shortllm.data.shapes import Row
 from shortllm.data.sources import load_rows
 from shortllm.errors import CheckpointError, DataError
-from shortllm.evaluation.options import EvaluationOptions, Perplexity
+from shortllm.evaluation.options import EvaluationOptions, Perplexity, standard_error
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity
-from shortllm.model.walk import NOTHING, mean_nlls
+from shortllm.model.walk import NOTHING, sample_nlls
 from shortllm.runtime import ALONE, Advance, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Bos = Literal["first", "every", "none"]
+
+NLL_DECIMALS = 6
+"""Of what is stored for each segment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,9 +79,10 @@ class EvaluationText:
     """Whether these rows were kept apart from calibration rows of the same source."""
     segments: Segments
 
-    def perplexity(self, nll: float) -> Perplexity:
-        """A mean NLL measured on this text, with its protocol."""
-        ids_ST, found = self.segments.ids, perplexity(nll)
+    def perplexity(self, nlls: Sequence[float]) -> Perplexity:
+        """The perplexity by the mean NLL of each segment of this text, with its protocol."""
+        ids_ST, nll = self.segments.ids, fmean(nlls)
+        found, error = perplexity(nll), standard_error(nlls)
         if not math.isfinite(found):
             raise CheckpointError(
                 f"the model's loss on {self.rows.source} is {nll}, so its perplexity is not "
@@ -94,6 +99,8 @@ class EvaluationText:
             tokens_fingerprint=tokens_fingerprint(ids_ST),
             nll=nll,
             perplexity=found,
+            stderr=None if error is None else found * error,
+            segment_nlls=[round(one, NLL_DECIMALS) for one in nlls],
         )
 
 
@@ -108,8 +115,8 @@ def measure_perplexity(
     """Perplexity of a model on one text, whose segments all processes share; `advance` gets
     floating-point operations."""
     ids_ST = ranks.share(text.segments.ids)
-    [nll] = mean_nlls(decoder, ids_ST, [NOTHING], ranks=ranks, memory=memory, advance=advance)
-    return text.perplexity(nll)
+    [nlls_S] = sample_nlls(decoder, ids_ST, [NOTHING], ranks=ranks, memory=memory, advance=advance)
+    return text.perplexity(nlls_S.tolist())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

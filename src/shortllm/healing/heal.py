@@ -37,8 +37,9 @@ from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, mean_nlls
 from shortllm.pruning.budget import gaps_of
+from shortllm.registry import cited
 from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks
-from shortllm.surgery.apply import PROVENANCE, lineage, open_original, renumbered_tensors
+from shortllm.surgery.apply import renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -49,6 +50,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
+from shortllm.surgery.origin import PROVENANCE, lineage, open_original
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +150,7 @@ def heal_from(
         how = {
             "version": __version__,
             "method": options.method,
+            "paper": cited(METHODS.get(options.method)),
             "data": calibration.info.source,
             "blocks": sorted(_divisors(kept, healed)),
             "fingerprint": expected,

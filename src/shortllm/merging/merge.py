@@ -37,9 +37,10 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, StreamMemory
 from shortllm.model.metrics import cosine, next_token_nll, perplexity
 from shortllm.model.walk import slice_tokens, targets, token_slices
+from shortllm.papers import LACO
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Advance, Runtime, progress
-from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
+from shortllm.surgery.apply import check_removal, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -48,6 +49,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
+from shortllm.surgery.origin import provenance_of
 from shortllm.surgery.verify import kv_cache_matches, probe_ids
 
 Sum = Mapping[int, int]
@@ -141,7 +143,9 @@ def merge_from(
         return Draft(
             record=record,
             config=config,
-            provenance=provenance_of(checkpoint, removed, criterion="merge", merged=merged),
+            provenance=provenance_of(
+                checkpoint, removed, criterion="merge", paper=str(LACO), merged=merged
+            ),
             bytes=sum(entry.bytes for entry in entries.values()),
             write=copying(entries, new),
             verify=verifying(target, session, probe.logits(sums), cached=kv_cache_matches(decoder)),

@@ -339,20 +339,66 @@ def mean_values(
     journal: Journal | None = None,
 ) -> list[list[float]]:
     """Means over all predictions of all processes, per value and shortened model."""
-    totals = torch.zeros(len(values), len(removals), dtype=torch.float64)
+    totals_VM = sample_means(
+        decoder, ids_BT, removals, values, observe=observe, repairs=repairs, advance=advance,
+        memory=memory, journal=journal,
+    ).sum(dim=2)  # fmt: skip
+    ranks.add_up([totals_VM])
+    return (totals_VM / ranks.total(float(len(ids_BT)))).tolist()
+
+
+def sample_means(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    removals: Removals,
+    values: Sequence[Value],
+    *,
+    observe: Sequence[Observer] = (),
+    repairs: Repairs = NO_REPAIRS,
+    advance: Advance = lambda work: None,
+    memory: StreamMemory | None = None,
+    journal: Journal | None = None,
+) -> Tensor:
+    """Means over the predictions of each sample, `[values, shortened models, samples]`, float64."""
+    samples, predictions = len(ids_BT), ids_BT.shape[1] - 1
+    totals_VMB = torch.zeros(len(values), len(removals), samples, dtype=torch.float64)
+    seen = [0] * len(removals)  # slices come in the order of the samples
 
     def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
+        stop = seen[m] + len(target_N)
+        sample_N = torch.arange(seen[m], stop) // predictions
+        seen[m] = stop
         for i, value in enumerate(values):
-            totals[i, m] += value(logits_NV, first_NV, target_N).double().sum().item()
+            found_N = value(logits_NV, first_NV, target_N).cpu().double()
+            totals_VMB[i, m].index_add_(0, sample_N, found_N.expand(len(sample_N)))
 
-    if len(ids_BT):
+    if samples:
         walk(
             decoder, ids_BT, removals, consume=consume, observe=observe, repairs=repairs,
             advance=advance, memory=memory, journal=journal,
         )  # fmt: skip
-    ranks.add_up([totals])
-    predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
-    return (totals / predictions).tolist()
+    return totals_VMB / predictions
+
+
+def sample_nlls(
+    decoder: Decoder,
+    ids_BT: Tensor,
+    removals: Removals,
+    *,
+    ranks: Ranks = ALONE,
+    advance: Advance = lambda work: None,
+    memory: StreamMemory | None = None,
+    journal: Journal | None = None,
+) -> Tensor:
+    """Mean NLLs, nats, of each shortened model on each sample of all processes, `[M, B]`."""
+    [own_MB] = sample_means(
+        decoder, ids_BT, removals, [_nll], advance=advance, memory=memory, journal=journal
+    )
+    return ranks.in_order(own_MB.T).T
+
+
+def _nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+    return next_token_nll(logits_NV, target_N)
 
 
 def mean_nlls(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shortllm import criteria
 from shortllm.calls import accepts
 from shortllm.checkpoint.gguf import read_gguf
 from shortllm.checkpoint.hub import ModelSource, is_gguf, locate_gguf, named_revision
@@ -20,8 +21,9 @@ from shortllm.options import OneOrMore
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning, load_plan
+from shortllm.registry import cited
 from shortllm.runtime import Runtime
-from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
+from shortllm.surgery.apply import check_removal, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     carried_fingerprint,
@@ -31,6 +33,7 @@ from shortllm.surgery.derived import (
     verifying,
 )
 from shortllm.surgery.gguf import shorten_gguf
+from shortllm.surgery.origin import provenance_of
 
 
 @accepts(runtime=Runtime)
@@ -87,7 +90,9 @@ def prune_gguf(
     if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
         revision = plan.model.revision
     path, commit = locate_gguf(source, revision)
-    file, origin = read_gguf(path), {"source": str(source), "revision": commit}
+    file, origin = read_gguf(path), {}
+    if commit is not None:
+        origin = {"source": str(source), "revision": commit}
     if not isinstance(plan, PrunePlan):
         shorten_gguf(file, plan, out, **origin)
         return out
@@ -97,7 +102,7 @@ def prune_gguf(
             f"the plan is for {plan.model.id}, not for {model}. Make one with `shortllm plan "
             f"{model}`, or name the blocks with --blocks"
         )
-    shorten_gguf(file, plan.removed, out, **origin, criterion=plan.criterion)
+    shorten_gguf(file, plan.removed, out, **origin, **_chosen_by(plan.criterion))
     return out
 
 
@@ -139,7 +144,7 @@ def write_pruned(
             },
             config=config,
             provenance={
-                **provenance_of(checkpoint, removed, criterion=criterion),
+                **provenance_of(checkpoint, removed, **_chosen_by(criterion)),
                 **({"dropped_heads": heads} if heads else {}),
             },
             bytes=sum(entry.bytes for entry in entries.values()),
@@ -160,6 +165,11 @@ def write_pruned(
     return derive(
         Pruning, target, checkpoint, draft, expected=expected, choices={"removed": removed}
     )
+
+
+def _chosen_by(criterion: str | None) -> dict[str, str | None]:
+    """What the provenance says of the criterion, which may be one that is not registered here."""
+    return {"criterion": criterion, "paper": cited(criteria.find(criterion))}
 
 
 def _verifying(

@@ -42,9 +42,10 @@ from shortllm.quantizing.compressing import (
 )
 from shortllm.quantizing.methods import METHODS
 from shortllm.quantizing.options import DATA, SAMPLE_LENGTH, SAMPLES, Quantization, QuantizeOptions
+from shortllm.registry import cited
 from shortllm.runtime import DeviceOptions, progress, versions
-from shortllm.surgery.apply import held_provenance
 from shortllm.surgery.derived import Draft, derive, derived_fingerprint
+from shortllm.surgery.origin import held_provenance
 from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids
 
 LEFT_BEHIND = {"adapter", "logs"}
@@ -198,6 +199,7 @@ def _draft(
     how = {
         "version": __version__,
         "method": options.method,
+        "paper": cited(method),
         "scheme": method.scheme,
         "group_size": options.group_size,
         "calibration": calibration.info.tokens_fingerprint if calibration else None,

@@ -8,7 +8,8 @@
       charts.py plots.py                        kinds of plots, as SVG in the page's colours
                   │  parts.py      sections as lists of paragraphs, figures, tables ...
                   ▼
-    templates/page.html.j2, templates/model_card.md.j2   all data is escaped
+    templates/page.html.j2   all data is escaped
+    surgery/card.py          the model cards
 
 Equal files give equal bytes: what differs between two equal runs (times, cost, dates, directories)
 is not shown.
@@ -18,21 +19,17 @@ is not shown.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.calls import accepts
-from shortllm.files import require_file_target, translate_os_errors, write_text
+from shortllm.files import require_file_target, write_text
 from shortllm.options import OneOrMore
 from shortllm.run_directory import require_results
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from shortllm.reporting.load import RunResults
     from shortllm.reporting.parts import Page
     from shortllm.reporting.runs_page import ComparedModel
 
@@ -60,25 +57,22 @@ def report(run_dir: Path) -> Path:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` and the model card `README.md` of a run; returns the page's path.
+    """Write `report.html` of a run, and the model cards of its checkpoints with what was measured.
 
-    The card is also copied to the checkpoints of the run. A README that came there with the
-    original model is kept as `README.original.md`.
+    The card of the last one that was healed or retrained is that of the run. Returns the page.
     """
     from shortllm.quantizing.options import QUANTIZED
     from shortllm.reporting.load import load_results
-    from shortllm.reporting.run_page import run_page
+    from shortllm.reporting.run_page import measured, run_page
     from shortllm.run_directory import PRUNED
+    from shortllm.surgery.card import write_card
 
     results = load_results(run_dir)
-    page = run_page(results)
-    text = render(page)
-    last = [PRUNED, *results.healed_by][-1]
-    write_text(run_dir / "README.md", _model_card(page, results, last))
-    for name in (PRUNED, *results.healed_by, QUANTIZED):
-        if (run_dir / name).is_dir():
-            _keep_original_card(run_dir / name)
-            write_text(run_dir / name / "README.md", _model_card(page, results, name))
+    text = render(run_page(results))
+    for name in (QUANTIZED, PRUNED, *results.healed_by):
+        if (run_dir / name / "config.json").is_file():
+            card = write_card(run_dir / name, name, measured(results, name))
+            write_text(run_dir / "README.md", card)
     write_text(run_dir / "report.html", text)
     return run_dir / "report.html"
 
@@ -136,72 +130,13 @@ def render(page: Page) -> str:
     return _templates().get_template("page.html.j2").render(page=page, palette=PALETTE) + "\n"
 
 
-def _model_card(page: Page, results: RunResults, directory: str) -> str:
-    """The model card for the checkpoint `directory`: Markdown with the Hub's YAML front matter."""
-    from shortllm import criteria
-    from shortllm.reporting import protocol
-    from shortllm.reporting.run_page import key_figures
-    from shortllm.run_directory import PRUNED
-
-    criterion = criteria.find(results.plan.criterion)
-    template = _templates().get_template("model_card.md.j2")
-    return template.render(
-        page=page,
-        directory=directory,
-        base_model=protocol.hub_id(results.plan.model),
-        plan=results.plan,
-        figures=key_figures(results).plain(),
-        measured=bool(results.protocols()),
-        protocol=protocol.protocol_rows(results),
-        command=protocol.command_line(results.run.command),
-        paper=criterion.paper if criterion else None,
-        healed=directory != PRUNED and bool(results.healed_by),
-        state=_state_of(results, directory),
-    ) + "\n"  # fmt: skip
-
-
-def _state_of(results: RunResults, directory: str) -> str | None:
-    """Which of a run's several checkpoints one is; None where there is only one."""
-    from shortllm.quantizing.options import QUANTIZED
-    from shortllm.run_directory import HEALED, PRUNED
-
-    if not results.healed_by:
-        return None
-    if directory == PRUNED:
-        return "the shortened model before it was healed or retrained"
-    if directory == QUANTIZED:
-        return "the best model of the run, quantized"
-    done = "healed without training" if directory == HEALED else "retrained"
-    return f"the shortened model, {done} (method {results.healed_by[directory]})"
-
-
-def _keep_original_card(checkpoint: Path) -> None:
-    """Move a README that is not ours aside; ours, from an earlier report, may be overwritten."""
-    readme = checkpoint / "README.md"
-    if not readme.exists():
-        return
-    with translate_os_errors(checkpoint):
-        text = readme.read_text(encoding="utf-8", errors="replace")
-        front = re.match(r"---\n(.*?)^---$", text, flags=re.DOTALL | re.MULTILINE)
-        if front is None or "\n- shortllm\n" not in front[1]:  # our tag
-            os.replace(readme, checkpoint / "README.original.md")
-
-
 def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("shortllm.reporting"),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["md"] = _escape_markdown
-    environment.filters["json"] = lambda text: json.dumps(text, ensure_ascii=False)
-    return environment
-
-
-def _escape_markdown(text: str) -> str:
-    """Data as plain words inside Markdown: no markup, no table border, no line break."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 from shortllm.format import number
@@ -32,6 +33,8 @@ MARKER_PT = 6.5
 """Size of the marker in place of a bar."""
 FLAT_SPREAD = 0.15
 """Bars that differ by less than this part of the largest get an axis that does not start at 0."""
+LABEL_WIDTH = 44
+"""Letters in a line of a label at the side."""
 SPAN_PT = 420
 """Width of all bars together, in points."""
 
@@ -287,13 +290,19 @@ class Point:
     kind: Kind
     x: float
     y: float
+    error: float | None = None
+    """Standard error of `y`."""
+    rough: bool = False
+    """Whether `y` was measured on other segments than that of most models."""
 
 
 def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
-    """The points that no other point beats in both `x` (lower is better) and `y`; sorted by `x`."""
+    """The Pareto front: the points that no other point beats in both `x` (lower is better) and `y`,
+    by `x`; without rough ones."""
     sign = -1 if higher_is_better else 1
     best: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.x, sign * point.y)):
+    exact = [point for point in points if not point.rough]
+    for point in sorted(exact, key=lambda point: (point.x, sign * point.y)):
         if not best or sign * point.y < sign * best[-1].y:
             best.append(point)
     return best
@@ -308,6 +317,8 @@ class TradePlot(Plot):
     y_label: str
     higher_is_better: bool = False
     numbered: bool = True
+    missing: Sequence[str] = ()
+    """Names of models that lack one of both."""
 
     @property
     def _height(self) -> float:
@@ -317,8 +328,8 @@ class TradePlot(Plot):
         best = front(self.points, higher_is_better=self.higher_is_better)
         numbers = ", ".join(str(point.number) for point in best)
         return (
-            f"{len(self.points)} models by {self.y_label} and {self.x_label}. No model is better "
-            f"in both than those with the numbers {numbers}."
+            f"{len(self.points)} models by {self.y_label} and {self.x_label}. The Pareto front are "
+            f"those with the numbers {numbers}."
         )
 
     def _draw(self, axes: Axes) -> None:
@@ -338,11 +349,40 @@ class TradePlot(Plot):
             style = styles[point.group]
             style["markerfacecolor"] = "none" if point.kind == "pruned" else style["color"]
             axes.plot([point.x], [point.y], zorder=3, markersize=7, **style)
+            if point.error:
+                axes.errorbar(
+                    [point.x], [point.y], [point.error], color=style["color"], linewidth=1, zorder=2
+                )
+        self._draw_rings(axes)
         best = front(self.points, higher_is_better=self.higher_is_better)
         axes.step(
             [point.x for point in best], [point.y for point in best], where="post", linewidth=1.0,
-            color=COLOURS["muted"], linestyle=(0, (4, 2)), zorder=1, label="no model is better",
+            color=COLOURS["muted"], linestyle=(0, (4, 2)), zorder=1, label="Pareto front",
         )  # fmt: skip
+        self._draw_numbers(axes)
+        low, high = min(point.y for point in self.points), max(point.y for point in self.points)
+        # the good models would be too close to each other on a linear axis
+        is_log = low > 0 and high > LOG_QUALITY * low
+        if is_log:
+            axes.set_yscale("log")
+        mark_heights(axes, math.log10(high / low) if is_log else None)
+        axes.set(xlabel=self.x_label, ylabel=fill(self.y_label, LABEL_WIDTH))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        axes.margins(x=0.08, y=0.1)
+        legend_above(axes, ncols=6)
+
+    def _draw_rings(self, axes: Axes) -> None:
+        """A ring around what was measured on other segments."""
+        rough = [point for point in self.points if point.rough]
+        if rough:
+            axes.plot(
+                [point.x for point in rough], [point.y for point in rough], "o", markersize=14,
+                markerfacecolor="none", color=COLOURS["muted"], markeredgewidth=0.8,
+                label="other segments",
+            )  # fmt: skip
+
+    def _draw_numbers(self, axes: Axes) -> None:
         numbers: dict[tuple[float, float], list[str]] = {}  # points at the same place share a label
         for point in self.points if self.numbered else ():
             numbers.setdefault((point.x, point.y), []).append(str(point.number))
@@ -351,17 +391,6 @@ class TradePlot(Plot):
                 ", ".join(found), place, xytext=(6, 4), fontsize=8, textcoords="offset points",
                 color=COLOURS["ink"],
             )  # fmt: skip
-        low, high = min(point.y for point in self.points), max(point.y for point in self.points)
-        # the good models would be too close to each other on a linear axis
-        is_log = low > 0 and high > LOG_QUALITY * low
-        if is_log:
-            axes.set_yscale("log")
-        mark_heights(axes, math.log10(high / low) if is_log else None)
-        axes.set(xlabel=self.x_label, ylabel=self.y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-        axes.margins(x=0.08, y=0.1)
-        legend_above(axes, ncols=5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

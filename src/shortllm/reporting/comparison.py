@@ -7,6 +7,7 @@ shortllm compare-units embedded
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 from shortllm import __version__
@@ -19,11 +20,22 @@ from shortllm.comparison.options import (
     standings,
     verdict,
 )
-from shortllm.format import NONE, THIN, counted, listed, number, percent, short_count, signed, spans
+from shortllm.format import (
+    NONE,
+    THIN,
+    counted,
+    listed,
+    model_name,
+    number,
+    percent,
+    short_count,
+    signed,
+    spans,
+)
 from shortllm.reporting import parts, protocol, runs_page
 from shortllm.reporting.charts import Band, Line, LinePlot
 from shortllm.reporting.load import ComparisonResults, UnitsResults, protocol_of
-from shortllm.reporting.measurements import cell_phrase, peak_memory, speed_section
+from shortllm.reporting.measurements import cell_phrase, errors_note, peak_memory, speed_section
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Row, Section, Table, row
 from shortllm.reporting.plots import COLOURS, DASHES, line_style
 from shortllm.reporting.runs_page import ComparedModel, ModelRow, common_cell
@@ -118,8 +130,8 @@ def perplexity_table(found: Comparison) -> Table:
         "criteria below every random removal": lambda c: f"{c.beat_all} of {total}",
     }
     rows = [
-        row(one.criterion, *(_perplexity(one, i, column) for column in columns))
-        for i, one in enumerate(found.criteria)
+        row(one.criterion, *(_perplexity(one, *column) for column in enumerate(columns)))
+        for one in found.criteria
     ]
     for name, show in summaries.items():
         look = "" if len(rows) > total else "floor"
@@ -127,11 +139,14 @@ def perplexity_table(found: Comparison) -> Table:
     return Table(_head(found), rows)
 
 
-def _perplexity(one: Contender, i: int, column: Standing) -> Cell:
-    """A perplexity, marked where it is the best or not better than chance."""
-    value = column.perplexities[i]
+def _perplexity(one: Contender, place: int, column: Standing) -> Cell:
+    """A perplexity, marked where none is clearly lower, or where it is not better than chance."""
+    found = one.sets[place]
+    value = math.inf if found.perplexity is None else found.perplexity
     look = "" if value < column.random_mean else "worse"
-    return Cell(number(value), look="best" if one.criterion in column.best else look)
+    is_best = one.criterion in column.best or (found.behind and not found.behind.is_clear)
+    error = "" if found.stderr is None else f"± {number(found.stderr, 2)}"
+    return Cell(number(value), error, look="best" if is_best else look)
 
 
 def _head(found: Comparison) -> Row:
@@ -140,7 +155,11 @@ def _head(found: Comparison) -> Row:
 
 
 def _perplexities(found: Comparison) -> Section:
-    note = "Marked: the lowest of a column. Grey italics: not below the random mean."
+    note = (
+        "Marked: the lowest of a column, and those that are not clearly above it (two standard "
+        "errors of the difference, paired by segment). Grey italics: not below the random mean. "
+        f"{errors_note([found.intact])}"
+    ).rstrip()
     if found.left_out:
         reasons = [f"{percent(left.ratio)} ({left.reason})" for left in found.left_out]
         note += f" Left out: {listed(reasons)}."
@@ -179,7 +198,7 @@ def units_models(results: UnitsResults) -> list[ComparedModel]:
                 timed_as=[candidate.name if candidate else name],
                 run=f"{candidate.name} ({candidate.unit})" if candidate else None,
                 name=name,
-                original=protocol.model_name(results.units.model.id),
+                original=model_name(results.units.model.id),
                 criterion=candidate.name if candidate else None,
                 healed_by=name if candidate and name != candidate.name else None,
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shortllm.evaluation.options import Perplexity
-from shortllm.format import NONE, counted, number, percent, short_bytes, short_count
+from shortllm.format import NONE, counted, model_name, number, percent, short_bytes, short_count
 from shortllm.healing import methods as healing_methods
 from shortllm.healing.options import HealedGap, Healing
 from shortllm.quantizing.options import QUANTIZED
@@ -16,7 +16,7 @@ from shortllm.reporting.charts import DotPlot, Line, LinePlot
 from shortllm.reporting.load import Protocol, RunResults
 from shortllm.reporting.parts import Cell, Column, Heading, Part, Section, Table
 from shortllm.reporting.plots import COLOURS
-from shortllm.reporting.protocol import model_name, perplexity_source
+from shortllm.reporting.protocol import perplexity_source
 from shortllm.retraining.methods import METHODS
 from shortllm.retraining.options import Retraining
 from shortllm.run_directory import HEALED, PRUNED
@@ -133,7 +133,7 @@ def _recovery_columns(results: RunResults, key: Protocol, heading: str) -> list[
 
     def value(name: str) -> Cell:
         own = found.get(name)
-        return Cell(number(own.perplexity) if own else NONE, look="after")
+        return Cell(str(own or NONE), look="after")
 
     def share(name: str) -> str:
         own = found.get(name)

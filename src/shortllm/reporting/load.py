@@ -102,6 +102,11 @@ class RunResults:
         ]
 
 
+def same_text(one: Protocol, other: Protocol) -> bool:
+    """Whether two perplexities are of one text that was cut alike; segments may be others."""
+    return (one[0], *one[2:5]) == (other[0], *other[2:5])
+
+
 def protocol_of(entry: Perplexity) -> Protocol:
     """What a perplexity was measured on."""
     return (

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
-from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskPrompts
+from shortllm.evaluation.options import (
+    FEW_SEGMENTS,
+    EvaluatedModel,
+    Evaluation,
+    Perplexity,
+    TaskPrompts,
+)
 from shortllm.files import write_text
 from shortllm.format import (
     NONE,
@@ -22,10 +28,12 @@ from shortllm.format import (
     counted,
     figure,
     fixed,
+    listed,
     number,
     percent,
     point_change,
     short_bytes,
+    without_directories,
 )
 from shortllm.published import PublishedComparison, compared_blocks, published_comparison
 from shortllm.reporting import parts
@@ -33,7 +41,7 @@ from shortllm.reporting.charts import DASHED, Line, LinePlot, marked
 from shortllm.reporting.load import RunResults
 from shortllm.reporting.parts import Cell, Column, Paragraph, Part, Row, Section, Table, row
 from shortllm.reporting.plots import standalone
-from shortllm.reporting.protocol import without_directories
+from shortllm.reporting.protocol import perplexity_source
 from shortllm.run_directory import PRUNED
 
 LOG_SPREAD = 10.0
@@ -55,7 +63,8 @@ CSV_COLUMNS = (
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """A row per model: blocks, parameters, bytes, and a perplexity for each text."""
+    """A row per model: blocks, parameters, bytes, and a perplexity for each text, with the paired
+    difference from the first model."""
     texts = [without_directories(entry.source) for entry in evaluation.models[0].perplexity]
     rows = [
         row(
@@ -63,11 +72,37 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             str(one.model.blocks),
             f"{one.model.parameters:,}",
             f"{one.model.bytes:,}",
-            *(fixed(entry.perplexity, 4) for entry in one.perplexity),
+            *(Cell(str(entry), str(entry.difference or "")) for entry in one.perplexity),
         )
         for one in evaluation.models
     ]
     return Table(row("model", "blocks", "parameters", "bytes", *(f"ppl {t}" for t in texts)), rows)
+
+
+def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> str:
+    """The change of a perplexity; paired, where the NLL of each segment is known."""
+    if before is None or after is None:
+        return NONE
+    paired = after.difference_from(before)
+    return str(paired) if paired else change(before.perplexity, after.perplexity)
+
+
+def errors_note(measured: Iterable[Perplexity]) -> str:
+    """What ± means, and which texts are short; empty where errors are not known."""
+    known = [one for one in measured if one.segment_nlls]
+    few = {perplexity_source(one): one.segments for one in known if one.segments < FEW_SEGMENTS}
+    note = (
+        "± is one standard error over segments; changes are paired, on the same segments."
+        if known
+        else ""
+    )
+    if few:
+        which = listed([f"{counted(count, 'segment')} of {text}" for text, count in few.items()])
+        note += (
+            f" Only {which} {'was' if list(few.values()) == [1] else 'were'} measured: below "
+            f"{FEW_SEGMENTS}, perplexities and their errors are rough."
+        )
+    return note
 
 
 def task_table(models: Sequence[EvaluatedModel]) -> Table:

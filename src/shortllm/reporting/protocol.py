@@ -13,7 +13,7 @@ from typing import Any
 from shortllm import criteria
 from shortllm.data.options import CalibrationInfo
 from shortllm.evaluation.options import Perplexity
-from shortllm.format import NONE, counted
+from shortllm.format import NONE, counted, model_name, without_directories
 from shortllm.papers import Paper
 from shortllm.quantizing.options import Quantization
 from shortllm.records import ModelInfo
@@ -68,7 +68,12 @@ def protocol_rows(results: RunResults) -> Rows:
         "",
         plan.reason,
     )
-    rows = [_model_row(plan.model), ("criterion", _criterion_phrase(results)), ("plan", reason)]
+    rows = [
+        _model_row(plan.model),
+        ("criterion", _criterion_phrase(results)),
+        ("plan", reason),
+        _protected_row(plan.protected),
+    ]
     versions = {}
     if results.calibration:
         rows += _calibration_rows(results.calibration)
@@ -94,7 +99,7 @@ def criteria_protocol(results: ComparisonResults) -> Section:
         for one in found.criteria
         if one.options
     ]
-    rows.append(("protected blocks", ", ".join(map(str, found.protected)) or "none"))
+    rows.append(_protected_row(found.protected))
     if results.calibration:
         rows += _calibration_rows(results.calibration)
     rows += [
@@ -169,6 +174,10 @@ def _model_row(model: ModelInfo) -> tuple[str, str]:
     return "model", f"{name}, fingerprint {model.fingerprint[:12]}"
 
 
+def _protected_row(protected: Sequence[int]) -> tuple[str, str]:
+    return "protected blocks", ", ".join(map(str, sorted(protected))) or "none"
+
+
 def _criterion(results: RunResults) -> str | None:
     return results.plan.criterion or (results.scores.criterion if results.scores else None)
 
@@ -240,26 +249,11 @@ def _version_rows(run: dict[str, str], of_stages: Mapping[str, dict[str, str]]) 
 # ---- names
 
 
-def model_name(model_id: str) -> str:
-    """A Hub id unchanged, the last part of a directory, the Hub id of a Hub cache directory."""
-    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)", model_id)
-    return f"{cached[1]}/{cached[2]}" if cached else without_directories(model_id)
-
-
 def hub_id(model: ModelInfo) -> str | None:
     """The model's name on the Hub; None where it is, or may be, a directory."""
     name = model_name(model.id).partition(":")[0]
     from_hub = model.revision is not None or "models--" in model.id
     return name if from_hub and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
-
-
-def without_directories(text: str) -> str:
-    """The last part of a path; any other text unchanged."""
-    absolute = re.match(r"(~|\.{1,2}|[A-Za-z]:)?[/\\]", text)
-    relative = text.count("/") > 1 and " " not in text and "://" not in text
-    if not absolute and not relative:
-        return text
-    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
 
 
 def command_line(arguments: Sequence[str]) -> list[str]:

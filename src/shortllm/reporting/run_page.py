@@ -6,7 +6,8 @@ in `sections_of`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shortllm import criteria
@@ -26,6 +27,7 @@ from shortllm.format import (
 )
 from shortllm.pruning.planning import removal_order
 from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting import measurements, parts, protocol
 from shortllm.reporting.charts import BarPlot
 from shortllm.reporting.healing import healed_sentence, healing_section, quantized_sentence
@@ -36,12 +38,12 @@ from shortllm.reporting.parts import (
     Page,
     Paragraph,
     Part,
-    Row,
     Section,
     Status,
     Table,
 )
 from shortllm.run_directory import PRUNED
+from shortllm.surgery.card import Measured
 
 LONG_TABLE = 16
 """Number of blocks from which their table is folded."""
@@ -67,7 +69,7 @@ def sections_of(results: RunResults) -> list[Section]:
     """The sections of the page, in order."""
     scores = results.scores
     found = [
-        Section("figures", "Key figures", [key_figures(results)]),
+        Section("figures", "Key figures", [key_figures(results), *_errors_note(results)]),
         importance_section(results, scores) if scores else None,
         search_section(results, scores) if scores else None,
         strip_section(results),
@@ -80,6 +82,11 @@ def sections_of(results: RunResults) -> list[Section]:
         protocol.run_protocol(results),
     ]
     return [section for section in found if section is not None]
+
+
+def _errors_note(results: RunResults) -> list[Part]:
+    note = measurements.errors_note(results.protocols().values())
+    return [Paragraph(note)] if note else []
 
 
 # ---- verdict and key figures
@@ -109,24 +116,44 @@ def _cost_of_removal(results: RunResults) -> str:
     """Perplexities on the first two texts, where original and pruned model saw the same tokens."""
     after = results.perplexities(PRUNED)
     compared = [
-        (protocol.perplexity_source(entry), entry.perplexity, after[key].perplexity)
+        (protocol.perplexity_source(entry), entry, after[key])
         for key, entry in results.perplexities("original").items()
         if key in after
     ]
     sentence = ""
     for source, before, now in compared[:2]:
-        if now == before:
-            move = f"stays at {number(before)}"
+        if now.nll == before.nll:
+            move = f"stays at {number(before.perplexity)}"
         else:
-            move = f"from {number(before)} to {number(now)}"
-        if not sentence and now != before:
-            move = f"{'rises' if now > before else 'falls'} {move} ({change(before, now)})"
+            move = f"from {number(before.perplexity)} to {number(now.perplexity)}"
+        if not sentence and now.nll != before.nll:
+            changed = measurements.perplexity_change(before, now)
+            move = f"{'rises' if now.nll > before.nll else 'falls'} {move} ({changed})"
         sentence += f"{', and' if sentence else '; perplexity'} {move} on {source}"
     return sentence or "; the perplexity was not measured"
 
 
-def key_figures(results: RunResults) -> Table:
-    """A row for blocks, parameters, bytes and each perplexity, with changes from the original."""
+def measured(results: RunResults, name: str) -> Measured:
+    """What a run found out about one of its checkpoints."""
+    quantized = results.quantization if name == QUANTIZED else None
+    own = [one for one in results.evaluated.values() if one.name in ("original", name)]
+    tables = [key_figures(results, ["original", name])]
+    if len(own) == 2 and own[1].zeroshot:
+        tables.append(measurements.task_table(own))
+    return Measured(
+        tables=[[head, *rows] for head, rows in (table.plain() for table in tables)],
+        protocol=protocol.protocol_rows(replace(results, quantization=quantized)),
+        command=protocol.command_line(results.run.command),
+        quality=name in results.evaluated,
+    )
+
+
+def key_figures(results: RunResults, names: Collection[str] = ()) -> Table:
+    """A row for blocks, parameters, bytes and each perplexity, with changes from the original.
+
+    Args:
+        names: of the models to show. Default: all.
+    """
     plan, original = results.plan, results.plan.model
     models = {"original": original} | {n: one.model for n, one in results.evaluated.items()}
     sizes: dict[str, tuple[int, int, int | None]] = {
@@ -135,25 +162,25 @@ def key_figures(results: RunResults) -> Table:
     # plan.json knows the size of the pruned model, except for its bytes
     sizes.setdefault(PRUNED, (len(plan.kept), original.parameters - plan.reached.parameters, None))
 
-    def compared(name: Cell, values: Sequence[Any], show: Callable[[Any], str]) -> Row:
-        return measurements.compared_row(
-            name, [(show(value), change(values[0], value)) for value in values]
-        )
+    if names:
+        sizes = {name: size for name, size in sizes.items() if name in names}
 
     shown: dict[str, Callable[[Any], str]] = {
         "blocks": str, "parameters": short_count, "bytes on disk": short_bytes
     }  # fmt: skip
-    rows = [
-        compared(Cell(what), [size[place] for size in sizes.values()], show)
-        for place, (what, show) in enumerate(shown.items())
-    ]
+    rows = []
+    for place, (what, show) in enumerate(shown.items()):
+        values = [size[place] for size in sizes.values()]
+        cells = [(show(value), change(values[0], value)) for value in values]
+        rows.append(measurements.compared_row(Cell(what), cells))
     by_model = [results.perplexities(name) for name in sizes]
     for key, example in results.protocols().items():
-        values = [found[key].perplexity if key in found else None for found in by_model]
+        found = [perplexities.get(key) for perplexities in by_model]
+        cells = [(str(one or NONE), measurements.perplexity_change(found[0], one)) for one in found]
         text = Cell(
             f"perplexity, {protocol.perplexity_source(example)}", protocol.segments_phrase(example)
         )
-        rows.append(compared(text, values, number))
+        rows.append(measurements.compared_row(text, cells))
     return Table(parts.row("", *sizes), rows)
 
 

@@ -9,21 +9,31 @@ are measured at different times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from pydantic import Field
 
 from shortllm import __version__
 from shortllm.benchmark.options import Benchmark
-from shortllm.evaluation.options import EvaluatedModel
-from shortllm.format import counted, number, percent, short_bytes, short_count
+from shortllm.evaluation.options import Difference, EvaluatedModel, Perplexity
+from shortllm.format import (
+    counted,
+    listed,
+    model_name,
+    number,
+    percent,
+    short_bytes,
+    short_count,
+    with_error,
+)
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.records import Record
 from shortllm.reporting import parts, protocol
 from shortllm.reporting.charts import Kind, Point, TradePlot, front
-from shortllm.reporting.load import Protocol, RunResults, protocol_of
-from shortllm.reporting.measurements import cell_phrase
+from shortllm.reporting.load import Protocol, RunResults, protocol_of, same_text
+from shortllm.reporting.measurements import cell_phrase, errors_note
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Part, Section, Table
 from shortllm.run_directory import PRUNED
 
@@ -44,6 +54,14 @@ class ComparedModel(Record):
     parameters: int
     bytes: int
     perplexity: dict[str, float] = Field(description="by text")
+    stderr: dict[str, float | None] = Field(
+        default_factory=dict, description="standard error of the perplexity over segments, by text"
+    )
+    above_lowest: dict[str, Difference] = Field(
+        default_factory=dict,
+        description="from the shortened model with the lowest perplexity, by text; paired by "
+        "segment",
+    )
     zeroshot_mean: float | None = None
     latency_s: float | None = Field(default=None, description="median, of one cell of the sweep")
     speedup: float | None = Field(default=None, description="over the original, in the same run")
@@ -86,11 +104,37 @@ def compared_model(
     return ComparedModel.model_validate({
         **entry.model.model_dump(include={"blocks", "parameters", "bytes"}),
         "perplexity": {labels[protocol_of(one)]: one.perplexity for one in entry.perplexity},
+        "stderr": {labels[protocol_of(one)]: one.stderr for one in entry.perplexity},
         "zeroshot_mean": entry.zeroshot_mean,
         "latency_s": measured.latency_median_s if measured else None,
         "speedup": benchmark.speedup(measured) if benchmark and measured else None,
         **fields,
     })  # fmt: skip
+
+
+def against_lowest(
+    models: Sequence[tuple[ComparedModel, EvaluatedModel]], labels: Mapping[Protocol, str]
+) -> list[ComparedModel]:
+    """The models with their differences from the lowest perplexity of a shortened one."""
+    by_text: dict[str, dict[int, Perplexity]] = {text: {} for text in labels.values()}
+    for place, (one, entry) in enumerate(models):
+        for measured in entry.perplexity if one.run is not None else ():
+            by_text[labels[protocol_of(measured)]][place] = measured
+    lowest = {
+        text: min(found.values(), key=lambda one: one.nll)
+        for text, found in by_text.items()
+        if found
+    }
+    compared = []
+    for place, (one, _) in enumerate(models):
+        above = {
+            text: found[place].difference_from(lowest[text])
+            for text, found in by_text.items()
+            if place in found and found[place] is not lowest[text]
+        }
+        known = {text: difference for text, difference in above.items() if difference}
+        compared.append(one.model_copy(update={"above_lowest": known}))
+    return compared
 
 
 def common_cell(*benchmarks: Benchmark | None) -> BenchmarkCell | None:
@@ -128,18 +172,25 @@ def measured_columns(rows: Sequence[ModelRow]) -> list[Column[ModelRow]]:
 
 
 def _perplexity(text: str) -> Column[ModelRow]:
-    return _quality(f"perplexity, {text}", lambda one: number(one.perplexity.get(text)))
+    def show(one: ComparedModel) -> str:
+        return with_error(one.perplexity.get(text), one.stderr.get(text))
+
+    def cell(row: ModelRow) -> Cell:
+        above = (row.healed or row.model).above_lowest.get(text)
+        return replace(_before_and_after(row, show), detail=str(above or ""))
+
+    return f"perplexity, {text}", cell
 
 
 def _quality(heading: str, show: Callable[[ComparedModel], str]) -> Column[ModelRow]:
-    """A column of '18.2 → 13.1', or of one value where the model was not healed."""
+    return heading, lambda row: _before_and_after(row, show)
 
-    def cell(one: ModelRow) -> Cell:
-        if one.healed is None:
-            return Cell(show(one.model), look="after")
-        return Cell(show(one.healed), "", f"{show(one.model)} → ", "after")
 
-    return heading, cell
+def _before_and_after(row: ModelRow, show: Callable[[ComparedModel], str]) -> Cell:
+    """'18.2 → 13.1', or one value where the model was not healed."""
+    if row.healed is None:
+        return Cell(show(row.model), look="after")
+    return Cell(show(row.healed), "", f"{show(row.model)} → ", "after")
 
 
 # ---- trade-off
@@ -153,26 +204,46 @@ def main_text(models: Sequence[ComparedModel]) -> str | None:
 
 
 def _points(
-    models: Sequence[ComparedModel], x: str, text: str | None, scale: float = 1.0
+    models: Sequence[ComparedModel],
+    x: str,
+    text: str | None,
+    scale: float = 1.0,
+    others: Collection[str] = (),
 ) -> list[Point]:
-    """A point for each model that has both: `x`, and perplexity on a text or else task scores."""
+    """A point for each model that has both: `x`, and perplexity on a text or else task scores.
+
+    Args:
+        others: names of the same text cut into other segments, for models not measured on `text`.
+    """
     points = []
     for place, one in enumerate(models, start=1):
+        own = next((name for name in (text, *others) if name in one.perplexity), None)
         across: float | None = getattr(one, x)
         mean = one.zeroshot_mean and 100 * one.zeroshot_mean
-        up = mean if text is None else one.perplexity.get(text)
+        up, error = (mean, None) if text is None else (None, None)
+        if own is not None:
+            up, error = one.perplexity[own], one.stderr.get(own)
         if across is not None and up is not None:
-            points.append(Point(number=place, group=one.run, kind=one.kind, x=scale * across, y=up))
+            point = Point(
+                number=place, group=one.run, kind=one.kind, x=scale * across, y=up, error=error,
+                rough=own != text,
+            )  # fmt: skip
+            points.append(point)
     return points
 
 
 def trade_plots(
-    models: Sequence[ComparedModel], cell: BenchmarkCell | None, *, of_runs: bool = True
+    models: Sequence[ComparedModel],
+    cell: BenchmarkCell | None,
+    *,
+    of_runs: bool = True,
+    others: Collection[str] = (),
 ) -> dict[str, TradePlot]:
     """Every plot of quality against cost that has two models, by name.
 
     `cell` is the batch size and length of the latencies. Models of runs differ in size, and their
-    points have the numbers of a table's rows.
+    points have the numbers of a table's rows. `others` are names of the main text cut into other
+    segments.
     """
     axes = [("parameters", "parameters [millions]", 1e-6)] if of_runs else []
     if any(one.quantized_by for one in models):
@@ -187,24 +258,33 @@ def trade_plots(
     plots = {}
     for of_text, quality, y_label in [*qualities, (None, "tasks", "mean task score [%]")]:
         for x, x_label, scale in axes:
-            points = _points(models, x, of_text, scale)
+            points = _points(models, x, of_text, scale, others if of_text else ())
             if len(points) > 1:
                 name = f"{quality}-{x.removeprefix('relative_').removesuffix('_s')}"
                 plots[name] = TradePlot(
                     points=points, x_label=x_label, y_label=y_label, numbered=of_runs,
-                    higher_is_better=quality == "tasks",
+                    higher_is_better=quality == "tasks", missing=_missing(models, points),
                 )  # fmt: skip
     return plots
+
+
+def _missing(models: Sequence[ComparedModel], points: Sequence[Point]) -> list[str]:
+    """The names of the models that are not in a plot."""
+    shown = {point.number for point in points}
+    return [one.full_name for place, one in enumerate(models, start=1) if place not in shown]
 
 
 def trade_section(heading: str, plots: Mapping[str, TradePlot], note: str = "") -> list[Section]:
     """The plots with a note; no section without plots."""
     note += (
-        "Open marks are neither retrained nor quantized. The dashed line connects the models that "
-        "no other model beats in both. A retrained model is as fast as the shortened model it "
-        "started from."
+        "Bars are one standard error. Open marks are neither healed, retrained nor quantized. The "
+        "dashed line is the Pareto front: no model is better in both than those on it. A healed or "
+        "retrained model is as fast as the shortened model it started from."
     )
-    found: list[Part] = [plot.figure() for plot in plots.values()]
+    found: list[Part] = []
+    for plot in plots.values():
+        missing = f"Not in this plot, for lack of a comparable measurement: {listed(plot.missing)}."
+        found.append(plot.figure(missing if plot.missing else ""))
     return [Section("trade", heading, [*found, Paragraph(note)])] if found else []
 
 
@@ -216,7 +296,7 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
     labels = _protocol_labels(runs)
     cell = common_cell(*(run.benchmark for run in runs.values()))
     originals: dict[str, ComparedModel] = {}
-    models = []
+    models: list[tuple[ComparedModel, EvaluatedModel]] = []
     for run, results in runs.items():
         healed_by, quantization = results.healed_by, results.quantization
         for name, entry in results.evaluated.items():
@@ -229,7 +309,7 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
                 timed_as=[name, PRUNED] if name in healed_by else [name],
                 run=None if is_original else run,
                 name=name,
-                original=protocol.model_name(results.plan.model.id),
+                original=model_name(results.plan.model.id),
                 criterion=None if is_original else results.plan.criterion,
                 healed_by=healed_by.get(name) or (None if unhealed else name),
                 quantized_by=quantization.method if quantization and name == QUANTIZED else None,
@@ -239,14 +319,15 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
                 known = originals.get(entry.model.fingerprint, one)
                 originals[entry.model.fingerprint] = _merged(known, one)
             else:
-                models.append(one)
-    return [*originals.values(), *models]
+                models.append((one, entry))
+    return [*originals.values(), *against_lowest(models, labels)]
 
 
 def _merged(known: ComparedModel, other: ComparedModel) -> ComparedModel:
     """An original of two runs, which may have measured it on different texts."""
     found = {
         "perplexity": other.perplexity | known.perplexity,
+        "stderr": other.stderr | known.stderr,
         "zeroshot_mean": known.zeroshot_mean or other.zeroshot_mean,
         "latency_s": known.latency_s or other.latency_s,
         "speedup": known.speedup or other.speedup,
@@ -285,11 +366,16 @@ def runs_table(models: Sequence[ComparedModel]) -> Table:
 def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -> Page:
     """Every model of each run: quality against size and latency, table, removed blocks."""
     originals = list(dict.fromkeys(one.original for one in models))
+    errors = errors_note(one for run in runs.values() for one in run.protocols().values())
     note = (
-        "A column contains only comparable measurements. Speed-ups are relative to the original in "
-        "the same run; latencies of different runs were measured at different times."
+        "A column contains only comparable measurements. Below a perplexity: how much it is above "
+        "the lowest of a shortened model. Speed-ups are relative to the original in the same run; "
+        "latencies of different runs were measured at different times."
     )
-    plots = trade_plots(models, common_cell(*(run.benchmark for run in runs.values())))
+    shown = [runs_table(models), Paragraph(note), *([Paragraph(errors)] if errors else [])]
+    others, differing = _other_segments(runs, main_text(models))
+    cell = common_cell(*(run.benchmark for run in runs.values()))
+    plots = trade_plots(models, cell, others=others)
     removed = [part for name, results in runs.items() for part in _removed_by(name, results)]
     return Page(
         name=originals[0] if len(originals) == 1 else counted(len(originals), "model"),
@@ -297,10 +383,32 @@ def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -
         version=__version__,
         verdict=_runs_verdict(models),
         sections=[
-            *trade_section("Quality against cost", plots, "Numbers are rows of the table below. "),
-            Section("models", "All models", [runs_table(models), Paragraph(note)]),
+            *trade_section(
+                "Quality against cost", plots, f"{differing}Numbers are rows of the table below. "
+            ),
+            Section("models", "All models", shown),
             Section("removals", "Removed blocks", removed),
         ],
+    )
+
+
+def _other_segments(runs: Mapping[str, RunResults], text: str | None) -> tuple[list[str], str]:
+    """Names of a text where it was cut into other segments, and a sentence that says so."""
+    labels = _protocol_labels(runs)
+    own = next((key for key, label in labels.items() if label == text), None)
+    measured: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        for key in run.protocols():
+            if own is not None and same_text(key, own):
+                measured.setdefault(labels[key], []).append(name)
+    others = [label for label in measured if label != text]
+    if not others:
+        return [], ""
+    said = "; ".join(f"{listed(names)} on {label}" for label, names in measured.items())
+    return others, (
+        f"Runs were measured on different segments: {said}. Perplexities of different segments "
+        "compare only roughly: marks with a ring are of other segments than most, and are not part "
+        "of the Pareto front. "
     )
 
 
@@ -314,7 +422,7 @@ def _runs_verdict(models: Sequence[ComparedModel]) -> str:
         f"{one.full_name} ({number(one.perplexity[text])}, {short_count(one.parameters)})"
         for one in (models[point.number - 1] for point in best)
     ]
-    return f"Best trade-offs of perplexity on {text} and number of parameters: {'; '.join(named)}."
+    return f"Pareto front of perplexity on {text} and number of parameters: {'; '.join(named)}."
 
 
 def _removed_by(name: str, results: RunResults) -> list[Part]:
@@ -326,7 +434,7 @@ def _removed_by(name: str, results: RunResults) -> list[Part]:
         parts.Heading(name),
         parts.Strip(results.statuses, ends=False),
         Paragraph(
-            f"{protocol.model_name(plan.model.id)}; {plan.criterion or 'blocks given by hand'}; "
+            f"{model_name(plan.model.id)}; {plan.criterion or 'blocks given by hand'}; "
             f"{removed}; {'healed by ' if healed else 'not healed'}{'; '.join(healed)}."
         ),
     ]

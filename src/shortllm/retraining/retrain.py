@@ -32,10 +32,10 @@ from shortllm.model import Session
 from shortllm.model.loading import load_model, stored_dtype
 from shortllm.options import OneOrMore
 from shortllm.records import Cost
+from shortllm.registry import cited
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
 from shortllm.retraining.setup import LOGS, Job, check, prepare
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, quiet_transformers, versions
-from shortllm.surgery.apply import held_provenance
 from shortllm.surgery.derived import (
     NEW,
     Draft,
@@ -43,6 +43,7 @@ from shortllm.surgery.derived import (
     is_up_to_date,
     require_apart,
 )
+from shortllm.surgery.origin import held_provenance, named_source
 
 if TYPE_CHECKING:
     from shortllm.retraining.training import Trained
@@ -176,6 +177,7 @@ def _trained(job: Job, callbacks: Sequence[Any]) -> Draft:
     retrained = {
         "version": __version__,
         "method": job.setup.options.method,
+        "paper": cited(job.setup.options.about),
         "data": trained.data.source,
         "steps": state.best_global_step,
         "tokens": state.num_input_tokens_seen,
@@ -231,11 +233,12 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
     from peft import PeftModel
 
     for config in model.peft_config.values():
-        config.base_model_name_or_path = checkpoint.id  # not a path on this machine
+        config.base_model_name_or_path = named_source(checkpoint)["source"]
     with translate_os_errors(job.work):
         model.save_pretrained(
             job.work / ADAPTER, state_dict=trained.weights, save_embedding_layers=False
         )
+        (job.work / ADAPTER / "README.md").unlink(missing_ok=True)  # an empty form
     base = _load(checkpoint, torch.float32)
     merged: nn.Module = PeftModel.from_pretrained(base, str(job.work / ADAPTER)).merge_and_unload()
     return merged.to(stored)

@@ -40,8 +40,8 @@ from shortllm.retraining.corpus import (
 )
 from shortllm.retraining.options import GENERATED, HELD_OUT, Kind, Packing, RetrainOptions
 from shortllm.runtime import ALONE, Ranks
-from shortllm.surgery.apply import lineage, open_original
 from shortllm.surgery.derived import derived_fingerprint
+from shortllm.surgery.origin import lineage, open_original
 
 log = logging.getLogger(__name__)
 

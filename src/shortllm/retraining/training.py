@@ -39,7 +39,7 @@ from shortllm.retraining.trainer import (
 )
 from shortllm.retraining.windows import Windows, collate, keeps_apart, segmented
 from shortllm.runtime import progress, quiet_transformers
-from shortllm.surgery.apply import lineage
+from shortllm.surgery.origin import lineage
 
 log = logging.getLogger(__name__)
 

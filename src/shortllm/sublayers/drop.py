@@ -25,6 +25,7 @@ from shortllm.journal import Journal
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.records import ModelInfo, protected_in
+from shortllm.registry import cited
 from shortllm.runtime import Runtime
 from shortllm.sublayers.criteria import CRITERIA, Ranking, Task
 from shortllm.sublayers.options import DroppedSublayer, SublayerDrop, SublayerOptions
@@ -35,7 +36,7 @@ from shortllm.sublayers.structure import (
     find_sublayers,
     without_sublayers,
 )
-from shortllm.surgery.apply import check_removal, provenance_of, renumbered_tensors
+from shortllm.surgery.apply import check_removal, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -47,6 +48,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
+from shortllm.surgery.origin import provenance_of
 
 
 @accepts(options=SublayerOptions, runtime=Runtime)
@@ -244,7 +246,13 @@ def _draft(
     return Draft(
         record=record,
         config=config,
-        provenance=provenance_of(checkpoint, whole, criterion=options.criterion, sublayers=parts),
+        provenance=provenance_of(
+            checkpoint,
+            whole,
+            criterion=options.criterion,
+            paper=cited(CRITERIA.find(options.criterion)),
+            sublayers=parts,
+        ),
         bytes=size,
         write=copying(
             entries, ((name, read_tensor(entries[name]).zero_()) for name in names_zeroed)

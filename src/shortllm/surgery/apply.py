@@ -1,4 +1,4 @@
-"""What a checkpoint without some blocks consists of: config, tensors, origin; and a guard.
+"""What a checkpoint without some blocks consists of: its config and tensors; and a guard.
 
 The model is never built in memory: kept tensors are copied under their new names, from file to file
 inside the kernel. Memory stays flat for any model size, and the work takes as long as copying the
@@ -24,9 +24,7 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from shortllm import __version__
 from shortllm.checkpoint.config import is_own_code, read_config, text_config
-from shortllm.checkpoint.loaded import is_name
 from shortllm.checkpoint.shorten_config import (
     period_hint,
     refuse_block_names_in_config,
@@ -35,7 +33,7 @@ from shortllm.checkpoint.shorten_config import (
     shorten_config,
     sliced_axis,
 )
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.structure import (
     Signature,
     block_signature,
@@ -44,14 +42,10 @@ from shortllm.checkpoint.structure import (
     same_number,
 )
 from shortllm.checkpoint.tensors import TensorEntry
-from shortllm.errors import CheckpointError, UnsupportedModelError
+from shortllm.errors import UnsupportedModelError
 from shortllm.files import translate_os_errors
-from shortllm.records import MAX_BLOCKS
 
 log = logging.getLogger(__name__)
-
-PROVENANCE = "shortllm"
-"""Key in config.json for the origin of a shortened checkpoint."""
 
 REFERENCES = {"kv_shared_layer_index"}
 """Attributes that are the number of another block."""
@@ -105,105 +99,6 @@ def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str,
         elif block in new_number:
             result[names.renumbered(name, new_number[block])] = entry
     return result
-
-
-# ---- origin
-
-
-def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
-    """The entry in config.json of a checkpoint that was derived by removing blocks, and `how`."""
-    return {
-        "version": __version__,
-        "source": checkpoint.id,
-        "revision": checkpoint.revision,
-        "source_blocks": checkpoint.block_count,
-        "removed_blocks": list(removed),
-        **how,
-        "parent": checkpoint.raw_config.get(PROVENANCE),
-    }
-
-
-def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The origin that a checkpoint's config states; for a plain one, that no block is removed."""
-    held = checkpoint.raw_config.get(PROVENANCE)
-    return held if isinstance(held, dict) and held else provenance_of(checkpoint, [])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lineage:
-    """Which blocks of which model a shortened checkpoint contains."""
-
-    source: str
-    revision: str | None
-    blocks: int
-    """Number of blocks of the source."""
-    kept: list[int]
-    """For each block of the checkpoint its number in the source."""
-
-
-def lineage(checkpoint: Checkpoint) -> Lineage:
-    """The original model of a checkpoint that was shortened once or several times."""
-    removals: list[tuple[int, list[int]]] = []
-    entry: dict[str, Any] = {}
-    parent = checkpoint.raw_config.get(PROVENANCE)
-    while isinstance(parent, dict) and "removed_blocks" in parent:
-        entry = parent
-        count, removed = entry.get("source_blocks"), entry["removed_blocks"]
-        if not isinstance(count, int) or count > MAX_BLOCKS or not isinstance(removed, list):
-            raise CheckpointError(
-                f"{checkpoint.id}: the list of removed blocks in its config.json is damaged"
-            )
-        removals.append((count, removed))
-        parent = entry.get("parent")
-    if not removals:
-        raise CheckpointError(
-            f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
-            f"no removed blocks under '{PROVENANCE}', as `shortllm prune` writes them"
-        )
-    kept = list(range(removals[-1][0]))
-    for _, removed in reversed(removals):
-        kept = [block for place, block in enumerate(kept) if place not in removed]
-    if len(kept) != checkpoint.block_count:
-        raise CheckpointError(
-            f"{checkpoint.id} has {checkpoint.block_count} blocks, but by the removed blocks in "
-            f"its config.json it must have {len(kept)}"
-        )
-    source, revision = str(entry.get("source")), entry.get("revision")
-    return Lineage(source=source, revision=revision, blocks=removals[-1][0], kept=kept)
-
-
-def open_original(checkpoint: Checkpoint, given: str | None, flag: str) -> Checkpoint:
-    """The model that a checkpoint was shortened from: the one given, or as its config.json says."""
-    if given is not None:
-        return open_checkpoint(given)
-    try:
-        origin = lineage(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. Name the original model with {flag}") from error
-    try:
-        return open_checkpoint(origin.source, revision=origin.revision)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{checkpoint.id} was shortened from {origin.source}, which cannot be opened "
-            f"({error}). Name it with {flag}"
-        ) from error
-
-
-def open_checkpoints(models: Sequence[str]) -> dict[str, Checkpoint]:
-    """Open each model under the last part of its path, or all of it where that is taken.
-
-    A Hub model that another one was derived from is opened at the revision recorded there.
-    """
-    opened = {model: open_checkpoint(model) for model in models if Path(model).is_dir()}
-    entries = [one.raw_config.get(PROVENANCE) for one in opened.values()]
-    held = [entry for entry in entries if isinstance(entry, dict)]
-    origins = {str(entry.get("source")): entry.get("revision") for entry in held}
-    checkpoints: dict[str, Checkpoint] = {}
-    for model in models:
-        short = model if is_name(model) else Path(model).name or model
-        one = opened.get(model) or open_checkpoint(model, revision=origins.get(model))
-        checkpoints[model if short in checkpoints else short] = one
-    return checkpoints
 
 
 # ---- the guard

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,7 +53,16 @@ from shortllm.files import (
 from shortllm.model import Session
 from shortllm.records import Cost, DerivedRecord
 from shortllm.runtime import peak_memory, progress, versions
-from shortllm.surgery.apply import PROVENANCE
+from shortllm.surgery.card import CARD, ORIGINAL_CARD, write_card
+from shortllm.surgery.origin import (
+    LOCAL,
+    PROVENANCE,
+    original_place,
+    own_place,
+    sendable,
+    steps_of,
+    write_local,
+)
 from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
 
 if TYPE_CHECKING:
@@ -67,14 +77,18 @@ Advance = Callable[[int], None]
 NEW = "new"
 """Directory of the tensors that the source lacks, while a checkpoint is written."""
 
-CARDS = {"README.md", "README.original.md"}
-"""Model cards, which a report writes next to the weights, do not count as a change."""
+CARDS = {CARD, ORIGINAL_CARD}
+"""Model cards do not count as a change."""
 
 RECORDS = {
     f"{name}.json"
     for name in ("prune", "heal", "merge", "width", "sublayers", "quantize", "retrain")
 }
 """Records of derived checkpoints, which speak of the weights next to them and are not copied on."""
+
+NOT_SENT = (f"*{LOCAL}", *sorted(RECORDS), "logs/*", ".*", f"*{PARTIAL}")
+"""Patterns, as huggingface_hub takes them, of files that are not sent to others: they name places
+on this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +145,7 @@ def derive(
         _require_replaceable(target, kind, checkpoint, expected, choices)
         log.info("%s was written from other inputs and will be replaced", target)
     require_writable(target.absolute().parent, needed_bytes)
+    original = original_place(own_place(checkpoint), steps_of(checkpoint.id, checkpoint.raw_config))
     started = time.monotonic()
     drafted = draft()
     record = {
@@ -140,7 +155,7 @@ def derive(
         **drafted.record,
         "fingerprint": expected,
     }
-    _write(kind, checkpoint, target, drafted, record)
+    _write(kind, checkpoint, target, drafted, record, original)
     return kind.load(target / kind.FILE)
 
 
@@ -212,13 +227,18 @@ def _write(
     target: Path,
     draft: Draft,
     record: Mapping[str, Any],
+    original: str | None,
 ) -> None:
-    """Copy the other files, write weights and config, verify, save the record, rename."""
+    """Copy the other files, write weights and config, verify, save the record, rename.
+
+    Args:
+        original: where the model that was shortened first lies on this machine.
+    """
     source, left = checkpoint.directory, {*RECORDS, *draft.leave}
     carried = [file for file in carried_files(source, target) if file.parts[0] not in left]
     needed = draft.bytes + sum((source / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
-    provenance = {**draft.provenance, "fingerprint": record["fingerprint"]}
+    provenance = sendable({**draft.provenance, "fingerprint": record["fingerprint"]})
     if "parent" in provenance:
         provenance["parent"] = provenance.pop("parent")  # last: fingerprints are of the bytes
     with (
@@ -233,7 +253,9 @@ def _write(
         more, entries = draft.finish(directory) if draft.finish is not None else ({}, {})
         config = {**draft.config, **entries, PROVENANCE: provenance}
         write_json(directory / "config.json", config)
+        write_local(directory, original)
         draft.verify(directory)
+        write_card(directory, target.resolve().name)
         kind.model_validate({**record, **more}).save(directory / kind.FILE)
         follow_umask(directory)
 
@@ -241,8 +263,8 @@ def _write(
 def carried_files(source: Path, target: Path | None = None) -> list[Path]:
     """Tokenizer, generation config and all else next to the weights, relative to `source`, sorted.
 
-    Left out are config.json, hidden and unfinished files, directories with a model or a run at any
-    depth, and directories that are or contain `target`.
+    Left out are config.json, hidden, unfinished and local files, directories with a model or a run
+    at any depth, and directories that are or contain `target`.
     """
     outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
     weights = weight_files(source)
@@ -250,7 +272,7 @@ def carried_files(source: Path, target: Path | None = None) -> list[Path]:
     for path in sorted(source.iterdir()):
         if path.name in weights or path.name == "config.json":
             continue
-        if path.name.startswith(".") or path.name.endswith(PARTIAL):
+        if path.name.startswith(".") or path.name.endswith((PARTIAL, LOCAL)):
             continue
         if path.is_file():
             carried.append(path.relative_to(source))
@@ -268,6 +290,19 @@ def _contains_output(directory: Path) -> bool:
         for path in directory.iterdir()
         if not path.is_symlink()
     )
+
+
+def files_to_send(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint that others may have, relative to it: none names a directory of
+    this machine."""
+    said = read_json(checkpoint / "config.json").get(PROVENANCE)
+    if sendable(said) != said:
+        raise CheckpointError(
+            f"config.json of {checkpoint} names directories of this machine, as earlier versions "
+            "wrote it. Write the checkpoint again with --overwrite"
+        )
+    files = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+    return [file for file in files if not any(fnmatch(file.as_posix(), one) for one in NOT_SENT)]
 
 
 def carried_fingerprint(source: Path) -> str:

@@ -26,6 +26,7 @@ from shortllm.checkpoint.writer import copy_range
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
 from shortllm.runtime import progress
+from shortllm.surgery.origin import PROVENANCE, original_place, sendable, steps_of, write_local
 
 UNKNOWN_HASH = "0" * 64
 """Stands for the hash of the source until it is known: it is computed while tensors are copied."""
@@ -101,7 +102,8 @@ def shorten_gguf(file: GgufFile, removed: Sequence[int], out: Path, **how: Any) 
     """Write the GGUF file `out` without the blocks `removed`.
 
     Args:
-        how: further entries of the provenance, e.g. `criterion`.
+        how: further entries of the provenance, e.g. `criterion`, or the `source` and `revision`
+            of a file on the Hub.
     Raises:
         CheckpointError: the tensors of `file` are not those of its blocks.
         UnsupportedModelError: llama.cpp would run the result incorrectly.
@@ -117,12 +119,12 @@ def shorten_gguf(file: GgufFile, removed: Sequence[int], out: Path, **how: Any) 
     needed = sum(int(tensor.n_bytes) for tensor in tensors.values())
     provenance = {
         "version": __version__,
-        "source": str(file.path),
+        "source": file.path.name,
         "source_sha256": UNKNOWN_HASH,
         "source_blocks": file.blocks,
         "removed_blocks": sorted(removed),
         **how,
-        "parent": file.provenance,
+        "parent": sendable(file.provenance),
     }
     with (
         partial_file(out, needed_bytes=needed) as partial,
@@ -136,6 +138,9 @@ def shorten_gguf(file: GgufFile, removed: Sequence[int], out: Path, **how: Any) 
         written = read_gguf(partial)
         _verify(written, file, tensors)
         _fill_in_hash(written, digest.result())
+    steps = steps_of(str(file.path), {PROVENANCE: file.provenance})
+    place = None if how.get("revision") else file.path.absolute()
+    write_local(out, original_place(place, steps))
 
 
 # ---- which blocks may go

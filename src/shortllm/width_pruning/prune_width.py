@@ -33,8 +33,9 @@ from shortllm.errors import DataError, UnsupportedModelError
 from shortllm.healing.folding import folded_into
 from shortllm.model import Session
 from shortllm.model.loading import stored_dtype
+from shortllm.registry import cited
 from shortllm.runtime import Runtime, quiet_transformers
-from shortllm.surgery.apply import as_read_from_disk, provenance_of
+from shortllm.surgery.apply import as_read_from_disk
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -47,6 +48,7 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
+from shortllm.surgery.origin import provenance_of
 from shortllm.width_pruning.groups import BlockGroups, Removed, removed_counts, without_units
 from shortllm.width_pruning.methods import METHODS, Chosen, Task
 from shortllm.width_pruning.options import NarrowedBlock, WidthOptions, WidthPruning, WidthSize
@@ -206,7 +208,9 @@ def _draft(
     return Draft(
         record=record,
         config=config,
-        provenance=provenance_of(checkpoint, [], width=choices),
+        provenance=provenance_of(
+            checkpoint, [], paper=cited(METHODS.get(options.method)), width=choices
+        ),
         bytes=sum(entry.bytes for entry in entries.values()),
         write=copying(entries, chain(new.items(), _repaired_weights(checkpoint, groups, chosen))),
         verify=verifying(target, session, logits, cached=cached),
