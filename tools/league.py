@@ -539,10 +539,10 @@ resumes where it stopped.
 README_ROWS = (
     ("blocks removed by `ppl`", "ppl", "none"),
     ("`ppl`, healed without training", "ppl", "regression"),
-    ("`ppl`, LoRA on text, 200 steps", "ppl", "LoRA on text"),
-    ("`ppl`, LoRA on Alpaca, 200 steps", "ppl", "LoRA on Alpaca"),
-    ("`auto`, healed without training", HEAL_AWARE, "regression"),
-    ("`auto`, healed, then LoRA on text", HEAL_AWARE, "regression, LoRA on text"),
+    ("blocks removed by `auto`", "auto", "none"),
+    ("`auto`, healed without training", "auto", "regression"),
+    ("`auto`, LoRA on text, 200 steps", "auto", "LoRA on text"),
+    ("`auto`, LoRA on Alpaca, 200 steps", "auto", "LoRA on Alpaca"),
 )
 DRAWN = (
     OURS.name, "Shortened LLaMA, PPL", "SLEB", "ShortGPT", "EvoPress", "ReplaceMe", "LaCo", "FLAP",
@@ -618,7 +618,8 @@ def league_table(found: Measured) -> list[str]:
         "| | " + " | ".join(f"{count} of {found.found['blocks']}" for count in counts)
         + (f" | tasks, {found.middle} |" if with_tasks else " |"),
         "|---|" + "---:|" * (len(counts) + with_tasks),
-        f"| *intact* |{' |' * len(counts)}" + (f" {tasks_cell(found.intact)} |" * with_tasks),
+        f"| *intact* |{f' {cell(found, found.intact)} |' * len(counts)}"
+        + f" {tasks_cell(found.intact)} |" * with_tasks,
     ]  # fmt: skip
     for one in shown:
         cells = [cell(found, rows[one][count], best[count]) for count in counts]
@@ -740,9 +741,9 @@ def plot(found: Measured) -> str:
                     (100 * count / found.found["blocks"], row["perplexity"][text])
                     for count, row in rows if "perplexity" in row
                 ]  # fmt: skip
-                axes.plot(
-                    *zip(*points, strict=True), label=one.name.strip("`"), **line_style(place)
-                )
+                if len(points) > 1:
+                    name = one.name.strip("`")
+                    axes.plot(*zip(*points, strict=True), label=name, **line_style(place))
             axes.set_yscale("log")
             mark_heights(axes, 1.0)
             axes.set_title(text, color=COLOURS["ink"], fontsize=9)
@@ -758,16 +759,20 @@ def plot(found: Measured) -> str:
 
 
 def write_readme(found: Measured) -> None:
-    """The first table of the README: what is left at the three smallest budgets."""
-    counts = found.counts[:3]
+    """The first table of the README: what is left at the budgets that are measured that far."""
+    rows = [
+        (words, {n: found.of(Contender("", name, way), n) for n in found.counts})
+        for words, name, way in README_ROWS
+    ]
+    counts = [n for n in found.counts if all(loss(own[n]) < math.inf for _, own in rows[:4])]
     heading = " | ".join(
         f"{count} removed ({count / found.found['blocks']:.0%})" for count in counts
     )
     lines = [f"| | {heading} |", "|---|" + "---:|" * len(counts)]
-    for words, name, way in README_ROWS:
-        rows = [found.of(Contender("", name, way), count) for count in counts]
-        if any(loss(row) < math.inf for row in rows):
-            lines.append(f"| {words} | {' | '.join(cell(found, row) for row in rows)} |")
+    for words, own in rows:
+        cells = [cell(found, own[count]) for count in counts]
+        if any(cells):
+            lines.append(f"| {words} | {' | '.join(cells)} |")
     path, (start, end) = ROOT / "README.md", README_TABLE
     before, _, rest = path.read_text().partition(start)
     _, _, after = rest.partition(end)
