@@ -762,7 +762,16 @@ def test_the_charts_show_the_last_four_runs_to_one_scale(visitor: Visitor) -> No
     assert len({tuple(axis.all_text_contents()) for axis in axes}) == 1
 
 
-def test_text_streams_and_stops(visitor: Visitor, models: Models) -> None:
+def test_text_streams_and_stops(
+    visitor: Visitor, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = generating.Tokens.put
+
+    def slow(self: generating.Tokens, value: torch.Tensor) -> None:
+        time.sleep(0.1)  # so that the page of a busy browser sees it running
+        real(self, value)
+
+    monkeypatch.setattr(generating.Tokens, "put", slow)
     visitor.set(output_tokens=400, batch_size=8)
     visitor.press()
     visitor.wait_for_text(400)
