@@ -57,7 +57,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if evaluation.models[0].zeroshot:
         typer.echo("")
         print_table(*task_table(evaluation.models).plain())
-        if prompts := prompts_phrase(evaluation.task_prompts):
+        if prompts := prompts_phrase(evaluation):
             typer.echo(f"asked {prompts}")
 
 

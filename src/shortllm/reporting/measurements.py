@@ -14,13 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
-from shortllm.evaluation.options import (
-    FEW_SEGMENTS,
-    EvaluatedModel,
-    Evaluation,
-    Perplexity,
-    TaskPrompts,
-)
+from shortllm.evaluation.options import FEW_SEGMENTS, EvaluatedModel, Evaluation, Perplexity
 from shortllm.files import write_text
 from shortllm.format import (
     NONE,
@@ -130,18 +124,17 @@ def compared_row(name: Cell, cells: Sequence[tuple[str, str]]) -> Row:
     return row(name, first, *changed)
 
 
-def prompts_phrase(prompts: TaskPrompts | None) -> str:
+def prompts_phrase(evaluation: Evaluation) -> str:
     """How tasks were put to chat models: 'in the chat template, with examples as turns'."""
+    prompts = evaluation.task_prompts
     if prompts is None:
         return ""
-    said = [
-        "in the chat template" if prompts.apply_chat_template else "",
-        "with examples as earlier turns" if prompts.fewshot_as_multiturn else "",
-        f"after the system message “{prompts.system_instruction}”"
-        if prompts.system_instruction
-        else "",
-    ]
-    return ", ".join(filter(None, said))
+    said = ["in the chat template"] if prompts.apply_chat_template else []
+    if prompts.fewshot_as_multiturn and any(one.shots for one in evaluation.models[0].zeroshot):
+        said.append("with examples as earlier turns")
+    if prompts.system_instruction:
+        said.append(f"after the system message “{prompts.system_instruction}”")
+    return ", ".join(said)
 
 
 def tasks_section(results: RunResults) -> Section | None:
@@ -150,7 +143,7 @@ def tasks_section(results: RunResults) -> Section | None:
     if not models or results.evaluation is None:
         return None
     version = results.evaluation.versions.get("lm_eval", "")
-    prompts = prompts_phrase(results.evaluation.task_prompts)
+    prompts = prompts_phrase(results.evaluation)
     note = (
         f"Scores ± standard error, measured by lm-evaluation-harness{version and f' {version}'} "
         f"with its own prompts{prompts and f', {prompts}'}. Differences of one or two standard "
