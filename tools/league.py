@@ -595,9 +595,13 @@ def cell(found: Measured, row: Row, best: float = -math.inf) -> str:
     """Perplexities on the texts; bold where the row is the best."""
     if "perplexity" not in row:
         return ""
-    text = " / ".join(f"{row['perplexity'][name]:.1f}" if row["perplexity"][name] >= 10 else
-                      f"{row['perplexity'][name]:.3f}" for name in found.one.held_out)  # fmt: skip
+    text = " / ".join(digits(row["perplexity"][name]) for name in found.one.held_out)
     return f"**{text}**" if loss(row) <= best else text
+
+
+def digits(value: float) -> str:
+    """As many digits as tell models apart."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def tasks_cell(row: Row) -> str:
@@ -608,8 +612,8 @@ def tasks_cell(row: Row) -> str:
 
 def league_table(found: Measured) -> list[str]:
     """A line per contender, the best at the middle budget first."""
-    counts = found.counts
-    rows = {one: {count: found.of(one, count) for count in counts} for one in LEAGUE}
+    rows = {one: {count: found.of(one, count) for count in found.counts} for one in LEAGUE}
+    counts = [n for n in found.counts if any(loss(rows[one][n]) < math.inf for one in LEAGUE)]
     shown = [one for one in LEAGUE if any(loss(row) < math.inf for row in rows[one].values())]
     best = {count: min(loss(rows[one][count]) for one in LEAGUE) for count in counts}
     shown.sort(key=lambda one: loss(rows[one][found.middle]))
@@ -631,14 +635,15 @@ def league_table(found: Measured) -> list[str]:
 def sets_table(found: Measured) -> list[str]:
     """A line per removed set, those found by several criteria once, by way to heal."""
     known = [row for row in found.found["rows"] if row["count"] and "perplexity" in row]
+    columns = [way for way in COLUMNS if any(row["way"] == way for row in known)]
     lines = [
-        f"| gone | by | blocks | {' | '.join(COLUMNS)} |",
-        "|---:|---|---|" + "---:|" * len(COLUMNS),
+        f"| gone | by | blocks | {' | '.join(columns)} |",
+        "|---:|---|---|" + "---:|" * len(columns),
     ]
     for count in found.counts:
         here = [row for row in known if row["count"] == count and row["removed"]]
         best = {
-            way: min((loss(row) for row in here if row["way"] == way), default=0) for way in COLUMNS
+            way: min((loss(row) for row in here if row["way"] == way), default=0) for way in columns
         }
         for blocks in sorted({tuple(row["removed"]) for row in here}):
             ways = {row["way"]: row for row in here if tuple(row["removed"]) == blocks}
@@ -647,7 +652,7 @@ def sets_table(found: Measured) -> list[str]:
                 for name in found.found["sets"] if found.set_of(name, count) == list(blocks)
             )  # fmt: skip
             if by:
-                cells = [cell(found, ways.get(way, {}), best[way]) for way in COLUMNS]
+                cells = [cell(found, ways.get(way, {}), best[way]) for way in columns]
                 lines.append(f"| {count} | {by} | {spans(list(blocks))} | {' | '.join(cells)} |")
     return lines
 
@@ -698,8 +703,11 @@ def own_place(found: Measured) -> str:
         if own < math.inf and min(others) < math.inf:
             place = 1 + sum(one < own for one in others)
             behind = math.expm1(own - min(others))
-            places.append(f"{place} ({behind:+.1%} against the best other)")
-    return f"- {OURS.name}: place {', '.join(places)}." if places else ""
+            places.append(
+                f"place {place} at {count} of {found.found['blocks']} ({behind:+.1%} against the "
+                "best other)"
+            )
+    return f"- {OURS.name}: {', '.join(places)}." if places else ""
 
 
 def counted(what: str, ratios: list[float]) -> list[str]:
