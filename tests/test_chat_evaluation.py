@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from shortllm.evaluation.evaluate import evaluation_fingerprint, prepare_tasks
 from shortllm.evaluation.options import Evaluation, EvaluationOptions, TaskPrompts
 from shortllm.model import Session
 from shortllm.recipe import Recipe
+from shortllm.reporting.load import load_results
+from shortllm.reporting.runs_page import compared_models
 
 pytest.importorskip("lm_eval")
 
@@ -346,6 +349,13 @@ def test_a_run_of_a_chat_model_evaluates_chat_models(
     assert "in the chat template, with examples as earlier turns, after the system message" in page
     assert f"Answers in the chat template after the system message “{STORY}”." in page
     assert "exact_match,strict-match [%], 2 documents after 1 example" in page
+
+    chat = load_results(tmp_path / "run")
+    plain = replace(chat, evaluation=found.model_copy(update={"task_prompts": TaskPrompts()}))
+    for runs, compared in (([chat, chat], {True}), ([chat, plain], {True, False})):
+        named = dict(zip("ab", runs, strict=True))
+        means = [one.zeroshot_mean is not None for one in compared_models(named) if one.run]
+        assert set(means) == compared, "means of tasks that were asked otherwise are left out"
 
 
 def test_the_command_asks_a_chat_model(

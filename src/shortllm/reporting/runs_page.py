@@ -9,6 +9,7 @@ are measured at different times.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from pydantic import Field
 
 from shortllm import __version__
 from shortllm.benchmark.options import Benchmark
-from shortllm.evaluation.options import Difference, EvaluatedModel, Perplexity
+from shortllm.evaluation.options import Difference, EvaluatedModel, Perplexity, TaskPrompts
+from shortllm.files import fingerprint
 from shortllm.format import (
     counted,
     listed,
@@ -297,6 +299,9 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
     cell = common_cell(*(run.benchmark for run in runs.values()))
     originals: dict[str, ComparedModel] = {}
     models: list[tuple[ComparedModel, EvaluatedModel]] = []
+    asked = {run: _tasks_asked(results) for run, results in runs.items()}
+    counts = Counter(filter(None, asked.values()))
+    usual = counts.most_common(1)[0][0] if counts else None
     for run, results in runs.items():
         healed_by, quantization = results.healed_by, results.quantization
         for name, entry in results.evaluated.items():
@@ -314,6 +319,7 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
                 healed_by=healed_by.get(name) or (None if unhealed else name),
                 quantized_by=quantization.method if quantization and name == QUANTIZED else None,
                 removed=[] if is_original else results.plan.removed,
+                zeroshot_mean=entry.zeroshot_mean if asked[run] == usual else None,
             )
             if is_original:
                 known = originals.get(entry.model.fingerprint, one)
@@ -321,6 +327,16 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
             else:
                 models.append((one, entry))
     return [*originals.values(), *against_lowest(models, labels)]
+
+
+def _tasks_asked(results: RunResults) -> str | None:
+    """What a mean over tasks is of: means of the same documents, asked alike, are comparable."""
+    found = results.evaluation
+    if found is None or not found.models[0].zeroshot:
+        return None
+    same = ("task", "metric", "documents_fingerprint", "shots")
+    tasks = [[getattr(one, name) for name in same] for one in found.models[0].zeroshot]
+    return fingerprint([tasks, (found.task_prompts or TaskPrompts()).model_dump()])
 
 
 def _merged(known: ComparedModel, other: ComparedModel) -> ComparedModel:
