@@ -57,6 +57,7 @@ def test_a_run_writes_every_file_of_the_run_directory(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.name != LOCK}
     assert names == {
         "run.json",
+        "run.log",
         "calibration.safetensors",
         "calibration.json",
         "scores.json",

@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from shortllm.errors import ShortLLMError, did_you_mean
 from shortllm.files import overwriting
 from shortllm.options import Options, fields_of_all, keywords_of, options_from
+from shortllm.progress import call_of
 
 Result = TypeVar("Result")
 
@@ -62,6 +63,7 @@ def accepts(**records: type[Options]) -> Callable[[Callable[..., Result]], Calla
                 for record in built.values():
                     contexts.enter_context(record.applied())
                 bound = called.bound(arguments, {**given, **built}, tokenizer)
+                contexts.enter_context(call_of(function.__name__))
                 return function(*bound.args, **bound.kwargs)
 
         call.__signature__ = called.signature()  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from textwrap import shorten
@@ -289,21 +289,27 @@ def existing_parent(path: Path) -> Path:
 
 # ---- one writer per directory
 
-_held: dict[Path, BaseFileLock] = {}
-"""The directories this process has locked."""
+_held: dict[Path, ExitStack] = {}
+"""The directories this process has locked, and what is to be done when they are released."""
 
 _interrupted: set[Path] = set()
 """Those of work that Ctrl-C ended."""
 
 
-def hold(directory: Path) -> None:
-    """Lock a directory, created if need be, until the nearest `releasing` around this call ends."""
+def hold(directory: Path) -> ExitStack:
+    """Lock a directory, created if need be, until the nearest `releasing` around this call ends.
+
+    Returns:
+        What is closed then.
+    """
     directory = directory.resolve()
-    if directory in _held:
-        return
-    with translate_os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        _held[directory] = _acquire(directory, directory)
+    if directory not in _held:
+        with translate_os_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = _acquire(directory, directory)
+        _held[directory] = ExitStack()
+        _held[directory].callback(lock.release)
+    return _held[directory]
 
 
 @contextmanager
@@ -317,7 +323,7 @@ def releasing() -> Iterator[None]:
         raise
     finally:
         for directory in set(_held) - before:
-            _held.pop(directory).release()
+            _held.pop(directory).close()
 
 
 def can_resume() -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
 from shortllm.model import Session
 from shortllm.options import overlaid
+from shortllm.progress import expect_stages, numbered_stages, stage
 from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removable, removal_options
 from shortllm.pruning.planning import build_plan, check_published_order
@@ -111,9 +113,11 @@ def run(
     """
     if model is not None:
         recipe = overlaid(recipe, Recipe(model=model))
-    prepared = _prepare(recipe, out, command)
-    with overwriting():  # the recipe of the whole run has been compared
-        return _stages(prepared)
+    with numbered_stages():
+        with stage("prepare", delayed=True):
+            prepared = _prepare(recipe, out, command)
+        with overwriting():  # the recipe of the whole run has been compared
+            return _stages(prepared)
 
 
 def _stages(prepared: _Prepared) -> RunResult:
@@ -121,38 +125,47 @@ def _stages(prepared: _Prepared) -> RunResult:
     from shortllm.reporting import write_report
 
     directory, session, recipe = prepared.directory, prepared.session, prepared.recipe
-    plan = _plan(prepared)
-    prune_from(prepared.checkpoint, plan, directory / PRUNED, session=session)
+    with stage("score") if prepared.scored else nullcontext():
+        plan = _plan(prepared)
+    with stage("prune"):
+        prune_from(prepared.checkpoint, plan, directory / PRUNED, session=session)
     shortened = opened_within(directory, PRUNED)
     models = {"original": prepared.checkpoint, PRUNED: shortened}
     healing = None
     if recipe.healing is not None and prepared.texts.healing is not None:
-        healing = heal_from(
-            shortened,
-            prepared.checkpoint,
-            recipe.healing,
-            directory / HEALED,
-            calibration=prepared.texts.healing,
-            session=session,
-        )
+        with stage("heal"):
+            healing = heal_from(
+                shortened,
+                prepared.checkpoint,
+                recipe.healing,
+                directory / HEALED,
+                calibration=prepared.texts.healing,
+                session=session,
+            )
         models[HEALED] = opened_within(directory, HEALED)
-    retraining = {
-        name: retrain_from(shortened, options, directory / name, session=session)
-        for name, options in recipe.healed.items()
-    }
+    retraining: dict[str, Retraining] = {}
+    for name, options in recipe.healed.items():
+        with stage(f"retrain by {options.method}"):
+            retraining[name] = retrain_from(shortened, options, directory / name, session=session)
     retrained = {name: opened_within(directory, name) for name in retraining}
     models |= retrained
-    quantization = _quantize(prepared, retrained or {PRUNED: shortened})
-    if quantization is not None:
+    quantization = None
+    if prepared.quantizing is not None:
+        with stage("quantize"):
+            quantization = _quantize(
+                prepared, prepared.quantizing, retrained or {PRUNED: shortened}
+            )
         models[QUANTIZED] = opened_within(directory, QUANTIZED)
-    evaluation = evaluate_in(
-        directory, models, recipe.evaluation, prepared.texts, prepared.tasks, session
-    )
+    with stage("eval"):
+        evaluation = evaluate_in(
+            directory, models, recipe.evaluation, prepared.texts, prepared.tasks, session
+        )
     benchmark = None
     if recipe.benchmark is not None:
         session.release()
         measured = {name: models[name] for name in ("original", PRUNED)}
-        benchmark = bench_in(directory, measured, recipe.benchmark, session)
+        with stage("bench"):
+            benchmark = bench_in(directory, measured, recipe.benchmark, session)
     return RunResult(
         directory=directory,
         recipe=recipe,
@@ -221,6 +234,7 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     if recipe.healing is not None:
         require_free(directory / HEALED, Healing.FILE)
         check_healable(recipe.healing, checkpoint, session)
+    expect_stages(_stage_count(recipe, scored=scored))
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
     if budget.blocks is None:  # a criterion that removes blocks itself gets the amount
         amount = removal_options(criterion, budget, checkpoint.info())
@@ -240,6 +254,12 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
         criterion=criterion,
         scored=scored,
     )
+
+
+def _stage_count(recipe: Recipe, *, scored: bool) -> int:
+    """How many stages a run has: prepare, prune and eval, and those that are wanted."""
+    wanted = (scored, recipe.healing, recipe.quantization, recipe.benchmark)
+    return 3 + len(recipe.healed) + sum(bool(one) for one in wanted)
 
 
 def healing_of(recipe: Recipe, criterion: Criterion) -> dict[str, str]:
@@ -353,16 +373,15 @@ def opened_within(directory: Path, name: str) -> Checkpoint:
     return replace(open_checkpoint(directory / name), id=name)
 
 
-def _quantize(run: _Prepared, candidates: Mapping[str, Checkpoint]) -> Quantization | None:
-    """quantized/ from the best of the candidates, if the recipe quantizes."""
-    if run.quantizing is None:
-        return None
+def _quantize(
+    run: _Prepared, options: QuantizeOptions, candidates: Mapping[str, Checkpoint]
+) -> Quantization:
+    """quantized/ from the best of the candidates."""
     target = run.directory / QUANTIZED
     require_free(target, Quantization.FILE)
     name = best_of(candidates, run.texts, run.session, run.directory / "eval.json")
     if len(candidates) > 1:
         log.info("%s has the lowest perplexity and is quantized", name)
-    text = run.texts.quantization
     return quantize.quantize_from(
-        candidates[name], run.quantizing, target, calibration=text, session=run.session
+        candidates[name], options, target, calibration=run.texts.quantization, session=run.session
     )

@@ -28,6 +28,7 @@ from shortllm.evaluation.options import EvaluatedModel
 from shortllm.evaluation.texts import EvaluationText, Texts, evaluation_segments_of
 from shortllm.files import releasing, write_text
 from shortllm.measure import bench_in, evaluate_in
+from shortllm.progress import numbered_stages, stage
 from shortllm.published import (
     Bos,
     PublishedComparison,
@@ -97,12 +98,15 @@ def measure_released(
     out = Path(out)
     measured: dict[str, Measured] = {}
     failed: dict[str, str] = {}
-    for name, recipe in released_recipes(recipes).items():
-        try:
-            measured[name] = _measure(recipe, out / name, command)
-        except ShortLLMError as error:
-            log.warning("%s cannot be measured, continuing with the others", name)
-            failed[name] = str(error)
+    released = released_recipes(recipes)
+    with numbered_stages(len(released)):
+        for name, recipe in released.items():
+            try:
+                with stage(name):
+                    measured[name] = _measure(recipe, out / name, command)
+            except ShortLLMError as error:
+                log.warning("%s cannot be measured, continuing with the others", name)
+                failed[name] = str(error)
     _write_table(out / TABLE, measured)
     return Released(measured=measured, failed=failed, table=out / TABLE)
 

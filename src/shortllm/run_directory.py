@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +23,7 @@ from shortllm.files import (
     hold,
     require_same_choices,
     require_writable,
+    translate_os_errors,
     write_text,
 )
 from shortllm.records import ResultFile, load_current
@@ -33,6 +36,9 @@ log = logging.getLogger(__name__)
 
 PRUNED = "pruned"
 """Directory of the shortened checkpoint, and its name in results."""
+
+LOG = "run.log"
+"""Everything that was said while the directory was written, with times."""
 
 HEALED = "healed"
 """The same of the checkpoint that was healed without training."""
@@ -136,8 +142,9 @@ def write_run_file(
     checkpoint: Checkpoint,
     command: Sequence[str] = (),
 ) -> None:
-    """Lock the directory and write run.json: the resolved recipe, versions and command line."""
-    hold(directory)
+    """Lock the directory, begin its log, and write run.json: the resolved recipe, versions and
+    command line."""
+    hold(directory).callback(_begin_log(directory, command))
     content = {
         "shortllm": __version__,
         "command": list(command),
@@ -146,6 +153,35 @@ def write_run_file(
         "versions": versions(),
     }
     write_text(directory / "run.json", json.dumps(content, indent=1) + "\n")
+
+
+def _begin_log(directory: Path, command: Sequence[str]) -> Callable[[], None]:
+    """Write all that the package logs into the directory too; returns what ends that."""
+    package = logging.getLogger("shortllm")
+    with translate_os_errors(directory):
+        handler = _LogFile(directory / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = package.level
+    if not package.hasHandlers():  # nothing else shows what is less than a warning
+        package.setLevel(logging.DEBUG)
+    package.addHandler(handler)
+    log.debug("shortllm %s: %s", __version__, shlex.join(command) or "called from Python")
+
+    def end() -> None:
+        if sys.exc_info()[0] is not None:
+            log.debug("stopped", exc_info=True)
+        package.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
+
+    return end
+
+
+class _LogFile(logging.FileHandler):
+    """The log of a run; a full disk is reported where results are written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the line out."""
 
 
 def finished(kind: type[Kind], path: Path, expected: str) -> Kind | None:

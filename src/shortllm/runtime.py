@@ -1,4 +1,4 @@
-"""What a run has around it: device, computation type, memory, versions, progress on a terminal."""
+"""What a run has around it: device, computation type, memory, versions, other processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import logging
 import os
 import platform
 import resource
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -34,8 +33,6 @@ log = logging.getLogger(__name__)
 
 Anything = TypeVar("Anything")
 
-Advance = Callable[[float], None]
-"""Called with the amount of work done since its last call, as `progress` yields it."""
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu")
 """Kinds of devices that a model can run on, by torch's names."""
 
@@ -320,47 +317,3 @@ def quiet(*loggers: str) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-_BARS: list[str] = []
-"""What the bar on the screen is for."""
-
-
-@contextmanager
-def progress(task: str, total: float) -> Iterator[Advance]:
-    """A progress bar with the time left, on a terminal's standard error; silent elsewhere, and
-    within another bar.
-
-    Yields a function to call with the amount of work done since its last call.
-    """
-    if not sys.stderr.isatty() or not is_main_process() or _BARS:
-        yield lambda amount: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=Console(file=sys.stderr),
-        transient=True,
-    )
-    _BARS.append(task)
-    try:
-        with bar:
-            task_id = bar.add_task(task, total=total)
-            yield lambda amount: bar.advance(task_id, amount)
-    finally:
-        _BARS.remove(task)

@@ -42,8 +42,9 @@ from shortllm.files import fingerprint
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model
+from shortllm.progress import progress
 from shortllm.records import load_current
-from shortllm.runtime import progress, quiet_transformers, versions
+from shortllm.runtime import quiet_transformers, versions
 
 log = logging.getLogger(__name__)
 

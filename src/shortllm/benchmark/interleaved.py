@@ -18,7 +18,8 @@ from shortllm.benchmark.meters import Sampler, bounded_memory, is_out_of_memory,
 from shortllm.benchmark.options import BenchmarkOptions, Measurement, PeakMemory
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.options import SAMPLING
-from shortllm.runtime import Advance, quiet_transformers
+from shortllm.progress import Advance
+from shortllm.runtime import quiet_transformers
 
 CPU = torch.device("cpu")
 

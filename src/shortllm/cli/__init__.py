@@ -11,7 +11,6 @@ error. Exit codes: 0 done, 2 a mistake in the command or its input, 130 interrup
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import signal
 import sys
@@ -24,13 +23,14 @@ import typer
 from shortllm import __version__
 from shortllm.cli.comparison import compare, compare_criteria, compare_units
 from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
+from shortllm.cli.flags import with_notes
 from shortllm.cli.gguf import cache, export
 from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
+from shortllm.cli.output import show_notes
 from shortllm.cli.run import recipes, run
 from shortllm.cli.score import info, plan, prune, score
 from shortllm.errors import ShortLLMError
 from shortllm.files import can_resume
-from shortllm.runtime import is_main_process
 
 HELP = {"help_option_names": ["-h", "--help"]}
 """For the groups within too: settings of the outer one apply to them."""
@@ -95,6 +95,10 @@ for _group, _commands in COMMANDS.items():
         app.command(name=_name, rich_help_panel=_group, help=_paragraphs(_command))(_command)
 app.add_typer(recipes, name="recipes", rich_help_panel="Tools")
 app.add_typer(cache, name="cache", rich_help_panel="Tools")
+for _typer in (app, recipes, cache):
+    for _registered in _typer.registered_commands:
+        if _registered.callback is not None:
+            _registered.callback = with_notes(_registered.callback)
 
 
 @app.callback(invoke_without_command=True)
@@ -109,7 +113,7 @@ def root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `shortllm` command; never returns."""
-    _print_notes()
+    show_notes()
     _insist_on_interrupts()
     try:
         # in a context of its own: what one command is trusted with, the next one is not
@@ -144,13 +148,6 @@ def _explain(error: Any) -> None:
     said = said.partition(", unable to parse")[0]
     stop = "" if said.endswith("?") else "."
     typer.echo(f"error: {said[:1].lower()}{said[1:]}{stop} See: {called} --help", err=True)
-
-
-def _print_notes() -> None:
-    """Print the package's log to standard error; libraries have handlers of their own."""
-    log = logging.getLogger("shortllm")
-    log.setLevel(logging.INFO if is_main_process() else logging.ERROR)
-    log.handlers = [logging.StreamHandler(sys.stderr)]
 
 
 def _insist_on_interrupts() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import UnionType
@@ -24,9 +25,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, Field
 
 from shortllm.cli import early
-from shortllm.errors import CriterionError
+from shortllm.cli.output import show_notes
+from shortllm.errors import CriterionError, ShortLLMError
 from shortllm.files import overwriting
 from shortllm.options import Flag, OptionField, Options, fields_of_all, option_fields, options_from
+from shortllm.progress import without_bars
 from shortllm.recipe import Recipe
 from shortllm.records import MAX_BLOCKS
 from shortllm.runtime import Runtime, Trust
@@ -49,6 +52,19 @@ Overwrite = Annotated[
     typer.Option(
         "--overwrite",
         help="Replace finished results in --out that were made with other choices.",
+    ),
+]
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", rich_help_panel="Output", help="Print results, warnings and errors alone."
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", rich_help_panel="Output", help="Also print every task of a stage, with times."
     ),
 ]
 
@@ -123,6 +139,32 @@ def flags(
         return command
 
     return decorate
+
+
+def with_notes(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags that say how much it says."""
+    keyword, signature = inspect.Parameter.KEYWORD_ONLY, inspect.signature(command)
+    known = hasattr(command, "__signature__")  # else annotations are text
+    hints = {} if known else get_type_hints(command, include_extras=True)
+    own = [
+        one.replace(annotation=hints.get(name, one.annotation))
+        for name, one in signature.parameters.items()
+    ]
+    added = [
+        inspect.Parameter(name, keyword, default=False, annotation=kind)
+        for name, kind in (("quiet", Quiet), ("verbose", Verbose))
+    ]
+
+    @functools.wraps(command)
+    def call(*arguments: Any, quiet: bool, verbose: bool, **values: Any) -> None:
+        if quiet and verbose:
+            raise ShortLLMError("--quiet and --verbose exclude each other. Give one of them")
+        show_notes(quiet=quiet, verbose=verbose)
+        with without_bars() if quiet else nullcontext():
+            command(*arguments, **values)
+
+    call.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    return call
 
 
 def _fields(records: Mapping[str, type[Options]], common: Sequence[str]) -> dict[str, OptionField]:

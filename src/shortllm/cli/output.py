@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     from shortllm.benchmark.options import Benchmark
     from shortllm.evaluation.options import Evaluation
     from shortllm.pruning.records import PrunePlan
+
+
+def show_notes(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Print the package's log to standard error: all, what matters, or only warnings.
+
+    Libraries have handlers of their own.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    if verbose:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    elif sys.stderr.isatty():  # which has bars instead
+        handler.addFilter(lambda record: record.name != "shortllm.progress")
+    log = logging.getLogger("shortllm")
+    log.setLevel(logging.DEBUG if is_main_process() else logging.ERROR)
+    log.handlers = [handler]
 
 
 def answered(result: Any, *, in_json: bool) -> bool:

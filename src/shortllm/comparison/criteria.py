@@ -41,12 +41,13 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import EvaluationText, prepare_texts
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model import Session
+from shortllm.progress import numbered_stages, progress, stage
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
 from shortllm.pruning.planning import build_plan, removal_order
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.records import Cost, ModelInfo
-from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, progress, versions
+from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, versions
 
 RANDOM = "random"
 """The criterion that every other one must beat."""
@@ -206,10 +207,19 @@ def compare_criteria(
     if ranks.is_main:
         rundir.write_run_file(directory, chosen, checkpoint, command)
     healing = text_to_heal_with(checkpoint, question.criteria, calibration)
-    scores = score_in(
-        directory, checkpoint, question.criteria, texts.calibration, session, ranks, healing=healing
-    )
-    found = _measured(directory, checkpoint, question, scores, text, session, ranks)
+    with numbered_stages(2):
+        with stage("score"):
+            scores = score_in(
+                directory,
+                checkpoint,
+                question.criteria,
+                texts.calibration,
+                session,
+                ranks,
+                healing=healing,
+            )
+        with stage("eval"):
+            found = _measured(directory, checkpoint, question, scores, text, session, ranks)
     if ranks.is_main:
         write_comparison(directory)
     return found

@@ -36,6 +36,7 @@ from shortllm.healing.heal import heal_from, healing_text
 from shortllm.measure import bench_in, evaluate_in
 from shortllm.model import Session
 from shortllm.options import OneOrMore, overlaid
+from shortllm.progress import numbered_stages, stage
 from shortllm.pruning.budget import Budget, check_budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from
@@ -138,7 +139,9 @@ def compare_units(
         healing = healing_text(recipe.healing, checkpoint, recipe.calibration)
     texts = prepare_texts(checkpoint, recipe.calibration, recipe.evaluation, healing=healing)
     rundir.write_run_file(directory, chosen, checkpoint, command)
-    with overwriting():  # the recipe has been compared
+    # score; each candidate, healed and retrained; eval and bench
+    ways = 1 + (recipe.healing is not None) + bool(recipe.retraining)
+    with numbered_stages(3 + ways * len(methods)), overwriting():  # the recipe has been compared
         return _compared(directory, checkpoint, recipe, depth, width, texts, tasks, session)
 
 
@@ -164,10 +167,11 @@ def _compared(
     if recipe.healing is not None and texts.healing is not None:
         for one in depth:
             target = directory / f"{one.name}{HEALED}"
-            heal_from(
-                made[one.name], checkpoint, recipe.healing, target,
-                calibration=texts.healing, session=session,
-            )  # fmt: skip
+            with stage(target.name):
+                heal_from(
+                    made[one.name], checkpoint, recipe.healing, target,
+                    calibration=texts.healing, session=session,
+                )  # fmt: skip
             healed[one.name] = pipeline.opened_within(directory, target.name)
         repairing = {
             name: options.model_copy(update={"repair": True}) for name, options in narrowing.items()
@@ -182,10 +186,12 @@ def _compared(
         **{f"{name}{HEALED}": one for name, one in healed.items()},
         **{f"{name}{RETRAINED}": one for name, one in retrained.items()},
     }
-    evaluation = evaluate_in(directory, models, recipe.evaluation, texts, tasks, session)
+    with stage("eval"):
+        evaluation = evaluate_in(directory, models, recipe.evaluation, texts, tasks, session)
     session.release()
     timed = {"original": checkpoint, **made}
-    bench_in(directory, timed, recipe.benchmark or BenchmarkOptions(), session)
+    with stage("bench"):
+        bench_in(directory, timed, recipe.benchmark or BenchmarkOptions(), session)
     found = _record(checkpoint, recipe, made, healed, retrained, evaluation)
     found.save(directory / UNITS_FILE)
     write_units(directory)
@@ -201,12 +207,14 @@ def _shorter(
     session: Session,
 ) -> dict[str, Checkpoint]:
     """A checkpoint with fewer blocks by each criterion, and its plan next to it."""
-    scores = score_in(directory, checkpoint, asked, calibration, session)
+    with stage("score"):
+        scores = score_in(directory, checkpoint, asked, calibration, session)
     made = {}
     for one in asked:
         plan = build_plan(budget, model=checkpoint.info(), scores=scores[one.name])
         plan.save(directory / f"plan-{one.name}.json")
-        prune_from(checkpoint, plan, directory / one.name, session=session)
+        with stage(one.name):
+            prune_from(checkpoint, plan, directory / one.name, session=session)
         made[one.name] = pipeline.opened_within(directory, one.name)
     return made
 
@@ -242,9 +250,11 @@ def _narrower(
     made = {}
     for method, options in narrowing.items():
         target = directory / f"{method}{HEALED if refit_on else ''}"
-        width_from(
-            checkpoint, options, target, calibration=calibration, session=session, refit_on=refit_on
-        )
+        with stage(target.name):
+            width_from(
+                checkpoint, options, target, calibration=calibration, session=session,
+                refit_on=refit_on,
+            )  # fmt: skip
         made[method] = pipeline.opened_within(directory, target.name)
     return made
 
@@ -271,7 +281,8 @@ def _retrained(
     for options in recipe.retraining[:1]:
         for name, checkpoint in made.items():
             target = f"{name}{RETRAINED}"
-            retrain_from(checkpoint, options, directory / target, session=session)
+            with stage(target):
+                retrain_from(checkpoint, options, directory / target, session=session)
             retrained[name] = pipeline.opened_within(directory, target)
     return retrained
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shortllm.model.hidden_states import SampleGroups
-    from shortllm.runtime import Advance, Ranks
+    from shortllm.progress import Advance
+    from shortllm.runtime import Ranks
 
 
 def keep_near(space: SearchSpace, found: Found, options: Mapping[str, Any]) -> None:

@@ -29,7 +29,8 @@ from shortllm.records import Record
 
 if TYPE_CHECKING:
     from shortllm.model.hidden_states import SampleGroups
-    from shortllm.runtime import Advance, Ranks
+    from shortllm.progress import Advance
+    from shortllm.runtime import Ranks
 
 Blocks = frozenset[int]
 Unit = tuple[int, ...]

@@ -43,13 +43,13 @@ from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import NOTHING, walk_flops
 from shortllm.options import OneOrMore
+from shortllm.progress import progress
 from shortllm.run_directory import require_replaceable
 from shortllm.runtime import (
     ALONE,
     Ranks,
     Runtime,
     join_ranks,
-    progress,
     quiet_transformers,
     versions,
 )

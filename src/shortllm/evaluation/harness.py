@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.files import fingerprint
-from shortllm.runtime import Advance, Ranks
+from shortllm.progress import Advance
+from shortllm.runtime import Ranks
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

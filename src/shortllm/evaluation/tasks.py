@@ -31,7 +31,8 @@ from shortllm.evaluation.task_files import (
     with_local_files,
 )
 from shortllm.files import fingerprint
-from shortllm.runtime import ALONE, Ranks, progress, quiet, quiet_transformers
+from shortllm.progress import progress
+from shortllm.runtime import ALONE, Ranks, quiet, quiet_transformers
 
 log = logging.getLogger(__name__)
 

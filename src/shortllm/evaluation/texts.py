@@ -47,7 +47,8 @@ from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity
 from shortllm.model.walk import NOTHING, sample_nlls
-from shortllm.runtime import ALONE, Advance, Ranks
+from shortllm.progress import Advance
+from shortllm.runtime import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

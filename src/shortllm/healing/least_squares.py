@@ -54,8 +54,9 @@ from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
 from shortllm.healing.unknowns import Stage, stages
 from shortllm.model.hidden_states import SampleGroups
+from shortllm.progress import progress
 from shortllm.pruning.budget import Gap, gaps_of
-from shortllm.runtime import Ranks, progress
+from shortllm.runtime import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -38,8 +38,9 @@ from shortllm.model.hidden_states import SampleGroups, StreamMemory
 from shortllm.model.metrics import cosine, next_token_nll, perplexity
 from shortllm.model.walk import slice_tokens, targets, token_slices
 from shortllm.papers import LACO
+from shortllm.progress import Advance, progress
 from shortllm.pruning.budget import gaps_of
-from shortllm.runtime import Advance, Runtime, progress
+from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal, renumbered_tensors
 from shortllm.surgery.derived import (
     Draft,

@@ -26,7 +26,8 @@ from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops, head_flops
 from shortllm.model.walk import Observer, slice_tokens, targets, token_slices, walk
-from shortllm.runtime import ALONE, Advance, Ranks
+from shortllm.progress import Advance
+from shortllm.runtime import ALONE, Ranks
 
 Receive = Callable[[int, dict[str, Tensor]], None]
 

@@ -41,7 +41,8 @@ from shortllm.model.hidden_states import (
     head_flops,
 )
 from shortllm.model.metrics import kl_divergence, next_token_nll
-from shortllm.runtime import ALONE, Advance, Ranks
+from shortllm.progress import Advance
+from shortllm.runtime import ALONE, Ranks
 
 Consume = Callable[[int, Tensor, Tensor, Tensor], None]
 Removals = Sequence[Collection[int]]

@@ -22,12 +22,13 @@ from shortllm.files import fingerprint, releasing
 from shortllm.healing.options import HealOptions
 from shortllm.journal import Journal, journal_directory
 from shortllm.model import Session
+from shortllm.progress import progress
 from shortllm.pruning.records import BlockScores
 from shortllm.pruning.scoring import Scorer, require_plain_weights
 from shortllm.pruning.search_space import score_all, work_of_all
 from shortllm.records import Cost
 from shortllm.run_directory import claim_directory, delete, finished, pinned, write_run_file
-from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, progress, versions
+from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, versions
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration

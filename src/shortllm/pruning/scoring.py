@@ -25,7 +25,8 @@ from shortllm.errors import UnsupportedModelError
 from shortllm.healing.options import HealOptions
 from shortllm.journal import Journal
 from shortllm.model.metrics import perplexity
-from shortllm.runtime import ALONE, Advance, Ranks
+from shortllm.progress import Advance
+from shortllm.runtime import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

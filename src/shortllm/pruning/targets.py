@@ -28,10 +28,10 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
 from shortllm.model import Session
+from shortllm.progress import progress
 from shortllm.pruning.budget import Budget, protected_blocks, removable
 from shortllm.pruning.records import TARGET_FILE, DepthSpeed, Target
 from shortllm.records import ModelInfo, load_current
-from shortllm.runtime import progress
 
 log = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from shortllm.files import require_free
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.model.loading import load_model, stored_dtype
+from shortllm.progress import progress
 from shortllm.quantizing.compressing import (
     LIBRARY,
     Layers,
@@ -43,7 +44,7 @@ from shortllm.quantizing.compressing import (
 from shortllm.quantizing.methods import METHODS
 from shortllm.quantizing.options import DATA, SAMPLE_LENGTH, SAMPLES, Quantization, QuantizeOptions
 from shortllm.registry import cited
-from shortllm.runtime import DeviceOptions, progress, versions
+from shortllm.runtime import DeviceOptions, versions
 from shortllm.surgery.derived import Draft, derive, derived_fingerprint
 from shortllm.surgery.origin import held_provenance
 from shortllm.surgery.verify import CACHE_ERRORS, bypass_logits, probe_ids

@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from shortllm.checkpoint.structure import find_blocks
 from shortllm.files import PARTIAL, translate_os_errors
 from shortllm.model.metrics import kl_divergence, next_token_nll
+from shortllm.progress import progress
 from shortllm.retraining.windows import NO_TARGET, Windows, collate, target_rows
-from shortllm.runtime import Ranks, progress
+from shortllm.runtime import Ranks
 
 WINDOWS_PER_FILE = 64
 """Windows whose cached predictions are in one file."""

@@ -19,6 +19,7 @@ from transformers import TrainingArguments, set_seed
 from shortllm.data.chat import template_of
 from shortllm.errors import ShortLLMError
 from shortllm.model.loading import load_model
+from shortllm.progress import progress
 from shortllm.retraining.distillation import (
     CachedTeacher,
     Objective,
@@ -38,7 +39,7 @@ from shortllm.retraining.trainer import (
     require_loadable,
 )
 from shortllm.retraining.windows import Windows, collate, keeps_apart, segmented
-from shortllm.runtime import progress, quiet_transformers
+from shortllm.runtime import quiet_transformers
 from shortllm.surgery.origin import lineage
 
 log = logging.getLogger(__name__)

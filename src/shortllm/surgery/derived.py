@@ -51,8 +51,9 @@ from shortllm.files import (
     require_writable,
 )
 from shortllm.model import Session
+from shortllm.progress import progress
 from shortllm.records import Cost, DerivedRecord
-from shortllm.runtime import peak_memory, progress, versions
+from shortllm.runtime import peak_memory, versions
 from shortllm.surgery.card import CARD, ORIGINAL_CARD, write_card
 from shortllm.surgery.origin import (
     LOCAL,

@@ -25,7 +25,7 @@ from shortllm.checkpoint.gguf import PROVENANCE_KEY, SCALED_BY_COUNT, GgufFile, 
 from shortllm.checkpoint.writer import copy_range
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
-from shortllm.runtime import progress
+from shortllm.progress import progress
 from shortllm.surgery.origin import PROVENANCE, original_place, sendable, steps_of, write_local
 
 UNKNOWN_HASH = "0" * 64

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, block_flops
-from shortllm.runtime import progress
+from shortllm.progress import progress
 from shortllm.width_pruning.groups import (
     BlockGroups,
     Removed,

@@ -33,7 +33,8 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.healing.folding import Added, folded_into, refit, watching
 from shortllm.healing.least_squares import GapSums, choose_ridge, solve
 from shortllm.model.hidden_states import SampleGroups
-from shortllm.runtime import ALONE, progress
+from shortllm.progress import progress
+from shortllm.runtime import ALONE
 from shortllm.width_pruning.groups import Removed, Sublayer, without_units
 from shortllm.width_pruning.importance import output_weight
 from shortllm.width_pruning.methods import Chosen, Task

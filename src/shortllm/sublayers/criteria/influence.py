@@ -34,7 +34,7 @@ def sublayer_influence(task: Task) -> Ranking:
 
     from shortllm.model.hidden_states import SampleGroups, block_flops, group_size
     from shortllm.model.walk import walk_flops
-    from shortllm.runtime import progress
+    from shortllm.progress import progress
     from shortllm.sublayers.structure import PARTS
 
     decoder, outputs, ids_BT = task.decoder, task.outputs, task.ids_BT

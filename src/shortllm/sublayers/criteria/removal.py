@@ -52,7 +52,7 @@ def _one_by_one(task: Task, *, kl: bool) -> tuple[list[tuple[Sublayer, float]], 
     rounds are in the journal. A mean that is not a number counts as infinite.
     """
     from shortllm.model.walk import TOGETHER, mean_nlls
-    from shortllm.runtime import progress
+    from shortllm.progress import progress
     from shortllm.sublayers.structure import PARTS, Variants
 
     variants, journal = Variants(task.decoder, task.outputs), task.journal

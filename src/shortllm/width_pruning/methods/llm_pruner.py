@@ -103,7 +103,8 @@ def sampled(groups: BlockGroups, generator: torch.Generator) -> BlockImportance:
 def taylor_importance(task: Task, importance: Importance) -> dict[int, BlockImportance]:
     """Importance by gradients, which exist for one block at a time."""
     from shortllm.model.backward import walk_back, walk_back_flops
-    from shortllm.runtime import ALONE, progress
+    from shortllm.progress import progress
+    from shortllm.runtime import ALONE
 
     decoder, groups, ids_BT = task.decoder, task.groups, task.ids()
     found: dict[int, BlockImportance] = {}
