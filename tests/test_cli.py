@@ -132,7 +132,7 @@ def test_a_criterion_next_to_blocks_has_no_effect(caplog: pytest.LogCaptureFixtu
 
 def test_notes_of_libraries_are_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     code = (
-        "import logging, huggingface_hub, shortllm.cli as c; c._print_notes(); "
+        "import logging, huggingface_hub, shortllm.cli.output as o; o.show_notes(); "
         "[logging.getLogger(n).warning('from ' + n) for n in ('huggingface_hub', 'shortllm', 'x')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

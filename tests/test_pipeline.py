@@ -23,7 +23,7 @@ from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import LOCK, hold, releasing
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.recipe import Recipe
-from shortllm.run_directory import claim_directory
+from shortllm.run_directory import LOG, claim_directory
 
 RECIPE = Recipe(
     budget=shortllm.Budget(remove=2),
@@ -34,10 +34,10 @@ COMMAND = ["shortllm", "run", "embedded", "--remove", "2"]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files of a run, without the one part that may differ between equal runs."""
+    """All files of a run but its log, without the part that may differ between equal runs."""
     found = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != LOCK:
+        if path.is_file() and path.name not in (LOCK, LOG):
             data = path.read_bytes()
             if path.name in ("scores.json", "prune.json"):
                 data = json.dumps({**json.loads(data), "cost": None}).encode()

@@ -342,7 +342,9 @@ def test_flags_of_a_run_are_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (off.healing, off.retraining, off.quantization, off.benchmark) == (None, [], None, None)
 
 
-OTHERWISE = {"--option", "--set", "--json", "--help", "--preset", "--gguf"}
+OTHERWISE = {
+    "--option", "--set", "--json", "--help", "--preset", "--gguf", "--quiet", "--verbose",
+}  # fmt: skip
 """Flags that are structured in Python, or have no meaning there."""
 
 
