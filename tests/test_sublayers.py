@@ -447,7 +447,7 @@ def test_the_command_says_that_zeros_save_nothing(tmp_path: Path) -> None:
         given = ["drop-sublayers", str(families.saved("llama")), *map(str, arguments)]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 0, result.output
-        return result.output
+        return result.stdout
 
     text = said("--attention", "1,3", "--mlp", 3, "--out", tmp_path / "short")
     assert "1 of 3 sublayers are zeros now" in text
