@@ -247,6 +247,11 @@ def test_an_unknown_field_is_refused_with_those_there_are() -> None:
         assert message in str(caught.value) and "my.yaml" in str(caught.value)
 
 
+def test_a_list_is_no_model() -> None:
+    with pytest.raises(RecipeError, match=r"my.yaml: model: a model is .* not \['one', 'other'\]"):
+        parse_recipe({"model": ["one", "other"]}, "my.yaml")
+
+
 # ---- the command line
 
 

@@ -181,7 +181,7 @@ def swept(one: Studied, count: int, out: Path) -> None:
             found = shortllm.merge(
                 one.model, out, threshold=threshold, remove=count, data=one.text, dtype=one.dtype
             )
-        except BudgetError:
+        except ShortLLMError:
             continue
         if len(found.removed) == count:
             return

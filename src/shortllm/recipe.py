@@ -305,6 +305,8 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {validation_message(error, Recipe)}") from error
+    except TypeError as error:  # something else in place of a model
+        raise RecipeError(f"{where}: model: {error}") from error
 
 
 def settings_in(given: Sequence[str]) -> dict[str, Any]:
