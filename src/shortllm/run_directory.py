@@ -21,6 +21,7 @@ from shortllm.files import (
     PARTIAL,
     differs,
     hold,
+    require_no_file,
     require_same_choices,
     require_writable,
     translate_os_errors,
@@ -97,8 +98,7 @@ def require_results(directory: Path) -> None:
 
 def require_run_directory(directory: Path) -> list[Path]:
     """Refuse a file, and a directory that contains something else than a run; what it contains."""
-    if directory.is_file():
-        raise OutputError(f"--out {directory} is a file. Give a directory")
+    require_no_file(directory)
     require_writable(directory)
     listing = directory.iterdir() if directory.is_dir() else []
     present = [path for path in listing if not path.name.endswith(PARTIAL) and path.name != LOCK]

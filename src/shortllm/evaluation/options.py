@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from shortllm.errors import ShortLLMError
+from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.format import change_of_perplexity, with_error
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
@@ -125,6 +125,20 @@ class EvaluationOptions(Options):
             fewshot_as_multiturn=in_template and self.fewshot_as_multiturn is not False,
             system_instruction=self.system_instruction,
         )
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether a model without a chat template cannot be asked so."""
+        return bool(self.apply_chat_template or (self.system_instruction and not self.tasks))
+
+    def require_template(self, model: str, exists: bool) -> None:
+        """Refuse a model without a chat template where that is needed."""
+        if self.needs_template and not exists:
+            raise CheckpointError(
+                f"{'--apply-chat-template' if self.apply_chat_template else '--system'}: {model} "
+                "has no chat template. Leave the option out, or put the template into its "
+                "directory as chat_template.jinja"
+            )
 
     def require_template_for_turns(self) -> None:
         """Refuse examples as turns of a conversation where there is no conversation."""

@@ -18,7 +18,7 @@ from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import fingerprint
 from shortllm.model import Session
 from shortllm.options import OneOrMore
-from shortllm.pruning.budget import Budget
+from shortllm.pruning.budget import Budget, require_plan_or_blocks
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning, load_plan
 from shortllm.registry import cited
@@ -39,9 +39,10 @@ from shortllm.surgery.origin import provenance_of
 @accepts(runtime=Runtime)
 def prune(
     model: ModelSource,
-    plan: PrunePlan | Path | str | OneOrMore[int],
-    out: Path,
+    plan: PrunePlan | Path | str | OneOrMore[int] | None = None,
+    out: Path | None = None,
     *,
+    blocks: OneOrMore[int] | None = None,
     runtime: Runtime,
     revision: str | None = None,
     verify: bool = True,
@@ -53,6 +54,7 @@ def prune(
         plan: a plan, a plan.json, a run directory, or the numbers of the blocks to remove.
         out: the new checkpoint directory, which also gets prune.json. Or, for a GGUF file, the new
             one, NAME.gguf: its tensors stay quantized as they are, and it is not computed with.
+        blocks: the numbers of the blocks to remove, instead of a plan.
         runtime: where to compute; its fields can be given as keywords.
         revision: of a Hub model.
         verify: load the original and the result and compare what they compute. Otherwise only names
@@ -60,10 +62,19 @@ def prune(
     Returns:
         `out`.
     Raises:
+        BudgetError: neither a plan nor blocks, or both; or blocks that the model lacks.
         UnsupportedModelError: removing these blocks would give a wrong model.
         CheckpointError: the plan is another model's, or the result does not compute what it should.
         OutputError: `out` contains something else or cannot be written.
     """
+    if out is None:
+        raise TypeError(
+            "prune(): missing a required argument: 'out'. Call shortllm.prune(model, plan, out) or "
+            "shortllm.prune(model, blocks=[3, 4], out=out)"
+        )
+    require_plan_or_blocks(plan, blocks)
+    if blocks is not None:
+        plan = blocks
     if isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
     if is_gguf(out):
