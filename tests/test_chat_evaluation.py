@@ -312,6 +312,20 @@ def test_conversations_that_cannot_be_are_refused(
         shortllm.evaluate([name], data=["embedded"], task_data=data, **options)
 
 
+def test_options_of_what_is_not_measured_are_named(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shortllm.evaluate(
+        model, data="embedded", max_segments=1, apply_chat_template=True, limit=2, prompt="a"
+    )
+    assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == [
+        "--limit has no effect without --tasks",
+        "--prompt has no effect without --continuations",
+        "--apply-chat-template has no effect without --tasks or --continuations",
+    ]
+    assert not list(EvaluationOptions(continuations=1, prompt="a").without_effect())
+
+
 def test_files_say_whether_a_model_has_a_template(model: str, tmp_path: Path) -> None:
     assert has_chat_template("embedded") is False
     assert has_chat_template(model) is True

@@ -364,7 +364,7 @@ def test_every_flag_of_a_command_is_a_keyword_of_its_function() -> None:
                 known |= keywords_of(one.annotation).keys()
         flags = {flag for one in command.params for flag in one.opts if flag.startswith("--")}
         missing = {flag for flag in flags - OTHERWISE if flag[2:].replace("-", "_") not in known}
-        allowed = {"prune": {"--blocks"}, "compare-units": {"--batch"}}
+        allowed = {"compare-units": {"--batch"}}
         assert missing == allowed.get(name, set()), name
         checked += 1
     assert checked >= 17

@@ -116,6 +116,7 @@ MISTAKES = [
     # models
     Mistake("info nothere", "no such directory: nothere"),
     Mistake("info nope/nope", "HF_HUB_OFFLINE is set"),
+    Mistake("info ''", "the model's name is empty"),
     Mistake("info empty", "no config.json"),
     Mistake("info noweights", "Was the download finished?"),
     Mistake("info adapter", "has an adapter"),
@@ -148,6 +149,8 @@ MISTAKES = [
     Mistake(f"{RETRAIN} --data two.jsonl --columns prompt", "give FIELD=COLUMN"),
     Mistake(f"{RETRAIN} --data text.txt --max-steps 2 --epochs 1", "Give one of them"),
     Mistake(f"{RETRAIN} --data text.txt --teacher embedded", "an option of --method distill"),
+    Mistake(RETRAIN, "the default training data, 'alpaca:train', is not here"),
+    Mistake("merge embedded --data nothere --out new", "'nothere' is not here"),
     Mistake("run {smollm}", "the default text, 'bookcorpus:train', is not here"),
     # recipes and files of earlier stages
     Mistake("run --recipe embeded", "Did you mean 'embedded'?"),
@@ -158,10 +161,15 @@ MISTAKES = [
     Mistake("plan nothere --remove 2", "Score first: shortllm score MODEL --out nothere"),
     Mistake("plan empty --remove 2", "Score first: shortllm score MODEL --out empty"),
     Mistake("plan nothere", "no budget given"),
+    Mistake("plan embedded --remove 2", "Score it first: shortllm score embedded --out DIR"),
+    Mistake("plan noweights --remove 2", "noweights is a model"),
+    Mistake("plan model.gguf --remove 2", "model.gguf is a model"),
     Mistake("prune embedded --plan nothere --out new", "there is no plan in nothere"),
     Mistake("prune embedded --out new", "give either --plan"),
     Mistake("report nothere", "no such directory: nothere"),
     Mistake("report empty", "is not a run"),
+    Mistake("report noweights", "is a model, not a run"),
+    Mistake("compare noweights", "is a model, not a run"),
     Mistake("compare nothere", "no such directory: nothere"),
     # where results go
     Mistake("prune embedded --blocks 3 --out other", "contains something else"),

@@ -90,6 +90,10 @@ def require_results(directory: Path) -> None:
     """Refuse what is not a directory of a finished run."""
     if not directory.is_dir():
         raise ResultFileError(f"no such directory: {directory}. Give the directory of a run")
+    if (directory / "config.json").exists():
+        raise ResultFileError(
+            f"{directory} is a model, not a run. Give the --out of `shortllm run`"
+        )
     if not any(directory.glob("*.json")):
         raise ResultFileError(
             f"{directory} is not a run: it has no results. Give the --out of `shortllm run`"

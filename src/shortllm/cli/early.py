@@ -77,7 +77,8 @@ def check_recipe(recipe: Recipe, out: Path | None) -> None:
     _check_calibration(recipe.calibration, embedded=embedded or not wanted)
     _check_texts(recipe.evaluation, [recipe.model])
     for options in recipe.retraining:
-        _check_texts(options, [recipe.model])
+        data = options.data or (EMBEDDED if embedded else None)
+        _check_texts(options.model_copy(update={"data": data}), [recipe.model])
     if out is not None:
         require_run_directory(out)
     _go_offline()
@@ -144,8 +145,7 @@ def _check_texts(record: Options, models: list[str]) -> None:
         if record.template == "chat":
             for model in models:
                 template_for(has_chat_template(model) is not False, record.template)
-        default = None if embedded else record.about.defaults.get("data")
-        data = record.data or default
+        data = record.data or record.about.defaults.get("data")
         if data is not None and data != GENERATED:
             require_at_hand(
                 with_columns(data, record.columns), role="training", form=record.form,

@@ -97,6 +97,8 @@ def evaluate(
     ranks = join_ranks()
     session = Session(runtime)
     tasks = prepare_tasks(list(checkpoints.values()), options, session)
+    for given, needed in options.without_effect():
+        log.warning("%s has no effect without %s", given, needed)
     measured = bool(options.data) or not options.tasks
     options = resolve_evaluation(
         options,

@@ -110,8 +110,9 @@ def prune_gguf(
     known, same = plan.model.gguf, plan.model.blocks == file.blocks
     if known is None or not same or known.sha256 != file.sha256:
         raise CheckpointError(
-            f"the plan is for {plan.model.id}, not for {model}. Make one with `shortllm plan "
-            f"{model}`, or name the blocks with --blocks"
+            f"the plan is for {plan.model.id}, not for {model}. Make one from its own scores: "
+            f"shortllm score {model} --out DIR, then shortllm plan DIR. Or name the blocks with "
+            "--blocks"
         )
     shorten_gguf(file, plan.removed, out, **origin, **_chosen_by(plan.criterion))
     return out
@@ -124,7 +125,8 @@ def prune_from(
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise CheckpointError(
             f"the plan is for {plan.model.id} ({plan.model.blocks} blocks), but {checkpoint.id} is "
-            "another checkpoint or was changed since. Make a plan for it with `shortllm plan`"
+            "another checkpoint or was changed since. Make one from its own scores: shortllm score "
+            f"{checkpoint.id} --out DIR, then shortllm plan DIR"
         )
     return write_pruned(checkpoint, plan.kept, target, criterion=plan.criterion, session=session)
 
