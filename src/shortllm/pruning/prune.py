@@ -73,9 +73,9 @@ def prune(
             "shortllm.prune(model, blocks=[3, 4], out=out)"
         )
     require_plan_or_blocks(plan, blocks)
-    if blocks is not None:
-        plan = blocks
-    if isinstance(plan, (str, Path)):
+    if plan is None:
+        plan = blocks or []
+    elif isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
     if is_gguf(out):
         return prune_gguf(model, plan, out, revision=revision)
