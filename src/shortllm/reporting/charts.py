@@ -278,7 +278,7 @@ def marked(places: Sequence[float]) -> dict[float, str]:
 
 # ---- points
 
-Kind = Literal["original", "pruned", "retrained", "quantized"]
+Kind = Literal["original", "pruned", "healed", "retrained", "quantized"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

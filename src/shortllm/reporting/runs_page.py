@@ -37,7 +37,7 @@ from shortllm.reporting.charts import Kind, Point, TradePlot, front
 from shortllm.reporting.load import Protocol, RunResults, protocol_of, same_text
 from shortllm.reporting.measurements import cell_phrase, errors_note
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Part, Section, Table
-from shortllm.run_directory import PRUNED
+from shortllm.run_directory import HEALED, PRUNED
 
 BenchmarkCell = tuple[int, int]
 """Batch size and new tokens."""
@@ -50,7 +50,8 @@ class ComparedModel(Record):
     name: str
     original: str
     criterion: str | None
-    healed_by: str | None = None
+    healed_by: str | None = Field(default=None, description="without training, by this method")
+    retrained_by: str | None = None
     quantized_by: str | None = None
     blocks: int
     parameters: int
@@ -76,7 +77,9 @@ class ComparedModel(Record):
             return "original"
         if self.quantized_by is not None:
             return "quantized"
-        return "pruned" if self.healed_by is None else "retrained"
+        if self.retrained_by is not None:
+            return "retrained"
+        return "pruned" if self.healed_by is None else "healed"
 
     @property
     def relative_latency(self) -> float | None:
@@ -99,7 +102,8 @@ def compared_model(
 ) -> ComparedModel:
     """A model with its size, quality, and speed in this cell; `fields` say what it is.
 
-    The speed is that of the first of the names `timed_as`: healing does not change the shape.
+    The speed is that of the first of the names `timed_as`: neither healing nor retraining changes
+    the shape.
     """
     found = [benchmark.find(name, *cell) for name in timed_as] if benchmark and cell else []
     measured = next(filter(None, found), None)
@@ -152,16 +156,16 @@ def common_cell(*benchmarks: Benchmark | None) -> BenchmarkCell | None:
 
 
 class ModelRow(NamedTuple):
-    """A row of the table of models: a model, and the same model after healing."""
+    """A row of the table of models: a model, and the same model healed or retrained."""
 
     name: Cell
     model: ComparedModel
-    healed: ComparedModel | None = None
+    after: ComparedModel | None = None
 
 
 def measured_columns(rows: Sequence[ModelRow]) -> list[Column[ModelRow]]:
     """Quality and speed; columns of what was not measured for any model are left out."""
-    models = [model for one in rows for model in (one.model, one.healed) if model]
+    models = [model for one in rows for model in (one.model, one.after) if model]
     columns = [_perplexity(text) for text in dict.fromkeys(t for m in models for t in m.perplexity)]
     if any(one.zeroshot_mean is not None for one in models):
         columns.append(_quality("mean of tasks", lambda one: percent(one.zeroshot_mean)))
@@ -178,7 +182,7 @@ def _perplexity(text: str) -> Column[ModelRow]:
         return with_error(one.perplexity.get(text), one.stderr.get(text))
 
     def cell(row: ModelRow) -> Cell:
-        above = (row.healed or row.model).above_lowest.get(text)
+        above = (row.after or row.model).above_lowest.get(text)
         return replace(_before_and_after(row, show), detail=str(above or ""))
 
     return f"perplexity, {text}", cell
@@ -189,10 +193,10 @@ def _quality(heading: str, show: Callable[[ComparedModel], str]) -> Column[Model
 
 
 def _before_and_after(row: ModelRow, show: Callable[[ComparedModel], str]) -> Cell:
-    """'18.2 → 13.1', or one value where the model was not healed."""
-    if row.healed is None:
+    """'18.2 → 13.1', or one value where there is no model after it."""
+    if row.after is None:
         return Cell(show(row.model), look="after")
-    return Cell(show(row.healed), "", f"{show(row.model)} → ", "after")
+    return Cell(show(row.after), "", f"{show(row.model)} → ", "after")
 
 
 # ---- trade-off
@@ -303,20 +307,23 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
     counts = Counter(filter(None, asked.values()))
     usual = counts.most_common(1)[0][0] if counts else None
     for run, results in runs.items():
-        healed_by, quantization = results.healed_by, results.quantization
+        recovered_by, quantization = results.recovered_by, results.quantization
         for name, entry in results.evaluated.items():
-            is_original, unhealed = name == "original", name in ("original", PRUNED, QUANTIZED)
+            is_original, is_healed = name == "original", name == HEALED
+            others = ("original", PRUNED, QUANTIZED)
+            way = None if name in others else recovered_by.get(name, name)
             one = compared_model(
                 entry,
                 labels,
                 results.benchmark,
                 cell,
-                timed_as=[name, PRUNED] if name in healed_by else [name],
+                timed_as=[name, PRUNED] if name in recovered_by else [name],
                 run=None if is_original else run,
                 name=name,
                 original=model_name(results.plan.model.id),
                 criterion=None if is_original else results.plan.criterion,
-                healed_by=healed_by.get(name) or (None if unhealed else name),
+                healed_by=way if is_healed else None,
+                retrained_by=None if is_healed else way,
                 quantized_by=quantization.method if quantization and name == QUANTIZED else None,
                 removed=[] if is_original else results.plan.removed,
                 zeroshot_mean=entry.zeroshot_mean if asked[run] == usual else None,
@@ -443,14 +450,16 @@ def _runs_verdict(models: Sequence[ComparedModel]) -> str:
 
 def _removed_by(name: str, results: RunResults) -> list[Part]:
     plan = results.plan
-    healed: list[str] = [results.healing.method] if results.healing else []
-    healed += [f"{one.method}, {one.steps:,} steps" for one in results.retraining.values()]
+    after = [f"healed by {results.healing.method}"] if results.healing else []
+    after += [
+        f"retrained by {one.method}, {one.steps:,} steps" for one in results.retraining.values()
+    ]
     removed = f"removed: {', '.join(map(str, plan.removed))}" if plan.removed else "none removed"
     return [
         parts.Heading(name),
         parts.Strip(results.statuses, ends=False),
         Paragraph(
             f"{model_name(plan.model.id)}; {plan.criterion or 'blocks given by hand'}; "
-            f"{removed}; {'healed by ' if healed else 'not healed'}{'; '.join(healed)}."
+            f"{removed}; {'; '.join(after) or 'neither healed nor retrained'}."
         ),
     ]
