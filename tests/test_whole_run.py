@@ -364,12 +364,12 @@ def test_mistakes_of_compare(retrained: Path, tmp_path: Path) -> None:
 
 
 def test_the_front_is_what_no_point_beats() -> None:
-    places = [(1.0, 9.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0), (4.0, 2.0)]
+    places = [(1.0, 9.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0), (4.0, 2.0), (2.0, 5.0)]
     points = [
-        Point(number=number, group="run", kind="pruned", x=x, y=y)
+        Point(number=number, name="pruned", group="run", kind="pruned", x=x, y=y)
         for number, (x, y) in enumerate(places)
     ]
-    assert [point.number for point in front(points, higher_is_better=False)] == [0, 1, 4]
+    assert [point.number for point in front(points, higher_is_better=False)] == [0, 1, 5, 4]
     assert [point.number for point in front(points, higher_is_better=True)] == [0]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from pydantic import Field
@@ -33,7 +34,7 @@ from shortllm.format import (
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.records import Record
 from shortllm.reporting import parts, protocol
-from shortllm.reporting.charts import Kind, Point, TradePlot, front
+from shortllm.reporting.charts import Kind, Point, TradePlot
 from shortllm.reporting.load import Protocol, RunResults, protocol_of, same_text
 from shortllm.reporting.measurements import cell_phrase, errors_note
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Part, Section, Table
@@ -69,6 +70,10 @@ class ComparedModel(Record):
     latency_s: float | None = Field(default=None, description="median, of one cell of the sweep")
     speedup: float | None = Field(default=None, description="over the original, in the same run")
     removed: list[int] = Field(default_factory=list)
+    front: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="the costs with which it is on the Pareto front, by quality: perplexity, tasks",
+    )
 
     @property
     def kind(self) -> Kind:
@@ -215,13 +220,17 @@ def _points(
     text: str | None,
     scale: float = 1.0,
     others: Collection[str] = (),
-) -> list[Point]:
-    """A point for each model that has both: `x`, and perplexity on a text or else task scores.
+) -> tuple[list[Point], dict[str, list[str]]]:
+    """A point for each model that has both: `x`, and perplexity on a text or else task scores; and
+    the names of the others by what they lack.
 
     Args:
         others: names of the same text cut into other segments, for models not measured on `text`.
     """
-    points = []
+    points: list[Point] = []
+    missing: dict[str, list[str]] = {}
+    no_quality = f"not measured on {text}" if text else "no comparable task scores"
+    no_cost = "no comparable latency"  # sizes are always known
     for place, one in enumerate(models, start=1):
         own = next((name for name in (text, *others) if name in one.perplexity), None)
         across: float | None = getattr(one, x)
@@ -231,11 +240,13 @@ def _points(
             up, error = one.perplexity[own], one.stderr.get(own)
         if across is not None and up is not None:
             point = Point(
-                number=place, group=one.run, kind=one.kind, x=scale * across, y=up, error=error,
-                rough=own != text,
+                number=place, name=one.name, group=one.run, kind=one.kind, x=scale * across, y=up,
+                error=error, rough=own != text,
             )  # fmt: skip
             points.append(point)
-    return points
+        else:
+            missing.setdefault(no_quality if up is None else no_cost, []).append(one.full_name)
+    return points, missing
 
 
 def trade_plots(
@@ -264,34 +275,48 @@ def trade_plots(
     plots = {}
     for of_text, quality, y_label in [*qualities, (None, "tasks", "mean task score [%]")]:
         for x, x_label, scale in axes:
-            points = _points(models, x, of_text, scale, others if of_text else ())
+            points, missing = _points(models, x, of_text, scale, others if of_text else ())
             if len(points) > 1:
                 name = f"{quality}-{x.removeprefix('relative_').removesuffix('_s')}"
                 plots[name] = TradePlot(
                     points=points, x_label=x_label, y_label=y_label, numbered=of_runs,
-                    higher_is_better=quality == "tasks", missing=_missing(models, points),
+                    higher_is_better=quality == "tasks", missing=missing,
                 )  # fmt: skip
     return plots
 
 
-def _missing(models: Sequence[ComparedModel], points: Sequence[Point]) -> list[str]:
-    """The names of the models that are not in a plot."""
-    shown = {point.number for point in points}
-    return [one.full_name for place, one in enumerate(models, start=1) if place not in shown]
+def with_fronts(
+    models: Sequence[ComparedModel], plots: Mapping[str, TradePlot]
+) -> list[ComparedModel]:
+    """The models with the plots on whose Pareto front they are."""
+    fronts: list[dict[str, list[str]]] = [{} for _ in models]
+    for name, plot in plots.items():
+        quality, cost = name.split("-")
+        for point in plot.front:
+            fronts[point.number - 1].setdefault(quality, []).append(cost)
+    return [
+        one.model_copy(update={"front": front}) for one, front in zip(models, fronts, strict=True)
+    ]
 
 
-def trade_section(heading: str, plots: Mapping[str, TradePlot], note: str = "") -> list[Section]:
-    """The plots with a note; no section without plots."""
+def trade_section(
+    heading: str, plots: Mapping[str, TradePlot], note: str = "", warning: str = ""
+) -> list[Section]:
+    """The plots with a note, and a warning before them; no section without plots."""
     note += (
         "Bars are one standard error. Open marks are neither healed, retrained nor quantized. The "
-        "dashed line is the Pareto front: no model is better in both than those on it. A healed or "
-        "retrained model is as fast as the shortened model it started from."
+        "dashed line is the Pareto front: no other model is at least as good at a lower cost, or "
+        "better at the same cost. A healed or retrained model is as fast as the shortened model it "
+        "started from."
     )
-    found: list[Part] = []
+    found: list[Part] = [Paragraph(warning, "")] if warning else []
     for plot in plots.values():
-        missing = f"Not in this plot, for lack of a comparable measurement: {listed(plot.missing)}."
-        found.append(plot.figure(missing if plot.missing else ""))
-    return [Section("trade", heading, [*found, Paragraph(note)])] if found else []
+        caption = f"On the Pareto front: {plot.best}."
+        reasons = [f"{listed(names)} ({reason})" for reason, names in plot.missing.items()]
+        if reasons:
+            caption += f" Not in this plot: {'; '.join(reasons)}."
+        found.append(plot.figure(caption))
+    return [Section("trade", heading, [*found, Paragraph(note)])] if plots else []
 
 
 # ---- several runs
@@ -333,7 +358,17 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
                 originals[entry.model.fingerprint] = _merged(known, one)
             else:
                 models.append((one, entry))
-    return [*originals.values(), *against_lowest(models, labels)]
+    found = [*originals.values(), *against_lowest(models, labels)]
+    return with_fronts(found, _runs_plots(runs, found))
+
+
+def _runs_plots(
+    runs: Mapping[str, RunResults], models: Sequence[ComparedModel]
+) -> dict[str, TradePlot]:
+    """Quality against cost of the models of several runs."""
+    others, _ = _other_segments(runs, main_text(models))
+    cell = common_cell(*(run.benchmark for run in runs.values()))
+    return trade_plots(models, cell, others=others)
 
 
 def _tasks_asked(results: RunResults) -> str | None:
@@ -383,7 +418,13 @@ def runs_table(models: Sequence[ComparedModel]) -> Table:
         ("parameters", lambda one: short_count(one.model.parameters)),
         ("bytes", lambda one: short_bytes(one.model.bytes)),
     ]
+    for quality in dict.fromkeys(quality for one in models for quality in one.front):
+        columns.append((Cell("Pareto front", f"of {quality} and"), partial(_front, quality)))
     return parts.table_of(rows, columns + measured_columns(rows))
+
+
+def _front(quality: str, row: ModelRow) -> Cell:
+    return Cell(", ".join(row.model.front.get(quality, ())), look="words")
 
 
 def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -> Page:
@@ -396,9 +437,8 @@ def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -
         "latencies of different runs were measured at different times."
     )
     shown = [runs_table(models), Paragraph(note), *([Paragraph(errors)] if errors else [])]
-    others, differing = _other_segments(runs, main_text(models))
-    cell = common_cell(*(run.benchmark for run in runs.values()))
-    plots = trade_plots(models, cell, others=others)
+    _, differing = _other_segments(runs, main_text(models))
+    plots = _runs_plots(runs, models)
     removed = [part for name, results in runs.items() for part in _removed_by(name, results)]
     return Page(
         name=originals[0] if len(originals) == 1 else counted(len(originals), "model"),
@@ -407,7 +447,7 @@ def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -
         verdict=_runs_verdict(models),
         sections=[
             *trade_section(
-                "Quality against cost", plots, f"{differing}Numbers are rows of the table below. "
+                "Quality against cost", plots, "Numbers are rows of the table below. ", differing
             ),
             Section("models", "All models", shown),
             Section("removals", "Removed blocks", removed),
@@ -431,19 +471,19 @@ def _other_segments(runs: Mapping[str, RunResults], text: str | None) -> tuple[l
     return others, (
         f"Runs were measured on different segments: {said}. Perplexities of different segments "
         "compare only roughly: marks with a ring are of other segments than most, and are not part "
-        "of the Pareto front. "
+        "of the Pareto front."
     )
 
 
 def _runs_verdict(models: Sequence[ComparedModel]) -> str:
-    """The models that none beats in both perplexity and size, on the most common text."""
+    """The Pareto front of perplexity on the most common text and size."""
     text = main_text(models)
     if text is None:
         return "No two models were measured on the same text, so their quality is not comparable."
-    best = front(_points(models, "parameters", text), higher_is_better=False)
     named = [
         f"{one.full_name} ({number(one.perplexity[text])}, {short_count(one.parameters)})"
-        for one in (models[point.number - 1] for point in best)
+        for one in sorted(models, key=lambda one: one.parameters)
+        if "parameters" in one.front.get("perplexity", ())
     ]
     return f"Pareto front of perplexity on {text} and number of parameters: {'; '.join(named)}."
 
