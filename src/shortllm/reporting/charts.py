@@ -40,7 +40,7 @@ LABEL_PARTS = (0.02, 0.045)
 """Distances from which two points have labels of their own, as parts of the axes."""
 SPAN_PT = 420
 """Width of all bars together, in points."""
-LEGEND_LETTERS = 88
+LEGEND_LETTERS = 82
 """Letters in a line of a legend above a plot, with seven for each mark."""
 LEGEND_ENDS = ("original", "other segments", "Pareto front")
 """What a legend of models has after the runs."""
@@ -320,7 +320,7 @@ def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
 
 def _in_legend(name: str) -> str:
     """A name that fits into a line of a legend."""
-    most = LEGEND_LETTERS - 20
+    most = LEGEND_LETTERS - 15
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
