@@ -127,10 +127,11 @@ def render(page: Page) -> str:
     """A self-contained HTML page."""
     from shortllm.reporting.plots import PALETTE
 
-    return _templates().get_template("page.html.j2").render(page=page, palette=PALETTE) + "\n"
+    return templates().get_template("page.html.j2").render(page=page, palette=PALETTE) + "\n"
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of pages and of their parts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(

@@ -95,11 +95,7 @@ class RunResults:
     @property
     def statuses(self) -> list[Status]:
         """What the plan does with each block."""
-        removed, protected = set(self.plan.removed), set(self.plan.protected)
-        return [
-            "removed" if block in removed else "protected" if block in protected else "kept"
-            for block in range(self.plan.model.blocks)
-        ]
+        return self.plan.statuses
 
 
 def same_text(one: Protocol, other: Protocol) -> bool:
