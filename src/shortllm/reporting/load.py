@@ -92,6 +92,11 @@ class RunResults:
         """Every protocol that was used, with an example."""
         return {k: e for name in self.evaluated for k, e in self.perplexities(name).items()}
 
+    def checkpoints_in(self, run_dir: Path) -> list[str]:
+        """The names of the checkpoints that are there; the last one is what the run came to."""
+        names = (QUANTIZED, PRUNED, *self.healed_by)
+        return [name for name in names if (run_dir / name / "config.json").is_file()]
+
     @property
     def statuses(self) -> list[Status]:
         """What the plan does with each block."""
