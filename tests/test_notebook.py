@@ -48,7 +48,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     units = UnitsComparison(
         model=run.plan.model, asked={"remove": 3}, fingerprint="",
         candidates=[
-            {"name": name, "unit": unit, **one} for name, unit in (("ppl", "depth"), ("flap", "width"))
+            {"name": "ppl", "unit": "depth", **one},
+            {"name": "flap", "unit": "width", **one},
         ],
     )  # fmt: skip
     return {
