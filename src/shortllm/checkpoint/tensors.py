@@ -130,7 +130,7 @@ def weight_files(directory: Path) -> set[str]:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights or an index of them, in any format."""
+    """Whether a file of this name has weights or an index of them, in any format."""
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
     indexes = (".safetensors.index.json", ".bin.index.json")
     return name.endswith(suffixes + indexes) or name.startswith("tf_model.")
