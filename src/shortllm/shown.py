@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 class Shown:
     """A result that is one line as text, and a table with plots in a notebook."""
 
-    __slots__ = ()
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
 
