@@ -4,13 +4,17 @@ index.md, contributing.md, changelog.md   README.md, CONTRIBUTING.md, CHANGELOG.
 commands.md                               every command with its flags, from the command line
 options.md                                a table of every options record that it names
 methods.md                                the tables of criteria
+notebook.md                               notebook.ipynb with its stored outputs
 
 The page of the Python functions is mkdocstrings'; `Sections` parts docstrings as it reads them.
 """
 
 from __future__ import annotations
 
+import html
+import json
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,13 +53,45 @@ def on_files(files: Files, config: Any) -> Files:
         text = (REPOSITORY / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_from_docs(text)))
     files.append(File.generated(config, "commands.md", content=command_page()))
+    for notebook in Path(config["docs_dir"]).glob("*.ipynb"):
+        page = f"{notebook.stem}.md"
+        files.append(File.generated(config, page, content=notebook_page(notebook)))
     return files
 
 
+def notebook_page(notebook: Path) -> str:
+    """A notebook as Markdown: its text, its code, and what its cells showed."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += _shown(cell.get("outputs", []))
+    title, *others = parts
+    file = f'<a href="{notebook.name}" download>The notebook itself</a>'
+    return "\n\n".join([title, file, *others]) + "\n"
+
+
+def _shown(outputs: list[dict[str, Any]]) -> Iterator[str]:
+    """What a cell showed, as HTML that Markdown leaves alone: without blank lines."""
+    for output in outputs:
+        data = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+        if "text/html" in data:
+            shown = re.sub(r"\n\s*", "\n", data["text/html"])
+        elif "image/png" in data:
+            source = data["image/png"].replace("\n", "")
+            alt = html.escape(data.get("text/plain", ""))
+            shown = f'<img alt="{alt}" src="data:image/png;base64,{source}">'
+        else:
+            shown = f"<pre>{html.escape(data.get('text/plain', ''))}</pre>"
+        yield f'<div class="output">\n{shown.strip()}\n</div>'
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to a file next to docs/ lead to its page, and markers become tables of options."""
+    """Links to a file next to docs/ and to a notebook lead to its page, and markers become tables
+    of options."""
     for page, source in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({page}")
+    markdown = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", markdown)
     return CRITERIA.sub(criteria_table, MARKER.sub(options_table, markdown))
 
 

@@ -13,8 +13,8 @@ from shortllm.criteria import require_finite
 from shortllm.errors import BudgetError, CriterionError, ResultFileError, ShortLLMError
 from shortllm.options import options_from
 from shortllm.pruning.budget import Budget, check_budget, most_blocks, removable
-from shortllm.pruning.planning import build_plan, removal_order
-from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import BlockScores, PrunePlan, removal_order
 from shortllm.records import ModelInfo
 
 

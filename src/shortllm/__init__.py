@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from shortllm.pruning.records import BlockScores as BlockScores
     from shortllm.pruning.records import PrunePlan as PrunePlan
     from shortllm.pruning.score import score as score
+    from shortllm.push import push_to_hub as push_to_hub
     from shortllm.quantizing.options import Quantization as Quantization
     from shortllm.quantizing.options import QuantizeOptions as QuantizeOptions
     from shortllm.quantizing.quantize import quantize as quantize
@@ -92,6 +93,7 @@ _NAMES = {
     "pruning.prune": ("prune",),
     "pruning.records": ("BlockScores", "PrunePlan"),
     "pruning.score": ("score",),
+    "push": ("push_to_hub",),
     "quantizing.options": ("Quantization", "QuantizeOptions"),
     "quantizing.quantize": ("quantize",),
     "recipe": ("Recipe",),

@@ -180,6 +180,12 @@ def without_directories(text: str) -> str:
     return ",".join(map(_last_part, text.split(",")))
 
 
+def without_paths(sentence: str) -> str:
+    """A sentence with the last part of each absolute path in it."""
+    directories = r"(?<![\w/.:~])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+(?=[^\s/\\])"
+    return re.sub(directories, "", sentence)
+
+
 def _last_part(text: str) -> str:
     absolute, hub = re.match(ABSOLUTE, text), re.match(HUB_FILE, text)
     relative = text.count("/") > 1 and " " not in text and "://" not in text and not hub

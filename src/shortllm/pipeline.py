@@ -58,6 +58,7 @@ from shortllm.run_directory import (
     write_run_file,
 )
 from shortllm.runtime import Runtime
+from shortllm.shown import Shown
 from shortllm.surgery.apply import check_removal
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RunResult(Shown):
     """What a run wrote."""
 
     directory: Path
@@ -84,6 +85,13 @@ class RunResult:
     report: Path
     checkpoints: dict[str, Path]
     """The shortened checkpoint and those derived from it, by name."""
+
+    def __str__(self) -> str:
+        """'runs/first: 12 -> 9 blocks, original 1.798, pruned 1.892 (perplexity on embedded)'."""
+        plan = self.plan
+        return (
+            f"{self.directory}: {plan.model.blocks} -> {len(plan.kept)} blocks, {self.evaluation}"
+        )
 
 
 @releasing()

@@ -8,7 +8,8 @@
 
 A stage writes a line when its first task begins, one a minute, and one when it ends, to the log of
 this module. The command line shows them where standard error goes to a file, and a bar on a
-terminal. Every public function is a stage of its own, unless it is called within one.
+terminal; notebooks have bars too. Every public function is a stage of its own, unless it is called
+within one.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def progress(task: str, total: float) -> Iterator[Advance]:
         one.begin()
         log.debug("%s: %s", one, task)
         one.task = own = _Task(task, total)
-        has_bar = sys.stderr.isatty() and _bars.get()
+        has_bar = (sys.stderr.isatty() or _in_notebook()) and _bars.get()
         try:
             with _bar(one, own) if has_bar else nullcontext(lambda amount: None) as draw:
 
@@ -204,6 +205,14 @@ def progress(task: str, total: float) -> Iterator[Advance]:
 @contextmanager
 def _bar(one: _Stage, task: _Task) -> Iterator[Advance]:
     """A bar with the name and number of the stage, and the time left."""
+    named = f"{one}" if one.name == task.name else f"{one}: {task.name}"
+    if _in_notebook():  # where rich shows none without ipywidgets
+        from tqdm.auto import tqdm
+
+        form = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left"
+        with tqdm(total=task.total, desc=named, leave=False, bar_format=form) as drawn:
+            yield drawn.update
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -226,9 +235,14 @@ def _bar(one: _Stage, task: _Task) -> Iterator[Advance]:
         transient=True,
     )
     with bar:
-        named = f"{one}" if one.name == task.name else f"{one}: {task.name}"
         number = bar.add_task(named, total=task.total)
         yield lambda amount: bar.advance(number, amount)
+
+
+def _in_notebook() -> bool:
+    """Whether the code runs in the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _since(start: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -13,6 +14,8 @@ from typing_extensions import Self
 
 from shortllm.errors import BudgetError, ResultFileError, did_you_mean
 from shortllm.files import write_text
+from shortllm.format import counted
+from shortllm.shown import Shown
 
 MAX_BLOCKS = 10_000
 """Most blocks of a model; a config that says more is damaged."""
@@ -24,6 +27,10 @@ PROTECT_LAST = 2
 LONGEST_VALUE = 80
 """Characters of a value that a message quotes."""
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = _SHORT.maxdict = 3
+_SHORT.maxstring = _SHORT.maxother = 60
+
 ResultKind = TypeVar("ResultKind", bound="ResultFile")
 
 SpecialToken = Literal["bos", "eos", "unk", "pad"]
@@ -33,6 +40,17 @@ class Record(BaseModel):
     """A frozen piece of a result file; unknown keys are refused, and numbers that are none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    def __repr_str__(self, join_str: str) -> str:
+        """The fields that are not at their defaults, long values cut short."""
+        fields = type(self).model_fields
+        return join_str.join(
+            f"{name}={_SHORT.repr(value)}"
+            for name, value in self.__repr_args__()
+            if name in fields
+            and name != "fingerprint"
+            and value != fields[name].get_default(call_default_factory=True)
+        )
 
 
 class ResultFile(Record):
@@ -189,7 +207,7 @@ class Cost(Record):
     peak_bytes: int | None = Field(default=None, description="peak resident memory of the process")
 
 
-class DerivedRecord(ResultFile):
+class DerivedRecord(Shown, ResultFile):
     """A record that lies next to the weights of a checkpoint that was derived from another one."""
 
     FILE: ClassVar[str]
@@ -199,3 +217,9 @@ class DerivedRecord(ResultFile):
     options: dict[str, Any]
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
+
+    def __str__(self) -> str:
+        """'of short, 9 blocks, by regression'."""
+        way = getattr(self, "method", None) or getattr(self, "criterion", None)
+        by = f", by {way}" if way else ""
+        return f"of {self.model.id}, {counted(self.model.blocks, 'block')}{by}"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from shortllm.evaluation.options import PROMPT
 from shortllm.files import PARTIAL
+from shortllm.format import number
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
+from shortllm.shown import Shown, data_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 BENCHMARK_PRESETS: dict[str, dict[str, list[int]]] = {
     "paper": {"batches": [2**power for power in range(9)], "new_tokens": [128, 512]}
@@ -73,6 +79,15 @@ class PeakMemory(Record):
     )
 
 
+COLUMNS = (
+    "model", "blocks", "parameters", "bytes", "dtype", "batch", "new_tokens", "status",
+    "latency_mean_s", "latency_std_s", "latency_median_s", "tokens_per_s", "speedup",
+    "ideal_speedup", "first_token_s", "per_token_s", *PeakMemory.model_fields, "utilisation_mean",
+    "utilisation_max",
+)  # fmt: skip
+"""Of bench.csv and of the data frame."""
+
+
 class Measurement(Record):
     """One model generating with one batch size and length; no figures if memory did not suffice."""
 
@@ -132,7 +147,7 @@ class BenchmarkedModel(Record):
         return sum(self.model.parameters_per_block) + self.head_parameters
 
 
-class Benchmark(ResultFile):
+class Benchmark(Shown, ResultFile):
     """bench.json: speed and memory of models that were measured in turn."""
 
     models: list[BenchmarkedModel] = Field(description="speed-ups are against the first")
@@ -183,3 +198,47 @@ class Benchmark(ResultFile):
         """What removing blocks would give if time were that of blocks plus head alone."""
         work = {one.name: one.work_per_token for one in self.models}
         return work[self.models[0].name] / work[model]
+
+    def __str__(self) -> str:
+        """'original, pruned on NVIDIA H200: pruned 1.24 times as fast (batch 1, 8 new tokens)'."""
+        names = ", ".join(one.name for one in self.models)
+        first, *_ = self.measurements
+        found = [self.find(one.name, first.batch, first.new_tokens) for one in self.models[1:]]
+        gains = [
+            f"{one.model} {number(gain, 3)} times as fast"
+            for one in found
+            if one is not None and (gain := self.speedup(one)) is not None
+        ] or [f"{number(first.tokens_per_s, 3)} tokens/s"]
+        cell = f"batch {first.batch}, {first.new_tokens} new tokens"
+        return f"{names} on {self.device_name}: {', '.join(gains)} ({cell})"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Each measurement with the columns of bench.csv; what was not measured is None."""
+        models = {one.name: one for one in self.models}
+        for one in self.measurements:
+            values = {
+                **models[one.model].model.model_dump(include={"blocks", "parameters", "bytes"}),
+                **one.model_dump(),
+                **(one.memory or PeakMemory()).model_dump(),
+                "dtype": models[one.model].dtype,
+                "speedup": self.speedup(one),
+                "ideal_speedup": self.ideal_speedup(one.model),
+            }
+            yield {name: values[name] for name in COLUMNS}
+
+    def to_dataframe(self) -> DataFrame:
+        """A row for each model, batch size and length, with the columns of bench.csv.
+
+        Columns: `model`; its `blocks`, `parameters`, `bytes` and `dtype`; `batch` and `new_tokens`;
+        `status`: ok, or out of memory; `latency_mean_s`, `latency_std_s` and `latency_median_s` in
+        seconds; `tokens_per_s`; `speedup` over the first model, and `ideal_speedup`, if only
+        blocks and head took time; `first_token_s` and `per_token_s` in seconds; `allocated_bytes`,
+        `reserved_bytes`, `device_bytes` and `process_bytes`, the peak memory; `utilisation_mean`
+        and `utilisation_max` in [0, 1]. What was not measured is none.
+
+        Returns:
+            A pandas data frame.
+        Raises:
+            ShortLLMError: pandas is not installed.
+        """
+        return data_frame(self.rows(), whole=PeakMemory.model_fields)

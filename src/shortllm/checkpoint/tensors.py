@@ -126,13 +126,14 @@ def _no_weights(directory: Path) -> CheckpointError:
 
 def weight_files(directory: Path) -> set[str]:
     """Names of the files in `directory` that hold weights or an index of them, in any format."""
+    return {path.name for path in directory.iterdir() if is_weights(path.name)}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name has weights or an index of them, in any format."""
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
     indexes = (".safetensors.index.json", ".bin.index.json")
-    return {
-        path.name
-        for path in directory.iterdir()
-        if path.name.endswith(suffixes + indexes) or path.name.startswith("tf_model.")
-    }
+    return name.endswith(suffixes + indexes) or name.startswith("tf_model.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

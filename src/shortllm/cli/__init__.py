@@ -1,6 +1,6 @@
 """The command line: each command parses, calls the function of the same name and prints the result.
 
-    run.py  score.py  derive.py  measure.py  comparison.py  gguf.py   the commands
+    run.py  score.py  derive.py  measure.py  comparison.py  gguf.py  push.py   the commands
     flags.py    flags from option records, and parameters that several commands share
     output.py   tables and JSON
 
@@ -27,6 +27,7 @@ from shortllm.cli.flags import with_notes
 from shortllm.cli.gguf import cache, export
 from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
 from shortllm.cli.output import show_notes
+from shortllm.cli.push import push
 from shortllm.cli.run import recipes, run
 from shortllm.cli.score import info, plan, prune, score
 from shortllm.errors import ShortLLMError
@@ -77,6 +78,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Tools": {
         "report": report,
         "demo": demo,
+        "push": push,
         "export": export,
         "export-lint": export_lint,
     },

@@ -16,7 +16,6 @@ from shortllm.runtime import is_main_process
 if TYPE_CHECKING:
     from shortllm.benchmark.options import Benchmark
     from shortllm.evaluation.options import Evaluation
-    from shortllm.pruning.records import PrunePlan
 
 
 def show_notes(*, quiet: bool = False, verbose: bool = False) -> None:
@@ -48,15 +47,6 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     for first, *others in (head, *rows):
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         typer.echo("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-
-
-def plan_line(plan: PrunePlan) -> str:
-    """A plan in one line: blocks before and after, which go, what that saves."""
-    return (
-        f"{plan.model.id}: {plan.model.blocks} -> {len(plan.kept)} blocks, without "
-        f"{', '.join(map(str, plan.removed))} ({plan.reached.parameter_ratio:.1%} of the "
-        "parameters)"
-    )
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -14,7 +14,6 @@ from shortllm.cli.flags import CriterionOptions, Json, flags
 from shortllm.cli.output import (
     answered,
     command_line,
-    plan_line,
     print_benchmark,
     print_evaluation,
     print_table,
@@ -217,7 +216,7 @@ def _print_run(result: RunResult, *, json: bool) -> None:
     }
     if answered(content, in_json=json):
         return
-    typer.echo(plan_line(result.plan))
+    typer.echo(str(result.plan))
     print_evaluation(evaluation)
     if result.benchmark is not None:
         typer.echo("")

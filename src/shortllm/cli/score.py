@@ -12,7 +12,7 @@ from shortllm.checkpoint.hub import is_gguf
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags, list_of
-from shortllm.cli.output import answered, command_line, plan_line, print_table
+from shortllm.cli.output import answered, command_line, print_table
 from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
@@ -128,7 +128,7 @@ def plan(
     early.check_scores(scores)
     chosen = shortllm.plan(scores, budget=budget, runtime=runtime, out=out)
     if not answered(chosen, in_json=json):
-        typer.echo(f"{plan_line(chosen)}\n{chosen.reason}")
+        typer.echo(f"{chosen}\n{chosen.reason}")
 
 
 @flags(runtime=Runtime)
@@ -200,16 +200,14 @@ def _block_numbers(text: str) -> list[int]:
 
 
 def _print_scores(scores: BlockScores) -> None:
-    from shortllm.pruning.planning import removal_order
     from shortllm.reporting.run_page import search_table
 
-    order = removal_order(scores.importance, protected=[])
     columns = {"importance": scores.importance}
     if scores.values != scores.importance:
         columns["value"] = scores.values
     rows = [
-        (str(b), *(f"{one[b]:.6g}" for one in columns.values()), str(order.index(b) + 1))
-        for b in range(len(order))
+        (str(b), *(f"{one[b]:.6g}" for one in columns.values()), str(rank))
+        for b, rank in sorted(scores.ranks.items())
     ]
     typer.echo(f"{scores.criterion}:")
     print_table(("block", *columns, "rank (1 = removed first)"), rows)

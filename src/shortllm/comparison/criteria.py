@@ -43,8 +43,8 @@ from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model import Session
 from shortllm.progress import numbered_stages, progress, stage
 from shortllm.pruning.budget import Budget, most_blocks, removal_options
-from shortllm.pruning.planning import build_plan, removal_order
-from shortllm.pruning.records import BlockScores
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.records import BlockScores, removal_order
 from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.records import Cost, ModelInfo
 from shortllm.runtime import Ranks, Runtime, join_ranks, peak_memory, versions

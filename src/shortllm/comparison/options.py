@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -17,11 +17,15 @@ from typing_extensions import Self
 from shortllm import criteria
 from shortllm.data.options import CalibrationOptions
 from shortllm.evaluation.options import Difference, Perplexity, WindowBos, WindowLength
-from shortllm.format import counted, listed
+from shortllm.format import counted, listed, percent
 from shortllm.options import Flag, Nested, Options
 from shortllm.pruning.budget import ProtectFirst, ProtectLast
 from shortllm.records import Cost, ModelInfo, Record, ResultFile
+from shortllm.shown import Shown, data_frame
 from shortllm.width_pruning.methods import METHODS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 DEPTH = ("ppl", "taylor")
 """Criteria of depth pruning that are compared with width pruning by default."""
@@ -108,7 +112,7 @@ class Contender(Record):
     sets: list[RemovedSet] = Field(description="one for each budget")
 
 
-class Comparison(ResultFile):
+class Comparison(Shown, ResultFile):
     """comparison.json: removals by several criteria, all measured on the same text."""
 
     model: ModelInfo
@@ -136,6 +140,46 @@ class Comparison(ResultFile):
         if not (self.budgets and self.criteria and self.random):
             raise ValueError("budgets, criteria and random must not be empty")
         return self
+
+    def __str__(self) -> str:
+        """'embedded: lowest perplexity: ppl at 2 of 3 budgets; taylor at 1'."""
+        return f"{self.model.id}: lowest perplexity: {winners(self)}"
+
+    def to_dataframe(self) -> DataFrame:
+        """A row for each criterion and random draw at each budget.
+
+        Columns: `model`; `criterion`; `random`, whether it is a random draw; `blocks`, how many are
+        removed, and `ratio`, that number over all; `removed`, the block numbers, the first to go
+        first; `nll`, the mean loss of what is left in nats per token; `perplexity`, and its
+        `stderr`; `behind_nll`, by how much the loss is above that of the best set of the same
+        size, in nats per token, and `behind_stderr`. What could not be measured is none.
+
+        Returns:
+            A pandas data frame.
+        Raises:
+            ShortLLMError: pandas is not installed.
+        """
+        contenders = [
+            *((one, False) for one in self.criteria),
+            *((one, True) for one in self.random),
+        ]
+        return data_frame(
+            {
+                "model": self.model.id,
+                "criterion": one.criterion,
+                "random": random,
+                "blocks": len(found.order),
+                "ratio": len(found.order) / self.model.blocks,
+                "removed": found.order,
+                "nll": found.nll,
+                "perplexity": found.perplexity,
+                "stderr": found.stderr,
+                "behind_nll": found.behind.nll if found.behind else None,
+                "behind_stderr": found.behind.stderr if found.behind else None,
+            }
+            for one, random in contenders
+            for found in one.sets
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,19 +236,25 @@ def _perplexities(contenders: Sequence[Contender], place: int) -> list[float]:
     return [math.inf if value is None else value for value in values]
 
 
-def verdict(comparison: Comparison) -> str:
-    """Which criteria win most often, and whether they are better than chance, in two sentences."""
-    columns, count = standings(comparison), len(comparison.criteria)
+def winners(comparison: Comparison) -> str:
+    """Which criteria win most often: 'ppl at 2 of 3 budgets; taylor at 1'."""
+    columns = standings(comparison)
     best = [name for column in columns for name in column.best]
     wins: dict[int, list[str]] = {}
     for name in sorted(set(best), key=lambda name: (-best.count(name), best.index(name))):
         wins.setdefault(best.count(name), []).append(name)
     won = [f"{listed(names)} at {number}" for number, names in wins.items()][:2]
     won[:1] = [f"{text} of {counted(len(columns), 'budget')}" for text in won[:1]]
+    return "; ".join(won) or "none could be measured"
+
+
+def verdict(comparison: Comparison) -> str:
+    """Which criteria win most often, and whether they are better than chance, in two sentences."""
+    columns, count = standings(comparison), len(comparison.criteria)
     beat = sorted({column.beat_mean for column in columns})
     some = str(beat[0]) if len(beat) == 1 else f"{beat[0]} to {beat[-1]}"
     return (
-        f"Lowest perplexity: {'; '.join(won) or 'none could be measured'}. At each budget {some} "
+        f"Lowest perplexity: {winners(comparison)}. At each budget {some} "
         f"of {count} criteria are better than the mean of {len(comparison.random)} random removals."
     )
 
@@ -227,7 +277,7 @@ class Candidate(Record):
 UNITS_FILE = "units.json"
 
 
-class UnitsComparison(ResultFile):
+class UnitsComparison(Shown, ResultFile):
     """units.json: depth and width pruning at the same number of parameters.
 
     Quality and speed of the models are in eval.json and bench.json next to it.
@@ -243,3 +293,23 @@ class UnitsComparison(ResultFile):
         default=None, description="how all were retrained, as requested"
     )
     versions: dict[str, str] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """'embedded: ppl (depth), flap (width) with 12 % fewer parameters'."""
+        names = ", ".join(f"{one.name} ({one.unit})" for one in self.candidates)
+        saved = percent(1 - self.candidates[0].parameters / self.model.parameters)
+        return f"{self.model.id}: {names} with {saved} fewer parameters"
+
+    def to_dataframe(self) -> DataFrame:
+        """A row for each method.
+
+        Columns: `name` of the criterion or method; `unit`, depth or width; `parameters` that are
+        left; `missed`, the part by which that misses the number of the first one; `healed` and
+        `retrained`, the names of the repaired models in eval.json and bench.json (none without).
+
+        Returns:
+            A pandas data frame.
+        Raises:
+            ShortLLMError: pandas is not installed.
+        """
+        return data_frame(one.model_dump() for one in self.candidates)

@@ -232,7 +232,7 @@ class Page:
     def _drawn(self, history: History) -> dict[Any, Any]:
         """The charts of the last runs, the newest first, all to one scale."""
         import gradio as gr
-        import pandas as pd  # type: ignore[import-untyped]
+        import pandas as pd
 
         shown = history[-RUNS:][::-1]
         highest = max((rate for _, rates in shown for rate in rates.values()), default=0)

@@ -29,7 +29,7 @@ from shortllm.pruning.budget import (
     reaching,
     removable,
 )
-from shortllm.pruning.records import BlockScores, PrunePlan, Size, scores_path
+from shortllm.pruning.records import BlockScores, PrunePlan, Size, removal_order, scores_path
 from shortllm.published import Published
 from shortllm.records import ModelInfo
 from shortllm.runtime import DeviceOptions
@@ -78,12 +78,6 @@ def plan(
         targets.keep(target, out.parent)
         chosen.save(out)
     return chosen
-
-
-def removal_order(importance: Sequence[float], protected: Sequence[int]) -> list[int]:
-    """Unprotected blocks, least important first; of equals the later first."""
-    free = set(range(len(importance))) - set(protected)
-    return sorted(free, key=lambda block: (importance[block], -block))
 
 
 def build_plan(

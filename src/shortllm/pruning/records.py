@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -11,11 +13,25 @@ from typing_extensions import Self
 from shortllm.checkpoint.hub import EMBEDDED, is_gguf
 from shortllm.criteria.search import Search
 from shortllm.errors import ResultFileError
+from shortllm.format import counted
 from shortllm.pruning.budget import TARGETS
 from shortllm.records import Cost, DerivedRecord, ModelInfo, Record, ResultFile
+from shortllm.shown import Shown, data_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SHOWN_BLOCKS = 5
+"""Least important blocks that scores name in one line."""
 
 
-class BlockScores(ResultFile):
+def removal_order(importance: Sequence[float], protected: Collection[int] = ()) -> list[int]:
+    """Unprotected blocks, least important first; of equals the later first."""
+    free = set(range(len(importance))) - set(protected)
+    return sorted(free, key=lambda block: (importance[block], -block))
+
+
+class BlockScores(Shown, ResultFile):
     """scores.json: one importance per block of the original model; higher = keep."""
 
     model: ModelInfo
@@ -71,6 +87,48 @@ class BlockScores(ResultFile):
             raise ValueError("order must hold the removed blocks")
         return self
 
+    @property
+    def ranks(self) -> dict[int, int]:
+        """The place of each block in the removal order, from 1."""
+        return {block: place for place, block in enumerate(removal_order(self.importance), 1)}
+
+    def __str__(self) -> str:
+        """'embedded: 12 blocks by ppl, least important first: 7, 5, 6, 4, 8, ...'."""
+        order = removal_order(self.importance)
+        first = order[:SHOWN_BLOCKS]
+        return (
+            f"{self.model.id}: {counted(self.model.blocks, 'block')} by {self.criterion}, least "
+            f"important first: {', '.join(map(str, first))}{', ...' * (len(order) > len(first))}"
+        )
+
+    def to_dataframe(self) -> DataFrame:
+        """A row for each block.
+
+        Columns: `model` and `criterion`; `block`, counted from 0; `importance`, higher = keep;
+        `value`, the criterion's raw number, e.g. the perplexity without the block; `delta_nll`, by
+        how much the loss rises without it, in nats per token (none where not measured); `rank`,
+        1 = least important.
+
+        Returns:
+            A pandas data frame.
+        Raises:
+            ShortLLMError: pandas is not installed.
+        """
+        ranks, deltas = self.ranks, self.delta_nll or itertools.repeat(None)
+        columns = zip(self.importance, self.values, deltas, strict=False)
+        return data_frame(
+            {
+                "model": self.model.id,
+                "criterion": self.criterion,
+                "block": block,
+                "importance": importance,
+                "value": value,
+                "delta_nll": delta,
+                "rank": ranks[block],
+            }
+            for block, (importance, value, delta) in enumerate(columns)
+        )
+
 
 class Size(Record):
     """How much, in blocks and in parameters."""
@@ -81,7 +139,7 @@ class Size(Record):
     parameter_ratio: float
 
 
-class PrunePlan(ResultFile):
+class PrunePlan(Shown, ResultFile):
     """plan.json: which blocks go, in which order, and why."""
 
     model: ModelInfo
@@ -113,6 +171,51 @@ class PrunePlan(ResultFile):
         if self.reached.blocks != len(self.removed):
             raise ValueError(f"reached speaks of {self.reached.blocks} removed blocks")
         return self
+
+    @property
+    def statuses(self) -> list[Literal["kept", "removed", "protected"]]:
+        """What happens to each block; protected ones are kept."""
+        removed, protected = set(self.removed), set(self.protected)
+        return [
+            "removed" if block in removed else "protected" if block in protected else "kept"
+            for block in range(self.model.blocks)
+        ]
+
+    def __str__(self) -> str:
+        """'embedded: 12 -> 9 blocks, without 4, 5, 7 (18.1% of the parameters)'."""
+        return (
+            f"{self.model.id}: {self.model.blocks} -> {len(self.kept)} blocks, without "
+            f"{', '.join(map(str, self.removed))} ({self.reached.parameter_ratio:.1%} of the "
+            "parameters)"
+        )
+
+    def to_dataframe(self) -> DataFrame:
+        """A row for each block of the original.
+
+        Columns: `model`; `block`, counted from 0; `status`: kept, removed, or protected (kept too);
+        `order`, the place in the removal order, from 1 (none where it stays); `new_block`, the
+        number in the shortened model (none where it goes); `parameters` of the block.
+
+        Returns:
+            A pandas data frame.
+        Raises:
+            ShortLLMError: pandas is not installed.
+        """
+        place = {block: number for number, block in enumerate(self.order, start=1)}
+        new = {block: number for number, block in enumerate(self.kept)}
+        parameters = dict(enumerate(self.model.parameters_per_block))
+        rows = (
+            {
+                "model": self.model.id,
+                "block": block,
+                "status": status,
+                "order": place.get(block),
+                "new_block": new.get(block),
+                "parameters": parameters.get(block),
+            }
+            for block, status in enumerate(self.statuses)
+        )
+        return data_frame(rows, whole=["order", "new_block", "parameters"])
 
 
 class Pruning(DerivedRecord):

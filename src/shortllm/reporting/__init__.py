@@ -61,18 +61,15 @@ def write_report(run_dir: Path) -> Path:
 
     The card of the last one that was healed or retrained is that of the run. Returns the page.
     """
-    from shortllm.quantizing.options import QUANTIZED
     from shortllm.reporting.load import load_results
     from shortllm.reporting.run_page import measured, run_page
-    from shortllm.run_directory import PRUNED
     from shortllm.surgery.card import write_card
 
     results = load_results(run_dir)
     text = render(run_page(results))
-    for name in (QUANTIZED, PRUNED, *results.recovered_by):
-        if (run_dir / name / "config.json").is_file():
-            card = write_card(run_dir / name, name, measured(results, name))
-            write_text(run_dir / "README.md", card)
+    for name in results.checkpoints_in(run_dir):
+        card = write_card(run_dir / name, name, measured(results, name))
+        write_text(run_dir / "README.md", card)
     write_text(run_dir / "report.html", text)
     return run_dir / "report.html"
 
@@ -127,10 +124,11 @@ def render(page: Page) -> str:
     """A self-contained HTML page."""
     from shortllm.reporting.plots import PALETTE
 
-    return _templates().get_template("page.html.j2").render(page=page, palette=PALETTE) + "\n"
+    return templates().get_template("page.html.j2").render(page=page, palette=PALETTE) + "\n"
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of pages and of their parts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(

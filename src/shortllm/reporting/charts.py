@@ -70,7 +70,7 @@ class BarPlot(Plot):
     def linear_floor(self) -> float:
         """Foot of the linear axis: 0, or just below the lowest bar where all are nearly equal."""
         low, high = min(self.heights), max(self.heights)
-        if low > 0 and high - low < FLAT_SPREAD * high:
+        if low > 0 and 0 < high - low < FLAT_SPREAD * high:
             step = 10.0 ** math.floor(math.log10(max(high - low, high * 1e-6)))
             return max(0.0, math.floor((low - 0.3 * (high - low)) / step) * step)
         return 0.0
@@ -139,7 +139,7 @@ class BarPlot(Plot):
         entries: list[Patch | Line2D] = [
             Patch(label=f"{name}: {self.statuses.count(status)}", **_bar_style(status))
             for status, name in names.items()
-            if status in self.statuses
+            if status in self.statuses and len(set(self.statuses)) > 1
         ]
         if self.span is not None:
             entries.append(Patch(label="removed as one span", facecolor=COLOURS["band"]))
@@ -148,7 +148,8 @@ class BarPlot(Plot):
                 Line2D([], [], linestyle="none", marker="v", markersize=0.7 * MARKER_PT,
                        color=COLOURS["muted"], label=self.below_label)
             )  # fmt: skip
-        legend_above(axes, handles=entries, handleheight=0.9)
+        if entries:
+            legend_above(axes, handles=entries, handleheight=0.9)
 
 
 def _bar_style(status: Status, *, pitch_pt: float = 100) -> dict[str, Any]:

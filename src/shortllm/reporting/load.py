@@ -92,14 +92,15 @@ class RunResults:
         """Every protocol that was used, with an example."""
         return {k: e for name in self.evaluated for k, e in self.perplexities(name).items()}
 
+    def checkpoints_in(self, run_dir: Path) -> list[str]:
+        """The names of the checkpoints that are there; the last one is what the run came to."""
+        names = (QUANTIZED, PRUNED, *self.recovered_by)
+        return [name for name in names if (run_dir / name / "config.json").is_file()]
+
     @property
     def statuses(self) -> list[Status]:
         """What the plan does with each block."""
-        removed, protected = set(self.plan.removed), set(self.plan.protected)
-        return [
-            "removed" if block in removed else "protected" if block in protected else "kept"
-            for block in range(self.plan.model.blocks)
-        ]
+        return self.plan.statuses
 
 
 def same_text(one: Protocol, other: Protocol) -> bool:

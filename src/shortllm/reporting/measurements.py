@@ -13,7 +13,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from shortllm.benchmark.options import UNFINISHED_BENCHMARK, Benchmark, Measurement, PeakMemory
+from shortllm.benchmark.options import COLUMNS, UNFINISHED_BENCHMARK, Benchmark, Measurement
 from shortllm.evaluation.options import FEW_SEGMENTS, EvaluatedModel, Evaluation, Perplexity
 from shortllm.files import write_text
 from shortllm.format import (
@@ -31,8 +31,8 @@ from shortllm.format import (
 )
 from shortllm.published import PublishedComparison, compared_blocks, published_comparison
 from shortllm.reporting import parts
-from shortllm.reporting.charts import DASHED, Line, LinePlot, marked
-from shortllm.reporting.load import RunResults
+from shortllm.reporting.charts import DASHED, DotPlot, Line, LinePlot, marked
+from shortllm.reporting.load import RunResults, protocol_of
 from shortllm.reporting.parts import Cell, Column, Paragraph, Part, Row, Section, Table, row
 from shortllm.reporting.plots import standalone
 from shortllm.reporting.protocol import perplexity_source
@@ -44,13 +44,6 @@ MAX_LINES = 4
 """Most batch sizes that the plot of speed-ups shows."""
 NOISY = 0.3
 """Standard deviation over mean of a latency from which a speed-up is not stated."""
-
-CSV_COLUMNS = (
-    "model", "blocks", "parameters", "bytes", "dtype", "batch", "new_tokens", "status",
-    "latency_mean_s", "latency_std_s", "latency_median_s", "tokens_per_s", "speedup",
-    "ideal_speedup", "first_token_s", "per_token_s", *PeakMemory.model_fields, "utilisation_mean",
-    "utilisation_max",
-)  # fmt: skip
 
 
 # ---- evaluation
@@ -71,6 +64,20 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         for one in evaluation.models
     ]
     return Table(row("model", "blocks", "parameters", "bytes", *(f"ppl {t}" for t in texts)), rows)
+
+
+def perplexity_plot(models: Sequence[EvaluatedModel]) -> DotPlot | None:
+    """Perplexity of each model on the first text that all of them were measured on."""
+    by_model = [{protocol_of(entry): entry for entry in one.perplexity} for one in models]
+    for key, example in by_model[0].items():
+        if all(key in found for found in by_model):
+            return DotPlot(
+                names=[one.name for one in models],
+                values=[found[key].perplexity for found in by_model],
+                colours=["protected", "removed", *["kept"] * len(models)][: len(models)],
+                label=f"perplexity on {perplexity_source(example)}",
+            )
+    return None
 
 
 def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> str:
@@ -406,15 +413,10 @@ def all_plots(found: Benchmark) -> dict[str, LinePlot]:
 
 def benchmark_csv(found: Benchmark) -> str:
     """One row per measurement; what was not measured is empty."""
-    models = {one.name: one for one in found.models}
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for one in found.measurements:
-        measured = one.model_dump() | (one.memory or PeakMemory()).model_dump()
-        size = models[one.model].model.model_dump(include={"blocks", "parameters", "bytes"})
-        gain = {"speedup": found.speedup(one), "ideal_speedup": found.ideal_speedup(one.model)}
-        writer.writerow(measured | size | gain | {"dtype": models[one.model].dtype})
+    writer.writerows(found.rows())
     return text.getvalue()
 
 

@@ -55,6 +55,15 @@ class Figure(Part):
 
 
 @dataclass(frozen=True, slots=True)
+class Image(Part):
+    """A figure as an image of its own, for pages that do not show `<svg>` elements."""
+
+    alt: str
+    source: str
+    """A `data:` address."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One cell: its text, a smaller line below it, muted text before it, and its CSS class."""
 

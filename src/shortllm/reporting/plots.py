@@ -7,13 +7,14 @@ the page's font. Equal inputs give equal bytes: fixed ids, no date.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from shortllm.reporting.parts import Figure
+from shortllm.reporting.parts import Figure, Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +87,25 @@ class Plot(ABC):
         """The drawing with its description."""
         alt = self._alt()
         return Figure(drawn(self._draw, size=(WIDTH, self._height), alt=alt), alt, caption)
+
+    def image(self) -> Image:
+        """The drawing on white, as an image."""
+        figure = self.figure()
+        data = base64.b64encode(standalone(figure.svg).encode()).decode()
+        return Image(figure.alt, f"data:image/svg+xml;base64,{data}")
+
+    def draw_on(self, axes: Axes | None = None) -> Axes:
+        """Draw on given axes, or on those of a new figure, which notebooks show."""
+        import matplotlib
+
+        with matplotlib.rc_context(_SETTINGS):
+            if axes is None:
+                from matplotlib import pyplot
+
+                figure = pyplot.figure(figsize=(WIDTH, self._height), layout="constrained")
+                axes = figure.add_subplot()
+            self._draw(axes)
+        return axes
 
 
 def drawn(

@@ -13,7 +13,7 @@ from typing import Any
 from shortllm import criteria
 from shortllm.data.options import CalibrationInfo
 from shortllm.evaluation.options import Perplexity
-from shortllm.format import NONE, counted, model_name, without_directories
+from shortllm.format import NONE, counted, model_name, without_directories, without_paths
 from shortllm.papers import Paper
 from shortllm.quantizing.options import Quantization
 from shortllm.records import ModelInfo
@@ -62,16 +62,10 @@ def run_protocol(results: RunResults) -> Section:
 def protocol_rows(results: RunResults) -> Rows:
     """The protocol of a run as names with descriptions."""
     plan, scores, evaluation = results.plan, results.scores, results.evaluation
-    # a sentence in which absolute paths are shortened to their last part
-    reason = re.sub(
-        r"(?<![\w/.:~])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+(?=[^\s/\\])",
-        "",
-        plan.reason,
-    )
     rows = [
         _model_row(plan.model),
         ("criterion", _criterion_phrase(results)),
-        ("plan", reason),
+        ("plan", without_paths(plan.reason)),
         _protected_row(plan.protected),
     ]
     versions = {}

@@ -12,8 +12,9 @@ from shortllm.healing import methods as healing_methods
 from shortllm.healing.options import HealedGap, Healing
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting import parts
-from shortllm.reporting.charts import DotPlot, Line, LinePlot
+from shortllm.reporting.charts import Line, LinePlot
 from shortllm.reporting.load import Protocol, RunResults
+from shortllm.reporting.measurements import perplexity_plot
 from shortllm.reporting.parts import Cell, Column, Heading, Part, Section, Table
 from shortllm.reporting.plots import COLOURS
 from shortllm.reporting.protocol import perplexity_source
@@ -100,7 +101,8 @@ def recovery_section(results: RunResults) -> Section | None:
     found: list[Part] = []
     if after:
         names = ["original", PRUNED, *after]
-        plot = _perplexity_plot(results, names)
+        known = all(name in results.evaluated for name in names)
+        plot = perplexity_plot([results.evaluated[name] for name in names]) if known else None
         note = "Recovered: part of the increase in loss (nats per token) that was reversed."
         if results.retraining:
             note += " More than 100 % is possible: retraining also learns from its own text."
@@ -224,17 +226,3 @@ def _loss_plot(record: Retraining, name: str) -> LinePlot | None:
         mark=record.best_step,
         name=f"the retraining {name}, best at step {record.best_step}",
     )
-
-
-def _perplexity_plot(results: RunResults, names: Sequence[str]) -> DotPlot | None:
-    """Perplexity of each model on the first text that all of them were measured on."""
-    by_model = [results.perplexities(name) for name in names]
-    for key, example in results.protocols().items():
-        if all(key in found for found in by_model):
-            return DotPlot(
-                names=names,
-                values=[found[key].perplexity for found in by_model],
-                colours=["protected", "removed", *["kept"] * (len(names) - 2)],
-                label=f"perplexity on {perplexity_source(example)}",
-            )
-    return None

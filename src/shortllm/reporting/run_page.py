@@ -25,7 +25,6 @@ from shortllm.format import (
     signed,
     spans,
 )
-from shortllm.pruning.planning import removal_order
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting import measurements, parts, protocol
@@ -200,31 +199,44 @@ def _axis(scores: BlockScores) -> tuple[str, bool]:
 
 def importance_section(results: RunResults, scores: BlockScores) -> Section:
     """The plot of the criterion, one bar per block."""
-    heights, (label, in_nats), intact = scores.importance, _axis(scores), scores.intact
-    increase = intact is not None and in_nats
-    if intact is not None and in_nats:
-        label = f"increase in perplexity (intact: {number(intact)})"
-        heights = [value - intact for value in scores.values]
-    elif label == PLACE:
-        rank = _ranks(scores)
-        heights = [float(rank[block]) for block in range(len(rank))]
-    elif intact is not None:
-        label = f"{label}; intact: {number(intact)}"
-    plot = BarPlot(
-        heights=heights,
-        statuses=results.statuses,
-        y_label=label,
-        below_label="no increase" if increase else "too small for the axis",
-        span=_span(results),
-    )
-    caption = " ".join(_importance_caption(results, scores, plot, increase=increase))
+    plot = importance_plot(scores, results.statuses, span=_span(results))
+    caption = " ".join(_importance_caption(results, scores, plot))
     return Section("importance", "Block importance", [plot.figure(caption)])
 
 
-def _importance_caption(
-    results: RunResults, scores: BlockScores, plot: BarPlot, *, increase: bool
-) -> Iterator[str]:
-    criterion, order = scores.criterion, _order(results)
+def importance_plot(
+    scores: BlockScores, statuses: Sequence[Status], *, span: tuple[int, int] | None = None
+) -> BarPlot:
+    """A bar per block in the units of the criterion; for perplexities their increase.
+
+    Args:
+        statuses: what a plan does with each block.
+        span: first and last block, where they were removed as one span.
+    """
+    heights, (label, _), intact = scores.importance, _axis(scores), scores.intact
+    if intact is not None and _is_increase(scores):
+        label = f"increase in perplexity (intact: {number(intact)})"
+        heights = [value - intact for value in scores.values]
+    elif label == PLACE:
+        heights = [float(scores.ranks[block]) for block in range(len(heights))]
+    elif intact is not None:
+        label = f"{label}; intact: {number(intact)}"
+    return BarPlot(
+        heights=heights,
+        statuses=statuses,
+        y_label=label,
+        below_label="no increase" if _is_increase(scores) else "too small for the axis",
+        span=span,
+    )
+
+
+def _is_increase(scores: BlockScores) -> bool:
+    """Whether the plot shows by how much the perplexity rises."""
+    return scores.intact is not None and _axis(scores)[1]
+
+
+def _importance_caption(results: RunResults, scores: BlockScores, plot: BarPlot) -> Iterator[str]:
+    criterion, order, increase = scores.criterion, _order(results), _is_increase(scores)
     if increase:
         yield (
             "Each bar shows how much the perplexity rises when that block alone is removed, from "
@@ -258,12 +270,6 @@ def _importance_caption(
     if helpful and increase:
         blocks = f"block{'s' if len(helpful) > 1 else ''} {', '.join(helpful)}"
         yield f"Removing {blocks} alone lowers the perplexity."
-
-
-def _ranks(scores: BlockScores) -> dict[int, int]:
-    """The place of each block in the removal order, from 1."""
-    order = removal_order(scores.importance, protected=[])
-    return {block: place for place, block in enumerate(order, start=1)}
 
 
 def _order(results: RunResults) -> list[int] | None:
@@ -325,21 +331,21 @@ def block_section(results: RunResults, scores: BlockScores) -> Section:
     note = "Rank 1 is the least important block."
     if in_nats and (scores.removed is not None or scores.values == scores.importance):
         note = f"{note[:-1]}; the importance is the perplexity without the block."
-    found: list[Part] = [_score_table(scores, results), Paragraph(note)]
+    found: list[Part] = [score_table(scores, results.plan), Paragraph(note)]
     if len(results.statuses) > LONG_TABLE:
         found = [parts.Details(f"All {len(results.statuses)} blocks", found)]
     return Section("blocks", "All blocks", found)
 
 
-def _score_table(scores: BlockScores, results: RunResults) -> Table:
-    rank, importance, values = _ranks(scores), scores.importance, scores.values
-    statuses, (label, in_nats) = results.statuses, _axis(scores)
-    new_index = {old: new for new, old in enumerate(results.plan.kept)}
+def score_table(scores: BlockScores, plan: PrunePlan | None = None) -> Table:
+    """A row per block; with a plan also what it does with the block."""
+    ranks, importance, values = scores.ranks, scores.importance, scores.values
+    label, in_nats = _axis(scores)
     columns: list[Column[int]] = [("block", str)]
     if label != PLACE:
         columns.append(("importance", lambda block: number(importance[block], 5)))
     if scores.removed is None and values != importance:
-        unscored = results.plan.protected if scores.order is not None else []
+        unscored = plan.protected if plan and scores.order is not None else []
         inner = scores.options.get("inner")
         name = f"{inner} when last scored" if inner else "raw value"
         columns.append(
@@ -350,8 +356,12 @@ def _score_table(scores: BlockScores, results: RunResults) -> Table:
         )
     if (deltas := scores.delta_nll) is not None:
         columns.append(("Δ NLL [nats/token]", lambda block: signed(deltas[block], 3)))
+    columns.append(("rank", lambda block: str(ranks[block])))
+    if plan is None:
+        return parts.table_of(range(len(importance)), columns)
+    new_index = {old: new for new, old in enumerate(plan.kept)}
+    statuses = plan.statuses
     columns += [
-        ("rank", lambda block: str(rank[block])),
         ("new index", lambda block: str(new_index.get(block, NONE))),
         ("status", lambda block: statuses[block]),
     ]

@@ -44,12 +44,20 @@ def write_card(directory: Path, name: str, measured: Measured | None = None) -> 
 
     A card that came with the original model is kept as README.original.md.
     """
+    text = card_of(directory, name, measured)
+    _keep_original(directory)
+    write_text(directory / CARD, text)
+    return text
+
+
+def card_of(directory: Path, name: str, measured: Measured | None = None) -> str:
+    """The card of a checkpoint, which is loaded by `name`."""
     config = read_json(directory / "config.json")
     steps = steps_of(str(directory), config)
     origin, blocks = steps[0], len(kept_after(steps))
     fewer = f"{origin.source_blocks} → " if blocks < origin.source_blocks else ""
     template = _templates().get_template("model_card.md.j2")
-    text = template.render(
+    text: str = template.render(
         base_model=_hub_id(origin),
         title=f"{origin.source}, {fewer}{counted(blocks, 'block')}",
         source=origin.source,
@@ -67,8 +75,6 @@ def write_card(directory: Path, name: str, measured: Measured | None = None) -> 
         command=measured.command if measured else [],
         papers=list(dict.fromkeys(paper for step in steps for paper in _papers(step))),
     )
-    _keep_original(directory)
-    write_text(directory / CARD, text + "\n")
     return text + "\n"
 
 

@@ -23,7 +23,7 @@ from shortllm.checkpoint.loaded import is_name
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_json, write_json
 from shortllm.errors import CheckpointError
-from shortllm.format import ABSOLUTE, model_name, without_directories
+from shortllm.format import ABSOLUTE, model_name, without_directories, without_paths
 from shortllm.records import MAX_BLOCKS, Record, validation_message
 
 PROVENANCE = "shortllm"
@@ -131,12 +131,12 @@ def named_source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def sendable(value: Any) -> Any:
-    """An entry of config.json with the last part of each absolute path in it."""
+    """Content of a JSON file with the last part of each absolute path in it."""
     if isinstance(value, Mapping):
         return {key: sendable(one) for key, one in value.items()}
     if isinstance(value, list):
         return [sendable(one) for one in value]
-    return without_directories(value) if isinstance(value, str) else value
+    return without_paths(without_directories(value)) if isinstance(value, str) else value
 
 
 def kept_after(steps: Sequence[Step]) -> list[int]:
