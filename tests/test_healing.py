@@ -280,6 +280,26 @@ def test_the_attention_is_changed_only_where_that_helps(removed: list[int], tmp_
         assert both.error_after < alone.error_after  # type: ignore[operator]
 
 
+def test_blocks_behind_a_gap_are_refitted_too(tmp_path: Path) -> None:
+    options: Any = {"method": "regression", "weighting": "none", "gain": False, "ridge": 0.05}
+    plain = healed("llama", [1, 3], tmp_path / "plain", **options)
+    more = healed("llama", [1, 3], tmp_path / "more", **options, behind=2)
+    # block 2 is in front of a gap; block 6 is too far
+    assert [(gap.block, gap.removed) for gap in more.gaps] == [
+        (0, [1]), (2, [3]), (4, []), (5, []),
+    ]  # fmt: skip
+    assert plain.gaps == more.gaps[:2]
+    intact, ids_BT = families.loaded("llama"), text()
+    for place, block in ((2, 4), (3, 5)):
+        wanted_ND = stream_behind(intact, block, ids_BT)
+        distances = [
+            (stream_behind(families.load(tmp_path / name / "healed"), place, ids_BT) - wanted_ND)
+            .square().sum().item()
+            for name in ("more", "plain")
+        ]  # fmt: skip
+        assert distances[0] < distances[1]
+
+
 @pytest.mark.parametrize("weighting", ["norm", "none"])
 @pytest.mark.parametrize("variant", families.by_tier(NORMS, "gemma2"))
 def test_gains_equal_plain_least_squares(variant: str, weighting: str, tmp_path: Path) -> None:

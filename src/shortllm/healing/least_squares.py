@@ -301,6 +301,19 @@ def choose_ridge(
     return None, held_out.missing
 
 
+def fitted_gaps(task: Task) -> list[Gap]:
+    """The gaps, and one of no blocks behind each of the blocks that are refitted too."""
+    gaps = gaps_of(task.removed)
+    behind = {
+        b
+        for gap in gaps
+        if gap.before is not None
+        for b in range(gap.stop, min(gap.stop + task.options.behind, task.decoder.block_count))
+    }
+    behind -= {*task.removed, *(gap.before for gap in gaps)}
+    return sorted([*gaps, *(Gap(b + 1, b + 1) for b in behind)], key=lambda gap: gap.stop)
+
+
 def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
     """Each block up to the last gap, and after each gap the block before it, with the gap."""
     steps: list[tuple[int, Gap | None]] = []
@@ -317,7 +330,7 @@ def heal_gaps(task: Task) -> Healed:
     The held-out samples choose the ridge of each, unless it is given; the folded change is then
     solved on all samples.
     """
-    decoder, gaps = task.decoder, gaps_of(task.removed)
+    decoder, gaps = task.decoder, fitted_gaps(task)
     before = [gap.before for gap in gaps if gap.before is not None]
     found = find_foldable(task.checkpoint, decoder, before)
     scalable = scalable_behind(task, before)

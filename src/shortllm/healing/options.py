@@ -71,6 +71,12 @@ class HealOptions(Options):
         description="Also multiply the hidden state behind each gap by a factor, by dividing what "
         "all later blocks add; only where every norm ignores its scale.",
     )
+    behind: int = Field(
+        default=0,
+        ge=0,
+        description="Refit the output projections of this many blocks behind each gap too, one "
+        "after the other.",
+    )
     calibration: HealCalibration = HealCalibration()
 
     @model_validator(mode="after")
@@ -86,7 +92,7 @@ class HealedGap(Record):
     block: int | None = Field(
         description="the block before the gap; null if there is none, so it cannot be healed"
     )
-    removed: list[int]
+    removed: list[int] = Field(description="empty: a block behind a gap, refitted too")
     changed: list[str] = Field(
         default_factory=list,
         description="projections, norms and matrices of experts with new weights, by their names "
