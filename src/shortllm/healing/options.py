@@ -71,6 +71,13 @@ class HealOptions(Options):
         description="Also multiply the hidden state behind each gap by a factor, by dividing what "
         "all later blocks add; only where every norm ignores its scale.",
     )
+    before: int = Field(
+        default=1,
+        ge=1,
+        description="Refit the MLP's output projection in this many blocks before each gap, solved "
+        "together; only where no norm follows it and all blocks are in memory, and as many as have "
+        "8,192 inputs together.",
+    )
     behind: int = Field(
         default=0,
         ge=0,
@@ -97,6 +104,10 @@ class HealedGap(Record):
         default_factory=list,
         description="projections, norms and matrices of experts with new weights, by their names "
         "within the block",
+    )
+    earlier: list[int] = Field(
+        default_factory=list,
+        description="blocks further before the gap whose output projection has new weights too",
     )
     scale: float | None = Field(
         default=None, description="factor that the block multiplies their output with"

@@ -20,6 +20,7 @@ from shortllm.healing.methods.linear import require_projection
             "weighting": "norm",
             "attention": True,
             "gain": True,
+            "before": 1,
             "behind": 0,
         },
     )
