@@ -112,7 +112,7 @@ def recipes(random: Random, bench: Bench) -> Act:
         dumped = recipe.model_dump(mode="json")
         assert Recipe.model_validate(json.loads(json.dumps(dumped, allow_nan=False))) == recipe
         assert not Path("owned").exists()
-        recipe.healed  # noqa: B018
+        recipe.retrained  # noqa: B018
         again = changed(recipe, {"calibration.samples": 20, "budget.remove": 1}, "command line")
         assert again.calibration.samples == 20
         resolved = recipe.resolved("llama")

@@ -69,7 +69,7 @@ def _lines(count: int) -> Callable[[Path], object]:
 STAND_INS: dict[str, Callable[[Path], Any]] = {
     "Qwen/Qwen3-0.6B": _model("qwen3", 20),
     "qwen3-short": _without("Qwen/Qwen3-0.6B", [12, 13, 17]),
-    "qwen3-healed": _without("Qwen/Qwen3-0.6B", [12, 13, 17]),
+    "qwen3-retrained": _without("Qwen/Qwen3-0.6B", [12, 13, 17]),
     "MODEL": _model("llama", 12),
     "SHORT": _without("MODEL", [3, 4]),
     "pruned": _without("MODEL", [3, 4]),

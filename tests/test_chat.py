@@ -306,11 +306,12 @@ def test_a_mixture_gives_each_source_its_share_of_the_tokens(tmp_path: Path) -> 
     }  # fmt: skip
     for one in ("c4", "c4:train", "a,b.jsonl", "org/data:config:2024", "c4:0.5"):
         assert mixture(one) == {one: 1.0}
-    for wrong in ("c4:0.5,c4:0.5", "c4:0,alpaca:1"):
+    for wrong in ("c4:0.5,c4:0.5", "c4:0,alpaca:1", "c4:1,alpaca:x", "c4,alpaca"):
         with pytest.raises(DataError, match="every source once, with a weight above 0"):
             mixture(wrong)
-    with pytest.raises(DataError, match="is a mixture, which only retraining takes"):
-        load_rows("c4:0.5,alpaca:0.5")
+    for several in ("c4:0.5,alpaca:0.5", "c4,alpaca"):
+        with pytest.raises(DataError, match="is a mixture, which only retraining takes"):
+            load_rows(several)
     tokenizer = tokenizer_of()
     parts = [
         (weight, documents(records, kind_of(records, "auto"), tokenizer, RetrainOptions()))

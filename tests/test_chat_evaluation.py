@@ -17,6 +17,7 @@ from test_zeroshot import evaluate, loaded, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shortllm
+from shortllm.checkpoint.chat_template import has_chat_template
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.data.chat import Chat, Prompt
 from shortllm.embedded import MODEL_DIR
@@ -309,6 +310,46 @@ def test_conversations_that_cannot_be_are_refused(
     name = chat_model(tmp_path / "model", template) if template else "embedded"
     with pytest.raises(ShortLLMError, match=message):
         shortllm.evaluate([name], data=["embedded"], task_data=data, **options)
+
+
+def test_options_of_what_is_not_measured_are_named(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shortllm.evaluate(
+        model, data="embedded", max_segments=1, apply_chat_template=True, limit=2, prompt="a"
+    )
+    assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == [
+        "--limit has no effect without --tasks",
+        "--prompt has no effect without --continuations",
+        "--apply-chat-template has no effect without --tasks or --continuations",
+    ]
+    assert not list(EvaluationOptions(continuations=1, prompt="a").without_effect())
+
+
+def test_files_say_whether_a_model_has_a_template(model: str, tmp_path: Path) -> None:
+    assert has_chat_template("embedded") is False
+    assert has_chat_template(model) is True
+    assert has_chat_template("owner/on-the-hub") is None
+    config = tmp_path / "tokenizer_config.json"
+    for written, expected in (
+        ({"chat_template": "{{ messages }}"}, True),
+        ({"chat_template": None}, False),
+        ({"auto_map": {}}, None),
+    ):
+        config.write_text(json.dumps(written))
+        assert has_chat_template(str(tmp_path)) is expected
+    config.unlink()
+    assert has_chat_template(str(tmp_path)) is None
+
+
+@pytest.mark.shared
+@pytest.mark.real
+def test_a_gguf_file_says_whether_it_has_a_template(
+    smollm_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHORTLLM_CACHE", str(tmp_path))  # where it is not dequantized
+    assert has_chat_template(str(smollm_gguf)) is True
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_model_that_writes_nan_is_no_model_that_knows_nothing(model: str, data: Path) -> None:

@@ -195,7 +195,7 @@ def test_too_little_room_is_said_before_training(
     short = shortened(tmp_path)
     disk.resize(256 * 2**10)
     with pytest.raises(OutputError, match=r"KiB are needed, .* are free. Make space and run the"):
-        shortllm.retrain(str(short), disk.place / "healed", options=options(data=rows))
+        shortllm.retrain(str(short), disk.place / "retrained", options=options(data=rows))
     assert list(disk.place.iterdir()) == []
 
 
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_during_training(
     rows: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    short, target = shortened(tmp_path), scarce.place / "healed"
+    short, target = shortened(tmp_path), scarce.place / "retrained"
     chosen = options(method=method, data=rows, micro_batch=2)
     expected = tmp_path / "expected"
     shortllm.retrain(str(short), expected, options=chosen, device="cpu")
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_during_training(
     with scarce.room(size), pytest.raises(OutputError, match=FULL):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
     assert not target.exists()
-    states = scarce.place / "healed.training.partial" / "states"
+    states = scarce.place / "retrained.training.partial" / "states"
     held = sorted(path.name for path in states.iterdir())
     assert all((states / name / "trainer_state.json").is_file() for name in held)
     assert listing(short) == before
@@ -232,7 +232,7 @@ def test_a_disk_that_fills_up_during_training(
     assert (target / SAFETENSORS).read_bytes() == (expected / SAFETENSORS).read_bytes()
 
 
-def test_a_disk_that_fills_up_while_the_healed_model_is_written(
+def test_a_disk_that_fills_up_while_the_retrained_model_is_written(
     disk: SmallDisk,
     unchecked: None,
     tmp_path: Path,
@@ -240,7 +240,7 @@ def test_a_disk_that_fills_up_while_the_healed_model_is_written(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    short, target = shortened(tmp_path), disk.place / "healed"
+    short, target = shortened(tmp_path), disk.place / "retrained"
     chosen = options(data=rows)
     original = retraining._save
     fillers = []
@@ -254,7 +254,7 @@ def test_a_disk_that_fills_up_while_the_healed_model_is_written(
     with pytest.raises(OutputError, match=FULL + "|about .* are needed"):
         shortllm.retrain(str(short), target, options=chosen, device="cpu")
     assert fillers and not target.exists()
-    assert [path.name for path in disk.place.iterdir()] == ["healed.training.partial"]
+    assert [path.name for path in disk.place.iterdir()] == ["retrained.training.partial"]
     disk.resize(ROOM)
     monkeypatch.setattr(retraining, "_save", original)
     with caplog.at_level(logging.INFO, logger="shortllm"):

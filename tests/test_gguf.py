@@ -231,6 +231,9 @@ def test_it_is_dequantized_once(smollm_gguf: Path, smollm: Path) -> None:
         and info.gguf.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     )
     assert [model.directory for model in cached_models()].count(smollm) == 1
+    (new := smollm.with_suffix(".new")).touch()
+    assert {path.stat().st_mode for path in smollm.iterdir()} == {new.stat().st_mode}
+    new.unlink()
 
 
 @pytest.mark.shared

@@ -20,7 +20,7 @@ from shortllm.criteria import Scores, resolve
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CriterionError, RecipeError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.healing.every_gap import GapRepairs, repairs_of_every_gap
+from shortllm.healing.every_gap import GapFolds, folds_of_every_gap
 from shortllm.healing.folding import folded_into
 from shortllm.healing.least_squares import heal_gaps
 from shortllm.healing.methods import Task
@@ -41,14 +41,14 @@ def text() -> Tensor:
     return families.token_ids(16, seed=5)
 
 
-def repairs(variant: str = "llama", decoder: Decoder | None = None, **options: Any) -> GapRepairs:
+def gap_folds(variant: str = "llama", decoder: Decoder | None = None, **options: Any) -> GapFolds:
     chosen = HealOptions(**{"method": "regression", **options})
     decoder = decoder or Decoder(families.loaded(variant))
     source = families.opened(variant)
-    return repairs_of_every_gap(decoder, source, text(), chosen, set(range(6)), 3)
+    return folds_of_every_gap(decoder, source, text(), chosen, set(range(6)), 3)
 
 
-def healed_nll(found: GapRepairs, removed: tuple[int, ...], ids_BT: Tensor) -> float:
+def healed_nll(found: GapFolds, removed: tuple[int, ...], ids_BT: Tensor) -> float:
     """Mean loss of one shortened model with the weights of its gaps folded in."""
     gaps = [(gap.before, gap.stop - gap.start) for gap in gaps_of(removed)]
     folds = {b: found.folds[b, n] for b, n in gaps if b is not None and (b, n) in found.folds}
@@ -58,11 +58,11 @@ def healed_nll(found: GapRepairs, removed: tuple[int, ...], ids_BT: Tensor) -> f
 
 @pytest.mark.parametrize("method", ["linear", "regression"])
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2", "mixtral"])
-def test_a_walk_with_repairs_measures_each_healed_model(variant: str, method: str) -> None:
-    found = repairs(variant, method=method)
+def test_a_walk_with_folds_measures_each_healed_model(variant: str, method: str) -> None:
+    found = gap_folds(variant, method=method)
     ids_BT = families.token_ids(5)
     sets = [s for n in (0, 1, 2, 3) for s in itertools.combinations(range(6), n)]
-    values = mean_nlls(found.decoder, ids_BT, [frozenset(s) for s in sets], repairs=found)
+    values = mean_nlls(found.decoder, ids_BT, [frozenset(s) for s in sets], healed=found)
     expected = [healed_nll(found, s, ids_BT) for s in sets]
     assert values == pytest.approx(expected, rel=1e-6)
     plain = mean_nlls(found.decoder, ids_BT, [frozenset(s) for s in sets])
@@ -77,7 +77,7 @@ def test_weights_for_one_gap_are_those_that_heal_it(
     options: dict[str, Any] = {"method": method, "ridge": 0.05, "weighting": "none"}
     alone = {"attention": False, "gain": False} if method == "regression" else {}
     healed("llama", removed, tmp_path, **options, **alone)
-    fold = repairs(**options).folds[removed[0] - 1, len(removed)]
+    fold = gap_folds(**options).folds[removed[0] - 1, len(removed)]
     weights = dict(families.load(tmp_path / "healed").model.layers.named_parameters())
     for name, tensor in fold.items():
         torch.testing.assert_close(
@@ -86,7 +86,7 @@ def test_weights_for_one_gap_are_those_that_heal_it(
 
 
 def test_blocks_read_one_at_a_time_give_the_same_weights() -> None:
-    in_memory, streamed = repairs(), repairs(decoder=families.streamed("llama"))
+    in_memory, streamed = gap_folds(), gap_folds(decoder=families.streamed("llama"))
     assert in_memory.folds.keys() == streamed.folds.keys()
     for key, fold in in_memory.folds.items():
         for name, tensor in fold.items():
@@ -95,12 +95,12 @@ def test_blocks_read_one_at_a_time_give_the_same_weights() -> None:
 
 def test_gaps_that_no_removal_makes_are_left_out() -> None:
     decoder = Decoder(families.loaded("llama"))
-    found = repairs_of_every_gap(
+    found = folds_of_every_gap(
         decoder, families.opened("llama"), text(), HealOptions(), {1, 2, 4}, 2
     )
     assert set(found.folds) <= {(0, 1), (0, 2), (1, 1), (3, 1)}
     assert found.version(0, {1, 2}) in (0, 2) and found.version(0, {1, 2, 3}) == 0
-    first = repairs_of_every_gap(decoder, families.opened("llama"), text(), HealOptions(), {0}, 1)
+    first = folds_of_every_gap(decoder, families.opened("llama"), text(), HealOptions(), {0}, 1)
     assert not first.folds  # no block is before it
 
 
@@ -115,7 +115,7 @@ def search(name: str, **options: Any) -> Scores:
 def test_local_search_finds_the_pair_that_is_best_healed() -> None:
     found = search("local", healing="regression", **ALL_TEXT)
     decoder, source = Decoder(families.loaded("llama")), families.opened("llama")
-    solved = repairs_of_every_gap(
+    solved = folds_of_every_gap(
         decoder, source, text(), HealOptions(method="regression"), set(range(1, 6)), 2
     )
     ids_BT = families.token_ids(8)
@@ -131,7 +131,7 @@ def test_local_search_finds_the_pair_that_is_best_healed() -> None:
 def test_greedy_takes_the_block_that_is_best_healed_in_each_round() -> None:
     free = {"protect_first": 0, "protect_last": 0, "rounds": 2}
     found = search("greedy", healing="regression", **free)
-    solved = repairs_of_every_gap(
+    solved = folds_of_every_gap(
         Decoder(families.loaded("llama")), families.opened("llama"), text(),
         HealOptions(method="regression"), set(range(6)), 2,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_a_mistake_is_answered_with_what_to_type(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(mistake.command.split())
+        main(shlex.split(mistake.command))
     out, err = capfd.readouterr()
     assert mistakes.problem_of(mistake, int(stopped.value.code or 0), out, err) is None
     assert sorted(tmp_path.rglob("*")) == before
@@ -39,13 +40,13 @@ def test_checks_load_neither_torch_nor_transformers(tmp_path: Path) -> None:
 
     mistakes.prepare(tmp_path)
     code = (
-        "import sys, mistakes\n"
+        "import shlex, sys, mistakes\n"
         "from shortllm.cli import main\n"
         "for one in mistakes.MISTAKES:\n"
         "    if one.model or '{' in one.command:\n"
         "        continue\n"
         "    try:\n"
-        "        main(one.command.split())\n"
+        "        main(shlex.split(one.command))\n"
         "    except SystemExit:\n"
         "        pass\n"
         "    heavy = {'torch', 'transformers', 'datasets', 'gradio'} & set(sys.modules)\n"

@@ -138,7 +138,7 @@ def test_stages_of_one_run_do_not_mix(
     repository: Path, old: Path, new: Path, tmp_path: Path
 ) -> None:
     """The branch moves after every command."""
-    run, short, healed = tmp_path / "run", tmp_path / "short", tmp_path / "healed"
+    run, short, retrained = tmp_path / "run", tmp_path / "short", tmp_path / "retrained"
     shortllm.score(ID, calibration=calibration(tmp_path), out=run)
     move(repository, "main", new)
     shortllm.score(ID, calibration=calibration(tmp_path), out=run)  # up to date
@@ -156,7 +156,7 @@ def test_stages_of_one_run_do_not_mix(
     chosen = options(
         data=str(text(tmp_path / "rows.jsonl")), method="distill", max_steps=2, eval_every=1
     )
-    record = shortllm.retrain(str(short), healed, options=chosen, device="cpu")
+    record = shortllm.retrain(str(short), retrained, options=chosen, device="cpu")
     assert record.teacher is not None and record.teacher.revision == commit_of(old)
 
 

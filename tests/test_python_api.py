@@ -307,6 +307,8 @@ def test_one_item_stands_for_a_list_of_it(tmp_path: Path) -> None:
         shortllm.compare_units("embedded", methods="nothere")
     one = shortllm.prune(opened("gpt2").directory, 2, tmp_path / "short", verify=False)
     assert shortllm.open_checkpoint(one).block_count == 5
+    same = shortllm.prune(opened("gpt2").directory, out=one, blocks=2, verify=False)
+    assert same == one  # which is up to date
 
 
 def test_flags_of_a_run_are_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +364,7 @@ def test_every_flag_of_a_command_is_a_keyword_of_its_function() -> None:
                 known |= keywords_of(one.annotation).keys()
         flags = {flag for one in command.params for flag in one.opts if flag.startswith("--")}
         missing = {flag for flag in flags - OTHERWISE if flag[2:].replace("-", "_") not in known}
-        allowed = {"prune": {"--blocks"}, "compare-units": {"--batch"}}
+        allowed = {"compare-units": {"--batch"}}
         assert missing == allowed.get(name, set()), name
         checked += 1
     assert checked >= 17
@@ -466,7 +468,18 @@ WRONG: dict[str, Wrong] = {
     # arguments
     "too few": (
         lambda: shortllm.prune(E, [1]), TypeError,
-        r"missing a required argument: 'out'. Call shortllm.prune\(model, plan, out, \*",
+        r"missing a required argument: 'out'. Call shortllm.prune\(model, plan, out\) or ",
+    ),
+    "a directory in the place of a plan": (
+        lambda: shortllm.prune(E, "x", blocks=[1]), TypeError, r"prune\(model, blocks=\[3, 4\]",
+    ),
+    "neither plan nor blocks": (
+        lambda: shortllm.prune(E, out="x"), BudgetError, "either --plan plan.json or --blocks 3,4",
+    ),
+    "plan and blocks": (lambda: shortllm.prune(E, [1], "x", blocks=2), BudgetError, "give either"),
+    "names as blocks": (
+        lambda: shortllm.prune(E, blocks="first", out="x"), TypeError,
+        "blocks='first' does not fit. blocks: the numbers of the blocks to remove",
     ),
     "none": (lambda: shortllm.prune(), TypeError, "argument: 'model'"),
     "a record unnamed": (

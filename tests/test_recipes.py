@@ -247,6 +247,11 @@ def test_an_unknown_field_is_refused_with_those_there_are() -> None:
         assert message in str(caught.value) and "my.yaml" in str(caught.value)
 
 
+def test_a_list_is_no_model() -> None:
+    with pytest.raises(RecipeError, match=r"my.yaml: model: a model is .* not \['one', 'other'\]"):
+        parse_recipe({"model": ["one", "other"]}, "my.yaml")
+
+
 # ---- the command line
 
 
@@ -401,7 +406,7 @@ def test_only_numbers_of_one_protocol_stand_side_by_side() -> None:
     assert len(found) == 2 + len(METRICS) + 1
     assert rows(bos="every")[every] == (3.0, 5.0)
     assert rows("retrained") == rows("retrained-lora") == found
-    assert rows("pruned") == {}  # what was published had been healed
+    assert rows("pruned") == {}  # what was published had been retrained
     for changes in ({"length": 2048}, {"source": "ptb:test"}, {"split": "held-out"}):
         assert first not in rows(**changes)
     assert first not in rows(options=EvaluationOptions(max_segments=5))

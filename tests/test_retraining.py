@@ -26,8 +26,8 @@ from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
-from shortllm.reporting.healing import retraining_parts
 from shortllm.reporting.parts import Details, Figure, Terms
+from shortllm.reporting.recovery import retraining_parts
 from shortllm.retraining import CONFIGS
 from shortllm.retraining.corpus import (
     Corpus,

@@ -134,7 +134,7 @@ def test_runs_of_different_segments_are_compared_with_a_warning(tmp_path: Path) 
     assert "a and b on wikitext2, 150 segments of 2,048 tokens, BOS first; c on" in page
     assert "c on wikitext2, 30 segments of 2,048 tokens" in page
     assert ">other segments</text>" in page and ">Pareto front</text>" in page
-    assert "for lack of a comparable measurement: d: pruned." in page
+    assert "Not in this plot: d: pruned (not measured on wikitext2, 150 segments" in page
     assert "Only 30 segments of wikitext2 were measured" in page
     front = page[page.index("Pareto front of perplexity") :].partition("</p>")[0]
     assert "a: pruned (" in front and "c: pruned" not in front
@@ -149,4 +149,4 @@ def test_runs_of_the_same_segments_need_no_warning(tmp_path: Path) -> None:
     compare(runs, out=tmp_path / "compare.html")
     page = (tmp_path / "compare.html").read_text()
     assert "different segments" not in page and "other segments" not in page
-    assert "comparable measurement:" not in page
+    assert "Not in this plot" not in page

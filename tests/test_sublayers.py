@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import families
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import shortllm
-from shortllm import journal
+from shortllm import files, journal
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.structure import find_blocks
 from shortllm.cli import app
@@ -397,6 +398,24 @@ def test_interrupted_rounds_go_on_where_they_were(
         attempt(10, Journal(tmp_path / "work", "w"))
     assert attempt(None, Journal(tmp_path / "work", "w")) == expected
     assert len(read) <= whole - 10 + 2
+
+
+def test_interrupted_while_choosing_it_says_that_it_can_resume(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupted: set[Path] = set()
+    monkeypatch.setattr(files, "_interrupted", interrupted)
+
+    def attempt() -> SublayerDrop:
+        return drop("llama", tmp_path / "out", criterion="sublayer-influence", remove=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "Task", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            attempt()
+    assert interrupted == {tmp_path / "out.choosing.partial"} and files.can_resume()
+    assert len(attempt().dropped) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ------------------------------------------------------------------ what is refused

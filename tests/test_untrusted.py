@@ -258,7 +258,7 @@ def test_a_checkpoint_with_an_adapter_beside_it_is_refused(
 @pytest.fixture
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Any]:
     """A training that was stopped after its last state: model, target, options."""
-    short, target = shortened(tmp_path), tmp_path / "healed"
+    short, target = shortened(tmp_path), tmp_path / "retrained"
     chosen = options(data=str(text(tmp_path / "rows.jsonl")))
 
     def stop(*arguments: Any) -> None:
@@ -272,7 +272,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
 
 
 def newest(target: Path) -> Path:
-    state = trainer.last_state(target.with_name("healed.training.partial") / "states")
+    state = trainer.last_state(target.with_name("retrained.training.partial") / "states")
     assert state is not None
     return state
 
@@ -363,7 +363,7 @@ def test_with_the_flag_every_stage_works(
     own: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = str(text(tmp_path / "rows.jsonl"))
-    short, healed, run = tmp_path / "short", tmp_path / "healed", tmp_path / "run"
+    short, retrained, run = tmp_path / "short", tmp_path / "retrained", tmp_path / "run"
     flag = "--trust-remote-code"
     common = ("--samples", "2", "--length", "16", "--data", rows, flag)
     measured = ("--length", "16", "--max-segments", "2", "--data", rows, flag)
@@ -385,10 +385,10 @@ def test_with_the_flag_every_stage_works(
     with trusting_remote_code():
         assert open_checkpoint(short).block_count == 4
         quick = options(data=rows, method="lora")
-        shortllm.retrain(str(short), healed, options=quick, device="cpu")
-        assert type(shortllm.load(healed)).__name__ == "OwnModel"
-    model = AutoModelForCausalLM.from_pretrained(healed, trust_remote_code=True)
-    assert model.config.num_hidden_layers == 4 and (healed / "own.py").exists()
+        shortllm.retrain(str(short), retrained, options=quick, device="cpu")
+        assert type(shortllm.load(retrained)).__name__ == "OwnModel"
+    model = AutoModelForCausalLM.from_pretrained(retrained, trust_remote_code=True)
+    assert model.config.num_hidden_layers == 4 and (retrained / "own.py").exists()
     with pytest.raises(UnsupportedModelError, match="--trust-remote-code"):
         shortllm.shorten(model, blocks=2)
     shorter = shortllm.shorten(model, blocks=2, trust_remote_code=True)

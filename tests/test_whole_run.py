@@ -1,4 +1,4 @@
-"""A run with healing and benchmark, the recipe it follows, and several runs on one page."""
+"""A run with retraining and benchmark, the recipe it follows, and several runs on one page."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shortllm.errors import RecipeError, ResultFileError, ShortLLMError
 from shortllm.evaluation.options import Evaluation, EvaluationOptions, Perplexity
 from shortllm.recipe import Recipe, changed, load_recipe, recipe_names
 from shortllm.reporting.charts import Point, front
-from shortllm.reporting.healing import recovered
 from shortllm.reporting.load import load_results, load_runs
+from shortllm.reporting.recovery import recovered
 from shortllm.reporting.run_page import verdict
 from shortllm.reporting.runs_page import compared_models
 from shortllm.retraining.options import Retraining, RetrainOptions
@@ -42,41 +42,41 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="module")
-def healed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("whole") / "healed"
+def retrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "retrained"
     pipeline.run(recipe=RECIPE, out=directory)
     return directory
 
 
-def test_every_way_of_healing_makes_a_checkpoint_that_is_measured(healed: Path) -> None:
-    evaluation = Evaluation.load(healed / "eval.json")
+def test_every_way_of_retraining_makes_a_checkpoint_that_is_measured(retrained: Path) -> None:
+    evaluation = Evaluation.load(retrained / "eval.json")
     names = [entry.name for entry in evaluation.models]
     assert names == ["original", "pruned", "retrained-lora", "retrained-full"]
     pruned = evaluation.models[1].model
-    of_the_run = (healed / "README.md").read_text()
+    of_the_run = (retrained / "README.md").read_text()
     for name in names[2:]:
-        record = Retraining.load(healed / name / "retrain.json")
+        record = Retraining.load(retrained / name / "retrain.json")
         assert record.model.fingerprint == pruned.fingerprint and record.steps == 4
         assert [step for step, _ in record.curves["held_out"]] == [0, 2, 4]
-        checkpoint = shortllm.open_checkpoint(healed / name)
+        checkpoint = shortllm.open_checkpoint(retrained / name)
         assert checkpoint.block_count == 10
-        card = (healed / name / "README.md").read_text()
+        card = (retrained / name / "README.md").read_text()
         assert f'path = "{name}"  #' in card and f"- retrained by {record.method}, on" in card
         assert f"|  | original | {name} |\n" in card
         assert (card == of_the_run) == (name == names[-1])
-    card = (healed / "pruned" / "README.md").read_text()
+    card = (retrained / "pruned" / "README.md").read_text()
     assert "retrained by" not in card and "neither healed nor retrained" in card
     assert "|  | original | pruned |\n" in card
-    assert (healed / "retrained-lora" / "adapter" / "adapter_model.safetensors").exists()
-    benchmark = Benchmark.load(healed / "bench.json")
+    assert (retrained / "retrained-lora" / "adapter" / "adapter_model.safetensors").exists()
+    benchmark = Benchmark.load(retrained / "bench.json")
     assert [one.name for one in benchmark.models] == ["original", "pruned"]
 
 
-def test_the_report_shows_recovery_and_speed(healed: Path) -> None:
-    page = (healed / "report.html").read_text()
+def test_the_report_shows_recovery_and_speed(retrained: Path) -> None:
+    page = (retrained / "report.html").read_text()
     for part in ("Recovery", "retrained-lora", "Speed and memory"):
         assert part in page
-    results = load_results(healed)
+    results = load_results(retrained)
     before, removed = results.perplexities("original"), results.perplexities("pruned")
     after = results.perplexities("retrained-full")
     [key] = before
@@ -87,8 +87,8 @@ def test_the_report_shows_recovery_and_speed(healed: Path) -> None:
 @pytest.mark.parametrize(
     ("scatter", "said"), [(0.05, "It generates"), (0.5, "latencies vary by ± 50.0\u202f%")]
 )
-def test_a_speed_that_scatters_is_no_verdict(scatter: float, said: str, healed: Path) -> None:
-    results = load_results(healed)
+def test_a_speed_that_scatters_is_no_verdict(scatter: float, said: str, retrained: Path) -> None:
+    results = load_results(retrained)
     assert results.benchmark is not None
     measurements = [
         one.model_copy(update={"latency_mean_s": 1.0, "latency_std_s": scatter})
@@ -99,12 +99,12 @@ def test_a_speed_that_scatters_is_no_verdict(scatter: float, said: str, healed: 
 
 
 def test_the_same_run_again_skips_all_of_it(
-    healed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    retrained: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in healed.rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in retrained.rglob("*.safetensors")}
     monkeypatch.setattr("shortllm.model.loading.load_model", None)  # needing a model would fail
     with caplog.at_level(logging.INFO, logger="shortllm"):
-        pipeline.run(recipe=RECIPE, out=healed)
+        pipeline.run(recipe=RECIPE, out=retrained)
     for name in (
         "scores.json",
         "pruned",
@@ -119,24 +119,24 @@ def test_the_same_run_again_skips_all_of_it(
     assert all(path.stat().st_mtime_ns == before[path] for path in weights)
 
 
-def test_another_plan_heals_again_and_leaves_nothing_stale(healed: Path, tmp_path: Path) -> None:
+def test_another_plan_retrains_and_leaves_nothing_stale(retrained: Path, tmp_path: Path) -> None:
     directory = tmp_path / "copy"
-    shutil.copytree(healed, directory)
+    shutil.copytree(retrained, directory)
     other = RECIPE.model_copy(
         update={"budget": shortllm.Budget(remove=3), "retraining": [RECIPE.retraining[1]]}
     )
     result = pipeline.run(recipe=other, out=directory, overwrite=True)
     assert list(result.checkpoints) == ["pruned", "retrained"]
     assert shortllm.open_checkpoint(directory / "retrained").block_count == 9
-    # what an earlier recipe has healed stays on disk, and out of the report
+    # what an earlier recipe has retrained stays on disk, and out of the report
     assert (directory / "retrained-lora").is_dir()
     assert list(load_results(directory).retraining) == ["retrained"]
     assert "retrained-lora" not in (directory / "report.html").read_text()
 
 
 @pytest.mark.slow
-def test_killed_while_healing_the_same_command_completes_with_the_same_weights(
-    healed: Path, tmp_path: Path
+def test_killed_while_retraining_the_same_command_completes_with_the_same_weights(
+    retrained: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "killed"
     state = directory / "retrained-full.training.partial" / "states" / "checkpoint-2"
@@ -150,7 +150,7 @@ def test_killed_while_healing_the_same_command_completes_with_the_same_weights(
     pipeline.run(recipe=RECIPE, out=directory)
     for name in ("retrained-lora", "retrained-full"):
         file = f"{name}/model.safetensors"
-        assert (directory / file).read_bytes() == (healed / file).read_bytes()
+        assert (directory / file).read_bytes() == (retrained / file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -176,20 +176,20 @@ def test_mistakes_of_late_stages_are_found_before_scoring(
 # Recipes and flags.
 
 
-def test_names_of_healed_models() -> None:
+def test_names_of_retrained_models() -> None:
     full = RetrainOptions(method="full")
-    assert list(Recipe(retraining=[full]).healed) == ["retrained"]
+    assert list(Recipe(retraining=[full]).retrained) == ["retrained"]
     several = Recipe(retraining=[full, RetrainOptions(), full])
-    assert list(several.healed) == ["retrained-full", "retrained-lora", "retrained-full-2"]
+    assert list(several.retrained) == ["retrained-full", "retrained-lora", "retrained-full-2"]
     assert Recipe.model_validate({"retraining": {"method": "full"}}).retraining == [full]
 
 
 def test_the_recipes_of_the_embedded_model() -> None:
-    assert {"embedded", "embedded-healing"} <= set(recipe_names())
+    assert {"embedded", "embedded-retraining"} <= set(recipe_names())
     recipe = load_recipe("embedded")
     assert recipe.model == "embedded" and recipe.benchmark is not None
     assert [one.method for one in recipe.retraining] == ["lora", "full"]
-    steps = {one.max_steps for one in load_recipe("embedded-healing").retraining}
+    steps = {one.max_steps for one in load_recipe("embedded-retraining").retraining}
     assert len(steps) == 1, "a comparison of methods gives each the same number of steps"
 
 
@@ -302,24 +302,26 @@ def test_mistakes_in_flags(
 # Several runs.
 
 
-def test_runs_side_by_side(healed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_runs_side_by_side(
+    retrained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "magnitude"
     pipeline.run(
         recipe=changed(RECIPE, {"criterion": "magnitude", "retraining": [], "benchmark": None}),
         out=other,
     )
     page = tmp_path / "page.html"
-    code, out, _ = call(capfd, "compare", healed, other, "--out", page, "--json")
+    code, out, _ = call(capfd, "compare", retrained, other, "--out", page, "--json")
     assert code == 0
     models = json.loads(out)
     assert [(one["run"], one["name"]) for one in models] == [
         (None, "original"),
-        ("healed", "pruned"),
-        ("healed", "retrained-lora"),
-        ("healed", "retrained-full"),
+        ("retrained", "pruned"),
+        ("retrained", "retrained-lora"),
+        ("retrained", "retrained-full"),
         ("magnitude", "pruned"),
     ]
-    evaluation = Evaluation.load(healed / "eval.json")
+    evaluation = Evaluation.load(retrained / "eval.json")
     by_name = {one.name: one.perplexity[0].perplexity for one in evaluation.models}
     [text] = models[0]["perplexity"]
     assert [one["perplexity"][text] for one in models[:4]] == list(by_name.values())
@@ -328,33 +330,33 @@ def test_runs_side_by_side(healed: Path, tmp_path: Path, capfd: pytest.CaptureFi
     html = page.read_text()
     assert html.count("<svg") == 2 and "https:" not in html and "src=" not in html
     assert str(tmp_path) not in html
-    assert shortllm.compare([healed, other], out=page) == compared_models(
-        load_runs([healed, other])
+    assert shortllm.compare([retrained, other], out=page) == compared_models(
+        load_runs([retrained, other])
     )
 
 
-def test_texts_of_different_protocols_stay_apart(healed: Path, tmp_path: Path) -> None:
+def test_texts_of_different_protocols_stay_apart(retrained: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(healed, other)
+    shutil.copytree(retrained, other)
     evaluation = json.loads((other / "eval.json").read_text())
     for model in evaluation["models"]:
         model["perplexity"][0]["tokens_fingerprint"] = "other tokens"
     (other / "eval.json").write_text(json.dumps(evaluation))
-    models = compared_models(load_runs([healed, other]))
+    models = compared_models(load_runs([retrained, other]))
     assert len(models[0].perplexity) == 2, "the original was measured on both"
     assert all(len(one.perplexity) == 1 for one in models[1:])
     assert len({text for one in models for text in one.perplexity}) == 2
 
 
-def test_mistakes_of_compare(healed: Path, tmp_path: Path) -> None:
+def test_mistakes_of_compare(retrained: Path, tmp_path: Path) -> None:
     with pytest.raises(ResultFileError, match="given twice"):
-        load_runs([healed, healed / "."])
+        load_runs([retrained, retrained / "."])
     with pytest.raises(ResultFileError, match="plan.json is missing"):
         load_runs([tmp_path])
-    copy = tmp_path / "healed"
-    shutil.copytree(healed, copy)
-    assert list(load_runs([healed, copy])) == [
-        f"{place.parent.name}/healed" for place in (healed, copy)
+    copy = tmp_path / "retrained"
+    shutil.copytree(retrained, copy)
+    assert list(load_runs([retrained, copy])) == [
+        f"{place.parent.name}/retrained" for place in (retrained, copy)
     ]
     (copy / "eval.json").unlink()
     with pytest.raises(ResultFileError, match="has no eval.json"):
@@ -362,12 +364,12 @@ def test_mistakes_of_compare(healed: Path, tmp_path: Path) -> None:
 
 
 def test_the_front_is_what_no_point_beats() -> None:
-    places = [(1.0, 9.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0), (4.0, 2.0)]
+    places = [(1.0, 9.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0), (4.0, 2.0), (2.0, 5.0)]
     points = [
-        Point(number=number, group="run", kind="pruned", x=x, y=y)
+        Point(number=number, name="pruned", group="run", kind="pruned", x=x, y=y)
         for number, (x, y) in enumerate(places)
     ]
-    assert [point.number for point in front(points, higher_is_better=False)] == [0, 1, 4]
+    assert [point.number for point in front(points, higher_is_better=False)] == [0, 1, 5, 4]
     assert [point.number for point in front(points, higher_is_better=True)] == [0]
 
 

@@ -705,11 +705,11 @@ def test_the_other_commands_take_shapes_per_block(tmp_path: Path) -> None:
         trained = RetrainOptions(
             method=method, data=str(data), **{**retraining.QUICK, "max_steps": 2}
         )
-        healed = tmp_path / method
-        shortllm.retrain(narrower, healed, options=trained, device="cpu")
-        shapes = json.loads((healed / "config.json").read_text())["per_block_shapes"]
+        retrained = tmp_path / method
+        shortllm.retrain(narrower, retrained, options=trained, device="cpu")
+        shapes = json.loads((retrained / "config.json").read_text())["per_block_shapes"]
         assert shapes == json.loads(Path(narrower, "config.json").read_text())["per_block_shapes"]
-        assert shortllm.load(healed).config.model_type == "qwen2"
+        assert shortllm.load(retrained).config.model_type == "qwen2"
     shorter = shortllm.shorten(shortllm.load(narrower), blocks=2)
     shorter.save_pretrained(tmp_path / "shorter")
     assert "per_block_shapes" in (tmp_path / "shorter" / "config.json").read_text()

@@ -376,7 +376,7 @@ def test_any_other_task_of_the_harness_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["boolk"], "unknown task 'boolk'. Did you mean 'boolq'.*Available: paper, embedded"),
+        (["boolk"], "unknown task 'boolk'. Did you mean 'boolq'.*Available: paper, chat, embedded"),
         (["shortllm_embedded", "embedded"], "requested twice, by 'shortllm_embedded' and by"),
     ],
 )

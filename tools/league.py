@@ -1,4 +1,4 @@
-"""The league: every way to choose blocks and to heal, and published methods, on small models.
+"""The league: every way to choose blocks, heal and retrain, and published methods, measured.
 
     python tools/league.py                                   # the embedded model
     python tools/league.py --shared ../shared --minutes 120  # and the real models there
@@ -181,7 +181,7 @@ def swept(one: Studied, count: int, out: Path) -> None:
             found = shortllm.merge(
                 one.model, out, threshold=threshold, remove=count, data=one.text, dtype=one.dtype
             )
-        except BudgetError:
+        except ShortLLMError:
             continue
         if len(found.removed) == count:
             return
@@ -514,7 +514,7 @@ def task_rows(found: Measured) -> Iterator[Callable[[], None]]:
 
 INTRO = """# The league
 
-Every criterion, every search and every way to heal that shortllm has, next to the published methods
+Every criterion, search and way to heal or retrain that shortllm has, next to the published methods
 they come from, on the same models and texts. All of it is computed by this package, from the
 papers' definitions: a row named after a paper is its method as we implement it, not the authors'
 program.
@@ -633,7 +633,7 @@ def league_table(found: Measured) -> list[str]:
 
 
 def sets_table(found: Measured) -> list[str]:
-    """A line per removed set, those found by several criteria once, by way to heal."""
+    """A line per removed set, those found by several criteria once, by way to heal or retrain."""
     known = [row for row in found.found["rows"] if row["count"] and "perplexity" in row]
     columns = [way for way in COLUMNS if any(row["way"] == way for row in known)]
     lines = [

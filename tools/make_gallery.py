@@ -30,9 +30,9 @@ RATIO = 0.2
 INTRO = """# Gallery
 
 Small models, every criterion, and width against depth at one size: a fifth of the parameters
-removed, then the same {steps} steps of LoRA for all. Open marks are models that were not healed.
+removed, then the same {steps} steps of LoRA for all. Open marks are models that were not retrained.
 Speeds were measured on two processor cores; compare their ratios, not their values. books5M was
-healed on books, and both texts are of another kind. `python tools/make_gallery.py --shared
+retrained on books, and both texts are of another kind. `python tools/make_gallery.py --shared
 ../shared` writes this page.
 
 """
@@ -53,12 +53,12 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """A model of the gallery, and the text it is scored, healed and measured on."""
+    """A model of the gallery, and the text it is scored, retrained and measured on."""
 
     name: str
     model: str
     calibration: str
-    healing: str
+    training: str
     texts: list[str]
 
 
@@ -84,7 +84,7 @@ def recipe_of(one: Shown, steps: int) -> Recipe:
         calibration=CalibrationOptions(data=one.calibration),
         retraining=[
             RetrainOptions(
-                data=one.healing, form="text", length=128, batch=8, max_steps=steps, rows=4000,
+                data=one.training, form="text", length=128, batch=8, max_steps=steps, rows=4000,
                 learning_rate=2e-3, schedule="cosine", held_out=20, report_to=[],
             )
         ],
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, help="directory with models/ and data/")
     parser.add_argument("--runs", type=Path, default=Path("runs/gallery"))
-    parser.add_argument("--steps", type=int, default=100, help="of healing")
+    parser.add_argument("--steps", type=int, default=100, help="of training")
     arguments = parser.parse_args()
     if arguments.shared is not None:
         os.environ.setdefault("SHORTLLM_DATA", str(arguments.shared / "data"))

@@ -50,6 +50,7 @@ class Mistake:
 
 
 SCORE = "score embedded --out new"
+RETRAIN = "retrain embedded --method lora --out new"
 
 MISTAKES = [
     # commands and flags
@@ -61,6 +62,11 @@ MISTAKES = [
     Mistake("bench embedded --preset papr", "'paper'"),
     Mistake("info embedded --samples 0", "greater than or equal to 1"),
     Mistake("bench embedded --batch x", "--batch x: must be a valid integer"),
+    Mistake("eval embedded --prompt", "See: shortllm eval --help"),
+    Mistake("info embedded --quiet --verbose", "exclude each other"),
+    Mistake("info embedded --overwrite", "no such option: --overwrite"),
+    Mistake("cache clean", "Did you mean 'clear'?"),
+    Mistake("demo --port 0", "greater than or equal to 1"),
     # devices
     Mistake("run --device gpu", "Did you mean 'cuda'?"),
     Mistake("eval embedded --device cpux", "unknown --device 'cpux'"),
@@ -82,17 +88,35 @@ MISTAKES = [
     Mistake("width embedded --ratio 0.2 --method flapp --out new", "Did you mean 'flap'?"),
     Mistake("quantize embedded --method rtn4 --out new", "Available: "),
     Mistake("drop-sublayers embedded --criterion nope --remove 2 --out new", "Available: "),
+    Mistake(f"{SCORE} --criterion span --option span.size=3", "has no option 'size'"),
+    Mistake("compare-criteria embedded --ratios 0.1,2", "--ratios 2: must be less than 1"),
+    Mistake("heal embedded --ridge -1 --out new", "--ridge -1.0: must be greater than 0"),
+    # conversations
+    Mistake("eval embedded --data embedded --apply-chat-template", "has no chat template"),
+    Mistake("run --apply-chat-template", "embedded has no chat template"),
+    Mistake("eval embedded --data embedded --continuations 1 --system Hi", "--system: embedded"),
+    Mistake("eval embedded --tasks boolq --num-fewshot -1", "greater than or equal to 0"),
+    Mistake("eval embedded --tasks boolq --fewshot-as-multiturn", "Add --apply-chat-template"),
+    Mistake("eval embedded --one-turn 5", "no such directory: 5"),
+    Mistake(
+        f"{RETRAIN} --template chat --data two.jsonl#prompt=query,completion=reply",
+        "Use --template alpaca",
+    ),
     # budgets
     Mistake("run --remove x", "must be a valid integer"),
     Mistake("run --remove 0", "greater than or equal to 1"),
     Mistake("run --ratio 20", "less than 1"),
     Mistake("run --remove 2 --ratio 0.5", "several budgets given"),
     Mistake("run --blocks 1,x", "--blocks x"),
+    Mistake("run --blocks 6-4", "--blocks 6-4"),
     Mistake("prune embedded --blocks 1,b --out new", "is not a list of block numbers"),
+    Mistake("prune embedded --blocks 6-4 --out new", "is not a list of block numbers"),
+    Mistake("prune embedded --blocks 3 --plan nothere --out new", "give either --plan"),
     Mistake("run --target-params big", "such as 1.0B or 350M"),
     # models
     Mistake("info nothere", "no such directory: nothere"),
     Mistake("info nope/nope", "HF_HUB_OFFLINE is set"),
+    Mistake("info ''", "the model's name is empty"),
     Mistake("info empty", "no config.json"),
     Mistake("info noweights", "Was the download finished?"),
     Mistake("info adapter", "has an adapter"),
@@ -119,6 +143,14 @@ MISTAKES = [
     Mistake(f"{SCORE} --calibration ids.json --data text.txt", "Leave one of them out"),
     Mistake("eval embedded --data nothere.txt", "no such file: nothere.txt"),
     Mistake("retrain embedded --method full --data nothere.txt --out new", "no such file"),
+    Mistake(f"{SCORE} --data text.txt,two.jsonl", "which only retraining takes"),
+    Mistake(f"{RETRAIN} --data c4:x,alpaca:1", "as in c4:0.5,alpaca:0.5"),
+    Mistake(f"{RETRAIN} --data two.jsonl,text.txt", "with a weight above 0"),
+    Mistake(f"{RETRAIN} --data two.jsonl --columns prompt", "give FIELD=COLUMN"),
+    Mistake(f"{RETRAIN} --data text.txt --max-steps 2 --epochs 1", "Give one of them"),
+    Mistake(f"{RETRAIN} --data text.txt --teacher embedded", "an option of --method distill"),
+    Mistake(RETRAIN, "the default training data, 'alpaca:train', is not here"),
+    Mistake("merge embedded --data nothere --out new", "'nothere' is not here"),
     Mistake("run {smollm}", "the default text, 'bookcorpus:train', is not here"),
     # recipes and files of earlier stages
     Mistake("run --recipe embeded", "Did you mean 'embedded'?"),
@@ -129,14 +161,23 @@ MISTAKES = [
     Mistake("plan nothere --remove 2", "Score first: shortllm score MODEL --out nothere"),
     Mistake("plan empty --remove 2", "Score first: shortllm score MODEL --out empty"),
     Mistake("plan nothere", "no budget given"),
+    Mistake("plan embedded --remove 2", "Score it first: shortllm score embedded --out DIR"),
+    Mistake("plan noweights --remove 2", "noweights is a model"),
+    Mistake("plan model.gguf --remove 2", "model.gguf is a model"),
     Mistake("prune embedded --plan nothere --out new", "there is no plan in nothere"),
     Mistake("prune embedded --out new", "give either --plan"),
     Mistake("report nothere", "no such directory: nothere"),
     Mistake("report empty", "is not a run"),
+    Mistake("report noweights", "is a model, not a run"),
+    Mistake("compare noweights", "is a model, not a run"),
     Mistake("compare nothere", "no such directory: nothere"),
     # where results go
     Mistake("prune embedded --blocks 3 --out other", "contains something else"),
+    Mistake("prune embedded --blocks 3 --out other --overwrite", "contains something else"),
     Mistake("prune embedded --blocks 3 --out text.txt", "is a file"),
+    Mistake("heal embedded --data text.txt --out text.txt", "is a file"),
+    Mistake("bench embedded --out text.txt", "is a file"),
+    Mistake("compare-criteria --out other", "not a run of shortllm"),
     Mistake("score embedded --out text.txt", "is a file"),
     Mistake("run --out text.txt", "is a file"),
     Mistake("run --out other", "not a run of shortllm"),
@@ -148,6 +189,9 @@ MISTAKES = [
     Mistake("heal embedded --data embedded --out new", "does not say from which", model=True),
     Mistake(f"{SCORE} --length 5000", "a shorter --length", model=True),
     Mistake("eval embedded --data embedded --tasks bolq", "bolq", model=True),
+    Mistake(f"{RETRAIN} --data text.txt", "At least 2 are needed", model=True),
+    Mistake(f"{RETRAIN} --data text.txt --load-in-4bit", "needs a CUDA GPU", model=True),
+    Mistake(f"{RETRAIN} --data text.txt --report-to wandbb", "Did you mean 'wandb'?", model=True),
     Mistake("{smollm} --out new".join(["score ", " --data text.txt"]), "samples need", model=True),
 ]
 

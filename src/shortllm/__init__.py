@@ -5,7 +5,7 @@ measure.
 
     scores = shortllm.score("Qwen/Qwen3-0.6B")
     plan = shortllm.plan(scores, remove=6)
-    shortllm.prune("Qwen/Qwen3-0.6B", plan, Path("qwen3-short"))
+    shortllm.prune("Qwen/Qwen3-0.6B", plan, "qwen3-short")
 
 The names below are loaded when first used, so that `import shortllm` loads neither torch nor
 transformers.

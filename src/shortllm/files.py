@@ -273,10 +273,15 @@ def require_file_target(path: Path) -> None:
     require_writable(path.parent)
 
 
+def require_no_file(directory: Path) -> None:
+    """Refuse a file where a directory will be written."""
+    if directory.is_file():
+        raise OutputError(f"--out {directory} is a file. Give a directory")
+
+
 def require_free(target: Path, record: str) -> None:
     """Refuse a target that contains anything but an earlier result, which contains `record`."""
-    if target.is_file():
-        raise OutputError(f"--out {target} is a file. Give a directory")
+    require_no_file(target)
     if target.is_dir() and any(target.iterdir()) and not (target / record).is_file():
         raise OutputError(f"{target} contains something else. Choose another --out, or delete it")
 

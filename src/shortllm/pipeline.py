@@ -75,7 +75,7 @@ class RunResult:
     """With every default resolved."""
     plan: PrunePlan
     healing: Healing | None
-    """The training-free repair."""
+    """Healing without training."""
     retraining: dict[str, Retraining]
     """By the name of the retrained model."""
     quantization: Quantization | None
@@ -95,7 +95,7 @@ def run(
     out: Path | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
-    """From a model's name to a shortened, repaired checkpoint and a report, in one directory.
+    """From a model's name to a shortened, recovered checkpoint and a report, in one directory.
 
     Stages whose files are up to date are skipped; an interrupted run is resumed.
 
@@ -144,16 +144,16 @@ def _stages(prepared: _Prepared) -> RunResult:
             )
         models[HEALED] = opened_within(directory, HEALED)
     retraining: dict[str, Retraining] = {}
-    for name, options in recipe.healed.items():
+    for name, options in recipe.retrained.items():
         with stage(f"retrain by {options.method}"):
             retraining[name] = retrain_from(shortened, options, directory / name, session=session)
-    retrained = {name: opened_within(directory, name) for name in retraining}
-    models |= retrained
+        models[name] = opened_within(directory, name)
     quantization = None
     if prepared.quantizing is not None:
         with stage("quantize"):
+            recovered = {name: models[name] for name in models if name not in ("original", PRUNED)}
             quantization = _quantize(
-                prepared, prepared.quantizing, retrained or {PRUNED: shortened}
+                prepared, prepared.quantizing, recovered or {PRUNED: shortened}
             )
         models[QUANTIZED] = opened_within(directory, QUANTIZED)
     with stage("eval"):
@@ -259,7 +259,7 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
 def _stage_count(recipe: Recipe, *, scored: bool) -> int:
     """How many stages a run has: prepare, prune and eval, and those that are wanted."""
     wanted = (scored, recipe.healing, recipe.quantization, recipe.benchmark)
-    return 3 + len(recipe.healed) + sum(bool(one) for one in wanted)
+    return 3 + len(recipe.retrained) + sum(bool(one) for one in wanted)
 
 
 def healing_of(recipe: Recipe, criterion: Criterion) -> dict[str, str]:

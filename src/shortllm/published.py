@@ -58,7 +58,7 @@ class Published(Record):
     )
     original: PublishedFigures | None = Field(default=None, description="of the intact model")
     released: PublishedFigures | None = Field(
-        default=None, description="of the shortened and healed model"
+        default=None, description="of the shortened and retrained model"
     )
 
 
@@ -76,9 +76,9 @@ def published_comparison(
 ) -> list[PublishedComparison]:
     """Our figures and the published ones, where both have the same protocol.
 
-    The original is compared with the published original, and each healed model with the released
-    one, which was healed as well. Under `options` that measure only a part of a text or task,
-    that text or task is not compared.
+    The original is compared with the published original, and each retrained model with the
+    released one, which was retrained as well. Under `options` that measure only a part of a text or
+    task, that text or task is not compared.
     """
     rows: list[PublishedComparison] = []
     for model in evaluation.models:

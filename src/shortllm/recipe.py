@@ -87,7 +87,7 @@ class Recipe(Runtime):
     calibration: CalibrationOptions = CalibrationOptions()
     healing: Annotated[HealOptions | None, Nested(skip=True), HEAL] = Field(
         default=None,
-        description="How to repair the shortened model without training: a method, or its options.",
+        description="How to heal the shortened model without training: a method, or its options.",
     )
     heal_aware: Annotated[bool | None, Flag(panel="Healing")] = Field(
         default=None,
@@ -160,7 +160,7 @@ class Recipe(Runtime):
         return given
 
     @property
-    def healed(self) -> dict[str, RetrainOptions]:
+    def retrained(self) -> dict[str, RetrainOptions]:
         """The retrainings by the names of their models: `retrained`, or of several
         `retrained-lora`, `retrained-full`, ...; the second of a method `retrained-lora-2`."""
         if len(self.retraining) == 1:
@@ -305,6 +305,8 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {validation_message(error, Recipe)}") from error
+    except TypeError as error:  # something else in place of a model
+        raise RecipeError(f"{where}: model: {error}") from error
 
 
 def settings_in(given: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from shortllm.files import (
     PARTIAL,
     differs,
     hold,
+    require_no_file,
     require_same_choices,
     require_writable,
     translate_os_errors,
@@ -89,6 +90,10 @@ def require_results(directory: Path) -> None:
     """Refuse what is not a directory of a finished run."""
     if not directory.is_dir():
         raise ResultFileError(f"no such directory: {directory}. Give the directory of a run")
+    if (directory / "config.json").exists():
+        raise ResultFileError(
+            f"{directory} is a model, not a run. Give the --out of `shortllm run`"
+        )
     if not any(directory.glob("*.json")):
         raise ResultFileError(
             f"{directory} is not a run: it has no results. Give the --out of `shortllm run`"
@@ -97,8 +102,7 @@ def require_results(directory: Path) -> None:
 
 def require_run_directory(directory: Path) -> list[Path]:
     """Refuse a file, and a directory that contains something else than a run; what it contains."""
-    if directory.is_file():
-        raise OutputError(f"--out {directory} is a file. Give a directory")
+    require_no_file(directory)
     require_writable(directory)
     listing = directory.iterdir() if directory.is_dir() else []
     present = [path for path in listing if not path.name.endswith(PARTIAL) and path.name != LOCK]

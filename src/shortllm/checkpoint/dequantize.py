@@ -34,7 +34,12 @@ from shortllm.errors import (
     UnsupportedModelError,
     first_line_of,
 )
-from shortllm.files import partial_directory, require_writable, translate_os_errors
+from shortllm.files import (
+    follow_umask,
+    partial_directory,
+    require_writable,
+    translate_os_errors,
+)
 from shortllm.format import in_bytes
 from shortllm.records import GgufOrigin
 from shortllm.runtime import available_memory, quiet_transformers
@@ -109,6 +114,7 @@ def dequantized(path: Path) -> Path:
         )  # fmt: skip
         with partial_directory(target, needed_bytes=needed) as directory:
             _dequantize(file, directory)
+            follow_umask(directory)
     return target
 
 

@@ -49,11 +49,8 @@ def _named(given: Any, info: ValidationInfo) -> str:
     if isinstance(given, Path):
         return f"./{given}" if str(given) == EMBEDDED else str(given)
     if isinstance(given, str):
-        if given.strip():
-            return given
-        raise CheckpointError(
-            f"the model's name is empty. Give a checkpoint directory, a Hub id or '{EMBEDDED}'"
-        )
+        require_named(given)
+        return given
     if not loaded.is_loaded_model(given):
         raise loaded.refuse(given)
     context = info.context or {}
@@ -63,6 +60,14 @@ def _named(given: Any, info: ValidationInfo) -> str:
 
 ModelSource = Annotated[str, BeforeValidator(_named)]
 """A model: a directory, Hub id, GGUF file or loaded model, each by the name it is opened by."""
+
+
+def require_named(source: str) -> None:
+    """Refuse a name that is empty, as that of a variable of the shell that is not set."""
+    if not source.strip():
+        raise CheckpointError(
+            f"the model's name is empty. Give a checkpoint directory, a Hub id or '{EMBEDDED}'"
+        )
 
 
 def named_revision(source: str, revision: str | None) -> tuple[str, str | None]:
@@ -119,6 +124,7 @@ def local_directory(source: str) -> Path | None:
 
 def require_there(source: str, revision: str | None = None) -> None:
     """Refuse a model whose files are not here and cannot be fetched; opens none, loads no torch."""
+    require_named(source)
     source, revision = named_revision(source, revision)
     if source == EMBEDDED:
         return

@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         code = 2
     except UsageError as error:
-        _explain(error)
+        _explain(error, sys.argv[1:] if arguments is None else arguments)
         code = 2
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return 130 instead
         code = INTERRUPTED
@@ -136,14 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _explain(error: Any) -> None:
+def _explain(error: Any, typed: Sequence[str]) -> None:
     """Print a mistake that typer found in the style of all others."""
     said = str(error.format_message()).strip().rstrip(".")
     if not said or "Commands" in said:  # no command was given: the help is printed instead
         error.show()
         return
     context = getattr(error, "ctx", None)
-    called = "shortllm" if context is None else context.command_path
+    called = f"shortllm {typed[0]}" if context is None else context.command_path
     said = said.replace("Value error, ", "").replace("Input should be ", "must be ")
     said = said.partition(", unable to parse")[0]
     stop = "" if said.endswith("?") else "."

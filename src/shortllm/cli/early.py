@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from shortllm import criteria
+from shortllm.checkpoint.chat_template import has_chat_template
 from shortllm.checkpoint.hub import EMBEDDED, hub_answers, is_gguf, require_there
 from shortllm.comparison.options import ComparisonOptions
 from shortllm.criteria import Criterion
 from shortllm.data.at_hand import require_at_hand
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.shapes import with_columns
+from shortllm.data.shapes import template_for, with_columns
 from shortllm.data.sources import Role
-from shortllm.errors import DataError, OutputError
+from shortllm.errors import DataError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.files import require_free, require_writable
+from shortllm.files import require_free, require_no_file, require_writable
 from shortllm.healing.options import Healing, HealOptions
 from shortllm.merging.options import MergeOptions, Merging
 from shortllm.options import Options
+from shortllm.pruning.budget import require_plan_or_blocks
 from shortllm.pruning.records import Pruning, load_plan, scores_path
 from shortllm.quantizing.options import Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
@@ -75,7 +77,8 @@ def check_recipe(recipe: Recipe, out: Path | None) -> None:
     _check_calibration(recipe.calibration, embedded=embedded or not wanted)
     _check_texts(recipe.evaluation, [recipe.model])
     for options in recipe.retraining:
-        _check_texts(options, [recipe.model])
+        data = options.data or (EMBEDDED if embedded else None)
+        _check_texts(options.model_copy(update={"data": data}), [recipe.model])
     if out is not None:
         require_run_directory(out)
     _go_offline()
@@ -95,8 +98,9 @@ def check_scores(scores: Path) -> None:
     scores_path(scores)
 
 
-def check_pruning(plan: Path | None, out: Path) -> None:
+def check_pruning(plan: Path | None, blocks: list[int] | None, out: Path) -> None:
     """Check the plan and the target of a removal."""
+    require_plan_or_blocks(plan, blocks)
     if plan is not None:
         load_plan(plan)
     if not is_gguf(out):
@@ -111,8 +115,7 @@ def check_new_checkpoint(out: Path, kind: type[DerivedRecord]) -> None:
 
 def check_directory(out: Path) -> None:
     """Refuse a directory that cannot be written."""
-    if out.is_file():
-        raise OutputError(f"--out {out} is a file. Give a directory")
+    require_no_file(out)
     require_writable(out)
 
 
@@ -133,11 +136,16 @@ def _check_texts(record: Options, models: list[str]) -> None:
     embedded = models == [EMBEDDED]
     if isinstance(record, EvaluationOptions):
         record.require_template_for_turns()
+        if record.needs_template:
+            for model in models:
+                record.require_template(model, has_chat_template(model) is not False)
         _check_all(record.data, "evaluation", "--eval-data" if not models else "--data")
     elif isinstance(record, RetrainOptions):
         record.about.require_packages()
-        default = None if embedded else record.about.defaults.get("data")
-        data = record.data or default
+        if record.template == "chat":
+            for model in models:
+                template_for(has_chat_template(model) is not False, record.template)
+        data = record.data or record.about.defaults.get("data")
         if data is not None and data != GENERATED:
             require_at_hand(
                 with_columns(data, record.columns), role="training", form=record.form,

@@ -273,7 +273,8 @@ def list_of(text: str) -> list[str]:
     found: list[str] = []
     for part in (one.strip() for one in text.split(",")):
         first, dash, last = part.partition("-")
-        if dash and first.isdecimal() and last.isdecimal() and int(last) - int(first) < MAX_BLOCKS:
+        ends = dash and first.isdecimal() and last.isdecimal()
+        if ends and 0 <= int(last) - int(first) < MAX_BLOCKS:
             found += map(str, range(int(first), int(last) + 1))
         elif part:
             found.append(part)

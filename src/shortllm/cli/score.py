@@ -166,11 +166,11 @@ def prune(
     """
     import shortllm
 
-    if (plan is None) == (blocks is None):
-        raise BudgetError("give either --plan plan.json or --blocks 3,4,8")
-    chosen = plan if plan is not None else _block_numbers(blocks or "")
-    early.check_pruning(plan, out)
-    written = shortllm.prune(model, chosen, out, revision=revision, verify=verify, runtime=runtime)
+    numbers = None if blocks is None else _block_numbers(blocks)
+    early.check_pruning(plan, numbers, out)
+    written = shortllm.prune(
+        model, plan, out, blocks=numbers, revision=revision, verify=verify, runtime=runtime
+    )
     if not is_gguf(out):
         _print_pruning(Pruning.load(written / Pruning.FILE), written, verified=verify)
     typer.echo(f"{'file' if is_gguf(out) else 'checkpoint'}: {written}")

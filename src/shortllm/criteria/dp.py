@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shortllm.criteria import PLACE, Scores, SearchMethod, criterion
-from shortllm.criteria.search import Found, SearchSpace, Unit, begin, scores_of
+from shortllm.criteria.search import Found, SearchSpace, Unit, scores_of_one
 from shortllm.model.metrics import cosine
 from shortllm.papers import CLASP
 
@@ -134,7 +134,4 @@ def keep_hidden_states_near(
     Args:
         start: criterion whose scores order the blocks within the set.
     """
-    found, _, _ = begin(space, [start])
-    keep_near(space, found, {})
-    [best] = space.candidates([("dp", found.removed)], [found.value])
-    return scores_of(space, [best], best, found.start, None)
+    return scores_of_one(space, "dp", start, keep_near)

@@ -350,6 +350,19 @@ def _searched(
     return scores_of(space, candidates, result, found.start, found)
 
 
+def scores_of_one(
+    space: SearchSpace,
+    name: str,
+    start: str,
+    choose: Callable[[SearchSpace, Found, Mapping[str, Any]], None],
+) -> Scores:
+    """A set that is found in one go, as scores; the start only gives its size and orders it."""
+    found, _, _ = begin(space, [start])
+    choose(space, found, {})
+    [best] = space.candidates([(name, found.removed)], [found.value])
+    return scores_of(space, [best], best, found.start, None)
+
+
 def scores_of(
     space: SearchSpace,
     candidates: list[CandidateSet],

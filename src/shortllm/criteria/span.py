@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shortllm.criteria import PLACE, Scores, SearchMethod, criterion
-from shortllm.criteria.search import Blocks, Fitness, Found, SearchSpace, begin, scores_of
+from shortllm.criteria.search import Blocks, Fitness, Found, SearchSpace, scores_of_one
 from shortllm.errors import CriterionError
 
 
@@ -62,7 +62,4 @@ def best_span(
     Args:
         start: criterion whose scores order the blocks within the span.
     """
-    found, _, _ = begin(space, [start])
-    scan(space, found, {})
-    [best] = space.candidates([("span", found.removed)], [found.value])
-    return scores_of(space, [best], best, found.start, None)
+    return scores_of_one(space, "span", start, scan)

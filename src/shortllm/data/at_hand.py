@@ -72,7 +72,8 @@ def _check_first_record(file: Path, found: _Resolved, form: Form) -> None:
 def _not_here(found: _Resolved, role: Role, *, what: str, option: str) -> str:
     """Why a data set of the Hub cannot be read, what is here instead, and what to type."""
     assert found.place is not None
-    named = f"{what}, '{found.source}'," if what else f"'{found.source}'"
+    source = found.source if found.built_in is not None else found.source.removesuffix("::train")
+    named = f"{what}, '{source}'," if what else f"'{source}'"
     said = f"{named} is not here, and {why_not_asked()}. "
     here = texts_at_hand()
     if here:

@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 
 from jinja2 import TemplateError
 
-from shortllm.data.shapes import Messages, Row, Template
+from shortllm.data.shapes import Messages, Row, Template, template_for
 from shortllm.errors import DataError, first_line_of
 
 Span = tuple[int, int]
@@ -47,12 +47,7 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def template_of(tokenizer: Any, requested: Literal["auto", "alpaca", "chat"] = "auto") -> Template:
     """How conversations are formatted."""
-    found: Template = "alpaca" if getattr(tokenizer, "chat_template", None) is None else "chat"
-    if requested == "chat" != found:
-        raise DataError(
-            "--template chat: the tokenizer has no chat template. Use --template alpaca"
-        )
-    return found if requested == "auto" else requested
+    return template_for(getattr(tokenizer, "chat_template", None) is not None, requested)
 
 
 @dataclass(frozen=True)

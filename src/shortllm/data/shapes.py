@@ -56,6 +56,17 @@ ROLES = {
 """Other names of roles, as ShareGPT data has them."""
 
 
+def template_for(exists: bool, requested: Literal["auto", "alpaca", "chat"] = "auto") -> Template:
+    """How conversations are formatted; `exists` is whether the tokenizer has a chat template."""
+    if requested == "chat" and not exists:
+        raise DataError(
+            "--template chat: the tokenizer has no chat template. Use --template alpaca"
+        )
+    if requested == "auto":
+        return "chat" if exists else "alpaca"
+    return requested
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One way to read the records of a source: field -> column; no field for plain strings."""

@@ -205,11 +205,23 @@ def mixture(source: str) -> dict[str, float]:
     """`SOURCE:WEIGHT,SOURCE:WEIGHT,...` as source -> weight; one source alone has weight 1."""
     found = WEIGHTED.findall(source)
     if len(found) < 2 or ",".join(map(":".join, found)) != source:
-        return {source: 1.0}
+        if not _names_several(source):
+            return {source: 1.0}
+        found = []
     weights = {name: float(weight) for name, weight in found}
-    if len(weights) < len(found) or not all(weights.values()):
-        raise DataError(f"'{source}': give every source once, with a weight above 0")
+    if not weights or len(weights) < len(found) or not all(weights.values()):
+        raise DataError(
+            f"'{source}': give every source once, with a weight above 0, as in c4:0.5,alpaca:0.5"
+        )
     return weights
+
+
+def _names_several(source: str) -> bool:
+    """Whether sources are listed, one of which is known, but not each with a weight."""
+    heads = [one.partition(":")[0] for one in source.split(",")]
+    if len(heads) == 1 or "#" in source or Path(source).expanduser().is_file():
+        return False
+    return any(head in BUILT_INS or Path(head).expanduser().is_file() for head in heads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +237,7 @@ class _Resolved:
 
 
 def _resolve(source: str, role: Role) -> _Resolved:
-    if len(mixture(source)) > 1:
+    if _names_several(source) or len(mixture(source)) > 1:
         raise DataError(f"'{source}' is a mixture, which only retraining takes. Give one source")
     name, named = _split_column(source)
     head, _, split = name.partition(":")

@@ -21,7 +21,7 @@ def named_models(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
         if not name.strip() or not location.strip():
             raise ShortLLMError(
                 f"--model '{name}={location}' must have the form NAME=MODEL, "
-                "for example healed=runs/short"
+                "for example short=runs/short"
             )
         if name in found:
             raise ShortLLMError(f"two models are called '{name}'. Give each its own name")

@@ -25,7 +25,7 @@ from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fin
 from shortllm.data.chat import Chat, conversation, prompt_of
 from shortllm.data.rows import Rows
 from shortllm.data.sources import load_rows
-from shortllm.errors import CheckpointError, DataError, ShortLLMError
+from shortllm.errors import DataError, ShortLLMError
 from shortllm.evaluation.options import (
     CHAT_TEMPERATURE,
     PROMPT,
@@ -97,6 +97,8 @@ def evaluate(
     ranks = join_ranks()
     session = Session(runtime)
     tasks = prepare_tasks(list(checkpoints.values()), options, session)
+    for given, needed in options.without_effect():
+        log.warning("%s has no effect without %s", given, needed)
     measured = bool(options.data) or not options.tasks
     options = resolve_evaluation(
         options,
@@ -199,16 +201,10 @@ def prepare_tasks(
 
 def _check_conversation(checkpoint: Checkpoint, options: EvaluationOptions) -> None:
     """Refuse a chat template that is not there, and one that does not take the system message."""
-    tokenizer, system = load_tokenizer(checkpoint), options.system_instruction
-    if tokenizer.chat_template:
-        if options.apply_chat_template is not False:
-            Chat(tokenizer, "chat").prompt_ids(conversation("a", system))
-    elif options.apply_chat_template or not options.tasks:
-        raise CheckpointError(
-            f"{'--apply-chat-template' if options.apply_chat_template else '--system'}: "
-            f"{checkpoint.id} has no chat template. Leave the option out, or put the template into "
-            "its directory as chat_template.jinja"
-        )
+    tokenizer = load_tokenizer(checkpoint)
+    options.require_template(checkpoint.id, bool(tokenizer.chat_template))
+    if tokenizer.chat_template and options.apply_chat_template is not False:
+        Chat(tokenizer, "chat").prompt_ids(conversation("a", options.system_instruction))
 
 
 def chat_templates(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import fsum, sqrt
 from pathlib import Path
 from statistics import fmean
@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from shortllm.errors import ShortLLMError
+from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.format import change_of_perplexity, with_error
-from shortllm.options import Flag, Options
+from shortllm.options import Flag, Options, option_fields
 from shortllm.records import ModelInfo, Record, ResultFile
 
 PROMPT = "The Leaning Tower of Pisa is known for"
@@ -29,6 +29,13 @@ FEW_SEGMENTS = 100
 
 SHARES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc")
 """Metrics that are shares of right answers: shown in percent, and a mean of them makes sense."""
+
+ONLY_WITH = {
+    ("tasks",): ("num_fewshot", "fewshot_as_multiturn", "task_data", "limit"),
+    ("continuations",): ("prompt", "new_tokens"),
+    ("tasks", "continuations"): ("apply_chat_template", "system_instruction"),
+}
+"""Of which options one has to be given for others to have an effect."""
 
 WindowLength = Annotated[
     int, Field(ge=2, description="Tokens per window; 2048 is the usual protocol.")
@@ -125,6 +132,28 @@ class EvaluationOptions(Options):
             fewshot_as_multiturn=in_template and self.fewshot_as_multiturn is not False,
             system_instruction=self.system_instruction,
         )
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """The flags that were given for what is not measured, each with the flags that it needs."""
+        for needed, names in ONLY_WITH.items():
+            if not any(getattr(self, flag) for flag in needed):
+                flags = " or ".join(f"--{flag}" for flag in needed)
+                for name in (name for name in names if name in self.model_fields_set):
+                    yield option_fields(type(self))[name].option, flags
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether a model without a chat template cannot be asked so."""
+        return bool(self.apply_chat_template or (self.system_instruction and not self.tasks))
+
+    def require_template(self, model: str, exists: bool) -> None:
+        """Refuse a model without a chat template where that is needed."""
+        if self.needs_template and not exists:
+            raise CheckpointError(
+                f"{'--apply-chat-template' if self.apply_chat_template else '--system'}: {model} "
+                "has no chat template. Leave the option out, or put the template into its "
+                "directory as chat_template.jinja"
+            )
 
     def require_template_for_turns(self) -> None:
         """Refuse examples as turns of a conversation where there is no conversation."""

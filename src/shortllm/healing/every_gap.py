@@ -10,7 +10,7 @@ be the intact one. Then the sums for all gaps behind a block come from the same 
 
 and a search measures thousands of healed models in its usual walks, in which a block in front of a
 gap computes with the weights for a gap of that length. What is left out is small: of two gaps, the
-second is not told what the first could not repair, and only the last module is changed.
+second is not told what the first left over, and only the last module is changed.
 
 Shapes: N tokens of all samples, I columns of X, D width.
 """
@@ -38,8 +38,8 @@ TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class GapRepairs:
-    """Weights of each block for gaps of each length behind it; see `walk.Repairs`."""
+class GapFolds:
+    """Weights of each block for gaps of each length behind it; see `walk.Healed`."""
 
     decoder: Decoder
     folds: dict[tuple[int, int], Fold]
@@ -60,7 +60,7 @@ class GapRepairs:
 
 
 @torch.no_grad()
-def repairs_of_every_gap(
+def folds_of_every_gap(
     decoder: Decoder,
     checkpoint: Checkpoint,
     ids_BT: Tensor,
@@ -70,7 +70,7 @@ def repairs_of_every_gap(
     *,
     ranks: Ranks = ALONE,
     memory: StreamMemory | None = None,
-) -> GapRepairs:
+) -> GapFolds:
     """Solve the weights of each block for gaps of up to `longest` blocks behind it.
 
     Args:
@@ -81,7 +81,7 @@ def repairs_of_every_gap(
     lengths = {b: _possible(b, removable, longest) for b in range(decoder.block_count)}
     before = [b for b, length in lengths.items() if length]
     if not before:
-        return GapRepairs(decoder, {})
+        return GapFolds(decoder, {})
     found = find_foldable(checkpoint, decoder, before)
     fits = {b: stages(modules, options)[-1] for b, modules in found.items()}
     groups = SampleGroups(decoder, ids_BT, memory)
@@ -103,7 +103,7 @@ def repairs_of_every_gap(
                 folds[a, n] = unknowns.fold(checkpoint, a, added, change_ID)
         oldest = min(waiting, default=b + 1)
         behind = {depth: state for depth, state in behind.items() if depth >= oldest}
-    return GapRepairs(decoder, folds)
+    return GapFolds(decoder, folds)
 
 
 def _possible(b: int, removable: Collection[int], longest: int) -> int:

@@ -231,7 +231,7 @@ def _find(decoder: Decoder, b: int, entry: Entry) -> list[Added]:
     raise UnsupportedModelError(
         f"block {b} of model type '{config.model_type}' has no linear projection, norm or experts "
         "whose output is added to the hidden state unchanged, so nothing can be folded into it. "
-        "Heal it with `shortllm retrain`"
+        "Retrain the model instead, with `shortllm retrain`"
     )
 
 

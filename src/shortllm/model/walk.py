@@ -10,7 +10,7 @@ the others. With "nothing removed" and each single block removed this is
 
 L(L+1)/2 block passes instead of the L(L-1) of running each shortened model on its own, with the
 same numbers, since each stream meets the same blocks in the same order. Where blocks get other
-weights in front of a gap (`Repairs`), streams part there too.
+weights in front of a gap (`Healed`), streams part there too.
 
 If the blocks' weights are in memory, one group of samples at a time goes through all blocks, so
 that activations stay in a CPU's cache. If they are read from files, all samples go through one
@@ -77,8 +77,8 @@ class Observer(Protocol):
         """The samples `rows` enter block `b` as `before_BTD` and leave it as `after_BTD`."""
 
 
-class Repairs(Protocol):
-    """Other weights for blocks of shortened models."""
+class Healed(Protocol):
+    """Other weights that blocks of shortened models have after healing."""
 
     def version(self, b: int, removed: Collection[int]) -> int:
         """The number of the weights that the kept block `b` has without `removed`; 0: its own."""
@@ -87,7 +87,7 @@ class Repairs(Protocol):
         """Within the context, block `b` computes with these weights."""
 
 
-class _NoRepairs:
+class _Unhealed:
     """Every block has its own weights."""
 
     def version(self, b: int, removed: Collection[int]) -> int:
@@ -97,7 +97,7 @@ class _NoRepairs:
         return nullcontext()
 
 
-NO_REPAIRS = _NoRepairs()
+UNHEALED = _Unhealed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Route:
     """The stream of each removal after the last block."""
 
     @staticmethod
-    def of(removals: Removals, count: int, repairs: Repairs = NO_REPAIRS) -> Route:
+    def of(removals: Removals, count: int, healed: Healed = UNHEALED) -> Route:
         """How to reach all `removals` of a model of `count` blocks with the fewest block passes."""
         alike: list[tuple[int, list[int]]] = [(0, list(range(len(removals))))]
         streams, steps = 1, []
@@ -138,7 +138,7 @@ class Route:
             for stream, members in alike:
                 versions: dict[int, list[int]] = {}
                 for m in members:
-                    version = GONE if b in removals[m] else repairs.version(b, removals[m])
+                    version = GONE if b in removals[m] else healed.version(b, removals[m])
                     versions.setdefault(version, []).append(m)
                 own = stream  # of the first of them; the others get copies
                 for version in sorted(versions):
@@ -165,7 +165,7 @@ def walk(
     *,
     consume: Consume | None = None,
     observe: Sequence[Observer] = (),
-    repairs: Repairs = NO_REPAIRS,
+    healed: Healed = UNHEALED,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
@@ -174,7 +174,7 @@ def walk(
 
     Args:
         removals: for each shortened model the blocks it lacks.
-        repairs: other weights that blocks of these models have.
+        healed: other weights that blocks of these models have.
         consume: called as `consume(m, logits_NV, first_NV, target_N)` for each slice of predictions
             and each place `m` in `removals`, first with `m = 0`, whose logits are also `first_NV`.
             Without it no logits are computed.
@@ -183,17 +183,17 @@ def walk(
         journal: where the progress of a walk over streamed blocks is kept.
     """
     memory, journal = memory or StreamMemory(), journal or Journal(None, "")
-    route = Route.of(removals, decoder.block_count, repairs)
+    route = Route.of(removals, decoder.block_count, healed)
     obstacle = decoder.obstacle()
-    repaired = repairs is not NO_REPAIRS
-    if obstacle is not None and (observe or decoder.streamed or repaired):
+    is_healed = healed is not UNHEALED
+    if obstacle is not None and (observe or decoder.streamed or is_healed):
         raise UnsupportedModelError(obstacle)
     if obstacle is not None:
         _run_whole(decoder, ids_BT, removals, consume, advance)
         return
     size = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
     for start in range(0, len(ids_BT), size):
-        chunk = _Chunk(decoder, ids_BT[start : start + size], start, route, repairs, memory)
+        chunk = _Chunk(decoder, ids_BT[start : start + size], start, route, healed, memory)
         with torch.no_grad():
             chunk.run(observe, advance, journal if decoder.streamed else Journal(None, ""))
             if consume is not None:
@@ -235,14 +235,14 @@ class _Chunk:
         ids_BT: Tensor,
         start: int,
         route: Route,
-        repairs: Repairs,
+        healed: Healed,
         memory: StreamMemory,
     ) -> None:
         self.decoder = decoder
         self.ids_BT = ids_BT.to(decoder.device)
         self.start = start
         self.route = route
-        self.repairs = repairs
+        self.healed = healed
         self.groups = SampleGroups(decoder, self.ids_BT, memory)
         self.streams = self.groups.allocate(route.streams)
 
@@ -259,7 +259,7 @@ class _Chunk:
             for source, copy in step.split:
                 self.streams[copy] = self.streams[source]
             for version, streams in step.through.items():
-                with self.repairs.applied(b, version):
+                with self.healed.applied(b, version):
                     for rows, entry in self.groups:
                         self._apply(b, streams, rows, entry, step.first, observe)
             advance(self._work(step))
@@ -334,14 +334,14 @@ def mean_values(
     *,
     ranks: Ranks = ALONE,
     observe: Sequence[Observer] = (),
-    repairs: Repairs = NO_REPAIRS,
+    healed: Healed = UNHEALED,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> list[list[float]]:
     """Means over all predictions of all processes, per value and shortened model."""
     totals_VM = sample_means(
-        decoder, ids_BT, removals, values, observe=observe, repairs=repairs, advance=advance,
+        decoder, ids_BT, removals, values, observe=observe, healed=healed, advance=advance,
         memory=memory, journal=journal,
     ).sum(dim=2)  # fmt: skip
     ranks.add_up([totals_VM])
@@ -355,7 +355,7 @@ def sample_means(
     values: Sequence[Value],
     *,
     observe: Sequence[Observer] = (),
-    repairs: Repairs = NO_REPAIRS,
+    healed: Healed = UNHEALED,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
@@ -375,7 +375,7 @@ def sample_means(
 
     if samples:
         walk(
-            decoder, ids_BT, removals, consume=consume, observe=observe, repairs=repairs,
+            decoder, ids_BT, removals, consume=consume, observe=observe, healed=healed,
             advance=advance, memory=memory, journal=journal,
         )  # fmt: skip
     return totals_VMB / predictions
@@ -411,7 +411,7 @@ def mean_nlls(
     intact: Collection[int] = NOTHING,
     together: int | None = None,
     ranks: Ranks = ALONE,
-    repairs: Repairs = NO_REPAIRS,
+    healed: Healed = UNHEALED,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
@@ -429,7 +429,7 @@ def mean_nlls(
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals
         [means] = mean_values(
-            decoder, ids_BT, [*first, *chunk], [value], ranks=ranks, repairs=repairs,
+            decoder, ids_BT, [*first, *chunk], [value], ranks=ranks, healed=healed,
             advance=advance, memory=memory, journal=journal.part(f"sets-{start}"),
         )  # fmt: skip
         found += means[len(first) :]

@@ -125,6 +125,12 @@ def check_budget(budget: Budget, model: ModelInfo) -> None:
     amount_of(budget, model)
 
 
+def require_plan_or_blocks(plan: object, blocks: object) -> None:
+    """Refuse a plan next to named blocks, and neither."""
+    if (plan is None) == (blocks is None):
+        raise BudgetError("give either --plan plan.json or --blocks 3,4,8")
+
+
 def protected_blocks(budget: Budget, model: ModelInfo) -> list[int]:
     """Blocks that may not be removed, by the budget or because others depend on them, ascending."""
     if budget.blocks is not None:

@@ -18,7 +18,7 @@ from shortllm.errors import CheckpointError, OutputError
 from shortllm.files import fingerprint
 from shortllm.model import Session
 from shortllm.options import OneOrMore
-from shortllm.pruning.budget import Budget
+from shortllm.pruning.budget import Budget, require_plan_or_blocks
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import PrunePlan, Pruning, load_plan
 from shortllm.registry import cited
@@ -39,9 +39,10 @@ from shortllm.surgery.origin import provenance_of
 @accepts(runtime=Runtime)
 def prune(
     model: ModelSource,
-    plan: PrunePlan | Path | str | OneOrMore[int],
-    out: Path,
+    plan: PrunePlan | Path | str | OneOrMore[int] | None = None,
+    out: Path | None = None,
     *,
+    blocks: OneOrMore[int] | None = None,
     runtime: Runtime,
     revision: str | None = None,
     verify: bool = True,
@@ -53,6 +54,7 @@ def prune(
         plan: a plan, a plan.json, a run directory, or the numbers of the blocks to remove.
         out: the new checkpoint directory, which also gets prune.json. Or, for a GGUF file, the new
             one, NAME.gguf: its tensors stay quantized as they are, and it is not computed with.
+        blocks: the numbers of the blocks to remove, instead of a plan.
         runtime: where to compute; its fields can be given as keywords.
         revision: of a Hub model.
         verify: load the original and the result and compare what they compute. Otherwise only names
@@ -60,11 +62,20 @@ def prune(
     Returns:
         `out`.
     Raises:
+        BudgetError: neither a plan nor blocks, or both; or blocks that the model lacks.
         UnsupportedModelError: removing these blocks would give a wrong model.
         CheckpointError: the plan is another model's, or the result does not compute what it should.
         OutputError: `out` contains something else or cannot be written.
     """
-    if isinstance(plan, (str, Path)):
+    if out is None:
+        raise TypeError(
+            "prune(): missing a required argument: 'out'. Call shortllm.prune(model, plan, out) or "
+            "shortllm.prune(model, blocks=[3, 4], out=out)"
+        )
+    require_plan_or_blocks(plan, blocks)
+    if plan is None:
+        plan = blocks or []
+    elif isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
     if is_gguf(out):
         return prune_gguf(model, plan, out, revision=revision)
@@ -99,8 +110,9 @@ def prune_gguf(
     known, same = plan.model.gguf, plan.model.blocks == file.blocks
     if known is None or not same or known.sha256 != file.sha256:
         raise CheckpointError(
-            f"the plan is for {plan.model.id}, not for {model}. Make one with `shortllm plan "
-            f"{model}`, or name the blocks with --blocks"
+            f"the plan is for {plan.model.id}, not for {model}. Make one from its own scores: "
+            f"shortllm score {model} --out DIR, then shortllm plan DIR. Or name the blocks with "
+            "--blocks"
         )
     shorten_gguf(file, plan.removed, out, **origin, **_chosen_by(plan.criterion))
     return out
@@ -113,7 +125,8 @@ def prune_from(
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise CheckpointError(
             f"the plan is for {plan.model.id} ({plan.model.blocks} blocks), but {checkpoint.id} is "
-            "another checkpoint or was changed since. Make a plan for it with `shortllm plan`"
+            "another checkpoint or was changed since. Make one from its own scores: shortllm score "
+            f"{checkpoint.id} --out DIR, then shortllm plan DIR"
         )
     return write_pruned(checkpoint, plan.kept, target, criterion=plan.criterion, session=session)
 

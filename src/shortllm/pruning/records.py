@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from shortllm.checkpoint.hub import EMBEDDED, is_gguf
 from shortllm.criteria.search import Search
 from shortllm.errors import ResultFileError
 from shortllm.pruning.budget import TARGETS
@@ -131,7 +132,13 @@ def scores_path(path: Path) -> Path:
     """A file of scores, or the only one of a run directory."""
     several = sorted(path.glob("scores-*.json"))
     file = path / "scores.json" if path.is_dir() else path
-    if not file.exists() and not several:
+    known = file.exists() or several
+    if is_gguf(path) or not known and (str(path) == EMBEDDED or (path / "config.json").exists()):
+        raise ResultFileError(
+            f"{path} is a model. Score it first: shortllm score {path} --out DIR, then shortllm "
+            "plan DIR"
+        )
+    if not known:
         raise ResultFileError(
             f"there are no scores in {path}. Score first: shortllm score MODEL --out {path}"
         )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
-    from shortllm.model.walk import Repairs
+    from shortllm.model.walk import Healed
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ class Scorer:
     memory: StreamMemory | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
     advance: Advance = lambda work: None
-    _repairs: dict[Any, Repairs] = field(default_factory=dict)
+    _healed: dict[Any, Healed] = field(default_factory=dict)
 
     def score(self, resolved: Sequence[Criterion]) -> dict[str, Scores]:
         """Scores of all blocks by each criterion."""
@@ -67,7 +67,7 @@ class Scorer:
         kept: Sequence[int],
         candidates: Sequence[int],
         journal: Journal,
-        repairs: Repairs | None = None,
+        healed: Healed | None = None,
     ) -> dict[str, Scores]:
         """Scores of the blocks `candidates` in the model of the blocks `kept`; 0 for others."""
         found: dict[str, Scores] = {}
@@ -83,7 +83,7 @@ class Scorer:
         gradients = [one for one in resolved if one.needs == "gradients"]
         if logits:
             part = journal.part("logits")
-            found |= self._logits(logits, kept, candidates, observers, part, repairs)
+            found |= self._logits(logits, kept, candidates, observers, part, healed)
         if gradients:
             seen = [] if logits else observers
             found |= self._gradients(gradients, kept, seen, journal.part("gradients"))
@@ -132,10 +132,10 @@ class Scorer:
         candidates: Sequence[int],
         observers: Sequence[ScoringObserver],
         journal: Journal,
-        repairs: Repairs | None,
+        healed: Healed | None,
     ) -> dict[str, Scores]:
         """The model of `kept` and each model with one more block removed, in one walk."""
-        from shortllm.model.walk import NO_REPAIRS, mean_values
+        from shortllm.model.walk import UNHEALED, mean_values
 
         decoder = self.open_decoder()
         means = mean_values(
@@ -145,7 +145,7 @@ class Scorer:
             [one.call for one in resolved],
             ranks=self.ranks,
             observe=observers,
-            repairs=repairs or NO_REPAIRS,
+            healed=healed or UNHEALED,
             advance=self.advance,
             memory=self.memory,
             journal=journal,
@@ -198,7 +198,7 @@ class Scorer:
         """Rounds of an inner criterion; each finished round is in the journal."""
         inner = one.scored_by()
         blocks, model = self.checkpoint.block_count, self.checkpoint.info()
-        repairs = self.repairs(one.healing, one.free(model), one.rounds(model))
+        healed = self.healed(one.healing, one.free(model), one.rounds(model))
         rounds: list[dict[str, float]] = (journal.position() or {"rounds": []})["rounds"]
         taken = 0
 
@@ -207,7 +207,7 @@ class Scorer:
             if taken == len(rounds):
                 kept = [b for b in range(blocks) if b not in set(removed)]
                 part = journal.part(f"round-{taken}")
-                found = self._score([inner], kept, candidates, part, repairs)[inner.name].importance
+                found = self._score([inner], kept, candidates, part, healed)[inner.name].importance
                 criteria.require_finite(inner.name, [found[b] for b in candidates])
                 part.discard()
                 rounds.append({str(b): found[b] for b in candidates})
@@ -218,20 +218,20 @@ class Scorer:
         scores: Scores = one.call(rescore, one.free(model), blocks)
         return scores
 
-    def repairs(self, method: str | None, free: Collection[int], longest: int) -> Repairs | None:
+    def healed(self, method: str | None, free: Collection[int], longest: int) -> Healed | None:
         """Weights for the gaps that removals of up to `longest` of the blocks `free` make."""
         if method is None:
             return None
-        from shortllm.healing.every_gap import repairs_of_every_gap
+        from shortllm.healing.every_gap import folds_of_every_gap
 
         key = (method, frozenset(free), longest)
-        if key not in self._repairs:
+        if key not in self._healed:
             assert self.healing_BT is not None, "no text to heal with"
-            self._repairs[key] = repairs_of_every_gap(
+            self._healed[key] = folds_of_every_gap(
                 self.open_decoder(), self.checkpoint, self.healing_BT, HealOptions(method=method),
                 key[1], longest, ranks=self.ranks, memory=self.memory,
             )  # fmt: skip
-        return self._repairs[key]
+        return self._healed[key]
 
     def healed_nll(self, method: str, removed: Collection[int], ids_BT: Tensor) -> float:
         """Mean NLL of a model that is healed gap after gap, as `heal` does it, nats per token."""

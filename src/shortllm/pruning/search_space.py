@@ -285,15 +285,15 @@ class BlockSearch:
         self, sets: Sequence[Blocks], ids_BT: Tensor, kl: bool, journal: Journal
     ) -> dict[str, Any]:
         """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
-        from shortllm.model.walk import NO_REPAIRS, TOGETHER, mean_nlls
+        from shortllm.model.walk import TOGETHER, UNHEALED, mean_nlls
 
         scorer = self._scorer
         free = [block for unit in self.units for block in unit]
         longest = self._budget.remove or len(free)
-        repairs = scorer.repairs(self._searching.healing, free, longest)
+        healed = scorer.healed(self._searching.healing, free, longest)
         values = mean_nlls(
             scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
-            repairs=repairs or NO_REPAIRS, advance=scorer.advance, memory=scorer.memory,
+            healed=healed or UNHEALED, advance=scorer.advance, memory=scorer.memory,
             journal=journal,
         )  # fmt: skip
         return {"values": values}

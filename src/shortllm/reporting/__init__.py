@@ -4,7 +4,7 @@
                   │  load.py       reads them, and refuses what does not belong together
                   ▼
     run_page.py runs_page.py comparison.py      what each kind of page shows
-      healing.py measurements.py protocol.py    some of the sections
+      recovery.py measurements.py protocol.py   some of the sections
       charts.py plots.py                        kinds of plots, as SVG in the page's colours
                   │  parts.py      sections as lists of paragraphs, figures, tables ...
                   ▼
@@ -69,7 +69,7 @@ def write_report(run_dir: Path) -> Path:
 
     results = load_results(run_dir)
     text = render(run_page(results))
-    for name in (QUANTIZED, PRUNED, *results.healed_by):
+    for name in (QUANTIZED, PRUNED, *results.recovered_by):
         if (run_dir / name / "config.json").is_file():
             card = write_card(run_dir / name, name, measured(results, name))
             write_text(run_dir / "README.md", card)

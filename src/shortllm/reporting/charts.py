@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
-from shortllm.format import number
+from shortllm.format import listed, number
 from shortllm.reporting.parts import Status
 from shortllm.reporting.plots import (
     COLOURS,
@@ -35,8 +36,14 @@ FLAT_SPREAD = 0.15
 """Bars that differ by less than this part of the largest get an axis that does not start at 0."""
 LABEL_WIDTH = 44
 """Letters in a line of a label at the side."""
+LABEL_PARTS = (0.02, 0.045)
+"""Distances from which two points have labels of their own, as parts of the axes."""
 SPAN_PT = 420
 """Width of all bars together, in points."""
+LEGEND_LETTERS = 82
+"""Letters in a line of a legend above a plot, with seven for each mark."""
+LEGEND_ENDS = ("original", "other segments", "Pareto front")
+"""What a legend of models has after the runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,14 +285,16 @@ def marked(places: Sequence[float]) -> dict[float, str]:
 
 # ---- points
 
-Kind = Literal["original", "pruned", "retrained", "quantized"]
+Kind = Literal["original", "pruned", "healed", "retrained", "quantized"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A model: its number in the table, the run it is from (None: an original), and its place."""
+    """A model: its number in the table, its name, the run it is from (None: an original), and its
+    place."""
 
     number: int
+    name: str
     group: str | None
     kind: Kind
     x: float
@@ -297,15 +306,22 @@ class Point:
 
 
 def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
-    """The Pareto front: the points that no other point beats in both `x` (lower is better) and `y`,
-    by `x`; without rough ones."""
+    """The Pareto front, by `x`: no other point is at least as good in `y` at a lower `x`, or better
+    at the same `x`; without rough ones."""
     sign = -1 if higher_is_better else 1
     best: list[Point] = []
     exact = [point for point in points if not point.rough]
     for point in sorted(exact, key=lambda point: (point.x, sign * point.y)):
-        if not best or sign * point.y < sign * best[-1].y:
+        equal = best and (point.x, point.y) == (best[-1].x, best[-1].y)
+        if not best or equal or sign * point.y < sign * best[-1].y:
             best.append(point)
     return best
+
+
+def _in_legend(name: str) -> str:
+    """A name that fits into a line of a legend."""
+    most = LEGEND_LETTERS - 15
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,34 +333,64 @@ class TradePlot(Plot):
     y_label: str
     higher_is_better: bool = False
     numbered: bool = True
-    missing: Sequence[str] = ()
-    """Names of models that lack one of both."""
+    missing: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of models that lack one of both, by the reason."""
+
+    @property
+    def front(self) -> list[Point]:
+        """The Pareto front of its points."""
+        return front(self.points, higher_is_better=self.higher_is_better)
+
+    @property
+    def best(self) -> str:
+        """The points of the Pareto front by their labels: numbers of rows, or names."""
+        return listed([point.number if self.numbered else point.name for point in self.front])
+
+    @property
+    def _groups(self) -> list[str]:
+        """The runs, in the order of the legend."""
+        return list(dict.fromkeys(point.group for point in self.points if point.group))
+
+    @property
+    def _legend_columns(self) -> int:
+        """As many columns as the names leave room for; a column is filled before the next."""
+        names = (*map(_in_legend, self._groups), *LEGEND_ENDS)
+        letters = [len(name) + 7 for name in names]
+
+        def width(columns: int) -> int:
+            rows, longer = divmod(len(letters), columns)
+            starts = [n * rows + min(n, longer) for n in range(columns + 1)]
+            return sum(max(letters[n:m], default=0) for n, m in itertools.pairwise(starts))
+
+        return next((n for n in range(6, 1, -1) if width(n) <= LEGEND_LETTERS), 1)
 
     @property
     def _height(self) -> float:
-        return 3.4
+        entries = len(self._groups) + len(LEGEND_ENDS)
+        return 3.2 + 0.18 * math.ceil(entries / self._legend_columns)
 
     def _alt(self) -> str:
-        best = front(self.points, higher_is_better=self.higher_is_better)
-        numbers = ", ".join(str(point.number) for point in best)
         return (
-            f"{len(self.points)} models by {self.y_label} and {self.x_label}. The Pareto front are "
-            f"those with the numbers {numbers}."
+            f"{len(self.points)} models by {self.y_label} and {self.x_label}. On the Pareto front: "
+            f"{self.best}."
         )
 
     def _draw(self, axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-        groups = list(dict.fromkeys(point.group for point in self.points if point.group))
         styles: dict[str | None, dict[str, Any]] = {
-            group: {"color": COLOURS[f"line-{i % LINES + 1}"], "marker": MARKERS[i % LINES]}
-            for i, group in enumerate(groups)
+            group: {
+                "color": COLOURS[f"line-{i % LINES + 1}"],
+                "marker": MARKERS[(i + i // LINES) % LINES],
+            }
+            for i, group in enumerate(self._groups)
         }
         if any(point.group is None for point in self.points):
             styles[None] = {"color": COLOURS["ink"], "marker": "s"}
         for group, style in styles.items():  # only the legend has these
+            name = "original" if group is None else _in_legend(group)
             style |= {"linestyle": "none", "markerfacecolor": "none" if group else style["color"]}
-            axes.plot([], [], markersize=6, label=group or "original", **style)
+            axes.plot([], [], markersize=6, label=name, **style)
         for point in self.points:
             style = styles[point.group]
             style["markerfacecolor"] = "none" if point.kind == "pruned" else style["color"]
@@ -354,12 +400,11 @@ class TradePlot(Plot):
                     [point.x], [point.y], [point.error], color=style["color"], linewidth=1, zorder=2
                 )
         self._draw_rings(axes)
-        best = front(self.points, higher_is_better=self.higher_is_better)
         axes.step(
-            [point.x for point in best], [point.y for point in best], where="post", linewidth=1.0,
+            [point.x for point in self.front], [point.y for point in self.front], where="post",
+            linewidth=1.0,
             color=COLOURS["muted"], linestyle=(0, (4, 2)), zorder=1, label="Pareto front",
         )  # fmt: skip
-        self._draw_numbers(axes)
         low, high = min(point.y for point in self.points), max(point.y for point in self.points)
         # the good models would be too close to each other on a linear axis
         is_log = low > 0 and high > LOG_QUALITY * low
@@ -370,26 +415,38 @@ class TradePlot(Plot):
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.margins(x=0.08, y=0.1)
-        legend_above(axes, ncols=6)
+        legend_above(axes, ncols=self._legend_columns)
+        self._draw_numbers(axes)
 
     def _draw_rings(self, axes: Axes) -> None:
         """A ring around what was measured on other segments."""
         rough = [point for point in self.points if point.rough]
         if rough:
-            axes.plot(
-                [point.x for point in rough], [point.y for point in rough], "o", markersize=14,
-                markerfacecolor="none", color=COLOURS["muted"], markeredgewidth=0.8,
-                label="other segments",
-            )  # fmt: skip
+            ring: dict[str, Any] = {"marker": "o", "linestyle": "none", "markerfacecolor": "none",
+                                    "color": COLOURS["muted"], "markeredgewidth": 0.8}  # fmt: skip
+            places = [point.x for point in rough], [point.y for point in rough]
+            axes.plot(*places, markersize=14, **ring)
+            axes.plot([], [], markersize=9, label="other segments", **ring)
 
     def _draw_numbers(self, axes: Axes) -> None:
-        numbers: dict[tuple[float, float], list[str]] = {}  # points at the same place share a label
-        for point in self.points if self.numbered else ():
-            numbers.setdefault((point.x, point.y), []).append(str(point.number))
-        for place, found in numbers.items():
+        """Label the points; those too close for labels of their own share one."""
+        if not self.numbered:
+            return
+        axes.autoscale_view()
+        to_parts = axes.transScale + axes.transLimits
+        places = to_parts.transform([(point.x, point.y) for point in self.points])
+        shared: list[list[int]] = []
+        for i in sorted(range(len(places)), key=lambda i: (places[i][0], -places[i][1])):
+            last = shared[-1][-1] if shared else None
+            if last is None or any(abs(places[i] - places[last]) > LABEL_PARTS):
+                shared.append([])
+            shared[-1].append(i)
+        for members in shared:
+            first = self.points[members[0]]
+            numbers = sorted(self.points[i].number for i in members)
             axes.annotate(
-                ", ".join(found), place, xytext=(6, 4), fontsize=8, textcoords="offset points",
-                color=COLOURS["ink"],
+                ", ".join(map(str, numbers)), (first.x, first.y),
+                xytext=(6, 4), fontsize=8, textcoords="offset points", color=COLOURS["ink"],
             )  # fmt: skip
 
 

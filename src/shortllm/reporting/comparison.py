@@ -200,7 +200,8 @@ def units_models(results: UnitsResults) -> list[ComparedModel]:
                 name=name,
                 original=model_name(results.units.model.id),
                 criterion=candidate.name if candidate else None,
-                healed_by=name if candidate and name != candidate.name else None,
+                healed_by=name if candidate and name == candidate.healed else None,
+                retrained_by=name if candidate and name == candidate.retrained else None,
             )
         )
     return models
@@ -276,7 +277,7 @@ def _units_verdict(units: UnitsComparison, models: Sequence[ComparedModel]) -> s
     text = runs_page.main_text(models)
     if text is not None:
         best = min(shown, key=lambda one: one.perplexity.get(text, float("inf")))
-        way = best.name.removeprefix(f"{best.criterion}-") if best.healed_by else ""
+        way = "" if best.kind == "pruned" else best.kind
         sentence += (
             f", {best.run}{f', {way},' if way else ''} has the lowest perplexity: "
             f"{number(best.perplexity.get(text))} on {text}"

@@ -78,8 +78,8 @@ class RunResults:
         return {entry.name: entry for entry in self.evaluation.models} if self.evaluation else {}
 
     @property
-    def healed_by(self) -> dict[str, str]:
-        """The method of each healed model, by its name."""
+    def recovered_by(self) -> dict[str, str]:
+        """The method of each healed or retrained model, by its name."""
         methods: dict[str, str] = {HEALED: self.healing.method} if self.healing else {}
         return methods | {name: record.method for name, record in self.retraining.items()}
 

@@ -165,7 +165,9 @@ def published_section(results: RunResults) -> Section | None:
     source = recipe.published
     assert source is not None
     text = f"Published in {source.source}"
-    text += f"; the healed model was released as {source.checkpoint}." if source.checkpoint else "."
+    text += (
+        f"; the retrained model was released as {source.checkpoint}." if source.checkpoint else "."
+    )
     if source.removed:
         text += f" {compared_blocks(source, results.plan.removed)}"
     rows = []
@@ -175,8 +177,8 @@ def published_section(results: RunResults) -> Section | None:
     if rows:
         note = (
             "Only figures of the same protocol are compared: 128 tokens per segment, the same BOS, "
-            "whole texts and tasks. The published shortened model was healed with LoRA and is "
-            "compared with healed models."
+            "whole texts and tasks. The published shortened model was retrained with LoRA and "
+            "is compared with retrained models."
         )
     found = [Paragraph(text, ""), *([published_table(rows)] if rows else []), Paragraph(note)]
     return Section("published", "Against published results", found)

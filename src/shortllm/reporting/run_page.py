@@ -30,7 +30,6 @@ from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.reporting import measurements, parts, protocol
 from shortllm.reporting.charts import BarPlot
-from shortllm.reporting.healing import healed_sentence, healing_section, quantized_sentence
 from shortllm.reporting.load import RunResults
 from shortllm.reporting.parts import (
     Cell,
@@ -42,6 +41,7 @@ from shortllm.reporting.parts import (
     Status,
     Table,
 )
+from shortllm.reporting.recovery import quantized_sentence, recovery_section, recovery_sentence
 from shortllm.run_directory import PRUNED
 from shortllm.surgery.card import Measured
 
@@ -74,7 +74,7 @@ def sections_of(results: RunResults) -> list[Section]:
         search_section(results, scores) if scores else None,
         strip_section(results),
         block_section(results, scores) if scores else None,
-        healing_section(results),
+        recovery_section(results),
         measurements.tasks_section(results),
         measurements.speed_section(results.benchmark) if results.benchmark else None,
         measurements.published_section(results),
@@ -93,7 +93,7 @@ def _errors_note(results: RunResults) -> list[Part]:
 
 
 def verdict(results: RunResults) -> str:
-    """What was removed, what it saves, what it costs, and what healing recovered."""
+    """What was removed, what it saves, what it costs, and what was recovered."""
     plan = results.plan
     if not plan.removed:
         return f"No block was removed: all {plan.model.blocks} remain."
@@ -107,7 +107,7 @@ def verdict(results: RunResults) -> str:
         saved_bytes = percent(1 - pruned.model.bytes / plan.model.bytes)
         sentence += f" and {'' if saved_bytes == saved else f'{saved_bytes} '}of the bytes on disk"
     return (
-        f"{sentence}{_cost_of_removal(results)}.{healed_sentence(results)}"
+        f"{sentence}{_cost_of_removal(results)}.{recovery_sentence(results)}"
         f"{quantized_sentence(results)}{measurements.speed_sentence(results.benchmark)}"
     )
 

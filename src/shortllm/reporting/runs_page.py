@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from pydantic import Field
@@ -33,11 +34,11 @@ from shortllm.format import (
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.records import Record
 from shortllm.reporting import parts, protocol
-from shortllm.reporting.charts import Kind, Point, TradePlot, front
+from shortllm.reporting.charts import Kind, Point, TradePlot
 from shortllm.reporting.load import Protocol, RunResults, protocol_of, same_text
 from shortllm.reporting.measurements import cell_phrase, errors_note
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Part, Section, Table
-from shortllm.run_directory import PRUNED
+from shortllm.run_directory import HEALED, PRUNED
 
 BenchmarkCell = tuple[int, int]
 """Batch size and new tokens."""
@@ -50,7 +51,8 @@ class ComparedModel(Record):
     name: str
     original: str
     criterion: str | None
-    healed_by: str | None = None
+    healed_by: str | None = Field(default=None, description="without training, by this method")
+    retrained_by: str | None = None
     quantized_by: str | None = None
     blocks: int
     parameters: int
@@ -68,6 +70,10 @@ class ComparedModel(Record):
     latency_s: float | None = Field(default=None, description="median, of one cell of the sweep")
     speedup: float | None = Field(default=None, description="over the original, in the same run")
     removed: list[int] = Field(default_factory=list)
+    front: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="the costs with which it is on the Pareto front, by quality: perplexity, tasks",
+    )
 
     @property
     def kind(self) -> Kind:
@@ -76,7 +82,9 @@ class ComparedModel(Record):
             return "original"
         if self.quantized_by is not None:
             return "quantized"
-        return "pruned" if self.healed_by is None else "retrained"
+        if self.retrained_by is not None:
+            return "retrained"
+        return "pruned" if self.healed_by is None else "healed"
 
     @property
     def relative_latency(self) -> float | None:
@@ -99,7 +107,8 @@ def compared_model(
 ) -> ComparedModel:
     """A model with its size, quality, and speed in this cell; `fields` say what it is.
 
-    The speed is that of the first of the names `timed_as`: healing does not change the shape.
+    The speed is that of the first of the names `timed_as`: neither healing nor retraining changes
+    the shape.
     """
     found = [benchmark.find(name, *cell) for name in timed_as] if benchmark and cell else []
     measured = next(filter(None, found), None)
@@ -152,16 +161,16 @@ def common_cell(*benchmarks: Benchmark | None) -> BenchmarkCell | None:
 
 
 class ModelRow(NamedTuple):
-    """A row of the table of models: a model, and the same model after healing."""
+    """A row of the table of models: a model, and the same model healed or retrained."""
 
     name: Cell
     model: ComparedModel
-    healed: ComparedModel | None = None
+    after: ComparedModel | None = None
 
 
 def measured_columns(rows: Sequence[ModelRow]) -> list[Column[ModelRow]]:
     """Quality and speed; columns of what was not measured for any model are left out."""
-    models = [model for one in rows for model in (one.model, one.healed) if model]
+    models = [model for one in rows for model in (one.model, one.after) if model]
     columns = [_perplexity(text) for text in dict.fromkeys(t for m in models for t in m.perplexity)]
     if any(one.zeroshot_mean is not None for one in models):
         columns.append(_quality("mean of tasks", lambda one: percent(one.zeroshot_mean)))
@@ -178,7 +187,7 @@ def _perplexity(text: str) -> Column[ModelRow]:
         return with_error(one.perplexity.get(text), one.stderr.get(text))
 
     def cell(row: ModelRow) -> Cell:
-        above = (row.healed or row.model).above_lowest.get(text)
+        above = (row.after or row.model).above_lowest.get(text)
         return replace(_before_and_after(row, show), detail=str(above or ""))
 
     return f"perplexity, {text}", cell
@@ -189,10 +198,10 @@ def _quality(heading: str, show: Callable[[ComparedModel], str]) -> Column[Model
 
 
 def _before_and_after(row: ModelRow, show: Callable[[ComparedModel], str]) -> Cell:
-    """'18.2 → 13.1', or one value where the model was not healed."""
-    if row.healed is None:
+    """'18.2 → 13.1', or one value where there is no model after it."""
+    if row.after is None:
         return Cell(show(row.model), look="after")
-    return Cell(show(row.healed), "", f"{show(row.model)} → ", "after")
+    return Cell(show(row.after), "", f"{show(row.model)} → ", "after")
 
 
 # ---- trade-off
@@ -211,13 +220,17 @@ def _points(
     text: str | None,
     scale: float = 1.0,
     others: Collection[str] = (),
-) -> list[Point]:
-    """A point for each model that has both: `x`, and perplexity on a text or else task scores.
+) -> tuple[list[Point], dict[str, list[str]]]:
+    """A point for each model that has both: `x`, and perplexity on a text or else task scores; and
+    the names of the others by what they lack.
 
     Args:
         others: names of the same text cut into other segments, for models not measured on `text`.
     """
-    points = []
+    points: list[Point] = []
+    missing: dict[str, list[str]] = {}
+    no_quality = f"not measured on {text}" if text else "no comparable task scores"
+    no_cost = "no comparable latency"  # sizes are always known
     for place, one in enumerate(models, start=1):
         own = next((name for name in (text, *others) if name in one.perplexity), None)
         across: float | None = getattr(one, x)
@@ -227,11 +240,13 @@ def _points(
             up, error = one.perplexity[own], one.stderr.get(own)
         if across is not None and up is not None:
             point = Point(
-                number=place, group=one.run, kind=one.kind, x=scale * across, y=up, error=error,
-                rough=own != text,
+                number=place, name=one.name, group=one.run, kind=one.kind, x=scale * across, y=up,
+                error=error, rough=own != text,
             )  # fmt: skip
             points.append(point)
-    return points
+        else:
+            missing.setdefault(no_quality if up is None else no_cost, []).append(one.full_name)
+    return points, missing
 
 
 def trade_plots(
@@ -260,34 +275,48 @@ def trade_plots(
     plots = {}
     for of_text, quality, y_label in [*qualities, (None, "tasks", "mean task score [%]")]:
         for x, x_label, scale in axes:
-            points = _points(models, x, of_text, scale, others if of_text else ())
+            points, missing = _points(models, x, of_text, scale, others if of_text else ())
             if len(points) > 1:
                 name = f"{quality}-{x.removeprefix('relative_').removesuffix('_s')}"
                 plots[name] = TradePlot(
                     points=points, x_label=x_label, y_label=y_label, numbered=of_runs,
-                    higher_is_better=quality == "tasks", missing=_missing(models, points),
+                    higher_is_better=quality == "tasks", missing=missing,
                 )  # fmt: skip
     return plots
 
 
-def _missing(models: Sequence[ComparedModel], points: Sequence[Point]) -> list[str]:
-    """The names of the models that are not in a plot."""
-    shown = {point.number for point in points}
-    return [one.full_name for place, one in enumerate(models, start=1) if place not in shown]
+def with_fronts(
+    models: Sequence[ComparedModel], plots: Mapping[str, TradePlot]
+) -> list[ComparedModel]:
+    """The models with the plots on whose Pareto front they are."""
+    fronts: list[dict[str, list[str]]] = [{} for _ in models]
+    for name, plot in plots.items():
+        quality, cost = name.split("-")
+        for point in plot.front:
+            fronts[point.number - 1].setdefault(quality, []).append(cost)
+    return [
+        one.model_copy(update={"front": front}) for one, front in zip(models, fronts, strict=True)
+    ]
 
 
-def trade_section(heading: str, plots: Mapping[str, TradePlot], note: str = "") -> list[Section]:
-    """The plots with a note; no section without plots."""
+def trade_section(
+    heading: str, plots: Mapping[str, TradePlot], note: str = "", warning: str = ""
+) -> list[Section]:
+    """The plots with a note, and a warning before them; no section without plots."""
     note += (
         "Bars are one standard error. Open marks are neither healed, retrained nor quantized. The "
-        "dashed line is the Pareto front: no model is better in both than those on it. A healed or "
-        "retrained model is as fast as the shortened model it started from."
+        "dashed line is the Pareto front: no other model is at least as good at a lower cost, or "
+        "better at the same cost. A healed or retrained model is as fast as the shortened model it "
+        "started from."
     )
-    found: list[Part] = []
+    found: list[Part] = [Paragraph(warning, "")] if warning else []
     for plot in plots.values():
-        missing = f"Not in this plot, for lack of a comparable measurement: {listed(plot.missing)}."
-        found.append(plot.figure(missing if plot.missing else ""))
-    return [Section("trade", heading, [*found, Paragraph(note)])] if found else []
+        caption = f"On the Pareto front: {plot.best}."
+        reasons = [f"{listed(names)} ({reason})" for reason, names in plot.missing.items()]
+        if reasons:
+            caption += f" Not in this plot: {'; '.join(reasons)}."
+        found.append(plot.figure(caption))
+    return [Section("trade", heading, [*found, Paragraph(note)])] if plots else []
 
 
 # ---- several runs
@@ -303,20 +332,23 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
     counts = Counter(filter(None, asked.values()))
     usual = counts.most_common(1)[0][0] if counts else None
     for run, results in runs.items():
-        healed_by, quantization = results.healed_by, results.quantization
+        recovered_by, quantization = results.recovered_by, results.quantization
         for name, entry in results.evaluated.items():
-            is_original, unhealed = name == "original", name in ("original", PRUNED, QUANTIZED)
+            is_original, is_healed = name == "original", name == HEALED
+            others = ("original", PRUNED, QUANTIZED)
+            way = None if name in others else recovered_by.get(name, name)
             one = compared_model(
                 entry,
                 labels,
                 results.benchmark,
                 cell,
-                timed_as=[name, PRUNED] if name in healed_by else [name],
+                timed_as=[name, PRUNED] if name in recovered_by else [name],
                 run=None if is_original else run,
                 name=name,
                 original=model_name(results.plan.model.id),
                 criterion=None if is_original else results.plan.criterion,
-                healed_by=healed_by.get(name) or (None if unhealed else name),
+                healed_by=way if is_healed else None,
+                retrained_by=None if is_healed else way,
                 quantized_by=quantization.method if quantization and name == QUANTIZED else None,
                 removed=[] if is_original else results.plan.removed,
                 zeroshot_mean=entry.zeroshot_mean if asked[run] == usual else None,
@@ -326,7 +358,17 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
                 originals[entry.model.fingerprint] = _merged(known, one)
             else:
                 models.append((one, entry))
-    return [*originals.values(), *against_lowest(models, labels)]
+    found = [*originals.values(), *against_lowest(models, labels)]
+    return with_fronts(found, _runs_plots(runs, found))
+
+
+def _runs_plots(
+    runs: Mapping[str, RunResults], models: Sequence[ComparedModel]
+) -> dict[str, TradePlot]:
+    """Quality against cost of the models of several runs."""
+    others, _ = _other_segments(runs, main_text(models))
+    cell = common_cell(*(run.benchmark for run in runs.values()))
+    return trade_plots(models, cell, others=others)
 
 
 def _tasks_asked(results: RunResults) -> str | None:
@@ -376,7 +418,13 @@ def runs_table(models: Sequence[ComparedModel]) -> Table:
         ("parameters", lambda one: short_count(one.model.parameters)),
         ("bytes", lambda one: short_bytes(one.model.bytes)),
     ]
+    for quality in dict.fromkeys(quality for one in models for quality in one.front):
+        columns.append((Cell("Pareto front", f"of {quality} and"), partial(_front, quality)))
     return parts.table_of(rows, columns + measured_columns(rows))
+
+
+def _front(quality: str, row: ModelRow) -> Cell:
+    return Cell(", ".join(row.model.front.get(quality, ())), look="words")
 
 
 def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -> Page:
@@ -389,9 +437,8 @@ def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -
         "latencies of different runs were measured at different times."
     )
     shown = [runs_table(models), Paragraph(note), *([Paragraph(errors)] if errors else [])]
-    others, differing = _other_segments(runs, main_text(models))
-    cell = common_cell(*(run.benchmark for run in runs.values()))
-    plots = trade_plots(models, cell, others=others)
+    _, differing = _other_segments(runs, main_text(models))
+    plots = _runs_plots(runs, models)
     removed = [part for name, results in runs.items() for part in _removed_by(name, results)]
     return Page(
         name=originals[0] if len(originals) == 1 else counted(len(originals), "model"),
@@ -400,7 +447,7 @@ def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -
         verdict=_runs_verdict(models),
         sections=[
             *trade_section(
-                "Quality against cost", plots, f"{differing}Numbers are rows of the table below. "
+                "Quality against cost", plots, "Numbers are rows of the table below. ", differing
             ),
             Section("models", "All models", shown),
             Section("removals", "Removed blocks", removed),
@@ -424,33 +471,35 @@ def _other_segments(runs: Mapping[str, RunResults], text: str | None) -> tuple[l
     return others, (
         f"Runs were measured on different segments: {said}. Perplexities of different segments "
         "compare only roughly: marks with a ring are of other segments than most, and are not part "
-        "of the Pareto front. "
+        "of the Pareto front."
     )
 
 
 def _runs_verdict(models: Sequence[ComparedModel]) -> str:
-    """The models that none beats in both perplexity and size, on the most common text."""
+    """The Pareto front of perplexity on the most common text and size."""
     text = main_text(models)
     if text is None:
         return "No two models were measured on the same text, so their quality is not comparable."
-    best = front(_points(models, "parameters", text), higher_is_better=False)
     named = [
         f"{one.full_name} ({number(one.perplexity[text])}, {short_count(one.parameters)})"
-        for one in (models[point.number - 1] for point in best)
+        for one in sorted(models, key=lambda one: one.parameters)
+        if "parameters" in one.front.get("perplexity", ())
     ]
     return f"Pareto front of perplexity on {text} and number of parameters: {'; '.join(named)}."
 
 
 def _removed_by(name: str, results: RunResults) -> list[Part]:
     plan = results.plan
-    healed: list[str] = [results.healing.method] if results.healing else []
-    healed += [f"{one.method}, {one.steps:,} steps" for one in results.retraining.values()]
+    after = [f"healed by {results.healing.method}"] if results.healing else []
+    after += [
+        f"retrained by {one.method}, {one.steps:,} steps" for one in results.retraining.values()
+    ]
     removed = f"removed: {', '.join(map(str, plan.removed))}" if plan.removed else "none removed"
     return [
         parts.Heading(name),
         parts.Strip(results.statuses, ends=False),
         Paragraph(
             f"{model_name(plan.model.id)}; {plan.criterion or 'blocks given by hand'}; "
-            f"{removed}; {'healed by ' if healed else 'not healed'}{'; '.join(healed)}."
+            f"{removed}; {'; '.join(after) or 'neither healed nor retrained'}."
         ),
     ]

@@ -284,9 +284,9 @@ def write_corpus(
                 break
         if not train.count:
             raise DataError(
-                f"'{source}' gives {held.count} documents to train on, {dropped} had nothing to "
-                "learn in a window. At least 2 are needed, one of them to measure on: give more "
-                "data, or a longer --length"
+                f"documents to train on in '{source}': {held.count}; left out because their window "
+                f"has nothing to learn: {dropped}. At least 2 are needed, one of them to measure "
+                "on: give more data, or a longer --length"
             )
         content = {
             "dtype": dtype, "cut": cut, "dropped": dropped,

@@ -20,7 +20,7 @@ from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
 from shortllm.errors import BudgetError, CriterionError
-from shortllm.files import PARTIAL
+from shortllm.files import PARTIAL, hold, releasing
 from shortllm.journal import Journal
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
@@ -86,6 +86,7 @@ def drop_sublayers(
     return drop_from(checkpoint, options, out, calibration=ids, session=Session(runtime))
 
 
+@releasing()
 def drop_from(
     checkpoint: Checkpoint,
     options: SublayerOptions,
@@ -107,8 +108,7 @@ def drop_from(
     work = target.with_name(f"{target.name}.choosing{PARTIAL}")
 
     def draft() -> Draft:
-        journal = Journal(work, expected)
-        return _draft(checkpoint, options, allowed, target, seen, session, journal)
+        return _draft(checkpoint, options, allowed, target, seen, session, work, expected)
 
     choices = options.model_dump(mode="json")
     record = derive(
@@ -175,12 +175,14 @@ def _choose(
     allowed: Sequence[Sublayer],
     ids_BT: Tensor | None,
     session: Session,
-    journal: Journal,
+    work: Path,
+    expected: str,
 ) -> tuple[list[DroppedSublayer], float | None]:
     """What to remove, in order, and the perplexity of the intact model if it was measured."""
     if options.criterion is None:
         return [DroppedSublayer(block=b, part=part, value=None) for b, part in allowed], None
     assert options.remove is not None and ids_BT is not None
+    hold(work)
     task = Task(
         decoder=decoder,
         outputs=outputs,
@@ -188,7 +190,7 @@ def _choose(
         remove=options.remove,
         ids_BT=ids_BT,
         memory=session.memory(),
-        journal=journal,
+        journal=Journal(work, expected),
     )
     ranking: Ranking = CRITERIA.get(options.criterion).function(task)
     for (b, part), value in ranking.order:
@@ -208,7 +210,8 @@ def _draft(
     target: Path,
     calibration: Calibration | None,
     session: Session,
-    journal: Journal,
+    work: Path,
+    expected: str,
 ) -> Draft:
     """Choose, and describe the checkpoint without the chosen sublayers."""
     decoder = session.decoder(checkpoint)
@@ -217,7 +220,7 @@ def _draft(
         for name in names.values():
             require_stored(checkpoint, b, name, needed_to="set sublayers to zero")
     ids_BT = calibration.ids if calibration else None
-    dropped, intact = _choose(decoder, outputs, options, allowed, ids_BT, session, journal)
+    dropped, intact = _choose(decoder, outputs, options, allowed, ids_BT, session, work, expected)
     gone: list[Sublayer] = [(one.block, one.part) for one in dropped]
     removable = sorted(outputs.keys() - checkpoint.info().fixed.keys())
     whole = [b for b in removable if all((b, part) in gone for part in PARTS)]

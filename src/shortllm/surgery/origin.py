@@ -214,7 +214,7 @@ def lineage(checkpoint: Checkpoint) -> Lineage:
     if not steps:
         raise CheckpointError(
             f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
-            f"no removed blocks under '{PROVENANCE}', as `shortllm prune` writes them"
+            f"no removed blocks under '{PROVENANCE}'. Give a checkpoint that `shortllm prune` wrote"
         )
     kept = kept_after(steps)
     if len(kept) != checkpoint.block_count:

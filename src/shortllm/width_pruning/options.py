@@ -83,8 +83,8 @@ class WidthOptions(Options):
     )
     repair: bool = Field(
         default=False,
-        description="Refit the weights that stay in each output projection, by least squares on "
-        "the calibration text, so that they make up for those that are removed.",
+        description="Heal without training: refit the weights that stay in each output projection, "
+        "by least squares on the calibration text, so that they make up for those that go.",
     )
     shapes: Literal["auto", "uniform", "per-block"] = Field(
         default="auto",

@@ -1,4 +1,4 @@
-"""Repair the output projections: the channels that stay make up for those that go.
+"""Heal a narrower model without training: the channels that stay make up for those that go.
 
 Of the inputs A of an output projection with the weights W, the channels A_K stay and A_R go. The
 weights of those that stay get the change C that leaves the least of

@@ -1,4 +1,4 @@
-"""Healing, retraining and quantizing: their sections, and their sentences in the verdict."""
+"""Recovery of quality, by healing and by retraining, and quantizing: sections and sentences."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ _CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name and look of the curves of every retraining; further curves differ by their dashes."""
 
 
-def recovered(before: Perplexity, removed: Perplexity, healed: Perplexity) -> float | None:
-    """Part of the increase in NLL that healing reversed; None without an increase.
+def recovered(before: Perplexity, removed: Perplexity, after: Perplexity) -> float | None:
+    """Part of the increase in NLL that was reversed; None without an increase.
 
-    Above 1 where the healed model is better than the original.
+    Above 1 where the recovered model is better than the original.
     """
     lost = removed.nll - before.nll
-    return (removed.nll - healed.nll) / lost if lost > 0 else None
+    return (removed.nll - after.nll) / lost if lost > 0 else None
 
 
-def healed_sentence(results: RunResults) -> str:
-    """How much the best healing recovered, on the first text; empty without healing."""
+def recovery_sentence(results: RunResults) -> str:
+    """What the best healed or retrained model recovered, on the first text; empty without one."""
     before, removed = results.perplexities("original"), results.perplexities(PRUNED)
     for key in (key for key in before if key in removed):
-        found = {name: results.perplexities(name).get(key) for name in results.healed_by}
-        healed = {name: entry for name, entry in found.items() if entry is not None}
-        if not healed:
+        found = {name: results.perplexities(name).get(key) for name in results.recovered_by}
+        after = {name: entry for name, entry in found.items() if entry is not None}
+        if not after:
             continue
-        best = min(healed, key=lambda name: healed[name].nll)
-        share = recovered(before[key], removed[key], healed[best])
+        best = min(after, key=lambda name: after[name].nll)
+        share = recovered(before[key], removed[key], after[best])
         registry = METHODS if best in results.retraining else healing_methods.METHODS
-        method, reached = registry.get(results.healed_by[best]).label, healed[best].perplexity
+        method, reached = registry.get(results.recovered_by[best]).label, after[best].perplexity
         if share is None or share <= 0:
             return f" {method} led to a perplexity of {number(reached)}."
         return (
@@ -91,24 +91,24 @@ def quantized_sentence(results: RunResults) -> str:
     return f"{sentence}."
 
 
-def healing_section(results: RunResults) -> Section | None:
-    """What healing recovered, the folded maps, the loss curves; None without healing."""
-    if not results.healed_by:
+def recovery_section(results: RunResults) -> Section | None:
+    """What was recovered, the refitted weights, the loss curves; None without either."""
+    if not results.recovered_by:
         return None
     others = ("original", PRUNED, QUANTIZED)
-    healed = [name for name in results.evaluated if name not in others]
+    after = [name for name in results.evaluated if name not in others]
     found: list[Part] = []
-    if healed:
-        names = ["original", PRUNED, *healed]
+    if after:
+        names = ["original", PRUNED, *after]
         plot = _perplexity_plot(results, names)
-        note = "Recovered: part of the increase in loss (nats per token) that healing reversed."
+        note = "Recovered: part of the increase in loss (nats per token) that was reversed."
         if results.retraining:
             note += " More than 100 % is possible: retraining also learns from its own text."
         found += [plot.figure()] if plot else []
         found += [_recovery_table(results, names), parts.Paragraph(note)]
     if results.healing:
         method = healing_methods.METHODS.get(results.healing.method)
-        found += [Heading(method.label), _maps(results.healing)]
+        found += [Heading(f"Healing: {method.label}"), _maps(results.healing)]
     several = len(results.retraining) > 1
     for name, record in results.retraining.items():
         found.append(Heading(f"Retraining: {name}" if several else "Retraining"))
@@ -137,7 +137,7 @@ def _recovery_columns(results: RunResults, key: Protocol, heading: str) -> list[
 
     def share(name: str) -> str:
         own = found.get(name)
-        if name not in results.healed_by or not (before and removed and own):
+        if name not in results.recovered_by or not (before and removed and own):
             return ""
         return percent(recovered(before, removed, own))
 
@@ -145,7 +145,7 @@ def _recovery_columns(results: RunResults, key: Protocol, heading: str) -> list[
 
 
 def _summary(results: RunResults, name: str) -> str:
-    """How a model was healed, in a few words."""
+    """How a model was healed or retrained, in a few words."""
     trained = results.retraining.get(name)
     if trained is not None:
         return f"{trained.steps:,} steps, {trained.trained_parameters:,} parameters trained"
