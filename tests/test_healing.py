@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,80 @@ def test_the_attention_is_changed_only_where_that_helps(removed: list[int], tmp_
     else:
         assert both.changed == [OUTPUT["llama"], DOWN["llama"]]
         assert both.error_after < alone.error_after  # type: ignore[operator]
+
+
+def inputs_of(
+    model: nn.Module, modules: list[nn.Module], b: int, ids_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What some modules are called with, side by side, and the stream behind block `b`."""
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, given: Any) -> None:
+        inputs[module] = given[0].double().flatten(0, -2)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(keep))
+        after_ND = stream_behind(model, b, ids_BT)
+    return torch.cat([inputs[module] for module in modules], dim=1), after_ND
+
+
+def test_blocks_further_before_a_gap_are_solved_together(tmp_path: Path) -> None:
+    ridge, ids_BT, down = 0.05, text(), DOWN["llama"]
+    [gap] = healed(
+        "llama", [3, 4], tmp_path, method="regression", ridge=ridge, weighting="none",
+        attention=False, gain=False, before=2,
+    ).gaps  # fmt: skip
+    assert (gap.block, gap.earlier) == (2, [1])
+    blocks = blocks_of(families.load(tmp_path / "healed"))
+    model = families.load(families.saved("llama"))
+    wanted_ND = stream_behind(families.loaded("llama"), 4, ids_BT)
+    for solved in ([1, 2], [2]):  # each together with those behind it
+        modules: list[Any] = [blocks_of(model)[b].get_submodule(down) for b in solved]
+        x_NI, after_ND = inputs_of(model, modules, 2, ids_BT)
+        penalty = ridge * x_NI.square().sum() / x_NI.shape[1]
+        eye = torch.eye(x_NI.shape[1], dtype=torch.float64)
+        change_ID = torch.linalg.solve(
+            x_NI.T @ x_NI + penalty * eye, x_NI.T @ (wanted_ND - after_ND)
+        )
+        first, found = modules[0], blocks[solved[0]].get_submodule(down)
+        change = change_ID[: first.in_features].T
+        torch.testing.assert_close(
+            found.weight.double() - first.weight.double(), change, rtol=1e-3, atol=1e-5
+        )
+        first.weight = found.weight  # only that is changed; then the rest is read again
+    left = stream_behind(families.load(tmp_path / "healed"), 2, ids_BT) - wanted_ND
+    assert left.square().sum() < (after_ND - wanted_ND).square().sum()
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "mixtral"])
+def test_what_is_not_a_plain_projection_has_no_blocks_further_before(
+    variant: str, tmp_path: Path
+) -> None:
+    [one], [more] = (
+        healed(variant, [3], tmp_path / str(n), method="regression", before=n).gaps for n in (1, 3)
+    )
+    assert one == more
+
+
+def test_blocks_behind_a_gap_are_refitted_too(tmp_path: Path) -> None:
+    options: Any = {"method": "regression", "weighting": "none", "gain": False, "ridge": 0.05}
+    plain = healed("llama", [1, 3], tmp_path / "plain", **options)
+    more = healed("llama", [1, 3], tmp_path / "more", **options, behind=2)
+    # block 2 is in front of a gap; block 6 is too far
+    assert [(gap.block, gap.removed) for gap in more.gaps] == [
+        (0, [1]), (2, [3]), (4, []), (5, []),
+    ]  # fmt: skip
+    assert plain.gaps == more.gaps[:2]
+    intact, ids_BT = families.loaded("llama"), text()
+    for place, block in ((2, 4), (3, 5)):
+        wanted_ND = stream_behind(intact, block, ids_BT)
+        distances = [
+            (stream_behind(families.load(tmp_path / name / "healed"), place, ids_BT) - wanted_ND)
+            .square().sum().item()
+            for name in ("more", "plain")
+        ]  # fmt: skip
+        assert distances[0] < distances[1]
 
 
 @pytest.mark.parametrize("weighting", ["norm", "none"])

@@ -60,17 +60,18 @@ def test_stages_say_when_they_begin_and_end(caplog: pytest.LogCaptureFixture) ->
     assert "[2/3] score: scoring by ppl" in lines(caplog, logging.DEBUG)
 
 
+@pytest.mark.parametrize(("amount", "said"), [(1, "25%, X left"), (1e-4, "0%")])
 def test_a_line_now_and_then_says_how_far_it_is(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    amount: float, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.02)
     monkeypatch.setattr(progress, "_lasting", lambda seconds: "X")
     with stage("heal"), progress.progress("healing", 4) as advance:
-        advance(1)
+        advance(amount)
         deadline = time.monotonic() + 30
         while len(lines(caplog)) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)  # without a word from the work itself
-    assert set(lines(caplog)[1:-1]) == {"[1/1] heal: healing 25%, X left, X elapsed"}
+    assert set(lines(caplog)[1:-1]) == {f"[1/1] heal: healing {said}, X elapsed"}
 
 
 def test_a_mistake_is_not_preceded_by_a_stage(

@@ -33,6 +33,9 @@ Advance = Callable[[float], None]
 
 LINE_EVERY_S = 60.0
 
+LEAST_PART = 0.01
+"""Part of the work from which on the rest of the time is estimated."""
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -56,7 +59,7 @@ class _Task:
     def __str__(self) -> str:
         """'healing 34%, 1.9 min left'."""
         part, elapsed = self.done / self.total if self.total else 0.0, time.monotonic() - self.since
-        left = f", {_lasting(elapsed / part - elapsed)} left" if part else ""
+        left = f", {_lasting(elapsed / part - elapsed)} left" if part >= LEAST_PART else ""
         return f"{self.name} {part:.0%}{left}"
 
 

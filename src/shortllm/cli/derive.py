@@ -69,7 +69,7 @@ def heal(
 def _print_healing(record: Healing) -> None:
     rows = [
         (
-            ", ".join(map(str, gap.removed)),
+            ", ".join(map(str, gap.removed)) or "-",
             "-" if gap.block is None else str(gap.block),
             "no block before it" if gap.block is None else ", ".join(gap.changed) or "nothing",
             f"{gap.gain:.3f}",

@@ -121,7 +121,7 @@ def _through(groups: SampleGroups, b: int, stream_BTD: Tensor, fit: Stage | None
         return None
     parts = []
     for group, rows in enumerate(groups.rows):
-        with watching(groups.decoder.blocks[b], fit.watched) as seen:
+        with watching(groups.decoder.blocks[b], fit.watched(b)) as seen:
             after_BTD = groups.after(b, stream_BTD, group)
         stream_BTD[rows] = after_BTD.to(stream_BTD)
         x_NI = fit.unknowns.columns(fit.modules[0], seen).view(after_BTD.shape[:2].numel(), -1)

@@ -78,6 +78,8 @@ class Added:
     """For a norm, the projection that it gets its input from."""
     experts: tuple[Output, ...] = ()
     """For experts, what their output is proportional to."""
+    block: int = 0
+    """The number of its block."""
 
     @property
     def projection(self) -> Added:
@@ -106,7 +108,7 @@ def find_added(
     entry = decoder.enter(ids_BT)
     found: dict[int, list[Added]] = {}
     for b in decoder.through(blocks):
-        found[b] = _find(decoder, b, entry)
+        found[b] = [replace(one, block=b) for one in _find(decoder, b, entry)]
         if checkpoint is not None:
             others = [one for other in found.values() for added in other for one in added.experts]
             found[b] = _with_stored(checkpoint, decoder, b, found[b], others)

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,11 +53,12 @@ from shortllm.healing.folding import Added, Fold, find_foldable, folded_into, wa
 from shortllm.healing.gain import Scalable, find_scalable
 from shortllm.healing.methods import Healed, Task
 from shortllm.healing.options import HealedGap
-from shortllm.healing.unknowns import Stage, stages
+from shortllm.healing.unknowns import Seen, Stage, stages
 from shortllm.model.hidden_states import SampleGroups
 from shortllm.progress import progress
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.runtime import Ranks
+from shortllm.surgery.derived import stored_name
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,9 @@ COLUMNS = 512
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
 
+
+MOST_COLUMNS = 8192
+"""Columns of X that are solved together: above, blocks further before a gap are left out."""
 
 LEAST_GAIN = 0.25
 """Factors of the hidden state that are smaller, or larger than its inverse, are not believed."""
@@ -301,6 +306,35 @@ def choose_ridge(
     return None, held_out.missing
 
 
+def fitted_gaps(task: Task) -> list[Gap]:
+    """The gaps, and one of no blocks behind each of the blocks that are refitted too."""
+    gaps = gaps_of(task.removed)
+    behind = {
+        b
+        for gap in gaps
+        if gap.before is not None
+        for b in range(gap.stop, min(gap.stop + task.options.behind, task.decoder.block_count))
+    }
+    behind -= {*task.removed, *(gap.before for gap in gaps)}
+    behind -= {b for blocks in further_before(task).values() for b in blocks}
+    return sorted([*gaps, *(Gap(b + 1, b + 1) for b in behind)], key=lambda gap: gap.stop)
+
+
+def further_before(task: Task) -> dict[int, list[int]]:
+    """For the block before each gap the blocks further before it that are refitted too.
+
+    None where blocks are read one at a time.
+    """
+    found: dict[int, list[int]] = {}
+    stop = 0
+    for gap in gaps_of(task.removed):
+        if gap.before is not None and not task.decoder.streamed:
+            first = max(stop, gap.start - task.options.before)
+            found[gap.before] = list(range(first, gap.before))
+        stop = gap.stop
+    return found
+
+
 def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
     """Each block up to the last gap, and after each gap the block before it, with the gap."""
     steps: list[tuple[int, Gap | None]] = []
@@ -317,9 +351,11 @@ def heal_gaps(task: Task) -> Healed:
     The held-out samples choose the ridge of each, unless it is given; the folded change is then
     solved on all samples.
     """
-    decoder, gaps = task.decoder, gaps_of(task.removed)
+    decoder, gaps = task.decoder, fitted_gaps(task)
     before = [gap.before for gap in gaps if gap.before is not None]
-    found = find_foldable(task.checkpoint, decoder, before)
+    further = further_before(task)
+    changed = sorted({*before, *(b for blocks in further.values() for b in blocks)})
+    found = find_foldable(task.checkpoint, decoder, changed)
     scalable = scalable_behind(task, before)
     walk = _Walk(task, gain=scalable is not None)
     folds: dict[int, Fold] = {}
@@ -330,16 +366,18 @@ def heal_gaps(task: Task) -> Healed:
     with progress("healing", len(steps)) as advance:
         for (b, gap), _ in zip(steps, order, strict=True):
             if gap is None:
-                walk.through(b, source=True, healed=b not in task.removed and b not in before)
+                walk.through(b, source=True, healed=b not in task.removed and b not in changed)
             else:
-                record, changed = _heal_gap(task, walk, gap, b, stages(found[b], task.options))
+                fits, path = stages(found[b], task.options), [*further.get(b, ()), b]
+                earlier = [found[one][-1] for one in path[:-1]]
+                record, new = _heal_gap(task, walk, gap, path, earlier, fits)
                 records.append(record)
-                if changed:
-                    folds[b] = changed
+                folds |= new
                 if record.gain != 1.0:
                     gains[b] = record.gain
-                with folded_into(decoder, {b: changed}, {b: record.gain}):
-                    walk.through(b, source=False, healed=True)
+                with folded_into(decoder, new, {b: record.gain}):
+                    for one in path:
+                        walk.through(one, source=False, healed=True)
             advance(1)
     written = {b: Scalable(found[b]) for b in folds} | (scalable or {})
     return Healed(gaps=records, folds=folds, gains=gains, scalable=written)
@@ -359,32 +397,93 @@ def scalable_behind(task: Task, before: Sequence[int]) -> dict[int, Scalable] | 
 
 
 def _heal_gap(
-    task: Task, walk: _Walk, gap: Gap, b: int, fits: Sequence[Stage]
-) -> tuple[HealedGap, Fold]:
-    """New weights for block `b`, stage by stage, and what the record says of them.
+    task: Task,
+    walk: _Walk,
+    gap: Gap,
+    path: Sequence[int],
+    earlier: Sequence[Added],
+    fits: Sequence[Stage],
+) -> tuple[HealedGap, dict[int, Fold]]:
+    """New weights for the block before a gap, stage by stage, and for those further before it; and
+    what the record says of them.
 
-    A module that is changed before the last one can also do harm, as the last one then gets another
-    input. So the last one is solved alone too, and the better of both is taken.
+    A module that is changed before the last one can also do harm, as those behind it then get
+    another input. So the last one is solved alone too, and the better of both is taken; and where
+    changes further before the gap end with a larger error than there is without, they are left out.
+
+    Args:
+        path: the blocks from the first that is changed to the one before the gap.
+        earlier: a projection in each of them but the last.
     """
-    solutions = _solutions(task, walk, gap, b, fits)
-    if fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]:
-        solutions = _solutions(task, walk, gap, b, fits[-1:]) + solutions
+    *_, b = path
+    folds, without = _earlier(task, walk, path, earlier, fits)
+    with folded_into(task.decoder, folds):
+        solutions = _solutions(task, walk, gap, path, fits)
+        if fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]:
+            solutions = _solutions(task, walk, gap, path, fits[-1:]) + solutions
     # of equals the one that changes more modules
-    _, record, weights = min(reversed(solutions), key=lambda one: one[0])
-    return record, weights
+    left, record, weights = min(reversed(solutions), key=lambda one: one[0])
+    if folds and left > without:
+        log.info("blocks %s are left as they are: their changes do harm", sorted(folds))
+        return _heal_gap(task, walk, gap, path, [], fits)
+    found = folds | ({b: weights} if weights else {})
+    return record.model_copy(update={"earlier": sorted(folds)}), found
+
+
+def _earlier(
+    task: Task,
+    walk: _Walk,
+    path: Sequence[int],
+    earlier: Sequence[Added],
+    fits: Sequence[Stage],
+) -> tuple[dict[int, Fold], float]:
+    """New weights for projections further before a gap, one after the other; and the error that
+    would be left without them on held-out samples.
+
+    Each is solved together with all that are changed behind it, and then changed alone.
+    """
+    folds: dict[int, Fold] = {}
+    without = math.inf
+    behind = fits[0].modules
+    columns = sum(_inputs(task, one) for one in behind)
+    for place, added in enumerate(earlier):
+        modules = [*earlier[place:], *behind]
+        alike = fits[0].refits and not (added.norm or added.experts)
+        if not alike or columns + sum(_inputs(task, one) for one in earlier[place:]) > MOST_COLUMNS:
+            continue
+        fit = Stage(fits[0].unknowns, modules)
+        with folded_into(task.decoder, folds):
+            fitted, held_out, sizes = walk.measure(path, fit)
+        if not folds:
+            own = slice(-columns, None)
+            _, without = choose_ridge(fitted.rows(own), held_out.rows(own), task.options.ridge)
+        ridge, _ = choose_ridge(fitted, held_out, task.options.ridge)
+        fitted.take(held_out)
+        del held_out
+        fold, _ = _solved(task, added.block, fit, added, fitted, ridge, sizes[0])
+        if fold:
+            folds[added.block] = fold
+    return folds, without
+
+
+def _inputs(task: Task, added: Added) -> int:
+    """How many inputs a projection has."""
+    name = stored_name(task.checkpoint, added.block, f"{added.name}.weight")
+    return task.checkpoint.tensors[name].shape[0 if added.transposed else -1]
 
 
 def _solutions(
-    task: Task, walk: _Walk, gap: Gap, b: int, fits: Sequence[Stage]
+    task: Task, walk: _Walk, gap: Gap, path: Sequence[int], fits: Sequence[Stage]
 ) -> list[tuple[float, HealedGap, Fold]]:
     """What the stages end with, and where the first of them solves the last module too, what that
     does alone: the error that is left on held-out samples, the record, and the new weights."""
+    *_, b = path
     changed = Fold()
     before: float | None = None
     solutions: list[tuple[float, HealedGap, Fold]] = []
     for fit in fits:
         with folded_into(task.decoder, {b: changed}):
-            fitted, held_out, sizes = walk.measure(b, fit)
+            fitted, held_out, sizes = walk.measure(path, fit)
         parts = [(fit.modules[0], slice(None))]
         if len(fit.modules) > 1:
             parts.append((fit.modules[-1], slice(sum(sizes[:-1]), None)))
@@ -460,18 +559,23 @@ class _Walk:
         if healed and self._healed is not None:
             self._groups.apply(b, self._healed)
 
-    def measure(self, b: int, fit: Stage) -> tuple[GapSums, GapSums, list[int]]:
-        """The sums of a fit of block `b`, over the samples to solve with and the held-out ones, and
-        how many columns of X each module has. Both hidden states stay where they are."""
+    def measure(self, path: Sequence[int], fit: Stage) -> tuple[GapSums, GapSums, list[int]]:
+        """The sums of a fit behind the blocks of `path`, over the samples to solve with and the
+        held-out ones, and how many columns of X each module has. Both hidden states stay where they
+        are."""
         decoder = self._decoder
         assert self._healed is not None
         sums: list[GapSums] = []
         sizes: list[int] = []
         for group, rows in enumerate(self._groups.rows):
-            with watching(decoder.blocks[b], fit.watched) as seen:
-                after_BTD = self._groups.after(b, self._healed, group)
+            after_BTD = self._healed[rows].to(decoder.device)
+            seen: dict[int, Seen] = {}
+            for b in path:
+                with watching(decoder.blocks[b], fit.watched(b)) as seen[b]:
+                    call = self._groups.entries[group].calls[b]
+                    after_BTD = decoder.apply(b, after_BTD, call)
             wanted_BTD = self._source[rows].to(decoder.device)
-            sizes = [fit.unknowns.columns(one, seen).shape[-1] for one in fit.modules]
+            sizes = [fit.unknowns.columns(one, seen[one.block]).shape[-1] for one in fit.modules]
             equations = fit.unknowns.equations(fit.modules, seen, after_BTD, wanted_BTD)
             if not sums:
                 shape = (equations[0].shape[-1], after_BTD.shape[-1])

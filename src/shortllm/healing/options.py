@@ -71,6 +71,19 @@ class HealOptions(Options):
         description="Also multiply the hidden state behind each gap by a factor, by dividing what "
         "all later blocks add; only where every norm ignores its scale.",
     )
+    before: int = Field(
+        default=1,
+        ge=1,
+        description="Refit the MLP's output projection in this many blocks before each gap, solved "
+        "together; only where no norm follows it and all blocks are in memory, and as many as have "
+        "8,192 inputs together.",
+    )
+    behind: int = Field(
+        default=0,
+        ge=0,
+        description="Refit the output projections of this many blocks behind each gap too, one "
+        "after the other.",
+    )
     calibration: HealCalibration = HealCalibration()
 
     @model_validator(mode="after")
@@ -86,11 +99,15 @@ class HealedGap(Record):
     block: int | None = Field(
         description="the block before the gap; null if there is none, so it cannot be healed"
     )
-    removed: list[int]
+    removed: list[int] = Field(description="empty: a block behind a gap, refitted too")
     changed: list[str] = Field(
         default_factory=list,
         description="projections, norms and matrices of experts with new weights, by their names "
         "within the block",
+    )
+    earlier: list[int] = Field(
+        default_factory=list,
+        description="blocks further before the gap whose output projection has new weights too",
     )
     scale: float | None = Field(
         default=None, description="factor that the block multiplies their output with"

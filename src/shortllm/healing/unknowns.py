@@ -33,7 +33,7 @@ from shortllm.healing.folding import Added, Fold, fold, refit, regain, rescale
 from shortllm.healing.options import HealOptions
 
 Seen = Mapping[str, tuple[Tensor, Tensor]]
-"""What each watched module was called with, and what it returned, `[..., columns]`."""
+"""What each watched module of a block was called with, and what it returned, `[..., columns]`."""
 
 Equations = tuple[Tensor, Tensor, Tensor]
 """X, what is there and what should be there, `[B, T, columns]`: X C should be their difference."""
@@ -53,15 +53,20 @@ class Unknowns:
     """Whether X C is what goes into a norm, not what is added to the hidden state."""
 
     def equations(
-        self, modules: Sequence[Added], seen: Seen, after_BTD: Tensor, wanted_BTD: Tensor
+        self,
+        modules: Sequence[Added],
+        seen: Mapping[int, Seen],
+        after_BTD: Tensor,
+        wanted_BTD: Tensor,
     ) -> Equations:
-        """The equations of the modules together."""
+        """The equations of the modules together; `seen` by block."""
         size = after_BTD.shape[:2]
-        parts = [self.columns(one, seen).double().view(*size, -1) for one in modules]
+        parts = [self.columns(one, seen[one.block]).double().view(*size, -1) for one in modules]
         x_BTI = torch.cat(parts, dim=-1)
         if not self.behind_norm:
             return x_BTI, after_BTD, wanted_BTD
-        return _before_the_norm(modules[0], seen, x_BTI, after_BTD, wanted_BTD)
+        added = modules[0]
+        return _before_the_norm(added, seen[added.block], x_BTI, after_BTD, wanted_BTD)
 
 
 MAP = Unknowns(lambda added, seen: added.scale * seen[added.name][1], fold)
@@ -83,11 +88,16 @@ class Stage:
     unknowns: Unknowns
     modules: list[Added]
 
+    def watched(self, b: int) -> list[str]:
+        """The names of the modules that it reads, within block `b`."""
+        modules = [one for one in self.modules if one.block == b]
+        names = [one.name for one in modules]
+        return names + [one.source.name for one in modules if one.source is not None]
+
     @property
-    def watched(self) -> list[str]:
-        """The names of the modules that it reads, within the block."""
-        names = [one.name for one in self.modules]
-        return names + [one.source.name for one in self.modules if one.source is not None]
+    def refits(self) -> bool:
+        """Whether all weights of projections are unknowns."""
+        return self.unknowns is WEIGHTS
 
 
 def stages(found: Sequence[Added], options: HealOptions) -> list[Stage]:

@@ -152,14 +152,17 @@ def _summary(results: RunResults, name: str) -> str:
     if trained is not None:
         return f"{trained.steps:,} steps, {trained.trained_parameters:,} parameters trained"
     if name == HEALED and results.healing is not None:
-        folded = sum(bool(gap.changed) or gap.gain != 1.0 for gap in results.healing.gaps)
+        folded = sum(
+            bool(gap.removed) and (bool(gap.changed) or gap.gain != 1.0)
+            for gap in results.healing.gaps
+        )
         return f"{counted(folded, 'gap')} healed, no training"
     return ""
 
 
 def _maps(record: Healing) -> Part:
     columns: list[Column[HealedGap]] = [
-        ("removed", lambda gap: ", ".join(map(str, gap.removed))),
+        ("removed", lambda gap: ", ".join(map(str, gap.removed)) or "none"),
         ("changed in block", _target),
         ("factor", lambda gap: f"{gap.gain:.3f}"),
         ("ridge", lambda gap: number(gap.ridge)),

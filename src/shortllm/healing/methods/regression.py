@@ -15,7 +15,14 @@ from shortllm.healing.methods.linear import require_projection
         name="regression",
         label="Regression of the weights",
         check=require_projection,
-        options={"ridge": None, "weighting": "norm", "attention": True, "gain": True},
+        options={
+            "ridge": None,
+            "weighting": "norm",
+            "attention": True,
+            "gain": True,
+            "before": 1,
+            "behind": 0,
+        },
     )
 )
 def regression(task: Task) -> Healed:
