@@ -10,7 +10,7 @@ import typer
 
 from shortllm.cli.flags import Json, ModelArgument, Out, Revision, flags
 from shortllm.cli.output import answered, print_table
-from shortllm.format import number
+from shortllm.format import number, spans
 from shortllm.healing.options import HealOptions
 from shortllm.merging.options import MergeOptions
 from shortllm.quantizing.options import QuantizeOptions
@@ -70,7 +70,7 @@ def _print_healing(record: Healing) -> None:
     rows = [
         (
             ", ".join(map(str, gap.removed)) or "-",
-            "-" if gap.block is None else str(gap.block),
+            "-" if gap.block is None else spans([*gap.earlier, gap.block]),
             "no block before it" if gap.block is None else ", ".join(gap.changed) or "nothing",
             f"{gap.gain:.3f}",
             "-" if gap.ridge is None else f"{gap.ridge:g}",

@@ -42,7 +42,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ from torch import Tensor
 
 from shortllm.healing.folding import Added, Fold, find_foldable, folded_into, watching
 from shortllm.healing.gain import Scalable, find_scalable
-from shortllm.healing.methods import Healed, Task
+from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import HealedGap
 from shortllm.healing.unknowns import Seen, Stage, stages
 from shortllm.model.hidden_states import SampleGroups
@@ -315,24 +315,38 @@ def fitted_gaps(task: Task) -> list[Gap]:
         if gap.before is not None
         for b in range(gap.stop, min(gap.stop + task.options.behind, task.decoder.block_count))
     }
-    behind -= {*task.removed, *(gap.before for gap in gaps)}
-    behind -= {b for blocks in further_before(task).values() for b in blocks}
+    behind -= {*task.removed, *(gap.before for gap in gaps), *further_before(task)}
     return sorted([*gaps, *(Gap(b + 1, b + 1) for b in behind)], key=lambda gap: gap.stop)
 
 
-def further_before(task: Task) -> dict[int, list[int]]:
-    """For the block before each gap the blocks further before it that are refitted too.
-
-    None where blocks are read one at a time.
-    """
-    found: dict[int, list[int]] = {}
+def further_before(task: Task) -> list[int]:
+    """The blocks further before the gaps that may be refitted too: none behind another gap than the
+    last before them, and none where blocks are read one at a time."""
+    found: list[int] = []
     stop = 0
-    for gap in gaps_of(task.removed):
-        if gap.before is not None and not task.decoder.streamed:
-            first = max(stop, gap.start - task.options.before)
-            found[gap.before] = list(range(first, gap.before))
+    several = "before" in METHODS.get(task.options.method).options and not task.decoder.streamed
+    for gap in gaps_of(task.removed) if several else ():
+        found += range(max(stop, gap.start - task.options.before), gap.start - 1)
         stop = gap.stop
     return found
+
+
+def refitted_with(
+    task: Task, b: int, found: Mapping[int, Sequence[Added]], fit: Stage
+) -> list[Added]:
+    """The projections further before a gap that are solved together with those of `fit`, of block
+    `b` before it."""
+    modules: list[Added] = []
+    columns = sum(_inputs(task, one) for one in fit.modules) if fit.refits else math.inf
+    allowed = further_before(task)
+    while b - 1 in allowed:
+        b -= 1
+        added = found[b][-1]
+        if added.norm or added.experts or columns + _inputs(task, added) > MOST_COLUMNS:
+            break
+        columns += _inputs(task, added)
+        modules.insert(0, added)
+    return modules
 
 
 def steps_of(gaps: Collection[Gap]) -> list[tuple[int, Gap | None]]:
@@ -353,9 +367,10 @@ def heal_gaps(task: Task) -> Healed:
     """
     decoder, gaps = task.decoder, fitted_gaps(task)
     before = [gap.before for gap in gaps if gap.before is not None]
-    further = further_before(task)
-    changed = sorted({*before, *(b for blocks in further.values() for b in blocks)})
-    found = find_foldable(task.checkpoint, decoder, changed)
+    found = find_foldable(task.checkpoint, decoder, sorted({*before, *further_before(task)}))
+    fits = {b: stages(found[b], task.options) for b in before}
+    earlier = {b: refitted_with(task, b, found, fits[b][0]) for b in before}
+    changed = {*before, *(one.block for modules in earlier.values() for one in modules)}
     scalable = scalable_behind(task, before)
     walk = _Walk(task, gain=scalable is not None)
     folds: dict[int, Fold] = {}
@@ -368,9 +383,8 @@ def heal_gaps(task: Task) -> Healed:
             if gap is None:
                 walk.through(b, source=True, healed=b not in task.removed and b not in changed)
             else:
-                fits, path = stages(found[b], task.options), [*further.get(b, ()), b]
-                earlier = [found[one][-1] for one in path[:-1]]
-                record, new = _heal_gap(task, walk, gap, path, earlier, fits)
+                path = [*(one.block for one in earlier[b]), b]
+                record, new = _heal_gap(task, walk, gap, path, earlier[b], fits[b])
                 records.append(record)
                 folds |= new
                 if record.gain != 1.0:
@@ -404,19 +418,19 @@ def _heal_gap(
     earlier: Sequence[Added],
     fits: Sequence[Stage],
 ) -> tuple[HealedGap, dict[int, Fold]]:
-    """New weights for the block before a gap, stage by stage, and for those further before it; and
-    what the record says of them.
+    """New weights for the block before a gap, stage by stage, and for projections further before
+    it; and what the record says of them.
 
     A module that is changed before the last one can also do harm, as those behind it then get
     another input. So the last one is solved alone too, and the better of both is taken; and where
     changes further before the gap end with a larger error than there is without, they are left out.
 
     Args:
-        path: the blocks from the first that is changed to the one before the gap.
-        earlier: a projection in each of them but the last.
+        path: the blocks from where the healed hidden state is to the one before the gap.
+        earlier: projections further before it.
     """
     *_, b = path
-    folds, without = _earlier(task, walk, path, earlier, fits)
+    folds, without = _earlier(task, walk, path, earlier, fits[0])
     with folded_into(task.decoder, folds):
         solutions = _solutions(task, walk, gap, path, fits)
         if fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]:
@@ -431,11 +445,7 @@ def _heal_gap(
 
 
 def _earlier(
-    task: Task,
-    walk: _Walk,
-    path: Sequence[int],
-    earlier: Sequence[Added],
-    fits: Sequence[Stage],
+    task: Task, walk: _Walk, path: Sequence[int], earlier: Sequence[Added], behind: Stage
 ) -> tuple[dict[int, Fold], float]:
     """New weights for projections further before a gap, one after the other; and the error that
     would be left without them on held-out samples.
@@ -444,18 +454,12 @@ def _earlier(
     """
     folds: dict[int, Fold] = {}
     without = math.inf
-    behind = fits[0].modules
-    columns = sum(_inputs(task, one) for one in behind)
     for place, added in enumerate(earlier):
-        modules = [*earlier[place:], *behind]
-        alike = fits[0].refits and not (added.norm or added.experts)
-        if not alike or columns + sum(_inputs(task, one) for one in earlier[place:]) > MOST_COLUMNS:
-            continue
-        fit = Stage(fits[0].unknowns, modules)
+        fit = Stage(behind.unknowns, [*earlier[place:], *behind.modules])
         with folded_into(task.decoder, folds):
             fitted, held_out, sizes = walk.measure(path, fit)
-        if not folds:
-            own = slice(-columns, None)
+        if not place:
+            own = slice(sum(sizes[: len(earlier)]), None)
             _, without = choose_ridge(fitted.rows(own), held_out.rows(own), task.options.ridge)
         ridge, _ = choose_ridge(fitted, held_out, task.options.ridge)
         fitted.take(held_out)

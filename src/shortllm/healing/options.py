@@ -72,11 +72,11 @@ class HealOptions(Options):
         "all later blocks add; only where every norm ignores its scale.",
     )
     before: int = Field(
-        default=1,
+        default=3,
         ge=1,
-        description="Refit the MLP's output projection in this many blocks before each gap, solved "
-        "together; only where no norm follows it and all blocks are in memory, and as many as have "
-        "8,192 inputs together.",
+        description="Refit the output projection of the MLP in this many blocks before each gap, "
+        "solved together: fewer where they have more than 8,192 inputs, and one where a norm "
+        "follows or blocks are read one at a time.",
     )
     behind: int = Field(
         default=0,

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from shortllm.evaluation.options import Perplexity
-from shortllm.format import NONE, counted, model_name, number, percent, short_bytes, short_count
+from shortllm.format import (
+    NONE,
+    counted,
+    model_name,
+    number,
+    percent,
+    short_bytes,
+    short_count,
+    spans,
+)  # fmt: skip
 from shortllm.healing import methods as healing_methods
 from shortllm.healing.options import HealedGap, Healing
 from shortllm.quantizing.options import QUANTIZED
@@ -183,7 +192,7 @@ def _target(gap: HealedGap) -> str:
     return (
         "no block before the gap"
         if gap.block is None
-        else f"{gap.block}, {' and '.join(gap.changed) or 'nothing'}"
+        else f"{spans([*gap.earlier, gap.block])}, {' and '.join(gap.changed) or 'nothing'}"
     )
 
 

@@ -20,7 +20,7 @@ from shortllm.healing.methods.linear import require_projection
             "weighting": "norm",
             "attention": True,
             "gain": True,
-            "before": 1,
+            "before": 3,
             "behind": 0,
         },
     )
