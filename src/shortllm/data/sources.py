@@ -238,7 +238,10 @@ class _Resolved:
 
 def _resolve(source: str, role: Role) -> _Resolved:
     if _names_several(source) or len(mixture(source)) > 1:
-        raise DataError(f"'{source}' is a mixture, which only retraining takes. Give one source")
+        how = "one source"
+        if role == "evaluation":
+            how = "each text on its own: the flag can be repeated"
+        raise DataError(f"'{source}' is a mixture, which only retraining takes. Give {how}")
     name, named = _split_column(source)
     head, _, split = name.partition(":")
     if head in BUILT_INS:
