@@ -211,6 +211,7 @@ OF_SETS: dict[str, Callable[[Studied, list[int], Path], None]] = {
     "linear": partial(healed, method="linear"),
     "published linear": partial(healed, method="linear", weighting="none"),
     "regression": partial(healed, method="regression"),
+    "regression, one block": partial(healed, method="regression", before=1),
     "merge": folded,
     "LoRA on text": partial(trained, heal=False, alpaca=False),
     "LoRA on Alpaca": partial(trained, heal=False, alpaca=True),
@@ -227,10 +228,16 @@ OF_COUNTS: dict[str, Callable[[Studied, int, Path], None]] = {
 }
 """Methods that choose by themselves, given how many blocks' parameters to remove."""
 
+UNTRAINED = ("none", "gain", "linear", "regression", "merge")
+"""Ways that every set gets."""
+
 TRAINED = ("LoRA on text", "LoRA on Alpaca", "regression, LoRA on text")
 """Ways that train."""
 
-COLUMNS = ("none", "gain", "linear", "regression", "merge", "LoRA on text", "LoRA on Alpaca")
+COLUMNS = (
+    "none", "gain", "linear", "regression, one block", "regression", "merge", "LoRA on text",
+    "LoRA on Alpaca",
+)  # fmt: skip
 """Ways in the table of all sets."""
 
 
@@ -466,11 +473,11 @@ def work(found: Measured) -> Iterator[Callable[[], None]]:
     yield found.speed
     if trains:
         yield from rows_of(found, (HEAL_AWARE, "ppl"), TRAINED, near)
-    yield from rows_of(found, SINGLE, COLUMNS[:5], counts)
+    yield from rows_of(found, SINGLE, UNTRAINED, counts)
     for search in SEARCHES:
         for chosen in [counts] if search == "greedy" else [[count] for count in counts]:
             yield partial(found.choose, (search,), chosen)
-            yield from rows_of(found, (search,), COLUMNS[:5], chosen)
+            yield from rows_of(found, (search,), UNTRAINED, chosen)
     yield from league_rows(found, counts)
 
 
@@ -523,6 +530,7 @@ program.
   by themselves; they remove as many parameters as that many blocks have, or nearly.
 - `linear` and `regression` are methods of [`shortllm heal`](heal.md), which do not train. *LoRA*:
   {steps} steps of {batch} rows of {row} tokens, of C4 or of Alpaca.
+- *regression, one block* changes only the block before each gap (`heal --before 1`).
 - *auto, healed* is `auto` that judges by what is left after `regression`, as `run --criterion auto
   --heal regression` does.
 - FlattenGPT is [left out](heal.md#left-out-flattening). *Prune&Comp* gets its factor after all
@@ -669,6 +677,7 @@ def findings(found: Measured) -> list[str]:
         ("regression", "linear", "`linear`"),
         ("regression", "none", "the same sets unhealed"),
         ("linear", "none", "the same sets unhealed"),
+        ("regression", "regression, one block", "the same with `--before 1`"),
     ):
         pairs = [
             (row, found.row((row["count"], row["removed"], other)))
