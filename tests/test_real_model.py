@@ -15,6 +15,7 @@ import shortllm
 from shortllm.data.options import CalibrationOptions
 from shortllm.model import Session
 from shortllm.surgery.derived import on_probe
+from shortllm.width_pruning.structure import find_groups
 
 pytestmark = [pytest.mark.shared, pytest.mark.real]
 
@@ -57,6 +58,25 @@ def test_surgery_equals_bypass_in_plain_transformers(smollm: Path, short: Path) 
     assert torch.equal(found, expected)
     assert loaded.config.num_hidden_layers == 27
     assert loaded.config.gguf["types"] == {"Q4_1": 210, "Q8_0": 1}
+
+
+def test_heads_and_neurons_are_found_in_bfloat16_too(smollm: Path) -> None:
+    checkpoint = shortllm.open_checkpoint(smollm)
+    exact, rounded = (
+        find_groups(Session(device="cpu", dtype=dtype).decoder(checkpoint), [0])[0]
+        for dtype in ("float32", "bfloat16")
+    )
+    for one, other in ((exact.attention, rounded.attention), (exact.mlp, rounded.mlp)):
+        assert torch.equal(one.unit_of_channel_C, other.unit_of_channel_C)
+    assert (exact.attention.units, exact.query_heads, exact.mlp.units) == (3, 3, 1536)
+
+
+def test_a_model_whose_first_block_has_a_small_stream_gets_a_gain(
+    smollm: Path, short: Path, shared: Path, tmp_path: Path
+) -> None:
+    record = heal(short, shared, tmp_path / "healed", "gain")
+    assert record.held_out.healed <= record.held_out.shortened
+    assert record.gaps[0].gain != 1.0
 
 
 def test_the_chat_template_goes_along(smollm: Path, short: Path) -> None:

@@ -233,11 +233,12 @@ class _Probe:
         """Whether a channel of any token differs from that of copy 0, for the others `[N-1, C]`.
 
         All copies go through the same operations, so a channel that is not reached differs by
-        rounding at most; a query may move a result by little more.
+        rounding at most, of what a result is summed up from too; a query may move a result by
+        little more.
         """
         given = given_NTC.float()
         first = given[:1].abs()
-        allowed = 4 * self._eps * first + 1e-5 * first.max()
+        allowed = 4 * self._eps * first + max(1e-5, self._eps) * first.max()
         return ((given[1:] - given[:1]).abs() > allowed).any(1)
 
     def _mixes(self, output: str, inputs: list[str]) -> bool:

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from shortllm.model.decoder import Decoder
 
 
-def require_scalable(checkpoint: Checkpoint, decoder: Decoder) -> None:
-    """Refuse a model whose blocks do not ignore the scale of the hidden state."""
+def require_scalable(checkpoint: Checkpoint, decoder: Decoder, first: int = 2) -> None:
+    """Refuse a model whose blocks do not ignore the scale of the hidden state.
+
+    `first` is the first block behind a gap. Those before it are not scaled, and where the hidden
+    state is small, the epsilon of a norm is not.
+    """
     from shortllm.healing.gain import find_scalable
 
-    if find_scalable(checkpoint, decoder, range(decoder.block_count)) is None:
+    if find_scalable(checkpoint, decoder, range(first, decoder.block_count)) is None:
         raise UnsupportedModelError(
             f"the blocks of {checkpoint.id} do not ignore the scale of the hidden state, so a "
             "factor cannot be folded into them. Choose another --method, e.g. regression"
@@ -40,5 +44,5 @@ def gain(task: Task) -> Healed:
     """One factor for the hidden state behind each gap."""
     from shortllm.healing.least_squares import heal_gaps
 
-    require_scalable(task.checkpoint, task.decoder)
+    require_scalable(task.checkpoint, task.decoder, min(task.removed) + 1)
     return heal_gaps(task)
