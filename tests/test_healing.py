@@ -323,6 +323,11 @@ def test_blocks_further_before_a_gap_are_solved_together(tmp_path: Path) -> None
         first.weight = found.weight  # only that is changed; then the rest is read again
     left = stream_behind(families.load(tmp_path / "healed"), 2, ids_BT) - wanted_ND
     assert left.square().sum() < (after_ND - wanted_ND).square().sum()
+    [alone] = healed(
+        "llama", [3, 4], tmp_path / "alone", method="regression", weighting="none",
+        attention=False, gain=False, before=1, ridge=ridge,
+    ).gaps  # fmt: skip
+    assert gap.error_before == pytest.approx(alone.error_before)
 
 
 @pytest.mark.parametrize("variant", ["gemma2", "mixtral"])

@@ -49,7 +49,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shortllm.healing.folding import Added, Fold, find_foldable, folded_into, watching
+from shortllm.healing.folding import (
+    Added,
+    Fold,
+    find_foldable,
+    folded_into,
+    refit,
+    watching,
+)  # fmt: skip
 from shortllm.healing.gain import Scalable, find_scalable
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import HealedGap
@@ -430,7 +437,7 @@ def _heal_gap(
         earlier: projections further before it.
     """
     *_, b = path
-    folds, without = _earlier(task, walk, path, earlier, fits[0])
+    folds, before, without = _earlier(task, walk, path, earlier, fits[0])
     with folded_into(task.decoder, folds):
         solutions = _solutions(task, walk, gap, path, fits)
         if fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]:
@@ -440,34 +447,36 @@ def _heal_gap(
     if folds and left > without:
         log.info("blocks %s are left as they are: their changes do harm", sorted(folds))
         return _heal_gap(task, walk, gap, path, [], fits)
-    found = folds | ({b: weights} if weights else {})
-    return record.model_copy(update={"earlier": sorted(folds)}), found
+    if folds:
+        record = record.model_copy(update={"earlier": sorted(folds), "error_before": before})
+    return record, folds | ({b: weights} if weights else {})
 
 
 def _earlier(
     task: Task, walk: _Walk, path: Sequence[int], earlier: Sequence[Added], behind: Stage
-) -> tuple[dict[int, Fold], float]:
-    """New weights for projections further before a gap, one after the other; and the error that
-    would be left without them on held-out samples.
+) -> tuple[dict[int, Fold], float, float]:
+    """New weights for projections further before a gap, one after the other; and on held-out
+    samples the relative error before any change, and what would be left without these.
 
     Each is solved together with all that are changed behind it, and then changed alone.
     """
     folds: dict[int, Fold] = {}
-    without = math.inf
+    before, without = math.inf, math.inf
     for place, added in enumerate(earlier):
         fit = Stage(behind.unknowns, [*earlier[place:], *behind.modules])
         with folded_into(task.decoder, folds):
             fitted, held_out, sizes = walk.measure(path, fit)
         if not place:
+            before = held_out.relative(held_out.missing)
             own = slice(sum(sizes[: len(earlier)]), None)
             _, without = choose_ridge(fitted.rows(own), held_out.rows(own), task.options.ridge)
         ridge, _ = choose_ridge(fitted, held_out, task.options.ridge)
         fitted.take(held_out)
         del held_out
-        fold, _ = _solved(task, added.block, fit, added, fitted, ridge, sizes[0])
-        if fold:
-            folds[added.block] = fold
-    return folds, without
+        if ridge is not None:
+            change_ID = solve(fitted, ridge).weights_ID[: sizes[0]]
+            folds[added.block] = refit(task.checkpoint, added.block, added, change_ID)
+    return folds, before, without
 
 
 def _inputs(task: Task, added: Added) -> int:
