@@ -327,11 +327,10 @@ def fitted_gaps(task: Task) -> list[Gap]:
 
 
 def further_before(task: Task) -> list[int]:
-    """The blocks further before the gaps that may be refitted too: none behind another gap than the
-    last before them, and none where blocks are read one at a time."""
+    """The blocks further before the gaps that may be refitted too, back to the gap before."""
     found: list[int] = []
     stop = 0
-    several = "before" in METHODS.get(task.options.method).options and not task.decoder.streamed
+    several = "before" in METHODS.get(task.options.method).options
     for gap in gaps_of(task.removed) if several else ():
         found += range(max(stop, gap.start - task.options.before), gap.start - 1)
         stop = gap.stop
@@ -391,14 +390,15 @@ def heal_gaps(task: Task) -> Healed:
                 walk.through(b, source=True, healed=b not in task.removed and b not in changed)
             else:
                 path = [*(one.block for one in earlier[b]), b]
-                record, new = _heal_gap(task, walk, gap, path, earlier[b], fits[b])
+                with decoder.holding(path[:-1]):
+                    record, new = _heal_gap(task, walk, gap, path, earlier[b], fits[b])
+                    with folded_into(decoder, new, {b: record.gain}):
+                        for one in path:
+                            walk.through(one, source=False, healed=True)
                 records.append(record)
                 folds |= new
                 if record.gain != 1.0:
                     gains[b] = record.gain
-                with folded_into(decoder, new, {b: record.gain}):
-                    for one in path:
-                        walk.through(one, source=False, healed=True)
             advance(1)
     written = {b: Scalable(found[b]) for b in folds} | (scalable or {})
     return Healed(gaps=records, folds=folds, gains=gains, scalable=written)

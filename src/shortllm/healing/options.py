@@ -76,7 +76,7 @@ class HealOptions(Options):
         ge=1,
         description="Refit the output projection of the MLP in this many blocks before each gap, "
         "solved together: fewer where they have more than 8,192 inputs, and one where a norm "
-        "follows or blocks are read one at a time.",
+        "follows.",
     )
     behind: int = Field(
         default=0,

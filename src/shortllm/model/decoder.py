@@ -82,6 +82,9 @@ class BlockWeights(Protocol):
     def through(self, order: Sequence[int]) -> Iterator[int]:
         """The numbers of `order`, each while the weights of that block are in the model."""
 
+    def holding(self, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        """Within the context the weights of these blocks are in the model too."""
+
     def stand_in(self) -> AbstractContextManager[None]:
         """Within the context all blocks have random weights, in the memory of one block."""
 
@@ -192,6 +195,10 @@ class Decoder:
     def through(self, order: Sequence[int]) -> Iterator[int]:
         """The block numbers of `order`; each block can be applied while its number is current."""
         return iter(order) if self._weights is None else self._weights.through(order)
+
+    def holding(self, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        """Within the context these blocks can be applied too."""
+        return nullcontext() if self._weights is None else self._weights.holding(blocks)
 
     def apply(self, b: int, stream_BTD: Tensor, call: BlockCall) -> Tensor:
         """The stream after block `b`, `[B, T, D]`."""

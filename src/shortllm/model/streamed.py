@@ -86,6 +86,17 @@ class StreamedWeights:
                     self._take(f"{self._prefix}{b}.")
 
     @contextmanager
+    def holding(self, blocks: Sequence[int]) -> Iterator[None]:
+        """Within the context the weights of these blocks are in the model too."""
+        for b in blocks:
+            self._put(b, self._read(b))
+        try:
+            yield
+        finally:
+            for b in blocks:
+                self._take(f"{self._prefix}{b}.")
+
+    @contextmanager
     def stand_in(self) -> Iterator[None]:
         """Within the context all blocks have random weights, shared between those of one shape."""
         made: dict[tuple[torch.Size, torch.dtype, type[Tensor]], Tensor] = {}
