@@ -369,7 +369,7 @@ def test_the_page_shows_the_numbers_and_nothing_of_the_machine(
     assert verdict(found) in page
     for one in found.criteria:
         for removed in one.sets:
-            assert f">{removed.perplexity:.3f}<span" in page and removed.behind is not None
+            assert f">{removed.perplexity:.3f} <span" in page and removed.behind is not None
             assert f"± {number(removed.stderr, 2)}</span>" in page
             assert f"<td>{spans(removed.order)}</td>" in page
     for name, paper in (("angular", "2403.17887"), ("greedy", "2402.09025"), ("ppl", "2402.02834")):

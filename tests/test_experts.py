@@ -103,7 +103,7 @@ def test_factors_equal_plain_least_squares(
     ridge, ids_BT = 0.05, text()
     [gap] = healed(
         opened(family), [2, 3], tmp_path, method="regression", ridge=ridge, weighting=weighting,
-        attention=attention, gain=False,
+        attention=attention, gain=False, before=1,
     ).gaps  # fmt: skip
     assert gap.changed == [*(["self_attn.o_proj"] if attention else []), *CHANGED[family]]
     model, after = loaded(family), families.load(tmp_path / "healed")

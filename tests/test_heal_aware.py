@@ -170,7 +170,7 @@ def test_the_best_sets_are_judged_with_their_gaps_healed_one_after_the_other() -
         decoder = Decoder(families.loaded("llama"))
         task = Task(
             decoder=decoder, checkpoint=families.opened("llama"), removed=one.removed,
-            ids_BT=text(), held_out=4, options=HealOptions(method="regression"),
+            ids_BT=text(), held_out=4, options=HealOptions(method="regression", before=1),
             memory=StreamMemory(),
         )  # fmt: skip
         with heal_gaps(task).applied(decoder):
