@@ -346,7 +346,7 @@ def test_the_csv_has_a_row_for_each_measurement(measured: Benchmark) -> None:
     lost = Measurement(model="short", batch=64, new_tokens=4, status="out of memory")
     found = measured.model_copy(update={"measurements": [*measured.measurements, lost]})
     rows = list(csv.DictReader(io.StringIO(speed.benchmark_csv(found))))
-    assert len(rows) == 5 and list(rows[0]) == COLUMNS
+    assert len(rows) == 5 and list(rows[0]) == list(COLUMNS)
     assert [row["blocks"] for row in rows] == ["6", "4", "6", "4", "4"]
     for row, one in zip(rows, found.measurements, strict=True):
         assert (row["model"], row["batch"]) == (one.model, str(one.batch))
