@@ -24,7 +24,7 @@ from shortllm.journal import Journal, journal_directory
 from shortllm.model import Session
 from shortllm.progress import progress
 from shortllm.pruning.records import BlockScores
-from shortllm.pruning.scoring import Scorer, require_plain_weights
+from shortllm.pruning.scoring import MOST_TO_CHOOSE, Scorer, require_plain_weights
 from shortllm.pruning.search_space import score_all, work_of_all
 from shortllm.records import Cost
 from shortllm.run_directory import claim_directory, delete, finished, pinned, write_run_file
@@ -135,7 +135,7 @@ def score_blocks(
         checkpoint=checkpoint,
         open_decoder=lambda: session.decoder(checkpoint),
         ids_BT=None if read is None else ranks.mine(read.ids),
-        healing_BT=None if healing is None else ranks.mine(healing.ids),
+        healing_BT=None if healing is None else ranks.mine(healing.ids[:MOST_TO_CHOOSE]),
         ranks=ranks,
         memory=session.memory(directory),
         journal=Journal(own, fingerprint(expected)),

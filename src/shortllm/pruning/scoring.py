@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from shortllm.model.walk import Healed
 
 
-MOST_FOR_EVERY_GAP = 64
-"""Samples that the weights for every gap are solved on, of those of all processes; the best sets
-are then healed on all."""
+MOST_TO_CHOOSE = 128
+"""Samples that candidates are healed on, of those of all processes."""
 
 
 @dataclass(kw_only=True)
@@ -232,10 +231,9 @@ class Scorer:
         key = (method, frozenset(free), longest)
         if key not in self._healed:
             assert self.healing_BT is not None, "no text to heal with"
-            few = len(range(self.ranks.rank, MOST_FOR_EVERY_GAP, self.ranks.count))
             self._healed[key] = folds_of_every_gap(
-                self.open_decoder(), self.checkpoint, self.healing_BT[:few],
-                HealOptions(method=method), key[1], longest, ranks=self.ranks, memory=self.memory,
+                self.open_decoder(), self.checkpoint, self.healing_BT, HealOptions(method=method),
+                key[1], longest, ranks=self.ranks, memory=self.memory,
             )  # fmt: skip
         return self._healed[key]
 
