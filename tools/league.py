@@ -556,6 +556,8 @@ DRAWN = (
     OURS.name, "Shortened LLaMA, PPL", "SLEB", "ShortGPT", "EvoPress", "ReplaceMe", "LaCo", "FLAP",
 )  # fmt: skip
 """Contenders that have a line in the plot."""
+HIGHEST = 50
+"""Times the perplexity of the intact model above which the plot leaves a value out."""
 
 
 def page(models: list[Measured]) -> str:
@@ -582,6 +584,8 @@ def section(found: Measured) -> list[str]:
         "",
         f"![Perplexity of {one.title} against the part of the blocks removed]"
         f"(images/league-{one.name}.svg)",
+        "",
+        f"The plot leaves out what is above {HIGHEST} times the intact perplexity.",
         "",
         *league_table(found),
         "",
@@ -754,9 +758,11 @@ def plot(found: Measured) -> str:
             axes = grid[0][j]
             for place, one in enumerate(drawn_ones):
                 rows = [(0, found.intact)] + [(n, found.of(one, n)) for n in found.counts]
+                highest = HIGHEST * found.intact["perplexity"][text]
                 points = [
                     (100 * count / found.found["blocks"], row["perplexity"][text])
-                    for count, row in rows if "perplexity" in row
+                    for count, row in rows
+                    if "perplexity" in row and row["perplexity"][text] <= highest
                 ]  # fmt: skip
                 if len(points) > 1:
                     name = one.name.strip("`")
