@@ -22,7 +22,7 @@ from shortllm.errors import CriterionError, RecipeError, ShortLLMError, Unsuppor
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.healing.every_gap import GapFolds, folds_of_every_gap
 from shortllm.healing.folding import folded_into
-from shortllm.healing.least_squares import heal_gaps
+from shortllm.healing.gap_by_gap import heal_gaps
 from shortllm.healing.methods import Task
 from shortllm.healing.options import HealCalibration, HealOptions
 from shortllm.model.decoder import Decoder

@@ -33,16 +33,9 @@ from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.files import overwriting
 from shortllm.healing import least_squares
 from shortllm.healing.folding import find_added
+from shortllm.healing.gap_by_gap import heal_gaps, steps_of
 from shortllm.healing.heal import heal_from, healing_text
-from shortllm.healing.least_squares import (
-    RIDGES,
-    Change,
-    GapSums,
-    choose_ridge,
-    heal_gaps,
-    solve,
-    steps_of,
-)
+from shortllm.healing.least_squares import RIDGES, Change, GapSums, choose_ridge, solve
 from shortllm.healing.methods import Task
 from shortllm.healing.options import HealCalibration, Healing, HealOptions
 from shortllm.merging.merge import (

@@ -145,7 +145,7 @@ def _explain(error: Any, typed: Sequence[str]) -> None:
         error.show()
         return
     context = getattr(error, "ctx", None)
-    called = f"shortllm {typed[0]}" if context is None else context.command_path
+    called = " ".join(["shortllm", *typed[:1]]) if context is None else context.command_path
     said = said.replace("Value error, ", "").replace("Input should be ", "must be ")
     said = said.partition(", unable to parse")[0]
     stop = "" if said.endswith("?") else "."

@@ -1,6 +1,6 @@
 """Healed weights for every gap that a search may make, from one pass over the intact model.
 
-Gaps are fitted one after the other when a model is healed (`least_squares.py`), so each set of
+Gaps are fitted one after the other when a model is healed (`gap_by_gap.py`), so each set of
 removed blocks would need a pass of its own. Here the hidden state in front of every gap is taken to
 be the intact one. Then the sums for all gaps behind a block come from the same pass,
 

@@ -15,7 +15,7 @@ The first four are linear in the change. The norm behind `direction` gives every
 size, so the projection is fitted to what the norm should return, `(M + R) / g`, at the size that
 the token has now; gains are solved after it.
 
-Each is one stage of `stages`; `least_squares.py` solves them one after the other.
+Each is one stage of `stages`; `gap_by_gap.py` solves them one after the other.
 
 Shapes: B samples, T tokens, I inputs of a projection, D width.
 """

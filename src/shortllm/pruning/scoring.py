@@ -239,7 +239,7 @@ class Scorer:
 
     def healed_nll(self, method: str, removed: Collection[int], ids_BT: Tensor) -> float:
         """Mean NLL of a model that is healed gap after gap, as `heal` does it, nats per token; but
-        only the block before each gap is changed, which is faster and ranks sets alike."""
+        only the block before each gap is changed, which is faster."""
         from shortllm.healing.methods import METHODS, Task
         from shortllm.model.hidden_states import StreamMemory
         from shortllm.model.walk import mean_nlls

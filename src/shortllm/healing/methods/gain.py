@@ -42,7 +42,7 @@ def require_scalable(checkpoint: Checkpoint, decoder: Decoder, first: int = 2) -
 )
 def gain(task: Task) -> Healed:
     """One factor for the hidden state behind each gap."""
-    from shortllm.healing.least_squares import heal_gaps
+    from shortllm.healing.gap_by_gap import heal_gaps
 
     require_scalable(task.checkpoint, task.decoder, min(task.removed) + 1)
     return heal_gaps(task)

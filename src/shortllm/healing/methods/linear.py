@@ -33,6 +33,6 @@ def require_projection(checkpoint: Checkpoint, decoder: Decoder) -> None:
 )
 def linear(task: Task) -> Healed:
     """A least-squares map for each gap, folded into the block before it."""
-    from shortllm.healing.least_squares import heal_gaps
+    from shortllm.healing.gap_by_gap import heal_gaps
 
     return heal_gaps(task)

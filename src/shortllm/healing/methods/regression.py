@@ -27,6 +27,6 @@ from shortllm.healing.methods.linear import require_projection
 )
 def regression(task: Task) -> Healed:
     """The output projections of the block before each gap, refitted as a whole."""
-    from shortllm.healing.least_squares import heal_gaps
+    from shortllm.healing.gap_by_gap import heal_gaps
 
     return heal_gaps(task)
