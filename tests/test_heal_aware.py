@@ -20,7 +20,7 @@ from shortllm.criteria import Scores, resolve
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CriterionError, RecipeError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.healing.every_gap import GapFolds, folds_of_every_gap
+from shortllm.healing.every_gap import GapFolds, folds_of_every_gap, work_of_every_gap
 from shortllm.healing.folding import folded_into
 from shortllm.healing.gap_by_gap import heal_gaps
 from shortllm.healing.methods import Task
@@ -102,6 +102,15 @@ def test_gaps_that_no_removal_makes_are_left_out() -> None:
     assert found.version(0, {1, 2}) in (0, 2) and found.version(0, {1, 2, 3}) == 0
     first = folds_of_every_gap(decoder, families.opened("llama"), text(), HealOptions(), {0}, 1)
     assert not first.folds  # no block is before it
+
+
+@pytest.mark.parametrize("removable", [{1, 2, 4}, {0}, set(range(6))])
+def test_all_of_the_work_is_reported(removable: set[int]) -> None:
+    decoder, done = Decoder(families.loaded("llama")), list[float]()
+    folds_of_every_gap(
+        decoder, families.opened("llama"), text(), HealOptions(), removable, 2, advance=done.append
+    )
+    assert sum(done) == pytest.approx(work_of_every_gap(decoder, text().shape, removable, 2))
 
 
 def search(name: str, **options: Any) -> Scores:

@@ -30,7 +30,7 @@ from shortllm.evaluation.options import (
     Perplexity,
     TaskScore,
 )
-from shortllm.evaluation.tasks import EMBEDDED_TASKS, METRICS, task_names
+from shortllm.evaluation.task_names import EMBEDDED_TASKS, METRICS, task_names
 from shortllm.format import number
 from shortllm.pruning.budget import check_budget, protected_blocks
 from shortllm.pruning.planning import build_plan

@@ -330,9 +330,14 @@ def test_runs_side_by_side(
     html = page.read_text()
     assert html.count("<svg") == 2 and "https:" not in html and "src=" not in html
     assert str(tmp_path) not in html
-    assert shortllm.compare([retrained, other], out=page) == compared_models(
-        load_runs([retrained, other])
-    )
+    compared = shortllm.compare([retrained, other], out=page)
+    assert compared.models == compared_models(load_runs([retrained, other]))
+    assert str(compared) == "5 models of 2 runs"
+    frame = compared.to_dataframe()
+    assert list(frame["kind"]) == ["original", "pruned", "retrained", "retrained", "pruned"]
+    assert list(frame[f"perplexity {text}"][:4]) == list(by_name.values())
+    assert compared._repr_html_().count("<tr>") == 6
+    assert len(compared.plot().collections) > 0
 
 
 def test_texts_of_different_protocols_stay_apart(retrained: Path, tmp_path: Path) -> None:

@@ -26,15 +26,8 @@ from shortllm.cli import main
 from shortllm.errors import CheckpointError, DataError, ShortLLMError
 from shortllm.evaluation.evaluate import mean_score
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
-from shortllm.evaluation.tasks import (
-    EMBEDDED_TASKS,
-    METRICS,
-    TaskSet,
-    load_tasks,
-    measure_tasks,
-    require_harness,
-    task_names,
-)
+from shortllm.evaluation.task_names import EMBEDDED_TASKS, METRICS, check_tasks, task_names
+from shortllm.evaluation.tasks import TaskSet, load_tasks, measure_tasks, require_harness
 from shortllm.model import Session
 from shortllm.recipe import Recipe
 from shortllm.reporting import run_page, write_report
@@ -370,6 +363,21 @@ def test_any_other_task_of_the_harness_by_its_name(tmp_path: Path) -> None:
     assert [(score.task, score.metric, score.documents) for score in found] == [("sciq", "acc", 6)]
     tagged = evaluate("embedded", tasks=["shortllm_embedded"], limit=2).models[0].zeroshot
     assert {score.task for score in tagged} == set(EMBEDDED_TASKS)
+
+
+@pytest.mark.parametrize(
+    "known", ["boolq", "paper", "shortllm_embedded", "mmlu_anatomy", "ai2_arc", "agieval_cn"]
+)
+def test_names_are_known_without_the_harness(known: str) -> None:
+    check_tasks([known])
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("bolq", "boolq"), ("mmlu_anatomi", "mmlu_anatomy"), ("chatt", "chat")]
+)
+def test_unknown_names_are_refused_without_the_harness(name: str, near: str) -> None:
+    with pytest.raises(ShortLLMError, match=f"unknown task '{name}'. Did you mean '{near}'"):
+        check_tasks(["boolq", name])
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ MISTAKES = [
     Mistake("prune embedded --blocks 40 --out new", "40", model=True),
     Mistake("heal embedded --data embedded --out new", "does not say from which", model=True),
     Mistake(f"{SCORE} --length 5000", "a shorter --length", model=True),
-    Mistake("eval embedded --data embedded --tasks bolq", "bolq", model=True),
+    Mistake("eval embedded --data embedded --tasks bolq", "Did you mean 'boolq'?"),
     Mistake(f"{RETRAIN} --data text.txt", "At least 2 are needed", model=True),
     Mistake(f"{RETRAIN} --data text.txt --load-in-4bit", "needs a CUDA GPU", model=True),
     Mistake(f"{RETRAIN} --data text.txt --report-to wandbb", "Did you mean 'wandb'?", model=True),

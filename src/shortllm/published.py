@@ -105,7 +105,7 @@ def side_by_side(
 
 def published_numbers(figures: PublishedFigures) -> dict[str, float]:
     """The published figures of a model by quantity; the protocol is part of a quantity's name."""
-    from shortllm.evaluation.tasks import METRICS
+    from shortllm.evaluation.task_names import METRICS
 
     numbers: dict[str, float] = {}
     if figures.parameters is not None:
@@ -120,7 +120,7 @@ def published_numbers(figures: PublishedFigures) -> dict[str, float]:
 
 def our_numbers(model: EvaluatedModel, options: EvaluationOptions) -> dict[str, float]:
     """Our figures of a model by quantity, as far as the protocol is that of the paper."""
-    from shortllm.evaluation.tasks import METRICS
+    from shortllm.evaluation.task_names import METRICS
 
     numbers: dict[str, float] = {PARAMETERS: model.model.parameters}
     if options.max_segments is None:

@@ -36,7 +36,7 @@ def compare(
     """
     import shortllm
 
-    models = shortllm.compare(runs, out=out)
+    models = shortllm.compare(runs, out=out).models
     from shortllm.reporting.runs_page import runs_table
 
     if not answered(models, in_json=json):

@@ -22,6 +22,7 @@ from shortllm.data.shapes import template_for, with_columns
 from shortllm.data.sources import Role
 from shortllm.errors import DataError
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.task_names import check_tasks
 from shortllm.files import require_free, require_no_file, require_writable
 from shortllm.healing.options import Healing, HealOptions
 from shortllm.merging.options import MergeOptions, Merging
@@ -136,6 +137,7 @@ def _check_texts(record: Options, models: list[str]) -> None:
     embedded = models == [EMBEDDED]
     if isinstance(record, EvaluationOptions):
         record.require_template_for_turns()
+        check_tasks(record.tasks)
         if record.needs_template:
             for model in models:
                 record.require_template(model, has_chat_template(model) is not False)

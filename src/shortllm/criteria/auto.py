@@ -13,7 +13,7 @@ from shortllm.criteria.search import ONE_SHOT, Fitness, Found, SearchSpace, begi
 def best_on_held_out(
     space: SearchSpace,
     *,
-    candidates: str = f"{ONE_SHOT},greedy,span,local",
+    candidates: str = f"{ONE_SHOT},span,local",
     fitness: Fitness = "ppl",
     generations: int = 30,
     offspring: int = 16,

@@ -5,9 +5,8 @@ Documents are local ones first, else those of the Hub.
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +19,7 @@ from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.sources import DATA_VARIABLE
 from shortllm.embedded import TASKS_DIR
-from shortllm.errors import DataError, ShortLLMError, first_line_of, install_hint
+from shortllm.errors import DataError, ShortLLMError, first_line_of
 from shortllm.evaluation.harness import harness_model, new_tokens_of
 from shortllm.evaluation.options import EvaluationOptions, TaskPrompts, TaskScore
 from shortllm.evaluation.task_files import (
@@ -30,34 +29,22 @@ from shortllm.evaluation.task_files import (
     is_task,
     with_local_files,
 )
+from shortllm.evaluation.task_names import (
+    CHAT_TASKS,
+    METRICS,
+    WELL_KNOWN,
+    no_harness,
+    task_names,
+    unknown_task,
+)
 from shortllm.files import fingerprint
 from shortllm.progress import progress
 from shortllm.runtime import ALONE, Ranks, quiet, quiet_transformers
 
 log = logging.getLogger(__name__)
 
-METRICS = {
-    "boolq": "acc",
-    "piqa": "acc",
-    "hellaswag": "acc_norm",
-    "winogrande": "acc",
-    "arc_easy": "acc",
-    "arc_challenge": "acc_norm",
-    "openbookqa": "acc_norm",
-}
-"""The seven tasks of Shortened LLaMA and the metric it reports; of any other task the first one."""
-
-EMBEDDED_TASKS = tuple(f"shortllm_{name}" for name in ("where", "who", "count", "compare", "why"))
-"""The task sets of the embedded world."""
-
-CHAT_TASKS = ("mmlu", "gsm8k", "ifeval")
-"""What chat models are measured by."""
-
 CHAT_SHOTS = 5
 """Examples in the published protocols of MMLU and GSM8K; IFEval shows none."""
-
-SETS = {"paper": tuple(METRICS), "chat": CHAT_TASKS, "embedded": EMBEDDED_TASKS}
-"""Names of several tasks at once."""
 
 HARNESS_FOLDERS = (
     "super_glue/boolq", "piqa", "hellaswag", "winogrande", "arc", "openbookqa", "mmlu/default",
@@ -120,12 +107,6 @@ class TaskSet:
                 )
 
 
-def task_names(requested: Iterable[str]) -> list[str]:
-    """The tasks of the requested names and sets, each once."""
-    names = [name.strip() for name in requested]
-    return list(dict.fromkeys(n for name in names if name for n in SETS.get(name, (name,))))
-
-
 def load_tasks(options: EvaluationOptions) -> TaskSet:
     """The requested tasks with their documents: local ones, or those of the Hub."""
     version = require_harness()
@@ -182,9 +163,7 @@ def require_harness() -> str:
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
-        raise ShortLLMError(
-            f"tasks need lm-evaluation-harness ({error}). Install it with: {install_hint('eval')}"
-        ) from error
+        raise no_harness(error) from error
     return str(lm_eval.__version__)
 
 
@@ -199,19 +178,14 @@ def _index(names: Sequence[str]) -> Any:
     """The harness's tasks by name; only the well-known ones where no other is requested."""
     from lm_eval import tasks as harness
 
-    if {*METRICS, *CHAT_TASKS, *EMBEDDED_TASKS}.issuperset(names):
+    if WELL_KNOWN.issuperset(names):
         root = Path(harness.__file__).parent
         folders = [*(root / folder for folder in HARNESS_FOLDERS), TASKS_DIR]
         return harness.TaskManager(include_defaults=False, include_path=folders)
     index = _whole_index()
     for name in names:
         if name not in index.task_index:
-            near = difflib.get_close_matches(name, [*SETS, *index.all_tasks], n=1)
-            hint = f"Did you mean '{near[0]}'? " if near else ""
-            raise ShortLLMError(
-                f"unknown task '{name}'. {hint}Available: {', '.join(SETS)}, "
-                f"{', '.join((*METRICS, *CHAT_TASKS))}, and what `lm_eval ls tasks` prints"
-            )
+            raise unknown_task(name, index.all_tasks)
     return index
 
 

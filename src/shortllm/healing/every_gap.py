@@ -30,11 +30,15 @@ from shortllm.healing.least_squares import GapSums, choose_ridge, solve
 from shortllm.healing.options import HealOptions
 from shortllm.healing.unknowns import Stage, stages
 from shortllm.model.decoder import Decoder
-from shortllm.model.hidden_states import SampleGroups, StreamMemory
+from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops
+from shortllm.progress import Advance
 from shortllm.runtime import ALONE, Ranks
 
 TOKENS = 4096
 """Tokens whose numbers exist in float32 at once."""
+
+SUMS = 4
+"""About how many calls of a block take as long as the sums and solutions of the gaps behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def folds_of_every_gap(
     *,
     ranks: Ranks = ALONE,
     memory: StreamMemory | None = None,
+    advance: Advance = lambda work: None,
 ) -> GapFolds:
     """Solve the weights of each block for gaps of up to `longest` blocks behind it.
 
@@ -77,6 +82,7 @@ def folds_of_every_gap(
         ids_BT: this process's samples; the last quarter of those of all processes chooses the
             ridge, by the gaps of one block.
         removable: the blocks that may be removed; other gaps are left out.
+        advance: called with the part of `work_of_every_gap` done since its last call.
     """
     lengths = {b: _possible(b, removable, longest) for b in range(decoder.block_count)}
     before = [b for b, length in lengths.items() if length]
@@ -101,9 +107,26 @@ def folds_of_every_gap(
             unknowns, [added] = fits[a].unknowns, fits[a].modules
             for n, change_ID in _solved(fitted, held_out, options, lengths[a], unknowns.diagonal):
                 folds[a, n] = unknowns.fold(checkpoint, a, added, change_ID)
+            advance(SUMS * _passing(decoder, a, ids_BT.shape))
+        advance(_passing(decoder, b, ids_BT.shape))
         oldest = min(waiting, default=b + 1)
         behind = {depth: state for depth, state in behind.items() if depth >= oldest}
     return GapFolds(decoder, folds)
+
+
+def work_of_every_gap(
+    decoder: Decoder, shape: torch.Size, removable: Collection[int], longest: int
+) -> float:
+    """Floating-point operations, about, for samples of a shape `[B, T]`."""
+    lengths = [_possible(b, removable, longest) for b in range(decoder.block_count)]
+    last = max((b + length for b, length in enumerate(lengths) if length), default=-1)
+    passes = sum(_passing(decoder, b, shape) for b in range(last + 1))
+    return passes + SUMS * sum(_passing(decoder, b, shape) for b, n in enumerate(lengths) if n)
+
+
+def _passing(decoder: Decoder, b: int, shape: torch.Size) -> float:
+    """Floating-point operations of one block for all tokens."""
+    return block_flops(decoder, b) * shape.numel()
 
 
 def _possible(b: int, removable: Collection[int], longest: int) -> int:

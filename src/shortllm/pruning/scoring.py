@@ -233,9 +233,17 @@ class Scorer:
             assert self.healing_BT is not None, "no text to heal with"
             self._healed[key] = folds_of_every_gap(
                 self.open_decoder(), self.checkpoint, self.healing_BT, HealOptions(method=method),
-                key[1], longest, ranks=self.ranks, memory=self.memory,
+                key[1], longest, ranks=self.ranks, memory=self.memory, advance=self.advance,
             )  # fmt: skip
         return self._healed[key]
+
+    def healing_work(self, method: str | None, free: Collection[int], longest: int) -> float:
+        """Floating-point operations of `healed`, about."""
+        if method is None or self.healing_BT is None:
+            return 0.0
+        from shortllm.healing.every_gap import work_of_every_gap
+
+        return work_of_every_gap(self.open_decoder(), self.healing_BT.shape, free, longest)
 
     def healed_nll(self, method: str, removed: Collection[int], ids_BT: Tensor) -> float:
         """Mean NLL of a model that is healed gap after gap, as `heal` does it, nats per token; but
@@ -290,8 +298,9 @@ class Scorer:
                 weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":
-                free = one.free(self.checkpoint.info())
-                for done in range(one.rounds(self.checkpoint.info())):
+                free, rounds = one.free(self.checkpoint.info()), one.rounds(self.checkpoint.info())
+                total += self.healing_work(one.healing, free, rounds)
+                for done in range(rounds):
                     left = [b for b in kept if b not in free[:done]]
                     total += self._work([one.scored_by()], left, free[done:], head)
         if not needs & {*OBSERVED, "logits", "gradients"}:

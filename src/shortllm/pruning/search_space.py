@@ -71,7 +71,10 @@ def _search_work(scorer: Scorer, searching: Criterion) -> float:
         measured = min(measured, float(options["evaluations"]))
     decoder, (samples, length) = scorer.open_decoder(), scorer.samples().shape
     each = walk_flops(decoder, [frozenset(gone)], samples, length)
-    return scorer.work(shots) + (measured + len(shots)) * each
+    free = [block for unit in units for block in unit]
+    healing = scorer.healing_work(searching.healing, free, budget.remove or len(free))
+    searched = scorer.work(shots) + (measured + len(shots)) * each
+    return healing + (1.0 - options["held_out"]) * searched
 
 
 FULLY_HEALED = 3

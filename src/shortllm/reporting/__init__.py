@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from shortllm.reporting.parts import Page
-    from shortllm.reporting.runs_page import ComparedModel
+    from shortllm.reporting.runs_page import ComparedRuns
 
 __all__ = ["compare", "render", "report", "write_comparison", "write_report", "write_units"]
 
@@ -93,14 +93,15 @@ def write_units(run_dir: Path) -> Path:
 
 
 @accepts()
-def compare(runs: OneOrMore[Path], *, out: Path = Path("compare.html")) -> list[ComparedModel]:
+def compare(runs: OneOrMore[Path], *, out: Path = Path("compare.html")) -> ComparedRuns:
     """Several runs on one page: every model, quality against size and against latency.
 
     Args:
         runs: directories of finished runs: one or several.
         out: the page.
     Returns:
-        One entry per model; an original that several runs share is listed once.
+        `models`, one entry per model (an original that several runs share is listed once), and
+        the page.
     Raises:
         ResultFileError: a directory without a finished run.
         OutputError: the page cannot be written.
@@ -109,12 +110,12 @@ def compare(runs: OneOrMore[Path], *, out: Path = Path("compare.html")) -> list[
         require_results(one)
     require_file_target(out)
     from shortllm.reporting.load import load_runs
-    from shortllm.reporting.runs_page import compared_models, runs_page
+    from shortllm.reporting.runs_page import ComparedRuns, compared_models, runs_page, runs_plots
 
     found = load_runs(runs)
     models = compared_models(found)
     write_text(out, render(runs_page(found, models)))
-    return models
+    return ComparedRuns(models=models, page=out, plots=runs_plots(found, models))
 
 
 # ---- templates, which escape everything that comes from data

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
@@ -39,6 +40,10 @@ from shortllm.reporting.load import Protocol, RunResults, protocol_of, same_text
 from shortllm.reporting.measurements import cell_phrase, errors_note
 from shortllm.reporting.parts import Cell, Column, Page, Paragraph, Part, Section, Table
 from shortllm.run_directory import HEALED, PRUNED
+from shortllm.shown import Shown, data_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 BenchmarkCell = tuple[int, int]
 """Batch size and new tokens."""
@@ -95,6 +100,45 @@ class ComparedModel(Record):
     def full_name(self) -> str:
         """Its run and its name; of an original the model's name."""
         return self.original if self.run is None else f"{self.run}: {self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ComparedRuns(Shown):
+    """The models of several runs."""
+
+    models: list[ComparedModel]
+    page: Path
+    plots: dict[str, TradePlot]
+    """Quality against cost, by name."""
+
+    def __str__(self) -> str:
+        """'5 models of 2 runs'."""
+        runs = len({one.run for one in self.models if one.run is not None})
+        return f"{counted(len(self.models), 'model')} of {counted(runs, 'run')}"
+
+    def to_dataframe(self) -> DataFrame:
+        """A row for each model.
+
+        Columns: those of `ComparedModel` that hold one value; `kind`; for each text T
+        `perplexity T`, its `stderr T`, and `above T`, the difference in nats per token from the
+        shortened model with the lowest perplexity. What was not measured is none.
+
+        Returns:
+            A pandas data frame.
+        Raises:
+            ShortLLMError: pandas is not installed.
+        """
+        by_text = ("perplexity", "stderr", "above_lowest", "front")
+        return data_frame(
+            {
+                **one.model_dump(exclude={*by_text}),
+                "kind": one.kind,
+                **{f"perplexity {text}": value for text, value in one.perplexity.items()},
+                **{f"stderr {text}": value for text, value in one.stderr.items()},
+                **{f"above {text}": found.nll for text, found in one.above_lowest.items()},
+            }
+            for one in self.models
+        )
 
 
 def compared_model(
@@ -359,10 +403,10 @@ def compared_models(runs: Mapping[str, RunResults]) -> list[ComparedModel]:
             else:
                 models.append((one, entry))
     found = [*originals.values(), *against_lowest(models, labels)]
-    return with_fronts(found, _runs_plots(runs, found))
+    return with_fronts(found, runs_plots(runs, found))
 
 
-def _runs_plots(
+def runs_plots(
     runs: Mapping[str, RunResults], models: Sequence[ComparedModel]
 ) -> dict[str, TradePlot]:
     """Quality against cost of the models of several runs."""
@@ -438,7 +482,7 @@ def runs_page(runs: Mapping[str, RunResults], models: Sequence[ComparedModel]) -
     )
     shown = [runs_table(models), Paragraph(note), *([Paragraph(errors)] if errors else [])]
     _, differing = _other_segments(runs, main_text(models))
-    plots = _runs_plots(runs, models)
+    plots = runs_plots(runs, models)
     removed = [part for name, results in runs.items() for part in _removed_by(name, results)]
     return Page(
         name=originals[0] if len(originals) == 1 else counted(len(originals), "model"),

@@ -34,6 +34,7 @@ from shortllm.reporting.measurements import (
 from shortllm.reporting.parts import Cell, Paragraph, Part, Table
 from shortllm.reporting.plots import Plot
 from shortllm.reporting.run_page import LONG_TABLE, importance_plot, score_table
+from shortllm.reporting.runs_page import ComparedRuns, runs_table
 from shortllm.shown import Shown
 
 if TYPE_CHECKING:
@@ -169,6 +170,16 @@ def _(found: UnitsComparison) -> Sequence[Part]:
         for one in found.candidates
     ]
     return [Table(parts.row("method", *columns), rows)]
+
+
+@plots_of.register
+def _(found: ComparedRuns) -> Mapping[str, Plot]:
+    return found.plots
+
+
+@tables_of.register
+def _(found: ComparedRuns) -> Sequence[Part]:
+    return [runs_table(found.models), Paragraph(f"page: {found.page}")]
 
 
 @plots_of.register

@@ -1,0 +1,93 @@
+"""Names of tasks: the well-known ones, sets of them, and all that lm-evaluation-harness describes.
+
+Nothing here loads the harness, which takes seconds: a name that is wrong shows without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from shortllm.embedded import TASKS_DIR
+from shortllm.errors import ShortLLMError, install_hint
+
+METRICS = {
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+"""The seven tasks of Shortened LLaMA and the metric it reports; of any other task the first one."""
+
+EMBEDDED_TASKS = tuple(f"shortllm_{name}" for name in ("where", "who", "count", "compare", "why"))
+"""The task sets of the embedded world."""
+
+CHAT_TASKS = ("mmlu", "gsm8k", "ifeval")
+"""What chat models are measured by."""
+
+WELL_KNOWN = frozenset((*METRICS, *CHAT_TASKS, *EMBEDDED_TASKS))
+
+SETS = {"paper": tuple(METRICS), "chat": CHAT_TASKS, "embedded": EMBEDDED_TASKS}
+"""Names of several tasks at once."""
+
+_NAMED = re.compile(r"^[ \t-]*(?:task|group|tag):[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
+_WORD = re.compile(r"[\w.-]+")
+
+
+def task_names(requested: Iterable[str]) -> list[str]:
+    """The tasks of the requested names and sets, each once."""
+    names = [name.strip() for name in requested]
+    return list(dict.fromkeys(n for name in names if name for n in SETS.get(name, (name,))))
+
+
+def check_tasks(requested: Iterable[str]) -> None:
+    """Refuse names that occur nowhere in the harness's descriptions of tasks.
+
+    Raises:
+        ShortLLMError: a name is unknown, or the harness is not installed.
+    """
+    names = task_names(requested)
+    if not names:
+        return
+    harness = find_spec("lm_eval")
+    if harness is None or harness.origin is None:
+        raise no_harness("No module named 'lm_eval'")
+    others = [name for name in names if name not in WELL_KNOWN]
+    if not others:
+        return
+    described: set[str] = set()
+    written: set[str] = set()
+    folders = (Path(harness.origin).parent / "tasks", TASKS_DIR)
+    files = (file for folder in folders for file in folder.rglob("*"))
+    for file in files:
+        if file.suffix not in ("", ".yaml") or not file.is_file():
+            continue
+        text = file.read_text(errors="replace")
+        described.update(_NAMED.findall(text))
+        written.update(name for name in others if name in text and name in _WORD.findall(text))
+    for name in others:
+        if name not in written:
+            raise unknown_task(name, described)
+
+
+def no_harness(reason: object) -> ShortLLMError:
+    """The harness cannot be loaded."""
+    return ShortLLMError(
+        f"tasks need lm-evaluation-harness ({reason}). Install it with: {install_hint('eval')}"
+    )
+
+
+def unknown_task(name: str, known: Iterable[str]) -> ShortLLMError:
+    """A name that the harness does not know; the nearest one that it knows is suggested."""
+    near = difflib.get_close_matches(name, [*SETS, *WELL_KNOWN, *known], n=1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return ShortLLMError(
+        f"unknown task '{name}'. {hint}Available: {', '.join(SETS)}, "
+        f"{', '.join((*METRICS, *CHAT_TASKS))}, and what `lm_eval ls tasks` prints"
+    )
