@@ -34,7 +34,7 @@ from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import HealedGap
 from shortllm.healing.unknowns import Seen, Stage, stages
 from shortllm.model.hidden_states import SampleGroups
-from shortllm.progress import progress
+from shortllm.progress import Advance, progress
 from shortllm.pruning.budget import Gap, gaps_of
 from shortllm.surgery.derived import stored_name
 
@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 
 MOST_COLUMNS = 8192
 """Columns of X that are solved together: above, blocks further before a gap are left out."""
+
+SUMS = 4
+"""About how many calls of a block take as long as the sums and solutions of one projection; those
+of several together take that many times their square."""
 
 
 def fitted_gaps(task: Task) -> list[Gap]:
@@ -109,16 +113,18 @@ def heal_gaps(task: Task) -> Healed:
     earlier = {b: refitted_with(task, b, found, fits[b][0]) for b in before}
     changed = {*before, *(one.block for modules in earlier.values() for one in modules)}
     scalable = scalable_behind(task, before)
-    walk = _Walk(task, gain=scalable is not None)
     folds: dict[int, Fold] = {}
     gains: dict[int, float] = {}
     records = [HealedGap(block=None, removed=gap.blocks) for gap in gaps if gap.before is None]
     steps = steps_of(gaps)
     order = decoder.through([b for b, _ in steps])
-    with progress("healing", len(steps)) as advance:
+    costs = [1.0 if gap is None else _cost_of_gap(earlier[b], fits[b]) for b, gap in steps]
+    with progress("healing", sum(costs)) as advance:
+        walk = _Walk(task, gain=scalable is not None, advance=advance)
         for (b, gap), _ in zip(steps, order, strict=True):
             if gap is None:
                 walk.through(b, source=True, healed=b not in task.removed and b not in changed)
+                advance(1.0)
             else:
                 path = [*(one.block for one in earlier[b]), b]
                 with decoder.holding(path[:-1]):
@@ -130,7 +136,6 @@ def heal_gaps(task: Task) -> Healed:
                 folds |= new
                 if record.gain != 1.0:
                     gains[b] = record.gain
-            advance(1)
     written = {b: Scalable(found[b]) for b in folds} | (scalable or {})
     return Healed(gaps=records, folds=folds, gains=gains, scalable=written)
 
@@ -146,6 +151,29 @@ def scalable_behind(task: Task, before: Sequence[int]) -> dict[int, Scalable] | 
     if scalable is None:
         log.info("the hidden state behind gaps gets no factor: it would change what blocks compute")
     return scalable
+
+
+def _together(earlier: Sequence[Added], behind: Stage) -> list[Stage]:
+    """The fits of the projections further before a gap: each with all that are changed behind it,
+    and changed alone."""
+    places = range(len(earlier))
+    return [Stage(behind.unknowns, [*earlier[place:], *behind.modules]) for place in places]
+
+
+def _solved_twice(fits: Sequence[Stage]) -> bool:
+    """Whether the last module is solved alone too, beside after all stages."""
+    return fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]
+
+
+def _cost_of_gap(earlier: Sequence[Added], fits: Sequence[Stage]) -> float:
+    """About how long a gap takes, in calls of a block with all samples."""
+    alone = fits[-1:] if _solved_twice(fits) else []
+    return sum(_cost(len(earlier) + 1, fit) for fit in (*_together(earlier, fits[0]), *fits, *alone))
+
+
+def _cost(blocks: int, fit: Stage) -> float:
+    """About how long a fit takes behind so many blocks, in calls of a block with all samples."""
+    return float(blocks + SUMS * len(fit.modules) ** 2)
 
 
 def _heal_gap(
@@ -171,7 +199,7 @@ def _heal_gap(
     folds, before, without = _earlier(task, walk, path, earlier, fits[0])
     with folded_into(task.decoder, folds):
         solutions = _solutions(task, walk, gap, path, fits)
-        if fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]:
+        if _solved_twice(fits):
             solutions = _solutions(task, walk, gap, path, fits[-1:]) + solutions
     # of equals the one that changes more modules
     left, record, weights = min(reversed(solutions), key=lambda one: one[0])
@@ -187,14 +215,10 @@ def _earlier(
     task: Task, walk: _Walk, path: Sequence[int], earlier: Sequence[Added], behind: Stage
 ) -> tuple[dict[int, Fold], float, float]:
     """New weights for projections further before a gap, one after the other; and on held-out
-    samples the relative error before any change, and what would be left without these.
-
-    Each is solved together with all that are changed behind it, and then changed alone.
-    """
+    samples the relative error before any change, and what would be left without these."""
     folds: dict[int, Fold] = {}
     before, without = math.inf, math.inf
-    for place, added in enumerate(earlier):
-        fit = Stage(behind.unknowns, [*earlier[place:], *behind.modules])
+    for place, (added, fit) in enumerate(zip(earlier, _together(earlier, behind), strict=True)):
         with folded_into(task.decoder, folds):
             fitted, held_out, sizes = walk.measure(path, fit)
         if not place:
@@ -284,9 +308,13 @@ def _solved(
 class _Walk:
     """Both hidden states `[B, T, D]` on their way through the blocks of the source."""
 
-    def __init__(self, task: Task, *, gain: bool) -> None:
+    def __init__(self, task: Task, *, gain: bool, advance: Advance) -> None:
         self._decoder = task.decoder
         self._gain = gain
+        self._advance = advance
+        # numbers of a few bits lose nothing by products in float32
+        exact = torch.finfo(task.decoder.dtype).bits >= 32
+        self._dtype = torch.float64 if exact else torch.float32
         self._ranks = task.ranks
         self._weighted = task.options.weighting == "norm"
         self._fitted = len(task.ids_BT) - task.held_out
@@ -325,12 +353,16 @@ class _Walk:
                 shape = (equations[0].shape[-1], after_BTD.shape[-1])
                 gain = self._gain and not fit.unknowns.behind_norm
                 sums = [
-                    GapSums(*shape, decoder.device, weighted=self._weighted, gain=gain)
+                    GapSums(
+                        *shape, decoder.device, weighted=self._weighted, gain=gain,
+                        dtype=self._dtype,
+                    )
                     for _ in range(2)
-                ]
+                ]  # fmt: skip
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
             for part, one in zip((slice(border), slice(border, None)), sums, strict=True):
                 one.add(*(given[part].flatten(0, 1) for given in (*equations, wanted_BTD)))
+            self._advance(_cost(len(path), fit) / len(self._groups.rows))
         for one in sums:
             one.add_up(self._ranks)
         return sums[0], sums[1], sizes

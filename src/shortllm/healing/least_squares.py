@@ -21,7 +21,8 @@ token's own mean square in `H`, by which the norm at the start of the next block
 few tokens have hidden states a hundred times the size of all others; if every token counts alike
 (`weighting="none"`, the formula above) these alone decide, and the others may get worse.
 
-Source of the map: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819. Sums are float64 throughout.
+Source of the map: Shopkhoev et al. 2025, ReplaceMe, arXiv:2505.02819. Sums are float64; where the
+model computes in half precision, products of the tokens of one group are float32.
 
 Shapes: D width, I columns of X, N tokens of one group.
 """

@@ -61,7 +61,7 @@ class Unknowns:
     ) -> Equations:
         """The equations of the modules together; `seen` by block."""
         size = after_BTD.shape[:2]
-        parts = [self.columns(one, seen[one.block]).double().view(*size, -1) for one in modules]
+        parts = [self.columns(one, seen[one.block]).view(*size, -1) for one in modules]
         x_BTI = torch.cat(parts, dim=-1)
         if not self.behind_norm:
             return x_BTI, after_BTD, wanted_BTD
