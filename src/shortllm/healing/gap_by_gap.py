@@ -161,18 +161,20 @@ def _together(earlier: Sequence[Added], behind: Stage) -> list[Stage]:
 
 
 def _solved_twice(fits: Sequence[Stage]) -> bool:
-    """Whether the last module is solved alone too, beside after all stages."""
+    """Whether the last module is solved alone too."""
     return fits[-1].modules[-1].name not in [one.name for one in fits[0].modules]
 
 
 def _cost_of_gap(earlier: Sequence[Added], fits: Sequence[Stage]) -> float:
     """About how long a gap takes, in calls of a block with all samples."""
     alone = fits[-1:] if _solved_twice(fits) else []
-    return sum(_cost(len(earlier) + 1, fit) for fit in (*_together(earlier, fits[0]), *fits, *alone))
+    return sum(
+        _cost(len(earlier) + 1, fit) for fit in (*_together(earlier, fits[0]), *fits, *alone)
+    )
 
 
 def _cost(blocks: int, fit: Stage) -> float:
-    """About how long a fit takes behind so many blocks, in calls of a block with all samples."""
+    """About how long a fit behind a path of blocks takes, in calls of a block with all samples."""
     return float(blocks + SUMS * len(fit.modules) ** 2)
 
 

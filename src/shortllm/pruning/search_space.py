@@ -73,8 +73,8 @@ def _search_work(scorer: Scorer, searching: Criterion) -> float:
     each = walk_flops(decoder, [frozenset(gone)], samples, length)
     free = [block for unit in units for block in unit]
     healing = scorer.healing_work(searching.healing, free, budget.remove or len(free))
-    searched = scorer.work(shots) + (measured + len(shots)) * each
-    return healing + (1.0 - options["held_out"]) * searched
+    searched: float = scorer.work(shots) + (measured + len(shots)) * each
+    return healing + (1.0 - float(options["held_out"])) * searched
 
 
 FULLY_HEALED = 3
