@@ -22,6 +22,7 @@ from shortllm.data.calibration import (
     load_calibration,
     resolve_calibration,
     tokens_fingerprint,
+    without_text_of,
 )
 from shortllm.data.options import CalibrationOptions
 from shortllm.data.rows import Rows
@@ -465,3 +466,13 @@ def test_real_segments(shared: Path, monkeypatch: pytest.MonkeyPatch, model: str
     assert 0 <= len(tokens) + 1 - everything.ids.numel() < 128
     some = evaluation_segments(rows, tokenizer, max_segments=40)
     assert torch.equal(some.ids, everything.ids[:40])
+
+
+def test_samples_that_share_text_are_left_out() -> None:
+    ids = torch.arange(4 * 100).view(4, 100)
+    window = ids[1:2, 30:80]  # of a sample, cut at another place
+    assert torch.equal(without_text_of(ids, window), ids[[0, 2, 3]])
+    assert torch.equal(without_text_of(ids, window[:, :31]), ids[[0, 2, 3]])  # all of it
+    scattered = torch.cat([ids[2:3, :31], ids[3:4, 50:81]], dim=1)
+    assert torch.equal(without_text_of(ids, scattered), ids)  # 31 in a row may be chance
+    assert torch.equal(without_text_of(ids, ids), ids)  # there is no other text

@@ -197,6 +197,7 @@ def progress(task: str, total: float) -> Iterator[Advance]:
             with _bar(one, own) if has_bar else nullcontext(lambda amount: None) as draw:
 
                 def advance(amount: float) -> None:
+                    amount = min(amount, total - own.done)  # which may have been an estimate
                     own.done += amount
                     draw(amount)
 

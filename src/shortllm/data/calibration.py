@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -46,6 +46,9 @@ INFO_FILE = "calibration.json"
 
 BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
 """Model types whose predictions mean nothing without a BOS at the start of every sample."""
+
+SHARED_TOKENS = 32
+"""So many equal tokens in a row are the same text."""
 
 ROWS_PER_BATCH = 1000
 """Rows tokenized in one call when many are needed: enough to use all cores, small in memory."""
@@ -219,6 +222,21 @@ def sample_packed(
         )
     ids = torch.tensor(tokens[: samples * new_tokens], dtype=torch.int64).view(samples, new_tokens)
     return ids if bos is None else F.pad(ids, (1, 0), value=bos)
+
+
+def without_text_of(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The samples that share no text with others: no `SHARED_TOKENS` in a row.
+
+    All samples, if most of them do: so little text cannot be kept apart.
+    """
+    run = min(SHARED_TOKENS, ids.shape[1], others.shape[1])
+
+    def runs(sample: list[int]) -> Iterator[tuple[int, ...]]:
+        return (tuple(sample[start : start + run]) for start in range(len(sample) - run + 1))
+
+    seen = {one for sample in others.tolist() for one in runs(sample)}
+    apart = [b for b, sample in enumerate(ids.tolist()) if seen.isdisjoint(runs(sample))]
+    return ids[apart] if 2 * len(apart) >= len(ids) else ids
 
 
 def _token_lists(

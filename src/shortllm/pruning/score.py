@@ -16,7 +16,7 @@ from shortllm.calls import accepts
 from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve_all
-from shortllm.data.calibration import calibrate, resolve_calibration
+from shortllm.data.calibration import calibrate, resolve_calibration, without_text_of
 from shortllm.data.options import CalibrationOptions
 from shortllm.files import fingerprint, releasing
 from shortllm.healing.options import HealOptions
@@ -31,6 +31,8 @@ from shortllm.run_directory import claim_directory, delete, finished, pinned, wr
 from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, versions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shortllm.data.calibration import Calibration
 
 
@@ -109,6 +111,12 @@ def text_to_heal_with(
     return calibrate(checkpoint, healing_text(HealOptions(method=methods[0]), checkpoint, text))
 
 
+def _to_choose_with(healing: Calibration, scored: Calibration | None) -> Tensor:
+    """The samples that candidates are healed on: not those that they are measured on."""
+    apart = healing.ids if scored is None else without_text_of(healing.ids, scored.ids)
+    return apart[:MOST_TO_CHOOSE]
+
+
 def score_blocks(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
@@ -135,7 +143,7 @@ def score_blocks(
         checkpoint=checkpoint,
         open_decoder=lambda: session.decoder(checkpoint),
         ids_BT=None if read is None else ranks.mine(read.ids),
-        healing_BT=None if healing is None else ranks.mine(healing.ids[:MOST_TO_CHOOSE]),
+        healing_BT=None if healing is None else ranks.mine(_to_choose_with(healing, read)),
         ranks=ranks,
         memory=session.memory(directory),
         journal=Journal(own, fingerprint(expected)),
