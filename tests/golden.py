@@ -187,6 +187,7 @@ def normalised(path: Path) -> str:
     from shortllm import __version__
 
     text = re.sub(r"(<dt>versions</dt><dd>)[^<]*", r"\1VERSIONS", text)
+    text = re.sub(r"^- versions: .*$", "- versions: VERSIONS", text, flags=re.MULTILINE)
     text = text.replace(f"shortllm {__version__}", "shortllm VERSION")
     text = re.sub(r"<style>.*?</style>", "<style/>", text, flags=re.DOTALL)
     text = re.sub(r"<svg.*?</svg>", _plot, text, flags=re.DOTALL)
