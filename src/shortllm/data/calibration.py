@@ -48,7 +48,7 @@ BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_te
 """Model types whose predictions mean nothing without a BOS at the start of every sample."""
 
 SHARED_TOKENS = 32
-"""So many equal tokens in a row are the same text."""
+"""Equal tokens in a row from which on two samples share text."""
 
 ROWS_PER_BATCH = 1000
 """Rows tokenized in one call when many are needed: enough to use all cores, small in memory."""
