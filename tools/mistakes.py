@@ -190,8 +190,8 @@ MISTAKES = [
     Mistake(f"{SCORE} --length 5000", "a shorter --length", model=True),
     Mistake("eval embedded --data embedded --tasks bolq", "Did you mean 'boolq'?"),
     Mistake(f"{RETRAIN} --data text.txt", "At least 2 are needed", model=True),
-    Mistake(f"{RETRAIN} --data text.txt --load-in-4bit", "needs a CUDA GPU", model=True),
-    Mistake(f"{RETRAIN} --data text.txt --report-to wandbb", "Did you mean 'wandb'?", model=True),
+    Mistake(f"{RETRAIN} --data text.txt --load-in-4bit", "needs a CUDA GPU"),
+    Mistake(f"{RETRAIN} --data text.txt --report-to wandbb", "Did you mean 'wandb'?"),
     Mistake("{smollm} --out new".join(["score ", " --data text.txt"]), "samples need", model=True),
 ]
 

@@ -116,11 +116,16 @@ def check_device(name: str) -> None:
         near = {"gpu": "cuda", "nvidia": "cuda", "metal": "mps"}.get(kind.lower())
         hint = f" Did you mean '{near}'? Available: auto, " if near else " Available: auto, "
         raise ShortLLMError(f"unknown --device '{name}'.{hint}{', '.join(DEVICES)}, cuda:1")
-    if kind == "cuda" and version("torch").endswith("+cpu"):
+    if kind == "cuda" and torch_is_for_cpus():
         raise ShortLLMError(
             f"--device {name} cannot be used: torch {version('torch')} is built without CUDA. Use "
             "--device cpu, or install a build of torch for your GPU"
         )
+
+
+def torch_is_for_cpus() -> bool:
+    """Whether torch is built without support of GPUs; does not load torch."""
+    return version("torch").endswith("+cpu")
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -32,9 +32,10 @@ from shortllm.pruning.records import Pruning, load_plan, scores_path
 from shortllm.quantizing.options import Quantization, QuantizeOptions
 from shortllm.recipe import Recipe
 from shortllm.records import DerivedRecord
-from shortllm.retraining.options import GENERATED, Retraining, RetrainOptions
+from shortllm.retraining.options import GENERATED, Retraining, RetrainOptions, without_gpu
+from shortllm.retraining.reporters import check_reporters
 from shortllm.run_directory import require_run_directory
-from shortllm.runtime import DeviceOptions, check_device
+from shortllm.runtime import DeviceOptions, check_device, torch_is_for_cpus
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
 from shortllm.width_pruning.options import WidthOptions, WidthPruning
 
@@ -144,6 +145,9 @@ def _check_texts(record: Options, models: list[str]) -> None:
         _check_all(record.data, "evaluation", "--eval-data" if not models else "--data")
     elif isinstance(record, RetrainOptions):
         record.about.require_packages()
+        check_reporters(record.report_to or [])
+        if record.load_in_4bit and torch_is_for_cpus():
+            raise without_gpu("torch is built without CUDA")
         if record.template == "chat":
             for model in models:
                 template_for(has_chat_template(model) is not False, record.template)

@@ -324,3 +324,11 @@ class Retraining(DerivedRecord):
     processes: int
     sharded: bool = Field(description="whether the weights were sharded over them (FSDP)")
     dtype: str
+
+
+def without_gpu(reason: str) -> ShortLLMError:
+    """4-bit weights cannot be used here."""
+    return ShortLLMError(
+        f"--load-in-4bit needs a CUDA GPU, and {reason}. Leave it out: LoRA without it trains the "
+        "same adapters"
+    )

@@ -24,7 +24,7 @@ from shortllm.data.chat import template_of
 from shortllm.data.rows import Records
 from shortllm.data.shapes import with_columns
 from shortllm.data.sources import load_rows, mixture, open_records
-from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError, did_you_mean
+from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import Segments, evaluation_segments_of
 from shortllm.files import LOCK, PARTIAL, hold, require_writable, write_text
@@ -38,7 +38,15 @@ from shortllm.retraining.corpus import (
     write_corpus,
     written_by,
 )
-from shortllm.retraining.options import GENERATED, HELD_OUT, Kind, Packing, RetrainOptions
+from shortllm.retraining.options import (
+    GENERATED,
+    HELD_OUT,
+    Kind,
+    Packing,
+    RetrainOptions,
+    without_gpu,
+)
+from shortllm.retraining.reporters import require_reporters
 from shortllm.runtime import ALONE, Ranks
 from shortllm.surgery.derived import derived_fingerprint
 from shortllm.surgery.origin import lineage, open_original
@@ -47,9 +55,6 @@ log = logging.getLogger(__name__)
 
 LOGS = "logs"
 """Directory of the reporters, first in the work directory, then next to the weights."""
-
-PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
-"""Packages of reporters with another name."""
 
 LOCATIONS = {"data", "columns", "eval_data", "teacher", "report_to"}
 """Options that name a place: its content is part of the fingerprint instead."""
@@ -146,7 +151,7 @@ def check(
     if options.load_in_4bit:
         _require_4bit(session)
     if options.report_to:
-        _require_reporters(options.report_to)
+        require_reporters(options.report_to)
     if checkpoint.raw_config.get("quantization_config"):
         raise UnsupportedModelError(
             f"{checkpoint.id} is quantized, and rounded weights cannot be trained. Retrain the "
@@ -181,32 +186,11 @@ def check(
 def _require_4bit(session: Session) -> None:
     """Refuse 4-bit weights where bitsandbytes is not at home."""
     if session.device.type != "cuda":
-        raise ShortLLMError(
-            f"--load-in-4bit needs a CUDA GPU, and this training is on {session.device}. Leave it "
-            "out: LoRA without it trains the same adapters"
-        )
+        raise without_gpu(f"this training is on {session.device}")
     if find_spec("bitsandbytes") is None:
         raise ShortLLMError(
             "--load-in-4bit needs bitsandbytes. Install it with: pip install bitsandbytes"
         )
-
-
-def _require_reporters(names: list[str]) -> None:
-    """Refuse reporters that transformers does not know, or that are not installed."""
-    from transformers.integrations import integration_utils as known
-
-    for name in names:
-        if name in ("none", "all"):
-            if len(names) > 1:
-                raise ShortLLMError(f"--report-to {name} stands alone. Leave the others out")
-        elif name not in known.INTEGRATION_TO_CALLBACK:
-            reporters = ["none", "all", *known.INTEGRATION_TO_CALLBACK]
-            raise ShortLLMError(f"--report-to {name}: unknown.{did_you_mean(name, reporters)}")
-        elif name not in known.get_available_reporting_integrations():
-            package = PACKAGES.get(name, name)
-            raise ShortLLMError(
-                f"--report-to {name} needs {package}. Install it with: pip install {package}"
-            )
 
 
 def _open_data(options: RetrainOptions, tokenizer: Any) -> list[Part]:
