@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from shortllm.embedded import TASKS_DIR
@@ -64,8 +65,7 @@ def check_tasks(requested: Iterable[str]) -> None:
     described: set[str] = set()
     written: set[str] = set()
     folders = (Path(harness.origin).parent / "tasks", TASKS_DIR)
-    files = (file for folder in folders for file in folder.rglob("*"))
-    for file in files:
+    for file in chain.from_iterable(folder.rglob("*") for folder in folders):
         if file.suffix not in ("", ".yaml") or not file.is_file():
             continue
         text = file.read_text(errors="replace")

@@ -119,7 +119,7 @@ class ComparedRuns(Shown):
     def to_dataframe(self) -> DataFrame:
         """A row for each model.
 
-        Columns: those of `ComparedModel` that hold one value; `kind`; for each text T
+        Columns: the fields of `ComparedModel` but those by text or quality; `kind`; for each text T
         `perplexity T`, its `stderr T`, and `above T`, the difference in nats per token from the
         shortened model with the lowest perplexity. What was not measured is none.
 
