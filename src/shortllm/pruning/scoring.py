@@ -245,7 +245,23 @@ class Scorer:
 
         return work_of_every_gap(self.open_decoder(), self.healing_BT.shape, free, longest)
 
-    def healed_nll(self, method: str, removed: Collection[int], ids_BT: Tensor) -> float:
+    def healing_held_out(self) -> Tensor:
+        """This process's samples of the text to heal with that choose the ridge, and are not
+        fitted."""
+        assert self.healing_BT is not None, "no text to heal with"
+        held_out = self.ranks.share_of_last_quarter(len(self.healing_BT))
+        return self.healing_BT[len(self.healing_BT) - held_out :]
+
+    def over_texts(self, texts: Sequence[Tensor], means: Sequence[Sequence[float]]) -> list[float]:
+        """The means of some models over all predictions of some texts, from those of each text."""
+        predictions = [self.ranks.total(float(ids_BT[:, 1:].numel())) for ids_BT in texts]
+        shares = [count / sum(predictions) for count in predictions]
+        return [
+            sum(share * mean for share, mean in zip(shares, of_model, strict=True))
+            for of_model in zip(*means, strict=True)
+        ]
+
+    def healed_nll(self, method: str, removed: Collection[int], texts: Sequence[Tensor]) -> float:
         """Mean NLL of a model that is healed gap after gap, as `heal` does it, nats per token; but
         only the block before each gap is changed, which is faster."""
         from shortllm.healing.methods import METHODS, Task
@@ -261,16 +277,18 @@ class Scorer:
                 checkpoint=self.checkpoint,
                 removed=sorted(removed),
                 ids_BT=self.healing_BT,
-                held_out=self.ranks.share_of_last_quarter(len(self.healing_BT)),
+                held_out=len(self.healing_held_out()),
                 ranks=self.ranks,
                 options=HealOptions(method=method, **one_block),
                 memory=memory,
             )
         )
         with healed.applied(decoder):
-            [found] = mean_nlls(
-                decoder, ids_BT, [frozenset(removed)], ranks=self.ranks, memory=memory
-            )
+            means = [
+                mean_nlls(decoder, ids_BT, [frozenset(removed)], ranks=self.ranks, memory=memory)
+                for ids_BT in texts
+            ]
+        [found] = self.over_texts(texts, means)
         return found
 
     def work(self, resolved: Sequence[Criterion], *, head: bool = True) -> float:

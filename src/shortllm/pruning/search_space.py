@@ -101,6 +101,8 @@ class BlockSearch:
         """Evaluations of the starts, which the limit does not count."""
         self._known: dict[tuple[Blocks, int], float] = {}
         self._left_out: list[NotTried] = []
+        self._decided_on = 0
+        """Samples that decide between candidates, of all processes."""
         self._began = time.monotonic()
         self._entries = self._finished()
         self._taken = 0
@@ -188,7 +190,7 @@ class BlockSearch:
         if new:
             ids_BT = self._part(0, count)
             kl = self._fitness == "kl"
-            entry = self._entry("measure", partial(self._means, new, ids_BT, kl))
+            entry = self._entry("measure", partial(self._means, new, [ids_BT], kl))
             for removed, value in zip(new, entry["values"], strict=True):
                 self._known[removed, count] = value if math.isfinite(value) else math.inf
             self._evaluations += len(new) * count / self._searched
@@ -237,12 +239,12 @@ class BlockSearch:
         held_out: dict[Blocks, float | None] = {}
         if self._total > self._searched:
             distinct = sorted({removed for _, removed in sets}, key=sorted)
-            ids_BT = self._part(self._searched, self._total)
-            entry = self._entry("held-out", partial(self._means, distinct, ids_BT, False))
+            texts = self._held_out_texts()
+            entry = self._entry("held-out", partial(self._means, distinct, texts, False))
             found = dict(zip(distinct, entry["values"], strict=True))
             if self._searching.healing is not None:
                 best = sorted(distinct, key=lambda one: (found[one], sorted(one)))[:FULLY_HEALED]
-                entry = self._entry("healed", partial(self._healed, best, ids_BT))
+                entry = self._entry("healed", partial(self._healed, best, texts))
                 found |= dict(zip(best, entry["values"], strict=True))
             held_out = {one: _finite(perplexity(value)) for one, value in found.items()}
         in_nats = self._fitness == "ppl"
@@ -262,7 +264,7 @@ class BlockSearch:
             fitness=self._fitness,
             evaluations=round(self._evaluations, 3),
             search_samples=self._searched,
-            held_out_samples=self._total - self._searched,
+            held_out_samples=self._decided_on,
             left_out=self._left_out,
             **found,
         )
@@ -284,8 +286,17 @@ class BlockSearch:
         self._seconds = entry["seconds"]
         return entry
 
+    def _held_out_texts(self) -> list[Tensor]:
+        """This process's share of the samples that decide between candidates; of healed ones also
+        the quarter of the text to heal with that is not fitted."""
+        texts = [self._part(self._searched, self._total)]
+        if self._searching.healing is not None:
+            texts.append(self._scorer.healing_held_out())
+        self._decided_on = int(self._scorer.ranks.total(float(sum(map(len, texts)))))
+        return texts
+
     def _means(
-        self, sets: Sequence[Blocks], ids_BT: Tensor, kl: bool, journal: Journal
+        self, sets: Sequence[Blocks], texts: Sequence[Tensor], kl: bool, journal: Journal
     ) -> dict[str, Any]:
         """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
         from shortllm.model.walk import TOGETHER, UNHEALED, mean_nlls
@@ -294,18 +305,23 @@ class BlockSearch:
         free = [block for unit in self.units for block in unit]
         longest = self._budget.remove or len(free)
         healed = scorer.healed(self._searching.healing, free, longest)
-        values = mean_nlls(
-            scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
-            healed=healed or UNHEALED, advance=scorer.advance, memory=scorer.memory,
-            journal=journal,
-        )  # fmt: skip
-        return {"values": values}
+        values = [
+            mean_nlls(
+                scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
+                healed=healed or UNHEALED, advance=scorer.advance, memory=scorer.memory,
+                journal=journal.part(f"text-{i}"),
+            )
+            for i, ids_BT in enumerate(texts)
+        ]  # fmt: skip
+        return {"values": scorer.over_texts(texts, values)}
 
-    def _healed(self, sets: Sequence[Blocks], ids_BT: Tensor, journal: Journal) -> dict[str, Any]:
+    def _healed(
+        self, sets: Sequence[Blocks], texts: Sequence[Tensor], journal: Journal
+    ) -> dict[str, Any]:
         """Mean NLL without each set after its gaps were healed one after the other."""
         method = self._searching.healing
         assert method is not None
-        return {"values": [self._scorer.healed_nll(method, one, ids_BT) for one in sets]}
+        return {"values": [self._scorer.healed_nll(method, one, texts) for one in sets]}
 
 
 def _finite(value: float) -> float | None:
