@@ -37,7 +37,7 @@ from shortllm.papers import SHORTENED_LLAMA
 from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.records import Pruning
 from shortllm.surgery.apply import renumbered_tensors
-from shortllm.surgery.derived import carried_files, carried_fingerprint
+from shortllm.surgery.companions import carried_files, carried_fingerprint
 from shortllm.surgery.verify import bypass_logits, verify_shortened
 
 WRITTEN = ("README.md", "local.json", "prune.json")

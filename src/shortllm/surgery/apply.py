@@ -27,7 +27,6 @@ from typing import Any
 from shortllm.checkpoint.config import is_own_code, read_config, text_config
 from shortllm.checkpoint.shorten_config import (
     period_hint,
-    refuse_block_names_in_config,
     refuse_protected,
     refuse_type,
     shorten_config,
@@ -44,6 +43,7 @@ from shortllm.checkpoint.structure import (
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
 from shortllm.files import translate_os_errors
+from shortllm.surgery.companions import follow_removal
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ COVERED = {"store_full_length_kv"}
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
     """The shortened config.json, after the rules and the structural guard; nothing is written."""
     refuse_type(checkpoint.config)
-    names = checkpoint.block_names
-    refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
-    shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept, heads=names.heads)
+    followed = follow_removal(checkpoint, kept)
+    heads = checkpoint.block_names.heads
+    shortened = shorten_config(followed.config, checkpoint.config, kept, heads=heads)
     refuse_protected(checkpoint.config, kept)
     check_signatures(checkpoint.config, as_read_from_disk(checkpoint.config, shortened), kept)
     return shortened
