@@ -63,6 +63,7 @@ from shortllm.surgery.companions import (
 from shortllm.surgery.origin import (
     LOCAL,
     PROVENANCE,
+    draft_note,
     original_place,
     own_place,
     sendable,
@@ -261,8 +262,8 @@ def _write(
         write_local(directory, original)
         draft.verify(directory)
         write_card(directory, target.resolve().name)
-        notes = {"companions": followed.notes}
-        kind.model_validate({**record, **notes, **more}).save(directory / kind.FILE)
+        notes = followed.notes + (draft_note(draft.provenance) if draft.kept is not None else [])
+        kind.model_validate({**record, "companions": notes, **more}).save(directory / kind.FILE)
         follow_umask(directory)
 
 
