@@ -107,6 +107,14 @@ def test_token_lists_as_long_as_the_model_stay() -> None:
     assert shorten(config, [0, 1])["eos_token_id"] == [2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("kept, expected", [([0, 1, 2], "LLG"), ([1, 2, 5], None)])
+def test_letters_next_to_a_list(kept: list[int], expected: str | None) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    given = {"sliding_window_pattern": "LLG", "layer_types": kinds}
+    config = AutoConfig.for_model("exaone4", num_hidden_layers=6, **given)
+    assert shorten(config, kept).get("sliding_window_pattern") == expected
+
+
 def test_a_period_that_the_list_no_longer_follows_goes() -> None:
     config = config_of("smollm3")  # without positions in every third block
     raw = {**config.to_dict(), "no_rope_layer_interval": 3}
@@ -130,8 +138,6 @@ def test_a_period_that_the_list_no_longer_follows_goes() -> None:
         ("qwen3_next", "full_attention_interval", 2, [1, 2, 3], None),
         ("afmoe", "global_attn_every_n_layers", 2, [0, 2, 3], 3),
         ("cohere2", "sliding_window_pattern", 2, [1, 2, 3], None),
-        ("exaone4", "sliding_window_pattern", "LLG", [0, 1, 2], "LLG"),
-        ("exaone4", "sliding_window_pattern", "LLG", [1, 2, 5], None),
     ],
 )
 def test_periods_next_to_lists(

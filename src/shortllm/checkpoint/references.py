@@ -20,7 +20,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -64,17 +64,19 @@ DRAFTS = re.compile(r"draft|eagle|medusa|specul|assistant|dflash")
 
 PLACES, RENUMBERED = "entry per block", "renumbered"
 
-WORDS = {
-    **dict.fromkeys(PER_BLOCK, (PLACES, "cut")),
-    **dict.fromkeys(BLOCK_NUMBERS, ("block numbers", RENUMBERED)),
-    **dict.fromkeys(BLOCK_KEYS, ("table of blocks", RENUMBERED)),
-    **dict.fromkeys({*LEADING, *LAST_OF, *TRAILING}, ("block number", "counted again")),
-    **dict.fromkeys(REWRITTEN, ("pattern of blocks", "written again")),
-    **dict.fromkeys(PERIOD_OF, ("period", "dropped or set right")),
-    **dict.fromkeys(PERIODS, ("period", "whole periods go")),
-}
-"""Field of a text decoder's config with a rule of its own -> how it refers to blocks, and what
-becomes of it."""
+TABLES: tuple[tuple[Collection[str], str, str], ...] = (
+    (PER_BLOCK, PLACES, "cut"),
+    (BLOCK_NUMBERS, "block numbers", RENUMBERED),
+    (BLOCK_KEYS, "table of blocks", RENUMBERED),
+    (LEADING, "block number", "counted again"),
+    (LAST_OF, "block number", "counted again"),
+    (TRAILING, "block number", "counted again"),
+    (REWRITTEN, "pattern of blocks", "written again"),
+    (PERIOD_OF, "period", "dropped or set right"),
+    (PERIODS, "period", "whole periods go"),
+)
+"""Fields of a text decoder's config with rules of their own, how they refer to blocks, and what
+becomes of them."""
 
 LONGEST = 60
 """Characters of a value that is shown."""
@@ -233,8 +235,7 @@ class Survey:
         if place.path and place.path[-1] in COUNTS and place.own is None and not place.drafts:
             return len(self.kept) if value == self.count else value
         if place.name in LEADING and place.own is None and not place.inside:
-            kind, rule = WORDS[place.name]
-            self._report(place, kind, value, rule=rule)
+            self._report(place, "block number", value, rule="counted again")
             return sum(block < value for block in self.kept)
         speaks = LAYERS.search(name) or (TARGET.search(name) and INDICES.search(name))
         if speaks and self._may_count_blocks([value], place):
@@ -336,8 +337,7 @@ class Survey:
         text = text_config(self.config)
         if key in {"num_hidden_layers", count_field(text), *FOLLOWERS.get(text.model_type, {})}:
             return True
-        if key in WORDS:
-            kind, rule = WORDS[key]
+        for kind, rule in ((kind, rule) for table, kind, rule in TABLES if key in table):
             if value not in (None, [], {}) and (kind != PLACES or isinstance(value, (list, str))):
                 self._report(place.below(key), kind, value, rule=rule)
             return True

@@ -124,8 +124,9 @@ def _correct_periods(raw: dict[str, Any], config: Any) -> None:
     """
     for name in dict.fromkeys(PERIOD_OF.values()):
         fields = [field for field, other in PERIOD_OF.items() if other == name and field in raw]
-        if not fields or not isinstance(raw.get(name), list):
+        if not isinstance(raw.get(name), list):
             continue
+        fields = [field for field in fields if not _spells(raw[field], raw[name])]
         plain = {key: value for key, value in raw.items() if key != name}
         found = next(
             (
@@ -138,6 +139,14 @@ def _correct_periods(raw: dict[str, Any], config: Any) -> None:
         raw.update(found or {})
         for field in fields if found is None else ():
             del raw[field]
+
+
+def _spells(pattern: Any, kinds: list[Any]) -> bool:
+    """Whether letters, repeated, say the kind of each block: `LLLG`."""
+    if not isinstance(pattern, str) or not pattern:
+        return False
+    pairs = {(pattern[place % len(pattern)], str(kind)) for place, kind in enumerate(kinds)}
+    return len(pairs) == len({letter for letter, _ in pairs}) == len({kind for _, kind in pairs})
 
 
 def _periods(fields: Sequence[str], count: int) -> Iterator[dict[str, int]]:
