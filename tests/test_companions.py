@@ -187,6 +187,12 @@ def test_a_field_without_a_rule_is_named(field: str, value: Any, kind: str) -> N
         assert {**new, **others.get("generation_config", {})} == {field: value}
 
 
+def test_reports_of_a_training_are_not_read(model: Path) -> None:
+    before = shortllm.info(model, probe=False).companions
+    change(model / "trainer_state.json", layers=[1, 3], blocks=6)
+    assert shortllm.info(model, probe=False).companions == before
+
+
 def test_pairs_of_removed_blocks_alone_are_an_error() -> None:
     message = "`alignment_heads` names only removed blocks.* Choose other blocks, or delete"
     with pytest.raises(UnsupportedModelError, match=message):

@@ -37,7 +37,7 @@ NEUTRAL = {
     "backbone", "base_model", "decoder", "language_model", "llm", "lm", "model", "module",
     "text_model", "thinker", "transformer",
 }  # fmt: skip
-"""Parts of names that stand before the decoder's list of blocks in one program or another."""
+"""Parts of names before the decoder's list of blocks in one program or another."""
 
 OTHERS = re.compile(r"vision|visual|image|audio|speech|encoder|mtp|nextn|eagle|draft|talker|former")
 """Words in the names of modules that have blocks of their own."""
@@ -91,7 +91,7 @@ class BlockTexts:
     """How texts name the blocks of a checkpoint, and what becomes of them."""
 
     prefixes: Sequence[str]
-    """What stands before a block's number in names of tensors and of modules."""
+    """What is before a block's number in names of tensors and of modules."""
     tensors: Iterable[str]
     new_number: Mapping[int, int]
     """Number of each kept block, and of prediction heads behind the last -> the new one."""
@@ -177,7 +177,7 @@ class BlockTexts:
 
     @cached_property
     def _other_prefixes(self) -> set[str]:
-        """What stands before the first number in names of tensors outside the blocks."""
+        """What is before the first number in names of tensors outside the blocks."""
         found = {name[: m.start() - 1] for name in self.tensors if (m := NUMBER.search(name))}
         return found - set(self.prefixes)
 
@@ -219,7 +219,7 @@ class BlockTexts:
         """The block numbers that a part of a pattern allows, if not all or none.
 
         Args:
-            wide: whether a number may go on where the part allows any continuation.
+            wide: whether more digits may follow where the part allows any continuation.
         """
         if wide is None:
             return self._numbers(body, leaf, False) or self._numbers(body, leaf, True)

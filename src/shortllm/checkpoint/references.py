@@ -106,7 +106,7 @@ class Reference(Record):
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a value stands."""
+    """Where a value is."""
 
     path: tuple[str, ...] = ()
     name: str = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,13 @@ TOKENIZER = {
     "vocab.json",
 }
 """Files that speak of tokens alone."""
+
+REPORTS = {
+    "eval", "evaluation", "history", "log", "logs", "metrics", "result", "results", "state",
+    "train", "trainer", "training",
+}  # fmt: skip
+"""Words in the names of files that report how a model was trained or measured: no program loads a
+model by them."""
 
 CARDS = {CARD, ORIGINAL_CARD}
 """Model cards do not count as a change."""
@@ -119,7 +127,8 @@ def _surveyed(checkpoint: Checkpoint, kept: Sequence[int]) -> Followed:
 def _json_files(directory: Path) -> Iterator[tuple[Path, Any]]:
     """Name and content of the readable JSON files that can refer to blocks, without config.json."""
     for name in carried_files(directory):
-        if name.suffix == ".json" and name.name not in TOKENIZER | RECORDS:
+        reports = REPORTS.intersection(re.findall("[a-z]+", name.stem.lower()))
+        if name.suffix == ".json" and name.name not in TOKENIZER | RECORDS and not reports:
             try:
                 yield name, json.loads((directory / name).read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError):  # no program reads it either
