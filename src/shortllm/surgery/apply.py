@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import is_own_code, read_config, text_config
+from shortllm.checkpoint.rules import PERIOD_OF
 from shortllm.checkpoint.shorten_config import (
     period_hint,
     refuse_protected,
@@ -50,8 +51,9 @@ log = logging.getLogger(__name__)
 REFERENCES = {"kv_shared_layer_index"}
 """Attributes that are the number of another block."""
 
-COVERED = {"store_full_length_kv"}
-"""Attributes that may differ because a rule covers them: sources of shared keys stay."""
+COVERED = {"store_full_length_kv", *PERIOD_OF}
+"""Attributes that may differ because a rule covers them: sources of shared keys stay, and a list
+says of each block what a period says of all."""
 
 
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
