@@ -440,7 +440,7 @@ def _changes(checkpoint: Checkpoint, target: Path) -> set[str]:
     fields = {field for field in config if config[field] != raw.get(field)} - {"shortllm"}
     text = text_config(checkpoint.config)
     if text is not checkpoint.config:
-        (part,) = fields
+        (part,) = fields - {"num_hidden_layers"}  # which some types state twice
         fields = {f for f in config[part] if config[part][f] != raw[part].get(f)}
     changed = fields - {count_field(text), "num_hidden_layers"}
     return changed | {name.rpartition(".weight")[0].rpartition(".")[2] for name in sliced}

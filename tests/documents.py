@@ -35,7 +35,7 @@ from stand_ins import STAND_INS, built_in_texts, cache_directory, stand_in
 
 import shortllm
 from shortllm import criteria, schemas
-from shortllm.checkpoint import rules
+from shortllm.checkpoint import references, rules
 from shortllm.checkpoint import shorten_config as shortening
 from shortllm.cli import main
 from shortllm.quantizing.methods import METHODS as quantizing_methods
@@ -203,6 +203,8 @@ class Reader:
         per_block = set(rules.PER_BLOCK)
         for module in (rules, shortening):
             patch.setattr(module, "PER_BLOCK", per_block)
+        tables = ((per_block, *references.TABLES[0][1:]), *references.TABLES[1:])
+        patch.setattr(references, "TABLES", tables)
         patch.setattr("shortllm.quantizing.quantize.SAMPLES", 2)
         patch.setattr("shortllm.quantizing.quantize.SAMPLE_LENGTH", 64)
         patch.setitem(quantizing_methods.get("gptq").options, "group_size", 16)

@@ -24,7 +24,7 @@ import shortllm
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.data.sources import open_records
 from shortllm.embedded import MODEL_DIR
-from shortllm.errors import DataError, OutputError, ShortLLMError
+from shortllm.errors import CheckpointError, DataError, OutputError, ShortLLMError
 from shortllm.model.metrics import kl_divergence
 from shortllm.reporting.parts import Details, Figure, Terms
 from shortllm.reporting.recovery import retraining_parts
@@ -823,3 +823,22 @@ def test_the_command_prints_what_came_of_it(
     code, out, err = call(capfd, "retrain", place / "short", "--out", tmp_path / "out2")
     assert code == 2 and "alpaca" in err and not out
     assert "shortllm.retraining" in sys.modules
+
+
+def test_an_adapter_goes_onto_its_own_checkpoint_alone(place: Path, tmp_path: Path) -> None:
+    """On the model before pruning it would change other blocks."""
+    out, short = tmp_path / "out", place / "short"
+    retrain(place, out, method="lora", data="alpaca.jsonl", length=256, max_steps=2)
+    adapter = out / "adapter"
+    assert "4 blocks" in (adapter / "README.md").read_text()
+    adapted = shortllm.load_adapter(short, adapter)
+    assert any("lora" in name for name, _ in adapted.named_parameters())
+    loaded = shortllm.load(short)
+    assert shortllm.load_adapter(loaded, adapter).peft_config
+    with pytest.raises(CheckpointError, match="belongs to short, 4 blocks, but .* has 6"):
+        shortllm.load_adapter(place / "whole", adapter)
+    with pytest.raises(CheckpointError, match="but .* has other weights"):
+        shortllm.load_adapter(out, adapter)
+    (adapter / "belongs_to.json").unlink()
+    with pytest.raises(CheckpointError, match="does not say which checkpoint it belongs to"):
+        shortllm.load_adapter(short, adapter)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import _GROUPED, build, config_of, opened, save, saved, shortened
+from families import _GROUPED, build, config_of, opened, save, saved
 from torch import nn
 from transformers import AutoConfig
 
-from shortllm.checkpoint.shorten_config import (
-    refuse_block_names_in_config,
-    refuse_type,
-    shorten_config,
-)
+from shortllm.checkpoint.shorten_config import refuse_type, shorten_config
 from shortllm.checkpoint.source import find_block_names, open_checkpoint
 from shortllm.checkpoint.structure import block_signature, block_structure, build_empty, find_blocks
 from shortllm.errors import UnsupportedModelError
@@ -112,31 +107,47 @@ def test_token_lists_as_long_as_the_model_stay() -> None:
     assert shorten(config, [0, 1])["eos_token_id"] == [2, 3, 4, 5, 6, 7]
 
 
-def test_a_config_that_names_single_blocks_is_refused() -> None:
-    quantized = {
-        "quantization_config": {
-            "quant_method": "some",
-            "ignore": ["lm_head", "model.layers.11.mlp.down_proj"],
-        }
-    }
-    with pytest.raises(
-        UnsupportedModelError, match=r"names a single block \('model.layers.11.mlp.down_proj'\)"
-    ):
-        refuse_block_names_in_config(quantized, "model.layers")
-    with pytest.raises(UnsupportedModelError, match=r"\('re:.*model.layers.3.*'\)"):
-        refuse_block_names_in_config({"a": {"re:.*model.layers.3.*": [1]}}, "model.layers")
-    refuse_block_names_in_config(quantized, "transformer.h")
-    refuse_block_names_in_config({"ignore": ["lm_head", "re:model.layers.*.mlp"]}, "model.layers")
+@pytest.mark.parametrize("kept, expected", [([0, 1, 2], "LLG"), ([1, 2, 5], None)])
+def test_letters_next_to_a_list(kept: list[int], expected: str | None) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    given = {"sliding_window_pattern": "LLG", "layer_types": kinds}
+    config = AutoConfig.for_model("exaone4", num_hidden_layers=6, **given)
+    assert shorten(config, kept).get("sliding_window_pattern") == expected
 
 
-def test_surgery_refuses_a_config_that_names_single_blocks(tmp_path: Path) -> None:
-    source = save(build("llama"), tmp_path / "source")
-    raw = json.loads((source / "config.json").read_text())
-    raw["note"] = ["model.layers.2.mlp.gate_proj"]
-    (source / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(UnsupportedModelError, match="names a single block"):
-        shortened(open_checkpoint(source), [0], tmp_path / "short")
-    assert list(tmp_path.iterdir()) == [source]
+def test_a_period_that_the_list_no_longer_follows_goes() -> None:
+    config = config_of("smollm3")  # without positions in every third block
+    raw = {**config.to_dict(), "no_rope_layer_interval": 3}
+    whole = shorten_config(raw, config, [0, 1, 2])  # a whole period is left
+    assert (whole["no_rope_layers"], whole["no_rope_layer_interval"]) == ([1, 1, 0], 3)
+    other = shorten_config(raw, config, [0, 2, 3, 5])
+    assert (other["no_rope_layers"], other["no_rope_layer_interval"]) == ([1, 0, 1, 0], 2)
+    none = shorten_config(raw, config, [0, 2, 5])
+    assert none["no_rope_layers"] == [1, 0, 0]
+    assert "no_rope_layer_interval" not in none
+
+
+@pytest.mark.parametrize(
+    "variant, field, given, kept, expected",
+    [
+        ("gemma3_text", "sliding_window_pattern", 3, [0, 1, 2, 3, 4, 5], 3),
+        ("gemma3_text", "sliding_window_pattern", 3, [0, 2, 3, 5, 6], 2),
+        ("gemma3_text", "sliding_window_pattern", 3, [0, 2, 5], None),
+        ("qwen3_next", "full_attention_interval", 2, [0, 1, 2], 2),
+        ("qwen3_next", "full_attention_interval", 2, [0, 2, 3], 3),
+        ("qwen3_next", "full_attention_interval", 2, [1, 2, 3], None),
+        ("afmoe", "global_attn_every_n_layers", 2, [0, 2, 3], 3),
+        ("cohere2", "sliding_window_pattern", 2, [1, 2, 3], None),
+    ],
+)
+def test_periods_next_to_lists(
+    variant: str, field: str, given: Any, kept: list[int], expected: Any
+) -> None:
+    config = AutoConfig.for_model(variant, num_hidden_layers=7, **{field: given})
+    result = shorten_config({**config.to_dict(), field: given}, config, kept)
+    assert result.get(field) == expected
+    # the list is what the class reads
+    assert type(config).from_dict(result).layer_types == [config.layer_types[b] for b in kept]
 
 
 # --- types refused by name ------------------------------------------------------------------------

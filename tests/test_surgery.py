@@ -37,7 +37,7 @@ from shortllm.papers import SHORTENED_LLAMA
 from shortllm.pruning.prune import write_pruned
 from shortllm.pruning.records import Pruning
 from shortllm.surgery.apply import renumbered_tensors
-from shortllm.surgery.derived import carried_files, carried_fingerprint
+from shortllm.surgery.companions import carried_files, carried_fingerprint
 from shortllm.surgery.verify import bypass_logits, verify_shortened
 
 WRITTEN = ("README.md", "local.json", "prune.json")
@@ -356,6 +356,7 @@ def test_config_says_where_the_checkpoint_comes_from(tmp_path: Path) -> None:
         "revision": None,
         "source_blocks": 6,
         "removed_blocks": [1, 4],
+        "draft_reads": {"original": [2, 3], "now": [1, 2]},
         "criterion": "ppl",
         "paper": str(SHORTENED_LLAMA),
         "parent": None,
@@ -377,7 +378,8 @@ def test_fields_that_do_not_concern_blocks_stay_as_they_are(tmp_path: Path) -> N
     target = shortened(opened("gemma3_text"), [0, 3], tmp_path / "short")
     after = json.loads((target / "config.json").read_text())
     changed = {key for key in {*before, *after} if before.get(key) != after.get(key)}
-    assert changed == {"num_hidden_layers", "layer_types", "shortllm"}
+    periods = {"sliding_window_pattern", "_sliding_window_pattern"}
+    assert changed == {"num_hidden_layers", "layer_types", "shortllm", *periods}
 
 
 def test_progress_counts_the_bytes_written(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from shortllm.recipe import Recipe as Recipe
     from shortllm.reporting import compare as compare
     from shortllm.reporting import report as report
+    from shortllm.retraining.adapter import load_adapter as load_adapter
     from shortllm.retraining.options import Retraining as Retraining
     from shortllm.retraining.options import RetrainOptions as RetrainOptions
     from shortllm.retraining.retrain import retrain as retrain
@@ -98,6 +99,7 @@ _NAMES = {
     "quantizing.quantize": ("quantize",),
     "recipe": ("Recipe",),
     "reporting": ("compare", "report"),
+    "retraining.adapter": ("load_adapter",),
     "retraining.options": ("RetrainOptions", "Retraining"),
     "retraining.retrain": ("retrain",),
     "runtime": ("Runtime", "trusting_remote_code"),

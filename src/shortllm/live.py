@@ -15,6 +15,7 @@ from typing import Any
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.loaded import ELSEWHERE, model_called
+from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import resolve
 from shortllm.data.calibration import Calibration, calibrate
@@ -38,7 +39,7 @@ from shortllm.run_directory import HEALED, PRUNED
 from shortllm.runtime import Runtime, is_trusted, quiet_transformers
 
 
-@accepts(budget=Budget, calibration=CalibrationOptions, runtime=Runtime)
+@accepts(budget=Budget, calibration=CalibrationOptions, runtime=Runtime, surgery=SurgeryOptions)
 def shorten(
     model: ModelSource,
     *,
@@ -49,6 +50,7 @@ def shorten(
     budget: Budget,
     calibration: CalibrationOptions,
     runtime: Runtime,
+    surgery: SurgeryOptions,
     revision: str | None = None,
     verify: bool = True,
 ) -> Any:
@@ -69,6 +71,7 @@ def shorten(
         budget: how much to remove; its fields can be given as keywords, e.g. `remove=6`.
         calibration: the text to score on, and to heal with; its fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
+        surgery: `accept_unknown_references`; it can be given as a keyword.
         revision: of a Hub model.
         verify: load the original and the result and compare what they compute.
     Returns:

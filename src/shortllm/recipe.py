@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,6 +26,7 @@ from pydantic import Field, ValidationError, field_validator
 from shortllm import criteria
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.checkpoint.hub import EMBEDDED, ModelSource
+from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import RecipeError, did_you_mean, install_hint
 from shortllm.evaluation.options import EvaluationOptions
@@ -59,7 +61,7 @@ HEAL, RETRAIN, QUANTIZE, BENCH = (
 """Flags that `shortllm run` has of its own; here they are names of keywords."""
 
 
-class Recipe(Runtime):
+class Recipe(Runtime, SurgeryOptions):
     """A whole run."""
 
     panel: ClassVar[str] = "Scoring"
@@ -119,6 +121,12 @@ class Recipe(Runtime):
     published: Annotated[Published | None, HIDDEN] = Field(
         default=None, description="What was published about this model and criterion."
     )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """A context with what the recipe allows."""
+        with super().applied(), SurgeryOptions.applied(self):
+            yield
 
     @field_validator(
         "healing",

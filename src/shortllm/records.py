@@ -215,6 +215,10 @@ class DerivedRecord(Shown, ResultFile):
 
     model: ModelInfo = Field(description="the checkpoint before")
     options: dict[str, Any]
+    companions: list[str] = Field(
+        default_factory=list,
+        description="references to blocks in the checkpoint's files, and what became of each",
+    )
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
 

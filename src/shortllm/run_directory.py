@@ -44,7 +44,14 @@ LOG = "run.log"
 HEALED = "healed"
 """The same of the checkpoint that was healed without training."""
 
-NOT_COMPARED = {"about", "device", "stream", "max_memory", "trust_remote_code"}
+NOT_COMPARED = {
+    "about",
+    "accept_unknown_references",
+    "device",
+    "stream",
+    "max_memory",
+    "trust_remote_code",
+}
 """Fields of a recipe that say where and how it runs, not what comes of it."""
 
 ADDED = {"benchmark", "quantization", "retraining"}

@@ -14,6 +14,7 @@ RECIPE = "recipe"
 
 _HOME = {
     RECIPE: "recipe.Recipe",
+    "belongs_to": "retraining.adapter.AdapterOrigin",
     "bench": "benchmark.options.Benchmark",
     "calibration": "data.options.CalibrationInfo",
     "comparison": "comparison.options.Comparison",

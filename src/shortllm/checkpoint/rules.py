@@ -44,6 +44,7 @@ BLOCK_NUMBERS = {
     "cross_attention_layers": 0,
     "full_attn_idxs": 0,
     "hybrid_layer_ids": 0,
+    "layers_to_transform": 0,
     "local_layer_ids": 0,
     "mlp_only_layers": 0,
     "moe_layers": 0,
@@ -52,10 +53,14 @@ BLOCK_NUMBERS = {
 """Fields that list block numbers -> the number of the first block: removed ones go, kept ones get
 their new number."""
 
-BLOCK_KEYS = {"per_layer_config"}
+BLOCK_KEYS = {"per_layer_config", "pruned_heads"}
 """Tables whose keys are block numbers as text, zero-padded in some types."""
 
+PAIRS = {"alignment_heads"}
+"""Lists of pairs, of a block's number and something in that block: pairs of removed blocks go."""
+
 LEADING = {
+    "assistant_early_exit",
     "dense_mlp_idx",
     "first_k_dense_replace",
     "max_window_layers",
@@ -74,6 +79,20 @@ TRAILING = {"num_kv_shared_layers"}
 PERIODS = ("attn_layer_period", "expert_layer_period", "moe_layer_interval")
 """Fields that give a pattern by its period if the type has no list: whole periods can go."""
 
+PERIOD_OF = {
+    "_sliding_window_pattern": "layer_types",
+    "attn_layer_offset": "layers_block_type",
+    "attn_layer_period": "layers_block_type",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "interleave_moe_layer_step": "moe_layers",
+    "layer_group_size": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "prefix_dense_sliding_window_pattern": "layer_types",
+    "sliding_window_pattern": "layer_types",
+}
+"""Fields that give by a period what a list says in full, where a type has both -> the list."""
+
 PREDICTION_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
 """Counts of the prediction heads that some checkpoints number as blocks after the last one."""
 
@@ -82,6 +101,29 @@ SLICED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight
 
 NOT_PER_BLOCK = {"architectures", "keys_to_ignore_at_inference"}
 """Lists of other things whose length may equal the block count by chance."""
+
+COUNTS = {
+    "depth",
+    "n_layer",
+    "n_layers",
+    "num_blocks",
+    "num_hidden_layers",
+    "num_layers",
+}
+"""Fields in which a part of a config, or another file, states how many blocks a model has."""
+
+HARMLESS = {
+    r"id2label|label2id|architectures": "labels and classes",
+    r".*block_(size|shape|length|structure)|.*blocks?_per_.*|.*(row|col)_block": (
+        "how weights or tokens are grouped"
+    ),
+    r".*(layer_?norm|layer_?scale|layer_?drop).*": "a property of all blocks",
+    r".*(vision|visual|image|video|audio|speech|encoder).*": "blocks of another tower",
+    r".*(nextn|mtp).*": "the prediction heads have numbers of their own",
+    r".*_size_per_layer.*": "a width",
+}
+"""What is known to refer to no block of the decoder, although its name speaks of blocks or its
+values look so -> what it is."""
 
 FOLLOWERS = {"longcat_flash": {"num_hidden_layers": 2}, "xlstm": {"num_blocks": 1}}
 """Type -> further fields that follow the block count, and how often they count each block."""

@@ -6,12 +6,12 @@ In a multimodal model only the fields of the text decoder change.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shortllm.checkpoint.config import DECODER_COUNTS, block_count, count_field, text_config
+from shortllm.checkpoint.options import accepts_unknown_references
 from shortllm.checkpoint.rules import (
     BLOCK_KEYS,
     BLOCK_NUMBERS,
@@ -20,6 +20,7 @@ from shortllm.checkpoint.rules import (
     LEADING,
     NOT_PER_BLOCK,
     PER_BLOCK,
+    PERIOD_OF,
     PERIODS,
     PREDICTION_HEADS,
     PROTECTED_BY_FIELD,
@@ -32,6 +33,7 @@ from shortllm.checkpoint.rules import (
     Kept,
 )
 from shortllm.errors import UnsupportedModelError
+from shortllm.runtime import quiet_transformers
 
 
 def shorten_config(
@@ -45,15 +47,16 @@ def shorten_config(
     """
     result = copy.deepcopy(raw)
     text = text_config(config)
-    part = _text_part(result, config, text)
+    part = text_part(result, config, text)
     part.update(_shortened_fields(dict(part), text, kept))
     part.update(_counts(part, text, len(kept)))
+    _correct_periods(part, text)
     if heads:
         part.update({field: 0 for field in PREDICTION_HEADS if hasattr(text, field)})
     return result
 
 
-def _text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
+def text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
     """The text decoder's part of config.json, in place; the top level in older configs."""
     if text is config:
         return raw
@@ -101,12 +104,66 @@ def _per_block(field: str, value: Any, count: int, *, removed: bool) -> bool:
         return isinstance(value, (list, tuple, str)) and len(value) == count
     if not isinstance(value, (list, tuple)) or len(value) != count or not removed:
         return False
-    if field in NOT_PER_BLOCK or field.endswith(("_token_id", "_token_ids", "_tokens_ids")):
+    if field in NOT_PER_BLOCK or names_tokens(field) or accepts_unknown_references():
         return False
     raise UnsupportedModelError(
         f"config field '{field}' has as many entries as the model has blocks, and no rule says "
         "whether it has one per block; shortening this model type is not supported yet"
     )
+
+
+def names_tokens(field: str) -> bool:
+    """Whether a field has token ids."""
+    return field.endswith(("_token_id", "_token_ids", "_tokens_ids"))
+
+
+def _correct_periods(raw: dict[str, Any], config: Any) -> None:
+    """Set each period right that the list next to it does not follow any more, or drop it.
+
+    The class of the config is asked which list it makes of a period.
+    """
+    for name in dict.fromkeys(PERIOD_OF.values()):
+        fields = [field for field, other in PERIOD_OF.items() if other == name and field in raw]
+        if not isinstance(raw.get(name), list):
+            continue
+        fields = [field for field in fields if not _spells(raw[field], raw[name])]
+        plain = {key: value for key, value in raw.items() if key != name}
+        found = next(
+            (
+                one
+                for one in _periods(fields, len(raw[name]))
+                if _list_of(config, {**plain, **one}, name) == raw[name]
+            ),
+            None,
+        )
+        raw.update(found or {})
+        for field in fields if found is None else ():
+            del raw[field]
+
+
+def _spells(pattern: Any, kinds: list[Any]) -> bool:
+    """Whether letters, repeated, say the kind of each block: `LLLG`."""
+    if not isinstance(pattern, str) or not pattern:
+        return False
+    pairs = {(pattern[place % len(pattern)], str(kind)) for place, kind in enumerate(kinds)}
+    return len(pairs) == len({letter for letter, _ in pairs}) == len({kind for _, kind in pairs})
+
+
+def _periods(fields: Sequence[str], count: int) -> Iterator[dict[str, int]]:
+    """Other values of fields with a period, none first; a type may write one under two names."""
+    yield {}
+    for name in dict.fromkeys(field.lstrip("_") for field in fields):
+        for period in range(1, count + 1):
+            yield {field: period for field in fields if field.lstrip("_") == name}
+
+
+def _list_of(config: Any, raw: dict[str, Any], name: str) -> Any:
+    """The list that a config class makes of what is given; None if it makes none of it."""
+    try:
+        with quiet_transformers():
+            return getattr(type(config).from_dict(raw), name, None)
+    except Exception:  # config classes raise whatever their values lead to
+        return None
 
 
 def _counts(raw: dict[str, Any], config: Any, count: int) -> dict[str, int]:
@@ -182,14 +239,3 @@ def period_hint(config: Any) -> str:
 def sliced_axis(name: str) -> int | None:
     """The axis along which a tensor outside the blocks has a share for every block, or None."""
     return next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
-
-
-def refuse_block_names_in_config(raw: dict[str, Any], prefix: str) -> None:
-    """Refuse configs that name single blocks in their values (exclusion lists of quantizers do)."""
-
-    numbered = re.compile(r'"[^"]*' + re.escape(prefix) + r'\.\d[^"]*"')
-    if found := numbered.search(json.dumps(raw)):
-        name = found[0].strip('"')
-        raise UnsupportedModelError(
-            f"config.json names a single block ('{name}'), which surgery cannot renumber yet"
-        )

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.cli.flags import Json, ModelArgument, Out, Revision, flags
-from shortllm.cli.output import answered, print_table
+from shortllm.cli.output import answered, print_notes, print_table
 from shortllm.format import number, spans
 from shortllm.healing.options import HealOptions
 from shortllm.merging.options import MergeOptions
 from shortllm.quantizing.options import QuantizeOptions
+from shortllm.records import DerivedRecord
 from shortllm.retraining.options import RetrainOptions, TrainingRuntime
 from shortllm.runtime import DeviceOptions, Runtime
 from shortllm.sublayers.criteria import CRITERIA
@@ -29,13 +31,14 @@ if TYPE_CHECKING:
     from shortllm.width_pruning.options import WidthPruning
 
 
-Result = TypeVar("Result")
+Result = TypeVar("Result", bound=DerivedRecord)
 
 
 def _answer(result: Result, print_text: Callable[[Result], None], out: Path, *, json: bool) -> None:
     """A record as JSON or as text, then where the checkpoint is."""
     if not answered(result, in_json=json):
         print_text(result)
+        print_notes(result)
         typer.echo(f"checkpoint: {out}")
 
 
@@ -87,12 +90,13 @@ def _print_healing(record: Healing) -> None:
     )
 
 
-@flags(options=MergeOptions, runtime=Runtime)
+@flags(options=MergeOptions, runtime=Runtime, surgery=SurgeryOptions)
 def merge(
     model: ModelArgument,
     out: Out,
     options: MergeOptions,
     runtime: Runtime,
+    surgery: SurgeryOptions,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -104,7 +108,9 @@ def merge(
     """
     import shortllm
 
-    record = shortllm.merge(model, out, options=options, runtime=runtime, revision=revision)
+    record = shortllm.merge(
+        model, out, options=options, runtime=runtime, surgery=surgery, revision=revision
+    )
     _answer(record, _print_merging, out, json=json)
 
 
@@ -172,12 +178,13 @@ def _left(before: int, removed: int) -> str:
     return f"{before} -> {before - removed}" if removed else str(before)
 
 
-@flags(options=SublayerOptions, runtime=Runtime)
+@flags(options=SublayerOptions, runtime=Runtime, surgery=SurgeryOptions)
 def drop_sublayers(
     model: ModelArgument,
     out: Out,
     options: SublayerOptions,
     runtime: Runtime,
+    surgery: SurgeryOptions,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -191,7 +198,7 @@ def drop_sublayers(
     import shortllm
 
     record = shortllm.drop_sublayers(
-        model, out, options=options, runtime=runtime, revision=revision
+        model, out, options=options, runtime=runtime, surgery=surgery, revision=revision
     )
     _answer(record, _print_drop, out, json=json)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shortllm.checkpoint.hub import is_gguf
+from shortllm.checkpoint.options import ACCEPT, SurgeryOptions
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags, list_of
-from shortllm.cli.output import answered, command_line, print_table
+from shortllm.cli.output import answered, command_line, print_notes, print_table
 from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
@@ -131,7 +132,7 @@ def plan(
         typer.echo(f"{chosen}\n{chosen.reason}")
 
 
-@flags(runtime=Runtime)
+@flags(runtime=Runtime, surgery=SurgeryOptions)
 def prune(
     model: ModelArgument,
     out: Annotated[
@@ -142,6 +143,7 @@ def prune(
         ),
     ],
     runtime: Runtime,
+    surgery: SurgeryOptions,
     plan: Annotated[
         Path | None, typer.Option(help="A plan.json, or the run directory that contains it.")
     ] = None,
@@ -169,7 +171,14 @@ def prune(
     numbers = None if blocks is None else _block_numbers(blocks)
     early.check_pruning(plan, numbers, out)
     written = shortllm.prune(
-        model, plan, out, blocks=numbers, revision=revision, verify=verify, runtime=runtime
+        model,
+        plan,
+        out,
+        blocks=numbers,
+        revision=revision,
+        verify=verify,
+        runtime=runtime,
+        surgery=surgery,
     )
     if not is_gguf(out):
         _print_pruning(Pruning.load(written / Pruning.FILE), written, verified=verify)
@@ -188,6 +197,7 @@ def _print_pruning(record: Pruning, written: Path, *, verified: bool) -> None:
         )
     else:
         typer.echo("not verified: names and structure were checked, nothing was computed")
+    print_notes(record)
 
 
 def _block_numbers(text: str) -> list[int]:
@@ -246,6 +256,15 @@ def _print_summary(summary: ModelSummary) -> None:
             for part, parameters, size, note in parts
         ],
     )
+    if summary.companions:
+        typer.echo("\nfiles and fields that refer to blocks")
+        print_table(
+            ("file", "field", "kind", "value", "when blocks are removed"),
+            [
+                (one.file, one.field, one.kind, one.value, one.rule or f"no rule: see {ACCEPT}")
+                for one in summary.companions
+            ],
+        )
     typer.echo("\nremoving on average saves")
     most = model.blocks - len(protected)
     counts = sorted({1, *(max(1, round(model.blocks * r)) for r in (0.1, 0.2, 0.3, 0.4, 0.5))})

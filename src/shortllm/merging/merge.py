@@ -26,6 +26,7 @@ from torch import Tensor
 
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
+from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
@@ -42,6 +43,7 @@ from shortllm.progress import Advance, progress
 from shortllm.pruning.budget import gaps_of
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal, renumbered_tensors
+from shortllm.surgery.companions import companions_of, require_rules
 from shortllm.surgery.derived import (
     Draft,
     copying,
@@ -60,13 +62,14 @@ Sums = Mapping[int, Sum]
 """Remaining block -> the sum in its place, in order."""
 
 
-@accepts(options=MergeOptions, runtime=Runtime)
+@accepts(options=MergeOptions, runtime=Runtime, surgery=SurgeryOptions)
 def merge(
     model: ModelSource,
     out: Path,
     *,
     options: MergeOptions,
     runtime: Runtime,
+    surgery: SurgeryOptions,
     revision: str | None = None,
 ) -> Merging:
     """Fold blocks into one another, from the top down, and write a plain checkpoint.
@@ -78,6 +81,7 @@ def merge(
         out: the new checkpoint directory, which also gets merge.json.
         options: which blocks to merge; their fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
+        surgery: `accept_unknown_references`; it can be given as a keyword.
         revision: of a Hub model.
     Returns:
         The content of merge.json: every try with its cosine, and the perplexity before and after.
@@ -105,6 +109,7 @@ def merge_from(
     count, memory = checkpoint.block_count, session.memory()
     check_blocks(options, count)
     refuse_type(checkpoint.config)
+    require_rules(companions_of(checkpoint))
     expected = derived_fingerprint(
         checkpoint,
         calibration=calibration,
@@ -150,6 +155,7 @@ def merge_from(
             bytes=sum(entry.bytes for entry in entries.values()),
             write=copying(entries, new),
             verify=verifying(target, session, probe.logits(sums), cached=kv_cache_matches(decoder)),
+            kept=kept,
         )
 
     return derive(

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from shortllm import criteria
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
+from shortllm.checkpoint.references import Reference
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
 from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
@@ -36,6 +37,7 @@ from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
 from shortllm.records import ModelInfo, Record, protected_in
 from shortllm.runtime import DeviceOptions
+from shortllm.surgery.companions import companions_of
 
 if TYPE_CHECKING:
     import torch
@@ -212,6 +214,8 @@ class ModelSummary(Record):
     bytes_per_block: list[int]
     protected: list[int]
     """Blocks that are protected by default."""
+    companions: list[Reference]
+    """Files and fields that refer to blocks."""
     samples: int
     length: int
     device: str
@@ -285,6 +289,7 @@ def info(
         parameters_outside=about.parameters - sum(about.parameters_per_block),
         bytes_per_block=checkpoint.bytes_per_block,
         protected=protected_in(about),
+        companions=companions_of(checkpoint),
         samples=samples,
         length=length,
         device=str(device),

@@ -12,6 +12,7 @@ from shortllm import criteria
 from shortllm.calls import accepts
 from shortllm.checkpoint.gguf import read_gguf
 from shortllm.checkpoint.hub import ModelSource, is_gguf, locate_gguf, named_revision
+from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.writer import MAX_SHARD_BYTES
 from shortllm.errors import CheckpointError, OutputError
@@ -24,9 +25,9 @@ from shortllm.pruning.records import PrunePlan, Pruning, load_plan
 from shortllm.registry import cited
 from shortllm.runtime import Runtime
 from shortllm.surgery.apply import check_removal, renumbered_tensors
+from shortllm.surgery.companions import carried_fingerprint
 from shortllm.surgery.derived import (
     Draft,
-    carried_fingerprint,
     copying,
     derive,
     on_probe,
@@ -36,7 +37,7 @@ from shortllm.surgery.gguf import shorten_gguf
 from shortllm.surgery.origin import provenance_of
 
 
-@accepts(runtime=Runtime)
+@accepts(runtime=Runtime, surgery=SurgeryOptions)
 def prune(
     model: ModelSource,
     plan: PrunePlan | Path | str | OneOrMore[int] | None = None,
@@ -44,6 +45,7 @@ def prune(
     *,
     blocks: OneOrMore[int] | None = None,
     runtime: Runtime,
+    surgery: SurgeryOptions,
     revision: str | None = None,
     verify: bool = True,
 ) -> Path:
@@ -56,6 +58,7 @@ def prune(
             one, NAME.gguf: its tensors stay quantized as they are, and it is not computed with.
         blocks: the numbers of the blocks to remove, instead of a plan.
         runtime: where to compute; its fields can be given as keywords.
+        surgery: `accept_unknown_references`; it can be given as a keyword.
         revision: of a Hub model.
         verify: load the original and the result and compare what they compute. Otherwise only names
             and structure are checked.
@@ -63,7 +66,8 @@ def prune(
         `out`.
     Raises:
         BudgetError: neither a plan nor blocks, or both; or blocks that the model lacks.
-        UnsupportedModelError: removing these blocks would give a wrong model.
+        UnsupportedModelError: removing these blocks would give a wrong model, or a file refers to
+            blocks in a way that no rule covers.
         CheckpointError: the plan is another model's, or the result does not compute what it should.
         OutputError: `out` contains something else or cannot be written.
     """
@@ -163,6 +167,7 @@ def write_pruned(
             bytes=sum(entry.bytes for entry in entries.values()),
             write=copying(entries, max_shard_bytes=max_shard_bytes),
             verify=_verifying(checkpoint, removed, target, session),
+            kept=kept,
         )
 
     special = checkpoint.special_tokens

@@ -33,6 +33,7 @@ from shortllm.model.loading import load_model, stored_dtype
 from shortllm.options import OneOrMore
 from shortllm.records import Cost
 from shortllm.registry import cited
+from shortllm.retraining.adapter import describe_adapter
 from shortllm.retraining.options import Retraining, RetrainOptions, TrainingRuntime
 from shortllm.retraining.setup import LOGS, Job, check, prepare
 from shortllm.runtime import ALONE, Ranks, join_ranks, peak_memory, quiet_transformers, versions
@@ -238,8 +239,8 @@ def _plain_model(job: Job, trained: Trained) -> nn.Module:
         model.save_pretrained(
             job.work / ADAPTER, state_dict=trained.weights, save_embedding_layers=False
         )
-        (job.work / ADAPTER / "README.md").unlink(missing_ok=True)  # an empty form
     base = _load(checkpoint, torch.float32)
+    describe_adapter(job.work / ADAPTER, checkpoint, base)  # instead of peft's empty form
     merged: nn.Module = PeftModel.from_pretrained(base, str(job.work / ADAPTER)).merge_and_unload()
     return merged.to(stored)
 

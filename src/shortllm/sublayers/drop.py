@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
+from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
@@ -51,13 +52,14 @@ from shortllm.surgery.derived import (
 from shortllm.surgery.origin import provenance_of
 
 
-@accepts(options=SublayerOptions, runtime=Runtime)
+@accepts(options=SublayerOptions, runtime=Runtime, surgery=SurgeryOptions)
 def drop_sublayers(
     model: ModelSource,
     out: Path,
     *,
     options: SublayerOptions,
     runtime: Runtime,
+    surgery: SurgeryOptions,
     revision: str | None = None,
 ) -> SublayerDrop:
     """Write a plain checkpoint without some of the attentions and MLPs.
@@ -70,6 +72,7 @@ def drop_sublayers(
         out: the new checkpoint directory, which also gets sublayers.json.
         options: which sublayers to remove; their fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
+        surgery: `accept_unknown_references`; it can be given as a keyword.
         revision: of a Hub model.
     Returns:
         The content of sublayers.json.
@@ -261,6 +264,7 @@ def _draft(
             entries, ((name, read_tensor(entries[name]).zero_()) for name in names_zeroed)
         ),
         verify=verifying(target, session, logits, cached=cached),
+        kept=kept if whole else None,
     )
 
 

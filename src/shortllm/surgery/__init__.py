@@ -1,6 +1,7 @@
 """A new checkpoint from an existing one.
 
 apply.py        what a checkpoint without some blocks consists of; refuse blocks that would change
+companions.py   the files next to the weights, and what they say of blocks
 derived.py      check, write, verify, record     verify.py       reload and compare
 export_lint.py  llama.cpp and vLLM
 """

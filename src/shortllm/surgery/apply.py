@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from shortllm.checkpoint.config import is_own_code, read_config, text_config
+from shortllm.checkpoint.rules import PERIOD_OF
 from shortllm.checkpoint.shorten_config import (
     period_hint,
-    refuse_block_names_in_config,
     refuse_protected,
     refuse_type,
     shorten_config,
@@ -44,22 +44,24 @@ from shortllm.checkpoint.structure import (
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
 from shortllm.files import translate_os_errors
+from shortllm.surgery.companions import follow_removal
 
 log = logging.getLogger(__name__)
 
 REFERENCES = {"kv_shared_layer_index"}
 """Attributes that are the number of another block."""
 
-COVERED = {"store_full_length_kv"}
-"""Attributes that may differ because a rule covers them: sources of shared keys stay."""
+COVERED = {"store_full_length_kv", *PERIOD_OF}
+"""Attributes that may differ because a rule covers them: sources of shared keys stay, and a list
+says of each block what a period says of all."""
 
 
 def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
     """The shortened config.json, after the rules and the structural guard; nothing is written."""
     refuse_type(checkpoint.config)
-    names = checkpoint.block_names
-    refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
-    shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept, heads=names.heads)
+    followed = follow_removal(checkpoint, kept)
+    heads = checkpoint.block_names.heads
+    shortened = shorten_config(followed.config, checkpoint.config, kept, heads=heads)
     refuse_protected(checkpoint.config, kept)
     check_signatures(checkpoint.config, as_read_from_disk(checkpoint.config, shortened), kept)
     return shortened

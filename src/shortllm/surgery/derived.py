@@ -11,11 +11,10 @@ that is allowed; anything else in the way is an error.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,7 +29,6 @@ from shortllm.checkpoint.tensors import (
     TensorEntry,
     read_json,
     read_tensor_table,
-    weight_files,
     write_json,
 )
 from shortllm.checkpoint.tokenizer import write_special_tokens
@@ -54,10 +52,18 @@ from shortllm.model import Session
 from shortllm.progress import progress
 from shortllm.records import Cost, DerivedRecord
 from shortllm.runtime import peak_memory, versions
-from shortllm.surgery.card import CARD, ORIGINAL_CARD, write_card
+from shortllm.surgery.card import write_card
+from shortllm.surgery.companions import (
+    RECORDS,
+    Followed,
+    carried_files,
+    carried_fingerprint,
+    follow_removal,
+)
 from shortllm.surgery.origin import (
     LOCAL,
     PROVENANCE,
+    draft_note,
     original_place,
     own_place,
     sendable,
@@ -77,15 +83,6 @@ Advance = Callable[[int], None]
 
 NEW = "new"
 """Directory of the tensors that the source lacks, while a checkpoint is written."""
-
-CARDS = {CARD, ORIGINAL_CARD}
-"""Model cards do not count as a change."""
-
-RECORDS = {
-    f"{name}.json"
-    for name in ("prune", "heal", "merge", "width", "sublayers", "quantize", "retrain")
-}
-"""Records of derived checkpoints, which speak of the weights next to them and are not copied on."""
 
 NOT_SENT = (f"*{LOCAL}", *sorted(RECORDS), "logs/*", ".*", f"*{PARTIAL}")
 """Patterns, as huggingface_hub takes them, of files that are not sent to others: they name places
@@ -112,6 +109,8 @@ class Draft:
     finish: Callable[[Path], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
     """Called with the written weights' directory; returns further fields of the record and of the
     config, if they are known only then."""
+    kept: Sequence[int] | None = None
+    """The blocks that stay, where some go: other files follow."""
     leave: Collection[str] = field(default_factory=frozenset)
     """First parts of the names of files next to the source's weights that are not copied."""
 
@@ -235,6 +234,9 @@ def _write(
     Args:
         original: where the model that was shortened first lies on this machine.
     """
+    followed = Followed()
+    if draft.kept is not None:
+        followed = follow_removal(checkpoint, draft.kept)
     source, left = checkpoint.directory, {*RECORDS, *draft.leave}
     carried = [file for file in carried_files(source, target) if file.parts[0] not in left]
     needed = draft.bytes + sum((source / file).stat().st_size for file in carried)
@@ -248,7 +250,10 @@ def _write(
     ):
         for name in carried:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, directory / name)
+            if name in followed.files:
+                write_json(directory / name, followed.files[name])
+            else:
+                shutil.copyfile(source / name, directory / name)
         write_special_tokens(checkpoint, directory)
         draft.write(directory, advance)
         more, entries = draft.finish(directory) if draft.finish is not None else ({}, {})
@@ -257,40 +262,9 @@ def _write(
         write_local(directory, original)
         draft.verify(directory)
         write_card(directory, target.resolve().name)
-        kind.model_validate({**record, **more}).save(directory / kind.FILE)
+        notes = followed.notes + (draft_note(draft.provenance) if draft.kept is not None else [])
+        kind.model_validate({**record, "companions": notes, **more}).save(directory / kind.FILE)
         follow_umask(directory)
-
-
-def carried_files(source: Path, target: Path | None = None) -> list[Path]:
-    """Tokenizer, generation config and all else next to the weights, relative to `source`, sorted.
-
-    Left out are config.json, hidden, unfinished and local files, directories with a model or a run
-    at any depth, and directories that are or contain `target`.
-    """
-    outputs = {target.resolve(), *target.resolve().parents} if target is not None else set()
-    weights = weight_files(source)
-    carried: list[Path] = []
-    for path in sorted(source.iterdir()):
-        if path.name in weights or path.name == "config.json":
-            continue
-        if path.name.startswith(".") or path.name.endswith((PARTIAL, LOCAL)):
-            continue
-        if path.is_file():
-            carried.append(path.relative_to(source))
-        elif path.is_dir() and path.resolve() not in outputs and not _contains_output(path):
-            carried += sorted(p.relative_to(source) for p in path.rglob("*") if p.is_file())
-    return carried
-
-
-def _contains_output(directory: Path) -> bool:
-    """Whether it contains weights (of another format or model), a run, or unfinished work."""
-    if weight_files(directory) or (directory / "run.json").exists():
-        return True
-    return any(
-        path.name.endswith(PARTIAL) or (path.is_dir() and _contains_output(path))
-        for path in directory.iterdir()
-        if not path.is_symlink()
-    )
 
 
 def files_to_send(checkpoint: Path) -> list[Path]:
@@ -304,16 +278,6 @@ def files_to_send(checkpoint: Path) -> list[Path]:
         )
     files = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
     return [file for file in files if not any(fnmatch(file.as_posix(), one) for one in NOT_SENT)]
-
-
-def carried_fingerprint(source: Path) -> str:
-    """sha256 over names and contents of the files that a new checkpoint copies, without cards."""
-    digest = hashlib.sha256()
-    for name in carried_files(source):
-        if str(name) not in CARDS | RECORDS:
-            content = hashlib.sha256((source / name).read_bytes()).hexdigest()
-            digest.update(f"{content} {name.as_posix()}\n".encode())
-    return digest.hexdigest()
 
 
 def copying(

@@ -102,14 +102,43 @@ def steps_of(model: str, config: Mapping[str, Any]) -> list[Step]:
 
 def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
     """The entry in config.json of a checkpoint that was derived by removing blocks, and `how`."""
+    gone = set(removed)
+    earlier = steps_of(checkpoint.id, checkpoint.raw_config)
+    blocks = kept_after(earlier) if earlier else list(range(checkpoint.block_count))
+    kept = [block for place, block in enumerate(blocks) if place not in gone]
+    original = earlier[0].source_blocks if earlier else checkpoint.block_count
     return {
         "version": __version__,
         **named_source(checkpoint),
         "source_blocks": checkpoint.block_count,
         "removed_blocks": list(removed),
+        **({"draft_reads": draft_reads(original, kept)} if removed else {}),
         **how,
         "parent": checkpoint.raw_config.get(PROVENANCE),
     }
+
+
+def draft_reads(blocks: int, kept: Sequence[int]) -> dict[str, list[int]]:
+    """Before which blocks an EAGLE-style draft of a model of `blocks` blocks reads hidden states
+    unless its config says otherwise, and before which of the `kept` ones these states are now."""
+    original = sorted({min(2, blocks - 1), blocks // 2, max(0, blocks - 3)})
+    return {
+        "original": original,
+        "now": [sum(block < place for block in kept) for place in original],
+    }
+
+
+def draft_note(provenance: Mapping[str, Any]) -> list[str]:
+    """The line that says so to the users of a draft; none where no blocks are gone."""
+    if "draft_reads" not in provenance:
+        return []
+    original, now = (
+        ", ".join(map(str, provenance["draft_reads"][name])) for name in ("original", "now")
+    )
+    return [
+        f"a draft of the original (EAGLE) that reads hidden states before its blocks {original} "
+        f"must read them before blocks {now} of this model: name those in its config"
+    ]
 
 
 def held_provenance(checkpoint: Checkpoint) -> dict[str, Any]:
