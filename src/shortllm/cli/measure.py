@@ -123,7 +123,7 @@ def export_lint(
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Check whether llama.cpp (GGUF), vLLM, MLX, SGLang and ExecuTorch will run a checkpoint right.
+    """Check whether llama.cpp (GGUF), vLLM, MLX, SGLang, ExecuTorch run a checkpoint correctly.
 
     The exit code is 3 if the verdict on one of them is `wrong`.
 
@@ -134,7 +134,7 @@ def export_lint(
 
     if unknown := set(target or ()) - set(NAMES):
         raise ShortLLMError(f"--target {unknown.pop()}: the programs are {', '.join(NAMES)}")
-    findings = shortllm.export_lint(model, revision=revision, targets=target, trust=trust)
+    findings = shortllm.export_lint(model, revision=revision, target=target, trust=trust)
     if not answered(findings, in_json=json):
         for finding in findings:
             hint = f". {finding.hint}" if finding.hint else ""

@@ -53,7 +53,7 @@ def export_lint(
     *,
     trust: Trust,
     revision: str | None = None,
-    targets: OneOrMore[Target] | None = None,
+    target: OneOrMore[Target] | None = None,
 ) -> list[ExportFinding]:
     """Check by rule whether llama.cpp (GGUF) and other programs will run a checkpoint correctly.
 
@@ -63,14 +63,14 @@ def export_lint(
         model: a checkpoint directory, a Hub id, or a loaded model.
         trust: `trust_remote_code`; it can be given as a keyword.
         revision: of a Hub model.
-        targets: some of gguf, vllm, mlx, sglang and executorch; all if None.
+        target: one or several of gguf, vllm, mlx, sglang and executorch; all if None.
     Returns:
         A verdict for each program, with the reason, the lines of the program's source code that it
         rests on and, where there is one, a hint.
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
     """
-    return lint_export(open_checkpoint(model, revision=revision), targets)
+    return lint_export(open_checkpoint(model, revision=revision), target)
 
 
 def lint_export(checkpoint: Checkpoint, targets: list[Target] | None = None) -> list[ExportFinding]:
@@ -82,7 +82,7 @@ def lint_export(checkpoint: Checkpoint, targets: list[Target] | None = None) -> 
 def _lint(model: Exported, target: Target) -> ExportFinding:
     config, name = model.config, NAMES[target]
     rules = BY_TYPE[target].get(config.model_type, [])
-    by_field = BY_FIELD.get(target, {}).items()
+    by_field = BY_FIELD[target].items()
     wanted = [*rules, *(rule for field, rule in by_field if hasattr(config, field))]
     try:
         found = ((rule, rule.check(model)) for rule in wanted)

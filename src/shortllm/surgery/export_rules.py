@@ -60,6 +60,7 @@ class Exported:
 
     @property
     def blocks(self) -> int:
+        """Blocks of the decoder, without prediction heads."""
         return block_count(self.config)
 
     @cached_property
@@ -80,6 +81,7 @@ class Exported:
         return any("mtp" in name.split(".")[:3] for name in self.checkpoint.tensors)
 
     def fields(self, *names: str) -> dict[str, Any]:
+        """Values of config fields, for a finding."""
         return {name: getattr(self.config, name, self.stated.get(name)) for name in names}
 
 
@@ -161,12 +163,14 @@ def _recurs(entries: Sequence[Any], value: Any, period: int) -> bool:
 
 
 def full_every(period: int, *, stated: str = "", default: bool = True) -> Check:
+    """The program expects full attention in every `period`-th block; see `every`."""
     meaning = "attends to all tokens"
     field, value = "layer_types", "full_attention"
     return every(period, field, value, meaning, stated=stated, default=default)
 
 
 def no_positions_every(period: int) -> Check:
+    """The program expects no rotary positions in every `period`-th block; see `every`."""
     return every(period, "no_rope_layers", 0, "has no rotary positions")
 
 
@@ -265,6 +269,7 @@ def shared_keys_from(block: int) -> Check:
 
 
 def experts_by_step(model: Exported) -> Problem | None:
+    """The program expects experts in every n-th block, as interleave_moe_layer_step says."""
     step = model.config.interleave_moe_layer_step
     if model.config.moe_layers == list(range(step - 1, model.blocks, step)):
         return None
@@ -276,6 +281,7 @@ def experts_by_step(model: Exported) -> Problem | None:
 
 
 def one_window(model: Exported) -> Problem | None:
+    """The program knows windows in all blocks or in none."""
     whole = model.config.max_window_layers == model.blocks
     if whole or not getattr(model.config, "use_sliding_window", False):
         return None
@@ -288,6 +294,7 @@ def one_window(model: Exported) -> Problem | None:
 
 
 def one_shape(model: Exported) -> Problem:
+    """The program knows one shape of all blocks; for types that have several."""
     return Problem(
         "it builds all blocks in one shape",
         {"shapes": len({str(shapes) for shapes in getattr(model.config, SHAPES)})},

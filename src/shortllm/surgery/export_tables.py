@@ -232,6 +232,9 @@ VLLM: dict[str, list[Rule]] = {
 
 # ---- MLX
 
+_MLX_LLAMA = _mlx(
+    "llama", "17772c052c3d9b9bc16e052fcd75c2845dda4568", "LlamaModel.__init__, TransformerBlock"
+)
 _MLX_QWEN35 = _mlx(
     "qwen3_5", "012facae6f52ac6792eae6ff1edff0d4d34cb1a0", "DecoderLayer.__init__, is_linear"
 )
@@ -309,6 +312,9 @@ MLX: dict[str, list[Rule]] = {
 
 # ---- SGLang
 
+_SGLANG_LLAMA = _sglang(
+    "models/llama", "00239548f1cd1a06ca145a5447a86738090a48f1", "LlamaModel.__init__, make_layers"
+)
 _SGLANG_QWEN3_NEXT = _sglang(
     "configs/qwen3_next",
     "041bacd339d73f09b23e1f5d916017cc21c55640",
@@ -453,6 +459,9 @@ BY_FIELD: dict[Target, dict[str, Rule]] = {
         SHAPES: Rule(_VLLM_COUNT, one_shape),
         "max_window_layers": Rule(_VLLM_WINDOW, one_window),
     },
+    "mlx": {SHAPES: Rule(_MLX_LLAMA, one_shape)},
+    "sglang": {SHAPES: Rule(_SGLANG_LLAMA, one_shape)},
+    "executorch": {SHAPES: Rule(_ET_PARAMS, one_shape)},
 }
 """Target -> config field -> what the program requires of every type that has the field."""
 
@@ -466,15 +475,13 @@ ALIKE: dict[Target, dict[str, Source]] = {
     "vllm": dict.fromkeys(PLAIN, _VLLM_COUNT),
     "mlx": {
         "gemma": _mlx("gemma", "05beddece39652a842c104bb8fa090447025df62", "GemmaModel.__init__"),
-        "llama": _mlx("llama", "17772c052c3d9b9bc16e052fcd75c2845dda4568", "LlamaModel.__init__"),
-        "mistral": _mlx("llama", "17772c052c3d9b9bc16e052fcd75c2845dda4568", "LlamaModel.__init__"),
+        "llama": _MLX_LLAMA,
+        "mistral": _MLX_LLAMA,
         "qwen2": _mlx("qwen2", "0cf236d57afbd7a0b93b34b353e8b121a2ba5df5", "Qwen2Model.__init__"),
         "qwen3": _mlx("qwen3", "144d58ced2d7392fe5acc7fb4daeb39a3fcf5a1f", "Qwen3Model.__init__"),
     },
     "sglang": {
-        "llama": _sglang(
-            "models/llama", "00239548f1cd1a06ca145a5447a86738090a48f1", "LlamaModel.__init__"
-        ),
+        "llama": _SGLANG_LLAMA,
         "mistral": _sglang(
             "models/mistral",
             "00b08c497f0735678e084ae5e3dd88ca06b46627",
