@@ -345,30 +345,19 @@ def plain_queries_at(counts: Sequence[int]) -> Check:
 # ---- prediction heads
 
 
-def heads_behind(*, all_stored: bool = False) -> Check:
-    """The program leaves out as many blocks behind the last as the config counts heads.
-
-    Args:
-        all_stored: whether it also looks for their tensors.
-    """
-
-    def check(model: Exported) -> Problem | None:
-        said = getattr(model.config, "num_nextn_predict_layers", None) or 0
-        expected = set(range(model.blocks, model.blocks + said))
-        found = set(model.heads)
-        if found == expected or (found < expected and not all_stored):
-            return None
-        fits = found == set(range(model.blocks, model.blocks + len(found)))
-        return Problem(
-            f"it expects {counted(said, 'prediction head')} behind the last block, as "
-            f"num_nextn_predict_layers says: {_numbers(expected)}; stored: {_numbers(found)}",
-            {"num_nextn_predict_layers": said, "num_hidden_layers": model.blocks},
-            f"Set num_nextn_predict_layers to {len(found)} in config.json"
-            if fits
-            else NO_HEADS_HELP,
-        )
-
-    return check
+def heads_behind(model: Exported) -> Problem | None:
+    """The program leaves out as many blocks behind the last as the config counts heads."""
+    said = getattr(model.config, "num_nextn_predict_layers", None) or 0
+    expected, found = range(model.blocks, model.blocks + said), model.heads
+    if set(found) <= set(expected):
+        return None
+    fits = found == list(range(model.blocks, model.blocks + len(found)))
+    return Problem(
+        f"it expects {counted(said, 'prediction head')} behind the last block, as "
+        f"num_nextn_predict_layers says: {_numbers(expected)}; stored: {_numbers(found)}",
+        {"num_nextn_predict_layers": said, "num_hidden_layers": model.blocks},
+        _count_them(len(found)) if fits else NO_HEADS_HELP,
+    )
 
 
 def heads_counted(model: Exported) -> Problem | None:
@@ -410,24 +399,11 @@ def _count_them(heads: int) -> str:
 
 
 def _numbers(numbers: Iterable[int]) -> str:
-    return ", ".join(f"block {number}" for number in sorted(numbers)) or "none"
-
-
-def named_head_stored(model: Exported) -> Problem | None:
-    """The program expects the named prediction heads that the config counts."""
-    said = model.stated.get("mtp_num_hidden_layers") or 0
-    if not said or model.named_head:
-        return None
-    return Problem(
-        f"it expects {counted(said, 'prediction head')}, as mtp_num_hidden_layers says, and none "
-        "is stored",
-        {"mtp_num_hidden_layers": said},
-        "Set mtp_num_hidden_layers to 0 in config.json",
-    )
+    return ", ".join(f"block {number}" for number in numbers) or "none"
 
 
 def without_heads(model: Exported) -> str | None:
-    """The converter of llama.cpp must be told that there is no head."""
+    """The converter of llama.cpp must be told that there is no head, whatever the config says."""
     if model.named_head:
         return None
     return f"Convert it with `shortllm export`, or give the converter {NO_HEADS}"

@@ -20,7 +20,6 @@ from shortllm.surgery.export_rules import (
     heads_behind,
     heads_counted,
     named,
-    named_head_stored,
     no_positions_at_intervals,
     no_positions_every,
     one_shape,
@@ -167,23 +166,20 @@ GGUF: dict[str, list[Rule]] = {
     "gemma2": [Rule(_GEMMA2, full_every(2)), Rule(_GEMMA2, scale_by_count(46))],
     "gemma3_text": [Rule(_GEMMA3, full_every(6)), Rule(_GEMMA3, scale_by_count(62))],
     "gemma3n_text": [Rule(_GEMMA3N, full_every(5)), Rule(_GEMMA3N, shared_keys_from(20))],
-    "glm4_moe": [Rule(_GLM4_MOE, heads_behind(all_stored=True))],
+    "glm4_moe": [Rule(_GLM4_MOE, heads_behind)],
     "gpt_oss": [Rule(_GPT_OSS, full_every(2))],
     "lfm2": [Rule(_LFM2, reads=KINDS)],
     "lfm2_moe": [Rule(_LFM2, reads=KINDS)],
     "llama4_text": [Rule(_LLAMA4, no_positions_every(4)), Rule(_LLAMA4, experts_by_step)],
     "olmo3": [Rule(_OLMO3, reads=KINDS)],
     "qwen3_5_moe_text": [
-        Rule(_QWEN35_MOE, full_every(4, stated=INTERVAL)),
-        Rule(_QWEN35_MOE, named_head_stored, advice=without_heads),
+        Rule(_QWEN35_MOE, full_every(4, stated=INTERVAL), advice=without_heads),
     ],
     "qwen3_5_text": [
-        Rule(_QWEN35, full_every(4, stated=INTERVAL)),
-        Rule(_QWEN35, named_head_stored, advice=without_heads),
+        Rule(_QWEN35, full_every(4, stated=INTERVAL), advice=without_heads),
     ],
     "qwen3_next": [
-        Rule(_QWEN3_NEXT, full_every(4, stated=INTERVAL)),
-        Rule(_QWEN3_NEXT, named_head_stored, advice=without_heads),
+        Rule(_QWEN3_NEXT, full_every(4, stated=INTERVAL), advice=without_heads),
     ],
     "smollm3": [Rule(_SMOLLM3, no_positions_every(4))],
 }
@@ -219,9 +215,9 @@ _VLLM_WINDOW = _vllm(
 )
 
 VLLM: dict[str, list[Rule]] = {
-    "deepseek_v2": [Rule(_VLLM_DEEPSEEK, heads_behind())],
-    "deepseek_v3": [Rule(_VLLM_DEEPSEEK, heads_behind())],
-    "glm4_moe": [Rule(_VLLM_GLM4_MOE, heads_behind())],
+    "deepseek_v2": [Rule(_VLLM_DEEPSEEK, heads_behind)],
+    "deepseek_v3": [Rule(_VLLM_DEEPSEEK, heads_behind)],
+    "glm4_moe": [Rule(_VLLM_GLM4_MOE, heads_behind)],
     "gpt_oss": [Rule(_VLLM_GPT_OSS, full_every(2))],
     "lfm2": [Rule(_VLLM_LFM2, reads=KINDS)],
     "qwen3_5_moe_text": [Rule(_VLLM_QWEN35, reads=KINDS)],
