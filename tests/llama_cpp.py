@@ -47,7 +47,21 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "granite": {},
     "mistral": {"head_dim": 16, "sliding_window": None},
+    "lfm2": {
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    },
     "olmo2": {"tie_word_embeddings": False},
+    "olmo3": {"num_hidden_layers": 8, "sliding_window": 64, "tie_word_embeddings": False},
+    "qwen3_5_text": {
+        "num_hidden_layers": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "smollm3": {"num_hidden_layers": 8},
     "stablelm": {"tie_word_embeddings": False},
     "starcoder2": {"sliding_window": None},
@@ -58,9 +72,16 @@ PERIODS = {
     "cohere2": [4, 5, 6, 7],
     "gemma2": [2, 3],
     "gemma3_text": [6, 7, 8, 9, 10, 11],
+    "qwen3_5_text": [4, 5, 6, 7],
     "smollm3": [0, 1, 2, 3],
 }
 """Model type -> a whole period of blocks, where llama.cpp tells kinds of blocks by their number."""
+
+FLAGS = {"qwen3_5_text": ["--no-mtp"]}
+"""Model type -> what the converter must be told of it."""
+
+NOT_LOADED = {"qwen3_5_text"}
+"""Types of which llama.cpp does not load what is not whole periods."""
 
 
 def write_tiny(model_type: str, tokenizer_from: Path, directory: Path, **changed: Any) -> Path:
@@ -96,8 +117,9 @@ told that no tokenizer here is a sentencepiece model."""
 
 def convert(directory: Path, out: Path) -> Path:
     """A GGUF file of a checkpoint in float32, by the converter of llama.cpp."""
+    model_type = json.loads((directory / "config.json").read_text())["model_type"]
     arguments = [str(directory), "--outfile", str(out), "--outtype", "f32"]
-    command = [sys.executable, "-c", CONVERTER, *arguments]
+    command = [sys.executable, "-c", CONVERTER, *arguments, *FLAGS.get(model_type, [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return out

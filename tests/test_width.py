@@ -363,7 +363,7 @@ def test_plain_loading_of_shapes_per_block_fails_loudly(tmp_path: Path) -> None:
 def test_other_programs_are_said_to_be_unable(tmp_path: Path) -> None:
     narrow("llama", tmp_path / "out", importance="l1")
     findings = shortllm.export_lint(str(tmp_path / "out"))
-    assert [finding.verdict for finding in findings] == ["wrong", "wrong"]
+    assert {finding.verdict for finding in findings} == {"wrong"}
     summary = shortllm.info(str(tmp_path / "out"), probe=False)
     assert summary.model.parameters_per_block[0] > summary.model.parameters_per_block[2]
 

@@ -19,6 +19,7 @@ from shortllm.errors import ShortLLMError, install_hint
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.files import require_file_target
 from shortllm.runtime import DeviceOptions, Runtime, Trust
+from shortllm.surgery.export_tables import NAMES
 
 Models = Annotated[
     list[str],
@@ -115,23 +116,35 @@ def report(
 def export_lint(
     model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a Hub id.")],
     trust: Trust,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(NAMES), help="A program; can be repeated. All by default."),
+    ] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Check whether llama.cpp (GGUF) and vLLM will load a shortened checkpoint correctly.
+    """Check whether llama.cpp (GGUF), vLLM, MLX, SGLang, ExecuTorch run a checkpoint correctly.
 
-    Example: shortllm export-lint qwen3-short
+    The exit code is 3 if the verdict on one of them is `wrong`.
+
+    Example: shortllm export-lint qwen3-short --target gguf
     """
     import shortllm
+    from shortllm.surgery.export_lint import WRONG
 
-    findings = shortllm.export_lint(model, revision=revision, trust=trust)
-    if answered(findings, in_json=json):
-        return
-    for finding in findings:
-        hint = f". {finding.hint}" if finding.hint else ""
-        typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){hint}")
-        for name, value in finding.fields.items():
-            typer.echo(f"    {name}: {value}")
+    if unknown := set(target or ()) - set(NAMES):
+        raise ShortLLMError(f"--target {unknown.pop()}: the programs are {', '.join(NAMES)}")
+    findings = shortllm.export_lint(model, revision=revision, target=target, trust=trust)
+    if not answered(findings, in_json=json):
+        for finding in findings:
+            hint = f". {finding.hint}" if finding.hint else ""
+            typer.echo(f"{finding.target}: {finding.verdict} ({finding.reason}){hint}")
+            for name, value in finding.fields.items():
+                typer.echo(f"    {name}: {value}")
+            for source in finding.sources:
+                typer.echo(f"    read in: {source}")
+    if any(finding.verdict == "wrong" for finding in findings):
+        raise typer.Exit(WRONG)
 
 
 @flags(runtime=DeviceOptions)

@@ -16,6 +16,8 @@ from shortllm.errors import ShortLLMError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
 from shortllm.runtime import Trust
 from shortllm.surgery.export_lint import lint_export
+from shortllm.surgery.export_rules import NO_HEADS, Exported, without_heads
+from shortllm.surgery.export_tables import GGUF
 
 CONVERTER = "convert_hf_to_gguf"
 """Module of the converter, and the package that has it."""
@@ -53,10 +55,14 @@ def export(
         raise ShortLLMError(f"{out} is not the name of a GGUF file: it must end with {SUFFIX}")
     require_file_target(out)
     checkpoint = open_checkpoint(model, revision=revision)
-    finding = next(one for one in lint_export(checkpoint) if one.target == "gguf")
+    [finding] = lint_export(checkpoint, ["gguf"])
     if finding.verdict == "wrong":
         raise UnsupportedModelError(f"{model}: {finding.reason}. {finding.hint}")
-    directory = str(checkpoint.directory)
+    exported, directory = Exported(checkpoint), str(checkpoint.directory)
+    expects_head = any(
+        rule.advice is without_heads for rule in GGUF.get(exported.config.model_type, [])
+    )
+    flags = [NO_HEADS] if expects_head and not exported.named_head else []
     if outtype == "auto":
         sizes = Counter[str]()
         for entry in checkpoint.tensors.values():
@@ -66,10 +72,11 @@ def export(
         raise ShortLLMError(
             "the converter of llama.cpp is not installed. Type:\n"
             f"  pip install {CONVERTER}\n"
-            f"  {CONVERTER.replace('_', '-')} {directory} --outfile {out} --outtype {outtype}"
+            f"  {CONVERTER.replace('_', '-')} "
+            + " ".join([directory, *flags, "--outfile", str(out), "--outtype", outtype])
         )
     with partial_file(out) as partial:
-        command = [sys.executable, "-m", CONVERTER, directory]
+        command = [sys.executable, "-m", CONVERTER, directory, *flags]
         done = subprocess.run(
             [*command, "--outfile", str(partial), "--outtype", outtype],
             capture_output=True,
