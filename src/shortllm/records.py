@@ -145,6 +145,21 @@ class GgufOrigin(Record):
         return f"{self.file} ({', '.join(self.types)})"
 
 
+class PredictionHeads(Record):
+    """Prediction heads (multi-token prediction) that are stored beside a model."""
+
+    places: list[str] = Field(description="first parts of the names of their tensors")
+    tensors: int
+    parameters: int
+    fields: list[str] = Field(description="fields of config.json that count or describe them")
+    unexpected: bool = Field(
+        description="whether plain transformers reports their tensors as unexpected"
+    )
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.places)}: {counted(self.tensors, 'tensor')}"
+
+
 class ModelInfo(Record):
     """Which model a result speaks of, and how large it is."""
 
@@ -217,6 +232,9 @@ class DerivedRecord(Shown, ResultFile):
     options: dict[str, Any]
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
+    notes: list[str] = Field(
+        default_factory=list, description="what to know of the checkpoint, in words"
+    )
 
     def __str__(self) -> str:
         """'of short, 9 blocks, by regression'."""

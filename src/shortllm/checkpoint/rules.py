@@ -74,9 +74,6 @@ TRAILING = {"num_kv_shared_layers"}
 PERIODS = ("attn_layer_period", "expert_layer_period", "moe_layer_interval")
 """Fields that give a pattern by its period if the type has no list: whole periods can go."""
 
-PREDICTION_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Counts of the prediction heads that some checkpoints number as blocks after the last one."""
-
 SLICED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 """Endings of tensors outside the blocks that consist of equal shares, one per block -> the axis."""
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from shortllm.cli.flags import Json, ModelArgument, Out, Revision, flags
-from shortllm.cli.output import answered, print_table
+from shortllm.cli.output import answered, print_notes, print_table
 from shortllm.format import number, spans
 from shortllm.healing.options import HealOptions
 from shortllm.merging.options import MergeOptions
 from shortllm.quantizing.options import QuantizeOptions
+from shortllm.records import DerivedRecord
 from shortllm.retraining.options import RetrainOptions, TrainingRuntime
 from shortllm.runtime import DeviceOptions, Runtime
 from shortllm.sublayers.criteria import CRITERIA
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
     from shortllm.width_pruning.options import WidthPruning
 
 
-Result = TypeVar("Result")
+Result = TypeVar("Result", bound=DerivedRecord)
 
 
 def _answer(result: Result, print_text: Callable[[Result], None], out: Path, *, json: bool) -> None:
     """A record as JSON or as text, then where the checkpoint is."""
     if not answered(result, in_json=json):
         print_text(result)
+        print_notes(result)
         typer.echo(f"checkpoint: {out}")
 
 

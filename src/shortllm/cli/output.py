@@ -16,6 +16,7 @@ from shortllm.runtime import is_main_process
 if TYPE_CHECKING:
     from shortllm.benchmark.options import Benchmark
     from shortllm.evaluation.options import Evaluation
+    from shortllm.records import DerivedRecord
 
 
 def show_notes(*, quiet: bool = False, verbose: bool = False) -> None:
@@ -47,6 +48,12 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     for first, *others in (head, *rows):
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         typer.echo("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def print_notes(record: DerivedRecord) -> None:
+    """What to know of a new checkpoint, a line each."""
+    for note in record.notes:
+        typer.echo(f"note: {note}")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

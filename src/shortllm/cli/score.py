@@ -12,7 +12,7 @@ from shortllm.checkpoint.hub import is_gguf
 from shortllm.checkpoint.tensors import weight_files
 from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags, list_of
-from shortllm.cli.output import answered, command_line, print_table
+from shortllm.cli.output import answered, command_line, print_notes, print_table
 from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
@@ -156,6 +156,14 @@ def prune(
             "one of them."
         ),
     ] = True,
+    drop_heads: Annotated[
+        bool,
+        typer.Option(
+            "--drop-heads",
+            help="Leave out prediction heads (MTP), and what config.json says of them. Otherwise "
+            "they stay as they are.",
+        ),
+    ] = False,
     revision: Revision = None,
 ) -> None:
     """Write the checkpoint without the blocks of a plan, or without named blocks.
@@ -169,7 +177,14 @@ def prune(
     numbers = None if blocks is None else _block_numbers(blocks)
     early.check_pruning(plan, numbers, out)
     written = shortllm.prune(
-        model, plan, out, blocks=numbers, revision=revision, verify=verify, runtime=runtime
+        model,
+        plan,
+        out,
+        blocks=numbers,
+        revision=revision,
+        verify=verify,
+        drop_heads=drop_heads,
+        runtime=runtime,
     )
     if not is_gguf(out):
         _print_pruning(Pruning.load(written / Pruning.FILE), written, verified=verify)
@@ -188,6 +203,7 @@ def _print_pruning(record: Pruning, written: Path, *, verified: bool) -> None:
         )
     else:
         typer.echo("not verified: names and structure were checked, nothing was computed")
+    print_notes(record)
 
 
 def _block_numbers(text: str) -> list[int]:
@@ -225,6 +241,11 @@ def _print_summary(summary: ModelSummary) -> None:
     typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
     if model.gguf is not None:
         typer.echo(f"dequantized from {model.gguf}")
+    if (heads := summary.prediction_heads) is not None:
+        typer.echo(
+            f"beside the model a prediction head, MTP ({heads}, {heads.parameters:,} parameters); "
+            f"config.json names it in {', '.join(heads.fields) or 'no field'}"
+        )
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
     blocks = [
         (parameters, size, "protected" if b in protected else "")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from shortllm.calls import accepts
-from shortllm.checkpoint.config import is_own_code
+from shortllm.checkpoint.config import is_own_code, text_config
 from shortllm.checkpoint.hub import ModelSource
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
-from shortllm.checkpoint.structure import auto_class
+from shortllm.checkpoint.source import BlockNames, Checkpoint, open_checkpoint, token_ids
+from shortllm.checkpoint.structure import auto_class, build_empty
 from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.runtime import available_memory, choose_dtype, quiet_transformers
@@ -30,6 +32,19 @@ TYPES = {
     "F64": torch.float64,
 }
 """Code in a tensor table -> type that models compute in."""
+
+NOT_ITS_CONFIG = "Is its config.json the one that these weights were saved with?"
+
+TEXT_MODEL = """The files are whole, but without {parts}. Take the text model out, copy its tokenizer's \
+files, and give TEXT-MODEL instead:
+
+    from transformers import AutoModelForCausalLM, {loader}
+    model = {loader}.from_pretrained({id!r})
+    text = AutoModelForCausalLM.from_config(model.config.get_text_config(), dtype=model.dtype)
+    setattr(text, text.base_model_prefix, model.get_decoder())
+    text.set_output_embeddings(model.get_output_embeddings())
+    text.save_pretrained("TEXT-MODEL")"""
+"""What to do with a model of text and images without its part for images."""
 
 PROBE_TOKENS = 8
 """Tokens of the forward pass that tries a model."""
@@ -167,23 +182,95 @@ def _from_pretrained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
         raise
     except Exception as error:  # model classes raise whatever a config's values lead to
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
-    check_loading(checkpoint.id, loading)
+    check_loading(checkpoint, loading)
     return model
 
 
-def check_loading(name: str, loading: dict[str, Any]) -> None:
-    """Refuse every difference of tensors; transformers would continue with random ones."""
-    for kind, problem in (
-        ("missing_keys", "is missing"),
-        ("unexpected_keys", "is not part of the model"),
-        ("mismatched_keys", "is stored as {}, but its config.json describes {}"),
+def check_loading(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> None:
+    """Refuse every difference of tensors; transformers would continue with random ones.
+
+    Prediction heads are no difference: a class ignores them, but only where its own authors did not
+    forget any, and under the numbers of their model.
+    """
+    missing, unexpected, mismatched = (
+        sorted(loading.get(f"{kind}_keys") or (), key=str)
+        for kind in ("missing", "unexpected", "mismatched")
+    )
+    built = BlockNames(checkpoint.structure.name, checkpoint.block_count)
+    unexpected = [
+        key for key in unexpected if not (built.is_head(key) or checkpoint.block_names.is_head(key))
+    ]
+    for found, problem in (
+        (missing, "is missing"),
+        (unexpected, "is not part of the model"),
+        (mismatched, "is stored as {}, but its config.json describes {}"),
     ):
-        found = sorted(loading.get(kind) or (), key=str)
         if found:
             tensor, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)
             more = f" ({len(found)} such tensors)" if len(found) > 1 else ""
             said = problem.format(*(list(shape) for shape in shapes))
-            raise CheckpointError(f"{name}: tensor '{tensor}' {said}{more}. Download it again")
+            advice = _without(checkpoint, found) if found is missing else NOT_ITS_CONFIG
+            raise CheckpointError(f"{checkpoint.id}: tensor '{tensor}' {said}{more}. {advice}")
+
+
+def require_complete(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that lacks tensors of its model; reads no data.
+
+    Tensors are put into the model by transformers, which knows their names on disk, but they are on
+    the meta device. Of quantized ones only their own packages know the names.
+    """
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        return
+    check_loading(checkpoint, {"missing_keys": _missing(checkpoint)})
+
+
+def _missing(checkpoint: Checkpoint) -> set[str]:
+    """The tensors that transformers would give random values, after it loaded what is stored."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    meta, model = torch.device("meta"), cast(Any, build_empty(copy.deepcopy(checkpoint.config)))
+    tensors = {
+        name: torch.empty(entry.shape, dtype=TYPES.get(entry.dtype), device=meta)
+        for name, entry in checkpoint.tensors.items()
+    }
+    with quiet_transformers():
+        how = load_config(model, meta, model.dtype)
+        found, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
+        model.mark_tied_weights_as_initialized(found)
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(found)
+    return set(found.missing_keys)
+
+
+def load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """How transformers is to load stored tensors into this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    return LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+
+
+def _without(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
+    """What to do about tensors that no file of a checkpoint has."""
+    model: Any = build_empty(checkpoint.config)
+    tensors = model.state_dict(keep_vars=True)
+    parts = filter(None.__ne__, (model.get_decoder(), model.get_output_embeddings()))
+    of_text = {id(one) for part in parts for one in part.state_dict(keep_vars=True).values()}
+    is_text_model = text_config(checkpoint.config) is checkpoint.config
+    if is_text_model or any(id(tensors[key]) in of_text for key in missing):
+        return (
+            "The files are whole, so the model was saved without it, or config.json is another "
+            "model's. Save the whole model again with transformers' save_pretrained"
+        )
+    towers = dict.fromkeys(key.removeprefix("model.").partition(".")[0] for key in missing)
+    return TEXT_MODEL.format(
+        parts=" and ".join(towers), loader=auto_class(checkpoint.config).__name__, id=checkpoint.id
+    )
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
@@ -203,6 +290,7 @@ def _require_described(checkpoint: Checkpoint) -> None:
     described, stored = checkpoint.structure.parameters, checkpoint.parameters
     if "quantization_config" in checkpoint.raw_config or described <= 2 * stored:
         return
+    require_complete(checkpoint)
     raise CheckpointError(
         f"config.json of {checkpoint.id} describes a model of {described:,} parameters, but its "
         f"files contain {stored:,}. Download both again"

@@ -34,7 +34,7 @@ from shortllm.criteria import OBSERVED, Criterion, resolve
 from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
-from shortllm.records import ModelInfo, Record, protected_in
+from shortllm.records import ModelInfo, PredictionHeads, Record, protected_in
 from shortllm.runtime import DeviceOptions
 
 if TYPE_CHECKING:
@@ -210,6 +210,8 @@ class ModelSummary(Record):
     parameters_outside: int
     """Elements outside the blocks: embeddings, final norm, head."""
     bytes_per_block: list[int]
+    prediction_heads: PredictionHeads | None
+    """What is stored to draft further tokens, beside the model."""
     protected: list[int]
     """Blocks that are protected by default."""
     samples: int
@@ -284,6 +286,7 @@ def info(
         model=about,
         parameters_outside=about.parameters - sum(about.parameters_per_block),
         bytes_per_block=checkpoint.bytes_per_block,
+        prediction_heads=checkpoint.prediction_heads,
         protected=protected_in(about),
         samples=samples,
         length=length,

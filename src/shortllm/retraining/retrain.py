@@ -192,6 +192,7 @@ def _trained(job: Job, callbacks: Sequence[Any]) -> Draft:
         write=write,
         verify=verify,
         leave={ADAPTER, LOGS},
+        adds=checkpoint.unbuilt,
     )
 
 

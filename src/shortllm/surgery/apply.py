@@ -16,7 +16,6 @@ blocks.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +43,7 @@ from shortllm.checkpoint.structure import (
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
 from shortllm.files import translate_os_errors
-
-log = logging.getLogger(__name__)
+from shortllm.model.loading import require_complete
 
 REFERENCES = {"kv_shared_layer_index"}
 """Attributes that are the number of another block."""
@@ -54,12 +52,17 @@ COVERED = {"store_full_length_kv"}
 """Attributes that may differ because a rule covers them: sources of shared keys stay."""
 
 
-def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
+def check_removal(
+    checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool = False
+) -> dict[str, Any]:
     """The shortened config.json, after the rules and the structural guard; nothing is written."""
     refuse_type(checkpoint.config)
     names = checkpoint.block_names
     refuse_block_names_in_config(checkpoint.raw_config, names.prefix)
-    shortened = shorten_config(checkpoint.raw_config, checkpoint.config, kept, heads=names.heads)
+    require_complete(checkpoint)
+    shortened = shorten_config(
+        checkpoint.raw_config, checkpoint.config, kept, heads=names.heads, drop_heads=drop_heads
+    )
     refuse_protected(checkpoint.config, kept)
     check_signatures(checkpoint.config, as_read_from_disk(checkpoint.config, shortened), kept)
     return shortened
@@ -79,25 +82,25 @@ def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
         return read_config(Path(directory), raw)
 
 
-def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
+def renumbered_tensors(
+    checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool = False
+) -> dict[str, TensorEntry]:
     """New tensor name -> stored tensor, in file order.
 
-    Tensors of removed blocks and of prediction heads after the last block are left out. Of tensors
-    outside the blocks that have a share for every block, the shares of kept blocks stay.
+    Tensors of removed blocks are left out. Prediction heads behind the last block get new numbers.
+    Of tensors outside the blocks that have a share for every block, the shares of kept blocks stay.
     """
     names = checkpoint.block_names
-    if names.heads:
-        log.info("the prediction heads after the last block are left out")
-    new_number = {old: new for new, old in enumerate(kept)}
+    new_numbers = names.new_numbers(kept, drop_heads=drop_heads)
     result: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.tensors.items():
-        block, axis = names.block_of(name), sliced_axis(name)
-        if block is None and axis is not None:
-            result[name] = entry.part(axis, names.count, kept)
-        elif block is None and not names.is_head(name):
-            result[name] = entry
-        elif block in new_number:
-            result[names.renumbered(name, new_number[block])] = entry
+        number, axis = names.number_of(name), sliced_axis(name)
+        if drop_heads and names.is_head(name):
+            continue
+        if number is None:
+            result[name] = entry if axis is None else entry.part(axis, names.count, kept)
+        elif number in new_numbers:
+            result[names.renumbered(name, new_numbers[number])] = entry
     return result
 
 
