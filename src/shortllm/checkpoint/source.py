@@ -319,11 +319,11 @@ def _without_tied(tensors: Mapping[str, TensorEntry], config: Any) -> dict[str, 
     All else that shares memory (blocks may) is needed under each of its names.
     """
     text = text_config(config)
-    tied = config.tie_word_embeddings or text.tie_word_embeddings
+    tied = any(getattr(one, "tie_word_embeddings", False) for one in (config, text))
     return {
         name: entry
         for name, entry in tensors.items()
-        if not (tied and entry.same_as and entry.shape[0] == text.vocab_size)
+        if not (tied and entry.same_as and entry.shape[:1] == (text.vocab_size,))
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shortllm.calls import accepts
-from shortllm.checkpoint.config import is_own_code, text_config
+from shortllm.checkpoint.config import is_own_code, model_classes, text_config
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import BlockNames, Checkpoint, open_checkpoint, token_ids
 from shortllm.checkpoint.structure import auto_class, build_empty
@@ -35,8 +35,8 @@ TYPES = {
 
 NOT_ITS_CONFIG = "Is its config.json the one that these weights were saved with?"
 
-TEXT_MODEL = """The files are whole, but without {parts}. Take the text model out, copy its tokenizer's \
-files, and give TEXT-MODEL instead:
+TEXT_MODEL = """The files are whole, but without {parts}. Take the text model out, copy the \
+tokenizer's files, and give TEXT-MODEL instead:
 
     from transformers import AutoModelForCausalLM, {loader}
     model = {loader}.from_pretrained({id!r})
@@ -235,6 +235,9 @@ def _missing(checkpoint: Checkpoint) -> set[str]:
     }
     with quiet_transformers():
         how = load_config(model, meta, model.dtype)
+        for one in how.weight_mapping:
+            if getattr(one, "force_cpu", False):  # only huge ones are so, and here nothing is large
+                one.force_cpu = False
         found, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
         model.mark_tied_weights_as_initialized(found)
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
@@ -259,8 +262,13 @@ def _without(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
     """What to do about tensors that no file of a checkpoint has."""
     model: Any = build_empty(checkpoint.config)
     tensors = model.state_dict(keep_vars=True)
-    parts = filter(None.__ne__, (model.get_decoder(), model.get_output_embeddings()))
-    of_text = {id(one) for part in parts for one in part.state_dict(keep_vars=True).values()}
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    of_text = {
+        id(one)
+        for part in parts
+        if part is not None
+        for one in part.state_dict(keep_vars=True).values()
+    }
     is_text_model = text_config(checkpoint.config) is checkpoint.config
     if is_text_model or any(id(tensors[key]) in of_text for key in missing):
         return (
@@ -268,9 +276,14 @@ def _without(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
             "model's. Save the whole model again with transformers' save_pretrained"
         )
     towers = dict.fromkeys(key.removeprefix("model.").partition(".")[0] for key in missing)
-    return TEXT_MODEL.format(
-        parts=" and ".join(towers), loader=auto_class(checkpoint.config).__name__, id=checkpoint.id
-    )
+    parts, text_type = " and ".join(towers), text_config(checkpoint.config).model_type
+    if not model_classes(text_type)[0]:
+        return (
+            f"The files are whole, but without {parts}, and transformers has no class for the "
+            f"text model '{text_type}' alone. Give the model with them; its text decoder is shortened"
+        )
+    loader = auto_class(checkpoint.config).__name__
+    return TEXT_MODEL.format(parts=parts, loader=loader, id=str(checkpoint.directory))
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
