@@ -261,7 +261,7 @@ def test_blocks_behind_the_last_that_are_no_heads_are_refused(tmp_path: Path) ->
     del tensors["model.layers.6.eh_proj.weight"]
     save_file(tensors, source / SAFETENSORS, metadata={"format": "pt"})
     set_config(source, num_nextn_predict_layers=0)
-    with pytest.raises(UnsupportedModelError, match="behind the last of 6 blocks, and it is no"):
+    with pytest.raises(UnsupportedModelError, match="behind the last of 6 blocks, and it is not"):
         shortllm.prune(source, blocks=[1], out=tmp_path / "out")
 
 

@@ -418,7 +418,7 @@ def test_prediction_heads_are_no_blocks() -> None:
     [
         ([0, 1, 3], r"config says 4 blocks, but no tensor of block 2 \('m.layers.2'\) is stored"),
         ([0, 1, 2], r"config says 4 blocks, but no tensor of block 3"),
-        ([0, 1, 2, 3, 4], "'m.layers.4' lies behind the last of 4 blocks.*no prediction head"),
+        ([0, 1, 2, 3, 4], "'m.layers.4' lies behind the last of 4 blocks.*not a prediction head"),
         ([], "no tensor is named like a block of 'm.layers'"),
     ],
 )

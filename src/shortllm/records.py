@@ -146,7 +146,7 @@ class GgufOrigin(Record):
 
 
 class PredictionHeads(Record):
-    """Prediction heads (multi-token prediction) that are stored beside a model."""
+    """Prediction heads (multi-token prediction) that are stored with a model."""
 
     places: list[str] = Field(description="first parts of the names of their tensors")
     tensors: int

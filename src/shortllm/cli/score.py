@@ -243,7 +243,7 @@ def _print_summary(summary: ModelSummary) -> None:
         typer.echo(f"dequantized from {model.gguf}")
     if (heads := summary.prediction_heads) is not None:
         typer.echo(
-            f"beside the model a prediction head, MTP ({heads}, {heads.parameters:,} parameters); "
+            f"with a prediction head, MTP ({heads}, {heads.parameters:,} parameters); "
             f"config.json names it in {', '.join(heads.fields) or 'no field'}"
         )
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)

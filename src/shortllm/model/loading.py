@@ -189,8 +189,8 @@ def _from_pretrained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
 def check_loading(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> None:
     """Refuse every difference of tensors; transformers would continue with random ones.
 
-    Prediction heads are no difference: a class ignores them, but only where its own authors did not
-    forget any, and under the numbers of their model.
+    Prediction heads may be stored too. Some classes ignore them only under the block numbers of one
+    published model, and others not at all.
     """
     missing, unexpected, mismatched = (
         sorted(loading.get(f"{kind}_keys") or (), key=str)
@@ -276,14 +276,14 @@ def _without(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
             "model's. Save the whole model again with transformers' save_pretrained"
         )
     towers = dict.fromkeys(key.removeprefix("model.").partition(".")[0] for key in missing)
-    parts, text_type = " and ".join(towers), text_config(checkpoint.config).model_type
+    left_out, text_type = " and ".join(towers), text_config(checkpoint.config).model_type
     if not model_classes(text_type)[0]:
         return (
-            f"The files are whole, but without {parts}, and transformers has no class for the "
-            f"text model '{text_type}' alone. Give the model with them; its text decoder is shortened"
+            f"The files are whole, but without {left_out}, and transformers has no class for the "
+            f"text model '{text_type}' alone. Give a model that has them"
         )
     loader = auto_class(checkpoint.config).__name__
-    return TEXT_MODEL.format(parts=parts, loader=loader, id=str(checkpoint.directory))
+    return TEXT_MODEL.format(parts=left_out, loader=loader, id=str(checkpoint.directory))
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:

@@ -211,7 +211,7 @@ class ModelSummary(Record):
     """Elements outside the blocks: embeddings, final norm, head."""
     bytes_per_block: list[int]
     prediction_heads: PredictionHeads | None
-    """What is stored to draft further tokens, beside the model."""
+    """What is stored to draft further tokens; not part of the model."""
     protected: list[int]
     """Blocks that are protected by default."""
     samples: int
