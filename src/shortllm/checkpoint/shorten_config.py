@@ -70,7 +70,7 @@ def _text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
 def _shortened_fields(
     raw: dict[str, Any], config: Any, kept: Kept, heads: int, *, drop_heads: bool
 ) -> dict[str, Any]:
-    """The changed fields, by the tables; some lists have entries of prediction heads too, behind those of blocks.
+    """The changed fields, by the tables; lists may have entries of prediction heads at the end.
 
     Args:
         heads: those stored behind the last block; the config may count others.

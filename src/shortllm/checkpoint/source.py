@@ -402,6 +402,6 @@ def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str)
             f"('{prefix}.{min(missing)}') is stored"
         )
     return (
-        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and it is not a prediction "
-        "head; is the block count in config.json correct?"
+        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and it is not a "
+        "prediction head; is the block count in config.json correct?"
     )
