@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_quantize import quantizes
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import shortllm
@@ -29,7 +29,9 @@ from shortllm.checkpoint.tensors import SAFETENSORS, read_json, write_json
 from shortllm.cli import app
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import OutputError, UnsupportedModelError
+from shortllm.model.streamed import open_streamed
 from shortllm.runtime import quiet_transformers
+from shortllm.surgery.verify import bypass_logits
 
 BLOCKS = 6
 
@@ -297,3 +299,51 @@ def test_a_run_drops_heads(tmp_path: Path, rows: Path) -> None:
     how: dict[str, Any] = {"blocks": [1], "eval_data": [str(rows)], "eval_length": 16}
     made = shortllm.run(source, out=tmp_path / "run", drop_heads=True, max_segments=4, **how)
     assert not head_of(made.checkpoints["pruned"])
+
+
+def test_a_streamed_model_leaves_the_head_on_disk(pruned: Path, tmp_path: Path) -> None:
+    source = pruned.with_name("source")
+    out = shortllm.prune(source, blocks=[1], out=tmp_path / "out", stream=True)
+    require_equal(head_of(out), head_of(source))
+    decoder = open_streamed(open_checkpoint(out), device=torch.device("cpu"), dtype=torch.float32)
+    assert bypass_logits(decoder).isfinite().all()
+
+
+def test_the_lists_of_a_type_that_cuts_them_itself(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"] * 3
+    raw = {
+        "model_type": "step3p5", "num_hidden_layers": 4, "num_nextn_predict_layers": 2,
+        "layer_types": kinds, "sliding_window": 8,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "dense", "sparse"],
+    }  # fmt: skip
+    config = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    assert len(config.layer_types) == 4
+    found = shorten_config(raw, config, [0, 1, 3], heads=2)
+    assert found["layer_types"] == [*(kinds[b] for b in (0, 1, 3)), *kinds[4:]]
+    assert AutoConfig.for_model(**found).mtp_mlp_layer_types == ["dense", "sparse"]
+    bare = shorten_config(raw, config, [0, 1, 3], heads=2, drop_heads=True)
+    assert len(bare["layer_types"]) == 3 and "num_nextn_predict_layers" not in bare
+
+
+def test_the_head_of_a_model_with_images(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, **SHAPES["qwen3_5_text"], "layer_types": ["full_attention"] * 4,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+        "out_hidden_size": 32,
+    }  # fmt: skip
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    source = families.save(AutoModelForImageTextToText.from_config(config), tmp_path / "source")
+    tensors = load_file(source / SAFETENSORS)
+    tensors["mtp.fc.weight"] = torch.randn(32, 64)
+    save_file(tensors, source / SAFETENSORS, metadata={"format": "pt"})
+    written = read_json(source / "config.json")
+    set_config(source, text_config={**written["text_config"], "mtp_num_hidden_layers": 1})
+    kept = shortllm.prune(source, blocks=[1], out=tmp_path / "kept")
+    assert load_file(kept / SAFETENSORS)["mtp.fc.weight"].equal(tensors["mtp.fc.weight"])
+    assert read_json(kept / "config.json")["text_config"]["mtp_num_hidden_layers"] == 1
+    gone = shortllm.prune(source, blocks=[1], out=tmp_path / "gone", drop_heads=True)
+    assert "mtp" not in (gone / "config.json").read_text()
+    families.load(kept), families.load(gone)

@@ -214,18 +214,26 @@ def check_loading(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> None:
 
 
 def require_complete(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that lacks tensors of its model; reads no data.
-
-    Tensors are put into the model by transformers, which knows their names on disk, but they are on
-    the meta device. Of quantized ones only their own packages know the names.
-    """
+    """Refuse a checkpoint that lacks tensors of its model; reads no data."""
+    built, missing = _built_and_missing(checkpoint)
     if getattr(checkpoint.config, "quantization_config", None) is not None:
-        return
-    check_loading(checkpoint, {"missing_keys": _missing(checkpoint)})
+        # quantized weights have other names, but a whole part that was left out is missing
+        there = {_part(key) for key in built - missing}
+        there |= {part for name in checkpoint.tensors for part in name.split(".")}
+        missing = {key for key in missing if _part(key) not in there}
+    check_loading(checkpoint, {"missing_keys": missing})
 
 
-def _missing(checkpoint: Checkpoint) -> set[str]:
-    """The tensors that transformers would give random values, after it loaded what is stored."""
+def _part(key: str) -> str:
+    """The part of the model that a tensor belongs to, e.g. `vision_tower`."""
+    return key.removeprefix("model.").partition(".")[0]
+
+
+def _built_and_missing(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
+    """The tensors of a model, and those that transformers would give random values.
+
+    It puts what is stored into the model, since it knows the names on disk, but on the meta device.
+    """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
     meta, model = torch.device("meta"), cast(Any, build_empty(copy.deepcopy(checkpoint.config)))
@@ -242,7 +250,7 @@ def _missing(checkpoint: Checkpoint) -> set[str]:
         model.mark_tied_weights_as_initialized(found)
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(found)
-    return set(found.missing_keys)
+    return set(model.state_dict()), set(found.missing_keys)
 
 
 def load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -275,7 +283,7 @@ def _without(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
             "The files are whole, so the model was saved without it, or config.json is another "
             "model's. Save the whole model again with transformers' save_pretrained"
         )
-    towers = dict.fromkeys(key.removeprefix("model.").partition(".")[0] for key in missing)
+    towers = dict.fromkeys(map(_part, missing))
     left_out, text_type = " and ".join(towers), text_config(checkpoint.config).model_type
     if not model_classes(text_type)[0]:
         return (

@@ -59,6 +59,8 @@ class StreamedWeights:
         self._device = device
         self._entries: dict[int | None, list[TensorEntry]] = {}
         for entry in checkpoint.tensors.values():
+            if checkpoint.block_names.is_head(entry.name):
+                continue
             block = checkpoint.block_names.block_of(entry.name)
             self._entries.setdefault(block, []).append(entry)
         self._empty: dict[str, Tensor] = {
