@@ -6,7 +6,6 @@ others are slow.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import pytest
 import torch
 import transformers
 from architectures import Outcome, examine, model_types, page, tiny_config
-from families import build, config_of, load, opened, save, shortened
+from families import build, config_of, opened, save
 from safetensors.torch import load_file, save_file
 
 from shortllm.checkpoint.shorten_config import structurally_protected
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.structure import auto_class
 from shortllm.checkpoint.tensors import SAFETENSORS, read_tensor_table
 from shortllm.checkpoint.writer import write_tensors
@@ -87,47 +86,6 @@ def test_the_page_lists_every_type() -> None:
 
 
 # --- what the sweep does not reach ----------------------------------------------------------------
-
-
-def with_prediction_head(directory: Path) -> Checkpoint:
-    """A model whose checkpoint holds a prediction head, numbered as a block behind the last one."""
-    source = save(build(tiny_config("deepseek_v3")), directory)
-    tensors = load_file(source / SAFETENSORS)
-    head = {
-        name.replace("layers.5.", "layers.6."): tensor.clone()
-        for name, tensor in tensors.items()
-        if ".layers.5." in name
-    }
-    head["model.layers.6.eh_proj.weight"] = torch.ones(32, 64)
-    save_file(tensors | head, source / SAFETENSORS, metadata={"format": "pt"})
-    return open_checkpoint(source)
-
-
-def test_a_prediction_head_behind_the_last_block_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoint = with_prediction_head(tmp_path / "source")
-    plain = build(tiny_config("deepseek_v3"))
-    assert checkpoint.config.num_nextn_predict_layers == 1
-    assert checkpoint.block_names.heads == 1
-    assert len(checkpoint.parameters_per_block) == 6
-    with caplog.at_level("INFO", logger="shortllm"):
-        target = shortened(checkpoint, [1], tmp_path / "short")
-    assert "prediction heads after the last block are left out" in caplog.text
-    config = json.loads((target / "config.json").read_text())
-    assert config["num_nextn_predict_layers"] == 0
-    assert config["shortllm"]["dropped_heads"] == 1
-    assert not [name for name in load_file(target / SAFETENSORS) if "layers.5." in name]
-    verify_shortened("head", Decoder(load(target)), bypass_logits(Decoder(plain), [1]))
-
-
-def test_a_head_that_the_config_does_not_speak_of_is_refused(tmp_path: Path) -> None:
-    checkpoint = with_prediction_head(tmp_path / "source")
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    config["num_nextn_predict_layers"] = 0
-    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="names no prediction head there"):
-        open_checkpoint(checkpoint.directory).block_names  # noqa: B018
 
 
 @pytest.mark.parametrize("pickled", [False, True])

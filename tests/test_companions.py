@@ -269,8 +269,7 @@ def test_pruning_rewrites_what_it_carries(model: Path, tmp_path: Path) -> None:
     assert config["shortllm"]["draft_reads"] == {"original": [2, 3], "now": [1, 2]}
     record = json.loads((short / "prune.json").read_text())
     assert (
-        "generation_config.json: `alignment_heads` refers to blocks; renumbered"
-        in record["companions"]
+        "generation_config.json: `alignment_heads` refers to blocks; renumbered" in record["notes"]
     )
 
 
@@ -283,7 +282,7 @@ def test_an_unknown_reference_stops_surgery_unless_accepted(model: Path, tmp_pat
     short = shortllm.prune(
         model, [1], tmp_path / "short", verify=False, accept_unknown_references=True
     )
-    assert message in json.loads((short / "prune.json").read_text())["companions"]
+    assert message in json.loads((short / "prune.json").read_text())["notes"]
     written = json.loads((short / "generation_config.json").read_text())
     assert written["retrieval_heads"] == [[1, 0], [4, 1]]
 

@@ -414,8 +414,12 @@ def test_blocks_that_transformers_renames_are_known_by_their_size() -> None:
 
 
 def test_prediction_heads_are_no_blocks() -> None:
-    names = find_block_names([f"m.layers.{b}.w" for b in range(5)], 4, "m.layers", heads=2)
+    stored = [*(f"m.layers.{b}.w" for b in range(5)), "mtp.layers.0.w"]
+    names = find_block_names(stored, 4, "m.layers", is_head=lambda prefix, number: number < 6)
     assert (names.count, names.heads) == (4, 1)
+    assert names.is_head("mtp.layers.0.w") and not names.is_head("m.norm")
+    assert names.new_numbers([0, 3]) == {0: 0, 3: 1, 4: 2}
+    assert names.new_numbers([0, 3], drop_heads=True) == {0: 0, 3: 1}
     assert names.block_of("m.layers.4.w") is None
     assert names.is_head("m.layers.4.w") and not names.is_head("m.layers.3.w")
 
@@ -425,7 +429,7 @@ def test_prediction_heads_are_no_blocks() -> None:
     [
         ([0, 1, 3], r"config says 4 blocks, but no tensor of block 2 \('m.layers.2'\) is stored"),
         ([0, 1, 2], r"config says 4 blocks, but no tensor of block 3"),
-        ([0, 1, 2, 3, 4], "'m.layers.4' lies behind the last of 4 blocks.*no prediction head"),
+        ([0, 1, 2, 3, 4], "'m.layers.4' lies behind the last of 4 blocks.*not a prediction head"),
         ([], "no tensor is named like a block of 'm.layers'"),
     ],
 )

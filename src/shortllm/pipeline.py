@@ -136,7 +136,15 @@ def _stages(prepared: _Prepared) -> RunResult:
     with stage("score") if prepared.scored else nullcontext():
         plan = _plan(prepared)
     with stage("prune"):
-        prune_from(prepared.checkpoint, plan, directory / PRUNED, session=session)
+        pruning = prune_from(
+            prepared.checkpoint,
+            plan,
+            directory / PRUNED,
+            session=session,
+            drop_heads=recipe.drop_heads,
+        )
+    for note in pruning.notes:
+        log.info(note)
     shortened = opened_within(directory, PRUNED)
     models = {"original": prepared.checkpoint, PRUNED: shortened}
     healing = None

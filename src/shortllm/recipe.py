@@ -86,6 +86,10 @@ class Recipe(Runtime, SurgeryOptions):
         default=False,
         description="Remove blocks in the order that the recipe has as published; score nothing.",
     )
+    drop_heads: bool = Field(
+        default=False,
+        description="Leave out prediction heads (MTP), and what config.json says of them.",
+    )
     calibration: CalibrationOptions = CalibrationOptions()
     healing: Annotated[HealOptions | None, Nested(skip=True), HEAL] = Field(
         default=None,

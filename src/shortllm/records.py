@@ -145,6 +145,21 @@ class GgufOrigin(Record):
         return f"{self.file} ({', '.join(self.types)})"
 
 
+class PredictionHeads(Record):
+    """Prediction heads (multi-token prediction) that are stored with a model."""
+
+    places: list[str] = Field(description="first parts of the names of their tensors")
+    tensors: int
+    parameters: int
+    fields: list[str] = Field(description="fields of config.json that count or describe them")
+    unexpected: bool = Field(
+        description="whether plain transformers reports their tensors as unexpected"
+    )
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.places)}: {counted(self.tensors, 'tensor')}"
+
+
 class ModelInfo(Record):
     """Which model a result speaks of, and how large it is."""
 
@@ -215,12 +230,11 @@ class DerivedRecord(Shown, ResultFile):
 
     model: ModelInfo = Field(description="the checkpoint before")
     options: dict[str, Any]
-    companions: list[str] = Field(
-        default_factory=list,
-        description="references to blocks in the checkpoint's files, and what became of each",
-    )
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
+    notes: list[str] = Field(
+        default_factory=list, description="what to know of the checkpoint, in words"
+    )
 
     def __str__(self) -> str:
         """'of short, 9 blocks, by regression'."""

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from shortllm.checkpoint.config import count_field, text_config
+from shortllm.checkpoint.heads import speaks_of_heads
 from shortllm.checkpoint.names import BlockTexts
 from shortllm.checkpoint.rules import (
     BLOCK_KEYS,
@@ -41,7 +42,6 @@ from shortllm.checkpoint.rules import (
     PER_BLOCK,
     PERIOD_OF,
     PERIODS,
-    PREDICTION_HEADS,
     REWRITTEN,
     TRAILING,
     Kept,
@@ -341,7 +341,7 @@ class Survey:
             if value not in (None, [], {}) and (kind != PLACES or isinstance(value, (list, str))):
                 self._report(place.below(key), kind, value, rule=rule)
             return True
-        if key in NOT_PER_BLOCK or key in PREDICTION_HEADS or _is_harmless(key):
+        if key in NOT_PER_BLOCK or speaks_of_heads(key) or _is_harmless(key):
             return True
         if isinstance(value, list) and len(value) == self.count > 1 and not names_tokens(key):
             named = any(self.texts.renamed(one) for one in value if isinstance(one, str))

@@ -93,9 +93,6 @@ PERIOD_OF = {
 }
 """Fields that give by a period what a list says in full, where a type has both -> the list."""
 
-PREDICTION_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Counts of the prediction heads that some checkpoints number as blocks after the last one."""
-
 SLICED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 """Endings of tensors outside the blocks that consist of equal shares, one per block -> the axis."""
 

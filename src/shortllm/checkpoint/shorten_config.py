@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shortllm.checkpoint.config import DECODER_COUNTS, block_count, count_field, text_config
+from shortllm.checkpoint.heads import fields_set_to_none, head_count, without_heads
 from shortllm.checkpoint.options import accepts_unknown_references
 from shortllm.checkpoint.rules import (
     BLOCK_KEYS,
@@ -22,7 +23,6 @@ from shortllm.checkpoint.rules import (
     PER_BLOCK,
     PERIOD_OF,
     PERIODS,
-    PREDICTION_HEADS,
     PROTECTED_BY_FIELD,
     PROTECTED_BY_TYPE,
     REFUSED,
@@ -37,22 +37,24 @@ from shortllm.runtime import quiet_transformers
 
 
 def shorten_config(
-    raw: dict[str, Any], config: Any, kept: Kept, *, heads: int = 0
+    raw: dict[str, Any], config: Any, kept: Kept, *, heads: int = 0, drop_heads: bool = False
 ) -> dict[str, Any]:
     """config.json of the model that keeps only the blocks `kept`; other fields stay as they are.
 
     Args:
         raw: config.json as read; `config` is the same with derived defaults.
-        heads: prediction heads stored behind the last block, which go.
+        heads: prediction heads stored behind the last block.
+        drop_heads: whether nothing may speak of prediction heads; otherwise they stay.
     """
     result = copy.deepcopy(raw)
     text = text_config(config)
     part = text_part(result, config, text)
-    part.update(_shortened_fields(dict(part), text, kept))
+    part.update(_shortened_fields(dict(part), text, kept, heads, drop_heads=drop_heads))
     part.update(_counts(part, text, len(kept)))
     _correct_periods(part, text)
-    if heads:
-        part.update({field: 0 for field in PREDICTION_HEADS if hasattr(text, field)})
+    if drop_heads:
+        result = without_heads(result)
+        text_part(result, config, text).update(fields_set_to_none(type(text)))
     return result
 
 
@@ -68,12 +70,25 @@ def text_part(raw: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
     return raw[key]  # type: ignore[no-any-return]
 
 
-def _shortened_fields(raw: dict[str, Any], config: Any, kept: Kept) -> dict[str, Any]:
-    """The changed fields, by the tables."""
-    count = block_count(config)
-    new_number = {old: new for new, old in enumerate(kept)}
+def _shortened_fields(
+    raw: dict[str, Any], config: Any, kept: Kept, heads: int, *, drop_heads: bool
+) -> dict[str, Any]:
+    """The changed fields, by the tables; lists may have entries of prediction heads at the end.
+
+    Args:
+        heads: those stored behind the last block; the config may count others.
+    """
+    count, removed = block_count(config), len(kept) < block_count(config)
+    behind = max(heads, head_count(config))
+    stays = [*kept, *([] if drop_heads else range(count, count + behind))]
+    new_number = {old: new for new, old in enumerate(stays)}
     result: dict[str, Any] = {}
-    for field, value in {**raw, **config.to_dict()}.items():
+    for field, read in {**raw, **config.to_dict()}.items():
+        # a config class may cut off what is of heads
+        longer = behind > 0 and _per_block(
+            field, raw.get(field), count + behind, removed=removed and heads > 0
+        )
+        value = raw[field] if longer else read
         if field in LEADING and isinstance(value, int):
             result[field] = sum(block < value for block in kept)
         elif field in LAST_OF and isinstance(value, int):
@@ -89,8 +104,8 @@ def _shortened_fields(raw: dict[str, Any], config: Any, kept: Kept) -> dict[str,
                 for key, entry in raw[field].items()
                 if int(key) in new_number
             }
-        elif _per_block(field, value, count, removed=len(kept) < count):
-            cut = [value[block] for block in kept]
+        elif longer or _per_block(field, value, count, removed=removed):
+            cut = [value[block] for block in stays if block < len(value)]
             result[field] = "".join(cut) if isinstance(value, str) else cut
     for field, rule in REWRITTEN.items():
         if getattr(config, field, None) is not None:
@@ -175,13 +190,6 @@ def _counts(raw: dict[str, Any], config: Any, count: int) -> dict[str, int]:
     counts = dict.fromkeys([name for name in names if name in raw] or [own], count)
     followers = FOLLOWERS.get(config.model_type, {})
     return counts | {field: factor * count for field, factor in followers.items()}
-
-
-def prediction_heads(config: Any) -> int:
-    """How many prediction heads a checkpoint of this config may have after its last block."""
-    text = text_config(config)
-    counts = (getattr(text, field, None) for field in PREDICTION_HEADS)
-    return max((count for count in counts if isinstance(count, int)), default=0)
 
 
 def refuse_type(config: Any) -> None:

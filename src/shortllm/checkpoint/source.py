@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -20,12 +20,13 @@ from typing import Any
 from shortllm.calls import accepts
 from shortllm.checkpoint.config import block_count, checked_config, text_config
 from shortllm.checkpoint.gguf import origin_in
+from shortllm.checkpoint.heads import head_count, head_fields, place_of, speaks_of_heads
 from shortllm.checkpoint.hub import ModelSource, locate, named_revision
-from shortllm.checkpoint.shorten_config import prediction_heads, structurally_protected
+from shortllm.checkpoint.shorten_config import structurally_protected
 from shortllm.checkpoint.structure import BlockStructure, block_structure
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor_table, unpacked_elements
 from shortllm.errors import UnsupportedModelError
-from shortllm.records import ModelInfo, SpecialToken
+from shortllm.records import ModelInfo, PredictionHeads, SpecialToken
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -45,17 +46,23 @@ class BlockNames:
     heads: int = 0
     """Prediction heads that are numbered like blocks after the last one."""
 
+    def new_numbers(self, kept: Sequence[int], *, drop_heads: bool = False) -> dict[int, int]:
+        """Old number -> new one, of the kept blocks and of the heads that stay behind them."""
+        heads = [] if drop_heads else range(self.count, self.count + self.heads)
+        return {old: new for new, old in enumerate([*kept, *heads])}
+
     def block_of(self, name: str) -> int | None:
         """Number of the block that tensor `name` belongs to; None outside the blocks."""
-        number = self._number(name)
+        number = self.number_of(name)
         return number if number is None or number < self.count else None
 
     def is_head(self, name: str) -> bool:
-        """Whether tensor `name` belongs to a prediction head after the last block."""
-        number = self._number(name)
-        return number is not None and number >= self.count
+        """Whether tensor `name` belongs to a prediction head."""
+        number = self.number_of(name)
+        return speaks_of_heads(name) if number is None else number >= self.count
 
-    def _number(self, name: str) -> int | None:
+    def number_of(self, name: str) -> int | None:
+        """The number in the name of a block, or of a head behind the last one; else None."""
         inside, _, rest = name.partition(self.prefix + ".")
         number = rest.partition(".")[0]
         return int(number) if not inside and number.isdigit() else None
@@ -106,14 +113,72 @@ class Checkpoint:
     def block_names(self) -> BlockNames:
         """Which tensor names belong to which block."""
 
+        count = self.block_count
+
         def fits(prefix: str) -> bool:
-            found = (t.elements for key, t in self.tensors.items() if key.startswith(prefix + "."))
+            names = BlockNames(prefix, count)
+            found = (
+                t.elements for t in self.tensors.values() if names.block_of(t.name) is not None
+            )
             return sum(found) == self.structure.elements
 
-        heads = prediction_heads(self.config)
         return find_block_names(
-            self.tensors, self.block_count, self.structure.name, heads=heads, fits=fits
+            self.tensors, count, self.structure.name, is_head=self._is_head, fits=fits
         )
+
+    def _is_head(self, prefix: str, number: int) -> bool:
+        """Whether what is stored behind the last block is a prediction head.
+
+        It is if config.json counts it. Otherwise by its structure: it projects the embedding of a
+        token together with a hidden state, and no block has such a weight.
+        """
+        text = text_config(self.config)
+        if number < self.block_count + head_count(text):
+            return True
+        names = BlockNames(prefix, self.block_count)
+        inside = {
+            names.renumbered(name, number) for name in self.tensors if names.block_of(name) == 0
+        }
+        return any(
+            names.number_of(name) == number
+            and name not in inside
+            and len(entry.shape) == 2
+            and entry.shape[1] == 2 * getattr(text, "hidden_size", 0)
+            for name, entry in self.tensors.items()
+        )
+
+    @cached_property
+    def prediction_heads(self) -> PredictionHeads | None:
+        """The prediction heads among the stored tensors; None without any."""
+        names = self.block_names
+        found = [name for name in self.tensors if names.is_head(name)]
+        if not found:
+            return None
+        numbers = {name: names.number_of(name) for name in found}
+        return PredictionHeads(
+            places=list(
+                dict.fromkeys(
+                    place_of(name) if number is None else f"{names.prefix}.{number}"
+                    for name, number in numbers.items()
+                )
+            ),
+            tensors=len(found),
+            parameters=sum(self.elements[name] for name in found),
+            fields=list(dict.fromkeys(head_fields(self.raw_config))),
+            unexpected=any(not self.structure.ignores(name) for name in found),
+        )
+
+    @cached_property
+    def unbuilt(self) -> dict[str, TensorEntry]:
+        """The stored tensors outside the blocks that are not of the model: prediction heads, and
+        what its class ignores."""
+        names = self.block_names
+        return {
+            name: entry
+            for name, entry in self.tensors.items()
+            if names.block_of(name) is None
+            and (names.is_head(name) or self.structure.ignores(name))
+        }
 
     @cached_property
     def parameters_per_block(self) -> list[int]:
@@ -240,12 +305,26 @@ def open_checkpoint(
     source, revision = named_revision(source, revision)
     directory, commit = locate(source, revision)
     raw_config, config = checked_config(source, directory)
-    tensors = read_tensor_table(directory)
+    tensors = _without_tied(read_tensor_table(directory), config)
     special = dict(special_tokens or {})
     raw_config = raw_config | token_ids(special)
     for name, number in token_ids(special).items():
         setattr(config, name, number)
     return Checkpoint(source, directory, commit, raw_config, config, tensors, special)
+
+
+def _without_tied(tensors: Mapping[str, TensorEntry], config: Any) -> dict[str, TensorEntry]:
+    """The tensors without embeddings that share their memory with others and are tied to them.
+
+    All else that shares memory (blocks may) is needed under each of its names.
+    """
+    text = text_config(config)
+    tied = any(getattr(one, "tie_word_embeddings", False) for one in (config, text))
+    return {
+        name: entry
+        for name, entry in tensors.items()
+        if not (tied and entry.same_as and entry.shape[:1] == (text.vocab_size,))
+    }
 
 
 def token_ids(special_tokens: Mapping[SpecialToken, int]) -> dict[str, int]:
@@ -261,7 +340,7 @@ def find_block_names(
     count: int,
     module_name: str,
     *,
-    heads: int = 0,
+    is_head: Callable[[str, int], bool] = lambda prefix, number: False,
     fits: Callable[[str], bool] = lambda prefix: False,
 ) -> BlockNames:
     """The prefix whose numbers are exactly 0 to `count - 1`, or continue with prediction heads.
@@ -269,15 +348,22 @@ def find_block_names(
     Args:
         module_name: dotted name of the block list in the built model; if several prefixes fit (a
             vision tower as deep as the decoder), the one with the longest common ending is taken.
+        is_head: whether what is stored under a prefix with a number behind the last is a head.
         fits: whether the tensors under a prefix are as large as the model's blocks; used if
             transformers renames the blocks while loading, so that no ending is common.
     """
     numbers: dict[str, set[int]] = {}
     for name in names:
         for match in NUMBER.finditer(name):
-            numbers.setdefault(name[: match.start() - 1], set()).add(int(match.group()))
-    allowed = [set(range(count + extra)) for extra in range(heads + 1)]
-    fitting = [prefix for prefix, found in numbers.items() if found in allowed]
+            prefix = name[: match.start() - 1]
+            if not speaks_of_heads(prefix):
+                numbers.setdefault(prefix, set()).add(int(match.group()))
+    fitting = [
+        prefix
+        for prefix, found in numbers.items()
+        if found == set(range(max(count, len(found))))
+        and all(is_head(prefix, number) for number in range(count, len(found)))
+    ]
     # experts inside a block are numbered too: a prefix inside another one is not the block list
     outer = [p for p in fitting if not any(p.startswith(other + ".") for other in fitting)]
     if not outer:
@@ -316,6 +402,6 @@ def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str)
             f"('{prefix}.{min(missing)}') is stored"
         )
     return (
-        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and the config names no "
-        "prediction head there; is the block count in config.json correct?"
+        f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and it is not a "
+        "prediction head; is the block count in config.json correct?"
     )

@@ -9,6 +9,7 @@ of each block get the shapes in the config, and its modules the head counts that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -178,6 +179,12 @@ class BlockStructure:
     """After how many blocks their kinds repeat; the block count if they never do."""
     parameters: int
     """Parameters of the whole model, tied ones once."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of stored names that the class ignores while it is loaded."""
+
+    def ignores(self, name: str) -> bool:
+        """Whether transformers loads the model without a word on a stored tensor of this name."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
 
 
 def block_structure(config: Any) -> BlockStructure:
@@ -189,6 +196,7 @@ def block_structure(config: Any) -> BlockStructure:
         elements=sum(tensor.numel() for tensor in blocks.state_dict().values()),
         period=_period([block_signature(block) for block in blocks]),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
     )
 
 

@@ -60,6 +60,8 @@ class TensorEntry:
     """First byte of the data inside `file`; None in a pickled file."""
     cut: Cut | None = None
     """With one, shape and bytes are those of the part."""
+    same_as: str | None = None
+    """Name of an earlier tensor of a pickled file in the same memory."""
 
     @property
     def elements(self) -> int:
@@ -277,23 +279,34 @@ def read_all(source: FileIO, buffer: memoryview) -> None:
 
 
 def _read_pickled(path: Path) -> dict[str, TensorEntry]:
-    """The table of one `.bin`; of tensors that share memory (tied weights) the first name stays."""
+    """The table of one `.bin`, in which several tensors may share memory."""
     from safetensors.torch import _TYPES as TYPES
 
     codes = {dtype: code for code, dtype in TYPES.items()}
     table: dict[str, TensorEntry] = {}
-    seen: set[tuple[object, ...]] = set()
+    first: dict[tuple[object, ...], str] = {}
     for name, tensor in load_pickled(path).items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
+        place = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
+        same = first.setdefault(place, name) if tensor.numel() else name
         if tensor.dtype not in codes:
             raise CheckpointError(
                 f"{path}: tensor '{name}' has type {tensor.dtype}, which safetensors cannot store"
             )
         shape = tuple(tensor.shape)
-        table[name] = TensorEntry(name, path, codes[tensor.dtype], shape, tensor.nbytes, None)
+        table[name] = TensorEntry(
+            name,
+            path,
+            codes[tensor.dtype],
+            shape,
+            tensor.nbytes,
+            None,
+            same_as=None if same == name else same,
+        )
     return table
 
 

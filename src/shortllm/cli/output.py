@@ -51,9 +51,9 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def print_notes(record: DerivedRecord) -> None:
-    """What became of references to blocks, one a line."""
-    for note in record.companions:
-        typer.echo(note)
+    """What to know of a new checkpoint, a line each."""
+    for note in record.notes:
+        typer.echo(f"note: {note}")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

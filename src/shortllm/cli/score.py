@@ -158,6 +158,14 @@ def prune(
             "one of them."
         ),
     ] = True,
+    drop_heads: Annotated[
+        bool,
+        typer.Option(
+            "--drop-heads",
+            help="Leave out prediction heads (MTP), and what config.json says of them. Otherwise "
+            "they stay as they are.",
+        ),
+    ] = False,
     revision: Revision = None,
 ) -> None:
     """Write the checkpoint without the blocks of a plan, or without named blocks.
@@ -177,6 +185,7 @@ def prune(
         blocks=numbers,
         revision=revision,
         verify=verify,
+        drop_heads=drop_heads,
         runtime=runtime,
         surgery=surgery,
     )
@@ -235,6 +244,11 @@ def _print_summary(summary: ModelSummary) -> None:
     typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
     if model.gguf is not None:
         typer.echo(f"dequantized from {model.gguf}")
+    if (heads := summary.prediction_heads) is not None:
+        typer.echo(
+            f"with a prediction head, MTP ({heads}, {heads.parameters:,} parameters); "
+            f"config.json names it in {', '.join(heads.fields) or 'no field'}"
+        )
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
     blocks = [
         (parameters, size, "protected" if b in protected else "")

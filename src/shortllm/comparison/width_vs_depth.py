@@ -127,6 +127,11 @@ def compare_units(
             "the recipe quantizes, and width and depth are compared before that. Give --set "
             "quantization=null"
         )
+    if recipe.drop_heads:
+        raise RecipeError(
+            "width keeps prediction heads, so the numbers of parameters would differ. Leave out "
+            "--drop-heads"
+        )
     check_budget(recipe.budget, checkpoint.info())
     chosen = recipe.model_dump(mode="json") | {"methods": methods}
     rundir.claim_directory(directory, checkpoint, chosen)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from shortllm.calls import accepts
-from shortllm.checkpoint.config import is_own_code
+from shortllm.checkpoint.config import is_own_code, model_classes, text_config
 from shortllm.checkpoint.hub import ModelSource
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint, token_ids
-from shortllm.checkpoint.structure import auto_class
+from shortllm.checkpoint.source import BlockNames, Checkpoint, open_checkpoint, token_ids
+from shortllm.checkpoint.structure import auto_class, build_empty
 from shortllm.checkpoint.tensors import is_packed
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.runtime import available_memory, choose_dtype, quiet_transformers
@@ -30,6 +32,19 @@ TYPES = {
     "F64": torch.float64,
 }
 """Code in a tensor table -> type that models compute in."""
+
+NOT_ITS_CONFIG = "Is its config.json the one that these weights were saved with?"
+
+TEXT_MODEL = """The files are whole, but without {parts}. Take the text model out, copy the \
+tokenizer's files, and give TEXT-MODEL instead:
+
+    from transformers import AutoModelForCausalLM, {loader}
+    model = {loader}.from_pretrained({id!r})
+    text = AutoModelForCausalLM.from_config(model.config.get_text_config(), dtype=model.dtype)
+    setattr(text, text.base_model_prefix, model.get_decoder())
+    text.set_output_embeddings(model.get_output_embeddings())
+    text.save_pretrained("TEXT-MODEL")"""
+"""What to do with a model of text and images without its part for images."""
 
 PROBE_TOKENS = 8
 """Tokens of the forward pass that tries a model."""
@@ -167,23 +182,116 @@ def _from_pretrained(checkpoint: Checkpoint, **kwargs: Any) -> Any:
         raise
     except Exception as error:  # model classes raise whatever a config's values lead to
         raise CheckpointError(f"transformers cannot load {checkpoint.id}: {error}") from error
-    check_loading(checkpoint.id, loading)
+    check_loading(checkpoint, loading)
     return model
 
 
-def check_loading(name: str, loading: dict[str, Any]) -> None:
-    """Refuse every difference of tensors; transformers would continue with random ones."""
-    for kind, problem in (
-        ("missing_keys", "is missing"),
-        ("unexpected_keys", "is not part of the model"),
-        ("mismatched_keys", "is stored as {}, but its config.json describes {}"),
+def check_loading(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> None:
+    """Refuse every difference of tensors; transformers would continue with random ones.
+
+    Prediction heads may be stored too. Some classes ignore them only under the block numbers of one
+    published model, and others not at all.
+    """
+    missing, unexpected, mismatched = (
+        sorted(loading.get(f"{kind}_keys") or (), key=str)
+        for kind in ("missing", "unexpected", "mismatched")
+    )
+    built = BlockNames(checkpoint.structure.name, checkpoint.block_count)
+    unexpected = [
+        key for key in unexpected if not (built.is_head(key) or checkpoint.block_names.is_head(key))
+    ]
+    for found, problem in (
+        (missing, "is missing"),
+        (unexpected, "is not part of the model"),
+        (mismatched, "is stored as {}, but its config.json describes {}"),
     ):
-        found = sorted(loading.get(kind) or (), key=str)
         if found:
             tensor, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)
             more = f" ({len(found)} such tensors)" if len(found) > 1 else ""
             said = problem.format(*(list(shape) for shape in shapes))
-            raise CheckpointError(f"{name}: tensor '{tensor}' {said}{more}. Download it again")
+            advice = _without(checkpoint, found) if found is missing else NOT_ITS_CONFIG
+            raise CheckpointError(f"{checkpoint.id}: tensor '{tensor}' {said}{more}. {advice}")
+
+
+def require_complete(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that lacks tensors of its model; reads no data."""
+    built, missing = _built_and_missing(checkpoint)
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        # quantized weights have other names, but a whole part that was left out is missing
+        there = {_part(key) for key in built - missing}
+        there |= {part for name in checkpoint.tensors for part in name.split(".")}
+        missing = {key for key in missing if _part(key) not in there}
+    check_loading(checkpoint, {"missing_keys": missing})
+
+
+def _part(key: str) -> str:
+    """The part of the model that a tensor belongs to, e.g. `vision_tower`."""
+    return key.removeprefix("model.").partition(".")[0]
+
+
+def _built_and_missing(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
+    """The tensors of a model, and those that transformers would give random values.
+
+    It puts what is stored into the model, since it knows the names on disk, but on the meta device.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    meta, model = torch.device("meta"), cast(Any, build_empty(copy.deepcopy(checkpoint.config)))
+    tensors = {
+        name: torch.empty(entry.shape, dtype=TYPES.get(entry.dtype), device=meta)
+        for name, entry in checkpoint.tensors.items()
+    }
+    with quiet_transformers():
+        how = load_config(model, meta, model.dtype)
+        for one in how.weight_mapping:
+            if getattr(one, "force_cpu", False):  # only huge ones are so, and here nothing is large
+                one.force_cpu = False
+        found, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
+        model.mark_tied_weights_as_initialized(found)
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(found)
+    return set(model.state_dict()), set(found.missing_keys)
+
+
+def load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """How transformers is to load stored tensors into this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    return LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+
+
+def _without(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
+    """What to do about tensors that no file of a checkpoint has."""
+    model: Any = build_empty(checkpoint.config)
+    tensors = model.state_dict(keep_vars=True)
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    of_text = {
+        id(one)
+        for part in parts
+        if part is not None
+        for one in part.state_dict(keep_vars=True).values()
+    }
+    is_text_model = text_config(checkpoint.config) is checkpoint.config
+    if is_text_model or any(id(tensors[key]) in of_text for key in missing):
+        return (
+            "The files are whole, so the model was saved without it, or config.json is another "
+            "model's. Save the whole model again with transformers' save_pretrained"
+        )
+    towers = dict.fromkeys(map(_part, missing))
+    left_out, text_type = " and ".join(towers), text_config(checkpoint.config).model_type
+    if not model_classes(text_type)[0]:
+        return (
+            f"The files are whole, but without {left_out}, and transformers has no class for the "
+            f"text model '{text_type}' alone. Give a model that has them"
+        )
+    loader = auto_class(checkpoint.config).__name__
+    return TEXT_MODEL.format(parts=left_out, loader=loader, id=str(checkpoint.directory))
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:
@@ -203,6 +311,7 @@ def _require_described(checkpoint: Checkpoint) -> None:
     described, stored = checkpoint.structure.parameters, checkpoint.parameters
     if "quantization_config" in checkpoint.raw_config or described <= 2 * stored:
         return
+    require_complete(checkpoint)
     raise CheckpointError(
         f"config.json of {checkpoint.id} describes a model of {described:,} parameters, but its "
         f"files contain {stored:,}. Download both again"

@@ -28,7 +28,7 @@ from shortllm.checkpoint.structure import build_empty, find_blocks
 from shortllm.checkpoint.tensors import TensorEntry, read_tensor
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.model.decoder import Decoder
-from shortllm.model.loading import check_loading, require_finite_tensor
+from shortllm.model.loading import check_loading, load_config, require_finite_tensor
 from shortllm.runtime import quiet_transformers
 
 STAND_IN_STD = 0.02
@@ -53,11 +53,14 @@ class StreamedWeights:
         dtype: torch.dtype,
     ) -> None:
         self._id = checkpoint.id
+        self._checkpoint = checkpoint
         self._model: Any = model
         self._prefix = find_blocks(model, model.config)[0] + "."
         self._device = device
         self._entries: dict[int | None, list[TensorEntry]] = {}
         for entry in checkpoint.tensors.values():
+            if checkpoint.block_names.is_head(entry.name):
+                continue
             block = checkpoint.block_names.block_of(entry.name)
             self._entries.setdefault(block, []).append(entry)
         self._empty: dict[str, Tensor] = {
@@ -66,8 +69,13 @@ class StreamedWeights:
             if key.startswith(self._prefix)
         }
         """Parameters and stored buffers of the blocks, without memory."""
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(
+                "a quantized checkpoint cannot be read one block at a time. Score it in memory "
+                "(--no-stream), or give the unquantized model"
+            )
         self._refuse_shared_weights()
-        self._loading = _load_config(model, device, dtype)
+        self._loading = load_config(model, device, dtype)
         self._load_outside()
 
     def through(self, order: Sequence[int]) -> Iterator[int]:
@@ -175,26 +183,8 @@ class StreamedWeights:
         if found.conversion_errors:
             name, reason = next(iter(found.conversion_errors.items()))
             raise CheckpointError(f"{self._id}: transformers cannot convert '{name}': {reason}")
-        check_loading(self._id, {**vars(found), "missing_keys": missing})
+        check_loading(self._checkpoint, {**vars(found), "missing_keys": missing})
 
     def _set(self, key: str, tensor: Tensor) -> None:
         owner, _, name = key.rpartition(".")
         setattr(self._model.get_submodule(owner), name, tensor)
-
-
-def _load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """How transformers is to load tensors of this model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "a quantized checkpoint cannot be read one block at a time. Score it in memory "
-            "(--no-stream), or give the unquantized model"
-        )
-    return LoadStateDictConfig(
-        device_map={"": device},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),
-    )

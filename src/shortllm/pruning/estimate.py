@@ -35,7 +35,7 @@ from shortllm.criteria import OBSERVED, Criterion, resolve
 from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
-from shortllm.records import ModelInfo, Record, protected_in
+from shortllm.records import ModelInfo, PredictionHeads, Record, protected_in
 from shortllm.runtime import DeviceOptions
 from shortllm.surgery.companions import companions_of
 
@@ -212,6 +212,8 @@ class ModelSummary(Record):
     parameters_outside: int
     """Elements outside the blocks: embeddings, final norm, head."""
     bytes_per_block: list[int]
+    prediction_heads: PredictionHeads | None
+    """What is stored to draft further tokens; not part of the model."""
     protected: list[int]
     """Blocks that are protected by default."""
     companions: list[Reference]
@@ -288,6 +290,7 @@ def info(
         model=about,
         parameters_outside=about.parameters - sum(about.parameters_per_block),
         bytes_per_block=checkpoint.bytes_per_block,
+        prediction_heads=checkpoint.prediction_heads,
         protected=protected_in(about),
         companions=companions_of(checkpoint),
         samples=samples,

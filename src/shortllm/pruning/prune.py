@@ -48,6 +48,7 @@ def prune(
     surgery: SurgeryOptions,
     revision: str | None = None,
     verify: bool = True,
+    drop_heads: bool = False,
 ) -> Path:
     """Write the shortened checkpoint.
 
@@ -62,6 +63,8 @@ def prune(
         revision: of a Hub model.
         verify: load the original and the result and compare what they compute. Otherwise only names
             and structure are checked.
+        drop_heads: leave out prediction heads (MTP), and what config.json says of them. Otherwise
+            they stay unchanged, behind the last block if they were there.
     Returns:
         `out`.
     Raises:
@@ -82,18 +85,24 @@ def prune(
     elif isinstance(plan, (str, Path)):
         plan = load_plan(Path(plan))
     if is_gguf(out):
-        return prune_gguf(model, plan, out, revision=revision)
+        return prune_gguf(model, plan, out, revision=revision, drop_heads=drop_heads)
     if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
         revision = plan.model.revision
     checkpoint = open_checkpoint(model, revision=revision)
     if not isinstance(plan, PrunePlan):
         plan = build_plan(Budget(blocks=plan), model=checkpoint.info())
-    prune_from(checkpoint, plan, out, session=Session(runtime) if verify else None)
+    session = Session(runtime) if verify else None
+    prune_from(checkpoint, plan, out, session=session, drop_heads=drop_heads)
     return out
 
 
 def prune_gguf(
-    model: str, plan: PrunePlan | Sequence[int], out: Path, *, revision: str | None = None
+    model: str,
+    plan: PrunePlan | Sequence[int],
+    out: Path,
+    *,
+    revision: str | None = None,
+    drop_heads: bool = False,
 ) -> Path:
     """Remove blocks from a GGUF file, whose weights stay quantized as they are."""
     source, revision = named_revision(model, revision)
@@ -101,6 +110,11 @@ def prune_gguf(
         raise OutputError(
             f"--out {out} is a GGUF file, but {model} is not one. Write a directory instead, and "
             "convert it with `shortllm export --gguf`"
+        )
+    if drop_heads:
+        raise OutputError(
+            "--drop-heads: the prediction heads of a GGUF file stay. Drop them from the checkpoint "
+            "that it was converted from, and convert the result"
         )
     if isinstance(plan, PrunePlan) and revision is None and plan.model.id == model:
         revision = plan.model.revision
@@ -123,7 +137,12 @@ def prune_gguf(
 
 
 def prune_from(
-    checkpoint: Checkpoint, plan: PrunePlan, target: Path, *, session: Session | None = None
+    checkpoint: Checkpoint,
+    plan: PrunePlan,
+    target: Path,
+    *,
+    session: Session | None = None,
+    drop_heads: bool = False,
 ) -> Pruning:
     """Apply a plan to an open checkpoint; without a session the result is not computed with."""
     if plan.model.fingerprint != checkpoint.fingerprint:
@@ -132,7 +151,14 @@ def prune_from(
             "another checkpoint or was changed since. Make one from its own scores: shortllm score "
             f"{checkpoint.id} --out DIR, then shortllm plan DIR"
         )
-    return write_pruned(checkpoint, plan.kept, target, criterion=plan.criterion, session=session)
+    return write_pruned(
+        checkpoint,
+        plan.kept,
+        target,
+        criterion=plan.criterion,
+        session=session,
+        drop_heads=drop_heads,
+    )
 
 
 def write_pruned(
@@ -142,32 +168,29 @@ def write_pruned(
     *,
     criterion: str | None = None,
     session: Session | None = None,
+    drop_heads: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Pruning:
     """Write the checkpoint of the blocks `kept`, ascending, with prune.json."""
     removed = sorted(set(range(checkpoint.block_count)) - set(kept))
 
     def draft() -> Draft:
-        config = check_removal(checkpoint, kept)
-        entries = renumbered_tensors(checkpoint, kept)
-        heads = checkpoint.block_names.heads
+        config = check_removal(checkpoint, kept, drop_heads=drop_heads)
+        entries = renumbered_tensors(checkpoint, kept, drop_heads=drop_heads)
         return Draft(
             record={
-                "options": {"verify": session is not None},
+                "options": {"verify": session is not None, "drop_heads": drop_heads},
                 "criterion": criterion,
                 "kept": list(kept),
                 "removed": removed,
-                "dropped_heads": heads,
             },
             config=config,
-            provenance={
-                **provenance_of(checkpoint, removed, **_chosen_by(criterion)),
-                **({"dropped_heads": heads} if heads else {}),
-            },
+            provenance=provenance_of(checkpoint, removed, **_chosen_by(criterion)),
             bytes=sum(entry.bytes for entry in entries.values()),
             write=copying(entries, max_shard_bytes=max_shard_bytes),
             verify=_verifying(checkpoint, removed, target, session),
             kept=kept,
+            drop_heads=drop_heads,
         )
 
     special = checkpoint.special_tokens
@@ -178,11 +201,11 @@ def write_pruned(
             "kept": list(kept),
             "criterion": criterion,
             **({"special tokens": special} if special else {}),
+            **({"drop heads": drop_heads} if checkpoint.prediction_heads else {}),
         }
     )
-    return derive(
-        Pruning, target, checkpoint, draft, expected=expected, choices={"removed": removed}
-    )
+    choices = {"removed": removed, "drop_heads": drop_heads}
+    return derive(Pruning, target, checkpoint, draft, expected=expected, choices=choices)
 
 
 def _chosen_by(criterion: str | None) -> dict[str, str | None]:

@@ -226,9 +226,6 @@ class Pruning(DerivedRecord):
     criterion: str | None = Field(description="null if the blocks were named")
     kept: list[int] = Field(description="block numbers of the source, ascending")
     removed: list[int] = Field(description="block numbers of the source, ascending")
-    dropped_heads: int = Field(
-        default=0, description="prediction heads behind the last block that were left out"
-    )
 
 
 def scores_path(path: Path) -> Path:

@@ -212,9 +212,10 @@ def _draft(
         provenance={**held_provenance(checkpoint), "quantized": how},
         bytes=checkpoint.bytes,
         write=lambda directory, advance: _save(checkpoint, model, directory),
-        finish=_packed,
+        finish=partial(_packed, checkpoint),
         verify=lambda written: require_usable(name, session.decoder(open_checkpoint(written))),
         leave=LEFT_BEHIND,
+        adds=checkpoint.unbuilt,
     )
 
 
@@ -229,11 +230,14 @@ def _save(checkpoint: Checkpoint, model: Any, directory: Path) -> None:
             shutil.copyfile(checkpoint.directory / name, directory / name)
 
 
-def _packed(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _packed(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The size of the written weights, and the config entry that describes their form."""
     written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     size = open_checkpoint(directory).bytes
-    return {"bytes_after": size}, {"quantization_config": written["quantization_config"]}
+    form = written["quantization_config"]
+    if added := {name.rpartition(".")[0] for name in checkpoint.unbuilt}:
+        form["ignore"] = [*(form.get("ignore") or ()), *sorted(added)]
+    return {"bytes_after": size}, {"quantization_config": form}
 
 
 def require_usable(name: str, decoder: Decoder) -> None:

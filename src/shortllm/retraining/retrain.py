@@ -193,6 +193,7 @@ def _trained(job: Job, callbacks: Sequence[Any]) -> Draft:
         write=write,
         verify=verify,
         leave={ADAPTER, LOGS},
+        adds=checkpoint.unbuilt,
     )
 
 

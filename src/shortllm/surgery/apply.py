@@ -16,7 +16,6 @@ blocks.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,9 +43,8 @@ from shortllm.checkpoint.structure import (
 from shortllm.checkpoint.tensors import TensorEntry
 from shortllm.errors import UnsupportedModelError
 from shortllm.files import translate_os_errors
+from shortllm.model.loading import require_complete
 from shortllm.surgery.companions import follow_removal
-
-log = logging.getLogger(__name__)
 
 REFERENCES = {"kv_shared_layer_index"}
 """Attributes that are the number of another block."""
@@ -56,12 +54,17 @@ COVERED = {"store_full_length_kv", *PERIOD_OF}
 says of each block what a period says of all."""
 
 
-def check_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, Any]:
+def check_removal(
+    checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool = False
+) -> dict[str, Any]:
     """The shortened config.json, after the rules and the structural guard; nothing is written."""
     refuse_type(checkpoint.config)
-    followed = follow_removal(checkpoint, kept)
+    followed = follow_removal(checkpoint, kept, drop_heads=drop_heads)
+    require_complete(checkpoint)
     heads = checkpoint.block_names.heads
-    shortened = shorten_config(followed.config, checkpoint.config, kept, heads=heads)
+    shortened = shorten_config(
+        followed.config, checkpoint.config, kept, heads=heads, drop_heads=drop_heads
+    )
     refuse_protected(checkpoint.config, kept)
     check_signatures(checkpoint.config, as_read_from_disk(checkpoint.config, shortened), kept)
     return shortened
@@ -81,25 +84,25 @@ def as_read_from_disk(original: Any, raw: dict[str, Any]) -> Any:
         return read_config(Path(directory), raw)
 
 
-def renumbered_tensors(checkpoint: Checkpoint, kept: Sequence[int]) -> dict[str, TensorEntry]:
+def renumbered_tensors(
+    checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool = False
+) -> dict[str, TensorEntry]:
     """New tensor name -> stored tensor, in file order.
 
-    Tensors of removed blocks and of prediction heads after the last block are left out. Of tensors
-    outside the blocks that have a share for every block, the shares of kept blocks stay.
+    Tensors of removed blocks are left out. Prediction heads behind the last block get new numbers.
+    Of tensors outside the blocks that have a share for every block, the shares of kept blocks stay.
     """
     names = checkpoint.block_names
-    if names.heads:
-        log.info("the prediction heads after the last block are left out")
-    new_number = {old: new for new, old in enumerate(kept)}
+    new_numbers = names.new_numbers(kept, drop_heads=drop_heads)
     result: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.tensors.items():
-        block, axis = names.block_of(name), sliced_axis(name)
-        if block is None and axis is not None:
-            result[name] = entry.part(axis, names.count, kept)
-        elif block is None and not names.is_head(name):
-            result[name] = entry
-        elif block in new_number:
-            result[names.renumbered(name, new_number[block])] = entry
+        number, axis = names.number_of(name), sliced_axis(name)
+        if drop_heads and names.is_head(name):
+            continue
+        if number is None:
+            result[name] = entry if axis is None else entry.part(axis, names.count, kept)
+        elif number in new_numbers:
+            result[names.renumbered(name, new_numbers[number])] = entry
     return result
 
 

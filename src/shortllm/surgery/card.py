@@ -109,6 +109,10 @@ def _lines(steps: Sequence[Step]) -> Iterator[str]:
         yield f"retrained by {one.method}, on {one.data} ({amount})"
     if step.quantized:
         yield f"quantized to {step.quantized.scheme} by {step.quantized.method}"
+    if step.prediction_heads == "kept":
+        yield "prediction head kept unchanged: it still belongs to the unpruned model"
+    elif step.prediction_heads == "dropped":
+        yield "prediction head left out"
 
 
 def _papers(step: Step) -> Iterator[str]:

@@ -75,16 +75,19 @@ class Followed:
 
 def companions_of(checkpoint: Checkpoint) -> list[Reference]:
     """All files and fields of a checkpoint that refer to blocks."""
-    return _surveyed(checkpoint, range(checkpoint.block_count)).references
+    every = range(checkpoint.block_count)
+    return _surveyed(checkpoint, every, drop_heads=False).references
 
 
-def follow_removal(checkpoint: Checkpoint, kept: Sequence[int]) -> Followed:
+def follow_removal(
+    checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool = False
+) -> Followed:
     """The files of a checkpoint of which the blocks `kept` stay; nothing is written.
 
     Raises:
         UnsupportedModelError: a reference has no rule, and the user has not accepted that.
     """
-    found = _surveyed(checkpoint, kept)
+    found = _surveyed(checkpoint, kept, drop_heads=drop_heads)
     if len(kept) < checkpoint.block_count:
         require_rules(found.references)
     return found
@@ -102,13 +105,13 @@ def require_rules(references: Sequence[Reference]) -> None:
         )
 
 
-def _surveyed(checkpoint: Checkpoint, kept: Sequence[int]) -> Followed:
+def _surveyed(checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool) -> Followed:
     names = checkpoint.block_names
     survey = Survey(
         texts=BlockTexts(
             prefixes=tuple(dict.fromkeys((names.prefix, checkpoint.structure.name))),
             tensors=list(checkpoint.tensors),
-            new_number={old: new for new, old in enumerate(kept)},
+            new_number=names.new_numbers(kept, drop_heads=drop_heads),
             total=names.count + names.heads,
         ),
         kept=kept,

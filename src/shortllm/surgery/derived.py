@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from shortllm.checkpoint.config import text_config
+from shortllm.checkpoint.heads import head_fields, without_heads
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import (
     SAFETENSORS,
     TensorEntry,
     read_json,
     read_tensor_table,
+    weight_files,
     write_json,
 )
 from shortllm.checkpoint.tokenizer import write_special_tokens
@@ -50,7 +52,7 @@ from shortllm.files import (
 )
 from shortllm.model import Session
 from shortllm.progress import progress
-from shortllm.records import Cost, DerivedRecord
+from shortllm.records import Cost, DerivedRecord, PredictionHeads
 from shortllm.runtime import peak_memory, versions
 from shortllm.surgery.card import write_card
 from shortllm.surgery.companions import (
@@ -113,6 +115,12 @@ class Draft:
     """The blocks that stay, where some go: other files follow."""
     leave: Collection[str] = field(default_factory=frozenset)
     """First parts of the names of files next to the source's weights that are not copied."""
+    adds: Mapping[str, TensorEntry] = field(default_factory=dict)
+    """Stored tensors that a model in memory does not have, added to the weights that it wrote."""
+    drop_heads: bool = False
+    """Whether prediction heads are left out; otherwise the weights have them unchanged."""
+    resized: bool = False
+    """Whether config.json describes blocks of other shapes than the source's."""
 
 
 def derive(
@@ -236,12 +244,15 @@ def _write(
     """
     followed = Followed()
     if draft.kept is not None:
-        followed = follow_removal(checkpoint, draft.kept)
+        followed = follow_removal(checkpoint, draft.kept, drop_heads=draft.drop_heads)
     source, left = checkpoint.directory, {*RECORDS, *draft.leave}
     carried = [file for file in carried_files(source, target) if file.parts[0] not in left]
     needed = draft.bytes + sum((source / file).stat().st_size for file in carried)
     require_writable(target.absolute().parent, needed)
     provenance = sendable({**draft.provenance, "fingerprint": record["fingerprint"]})
+    heads = checkpoint.prediction_heads
+    if heads is not None:
+        provenance["prediction_heads"] = "dropped" if draft.drop_heads else "kept"
     if "parent" in provenance:
         provenance["parent"] = provenance.pop("parent")  # last: fingerprints are of the bytes
     with (
@@ -256,6 +267,9 @@ def _write(
                 shutil.copyfile(source / name, directory / name)
         write_special_tokens(checkpoint, directory)
         draft.write(directory, advance)
+        _add(draft.adds, directory)
+        if draft.drop_heads:
+            _drop_generation_fields(directory)
         more, entries = draft.finish(directory) if draft.finish is not None else ({}, {})
         config = {**draft.config, **entries, PROVENANCE: provenance}
         write_json(directory / "config.json", config)
@@ -263,8 +277,51 @@ def _write(
         draft.verify(directory)
         write_card(directory, target.resolve().name)
         notes = followed.notes + (draft_note(draft.provenance) if draft.kept is not None else [])
-        kind.model_validate({**record, "companions": notes, **more}).save(directory / kind.FILE)
+        if heads is not None:
+            notes.append(_note_on_heads(heads, open_checkpoint(directory), resized=draft.resized))
+        kind.model_validate({**record, **more, "notes": notes}).save(directory / kind.FILE)
         follow_umask(directory)
+
+
+def _add(adds: Mapping[str, TensorEntry], directory: Path) -> None:
+    """Add stored tensors to the weights in a directory, as far as these lack them."""
+    held = read_tensor_table(directory)
+    if not adds.keys() - held.keys():
+        return
+    room = directory / NEW
+    room.mkdir()
+    write_tensors(room, {**adds, **held})
+    for name in weight_files(directory):
+        (directory / name).unlink()
+    for path in room.iterdir():
+        path.rename(directory / path.name)
+    room.rmdir()
+
+
+def _drop_generation_fields(directory: Path) -> None:
+    """Leave out what a generation config says of prediction heads."""
+    path = directory / "generation_config.json"
+    if path.is_file() and head_fields(held := read_json(path)):
+        write_json(path, without_heads(held))
+
+
+def _note_on_heads(before: PredictionHeads, written: Checkpoint, *, resized: bool) -> str:
+    """What a user should know of the prediction heads of a result."""
+    heads = written.prediction_heads
+    if heads is None:
+        return f"prediction head ({before}) left out, with what config.json said of it"
+    note = (
+        f"prediction head ({heads}) kept unchanged: it still belongs to the unpruned model, so "
+        "fewer of its drafts will be accepted"
+    )
+    if resized:
+        note += ". It keeps its shapes, so programs that build it by config.json cannot load it"
+    if heads.unexpected:
+        note += (
+            ". Plain transformers loads the model, but reports these tensors as unexpected: it "
+            "ignores heads of this type only under the block numbers of the published model"
+        )
+    return f"{note}. `shortllm prune --drop-heads` leaves it out"
 
 
 def files_to_send(checkpoint: Path) -> list[Path]:

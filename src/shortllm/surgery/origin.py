@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -56,6 +56,7 @@ class Step(Record):
     healed: Done | None = None
     retrained: Done | None = None
     quantized: Done | None = None
+    prediction_heads: Literal["kept", "dropped"] | None = None
 
     @property
     def trainings(self) -> list[Done]:

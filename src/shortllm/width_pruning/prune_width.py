@@ -214,6 +214,7 @@ def _draft(
         bytes=sum(entry.bytes for entry in entries.values()),
         write=copying(entries, chain(new.items(), _repaired_weights(checkpoint, groups, chosen))),
         verify=verifying(target, session, logits, cached=cached),
+        resized=uniform is not None,
     )
 
 
