@@ -276,9 +276,11 @@ def _write(
         write_local(directory, original)
         draft.verify(directory)
         write_card(directory, target.resolve().name)
-        notes = followed.notes + (draft_note(draft.provenance) if draft.kept is not None else [])
+        notes = followed.notes
         if heads is not None:
             notes.append(_note_on_heads(heads, open_checkpoint(directory), resized=draft.resized))
+        if draft.kept is not None:
+            notes += draft_note(draft.provenance)
         kind.model_validate({**record, **more, "notes": notes}).save(directory / kind.FILE)
         follow_umask(directory)
 
