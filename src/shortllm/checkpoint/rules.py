@@ -113,6 +113,14 @@ REWRITTEN: dict[str, Callable[[Any, Kept], dict[str, Any]]] = {
 blocks."""
 
 
+BEHIND_FIRST = ("deepstack_visual_indexes",)
+"""Fields of any part of a config with one entry per set of image features, of which set i enters
+behind block i by its number."""
+
+ENTRANCES: dict[str, int | None] = {"deepstack_layer_map": 1, "spatial_target_layers": None}
+"""Fields next to the text decoder's config that list the blocks that image features enter: by their
+numbers (None), or by pairs with the number at this place."""
+
 Protect = Callable[[Any, Kept], dict[int, str]]
 """Function of the config and the kept blocks -> removed blocks that cannot go, and why."""
 
