@@ -20,7 +20,7 @@ from shortllm.format import duration, in_bytes, plain
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.records import Pruning
 from shortllm.recipe import CRITERION_HELP
-from shortllm.runtime import DeviceOptions, Runtime
+from shortllm.runtime import DeviceOptions, Runtime, ScoringRuntime
 
 if TYPE_CHECKING:
     from shortllm.pruning.estimate import ModelSummary
@@ -63,11 +63,11 @@ def info(
         _print_summary(summary)
 
 
-@flags(criteria=CriterionOptions, calibration=CalibrationOptions, runtime=Runtime)
+@flags(criteria=CriterionOptions, calibration=CalibrationOptions, runtime=ScoringRuntime)
 def score(
     criteria: CriterionOptions,
     calibration: CalibrationOptions,
-    runtime: Runtime,
+    runtime: ScoringRuntime,
     out: Annotated[Path, typer.Option(help="Run directory for calibration and scores.json.")],
     model: ModelArgument = "embedded",
     criterion: Annotated[

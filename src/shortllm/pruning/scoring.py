@@ -101,9 +101,18 @@ class Scorer:
         values = [0.0] * self.checkpoint.block_count
         for b in candidates:
             entries = self.checkpoint.block_weights(b)
-            values[b] = one.call({entry.name: read_tensor(entry) for entry in entries})
+            weights = {entry.name: read_tensor(entry) for entry in entries}
+            values[b] = one.call(self._with_a_row_per_output(weights))
             self.advance(2.0 * sum(entry.elements for entry in entries))
         return plain_scores(values)
+
+    def _with_a_row_per_output(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a block, by names within it or in the files."""
+        transposed = tuple(self.checkpoint.structure.transposed)
+        return {
+            name: weight.T if name.endswith(transposed) else weight
+            for name, weight in weights.items()
+        }
 
     def _observer(self, one: Criterion, kept: Sequence[int]) -> ScoringObserver:
         blocks = self.checkpoint.block_count
@@ -181,6 +190,7 @@ class Scorer:
         values = {one.name: [0.0] * decoder.block_count for one in resolved}
 
         def receive(b: int, products: dict[str, Tensor]) -> None:
+            products = self._with_a_row_per_output(products)
             for one in resolved:
                 values[one.name][b] = one.call(products)
 
