@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shortllm.checkpoint.config import block_count
+from shortllm.format import named_blocks
 
 Kept = Sequence[int]
 
@@ -150,7 +151,7 @@ def _sources(
         source = source_of(block)
         if block in kept and source not in kept:
             result.setdefault(source, []).append(block)
-    return {source: reason.format(", ".join(map(str, blocks))) for source, blocks in result.items()}
+    return {source: reason.format(named_blocks(blocks)) for source, blocks in result.items()}
 
 
 def _shared_keys(config: Any, kept: Kept) -> dict[int, str]:
@@ -161,9 +162,7 @@ def _shared_keys(config: Any, kept: Kept) -> dict[int, str]:
     def source(block: int) -> int:
         return max((b for b in own if kinds[b] == kinds[block]), default=block)
 
-    return _sources(
-        range(count - shared, count), source, kept, "its keys and values serve blocks {} too"
-    )
+    return _sources(range(count - shared, count), source, kept, "its keys and values serve {} too")
 
 
 def _shared_indexer(config: Any, kept: Kept) -> dict[int, str]:
@@ -173,13 +172,13 @@ def _shared_indexer(config: Any, kept: Kept) -> dict[int, str]:
         return max((b for b in range(block) if kinds[b] == "full"), default=block)
 
     users = [block for block, kind in enumerate(kinds) if kind == "shared"]
-    return _sources(users, source, kept, "the tokens its indexer picks serve blocks {} too")
+    return _sources(users, source, kept, "the tokens its indexer picks serve {} too")
 
 
 def _first_hybrid(config: Any, kept: Kept) -> dict[int, str]:
     hybrid = [block for block, kind in enumerate(config.layers_block_type) if kind == "hybrid"]
     return _sources(
-        hybrid, lambda block: hybrid[0], kept, "the attention weights stored in it serve blocks {}"
+        hybrid, lambda block: hybrid[0], kept, "the attention weights stored in it serve {}"
     )
 
 
@@ -196,10 +195,10 @@ def _numbered_tables(config: Any, kept: Kept) -> dict[int, str]:
     ids = [number - BLOCK_NUMBERS["ple_layer_ids"] for number in config.ple_layer_ids or ()]
     result: dict[int, str] = {}
     for place, block in enumerate(ids):
-        later = ", ".join(str(other) for other in ids[place + 1 :] if other in kept)
+        later = [other for other in ids[place + 1 :] if other in kept]
         if block not in kept and later:
             result[block] = (
-                f"the n-gram tables of blocks {later} are hashed by how many come before"
+                f"the n-gram tables of {named_blocks(later)} are hashed by how many come before"
             )
     return result
 

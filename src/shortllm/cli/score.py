@@ -16,7 +16,7 @@ from shortllm.cli.output import answered, command_line, print_table
 from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
-from shortllm.format import duration, in_bytes, plain
+from shortllm.format import counted, duration, in_bytes, plain
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.records import Pruning
 from shortllm.recipe import CRITERION_HELP
@@ -179,8 +179,9 @@ def prune(
 def _print_pruning(record: Pruning, written: Path, *, verified: bool) -> None:
     size = sum((written / name).stat().st_size for name in weight_files(written))
     typer.echo(
-        f"{record.model.id}: {record.model.blocks} -> {len(record.kept)} blocks, without "
-        f"{', '.join(map(str, record.removed))}; {in_bytes(record.model.bytes)} -> {in_bytes(size)}"
+        f"{record.model.id}: {record.model.blocks} -> {counted(len(record.kept), 'block')}, "
+        f"without {', '.join(map(str, record.removed))}; {in_bytes(record.model.bytes)} -> "
+        f"{in_bytes(size)}"
     )
     if verified:
         typer.echo(
@@ -222,7 +223,7 @@ def _print_scores(scores: BlockScores) -> None:
 def _print_summary(summary: ModelSummary) -> None:
     model = summary.model
     protected = set(summary.protected)
-    typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
+    typer.echo(f"{model.id}: {model.model_type}, {counted(model.blocks, 'block')}")
     if model.gguf is not None:
         typer.echo(f"dequantized from {model.gguf}")
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)

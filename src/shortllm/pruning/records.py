@@ -184,7 +184,7 @@ class PrunePlan(Shown, ResultFile):
     def __str__(self) -> str:
         """'embedded: 12 -> 9 blocks, without 4, 5, 7 (18.1% of the parameters)'."""
         return (
-            f"{self.model.id}: {self.model.blocks} -> {len(self.kept)} blocks, without "
+            f"{self.model.id}: {self.model.blocks} -> {counted(len(self.kept), 'block')}, without "
             f"{', '.join(map(str, self.removed))} ({self.reached.parameter_ratio:.1%} of the "
             "parameters)"
         )
