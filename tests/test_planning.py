@@ -251,17 +251,30 @@ def test_blocks_that_score_alike_at_the_border_are_named(
     assert (said or "chosen over") in plan.reason if said else "chosen over" not in plan.reason
 
 
+def test_blocks_within_the_noise_of_the_samples_are_named() -> None:
+    about = model(4)
+    samples = [[9.0, 9.0, 9.0], [0.9, 1.0, 1.1], [1.4, 0.9, 1.0], [1.9, 2.0, 2.1]]
+    found = scores([9.0, 2.72, 3.0, 7.4], about).model_copy(update={"samples": samples})
+    budget = Budget(remove=1, protect_first=0, protect_last=0)
+    plan = build_plan(budget, model=about, scores=found)
+    assert plan.reason.endswith(
+        "Block 1 was chosen over 2, which scores alike (within 9.4 %, the noise of the samples)."
+    )
+    alone = found.model_copy(update={"samples": [[value] for [value, *_] in samples]})
+    assert "chosen over" not in build_plan(budget, model=about, scores=alone).reason
+
+
 def test_periods_and_spans_that_score_alike_are_named() -> None:
     about = periodic(blocks=6)
     found = scores([1, 1, 1, 1, 1, 1.001], about)
     free = {"protect_first": 0, "protect_last": 0}
     plan = build_plan(Budget(remove=3, period_aligned=True, **free), model=about, scores=found)
-    assert "Blocks 0–2 were chosen over 3–5, which scores alike (within 0.1 %)." in plan.reason
+    assert "Blocks 0–2 were chosen over 3–5, which score alike (within 0.1 %)." in plan.reason
     about = model(4)
     spans = [[9, 3, 3.001, 9], [9, 4, 4.001], [8, 8], [9]]
     found = scores([9, 3, 3, 9], about).model_copy(update={"criterion": "angular", "spans": spans})
     plan = build_plan(Budget(remove=2, **free), model=about, scores=found)
-    assert "Blocks 1, 2 were chosen over 2, 3, which scores alike" in plan.reason
+    assert "Blocks 1, 2 were chosen over 2, 3, which score alike" in plan.reason
 
 
 def test_places_are_no_near_ties() -> None:

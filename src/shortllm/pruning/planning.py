@@ -30,7 +30,7 @@ from shortllm.pruning.budget import (
     removable,
 )
 from shortllm.pruning.records import BlockScores, PrunePlan, Size, removal_order, scores_path
-from shortllm.pruning.ties import near_ties
+from shortllm.pruning.ties import Compared, near_ties
 from shortllm.published import Published
 from shortllm.records import ModelInfo
 from shortllm.runtime import DeviceOptions
@@ -296,13 +296,19 @@ def _ties(scores: BlockScores, removed: Sequence[int], model: ModelInfo, budget:
         length, values = len(removed), scores.spans[len(removed) - 1]
         starts = _starts(removable(budget, model), length)
         spans = {tuple(range(start, start + length)): values[start] for start in starts}
-        return near_ties(spans, {tuple(removed)})
+        return near_ties(Compared(spans, {}), {tuple(removed)})
     found = criteria.find(scores.criterion)
     measured = found is None or (found.needs != "nothing" and found.label != criteria.PLACE)
     if scores.order is not None or scores.removed is not None or not measured:
         return ""
     totals = _totals(scores.importance, budget, model)
-    return near_ties(totals, [unit for unit in totals if set(unit) <= set(removed)])
+    samples = {
+        unit: [sum(of_blocks) for of_blocks in zip(*(scores.samples[b] for b in unit), strict=True)]
+        for unit in totals
+        if scores.samples is not None
+    }
+    gone = [unit for unit in totals if set(unit) <= set(removed)]
+    return near_ties(Compared(totals, samples), gone)
 
 
 def _reason(

@@ -46,6 +46,10 @@ class BlockScores(Shown, ResultFile):
         default=None,
         description="mean NLL without the block minus that of the intact model, in nats per token",
     )
+    samples: list[list[float]] | None = Field(
+        default=None,
+        description="for each block the criterion's mean on each calibration sample, in nats",
+    )
     spans: list[list[float]] | None = Field(
         default=None,
         description="`spans[n-1][start]` is the importance of the n blocks from start on",
@@ -77,6 +81,9 @@ class BlockScores(Shown, ResultFile):
         ):
             if numbers is not None and len(numbers) != count:
                 raise ValueError(f"{name} has {len(numbers)} entries, and the model {count} blocks")
+        of_samples = self.samples if self.samples is not None else [[]] * count
+        if len(of_samples) != count or len(set(map(len, of_samples))) > 1:
+            raise ValueError(f"samples must have equally many numbers for each of {count} blocks")
         lengths = [len(starts) for starts in self.spans or ()]
         if lengths != list(range(count, 0, -1))[: len(lengths)]:
             raise ValueError(f"spans must have one entry for each start in {count} blocks")
