@@ -370,7 +370,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"must be int64 .* these are float32 \[2, 2\]"):
         load_calibration(tmp_path / "float.safetensors")
     (tmp_path / "calibration.json").write_text(json.dumps({"sampller": "random"}))
-    with pytest.raises(ResultFileError, match="is not a CalibrationInfo file"):
+    with pytest.raises(ResultFileError, match="is not a valid calibration.json"):
         load_calibration(tmp_path)
 
 

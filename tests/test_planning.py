@@ -14,7 +14,7 @@ from shortllm.errors import BudgetError, CriterionError, ResultFileError, ShortL
 from shortllm.options import options_from
 from shortllm.pruning.budget import Budget, check_budget, most_blocks, removable
 from shortllm.pruning.planning import build_plan
-from shortllm.pruning.records import BlockScores, PrunePlan, removal_order
+from shortllm.pruning.records import BlockScores, PrunePlan, load_plan, removal_order
 from shortllm.records import ModelInfo
 
 
@@ -396,3 +396,18 @@ def test_blocks_that_others_depend_on_are_protected() -> None:
     assert ModelInfo.model_validate_json(about.model_dump_json()) == about
     # named by hand, surgery has the last word
     check_budget(Budget(blocks=[5]), about)
+
+
+def test_what_is_no_plan_says_what_a_plan_is(tmp_path: Path) -> None:
+    about = model(4)
+    scores([1, 2, 3, 4], about).save(tmp_path / "scores.json")
+    (tmp_path / "broken.json").write_text("{'removed': [3]}")
+    (tmp_path / "list.json").write_text("[3, 4]")
+    for name in ("scores.json", "broken.json", "list.json"):
+        with pytest.raises(ResultFileError) as caught:
+            load_plan(tmp_path / name)
+        assert f"{name} is not a valid plan.json: " in str(caught.value)
+        assert "A plan is the file plan.json that `shortllm plan` writes" in str(caught.value)
+        assert "--blocks 3,4,8" in str(caught.value) and "PrunePlan" not in str(caught.value)
+    with pytest.raises(ResultFileError, match="there is no plan in .*Or name the .*--blocks"):
+        load_plan(tmp_path)

@@ -12,7 +12,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from shortllm.checkpoint.config import DECODER_COUNTS, block_count, count_field, text_config
+from shortllm.checkpoint.config import (
+    DECODER_COUNTS,
+    block_count,
+    count_field,
+    separated_pattern,
+    text_config,
+)
 from shortllm.checkpoint.rules import (
     BEHIND_FIRST,
     BLOCK_KEYS,
@@ -137,6 +143,12 @@ def _values_of(config: Any, field: str) -> Iterator[Any]:
 
 def _per_block(field: str, value: Any, count: int, *, removed: bool) -> bool:
     """Whether a field has one entry per block, by the table of names; unknown lists are refused."""
+    if field in PER_BLOCK and isinstance(value, str) and removed and len(value) != count:
+        said = separated_pattern({field: value}) or f"{field} '{value}' has {len(value)} letters"
+        raise UnsupportedModelError(
+            f"the pattern in config.json cannot be shortened with the model's {count} blocks: "
+            f"{said}"
+        )
     if field in PER_BLOCK:
         return isinstance(value, (list, tuple, str)) and len(value) == count
     if not isinstance(value, (list, tuple)) or len(value) != count or not removed:

@@ -226,6 +226,17 @@ def _print_summary(summary: ModelSummary) -> None:
     typer.echo(f"{model.id}: {model.model_type}, {counted(model.blocks, 'block')}")
     if model.gguf is not None:
         typer.echo(f"dequantized from {model.gguf}")
+    if (experts := summary.experts) is not None:
+        active = "" if experts.active is None else f", {experts.active} of them for each token"
+        shared = f", and {experts.shared} shared" if experts.shared else ""
+        where = (
+            "every block"
+            if experts.blocks == model.blocks
+            else f"each of {counted(experts.blocks, 'block')}"
+        )
+        typer.echo(f"experts: {experts.total} in {where}{active}{shared}")
+    if summary.quantize_refuses is not None:
+        typer.echo(f"quantize would refuse it: {summary.quantize_refuses}")
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
     blocks = [
         (parameters, size, "protected" if b in protected else "")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
 from shortllm.calls import accepts
+from shortllm.checkpoint.experts import Experts, experts_of
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
@@ -212,6 +213,10 @@ class ModelSummary(Record):
     bytes_per_block: list[int]
     protected: list[int]
     """Blocks that are protected by default."""
+    experts: Experts | None
+    """None where a model has none."""
+    quantize_refuses: str | None
+    """Why `quantize` refuses it with its default options; None where it does not."""
     samples: int
     length: int
     device: str
@@ -264,6 +269,7 @@ def info(
         ShortLLMError: a device that is missing.
     """
     from shortllm.model.loading import room_for, stored_dtype
+    from shortllm.quantizing.quantize import refusal
     from shortllm.runtime import choose_device, choose_dtype
 
     checkpoint = open_checkpoint(model, revision=revision)
@@ -285,6 +291,8 @@ def info(
         parameters_outside=about.parameters - sum(about.parameters_per_block),
         bytes_per_block=checkpoint.bytes_per_block,
         protected=protected_in(about),
+        experts=experts_of(checkpoint),
+        quantize_refuses=refusal(checkpoint),
         samples=samples,
         length=length,
         device=str(device),

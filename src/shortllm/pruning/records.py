@@ -21,6 +21,9 @@ from shortllm.shown import Shown, data_frame
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+WITHOUT_PLAN = "Or name the blocks themselves, as in --blocks 3,4,8"
+"""What to do where there is no plan."""
+
 SHOWN_BLOCKS = 5
 """Least important blocks that scores name in one line."""
 
@@ -265,9 +268,15 @@ def load_plan(path: Path) -> PrunePlan:
     if not file.exists():
         raise ResultFileError(
             f"there is no plan in {path}. Make one first: shortllm plan SCORES --out "
-            f"{path if path.suffix == '.json' else path / 'plan.json'}"
+            f"{path if path.suffix == '.json' else path / 'plan.json'}. {WITHOUT_PLAN}"
         )
-    return PrunePlan.load(file)
+    try:
+        return PrunePlan.load(file)
+    except ResultFileError as error:
+        raise ResultFileError(
+            f"{error}. A plan is the file plan.json that `shortllm plan` writes: the blocks to "
+            f"remove, and why. {WITHOUT_PLAN}"
+        ) from error
 
 
 class DepthSpeed(Record):

@@ -89,10 +89,10 @@ def score(
         "calibration": text.model_dump(mode="json"),
         **runtime.model_dump(mode="json"),
     }
-    if out is not None and ranks.is_main:
-        claim_directory(out, checkpoint, chosen)
     session = Session(runtime)
     check_attention(session.attention, session.device)
+    if out is not None and ranks.is_main:
+        claim_directory(out, checkpoint, chosen)
     needs_text = any(one.needs_text for one in criteria)
     ids = calibrate(checkpoint, calibration) if needs_text else None
     healing = text_to_heal_with(checkpoint, criteria, calibration)
