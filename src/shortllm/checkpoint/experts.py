@@ -54,7 +54,7 @@ def experts_of(checkpoint: Checkpoint) -> Experts | None:
 
 
 def _numbers(config: dict[str, Any], fields: tuple[str, ...]) -> Iterator[int]:
-    """Counts under these names, also in parts of a config; of several kinds their sum."""
+    """Counts under these names, also inside a config; of several kinds their sum."""
     for field in fields:
         value = config.get(field)
         found = sum(value) if isinstance(value, (list, tuple)) else value

@@ -135,7 +135,7 @@ def _image_features(config: Any, kept: Kept) -> dict[int, str]:
 
 
 def _values_of(config: Any, field: str) -> Iterator[Any]:
-    """What a config holds under this name, in any of its parts."""
+    """What a config has under this name, also within it."""
     if isinstance(config, dict):
         for name, value in config.items():
             yield from [value] if name == field else _values_of(value, field)

@@ -11,11 +11,10 @@ LLaMA (arXiv:2402.02834), 2,048 the usual one. Here with a length of 3:
     bos="every"   [BOS] t0 t1 t2 | [BOS] t3 ...     (Gemma predicts nothing sensible without)
     bos="none"    t0 t1 t2 | t3 t4 t5 | ...
 
-With `every`, BOS stands before `length` tokens of text, which are all predicted; otherwise a
+With `every`, BOS comes before `length` tokens of text, which are all predicted; otherwise a
 segment is `length` tokens, of which the first is not. Perplexity is exp of the mean next-token NLL
-over all predictions inside segments. The text takes
-the walk that also scores blocks, here with nothing removed, so a model larger than memory can be
-measured.
+over all predictions inside segments. The text takes the walk that also scores blocks, here with
+nothing removed, so a model larger than memory can be measured.
 """
 
 from __future__ import annotations
