@@ -108,7 +108,7 @@ def calibrate(
 
 
 def check_length(checkpoint: Checkpoint, length: int, option: str, *, before: int = 0) -> None:
-    """Refuse more tokens than the model has positions for; `before` is 1 if a BOS comes before them."""
+    """Refuse more tokens than the model has positions for; `before` is 1 with a BOS before them."""
     room = context_length(checkpoint.config)
     if room is not None and before + length > room:
         bos = " and the BOS before them" * before
