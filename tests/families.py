@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.structure import auto_class
+from shortllm.checkpoint.structure import auto_class, block_structure
 from shortllm.criteria import Scores, resolve
 from shortllm.files import overwriting
 from shortllm.model.decoder import Decoder
@@ -252,7 +252,11 @@ def score(
     **kwargs: Any,
 ) -> dict[str, Scores]:
     """Scores by criteria; the checkpoint is needed for those that look at stored weights."""
-    source: Any = checkpoint or SimpleNamespace(block_count=decoder.block_count, raw_config={})
+    source: Any = checkpoint or SimpleNamespace(
+        block_count=decoder.block_count,
+        raw_config={},
+        structure=block_structure(decoder.model.config),
+    )
     scorer = Scorer(
         checkpoint=source, open_decoder=lambda: decoder, ids_BT=ids_BT, **kwargs
     )  # fmt: skip

@@ -370,7 +370,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"must be int64 .* these are float32 \[2, 2\]"):
         load_calibration(tmp_path / "float.safetensors")
     (tmp_path / "calibration.json").write_text(json.dumps({"sampller": "random"}))
-    with pytest.raises(ResultFileError, match="is not a CalibrationInfo file"):
+    with pytest.raises(ResultFileError, match="is not a valid calibration.json"):
         load_calibration(tmp_path)
 
 
@@ -406,7 +406,7 @@ def test_defaults_that_depend_on_the_model() -> None:
     ("bos", "expected"),
     [
         ("first", [[BOS, 1, 2], [3, 4, 5]]),
-        ("every", [[BOS, 1, 2], [BOS, 3, 4], [BOS, 5, 6]]),
+        ("every", [[BOS, 1, 2, 3], [BOS, 4, 5, 6]]),
         ("none", [[1, 2, 3], [4, 5, 6]]),
     ],
 )
@@ -418,7 +418,7 @@ def test_segments_by_hand(
 ) -> None:
     rows = Rows.of("short", ["w1 w2 w3", "", "w4", "w5 w6", ""])
     segments = evaluation_segments(rows, with_bos, length=3, bos=bos)
-    assert (segments.ids.tolist(), segments.bos) == (expected, bos)
+    assert (segments.ids.tolist(), segments.bos, segments.length) == (expected, bos, 3)
     assert len(evaluation_segments(rows, with_bos, length=3, bos=bos, max_segments=1)) == 1
     fallen_back = evaluation_segments(rows, without_bos, length=3, bos=bos)
     assert fallen_back.ids.tolist() == [[1, 2, 3], [4, 5, 6]] and fallen_back.bos == "none"

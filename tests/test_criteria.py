@@ -22,12 +22,13 @@ from shortllm.criteria import Scores, resolve
 from shortllm.criteria.lorp import cluster_count, spectral_clusters
 from shortllm.errors import CriterionError, UnsupportedModelError
 from shortllm.journal import Journal
-from shortllm.model import hidden_states, walk
+from shortllm.model import Session, hidden_states, walk
 from shortllm.model.backward import block_weights, walk_back
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import next_token_nll, reduce_powers
 from shortllm.model.streamed import open_streamed
+from shortllm.pruning.score import score_blocks
 from shortllm.runtime import ALONE
 
 WITH_TEXT = criteria.names_by_need("logits", "gradients", *criteria.OBSERVED)
@@ -189,12 +190,26 @@ def test_reductions() -> None:
         "sum": torch.sum, "mean": torch.mean, "max": torch.max, "prod": torch.prod,
     }  # fmt: skip
     for power, of_weights, of_block in itertools.product((1, 2), kinds, kinds):
-        parts = [kinds[of_weights](x.double().abs().flatten() ** power) for x in tensors]
+        powers = [x.double().abs() ** power for x in tensors]
+        rows = [x.sum(dim=1) if x.ndim > 1 else x for x in powers]
+        parts = [kinds[of_weights](x) for x in rows]
         expected = kinds[of_block](torch.stack(parts)).item()
         if "prod" in (of_weights, of_block):
             expected = math.log(expected)
         found = reduce_powers(tensors, power=power, over_weights=of_weights, over_block=of_block)
         assert found == pytest.approx(expected, rel=1e-6), (power, of_weights, of_block)
+
+
+def test_a_matrix_stored_with_a_column_per_output_is_reduced_by_outputs() -> None:
+    checkpoint = opened("gpt2")
+    one = resolve("magnitude", {"over_weights": "max"})
+    found = score_blocks(checkpoint, None, [one], session=Session())["magnitude"]
+    for b, block in enumerate(loaded("gpt2").transformer.h):
+        projections = [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+        outputs = [module.weight.abs().sum(dim=0) for module in projections]
+        norms = [block.ln_1.weight.abs(), block.ln_2.weight.abs()]
+        expected = sum(one.max().item() for one in (*outputs, *norms))
+        assert found.importance[b] == pytest.approx(expected, rel=1e-5)
 
 
 def plain_similarities(model: nn.Module, ids_BT: Tensor) -> list[list[float]]:
@@ -357,6 +372,7 @@ def kept_checkpoint(variant: str, kept: list[int]) -> Any:
 
     class Kept:
         block_count = len(kept)
+        structure = whole.structure
 
         @staticmethod
         def block_weights(b: int) -> Any:

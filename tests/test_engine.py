@@ -26,6 +26,7 @@ from families import (
 from torch import Tensor, nn
 
 from shortllm import criteria
+from shortllm.checkpoint.structure import block_structure
 from shortllm.criteria import Scores, resolve
 from shortllm.errors import UnsupportedModelError
 from shortllm.model import hidden_states, walk
@@ -140,7 +141,8 @@ def test_announced_work_is_the_work_reported(
     monkeypatch.setattr(walk, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(hidden_states, "CPU_GROUP_TOKENS", limit)
     view, ids_BT = Decoder(loaded(variant)), token_ids()
-    source: Any = SimpleNamespace(block_count=view.block_count)
+    structure = block_structure(view.model.config)
+    source: Any = SimpleNamespace(block_count=view.block_count, structure=structure)
     for names in (["ppl"], ["influence"], ["taylor"], ["kl", "relative", "taylor"]):
         steps: list[float] = []
         scorer = Scorer(

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import LENGTH, loaded, opened, saved, token_ids
+from architectures import tiny_config
+from families import LENGTH, build, config_of, loaded, opened, save, saved, token_ids
+from test_cli import call
 
 from shortllm import criteria
-from shortllm.checkpoint.source import Checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import resolve
-from shortllm.errors import CriterionError
+from shortllm.errors import CriterionError, ShortLLMError
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.pruning import estimate
@@ -20,6 +22,8 @@ from shortllm.pruning.estimate import Estimate, info, weightless
 from shortllm.pruning.estimate_stages import EVALUATED, StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
+from shortllm.quantizing.options import QuantizeOptions
+from shortllm.quantizing.quantize import check_model
 
 SAMPLES = 3
 
@@ -249,3 +253,29 @@ def test_info_and_scoring_choose_by_one_rule(
     assert summary.streamed == streams
     assert ("an unknown amount" if free is None else f"{free / 2**30:.1f} GiB") in summary.why
     assert Session(device="cpu").decoder(opened("llama")).streamed == streams
+
+
+@pytest.mark.parametrize(
+    ("model_type", "total", "active", "shared"),
+    [("mixtral", 6, 2, 0), ("qwen2_moe", 4, 2, 1), ("deepseek_v3", 4, 2, 1), ("dbrx", 4, 2, 0)],
+)
+def test_info_counts_experts_and_says_what_quantize_refuses(
+    model_type: str, total: int, active: int, shared: int, tmp_path: Path
+) -> None:
+    config = config_of("mixtral") if model_type == "mixtral" else tiny_config(model_type)
+    found = info(str(save(build(config), tmp_path / "model")), probe=False)
+    assert found.experts is not None and found.quantize_refuses is not None
+    experts = (found.experts.total, found.experts.active, found.experts.shared)
+    assert experts == (total, active, shared)
+    with pytest.raises(ShortLLMError) as refused:
+        check_model(QuantizeOptions(group_size=128), open_checkpoint(tmp_path / "model"))
+    assert str(refused.value) == found.quantize_refuses
+
+
+def test_info_of_a_plain_model_speaks_of_no_experts(capfd: pytest.CaptureFixture[str]) -> None:
+    assert info("embedded", probe=False).experts is None
+    assert info("embedded", probe=False).quantize_refuses is None
+    code, printed, _ = call(capfd, "info", saved("mixtral"), "--no-probe")
+    assert code == 0
+    assert "experts: 6 in every block, 2 of them for each token\n" in printed
+    assert "quantize would refuse it: " in printed and "outside linear layers" in printed

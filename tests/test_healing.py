@@ -31,6 +31,7 @@ from shortllm.errors import (
 )
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.files import overwriting
+from shortllm.format import number
 from shortllm.healing import least_squares
 from shortllm.healing.folding import find_added
 from shortllm.healing.gap_by_gap import heal_gaps, steps_of
@@ -724,6 +725,21 @@ def test_streamed_merges_equal_resident_ones(tmp_path: Path) -> None:
     assert records[0].tries == records[1].tries
     files = [tmp_path / str(s) / "model.safetensors" for s in (False, True)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_merge_that_breaks_the_model_is_not_called_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code, printed, err = call(
+        capfd, "merge", "embedded", "--blocks", "4,5,6,7,8", "--out", str(out)
+    )
+    record = Merging.load(out / "merge.json")
+    assert code == 0
+    assert "kept" not in printed and "as named, not alike (below 0.65)" in printed
+    assert record.tries[-1].perplexity == record.perplexity > 10 * record.intact_perplexity
+    assert f"{number(record.intact_perplexity)} -> {number(record.perplexity)}" in printed
+    assert "this merge breaks the model: perplexity on the calibration text rises" in err
 
 
 def test_a_finished_merge_is_left_alone(tmp_path: Path) -> None:

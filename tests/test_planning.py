@@ -14,7 +14,7 @@ from shortllm.errors import BudgetError, CriterionError, ResultFileError, ShortL
 from shortllm.options import options_from
 from shortllm.pruning.budget import Budget, check_budget, most_blocks, removable
 from shortllm.pruning.planning import build_plan
-from shortllm.pruning.records import BlockScores, PrunePlan, removal_order
+from shortllm.pruning.records import BlockScores, PrunePlan, load_plan, removal_order
 from shortllm.records import ModelInfo
 
 
@@ -229,6 +229,70 @@ def test_a_span_is_only_to_be_had_from_a_criterion_that_scores_spans() -> None:
         planned([1, 2, 3, 4], remove=2, contiguous=True)
 
 
+@pytest.mark.parametrize(
+    ("importance", "remove", "said"),
+    [
+        ([5, 1, 1, 1, 3, 5], 1, "Block 3 was chosen over 1 and 2, which score the same: of equ"),
+        (
+            [5, 1, 1.003, 3, 4, 5],
+            1,
+            "Block 1 was chosen over 2, which scores alike (within 0.3 %)",
+        ),
+        ([5, 1, 2, 2.001, 2.002, 5], 3, "Blocks 2 and 3 were chosen over 4, which scores alike"),
+        ([5, 1, 1.001, 3, 4, 5], 2, None),  # two alike that both go
+        ([5, 1, 2, 3, 4, 5], 2, None),
+        ([1.001, 1, 2, 3, 4, 5], 1, None),  # block 0 is protected
+    ],
+)
+def test_blocks_that_score_alike_at_the_border_are_named(
+    importance: list[float], remove: int, said: str | None
+) -> None:
+    plan = planned(importance, remove=remove, protect_first=1, protect_last=1)
+    assert (said or "chosen over") in plan.reason if said else "chosen over" not in plan.reason
+
+
+def test_blocks_within_the_noise_of_the_samples_are_named() -> None:
+    about = model(4)
+    samples = [[9.0, 9.0, 9.0], [0.9, 1.0, 1.1], [1.4, 0.9, 1.0], [1.9, 2.0, 2.1]]
+    found = scores([9.0, 2.72, 3.0, 7.4], about).model_copy(update={"samples": samples})
+    budget = Budget(remove=1, protect_first=0, protect_last=0)
+    plan = build_plan(budget, model=about, scores=found)
+    assert plan.reason.endswith(
+        "Block 1 was chosen over 2, which scores alike (within 9.4 %, the noise of the samples)."
+    )
+    alone = found.model_copy(update={"samples": [[value] for [value, *_] in samples]})
+    assert "chosen over" not in build_plan(budget, model=about, scores=alone).reason
+
+
+def test_periods_and_spans_that_score_alike_are_named() -> None:
+    about = periodic(blocks=6)
+    found = scores([1, 1, 1, 1, 1, 1.001], about)
+    free = {"protect_first": 0, "protect_last": 0}
+    plan = build_plan(Budget(remove=3, period_aligned=True, **free), model=about, scores=found)
+    assert "Blocks 0–2 were chosen over 3–5, which score alike (within 0.1 %)." in plan.reason
+    about = model(4)
+    spans = [[9, 3, 3.001, 9], [9, 4, 4.001], [8, 8], [9]]
+    found = scores([9, 3, 3, 9], about).model_copy(update={"criterion": "angular", "spans": spans})
+    plan = build_plan(Budget(remove=2, **free), model=about, scores=found)
+    assert "Blocks 1, 2 were chosen over 2, 3, which score alike" in plan.reason
+
+
+def test_places_are_no_near_ties() -> None:
+    about = model(400)
+    found = scores([float(b) for b in range(400)], about).model_copy(update={"criterion": "last"})
+    assert "alike" not in build_plan(Budget(remove=300), model=about, scores=found).reason
+
+
+def test_one_block_is_spoken_of_as_one() -> None:
+    plan = planned([5, 1, 3, 4, 6, 7], remove=1, protect_first=0, protect_last=1)
+    assert plan.reason == (
+        "Block 1 has the lowest importance by the criterion 'ppl' among the 5 unprotected blocks; "
+        "block 5 was protected."
+    )
+    assert planned([1, 2], blocks=[1]).reason == "Block 1 was named by hand, of 2."
+    assert planned([1, 2, 3], blocks=[1, 2]).reason.startswith("Blocks 1, 2 were named by hand")
+
+
 def test_a_removal_order_is_followed_as_far_as_it_goes() -> None:
     about = model(6)
     greedy = scores([5, 1, 0, 4, 3, 2], about).model_copy(
@@ -332,3 +396,18 @@ def test_blocks_that_others_depend_on_are_protected() -> None:
     assert ModelInfo.model_validate_json(about.model_dump_json()) == about
     # named by hand, surgery has the last word
     check_budget(Budget(blocks=[5]), about)
+
+
+def test_what_is_no_plan_says_what_a_plan_is(tmp_path: Path) -> None:
+    about = model(4)
+    scores([1, 2, 3, 4], about).save(tmp_path / "scores.json")
+    (tmp_path / "broken.json").write_text("{'removed': [3]}")
+    (tmp_path / "list.json").write_text("[3, 4]")
+    for name in ("scores.json", "broken.json", "list.json"):
+        with pytest.raises(ResultFileError) as caught:
+            load_plan(tmp_path / name)
+        assert f"{name} is not a valid plan.json: " in str(caught.value)
+        assert "A plan is the file plan.json that `shortllm plan` writes" in str(caught.value)
+        assert "--blocks 3,4,8" in str(caught.value) and "PrunePlan" not in str(caught.value)
+    with pytest.raises(ResultFileError, match="there is no plan in .*Or name the .*--blocks"):
+        load_plan(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from families import _GROUPED, build, config_of, opened, save, saved
 from torch import nn
 from transformers import AutoConfig
 
+from shortllm.checkpoint.config import read_config
 from shortllm.checkpoint.shorten_config import refuse_type, shorten_config
 from shortllm.checkpoint.source import find_block_names, open_checkpoint
 from shortllm.checkpoint.structure import block_signature, block_structure, build_empty, find_blocks
@@ -241,6 +243,22 @@ def test_tables_by_block_keep_the_width_of_their_keys() -> None:
 def test_a_letter_per_block_is_cut_too() -> None:
     result = shorten(config_of("llama"), [0, 2, 5], hybrid_override_pattern="M-M*-E")
     assert result["hybrid_override_pattern"] == "MME"
+
+
+@pytest.mark.parametrize(("pattern", "said"), [("M-M|*-E", "'|' betw"), ("M-M*-E/M", "'/' before")])
+def test_a_pattern_with_signs_between_its_letters_is_refused(pattern: str, said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="signs between the letters") as caught:
+        shorten(config_of("llama"), [0, 2, 5], hybrid_override_pattern=pattern)
+    assert said in str(caught.value) and f"'{pattern}'" in str(caught.value)
+    with pytest.raises(UnsupportedModelError, match="hybrid_override_pattern 'M-M' has 3 letters"):
+        shorten(config_of("llama"), [0, 2, 5], hybrid_override_pattern="M-M")
+
+
+def test_a_pattern_that_transformers_cannot_read_is_explained(tmp_path: Path) -> None:
+    raw = {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M|*-E"}
+    with pytest.raises(UnsupportedModelError, match="Write one letter for each block"):
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        read_config(tmp_path, raw)
 
 
 def test_a_list_that_only_the_file_holds_is_looked_at() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -250,6 +251,7 @@ def test_criteria_without_text_need_no_data(tmp_path: Path) -> None:
         (["--criterion", "ppl,tailor"], "unknown criterion 'tailor'. Did you mean 'taylor'"),
         (["--option", "taylor.power=2"], "option of criterion 'taylor' was given, but"),
         (["--option", "power=2"], "must have the form CRITERION.NAME=VALUE"),
+        (["--attn", "flash_attention_2"], "works on CUDA devices, not on cpu. Use --attn sdpa"),
         (["--max-memory", "4 quarts"], "--max-memory 4 quarts: could not interpret byte unit"),
     ],
 )
@@ -266,6 +268,34 @@ def test_wrong_arguments(
     )  # fmt: skip
     assert code == 2 and message in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_an_attention_implementation_is_taken_and_counts_as_a_choice(
+    ids_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    original = loading.use_attention
+
+    def recorded(checkpoint: Any, model: Any, attention: str) -> None:
+        original(checkpoint, model, attention)
+        used.append(model.config._attn_implementation)
+
+    monkeypatch.setattr(loading, "use_attention", recorded)
+    found = [
+        shortllm.score(saved("llama"), file=ids_file, attention=attention, stream=stream)
+        for attention, stream in ((None, None), ("eager", False), ("eager", True))
+    ]
+    assert used == ["eager", "eager"]
+    assert found[1].importance == pytest.approx(found[0].importance, rel=1e-4)
+    assert found[2].importance == pytest.approx(found[0].importance, rel=1e-4)
+    assert found[0].fingerprint != found[1].fingerprint == found[2].fingerprint
+
+
+def test_scores_keep_the_numbers_of_each_sample(ids_file: Path) -> None:
+    scores = shortllm.score(saved("llama"), file=ids_file)
+    means = [math.exp(sum(values) / len(values)) for values in scores.samples]
+    assert [len(values) for values in scores.samples] == [SAMPLES] * 6
+    assert means == pytest.approx(scores.importance, rel=1e-5)
 
 
 def test_amounts_of_memory() -> None:

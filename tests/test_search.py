@@ -208,7 +208,7 @@ def test_two_planted_blocks_are_found_by_the_programme(planted: Path) -> None:
     )  # fmt: skip
     assert found.removed == [3, 7]
     plan = build_plan(Budget(remove=2, **FREE), model=found.model, scores=found)
-    assert "are those that the search 'dp' found: without them the perplexity" in plan.reason
+    assert "were found by the search 'dp': without them the perplexity" in plan.reason
 
 
 @pytest.mark.parametrize("fitness", ["ppl", "kl"])

@@ -176,3 +176,57 @@ def test_perplexity_equals_a_plain_loop_over_segments(shared: Path) -> None:
     with torch.no_grad():
         loss = model(input_ids=stream, labels=stream, use_cache=False).loss
     assert measured.models[0].perplexity[0].perplexity == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sweep(TEXT, first=("stories260K",)))
+def test_bos_before_every_128_tokens_equals_a_plain_loop(name: str, shared: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, text = str(shared / "models" / name), shared / "data" / "wikipedia" / "wiki_demo.txt"
+    [measured] = shortllm.evaluate(
+        [path],
+        options=EvaluationOptions(data=[str(text)], bos="every", length=128, max_segments=20),
+        dtype="float32",
+    ).models
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = text.read_text(encoding="utf-8").split("\n")[:-1]
+    ids = tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False).input_ids
+    losses = []
+    for i in range(20):
+        segment = torch.tensor([[tokenizer.bos_token_id, *ids[128 * i : 128 * (i + 1)]]])
+        with torch.no_grad():
+            losses.append(model(input_ids=segment, labels=segment).loss)
+    found = measured.perplexity[0]
+    assert (found.length, found.predictions) == (128, 20 * 128)
+    assert found.perplexity == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
+@pytest.mark.parametrize("name", sweep(TEXT, first=("stories260K",)))
+def test_reductions_over_rows_are_the_published_ones(
+    name: str, criterion: str, shared: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = str(shared / "models" / name)
+    ids = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model(input_ids=ids, labels=ids).loss.backward()
+    for reduction in ("sum", "mean", "max"):
+        scores = shortllm.score(
+            path,
+            criterion=criterion,
+            options={criterion: {"over_weights": reduction}},
+            calibration=CalibrationOptions(file=tmp_path / "ids.json"),
+            dtype="float32",
+        )
+        for b, block in enumerate(model.model.layers):
+            total = 0.0
+            for weight in block.parameters():
+                product = (weight * weight.grad if criterion == "taylor" else weight).abs()
+                rows = product.sum(dim=1) if product.ndim == 2 else product
+                reduced = {"sum": rows.sum(), "mean": rows.mean(), "max": rows.max()}[reduction]
+                total += reduced.item()
+            assert scores.importance[b] == pytest.approx(total, rel=1e-4), (reduction, b)

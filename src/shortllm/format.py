@@ -23,6 +23,9 @@ HUB_FILE = r"[\w.-]+/[\w.-]+:"
 MOST_NATS = 700.0
 """Differences in nats above this are shown as this; exp of more is not a float."""
 
+SINGULAR = {"are": "is", "come": "comes", "have": "has", "were": "was"}
+"""Verb of several things -> of one."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _ASCII = str.maketrans({THIN: " ", SPACE: " ", "−": "-", NONE: "-", "×": "x", "±": "+-"})
 
@@ -154,6 +157,13 @@ def listed(names: Sequence[object], last: str = "and") -> str:
     """'a', 'a and b', 'a, b and c'."""
     words = [str(name) for name in names]
     return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def named_blocks(numbers: Sequence[int], verb: str = "") -> str:
+    """'blocks 5, 6', 'block 6'; with a verb of several ('have'), that of their number follows."""
+    one = len(numbers) == 1
+    words = ["block" if one else "blocks", ", ".join(map(str, numbers))]
+    return " ".join([*words, *([SINGULAR[verb] if one else verb] if verb else [])])
 
 
 def spans(blocks: Sequence[int]) -> str:

@@ -29,6 +29,7 @@ from shortllm.evaluation.evaluate import prepare_tasks
 from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import overwriting, releasing, require_free
+from shortllm.format import counted
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.measure import bench_in, best_of, evaluate_in
@@ -90,7 +91,8 @@ class RunResult(Shown):
         """'runs/first: 12 -> 9 blocks, original 1.798, pruned 1.892 (perplexity on embedded)'."""
         plan = self.plan
         return (
-            f"{self.directory}: {plan.model.blocks} -> {len(plan.kept)} blocks, {self.evaluation}"
+            f"{self.directory}: {plan.model.blocks} -> {counted(len(plan.kept), 'block')}, "
+            f"{self.evaluation}"
         )
 
 

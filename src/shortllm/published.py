@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskPrompts
+from shortllm.format import counted, named_blocks
 from shortllm.records import Record
 
 if TYPE_CHECKING:
@@ -153,10 +154,9 @@ def task_of(task: str, metric: str) -> str:
 def compared_blocks(published: Published, removed: Sequence[int]) -> str:
     """Which blocks were removed here and there, in one sentence."""
     theirs, ours = set(published.removed), set(removed)
-    blocks = ", ".join(map(str, published.removed))
     if ours == theirs:
-        return f"Blocks {blocks} were removed, as published."
+        return f"{named_blocks(published.removed, 'were').capitalize()} removed, as published."
     return (
-        f"The published model lacks blocks {blocks}; {len(ours & theirs)} of these were removed "
-        f"here as well, and {len(ours - theirs)} others."
+        f"The published model lacks {named_blocks(published.removed)}; {len(ours & theirs)} of "
+        f"these were removed here as well, and {counted(len(ours - theirs), 'other')}."
     )

@@ -73,8 +73,14 @@ class ResultFile(Record):
             raise ResultFileError(f"cannot read {path}: {error.strerror}") from error
         except ValidationError as error:
             raise ResultFileError(
-                f"{path} is not a {cls.__name__} file: {validation_message(error, cls)}"
+                f"{path} is not a valid {cls.kind()}: {validation_message(error, cls)}"
             ) from error
+
+    @classmethod
+    def kind(cls) -> str:
+        """What to call such a file: 'plan.json', as its docstring begins."""
+        name, _, _ = (cls.__doc__ or "").partition(": ")
+        return name if name.endswith(".json") else cls.__name__
 
 
 def load_current(kind: type[ResultKind], path: Path, expected: str) -> ResultKind | None:

@@ -145,7 +145,7 @@ def _measure(recipe: Recipe, directory: Path, command: Sequence[str]) -> Measure
 
 def _texts(checkpoint: Checkpoint, recipe: Recipe) -> list[EvaluationText]:
     """Each text twice: with BOS before the first segment, and before every one."""
-    check_length(checkpoint, recipe.evaluation.length, "--eval-length")
+    check_length(checkpoint, recipe.evaluation.length, "--eval-length", before=1)
     tokenizer = load_tokenizer(checkpoint)
     rows = [load_rows(source, role="evaluation") for source in recipe.evaluation.data]
     return [

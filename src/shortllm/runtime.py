@@ -18,13 +18,13 @@ from contextlib import (
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ByteSize, Field, field_validator
 
 from shortllm import __version__
 from shortllm.errors import ShortLLMError, first_line_of
-from shortllm.options import Options
+from shortllm.options import Flag, Options
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,14 @@ def trusting_remote_code() -> Iterator[None]:
 def is_trusted() -> bool:
     """Whether code of checkpoints may be run."""
     return _trusted.get()
+
+
+Attention = Annotated[
+    Literal["sdpa", "eager", "flash_attention_2"] | None,
+    Flag(name="--attn"),
+    Field(description="Attention implementation. Default: the model's own."),
+]
+"""Type of the option that says how attention is computed."""
 
 
 class Trust(Options):
@@ -109,6 +117,12 @@ class Runtime(DeviceOptions):
     )
 
 
+class ScoringRuntime(Runtime):
+    """Where and how models run that are scored."""
+
+    attention: Attention = None
+
+
 def check_device(name: str) -> None:
     """Refuse an unknown device, and CUDA where torch has none; does not load torch."""
     kind, _, number = name.partition(":")
@@ -120,6 +134,22 @@ def check_device(name: str) -> None:
         raise ShortLLMError(
             f"--device {name} cannot be used: torch {version('torch')} is built without CUDA. Use "
             "--device cpu, or install a build of torch for your GPU"
+        )
+
+
+def check_attention(attention: str | None, device: torch.device) -> None:
+    """Refuse an attention implementation that is not available, before a model is loaded."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if attention != "flash_attention_2":
+        return
+    if device.type != "cuda":
+        raise ShortLLMError(
+            f"--attn flash_attention_2 works on CUDA devices, not on {device}. Use --attn sdpa"
+        )
+    if not is_flash_attn_2_available():
+        raise ShortLLMError(
+            "--attn flash_attention_2 needs flash-attn. Install it with: pip install flash-attn"
         )
 
 

@@ -36,15 +36,15 @@ from shortllm.benchmark.options import (
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.errors import CheckpointError, DataError, ShortLLMError
+from shortllm.errors import CheckpointError, DataError
 from shortllm.evaluation.options import SAMPLING
 from shortllm.files import fingerprint
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.loading import load_model
+from shortllm.model.loading import load_model, use_attention
 from shortllm.progress import progress
 from shortllm.records import load_current
-from shortllm.runtime import quiet_transformers, versions
+from shortllm.runtime import check_attention, versions
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def check_speed(
     checkpoints: Mapping[str, Checkpoint], options: BenchmarkOptions, session: Session
 ) -> dict[str, Tensor]:
     """The prompt `[T]` of each model, after checking that the sweep can begin."""
-    _check_attention(options, session.device)
+    check_attention(options.attention, session.device)
     prompts = {name: prompt_ids(one, options.prompt) for name, one in checkpoints.items()}
     for name, checkpoint in checkpoints.items():
         room, prompt = context_length(checkpoint.config), len(prompts[name])
@@ -184,36 +184,9 @@ def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
     return torch.tensor(ids)
 
 
-def _check_attention(options: BenchmarkOptions, device: torch.device) -> None:
-    """Refuse an attention implementation that is not available, before a model is loaded."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if options.attention != "flash_attention_2":
-        return
-    if device.type != "cuda":
-        raise ShortLLMError(
-            f"--attn flash_attention_2 works on CUDA devices, not on {device}. Use --attn sdpa"
-        )
-    if not is_flash_attn_2_available():
-        raise ShortLLMError(
-            "--attn flash_attention_2 needs flash-attn. Install it with: pip install flash-attn"
-        )
-
-
 def _load(checkpoint: Checkpoint, attention: str | None, session: Session) -> Any:
     """The model in main memory, from where it is moved to the device for its runs."""
     model: Any = load_model(checkpoint, device=CPU, dtype=session.dtype(checkpoint))
-    if attention is None:
-        return model
-    try:
-        with quiet_transformers():
-            model.to(session.device).set_attn_implementation(attention)
-    except (ValueError, ImportError) as error:
-        raise ShortLLMError(
-            f"{checkpoint.id} cannot use --attn {attention}: {str(error).splitlines()[0]}"
-        ) from error
-    if model.config._attn_implementation != attention:
-        raise ShortLLMError(
-            f"{checkpoint.id} has one attention implementation of its own. Leave out --attn"
-        )
+    if attention is not None:
+        use_attention(checkpoint, model.to(session.device), attention)
     return model.to(CPU)

@@ -14,6 +14,7 @@ from shortllm.files import PARTIAL
 from shortllm.format import number
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, Record, ResultFile
+from shortllm.runtime import Attention
 from shortllm.shown import Shown, data_frame
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ class BenchmarkOptions(Options):
     runs: int = Field(default=20, ge=1, description="Measured runs of each model.")
     prompt: str = Field(default=PROMPT, description="Prompt to continue.")
     compile: bool = Field(default=False, description="Use a static cache and torch.compile.")
-    attention: Annotated[
-        Literal["sdpa", "eager", "flash_attention_2"] | None, Flag(name="--attn")
-    ] = Field(default=None, description="Attention implementation. Default: the model's own.")
+    attention: Attention = None
     seed: Annotated[int, Flag(hidden=True)] = Field(default=0, description="Seed of the sampling.")
 
     @model_validator(mode="after")

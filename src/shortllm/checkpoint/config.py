@@ -33,6 +33,9 @@ SHAPES = "per_block_shapes"
 MARK = " with a shape per block (load it with shortllm.load)"
 """What the model type of such a checkpoint ends with."""
 
+SEPARATORS = "|/"
+"""Signs that some programs write between the letters of a pattern."""
+
 DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
 """Where configs of encoder-decoders, also used for a decoder alone, keep the decoder's count."""
 
@@ -86,10 +89,25 @@ def read_config(directory: Path, raw: dict[str, Any]) -> Any:
     except Exception as error:  # config classes raise whatever their values lead to
         import transformers
 
+        said = separated_pattern(raw) or first_line_of(error)
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} cannot read the config of model type "
-            f"'{raw['model_type']}': {first_line_of(error)}"
+            f"'{raw['model_type']}': {said}"
         ) from error
+
+
+def separated_pattern(raw: dict[str, Any]) -> str | None:
+    """What to say of a pattern of letters that is parted by signs; None where there is none."""
+    for field, value in raw.items():
+        if isinstance(value, dict) and (said := separated_pattern(value)):
+            return said
+        if field.endswith("_pattern") and isinstance(value, str) and set(value) & set(SEPARATORS):
+            return (
+                f"{field} '{value}' has signs between the letters of the blocks ('|' between "
+                "stages of a pipeline, '/' before the blocks of a prediction head). Write one "
+                "letter for each block, and nothing else"
+            )
+    return None
 
 
 def _require_decoder(config: Any, raw_config: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from shortllm.checkpoint.rules import (
     BLOCK_KEYS,
     BLOCK_NUMBERS,
     COUNTS,
+    ENTRANCES,
     FOLLOWERS,
     HARMLESS,
     LAST_OF,
@@ -185,6 +186,11 @@ class Survey:
         for key, value in table.items():
             if table is self._text and self._is_covered(key, value, place):
                 result[key] = value
+                continue
+            if key in ENTRANCES and self.file == "config.json" and not place.path:
+                result[key] = self._report(
+                    place.below(key), "block numbers", value, rule=RENUMBERED
+                )
                 continue
             renamed = self._renamed(key, place, value)
             below = place.below(key, inside=renamed != (key,))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shortllm.checkpoint.config import block_count
+from shortllm.format import named_blocks
 
 Kept = Sequence[int]
 
@@ -152,6 +153,14 @@ REWRITTEN: dict[str, Callable[[Any, Kept], dict[str, Any]]] = {
 blocks."""
 
 
+BEHIND_FIRST = ("deepstack_visual_indexes",)
+"""Fields of any part of a config with one entry per set of image features, of which set i enters
+behind block i by its number."""
+
+ENTRANCES: dict[str, int | None] = {"deepstack_layer_map": 1, "spatial_target_layers": None}
+"""Fields next to the text decoder's config that list the blocks that image features enter: by their
+numbers (None), or by pairs with the number at this place."""
+
 Protect = Callable[[Any, Kept], dict[int, str]]
 """Function of the config and the kept blocks -> removed blocks that cannot go, and why."""
 
@@ -181,7 +190,7 @@ def _sources(
         source = source_of(block)
         if block in kept and source not in kept:
             result.setdefault(source, []).append(block)
-    return {source: reason.format(", ".join(map(str, blocks))) for source, blocks in result.items()}
+    return {source: reason.format(named_blocks(blocks)) for source, blocks in result.items()}
 
 
 def _shared_keys(config: Any, kept: Kept) -> dict[int, str]:
@@ -192,9 +201,7 @@ def _shared_keys(config: Any, kept: Kept) -> dict[int, str]:
     def source(block: int) -> int:
         return max((b for b in own if kinds[b] == kinds[block]), default=block)
 
-    return _sources(
-        range(count - shared, count), source, kept, "its keys and values serve blocks {} too"
-    )
+    return _sources(range(count - shared, count), source, kept, "its keys and values serve {} too")
 
 
 def _shared_indexer(config: Any, kept: Kept) -> dict[int, str]:
@@ -204,13 +211,13 @@ def _shared_indexer(config: Any, kept: Kept) -> dict[int, str]:
         return max((b for b in range(block) if kinds[b] == "full"), default=block)
 
     users = [block for block, kind in enumerate(kinds) if kind == "shared"]
-    return _sources(users, source, kept, "the tokens its indexer picks serve blocks {} too")
+    return _sources(users, source, kept, "the tokens its indexer picks serve {} too")
 
 
 def _first_hybrid(config: Any, kept: Kept) -> dict[int, str]:
     hybrid = [block for block, kind in enumerate(config.layers_block_type) if kind == "hybrid"]
     return _sources(
-        hybrid, lambda block: hybrid[0], kept, "the attention weights stored in it serve blocks {}"
+        hybrid, lambda block: hybrid[0], kept, "the attention weights stored in it serve {}"
     )
 
 
@@ -227,10 +234,10 @@ def _numbered_tables(config: Any, kept: Kept) -> dict[int, str]:
     ids = [number - BLOCK_NUMBERS["ple_layer_ids"] for number in config.ple_layer_ids or ()]
     result: dict[int, str] = {}
     for place, block in enumerate(ids):
-        later = ", ".join(str(other) for other in ids[place + 1 :] if other in kept)
+        later = [other for other in ids[place + 1 :] if other in kept]
         if block not in kept and later:
             result[block] = (
-                f"the n-gram tables of blocks {later} are hashed by how many come before"
+                f"the n-gram tables of {named_blocks(later)} are hashed by how many come before"
             )
     return result
 

@@ -10,12 +10,20 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from shortllm.checkpoint.config import DECODER_COUNTS, block_count, count_field, text_config
+from shortllm.checkpoint.config import (
+    DECODER_COUNTS,
+    block_count,
+    count_field,
+    separated_pattern,
+    text_config,
+)
 from shortllm.checkpoint.heads import fields_set_to_none, head_count, without_heads
 from shortllm.checkpoint.options import accepts_unknown_references
 from shortllm.checkpoint.rules import (
+    BEHIND_FIRST,
     BLOCK_KEYS,
     BLOCK_NUMBERS,
+    ENTRANCES,
     FOLLOWERS,
     LAST_OF,
     LEADING,
@@ -52,6 +60,8 @@ def shorten_config(
     part.update(_shortened_fields(dict(part), text, kept, heads, drop_heads=drop_heads))
     part.update(_counts(part, text, len(kept)))
     _correct_periods(part, text)
+    if text is not config:
+        result.update(_moved_entrances(config, kept))
     if drop_heads:
         result = without_heads(result)
         text_part(result, config, text).update(fields_set_to_none(type(text)))
@@ -113,8 +123,49 @@ def _shortened_fields(
     return result
 
 
+def _moved_entrances(config: Any, kept: Kept) -> dict[str, Any]:
+    """The fields of `ENTRANCES` with the new numbers of the blocks, all of which stay."""
+    new_number = {old: new for new, old in enumerate(kept)}
+    result: dict[str, Any] = {}
+    for field, place in ENTRANCES.items():
+        if value := getattr(config, field, None):
+            entries = [[entry] if place is None else list(entry) for entry in value]
+            for entry in entries:
+                number = entry[place or 0]
+                entry[place or 0] = new_number.get(number, number)
+            result[field] = [entry[0] for entry in entries] if place is None else entries
+    return result
+
+
+def _image_features(config: Any, kept: Kept) -> dict[int, str]:
+    """Removed blocks that image features enter by number, with the reason."""
+    reason = "image features enter the blocks by number ({})"
+    entered: dict[int, str] = {}
+    for field in BEHIND_FIRST:
+        for value in _values_of(config.to_dict(), field):
+            entered |= dict.fromkeys(range(len(value or ())), reason.format(field))
+    for field, place in ENTRANCES.items():
+        for entry in getattr(config, field, None) or ():
+            entered[entry if place is None else entry[place]] = reason.format(field)
+    count = block_count(config)
+    return {b: why for b, why in entered.items() if b < count and b not in kept}
+
+
+def _values_of(config: Any, field: str) -> Iterator[Any]:
+    """What a config has under this name, also within it."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from [value] if name == field else _values_of(value, field)
+
+
 def _per_block(field: str, value: Any, count: int, *, removed: bool) -> bool:
     """Whether a field has one entry per block, by the table of names; unknown lists are refused."""
+    if field in PER_BLOCK and isinstance(value, str) and removed and len(value) != count:
+        said = separated_pattern({field: value}) or f"{field} '{value}' has {len(value)} letters"
+        raise UnsupportedModelError(
+            f"the pattern in config.json cannot be shortened with the model's {count} blocks: "
+            f"{said}"
+        )
     if field in PER_BLOCK:
         return isinstance(value, (list, tuple, str)) and len(value) == count
     if not isinstance(value, (list, tuple)) or len(value) != count or not removed:
@@ -204,25 +255,26 @@ def refuse_type(config: Any) -> None:
 
 def _protected(config: Any, kept: Kept) -> dict[int, str]:
     """Removed blocks that cannot go while `kept` stay, with the reason."""
-    rules = [rule for field, rule in PROTECTED_BY_FIELD.items() if hasattr(config, field)]
-    rules += [PROTECTED_BY_TYPE[t] for t in [config.model_type] if t in PROTECTED_BY_TYPE]
-    return {block: reason for rule in rules for block, reason in rule(config, kept).items()}
+    text = text_config(config)
+    rules = [rule for field, rule in PROTECTED_BY_FIELD.items() if hasattr(text, field)]
+    rules += [PROTECTED_BY_TYPE[t] for t in [text.model_type] if t in PROTECTED_BY_TYPE]
+    found = {block: reason for rule in rules for block, reason in rule(text, kept).items()}
+    return found | _image_features(config, kept)
 
 
 def structurally_protected(config: Any) -> dict[int, str]:
     """Blocks that cannot go while all others stay, with the reason: plans must avoid them."""
-    text = text_config(config)
     count = block_count(config)
     found: dict[int, str] = {}
     for block in range(count if count > 1 else 0):
-        found |= _protected(text, [*range(block), *range(block + 1, count)])
+        found |= _protected(config, [*range(block), *range(block + 1, count)])
     return found
 
 
 def refuse_protected(config: Any, kept: Kept) -> None:
     """Refuse the removal of a block that others depend on or that has a structure of its own."""
     text = text_config(config)
-    for block, reason in sorted(_protected(text, kept).items()):
+    for block, reason in sorted(_protected(config, kept).items()):
         raise UnsupportedModelError(
             f"block {block} of model type '{text.model_type}' cannot be removed: {reason}. "
             "Choose other blocks"

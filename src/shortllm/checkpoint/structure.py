@@ -179,6 +179,8 @@ class BlockStructure:
     """After how many blocks their kinds repeat; the block count if they never do."""
     parameters: int
     """Parameters of the whole model, tied ones once."""
+    transposed: frozenset[str]
+    """Names within a block of the matrices with a column for each output instead of a row."""
     ignored: tuple[str, ...] = ()
     """Patterns of stored names that the class ignores while it is loaded."""
 
@@ -196,6 +198,12 @@ def block_structure(config: Any) -> BlockStructure:
         elements=sum(tensor.numel() for tensor in blocks.state_dict().values()),
         period=_period([block_signature(block) for block in blocks]),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        transposed=frozenset(
+            f"{name}.weight"
+            for block in blocks
+            for name, module in block.named_modules()
+            if is_projection(module) and not isinstance(module, nn.Linear)
+        ),
         ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
     )
 

@@ -11,7 +11,7 @@ import typer
 from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.cli.flags import Json, ModelArgument, Out, Revision, flags
 from shortllm.cli.output import answered, print_notes, print_table
-from shortllm.format import number, spans
+from shortllm.format import change, counted, named_blocks, number, plain, spans
 from shortllm.healing.options import HealOptions
 from shortllm.merging.options import MergeOptions
 from shortllm.quantizing.options import QuantizeOptions
@@ -120,18 +120,20 @@ def _print_merging(record: Merging) -> None:
             str(one.block),
             ", ".join(map(str, one.merged)),
             f"{one.cosine:.4f}",
-            "kept" if one.kept else "",
+            "-" if one.perplexity is None else plain(number(one.perplexity)),
+            record.verdict(one),
         )
         for one in record.tries
     ]
-    print_table(("block", "merged into it", "cosine", ""), rows)
+    print_table(("block", "merged into it", "cosine", "perplexity", ""), rows)
     typer.echo(
-        f"{record.model.id}: {record.model.blocks} -> {len(record.kept)} blocks, mean cosine of "
-        f"the final hidden states {record.cosine:.4f}"
+        f"{record.model.id}: {record.model.blocks} -> {counted(len(record.kept), 'block')}, mean "
+        f"cosine of the final hidden states {record.cosine:.4f}"
     )
     typer.echo(
-        f"perplexity on the calibration text: {record.intact_perplexity:.4f} -> "
-        f"{record.perplexity:.4f}"
+        f"perplexity on the calibration text: {plain(number(record.intact_perplexity))} -> "
+        f"{plain(number(record.perplexity))} "
+        f"({plain(change(record.intact_perplexity, record.perplexity))})"
     )
 
 
@@ -221,9 +223,9 @@ def _print_drop(record: SublayerDrop) -> None:
         )
     if removed:
         saved = record.model.parameters - record.parameters
-        noun, verb = ("block", "was") if len(removed) == 1 else ("blocks", "were")
+        were = "was" if len(removed) == 1 else "were"
         typer.echo(
-            f"{noun} {', '.join(map(str, removed))} lost both sublayers and {verb} removed: "
+            f"{named_blocks(removed)} lost both sublayers and {were} removed: "
             f"{record.model.parameters:,} -> {record.parameters:,} parameters "
             f"(-{saved / record.model.parameters:.1%})"
         )

@@ -17,11 +17,11 @@ from shortllm.cli.output import answered, command_line, print_notes, print_table
 from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
-from shortllm.format import duration, in_bytes, plain
+from shortllm.format import counted, duration, in_bytes, plain
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.records import Pruning
 from shortllm.recipe import CRITERION_HELP
-from shortllm.runtime import DeviceOptions, Runtime
+from shortllm.runtime import DeviceOptions, Runtime, ScoringRuntime
 
 if TYPE_CHECKING:
     from shortllm.pruning.estimate import ModelSummary
@@ -64,11 +64,11 @@ def info(
         _print_summary(summary)
 
 
-@flags(criteria=CriterionOptions, calibration=CalibrationOptions, runtime=Runtime)
+@flags(criteria=CriterionOptions, calibration=CalibrationOptions, runtime=ScoringRuntime)
 def score(
     criteria: CriterionOptions,
     calibration: CalibrationOptions,
-    runtime: Runtime,
+    runtime: ScoringRuntime,
     out: Annotated[Path, typer.Option(help="Run directory for calibration and scores.json.")],
     model: ModelArgument = "embedded",
     criterion: Annotated[
@@ -197,8 +197,9 @@ def prune(
 def _print_pruning(record: Pruning, written: Path, *, verified: bool) -> None:
     size = sum((written / name).stat().st_size for name in weight_files(written))
     typer.echo(
-        f"{record.model.id}: {record.model.blocks} -> {len(record.kept)} blocks, without "
-        f"{', '.join(map(str, record.removed))}; {in_bytes(record.model.bytes)} -> {in_bytes(size)}"
+        f"{record.model.id}: {record.model.blocks} -> {counted(len(record.kept), 'block')}, "
+        f"without {', '.join(map(str, record.removed))}; {in_bytes(record.model.bytes)} -> "
+        f"{in_bytes(size)}"
     )
     if verified:
         typer.echo(
@@ -241,7 +242,7 @@ def _print_scores(scores: BlockScores) -> None:
 def _print_summary(summary: ModelSummary) -> None:
     model = summary.model
     protected = set(summary.protected)
-    typer.echo(f"{model.id}: {model.model_type}, {model.blocks} blocks")
+    typer.echo(f"{model.id}: {model.model_type}, {counted(model.blocks, 'block')}")
     if model.gguf is not None:
         typer.echo(f"dequantized from {model.gguf}")
     if (heads := summary.prediction_heads) is not None:
@@ -249,6 +250,17 @@ def _print_summary(summary: ModelSummary) -> None:
             f"with a prediction head, MTP ({heads}, {heads.parameters:,} parameters); "
             f"config.json names it in {', '.join(heads.fields) or 'no field'}"
         )
+    if (experts := summary.experts) is not None:
+        active = "" if experts.active is None else f", {experts.active} of them for each token"
+        shared = f", and {experts.shared} shared" if experts.shared else ""
+        where = (
+            "every block"
+            if experts.blocks == model.blocks
+            else f"each of {counted(experts.blocks, 'block')}"
+        )
+        typer.echo(f"experts: {experts.total} in {where}{active}{shared}")
+    if summary.quantize_refuses is not None:
+        typer.echo(f"quantize would refuse it: {summary.quantize_refuses}")
     inside = zip(model.parameters_per_block, summary.bytes_per_block, strict=True)
     blocks = [
         (parameters, size, "protected" if b in protected else "")

@@ -81,6 +81,8 @@ class Scores:
     """The raw number of the intact model, where there is one."""
     delta_nll: list[float] | None = None
     """Mean NLL without the block minus the intact one, nats per token."""
+    samples: list[list[float]] | None = None
+    """For each block the mean of each sample, in nats, where the criterion gives one."""
     spans: list[list[float]] | None = None
     """`spans[n - 1][start]`: importance of the span of `n` blocks from `start`."""
     order: list[int] | None = None

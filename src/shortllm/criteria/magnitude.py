@@ -24,7 +24,8 @@ def weight_magnitude(
 ) -> float:
     """Absolute values of the block's weights, reduced over each tensor, then over the block.
 
-    Norm weights count, biases do not. A product is reported as its logarithm.
+    Norm weights count, biases do not. A matrix is first summed over its inputs, so that
+    `over_weights` reduces its rows. A product is reported as its logarithm.
     """
     return reduce_powers(
         weights.values(), power=power, over_weights=over_weights, over_block=over_block

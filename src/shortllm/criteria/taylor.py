@@ -29,7 +29,8 @@ def first_order_change(
 
     The product is signed and summed over all samples before its absolute value is taken. The loss
     is the mean next-token NLL of all samples as one batch: summing the products of several equal
-    batches gives the same times their number. A product is reported as its logarithm.
+    batches gives the same times their number. A matrix is first summed over its inputs, so that
+    `over_weights` reduces its rows. A product is reported as its logarithm.
     """
     return reduce_powers(
         products.values(), power=power, over_weights=over_weights, over_block=over_block

@@ -107,13 +107,14 @@ def calibrate(
     return calibration
 
 
-def check_length(checkpoint: Checkpoint, length: int, option: str) -> None:
-    """Refuse more tokens than the model has positions for."""
+def check_length(checkpoint: Checkpoint, length: int, option: str, *, before: int = 0) -> None:
+    """Refuse more tokens than the model has positions for; `before` is 1 with a BOS before them."""
     room = context_length(checkpoint.config)
-    if room is not None and length > room:
+    if room is not None and before + length > room:
+        bos = " and the BOS before them" * before
         raise DataError(
-            f"{length} tokens exceed the {room} positions of {checkpoint.id}. Give {option} "
-            f"{room} or less"
+            f"{length} tokens{bos} exceed the {room} positions of {checkpoint.id}. Give {option} "
+            f"{room - before} or less"
         )
 
 

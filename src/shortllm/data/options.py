@@ -64,7 +64,7 @@ class CalibrationOptions(Options):
 
 
 class CalibrationInfo(ResultFile):
-    """Where the calibration ids came from; they lie next to it in calibration.safetensors."""
+    """calibration.json: where the ids in calibration.safetensors next to it came from."""
 
     source: str = Field(description="data source as given, or the file the ids were taken from")
     rows: tuple[int, int] | None = Field(

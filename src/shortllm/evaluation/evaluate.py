@@ -153,7 +153,7 @@ def _shared_texts(
     texts: list[EvaluationText] = []
     for name, checkpoint in checkpoints.items():
         if sources:
-            check_length(checkpoint, options.length, "--length")
+            check_length(checkpoint, options.length, "--length", before=options.before_window)
         tokenizer = load_tokenizer(checkpoint)
         found = [
             EvaluationText(

@@ -47,8 +47,8 @@ WindowLength = Annotated[
 WindowBos = Annotated[
     Literal["first", "every", "none"] | None,
     Field(
-        description="Add BOS before the first window or before every one. Default: first; every "
-        "for Gemma models."
+        description="Add BOS before the text, as the first token of the first window, or before "
+        "every window of this many tokens. Default: first; every for Gemma models."
     ),
 ]
 """Types of the options that say how a text is cut into windows."""
@@ -128,6 +128,11 @@ class EvaluationOptions(Options):
     batch_size: int = Field(default=8, ge=1, description="Sequences per forward pass of a task.")
 
     @property
+    def before_window(self) -> int:
+        """Tokens before the `length` of every window: its BOS."""
+        return int(self.bos == "every")
+
+    @property
     def task_prompts(self) -> TaskPrompts:
         """How the documents of tasks are put to the models."""
         in_template = bool(self.apply_chat_template)
@@ -192,7 +197,9 @@ class Perplexity(Record):
     split: str | None = Field(
         default=None, description="'held-out' where rows were kept apart from calibration"
     )
-    length: int = Field(description="tokens per segment; segments do not overlap")
+    length: int = Field(
+        description="tokens per segment, without the BOS before every one; no token is in two"
+    )
     bos: Literal["first", "every", "none"]
     segments: int
     predictions: int

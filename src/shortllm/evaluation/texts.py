@@ -5,15 +5,16 @@ half is measured; where calibration ids were given, the rows after theirs are me
 
 To measure, rows are joined by a blank line, tokenized without special tokens as one text, and cut
 into segments that do not overlap; the remainder is dropped. 128 tokens are the length in Shortened
-LLaMA (arXiv:2402.02834), 2,048 the usual one.
+LLaMA (arXiv:2402.02834), 2,048 the usual one. Here with a length of 3:
 
     bos="first"   [BOS] t0 t1 | t2 t3 t4 | ...      (the paper's: one BOS before the whole text)
-    bos="every"   [BOS] t0 t1 | [BOS] t2 t3 | ...   (Gemma predicts nothing sensible without)
+    bos="every"   [BOS] t0 t1 t2 | [BOS] t3 ...     (Gemma predicts nothing sensible without)
     bos="none"    t0 t1 t2 | t3 t4 t5 | ...
 
-Perplexity is exp of the mean next-token NLL over all predictions inside segments. The text takes
-the walk that also scores blocks, here with nothing removed, so a model larger than memory can be
-measured.
+With `every`, BOS comes before `length` tokens of text, which are all predicted; otherwise a
+segment is `length` tokens, of which the first is not. Perplexity is exp of the mean next-token NLL
+over all predictions inside segments. The text takes the walk that also scores blocks, here with
+nothing removed, so a model larger than memory can be measured.
 """
 
 from __future__ import annotations
@@ -64,8 +65,13 @@ class Segments:
     """Windows to measure on, and the BOS rule that was applied (not always the requested one)."""
 
     ids: torch.Tensor
-    """int64 [windows, length]"""
+    """int64 [windows, length], with a BOS before them [windows, 1 + length]"""
     bos: Bos
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window, without a BOS before it."""
+        return self.ids.shape[1] - (self.bos == "every")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,7 +99,7 @@ class EvaluationText:
             source=self.rows.source,
             rows=(self.rows.start, self.rows.stop),
             split="held-out" if self.held_out else None,
-            length=ids_ST.shape[1],
+            length=self.segments.length,
             bos=self.segments.bos,
             segments=len(ids_ST),
             predictions=ids_ST.shape[0] * (ids_ST.shape[1] - 1),
@@ -144,7 +150,7 @@ def prepare_texts(
 ) -> Texts:
     """Read and tokenize all text of a run, with the measured rows held out from everything else;
     without `scoring`, nothing is sampled to calibrate."""
-    check_length(checkpoint, evaluation.length, "--eval-length")
+    check_length(checkpoint, evaluation.length, "--eval-length", before=evaluation.before_window)
     measured = [load_rows(source) for source in evaluation.data]
     wanted = (calibration if scoring else None, healing, quantization)
     used, shared = _calibration_rows(wanted, measured)
@@ -232,26 +238,26 @@ def evaluation_segments(
     max_segments: int | None = None,
     option: str = "--length",
 ) -> Segments:
-    """Cut rows into windows of `length` tokens, a BOS included where the rule puts one.
+    """Cut rows into windows of `length` tokens; `every` puts a BOS before each of them, `first` one
+    before all of the text.
 
     A tokenizer without BOS (Qwen2) always gets `none`. With `max_segments` only the rows that it
     takes are read, so the source may be larger than memory.
     """
     if tokenizer.bos_token_id is None:
         bos = "none"
-    new_tokens = length - 1 if bos == "every" else length
-    enough = None if max_segments is None else (max_segments + 1) * new_tokens
+    enough = None if max_segments is None else (max_segments + 1) * length
     tokens = _tokens(rows, tokenizer, enough)
     if bos == "first" and tokens[:1] != [tokenizer.bos_token_id]:  # a chat template may have it
         tokens = [tokenizer.bos_token_id, *tokens]
-    count = len(tokens) // new_tokens
+    count = len(tokens) // length
     if count == 0:
         raise DataError(
             f"{getattr(rows, 'source', 'the text')} gives {len(tokens)} tokens to measure on, less "
             f"than one segment of {length}. Give a shorter {option} or more text"
         )
     count = min(count, max_segments or count)
-    ids = torch.tensor(tokens[: count * new_tokens], dtype=torch.int64).view(count, new_tokens)
+    ids = torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
     if bos == "every":
         ids = F.pad(ids, (1, 0), value=tokenizer.bos_token_id)
     return Segments(ids=ids, bos=bos)

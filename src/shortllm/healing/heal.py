@@ -28,6 +28,7 @@ from shortllm.data.calibration import Calibration, calibrate
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.files import require_free
+from shortllm.format import counted
 from shortllm.healing.experts import Factor
 from shortllm.healing.folding import Fold, folded_into
 from shortllm.healing.gain import divisors
@@ -219,8 +220,8 @@ def kept_blocks(checkpoint: Checkpoint, source: Checkpoint) -> list[int]:
         raise ShortLLMError(f"no block of {checkpoint.id} was removed, so there is no gap to heal")
     if all(gap.before is None for gap in gaps_of(removed)):
         raise UnsupportedModelError(
-            f"{checkpoint.id} lacks the first {len(removed)} blocks of {source.id} and no others, "
-            "so there is no block before a gap to heal with. Use `shortllm retrain`"
+            f"{checkpoint.id} lacks the first {counted(len(removed), 'block')} of {source.id} and "
+            "no others, so there is no block before a gap to heal with. Use `shortllm retrain`"
         )
     return origin.kept
 

@@ -17,8 +17,10 @@ Shapes: B samples, T tokens, D width.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ from shortllm.checkpoint.shorten_config import refuse_type
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
-from shortllm.errors import ShortLLMError, UnsupportedModelError
+from shortllm.errors import CheckpointError, ShortLLMError, UnsupportedModelError
 from shortllm.merging.options import Merge, MergeOptions, Merging
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
@@ -54,6 +56,8 @@ from shortllm.surgery.derived import (
 )
 from shortllm.surgery.origin import provenance_of
 from shortllm.surgery.verify import kv_cache_matches, probe_ids
+
+log = logging.getLogger(__name__)
 
 Sum = Mapping[int, int]
 """How often each original block is in a sum; negative if it is subtracted."""
@@ -126,15 +130,21 @@ def merge_from(
         kept, changed = list(sums), changed_blocks(sums)
         removed = sorted(set(range(count)) - set(kept))
         config = check_removal(checkpoint, kept)
+        last = [one for one in tries if one.kept][-1]
+        if not math.isfinite(last.perplexity or math.inf):
+            raise CheckpointError(
+                f"with these blocks merged, the loss of {checkpoint.id} is not finite. Fold fewer "
+                "blocks, or remove them with `shortllm prune`"
+            )
         record = {
             "options": options.model_dump(mode="json", exclude={"calibration"}),
             "tries": tries,
             "kept": kept,
             "removed": removed,
             "sums": changed,
-            "cosine": [one.cosine for one in tries if one.kept][-1],
-            "intact_perplexity": merger.perplexity(original_blocks(count)),
-            "perplexity": merger.perplexity(sums),
+            "cosine": last.cosine,
+            "intact_perplexity": merger.compared(original_blocks(count))[1],
+            "perplexity": last.perplexity,
             "calibration": calibration.info.tokens_fingerprint,
             "dtype": session.dtype(checkpoint),
         }
@@ -158,7 +168,7 @@ def merge_from(
             kept=kept,
         )
 
-    return derive(
+    record = derive(
         Merging,
         target,
         checkpoint,
@@ -166,6 +176,9 @@ def merge_from(
         expected=expected,
         choices=options.model_dump(mode="json"),
     )
+    if record.broken is not None:
+        log.warning("%s: %s", target, record.broken)
+    return record
 
 
 def check_blocks(options: MergeOptions, count: int) -> None:
@@ -312,18 +325,29 @@ class Merger:
             if name in state:  # some checkpoints also store buffers
                 state[name].copy_(tensor)
 
-    def cosine_similarity(self, sums: Sums) -> float:
-        """Mean over tokens of the cosine between the final hidden states and the original's."""
-        found_BTD, wanted_BTD = self._final(sums), self._entering[-1]
+    def tried(self, sums: Sums, block: int, merged: Sequence[int], above: float = -2.0) -> Merge:
+        """A try of folding blocks into `block`, kept if its cosine is `above` a number."""
+        found, perplexity = self.compared(sums)
+        return Merge(
+            block=block,
+            merged=list(merged),
+            cosine=found,
+            perplexity=perplexity,
+            kept=found > above,
+        )
+
+    def compared(self, sums: Sums) -> tuple[float, float]:
+        """Mean over tokens of the cosine between the final hidden states and the original's, and
+        the perplexity on the calibration samples."""
+        final_BTD, wanted_BTD = self._final(sums), self._entering[-1]
         total = 0.0
         for rows in self._groups.rows:
-            total += cosine(found_BTD[rows], wanted_BTD[rows]).double().sum().item()
-        return total / self._ids_BT.numel()
+            total += cosine(final_BTD[rows], wanted_BTD[rows]).double().sum().item()
+        return total / self._ids_BT.numel(), self._perplexity(final_BTD)
 
     @torch.no_grad()
-    def perplexity(self, sums: Sums) -> float:
-        """Perplexity on the calibration samples."""
-        final_BTD, total, decoder, ids_BT = self._final(sums), 0.0, self._decoder, self._ids_BT
+    def _perplexity(self, final_BTD: Tensor) -> float:
+        total, decoder, ids_BT = 0.0, self._decoder, self._ids_BT
         with decoder.tail() as logits:
             for rows, columns in token_slices(ids_BT, slice_tokens(decoder)):
                 piece_BTD = final_BTD[rows, columns].to(decoder.device)
@@ -355,8 +379,7 @@ def _chosen(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
     sums, tries = original_blocks(merger.block_count), []
     for gap in reversed(gaps_of(options.blocks)):
         sums = folded(sums, gap.start - 1, len(gap.blocks))
-        found = merger.cosine_similarity(sums)
-        tries.append(Merge(block=gap.start - 1, merged=gap.blocks, cosine=found, kept=True))
+        tries.append(merger.tried(sums, gap.start - 1, gap.blocks))
     return sums, tries
 
 
@@ -373,11 +396,9 @@ def sweep(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
         if others < 1:
             break
         tried = folded(sums, blocks[place], others)
-        found = merger.cosine_similarity(tried)
-        kept = found > options.threshold
         gone = blocks[place + 1 : place + 1 + others]
-        tries.append(Merge(block=blocks[place], merged=gone, cosine=found, kept=kept))
-        if kept:
+        tries.append(merger.tried(tried, blocks[place], gone, above=options.threshold))
+        if tries[-1].kept:
             sums = tried
             place = min(place - options.interval, len(sums) - options.protect_last - 1 - most)
         else:

@@ -8,8 +8,15 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from shortllm.data.options import CalibrationOptions
+from shortllm.format import number, plain
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, Record
+
+ALIKE = 0.65
+"""Mean cosine from which on final hidden states are called alike; the threshold of LaCo."""
+
+RUINED = 10.0
+"""How many times the original's perplexity is that of a broken model."""
 
 
 class MergeOptions(Options):
@@ -23,7 +30,7 @@ class MergeOptions(Options):
         "a sweep from the top finds which, with the six options below.",
     )
     threshold: float = Field(
-        default=0.65,
+        default=ALIKE,
         ge=-1,
         lt=1,
         description="Keep a merge if the mean cosine between the final hidden states of the merged "
@@ -80,7 +87,13 @@ class Merge(Record):
         description="mean over tokens of the cosine between the final hidden states of the merged "
         "and the original model"
     )
-    kept: bool = Field(description="whether the cosine exceeds the threshold")
+    perplexity: float | None = Field(
+        default=None, description="of the merged model on the calibration text"
+    )
+    kept: bool = Field(
+        description="whether it is in the written model: its cosine exceeds the threshold, or its "
+        "blocks were named"
+    )
 
 
 class Merging(DerivedRecord):
@@ -99,3 +112,21 @@ class Merging(DerivedRecord):
     perplexity: float = Field(description="of the written model on the calibration text")
     calibration: str = Field(description="tokens_fingerprint of the calibration")
     dtype: str = Field(description="computation type of the comparison; sums are float32")
+
+    def verdict(self, one: Merge) -> str:
+        """What became of a try, in a few words."""
+        if self.options.get("blocks") is None:
+            return "kept" if one.kept else ""
+        return "as named" if one.cosine > ALIKE else f"as named, not alike (below {ALIKE})"
+
+    @property
+    def broken(self) -> str | None:
+        """What to say of a merge that ruined the model; None of any other."""
+        rise = self.perplexity / self.intact_perplexity
+        if rise < RUINED:
+            return None
+        before, after = (plain(number(one)) for one in (self.intact_perplexity, self.perplexity))
+        return (
+            f"this merge breaks the model: perplexity on the calibration text rises from {before} "
+            f"to {after}. Fold fewer blocks, or remove them with `shortllm prune`"
+        )

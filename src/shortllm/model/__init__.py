@@ -32,7 +32,9 @@ class Session:
 
     def __init__(self, runtime: DeviceOptions | None = None, **options: Any) -> None:
         """Take a `Runtime`, or its fields as keywords."""
-        self.runtime = options_from(Runtime, options, base=runtime)
+        kind = type(runtime) if isinstance(runtime, Runtime) else Runtime
+        self.runtime = options_from(kind, options, base=runtime)
+        self.attention: str | None = getattr(self.runtime, "attention", None)
         self.device = choose_device(self.runtime.device)
         self._held: tuple[Checkpoint, Decoder, str] | None = None
 
@@ -44,7 +46,7 @@ class Session:
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
         """The checkpoint's decoder, in memory or streamed; another open one is freed first."""
         from shortllm.model.decoder import Decoder
-        from shortllm.model.loading import load_model, require_runs
+        from shortllm.model.loading import load_model, require_runs, use_attention
         from shortllm.model.streamed import open_streamed
 
         if not self._is_open(checkpoint):
@@ -56,6 +58,8 @@ class Session:
                 model = load_model(checkpoint, device=self.device, dtype=self.runtime.dtype)
                 require_runs(checkpoint, model)
                 decoder = Decoder(model)
+            if self.attention is not None:
+                use_attention(checkpoint, decoder.model, self.attention)
             # the fingerprint is read now: the directory may be renamed later
             self._held = (checkpoint, decoder, checkpoint.fingerprint)
         assert self._held is not None

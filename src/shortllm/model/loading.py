@@ -119,6 +119,21 @@ def load_model(
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
+def use_attention(checkpoint: Checkpoint, model: Any, attention: str) -> None:
+    """Let a model on its device compute attention by this implementation."""
+    try:
+        with quiet_transformers():
+            model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise ShortLLMError(
+            f"{checkpoint.id} cannot use --attn {attention}: {str(error).splitlines()[0]}"
+        ) from error
+    if model.config._attn_implementation != attention:
+        raise ShortLLMError(
+            f"{checkpoint.id} has one attention implementation of its own. Leave out --attn"
+        )
+
+
 def _nf4(compute: torch.dtype) -> Any:
     """The 4-bit type of QLoRA, computed in `compute` (arXiv:2305.14314)."""
     from transformers import BitsAndBytesConfig

@@ -2,7 +2,7 @@
 
 torch is imported when a function is called, so that criteria can be listed without it.
 
-Shapes: N predictions, V vocabulary, D width.
+Shapes: N predictions, V vocabulary, D width, R rows of a matrix, I inputs.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def reduce_powers(
 ) -> float:
     """`abs(x) ** power` of all entries, reduced over each tensor, then over the tensors.
 
-    If either reduction is a product the result is its natural logarithm, which ranks the same and
-    does not leave the range of floats.
+    A matrix (a row for each output) is first summed over its inputs, and its rows are reduced. If
+    either reduction is a product the result is its natural logarithm, which ranks the same and does
+    not leave the range of floats.
     """
-    reduced = [_reduced(x.flatten(), power, over_weights) for x in tensors]
+    reduced = [_reduced(x, power, over_weights) for x in tensors]
     if "prod" not in (over_weights, over_block):
         totals = {"sum": sum(reduced), "max": max(reduced), "mean": sum(reduced) / len(reduced)}
         return totals[over_block]
@@ -77,14 +78,18 @@ def reduce_powers(
     return total - math.log(len(reduced)) if over_block == "mean" else total
 
 
-def _reduced(x_N: Tensor, power: int, reduction: Reduction) -> float:
-    """`abs(x) ** power` reduced piece by piece, for small float32 copies; of a product the log."""
+def _reduced(x: Tensor, power: int, reduction: Reduction) -> float:
+    """`abs(x) ** power` reduced, piece by piece for small float32 copies; of a product the log."""
     import torch
 
-    pieces = (piece.abs().float() for piece in torch.split(x_N, REDUCED_AT_ONCE))
-    if reduction == "max":
-        return float(max(piece.max().item() for piece in pieces) ** power)
+    if reduction == "sum":
+        pieces = torch.split(x.flatten(), REDUCED_AT_ONCE)
+        powers = (piece.abs().float().pow(power) for piece in pieces)
+        return math.fsum(piece.sum(dtype=torch.float64).item() for piece in powers)
+    x_RI = x.flatten(0, -2) if x.ndim > 1 else x.reshape(-1, 1)
+    pieces = torch.split(x_RI, max(1, REDUCED_AT_ONCE // x_RI.shape[1]))
+    powers = (piece.abs().float().pow(power) for piece in pieces)
+    sum_R = torch.cat([piece.sum(dim=1, dtype=torch.float64) for piece in powers])
     if reduction == "prod":
-        return power * math.fsum(piece.log().sum(dtype=torch.float64).item() for piece in pieces)
-    total = math.fsum(piece.pow(power).sum(dtype=torch.float64).item() for piece in pieces)
-    return total / len(x_N) if reduction == "mean" else total
+        return sum_R.log().sum().item()
+    return (sum_R.max() if reduction == "max" else sum_R.mean()).item()

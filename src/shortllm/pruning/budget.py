@@ -22,6 +22,7 @@ from pydantic import BeforeValidator, ByteSize, Field
 
 from shortllm.criteria import Criterion
 from shortllm.errors import BudgetError
+from shortllm.format import counted
 from shortllm.options import Flag, Options
 from shortllm.records import ModelInfo, protected_ends, protected_in
 
@@ -184,7 +185,7 @@ def amount_of(budget: Budget, model: ModelInfo) -> int | None:
         lower, upper = number // size * size, (number // size + 1) * size
         nearest = [str(n) for n in (lower, upper) if 0 < n <= most]
         raise BudgetError(
-            f"cannot remove {number} blocks in whole periods of {size}. "
+            f"cannot remove {counted(number, 'block')} in whole periods of {size}. "
             f"Ask for {' or '.join(nearest)}, or leave out --period-aligned"
         )
     return number

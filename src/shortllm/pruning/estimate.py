@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm import criteria
 from shortllm.calls import accepts
+from shortllm.checkpoint.experts import Experts, experts_of
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.references import Reference
 from shortllm.checkpoint.source import open_checkpoint
@@ -218,6 +219,10 @@ class ModelSummary(Record):
     """Blocks that are protected by default."""
     companions: list[Reference]
     """Files and fields that refer to blocks."""
+    experts: Experts | None
+    """None where a model has none."""
+    quantize_refuses: str | None
+    """Why `quantize` refuses it with its default options; None where it does not."""
     samples: int
     length: int
     device: str
@@ -270,6 +275,7 @@ def info(
         ShortLLMError: a device that is missing.
     """
     from shortllm.model.loading import room_for, stored_dtype
+    from shortllm.quantizing.quantize import refusal
     from shortllm.runtime import choose_device, choose_dtype
 
     checkpoint = open_checkpoint(model, revision=revision)
@@ -293,6 +299,8 @@ def info(
         prediction_heads=checkpoint.prediction_heads,
         protected=protected_in(about),
         companions=companions_of(checkpoint),
+        experts=experts_of(checkpoint),
+        quantize_refuses=refusal(checkpoint),
         samples=samples,
         length=length,
         device=str(device),

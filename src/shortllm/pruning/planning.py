@@ -8,7 +8,7 @@ is removed first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shortllm import criteria
@@ -17,7 +17,7 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria.search import Search
 from shortllm.errors import BudgetError, CheckpointError
 from shortllm.files import fingerprint, require_file_target
-from shortllm.format import number
+from shortllm.format import counted, named_blocks, number
 from shortllm.model import Session
 from shortllm.pruning import targets
 from shortllm.pruning.budget import (
@@ -30,6 +30,7 @@ from shortllm.pruning.budget import (
     removable,
 )
 from shortllm.pruning.records import BlockScores, PrunePlan, Size, removal_order, scores_path
+from shortllm.pruning.ties import Compared, near_ties
 from shortllm.published import Published
 from shortllm.records import ModelInfo
 from shortllm.runtime import DeviceOptions
@@ -157,14 +158,21 @@ def check_published_order(budget: Budget, published: Published, model: ModelInfo
 def _least_important(
     importance: Sequence[float], budget: Budget, model: ModelInfo, number: int | None
 ) -> list[int]:
-    """The removed blocks in removal order, unit by unit; a unit counts as the sum of its blocks."""
-    totals = {
-        tuple(unit): sum(importance[block] for block in unit) for unit in removable(budget, model)
-    }
+    """The removed blocks in removal order, unit by unit."""
+    totals = _totals(importance, budget, model)
     units = sorted(totals, key=lambda unit: (totals[unit], -unit[0]))
     if number is None:
         number = reaching(budget, units, model)
     return [block for unit in units for block in unit][:number]
+
+
+def _totals(
+    importance: Sequence[float], budget: Budget, model: ModelInfo
+) -> dict[tuple[int, ...], float]:
+    """The importance of each removable unit, which counts as the sum of its blocks."""
+    return {
+        tuple(unit): sum(importance[block] for block in unit) for unit in removable(budget, model)
+    }
 
 
 def _order(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | None) -> list[int]:
@@ -222,14 +230,15 @@ def _searched(
     again = f"Score again with --option {name}"
     if number is not None and number != len(removed):
         raise BudgetError(
-            f"the scores by '{name}' have the best removal of {len(removed)} blocks that it found, "
-            f"and of no other number; {number} were requested. {again}.remove={number}"
+            f"the scores by '{name}' have the best removal of {counted(len(removed), 'block')} "
+            f"that it found, and of no other number; {number} were requested. "
+            f"{again}.remove={number}"
         )
     held = parameters_of(removed, model) / model.parameters
     if number is None and held < (budget.param_ratio or 0.0):
         raise BudgetError(
-            f"the {len(removed)} blocks that '{name}' searched for have {held:.1%} of the "
-            f"parameters, and {budget.param_ratio:.1%} were requested. {again}.remove="
+            f"of the parameters, {held:.1%} are in the {counted(len(removed), 'block')} that "
+            f"'{name}' searched for, and {budget.param_ratio:.1%} were requested. {again}.remove="
             f"{most_blocks(budget, model)}"
         )
     units = removable(budget, model)
@@ -259,8 +268,7 @@ def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | N
     size = len(units[0]) if units else 1
     lengths = [number] if number is not None else range(size, model.blocks, size)
     for n in lengths:
-        runs = [units[i : i + n // size] for i in range(len(units) - n // size + 1)]
-        starts = [run[0][0] for run in runs if run[-1][-1] - run[0][0] == n - 1]
+        starts = _starts(units, n)
         if not starts:
             break
         values = scores.spans[n - 1]
@@ -275,6 +283,34 @@ def _span(budget: Budget, scores: BlockScores, model: ModelInfo, number: int | N
     )
 
 
+def _starts(units: Sequence[Sequence[int]], length: int) -> list[int]:
+    """Where spans of this many removable blocks begin."""
+    size = len(units[0]) if units else 1
+    runs = [units[i : i + length // size] for i in range(len(units) - length // size + 1)]
+    return [run[0][0] for run in runs if run[-1][-1] - run[0][0] == length - 1]
+
+
+def _ties(scores: BlockScores, removed: Sequence[int], model: ModelInfo, budget: Budget) -> str:
+    """What the plan must say of blocks that score like removed ones, if they were compared."""
+    if _is_contiguous(budget, scores) and scores.spans is not None:
+        length, values = len(removed), scores.spans[len(removed) - 1]
+        starts = _starts(removable(budget, model), length)
+        spans = {tuple(range(start, start + length)): values[start] for start in starts}
+        return near_ties(Compared(spans, {}), {tuple(removed)})
+    found = criteria.find(scores.criterion)
+    measured = found is None or (found.needs != "nothing" and found.label != criteria.PLACE)
+    if scores.order is not None or scores.removed is not None or not measured:
+        return ""
+    totals = _totals(scores.importance, budget, model)
+    samples = {
+        unit: [sum(of_blocks) for of_blocks in zip(*(scores.samples[b] for b in unit), strict=True)]
+        for unit in totals
+        if scores.samples is not None
+    }
+    gone = [unit for unit in totals if set(unit) <= set(removed)]
+    return near_ties(Compared(totals, samples), gone)
+
+
 def _reason(
     scores: BlockScores | None,
     published: Published | None,
@@ -284,44 +320,53 @@ def _reason(
     budget: Budget,
 ) -> str:
     """One sentence for a reader of the plan."""
-    blocks, free = ", ".join(map(str, removed)), model.blocks - len(protected)
-    kept_safe = f"; blocks {', '.join(map(str, protected))} were protected" if protected else ""
+    free = model.blocks - len(protected)
+    kept_safe = f"; {named_blocks(protected, 'were')} protected" if protected else ""
+
+    def they(verb: str) -> str:
+        return named_blocks(removed, verb).capitalize()
+
     if published is not None:
         return (
-            f"Blocks {blocks} come first in the order published for the criterion "
+            f"{they('come')} first in the order published for the criterion "
             f"'{published.criterion}' ({published.source}) among the {free} unprotected blocks"
             f"{kept_safe}. Nothing was scored."
         )
     if scores is None:
-        return f"Blocks {blocks} of {model.blocks} were named by hand."
+        return f"{they('were')} named by hand, of {model.blocks}."
     if _is_contiguous(budget, scores):
-        chosen = f"are the span with the lowest importance by the criterion '{scores.criterion}'"
+        chosen = f"{they('are')} the span with the lowest importance by the criterion"
     elif scores.search is not None:
-        return f"Blocks {blocks} {_search_reason(scores.search, scores.criterion)}{kept_safe}."
+        return f"{_search_reason(scores.search, scores.criterion, they)}{kept_safe}."
     elif scores.order is not None:
-        chosen = f"were removed one after the other by the criterion '{scores.criterion}'"
+        one = "" if len(removed) == 1 else " one after the other"
+        chosen = f"{they('were')} removed{one} by the criterion"
     else:
-        chosen = f"have the lowest importance by the criterion '{scores.criterion}'"
+        chosen = f"{they('have')} the lowest importance by the criterion"
     whole = budget.period_aligned and model.period > 1
     periods = f", in whole periods of {model.period} blocks" if whole else ""
-    return f"Blocks {blocks} {chosen} among the {free} unprotected blocks{periods}{kept_safe}."
+    said = f"{chosen} '{scores.criterion}' among the {free} unprotected blocks{periods}{kept_safe}."
+    return " ".join([said, *filter(None, [_ties(scores, removed, model, budget)])])
 
 
-def _search_reason(search: Search, criterion: str) -> str:
+def _search_reason(search: Search, criterion: str, they: Callable[[str], str]) -> str:
     found = search.found
+    one = len(found.removed) == 1
+    it = "it" if one else "them"
     if found.criterion != criterion:
         others = [one for one in search.candidates if one.criterion != found.criterion]
         beaten = ", ".join(f"{one.criterion} {number(one.held_out, 5)}" for one in others)
         return (
-            f"are those of the criterion '{found.criterion}', which '{criterion}' chose: without "
-            f"them the perplexity of {search.held_out_samples} held-out calibration samples is "
-            f"{number(found.held_out, 5)}, the lowest of all candidates ({beaten})"
+            f"{they('are')} {'that' if one else 'those'} of the criterion '{found.criterion}', "
+            f"which '{criterion}' chose: without {it} the perplexity of {search.held_out_samples} "
+            f"held-out calibration samples is {number(found.held_out, 5)}, the lowest of all "
+            f"candidates ({beaten})"
         )
     unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
     if search.start is None:
         return (
-            f"are those that the search '{criterion}' found: without them the {unit} of the search "
-            f"text is {number(found.value, 5)}"
+            f"{they('were')} found by the search '{criterion}': without {it} the {unit} of the "
+            f"search text is {number(found.value, 5)}"
         )
     begun = next(one for one in search.candidates if one.criterion == search.start)
     better = "that found nothing better than its start"
@@ -330,4 +375,7 @@ def _search_reason(search: Search, criterion: str) -> str:
             f"that brought the {unit} of the search text from {number(begun.value, 5)} to "
             f"{number(found.value, 5)}"
         )
-    return f"were chosen by the search '{criterion}' from the plan by '{search.start}', {better}"
+    return (
+        f"{they('were')} chosen by the search '{criterion}' from the plan by '{search.start}', "
+        f"{better}"
+    )

@@ -35,6 +35,7 @@ from shortllm.surgery.derived import (
 )
 from shortllm.surgery.gguf import shorten_gguf
 from shortllm.surgery.origin import provenance_of
+from shortllm.surgery.verify import on_image
 
 
 @accepts(runtime=Runtime, surgery=SurgeryOptions)
@@ -219,5 +220,6 @@ def _verifying(
     """A comparison with the original whose removed blocks are bypassed."""
     if session is None:
         return lambda written: None
-    logits, cached = on_probe(session.decoder(checkpoint), removed)
-    return verifying(target, session, logits, cached=cached)
+    decoder = session.decoder(checkpoint)
+    logits, cached = on_probe(decoder, removed)
+    return verifying(target, session, logits, cached=cached, image=on_image(decoder, removed))

@@ -21,6 +21,9 @@ from shortllm.shown import Shown, data_frame
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+WITHOUT_PLAN = "Or name the blocks themselves, as in --blocks 3,4,8"
+"""What to do where there is no plan."""
+
 SHOWN_BLOCKS = 5
 """Least important blocks that scores name in one line."""
 
@@ -45,6 +48,10 @@ class BlockScores(Shown, ResultFile):
     delta_nll: list[float] | None = Field(
         default=None,
         description="mean NLL without the block minus that of the intact model, in nats per token",
+    )
+    samples: list[list[float]] | None = Field(
+        default=None,
+        description="for each block the criterion's mean on each calibration sample, in nats",
     )
     spans: list[list[float]] | None = Field(
         default=None,
@@ -77,6 +84,9 @@ class BlockScores(Shown, ResultFile):
         ):
             if numbers is not None and len(numbers) != count:
                 raise ValueError(f"{name} has {len(numbers)} entries, and the model {count} blocks")
+        of_samples = self.samples if self.samples is not None else [[]] * count
+        if len(of_samples) != count or len(set(map(len, of_samples))) > 1:
+            raise ValueError(f"samples must have equally many numbers for each of {count} blocks")
         lengths = [len(starts) for starts in self.spans or ()]
         if lengths != list(range(count, 0, -1))[: len(lengths)]:
             raise ValueError(f"spans must have one entry for each start in {count} blocks")
@@ -184,7 +194,7 @@ class PrunePlan(Shown, ResultFile):
     def __str__(self) -> str:
         """'embedded: 12 -> 9 blocks, without 4, 5, 7 (18.1% of the parameters)'."""
         return (
-            f"{self.model.id}: {self.model.blocks} -> {len(self.kept)} blocks, without "
+            f"{self.model.id}: {self.model.blocks} -> {counted(len(self.kept), 'block')}, without "
             f"{', '.join(map(str, self.removed))} ({self.reached.parameter_ratio:.1%} of the "
             "parameters)"
         )
@@ -255,9 +265,15 @@ def load_plan(path: Path) -> PrunePlan:
     if not file.exists():
         raise ResultFileError(
             f"there is no plan in {path}. Make one first: shortllm plan SCORES --out "
-            f"{path if path.suffix == '.json' else path / 'plan.json'}"
+            f"{path if path.suffix == '.json' else path / 'plan.json'}. {WITHOUT_PLAN}"
         )
-    return PrunePlan.load(file)
+    try:
+        return PrunePlan.load(file)
+    except ResultFileError as error:
+        raise ResultFileError(
+            f"{error}. A plan is the file plan.json that `shortllm plan` writes: the blocks to "
+            f"remove, and why. {WITHOUT_PLAN}"
+        ) from error
 
 
 class DepthSpeed(Record):

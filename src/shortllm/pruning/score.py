@@ -28,7 +28,15 @@ from shortllm.pruning.scoring import MOST_TO_CHOOSE, Scorer, require_plain_weigh
 from shortllm.pruning.search_space import score_all, work_of_all
 from shortllm.records import Cost
 from shortllm.run_directory import claim_directory, delete, finished, pinned, write_run_file
-from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks, peak_memory, versions
+from shortllm.runtime import (
+    ALONE,
+    Ranks,
+    ScoringRuntime,
+    check_attention,
+    join_ranks,
+    peak_memory,
+    versions,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +44,14 @@ if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
 
 
-@accepts(calibration=CalibrationOptions, runtime=Runtime)
+@accepts(calibration=CalibrationOptions, runtime=ScoringRuntime)
 def score(
     model: ModelSource = "embedded",
     *,
     criterion: str | list[str] = "ppl",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     calibration: CalibrationOptions,
-    runtime: Runtime,
+    runtime: ScoringRuntime,
     out: Path | None = None,
     revision: str | None = None,
     command: Sequence[str] = (),
@@ -81,9 +89,10 @@ def score(
         "calibration": text.model_dump(mode="json"),
         **runtime.model_dump(mode="json"),
     }
+    session = Session(runtime)
+    check_attention(session.attention, session.device)
     if out is not None and ranks.is_main:
         claim_directory(out, checkpoint, chosen)
-    session = Session(runtime)
     needs_text = any(one.needs_text for one in criteria)
     ids = calibrate(checkpoint, calibration) if needs_text else None
     healing = text_to_heal_with(checkpoint, criteria, calibration)
@@ -239,6 +248,7 @@ def scores_fingerprint(
             "calibration": calibration.info.tokens_fingerprint,
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
+            **({"attention": session.attention} if session.attention else {}),
         }
     if criterion.healing is not None and healing is not None:
         inputs["healing"] = healing.info.tokens_fingerprint

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from shortllm.model.walk import Healed
 
 
+SAMPLE_DECIMALS = 6
+"""Of what is stored for each sample."""
+
 MOST_TO_CHOOSE = 128
 """Samples that candidates are healed on, of those of all processes."""
 
@@ -101,9 +104,18 @@ class Scorer:
         values = [0.0] * self.checkpoint.block_count
         for b in candidates:
             entries = self.checkpoint.block_weights(b)
-            values[b] = one.call({entry.name: read_tensor(entry) for entry in entries})
+            weights = {entry.name: read_tensor(entry) for entry in entries}
+            values[b] = one.call(self._with_a_row_per_output(weights))
             self.advance(2.0 * sum(entry.elements for entry in entries))
         return plain_scores(values)
+
+    def _with_a_row_per_output(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a block, by names within it or in the files."""
+        transposed = tuple(self.checkpoint.structure.transposed)
+        return {
+            name: weight.T if name.endswith(transposed) else weight
+            for name, weight in weights.items()
+        }
 
     def _observer(self, one: Criterion, kept: Sequence[int]) -> ScoringObserver:
         blocks = self.checkpoint.block_count
@@ -139,23 +151,24 @@ class Scorer:
         healed: Healed | None,
     ) -> dict[str, Scores]:
         """The model of `kept` and each model with one more block removed, in one walk."""
-        from shortllm.model.walk import UNHEALED, mean_values
+        from shortllm.model.walk import UNHEALED, sample_means
 
         decoder = self.open_decoder()
-        means = mean_values(
+        own_VMB = sample_means(
             decoder,
             self.samples(),
             removals_of(decoder.block_count, kept, candidates),
             [one.call for one in resolved],
-            ranks=self.ranks,
             observe=observers,
             healed=healed or UNHEALED,
             advance=self.advance,
             memory=self.memory,
             journal=journal,
         )
+        all_VMB = self.ranks.in_order(own_VMB.permute(2, 0, 1)).permute(1, 2, 0)
         found = {}
-        for one, (intact, *without) in zip(resolved, means, strict=True):
+        for one, values_MB in zip(resolved, all_VMB, strict=True):
+            intact, *without = (values_MB.sum(dim=1) / values_MB.shape[1]).tolist()
             in_nats, count = one.in_nats, decoder.block_count
             report = perplexity if in_nats else float
             values = spread_out([report(mean) for mean in without], candidates, count)
@@ -165,6 +178,7 @@ class Scorer:
                 values=values,
                 intact=report(intact),
                 delta_nll=change if in_nats else None,
+                samples=_samples_of(values_MB[1:], candidates, count),
             )
         return found
 
@@ -181,6 +195,7 @@ class Scorer:
         values = {one.name: [0.0] * decoder.block_count for one in resolved}
 
         def receive(b: int, products: dict[str, Tensor]) -> None:
+            products = self._with_a_row_per_output(products)
             for one in resolved:
                 values[one.name][b] = one.call(products)
 
@@ -449,6 +464,15 @@ class Similarities:
 
 ScoringObserver = TokenMeans | LastTokens | Similarities
 """Observes the streams of a pass, and turns what it saw into scores."""
+
+
+def _samples_of(
+    values_MB: Tensor, candidates: Sequence[int], count: int
+) -> list[list[float]] | None:
+    """The mean of each sample without each block, if every block is a candidate."""
+    if len(candidates) < count:
+        return None
+    return [[round(one, SAMPLE_DECIMALS) for one in values] for values in values_MB.tolist()]
 
 
 def plain_scores(values: list[float]) -> Scores:

@@ -156,15 +156,30 @@ def check(options: QuantizeOptions, checkpoint: Checkpoint, session: Session) ->
     """Check packages, device and model before anything heavy; returns the layers to quantize."""
     require_extra()
     require_device(session.device)
-    layers = find_layers(checkpoint)
-    if options.group_size is not None:
-        require_group_size(layers, options.group_size)
+    layers = check_model(options, checkpoint)
     if session.streams(checkpoint):
         raise ShortLLMError(
             f"{checkpoint.id} does not fit in memory, and quantizing needs all of it. Use a "
             "machine with more memory"
         )
     return layers
+
+
+def check_model(options: QuantizeOptions, checkpoint: Checkpoint) -> Layers:
+    """Check that the layers of a model can be quantized by resolved options."""
+    layers = find_layers(checkpoint)
+    if options.group_size is not None:
+        require_group_size(layers, options.group_size)
+    return layers
+
+
+def refusal(checkpoint: Checkpoint) -> str | None:
+    """Why a model cannot be quantized with the default options; None where it can."""
+    try:
+        check_model(resolve(QuantizeOptions(), checkpoint), checkpoint)
+    except ShortLLMError as error:
+        return str(error)
+    return None
 
 
 def _draft(

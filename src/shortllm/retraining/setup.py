@@ -160,7 +160,8 @@ def check(
     options = resolve(options, checkpoint)
     assert options.length is not None
     check_length(checkpoint, options.length, "--length")
-    check_length(checkpoint, options.eval_length, "--eval-length")
+    every = checkpoint.model_type in BOS_EVERY_SAMPLE
+    check_length(checkpoint, options.eval_length, "--eval-length", before=int(every))
     if ranks.count == 1 and session.device.index:
         raise ShortLLMError(
             f"training uses the first visible GPU, not {session.device}. Use --device auto, and "

@@ -72,7 +72,12 @@ from shortllm.surgery.origin import (
     steps_of,
     write_local,
 )
-from shortllm.surgery.verify import bypass_logits, kv_cache_matches, verify_shortened
+from shortllm.surgery.verify import (
+    ImageProbe,
+    bypass_logits,
+    kv_cache_matches,
+    verify_shortened,
+)
 
 if TYPE_CHECKING:
     from shortllm.data.calibration import Calibration
@@ -389,13 +394,18 @@ def require_text_model(checkpoint: Checkpoint, aim: str) -> None:
 
 
 def verifying(
-    target: Path, session: Session, logits: Tensor, *, cached: bool
+    target: Path,
+    session: Session,
+    logits: Tensor,
+    *,
+    cached: bool,
+    image: ImageProbe | None = None,
 ) -> Callable[[Path], None]:
-    """A `Draft.verify` that loads the written checkpoint and compares its logits on the probe."""
+    """A `Draft.verify` that loads the written checkpoint and compares its logits on the probes."""
 
     def verify(written: Path) -> None:
         decoder = session.decoder(open_checkpoint(written))
-        verify_shortened(str(target), decoder, logits, cached=cached)
+        verify_shortened(str(target), decoder, logits, cached=cached, image=image)
 
     return verify
 

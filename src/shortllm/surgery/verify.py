@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from shortllm.checkpoint.config import text_config
 from shortllm.errors import CheckpointError
 from shortllm.model.decoder import Decoder
 from shortllm.model.walk import walk
+from shortllm.surgery.image_probe import image_inputs, takes_images, unchanged
+
+log = logging.getLogger(__name__)
 
 PROBE_SHAPE = (2, 24)
 """Samples and tokens of the comparison."""
@@ -59,6 +64,30 @@ def bypass_logits(decoder: Decoder, removed: Collection[int] = ()) -> Tensor:
     return torch.cat(rows).view(len(ids), -1, decoder.vocabulary)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageProbe:
+    """What a model computes on text with an image."""
+
+    inputs: dict[str, Tensor]
+    logits: Tensor
+
+
+@torch.inference_mode()
+def on_image(decoder: Decoder, removed: Collection[int] = ()) -> ImageProbe | None:
+    """The same as `bypass_logits` on text with an image; None where the model takes none, its
+    blocks are streamed, or its config does not tell what an image looks like."""
+    if not takes_images(decoder.model):
+        return None
+    inputs = None if decoder.streamed else image_inputs(decoder.model)
+    if inputs is None:
+        log.warning(
+            "verified on text alone: no image could be put to %s", type(decoder.model).__name__
+        )
+        return None
+    with decoder.without(removed):
+        return ImageProbe(inputs=inputs, logits=_image_logits(decoder.model, inputs))
+
+
 @torch.inference_mode()
 def kv_cache_matches(original: Decoder) -> bool:
     """Whether the original computes the same with a cache as without; not for streamed blocks."""
@@ -77,28 +106,44 @@ def kv_cache_matches(original: Decoder) -> bool:
 
 @torch.inference_mode()
 def verify_shortened(
-    name: str, shortened: Decoder, expected: Tensor, *, cached: bool = True
+    name: str,
+    shortened: Decoder,
+    expected: Tensor,
+    *,
+    cached: bool = True,
+    image: ImageProbe | None = None,
 ) -> None:
-    """Compare a reloaded model with `expected` (see `bypass_logits`), with a cache if `cached`."""
+    """Compare a reloaded model with `expected` (see `bypass_logits`), with a cache if `cached`, and
+    with what the original computes on text with an image."""
     ids = probe_ids(shortened.model.config)
     plain = bypass_logits(shortened)
     tolerance = _tolerance(shortened)
     columns = min(plain.shape[1], expected.shape[1])
     wrong = f"{name} does not compute what the original without the blocks computes"
     _compare(plain[:, :columns], expected[:, :columns], tolerance, wrong)
+    if image is not None and not shortened.streamed:
+        found = _image_logits(shortened.model, image.inputs)
+        _compare(found, image.logits, tolerance, f"{wrong} from an image")
     if not cached or shortened.streamed:
         return
     try:
-        found = _cached_logits(shortened.model, ids)
+        generated = _cached_logits(shortened.model, ids)
     except CACHE_ERRORS as error:
         raise CheckpointError(f"{name} cannot generate with a cache: {error}") from error
-    if found is not None:
-        _compare(found, plain, tolerance, f"{name} generates other text with a cache than without")
+    if generated is not None:
+        _compare(
+            generated, plain, tolerance, f"{name} generates other text with a cache than without"
+        )
 
 
 def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
     device = next(model.parameters()).device
     return model(input_ids=ids.to(device), use_cache=False, **kwargs).logits.float().cpu()  # type: ignore[no-any-return]
+
+
+def _image_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with unchanged(model):
+        return model(**inputs, use_cache=False).logits.float().cpu()  # type: ignore[no-any-return]
 
 
 def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
