@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from shortllm.checkpoint.rules import BLOCK_NUMBERS, LEADING, PER_BLOCK
+from shortllm.checkpoint.rules import BLOCK_NUMBERS, LEADING, PER_BLOCK, PERIOD_OF
 from shortllm.checkpoint.shorten_config import shorten_config
 from shortllm.checkpoint.source import BlockNames, find_block_names
 from shortllm.checkpoint.tensors import (
@@ -298,7 +298,12 @@ def test_two_removals_are_one(model_type: str, data: st.DataObject, kept: list[i
     half, read = shortened(config, config.to_dict(), kept)
     twice, _ = shortened(read, half, inner)
     once, _ = shortened(config, config.to_dict(), [kept[block] for block in inner])
-    assert twice == once
+    # of few blocks a list follows several periods
+    assert without_periods(twice) == without_periods(once)
+
+
+def without_periods(config: dict[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in config.items() if field not in PERIOD_OF}
 
 
 @pytest.mark.parametrize("model_type", PATTERNED)

@@ -416,7 +416,7 @@ def test_only_numbers_of_one_protocol_stand_side_by_side() -> None:
 def test_blocks_are_compared_in_words() -> None:
     published = Published(source="s", criterion="ppl", order=[0, 1, 2], removed=[1, 2])
     assert compared_blocks(published, [2, 1]) == "Blocks 1, 2 were removed, as published."
-    assert "1 of these were removed here as well, and 1 others" in compared_blocks(
+    assert "1 of these were removed here as well, and 1 other." in compared_blocks(
         published, [0, 1]
     )
 
