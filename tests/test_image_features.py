@@ -66,6 +66,8 @@ def config_of_type(model_type: str) -> Any:
             patch_size=4,
             position_embedding_size=16,
         )
+    if model_type == "vipllava":
+        config.vision_feature_layers = [0, 1, 2, -1, -2]
     if model_type in BY_NUMBER:
         config.vision_config.deepstack_visual_indexes = [0, 1]
     if model_type == "qwen3_omni_moe_thinker":
@@ -117,7 +119,9 @@ def test_verification_looks_at_an_image_too(
     assert not (tmp_path / "short").exists()
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "internvl", "idefics3", "mistral3"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_vl", "internvl", "idefics3", "llava", "mistral3", "vipllava"]
+)
 def test_images_that_enter_with_the_text_leave_all_blocks_free(
     model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
