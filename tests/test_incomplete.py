@@ -197,3 +197,16 @@ def test_a_quantized_model_lacks_a_module_of_which_nothing_is_stored(
     save_file(held, tmp_path / SAFETENSORS)
     with pytest.raises(CheckpointError, match=rf"{word}.* is missing"):
         shortllm.prune(tmp_path, blocks=[3], out=tmp_path / "out", verify=False)
+
+
+def test_quantized_weights_in_modules_of_other_names_are_not_missing(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("granitemoe", **TEXT, num_local_experts=2, num_experts_per_tok=1)
+    families.save(AutoModelForCausalLM.from_config(config), tmp_path)
+    stored = load_file(tmp_path / SAFETENSORS)
+    for name in [one for one in stored if one.endswith("linear.weight")]:
+        stored[name.replace("weight", "qweight")] = stored.pop(name)
+    config = read_json(tmp_path / "config.json")
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    write_json(tmp_path / "config.json", config)
+    save_file(stored, tmp_path / SAFETENSORS)
+    shortllm.prune(tmp_path, blocks=[2], out=tmp_path / "out", verify=False)

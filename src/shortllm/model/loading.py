@@ -231,12 +231,23 @@ def check_loading(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> None:
 
 def require_complete(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that lacks tensors of its model; reads no data."""
-    missing, unexpected = _missing_and_unexpected(checkpoint)
+    built, missing, unexpected = _compared(checkpoint)
     if getattr(checkpoint.config, "quantization_config", None) is not None:
-        # quantized weights have other names in the same modules
-        there = {part for name in unexpected for part in accumulate(name.split("."), _joined)}
-        missing = {key for key in missing if key.rpartition(".")[0] not in there}
+        # quantized weights have other names in the same modules, or next to where they belong in
+        # modules that transformers renames by the names of weights
+        within = {part for name in unexpected for part in accumulate(name.split("."), _joined)}
+        renamed = {_module(name) for name in unexpected} - {_module(name) for name in built}
+        within |= {f"{_module(one)}.*" for one in renamed}
+        missing = {
+            key
+            for key in missing
+            if not within.intersection((_module(key), f"{_module(_module(key))}.*"))
+        }
     check_loading(checkpoint, {"missing_keys": missing})
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _joined(module: str, name: str) -> str:
@@ -248,9 +259,9 @@ def _part(key: str) -> str:
     return key.removeprefix("model.").partition(".")[0]
 
 
-def _missing_and_unexpected(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
-    """The tensors of a model that transformers would give random values, and the stored ones that
-    are not of the model.
+def _compared(checkpoint: Checkpoint) -> tuple[set[str], set[str], set[str]]:
+    """The tensors of a model, those that transformers would give random values, and the stored ones
+    that are not of the model.
 
     It puts what is stored into the model, since it knows the names on disk, but on the meta device.
     """
@@ -271,7 +282,7 @@ def _missing_and_unexpected(checkpoint: Checkpoint) -> tuple[set[str], set[str]]
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
         unexpected = set(found.unexpected_keys)
         model._adjust_missing_and_unexpected_keys(found)
-    return set(found.missing_keys), unexpected
+    return set(model.state_dict()), set(found.missing_keys), unexpected
 
 
 def load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:

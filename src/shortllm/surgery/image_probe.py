@@ -119,7 +119,7 @@ def _with_text(model: Any, image: dict[str, Tensor], taken: Any) -> dict[str, Te
 
 
 def _choices(model: Any) -> dict[str, Any]:
-    """What a model must be told, beside the image, to make features of it: its config says it."""
+    """What a model must be told to make features of an image: its config says it."""
     asked = inspect.signature(model.get_image_features).parameters.values()
     vision = getattr(model.config, "vision_config", None)
     return {
