@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from architectures import model_classes, tiny_config
-from families import build, load, save, shortened
+from families import build, load, save, shortened, token_ids
+from test_healing import calibration
 from transformers import CLIPVisionConfig, Gemma4VisionConfig, Granite4VisionConfig
 
 from shortllm.checkpoint import shorten_config
 from shortllm.checkpoint.shorten_config import structurally_protected
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.errors import CheckpointError, UnsupportedModelError
+from shortllm.merging.merge import merge_from
+from shortllm.merging.options import MergeOptions, Merging
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
 from shortllm.pruning.prune import write_pruned
@@ -66,6 +69,8 @@ def config_of_type(model_type: str) -> Any:
             patch_size=4,
             position_embedding_size=16,
         )
+    if model_type == "vipllava":
+        config.vision_feature_layers = [0, 1, 2, -1, -2]
     if model_type in BY_NUMBER:
         config.vision_config.deepstack_visual_indexes = [0, 1]
     if model_type == "qwen3_omni_moe_thinker":
@@ -107,6 +112,24 @@ def test_features_by_number_enter_the_same_blocks_or_the_removal_is_refused(
         )
 
 
+def test_merges_leave_the_blocks_that_features_enter(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(source("qwen3_vl", tmp_path))
+
+    def merged(**options: Any) -> Merging:
+        return merge_from(
+            checkpoint,
+            MergeOptions(**options),
+            tmp_path / "out",
+            calibration=calibration(token_ids() % checkpoint.vocabulary),
+            session=Session(),
+        )
+
+    for options in ({"blocks": [1]}, {"protect_first": 0, "protect_last": 4}):
+        with pytest.raises(UnsupportedModelError, match="image features enter"):
+            merged(**options)
+    assert merged(threshold=-1).removed == [3, 4, 5]
+
+
 def test_verification_looks_at_an_image_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +140,9 @@ def test_verification_looks_at_an_image_too(
     assert not (tmp_path / "short").exists()
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "internvl", "idefics3", "mistral3"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_vl", "internvl", "idefics3", "llava", "mistral3", "vipllava"]
+)
 def test_images_that_enter_with_the_text_leave_all_blocks_free(
     model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import shortllm
 from shortllm.checkpoint.source import open_checkpoint
-from shortllm.checkpoint.tensors import SAFETENSORS
+from shortllm.checkpoint.tensors import SAFETENSORS, read_json, write_json
 from shortllm.errors import CheckpointError
 from shortllm.model.decoder import Decoder
 from shortllm.surgery.verify import bypass_logits, verify_shortened
@@ -53,6 +53,26 @@ def test_embeddings_that_share_memory_are_stored_once_if_they_are_tied(
     out = shortllm.prune(source, blocks=[1], out=tmp_path / "out")
     assert ("lm_head.weight" in load_file(out / SAFETENSORS)) != tied
     verify_shortened("out", Decoder(families.load(out)), bypass_logits(Decoder(model), [1]))
+
+
+@pytest.mark.parametrize("head", ["mtp", "model.layers.6"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prediction_head_keeps_the_embeddings_that_it_shares(
+    head: str, first: bool, tmp_path: Path
+) -> None:
+    model: Any = families.build(families.config_of("llama", tie_word_embeddings=True))
+    source, embeddings = pickled(model, tmp_path / "source"), model.model.embed_tokens.weight.data
+    shared = {
+        f"{head}.embed_tokens.weight": embeddings,
+        f"{head}.eh_proj.weight": torch.ones(embeddings.shape[1], 2 * embeddings.shape[1]),
+    }
+    held = {name: tensor.data for name, tensor in model.state_dict().items()}
+    torch.save(shared | held if first else held | shared, source / "pytorch_model.bin")
+    out = shortllm.prune(source, blocks=[1], out=tmp_path / "out")
+    stored = load_file(out / SAFETENSORS)
+    assert stored[f"{head.replace('6', '5')}.embed_tokens.weight"].equal(embeddings)
+    without = shortllm.prune(source, blocks=[1], out=tmp_path / "without", drop_heads=True)
+    families.load(without)
 
 
 def test_shards_of_a_bin_may_share_memory(tmp_path: Path) -> None:
@@ -131,6 +151,14 @@ def test_without_its_tower_the_text_model_can_be_taken_out(family: str, tmp_path
     families.load(shortllm.prune(tmp_path / "text", blocks=[2], out=tmp_path / "short"))
 
 
+def test_a_tower_of_which_some_is_stored_is_not_said_to_be_gone(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gemma3", **TOWERS["gemma3"])
+    model = AutoModelForImageTextToText.from_config(config)
+    source = stripped(model, tmp_path / "source", ("vision_tower.encoder.layers.1",))
+    with pytest.raises(CheckpointError, match="without parts of vision_tower"):
+        shortllm.prune(source, blocks=[2], out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
     "word", ["model.norm.weight", "lm_head", "embed_tokens", "layers.1.mlp.up"]
@@ -146,3 +174,39 @@ def test_what_no_file_holds_is_named_before_anything_is_written(
         shortllm.prune(source, blocks=[3], out=tmp_path / "out", verify=verify)
     assert "ownload" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["model.norm", "lm_head", "layers.1.mlp.up_proj"])
+@pytest.mark.parametrize("names", [("weight", "weight_scale_inv"), ("qweight", "scales")])
+def test_a_quantized_model_lacks_a_module_of_which_nothing_is_stored(
+    names: tuple[str, str], word: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(families.config_of("llama", tie_word_embeddings=False))
+    families.save(model, tmp_path)
+    stored = load_file(tmp_path / SAFETENSORS)
+    for name in [one for one in stored if one.endswith("proj.weight")]:
+        weight = stored.pop(name).to(torch.float8_e4m3fn)
+        module = name.removesuffix("weight")
+        stored |= {module + names[0]: weight, module + names[1]: torch.ones(1, 1)}
+    config = read_json(tmp_path / "config.json")
+    quantized = {"quant_method": "fp8" if names[0] == "weight" else "gptq", "bits": 4}
+    write_json(tmp_path / "config.json", config | {"quantization_config": quantized})
+    save_file(stored, tmp_path / SAFETENSORS)
+    shortllm.prune(tmp_path, blocks=[3], out=tmp_path / "whole", verify=False)
+    held = {name: tensor for name, tensor in stored.items() if word not in name}
+    save_file(held, tmp_path / SAFETENSORS)
+    with pytest.raises(CheckpointError, match=rf"{word}.* is missing"):
+        shortllm.prune(tmp_path, blocks=[3], out=tmp_path / "out", verify=False)
+
+
+def test_quantized_weights_in_modules_of_other_names_are_not_missing(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("granitemoe", **TEXT, num_local_experts=2, num_experts_per_tok=1)
+    families.save(AutoModelForCausalLM.from_config(config), tmp_path)
+    stored = load_file(tmp_path / SAFETENSORS)
+    for name in [one for one in stored if one.endswith("linear.weight")]:
+        stored[name.replace("weight", "qweight")] = stored.pop(name)
+    config = read_json(tmp_path / "config.json")
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    write_json(tmp_path / "config.json", config)
+    save_file(stored, tmp_path / SAFETENSORS)
+    shortllm.prune(tmp_path, blocks=[2], out=tmp_path / "out", verify=False)

@@ -267,6 +267,14 @@ def test_blocks_behind_the_last_that_are_no_heads_are_refused(tmp_path: Path) ->
         shortllm.prune(source, blocks=[1], out=tmp_path / "out")
 
 
+def test_a_head_behind_a_gap_is_refused_as_one(tmp_path: Path) -> None:
+    source = with_head("deepseek_v3", tmp_path / "source")
+    tensors = {n.replace("s.6.", "s.8."): t for n, t in load_file(source / SAFETENSORS).items()}
+    save_file(tensors, source / SAFETENSORS, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"head 'model.layers.8' .* 'model.layers.6'"):
+        shortllm.prune(source, blocks=[1], out=tmp_path / "out")
+
+
 def test_lists_that_go_on_with_the_heads(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "deepseek_v3", num_hidden_layers=4, num_nextn_predict_layers=2, moe_layers=[1, 3, 4, 5]

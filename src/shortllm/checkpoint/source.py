@@ -316,14 +316,20 @@ def open_checkpoint(
 def _without_tied(tensors: Mapping[str, TensorEntry], config: Any) -> dict[str, TensorEntry]:
     """The tensors without embeddings that share their memory with others and are tied to them.
 
-    All else that shares memory (blocks may) is needed under each of its names.
+    All else that shares memory (blocks and prediction heads may) is needed under each of its names.
     """
     text = text_config(config)
     tied = any(getattr(one, "tie_word_embeddings", False) for one in (config, text))
+
+    def inside(name: str) -> bool:
+        return speaks_of_heads(name) or NUMBER.search(name) is not None
+
     return {
         name: entry
         for name, entry in tensors.items()
         if not (tied and entry.same_as and entry.shape[:1] == (text.vocab_size,))
+        or inside(name)
+        or inside(entry.same_as)
     }
 
 
@@ -367,7 +373,7 @@ def find_block_names(
     # experts inside a block are numbered too: a prefix inside another one is not the block list
     outer = [p for p in fitting if not any(p.startswith(other + ".") for other in fitting)]
     if not outer:
-        raise UnsupportedModelError(_explain_numbers(numbers, count, module_name))
+        raise UnsupportedModelError(_explain_numbers(numbers, count, module_name, is_head))
     best = max(outer, key=lambda prefix: _common_ending(prefix, module_name))
     if not _common_ending(best, module_name) and not (len(outer) == 1 and fits(best)):
         raise UnsupportedModelError(
@@ -388,7 +394,9 @@ def _common_ending(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str) -> str:
+def _explain_numbers(
+    numbers: dict[str, set[int]], count: int, module_name: str, is_head: Callable[[str, int], bool]
+) -> str:
     """Why no prefix fits: the nearest one and how its numbers differ."""
     near = [prefix for prefix in numbers if _common_ending(prefix, module_name)]
     if not near:
@@ -400,6 +408,11 @@ def _explain_numbers(numbers: dict[str, set[int]], count: int, module_name: str)
         return (
             f"the config says {count} blocks, but no tensor of block {min(missing)} "
             f"('{prefix}.{min(missing)}') is stored"
+        )
+    if is_head(prefix, min(extra)):
+        return (
+            f"the prediction head '{prefix}.{min(extra)}' does not follow the last of {count} "
+            f"blocks: its tensors must be called '{prefix}.{count}'. Rename them, or leave them out"
         )
     return (
         f"'{prefix}.{min(extra)}' lies behind the last of {count} blocks, and it is not a "

@@ -21,6 +21,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.options import SurgeryOptions
-from shortllm.checkpoint.shorten_config import refuse_type
+from shortllm.checkpoint.shorten_config import refuse_type, structurally_protected
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
@@ -114,6 +115,8 @@ def merge_from(
     check_blocks(options, count)
     refuse_type(checkpoint.config)
     require_rules(companions_of(checkpoint))
+    if options.blocks is not None:
+        check_removal(checkpoint, [b for b in range(count) if b not in options.blocks])
     expected = derived_fingerprint(
         checkpoint,
         calibration=calibration,
@@ -126,7 +129,7 @@ def merge_from(
         require_alike(checkpoint, decoder)
         with progress("merging", _block_passes(options, count)) as advance:
             merger = Merger(decoder, checkpoint, calibration.ids, memory, advance)
-            sums, tries = _chosen(merger, options)
+            sums, tries = _chosen(merger, options, structurally_protected(checkpoint.config))
         kept, changed = list(sums), changed_blocks(sums)
         removed = sorted(set(range(count)) - set(kept))
         config = check_removal(checkpoint, kept)
@@ -372,10 +375,12 @@ def _block_passes(options: MergeOptions, count: int) -> int:
     return count + sum(count - place for place in places)
 
 
-def _chosen(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
+def _chosen(
+    merger: Merger, options: MergeOptions, fixed: Mapping[int, str]
+) -> tuple[Sums, list[Merge]]:
     """The merged blocks, and every try: of the named blocks, else of a sweep."""
     if options.blocks is None:
-        return sweep(merger, options)
+        return sweep(merger, options, fixed)
     sums, tries = original_blocks(merger.block_count), []
     for gap in reversed(gaps_of(options.blocks)):
         sums = folded(sums, gap.start - 1, len(gap.blocks))
@@ -383,10 +388,16 @@ def _chosen(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
     return sums, tries
 
 
-def sweep(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
-    """Merge from the top down, as long as the final hidden states stay similar."""
+def sweep(
+    merger: Merger, options: MergeOptions, fixed: Mapping[int, str]
+) -> tuple[Sums, list[Merge]]:
+    """Merge from the top down, as long as the final hidden states stay similar.
+
+    Args:
+        fixed: blocks that cannot go, with the reason.
+    """
     count, most = merger.block_count, options.max_merged
-    sums, tries = original_blocks(count), []
+    sums, tries = original_blocks(count), list[Merge]()
     place = max(count - options.protect_last - 1 - most, options.protect_first)
     while place >= options.protect_first:
         blocks = list(sums)
@@ -395,14 +406,22 @@ def sweep(merger: Merger, options: MergeOptions) -> tuple[Sums, list[Merge]]:
             others = min(others, options.remove - (count - len(blocks)))
         if others < 1:
             break
-        tried = folded(sums, blocks[place], others)
-        gone = blocks[place + 1 : place + 1 + others]
+        above = blocks[place + 1 : place + 1 + others]
+        gone = list(takewhile(lambda b: b not in fixed, above))
+        if not gone:
+            place -= 1
+            continue
+        tried = folded(sums, blocks[place], len(gone))
         tries.append(merger.tried(tried, blocks[place], gone, above=options.threshold))
         if tries[-1].kept:
             sums = tried
             place = min(place - options.interval, len(sums) - options.protect_last - 1 - most)
         else:
             place -= 1
+    if not tries:
+        raise UnsupportedModelError(
+            f"no block can be folded into the one before it: {'; '.join(set(fixed.values()))}"
+        )
     if len(sums) == count:
         best = max(one.cosine for one in tries)
         raise ShortLLMError(

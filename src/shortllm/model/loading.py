@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,7 @@ NOT_ITS_CONFIG = "Is its config.json the one that these weights were saved with?
 TEXT_MODEL = """The files are whole, but without {parts}. Take the text model out, copy the \
 tokenizer's files, and give TEXT-MODEL instead:
 
-    from transformers import AutoModelForCausalLM, {loader}
+    from transformers import {loaders}
     model = {loader}.from_pretrained({id!r})
     text = AutoModelForCausalLM.from_config(model.config.get_text_config(), dtype=model.dtype)
     setattr(text, text.base_model_prefix, model.get_decoder())
@@ -230,13 +231,27 @@ def check_loading(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> None:
 
 def require_complete(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that lacks tensors of its model; reads no data."""
-    built, missing = _built_and_missing(checkpoint)
+    built, missing, unexpected = _compared(checkpoint)
     if getattr(checkpoint.config, "quantization_config", None) is not None:
-        # quantized weights have other names, but a whole part that was left out is missing
-        there = {_part(key) for key in built - missing}
-        there |= {part for name in checkpoint.tensors for part in name.split(".")}
-        missing = {key for key in missing if _part(key) not in there}
+        # quantized weights have other names in the same modules, or next to where they belong in
+        # modules that transformers renames by the names of weights
+        within = {part for name in unexpected for part in accumulate(name.split("."), _joined)}
+        renamed = {_module(name) for name in unexpected} - {_module(name) for name in built}
+        within |= {f"{_module(one)}.*" for one in renamed}
+        missing = {
+            key
+            for key in missing
+            if not within.intersection((_module(key), f"{_module(_module(key))}.*"))
+        }
     check_loading(checkpoint, {"missing_keys": missing})
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _joined(module: str, name: str) -> str:
+    return f"{module}.{name}"
 
 
 def _part(key: str) -> str:
@@ -244,8 +259,9 @@ def _part(key: str) -> str:
     return key.removeprefix("model.").partition(".")[0]
 
 
-def _built_and_missing(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
-    """The tensors of a model, and those that transformers would give random values.
+def _compared(checkpoint: Checkpoint) -> tuple[set[str], set[str], set[str]]:
+    """The tensors of a model, those that transformers would give random values, and the stored ones
+    that are not of the model.
 
     It puts what is stored into the model, since it knows the names on disk, but on the meta device.
     """
@@ -264,8 +280,9 @@ def _built_and_missing(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
         found, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
         model.mark_tied_weights_as_initialized(found)
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        unexpected = set(found.unexpected_keys)
         model._adjust_missing_and_unexpected_keys(found)
-    return set(model.state_dict()), set(found.missing_keys)
+    return set(model.state_dict()), set(found.missing_keys), unexpected
 
 
 def load_config(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -298,15 +315,20 @@ def _without(checkpoint: Checkpoint, missing: Sequence[str]) -> str:
             "The files are whole, so the model was saved without it, or config.json is another "
             "model's. Save the whole model again with transformers' save_pretrained"
         )
+    there = set(map(_part, tensors.keys() - set(missing)))
     towers = dict.fromkeys(map(_part, missing))
-    left_out, text_type = " and ".join(towers), text_config(checkpoint.config).model_type
+    left_out = " and ".join(f"parts of {one}" if one in there else one for one in towers)
+    text_type = text_config(checkpoint.config).model_type
     if not model_classes(text_type)[0]:
         return (
             f"The files are whole, but without {left_out}, and transformers has no class for the "
             f"text model '{text_type}' alone. Give a model that has them"
         )
     loader = auto_class(checkpoint.config).__name__
-    return TEXT_MODEL.format(parts=left_out, loader=loader, id=str(checkpoint.directory))
+    loaders = ", ".join(sorted({"AutoModelForCausalLM", loader}))
+    return TEXT_MODEL.format(
+        parts=left_out, loaders=loaders, loader=loader, id=str(checkpoint.directory)
+    )
 
 
 def require_finite_tensor(name: str, key: str, tensor: torch.Tensor) -> None:

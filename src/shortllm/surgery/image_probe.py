@@ -36,14 +36,20 @@ IMAGE_KINDS = ("mm_token_type_ids", "token_type_ids")
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Within the context a model may keep what it finds in an image (positions) in attributes."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Within the context a model may keep what it finds in an image (positions) in attributes, and
+    install hooks: both are gone afterwards."""
+    tables = [one for module in model.modules() for one in (vars(module), *_dicts(vars(module)))]
+    before = [(table, table.copy()) for table in tables]
     try:
         yield
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
+
+
+def _dicts(attributes: dict[str, Any]) -> list[dict[Any, Any]]:
+    return [one for one in attributes.values() if isinstance(one, dict)]
 
 
 def takes_images(model: Any) -> bool:
@@ -83,9 +89,12 @@ def _images(config: Any, taken: Any) -> Iterator[dict[str, Tensor]]:
         yield {"pixel_values": pixels.view(-1, channels, patch, patch), "image_grid_thw": grid}
     for side in (_whole(vision, "image_size", 4 * patch), 4 * patch):
         sizes = torch.tensor([[side, side]])
-        for tiles in ((1,), (1, 1), (1, 2)):  # two: the image made small, and its only tile
+        # several: the image made small, and its tiles, of which some are empty
+        for tiles in ((1,), (1, 1), (1, 2), (1, 3)):
             image = {"pixel_values": _noise(*tiles, channels, side, side)}
-            yield image | ({"image_sizes": sizes} if "image_sizes" in taken else {})
+            if "image_sizes" in taken:
+                yield image | {"image_sizes": sizes}
+            yield image
 
 
 def _with_text(model: Any, image: dict[str, Tensor], taken: Any) -> dict[str, Tensor]:
@@ -95,7 +104,7 @@ def _with_text(model: Any, image: dict[str, Tensor], taken: Any) -> dict[str, Te
         name: one.to(device, dtype if one.is_floating_point() else None)
         for name, one in image.items()
     }
-    rows = _rows(_features(model.get_image_features(**image)))
+    rows = _rows(_features(model.get_image_features(**image, **_choices(model))))
     named = (getattr(model.config, name, None) for name in IMAGE_TOKENS)
     token = next(number for number in named if number is not None)
     words = _words(model.config, BEFORE + AFTER)
@@ -109,10 +118,24 @@ def _with_text(model: Any, image: dict[str, Tensor], taken: Any) -> dict[str, Te
     }
 
 
+def _choices(model: Any) -> dict[str, Any]:
+    """What a model must be told to make features of an image: its config says it."""
+    asked = inspect.signature(model.get_image_features).parameters.values()
+    vision = getattr(model.config, "vision_config", None)
+    return {
+        one.name: getattr(vision, one.name)
+        for one in asked
+        if one.default is one.empty and hasattr(vision, one.name)
+    }
+
+
 def _features(output: Any) -> Any:
     """What stands for the image in the stream: of several sets by block number, the first."""
     found = getattr(output, "pooler_output", output)
-    return output.deepstack_features[0][1] if found is None else found
+    if found is not None:
+        return found
+    sets = getattr(output, "deepstack_features", None)
+    return output.last_hidden_state if sets is None else sets[0][1]
 
 
 def _rows(features: Any) -> int:
