@@ -177,6 +177,9 @@ def test_each_kind_of_reference() -> None:
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, "block numbers"),
         ("draft", {"num_hidden_layers": 1, "feature_layers": [1, 3, 5]}, "block numbers"),
         ("note", "not model.layers.3 alone", "name"),
+        ("kv_cache_dtype_skip_layers", ["0", "3", "sliding"], "block numbers"),
+        ("heads_to_prune", {"0": [1], "3": [2]}, "table of blocks"),
+        ("attn_layers", [0, 2], "block numbers"),
     ],
 )
 def test_a_field_without_a_rule_is_named(field: str, value: Any, kind: str) -> None:
@@ -187,16 +190,49 @@ def test_a_field_without_a_rule_is_named(field: str, value: Any, kind: str) -> N
         assert {**new, **others.get("generation_config", {})} == {field: value}
 
 
-def test_reports_of_a_training_are_not_read(model: Path) -> None:
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_layers_per_stage", 2),
+        ("lora_rank_per_layer", 4),
+        ("num_frozen_layers", 0),
+        ("trainable_token_indices", [1, 2, 3]),
+        ("frame_indices", [0, 1, 2]),
+        ("num_gpu_blocks", 5),
+        ("device_map", {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}),
+        ("shapes", {"model.layers.0.mlp.scales": 5, "talker.layers.1.mlp.scales": 5}),
+        ("draft_config", {"num_hidden_layers": 1, "max_window_layers": 1}),
+    ],
+)
+def test_what_refers_to_no_block_is_no_alarm(field: str, value: Any) -> None:
+    for raw, files in (({field: value}, {}), ({}, {"other": {field: value}})):
+        new, others, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], raw, **files)
+        assert not unknown, [str(one) for one in unknown]
+        assert {**new, **others.get("other", {})} == {field: value}
+
+
+def test_blocks_that_a_table_maps_to_blocks_have_no_rule() -> None:
+    shared = {"kv_share_layers": {"3": 2, "5": 4}}
+    new, _, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], shared)
+    assert new == shared
+    assert unknown[0].kind == "table of blocks"
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "args.json", "vocab_bpe.json"])
+def test_reports_of_a_training_and_tokens_are_not_read(model: Path, file: str) -> None:
     before = shortllm.info(model, probe=False).companions
-    change(model / "trainer_state.json", layers=[1, 3], blocks=6)
+    change(model / file, layers=[1, 3], blocks=6, layer_3=5)
     assert shortllm.info(model, probe=False).companions == before
 
 
-def test_pairs_of_removed_blocks_alone_are_an_error() -> None:
-    message = "`alignment_heads` names only removed blocks.* Choose other blocks, or delete"
+@pytest.mark.parametrize(
+    "field, value", [("alignment_heads", [[3, 0]]), ("layers_to_transform", [3, 4])]
+)
+def test_lists_of_removed_blocks_alone_are_an_error(field: str, value: list[Any]) -> None:
+    """For peft an empty list means all blocks."""
+    message = f"`{field}` names only removed blocks.* Choose other blocks, or delete"
     with pytest.raises(UnsupportedModelError, match=message):
-        surveyed(config_of("llama"), [0, 1], {}, generation_config={"alignment_heads": [[3, 0]]})
+        surveyed(config_of("llama"), [0, 1], {}, generation_config={field: value})
 
 
 @pytest.mark.parametrize("model_type", [one for one in model_types() if one not in NOT_BUILDABLE])

@@ -60,6 +60,15 @@ INDICES = re.compile(r"(?:^|_)(?:idxs?|indices|indexes)$|exit")
 TARGET = re.compile(r"target|aux|accept|verifier|teacher|early_exit|hidden_state")
 """In the name of a field: it speaks of another model's blocks."""
 
+MAPS = re.compile(r"(?:^|_)(?:from|map|source|to)s?(?:$|_)|shar(?:e|ing)")
+"""In the name of a table of blocks: its values may be blocks too."""
+
+OF_ALL = re.compile(r"per_(?:layer|block)$")
+"""In the name of a field with one number: each block has so many of something."""
+
+NUMBERS = re.compile(r"[\d\s,;:-]*\d[\d\s,;:-]*")
+"""Text with nothing but numbers."""
+
 DRAFTS = re.compile(r"draft|eagle|medusa|specul|assistant|dflash")
 """In the name of a field or file: what it describes works for this model."""
 
@@ -192,8 +201,8 @@ class Survey:
                     place.below(key), "block numbers", value, rule=RENUMBERED
                 )
                 continue
-            renamed = self._renamed(key, place, value)
-            below = place.below(key, inside=renamed != (key,))
+            renamed = self._renamed(key, place, key)
+            below = place.below(key, inside="." in key or self.texts.renamed(key) is not None)
             new = self._value(value, below)
             if new is GONE and place.listed:
                 return GONE
@@ -212,8 +221,10 @@ class Survey:
         result: list[Any] = []
         for value in values:
             if isinstance(value, str):
-                result += self._renamed(value, place, values)
-                continue
+                if not self._lists_blocks(value, place):
+                    result += self._renamed(value, place, values)
+                    continue
+                self._report(place, "block numbers", values)
             new = value
             if isinstance(value, (dict, list)):
                 new = self._value(value, replace(place, listed=True))
@@ -222,27 +233,40 @@ class Survey:
         return result
 
     def _one_text(self, text: str, place: _Place) -> Any:
-        name = _words(place.name)
-        if not place.inside and (LAYERS.search(name) or "pattern" in name):
-            numbers = [int(n) for n in re.findall(r"\d+", text)]
-            listed = re.fullmatch(r"[\d\s,;:-]*\d[\d\s,;:-]*", text)
-            if listed and self._may_count_blocks(numbers, place):
-                return self._report(place, "block numbers", text)
-            letters = re.fullmatch(r"[A-Z*+.|/-]{4,}", text)
-            if letters and len(text) == self.count and self._may_count_blocks([0], place):
+        if self._lists_blocks(text, place):
+            return self._report(place, "block numbers", text)
+        if self._speaks_of_blocks(place) and self._may_count_blocks([0], place):
+            if len(text) == self.count and re.fullmatch(r"[A-Z*+.|/-]{4,}", text):
                 return self._report(place, PLACES, text)
         texts = self._renamed(text, place, text)
         if len(texts) > 1:
             return self._report(place, "name", text, problem="it would name other blocks too")
         return texts[0] if texts else GONE
 
+    def _lists_blocks(self, text: str, place: _Place) -> bool:
+        """Whether a text may be a list of block numbers: `0,3,5`."""
+        numbers = [int(number) for number in re.findall(r"\d+", text)]
+        return (
+            NUMBERS.fullmatch(text) is not None
+            and self._speaks_of_blocks(place)
+            and self._may_count_blocks(numbers, place)
+        )
+
+    def _speaks_of_blocks(self, place: _Place) -> bool:
+        name = _words(place.name)
+        return LAYERS.search(name) is not None or "pattern" in name
+
     def _number(self, value: int, place: _Place) -> Any:
         name = _words(place.name)
         if place.path and place.path[-1] in COUNTS and place.own is None and not place.drafts:
             return len(self.kept) if value == self.count else value
-        if place.name in LEADING and place.own is None and not place.inside:
+        if place.name in LEADING and not place.inside:
+            if place.own is not None:
+                return value
             self._report(place, "block number", value, rule="counted again")
             return sum(block < value for block in self.kept)
+        if OF_ALL.search(name) or (value == 0 and name.startswith(("n_", "num_"))):
+            return value
         speaks = LAYERS.search(name) or (TARGET.search(name) and INDICES.search(name))
         if speaks and self._may_count_blocks([value], place):
             self._report(place, "block number", value)
@@ -268,15 +292,18 @@ class Survey:
         if not table or not all(re.fullmatch(r"\d+", key) for key in table):
             return None
         keys = {int(key) for key in table}
-        speaks = place.name in BLOCK_KEYS or LAYERS.search(_words(place.name))
+        name = _words(place.name)
+        speaks = place.name in BLOCK_KEYS or LAYERS.search(name)
         every = keys in (set(range(self.count)), set(range(1, self.count + 1)))
-        if place.inside or not (speaks or every and self.count > 1):
+        if place.inside or not (speaks or "head" in name or every and self.count > 1):
             return None
         if place.own is not None and not place.drafts and max(keys) < place.own:
             return None
         base = int(self.count in keys and 0 not in keys)
         fits = base <= min(keys) and max(keys) < self.count + base
-        if not (speaks and fits) or place.own is not None:
+        values = list(table.values())
+        onto = MAPS.search(name) and self._may_count_blocks(values, place)
+        if not (speaks and fits) or onto or place.own is not None:
             self._report(place, "table of blocks", table)
             return None
         self._report(place, "table of blocks", table, rule=RENUMBERED)
@@ -307,23 +334,28 @@ class Survey:
                 return self._report(place, "pairs", values)
             self._report(place, "pairs", values, rule=RENUMBERED)
             left = [[new_number[b], other] for b, other in values if b in new_number]
-            if not left:
-                raise UnsupportedModelError(
-                    f"{self.file}: `{place.name}` names only removed blocks: "
-                    f"{json.dumps(values)}. Choose other blocks, or delete the field"
-                )
-            return left
+            return self._not_empty(left, values, place)
         numbers = place.name in BLOCK_NUMBERS or speaks or INDICES.search(name)
         if numbers and self._may_count_blocks(values, place):
             base = BLOCK_NUMBERS.get(place.name)
             if base is None or not ruled:
                 return self._report(place, "block numbers", values)
             self._report(place, "block numbers", values, rule=RENUMBERED)
-            return [new_number[b - base] + base for b in values if b - base in new_number]
+            some = [new_number[b - base] + base for b in values if b - base in new_number]
+            return self._not_empty(some, values, place)
         names = any(self.texts.renamed(one) for one in values if isinstance(one, str))
         if speaks and len(values) == self.count and ruled and not names:
             return self._report(place, PLACES, values)
         return None
+
+    def _not_empty(self, left: list[Any], values: list[Any], place: _Place) -> list[Any]:
+        """What is left of a list: without entries it could mean all blocks."""
+        if not left:
+            raise UnsupportedModelError(
+                f"{self.file}: `{place.name}` names only removed blocks: "
+                f"{json.dumps(values)}. Choose other blocks, or delete the field"
+            )
+        return left
 
     def _may_count_blocks(self, values: Sequence[int], place: _Place) -> bool:
         """Whether numbers can be of this model's blocks, by their size and place."""
@@ -344,6 +376,8 @@ class Survey:
         if key in {"num_hidden_layers", count_field(text), *FOLLOWERS.get(text.model_type, {})}:
             return True
         for kind, rule in ((kind, rule) for table, kind, rule in TABLES if key in table):
+            if kind == PLACES and isinstance(value, list) and 0 < len(value) < self.count:
+                return False
             if value not in (None, [], {}) and (kind != PLACES or isinstance(value, (list, str))):
                 self._report(place.below(key), kind, value, rule=rule)
             return True

@@ -112,9 +112,10 @@ COUNTS = {
 
 HARMLESS = {
     r"id2label|label2id|architectures": "labels and classes",
-    r".*block_(size|shape|length|structure)|.*blocks?_per_.*|.*(row|col)_block": (
-        "how weights or tokens are grouped"
+    r".*block_(size|shape|length|structure).*|.*(layer|block)s?_per_.*|.*(row|col)_block": (
+        "how weights, tokens or blocks are grouped"
     ),
+    r".*(token|frame|[cg]pu)_(id|idx|ind|block).*": "tokens, frames, or blocks of memory",
     r".*(layer_?norm|layer_?scale|layer_?drop).*": "a property of all blocks",
     r".*(vision|visual|image|video|audio|speech|encoder).*": "blocks of another tower",
     r".*(nextn|mtp).*": "the prediction heads have numbers of their own",

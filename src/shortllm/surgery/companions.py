@@ -26,18 +26,11 @@ from shortllm.files import PARTIAL
 from shortllm.surgery.card import CARD, ORIGINAL_CARD
 from shortllm.surgery.origin import LOCAL, PROVENANCE
 
-TOKENIZER = {
-    "added_tokens.json",
-    "chat_template.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-}
-"""Files that speak of tokens alone."""
+TOKENIZER = {"merges", "tekken", "template", "tokenizer", "tokens", "vocab", "vocabulary"}
+"""Words in the names of files that speak of tokens alone."""
 
 REPORTS = {
-    "eval", "evaluation", "history", "log", "logs", "metrics", "result", "results", "state",
+    "args", "eval", "evaluation", "history", "log", "logs", "metrics", "result", "results", "state",
     "train", "trainer", "training",
 }  # fmt: skip
 """Words in the names of files that report how a model was trained or measured: no program loads a
@@ -130,8 +123,9 @@ def _surveyed(checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool) 
 def _json_files(directory: Path) -> Iterator[tuple[Path, Any]]:
     """Name and content of the readable JSON files that can refer to blocks, without config.json."""
     for name in carried_files(directory):
-        reports = REPORTS.intersection(re.findall("[a-z]+", name.stem.lower()))
-        if name.suffix == ".json" and name.name not in TOKENIZER | RECORDS and not reports:
+        words = set(re.findall("[a-z]+", name.stem.lower()))
+        others = words & (TOKENIZER | REPORTS)
+        if name.suffix == ".json" and name.name not in RECORDS and not others:
             try:
                 yield name, json.loads((directory / name).read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError):  # no program reads it either
