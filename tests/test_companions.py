@@ -180,6 +180,8 @@ def test_each_kind_of_reference() -> None:
         ("kv_cache_dtype_skip_layers", ["0", "3", "sliding"], "block numbers"),
         ("heads_to_prune", {"0": [1], "3": [2]}, "table of blocks"),
         ("attn_layers", [0, 2], "block numbers"),
+        ("layer_bits", {"0-2": {"bits": 4}, "3-5": {"bits": 2}}, "table of blocks"),
+        ("layer_bits", {"L0": {"bits": 4}, "L3": {"bits": 2}}, "table of blocks"),
     ],
 )
 def test_a_field_without_a_rule_is_named(field: str, value: Any, kind: str) -> None:
@@ -202,6 +204,7 @@ def test_a_field_without_a_rule_is_named(field: str, value: Any, kind: str) -> N
         ("device_map", {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}),
         ("shapes", {"model.layers.0.mlp.scales": 5, "talker.layers.1.mlp.scales": 5}),
         ("draft_config", {"num_hidden_layers": 1, "max_window_layers": 1}),
+        ("adapter_config", {"vit_layers": [-3, -5]}),
     ],
 )
 def test_what_refers_to_no_block_is_no_alarm(field: str, value: Any) -> None:
@@ -209,6 +212,16 @@ def test_what_refers_to_no_block_is_no_alarm(field: str, value: Any) -> None:
         new, others, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], raw, **files)
         assert not unknown, [str(one) for one in unknown]
         assert {**new, **others.get("other", {})} == {field: value}
+
+
+def test_a_table_of_blocks_may_have_other_entries() -> None:
+    bits = {
+        "layer_bits": {"default": 4, "3": 8, "5": 2},
+        "layer_heads": {"block 3": 1, "block 5": 2},
+    }
+    new, _, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], bits)
+    assert not unknown
+    assert new == {"layer_bits": {"default": 4, "3": 2}, "layer_heads": {"block 3": 2}}
 
 
 def test_blocks_that_a_table_maps_to_blocks_have_no_rule() -> None:

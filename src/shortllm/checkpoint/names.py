@@ -21,7 +21,7 @@ from functools import cached_property
 NUMBER = re.compile(r"(?<=[./\[])\d+(?=[./\]]|$)")
 """Where a name of a module may have the number of a block."""
 
-SHORT = re.compile(r"((?:layer|block|blk)s?[._-]?)(\d+)", re.IGNORECASE)
+SHORT = re.compile(r"((?:layer|block|blk)s?[ ._-]?)(\d+)", re.IGNORECASE)
 """Names such as `layer_3`."""
 
 PLAIN = re.compile(r"(?:[\w./:@-]|\[\d+\])+")
@@ -102,7 +102,7 @@ class BlockTexts:
         """What becomes of a text; None if it names no single block of the decoder."""
         if not re.search(r"\d|\\d", text):
             return None
-        if PLAIN.fullmatch(text):
+        if PLAIN.fullmatch(text) or SHORT.fullmatch(text):
             return self._name(text)
         parts = re.split(r"(\s*,\s*)", text)
         if len(parts) > 1 and all(map(PLAIN.fullmatch, parts[::2])):

@@ -288,16 +288,20 @@ class Survey:
         return place
 
     def _numbers_of(self, table: dict[str, Any], place: _Place) -> int | None:
-        """The number of the first block, if the keys of a table are block numbers."""
-        if not table or not all(re.fullmatch(r"\d+", key) for key in table):
-            return None
-        keys = {int(key) for key in table}
+        """The number of the first block, if keys of a table are block numbers."""
+        keys = {int(key) for key in table if key.isdecimal()}
+        ranges = {key for key in table if NUMBERS.fullmatch(key.lstrip("lL"))}
         name = _words(place.name)
         speaks = place.name in BLOCK_KEYS or LAYERS.search(name)
+        if not ranges or (len(keys) < len(table) and not speaks):
+            return None
         every = keys in (set(range(self.count)), set(range(1, self.count + 1)))
         if place.inside or not (speaks or "head" in name or every and self.count > 1):
             return None
-        if place.own is not None and not place.drafts and max(keys) < place.own:
+        if place.own is not None and not place.drafts and max(keys, default=0) < place.own:
+            return None
+        if len(keys) < len(ranges):
+            self._report(place, "table of blocks", table)
             return None
         base = int(self.count in keys and 0 not in keys)
         fits = base <= min(keys) and max(keys) < self.count + base
@@ -311,13 +315,15 @@ class Survey:
 
     def _by_number(self, table: dict[str, Any], base: int, place: _Place) -> dict[str, Any]:
         new_number = {old: new for new, old in enumerate(self.kept)}
-        return {
-            str(new_number[int(key) - base] + base).zfill(len(key) * key.startswith("0")): (
-                self._value(value, place.below(key, inside=True))
-            )
-            for key, value in table.items()
-            if int(key) - base in new_number
-        }
+        result: dict[str, Any] = {}
+        for key, value in table.items():
+            new = self._value(value, place.below(key, inside=True))
+            if not key.isdecimal():  # of the other blocks
+                result[key] = new
+            elif int(key) - base in new_number:
+                number = str(new_number[int(key) - base] + base)
+                result[number.zfill(len(key) * key.startswith("0"))] = new
+        return result
 
     def _by_rule(self, values: list[Any], place: _Place) -> list[Any] | None:
         """A list that refers to blocks by numbers or places, after its rule or as it is; else

@@ -21,7 +21,7 @@ from shortllm.checkpoint.options import ACCEPT, accepts_unknown_references
 from shortllm.checkpoint.references import RENUMBERED, Reference, Survey
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import weight_files
-from shortllm.errors import UnsupportedModelError
+from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.files import PARTIAL
 from shortllm.surgery.card import CARD, ORIGINAL_CARD
 from shortllm.surgery.origin import LOCAL, PROVENANCE
@@ -114,7 +114,11 @@ def _surveyed(checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool) 
     config = survey.of_config(checkpoint.raw_config, skip=(PROVENANCE,))
     files: dict[Path, Any] = {}
     for name, content in _json_files(checkpoint.directory):
-        new = survey.of_file(name.as_posix(), content)
+        try:
+            new = survey.of_file(name.as_posix(), content)
+        except RecursionError as error:
+            message = f"{name} is nested too deeply to be read. Delete or correct the file"
+            raise CheckpointError(message) from error
         if new != content:
             files[name] = new
     return Followed(config, files, list(survey.found.values()))
