@@ -75,6 +75,9 @@ def surveyed(config: Any, kept: list[int], raw: dict[str, Any], **files: Any) ->
         ("layer_5", "layer_3"),
         ("layer_3", None),
         ("model.layers.5.mlp,model.layers.3.mlp", "model.layers.3.mlp"),
+        ("model.layers.5.mlp;model.layers.3.mlp", "model.layers.3.mlp"),
+        ("lora_model_layers_5_mlp", "lora_model_layers_3_mlp"),
+        ("block 5", "block 3"),
         # regular expressions
         (r"re:.*layers\.(0|3|7)\..*", r"re:.*layers\.(0|5)\..*"),
         (r"re:model\.layers\.[0-3]\.mlp.*", r"re:model\.layers\.(?:0|1|2)\.mlp.*"),
@@ -85,6 +88,8 @@ def surveyed(config: Any, kept: list[int], raw: dict[str, Any], **files: Any) ->
         (r"re:.*layers\.7\.mlp\.experts\.\d+\..*", r"re:.*layers\.5\.mlp\.experts\.\d+\..*"),
         (r"^(?!.*layers\.5\.).*$", r"^(?!.*layers\.3\.).*$"),
         (r"re:(model\.layers\.5\.mlp|lm_head)", r"re:(model\.layers\.3\.mlp|lm_head)"),
+        (r"re:.*layers\.(3|4)\..*|.*lm_head.*", r"re:.*layers\.(?!)\..*|.*lm_head.*"),
+        ("model.layers.5.*_proj", "model.layers.3.*_proj"),
         # a fused module, whose name no tensor has
         (r"re:.*layers\.6\.self_attn\.qkv_proj$", r"re:.*layers\.4\.self_attn\.qkv_proj$"),
         # wildcards
@@ -133,7 +138,10 @@ def test_a_whole_block_does_not_become_the_start_of_other_names() -> None:
     assert found.texts == ("model.layers.1.mlp", "model.layers.1.self_attn")
 
 
-@pytest.mark.parametrize("text", ["model.layers.1*", "model.layers.1.*", "foo.layers.5"])
+@pytest.mark.parametrize("text", [
+    "model.layers.1*", "model.layers.1.*", "foo.layers.5", "model.layers.3,4,5", "layers.5-7",
+    "model.layers[3:7]", "model.layers.{0,3}.mlp", "*5.mlp*",
+])  # fmt: skip
 def test_what_cannot_be_said_safely_is_a_problem(text: str) -> None:
     found = texts(12, {3, 4}).renamed(text)
     assert found is not None and found.problem
