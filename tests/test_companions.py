@@ -153,7 +153,7 @@ def test_what_cannot_be_said_safely_is_a_problem(text: str) -> None:
 def test_each_kind_of_reference() -> None:
     files = {
         "generation_config": {
-            "alignment_heads": [[1, 0], [3, 2], [5, 1]],
+            "alignment_heads": [[1, 0], [3, 2], [5, 1, 0.5]],
             "assistant_early_exit": 4,
             "forced_decoder_ids": [[1, 5]],
         },
@@ -164,7 +164,7 @@ def test_each_kind_of_reference() -> None:
     _, new, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], {}, **files)
     assert not unknown
     assert new["generation_config"] == {
-        "alignment_heads": [[1, 0], [3, 1]],
+        "alignment_heads": [[1, 0], [3, 1, 0.5]],
         "assistant_early_exit": 3,
         "forced_decoder_ids": [[1, 5]],
     }
@@ -188,6 +188,11 @@ def test_each_kind_of_reference() -> None:
         ("kv_cache_dtype_skip_layers", ["0", "3", "sliding"], "block numbers"),
         ("heads_to_prune", {"0": [1], "3": [2]}, "table of blocks"),
         ("attn_layers", [0, 2], "block numbers"),
+        ("frozen_layers", ["lm_head", 5], "block number"),
+        ("layer_sizes", "48,48,48,48,48,48", "block numbers"),
+        ("layer_config", {"attention": {"0": "full", "5": "none"}}, "table of blocks"),
+        ("cache", {"layer_scales": [0.5] * 6}, "entry per block"),
+        ("alignment_heads", [[30, 0], [5, 1]], "pairs"),
         ("layer_bits", {"0-2": {"bits": 4}, "3-5": {"bits": 2}}, "table of blocks"),
         ("layer_bits", {"L0": {"bits": 4}, "L3": {"bits": 2}}, "table of blocks"),
     ],

@@ -64,7 +64,7 @@ MAPS = re.compile(r"(?:^|_)(?:from|map|source|to)s?(?:$|_)|shar(?:e|ing)")
 """In the name of a table of blocks: its values may be blocks too."""
 
 OF_ALL = re.compile(r"per_(?:layer|block)$")
-"""In the name of a field with one number: each block has so many of something."""
+"""In the name of a field with one number: it is the same for each block."""
 
 NUMBERS = re.compile(r"[\d\s,;:-]*\d[\d\s,;:-]*")
 """Text with nothing but numbers."""
@@ -225,6 +225,8 @@ class Survey:
                     result += self._renamed(value, place, values)
                     continue
                 self._report(place, "block numbers", values)
+            elif type(value) is int and any(isinstance(one, str) for one in values):
+                self._number(value, place)
             new = value
             if isinstance(value, (dict, list)):
                 new = self._value(value, replace(place, listed=True))
@@ -244,12 +246,12 @@ class Survey:
         return texts[0] if texts else GONE
 
     def _lists_blocks(self, text: str, place: _Place) -> bool:
-        """Whether a text may be a list of block numbers: `0,3,5`."""
+        """Whether a text may be a list of block numbers, or of one number for each: `0,3,5`."""
         numbers = [int(number) for number in re.findall(r"\d+", text)]
         return (
             NUMBERS.fullmatch(text) is not None
             and self._speaks_of_blocks(place)
-            and self._may_count_blocks(numbers, place)
+            and self._may_count_blocks([0] if len(numbers) == self.count else numbers, place)
         )
 
     def _speaks_of_blocks(self, place: _Place) -> bool:
@@ -291,12 +293,14 @@ class Survey:
         """The number of the first block, if keys of a table are block numbers."""
         keys = {int(key) for key in table if key.isdecimal()}
         ranges = {key for key in table if NUMBERS.fullmatch(key.lstrip("lL"))}
+        within = any(LAYERS.search(_words(part)) for part in place.path[:-1])
+        within = within and max(keys, default=0) <= self.count
         name = _words(place.name)
         speaks = place.name in BLOCK_KEYS or LAYERS.search(name)
         if not ranges or (len(keys) < len(table) and not speaks):
             return None
         every = keys in (set(range(self.count)), set(range(1, self.count + 1)))
-        if place.inside or not (speaks or "head" in name or every and self.count > 1):
+        if place.inside or not (speaks or within or "head" in name or every and self.count > 1):
             return None
         if place.own is not None and not place.drafts and max(keys, default=0) < place.own:
             return None
@@ -332,14 +336,16 @@ class Survey:
         name, ruled = _words(place.name), place.own is None
         speaks = LAYERS.search(name) is not None
         if all(map(_is_pair, values)):
-            if not (place.name in PAIRS or speaks or "head" in name):
-                return None
-            if not self._may_count_blocks([one[0] for one in values], place):
+            fits = self._may_count_blocks([one[0] for one in values], place)
+            if place.name in PAIRS and ruled and not fits:
+                problem = f"the model has {self.count} blocks"
+                return self._report(place, "pairs", values, problem=problem)
+            if not fits or not (place.name in PAIRS or speaks or "head" in name):
                 return None
             if place.name not in PAIRS or not ruled:
                 return self._report(place, "pairs", values)
             self._report(place, "pairs", values, rule=RENUMBERED)
-            left = [[new_number[b], other] for b, other in values if b in new_number]
+            left = [[new_number[b], *rest] for b, *rest in values if b in new_number]
             return self._not_empty(left, values, place)
         numbers = place.name in BLOCK_NUMBERS or speaks or INDICES.search(name)
         if numbers and self._may_count_blocks(values, place):
@@ -447,4 +453,5 @@ def _is_harmless(name: str) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
+    """Whether it is a number and something."""
+    return isinstance(value, list) and len(value) > 1 and type(value[0]) is int

@@ -23,7 +23,6 @@ PER_BLOCK = {
     "attention_layers",
     "attn_layers",
     "attn_type_list",
-    "block_configs",
     "hybrid_layer_pattern",
     "hybrid_override_pattern",
     "indexer_types",
@@ -123,7 +122,7 @@ HARMLESS = {
         "how weights, tokens or blocks are grouped"
     ),
     r".*(token|frame|[cg]pu)_(id|idx|ind|block).*": "tokens, frames, or blocks of memory",
-    r".*(layer_?norm|layer_?scale|layer_?drop).*": "a property of all blocks",
+    r".*(layer_?norm|layer_?scale(?!s)|layer_?drop).*": "a property of all blocks",
     r".*(vision|visual|image|video|audio|speech|encoder).*|vit_.*": "blocks of another tower",
     r".*(nextn|mtp).*": "the prediction heads have numbers of their own",
     r".*_size_per_layer.*": "a width",
