@@ -15,6 +15,7 @@ import shortllm
 from shortllm.checkpoint.config import block_count
 from shortllm.checkpoint.names import BlockTexts
 from shortllm.checkpoint.references import Reference, Survey
+from shortllm.checkpoint.shorten_config import shorten_config
 from shortllm.checkpoint.structure import block_structure
 from shortllm.errors import UnsupportedModelError
 
@@ -225,6 +226,25 @@ def test_what_refers_to_no_block_is_no_alarm(field: str, value: Any) -> None:
         new, others, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], raw, **files)
         assert not unknown, [str(one) for one in unknown]
         assert {**new, **others.get("other", {})} == {field: value}
+
+
+def test_fields_of_published_configs_that_no_class_reads_have_rules() -> None:
+    raw = {
+        "num_hidden_layers": 6,
+        "attn_type_list": [1, 0, 1, 1, 1, 0],
+        "num_shared_expert": [1] * 6,
+        "moe_layer_num_skipped": 3,
+    }
+    _, _, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], raw)
+    assert not unknown
+    assert (
+        shorten_config(raw, config_of("llama"), [0, 2, 5]).items()
+        >= {
+            "attn_type_list": [1, 1, 0],
+            "num_shared_expert": [1] * 3,
+            "moe_layer_num_skipped": 2,
+        }.items()
+    )
 
 
 def test_a_table_of_blocks_may_have_other_entries() -> None:
