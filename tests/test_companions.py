@@ -15,6 +15,7 @@ import shortllm
 from shortllm.checkpoint.config import block_count
 from shortllm.checkpoint.names import BlockTexts
 from shortllm.checkpoint.references import Reference, Survey
+from shortllm.checkpoint.shorten_config import shorten_config
 from shortllm.checkpoint.structure import block_structure
 from shortllm.errors import UnsupportedModelError
 
@@ -75,6 +76,9 @@ def surveyed(config: Any, kept: list[int], raw: dict[str, Any], **files: Any) ->
         ("layer_5", "layer_3"),
         ("layer_3", None),
         ("model.layers.5.mlp,model.layers.3.mlp", "model.layers.3.mlp"),
+        ("model.layers.5.mlp;model.layers.3.mlp", "model.layers.3.mlp"),
+        ("lora_model_layers_5_mlp", "lora_model_layers_3_mlp"),
+        ("block 5", "block 3"),
         # regular expressions
         (r"re:.*layers\.(0|3|7)\..*", r"re:.*layers\.(0|5)\..*"),
         (r"re:model\.layers\.[0-3]\.mlp.*", r"re:model\.layers\.(?:0|1|2)\.mlp.*"),
@@ -85,6 +89,8 @@ def surveyed(config: Any, kept: list[int], raw: dict[str, Any], **files: Any) ->
         (r"re:.*layers\.7\.mlp\.experts\.\d+\..*", r"re:.*layers\.5\.mlp\.experts\.\d+\..*"),
         (r"^(?!.*layers\.5\.).*$", r"^(?!.*layers\.3\.).*$"),
         (r"re:(model\.layers\.5\.mlp|lm_head)", r"re:(model\.layers\.3\.mlp|lm_head)"),
+        (r"re:.*layers\.(3|4)\..*|.*lm_head.*", r"re:.*layers\.(?!)\..*|.*lm_head.*"),
+        ("model.layers.5.*_proj", "model.layers.3.*_proj"),
         # a fused module, whose name no tensor has
         (r"re:.*layers\.6\.self_attn\.qkv_proj$", r"re:.*layers\.4\.self_attn\.qkv_proj$"),
         # wildcards
@@ -133,7 +139,10 @@ def test_a_whole_block_does_not_become_the_start_of_other_names() -> None:
     assert found.texts == ("model.layers.1.mlp", "model.layers.1.self_attn")
 
 
-@pytest.mark.parametrize("text", ["model.layers.1*", "model.layers.1.*", "foo.layers.5"])
+@pytest.mark.parametrize("text", [
+    "model.layers.1*", "model.layers.1.*", "foo.layers.5", "model.layers.3,4,5", "layers.5-7",
+    "model.layers[3:7]", "model.layers.{0,3}.mlp", "*5.mlp*",
+])  # fmt: skip
 def test_what_cannot_be_said_safely_is_a_problem(text: str) -> None:
     found = texts(12, {3, 4}).renamed(text)
     assert found is not None and found.problem
@@ -145,7 +154,7 @@ def test_what_cannot_be_said_safely_is_a_problem(text: str) -> None:
 def test_each_kind_of_reference() -> None:
     files = {
         "generation_config": {
-            "alignment_heads": [[1, 0], [3, 2], [5, 1]],
+            "alignment_heads": [[1, 0], [3, 2], [5, 1, 0.5]],
             "assistant_early_exit": 4,
             "forced_decoder_ids": [[1, 5]],
         },
@@ -156,7 +165,7 @@ def test_each_kind_of_reference() -> None:
     _, new, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], {}, **files)
     assert not unknown
     assert new["generation_config"] == {
-        "alignment_heads": [[1, 0], [3, 1]],
+        "alignment_heads": [[1, 0], [3, 1, 0.5]],
         "assistant_early_exit": 3,
         "forced_decoder_ids": [[1, 5]],
     }
@@ -177,6 +186,16 @@ def test_each_kind_of_reference() -> None:
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, "block numbers"),
         ("draft", {"num_hidden_layers": 1, "feature_layers": [1, 3, 5]}, "block numbers"),
         ("note", "not model.layers.3 alone", "name"),
+        ("kv_cache_dtype_skip_layers", ["0", "3", "sliding"], "block numbers"),
+        ("heads_to_prune", {"0": [1], "3": [2]}, "table of blocks"),
+        ("attn_layers", [0, 2], "block numbers"),
+        ("frozen_layers", ["lm_head", 5], "block number"),
+        ("layer_sizes", "48,48,48,48,48,48", "block numbers"),
+        ("layer_config", {"attention": {"0": "full", "5": "none"}}, "table of blocks"),
+        ("cache", {"layer_scales": [0.5] * 6}, "entry per block"),
+        ("alignment_heads", [[30, 0], [5, 1]], "pairs"),
+        ("layer_bits", {"0-2": {"bits": 4}, "3-5": {"bits": 2}}, "table of blocks"),
+        ("layer_bits", {"L0": {"bits": 4}, "L3": {"bits": 2}}, "table of blocks"),
     ],
 )
 def test_a_field_without_a_rule_is_named(field: str, value: Any, kind: str) -> None:
@@ -187,16 +206,79 @@ def test_a_field_without_a_rule_is_named(field: str, value: Any, kind: str) -> N
         assert {**new, **others.get("generation_config", {})} == {field: value}
 
 
-def test_reports_of_a_training_are_not_read(model: Path) -> None:
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_layers_per_stage", 2),
+        ("lora_rank_per_layer", 4),
+        ("num_frozen_layers", 0),
+        ("trainable_token_indices", [1, 2, 3]),
+        ("frame_indices", [0, 1, 2]),
+        ("num_gpu_blocks", 5),
+        ("device_map", {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}),
+        ("shapes", {"model.layers.0.mlp.scales": 5, "talker.layers.1.mlp.scales": 5}),
+        ("draft_config", {"num_hidden_layers": 1, "max_window_layers": 1}),
+        ("adapter_config", {"vit_layers": [-3, -5]}),
+    ],
+)
+def test_what_refers_to_no_block_is_no_alarm(field: str, value: Any) -> None:
+    for raw, files in (({field: value}, {}), ({}, {"other": {field: value}})):
+        new, others, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], raw, **files)
+        assert not unknown, [str(one) for one in unknown]
+        assert {**new, **others.get("other", {})} == {field: value}
+
+
+def test_fields_of_published_configs_that_no_class_reads_have_rules() -> None:
+    raw = {
+        "num_hidden_layers": 6,
+        "attn_type_list": [1, 0, 1, 1, 1, 0],
+        "num_shared_expert": [1] * 6,
+        "moe_layer_num_skipped": 3,
+    }
+    _, _, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], raw)
+    assert not unknown
+    assert (
+        shorten_config(raw, config_of("llama"), [0, 2, 5]).items()
+        >= {
+            "attn_type_list": [1, 1, 0],
+            "num_shared_expert": [1] * 3,
+            "moe_layer_num_skipped": 2,
+        }.items()
+    )
+
+
+def test_a_table_of_blocks_may_have_other_entries() -> None:
+    bits = {
+        "layer_bits": {"default": 4, "3": 8, "5": 2},
+        "layer_heads": {"block 3": 1, "block 5": 2},
+    }
+    new, _, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], bits)
+    assert not unknown
+    assert new == {"layer_bits": {"default": 4, "3": 2}, "layer_heads": {"block 3": 2}}
+
+
+def test_blocks_that_a_table_maps_to_blocks_have_no_rule() -> None:
+    shared = {"kv_share_layers": {"3": 2, "5": 4}}
+    new, _, unknown = surveyed(config_of("llama"), [0, 1, 2, 5], shared)
+    assert new == shared
+    assert unknown[0].kind == "table of blocks"
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "args.json", "vocab_bpe.json"])
+def test_reports_of_a_training_and_tokens_are_not_read(model: Path, file: str) -> None:
     before = shortllm.info(model, probe=False).companions
-    change(model / "trainer_state.json", layers=[1, 3], blocks=6)
+    change(model / file, layers=[1, 3], blocks=6, layer_3=5)
     assert shortllm.info(model, probe=False).companions == before
 
 
-def test_pairs_of_removed_blocks_alone_are_an_error() -> None:
-    message = "`alignment_heads` names only removed blocks.* Choose other blocks, or delete"
+@pytest.mark.parametrize(
+    "field, value", [("alignment_heads", [[3, 0]]), ("layers_to_transform", [3, 4])]
+)
+def test_lists_of_removed_blocks_alone_are_an_error(field: str, value: list[Any]) -> None:
+    """For peft an empty list means all blocks."""
+    message = f"`{field}` names only removed blocks.* Choose other blocks, or delete"
     with pytest.raises(UnsupportedModelError, match=message):
-        surveyed(config_of("llama"), [0, 1], {}, generation_config={"alignment_heads": [[3, 0]]})
+        surveyed(config_of("llama"), [0, 1], {}, generation_config={field: value})
 
 
 @pytest.mark.parametrize("model_type", [one for one in model_types() if one not in NOT_BUILDABLE])

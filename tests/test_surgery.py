@@ -25,8 +25,10 @@ from families import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Cohere2Config
 
 from shortllm import __version__
+from shortllm.checkpoint.shorten_config import shorten_config
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tensors import SAFETENSORS, SAFETENSORS_INDEX, read_tensor_table
 from shortllm.checkpoint.writer import write_tensors
@@ -380,6 +382,14 @@ def test_fields_that_do_not_concern_blocks_stay_as_they_are(tmp_path: Path) -> N
     changed = {key for key in {*before, *after} if before.get(key) != after.get(key)}
     periods = {"sliding_window_pattern", "_sliding_window_pattern"}
     assert changed == {"num_hidden_layers", "layer_types", "shortllm", *periods}
+
+
+def test_a_period_under_two_names_changes_under_both() -> None:
+    config = Cohere2Config(num_hidden_layers=8)
+    raw = {**config.to_dict(), "sliding_window_pattern": 4, "layer_switch": 4}
+    for kept, period in (([0, 1, 2, 5, 6, 7], 6), ([0, 2, 3, 4, 5, 6, 7], None)):
+        short = shorten_config(raw, config, kept)
+        assert short.get("layer_switch") == short.get("sliding_window_pattern") == period
 
 
 def test_progress_counts_the_bytes_written(tmp_path: Path) -> None:

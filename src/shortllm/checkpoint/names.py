@@ -21,11 +21,14 @@ from functools import cached_property
 NUMBER = re.compile(r"(?<=[./\[])\d+(?=[./\]]|$)")
 """Where a name of a module may have the number of a block."""
 
-SHORT = re.compile(r"((?:layer|block|blk)s?[._-]?)(\d+)", re.IGNORECASE)
+SHORT = re.compile(r"((?:layer|block|blk)s?[ ._-]?)(\d+)", re.IGNORECASE)
 """Names such as `layer_3`."""
 
 PLAIN = re.compile(r"(?:[\w./:@-]|\[\d+\])+")
 """Text that can only be a name."""
+
+RANGE = re.compile(r"[.\[]\{?\d+[-:,]\d")
+"""Where a name may have several numbers of blocks: `layers.0-5`, `layers.0,1`."""
 
 PREFIX = re.compile(r"(?:re:|regex:|[-+]:)?")
 """What some programs put before a regular expression."""
@@ -41,6 +44,9 @@ NEUTRAL = {
 
 OTHERS = re.compile(r"vision|visual|image|audio|speech|encoder|mtp|nextn|eagle|draft|talker|former")
 """Words in the names of modules that have blocks of their own."""
+
+OURS = {"own", "unclear"}
+"""What a prefix may be said to name where it can be the checkpoint's own blocks."""
 
 NEVER = "(?!)"
 """A regular expression that matches nothing."""
@@ -102,9 +108,11 @@ class BlockTexts:
         """What becomes of a text; None if it names no single block of the decoder."""
         if not re.search(r"\d|\\d", text):
             return None
-        if PLAIN.fullmatch(text):
+        if any(self._kin(text[: one.start()]) in OURS for one in RANGE.finditer(text)):
+            return Renamed("name", problem="it names several blocks at once")
+        if PLAIN.fullmatch(text) or SHORT.fullmatch(text):
             return self._name(text)
-        parts = re.split(r"(\s*,\s*)", text)
+        parts = re.split(r"(\s*[,;]\s*)", text)
         if len(parts) > 1 and all(map(PLAIN.fullmatch, parts[::2])):
             return self._list(parts[::2], parts[1])
         if re.search(r"\s", text):
@@ -123,6 +131,10 @@ class BlockTexts:
                 return Renamed("name", problem="it is not clear whose block it names")
             if kin == "own":
                 return self._numbered(text[: match.start()], match[0], text[match.end() :])
+        for prefix in self.prefixes:
+            flat = re.escape(prefix.replace(".", "_"))
+            if found := re.fullmatch(rf"((?:.*_)?{flat}_)(\d+)((?:_.*)?)", text):
+                return self._numbered(*found.groups())
         short = SHORT.fullmatch(text)
         return self._numbered(short[1], short[2], "") if short else None
 
@@ -189,11 +201,15 @@ class BlockTexts:
         tests = _tests(body, is_expression=bool(prefix))
         leaves = [one for one in _leaves(body, 0, len(body), "") if self._numbers(body, one)]
         known = [leaf for leaf in leaves if self._is_container(leaf[2])]
-        if not tests or not leaves:
+        if not tests:
             return None
         before = [self._matched(test(body), old=True) for test in tests]
-        inside = any(any(one.inside) for one in before)
-        if not inside and (any(any(one.outside) for one in before) or OTHERS.search(body)):
+        inside, outside = (
+            any(any(matched) for matched in each)
+            for each in ([one.inside for one in before], [one.outside for one in before])
+        )
+        stays = before == [self._matched(test(body), old=False) for test in tests]
+        if stays and (not leaves or outside and not inside) or (not inside and OTHERS.search(body)):
             return None
         ways = [[], known, *([one] for one in leaves)] if inside or not known else [known]
         for chosen in ways:
@@ -205,7 +221,7 @@ class BlockTexts:
                     continue
                 if before != after:
                     continue
-                if not inside and NEVER in new:
+                if not inside and not outside and NEVER in new:
                     return Renamed("pattern")
                 uneven = known or chosen or any(one.is_uneven() for one in before)
                 return Renamed("pattern", (prefix + new,)) if uneven else None
@@ -307,7 +323,7 @@ def _tests(body: str, *, is_expression: bool) -> list[Callable[[str], Matches]]:
 
 def _split(leaf: str) -> tuple[str, str]:
     """A part of a pattern without what allows any continuation, and that."""
-    tail = re.search(r"(?:\.\*|\.\+|\*|\$)+$", leaf)
+    tail = re.search(r"(?:(?<=[\d\])])(?:\.\*|\.\+|\*)\D*|(?:\.\*|\.\+|\*|\$)+)$", leaf)
     return (leaf[: tail.start()], tail[0]) if tail else (leaf, "")
 
 

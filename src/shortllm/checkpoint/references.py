@@ -60,6 +60,15 @@ INDICES = re.compile(r"(?:^|_)(?:idxs?|indices|indexes)$|exit")
 TARGET = re.compile(r"target|aux|accept|verifier|teacher|early_exit|hidden_state")
 """In the name of a field: it speaks of another model's blocks."""
 
+MAPS = re.compile(r"(?:^|_)(?:from|map|source|to)s?(?:$|_)|shar(?:e|ing)")
+"""In the name of a table of blocks: its values may be blocks too."""
+
+OF_ALL = re.compile(r"per_(?:layer|block)$")
+"""In the name of a field with one number: it is the same for each block."""
+
+NUMBERS = re.compile(r"[\d\s,;:-]*\d[\d\s,;:-]*")
+"""Text with nothing but numbers."""
+
 DRAFTS = re.compile(r"draft|eagle|medusa|specul|assistant|dflash")
 """In the name of a field or file: what it describes works for this model."""
 
@@ -192,8 +201,8 @@ class Survey:
                     place.below(key), "block numbers", value, rule=RENUMBERED
                 )
                 continue
-            renamed = self._renamed(key, place, value)
-            below = place.below(key, inside=renamed != (key,))
+            renamed = self._renamed(key, place, key)
+            below = place.below(key, inside="." in key or self.texts.renamed(key) is not None)
             new = self._value(value, below)
             if new is GONE and place.listed:
                 return GONE
@@ -212,8 +221,12 @@ class Survey:
         result: list[Any] = []
         for value in values:
             if isinstance(value, str):
-                result += self._renamed(value, place, values)
-                continue
+                if not self._lists_blocks(value, place):
+                    result += self._renamed(value, place, values)
+                    continue
+                self._report(place, "block numbers", values)
+            elif type(value) is int and any(isinstance(one, str) for one in values):
+                self._number(value, place)
             new = value
             if isinstance(value, (dict, list)):
                 new = self._value(value, replace(place, listed=True))
@@ -222,27 +235,40 @@ class Survey:
         return result
 
     def _one_text(self, text: str, place: _Place) -> Any:
-        name = _words(place.name)
-        if not place.inside and (LAYERS.search(name) or "pattern" in name):
-            numbers = [int(n) for n in re.findall(r"\d+", text)]
-            listed = re.fullmatch(r"[\d\s,;:-]*\d[\d\s,;:-]*", text)
-            if listed and self._may_count_blocks(numbers, place):
-                return self._report(place, "block numbers", text)
-            letters = re.fullmatch(r"[A-Z*+.|/-]{4,}", text)
-            if letters and len(text) == self.count and self._may_count_blocks([0], place):
+        if self._lists_blocks(text, place):
+            return self._report(place, "block numbers", text)
+        if self._speaks_of_blocks(place) and self._may_count_blocks([0], place):
+            if len(text) == self.count and re.fullmatch(r"[A-Z*+.|/-]{4,}", text):
                 return self._report(place, PLACES, text)
         texts = self._renamed(text, place, text)
         if len(texts) > 1:
             return self._report(place, "name", text, problem="it would name other blocks too")
         return texts[0] if texts else GONE
 
+    def _lists_blocks(self, text: str, place: _Place) -> bool:
+        """Whether a text may be a list of block numbers, or of one number for each: `0,3,5`."""
+        numbers = [int(number) for number in re.findall(r"\d+", text)]
+        return (
+            NUMBERS.fullmatch(text) is not None
+            and self._speaks_of_blocks(place)
+            and self._may_count_blocks([0] if len(numbers) == self.count else numbers, place)
+        )
+
+    def _speaks_of_blocks(self, place: _Place) -> bool:
+        name = _words(place.name)
+        return LAYERS.search(name) is not None or "pattern" in name
+
     def _number(self, value: int, place: _Place) -> Any:
         name = _words(place.name)
         if place.path and place.path[-1] in COUNTS and place.own is None and not place.drafts:
             return len(self.kept) if value == self.count else value
-        if place.name in LEADING and place.own is None and not place.inside:
+        if place.name in LEADING and not place.inside:
+            if place.own is not None:
+                return value
             self._report(place, "block number", value, rule="counted again")
             return sum(block < value for block in self.kept)
+        if OF_ALL.search(name) or (value == 0 and name.startswith(("n_", "num_"))):
+            return value
         speaks = LAYERS.search(name) or (TARGET.search(name) and INDICES.search(name))
         if speaks and self._may_count_blocks([value], place):
             self._report(place, "block number", value)
@@ -264,19 +290,28 @@ class Survey:
         return place
 
     def _numbers_of(self, table: dict[str, Any], place: _Place) -> int | None:
-        """The number of the first block, if the keys of a table are block numbers."""
-        if not table or not all(re.fullmatch(r"\d+", key) for key in table):
+        """The number of the first block, if keys of a table are block numbers."""
+        keys = {int(key) for key in table if key.isdecimal()}
+        ranges = {key for key in table if NUMBERS.fullmatch(key.lstrip("lL"))}
+        within = any(LAYERS.search(_words(part)) for part in place.path[:-1])
+        within = within and max(keys, default=0) <= self.count
+        name = _words(place.name)
+        speaks = place.name in BLOCK_KEYS or LAYERS.search(name)
+        if not ranges or (len(keys) < len(table) and not speaks):
             return None
-        keys = {int(key) for key in table}
-        speaks = place.name in BLOCK_KEYS or LAYERS.search(_words(place.name))
         every = keys in (set(range(self.count)), set(range(1, self.count + 1)))
-        if place.inside or not (speaks or every and self.count > 1):
+        if place.inside or not (speaks or within or "head" in name or every and self.count > 1):
             return None
-        if place.own is not None and not place.drafts and max(keys) < place.own:
+        if place.own is not None and not place.drafts and max(keys, default=0) < place.own:
+            return None
+        if len(keys) < len(ranges):
+            self._report(place, "table of blocks", table)
             return None
         base = int(self.count in keys and 0 not in keys)
         fits = base <= min(keys) and max(keys) < self.count + base
-        if not (speaks and fits) or place.own is not None:
+        values = list(table.values())
+        onto = MAPS.search(name) and self._may_count_blocks(values, place)
+        if not (speaks and fits) or onto or place.own is not None:
             self._report(place, "table of blocks", table)
             return None
         self._report(place, "table of blocks", table, rule=RENUMBERED)
@@ -284,13 +319,15 @@ class Survey:
 
     def _by_number(self, table: dict[str, Any], base: int, place: _Place) -> dict[str, Any]:
         new_number = {old: new for new, old in enumerate(self.kept)}
-        return {
-            str(new_number[int(key) - base] + base).zfill(len(key) * key.startswith("0")): (
-                self._value(value, place.below(key, inside=True))
-            )
-            for key, value in table.items()
-            if int(key) - base in new_number
-        }
+        result: dict[str, Any] = {}
+        for key, value in table.items():
+            new = self._value(value, place.below(key, inside=True))
+            if not key.isdecimal():  # of the other blocks
+                result[key] = new
+            elif int(key) - base in new_number:
+                number = str(new_number[int(key) - base] + base)
+                result[number.zfill(len(key) * key.startswith("0"))] = new
+        return result
 
     def _by_rule(self, values: list[Any], place: _Place) -> list[Any] | None:
         """A list that refers to blocks by numbers or places, after its rule or as it is; else
@@ -299,31 +336,38 @@ class Survey:
         name, ruled = _words(place.name), place.own is None
         speaks = LAYERS.search(name) is not None
         if all(map(_is_pair, values)):
-            if not (place.name in PAIRS or speaks or "head" in name):
-                return None
-            if not self._may_count_blocks([one[0] for one in values], place):
+            fits = self._may_count_blocks([one[0] for one in values], place)
+            if place.name in PAIRS and ruled and not fits:
+                problem = f"the model has {self.count} blocks"
+                return self._report(place, "pairs", values, problem=problem)
+            if not fits or not (place.name in PAIRS or speaks or "head" in name):
                 return None
             if place.name not in PAIRS or not ruled:
                 return self._report(place, "pairs", values)
             self._report(place, "pairs", values, rule=RENUMBERED)
-            left = [[new_number[b], other] for b, other in values if b in new_number]
-            if not left:
-                raise UnsupportedModelError(
-                    f"{self.file}: `{place.name}` names only removed blocks: "
-                    f"{json.dumps(values)}. Choose other blocks, or delete the field"
-                )
-            return left
+            left = [[new_number[b], *rest] for b, *rest in values if b in new_number]
+            return self._not_empty(left, values, place)
         numbers = place.name in BLOCK_NUMBERS or speaks or INDICES.search(name)
         if numbers and self._may_count_blocks(values, place):
             base = BLOCK_NUMBERS.get(place.name)
             if base is None or not ruled:
                 return self._report(place, "block numbers", values)
             self._report(place, "block numbers", values, rule=RENUMBERED)
-            return [new_number[b - base] + base for b in values if b - base in new_number]
+            some = [new_number[b - base] + base for b in values if b - base in new_number]
+            return self._not_empty(some, values, place)
         names = any(self.texts.renamed(one) for one in values if isinstance(one, str))
         if speaks and len(values) == self.count and ruled and not names:
             return self._report(place, PLACES, values)
         return None
+
+    def _not_empty(self, left: list[Any], values: list[Any], place: _Place) -> list[Any]:
+        """What is left of a list: without entries it could mean all blocks."""
+        if not left:
+            raise UnsupportedModelError(
+                f"{self.file}: `{place.name}` names only removed blocks: "
+                f"{json.dumps(values)}. Choose other blocks, or delete the field"
+            )
+        return left
 
     def _may_count_blocks(self, values: Sequence[int], place: _Place) -> bool:
         """Whether numbers can be of this model's blocks, by their size and place."""
@@ -344,6 +388,8 @@ class Survey:
         if key in {"num_hidden_layers", count_field(text), *FOLLOWERS.get(text.model_type, {})}:
             return True
         for kind, rule in ((kind, rule) for table, kind, rule in TABLES if key in table):
+            if kind == PLACES and isinstance(value, list) and 0 < len(value) < self.count:
+                return False
             if value not in (None, [], {}) and (kind != PLACES or isinstance(value, (list, str))):
                 self._report(place.below(key), kind, value, rule=rule)
             return True
@@ -407,4 +453,5 @@ def _is_harmless(name: str) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
+    """Whether it is a number and something."""
+    return isinstance(value, list) and len(value) > 1 and type(value[0]) is int

@@ -22,6 +22,7 @@ PER_BLOCK = {
     "activation_sparsity_pattern",
     "attention_layers",
     "attn_layers",
+    "attn_type_list",
     "hybrid_layer_pattern",
     "hybrid_override_pattern",
     "indexer_types",
@@ -30,9 +31,12 @@ PER_BLOCK = {
     "layer_types",
     "layers_block_type",
     "mlp_layer_types",
+    "moe_intermediate_size",
     "moe_layer_freq",
+    "moe_topk",
     "no_rope_layers",
     "num_attention_heads_per_layer",
+    "num_shared_expert",
     "per_block_shapes",
     "rope_scaling_layers",
     "swiglu_limits",
@@ -65,6 +69,7 @@ LEADING = {
     "dense_mlp_idx",
     "first_k_dense_replace",
     "max_window_layers",
+    "moe_layer_num_skipped",
     "moe_layer_start_index",
     "num_dense_layers",
     "num_hash_layers",
@@ -88,6 +93,7 @@ PERIOD_OF = {
     "global_attn_every_n_layers": "layer_types",
     "interleave_moe_layer_step": "moe_layers",
     "layer_group_size": "layer_types",
+    "layer_switch": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
     "prefix_dense_sliding_window_pattern": "layer_types",
     "sliding_window_pattern": "layer_types",
@@ -112,11 +118,12 @@ COUNTS = {
 
 HARMLESS = {
     r"id2label|label2id|architectures": "labels and classes",
-    r".*block_(size|shape|length|structure)|.*blocks?_per_.*|.*(row|col)_block": (
-        "how weights or tokens are grouped"
+    r".*block_(size|shape|length|structure).*|.*(layer|block)s?_per_.*|.*(row|col)_block": (
+        "how weights, tokens or blocks are grouped"
     ),
-    r".*(layer_?norm|layer_?scale|layer_?drop).*": "a property of all blocks",
-    r".*(vision|visual|image|video|audio|speech|encoder).*": "blocks of another tower",
+    r".*(token|frame|[cg]pu)_(id|idx|ind|block).*": "tokens, frames, or blocks of memory",
+    r".*(layer_?norm|layer_?scale(?!s)|layer_?drop).*": "a property of all blocks",
+    r".*(vision|visual|image|video|audio|speech|encoder).*|vit_.*": "blocks of another tower",
     r".*(nextn|mtp).*": "the prediction heads have numbers of their own",
     r".*_size_per_layer.*": "a width",
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from shortllm.checkpoint.config import (
@@ -197,7 +197,7 @@ def _correct_periods(raw: dict[str, Any], config: Any) -> None:
         found = next(
             (
                 one
-                for one in _periods(fields, len(raw[name]))
+                for one in _periods({field: raw[field] for field in fields}, len(raw[name]))
                 if _list_of(config, {**plain, **one}, name) == raw[name]
             ),
             None,
@@ -215,12 +215,12 @@ def _spells(pattern: Any, kinds: list[Any]) -> bool:
     return len(pairs) == len({letter for letter, _ in pairs}) == len({kind for _, kind in pairs})
 
 
-def _periods(fields: Sequence[str], count: int) -> Iterator[dict[str, int]]:
-    """Other values of fields with a period, none first; a type may write one under two names."""
+def _periods(given: dict[str, Any], count: int) -> Iterator[dict[str, int]]:
+    """Other values of fields with a period, none first; a file may say one under several names."""
     yield {}
-    for name in dict.fromkeys(field.lstrip("_") for field in fields):
+    for value in dict.fromkeys(map(str, given.values())):
         for period in range(1, count + 1):
-            yield {field: period for field in fields if field.lstrip("_") == name}
+            yield {field: period for field, one in given.items() if str(one) == value}
 
 
 def _list_of(config: Any, raw: dict[str, Any], name: str) -> Any:

@@ -21,23 +21,16 @@ from shortllm.checkpoint.options import ACCEPT, accepts_unknown_references
 from shortllm.checkpoint.references import RENUMBERED, Reference, Survey
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import weight_files
-from shortllm.errors import UnsupportedModelError
+from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.files import PARTIAL
 from shortllm.surgery.card import CARD, ORIGINAL_CARD
 from shortllm.surgery.origin import LOCAL, PROVENANCE
 
-TOKENIZER = {
-    "added_tokens.json",
-    "chat_template.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-}
-"""Files that speak of tokens alone."""
+TOKENIZER = {"merges", "tekken", "template", "tokenizer", "tokens", "vocab", "vocabulary"}
+"""Words in the names of files that speak of tokens alone."""
 
 REPORTS = {
-    "eval", "evaluation", "history", "log", "logs", "metrics", "result", "results", "state",
+    "args", "eval", "evaluation", "history", "log", "logs", "metrics", "result", "results", "state",
     "train", "trainer", "training",
 }  # fmt: skip
 """Words in the names of files that report how a model was trained or measured: no program loads a
@@ -121,7 +114,11 @@ def _surveyed(checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool) 
     config = survey.of_config(checkpoint.raw_config, skip=(PROVENANCE,))
     files: dict[Path, Any] = {}
     for name, content in _json_files(checkpoint.directory):
-        new = survey.of_file(name.as_posix(), content)
+        try:
+            new = survey.of_file(name.as_posix(), content)
+        except RecursionError as error:
+            message = f"{name} is nested too deeply to be read. Delete or correct the file"
+            raise CheckpointError(message) from error
         if new != content:
             files[name] = new
     return Followed(config, files, list(survey.found.values()))
@@ -130,8 +127,9 @@ def _surveyed(checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool) 
 def _json_files(directory: Path) -> Iterator[tuple[Path, Any]]:
     """Name and content of the readable JSON files that can refer to blocks, without config.json."""
     for name in carried_files(directory):
-        reports = REPORTS.intersection(re.findall("[a-z]+", name.stem.lower()))
-        if name.suffix == ".json" and name.name not in TOKENIZER | RECORDS and not reports:
+        words = set(re.findall("[a-z]+", name.stem.lower()))
+        others = words & (TOKENIZER | REPORTS)
+        if name.suffix == ".json" and name.name not in RECORDS and not others:
             try:
                 yield name, json.loads((directory / name).read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError):  # no program reads it either
