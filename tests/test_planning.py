@@ -239,6 +239,11 @@ def test_a_span_is_only_to_be_had_from_a_criterion_that_scores_spans() -> None:
             "Block 1 was chosen over 2, which scores alike (within 0.3 %)",
         ),
         ([5, 1, 2, 2.001, 2.002, 5], 3, "Blocks 2 and 3 were chosen over 4, which scores alike"),
+        (
+            [5, 3, 3, 1, 3, 5],
+            1,
+            "Blocks 1, 2 and 4 score the same: of equals the later goes first.",
+        ),
         ([5, 1, 1.001, 3, 4, 5], 2, None),  # two alike that both go
         ([5, 1, 2, 3, 4, 5], 2, None),
         ([1.001, 1, 2, 3, 4, 5], 1, None),  # block 0 is protected

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from shortllm.evaluation.options import paired_difference
 from shortllm.format import listed, spans
 
+SAME = 1e-6
+"""Relative difference of two scores that is one of rounding."""
+
 NEAR = 0.005
 """Relative difference of two scores up to which their order may be another on another machine."""
 
@@ -43,7 +46,12 @@ class Compared:
 
 
 def near_ties(compared: Compared, removed: Collection[Unit]) -> str:
-    """A sentence that names the removed units and the kept ones which score alike; else empty."""
+    """A sentence that names the removed units and the kept ones which score alike, else one that
+    names units with the same score; else empty."""
+    return _at_the_border(compared, removed) or _the_same(compared)
+
+
+def _at_the_border(compared: Compared, removed: Collection[Unit]) -> str:
     importance = compared.importance
     gone = [unit for unit in importance if unit in removed]
     left = [unit for unit in importance if unit not in removed]
@@ -62,6 +70,20 @@ def near_ties(compared: Compared, removed: Collection[Unit]) -> str:
         noise = "" if gap <= NEAR else ", the noise of the samples"
         how = f"alike (within {math.ceil(1000 * gap) / 10:g} %{noise})"
     return f"{were.format(_named(chosen))} chosen over {_named(over)}, which {score} {how}."
+
+
+def _the_same(compared: Compared) -> str:
+    """The largest group of units whose scores are equal."""
+    found: list[list[Unit]] = []
+    for unit in sorted(compared.importance, key=compared.importance.__getitem__):
+        if found and compared.apart(found[-1][-1], unit) <= SAME:
+            found[-1].append(unit)
+        else:
+            found.append([unit])
+    largest = max(found, key=len, default=[])
+    if len(largest) < 2:
+        return ""
+    return f"Blocks {_named(largest)} score the same: of equals the later goes first."
 
 
 def _named(units: Sequence[Unit]) -> str:
