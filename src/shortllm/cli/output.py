@@ -42,11 +42,14 @@ def answered(result: Any, *, in_json: bool) -> bool:
     return in_json or not is_main_process()
 
 
-def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Columns aligned to the right but for the first."""
+def print_table(
+    head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, words: bool = False
+) -> None:
+    """Columns aligned to the right but for the first; all to the left if they contain `words`."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    justify = str.ljust if words else str.rjust
     for first, *others in (head, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        cells = [justify(cell, width) for cell, width in zip(others, widths[1:], strict=True)]
         typer.echo("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 

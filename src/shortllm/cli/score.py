@@ -290,6 +290,7 @@ def _print_summary(summary: ModelSummary) -> None:
                 (one.file, one.field, one.kind, one.value, one.rule or f"no rule: see {ACCEPT}")
                 for one in summary.companions
             ],
+            words=True,
         )
     typer.echo("\nremoving on average saves")
     most = model.blocks - len(protected)
