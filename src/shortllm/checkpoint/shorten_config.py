@@ -193,6 +193,8 @@ def _correct_periods(raw: dict[str, Any], config: Any) -> None:
         if not isinstance(raw.get(name), list):
             continue
         fields = [field for field in fields if not _spells(raw[field], raw[name])]
+        if not fields:
+            continue
         plain = {key: value for key, value in raw.items() if key != name}
         found = next(
             (
@@ -227,7 +229,8 @@ def _list_of(config: Any, raw: dict[str, Any], name: str) -> Any:
     """The list that a config class makes of what is given; None if it makes none of it."""
     try:
         with quiet_transformers():
-            return getattr(type(config).from_dict(raw), name, None)
+            # some classes write into what they are given
+            return getattr(type(config).from_dict(copy.deepcopy(raw)), name, None)
     except Exception:  # config classes raise whatever their values lead to
         return None
 
