@@ -63,6 +63,7 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, int, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure."""
+    from shortllm.checkpoint.structure import block_structure
     from shortllm.criteria import resolve
     from shortllm.model.decoder import Decoder
     from shortllm.pruning.scoring import Scorer
@@ -77,7 +78,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     size = (arguments.samples, arguments.length)
     ids_BT = torch.randint(0, shape["vocab_size"], size, generator=generator).to(device)
     decoder = Decoder(model)
-    blocks: Any = SimpleNamespace(block_count=decoder.block_count)  # nothing is read from files
+    blocks: Any = SimpleNamespace(  # nothing is read from files
+        block_count=decoder.block_count, structure=block_structure(decoder.model.config)
+    )
     scorer = Scorer(checkpoint=blocks, open_decoder=lambda: decoder, ids_BT=ids_BT)
     found: dict[str, Any] = {
         "benchmark": "gpu",
