@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.config import SHAPES, block_count, text_config
+from shortllm.checkpoint.heads import speaks_of_heads
 from shortllm.errors import UnsupportedModelError
 from shortllm.format import counted
 from shortllm.records import Record
@@ -78,7 +79,7 @@ class Exported:
     @cached_property
     def named_head(self) -> bool:
         """Whether a prediction head is stored under a name of its own."""
-        return any("mtp" in name.split(".")[:3] for name in self.checkpoint.tensors)
+        return any(map(speaks_of_heads, self.checkpoint.tensors))
 
     def fields(self, *names: str) -> dict[str, Any]:
         """Values of config fields, for a finding."""
