@@ -69,7 +69,7 @@ def judge(name: str, kind: Kind, bench: Bench, *, seed: int, limit_s: float = LI
     random = Random(f"{seed}:{name}")
     bench.clear()
     act = kind(random, bench)
-    before, peak = _listing(bench.source), _peak()
+    before, peak = _listing(bench.source), peak_bytes()
     started = time.perf_counter()
     try:
         with _limited(limit_s):
@@ -87,8 +87,8 @@ def judge(name: str, kind: Kind, bench: Bench, *, seed: int, limit_s: float = LI
     seconds = time.perf_counter() - started
     if verdict != "failed" and _listing(bench.source) != before:
         verdict, said = "failed", "the input was changed"
-    if verdict != "failed" and _peak() - peak > LIMIT_BYTES:
-        verdict, said = "failed", f"{(_peak() - peak) / 2**20:.0f} MiB of memory were taken"
+    if verdict != "failed" and peak_bytes() - peak > LIMIT_BYTES:
+        verdict, said = "failed", f"{(peak_bytes() - peak) / 2**20:.0f} MiB of memory were taken"
     return Outcome(name, verdict, seconds, said)
 
 
@@ -122,7 +122,7 @@ def _listing(directory: Path) -> dict[str, tuple[int, int, bytes | str]]:
     return found
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
