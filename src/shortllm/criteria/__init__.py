@@ -20,7 +20,7 @@ block, several processes, an interrupted pass) is not its concern. *Higher = kee
                                       size, which can be measured
 
 Streams and logits come in pieces, a group of samples or a slice of tokens at a time. Numbers per
-token or prediction are averaged in float64. Options of a criterion are the keyword-only parameters
+token or prediction are averaged in float64, over those that count (data/options.py). Options of a criterion are the keyword-only parameters
 of its function, its help is the first line of the docstring. Help texts and comparisons list
 criteria in the order of this table; those with the same needs by file, then from top to bottom.
 
@@ -82,7 +82,9 @@ class Scores:
     delta_nll: list[float] | None = None
     """Mean NLL without the block minus the intact one, nats per token."""
     samples: list[list[float]] | None = None
-    """For each block the mean of each sample, in nats, where the criterion gives one."""
+    """For each block the number of each sample, whose mean is the criterion's, where it has one."""
+    stderr: list[float] | None = None
+    """For each block the standard error of the importance, over samples."""
     spans: list[list[float]] | None = None
     """`spans[n - 1][start]`: importance of the span of `n` blocks from `start`."""
     order: list[int] | None = None

@@ -51,7 +51,13 @@ class BlockScores(Shown, ResultFile):
     )
     samples: list[list[float]] | None = Field(
         default=None,
-        description="for each block the criterion's mean on each calibration sample, in nats",
+        description="for each block the criterion's number of each calibration sample, whose plain "
+        "mean is the criterion's: in nats by `ppl` and `kl`, of an item by `task`",
+    )
+    stderr: list[float] | None = Field(
+        default=None,
+        description="for each block the standard error of the importance, over samples; of two "
+        "blocks they are correlated, so differences are told by `samples`",
     )
     spans: list[list[float]] | None = Field(
         default=None,
@@ -81,6 +87,7 @@ class BlockScores(Shown, ResultFile):
             ("importance", self.importance),
             ("values", self.values),
             ("delta_nll", self.delta_nll),
+            ("stderr", self.stderr),
         ):
             if numbers is not None and len(numbers) != count:
                 raise ValueError(f"{name} has {len(numbers)} entries, and the model {count} blocks")

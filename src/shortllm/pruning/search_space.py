@@ -31,7 +31,7 @@ from shortllm.model.metrics import perplexity
 from shortllm.pruning.budget import Budget, most_blocks, removable, removal_options
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores
-from shortllm.pruning.scoring import Scorer
+from shortllm.pruning.scoring import Scorer, Text
 from shortllm.records import ModelInfo
 
 if TYPE_CHECKING:
@@ -132,11 +132,12 @@ class BlockSearch:
         """A number of each process."""
         return self._scorer.ranks.gather(value)
 
-    def _part(self, start: int, stop: int) -> Tensor:
+    def _part(self, start: int, stop: int) -> Text:
         """This process's share of the samples numbered from `start` to before `stop`."""
-        ranks = self._scorer.ranks
-        first, behind = (len(range(ranks.rank, n, ranks.count)) for n in (start, stop))
-        return self._scorer.samples()[first:behind]
+        ranks, counted_BT = self._scorer.ranks, self._scorer.counted_BT
+        part = slice(*(len(range(ranks.rank, n, ranks.count)) for n in (start, stop)))
+        ids_BT = self._scorer.samples()[part]
+        return Text(ids_BT, None if counted_BT is None else counted_BT[part])
 
     def _count(self, part: float) -> int:
         """Samples in a part of those searched on."""
@@ -165,9 +166,8 @@ class BlockSearch:
         resolved = [
             _fitted(one, self._budget, self._model, self._searching.healing) for one in named
         ]
-        scorer = replace(
-            self._scorer, ids_BT=self._part(0, self._searched), journal=journal.part("scores")
-        )
+        text = self._part(0, self._searched)
+        scorer = replace(self._scorer, **text._asdict(), journal=journal.part("scores"))
         proposals, left_out = [], []
         for name, found in scorer.score(resolved).items():
             scores = BlockScores(
@@ -188,9 +188,9 @@ class BlockSearch:
         count = self._count(part)
         new = sorted({s for s in sets if (s, count) not in self._known}, key=sorted)
         if new:
-            ids_BT = self._part(0, count)
             kl = self._fitness == "kl"
-            entry = self._entry("measure", partial(self._means, new, [ids_BT], kl))
+            texts = [self._part(0, count)]
+            entry = self._entry("measure", partial(self._means, new, texts, kl))
             for removed, value in zip(new, entry["values"], strict=True):
                 self._known[removed, count] = value if math.isfinite(value) else math.inf
             self._evaluations += len(new) * count / self._searched
@@ -207,10 +207,10 @@ class BlockSearch:
 
         from shortllm.model.hidden_states import SampleGroups
 
-        scorer = self._scorer
+        scorer, text = self._scorer, self._part(0, self._searched)
         with torch.no_grad():
             groups = SampleGroups(
-                scorer.open_decoder(), self._part(0, self._searched), scorer.memory
+                scorer.open_decoder(), text.ids_BT, scorer.memory, counted_BT=text.counted_BT
             )
             return {"removed": sorted(choice(groups, scorer.ranks, scorer.advance))}
 
@@ -286,17 +286,18 @@ class BlockSearch:
         self._seconds = entry["seconds"]
         return entry
 
-    def _held_out_texts(self) -> list[Tensor]:
+    def _held_out_texts(self) -> list[Text]:
         """This process's share of the samples that decide between candidates; of healed ones also
         the quarter of the text to heal with that is not fitted."""
         texts = [self._part(self._searched, self._total)]
         if self._searching.healing is not None:
-            texts.append(self._scorer.healing_held_out())
-        self._decided_on = int(self._scorer.ranks.total(float(sum(map(len, texts)))))
+            texts.append(Text(self._scorer.healing_held_out(), None))
+        samples = sum(len(one.ids_BT) for one in texts)
+        self._decided_on = int(self._scorer.ranks.total(float(samples)))
         return texts
 
     def _means(
-        self, sets: Sequence[Blocks], texts: Sequence[Tensor], kl: bool, journal: Journal
+        self, sets: Sequence[Blocks], texts: Sequence[Text], kl: bool, journal: Journal
     ) -> dict[str, Any]:
         """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
         from shortllm.model.walk import TOGETHER, UNHEALED, mean_nlls
@@ -307,16 +308,16 @@ class BlockSearch:
         healed = scorer.healed(self._searching.healing, free, longest)
         values = [
             mean_nlls(
-                scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
-                healed=healed or UNHEALED, advance=scorer.advance, memory=scorer.memory,
-                journal=journal.part(f"text-{i}"),
+                scorer.open_decoder(), one.ids_BT, sets, counted_BT=one.counted_BT, kl=kl,
+                together=TOGETHER, ranks=scorer.ranks, healed=healed or UNHEALED,
+                advance=scorer.advance, memory=scorer.memory, journal=journal.part(f"text-{i}"),
             )
-            for i, ids_BT in enumerate(texts)
+            for i, one in enumerate(texts)
         ]  # fmt: skip
         return {"values": scorer.over_texts(texts, values)}
 
     def _healed(
-        self, sets: Sequence[Blocks], texts: Sequence[Tensor], journal: Journal
+        self, sets: Sequence[Blocks], texts: Sequence[Text], journal: Journal
     ) -> dict[str, Any]:
         """Mean NLL without each set after its gaps were healed one after the other."""
         method = self._searching.healing
