@@ -247,7 +247,12 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     quantizing = check_later_stages(recipe, checkpoint, session)
     texts = _texts(
-        recipe, checkpoint, scoring=scored and criterion.needs_text, quantizing=quantizing
+        recipe,
+        checkpoint,
+        scoring=scored and criterion.needs_text,
+        quantizing=quantizing,
+        session=session,
+        directory=directory,
     )
     if recipe.healing is not None:
         require_free(directory / HEALED, Healing.FILE)
@@ -334,7 +339,13 @@ def check_later_stages(
 
 
 def _texts(
-    recipe: Recipe, checkpoint: Checkpoint, *, scoring: bool, quantizing: QuantizeOptions | None
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    *,
+    scoring: bool,
+    quantizing: QuantizeOptions | None,
+    session: Session,
+    directory: Path,
 ) -> Texts:
     """All text of the run, read and tokenized once."""
     healing = None
@@ -347,6 +358,8 @@ def _texts(
         scoring=scoring,
         healing=healing,
         quantization=quantizing.calibration if quantizing and quantizing.needs_text else None,
+        session=session,
+        directory=directory,
     )
 
 

@@ -17,7 +17,7 @@ from shortllm.checkpoint.hub import EMBEDDED, hub_answers, is_gguf, require_ther
 from shortllm.comparison.options import ComparisonOptions
 from shortllm.criteria import Criterion
 from shortllm.data.at_hand import require_at_hand
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.data.shapes import template_for, with_columns
 from shortllm.data.sources import Role
 from shortllm.errors import DataError
@@ -87,7 +87,7 @@ def check_recipe(recipe: Recipe, out: Path | None) -> None:
 
 
 def check_scoring(
-    model: str, criteria: Iterable[Criterion], calibration: CalibrationOptions, out: Path
+    model: str, criteria: Iterable[Criterion], calibration: SampledText, out: Path
 ) -> None:
     """Check the text and the directory of scores."""
     needed = any(one.needs_text for one in criteria)
@@ -160,7 +160,7 @@ def _check_texts(record: Options, models: list[str]) -> None:
         _check_all(record.eval_data, "evaluation", "--eval-data")
         if record.teacher is not None:
             require_there(record.teacher)
-    elif isinstance(record, CalibrationOptions):
+    elif isinstance(record, SampledText):
         _check_calibration(record, embedded=True)
     elif isinstance(record, ComparisonOptions | HealOptions | MergeOptions):
         _check_calibration(record.calibration, embedded=embedded)
@@ -170,7 +170,7 @@ def _check_texts(record: Options, models: list[str]) -> None:
         _check_calibration(record.calibration, embedded=embedded or record.criterion is None)
 
 
-def _check_calibration(options: CalibrationOptions, *, embedded: bool) -> None:
+def _check_calibration(options: SampledText, *, embedded: bool) -> None:
     """Check the text of a calibration; the default one only where it is `embedded`'s or needed."""
     options.require_one_source()
     if options.source is not None:

@@ -146,7 +146,7 @@ def _texts(
         EvaluationOptions(**given.model_dump() | {"data": [given.data] if given.data else []}),
         embedded=embedded,
         every=bool(calibration.bos_every_sample),
-        calibrated_on=options.calibration.source,
+        calibrated_on=options.calibration.texts,
     )
     return calibration, evaluation.model_copy(update={"data": evaluation.data[:1]})
 

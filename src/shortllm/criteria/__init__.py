@@ -20,9 +20,10 @@ block, several processes, an interrupted pass) is not its concern. *Higher = kee
                                       size, which can be measured
 
 Streams and logits come in pieces, a group of samples or a slice of tokens at a time. Numbers per
-token or prediction are averaged in float64, over those that count (data/options.py). Options of a criterion are the keyword-only parameters
-of its function, its help is the first line of the docstring. Help texts and comparisons list
-criteria in the order of this table; those with the same needs by file, then from top to bottom.
+token or prediction are averaged in float64, over those that count. Options of a criterion are the
+keyword-only parameters of its function, its help is the first line of the docstring. Help texts and
+comparisons list criteria in the order of this table; those with the same needs by file, then from
+top to bottom.
 
 Importing this package does not import torch. To add a criterion: docs/add_a_criterion.md.
 """

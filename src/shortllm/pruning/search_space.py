@@ -35,7 +35,7 @@ from shortllm.pruning.scoring import Scorer, Text
 from shortllm.records import ModelInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 def score_all(scorer: Scorer, resolved: Sequence[Criterion]) -> dict[str, Scores]:
