@@ -42,6 +42,7 @@ from shortllm.pruning.planning import build_plan, check_published_order
 from shortllm.pruning.prune import prune_from
 from shortllm.pruning.records import BlockScores, PrunePlan, Target
 from shortllm.pruning.score import score_in, text_to_heal_with
+from shortllm.pruning.ties import undecided
 from shortllm.published import Published
 from shortllm.quantizing import quantize
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
@@ -396,6 +397,9 @@ def _plan(run: _Prepared) -> PrunePlan:
         run.budget, model=run.checkpoint.info(), scores=scores, published=run.published
     )
     plan.save(run.directory / "plan.json")
+    by_samples = scores is not None and scores.samples is not None
+    if line := undecided(plan.removed, plan.near_ties, by_samples):
+        log.info(line)
     return plan
 
 

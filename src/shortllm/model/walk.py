@@ -414,12 +414,13 @@ def sample_nlls(
 ) -> Tensor:
     """Mean NLLs, nats, of each shortened model on each sample of all processes, `[M, B]`."""
     [own_MB] = sample_means(
-        decoder, ids_BT, removals, [_nll], advance=advance, memory=memory, journal=journal
+        decoder, ids_BT, removals, [target_nll], advance=advance, memory=memory, journal=journal
     )
     return ranks.in_order(own_MB.T).T
 
 
-def _nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+def target_nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+    """The NLL of each target, as a number for `sample_means`."""
     return next_token_nll(logits_NV, target_N)
 
 

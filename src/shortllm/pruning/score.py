@@ -253,6 +253,11 @@ def scores_fingerprint(
             "device": session.device.type,
             **({"attention": session.attention} if session.attention else {}),
         }
+    if criterion.items is not None:
+        from shortllm.evaluation.choices import load_items
+
+        inputs["items"] = load_items(checkpoint, *criterion.items).fingerprint
+        inputs |= {"dtype": session.dtype(checkpoint), "device": session.device.type}
     if criterion.healing is not None and healing is not None:
         inputs["healing"] = healing.info.tokens_fingerprint
     return fingerprint(inputs)

@@ -3,6 +3,7 @@
     nothing, weights      no pass: weights are read from the files, one block at a time
     logits                one walk over all removals
     gradients             one forward and one backward pass
+    choices               one walk over all removals, on questions with their choices
     streams, last token,
     similarities          observers of either of these, else of one forward pass
     removals              one of the above per round
@@ -32,6 +33,7 @@ from shortllm.runtime import ALONE, Ranks
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shortllm.evaluation.choices import Items
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
     from shortllm.model.walk import Healed
@@ -62,6 +64,7 @@ class Scorer:
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
     advance: Advance = lambda work: None
     _healed: dict[Any, Healed] = field(default_factory=dict)
+    _items: dict[Any, Items] = field(default_factory=dict)
 
     def score(self, resolved: Sequence[Criterion]) -> dict[str, Scores]:
         """Scores of all blocks by each criterion."""
@@ -86,6 +89,9 @@ class Scorer:
                 found[one.name] = plain_scores(one.call(self.checkpoint.block_count))
             elif one.needs == "weights":
                 found[one.name] = self._weights(one, candidates)
+            elif one.needs == "choices":
+                part = journal.part(one.name)
+                found[one.name] = self._choices(one, kept, candidates, part, healed)
             elif one.needs == "removals":
                 found[one.name] = self._removals(one, journal.part(one.name))
         observers = [self._observer(one, kept) for one in resolved if one.needs in OBSERVED]
@@ -191,8 +197,77 @@ class Scorer:
                 delta_nll=change if in_nats else None,
                 samples=rounded(values_MB[1:], SAMPLE_DECIMALS) if of_all else None,
                 stderr=errors,
+                delta_stderr=(
+                    standard_errors(values_MB[1:] - values_MB[0]) if of_all and in_nats else None
+                ),
             )
         return found
+
+    def items(self, one: Criterion) -> Items:
+        """The multiple-choice items that a criterion asks."""
+        from shortllm.evaluation.choices import load_items
+
+        assert one.items is not None, "it asks nothing"
+        if one.items not in self._items:
+            self._items[one.items] = load_items(self.checkpoint, *one.items)
+        return self._items[one.items]
+
+    def answers(
+        self,
+        asked: Items,
+        removals: Sequence[Collection[int]],
+        journal: Journal,
+        healed: Healed | None = None,
+        *,
+        stop: int | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of each shortened model whether it answers each item correctly, and the margins; of the
+        first `stop` items."""
+        import torch
+
+        from shortllm.model.walk import UNHEALED, predictions_of, sample_means, target_nll
+
+        decoder, ranks = self.open_decoder(), self.ranks
+        own = asked.share(ranks.rank, ranks.count, stop)
+        logprobs_MR = torch.zeros(len(removals), len(own.rows), dtype=torch.float64)
+        for n, (rows, ids_RT, counted_RT) in enumerate(own.batches(decoder.streamed)):
+            [nll_MR] = sample_means(
+                decoder, ids_RT, removals, [target_nll], counted_BT=counted_RT,
+                healed=healed or UNHEALED, advance=self.advance, memory=self.memory,
+                journal=journal.part(f"rows-{n}"),
+            )  # fmt: skip
+            count_R = predictions_of(ids_RT, counted_RT)
+            logprobs_MR[:, rows] = (-nll_MR * count_R).where(count_R > 0, 0.0)
+        found = []
+        for logprob_R in logprobs_MR.tolist():
+            right_I, margin_I = own.answered(logprob_R)
+            found.append((ranks.in_order(right_I), ranks.in_order(margin_I)))
+        return found
+
+    def _choices(
+        self,
+        one: Criterion,
+        kept: Sequence[int],
+        candidates: Sequence[int],
+        journal: Journal,
+        healed: Healed | None,
+    ) -> Scores:
+        """The items answered by the model of `kept` and each model with one more block removed."""
+        import torch
+
+        count = self.checkpoint.block_count
+        removals = removals_of(count, kept, candidates)
+        (intact_I, _), *without = self.answers(self.items(one), removals, journal, healed)
+        values_MI = torch.stack([one.call(*answers, intact_I) for answers in without])
+        right = [right_I.mean().item() for right_I, _ in without]
+        of_all = len(candidates) == count
+        return Scores(
+            importance=spread_out(values_MI.mean(dim=1).tolist(), candidates, count),
+            values=spread_out(right, candidates, count),
+            intact=intact_I.mean().item(),
+            samples=rounded(values_MI, SAMPLE_DECIMALS) if of_all else None,
+            stderr=standard_errors(values_MI) if of_all else None,
+        )
 
     def _gradients(
         self,
@@ -345,7 +420,15 @@ class Scorer:
 
         total, needs = 0.0, {one.needs for one in resolved}
         for one in resolved:
-            if one.needs == "weights":
+            if one.needs == "choices":
+                decoder = self.open_decoder()
+                removals = removals_of(decoder.block_count, kept, candidates)
+                own = self.items(one).share(self.ranks.rank, self.ranks.count)
+                total += sum(
+                    walk_flops(decoder, removals, *ids_RT.shape, head=head)
+                    for _, ids_RT, _ in own.batches(decoder.streamed)
+                )
+            elif one.needs == "weights":
                 weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":

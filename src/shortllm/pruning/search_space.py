@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.criteria import Criterion, Scores, names_in, resolve
 from shortllm.criteria.search import (
+    AnyFitness,
     Blocks,
     CandidateSet,
     Choice,
-    Fitness,
     NotTried,
     Proposal,
     Search,
@@ -35,6 +35,8 @@ from shortllm.pruning.scoring import Scorer, Text
 from shortllm.records import ModelInfo
 
 if TYPE_CHECKING:
+    from shortllm.model.walk import Healed
+
     pass
 
 
@@ -88,7 +90,7 @@ class BlockSearch:
         self._scorer = scorer
         self._searching = searching
         self._options = searching.options
-        self._fitness: Fitness = searching.options.get("fitness", "ppl")
+        self._fitness: AnyFitness = searching.options.get("fitness", "ppl")
         self._journal = journal
         self._model = scorer.checkpoint.info()
         self._budget = budget_of(searching, self._model)
@@ -140,12 +142,19 @@ class BlockSearch:
         return Text(ids_BT, None if counted_BT is None else counted_BT[part])
 
     def _count(self, part: float) -> int:
-        """Samples in a part of those searched on."""
-        return max(1, math.ceil(part * self._searched))
+        """Samples in a part of those searched on, or items."""
+        return max(1, math.ceil(part * self._size))
+
+    @property
+    def _size(self) -> int:
+        """All samples that are searched on, or items."""
+        if self._fitness == "task":
+            return len(self._scorer.items(self._searching).items)
+        return self._searched
 
     def share(self, part: float) -> float:
         """The samples of a part, as a share of those the search sees."""
-        return self._count(part) / self._searched
+        return self._count(part) / self._size
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
         """What each criterion removes."""
@@ -188,12 +197,14 @@ class BlockSearch:
         count = self._count(part)
         new = sorted({s for s in sets if (s, count) not in self._known}, key=sorted)
         if new:
-            kl = self._fitness == "kl"
-            texts = [self._part(0, count)]
-            entry = self._entry("measure", partial(self._means, new, texts, kl))
+            if self._fitness == "task":
+                work = partial(self._mistakes, new, count)
+            else:
+                work = partial(self._means, new, [self._part(0, count)], self._fitness == "kl")
+            entry = self._entry("measure", work)
             for removed, value in zip(new, entry["values"], strict=True):
                 self._known[removed, count] = value if math.isfinite(value) else math.inf
-            self._evaluations += len(new) * count / self._searched
+            self._evaluations += len(new) * count / self._size
             if not self._at_start:
                 self._at_start = self._evaluations
         return [self._known[removed, count] for removed in sets]
@@ -303,9 +314,7 @@ class BlockSearch:
         from shortllm.model.walk import TOGETHER, UNHEALED, mean_nlls
 
         scorer = self._scorer
-        free = [block for unit in self.units for block in unit]
-        longest = self._budget.remove or len(free)
-        healed = scorer.healed(self._searching.healing, free, longest)
+        healed = self._gap_weights()
         values = [
             mean_nlls(
                 scorer.open_decoder(), one.ids_BT, sets, counted_BT=one.counted_BT, kl=kl,
@@ -315,6 +324,20 @@ class BlockSearch:
             for i, one in enumerate(texts)
         ]  # fmt: skip
         return {"values": scorer.over_texts(texts, values)}
+
+    def _mistakes(self, sets: Sequence[Blocks], count: int, journal: Journal) -> dict[str, Any]:
+        """Part of the first `count` items that models without each set answer wrongly."""
+        from shortllm.criteria.task import mistakes
+
+        asked = self._scorer.items(self._searching)
+        found = self._scorer.answers(asked, sets, journal, self._gap_weights(), stop=count)
+        return {"values": [mistakes(*one).mean().item() for one in found]}
+
+    def _gap_weights(self) -> Healed | None:
+        """What healing makes of the blocks before gaps, if models are measured after it."""
+        free = [block for unit in self.units for block in unit]
+        longest = self._budget.remove or len(free)
+        return self._scorer.healed(self._searching.healing, free, longest)
 
     def _healed(
         self, sets: Sequence[Blocks], texts: Sequence[Text], journal: Journal
