@@ -171,6 +171,8 @@ def _check_texts(record: Options, models: list[str]) -> None:
             require_there(record.teacher)
     elif isinstance(record, SampledText):
         _check_calibration(record, embedded=True)
+    elif isinstance(record, ComparisonOptions) and record.texts:
+        _check_all(record.texts, "calibration", "--text")
     elif isinstance(record, ComparisonOptions | HealOptions | MergeOptions):
         _check_calibration(record.calibration, embedded=embedded)
     elif isinstance(record, QuantizeOptions | WidthOptions):

@@ -142,6 +142,8 @@ class Texts:
     """More of the same text, for healing without training."""
     quantization: Calibration | None = None
     """None where nothing is quantized, or the method needs no text."""
+    others: Sequence[Calibration] = ()
+    """Those of further texts to score on."""
 
 
 def prepare_texts(
@@ -152,6 +154,7 @@ def prepare_texts(
     scoring: bool = True,
     healing: SampledText | None = None,
     quantization: SampledText | None = None,
+    others: Sequence[SampledText] = (),
     session: Session | None = None,
     directory: Path | None = None,
 ) -> Texts:
@@ -160,13 +163,15 @@ def prepare_texts(
     the model writes, see `calibrate`."""
     check_length(checkpoint, evaluation.length, "--eval-length", before=evaluation.before_window)
     measured = [load_rows(source) for source in evaluation.data]
-    wanted = (calibration if scoring else None, healing, quantization)
+    wanted = (calibration if scoring else None, healing, quantization, *others)
     used, shared = _calibration_rows(wanted, measured)
+    parts = [directory and text_directory(directory, n) for n in range(len(others))]
+    places = [directory, directory, directory, *parts]
     sampled = [
         None
         if options is None
-        else calibrate(checkpoint, options, sources, session=session, directory=directory)
-        for options, sources in zip(wanted, used, strict=True)
+        else calibrate(checkpoint, options, sources, session=session, directory=place)
+        for options, sources, place in zip(wanted, used, places, strict=True)
     ]
     tokenizer = load_tokenizer(checkpoint)
     texts = []
@@ -175,8 +180,19 @@ def prepare_texts(
         segments = evaluation_segments_of(checkpoint, held_out, tokenizer, evaluation)
         text = EvaluationText(rows=held_out, held_out=held_out is not rows, segments=segments)
         texts.append(text)
-    calibrated, healed, quantized = sampled
-    return Texts(calibration=calibrated, evaluation=texts, healing=healed, quantization=quantized)
+    calibrated, healed, quantized, *more = sampled
+    return Texts(
+        calibration=calibrated,
+        evaluation=texts,
+        healing=healed,
+        quantization=quantized,
+        others=[one for one in more if one is not None],
+    )
+
+
+def text_directory(directory: Path, number: int) -> Path:
+    """Where a comparison of texts keeps the calibration and the scores by one of them."""
+    return directory / f"text-{number}"
 
 
 def _calibration_rows(

@@ -345,13 +345,11 @@ def mean_values(
         decoder, ids_BT, removals, values, counted_BT=counted_BT, observe=observe, healed=healed,
         advance=advance, memory=memory, journal=journal,
     )  # fmt: skip
-    if counted_BT is None:
-        totals_VM, weight = means_VMB.sum(dim=2), float(len(ids_BT))
-    else:
-        weight_B = predictions_of(ids_BT, counted_BT)
-        totals_VM, weight = (means_VMB * weight_B).sum(dim=2), weight_B.sum().item()
+    # by the part of a sample that counts, so that whole samples weigh exactly 1
+    weight_B = predictions_of(ids_BT, counted_BT) / (ids_BT.shape[1] - 1)
+    totals_VM = (means_VMB * weight_B).sum(dim=2)
     ranks.add_up([totals_VM])
-    return (totals_VM / ranks.total(weight)).tolist()
+    return (totals_VM / ranks.total(weight_B.sum().item())).tolist()
 
 
 def sample_means(
