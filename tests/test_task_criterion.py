@@ -141,8 +141,8 @@ def test_a_streamed_model_answers_alike() -> None:
 def test_the_command_names_unknown_tasks_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "run")
-    assert (
-        main(["score", "--criterion", "task", "--option", "task.tasks=arc_esy", "--out", out]) == 2
-    )
+    asked = ["--criterion", "task", "--option", "task.tasks=arc_esy"]
+    with pytest.raises(SystemExit) as ended:
+        main(["score", *asked, "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
     assert "Did you mean 'arc_easy'" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def compared(asked: argparse.Namespace) -> dict[str, Any]:
                 if not (asked.out / name).exists():
                     shortllm.prune(asked.model, plan, asked.out / name)
     measured = shortllm.evaluate(
-        [f"{name}={place}" for name, place in models.items()],
+        list(models.values()),
         data=asked.eval_data, max_segments=asked.max_segments, tasks=asked.tasks.split(","),
         limit=asked.limit, dtype=asked.dtype, out=asked.out / "eval.json",
     )  # fmt: skip
@@ -81,11 +81,11 @@ def compared(asked: argparse.Namespace) -> dict[str, Any]:
         "documents": asked.limit,
         "removals": removals,
         "models": {
-            one.name: {
+            name: {
                 **{text.source: [text.perplexity, text.stderr] for text in one.perplexity},
                 **{task.task: [task.score, task.stderr] for task in one.zeroshot},
             }
-            for one in measured.models
+            for name, one in zip(models, measured.models, strict=True)
         },
     }
 

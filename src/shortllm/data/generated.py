@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shortllm.data.chat import Chat, Span, template_of
+from shortllm.data.chat import Chat, Span, ends_of_turn, template_of
 from shortllm.data.rows import Rows
 from shortllm.data.shapes import Row
 from shortllm.runtime import quiet_transformers
@@ -72,7 +72,7 @@ def sampled(
 
 
 def prompts(
-    rows: Rows, order: Iterator[int], tokenizer: Any, length: int
+    rows: Rows, order: Iterator[int], tokenizer: Any, model: Any, length: int
 ) -> Iterator[tuple[list[int], set[int]]]:
     """Beginnings of documents, and the tokens that end them, from rows in an order.
 
@@ -80,6 +80,7 @@ def prompts(
     end. Rows that leave no room for half a sample are passed over.
     """
     chat = Chat(tokenizer, template_of(tokenizer))
+    ends = set() if isinstance(rows[0], str) else ends_of_turn(chat, model)
     for number in order:
         row: Row = rows[number]
         if isinstance(row, str):
@@ -91,7 +92,7 @@ def prompts(
             asked = row[: roles.index("assistant")]
             ids = chat.prompt_ids(asked) if asked else []
             if 0 < len(ids) <= length // 2:
-                yield ids, chat.ends
+                yield ids, ends
 
 
 def written_documents(
@@ -109,7 +110,7 @@ def written_documents(
     Of each document the ids, and the span of those that the model wrote.
     """
     found: list[tuple[float, list[int], list[Span]]] = []
-    begun = prompts(rows, order, tokenizer, length)
+    begun = prompts(rows, order, tokenizer, decoder.model, length)
     while batch := list(islice(begun, WRITTEN_AT_ONCE)):
         starts = [ids for ids, _ in batch]
         texts = sampled(

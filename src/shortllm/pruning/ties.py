@@ -57,8 +57,9 @@ class Ties:
 
     @property
     def blocks(self) -> list[int]:
-        """All blocks whose order across the cut may be chance."""
-        return sorted(block for unit in {*self.chosen, *self.over} for block in unit)
+        """The blocks that are removed and may as well be kept, or the reverse."""
+        gone, left = ({b for unit in units for b in unit} for units in (self.chosen, self.over))
+        return sorted(gone ^ left)
 
 
 def near_ties(compared: Compared, removed: Collection[Unit]) -> Ties:
