@@ -44,9 +44,8 @@ def main() -> None:
             spread = stdev(one.importance[b] for one in found)
             error = fmean(one.stderr[b] ** 2 for one in found) ** 0.5
             ratios[name].append(error / spread)
-            print(
-                f"{b:3} {fmean(one.importance[b] for one in found):12.5g} {spread:10.3g} {error:10.3g}"
-            )
+            mean = fmean(one.importance[b] for one in found)
+            print(f"{b:3} {mean:12.5g} {spread:10.3g} {error:10.3g}")
     print(
         json.dumps(
             {
