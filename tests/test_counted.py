@@ -262,7 +262,7 @@ def test_a_model_writes_its_own_text(chat: str, tmp_path: Path, talks: Path) -> 
     )
     again = sampled(chat, f"generated:{talks}", session)
     assert again.info == made.info and again.ids.equal(made.ids)
-    cold = sampled(chat, f"generated:{talks}", session, temperature=0.5)
+    cold = sampled(chat, f"generated:{talks}", session, generated_temperature=0.5)
     assert cold.info.fingerprint != made.info.fingerprint
     with pytest.raises(DataError, match="text that the model writes itself"):
         sampled(chat, f"generated:{talks}")

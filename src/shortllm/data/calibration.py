@@ -300,7 +300,9 @@ def build_calibration(
     is_random, counted = options.sampler == "random", None
     source, about = rows.source, {}
     if writer is not None:
-        temperature = options.temperature if isinstance(options, CalibrationOptions) else 1.0
+        temperature = (
+            options.generated_temperature if isinstance(options, CalibrationOptions) else 1.0
+        )
         source, about = f"{GENERATED}:{source}", {"temperature": temperature}
         ids, counted = sample_written(rows, tokenizer, options, writer, temperature)
     elif of_answers(options) and not isinstance(rows[0], str):

@@ -86,7 +86,7 @@ class CalibrationOptions(SampledText):
         description="Of conversations, only what the assistant says counts, in every criterion. "
         "Plain text in a mixture counts as a whole.",
     )
-    temperature: float = Field(
+    generated_temperature: float = Field(
         default=1.0,
         gt=0,
         description="Of the text that the model writes itself, where --data is generated:PROMPTS: "
