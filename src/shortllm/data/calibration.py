@@ -253,7 +253,7 @@ def blended(
     for n, one in enumerate(sources):
         if n not in order:
             raise DataError(
-                f"none of {options.samples} samples is left for {one.name}, whose weight is "
+                f"with --samples {options.samples} none is left for {one.name}, whose weight is "
                 f"{one.weight:g}. Give more --samples, or leave it out"
             )
     if of_answers(options) and not any(one.prompts or one.is_talk for one in sources):
