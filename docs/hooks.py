@@ -41,6 +41,7 @@ NEEDS = {
     "last token": "forward",
     "similarities": "forward",
     "logits": "walk",
+    "choices": "walk",
     "removals": "rounds",
     "sets": "rounds",
 }

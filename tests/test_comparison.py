@@ -450,3 +450,24 @@ def test_the_command(
     assert json.loads(out)["fingerprint"] == found.fingerprint
     code, out, err = call("compare-criteria", "--ratios", "a,b", "--out", str(run))
     assert (code, out) == (2, "") and "--ratios a: must be a valid number" in err
+
+
+def test_texts_are_compared_as_criteria_are(tmp_path: Path) -> None:
+    def by(out: str, **named: Any) -> Comparison:
+        return shortllm.compare_criteria(
+            "embedded", criteria=["ppl"], ratios=[0.25], samples=3, length=32, random=1,
+            max_segments=4, eval_data="embedded", out=tmp_path / out, **named,
+        )  # fmt: skip
+
+    texts = ["embedded:train", "embedded:calibration", "generated:embedded"]
+    found = by("texts", texts=texts)
+    names = [*texts[:2], "generated:embedded:calibration"]
+    assert [one.name for one in found.criteria] == [f"ppl on {text}" for text in names]
+    alone = by("alone", data=texts[0])
+    [one], [other] = alone.criteria[0].sets, found.criteria[0].sets
+    assert (one.order, one.perplexity) == (other.order, other.perplexity)
+    assert found.calibration is None and alone.calibration is not None
+    written = (tmp_path / "texts" / "text-2" / "calibration.json").read_text()
+    assert '"source": "generated:embedded:calibration"' in written
+    assert "ppl on embedded:train" in (tmp_path / "texts" / "comparison.html").read_text()
+    assert set(found.to_dataframe()["text"].dropna()) == set(names)

@@ -15,6 +15,7 @@ from shortllm.options import options_from
 from shortllm.pruning.budget import Budget, check_budget, most_blocks, removable
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores, PrunePlan, load_plan, removal_order
+from shortllm.pruning.ties import undecided
 from shortllm.records import ModelInfo
 
 
@@ -265,8 +266,14 @@ def test_blocks_within_the_noise_of_the_samples_are_named() -> None:
     assert plan.reason.endswith(
         "Block 1 was chosen over 2, which scores alike (within 9.4 %, the noise of the samples)."
     )
+    assert plan.near_ties == [1, 2]
+    assert undecided(plan.removed, plan.near_ties, True) == (
+        "blocks 1 (removed) and 2 (kept) are within noise; more --samples would decide"
+    )
     alone = found.model_copy(update={"samples": [[value] for [value, *_] in samples]})
-    assert "chosen over" not in build_plan(budget, model=about, scores=alone).reason
+    plain = build_plan(budget, model=about, scores=alone)
+    assert "chosen over" not in plain.reason and not plain.near_ties
+    assert undecided(plain.removed, plain.near_ties, True) == ""
 
 
 def test_periods_and_spans_that_score_alike_are_named() -> None:
@@ -280,6 +287,7 @@ def test_periods_and_spans_that_score_alike_are_named() -> None:
     found = scores([9, 3, 3, 9], about).model_copy(update={"criterion": "angular", "spans": spans})
     plan = build_plan(Budget(remove=2, **free), model=about, scores=found)
     assert "Blocks 1, 2 were chosen over 2, 3, which score alike" in plan.reason
+    assert plan.near_ties == [1, 3]  # block 2 goes in either case
 
 
 def test_places_are_no_near_ties() -> None:

@@ -115,7 +115,7 @@ def _planned(recipe: Recipe, checkpoint: Checkpoint, session: Session) -> PruneP
     resolved = resolve(criterion, {**amount, **healed, **recipe.options})
     [scores] = score_blocks(
         checkpoint,
-        calibrate(checkpoint, recipe.calibration) if resolved.needs_text else None,
+        calibrate(checkpoint, recipe.calibration, session=session) if resolved.needs_text else None,
         [resolved],
         session=session,
         healing=text_to_heal_with(checkpoint, [resolved], recipe.calibration),

@@ -42,6 +42,7 @@ from shortllm.pruning.planning import build_plan, check_published_order
 from shortllm.pruning.prune import prune_from
 from shortllm.pruning.records import BlockScores, PrunePlan, Target
 from shortllm.pruning.score import score_in, text_to_heal_with
+from shortllm.pruning.ties import undecided
 from shortllm.published import Published
 from shortllm.quantizing import quantize
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
@@ -247,7 +248,12 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     tasks = prepare_tasks([checkpoint], recipe.evaluation, session)
     quantizing = check_later_stages(recipe, checkpoint, session)
     texts = _texts(
-        recipe, checkpoint, scoring=scored and criterion.needs_text, quantizing=quantizing
+        recipe,
+        checkpoint,
+        scoring=scored and criterion.needs_text,
+        quantizing=quantizing,
+        session=session,
+        directory=directory,
     )
     if recipe.healing is not None:
         require_free(directory / HEALED, Healing.FILE)
@@ -334,7 +340,13 @@ def check_later_stages(
 
 
 def _texts(
-    recipe: Recipe, checkpoint: Checkpoint, *, scoring: bool, quantizing: QuantizeOptions | None
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    *,
+    scoring: bool,
+    quantizing: QuantizeOptions | None,
+    session: Session,
+    directory: Path,
 ) -> Texts:
     """All text of the run, read and tokenized once."""
     healing = None
@@ -347,6 +359,8 @@ def _texts(
         scoring=scoring,
         healing=healing,
         quantization=quantizing.calibration if quantizing and quantizing.needs_text else None,
+        session=session,
+        directory=directory,
     )
 
 
@@ -383,6 +397,9 @@ def _plan(run: _Prepared) -> PrunePlan:
         run.budget, model=run.checkpoint.info(), scores=scores, published=run.published
     )
     plan.save(run.directory / "plan.json")
+    by_samples = scores is not None and scores.samples is not None
+    if line := undecided(plan.removed, plan.near_ties, by_samples):
+        log.info(line)
     return plan
 
 

@@ -196,7 +196,7 @@ class Recipe(Runtime, SurgeryOptions):
             embedded=embedded,
             every=bool(calibration.bos_every_sample),
             continuations=CONTINUATIONS,
-            calibrated_on=self.calibration.source,
+            calibrated_on=self.calibration.texts,
         )
         retraining = self.retraining
         if embedded:

@@ -17,12 +17,12 @@ from shortllm.checkpoint.hub import EMBEDDED, hub_answers, is_gguf, require_ther
 from shortllm.comparison.options import ComparisonOptions
 from shortllm.criteria import Criterion
 from shortllm.data.at_hand import require_at_hand
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.data.shapes import template_for, with_columns
 from shortllm.data.sources import Role
 from shortllm.errors import DataError
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.task_names import check_tasks
+from shortllm.evaluation.task_names import DEFAULT_ITEMS, check_tasks
 from shortllm.files import require_free, require_no_file, require_writable
 from shortllm.healing.options import Healing, HealOptions
 from shortllm.merging.options import MergeOptions, Merging
@@ -73,6 +73,7 @@ def check_recipe(recipe: Recipe, out: Path | None) -> None:
     criterion = criteria.resolve(recipe.criterion, recipe.options)
     recipe.budget.asked()
     require_there(recipe.model, recipe.revision)
+    check_items([criterion])
     embedded = recipe.model == EMBEDDED
     scored = recipe.budget.blocks is None and not recipe.use_published_order
     wanted = scored and criterion.needs_text or recipe.healing is not None
@@ -87,12 +88,20 @@ def check_recipe(recipe: Recipe, out: Path | None) -> None:
 
 
 def check_scoring(
-    model: str, criteria: Iterable[Criterion], calibration: CalibrationOptions, out: Path
+    model: str, criteria: Iterable[Criterion], calibration: SampledText, out: Path
 ) -> None:
-    """Check the text and the directory of scores."""
+    """Check the text, the tasks and the directory of scores."""
+    check_items(criteria)
     needed = any(one.needs_text for one in criteria)
     _check_calibration(calibration, embedded=model == EMBEDDED or not needed)
     require_run_directory(out)
+
+
+def check_items(criteria: Iterable[Criterion]) -> None:
+    """Refuse unknown tasks of criteria that ask their items."""
+    for one in criteria:
+        if one.items is not None:
+            check_tasks((one.items[0] or DEFAULT_ITEMS).split(","))
 
 
 def check_scores(scores: Path) -> None:
@@ -160,8 +169,10 @@ def _check_texts(record: Options, models: list[str]) -> None:
         _check_all(record.eval_data, "evaluation", "--eval-data")
         if record.teacher is not None:
             require_there(record.teacher)
-    elif isinstance(record, CalibrationOptions):
+    elif isinstance(record, SampledText):
         _check_calibration(record, embedded=True)
+    elif isinstance(record, ComparisonOptions) and record.texts:
+        _check_all(record.texts, "calibration", "--text")
     elif isinstance(record, ComparisonOptions | HealOptions | MergeOptions):
         _check_calibration(record.calibration, embedded=embedded)
     elif isinstance(record, QuantizeOptions | WidthOptions):
@@ -170,7 +181,7 @@ def _check_texts(record: Options, models: list[str]) -> None:
         _check_calibration(record.calibration, embedded=embedded or record.criterion is None)
 
 
-def _check_calibration(options: CalibrationOptions, *, embedded: bool) -> None:
+def _check_calibration(options: SampledText, *, embedded: bool) -> None:
     """Check the text of a calibration; the default one only where it is `embedded`'s or needed."""
     options.require_one_source()
     if options.source is not None:

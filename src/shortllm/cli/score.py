@@ -223,10 +223,18 @@ def _print_scores(scores: BlockScores) -> None:
     from shortllm.reporting.run_page import search_table
 
     columns = {"importance": scores.importance}
+    if scores.stderr is not None:
+        columns["± standard error"] = scores.stderr
     if scores.values != scores.importance:
         columns["value"] = scores.values
+    if scores.delta_nll is not None and scores.delta_stderr is not None:
+        columns |= {"Δ NLL": scores.delta_nll, "± paired": scores.delta_stderr}
     rows = [
-        (str(b), *(f"{one[b]:.6g}" for one in columns.values()), str(rank))
+        (
+            str(b),
+            *(f"{one[b]:.{2 if '±' in name else 6}g}" for name, one in columns.items()),
+            str(rank),
+        )
         for b, rank in sorted(scores.ranks.items())
     ]
     typer.echo(f"{scores.criterion}:")

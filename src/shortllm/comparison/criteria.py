@@ -33,12 +33,12 @@ from shortllm.comparison.options import (
     RemovedSet,
 )
 from shortllm.criteria import Criterion, resolve, resolve_all
-from shortllm.data.calibration import resolve_calibration
+from shortllm.data.calibration import load_sources, resolve_calibration
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.evaluation.evaluate import resolve_evaluation
 from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.texts import EvaluationText, prepare_texts
+from shortllm.evaluation.texts import EvaluationText, prepare_texts, text_directory
 from shortllm.files import PARTIAL, fingerprint, releasing
 from shortllm.model import Session
 from shortllm.progress import numbered_stages, progress, stage
@@ -57,6 +57,9 @@ Measured = Mapping[frozenset[int], list[float]]
 
 Choice = tuple[Criterion, list[list[int]]]
 """A criterion, and the blocks that it removes at each budget, the first to go first."""
+
+Scored = tuple[Criterion, str | None, BlockScores]
+"""A criterion, the text where texts are compared, and the scores."""
 
 
 def default_directory(model: str) -> Path:
@@ -146,7 +149,7 @@ def _texts(
         EvaluationOptions(**given.model_dump() | {"data": [given.data] if given.data else []}),
         embedded=embedded,
         every=bool(calibration.bos_every_sample),
-        calibrated_on=options.calibration.source,
+        calibrated_on=options.calibration.texts,
     )
     return calibration, evaluation.model_copy(update={"data": evaluation.data[:1]})
 
@@ -202,26 +205,46 @@ def compare_criteria(
     if ranks.is_main:
         rundir.claim_directory(directory, checkpoint, chosen)
     scoring = any(one.needs_text for one in question.criteria)
-    texts = prepare_texts(checkpoint, calibration, evaluation, scoring=scoring)
+    texts = prepare_texts(
+        checkpoint,
+        calibration,
+        evaluation,
+        scoring=scoring and not comparison.texts,
+        others=_compared_texts(comparison, calibration) if scoring else (),
+        session=session,
+        directory=directory,
+    )
     [text] = texts.evaluation
     if ranks.is_main:
         rundir.write_run_file(directory, chosen, checkpoint, command)
     healing = text_to_heal_with(checkpoint, question.criteria, calibration)
     with numbered_stages(2):
         with stage("score"):
-            scores = score_in(
-                directory,
-                checkpoint,
-                question.criteria,
-                texts.calibration,
-                session,
-                ranks,
-                healing=healing,
-            )
+            scored: list[Scored] = []
+            for number, one in enumerate(texts.others or [texts.calibration]):
+                place = text_directory(directory, number) if texts.others else directory
+                by_name = score_in(
+                    place, checkpoint, question.criteria, one, session, ranks, healing=healing
+                )
+                name = one.info.source if one is not None and texts.others else None
+                scored += [(by, name, by_name[by.name]) for by in question.criteria]
         with stage("eval"):
-            found = _measured(directory, checkpoint, question, scores, text, session, ranks)
+            found = _measured(directory, checkpoint, question, scored, text, session, ranks)
     if ranks.is_main:
         write_comparison(directory)
+    return found
+
+
+def _compared_texts(
+    options: ComparisonOptions, calibration: CalibrationOptions
+) -> list[CalibrationOptions]:
+    """The calibration by each compared text; of conversations only answers count, if requested."""
+    found = []
+    for text in options.texts:
+        own = calibration.model_copy(update={"data": text, "file": None, "columns": None})
+        talks = any(one.prompts or one.is_talk for one in load_sources(own))
+        answers = {"answers_only": calibration.answers_only and talks}
+        found.append(own.model_copy(update=answers))
     return found
 
 
@@ -229,7 +252,7 @@ def _measured(
     directory: Path,
     checkpoint: Checkpoint,
     question: Question,
-    scores: Mapping[str, BlockScores],
+    scores: Sequence[Scored],
     text: EvaluationText,
     session: Session,
     ranks: Ranks,
@@ -267,12 +290,12 @@ def _measured(
         budgets=question.budgets,
         left_out=question.left_out,
         criteria=[
-            _contender(one, orders, measured, best, scores=scores[one.name].fingerprint)
-            for one, orders in chosen
+            _contender(one, orders, measured, best, scores=by.fingerprint, text=name)
+            for (one, orders), (_, name, by) in zip(chosen, scores, strict=True)
         ],
         random=[_contender(one, orders, measured, best) for one, orders in drawn],
         intact=text.perplexity(measured[NOTHING]),
-        calibration=next((s.calibration for s in scores.values() if s.calibration), None),
+        calibration=next((s.calibration for _, of, s in scores if s.calibration and not of), None),
         models=len(sets),
         dtype=session.dtype(checkpoint),
         versions=versions(),
@@ -289,7 +312,7 @@ def _measured(
 def _fingerprint(
     checkpoint: Checkpoint,
     question: Question,
-    scores: Mapping[str, BlockScores],
+    scores: Sequence[Scored],
     text: EvaluationText,
     session: Session,
 ) -> str:
@@ -299,7 +322,7 @@ def _fingerprint(
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
-            "scores": [(name, found.fingerprint) for name, found in scores.items()],
+            "scores": [(one.name, found.fingerprint) for one, _, found in scores],
             "budgets": [budget.model_dump() for budget in question.budgets],
             "left out": [left.model_dump() for left in question.left_out],
             "protected": question.protected,
@@ -311,17 +334,15 @@ def _fingerprint(
     )
 
 
-def _chosen(
-    model: ModelInfo, question: Question, scores: Mapping[str, BlockScores]
-) -> list[Choice]:
-    """What the plans of each criterion remove."""
+def _chosen(model: ModelInfo, question: Question, scores: Sequence[Scored]) -> list[Choice]:
+    """What the plans of each criterion remove, by each text."""
     budgets = [_budget(question.options, remove=one.blocks) for one in question.budgets]
     return [
         (
             one,
-            [build_plan(budget, model=model, scores=scores[one.name]).order for budget in budgets],
+            [build_plan(budget, model=model, scores=found).order for budget in budgets],
         )
-        for one in question.criteria
+        for one, _, found in scores
     ]
 
 
@@ -349,6 +370,7 @@ def _contender(
     best: Sequence[frozenset[int]],
     *,
     scores: str | None = None,
+    text: str | None = None,
 ) -> Contender:
     """One row of the comparison, with its distance from the best of each budget."""
     sets = [
@@ -356,7 +378,12 @@ def _contender(
         for order, lowest in zip(orders, best, strict=True)
     ]
     return Contender(
-        criterion=one.name, options=one.options, source=one.source, scores=scores, sets=sets
+        criterion=one.name,
+        text=text,
+        options=one.options,
+        source=one.source,
+        scores=scores,
+        sets=sets,
     )
 
 

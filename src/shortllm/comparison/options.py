@@ -55,6 +55,12 @@ class ComparisonOptions(Options):
     criteria: Annotated[list[str], Flag(name="--criterion", metavar="NAME,NAME")] = Field(
         default_factory=criteria.compared, description="Criteria to compare."
     )
+    texts: Annotated[list[str], Flag(name="--text", metavar="DATA", repeated=True)] = Field(
+        default_factory=list,
+        description="Compare texts to score on, each in the place of --data, e.g. --text c4 --text "
+        "alpaca --text generated:alpaca; may be repeated. With --answers-only, only answers count "
+        "where there are some.",
+    )
     ratios: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Flag(metavar="0.1,0.2")] = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5],
         min_length=1,
@@ -106,10 +112,18 @@ class Contender(Record):
     """One row of a comparison: what one criterion removes at each budget."""
 
     criterion: str
+    text: str | None = Field(
+        default=None, description="what it scored on, where texts are compared; null: the same"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
     source: str = Field(description="where the criterion was published; 'baseline' for some")
     scores: str | None = Field(default=None, description="fingerprint of the scores used")
     sets: list[RemovedSet] = Field(description="one for each budget")
+
+    @property
+    def name(self) -> str:
+        """The criterion, and the text where texts are compared: 'ppl on c4:train'."""
+        return self.criterion if self.text is None else f"{self.criterion} on {self.text}"
 
 
 class Comparison(Shown, ResultFile):
@@ -148,11 +162,12 @@ class Comparison(Shown, ResultFile):
     def to_dataframe(self) -> DataFrame:
         """A row for each criterion and random draw at each budget.
 
-        Columns: `model`; `criterion`; `random`, whether it is a random draw; `blocks`, how many are
-        removed, and `ratio`, that number over all; `removed`, the block numbers, the first to go
-        first; `nll`, the mean loss of what is left in nats per token; `perplexity`, and its
-        `stderr`; `behind_nll`, by how much the loss is above that of the best set of the same
-        size, in nats per token, and `behind_stderr`. What could not be measured is none.
+        Columns: `model`; `criterion`; `text`, where texts are compared; `random`, whether it is a
+        random draw; `blocks`, how many are removed, and `ratio`, that number over all; `removed`,
+        the block numbers, the first to go first; `nll`, the mean loss of what is left in nats per
+        token; `perplexity`, and its `stderr`; `behind_nll`, by how much the loss is above that of
+        the best set of the same size, in nats per token, and `behind_stderr`. What could not be
+        measured is none.
 
         Returns:
             A pandas data frame.
@@ -167,6 +182,7 @@ class Comparison(Shown, ResultFile):
             {
                 "model": self.model.id,
                 "criterion": one.criterion,
+                "text": one.text,
                 "random": random,
                 "blocks": len(found.order),
                 "ratio": len(found.order) / self.model.blocks,
@@ -218,7 +234,7 @@ def standings(comparison: Comparison) -> list[Standing]:
     for place, budget in enumerate(comparison.budgets):
         reached = _perplexities(comparison.criteria, place)
         contenders = zip(comparison.criteria, reached, strict=True)
-        least = [one.criterion for one, value in contenders if value == min(reached)]
+        least = [one.name for one, value in contenders if value == min(reached)]
         found.append(
             Standing(
                 name=f"{'/'.join(f'{100 * ratio:.4g}' for ratio in budget.ratios)} %",

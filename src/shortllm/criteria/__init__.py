@@ -13,6 +13,9 @@ block, several processes, an interrupted pass) is not its concern. *Higher = kee
     "similarities"
                   the model           mean cosine of the streams that    Scores
                                       enter each pair of blocks
+    "choices"     each removed block  whether each item is answered      a number per item
+                                      correctly, margins, and the first
+                                      of the intact model
     "removals"    the model           a function that scores the blocks  Scores
                                       left when others are gone
     "nothing"     the model           number of blocks                   a number per block
@@ -20,9 +23,10 @@ block, several processes, an interrupted pass) is not its concern. *Higher = kee
                                       size, which can be measured
 
 Streams and logits come in pieces, a group of samples or a slice of tokens at a time. Numbers per
-token or prediction are averaged in float64. Options of a criterion are the keyword-only parameters
-of its function, its help is the first line of the docstring. Help texts and comparisons list
-criteria in the order of this table; those with the same needs by file, then from top to bottom.
+token or prediction are averaged in float64, over those that count. Options of a criterion are the
+keyword-only parameters of its function, its help is the first line of the docstring. Help texts and
+comparisons list criteria in the order of this table; those with the same needs by file, then from
+top to bottom.
 
 Importing this package does not import torch. To add a criterion: docs/add_a_criterion.md.
 """
@@ -54,12 +58,13 @@ Needs = Literal[
     "streams",
     "last token",
     "similarities",
+    "choices",
     "removals",
     "nothing",
     "sets",
 ]
 
-WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights"})
+WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights", "choices"})
 """Needs that are met without calibration text."""
 
 OBSERVED: frozenset[Needs] = frozenset({"streams", "last token", "similarities"})
@@ -82,7 +87,11 @@ class Scores:
     delta_nll: list[float] | None = None
     """Mean NLL without the block minus the intact one, nats per token."""
     samples: list[list[float]] | None = None
-    """For each block the mean of each sample, in nats, where the criterion gives one."""
+    """For each block the number of each sample, whose mean is the criterion's, where it has one."""
+    stderr: list[float] | None = None
+    """For each block the standard error of the importance, over samples."""
+    delta_stderr: list[float] | None = None
+    """That of `delta_nll`, paired by sample."""
     spans: list[list[float]] | None = None
     """`spans[n - 1][start]`: importance of the span of `n` blocks from `start`."""
     order: list[int] | None = None
@@ -144,11 +153,21 @@ class Criterion:
         """The method by which models are healed before they are measured."""
         return self.options.get("healing")
 
+    @property
+    def items(self) -> tuple[str | None, int] | None:
+        """Of which tasks, and how many of each, it needs multiple-choice items; None: it does
+        not."""
+        if self.scored_by().needs == "choices" or self.options.get("fitness") == "task":
+            return self.options["tasks"], self.options["items"]
+        return None
+
     def scored_by(self) -> Criterion:
         """The criterion that it scores with in each round, if it removes blocks one by one."""
         if self.needs != "removals":
             return self
-        inner = resolve(self.options["inner"])
+        inner = get(self.options["inner"])
+        same = {name: self.options[name] for name in inner.defaults if name in self.options}
+        inner = resolve(inner.name, {} if inner.removes_blocks else same)
         if inner.removes_blocks:
             raise CriterionError(
                 f"{self.name}.inner cannot be '{inner.name}', which removes blocks itself"

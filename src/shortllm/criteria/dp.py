@@ -92,7 +92,8 @@ def _nearness(
     intact: int,
     ranks: Ranks,
 ) -> dict[int, list[float]]:
-    """Of each pair of streams the sums of their cosines with the intact one, over all processes."""
+    """Of each pair of streams the sums of their cosines with the intact one, over all tokens that
+    count, of all processes."""
     import torch
 
     if not pairs:
@@ -104,7 +105,10 @@ def _nearness(
         for p, pair in enumerate(pairs.values()):
             for side, place in enumerate(pair):
                 state_BTD = streams_SBTD[place, rows].to(device).flatten(2)
-                sums_P2[p, side] += cosine(state_BTD, intact_BTD).double().sum().item()
+                cosine_BT = cosine(state_BTD, intact_BTD).double()
+                if groups.counted_BT is not None:
+                    cosine_BT = cosine_BT.where(groups.counted_BT[rows].to(device), 0.0)
+                sums_P2[p, side] += cosine_BT.sum().item()
     ranks.add_up([sums_P2])
     return dict(zip(pairs, sums_P2.nan_to_num(nan=-math.inf).tolist(), strict=True))
 

@@ -19,6 +19,8 @@ def remove_one_by_one(
     blocks: int,
     *,
     inner: str = "ppl",
+    tasks: str | None = None,
+    items: int = 100,
     rounds: int | None = None,
     healing: str | None = None,
     protect_first: int | None = None,
@@ -32,6 +34,7 @@ def remove_one_by_one(
     Args:
         free: the blocks that are not protected, ascending.
         inner: criterion by which the remaining blocks are scored in each round.
+        tasks, items: of the inner criterion `task`.
         rounds: blocks to remove; default: half of the free ones.
         healing: a method of `shortllm heal`; models are scored after it.
     """

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Blocks = frozenset[int]
 Unit = tuple[int, ...]
 Fitness = Literal["ppl", "kl"]
+AnyFitness = Literal["ppl", "kl", "task"]
 
 Choice = Callable[["SampleGroups", "Ranks", "Advance"], Sequence[int]]
 """Chooses a set by the hidden states of samples, of which each process has a share."""
@@ -55,7 +56,8 @@ class CandidateSet(Record):
     criterion: str
     removed: list[int] = Field(description="ascending")
     value: float | None = Field(
-        description="on the search samples: perplexity, or KL(intact || without) in nats per token"
+        description="on the search samples: perplexity, or KL(intact || without) in nats per "
+        "token; by `task` the part of the items answered wrongly, and less than one item more"
     )
     held_out: float | None = Field(default=None, description="perplexity on the held-out samples")
 
@@ -70,7 +72,7 @@ class NotTried(Record):
 class Search(Record):
     """How a searched set of blocks came about."""
 
-    fitness: Fitness
+    fitness: AnyFitness
     candidates: list[CandidateSet] = Field(description="in the order requested")
     found: CandidateSet = Field(description="what is removed")
     start: str | None = Field(
@@ -78,7 +80,7 @@ class Search(Record):
     )
     ordered_by: str = Field(description="the criterion whose scores order the blocks")
     rounds: list[float] = Field(
-        description="mean fitness of the best set after each round, in nats per token"
+        description="mean fitness of the best set after each round, in nats per token, or in items"
     )
     stopped: str | None = Field(description="why there were no more rounds")
     evaluations: float = Field(
@@ -229,7 +231,9 @@ def swap_while_it_helps(
     space: SearchSpace,
     *,
     start: str = ONE_SHOT,
-    fitness: Fitness = "ppl",
+    fitness: AnyFitness = "ppl",
+    tasks: str | None = None,
+    items: int = 100,
     held_out: float = 0.2,
     evaluations: int | None = None,
     minutes: float | None = None,
@@ -243,7 +247,9 @@ def swap_while_it_helps(
 
     Args:
         start: criteria whose plans are tried as the start.
-        fitness: what is lowered: perplexity, or divergence from the intact model.
+        fitness: what is lowered: perplexity, divergence from the intact model, or the mistakes in
+            the items of tasks.
+        tasks, items: of the criterion `task`, for that fitness.
         held_out: part of the calibration samples that the search does not see.
         evaluations: sets measured at most, in addition to the starts.
         minutes: no round begins later than this.

@@ -56,4 +56,7 @@ def angular_spans(last_SBD: Tensor) -> Scores:
         ]
         for n in range(1, depth)
     ]
-    return Scores(importance=spans[0], values=spans[0], spans=spans)
+    single_LB = angular_distance(last_SBD[:-1], last_SBD[1:])
+    return Scores(
+        importance=spans[0], values=spans[0], spans=spans, samples=single_LB.double().tolist()
+    )

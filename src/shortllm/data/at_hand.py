@@ -22,6 +22,7 @@ from shortllm.data.sources import (
     _Resolved,
     data_directory,
     mixture,
+    prompts_of,
 )
 from shortllm.errors import DataError
 
@@ -35,12 +36,14 @@ def require_at_hand(
     """Refuse a data source, or one of a mixture, that is not there or cannot be read.
 
     Args:
-        role: what its rows are for; only training takes mixtures.
+        role: what its rows are for; text to measure on is never a mixture.
         form: the kind of rows that is wanted.
         what: what messages call it, where nobody named it, e.g. `the default text`.
         option: the flag that names another one.
     """
-    for one in mixture(source) if role == "training" else [source]:
+    for one in [source] if role == "evaluation" else mixture(source):
+        if role == "calibration":
+            one = prompts_of(one) or one
         found = _resolve(one, role)
         if found.place is not None:
             if not cached(found.place.name, "datasets") and not hub_answers():

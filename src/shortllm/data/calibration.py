@@ -6,9 +6,14 @@ Conversations are rendered by the model's chat template. Two samplers give `ids 
              (10 samples of 128 tokens, seed 1234, BookCorpus), to the token
     packed   all rows one after another, cut every `length` tokens, the first `samples` of them
 
+Where only the answers of conversations count, and where the model writes the text itself, a sample
+begins with a document, and others follow until it is full. A mixture has samples of each source in
+proportion to the weights, in turn.
+
 The ids of an earlier run, or a JSON list of lists of token ids, can be given instead. A run
-directory gets `calibration.safetensors` (tensor `ids`, int64) and then `calibration.json`, which
-carries the ids' fingerprint, so that a half-written pair is never taken for a whole one.
+directory gets `calibration.safetensors` (tensor `ids`, int64, and where not all tokens count
+`counted`, bool) and then `calibration.json`, which carries their fingerprint, so that a
+half-written pair is never taken for a whole one.
 """
 
 from __future__ import annotations
@@ -16,29 +21,44 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import islice, repeat
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.data.chat import row_texts
-from shortllm.data.options import CalibrationInfo, CalibrationOptions
+from shortllm.data.options import (
+    CalibrationInfo,
+    CalibrationOptions,
+    CalibrationPart,
+    SampledText,
+)
 from shortllm.data.rows import Rows
-from shortllm.data.shapes import Row
-from shortllm.data.sources import load_rows
+from shortllm.data.samplers import (
+    of_answers,
+    sample_answers,
+    sample_packed,
+    sample_random,
+    sample_written,
+)
+from shortllm.data.sources import GENERATED, joined, load_rows, mixed, mixture, prompts_of
 from shortllm.errors import DataError
 from shortllm.files import fingerprint, require_writable, write_bytes
+from shortllm.records import load_current
+from shortllm.runtime import join_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from shortllm.model import Session
+    from shortllm.model.decoder import Decoder
+
+AnyText = TypeVar("AnyText", bound=SampledText)
 
 IDS_FILE = "calibration.safetensors"
 
@@ -50,13 +70,8 @@ BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_te
 SHARED_TOKENS = 32
 """Equal tokens in a row from which on two samples share text."""
 
-ROWS_PER_BATCH = 1000
-"""Rows tokenized in one call when many are needed: enough to use all cores, small in memory."""
 
-
-def resolve_calibration(
-    options: CalibrationOptions, model_type: str, *, embedded: bool = False
-) -> CalibrationOptions:
+def resolve_calibration(options: AnyText, model_type: str, *, embedded: bool = False) -> AnyText:
     """The options with every default that depends on the model filled in; the `embedded` model has
     text of its own."""
     options.require_one_source()
@@ -75,36 +90,144 @@ class Calibration:
     ids: torch.Tensor
     """int64 [samples, length]"""
     info: CalibrationInfo
+    counted: torch.Tensor | None = None
+    """bool [samples, length]: which tokens count when blocks are scored; None: all. The first token
+    of a sample is never predicted."""
 
     def save(self, run_dir: Path) -> None:
         """Write calibration.safetensors, then calibration.json; each is complete or not there."""
         from safetensors.torch import save
 
         require_writable(run_dir)
-        write_bytes(run_dir / IDS_FILE, save({"ids": self.ids.contiguous()}))
+        tensors = {"ids": self.ids, "counted": self.counted}
+        write_bytes(
+            run_dir / IDS_FILE,
+            save({name: one.contiguous() for name, one in tensors.items() if one is not None}),
+        )
         self.info.save(run_dir / INFO_FILE)
+
+    def tokens_counted(self) -> torch.Tensor:
+        """Which tokens count, as a tensor in every case."""
+        return torch.ones_like(self.ids, dtype=torch.bool) if self.counted is None else self.counted
 
     def __str__(self) -> str:
         samples, length = self.ids.shape
         return f"{samples} samples of {length} tokens from {self.info.source} ({self.info.sampler})"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Rows that samples are drawn from."""
+
+    rows: Rows
+    weight: float = 1.0
+    """In a mixture."""
+    prompts: bool = False
+    """Whether the rows are prompts, and the model writes the text."""
+
+    @property
+    def is_talk(self) -> bool:
+        """Whether the rows are conversations."""
+        return not isinstance(self.rows[0], str)
+
+    @property
+    def name(self) -> str:
+        """The source as given."""
+        return f"{GENERATED}:{self.rows.source}" if self.prompts else self.rows.source
+
+
+def load_sources(options: SampledText) -> list[Source]:
+    """The rows of every source of the options."""
+    found = []
+    for name, weight in mixture(options.source or "").items():
+        prompts = prompts_of(name)
+        rows = load_rows(prompts or name, role="calibration")
+        found.append(Source(rows=rows, weight=weight, prompts=prompts is not None))
+    return found
+
+
 def calibrate(
-    checkpoint: Checkpoint, options: CalibrationOptions, rows: Rows | None = None
+    checkpoint: Checkpoint,
+    options: SampledText,
+    sources: Sequence[Source] | None = None,
+    *,
+    session: Session | None = None,
+    directory: Path | None = None,
 ) -> Calibration:
-    """Calibration ids from `rows`, else from the data or the file of the options, checked against
-    the model."""
+    """Calibration ids from `sources`, else from the data or the file of the options, checked
+    against the model.
+
+    Args:
+        session: runs the model where it writes the text itself.
+        directory: where such text of an earlier call may be.
+    """
     embedded = checkpoint.id == EMBEDDED
     options = resolve_calibration(options, checkpoint.model_type, embedded=embedded)
     if options.file is not None:
         calibration = load_calibration(options.file)
     else:
-        if rows is None:
-            rows = load_rows(options.source or "", role="calibration")
-        calibration = build_calibration(rows, load_tokenizer(checkpoint), options)
+        for name in mixture(options.source or ""):
+            if prompts_of(name) is not None:
+                require_writer(name, checkpoint, session)
+        check_length(checkpoint, options.length, "--length")
+        sources = load_sources(options) if sources is None else sources
+        tokenizer = load_tokenizer(checkpoint)
+        if any(one.prompts for one in sources):
+            assert session is not None
+            calibration = _written(checkpoint, tokenizer, options, sources, session, directory)
+        else:
+            calibration = blended(sources, tokenizer, options)
     check_ids(calibration.ids, checkpoint.vocabulary)
     check_length(checkpoint, calibration.ids.shape[1], "--length")
     return calibration
+
+
+def require_writer(source: str, checkpoint: Checkpoint, session: Session | None) -> None:
+    """Refuse to let a model write text where it is not at hand, or not in memory."""
+    if session is None:
+        raise DataError(
+            f"'{source}' is text that the model writes itself, for `score`, `run` and "
+            "`compare-criteria` to choose blocks by. Give text that is there"
+        )
+    if session.streams(checkpoint):
+        raise DataError(
+            f"'{source}' is text that the model writes itself, and {checkpoint.id} is not in "
+            "memory, so every token would take a pass over its files. Give text that is there, or "
+            "--no-stream on a machine with enough memory"
+        )
+
+
+def _written(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    options: SampledText,
+    sources: Sequence[Source],
+    session: Session,
+    directory: Path | None,
+) -> Calibration:
+    """A calibration of which the model writes a part: that of an earlier call, or a new one, by the
+    main process for all."""
+    inputs = {
+        "model": checkpoint.fingerprint,
+        "dtype": session.dtype(checkpoint),
+        "device": session.device.type,
+        "options": options.model_dump(mode="json"),
+        "rows": [
+            [one.name, one.weight, one.rows.start, one.rows.stop, one.rows[0], one.rows[-1]]
+            for one in sources
+        ],
+    }
+    expected = fingerprint(inputs)
+    path = None if directory is None else directory / INFO_FILE
+    if path is not None and load_current(CalibrationInfo, path, expected) is not None:
+        return load_calibration(path)
+    ranks = join_ranks()
+    made = None
+    if ranks.is_main:
+        made = blended(sources, tokenizer, options, session.decoder(checkpoint))
+    [made, *_] = ranks.gather(made)
+    assert made is not None
+    return replace(made, info=made.info.model_copy(update={"fingerprint": expected}))
 
 
 def check_length(checkpoint: Checkpoint, length: int, option: str, *, before: int = 0) -> None:
@@ -118,111 +241,97 @@ def check_length(checkpoint: Checkpoint, length: int, option: str, *, before: in
         )
 
 
-def build_calibration(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
+def blended(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    options: SampledText,
+    decoder: Decoder | None = None,
 ) -> Calibration:
-    """Sample rows, and record how."""
-    is_random = options.sampler == "random"
-    ids = (sample_random if is_random else sample_packed)(rows, tokenizer, options)
-    bos = "tokenizer" if is_random and tokenizer.bos_token_id is not None else "none"
+    """Sample every source in proportion to its weight; `decoder` writes the text of prompts."""
+    turns = [(one.weight, repeat(n)) for n, one in enumerate(sources)]
+    order = list(islice(mixed(turns, lambda n: 1), options.samples))
+    for n, one in enumerate(sources):
+        if n not in order:
+            raise DataError(
+                f"with --samples {options.samples} none is left for {one.name}, whose weight is "
+                f"{one.weight:g}. Give more --samples, or leave it out"
+            )
+    if of_answers(options) and not any(one.prompts or one.is_talk for one in sources):
+        raise DataError(
+            f"--answers-only: {sources[0].name} is text, in which nobody answers. Give "
+            "conversations, such as alpaca, or leave --answers-only out"
+        )
+    counts = [options.model_copy(update={"samples": order.count(n)}) for n in range(len(sources))]
+    made = [
+        build_calibration(one.rows, tokenizer, own, decoder if one.prompts else None)
+        for one, own in zip(sources, counts, strict=True)
+    ]
+    if len(made) == 1:
+        return made[0]
+    places = [iter(range(len(one.ids))) for one in made]
+    picks = [(n, next(places[n])) for n in order]
+    counted = None
+    if any(one.counted is not None for one in made):
+        counted = torch.stack([made[n].tokens_counted()[b] for n, b in picks])
+    temperatures = [one.info.temperature for one in made if one.info.temperature is not None]
     return _described(
-        ids,
-        source=rows.source,
-        rows=(rows.start, rows.stop),
+        torch.stack([made[n].ids[b] for n, b in picks]),
+        counted,
+        source=joined({one.name: one.weight for one in sources}),
+        parts=[
+            CalibrationPart(source=one.source, rows=one.rows, samples=one.samples).model_dump()
+            for one in (calibration.info for calibration in made)
+            if one.rows is not None
+        ],
         sampler=options.sampler,
-        seed=options.seed if is_random else None,
-        bos="every-sample" if options.bos_every_sample else bos,
+        seed=options.seed,
+        bos=made[0].info.bos,
+        **({"temperature": temperatures[0]} if temperatures else {}),
     )
 
 
-def _described(ids: torch.Tensor, **about: Any) -> Calibration:
+def build_calibration(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    options: SampledText,
+    writer: Decoder | None = None,
+) -> Calibration:
+    """Sample rows, and record how; a `writer` writes the text, which the rows prompt it to."""
+    is_random, counted = options.sampler == "random", None
+    source, about = rows.source, {}
+    if writer is not None:
+        temperature = (
+            options.generated_temperature if isinstance(options, CalibrationOptions) else 1.0
+        )
+        source, about = f"{GENERATED}:{source}", {"temperature": temperature}
+        ids, counted = sample_written(rows, tokenizer, options, writer, temperature)
+    elif of_answers(options) and not isinstance(rows[0], str):
+        ids, counted = sample_answers(rows, tokenizer, options)
+    else:
+        ids = (sample_random if is_random else sample_packed)(rows, tokenizer, options)
+    bos = "tokenizer" if is_random and tokenizer.bos_token_id is not None else "none"
+    return _described(
+        ids,
+        counted,
+        source=source,
+        rows=(rows.start, rows.stop),
+        sampler=options.sampler,
+        seed=options.seed if is_random or writer is not None else None,
+        bos="every-sample" if options.bos_every_sample else bos,
+        **about,
+    )
+
+
+def _described(ids: torch.Tensor, counted: torch.Tensor | None = None, **about: Any) -> Calibration:
     """Ids with their record; `about` says where they came from."""
     about |= {"samples": ids.shape[0], "length": ids.shape[1]}
-    about["tokens_fingerprint"] = tokens_fingerprint(ids)
-    return Calibration(ids=ids, info=CalibrationInfo(fingerprint=fingerprint(about), **about))
-
-
-def sample_random(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
-) -> torch.Tensor:
-    """Windows at random places of random rows, int64 [samples, length]; no row is used twice.
-
-    Rows are tokenized with special tokens, so a window has a BOS only when it starts where its row
-    starts. With `bos_every_sample` they are tokenized without, and each window becomes [BOS] +
-    window[:-1]. Source: Shortened LLaMA, arXiv:2402.02834.
-    """
-    samples, length = options.samples, options.length
-    bos = _bos_of(tokenizer) if options.bos_every_sample else None
-    random = Random(options.seed)
-    windows: dict[int, list[int]] = {}
-    is_long: dict[int, bool] = {}
-    draws = 0
-    while len(windows) < samples:
-        if draws == len(rows):  # none found for long: look whether one is left
-            _measure(rows, tokenizer, is_long, length=length, special=bos is None)
-            if sum(is_long.values()) == len(windows):
-                raise DataError(
-                    f"only {len(windows)} of {len(rows)} rows have at least {length} tokens, "
-                    f"{samples} samples need {samples} such rows. Use --sampler packed, a shorter "
-                    "--length, fewer --samples, or data with longer rows"
-                )
-        draws += 1
-        row = random.randint(0, len(rows) - 1)
-        if row in windows or not is_long.get(row, True):
-            continue
-        tokens = _token_lists(tokenizer, [rows[row]], special=bos is None)[0]
-        is_long[row] = len(tokens) >= length
-        if is_long[row]:
-            start = random.randint(0, len(tokens) - length)
-            windows[row] = tokens[start : start + length]
-            draws = 0
-    ids = torch.tensor(list(windows.values()), dtype=torch.int64)
-    return ids if bos is None else F.pad(ids[:, :-1], (1, 0), value=bos)
-
-
-def _measure(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    is_long: dict[int, bool],
-    *,
-    length: int,
-    special: bool,
-) -> None:
-    """Tokenize every row that is not in `is_long`, and note whether it has `length` tokens."""
-    unseen = [row for row in range(len(rows)) if row not in is_long]
-    for start in range(0, len(unseen), ROWS_PER_BATCH):
-        batch = unseen[start : start + ROWS_PER_BATCH]
-        lists = _token_lists(tokenizer, [rows[row] for row in batch], special=special)
-        for row, tokens in zip(batch, lists, strict=True):
-            is_long[row] = len(tokens) >= length
-
-
-def sample_packed(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions
-) -> torch.Tensor:
-    """The rows' tokens one after another, cut every `length`: the first [samples, length], int64.
-
-    Rows are tokenized without special tokens and nothing is put between them. With
-    `bos_every_sample` each piece is [BOS] and `length - 1` tokens. Reading stops as soon as there
-    are enough.
-    """
-    samples = options.samples
-    bos = _bos_of(tokenizer) if options.bos_every_sample else None
-    new_tokens = options.length - (bos is not None)
-    tokens: list[int] = []
-    for start in range(0, len(rows), ROWS_PER_BATCH):
-        texts = rows[start : start + ROWS_PER_BATCH]
-        tokens.extend(chain.from_iterable(_token_lists(tokenizer, texts, special=False)))
-        if len(tokens) >= samples * new_tokens:
-            break
-    else:
-        raise DataError(
-            f"all {len(rows)} rows give {len(tokens)} tokens, "
-            f"{samples} samples need {samples * new_tokens}. "
-            "Use a shorter --length, fewer --samples, or more data"
-        )
-    ids = torch.tensor(tokens[: samples * new_tokens], dtype=torch.int64).view(samples, new_tokens)
-    return ids if bos is None else F.pad(ids, (1, 0), value=bos)
+    if counted is not None and bool(counted.all()):
+        counted = None
+    if counted is not None:
+        about["counted"] = int(counted[:, 1:].sum())
+    about["tokens_fingerprint"] = tokens_fingerprint(ids, counted)
+    info = CalibrationInfo(fingerprint=fingerprint(about), **about)
+    return Calibration(ids=ids, counted=counted, info=info)
 
 
 def without_text_of(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -240,31 +349,15 @@ def without_text_of(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return ids[apart] if 2 * len(apart) >= len(ids) else ids
 
 
-def _token_lists(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, special: bool
-) -> list[list[int]]:
-    """Token ids of each row. verbose=False: a row may be longer than the model's context."""
-    lists: list[list[int]] = tokenizer(
-        row_texts(rows, tokenizer), add_special_tokens=special, verbose=False
-    ).input_ids
-    return lists
-
-
-def _bos_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.bos_token_id is None:
-        raise DataError(
-            f"the tokenizer of '{tokenizer.name_or_path}' has no BOS to put before every sample. "
-            "Leave out --bos-every-sample"
-        )
-    return int(tokenizer.bos_token_id)
-
-
 # ---- ids and their files
 
 
-def tokens_fingerprint(ids: torch.Tensor) -> str:
-    """sha256 over the shape and then the ids, all as little-endian int64."""
-    parts = (torch.tensor(ids.shape), ids.cpu().to(torch.int64))
+def tokens_fingerprint(ids: torch.Tensor, counted: torch.Tensor | None = None) -> str:
+    """sha256 over the shape and then the ids, then where not all tokens count which do, all as
+    little-endian int64."""
+    parts = [torch.tensor(ids.shape), ids.cpu().to(torch.int64)]
+    if counted is not None:
+        parts.append(counted.cpu().to(torch.int64))
     data = [part.numpy().astype("<i8").tobytes() for part in parts]
     return hashlib.sha256(b"".join(data)).hexdigest()
 
@@ -304,7 +397,7 @@ def load_calibration(path: Path | str) -> Calibration:
         raise DataError(f"no such calibration file: {path}")
     if path.suffix == ".safetensors":
         record = path.with_suffix(".json")
-        return _recorded(path, record) if record.is_file() else _given(_read_tensor(path), path)
+        return _recorded(path, record) if record.is_file() else _given(*_read(path), path)
     if path.suffix != ".json":
         raise DataError(
             f"cannot tell what kind of calibration {path} is. "
@@ -315,28 +408,28 @@ def load_calibration(path: Path | str) -> Calibration:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path} as JSON: {error}") from error
     if isinstance(content, list):
-        return _given(_tensor_of_lists(content, path), path)
+        return _given(_tensor_of_lists(content, path), None, path)
     return _recorded(path.with_suffix(".safetensors"), path)
 
 
 def _recorded(ids_path: Path, info_path: Path) -> Calibration:
     """Ids together with the record that an earlier run wrote."""
     info = CalibrationInfo.load(info_path)
-    ids = _read_tensor(ids_path)
-    if tokens_fingerprint(ids) != info.tokens_fingerprint:
+    ids, counted = _read(ids_path)
+    if tokens_fingerprint(ids, counted) != info.tokens_fingerprint:
         raise DataError(
             f"{ids_path} does not contain the ids that {info_path.name} describes. "
             "Calibrate again, or move the .json away to use the ids as they are"
         )
-    return Calibration(ids=ids, info=info)
+    return Calibration(ids=ids, counted=counted, info=info)
 
 
-def _given(ids: torch.Tensor, path: Path) -> Calibration:
+def _given(ids: torch.Tensor, counted: torch.Tensor | None, path: Path) -> Calibration:
     """Ids of unknown origin: no seed, no rows, and no knowledge of a BOS."""
-    return _described(ids, source=str(path), sampler="given", bos="none")
+    return _described(ids, counted, source=str(path), sampler="given", bos="none")
 
 
-def _read_tensor(path: Path) -> torch.Tensor:
+def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -348,8 +441,16 @@ def _read_tensor(path: Path) -> torch.Tensor:
         raise DataError(
             f"{path} has no tensor 'ids'; it has {', '.join(sorted(tensors)) or 'nothing'}"
         )
-    check_ids(tensors["ids"], where=str(path))
-    return tensors["ids"]
+    ids, counted = tensors["ids"], tensors.get("counted")
+    check_ids(ids, where=str(path))
+    if counted is not None and (counted.dtype != torch.bool or counted.shape != ids.shape):
+        raise DataError(
+            f"{path}: 'counted' must be bool {list(ids.shape)} as the ids are, this is "
+            f"{str(counted.dtype).removeprefix('torch.')} {list(counted.shape)}"
+        )
+    if counted is not None and not bool(counted[:, 1:].any(dim=1).all()):
+        raise DataError(f"{path}: in every sample the prediction of a token must count")
+    return ids, counted
 
 
 def _tensor_of_lists(content: list[Any], path: Path) -> torch.Tensor:

@@ -219,9 +219,13 @@ def prompt_of(
         return Prompt(tokenizer(text).input_ids, [])
     talk = Chat(tokenizer, "chat")
     ids = talk.prompt_ids(conversation(text, system))
+    return Prompt(ids, sorted(ends_of_turn(talk, model)))
+
+
+def ends_of_turn(chat: Chat, model: Any) -> set[int]:
+    """The tokens that end what the assistant writes, by the tokenizer and by the model."""
     own = model.generation_config.eos_token_id
-    ends = talk.ends | {*(own if isinstance(own, list) else [own])} - {None}
-    return Prompt(ids, sorted(ends))
+    return chat.ends | {*(own if isinstance(own, list) else [own])} - {None}
 
 
 def agreed(one: Sequence[Any], other: Sequence[Any]) -> int:

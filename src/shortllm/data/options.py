@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from shortllm.data.shapes import with_columns
+from shortllm.data.sources import GENERATED, mixture, prompts_of
 from shortllm.errors import DataError
 from shortllm.options import Flag, Options
-from shortllm.records import ResultFile
+from shortllm.records import Record, ResultFile
 
 Columns = Annotated[
     str | None,
@@ -21,15 +23,16 @@ Columns = Annotated[
 ]
 
 
-class CalibrationOptions(Options):
-    """Calibration text; the defaults are those of Shortened LLaMA."""
+class SampledText(Options):
+    """Text that samples are cut from; the defaults are those of Shortened LLaMA."""
 
     panel: ClassVar[str] = "Calibration text"
 
     data: str | None = Field(
         default=None,
         description="Text: a .txt, .jsonl, .json, .csv or .parquet file, a Hub data set "
-        "NAME:CONFIG:SPLIT, or a built-in name. Default: bookcorpus.",
+        "NAME:CONFIG:SPLIT, a built-in name, or a mixture with weights, as in "
+        "c4:0.5,alpaca:0.5. Default: bookcorpus.",
     )
     columns: Annotated[Columns, Flag(metavar="FIELD=COLUMN")] = None
     file: Annotated[Path | None, Flag(name="--calibration")] = Field(
@@ -54,6 +57,13 @@ class CalibrationOptions(Options):
         """The data source, with the columns named in it."""
         return with_columns(self.data, self.columns) if self.data else None
 
+    @property
+    def texts(self) -> dict[str, float]:
+        """Every source of rows and its weight; of text that the model writes itself, its prompts'
+        source."""
+        found = mixture(self.source) if self.source else {}
+        return {prompts_of(name) or name: weight for name, weight in found.items()}
+
     def require_one_source(self) -> None:
         """Refuse text next to token ids, which stand for it."""
         if self.file is not None and (self.data or self.columns) is not None:
@@ -61,6 +71,35 @@ class CalibrationOptions(Options):
                 "--calibration gives token ids, so --data has no effect. Leave one of them out, "
                 "and give the text to measure on as --eval-data"
             )
+
+
+class CalibrationOptions(SampledText):
+    """Text that blocks are scored on, of which answers alone may count, or the model's own text.
+
+    Where only answers count, a sample begins with a conversation, and others follow until it is
+    full; the end of the last one is cut off. The sampler says which conversations: random ones, or
+    all in order.
+    """
+
+    answers_only: Annotated[bool, Flag(name="--answers-only")] = Field(
+        default=False,
+        description="Of conversations, only what the assistant says counts, in every criterion. "
+        "Plain text in a mixture counts as a whole.",
+    )
+    generated_temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Of the text that the model writes itself, where --data is generated:PROMPTS: "
+        "it answers the conversations of the source PROMPTS, or continues the beginnings of texts.",
+    )
+
+
+class CalibrationPart(Record):
+    """One source of a mixture."""
+
+    source: str
+    rows: tuple[int, int] = Field(description="the span [start, stop) the samples were drawn from")
+    samples: int
 
 
 class CalibrationInfo(ResultFile):
@@ -75,6 +114,23 @@ class CalibrationInfo(ResultFile):
     length: int = Field(description="tokens per sample")
     seed: int | None = None
     bos: Literal["tokenizer", "every-sample", "none"]
-    tokens_fingerprint: str = Field(
-        description="sha256 of the ids as little-endian int64, with their shape"
+    parts: list[CalibrationPart] | None = Field(
+        default=None, description="the sources of a mixture; null for a single source"
     )
+    counted: int | None = Field(
+        default=None, description="predictions that count, by the tensor `counted`; null: all"
+    )
+    temperature: float | None = Field(
+        default=None, description="of text that the model wrote itself; null: it wrote none"
+    )
+    tokens_fingerprint: str = Field(
+        description="sha256 of the ids as little-endian int64, with their shape; where not all "
+        "tokens count, also of which do"
+    )
+
+    def drawn_from(self) -> Iterator[tuple[str, int]]:
+        """Each source of rows, and the row before which those end that may have been used."""
+        parts: Sequence[CalibrationPart | CalibrationInfo] = self.parts or [self]
+        for source, rows in ((one.source, one.rows) for one in parts):
+            if rows is not None:
+                yield source.removeprefix(f"{GENERATED}:"), rows[1]

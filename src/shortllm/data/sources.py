@@ -4,6 +4,8 @@
                                       `faq.csv#prompt=q,completion=a` says what columns are
     wikitext:wikitext-2-raw-v1:test   a Hub data set: name[:config[:split]], also with `#column`
     wikitext2   ptb:test   embedded   a built-in name, with a split where the default is not meant
+    generated:alpaca                  what the model itself answers to the rows of another source
+    c4:0.5,alpaca:0.5                 a mixture with weights
 
 A built-in name is looked up below the directory that SHORTLLM_DATA names, then on the Hub. Its
 default split depends on what the rows are for:
@@ -26,12 +28,12 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from shortllm.data.rows import (
     PACKED_SUFFIXES,
@@ -51,6 +53,8 @@ from shortllm.errors import DataError, did_you_mean, first_line_of
 if TYPE_CHECKING:
     from shortllm.embedded.world import Split
 
+Item = TypeVar("Item")
+
 logger = logging.getLogger(__name__)
 
 DATA_VARIABLE = "SHORTLLM_DATA"
@@ -58,6 +62,9 @@ DATA_VARIABLE = "SHORTLLM_DATA"
 
 Role = Literal["calibration", "evaluation", "training"]
 """What rows are for; it decides only which split a name without a split means."""
+
+GENERATED = "generated"
+"""Begins the name of a source whose text the model itself writes."""
 
 WEIGHTED = re.compile(r"(.+?):(\d*\.?\d+)(?:,|$)")
 """A source of a mixture and its weight; after `#` a source may have commas of its own."""
@@ -216,6 +223,38 @@ def mixture(source: str) -> dict[str, float]:
     return weights
 
 
+def joined(sources: Mapping[str, float]) -> str | None:
+    """Sources with weights as one string; None for none."""
+    if len(sources) < 2:
+        return next(iter(sources), None)
+    return ",".join(f"{source}:{weight:g}" for source, weight in sources.items())
+
+
+def mixed(
+    parts: Sequence[tuple[float, Iterator[Item]]], size: Callable[[Item], float]
+) -> Iterator[Item]:
+    """Items of several sources, whose sizes are in proportion to the sources' weights.
+
+    Always the next item of the source that has given least of its share. It ends with the first
+    source that ends.
+    """
+    given = [0.0] * len(parts)
+    while True:
+        n = min(range(len(parts)), key=lambda n: given[n] / parts[n][0])
+        try:
+            item = next(parts[n][1])
+        except StopIteration:
+            return
+        given[n] += size(item)
+        yield item
+
+
+def prompts_of(source: str) -> str | None:
+    """The source of prompts in `generated:PROMPTS`; None for text that is there already."""
+    head, colon, prompts = source.partition(":")
+    return prompts if colon and head == GENERATED else None
+
+
 def _names_several(source: str) -> bool:
     """Whether sources are listed, one of which is known, but not each with a weight."""
     heads = [one.partition(":")[0] for one in source.split(",")]
@@ -238,10 +277,15 @@ class _Resolved:
 
 def _resolve(source: str, role: Role) -> _Resolved:
     if _names_several(source) or len(mixture(source)) > 1:
-        how = "one source"
-        if role == "evaluation":
-            how = "each text on its own: the flag can be repeated"
-        raise DataError(f"'{source}' is a mixture, which only retraining takes. Give {how}")
+        how = "each text on its own: the flag can be repeated"
+        raise DataError(
+            f"'{source}' is a mixture, which calibration and retraining take. Give {how}"
+        )
+    if prompts_of(source) is not None:
+        raise DataError(
+            f"'{source}' is text that the model writes itself, for `score`, `run` and "
+            "`compare-criteria` to choose blocks by. Give text that is there"
+        )
     name, named = _split_column(source)
     head, _, split = name.partition(":")
     if head in BUILT_INS:

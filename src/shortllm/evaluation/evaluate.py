@@ -128,11 +128,11 @@ def resolve_evaluation(
     embedded: bool,
     every: bool,
     continuations: int = 0,
-    calibrated_on: str | None = None,
+    calibrated_on: Iterable[str] = (),
 ) -> EvaluationOptions:
     """The options with the defaults that depend on the model filled in; `every` is whether it needs
     BOS before every sample, and the default text is the rest of what it was `calibrated_on`."""
-    default = [calibrated_on] if calibrated_on else None
+    default = list(calibrated_on)
     return options.model_copy(
         update={
             "data": options.data or default or ([EMBEDDED] if embedded else ["wikitext2", "ptb"]),

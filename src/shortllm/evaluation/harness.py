@@ -117,6 +117,48 @@ def harness_model(
     return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
+def token_pairs(tokenizer: Any, requests: Sequence[Instance]) -> list[tuple[list[int], list[int]]]:
+    """The token ids of the prompt and of the choice of each request, split as the harness does."""
+    from lm_eval.api.model import TemplateLM
+
+    pairs: list[tuple[list[int], list[int]]] = []
+
+    class Splitting(TemplateLM):  # type: ignore[misc]
+        """Takes requests apart and computes nothing."""
+
+        @property
+        def eot_token_id(self) -> Any:
+            return tokenizer.eos_token_id
+
+        @property
+        def prefix_token_id(self) -> Any:
+            bos = tokenizer.bos_token_id
+            return tokenizer.eos_token_id if bos is None else bos
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
+            if add_special_tokens is None and tokenizer.bos_token:
+                if string.startswith(tokenizer.bos_token):
+                    add_special_tokens = False
+            special = True if add_special_tokens is None else add_special_tokens
+            ids: list[int] = tokenizer(string, add_special_tokens=special, verbose=False).input_ids
+            return ids
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
+            pairs.extend((prompt, choice) for _, prompt, choice in requests)
+            return []
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            raise NotImplementedError
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            raise NotImplementedError
+
+    Splitting().loglikelihood(list(requests), disable_tqdm=True)
+    return pairs
+
+
 def require_numbers(ids: Tensor, logits: Tensor) -> Tensor:
     """The logits, unless they are NaN, which tasks would take for a model at chance."""
     if logits.isnan().any():

@@ -29,6 +29,9 @@ METRICS = {
 EMBEDDED_TASKS = tuple(f"shortllm_{name}" for name in ("where", "who", "count", "compare", "why"))
 """The task sets of the embedded world."""
 
+DEFAULT_ITEMS = "arc_easy,piqa"
+"""Tasks whose items blocks are scored by where no others are named."""
+
 CHAT_TASKS = ("mmlu", "gsm8k", "ifeval")
 """What chat models are measured by."""
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,13 +33,15 @@ from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.data.calibration import (
     Calibration,
+    Source,
     calibrate,
     check_ids,
     check_length,
+    load_sources,
     tokens_fingerprint,
 )
 from shortllm.data.chat import row_texts
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.data.rows import Rows, same_text, split_held_out
 from shortllm.data.shapes import Row
 from shortllm.data.sources import load_rows
@@ -53,6 +56,8 @@ from shortllm.runtime import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from shortllm.model import Session
 
 Bos = Literal["first", "every", "none"]
 
@@ -137,26 +142,36 @@ class Texts:
     """More of the same text, for healing without training."""
     quantization: Calibration | None = None
     """None where nothing is quantized, or the method needs no text."""
+    others: Sequence[Calibration] = ()
+    """Those of further texts to score on."""
 
 
 def prepare_texts(
     checkpoint: Checkpoint,
-    calibration: CalibrationOptions,
+    calibration: SampledText,
     evaluation: EvaluationOptions,
     *,
     scoring: bool = True,
-    healing: CalibrationOptions | None = None,
-    quantization: CalibrationOptions | None = None,
+    healing: SampledText | None = None,
+    quantization: SampledText | None = None,
+    others: Sequence[SampledText] = (),
+    session: Session | None = None,
+    directory: Path | None = None,
 ) -> Texts:
     """Read and tokenize all text of a run, with the measured rows held out from everything else;
-    without `scoring`, nothing is sampled to calibrate."""
+    without `scoring`, nothing is sampled to calibrate. `session` and `directory` are for text that
+    the model writes, see `calibrate`."""
     check_length(checkpoint, evaluation.length, "--eval-length", before=evaluation.before_window)
     measured = [load_rows(source) for source in evaluation.data]
-    wanted = (calibration if scoring else None, healing, quantization)
+    wanted = (calibration if scoring else None, healing, quantization, *others)
     used, shared = _calibration_rows(wanted, measured)
+    parts = [directory and text_directory(directory, n) for n in range(len(others))]
+    places = [directory, directory, directory, *parts]
     sampled = [
-        None if options is None else calibrate(checkpoint, options, rows)
-        for options, rows in zip(wanted, used, strict=True)
+        None
+        if options is None
+        else calibrate(checkpoint, options, sources, session=session, directory=place)
+        for options, sources, place in zip(wanted, used, places, strict=True)
     ]
     tokenizer = load_tokenizer(checkpoint)
     texts = []
@@ -165,16 +180,27 @@ def prepare_texts(
         segments = evaluation_segments_of(checkpoint, held_out, tokenizer, evaluation)
         text = EvaluationText(rows=held_out, held_out=held_out is not rows, segments=segments)
         texts.append(text)
-    calibrated, healed, quantized = sampled
-    return Texts(calibration=calibrated, evaluation=texts, healing=healed, quantization=quantized)
+    calibrated, healed, quantized, *more = sampled
+    return Texts(
+        calibration=calibrated,
+        evaluation=texts,
+        healing=healed,
+        quantization=quantized,
+        others=[one for one in more if one is not None],
+    )
+
+
+def text_directory(directory: Path, number: int) -> Path:
+    """Where a comparison of texts keeps the calibration and the scores by one of them."""
+    return directory / f"text-{number}"
 
 
 def _calibration_rows(
-    wanted: Sequence[CalibrationOptions | None], measured: Sequence[Rows]
-) -> tuple[list[Rows | None], list[bool]]:
-    """The rows to sample each calibration from, and which measured sources serve for one too."""
-    loaded: dict[str, Rows] = {}
-    used: list[Rows | None] = []
+    wanted: Sequence[SampledText | None], measured: Sequence[Rows]
+) -> tuple[list[list[Source] | None], list[bool]]:
+    """The sources to sample each calibration from, and which measured ones serve for one too."""
+    loaded: dict[str, list[Source]] = {}
+    used: list[list[Source] | None] = []
     shared = [False] * len(measured)
     for options in wanted:
         if options is None or options.file is not None:
@@ -182,20 +208,24 @@ def _calibration_rows(
             continue
         source = options.source or ""
         if source not in loaded:
-            loaded[source] = load_rows(source, role="calibration")
-        rows = loaded[source]
-        same = [same_text(rows, other) for other in measured]
-        shared = [one or other for one, other in zip(shared, same, strict=True)]
-        used.append(split_held_out(rows)[0] if any(same) else rows)
+            loaded[source] = load_sources(options)
+        apart = []
+        for one in loaded[source]:
+            same = [same_text(one.rows, other) for other in measured]
+            shared = [before or now for before, now in zip(shared, same, strict=True)]
+            apart.append(replace(one, rows=split_held_out(one.rows)[0]) if any(same) else one)
+        used.append(apart)
     return used, shared
 
 
 def _rows_after(rows: Rows, calibrations: Sequence[Calibration | None]) -> Rows:
     """The rows after those that given calibration ids were sampled from; else all rows."""
     stops = [
-        one.info.rows[1]
+        stop
         for one in calibrations
-        if one is not None and one.info.source == rows.source and one.info.rows
+        if one is not None
+        for source, stop in one.info.drawn_from()
+        if source == rows.source
     ]
     if not stops:
         return rows

@@ -25,7 +25,8 @@ from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tensors import read_tensor
 from shortllm.data.calibration import Calibration, calibrate
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
+from shortllm.data.sources import joined
 from shortllm.errors import CheckpointError, DataError, ShortLLMError, UnsupportedModelError
 from shortllm.files import require_free
 from shortllm.format import counted
@@ -186,7 +187,7 @@ def heal_from(
 
 
 def healing_text(
-    options: HealOptions, checkpoint: Checkpoint, shared: CalibrationOptions | None = None
+    options: HealOptions, checkpoint: Checkpoint, shared: SampledText | None = None
 ) -> HealCalibration:
     """The text to heal with, every default filled in; by default more of the text that scores."""
     text = options.calibration
@@ -195,7 +196,7 @@ def healing_text(
         "length": text.length or min(SAMPLE_LENGTH, positions or SAMPLE_LENGTH)
     }
     if shared is not None and text.data is None and text.file is None:
-        update |= {"data": shared.source, "file": shared.file}
+        update |= {"data": joined(shared.texts), "file": shared.file}
     if shared is not None and text.bos_every_sample is None:
         update["bos_every_sample"] = shared.bos_every_sample
     return text.model_copy(update=update)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.healing.methods import METHODS
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, ModelInfo, Record
@@ -24,7 +24,7 @@ MethodName = Annotated[
 ]
 
 
-class HealCalibration(CalibrationOptions):
+class HealCalibration(SampledText):
     """Calibration text: more than for scoring, since a map has as many unknowns as a matrix."""
 
     sampler: Literal["random", "packed"] = Field(

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.format import number, plain
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, Record
@@ -53,7 +53,7 @@ class MergeOptions(Options):
     protect_last: int = Field(
         default=0, ge=0, description="Leave this many blocks at the end as they are."
     )
-    calibration: CalibrationOptions = CalibrationOptions()
+    calibration: SampledText = SampledText()
 
     @field_validator("blocks")
     @classmethod

@@ -25,11 +25,21 @@ from shortllm.checkpoint.source import is_weight
 from shortllm.journal import Journal
 from shortllm.model.decoder import Decoder, Entry
 from shortllm.model.hidden_states import SampleGroups, StreamMemory, block_flops, head_flops
-from shortllm.model.walk import Observer, slice_tokens, targets, token_slices, walk
+from shortllm.model.walk import (
+    Observer,
+    predictions_of,
+    slice_tokens,
+    targets,
+    token_slices,
+    walk,
+)
 from shortllm.progress import Advance
 from shortllm.runtime import ALONE, Ranks
 
 Receive = Callable[[int, dict[str, Tensor]], None]
+
+NO_TARGET = -100
+"""Stands for a token whose prediction does not count."""
 
 
 class _Inputs:
@@ -58,6 +68,7 @@ def walk_back(
     receive: Receive,
     *,
     ranks: Ranks,
+    counted_BT: Tensor | None = None,
     each: Receive | None = None,
     observe: Sequence[Observer] = (),
     advance: Advance = lambda work: None,
@@ -67,9 +78,10 @@ def walk_back(
 ) -> None:
     """Product of weight and gradient for every weight of `blocks`; other blocks are left out.
 
-    The loss is the mean next-token NLL over all predictions of all ranks.
+    The loss is the mean next-token NLL over all counted predictions of all ranks.
 
     Args:
+        counted_BT: the tokens whose prediction counts; default: all.
         receive: called as `receive(b, products)` from the last block to the first; `products` has
             for each weight tensor of block `b` its signed product with the gradient, float32.
         each: called before it in the same way, once for each sample with that sample's share of
@@ -88,7 +100,8 @@ def walk_back(
             decoder, ids_BT, [removed], observe=[inputs, *observe], advance=advance, memory=memory,
             journal=journal.part("forward") if journal else None,
         )  # fmt: skip
-        gradient_BTD = _tail_gradient(decoder, ids_BT, inputs.kept_SBTD[-1], ranks, advance)
+        last_BTD = inputs.kept_SBTD[-1]
+        gradient_BTD = _tail_gradient(decoder, ids_BT, last_BTD, ranks, advance, counted_BT)
         done = 0
     else:
         done = int(position["done"])
@@ -146,11 +159,19 @@ def block_weights(block: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _tail_gradient(
-    decoder: Decoder, ids_BT: Tensor, stream_BTD: Tensor, ranks: Ranks, advance: Advance
+    decoder: Decoder,
+    ids_BT: Tensor,
+    stream_BTD: Tensor,
+    ranks: Ranks,
+    advance: Advance,
+    counted_BT: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the loss for the stream after the last block, `[B, T, D]`."""
     ids_BT = ids_BT.to(decoder.device)
-    predictions = ranks.total(float(ids_BT.shape[0] * (ids_BT.shape[1] - 1)))
+    target_BT = ids_BT
+    if counted_BT is not None:
+        target_BT = ids_BT.masked_fill(~counted_BT.to(ids_BT.device), NO_TARGET)
+    predictions = ranks.total(predictions_of(ids_BT, counted_BT).sum().item())
     gradient_BTD = torch.zeros_like(stream_BTD, device=decoder.device)
     for parameter in decoder.model.parameters():
         parameter.requires_grad_(False)
@@ -158,8 +179,11 @@ def _tail_gradient(
         for rows, columns in token_slices(ids_BT, slice_tokens(decoder) // 2 or 1):
             piece = stream_BTD[rows, columns].to(decoder.device).requires_grad_()
             logits_NV = logits(piece, ids_BT[rows, columns]).flatten(0, 1)
-            target_N = targets(ids_BT, rows, columns)
-            loss = F.cross_entropy(logits_NV.float(), target_N, reduction="sum") / predictions
+            target_N = targets(target_BT, rows, columns)
+            loss = F.cross_entropy(
+                logits_NV.float(), target_N, reduction="sum", ignore_index=NO_TARGET
+            )
+            loss = loss / predictions
             (gradient_BTD[rows, columns],) = torch.autograd.grad(loss, piece)
             advance(2 * head_flops(decoder) * len(target_N))
     return gradient_BTD

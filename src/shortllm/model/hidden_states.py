@@ -103,11 +103,14 @@ class SampleGroups:
         ids_BT: Tensor,
         memory: StreamMemory | None = None,
         *,
+        counted_BT: Tensor | None = None,
         size: int | None = None,
     ) -> None:
-        """`size` is the number of samples of a group; default: as many as are fastest."""
+        """`counted_BT` are the tokens that count, for who measures; default: all. `size` is the
+        number of samples of a group; default: as many as are fastest."""
         self.decoder = decoder
         self.ids_BT = ids_BT
+        self.counted_BT = counted_BT
         self._memory = memory or StreamMemory()
         size = size or group_size(decoder, ids_BT.shape[1])
         self.rows = [slice(row, row + size) for row in range(0, len(ids_BT), size)]

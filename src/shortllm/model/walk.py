@@ -332,6 +332,7 @@ def mean_values(
     removals: Removals,
     values: Sequence[Value],
     *,
+    counted_BT: Tensor | None = None,
     ranks: Ranks = ALONE,
     observe: Sequence[Observer] = (),
     healed: Healed = UNHEALED,
@@ -339,13 +340,16 @@ def mean_values(
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> list[list[float]]:
-    """Means over all predictions of all processes, per value and shortened model."""
-    totals_VM = sample_means(
-        decoder, ids_BT, removals, values, observe=observe, healed=healed, advance=advance,
-        memory=memory, journal=journal,
-    ).sum(dim=2)  # fmt: skip
+    """Means over all counted predictions of all processes, per value and shortened model."""
+    means_VMB = sample_means(
+        decoder, ids_BT, removals, values, counted_BT=counted_BT, observe=observe, healed=healed,
+        advance=advance, memory=memory, journal=journal,
+    )  # fmt: skip
+    # by the part of a sample that counts, so that whole samples weigh exactly 1
+    weight_B = predictions_of(ids_BT, counted_BT) / (ids_BT.shape[1] - 1)
+    totals_VM = (means_VMB * weight_B).sum(dim=2)
     ranks.add_up([totals_VM])
-    return (totals_VM / ranks.total(float(len(ids_BT)))).tolist()
+    return (totals_VM / ranks.total(weight_B.sum().item())).tolist()
 
 
 def sample_means(
@@ -354,31 +358,46 @@ def sample_means(
     removals: Removals,
     values: Sequence[Value],
     *,
+    counted_BT: Tensor | None = None,
     observe: Sequence[Observer] = (),
     healed: Healed = UNHEALED,
     advance: Advance = lambda work: None,
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> Tensor:
-    """Means over the predictions of each sample, `[values, shortened models, samples]`, float64."""
+    """Means over the predictions of each sample, `[values, shortened models, samples]`, float64.
+
+    Args:
+        counted_BT: the tokens whose prediction counts, at least one of each sample; default: all.
+    """
     samples, predictions = len(ids_BT), ids_BT.shape[1] - 1
+    counted_N = None if counted_BT is None else counted_BT[:, 1:].flatten().cpu()
     totals_VMB = torch.zeros(len(values), len(removals), samples, dtype=torch.float64)
     seen = [0] * len(removals)  # slices come in the order of the samples
 
     def consume(m: int, logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> None:
-        stop = seen[m] + len(target_N)
-        sample_N = torch.arange(seen[m], stop) // predictions
+        start, stop = seen[m], seen[m] + len(target_N)
+        sample_N = torch.arange(start, stop) // predictions
         seen[m] = stop
         for i, value in enumerate(values):
-            found_N = value(logits_NV, first_NV, target_N).cpu().double()
-            totals_VMB[i, m].index_add_(0, sample_N, found_N.expand(len(sample_N)))
+            found_N = value(logits_NV, first_NV, target_N).cpu().double().expand(len(sample_N))
+            if counted_N is not None:
+                found_N = found_N.where(counted_N[start:stop], 0.0)
+            totals_VMB[i, m].index_add_(0, sample_N, found_N)
 
     if samples:
         walk(
             decoder, ids_BT, removals, consume=consume, observe=observe, healed=healed,
             advance=advance, memory=memory, journal=journal,
         )  # fmt: skip
-    return totals_VMB / predictions
+    return totals_VMB / predictions_of(ids_BT, counted_BT)
+
+
+def predictions_of(ids_BT: Tensor, counted_BT: Tensor | None) -> Tensor:
+    """How many predictions of each sample count, `[B]`, float64."""
+    if counted_BT is None:
+        return torch.full((len(ids_BT),), float(ids_BT.shape[1] - 1), dtype=torch.float64)
+    return counted_BT[:, 1:].sum(dim=1).cpu().double()
 
 
 def sample_nlls(
@@ -393,12 +412,13 @@ def sample_nlls(
 ) -> Tensor:
     """Mean NLLs, nats, of each shortened model on each sample of all processes, `[M, B]`."""
     [own_MB] = sample_means(
-        decoder, ids_BT, removals, [_nll], advance=advance, memory=memory, journal=journal
+        decoder, ids_BT, removals, [target_nll], advance=advance, memory=memory, journal=journal
     )
     return ranks.in_order(own_MB.T).T
 
 
-def _nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+def target_nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
+    """The NLL of each target, as a number for `sample_means`."""
     return next_token_nll(logits_NV, target_N)
 
 
@@ -407,6 +427,7 @@ def mean_nlls(
     ids_BT: Tensor,
     removals: Removals,
     *,
+    counted_BT: Tensor | None = None,
     kl: bool = False,
     intact: Collection[int] = NOTHING,
     together: int | None = None,
@@ -429,8 +450,8 @@ def mean_nlls(
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals
         [means] = mean_values(
-            decoder, ids_BT, [*first, *chunk], [value], ranks=ranks, healed=healed,
-            advance=advance, memory=memory, journal=journal.part(f"sets-{start}"),
+            decoder, ids_BT, [*first, *chunk], [value], counted_BT=counted_BT, ranks=ranks,
+            healed=healed, advance=advance, memory=memory, journal=journal.part(f"sets-{start}"),
         )  # fmt: skip
         found += means[len(first) :]
     return found

@@ -67,7 +67,8 @@ def estimates(setting: Setting, decoder: Decoder, probe: Probe | None) -> list[E
     groups: dict[criteria.Needs, list[str]] = {}
     for name in criteria.names():
         needs = criteria.get(name).needs
-        if needs not in ("nothing", "sets"):  # how long a search takes is not known before
+        # how long a search takes, and how long the questions of a task are, is not known before
+        if needs not in ("nothing", "sets", "choices"):
             groups.setdefault("streams" if needs == "last token" else needs, []).append(name)
     return [
         _estimate(setting, decoder, names, probe, streamed)

@@ -30,10 +30,13 @@ from shortllm.pruning.budget import (
     removable,
 )
 from shortllm.pruning.records import BlockScores, PrunePlan, Size, removal_order, scores_path
-from shortllm.pruning.ties import Compared, near_ties
+from shortllm.pruning.ties import Compared, Ties, near_ties
 from shortllm.published import Published
 from shortllm.records import ModelInfo
 from shortllm.runtime import DeviceOptions
+
+FITNESS = {"ppl": "perplexity", "kl": "KL divergence", "task": "part of mistakes"}
+"""What searches lower, in words."""
 
 
 @accepts(budget=Budget, runtime=DeviceOptions)
@@ -111,6 +114,7 @@ def build_plan(
     removed = sorted(order)
     freed = parameters_of(removed, model)
     asked = budget.asked()
+    ties = _ties(scores, removed, model, budget) if scores else Ties()
     return PrunePlan(
         model=model,
         criterion=scores.criterion if scores else published.criterion if published else None,
@@ -125,7 +129,8 @@ def build_plan(
             parameters=freed,
             parameter_ratio=freed / model.parameters,
         ),
-        reason=_reason(scores, published, removed, protected, model, budget),
+        reason=_reason(scores, published, removed, protected, model, budget, ties),
+        near_ties=ties.blocks,
         scores=scores.fingerprint if scores else None,
         fingerprint=fingerprint(
             {
@@ -290,7 +295,7 @@ def _starts(units: Sequence[Sequence[int]], length: int) -> list[int]:
     return [run[0][0] for run in runs if run[-1][-1] - run[0][0] == length - 1]
 
 
-def _ties(scores: BlockScores, removed: Sequence[int], model: ModelInfo, budget: Budget) -> str:
+def _ties(scores: BlockScores, removed: Sequence[int], model: ModelInfo, budget: Budget) -> Ties:
     """What the plan must say of blocks that score like removed ones, if they were compared."""
     if _is_contiguous(budget, scores) and scores.spans is not None:
         length, values = len(removed), scores.spans[len(removed) - 1]
@@ -300,7 +305,7 @@ def _ties(scores: BlockScores, removed: Sequence[int], model: ModelInfo, budget:
     found = criteria.find(scores.criterion)
     measured = found is None or (found.needs != "nothing" and found.label != criteria.PLACE)
     if scores.order is not None or scores.removed is not None or not measured:
-        return ""
+        return Ties()
     totals = _totals(scores.importance, budget, model)
     samples = {
         unit: [sum(of_blocks) for of_blocks in zip(*(scores.samples[b] for b in unit), strict=True)]
@@ -318,6 +323,7 @@ def _reason(
     protected: list[int],
     model: ModelInfo,
     budget: Budget,
+    ties: Ties,
 ) -> str:
     """One sentence for a reader of the plan."""
     free = model.blocks - len(protected)
@@ -346,7 +352,7 @@ def _reason(
     whole = budget.period_aligned and model.period > 1
     periods = f", in whole periods of {model.period} blocks" if whole else ""
     said = f"{chosen} '{scores.criterion}' among the {free} unprotected blocks{periods}{kept_safe}."
-    return " ".join([said, *filter(None, [_ties(scores, removed, model, budget)])])
+    return f"{said} {ties.sentence}".rstrip()
 
 
 def _search_reason(search: Search, criterion: str, they: Callable[[str], str]) -> str:
@@ -362,7 +368,7 @@ def _search_reason(search: Search, criterion: str, they: Callable[[str], str]) -
             f"held-out calibration samples is {number(found.held_out, 5)}, the lowest of all "
             f"candidates ({beaten})"
         )
-    unit = "perplexity" if search.fitness == "ppl" else "KL divergence"
+    unit = FITNESS[search.fitness]
     if search.start is None:
         return (
             f"{they('were')} found by the search '{criterion}': without {it} the {unit} of the "

@@ -51,7 +51,16 @@ class BlockScores(Shown, ResultFile):
     )
     samples: list[list[float]] | None = Field(
         default=None,
-        description="for each block the criterion's mean on each calibration sample, in nats",
+        description="for each block the criterion's number of each calibration sample, whose plain "
+        "mean is the criterion's: in nats by `ppl` and `kl`, of an item by `task`",
+    )
+    stderr: list[float] | None = Field(
+        default=None,
+        description="for each block the standard error of the importance, over samples; what is "
+        "hard in a text is hard without any block, so blocks differ more clearly than these say",
+    )
+    delta_stderr: list[float] | None = Field(
+        default=None, description="standard error of delta_nll, paired by sample"
     )
     spans: list[list[float]] | None = Field(
         default=None,
@@ -81,6 +90,8 @@ class BlockScores(Shown, ResultFile):
             ("importance", self.importance),
             ("values", self.values),
             ("delta_nll", self.delta_nll),
+            ("stderr", self.stderr),
+            ("delta_stderr", self.delta_stderr),
         ):
             if numbers is not None and len(numbers) != count:
                 raise ValueError(f"{name} has {len(numbers)} entries, and the model {count} blocks")
@@ -115,17 +126,19 @@ class BlockScores(Shown, ResultFile):
         """A row for each block.
 
         Columns: `model` and `criterion`; `block`, counted from 0; `importance`, higher = keep;
-        `value`, the criterion's raw number, e.g. the perplexity without the block; `delta_nll`, by
-        how much the loss rises without it, in nats per token (none where not measured); `rank`,
-        1 = least important.
+        `value`, the criterion's raw number, e.g. the perplexity without the block; `stderr`, the
+        standard error of the importance over samples; `delta_nll`, by how much the loss rises
+        without it, in nats per token (none where not measured), and `delta_stderr`, its standard
+        error; `rank`, 1 = least important.
 
         Returns:
             A pandas data frame.
         Raises:
             ShortLLMError: pandas is not installed.
         """
-        ranks, deltas = self.ranks, self.delta_nll or itertools.repeat(None)
-        columns = zip(self.importance, self.values, deltas, strict=False)
+        ranks, none = self.ranks, itertools.repeat(None)
+        deltas = zip(self.delta_nll or none, self.delta_stderr or none, strict=False)
+        columns = zip(self.importance, self.values, self.stderr or none, deltas, strict=False)
         return data_frame(
             {
                 "model": self.model.id,
@@ -133,10 +146,12 @@ class BlockScores(Shown, ResultFile):
                 "block": block,
                 "importance": importance,
                 "value": value,
+                "stderr": stderr,
                 "delta_nll": delta,
+                "delta_stderr": delta_stderr,
                 "rank": ranks[block],
             }
-            for block, (importance, value, delta) in enumerate(columns)
+            for block, (importance, value, stderr, (delta, delta_stderr)) in enumerate(columns)
         )
 
 
@@ -163,6 +178,10 @@ class PrunePlan(Shown, ResultFile):
     )
     reached: Size = Field(description="what the removal takes away")
     reason: str = Field(description="one sentence for a reader")
+    near_ties: list[int] = Field(
+        default_factory=list,
+        description="removed blocks, and kept ones, whose order by the scores may be chance",
+    )
     scores: str | None = Field(default=None, description="fingerprint of the scores used")
 
     @model_validator(mode="after")

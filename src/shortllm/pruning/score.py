@@ -17,7 +17,7 @@ from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve_all
 from shortllm.data.calibration import calibrate, resolve_calibration, without_text_of
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import CalibrationOptions, SampledText
 from shortllm.files import fingerprint, releasing
 from shortllm.healing.options import HealOptions
 from shortllm.journal import Journal, journal_directory
@@ -94,7 +94,9 @@ def score(
     if out is not None and ranks.is_main:
         claim_directory(out, checkpoint, chosen)
     needs_text = any(one.needs_text for one in criteria)
-    ids = calibrate(checkpoint, calibration) if needs_text else None
+    ids = None
+    if needs_text:
+        ids = calibrate(checkpoint, calibration, session=session, directory=out)
     healing = text_to_heal_with(checkpoint, criteria, calibration)
     if out is None:
         found = score_blocks(
@@ -109,7 +111,7 @@ def score(
 
 
 def text_to_heal_with(
-    checkpoint: Checkpoint, criteria: Sequence[Criterion], text: CalibrationOptions
+    checkpoint: Checkpoint, criteria: Sequence[Criterion], text: SampledText
 ) -> Calibration | None:
     """More of the text, if any of the criteria measures healed models."""
     from shortllm.healing.heal import healing_text
@@ -152,6 +154,7 @@ def score_blocks(
         checkpoint=checkpoint,
         open_decoder=lambda: session.decoder(checkpoint),
         ids_BT=None if read is None else ranks.mine(read.ids),
+        counted_BT=(None if read is None or read.counted is None else ranks.mine(read.counted)),
         healing_BT=None if healing is None else ranks.mine(_to_choose_with(healing, read)),
         ranks=ranks,
         memory=session.memory(directory),
@@ -238,10 +241,11 @@ def scores_fingerprint(
     healing: Calibration | None = None,
 ) -> str:
     """The fingerprint of everything the scores of one criterion depend on."""
+    of_items = () if criterion.items is not None else ("tasks", "items")
     inputs: dict[str, Any] = {
         "model": checkpoint.fingerprint,
         "criterion": criterion.name,
-        "options": criterion.options,
+        "options": {name: v for name, v in criterion.options.items() if name not in of_items},
     }
     if criterion.needs_text and calibration is not None:
         inputs |= {
@@ -250,6 +254,11 @@ def scores_fingerprint(
             "device": session.device.type,
             **({"attention": session.attention} if session.attention else {}),
         }
+    if criterion.items is not None:
+        from shortllm.evaluation.choices import load_items
+
+        inputs["items"] = load_items(checkpoint, *criterion.items).fingerprint
+        inputs |= {"dtype": session.dtype(checkpoint), "device": session.device.type}
     if criterion.healing is not None and healing is not None:
         inputs["healing"] = healing.info.tokens_fingerprint
     return fingerprint(inputs)

@@ -3,6 +3,7 @@
     nothing, weights      no pass: weights are read from the files, one block at a time
     logits                one walk over all removals
     gradients             one forward and one backward pass
+    choices               one walk over all removals, on questions with their choices
     streams, last token,
     similarities          observers of either of these, else of one forward pass
     removals              one of the above per round
@@ -13,9 +14,10 @@ build on it (search_space.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shortllm import criteria
 from shortllm.checkpoint.source import Checkpoint
@@ -31,13 +33,14 @@ from shortllm.runtime import ALONE, Ranks
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shortllm.evaluation.choices import Items
     from shortllm.model.decoder import Decoder
     from shortllm.model.hidden_states import StreamMemory
     from shortllm.model.walk import Healed
 
 
-SAMPLE_DECIMALS = 6
-"""Of what is stored for each sample."""
+SAMPLE_DECIMALS, TOKEN_DECIMALS = 6, 9
+"""Of what is stored for each sample: of numbers in nats, and of those by the hidden states."""
 
 MOST_TO_CHOOSE = 128
 """Samples that candidates are healed on, of those of all processes."""
@@ -52,6 +55,8 @@ class Scorer:
     """Called when a pass needs the model."""
     ids_BT: Tensor | None
     """This process's samples; None if no criterion needs text."""
+    counted_BT: Tensor | None = None
+    """Which of their tokens count; None: all."""
     healing_BT: Tensor | None = None
     """Its samples to heal with; None if no criterion measures healed models."""
     ranks: Ranks = ALONE
@@ -59,6 +64,7 @@ class Scorer:
     journal: Journal = field(default_factory=lambda: Journal(None, ""))
     advance: Advance = lambda work: None
     _healed: dict[Any, Healed] = field(default_factory=dict)
+    _items: dict[Any, Items] = field(default_factory=dict)
 
     def score(self, resolved: Sequence[Criterion]) -> dict[str, Scores]:
         """Scores of all blocks by each criterion."""
@@ -83,6 +89,9 @@ class Scorer:
                 found[one.name] = plain_scores(one.call(self.checkpoint.block_count))
             elif one.needs == "weights":
                 found[one.name] = self._weights(one, candidates)
+            elif one.needs == "choices":
+                part = journal.part(one.name)
+                found[one.name] = self._choices(one, kept, candidates, part, healed)
             elif one.needs == "removals":
                 found[one.name] = self._removals(one, journal.part(one.name))
         observers = [self._observer(one, kept) for one in resolved if one.needs in OBSERVED]
@@ -119,11 +128,12 @@ class Scorer:
 
     def _observer(self, one: Criterion, kept: Sequence[int]) -> ScoringObserver:
         blocks = self.checkpoint.block_count
+        text = Text(self.samples(), self.counted_BT)
         if one.needs == "streams":
-            return TokenMeans(one, blocks)
+            return TokenMeans(one, blocks, text)
         if one.needs == "similarities":
-            return Similarities(one, self.open_decoder(), self.samples(), kept, self.memory)
-        return LastTokens(one, blocks, len(self.samples()), self.open_decoder().stream_width)
+            return Similarities(one, self.open_decoder(), text, kept, self.memory)
+        return LastTokens(one, blocks, text, self.open_decoder().stream_width)
 
     def _forward(
         self, kept: Sequence[int], observers: Sequence[ScoringObserver], journal: Journal
@@ -151,7 +161,7 @@ class Scorer:
         healed: Healed | None,
     ) -> dict[str, Scores]:
         """The model of `kept` and each model with one more block removed, in one walk."""
-        from shortllm.model.walk import UNHEALED, sample_means
+        from shortllm.model.walk import UNHEALED, predictions_of, sample_means
 
         decoder = self.open_decoder()
         own_VMB = sample_means(
@@ -159,6 +169,7 @@ class Scorer:
             self.samples(),
             removals_of(decoder.block_count, kept, candidates),
             [one.call for one in resolved],
+            counted_BT=self.counted_BT,
             observe=observers,
             healed=healed or UNHEALED,
             advance=self.advance,
@@ -166,21 +177,97 @@ class Scorer:
             journal=journal,
         )
         all_VMB = self.ranks.in_order(own_VMB.permute(2, 0, 1)).permute(1, 2, 0)
+        weight_B = self.ranks.in_order(predictions_of(self.samples(), self.counted_BT))
         found = {}
         for one, values_MB in zip(resolved, all_VMB, strict=True):
+            values_MB = weighted(values_MB, weight_B)
             intact, *without = (values_MB.sum(dim=1) / values_MB.shape[1]).tolist()
             in_nats, count = one.in_nats, decoder.block_count
             report = perplexity if in_nats else float
             values = spread_out([report(mean) for mean in without], candidates, count)
             change = spread_out([mean - intact for mean in without], candidates, count)
+            of_all = len(candidates) == count
+            errors = standard_errors(values_MB[1:]) if of_all else None
+            if errors is not None and in_nats:
+                errors = [value * error for value, error in zip(values, errors, strict=True)]
             found[one.name] = Scores(
                 importance=values,
                 values=values,
                 intact=report(intact),
                 delta_nll=change if in_nats else None,
-                samples=_samples_of(values_MB[1:], candidates, count),
+                samples=rounded(values_MB[1:], SAMPLE_DECIMALS) if of_all else None,
+                stderr=errors,
+                delta_stderr=(
+                    standard_errors(values_MB[1:] - values_MB[0]) if of_all and in_nats else None
+                ),
             )
         return found
+
+    def items(self, one: Criterion) -> Items:
+        """The multiple-choice items that a criterion asks."""
+        from shortllm.evaluation.choices import load_items
+
+        assert one.items is not None, "it asks nothing"
+        if one.items not in self._items:
+            self._items[one.items] = load_items(self.checkpoint, *one.items)
+        return self._items[one.items]
+
+    def answers(
+        self,
+        asked: Items,
+        removals: Sequence[Collection[int]],
+        journal: Journal,
+        healed: Healed | None = None,
+        *,
+        stop: int | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of each shortened model whether it answers each item correctly, and the margins; of the
+        first `stop` items."""
+        import torch
+
+        from shortllm.model.walk import UNHEALED, predictions_of, sample_means, target_nll
+
+        decoder, ranks = self.open_decoder(), self.ranks
+        own = asked.share(ranks.rank, ranks.count, stop)
+        logprobs_MR = torch.zeros(len(removals), len(own.rows), dtype=torch.float64)
+        for n, (rows, ids_RT, counted_RT) in enumerate(own.batches(decoder.streamed)):
+            [nll_MR] = sample_means(
+                decoder, ids_RT, removals, [target_nll], counted_BT=counted_RT,
+                healed=healed or UNHEALED, advance=self.advance, memory=self.memory,
+                journal=journal.part(f"rows-{n}"),
+            )  # fmt: skip
+            count_R = predictions_of(ids_RT, counted_RT)
+            logprobs_MR[:, rows] = (-nll_MR * count_R).where(count_R > 0, 0.0)
+        found = []
+        for logprob_R in logprobs_MR.tolist():
+            right_I, margin_I = own.answered(logprob_R)
+            found.append((ranks.in_order(right_I), ranks.in_order(margin_I)))
+        return found
+
+    def _choices(
+        self,
+        one: Criterion,
+        kept: Sequence[int],
+        candidates: Sequence[int],
+        journal: Journal,
+        healed: Healed | None,
+    ) -> Scores:
+        """The items answered by the model of `kept` and each model with one more block removed."""
+        import torch
+
+        count = self.checkpoint.block_count
+        removals = removals_of(count, kept, candidates)
+        (intact_I, _), *without = self.answers(self.items(one), removals, journal, healed)
+        values_MI = torch.stack([one.call(*answers, intact_I) for answers in without])
+        right = [right_I.mean().item() for right_I, _ in without]
+        of_all = len(candidates) == count
+        return Scores(
+            importance=spread_out(values_MI.mean(dim=1).tolist(), candidates, count),
+            values=spread_out(right, candidates, count),
+            intact=intact_I.mean().item(),
+            samples=rounded(values_MI, SAMPLE_DECIMALS) if of_all else None,
+            stderr=standard_errors(values_MI) if of_all else None,
+        )
 
     def _gradients(
         self,
@@ -205,6 +292,7 @@ class Scorer:
             list(kept),
             receive,
             ranks=self.ranks,
+            counted_BT=self.counted_BT,
             observe=observers,
             advance=self.advance,
             memory=self.memory,
@@ -267,16 +355,18 @@ class Scorer:
         held_out = self.ranks.share_of_last_quarter(len(self.healing_BT))
         return self.healing_BT[len(self.healing_BT) - held_out :]
 
-    def over_texts(self, texts: Sequence[Tensor], means: Sequence[Sequence[float]]) -> list[float]:
+    def over_texts(self, texts: Sequence[Text], means: Sequence[Sequence[float]]) -> list[float]:
         """The means of some models over all predictions of some texts, from those of each text."""
-        predictions = [self.ranks.total(float(ids_BT[:, 1:].numel())) for ids_BT in texts]
+        from shortllm.model.walk import predictions_of
+
+        predictions = [self.ranks.total(predictions_of(*one).sum().item()) for one in texts]
         shares = [count / sum(predictions) for count in predictions]
         return [
             sum(share * mean for share, mean in zip(shares, of_model, strict=True))
             for of_model in zip(*means, strict=True)
         ]
 
-    def healed_nll(self, method: str, removed: Collection[int], texts: Sequence[Tensor]) -> float:
+    def healed_nll(self, method: str, removed: Collection[int], texts: Sequence[Text]) -> float:
         """Mean NLL of a model that is healed gap after gap, as `heal` does it, nats per token; but
         only the block before each gap is changed, which is faster."""
         from shortllm.healing.methods import METHODS, Task
@@ -300,9 +390,12 @@ class Scorer:
         )
         with healed.applied(decoder):
             means = [
-                mean_nlls(decoder, ids_BT, [frozenset(removed)], ranks=self.ranks, memory=memory)
-                for ids_BT in texts
-            ]
+                mean_nlls(
+                    decoder, one.ids_BT, [frozenset(removed)], counted_BT=one.counted_BT,
+                    ranks=self.ranks, memory=memory,
+                )
+                for one in texts
+            ]  # fmt: skip
         [found] = self.over_texts(texts, means)
         return found
 
@@ -327,7 +420,15 @@ class Scorer:
 
         total, needs = 0.0, {one.needs for one in resolved}
         for one in resolved:
-            if one.needs == "weights":
+            if one.needs == "choices":
+                decoder = self.open_decoder()
+                removals = removals_of(decoder.block_count, kept, candidates)
+                own = self.items(one).share(self.ranks.rank, self.ranks.count)
+                total += sum(
+                    walk_flops(decoder, removals, *ids_RT.shape, head=head)
+                    for _, ids_RT, _ in own.batches(decoder.streamed)
+                )
+            elif one.needs == "weights":
                 weights = (e for b in candidates for e in self.checkpoint.block_weights(b))
                 total += 2.0 * sum(entry.elements for entry in weights)
             elif one.needs == "removals":
@@ -363,37 +464,73 @@ def removals_of(
     return [gone, *(gone | {b} for b in candidates)]
 
 
+class Text(NamedTuple):
+    """Samples of one process, and which of their tokens count; None: all."""
+
+    ids_BT: Tensor
+    counted_BT: Tensor | None
+
+    def tokens(self) -> Tensor:
+        """How many tokens of each sample count, `[B]`, float64."""
+        if self.counted_BT is not None:
+            return self.counted_BT.sum(dim=1).double().cpu()
+        return self.ids_BT.new_full((len(self.ids_BT),), self.ids_BT.shape[1]).double().cpu()
+
+    def counting(self, values_BT: Tensor, rows: slice) -> Tensor:
+        """Numbers of the tokens of some samples, 0 for those that do not count."""
+        if self.counted_BT is None:
+            return values_BT
+        return values_BT.where(self.counted_BT[rows].to(values_BT.device), 0.0)
+
+
 class TokenMeans:
     """The mean over tokens of a number per token, for each block."""
 
-    def __init__(self, criterion: Criterion, blocks: int) -> None:
+    def __init__(self, criterion: Criterion, blocks: int, text: Text) -> None:
         import torch
 
         self.criterion = criterion
+        self._text = text
         self._sums = torch.zeros(blocks, 2, dtype=torch.float64)
         """Sum and count of each block."""
-        self.state = {criterion.name: self._sums}
+        self._of_samples = torch.zeros(len(text.ids_BT), blocks, dtype=torch.float64)
+        """Sum of each sample and block."""
+        self.state = {criterion.name: self._sums, f"{criterion.name}-samples": self._of_samples}
 
     def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
         values_BT = self.criterion.call(before_BTD.flatten(2), after_BTD.flatten(2))
-        self._sums[b, 0] += values_BT.double().sum().item()
-        self._sums[b, 1] += values_BT.numel()
+        values_BT = self._text.counting(values_BT.double(), rows)
+        self._sums[b, 0] += values_BT.sum().item()
+        self._sums[b, 1] += self._text.tokens()[rows].sum().item()
+        self._of_samples[rows, b] = values_BT.sum(dim=1).cpu()
 
     def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
         """Means over all tokens of all processes."""
         ranks.add_up([self._sums])
-        return plain_scores(
+        found = plain_scores(
             [total / count if count else 0.0 for total, count in self._sums.tolist()]
+        )
+        weight_B, sums_BL = ranks.in_order(self._text.tokens()), ranks.in_order(self._of_samples)
+        if len(kept) < len(self._sums):
+            return found
+        values_LB = weighted((sums_BL / weight_B[:, None]).T, weight_B)
+        return replace(
+            found, samples=rounded(values_LB, TOKEN_DECIMALS), stderr=standard_errors(values_LB)
         )
 
 
 class LastTokens:
-    """The stream of each sample's last token before and after each block."""
+    """The stream of each sample's last token that counts, before and after each block."""
 
-    def __init__(self, criterion: Criterion, blocks: int, samples: int, width: int) -> None:
+    def __init__(self, criterion: Criterion, blocks: int, text: Text, width: int) -> None:
         import torch
 
+        samples, length = text.ids_BT.shape
         self.criterion = criterion
+        self._last_B = torch.full((samples,), length - 1)
+        if text.counted_BT is not None:
+            places_BT = torch.arange(length).where(text.counted_BT.cpu(), 0)
+            self._last_B = places_BT.max(dim=1).values
         self._before = torch.zeros(blocks, samples, width)
         self._after = torch.zeros(samples, width)
         self.state = {
@@ -402,15 +539,18 @@ class LastTokens:
         }
 
     def __call__(self, b: int, before_BTD: Tensor, after_BTD: Tensor, rows: slice) -> None:
-        self._before[b, rows] = before_BTD[:, -1].flatten(1).to(self._before)
-        self._after[rows] = after_BTD[:, -1].flatten(1).to(self._after)
+        last = range(len(before_BTD)), self._last_B[rows]
+        self._before[b, rows] = before_BTD[last].flatten(1).to(self._before)
+        self._after[rows] = after_BTD[last].flatten(1).to(self._after)
 
     def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
         """The criterion's scores of all samples of all processes."""
         import torch
 
         depths = torch.cat([self._before[list(kept)], self._after[None]])
-        found: Scores = self.criterion.call(torch.cat(ranks.gather(depths), dim=1))
+        found: Scores = self.criterion.call(ranks.in_order(depths.transpose(0, 1)).transpose(0, 1))
+        if found.samples is not None:
+            found = replace(found, stderr=standard_errors(torch.tensor(found.samples).double()))
         return _of_all(found, kept, len(self._before))
 
 
@@ -421,7 +561,7 @@ class Similarities:
         self,
         criterion: Criterion,
         decoder: Decoder,
-        ids_BT: Tensor,
+        text: Text,
         kept: Sequence[int],
         memory: StreamMemory | None,
     ) -> None:
@@ -429,9 +569,11 @@ class Similarities:
 
         from shortllm.model.hidden_states import StreamMemory, group_size
 
+        ids_BT = text.ids_BT
         self.criterion = criterion
+        self._text = text
         self._blocks, self._kept = decoder.block_count, kept
-        self._tokens = float(ids_BT.numel())
+        self._tokens = text.tokens().sum().item()
         self._device = decoder.device
         # blocks that are read from files take all samples before the next one
         self._together = len(ids_BT) if decoder.streamed else group_size(decoder, ids_BT.shape[1])
@@ -452,7 +594,8 @@ class Similarities:
         self._inputs[i, place] = before_BTD.to(self._inputs)
         for j in range(i + 1):
             other_BTD = self._inputs[j, place].to(self._device)
-            self._sums[j, i] += cosine(other_BTD, before_BTD).double().sum().item()
+            alike_BT = self._text.counting(cosine(other_BTD, before_BTD).double(), rows)
+            self._sums[j, i] += alike_BT.sum().item()
 
     def scores(self, kept: Sequence[int], ranks: Ranks) -> Scores:
         """The criterion's scores by the means over all tokens of all processes."""
@@ -466,13 +609,30 @@ ScoringObserver = TokenMeans | LastTokens | Similarities
 """Observes the streams of a pass, and turns what it saw into scores."""
 
 
-def _samples_of(
-    values_MB: Tensor, candidates: Sequence[int], count: int
-) -> list[list[float]] | None:
-    """The mean of each sample without each block, if every block is a candidate."""
-    if len(candidates) < count:
+def weighted(values_MB: Tensor, weight_B: Tensor) -> Tensor:
+    """Means of samples, changed so that their plain mean and its standard error are those of the
+    mean in which the samples weigh `weight_B`; unchanged where all weigh the same.
+
+    The residuals are scaled: those of the ratio estimator, sum(w x) / sum(w).
+    """
+    if bool((weight_B == weight_B[0]).all()):
+        return values_MB
+    mean_M1 = (values_MB * weight_B).sum(dim=1, keepdim=True) / weight_B.sum()
+    return mean_M1 + (values_MB - mean_M1) * (weight_B / weight_B.mean())
+
+
+def standard_errors(values_MB: Tensor) -> list[float] | None:
+    """Of the mean over samples, for each row; None for a single sample."""
+    samples = values_MB.shape[1]
+    if samples < 2:
         return None
-    return [[round(one, SAMPLE_DECIMALS) for one in values] for values in values_MB.tolist()]
+    found: list[float] = (values_MB.std(dim=1) / math.sqrt(samples)).tolist()
+    return found if all(map(math.isfinite, found)) else None
+
+
+def rounded(values_MB: Tensor, decimals: int) -> list[list[float]]:
+    """What is stored of the numbers of samples."""
+    return [[round(one, decimals) for one in values] for values in values_MB.tolist()]
 
 
 def plain_scores(values: list[float]) -> Scores:

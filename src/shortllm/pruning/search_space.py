@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.criteria import Criterion, Scores, names_in, resolve
 from shortllm.criteria.search import (
+    AnyFitness,
     Blocks,
     CandidateSet,
     Choice,
-    Fitness,
     NotTried,
     Proposal,
     Search,
@@ -31,11 +31,13 @@ from shortllm.model.metrics import perplexity
 from shortllm.pruning.budget import Budget, most_blocks, removable, removal_options
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores
-from shortllm.pruning.scoring import Scorer
+from shortllm.pruning.scoring import Scorer, Text
 from shortllm.records import ModelInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from shortllm.model.walk import Healed
+
+    pass
 
 
 def score_all(scorer: Scorer, resolved: Sequence[Criterion]) -> dict[str, Scores]:
@@ -88,7 +90,7 @@ class BlockSearch:
         self._scorer = scorer
         self._searching = searching
         self._options = searching.options
-        self._fitness: Fitness = searching.options.get("fitness", "ppl")
+        self._fitness: AnyFitness = searching.options.get("fitness", "ppl")
         self._journal = journal
         self._model = scorer.checkpoint.info()
         self._budget = budget_of(searching, self._model)
@@ -132,19 +134,27 @@ class BlockSearch:
         """A number of each process."""
         return self._scorer.ranks.gather(value)
 
-    def _part(self, start: int, stop: int) -> Tensor:
+    def _part(self, start: int, stop: int) -> Text:
         """This process's share of the samples numbered from `start` to before `stop`."""
-        ranks = self._scorer.ranks
-        first, behind = (len(range(ranks.rank, n, ranks.count)) for n in (start, stop))
-        return self._scorer.samples()[first:behind]
+        ranks, counted_BT = self._scorer.ranks, self._scorer.counted_BT
+        part = slice(*(len(range(ranks.rank, n, ranks.count)) for n in (start, stop)))
+        ids_BT = self._scorer.samples()[part]
+        return Text(ids_BT, None if counted_BT is None else counted_BT[part])
 
     def _count(self, part: float) -> int:
-        """Samples in a part of those searched on."""
-        return max(1, math.ceil(part * self._searched))
+        """Samples in a part of those searched on, or items."""
+        return max(1, math.ceil(part * self._size))
+
+    @property
+    def _size(self) -> int:
+        """All samples that are searched on, or items."""
+        if self._fitness == "task":
+            return len(self._scorer.items(self._searching).items)
+        return self._searched
 
     def share(self, part: float) -> float:
         """The samples of a part, as a share of those the search sees."""
-        return self._count(part) / self._searched
+        return self._count(part) / self._size
 
     def propose(self, names: Sequence[str]) -> list[Proposal]:
         """What each criterion removes."""
@@ -165,9 +175,8 @@ class BlockSearch:
         resolved = [
             _fitted(one, self._budget, self._model, self._searching.healing) for one in named
         ]
-        scorer = replace(
-            self._scorer, ids_BT=self._part(0, self._searched), journal=journal.part("scores")
-        )
+        text = self._part(0, self._searched)
+        scorer = replace(self._scorer, **text._asdict(), journal=journal.part("scores"))
         proposals, left_out = [], []
         for name, found in scorer.score(resolved).items():
             scores = BlockScores(
@@ -188,12 +197,14 @@ class BlockSearch:
         count = self._count(part)
         new = sorted({s for s in sets if (s, count) not in self._known}, key=sorted)
         if new:
-            ids_BT = self._part(0, count)
-            kl = self._fitness == "kl"
-            entry = self._entry("measure", partial(self._means, new, [ids_BT], kl))
+            if self._fitness == "task":
+                work = partial(self._mistakes, new, count)
+            else:
+                work = partial(self._means, new, [self._part(0, count)], self._fitness == "kl")
+            entry = self._entry("measure", work)
             for removed, value in zip(new, entry["values"], strict=True):
                 self._known[removed, count] = value if math.isfinite(value) else math.inf
-            self._evaluations += len(new) * count / self._searched
+            self._evaluations += len(new) * count / self._size
             if not self._at_start:
                 self._at_start = self._evaluations
         return [self._known[removed, count] for removed in sets]
@@ -207,10 +218,10 @@ class BlockSearch:
 
         from shortllm.model.hidden_states import SampleGroups
 
-        scorer = self._scorer
+        scorer, text = self._scorer, self._part(0, self._searched)
         with torch.no_grad():
             groups = SampleGroups(
-                scorer.open_decoder(), self._part(0, self._searched), scorer.memory
+                scorer.open_decoder(), text.ids_BT, scorer.memory, counted_BT=text.counted_BT
             )
             return {"removed": sorted(choice(groups, scorer.ranks, scorer.advance))}
 
@@ -286,37 +297,50 @@ class BlockSearch:
         self._seconds = entry["seconds"]
         return entry
 
-    def _held_out_texts(self) -> list[Tensor]:
+    def _held_out_texts(self) -> list[Text]:
         """This process's share of the samples that decide between candidates; of healed ones also
         the quarter of the text to heal with that is not fitted."""
         texts = [self._part(self._searched, self._total)]
         if self._searching.healing is not None:
-            texts.append(self._scorer.healing_held_out())
-        self._decided_on = int(self._scorer.ranks.total(float(sum(map(len, texts)))))
+            texts.append(Text(self._scorer.healing_held_out(), None))
+        samples = sum(len(one.ids_BT) for one in texts)
+        self._decided_on = int(self._scorer.ranks.total(float(samples)))
         return texts
 
     def _means(
-        self, sets: Sequence[Blocks], texts: Sequence[Tensor], kl: bool, journal: Journal
+        self, sets: Sequence[Blocks], texts: Sequence[Text], kl: bool, journal: Journal
     ) -> dict[str, Any]:
         """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
         from shortllm.model.walk import TOGETHER, UNHEALED, mean_nlls
 
         scorer = self._scorer
-        free = [block for unit in self.units for block in unit]
-        longest = self._budget.remove or len(free)
-        healed = scorer.healed(self._searching.healing, free, longest)
+        healed = self._gap_weights()
         values = [
             mean_nlls(
-                scorer.open_decoder(), ids_BT, sets, kl=kl, together=TOGETHER, ranks=scorer.ranks,
-                healed=healed or UNHEALED, advance=scorer.advance, memory=scorer.memory,
-                journal=journal.part(f"text-{i}"),
+                scorer.open_decoder(), one.ids_BT, sets, counted_BT=one.counted_BT, kl=kl,
+                together=TOGETHER, ranks=scorer.ranks, healed=healed or UNHEALED,
+                advance=scorer.advance, memory=scorer.memory, journal=journal.part(f"text-{i}"),
             )
-            for i, ids_BT in enumerate(texts)
+            for i, one in enumerate(texts)
         ]  # fmt: skip
         return {"values": scorer.over_texts(texts, values)}
 
+    def _mistakes(self, sets: Sequence[Blocks], count: int, journal: Journal) -> dict[str, Any]:
+        """Part of the first `count` items that models without each set answer wrongly."""
+        from shortllm.criteria.task import mistakes
+
+        asked = self._scorer.items(self._searching)
+        found = self._scorer.answers(asked, sets, journal, self._gap_weights(), stop=count)
+        return {"values": [mistakes(*one).mean().item() for one in found]}
+
+    def _gap_weights(self) -> Healed | None:
+        """What healing makes of the blocks before gaps, if models are measured after it."""
+        free = [block for unit in self.units for block in unit]
+        longest = self._budget.remove or len(free)
+        return self._scorer.healed(self._searching.healing, free, longest)
+
     def _healed(
-        self, sets: Sequence[Blocks], texts: Sequence[Tensor], journal: Journal
+        self, sets: Sequence[Blocks], texts: Sequence[Text], journal: Journal
     ) -> dict[str, Any]:
         """Mean NLL without each set after its gaps were healed one after the other."""
         method = self._searching.healing

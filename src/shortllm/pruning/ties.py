@@ -45,23 +45,41 @@ class Compared:
         return found is not None and found.stderr is not None and not found.is_clear
 
 
-def near_ties(compared: Compared, removed: Collection[Unit]) -> str:
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """What a plan must say of scores that are alike."""
+
+    sentence: str = ""
+    """Empty where there is nothing to say."""
+    chosen: Sequence[Unit] = ()
+    over: Sequence[Unit] = ()
+    """The removed units, and the kept ones, whose order may be chance."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that are removed and may as well be kept, or the reverse."""
+        gone, left = ({b for unit in units for b in unit} for units in (self.chosen, self.over))
+        return sorted(gone ^ left)
+
+
+def near_ties(compared: Compared, removed: Collection[Unit]) -> Ties:
     """A sentence that names the removed units and the kept ones which score alike, else one that
     names units with the same score; else empty."""
-    return _at_the_border(compared, removed) or _the_same(compared)
+    found = _at_the_border(compared, removed)
+    return found if found.sentence else Ties(_the_same(compared))
 
 
-def _at_the_border(compared: Compared, removed: Collection[Unit]) -> str:
+def _at_the_border(compared: Compared, removed: Collection[Unit]) -> Ties:
     importance = compared.importance
     gone = [unit for unit in importance if unit in removed]
     left = [unit for unit in importance if unit not in removed]
     if not gone or not left:
-        return ""
+        return Ties()
     last, first = max(gone, key=importance.__getitem__), min(left, key=importance.__getitem__)
     over = [unit for unit in left if compared.alike(unit, last)]
     chosen = [unit for unit in gone if compared.alike(unit, first)]
     if not over or not chosen:
-        return ""
+        return Ties()
     gap = max(compared.apart(one, other) for one in chosen for other in over)
     were = "Block {} was" if sum(map(len, chosen)) == 1 else "Blocks {} were"
     score = "scores" if sum(map(len, over)) == 1 else "score"
@@ -69,7 +87,8 @@ def _at_the_border(compared: Compared, removed: Collection[Unit]) -> str:
     if gap:
         noise = "" if gap <= NEAR else ", the noise of the samples"
         how = f"alike (within {math.ceil(1000 * gap) / 10:g} %{noise})"
-    return f"{were.format(_named(chosen))} chosen over {_named(over)}, which {score} {how}."
+    sentence = f"{were.format(_named(chosen))} chosen over {_named(over)}, which {score} {how}."
+    return Ties(sentence, chosen, over)
 
 
 def _the_same(compared: Compared) -> str:
@@ -84,6 +103,18 @@ def _the_same(compared: Compared) -> str:
     if len(largest) < 2:
         return ""
     return f"Blocks {_named(largest)} score the same: of equals the later goes first."
+
+
+def undecided(removed: Collection[int], near: Sequence[int], by_samples: bool) -> str:
+    """A line that says which blocks the scores do not tell apart; empty if they do."""
+    if not near:
+        return ""
+    chosen, over = ([b for b in near if (b in removed) == gone] for gone in (True, False))
+    more = "; more --samples would decide" if by_samples else ""
+    return (
+        f"blocks {listed(list(map(str, chosen)))} (removed) and {listed(list(map(str, over)))} "
+        f"(kept) are within noise{more}"
+    )
 
 
 def _named(units: Sequence[Unit]) -> str:

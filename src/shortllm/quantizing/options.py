@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
-from shortllm.data.options import CalibrationInfo, CalibrationOptions
+from shortllm.data.options import CalibrationInfo, SampledText
 from shortllm.options import Flag, Options
 from shortllm.quantizing.methods import METHODS
 from shortllm.records import DerivedRecord
@@ -33,7 +33,7 @@ MethodName = Annotated[
 ]
 
 
-class QuantizeCalibration(CalibrationOptions):
+class QuantizeCalibration(SampledText):
     """Calibration text; the defaults are those of the GPTQ paper."""
 
     data: str | None = Field(

@@ -24,7 +24,7 @@ from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED, ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.data.calibration import Calibration, calibrate
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.errors import CheckpointError, ShortLLMError
 from shortllm.files import require_free
 from shortllm.model import Session
@@ -128,7 +128,7 @@ def quantize_from(
 
 
 def resolve(
-    options: QuantizeOptions, checkpoint: Checkpoint, shared: CalibrationOptions | None = None
+    options: QuantizeOptions, checkpoint: Checkpoint, shared: SampledText | None = None
 ) -> QuantizeOptions:
     """The same options with every default filled in; `shared` text says where BOS goes."""
     method = METHODS.get(options.method)

@@ -57,6 +57,10 @@ class BarPlot(Plot):
     """Legend of bars that a logarithmic axis cannot show."""
     span: tuple[int, int] | None = None
     """First and last block of a span that was removed as one."""
+    errors: Sequence[float] = ()
+    """Standard error of each height; empty where it is not known."""
+    near: Sequence[int] = ()
+    """Blocks whose place before or behind the cut may be chance."""
 
     @property
     def log_floor(self) -> float | None:
@@ -106,9 +110,18 @@ class BarPlot(Plot):
                     [block], [foot], linestyle="none", marker="v", markersize=MARKER_PT,
                     color=COLOURS[status], clip_on=False, zorder=4,
                 )  # fmt: skip
-            if status == "removed":
+            above = (self.errors[block] if self.errors else 0.0) * (block not in hidden)
+            marks = "×" * (status == "removed") + "≈" * (block in self.near)
+            if above:
+                height = self.heights[block]
+                low = height - max(foot, height - above) if height > foot else 0.0
+                axes.errorbar(
+                    [block], [height], yerr=[[low], [above]], color=COLOURS["ink"],
+                    linewidth=0.9, capsize=min(2.0, 0.2 * pitch_pt), zorder=3,
+                )  # fmt: skip
+            if marks:
                 axes.annotate(
-                    "×", (block, max(self.heights[block], foot)), ha="center",
+                    marks, (block, max(self.heights[block] + above, foot)), ha="center",
                     xytext=(0, MARKER_PT if block in hidden else 1.5), color=COLOURS["removed"],
                     textcoords="offset points", fontsize=min(10, max(4.5, 1.1 * pitch_pt)),
                 )  # fmt: skip

@@ -86,7 +86,7 @@ def criteria_plot(found: Comparison) -> LinePlot:
             style["marker"] = marker
         else:
             style = {"zorder": 4, **line_style(next(coloured))}
-        lines.append(line(one.criterion, [column.perplexities[i] for column in columns], style))
+        lines.append(line(one.name, [column.perplexities[i] for column in columns], style))
     return LinePlot(
         lines=lines,
         x_label=f"blocks removed, of {total}",
@@ -130,7 +130,7 @@ def perplexity_table(found: Comparison) -> Table:
         "criteria below every random removal": lambda c: f"{c.beat_all} of {total}",
     }
     rows = [
-        row(one.criterion, *(_perplexity(one, *column) for column in enumerate(columns)))
+        row(one.name, *(_perplexity(one, *column) for column in enumerate(columns)))
         for one in found.criteria
     ]
     for name, show in summaries.items():
@@ -144,7 +144,7 @@ def _perplexity(one: Contender, place: int, column: Standing) -> Cell:
     found = one.sets[place]
     value = math.inf if found.perplexity is None else found.perplexity
     look = "" if value < column.random_mean else "worse"
-    is_best = one.criterion in column.best or (found.behind and not found.behind.is_clear)
+    is_best = one.name in column.best or (found.behind and not found.behind.is_clear)
     error = "" if found.stderr is None else f"± {number(found.stderr, 2)}"
     return Cell(number(value), error, look="best" if is_best else look)
 
@@ -168,7 +168,7 @@ def _perplexities(found: Comparison) -> Section:
 
 
 def _removed_sets(found: Comparison) -> Section:
-    rows = [row(one.criterion, *(spans(each.order) for each in one.sets)) for one in found.criteria]
+    rows = [row(one.name, *(spans(each.order) for each in one.sets)) for one in found.criteria]
     note = (
         f"Of {counted(found.model.blocks, 'block')}, counted from 0; protected: "
         f"{spans(found.protected) or NONE}. The random removals are in comparison.json."

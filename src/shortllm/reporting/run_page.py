@@ -49,6 +49,7 @@ LONG_TABLE = 16
 _FITNESS = {
     "ppl": "perplexity on the search text",
     "kl": "KL divergence from the intact model on the search text",
+    "task": "part of the items answered wrongly",
 }
 
 
@@ -199,26 +200,36 @@ def _axis(scores: BlockScores) -> tuple[str, bool]:
 
 def importance_section(results: RunResults, scores: BlockScores) -> Section:
     """The plot of the criterion, one bar per block."""
-    plot = importance_plot(scores, results.statuses, span=_span(results))
+    near = results.plan.near_ties
+    plot = importance_plot(scores, results.statuses, span=_span(results), near=near)
     caption = " ".join(_importance_caption(results, scores, plot))
     return Section("importance", "Block importance", [plot.figure(caption)])
 
 
 def importance_plot(
-    scores: BlockScores, statuses: Sequence[Status], *, span: tuple[int, int] | None = None
+    scores: BlockScores,
+    statuses: Sequence[Status],
+    *,
+    span: tuple[int, int] | None = None,
+    near: Sequence[int] = (),
 ) -> BarPlot:
     """A bar per block in the units of the criterion; for perplexities their increase.
 
     Args:
         statuses: what a plan does with each block.
         span: first and last block, where they were removed as one span.
+        near: blocks whose place before or behind the cut may be chance.
     """
     heights, (label, _), intact = scores.importance, _axis(scores), scores.intact
+    errors = scores.stderr
     if intact is not None and _is_increase(scores):
         label = f"increase in perplexity (intact: {number(intact)})"
         heights = [value - intact for value in scores.values]
+        errors = scores.delta_stderr and [
+            value * error for value, error in zip(scores.values, scores.delta_stderr, strict=True)
+        ]
     elif label == PLACE:
-        heights = [float(scores.ranks[block]) for block in range(len(heights))]
+        heights, errors = [float(scores.ranks[block]) for block in range(len(heights))], None
     elif intact is not None:
         label = f"{label}; intact: {number(intact)}"
     return BarPlot(
@@ -227,6 +238,8 @@ def importance_plot(
         y_label=label,
         below_label="no increase" if _is_increase(scores) else "too small for the axis",
         span=span,
+        errors=errors or (),
+        near=near,
     )
 
 
@@ -262,6 +275,10 @@ def _importance_caption(results: RunResults, scores: BlockScores, plot: BarPlot)
         yield _span_sentence(results.plan, scores.spans[len(results.plan.removed) - 1])
     if results.calibration and scores.calibration is not None:
         yield f"Measured on {protocol.calibration_phrase(results.calibration)}, in {scores.dtype}."
+    if plot.errors:
+        yield "Lines on the bars are standard errors over the samples."
+    if plot.near:
+        yield "≈ marks blocks whose place before or behind the cut is within noise."
     if plot.log_floor is not None:
         yield "The axis is logarithmic."
     elif plot.linear_floor:
@@ -331,6 +348,8 @@ def block_section(results: RunResults, scores: BlockScores) -> Section:
     note = "Rank 1 is the least important block."
     if in_nats and (scores.removed is not None or scores.values == scores.importance):
         note = f"{note[:-1]}; the importance is the perplexity without the block."
+    if results.plan.near_ties:
+        note += " ≈: removed or kept by less than the noise of the scores."
     found: list[Part] = [score_table(scores, results.plan), Paragraph(note)]
     if len(results.statuses) > LONG_TABLE:
         found = [parts.Details(f"All {len(results.statuses)} blocks", found)]
@@ -344,6 +363,8 @@ def score_table(scores: BlockScores, plan: PrunePlan | None = None) -> Table:
     columns: list[Column[int]] = [("block", str)]
     if label != PLACE:
         columns.append(("importance", lambda block: number(importance[block], 5)))
+    if label != PLACE and (errors := scores.stderr) is not None:
+        columns.append(("± standard error", lambda block: number(errors[block], 2)))
     if scores.removed is None and values != importance:
         unscored = plan.protected if plan and scores.order is not None else []
         inner = scores.options.get("inner")
@@ -356,6 +377,8 @@ def score_table(scores: BlockScores, plan: PrunePlan | None = None) -> Table:
         )
     if (deltas := scores.delta_nll) is not None:
         columns.append(("Δ NLL [nats/token]", lambda block: signed(deltas[block], 3)))
+    if (paired := scores.delta_stderr) is not None:
+        columns.append(("± paired by sample", lambda block: number(paired[block], 2)))
     columns.append(("rank", lambda block: str(ranks[block])))
     if plan is None:
         return parts.table_of(range(len(importance)), columns)
@@ -363,7 +386,7 @@ def score_table(scores: BlockScores, plan: PrunePlan | None = None) -> Table:
     statuses = plan.statuses
     columns += [
         ("new index", lambda block: str(new_index.get(block, NONE))),
-        ("status", lambda block: statuses[block]),
+        ("status", lambda block: statuses[block] + " ≈" * (block in plan.near_ties)),
     ]
     return parts.table_of(range(len(statuses)), columns, look=lambda block: statuses[block])
 

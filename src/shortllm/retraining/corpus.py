@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from shortllm.data.chat import Chat, Span, template_of
+from shortllm.data.generated import WRITTEN_AT_ONCE, sampled
 from shortllm.data.rows import Records
 from shortllm.data.shapes import Form
+from shortllm.data.sources import mixed as in_proportion
 from shortllm.errors import DataError
 from shortllm.files import partial_directory, write_text
-from shortllm.runtime import quiet_transformers
 
 if TYPE_CHECKING:
     from shortllm.checkpoint.source import Checkpoint
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 CHARACTERS_PER_DOCUMENT = 16_000
 """Lines of a text file belong together; about this many characters are one document."""
 
-TOKENIZED_AT_ONCE, WRITTEN_AT_ONCE = 256, 32
-"""Rows that the tokenizer gets in one call, and documents that a teacher writes in one batch."""
+TOKENIZED_AT_ONCE = 256
+"""Rows that the tokenizer gets in one call."""
 
 HOLD_OUT_EVERY = 10
 """The first of every ten documents is held out, until there are enough."""
@@ -101,20 +101,12 @@ def mixed(
 ) -> Iterator[Document]:
     """Documents of several sources, whose tokens are in proportion to their weights.
 
-    Always the next document of the source that has given least of its share. It ends with the first
-    source that ends.
-
     Args:
         longest: tokens to which each document will be cut.
     """
-    given = [0] * len(parts)
-    while True:
-        n = min(range(len(parts)), key=lambda n: given[n] / parts[n][0])
-        document = next(parts[n][1], None)
-        if document is None:
-            return
-        given[n] += min(len(document.ids), longest or len(document.ids))
-        yield document
+    return in_proportion(
+        parts, lambda document: min(len(document.ids), longest or len(document.ids))
+    )
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
@@ -152,27 +144,13 @@ def written_by(
             "--data"
         )
     count = options.generate or (options.max_steps or 0) * options.batch
-    model: Any = session.decoder(teacher).model
-    cuda = [session.device] if session.device.type == "cuda" else []
+    model, length = session.decoder(teacher).model, options.length
+    assert length is not None
     for first in range(0, count, WRITTEN_AT_ONCE):
-        wanted = min(WRITTEN_AT_ONCE, count - first)
-        starts = torch.full((wanted, 1), start, device=session.device)
-        with torch.random.fork_rng(devices=cuda), quiet_transformers():
-            torch.manual_seed(options.seed + first)
-            written = model.generate(
-                input_ids=starts,
-                attention_mask=torch.ones_like(starts),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                max_length=options.length,
-                pad_token_id=start,
-            )
-        for ids in written.tolist():
-            end = tokenizer.eos_token_id
-            stop = ids.index(end, 1) + 1 if end in ids[1:] else len(ids)
-            yield Document(ids[:stop])
+        starts = [[start]] * min(WRITTEN_AT_ONCE, count - first)
+        ends = {tokenizer.eos_token_id} - {None}
+        for ids in sampled(model, starts, length=length, seed=options.seed + first, ends=ends):
+            yield Document(ids)
 
 
 # ---- on disk

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.options import Flag, Options
 from shortllm.records import DerivedRecord, Record
 from shortllm.registry import described
@@ -48,7 +48,7 @@ class SublayerOptions(Options):
         default=None,
         description="Keep this many blocks at the end whole. Default: 2, at most a quarter.",
     )
-    calibration: CalibrationOptions = CalibrationOptions()
+    calibration: SampledText = SampledText()
 
 
 class DroppedSublayer(Record):

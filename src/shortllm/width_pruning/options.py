@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import SampledText
 from shortllm.errors import ShortLLMError
 from shortllm.options import Flag, Options
 from shortllm.records import PROTECT_FIRST, PROTECT_LAST, DerivedRecord, Record
@@ -29,7 +29,7 @@ SAMPLE_LENGTH = 128
 PROTECTING = ", ".join(one.name for one in METHODS if one.protects_ends)
 
 
-class WidthCalibration(CalibrationOptions):
+class WidthCalibration(SampledText):
     """Calibration text; the number of tokens depends on the method."""
 
     length: int | None = Field(  # type: ignore[assignment]
