@@ -5,7 +5,8 @@
     output.py   tables and JSON
 
 Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard
-error. Exit codes: 0 done, 2 a mistake in the command or its input, 130 interrupted.
+error. Exit codes: 0 done, 2 a mistake in the command or its input, 3 measured and found wanting
+(`check`, `export-lint`, a target of quality that nothing meets), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("SHORTLLM_DEBUG"):
             raise
         typer.echo(f"error: {error}", err=True)
-        code = 2
+        code = error.exit_code
     except UsageError as error:
         _explain(error, sys.argv[1:] if arguments is None else arguments)
         code = 2
