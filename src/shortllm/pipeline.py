@@ -44,6 +44,7 @@ from shortllm.pruning.prune import prune_from
 from shortllm.pruning.quality import QualityTarget, sizes_of
 from shortllm.pruning.records import BlockScores, PrunePlan, Pruning, Target
 from shortllm.pruning.score import score_in, text_to_heal_with
+from shortllm.pruning.size_search import SizeSearch, plans_of, room_of
 from shortllm.published import Published
 from shortllm.quantizing import quantize
 from shortllm.quantizing.options import QUANTIZED, Quantization, QuantizeOptions
@@ -62,7 +63,6 @@ from shortllm.run_directory import (
     write_run_file,
 )
 from shortllm.runtime import Runtime
-from shortllm.shortest import SizeSearch, room_of
 from shortllm.shown import Shown
 from shortllm.surgery.apply import check_removal
 
@@ -464,6 +464,8 @@ def _sized(run: _Prepared) -> _Prepared:
             return _plan_in(run, room_of(run.directory, number), budget)
         return build_plan(budget, model=model, scores=scores, published=run.published)
 
+    sizes = run.sizes if run.searched else list(plans_of(run.sizes, plan_of))
+
     def write(directory: Path, plan: PrunePlan) -> tuple[str, Checkpoint]:
         return list(_derived(run, directory, plan).models.items())[-1]
 
@@ -473,7 +475,7 @@ def _sized(run: _Prepared) -> _Prepared:
         checkpoint=run.checkpoint,
         session=run.session,
         budget=run.budget,
-        sizes=run.sizes,
+        sizes=sizes,
         plan_of=plan_of,
         searched=run.searched,
         write=write,

@@ -1,10 +1,10 @@
-"""The shortest model that targets of quality allow: a run tries some numbers of blocks.
+"""Targets of quality: the most blocks that these allow, found by trying some numbers of them.
 
     bypassed   several removals in one walk, blocks passed by in memory  -> where to begin
     written    each as the run does it: pruned, healed, retrained,       -> what is taken
                quantized, and measured as `eval` does
 
-What was measured is in quality.json, so an interrupted run continues with the next number. The
+`plan` stops after the first. What was measured is in quality.json, so an interrupted run continues with the next number. The
 checkpoints of the best number so far are kept, and become those of the run.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.checkpoint.source import Checkpoint
+from shortllm.errors import BudgetError
 from shortllm.evaluation.evaluate import evaluate_models
 from shortllm.evaluation.options import EvaluatedModel, EvaluationOptions
 from shortllm.evaluation.quality import judged
@@ -62,17 +63,17 @@ class SizeSearch:
     """With targets of quality, and a number of blocks where a target of size needs that many."""
     sizes: Sequence[int]
     plan_of: Callable[[int], PrunePlan]
-    searched: bool
-    """Whether each plan takes a search of its own."""
-    write: Callable[[Path, PrunePlan], tuple[str, Checkpoint]] | None
-    """Writes the checkpoints of a run into a directory; name and files of the last one. Without it,
-    blocks are bypassed alone."""
-    recovers: bool
-    """Whether what is written is healed, retrained or quantized."""
     text: EvaluationText
     evaluation: EvaluationOptions
-    tasks: TaskSet | None
     fingerprint: str
+    searched: bool = False
+    """Whether each plan takes a search of its own."""
+    write: Callable[[Path, PrunePlan], tuple[str, Checkpoint]] | None = None
+    """Writes the checkpoints of a run into a directory; name and files of the last one. Without it,
+    blocks are bypassed alone."""
+    recovers: bool = False
+    """Whether what is written is healed, retrained or quantized."""
+    tasks: TaskSet | None = None
     hints: Sequence[str] = ()
     """What else may meet the targets."""
     found: QualityTarget = field(init=False)
@@ -194,6 +195,19 @@ class SizeSearch:
             if room != best:
                 for checkpoint in (path for path in room.iterdir() if path.is_dir()):
                     shutil.rmtree(checkpoint)
+
+
+def plans_of(sizes: Sequence[int], plan_of: Callable[[int], PrunePlan]) -> dict[int, PrunePlan]:
+    """The plan of each number of blocks that has one; a span, or a searched set, may lack some."""
+    plans, problem = {}, None
+    for number in sizes:
+        try:
+            plans[number] = plan_of(number)
+        except BudgetError as error:
+            problem = problem or error
+    if not plans and problem is not None:
+        raise problem
+    return plans
 
 
 def room_of(directory: Path, number: int) -> Path:
