@@ -26,7 +26,7 @@ from shortllm.cli.comparison import compare, compare_criteria, compare_units
 from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
 from shortllm.cli.flags import with_notes
 from shortllm.cli.gguf import cache, export
-from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
+from shortllm.cli.measure import bench, check, demo, evaluate, export_lint, report
 from shortllm.cli.output import show_notes
 from shortllm.cli.push import push
 from shortllm.cli.run import recipes, run
@@ -70,7 +70,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "quantize": quantize,
     },
     "Recover quality": {"heal": heal, "retrain": retrain},
-    "Measure": {"eval": evaluate, "bench": bench},
+    "Measure": {"eval": evaluate, "bench": bench, "check": check},
     "Compare": {
         "compare": compare,
         "compare-criteria": compare_criteria,

@@ -87,6 +87,27 @@ class QualityTargets(Options):
         return {name: value for name, value in given.items() if value is not None}
 
 
+class GateOptions(QualityTargets):
+    """What is asked of a shortened model that was measured."""
+
+    min_speedup: float | None = Field(
+        default=None,
+        gt=0,
+        description="At least this many times as fast as the intact model, at every batch size and "
+        "length in bench.json.",
+    )
+    max_repetition: Percentage = Field(
+        default=None,
+        description="At most this part of generated text may repeat itself, as `eval --probe` "
+        "measures it.",
+    )
+
+    def asked(self) -> dict[str, Any]:
+        """All that was asked, by field."""
+        given = {name: getattr(self, name) for name in GateOptions.model_fields}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 class Requirement(Record):
     """One thing that was asked of a model, and what was measured."""
 
@@ -165,7 +186,7 @@ def _of_tasks(
 
 def option_of(name: str) -> str:
     """The flag of a target."""
-    return option_fields(QualityTargets)[name].option
+    return option_fields(GateOptions)[name].option
 
 
 def _not_measured(name: str, what: str, needed: str) -> ResultFileError:

@@ -4,8 +4,9 @@
     written    each as the run does it: pruned, healed, retrained,       -> what is taken
                quantized, and measured as `eval` does
 
-`plan` stops after the first. What was measured is in quality.json, so an interrupted run continues with the next number. The
-checkpoints of the best number so far are kept, and become those of the run.
+`plan` stops after the first. What was measured is in quality.json, so an interrupted run continues
+with the next number. The checkpoints of the best number so far are kept, and become those of the
+run.
 """
 
 from __future__ import annotations
