@@ -308,6 +308,9 @@ def _print_summary(summary: ModelSummary) -> None:
         if k <= most
     ]
     print_table(("blocks", "parameters", "bytes"), saved)
+    typer.echo("")
+    for line in summary.advice:
+        typer.echo(f"note: {line}")
     _print_estimates(summary)
 
 

@@ -8,6 +8,7 @@ is removed first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from shortllm import criteria
 from shortllm.calls import accepts
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.search import Search
-from shortllm.data.options import CalibrationOptions
+from shortllm.data.options import CalibrationInfo, CalibrationOptions
 from shortllm.errors import BudgetError, CheckpointError
 from shortllm.evaluation.evaluate import evaluation_fingerprint, resolve_evaluation
 from shortllm.evaluation.options import EvaluationOptions
@@ -24,6 +25,7 @@ from shortllm.files import fingerprint, require_file_target
 from shortllm.format import counted, named_blocks, number
 from shortllm.model import Session
 from shortllm.pruning import targets
+from shortllm.pruning.advice import against
 from shortllm.pruning.budget import (
     Budget,
     amount_of,
@@ -41,6 +43,8 @@ from shortllm.published import Published
 from shortllm.records import ModelInfo
 from shortllm.run_directory import run_file
 from shortllm.runtime import DeviceOptions
+
+log = logging.getLogger(__name__)
 
 
 @accepts(budget=Budget, runtime=DeviceOptions)
@@ -87,10 +91,21 @@ def plan(
     elif directory is not None:
         (directory / QualityTarget.FILE).unlink(missing_ok=True)
     chosen = build_plan(budget, model=scores.model, scores=scores)
+    for line in against(chosen, scores, _calibration(scores, home)):
+        log.warning("%s", line)
     if out is not None:
         targets.keep(target, out.parent)
         chosen.save(out)
     return chosen
+
+
+def _calibration(scores: BlockScores, home: Path | None) -> CalibrationInfo | None:
+    """What is known of the text that blocks were scored on."""
+    path = home and home / "calibration.json"
+    if path is None or scores.calibration is None or not path.exists():
+        return None
+    found = CalibrationInfo.load(path)
+    return found if found.tokens_fingerprint == scores.calibration else None
 
 
 def _scored_model(scores: BlockScores) -> Checkpoint:
