@@ -9,7 +9,7 @@ ShortLLMError (a ValueError)      the command line prints the message and exits 
 ├── RecipeError                   a recipe that cannot be read, or that requests what does not exist
 ├── OutputError                   an output directory that may not or cannot be written
 ├── ResultFileError               a result file of an earlier stage that cannot be read
-└── TargetMissedError             what was measured is not what was asked for; exits with code 3
+└── TargetMissedError             what was measured misses what was requested; code 3
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ResultFileError(ShortLLMError):
 
 
 class TargetMissedError(ShortLLMError):
-    """All was measured, and it is not what was asked for."""
+    """All was measured, and it misses what was requested."""
 
     exit_code = 3
 

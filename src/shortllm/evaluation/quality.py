@@ -151,7 +151,7 @@ def _of_perplexity(
 
 
 def increase_shown(nats: float, asked: str) -> str:
-    """A difference of losses in the unit that was asked for."""
+    """A difference of losses in the unit of a target."""
     if asked.endswith("nats"):
         return f"{plain(signed(nats, 3))} nats"
     return plain(change(1.0, math.exp(min(nats, 700.0))))

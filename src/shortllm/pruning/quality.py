@@ -3,7 +3,7 @@
 Quality falls, as a rule, with every block that goes, so the numbers are bisected: above the first
 one that fails, none is tried. Where several numbers cost little more than one (blocks passed by in
 memory, in one walk), several are tried at once. Where each one costs a healing or a retraining, the
-search begins at a number that is known from there, and goes on in steps of 1, 2, 4, ... Pure, no
+search begins at a number that is known from there, and continues in steps of 1, 2, 4, ... Pure, no
 torch.
 
     shortllm run MODEL --max-ppl-increase 5% --heal regression
@@ -85,7 +85,7 @@ class SizeTried(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether all that was asked for is met."""
+        """Whether all targets are met."""
         return all(one.passed for one in self.requirements)
 
     @property
@@ -108,7 +108,7 @@ class QualityTarget(ResultFile):
     remove: int | None = Field(default=None, description="blocks to remove; null: none yet")
 
     def find(self, remove: int, *, bypassed: bool) -> SizeTried | None:
-        """What was measured without so many blocks."""
+        """What was measured without this many blocks."""
         same = (one for one in self.tried if one.remove == remove)
         return next((one for one in same if (one.model == BYPASSED) == bypassed), None)
 
