@@ -23,7 +23,11 @@ from shortllm.pruning.budget import Budget
 from shortllm.pruning.quality import BYPASSED, QualityTarget, most_that_meet, sizes_of
 from shortllm.pruning.size_search import SIZES
 
-QUICK = ("--max-segments", "24", "--continuations", "0", *SMALL)
+QUICK = ("--max-segments", "12", "--continuations", "0", *SMALL)
+HEAL = (
+    "--heal", "regression", "--set", "healing.calibration.samples=8",
+    "--set", "healing.calibration.length=64", "--set", "healing.before=1",
+)  # fmt: skip
 PLAIN = ("--retrain", "none", "--no-bench", "--tasks", "")
 
 
@@ -168,7 +172,7 @@ def test_with_healing_it_is_the_healed_model_that_meets_it_and_more_blocks_go(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted after the second number that was written, the run goes on with the third."""
-    arguments = ("--max-ppl-increase", "8%", "--heal", "regression")
+    arguments = ("--max-ppl-increase", "8%", *HEAL)
     measure, measured = size_search.evaluate_models, list[str]()
 
     def interrupted(models: Any, *args: Any, **kwargs: Any) -> Any:
@@ -274,6 +278,30 @@ def test_tasks_of_a_retrained_model(capfd: pytest.CaptureFixture[str], tmp_path:
     values = {one.name: one.value for one in found.reached.requirements}
     assert values["min_task_mean"] == retrained.zeroshot_mean / intact.zeroshot_mean >= 0.8
     assert values["max_ppl_increase"] <= math.log(1.2)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_healing_a_real_model_lets_more_blocks_go(
+    smollm_gguf: Path, shared: Path, tmp_path: Path
+) -> None:
+    model, text = str(smollm_gguf), shared / "data" / "c4"
+    how: dict[str, Any] = {
+        "data": str(text / "train_sample.jsonl.gz"),
+        "eval_data": str(text / "heldout_sample.jsonl.gz"),
+        "max_segments": 32,
+        "continuations": 0,
+        "max_ppl_increase": "10%",
+        "dtype": "bfloat16",
+    }
+    plain = shortllm.run(model, out=tmp_path / "plain", **how)
+    healed = shortllm.run(model, heal="regression", out=tmp_path / "healed", **how)
+    assert 1 <= len(plain.plan.removed) < len(healed.plan.removed)
+    for result in (plain, healed):
+        intact, *_, last = result.evaluation.models
+        assert last.perplexity[0].nll - intact.perplexity[0].nll <= math.log(1.1)
+        assert shortllm.check(result.directory, max_ppl_increase="10%").passed
+        assert not shortllm.check(result.directory, max_ppl_increase="0.5%").passed
 
 
 def test_tasks_have_to_be_named(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

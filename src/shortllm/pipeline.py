@@ -25,9 +25,10 @@ from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve
-from shortllm.errors import RecipeError, ShortLLMError
+from shortllm.errors import RecipeError, ShortLLMError, TargetMissedError
 from shortllm.evaluation.evaluate import evaluation_fingerprint, prepare_tasks
 from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.quality import judged
 from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import fingerprint, overwriting, releasing, require_free
 from shortllm.format import counted
@@ -158,7 +159,7 @@ def _stages(prepared: _Prepared) -> RunResult:
         measured = {name: models[name] for name in ("original", PRUNED)}
         with stage("bench"):
             benchmark = bench_in(directory, measured, recipe.benchmark, session)
-    return RunResult(
+    result = RunResult(
         directory=directory,
         recipe=recipe,
         plan=plan,
@@ -170,6 +171,20 @@ def _stages(prepared: _Prepared) -> RunResult:
         report=write_report(directory),
         checkpoints={name: directory / name for name in made.models},
     )
+    _require_quality(result)
+    return result
+
+
+def _require_quality(result: RunResult) -> None:
+    """Compare what the evaluation of the whole run measured with the targets of quality."""
+    intact, *_, last = result.evaluation.models
+    for one in judged(result.recipe.budget, last, intact):
+        if not one.passed:
+            raise TargetMissedError(
+                f"{result.directory}: {last.name} misses a target that it met when it was tried: "
+                f"{one.of} is {one.measured}, and {one.asked} was requested. Does this machine "
+                "compute the same twice? Ask for a little more"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
