@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shortllm.evaluation.evaluate import evaluate as evaluate
     from shortllm.evaluation.options import Evaluation as Evaluation
     from shortllm.evaluation.options import EvaluationOptions as EvaluationOptions
+    from shortllm.gate import check as check
     from shortllm.healing.heal import heal as heal
     from shortllm.healing.options import Healing as Healing
     from shortllm.healing.options import HealOptions as HealOptions
@@ -80,6 +81,7 @@ _NAMES = {
     "errors": ("ShortLLMError",),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.options": ("Evaluation", "EvaluationOptions"),
+    "gate": ("check",),
     "healing.heal": ("heal",),
     "healing.options": ("HealOptions", "Healing"),
     "live": ("shorten",),

@@ -8,17 +8,22 @@ ShortLLMError (a ValueError)      the command line prints the message and exits 
 ├── BudgetError                   a plan that is impossible
 ├── RecipeError                   a recipe that cannot be read, or that requests what does not exist
 ├── OutputError                   an output directory that may not or cannot be written
-└── ResultFileError               a result file of an earlier stage that cannot be read
+├── ResultFileError               a result file of an earlier stage that cannot be read
+└── TargetMissedError             what was measured misses what was requested; code 3
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class ShortLLMError(ValueError):
     """Base of every error a user can cause; its message is complete without a traceback."""
+
+    exit_code: ClassVar[int] = 2
+    """Of the command line."""
 
     def __str__(self) -> str:
         # a downloaded file may hold control codes in the names that messages quote
@@ -58,6 +63,12 @@ class OutputError(ShortLLMError):
 
 class ResultFileError(ShortLLMError):
     """A result file of an earlier stage is missing, damaged or of another kind."""
+
+
+class TargetMissedError(ShortLLMError):
+    """All was measured, and it misses what was requested."""
+
+    exit_code = 3
 
 
 def install_hint(extra: str) -> str:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,12 @@ from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria import Criterion, resolve
-from shortllm.errors import RecipeError, ShortLLMError
-from shortllm.evaluation.evaluate import prepare_tasks
+from shortllm.errors import RecipeError, ShortLLMError, TargetMissedError
+from shortllm.evaluation.evaluate import evaluation_fingerprint, prepare_tasks
 from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.quality import judged
 from shortllm.evaluation.texts import Texts, prepare_texts
-from shortllm.files import overwriting, releasing, require_free
+from shortllm.files import fingerprint, overwriting, releasing, require_free
 from shortllm.format import counted
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
@@ -40,8 +42,10 @@ from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removable, removal_options
 from shortllm.pruning.planning import build_plan, check_published_order
 from shortllm.pruning.prune import prune_from
-from shortllm.pruning.records import BlockScores, PrunePlan, Target
+from shortllm.pruning.quality import QualityTarget, sizes_of
+from shortllm.pruning.records import BlockScores, PrunePlan, Pruning, Target
 from shortllm.pruning.score import score_in, text_to_heal_with
+from shortllm.pruning.size_search import SizeSearch, plans_of, room_of
 from shortllm.pruning.ties import undecided
 from shortllm.published import Published
 from shortllm.quantizing import quantize
@@ -52,6 +56,7 @@ from shortllm.retraining.options import Retraining
 from shortllm.retraining.retrain import retrain_from
 from shortllm.run_directory import (
     HEALED,
+    NOT_COMPARED,
     PRUNED,
     claim_directory,
     delete,
@@ -135,46 +140,16 @@ def _stages(prepared: _Prepared) -> RunResult:
     """All stages in order."""
     from shortllm.reporting import write_report
 
+    if prepared.sizes:
+        with stage("find the number of blocks"):
+            prepared = _sized(prepared)
     directory, session, recipe = prepared.directory, prepared.session, prepared.recipe
     with stage("score") if prepared.scored else nullcontext():
         plan = _plan(prepared)
-    with stage("prune"):
-        pruning = prune_from(
-            prepared.checkpoint,
-            plan,
-            directory / PRUNED,
-            session=session,
-            drop_heads=recipe.drop_heads,
-        )
-    for note in pruning.notes:
+    made = _derived(prepared, directory, plan)
+    for note in made.pruning.notes:
         log.info(note)
-    shortened = opened_within(directory, PRUNED)
-    models = {"original": prepared.checkpoint, PRUNED: shortened}
-    healing = None
-    if recipe.healing is not None and prepared.texts.healing is not None:
-        with stage("heal"):
-            healing = heal_from(
-                shortened,
-                prepared.checkpoint,
-                recipe.healing,
-                directory / HEALED,
-                calibration=prepared.texts.healing,
-                session=session,
-            )
-        models[HEALED] = opened_within(directory, HEALED)
-    retraining: dict[str, Retraining] = {}
-    for name, options in recipe.retrained.items():
-        with stage(f"retrain by {options.method}"):
-            retraining[name] = retrain_from(shortened, options, directory / name, session=session)
-        models[name] = opened_within(directory, name)
-    quantization = None
-    if prepared.quantizing is not None:
-        with stage("quantize"):
-            recovered = {name: models[name] for name in models if name not in ("original", PRUNED)}
-            quantization = _quantize(
-                prepared, prepared.quantizing, recovered or {PRUNED: shortened}
-            )
-        models[QUANTIZED] = opened_within(directory, QUANTIZED)
+    models = {"original": prepared.checkpoint, **made.models}
     with stage("eval"):
         evaluation = evaluate_in(
             directory, models, recipe.evaluation, prepared.texts, prepared.tasks, session
@@ -185,17 +160,89 @@ def _stages(prepared: _Prepared) -> RunResult:
         measured = {name: models[name] for name in ("original", PRUNED)}
         with stage("bench"):
             benchmark = bench_in(directory, measured, recipe.benchmark, session)
-    return RunResult(
+    result = RunResult(
         directory=directory,
         recipe=recipe,
         plan=plan,
-        healing=healing,
-        retraining=retraining,
-        quantization=quantization,
+        healing=made.healing,
+        retraining=made.retraining,
+        quantization=made.quantization,
         evaluation=evaluation,
         benchmark=benchmark,
         report=write_report(directory),
-        checkpoints={name: directory / name for name in models if name != "original"},
+        checkpoints={name: directory / name for name in made.models},
+    )
+    _require_quality(result)
+    return result
+
+
+def _require_quality(result: RunResult) -> None:
+    """Compare what the evaluation of the whole run measured with the targets of quality."""
+    intact, *_, last = result.evaluation.models
+    for one in judged(result.recipe.budget, last, intact):
+        if not one.passed:
+            raise TargetMissedError(
+                f"{result.directory}: {last.name} misses a target that it met when it was tried: "
+                f"{one.of} is {one.measured}, and {one.asked} was requested. Does this machine "
+                "compute the same twice? Ask for a little more"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Derived:
+    """The checkpoints of a run, the last one being what it came to, and their records."""
+
+    models: dict[str, Checkpoint]
+    pruning: Pruning
+    healing: Healing | None
+    retraining: dict[str, Retraining]
+    quantization: Quantization | None
+
+
+def _derived(run: _Prepared, directory: Path, plan: PrunePlan) -> _Derived:
+    """The checkpoint of a plan and those that are made from it."""
+    session, recipe = run.session, run.recipe
+    with stage("prune"):
+        pruning = prune_from(
+            run.checkpoint,
+            plan,
+            directory / PRUNED,
+            session=session,
+            drop_heads=recipe.drop_heads,
+        )
+    shortened = opened_within(directory, PRUNED)
+    models = {PRUNED: shortened}
+    healing = None
+    if recipe.healing is not None and run.texts.healing is not None:
+        with stage("heal"):
+            healing = heal_from(
+                shortened,
+                run.checkpoint,
+                recipe.healing,
+                directory / HEALED,
+                calibration=run.texts.healing,
+                session=session,
+            )
+        models[HEALED] = opened_within(directory, HEALED)
+    retraining: dict[str, Retraining] = {}
+    for name, options in recipe.retrained.items():
+        with stage(f"retrain by {options.method}"):
+            retraining[name] = retrain_from(shortened, options, directory / name, session=session)
+        models[name] = opened_within(directory, name)
+    quantization = None
+    if run.quantizing is not None:
+        with stage("quantize"):
+            recovered = {name: models[name] for name in models if name != PRUNED}
+            quantization = _quantize(
+                run, directory, run.quantizing, recovered or {PRUNED: shortened}
+            )
+        models[QUANTIZED] = opened_within(directory, QUANTIZED)
+    return _Derived(
+        models=models,
+        pruning=pruning,
+        healing=healing,
+        retraining=retraining,
+        quantization=quantization,
     )
 
 
@@ -213,11 +260,29 @@ class _Prepared:
     """What the order of blocks is taken from, instead of scores."""
     quantizing: QuantizeOptions | None
     budget: Budget
-    """With a target turned into a number of blocks."""
+    """With a target of size or speed turned into a number of blocks."""
     target: Target | None
+    sizes: list[int]
+    """The numbers of blocks that targets of quality choose from; empty without such targets."""
     criterion: Criterion
     scored: bool
     """Whether blocks are scored."""
+    healed: dict[str, str]
+    """The option by which the criterion measures models after healing."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether the plan of each number of blocks takes a search of its own."""
+        return self.scored and self.criterion.needs == "sets"
+
+    def criterion_for(self, budget: Budget) -> Criterion:
+        """The criterion; one that removes blocks itself gets the amount, or for targets of quality
+        the most, since an order of removals has all numbers."""
+        recipe = self.recipe
+        if self.sizes and not self.searched:
+            budget = budget.sized(self.sizes[-1])
+        amount = removal_options(self.criterion, budget, self.checkpoint.info())
+        return resolve(recipe.criterion, {**amount, **self.healed, **recipe.options})
 
 
 def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepared:
@@ -239,8 +304,10 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
     recipe = recipe.resolved(checkpoint.model_type)
     if published is not None:
         check_published_order(recipe.budget, published, checkpoint.info())
-    if recipe.budget.target() is None:
+    if recipe.budget.target() is None and not recipe.budget.quality():
         check_budget(recipe.budget, checkpoint.info())
+    if recipe.budget.min_task_mean is not None and not recipe.evaluation.tasks:
+        raise RecipeError("--min-task-mean needs tasks to measure. Add e.g. --tasks paper")
     check_any_removal(checkpoint, recipe.budget)
     claim_directory(directory, checkpoint, recipe.model_dump(mode="json"))
     session = session_of(recipe)
@@ -260,9 +327,7 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
         check_healable(recipe.healing, checkpoint, session)
     expect_stages(_stage_count(recipe, scored=scored))
     budget, target = targets.resolve(recipe.budget, checkpoint, session, directory=directory)
-    if budget.blocks is None:  # a criterion that removes blocks itself gets the amount
-        amount = removal_options(criterion, budget, checkpoint.info())
-        criterion = resolve(recipe.criterion, {**amount, **healed, **recipe.options})
+    sizes = sizes_of(budget, checkpoint.info()) if budget.quality() else []
     write_run_file(directory, recipe.model_dump(mode="json"), checkpoint, command)
     return _Prepared(
         directory=directory,
@@ -275,14 +340,17 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
         quantizing=quantizing,
         budget=budget,
         target=target,
+        sizes=sizes,
         criterion=criterion,
         scored=scored,
+        healed=healed,
     )
 
 
 def _stage_count(recipe: Recipe, *, scored: bool) -> int:
     """How many stages a run has: prepare, prune and eval, and those that are wanted."""
-    wanted = (scored, recipe.healing, recipe.quantization, recipe.benchmark)
+    quality = recipe.budget.quality()
+    wanted = (scored, quality, recipe.healing, recipe.quantization, recipe.benchmark)
     return 3 + len(recipe.retrained) + sum(bool(one) for one in wanted)
 
 
@@ -306,12 +374,15 @@ def healing_of(recipe: Recipe, criterion: Criterion) -> dict[str, str]:
 def default_directory(recipe: Recipe) -> Path:
     """`runs/<model>-<criterion>-<budget>`, e.g. `runs/stories10L-ppl-remove2`."""
     name = short_name(recipe.model)
-    [(amount, value)] = recipe.budget.asked().items()
+    asked = recipe.budget.asked()
     periods = "-periods" if recipe.budget.period_aligned else ""
     published = "-published-order" if recipe.use_published_order else ""
-    if amount == "blocks":
-        return Path("runs") / f"{name}-blocks{'-'.join(map(str, value))}"
-    return Path("runs") / f"{name}-{recipe.criterion}-{amount}{value}{periods}{published}"
+    if "blocks" in asked:
+        return Path("runs") / f"{name}-blocks{'-'.join(map(str, asked['blocks']))}"
+    amounts = "-".join(
+        f"{amount}{value}".replace("%", "percent") for amount, value in asked.items()
+    )
+    return Path("runs") / f"{name}-{recipe.criterion}-{amounts}{periods}{published}"
 
 
 def check_later_stages(
@@ -380,19 +451,11 @@ def session_of(recipe: Recipe) -> Session:
 def _plan(run: _Prepared) -> PrunePlan:
     """scores.json where blocks are scored, and plan.json."""
     targets.keep(run.target, run.directory)
-    scores: BlockScores | None = None
-    if run.scored:
-        [scores] = score_in(
-            run.directory,
-            run.checkpoint,
-            [run.criterion],
-            run.texts.calibration,
-            run.session,
-            healing=run.texts.healing
-            or text_to_heal_with(run.checkpoint, [run.criterion], run.recipe.calibration),
-        ).values()
-    else:
+    if not run.sizes:
+        delete([run.directory / QualityTarget.FILE])
+    if not run.scored:
         delete([run.directory / "scores.json", *run.directory.glob("calibration.*")])
+    scores = _scores(run, run.directory, run.budget) if run.scored else None
     plan = build_plan(
         run.budget, model=run.checkpoint.info(), scores=scores, published=run.published
     )
@@ -403,18 +466,101 @@ def _plan(run: _Prepared) -> PrunePlan:
     return plan
 
 
+def _scores(run: _Prepared, directory: Path, budget: Budget) -> BlockScores:
+    """The scores for a budget, in a directory."""
+    criterion = run.criterion_for(budget)
+    [scores] = score_in(
+        directory,
+        run.checkpoint,
+        [criterion],
+        run.texts.calibration,
+        run.session,
+        healing=run.texts.healing
+        or text_to_heal_with(run.checkpoint, [criterion], run.recipe.calibration),
+    ).values()
+    return scores
+
+
+def _sized(run: _Prepared) -> _Prepared:
+    """The run with the number of blocks that its targets of quality allow."""
+    model, most = run.checkpoint.info(), run.budget.sized(run.sizes[-1])
+    scores = _scores(run, run.directory, most) if run.scored and not run.searched else None
+
+    @cache
+    def plan_of(number: int) -> PrunePlan:
+        budget, found = run.budget.sized(number), scores
+        if run.searched:
+            found = _scores(run, room_of(run.directory, number), budget)
+        return build_plan(budget, model=model, scores=found, published=run.published)
+
+    sizes = run.sizes if run.searched else list(plans_of(run.sizes, plan_of))
+
+    def write(directory: Path, plan: PrunePlan) -> tuple[str, Checkpoint]:
+        return list(_derived(run, directory, plan).models.items())[-1]
+
+    recipe = run.recipe
+    search = SizeSearch(
+        directory=run.directory,
+        checkpoint=run.checkpoint,
+        session=run.session,
+        budget=run.budget,
+        sizes=sizes,
+        plan_of=plan_of,
+        searched=run.searched,
+        write=write,
+        recovers=bool(recipe.healing or recipe.retraining or recipe.quantization),
+        text=run.texts.evaluation[0],
+        evaluation=recipe.evaluation,
+        tasks=run.tasks,
+        fingerprint=_quality_fingerprint(run),
+        hints=_hints(recipe),
+    )
+    number = search.run()
+    search.take(number)
+    return replace(run, budget=run.budget.sized(number))
+
+
+def _quality_fingerprint(run: _Prepared) -> str:
+    """Everything that the number of blocks depends on."""
+    left_out = {*NOT_COMPARED, "benchmark"}
+    texts = (run.texts.calibration, run.texts.healing, run.texts.quantization)
+    return fingerprint(
+        {
+            "recipe": run.recipe.model_dump(mode="json", exclude=left_out),
+            "calibrations": [text and text.info.tokens_fingerprint for text in texts],
+            "evaluation": evaluation_fingerprint(
+                [("original", run.checkpoint)],
+                run.texts.evaluation[:1],
+                run.recipe.evaluation,
+                run.session,
+                run.tasks,
+            ),
+            "at least": run.budget.remove,
+        }
+    )
+
+
+def _hints(recipe: Recipe) -> list[str]:
+    """What a run does not do yet that may meet its targets of quality."""
+    return [
+        *([] if recipe.healing else ["--heal regression"]),
+        *([] if recipe.retraining else ["--retrain distill"]),
+        *([] if recipe.criterion == "auto" or recipe.use_published_order else ["--criterion auto"]),
+    ]
+
+
 def opened_within(directory: Path, name: str) -> Checkpoint:
     """A checkpoint of the run under its name there, so that results do not depend on the path."""
     return replace(open_checkpoint(directory / name), id=name)
 
 
 def _quantize(
-    run: _Prepared, options: QuantizeOptions, candidates: Mapping[str, Checkpoint]
+    run: _Prepared, directory: Path, options: QuantizeOptions, candidates: Mapping[str, Checkpoint]
 ) -> Quantization:
     """quantized/ from the best of the candidates."""
-    target = run.directory / QUANTIZED
+    target = directory / QUANTIZED
     require_free(target, Quantization.FILE)
-    name = best_of(candidates, run.texts, run.session, run.directory / "eval.json")
+    name = best_of(candidates, run.texts, run.session, directory / "eval.json")
     if len(candidates) > 1:
         log.info("%s has the lowest perplexity and is quantized", name)
     return quantize.quantize_from(

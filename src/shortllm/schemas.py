@@ -23,6 +23,7 @@ _HOME = {
     "merge": "merging.options.Merging",
     "plan": "pruning.records.PrunePlan",
     "prune": "pruning.records.Pruning",
+    "quality": "pruning.quality.QualityTarget",
     "quantize": "quantizing.options.Quantization",
     "retrain": "retraining.options.Retraining",
     "scores": "pruning.records.BlockScores",

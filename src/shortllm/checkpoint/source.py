@@ -8,7 +8,6 @@ checkpoint are used.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 from shortllm.calls import accepts
 from shortllm.checkpoint.config import block_count, checked_config, text_config
+from shortllm.checkpoint.fingerprint import content_fingerprint
 from shortllm.checkpoint.gguf import origin_in
 from shortllm.checkpoint.heads import head_count, head_fields, place_of, speaks_of_heads
 from shortllm.checkpoint.hub import ModelSource, locate, named_revision
@@ -29,12 +29,6 @@ from shortllm.errors import UnsupportedModelError
 from shortllm.records import ModelInfo, PredictionHeads, SpecialToken
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-SAMPLE_BYTES = 4096
-"""Bytes that go into a checkpoint's fingerprint at each sampled place."""
-
-SAMPLE_STEP = 2**20
-"""Distance of the sampled places in a file, besides both ends of each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,19 +218,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the config, the tensor table, and samples of the data.
-
-        The samples are both ends of every tensor and 4 KiB of every MiB of each file.
-        """
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for entry in self.tensors.values():
-            digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
-        for file, places in _sampled_places(self.tensors.values()).items():
-            with open(file, "rb", buffering=0) as stream:
-                for start, count in sorted(places):
-                    stream.seek(start)
-                    digest.update(stream.read(count))
-        return digest.hexdigest()
+        """See `content_fingerprint`."""
+        return content_fingerprint(self.directory, self.tensors.values())
 
     def info(self) -> ModelInfo:
         """Identity and size, as result files carry them."""
@@ -253,30 +236,6 @@ class Checkpoint:
             fixed=structurally_protected(self.config),
             fingerprint=self.fingerprint,
         )
-
-
-def _sampled_places(entries: Iterable[TensorEntry]) -> dict[Path, set[tuple[int, int]]]:
-    """Start and length of the samples for the fingerprint, by file of weights."""
-    places: dict[Path, set[tuple[int, int]]] = {}
-    spans: dict[Path, tuple[int, int]] = {}
-    for entry in entries:
-        found = places.setdefault(entry.file, set())
-        if entry.offset is None:  # the place of the data in a pickled file is not known
-            size = entry.file.stat().st_size
-            spans[entry.file] = (0, size)
-            # such a file ends with a checksum of each tensor
-            found.add((max(0, size - SAMPLE_STEP), SAMPLE_STEP))
-            continue
-        start, stop = entry.offset, entry.offset + entry.bytes
-        count = min(SAMPLE_BYTES, entry.bytes)
-        found |= {(start, count), (stop - count, count)}
-        first, last = spans.get(entry.file, (start, stop))
-        spans[entry.file] = (min(first, start), max(last, stop))
-    for file, (start, stop) in spans.items():
-        places[file] |= {
-            (place, min(SAMPLE_BYTES, stop - place)) for place in range(start, stop, SAMPLE_STEP)
-        }
-    return places
 
 
 @accepts()

@@ -226,7 +226,7 @@ def _read_safetensors(path: Path) -> dict[str, TensorEntry]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):
+        with safe_open(path, framework="np"):
             pass  # the library checks the header, and its byte ranges against the file's length
         with open(path, "rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")

@@ -5,7 +5,8 @@
     output.py   tables and JSON
 
 Answers go to standard output (`--json`: exactly one line of JSON), progress and notes to standard
-error. Exit codes: 0 done, 2 a mistake in the command or its input, 130 interrupted.
+error. Exit codes: 0 done, 2 a mistake in the command or its input, 3 measured and found wanting
+(`check`, `export-lint`, a target of quality that nothing meets), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from shortllm.cli.comparison import compare, compare_criteria, compare_units
 from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
 from shortllm.cli.flags import with_notes
 from shortllm.cli.gguf import cache, export
-from shortllm.cli.measure import bench, demo, evaluate, export_lint, report
+from shortllm.cli.measure import bench, check, demo, evaluate, export_lint, report
 from shortllm.cli.output import show_notes
 from shortllm.cli.push import push
 from shortllm.cli.run import recipes, run
@@ -69,7 +70,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "quantize": quantize,
     },
     "Recover quality": {"heal": heal, "retrain": retrain},
-    "Measure": {"eval": evaluate, "bench": bench},
+    "Measure": {"eval": evaluate, "bench": bench, "check": check},
     "Compare": {
         "compare": compare,
         "compare-criteria": compare_criteria,
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("SHORTLLM_DEBUG"):
             raise
         typer.echo(f"error: {error}", err=True)
-        code = 2
+        code = error.exit_code
     except UsageError as error:
         _explain(error, sys.argv[1:] if arguments is None else arguments)
         code = 2

@@ -1,4 +1,4 @@
-"""`eval`, `bench`, `report`, `export-lint`, `demo`: what models can do, and how fast."""
+"""`eval`, `bench`, `check`, `report`, `export-lint`, `demo`: what models can do, how fast."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import typer
 from shortllm.benchmark.options import BENCHMARK_PRESETS, BenchmarkOptions
 from shortllm.cli import early
 from shortllm.cli.flags import Json, Revision, flags
-from shortllm.cli.output import answered, print_benchmark, print_evaluation
+from shortllm.cli.output import answered, print_benchmark, print_evaluation, print_table
 from shortllm.demo import named_models
-from shortllm.errors import ShortLLMError, install_hint
+from shortllm.errors import ShortLLMError, TargetMissedError, install_hint
 from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.quality import GateOptions
 from shortllm.files import require_file_target
 from shortllm.runtime import DeviceOptions, Runtime, Trust
 from shortllm.surgery.export_tables import NAMES
@@ -98,6 +99,47 @@ def bench(
     print_benchmark(measured)
     if out is not None:
         typer.echo(f"benchmark: {out / 'bench.json'}")
+
+
+@flags(options=GateOptions)
+def check(
+    options: GateOptions,
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint in one.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="Model of the run. Default: the last one: quantized, else retrained, else healed, "
+            "else pruned.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check a shortened model that was measured against what you ask for; a gate for CI.
+
+    Reads result files alone. The exit code is 3 if something is not met.
+
+    Example: shortllm check runs/qwen3 --max-ppl-increase 5% --min-speedup 1.2
+    """
+    import shortllm
+
+    found = shortllm.check(run_dir, options=options, name=name)
+    if not answered({**found.model_dump(mode="json"), "passed": found.passed}, in_json=json):
+        print_table(
+            ("", "asked", "measured", ""),
+            [
+                (one.of, one.asked, one.measured, "passed" if one.passed else "failed")
+                for one in found.requirements
+            ],
+            words=True,
+        )
+        left = "" if found.compared else ". Its checkpoint is not there to compare with"
+        typer.echo(f"{found}{left}")
+    if not found.passed:
+        raise typer.Exit(TargetMissedError.exit_code)
 
 
 def report(

@@ -21,7 +21,7 @@ from shortllm.cli.output import (
 from shortllm.errors import CriterionError, RecipeError
 from shortllm.healing.methods import METHODS as HEALING
 from shortllm.options import Flag, overlaid
-from shortllm.pruning.budget import TARGETS
+from shortllm.pruning.budget import ASKED
 from shortllm.quantizing.methods import METHODS as QUANTIZING
 from shortllm.recipe import (
     DEFAULT,
@@ -148,10 +148,9 @@ def requested_recipe(
         base = load_recipe(name)
     else:
         base = default_recipe() if (model or DEFAULT) == DEFAULT else Recipe()
-    amounts = ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
     given = typed.budget.model_fields_set if "budget" in typed.model_fields_set else set()
-    if given.intersection(amounts):  # an amount replaces the recipe's
-        kept = {name: None for name in amounts}
+    if given.intersection(ASKED):  # an amount replaces the recipe's
+        kept = {name: None for name in ASKED}
         base = base.model_copy(update={"budget": base.budget.model_copy(update=kept)})
     if "blocks" in given and "criterion" in typed.model_fields_set:
         log.warning(
@@ -247,8 +246,10 @@ def list_recipes(json: Json = False) -> None:
     rows = []
     for name in recipe_names():
         recipe = load_recipe(name)
-        [(amount, value)] = recipe.budget.asked().items()
-        removes = value if amount == "remove" else f"{amount} {value}"
+        removes = ", ".join(
+            str(value) if amount == "remove" else f"{amount} {value}"
+            for amount, value in recipe.budget.asked().items()
+        )
         rows.append(
             {"name": name, "model": recipe.model, "removes": removes, "about": recipe.about}
         )

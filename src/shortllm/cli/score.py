@@ -117,9 +117,16 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="The plan. Default: plan.json next to the scores.")
     ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Text for --max-ppl-increase. Default: that of the run."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Choose the blocks to remove from scores and a budget.
+
+    With --max-ppl-increase, the most blocks that it allows without healing or retraining; `run`
+    finds the most with them.
 
     Example: shortllm plan runs/steps --ratio 0.25
     """
@@ -127,7 +134,7 @@ def plan(
 
     budget.asked()
     early.check_scores(scores)
-    chosen = shortllm.plan(scores, budget=budget, runtime=runtime, out=out)
+    chosen = shortllm.plan(scores, budget=budget, runtime=runtime, out=out, eval_data=eval_data)
     if not answered(chosen, in_json=json):
         typer.echo(f"{chosen}\n{chosen.reason}")
 
@@ -309,6 +316,9 @@ def _print_summary(summary: ModelSummary) -> None:
         if k <= most
     ]
     print_table(("blocks", "parameters", "bytes"), saved)
+    typer.echo("")
+    for line in summary.advice:
+        typer.echo(f"note: {line}")
     _print_estimates(summary)
 
 

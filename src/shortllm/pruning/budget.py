@@ -1,7 +1,8 @@
 """A budget: how much to remove and what to keep, checked before any scoring. Pure, no torch.
 
 It is a number of blocks, a ratio of the blocks or of the parameters, or the blocks themselves; a
-target for the rest is first turned into a number of blocks (targets.py). The first and last blocks
+target for the rest is first turned into a number of blocks: one of size or speed by targets.py, one
+of quality by trying (quality.py). The first and last blocks
 are protected by default (the "+" of Taylor+ and magnitude+), and those that others depend on
 always. If the kinds of blocks repeat (e.g. two kinds of attention in turn), a plan can consist of
 whole periods, so that the rest repeats in the same way, as other programs expect.
@@ -22,12 +23,19 @@ from pydantic import BeforeValidator, ByteSize, Field
 
 from shortllm.criteria import Criterion
 from shortllm.errors import BudgetError
+from shortllm.evaluation.quality import QualityTargets, option_of
 from shortllm.format import counted
-from shortllm.options import Flag, Options
+from shortllm.options import Flag
 from shortllm.records import ModelInfo, protected_ends, protected_in
 
 TARGETS = ("target_params", "target_memory", "target_speedup")
-"""The amounts of a budget that describe what remains."""
+"""The amounts of a budget that describe the size or speed of what remains."""
+
+AMOUNTS = ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
+"""Fields of a budget that say how much to remove, of which one is given."""
+
+ASKED = (*AMOUNTS, *QualityTargets.model_fields)
+"""Fields of a budget that decide how much is removed."""
 
 ProtectFirst = Annotated[
     int | None,
@@ -52,8 +60,12 @@ def parameters_in(text: Any) -> Any:
         raise ValueError("not a number of parameters such as 1.0B or 350M") from None
 
 
-class Budget(Options):
-    """How much to remove, and what to keep; exactly one amount or target is given."""
+class Budget(QualityTargets):
+    """How much to remove, and what to keep: one amount or target, or targets of quality.
+
+    With targets of quality, as many blocks go as these allow, and at least as many as a target of
+    size or speed next to them needs.
+    """
 
     panel: ClassVar[str] = "Budget"
 
@@ -97,17 +109,30 @@ class Budget(Options):
     )
 
     def asked(self) -> dict[str, Any]:
-        """The one way the amount was given, e.g. `{"remove": 3}`."""
-        ways = ("remove", "ratio", "param_ratio", "blocks", *TARGETS)
-        given = {name: getattr(self, name) for name in ways if getattr(self, name) is not None}
-        if len(given) != 1:
+        """How the amount was given, e.g. `{"remove": 3}` or `{"max_ppl_increase": "5%"}`."""
+        amounts = {n: getattr(self, n) for n in AMOUNTS if getattr(self, n) is not None}
+        quality = self.quality()
+        if len(amounts) > 1 or not (amounts or quality):
             raise BudgetError(
-                f"{'no budget' if not given else 'several budgets'} given. Give one of "
+                f"{'several budgets' if amounts else 'no budget'} given. Give one of "
                 "--remove 6 (blocks), --ratio 0.2 (of the blocks), --param-ratio 0.2 (of the "
                 "parameters), --blocks 3,4,5, --target-params 1.0B, --target-memory 8GiB or "
-                "--target-speedup 1.3"
+                "--target-speedup 1.3; or the most that quality allows: --max-ppl-increase 5%, "
+                "--min-task-mean 95%"
             )
-        return given
+        fixed = [name for name in amounts if name not in TARGETS]
+        if quality and fixed:
+            flag = f"--{fixed[0].replace('_', '-')}"
+            raise BudgetError(
+                f"{option_of(next(iter(quality)))} finds the number of blocks, and {flag} gives "
+                f"it. Leave {flag} out; to test a run of a fixed size, use `shortllm check`"
+            )
+        return amounts | quality
+
+    def sized(self, number: int) -> Budget:
+        """The same with a number of blocks in place of all targets."""
+        without = dict.fromkeys(ASKED)
+        return self.model_copy(update={**without, "remove": number})
 
     def target(self) -> tuple[str, float] | None:
         """Name and value of the target, where the amount was given as one."""
@@ -145,6 +170,18 @@ def removable(budget: Budget, model: ModelInfo) -> list[list[int]]:
     return [unit for unit in _units(budget, model) if not protected.intersection(unit)]
 
 
+def free_units(budget: Budget, model: ModelInfo) -> list[list[int]]:
+    """The same, so that one is kept."""
+    units = removable(budget, model)
+    if sum(map(len, units)) == model.blocks:
+        units.pop()
+    if not units:
+        raise BudgetError(
+            f"none of the {model.blocks} blocks may go. Pass --protect-first 0 --protect-last 0"
+        )
+    return units
+
+
 def _units(budget: Budget, model: ModelInfo) -> list[list[int]]:
     size = model.period if budget.period_aligned else 1
     return [list(range(start, start + size)) for start in range(0, model.blocks - size + 1, size)]
@@ -158,6 +195,11 @@ def amount_of(budget: Budget, model: ModelInfo) -> int | None:
     protected = len(protected_blocks(budget, model))
     asked = budget.asked()
     assert budget.target() is None, "targets.resolve comes first"
+    if budget.quality():
+        raise BudgetError(
+            f"{option_of(next(iter(asked)))} needs text to measure on and tries several sizes, "
+            "which only `shortllm run` and `shortllm plan` do. Give --remove or --ratio"
+        )
     size = model.period if budget.period_aligned else 1
     if budget.blocks is not None:
         _check_named(budget.blocks, budget, model)

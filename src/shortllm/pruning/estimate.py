@@ -33,6 +33,7 @@ from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.references import Reference
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
+from shortllm.pruning.advice import before_removal
 from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
 from shortllm.pruning.probe import Probe, Setting, probe_machine
 from shortllm.pruning.scoring import Scorer
@@ -238,6 +239,8 @@ class ModelSummary(Record):
     """Whether scoring would read blocks one at a time now, by default."""
     why: str
     """Memory needed and free, on which that depends."""
+    advice: list[str]
+    """What to know before blocks are chosen."""
 
     def saved_by(self, blocks: int) -> tuple[float, float]:
         """Parts of the parameters and of the bytes of `blocks` average blocks."""
@@ -311,4 +314,5 @@ def info(
         stages=[] if measured is None else stage_estimates(setting, decoder, measured),
         streamed=not room.suffices,
         why=str(room),
+        advice=before_removal(about, samples=samples, length=length),
     )

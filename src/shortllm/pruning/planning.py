@@ -8,18 +8,24 @@ is removed first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shortllm import criteria
 from shortllm.calls import accepts
-from shortllm.checkpoint.source import open_checkpoint
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.criteria.search import Search
+from shortllm.data.options import CalibrationInfo, CalibrationOptions
 from shortllm.errors import BudgetError, CheckpointError
+from shortllm.evaluation.evaluate import evaluation_fingerprint, resolve_evaluation
+from shortllm.evaluation.options import EvaluationOptions
+from shortllm.evaluation.texts import EvaluationText, prepare_texts
 from shortllm.files import fingerprint, require_file_target
 from shortllm.format import counted, named_blocks, number
 from shortllm.model import Session
 from shortllm.pruning import targets
+from shortllm.pruning.advice import against
 from shortllm.pruning.budget import (
     Budget,
     amount_of,
@@ -29,11 +35,16 @@ from shortllm.pruning.budget import (
     reaching,
     removable,
 )
+from shortllm.pruning.quality import QualityTarget, sizes_of
 from shortllm.pruning.records import BlockScores, PrunePlan, Size, removal_order, scores_path
+from shortllm.pruning.size_search import SizeSearch, plans_of
 from shortllm.pruning.ties import Compared, Ties, near_ties
 from shortllm.published import Published
 from shortllm.records import ModelInfo
+from shortllm.run_directory import run_file
 from shortllm.runtime import DeviceOptions
+
+log = logging.getLogger(__name__)
 
 FITNESS = {"ppl": "perplexity", "kl": "KL divergence", "task": "part of mistakes"}
 """What searches lower, in words."""
@@ -46,42 +57,133 @@ def plan(
     budget: Budget,
     runtime: DeviceOptions,
     out: Path | None = None,
+    eval_data: str | None = None,
 ) -> PrunePlan:
     """Choose blocks by their scores.
 
     Args:
         scores: scores, a scores.json, or a run directory, which then also gets plan.json.
         budget: how much to remove; its fields can be given as keywords, e.g. `remove=6`.
-        runtime: for a target of speed or memory; its fields can be given as keywords.
+        runtime: for a target of speed, memory or quality; its fields can be given as keywords.
         out: where to save the plan. Default: plan.json next to the scores, if those are a file.
-            How a target became a number of blocks is saved next to it as target.json.
+            How a target became a number of blocks is saved next to it as target.json, and for
+            targets of quality as quality.json.
+        eval_data: text to measure on for a target of quality. Default: that of the run.
     Returns:
         The blocks to keep and to remove, in which order, and why.
     Raises:
         BudgetError: a budget that cannot be met.
         CheckpointError: a target, and the model that was scored is no longer there.
+        TargetMissedError: no removal meets the targets of quality.
     """
+    home = None
     if not isinstance(scores, BlockScores):
         file = scores_path(scores)
-        out = out or file.with_name("plan.json")
+        out, home = out or file.with_name("plan.json"), file.parent
         scores = BlockScores.load(file)
     if out is not None:
         require_file_target(out)
+    directory = None if out is None else out.parent
     target = None
-    if budget.target() is not None:
-        checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
-        if checkpoint.fingerprint != scores.model.fingerprint:
-            raise CheckpointError(
-                f"{checkpoint.id} was changed after it was scored, so a target for it cannot be "
-                "turned into a number of blocks. Score it again with `shortllm score`"
-            )
-        directory = None if out is None else out.parent
-        budget, target = targets.resolve(budget, checkpoint, Session(runtime), directory=directory)
+    if budget.target() is not None or budget.quality():
+        checkpoint, session = _scored_model(scores), Session(runtime)
+        measured = _to_measure_on(budget, checkpoint, home, eval_data)
+        budget, target = targets.resolve(budget, checkpoint, session, directory=directory)
+        if measured is not None and directory is not None:
+            budget = _allowed(budget, scores, checkpoint, session, *measured, directory)
+    elif directory is not None:
+        (directory / QualityTarget.FILE).unlink(missing_ok=True)
     chosen = build_plan(budget, model=scores.model, scores=scores)
+    for line in against(chosen, scores, _calibration(scores, home)):
+        log.warning("%s", line)
     if out is not None:
         targets.keep(target, out.parent)
         chosen.save(out)
     return chosen
+
+
+def _calibration(scores: BlockScores, home: Path | None) -> CalibrationInfo | None:
+    """What is known of the text that blocks were scored on."""
+    path = home and home / "calibration.json"
+    if path is None or scores.calibration is None or not path.exists():
+        return None
+    found = CalibrationInfo.load(path)
+    return found if found.tokens_fingerprint == scores.calibration else None
+
+
+def _scored_model(scores: BlockScores) -> Checkpoint:
+    """The model that was scored, which must be as it was."""
+    checkpoint = open_checkpoint(scores.model.id, revision=scores.model.revision)
+    if checkpoint.fingerprint != scores.model.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.id} was changed after it was scored, so a target for it cannot be "
+            "turned into a number of blocks. Score it again with `shortllm score`"
+        )
+    return checkpoint
+
+
+def _to_measure_on(
+    budget: Budget, checkpoint: Checkpoint, run: Path | None, eval_data: str | None
+) -> tuple[EvaluationText, EvaluationOptions] | None:
+    """The text that targets of quality are measured on, and how; None without such targets."""
+    if not budget.quality():
+        return None
+    if budget.min_task_mean is not None:
+        raise BudgetError(
+            "--min-task-mean: tasks are not measured while a plan is made. Use `shortllm run`"
+        )
+    recipe = {} if run is None else run_file(run).get("recipe", {})
+    evaluation = EvaluationOptions.model_validate(recipe.get("evaluation", {}))
+    if eval_data is not None:
+        evaluation = evaluation.model_copy(update={"data": [eval_data]})
+    if run is None or not evaluation.data:
+        raise BudgetError(
+            "--max-ppl-increase needs text to measure on, and the scores are not those of "
+            "`shortllm run`. Give their directory, and the text as --eval-data"
+        )
+    calibration = CalibrationOptions.model_validate(recipe.get("calibration", {}))
+    held_out = eval_data is None
+    evaluation = resolve_evaluation(
+        evaluation, embedded=False, every=bool(calibration.bos_every_sample)
+    )
+    texts = prepare_texts(checkpoint, calibration, evaluation, scoring=held_out)
+    return texts.evaluation[0], evaluation
+
+
+def _allowed(
+    budget: Budget,
+    scores: BlockScores,
+    checkpoint: Checkpoint,
+    session: Session,
+    text: EvaluationText,
+    evaluation: EvaluationOptions,
+    directory: Path,
+) -> Budget:
+    """The budget with the number of blocks that targets of quality allow, without healing."""
+    plans = plans_of(
+        sizes_of(budget, scores.model),
+        lambda number: build_plan(budget.sized(number), model=scores.model, scores=scores),
+    )
+    models = [("original", checkpoint)]
+    inputs = {
+        "asked": budget.quality(),
+        "at least": budget.remove,
+        "plans": [plan.fingerprint for plan in plans.values()],
+        "evaluation": evaluation_fingerprint(models, [text], evaluation, session),
+    }
+    search = SizeSearch(
+        directory=directory,
+        checkpoint=checkpoint,
+        session=session,
+        budget=budget,
+        sizes=list(plans),
+        plan_of=plans.__getitem__,
+        text=text,
+        evaluation=evaluation,
+        fingerprint=fingerprint(inputs),
+        hints=["`shortllm run` with --heal regression"],
+    )
+    return budget.sized(search.run())
 
 
 def build_plan(

@@ -29,7 +29,7 @@ from shortllm.errors import BudgetError
 from shortllm.files import fingerprint
 from shortllm.model import Session
 from shortllm.progress import progress
-from shortllm.pruning.budget import Budget, protected_blocks, removable
+from shortllm.pruning.budget import Budget, free_units, protected_blocks, removable
 from shortllm.pruning.records import TARGET_FILE, DepthSpeed, Target
 from shortllm.records import ModelInfo, load_current
 
@@ -47,12 +47,13 @@ def resolve(
 ) -> tuple[Budget, Target | None]:
     """The budget with its target replaced by a number of blocks, and the record of that.
 
-    A budget without a target is returned as it is. An earlier target.json from the same inputs is
-    reused.
+    A budget without a target is returned as it is, and targets of quality stay. An earlier
+    target.json from the same inputs is reused.
     """
-    if budget.target() is None:
+    budget.asked()
+    if (target := budget.target()) is None:
         return budget, None
-    [(name, value)] = budget.asked().items()
+    name, value = target
     found, expected = None, _fingerprint(budget, checkpoint, session)
     if directory is not None:
         found = load_current(Target, directory / TARGET_FILE, expected)
@@ -83,7 +84,7 @@ def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> st
     return fingerprint(
         {
             "model": checkpoint.fingerprint,
-            "asked": budget.asked(),
+            "asked": dict([_target_of(budget)]),
             "removable": removable(budget, checkpoint.info()),
             "dtype": session.dtype(checkpoint),
             "device": session.device.type,
@@ -92,16 +93,11 @@ def _fingerprint(budget: Budget, checkpoint: Checkpoint, session: Session) -> st
     )
 
 
-def _free(budget: Budget, model: ModelInfo) -> list[list[int]]:
-    """Units that may be removed so that one is kept: blocks, or periods of them."""
-    units = removable(budget, model)
-    if sum(map(len, units)) == model.blocks:
-        units.pop()
-    if not units:
-        raise BudgetError(
-            f"none of the {model.blocks} blocks may go. Pass --protect-first 0 --protect-last 0"
-        )
-    return units
+def _target_of(budget: Budget) -> tuple[str, float]:
+    """Name and value of the target of size or speed."""
+    target = budget.target()
+    assert target is not None, "resolve returns early without one"
+    return target
 
 
 def _relief(budget: Budget, model: ModelInfo) -> str:
@@ -112,7 +108,7 @@ def _relief(budget: Budget, model: ModelInfo) -> str:
 
 def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session, fingerprint: str) -> Target:
     """The fewest blocks that bring parameters or memory down to the target, whichever they are."""
-    [(name, value)] = budget.asked().items()
+    name, value = _target_of(budget)
     model = checkpoint.info()
     in_memory = name == "target_memory"
     if in_memory:
@@ -128,7 +124,7 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session, fingerpri
             f"{model.id} takes {shown(total)}, so that nothing has to go for "
             f"--{name.replace('_', '-')} {shown(value)}. Ask for less"
         )
-    units = _free(budget, model)
+    units = free_units(budget, model)
     sizes = sorted(sum(per_block[block] for block in unit) for unit in units)
     left = [total - freed for freed in accumulate(sizes, initial=0)]
     if left[-1] > value:
@@ -140,7 +136,7 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session, fingerpri
     fewest = next(number for number, size in enumerate(left) if size <= value)
     return Target(
         model=model,
-        asked=budget.asked(),
+        asked={name: value},
         remove=fewest * len(units[0]),
         expected=left[fewest],
         reached=left[fewest],
@@ -175,9 +171,9 @@ def cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
 
 def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session, fingerprint: str) -> Target:
     """The fewest blocks that make the model fast enough, by measuring a few depths."""
-    [value] = budget.asked().values()
+    name, value = _target_of(budget)
     model = checkpoint.info()
-    units, count = _free(budget, model), model.blocks
+    units, count = free_units(budget, model), model.blocks
     step, most = len(units[0]), sum(map(len, units))
     guess = min(most, max(step, round(count * (1 - 1 / value))))
     shorter = dict.fromkeys((count - guess, count - most))
@@ -193,7 +189,7 @@ def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session, fingerpr
     _, again = measure_depths(checkpoint, session, [count, count - fast[0]])
     return Target(
         model=model,
-        asked=budget.asked(),
+        asked={name: value},
         remove=fast[0],
         expected=expected(fast[0]),
         reached=again.speedup,

@@ -23,6 +23,7 @@ from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
 from shortllm.healing.options import Healing
+from shortllm.pruning.quality import QualityTarget
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
 from shortllm.records import ModelInfo, ResultFile
@@ -64,6 +65,7 @@ class RunResults:
     scores: BlockScores | None
     plan: PrunePlan
     target: Target | None
+    quality: QualityTarget | None = None
     healing: Healing | None = None
     """Healing without training."""
     retraining: dict[str, Retraining] = field(default_factory=dict)
@@ -201,6 +203,7 @@ def load_results(run_dir: Path) -> RunResults:
         scores=scores,
         plan=plan,
         target=_load_optional(Target, run_dir / TARGET_FILE),
+        quality=_load_optional(QualityTarget, run_dir / QualityTarget.FILE),
         evaluation=_load_optional(Evaluation, run_dir / "eval.json"),
     )
     for problem, command in _mismatches(results, run_dir):
