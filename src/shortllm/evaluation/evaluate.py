@@ -214,9 +214,10 @@ def _check_conversation(checkpoint: Checkpoint, options: EvaluationOptions) -> N
 def chat_templates(
     checkpoints: Iterable[Checkpoint], options: EvaluationOptions
 ) -> list[str] | None:
-    """The chat template of each model, which its samples and open answers are put into; None where none is used.
+    """The chat template of each model, which generated text is put into; None where none is.
 
-    Unless something else is requested, they are conversations if all models have a template.
+    Unless something else is requested, samples and open answers are conversations if all models
+    have a template.
     """
     asked_in_it = bool(options.apply_chat_template and options.tasks)
     generated = options.continuations or options.probe

@@ -93,7 +93,8 @@ class EvaluationOptions(Options):
     tasks: Annotated[list[str], Flag(metavar="TASK,TASK")] = Field(
         default_factory=list,
         description="Tasks of lm-evaluation-harness, e.g. boolq,piqa. paper: the seven of "
-        "Shortened LLaMA; chat: mmlu, gsm8k and ifeval; embedded: those of the embedded model.",
+        "Shortened LLaMA; chat: mmlu, gsm8k and ifeval; embedded: those of the embedded model; "
+        "probe: the exercises of --probe.",
     )
     apply_chat_template: Annotated[bool | None, Flag(name="--apply-chat-template/--no-chat")] = (
         Field(
@@ -331,11 +332,12 @@ class Evaluation(Shown, ResultFile):
     def to_dataframe(self) -> DataFrame:
         """A row for each model and each text or task.
 
-        Columns: `model`; its `blocks`, `parameters` and `bytes`; `kind`, perplexity or task; `name`
-        of the text or task; `metric`; `value`, a perplexity, or the score as the task gives it
-        (shares in [0, 1]); `stderr`, its standard error; `delta_nll`, by how much the loss on a
-        text is above that of the first model, in nats per token, and `delta_nll_stderr`; `count` of
-        segments or documents. What was not measured is none.
+        Columns: `model`; its `blocks`, `parameters` and `bytes`; `kind`, perplexity, task or probe;
+        `name` of the text, task or capability; `metric`, of a probe written or chosen; `value`, a
+        perplexity, or the score as the task gives it (shares in [0, 1]); `stderr`, its standard
+        error; `delta_nll`, by how much the loss on a text is above that of the first model, in nats
+        per token, and `delta_nll_stderr`; `count` of segments, documents or exercises. What was not
+        measured is none.
 
         Returns:
             A pandas data frame.
@@ -349,7 +351,11 @@ class Evaluation(Shown, ResultFile):
                 **measured,
             }
             for one in self.models
-            for measured in (*map(_text_row, one.perplexity), *map(_task_row, one.zeroshot))
+            for measured in (
+                *map(_text_row, one.perplexity),
+                *map(_task_row, one.zeroshot),
+                *(_probe_rows(one.probe) if one.probe else ()),
+            )
         )
 
 
@@ -377,3 +383,18 @@ def _task_row(one: TaskScore) -> dict[str, Any]:
         "delta_nll_stderr": None,
         "count": one.documents,
     }
+
+
+def _probe_rows(one: Probe) -> Iterator[dict[str, Any]]:
+    for score in one.capabilities:
+        for metric, found in (("written", score.written), ("chosen", score.chosen)):
+            yield {
+                "kind": "probe",
+                "name": score.capability,
+                "metric": metric,
+                "value": found.share,
+                "stderr": found.stderr,
+                "delta_nll": None,
+                "delta_nll_stderr": None,
+                "count": score.items,
+            }

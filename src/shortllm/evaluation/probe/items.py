@@ -32,6 +32,9 @@ ITEMS = 48
 """Of each capability: a multiple of the number of choices, so that each place is equally right."""
 
 CHOICES = 4
+CHANCE = 1 / CHOICES
+"""What guessing gets right of four choices; nothing of what has to be written."""
+
 EXAMPLES = 2
 
 WORDS = (
@@ -110,9 +113,7 @@ class Exercise:
 def copying(random: Random) -> Exercise:
     """Repeat three to eight words."""
     words = random.sample(WORDS, random.randint(3, 8))
-    return Exercise(
-        f"Copy: {' '.join(words)} ->", " ".join(words), _mistakes(words, WORDS, random)
-    )
+    return Exercise(f"Copy: {' '.join(words)} ->", " ".join(words), _mistakes(words, WORDS, random))
 
 
 def brackets(random: Random) -> Exercise:
@@ -158,9 +159,7 @@ def sorting(random: Random) -> Exercise:
 def recall(random: Random) -> Exercise:
     """Find one of three facts, up to 200 tokens later."""
     names, words = random.sample(NAMES, 3), random.sample(WORDS, CHOICES)
-    facts = [
-        f"The password of {name} is {word}." for name, word in zip(names, words, strict=False)
-    ]
+    facts = [f"The password of {name} is {word}." for name, word in zip(names, words, strict=False)]
     between = random.sample(BETWEEN, random.randint(0, len(BETWEEN)))
     asked = random.randrange(len(names))
     question = "\n".join([*facts, *between, f"The password of {names[asked]} is"])
