@@ -34,7 +34,7 @@ NOTE = (
     "Greedy decoding has to write exactly the right answer. The standard error of a fall from high "
     "to low is about seven points, and one of twenty changes of two standard errors is chance. "
     "Repetition: 4-grams of tokens that an open answer already had. Distinct: different 2-grams of "
-    "all. The exercises are no benchmark: they show changes of one model."
+    "all. The exercises are not a benchmark: they show changes of one model."
 )
 
 

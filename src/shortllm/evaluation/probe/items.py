@@ -64,7 +64,7 @@ BETWEEN = (
     "The last train of the evening was almost empty.",
     "Someone was practising the piano on the first floor.",
 )
-"""What stands between a fact and the question about it."""
+"""Sentences between a fact and the question about it."""
 
 FORMATS: tuple[Callable[[object, object, object], str], ...] = (
     lambda one, two, three: f'{{"name": "{one}", "city": "{two}", "age": {three}}}',
