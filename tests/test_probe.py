@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,7 +223,8 @@ def test_repetition_counts_what_was_there_before() -> None:
 def test_a_context_that_is_too_short_is_refused_or_left_out() -> None:
     checkpoint = open_checkpoint(MODEL_DIR)
     longest = max(len(row.ids) for row in rows_of(load_tokenizer(checkpoint)))
-    config = {**checkpoint.config, "max_position_embeddings": longest - 5}
+    config = deepcopy(checkpoint.config)
+    config.max_position_embeddings = longest - 5
     short = replace(checkpoint, config=config)
     with pytest.raises(ShortLLMError, match="has 5 tokens more than"):
         measure.check_probe(short, EvaluationOptions(probe=True))
@@ -255,12 +257,12 @@ def test_the_harness_finds_the_same_scores(few: list[Item]) -> None:
 
 
 def test_eval_writes_and_shows_the_probe(
-    few: list[Item], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few: list[Item], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "eval.json"
-    command = ["eval", "embedded", "--max-segments", "2", "--device", "cpu", "--out", str(out)]
-    assert call([*command, "--probe"]) == 0
-    assert "exercises solved" in capsys.readouterr().out
+    command = ("eval", "embedded", "--max-segments", 2, "--device", "cpu", "--out", out)
+    code, shown, _ = call(capfd, *command, "--probe")
+    assert code == 0 and "exercises solved" in shown
     found = Evaluation.load(out)
     assert found.models[0].probe is not None
     frame = found.to_dataframe()
