@@ -28,6 +28,7 @@ from shortllm.criteria import Criterion, resolve
 from shortllm.errors import RecipeError, ShortLLMError, TargetMissedError
 from shortllm.evaluation.evaluate import evaluation_fingerprint, prepare_tasks
 from shortllm.evaluation.options import Evaluation
+from shortllm.evaluation.probe.measure import with_probe
 from shortllm.evaluation.quality import judged
 from shortllm.evaluation.texts import Texts, prepare_texts
 from shortllm.files import fingerprint, overwriting, releasing, require_free
@@ -302,6 +303,8 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
         special_tokens=recipe.special_tokens,
     )
     recipe = recipe.resolved(checkpoint.model_type)
+    probed = with_probe(recipe.evaluation, checkpoint)
+    recipe = recipe.model_copy(update={"evaluation": probed})
     if published is not None:
         check_published_order(recipe.budget, published, checkpoint.info())
     if recipe.budget.target() is None and not recipe.budget.quality():

@@ -60,13 +60,14 @@ def print_notes(record: DerivedRecord) -> None:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """A row per model: sizes and perplexities; then a row per task."""
+    """A row per model: sizes and perplexities; then a row per task, and per capability."""
     from shortllm.reporting.measurements import (
         errors_note,
         evaluation_table,
         prompts_phrase,
         task_table,
     )
+    from shortllm.reporting.probe import probe_table, probed
 
     print_table(*evaluation_table(evaluation).plain())
     if note := errors_note(evaluation.models[0].perplexity):
@@ -76,6 +77,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
         print_table(*task_table(evaluation.models).plain())
         if prompts := prompts_phrase(evaluation):
             typer.echo(f"asked {prompts}")
+    if probed(evaluation.models):
+        typer.echo("")
+        print_table(*probe_table(evaluation.models).plain())
 
 
 def print_benchmark(found: Benchmark) -> None:

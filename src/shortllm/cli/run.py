@@ -211,6 +211,11 @@ def _print_run(result: RunResult, *, json: bool) -> None:
             model.name: {entry.task: entry.score for entry in model.zeroshot}
             for model in evaluation.models
         },
+        "probe": {
+            model.name: {one.capability: one.written.share for one in model.probe.capabilities}
+            for model in evaluation.models
+            if model.probe is not None
+        },
         "published": rows,
     }
     if answered(content, in_json=json):

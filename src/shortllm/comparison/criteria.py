@@ -389,7 +389,8 @@ def _contender(
 
 def _removed_set(order: list[int], nlls: list[float], lowest: list[float]) -> RemovedSet:
     """What is left without some blocks; None where what was measured is not a number."""
-    from shortllm.evaluation.options import paired_difference, standard_error
+    from shortllm.evaluation.options import paired_difference
+    from shortllm.evaluation.statistics import standard_error
     from shortllm.model.metrics import perplexity
 
     nll, error = fmean(nlls), standard_error(nlls)

@@ -1,4 +1,4 @@
-"""Measure models by one protocol: perplexity, tasks and generated samples.
+"""Measure models by one protocol: perplexity, tasks, exercises and generated samples.
 
 shortllm eval MODEL SHORT --data wikitext2 --tasks paper
 """
@@ -36,6 +36,8 @@ from shortllm.evaluation.options import (
     Samples,
     TaskScore,
 )
+from shortllm.evaluation.probe.items import items_fingerprint
+from shortllm.evaluation.probe.measure import NEW_TOKENS, check_probe, measure_probe
 from shortllm.evaluation.tasks import TaskSet, load_tasks, measure_tasks
 from shortllm.evaluation.texts import EvaluationText, evaluation_segments_of, measure_perplexity
 from shortllm.files import fingerprint, require_file_target, write_text
@@ -184,6 +186,8 @@ def prepare_tasks(
     if options.apply_chat_template or options.system_instruction:
         for checkpoint in checkpoints:
             _check_conversation(checkpoint, options)
+    for checkpoint in checkpoints:
+        check_probe(checkpoint, options)
     if not options.tasks:
         return None
     for checkpoint in checkpoints:
@@ -210,12 +214,14 @@ def _check_conversation(checkpoint: Checkpoint, options: EvaluationOptions) -> N
 def chat_templates(
     checkpoints: Iterable[Checkpoint], options: EvaluationOptions
 ) -> list[str] | None:
-    """The chat template of each model, which its samples are put into; None where none is used.
+    """The chat template of each model, which generated text is put into; None where none is.
 
-    Unless something else is requested, samples are conversations if all models have a template.
+    Unless something else is requested, samples and open answers are conversations if all models
+    have a template.
     """
     asked_in_it = bool(options.apply_chat_template and options.tasks)
-    if options.apply_chat_template is False or not (options.continuations or asked_in_it):
+    generated = options.continuations or options.probe
+    if options.apply_chat_template is False or not (generated or asked_in_it):
         return None
     found = [chat_template_of(one) for one in checkpoints]
     return [one for one in found if one is not None] if None not in found else None
@@ -241,6 +247,8 @@ def evaluation_fingerprint(
         inputs["chat"] = [templates, options.system_instruction]
     if tasks is not None:
         inputs["tasks"] = tasks.fingerprint
+    if options.probe:
+        inputs["probe"] = [items_fingerprint(), NEW_TOKENS]
     return fingerprint(inputs)
 
 
@@ -305,6 +313,17 @@ def _evaluate_one(
         if tasks is None
         else measure_tasks(decoder.model, tokenizer, tasks, name=name, ranks=ranks)
     )
+    probe = None
+    if options.probe:
+        probe = measure_probe(
+            decoder,
+            tokenizer,
+            name=name,
+            chat=bool(chat_template),
+            system=options.system_instruction if chat_template else None,
+            session=session,
+            ranks=ranks,
+        )
     samples = None
     if options.continuations and options.prompt and decoder.streamed:
         log.info("no samples of %s: a streamed model would be read once per token", name)
@@ -316,6 +335,7 @@ def _evaluate_one(
         perplexity=perplexities,
         zeroshot=scores,
         zeroshot_mean=mean_score(scores),
+        probe=probe,
         samples=samples,
         chat_template=chat_template and hashlib.sha256(chat_template.encode()).hexdigest(),
     )

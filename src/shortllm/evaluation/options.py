@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import fsum, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from shortllm.errors import CheckpointError, ShortLLMError
+from shortllm.evaluation.probe.record import Probe
+from shortllm.evaluation.statistics import standard_error
 from shortllm.format import change_of_perplexity, counted, percent, with_error
 from shortllm.options import Flag, Options, option_fields
 from shortllm.records import ModelInfo, Record, ResultFile
@@ -37,7 +38,7 @@ SHARES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc")
 ONLY_WITH = {
     ("tasks",): ("num_fewshot", "fewshot_as_multiturn", "task_data", "limit"),
     ("continuations",): ("prompt", "new_tokens"),
-    ("tasks", "continuations"): ("apply_chat_template", "system_instruction"),
+    ("tasks", "continuations", "probe"): ("apply_chat_template", "system_instruction"),
 }
 """Of which options one has to be given for others to have an effect."""
 
@@ -92,7 +93,8 @@ class EvaluationOptions(Options):
     tasks: Annotated[list[str], Flag(metavar="TASK,TASK")] = Field(
         default_factory=list,
         description="Tasks of lm-evaluation-harness, e.g. boolq,piqa. paper: the seven of "
-        "Shortened LLaMA; chat: mmlu, gsm8k and ifeval; embedded: those of the embedded model.",
+        "Shortened LLaMA; chat: mmlu, gsm8k and ifeval; embedded: those of the embedded model; "
+        "probe: the exercises of --probe.",
     )
     apply_chat_template: Annotated[bool | None, Flag(name="--apply-chat-template/--no-chat")] = (
         Field(
@@ -126,6 +128,11 @@ class EvaluationOptions(Options):
         default=None, ge=1, description="Ask only this many documents of each task."
     )
     batch_size: int = Field(default=8, ge=1, description="Sequences per forward pass of a task.")
+    probe: bool | None = Field(
+        default=None,
+        description="Put about 400 short exercises to the models, and open requests. Default: in a "
+        "run on a model of 50 M parameters or more; not in eval.",
+    )
 
     @property
     def before_window(self) -> int:
@@ -235,14 +242,6 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Differ
     return Difference(nll=fmean(differences), stderr=standard_error(differences))
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; None for a single one."""
-    if len(values) < 2:
-        return None
-    mean, count = fmean(values), len(values)
-    return sqrt(fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-
-
 class Samples(Record):
     """Continuations of one prompt, or answers to it."""
 
@@ -303,6 +302,7 @@ class EvaluatedModel(Record):
     zeroshot_mean: float | None = Field(
         default=None, description="plain mean of the scores, where all are accuracies"
     )
+    probe: Probe | None = Field(default=None, description="null where it was not put to the model")
     samples: Samples | None = None
     chat_template: str | None = Field(
         default=None, description="sha256 of the chat template that prompts were put into"
@@ -332,11 +332,12 @@ class Evaluation(Shown, ResultFile):
     def to_dataframe(self) -> DataFrame:
         """A row for each model and each text or task.
 
-        Columns: `model`; its `blocks`, `parameters` and `bytes`; `kind`, perplexity or task; `name`
-        of the text or task; `metric`; `value`, a perplexity, or the score as the task gives it
-        (shares in [0, 1]); `stderr`, its standard error; `delta_nll`, by how much the loss on a
-        text is above that of the first model, in nats per token, and `delta_nll_stderr`; `count` of
-        segments or documents. What was not measured is none.
+        Columns: `model`; its `blocks`, `parameters` and `bytes`; `kind`, perplexity, task or probe;
+        `name` of the text, task or capability; `metric`, of a probe written or chosen; `value`, a
+        perplexity, or the score as the task gives it (shares in [0, 1]); `stderr`, its standard
+        error; `delta_nll`, by how much the loss on a text is above that of the first model, in nats
+        per token, and `delta_nll_stderr`; `count` of segments, documents or exercises. What was not
+        measured is none.
 
         Returns:
             A pandas data frame.
@@ -350,7 +351,11 @@ class Evaluation(Shown, ResultFile):
                 **measured,
             }
             for one in self.models
-            for measured in (*map(_text_row, one.perplexity), *map(_task_row, one.zeroshot))
+            for measured in (
+                *map(_text_row, one.perplexity),
+                *map(_task_row, one.zeroshot),
+                *(_probe_rows(one.probe) if one.probe else ()),
+            )
         )
 
 
@@ -378,3 +383,18 @@ def _task_row(one: TaskScore) -> dict[str, Any]:
         "delta_nll_stderr": None,
         "count": one.documents,
     }
+
+
+def _probe_rows(one: Probe) -> Iterator[dict[str, Any]]:
+    for score in one.capabilities:
+        for metric, found in (("written", score.written), ("chosen", score.chosen)):
+            yield {
+                "kind": "probe",
+                "name": score.capability,
+                "metric": metric,
+                "value": found.share,
+                "stderr": found.stderr,
+                "delta_nll": None,
+                "delta_nll_stderr": None,
+                "count": score.items,
+            }

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from shortllm.data.rows import PACKED_SUFFIXES, load_records
 from shortllm.data.sources import data_directory
-from shortllm.embedded import TASKS_DIR
 from shortllm.errors import DataError
+from shortllm.evaluation.task_names import OWN_DIRS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ def with_local_files(
             if entry.yaml_path is None:  # a tag
                 continue
             folders.add(entry.yaml_path.parent)
-            if is_task(entry) and entry.yaml_path.parent != TASKS_DIR:
+            if is_task(entry) and entry.yaml_path.parent not in OWN_DIRS:
                 files += _redirect(entry, number, directory, given is not None, written)
         if files:
             few = len(files) < 3

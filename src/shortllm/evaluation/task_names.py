@@ -12,8 +12,10 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from shortllm.embedded import TASKS_DIR
+from shortllm.embedded import TASKS_DIR as EMBEDDED_TASKS_DIR
 from shortllm.errors import ShortLLMError, install_hint
+from shortllm.evaluation.probe import TASKS_DIR as PROBE_TASKS_DIR
+from shortllm.evaluation.probe.items import CAPABILITIES
 
 METRICS = {
     "boolq": "acc",
@@ -35,9 +37,20 @@ DEFAULT_ITEMS = "arc_easy,piqa"
 CHAT_TASKS = ("mmlu", "gsm8k", "ifeval")
 """What chat models are measured by."""
 
-WELL_KNOWN = frozenset((*METRICS, *CHAT_TASKS, *EMBEDDED_TASKS))
+PROBE_TASKS = tuple(f"shortllm_probe_{name}" for name in CAPABILITIES)
+"""The exercises of the probe."""
 
-SETS = {"paper": tuple(METRICS), "chat": CHAT_TASKS, "embedded": EMBEDDED_TASKS}
+OWN_DIRS = (EMBEDDED_TASKS_DIR, PROBE_TASKS_DIR)
+"""Where the descriptions of our own tasks are."""
+
+WELL_KNOWN = frozenset((*METRICS, *CHAT_TASKS, *EMBEDDED_TASKS, *PROBE_TASKS))
+
+SETS = {
+    "paper": tuple(METRICS),
+    "chat": CHAT_TASKS,
+    "embedded": EMBEDDED_TASKS,
+    "probe": PROBE_TASKS,
+}
 """Names of several tasks at once."""
 
 _NAMED = re.compile(r"^[ \t-]*(?:task|group|tag):[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
@@ -67,7 +80,7 @@ def check_tasks(requested: Iterable[str]) -> None:
         return
     described: set[str] = set()
     written: set[str] = set()
-    folders = (Path(harness.origin).parent / "tasks", TASKS_DIR)
+    folders = (Path(harness.origin).parent / "tasks", *OWN_DIRS)
     for file in chain.from_iterable(folder.rglob("*") for folder in folders):
         if file.suffix not in ("", ".yaml") or not file.is_file():
             continue

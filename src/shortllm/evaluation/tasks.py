@@ -18,7 +18,6 @@ from typing import Any
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.sources import DATA_VARIABLE
-from shortllm.embedded import TASKS_DIR
 from shortllm.errors import DataError, ShortLLMError, first_line_of
 from shortllm.evaluation.harness import harness_model, new_tokens_of
 from shortllm.evaluation.options import EvaluationOptions, TaskPrompts, TaskScore
@@ -32,6 +31,7 @@ from shortllm.evaluation.task_files import (
 from shortllm.evaluation.task_names import (
     CHAT_TASKS,
     METRICS,
+    OWN_DIRS,
     WELL_KNOWN,
     no_harness,
     task_names,
@@ -180,7 +180,7 @@ def _index(names: Sequence[str]) -> Any:
 
     if WELL_KNOWN.issuperset(names):
         root = Path(harness.__file__).parent
-        folders = [*(root / folder for folder in HARNESS_FOLDERS), TASKS_DIR]
+        folders = [*(root / folder for folder in HARNESS_FOLDERS), *OWN_DIRS]
         return harness.TaskManager(include_defaults=False, include_path=folders)
     index = _whole_index()
     for name in names:
@@ -193,7 +193,7 @@ def _index(names: Sequence[str]) -> Any:
 def _whole_index() -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=[TASKS_DIR])
+    return TaskManager(include_path=[*OWN_DIRS])
 
 
 def _load(index: Any, name: str) -> dict[str, dict[str, Any]]:

@@ -46,7 +46,8 @@ from shortllm.data.rows import Rows, same_text, split_held_out
 from shortllm.data.shapes import Row
 from shortllm.data.sources import load_rows
 from shortllm.errors import CheckpointError, DataError
-from shortllm.evaluation.options import EvaluationOptions, Perplexity, standard_error
+from shortllm.evaluation.options import EvaluationOptions, Perplexity
+from shortllm.evaluation.statistics import standard_error
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import perplexity

@@ -40,6 +40,7 @@ from shortllm.reporting.parts import (
     Status,
     Table,
 )
+from shortllm.reporting.probe import probe_section, probe_sentence, probe_table, probed
 from shortllm.reporting.recovery import quantized_sentence, recovery_section, recovery_sentence
 from shortllm.run_directory import PRUNED
 from shortllm.surgery.card import Measured
@@ -76,6 +77,7 @@ def sections_of(results: RunResults) -> list[Section]:
         block_section(results, scores) if scores else None,
         recovery_section(results),
         measurements.tasks_section(results),
+        probe_section(results),
         measurements.speed_section(results.benchmark) if results.benchmark else None,
         measurements.published_section(results),
         measurements.samples_section(results),
@@ -108,7 +110,7 @@ def verdict(results: RunResults) -> str:
         sentence += f" and {'' if saved_bytes == saved else f'{saved_bytes} '}of the bytes on disk"
     return (
         f"{sentence}{_cost_of_removal(results)}.{recovery_sentence(results)}"
-        f"{quantized_sentence(results)}{measurements.speed_sentence(results.benchmark)}"
+        f"{probe_sentence(results)}{quantized_sentence(results)}{measurements.speed_sentence(results.benchmark)}"
     )
 
 
@@ -140,6 +142,8 @@ def measured(results: RunResults, name: str) -> Measured:
     tables = [key_figures(results, ["original", name])]
     if len(own) == 2 and own[1].zeroshot:
         tables.append(measurements.task_table(own))
+    if len(own) == 2 and len(probed(own)) == 2:
+        tables.append(probe_table(own))
     return Measured(
         tables=[[head, *rows] for head, rows in (table.plain() for table in tables)],
         protocol=protocol.protocol_rows(replace(results, quantization=quantized)),

@@ -33,6 +33,7 @@ from shortllm.reporting.measurements import (
 )
 from shortllm.reporting.parts import Cell, Paragraph, Part, Table
 from shortllm.reporting.plots import Plot
+from shortllm.reporting.probe import probe_plot, probe_table, probed
 from shortllm.reporting.run_page import LONG_TABLE, importance_plot, score_table
 from shortllm.reporting.runs_page import ComparedRuns, runs_table
 from shortllm.shown import Shown
@@ -118,7 +119,10 @@ def _(plan: PrunePlan) -> Sequence[Part]:
 @plots_of.register
 def _(evaluation: Evaluation) -> Mapping[str, Plot]:
     plot = perplexity_plot(evaluation.models) if len(evaluation.models) > 1 else None
-    return {"perplexity": plot} if plot else {}
+    plots: dict[str, Plot] = {"perplexity": plot} if plot else {}
+    if probed(evaluation.models):
+        plots["probe"] = probe_plot(evaluation.models)
+    return plots
 
 
 @tables_of.register
@@ -127,6 +131,8 @@ def _(evaluation: Evaluation) -> Sequence[Part]:
     found: list[Part] = [evaluation_table(evaluation)]
     if evaluation.models[0].zeroshot:
         found.append(task_table(evaluation.models))
+    if probed(evaluation.models):
+        found.append(probe_table(evaluation.models))
     return [*found, *([Paragraph(note)] if note else [])]
 
 
