@@ -17,6 +17,7 @@ import shortllm
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.errors import ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, TaskScore
+from shortllm.evaluation.probe.record import Probe
 from shortllm.evaluation.quality import GateOptions
 from shortllm.gate import requirements_of
 
@@ -92,11 +93,23 @@ def test_the_mean_of_tasks_is_a_part_of_the_intact_one(run: Path) -> None:
         requirements_of(options, without_mean, with_score(intact, 0.5))
 
 
+def test_repetition_is_that_of_the_probe(run: Path) -> None:
+    intact, _, healed = models_of(run)
+    probe = Probe(version="1", items_fingerprint="", capabilities=[], repetition=0.045)
+    probed = healed.model_copy(update={"probe": probe})
+    for asked, passed in (("4.5%", True), ("4.4%", False)):
+        [one] = requirements_of(GateOptions(max_repetition=asked), probed, intact)
+        assert one.passed == passed and one.value == 0.045 and one.measured == "4.5 %"
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ({}, "nothing to check. Give one or more of --max-ppl-increase, --min-task-mean, --min-"),
-        ({"max_repetition": "5%"}, "'healed' has no probe. Measure it: shortllm eval .* --probe"),
+        (
+            {"max_repetition": "5%"},
+            "'healed' has no open answers of a probe. Measure it: .* --probe",
+        ),
         ({"max_ppl_increase": "5%", "name": "heald"}, "is called 'heald'. Did you mean 'healed'"),
         ({"min_task_mean": "5%"}, "--min-task-mean: the evaluation has no tasks"),
     ],

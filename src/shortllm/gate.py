@@ -165,13 +165,13 @@ def _of_repetition(options: GateOptions, model: EvaluatedModel) -> Iterator[Requ
     asked = options.max_repetition
     if asked is None:
         return
-    probe = getattr(model, "probe", None)
-    if probe is None:
+    found = model.probe.repetition if model.probe else None
+    if found is None:
         raise ResultFileError(
-            f"--max-repetition: '{model.name}' has no probe. Measure it: shortllm eval MODEL SHORT "
-            "--probe --out DIR/eval.json"
+            f"--max-repetition: '{model.name}' has no open answers of a probe. Measure it: shortllm "
+            "eval MODEL SHORT --probe --out DIR/eval.json"
         )
-    found, limit = float(probe.repetition), share_in(asked)
+    limit = share_in(asked)
     yield Requirement(
         name="max_repetition",
         of="repetition in generated text",
