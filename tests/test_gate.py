@@ -108,7 +108,7 @@ def test_repetition_is_that_of_the_probe(run: Path) -> None:
         ({}, "nothing to check. Give one or more of --max-ppl-increase, --min-task-mean, --min-"),
         (
             {"max_repetition": "5%"},
-            "'healed' has no open answers of a probe. Measure it: .* --probe",
+            "'healed' has no open answers of a probe. .* --probe",
         ),
         ({"max_ppl_increase": "5%", "name": "heald"}, "is called 'heald'. Did you mean 'healed'"),
         ({"min_task_mean": "5%"}, "--min-task-mean: the evaluation has no tasks"),

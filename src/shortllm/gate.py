@@ -168,8 +168,8 @@ def _of_repetition(options: GateOptions, model: EvaluatedModel) -> Iterator[Requ
     found = model.probe.repetition if model.probe else None
     if found is None:
         raise ResultFileError(
-            f"--max-repetition: '{model.name}' has no open answers of a probe. Measure it: shortllm "
-            "eval MODEL SHORT --probe --out DIR/eval.json"
+            f"--max-repetition: '{model.name}' has no open answers of a probe. Measure them: "
+            "shortllm eval MODEL SHORT --probe --out DIR/eval.json"
         )
     limit = share_in(asked)
     yield Requirement(
