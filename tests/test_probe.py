@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -145,16 +146,16 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Item]:
     return chosen
 
 
-def probe(model: str | Path = MODEL_DIR, *, ranks: Ranks = ALONE, **runtime: Any) -> Probe:
+def prober(model: str | Path = MODEL_DIR, **runtime: Any) -> Callable[[Ranks], Probe]:
+    """Measures a model that is loaded once: threads must not load models at the same time."""
     session = Session(Runtime(device="cpu", **runtime))
     checkpoint = open_checkpoint(model)
-    return measure_probe(
-        session.decoder(checkpoint),
-        load_tokenizer(checkpoint),
-        name="it",
-        session=session,
-        ranks=ranks,
-    )
+    decoder, tokenizer = session.decoder(checkpoint), load_tokenizer(checkpoint)
+    return lambda ranks: measure_probe(decoder, tokenizer, name="it", session=session, ranks=ranks)
+
+
+def probe(model: str | Path = MODEL_DIR, **runtime: Any) -> Probe:
+    return prober(model, **runtime)(ALONE)
 
 
 def outcomes(found: Probe) -> list[tuple[str, str]]:
@@ -190,7 +191,8 @@ def test_streamed_and_shared_by_processes_give_the_same(few: list[Item]) -> None
     streamed = probe(stream=True)
     assert outcomes(streamed) == outcomes(whole)
     assert streamed.answers is None and streamed.repetition is None
-    shared = together(3, lambda ranks: probe(ranks=ranks))
+    probers = [prober() for _ in range(3)]  # a decoder cannot serve two threads at once
+    shared = together(3, lambda ranks: probers[ranks.rank](ranks))
     for one in shared:
         assert outcomes(one) == outcomes(whole)
         assert one.answers is not None and whole.answers is not None
