@@ -14,6 +14,7 @@ commands are parsed up to the call of the library.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -484,6 +485,8 @@ def _read_python(words: list[str], where: str) -> list[str] | None:
         compile(words[1], where, "exec")
     elif words[:2] == ["-m", "shortllm"]:
         return words[2:]
+    elif words[0] == "-m":
+        assert importlib.util.find_spec(words[1]), f"{where}: no module {words[1]}"
     else:
         source = (REPOSITORY / words[0]).read_text()
         for word in words[1:]:

@@ -321,7 +321,7 @@ def test_options_of_what_is_not_measured_are_named(
     assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == [
         "--limit has no effect without --tasks",
         "--prompt has no effect without --continuations",
-        "--apply-chat-template has no effect without --tasks or --continuations",
+        "--apply-chat-template has no effect without --tasks or --continuations or --probe",
     ]
     assert not list(EvaluationOptions(continuations=1, prompt="a").without_effect())
 

@@ -34,7 +34,8 @@ from shortllm.runtime import ALONE
 WITH_TEXT = criteria.names_by_need("logits", "gradients", *criteria.OBSERVED)
 SEARCHES = criteria.names_by_need("sets")
 """Tested in test_search.py."""
-EVERY = [one.name for one in criteria.listed() if one.name not in SEARCHES]
+EVERY = [one.name for one in criteria.listed() if one.needs not in ("sets", "choices")]
+"""All that need no questions; the criterion that does is tested in test_task_criterion.py."""
 SOME_VARIANTS = ["llama-tied", "mixtral", "gpt2", "gemma3_text", "opt-projected", "smollm3"]
 """Tied embeddings, merged experts, a Conv1D family, two kinds of blocks, projections outside the
 blocks, blocks without positions."""
@@ -43,13 +44,13 @@ GREEDY = {"greedy": {"rounds": 3, "protect_first": 1, "protect_last": 0}}
 
 
 def test_criteria_are_listed_by_what_they_need() -> None:
-    assert EVERY == [
-        "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "lorp", "greedy",
-        "last", "random", "even",
+    every = [
+        "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "lorp", "task",
+        "greedy", "last", "random", "even",
     ]  # fmt: skip
-    assert criteria.help_text() == f"{', '.join(EVERY)}; searches: local, evolve, auto, dp, span"
-    assert criteria.compared() == [name for name in EVERY if name != "random"]
-    assert criteria.names() == sorted([*EVERY, *SEARCHES])
+    assert criteria.help_text() == f"{', '.join(every)}; searches: local, evolve, auto, dp, span"
+    assert criteria.compared() == [name for name in every if name not in ("task", "random")]
+    assert criteria.names() == sorted([*every, *SEARCHES])
 
 
 def agree(found: dict[str, Scores], expected: dict[str, Scores], rel: float = 1e-5) -> None:

@@ -110,7 +110,7 @@ def test_repetition_is_that_of_the_probe(run: Path) -> None:
             {"max_repetition": "5%"},
             "'healed' has no open answers of a probe. .* --probe",
         ),
-        ({"max_ppl_increase": "5%", "name": "heald"}, "is called 'heald'. Did you mean 'healed'"),
+        ({"max_ppl_increase": "5%", "model": "heald"}, "is called 'heald'. Did you mean 'healed'"),
         ({"min_task_mean": "5%"}, "--min-task-mean: the evaluation has no tasks"),
     ],
 )
@@ -137,7 +137,7 @@ def test_results_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None
         shortllm.check(copy, max_ppl_increase="1000%")
     (copy / "bench.json").unlink(missing_ok=True)
     with pytest.raises(ResultFileError, match="bench.json is missing. Create it with: shortllm"):
-        shortllm.check(copy, min_speedup=1, name="pruned")
+        shortllm.check(copy, min_speedup=1, model="pruned")
 
 
 def test_one_model_is_nothing_to_compare(tmp_path: Path, run: Path) -> None:

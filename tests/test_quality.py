@@ -257,7 +257,7 @@ def test_a_target_of_size_next_to_it_is_the_least(
     assert (tmp_path / "both" / "target.json").exists()
     code, err = embedded_run(capfd, tmp_path / "none", *asked, "2.8M")
     assert code == 3
-    assert "needs 7 blocks removed or more, and --max-ppl-increase 8% allows" in err
+    assert "needs 5 blocks removed or more, and --max-ppl-increase 8% allows" in err
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ MISTAKES = [
     Mistake(f"{SCORE} --calibration ids.json --data text.txt", "Leave one of them out"),
     Mistake("eval embedded --data nothere.txt", "no such file: nothere.txt"),
     Mistake("retrain embedded --method full --data nothere.txt --out new", "no such file"),
-    Mistake(f"{SCORE} --data text.txt,two.jsonl", "which only retraining takes"),
+    Mistake(f"{SCORE} --data text.txt,two.jsonl", "give every source once, with a weight"),
     Mistake(f"{RETRAIN} --data c4:x,alpaca:1", "as in c4:0.5,alpaca:0.5"),
     Mistake(f"{RETRAIN} --data two.jsonl,text.txt", "with a weight above 0"),
     Mistake(f"{RETRAIN} --data two.jsonl --columns prompt", "give FIELD=COLUMN"),

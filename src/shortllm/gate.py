@@ -70,7 +70,7 @@ class Verdict(Shown, Record):
 
 
 @accepts(options=GateOptions)
-def check(run: Path, *, options: GateOptions, name: str | None = None) -> Verdict:
+def check(run: Path, *, options: GateOptions, model: str | None = None) -> Verdict:
     """Whether a shortened model that was measured is what you ask for.
 
     Reads result files alone, and the checkpoint's files to see that they are those that were
@@ -79,7 +79,7 @@ def check(run: Path, *, options: GateOptions, name: str | None = None) -> Verdic
     Args:
         run: a run directory, or a checkpoint in one.
         options: what is asked; its fields can be given as keywords, e.g. `min_speedup=1.2`.
-        name: of the model in the run. Default: the last one: quantized, else retrained, else
+        model: name of the model in the run. Default: the last one: quantized, else retrained, else
             healed, else pruned.
     Returns:
         Each requirement with what was measured; `passed` says whether all are met.
@@ -93,20 +93,20 @@ def check(run: Path, *, options: GateOptions, name: str | None = None) -> Verdic
             f"{', '.join(map(option_of, GateOptions.model_fields))}"
         )
     if (run / "config.json").is_file() and not (run / "eval.json").is_file():
-        name = name or run.resolve().name
+        model = model or run.resolve().name
         run = run.parent if run.name else run.resolve().parent
     require_results(run)
     evaluation = _results(Evaluation, run / "eval.json", "shortllm run ... --out")
     intact, *shortened = evaluation.models
-    model = _chosen(shortened, name, run)
+    chosen = _chosen(shortened, model, run)
     benchmark = None
     if options.min_speedup is not None:
         benchmark = _results(Benchmark, run / "bench.json", "shortllm bench MODEL SHORT --out")
     return Verdict(
         directory=run,
-        model=model.name,
-        compared=require_same_weights(run / model.name, model.model, "eval.json"),
-        requirements=requirements_of(options, model, intact, benchmark),
+        model=chosen.name,
+        compared=require_same_weights(run / chosen.name, chosen.model, "eval.json"),
+        requirements=requirements_of(options, chosen, intact, benchmark),
     )
 
 

@@ -107,10 +107,9 @@ def check(
     run_dir: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint in one.")
     ],
-    name: Annotated[
+    model: Annotated[
         str | None,
         typer.Option(
-            "--model",
             metavar="NAME",
             help="Model of the run. Default: the last one: quantized, else retrained, else healed, "
             "else pruned.",
@@ -126,7 +125,7 @@ def check(
     """
     import shortllm
 
-    found = shortllm.check(run_dir, options=options, name=name)
+    found = shortllm.check(run_dir, options=options, model=model)
     if not answered({**found.model_dump(mode="json"), "passed": found.passed}, in_json=json):
         print_table(
             ("", "asked", "measured", ""),

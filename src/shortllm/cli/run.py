@@ -251,10 +251,9 @@ def list_recipes(json: Json = False) -> None:
     rows = []
     for name in recipe_names():
         recipe = load_recipe(name)
-        removes = ", ".join(
-            str(value) if amount == "remove" else f"{amount} {value}"
-            for amount, value in recipe.budget.asked().items()
-        )
+        asked = recipe.budget.asked()
+        amounts = ", ".join(f"{amount} {value}" for amount, value in asked.items())
+        removes = asked.get("remove", amounts)
         rows.append(
             {"name": name, "model": recipe.model, "removes": removes, "about": recipe.about}
         )

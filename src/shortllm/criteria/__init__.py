@@ -281,6 +281,12 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
             raise CriterionError(f"criterion '{name}' has no option '{option}'{known}")
         chosen[option] = _converted(name, option, value, hints[option])
     resolved = replace(found, options=chosen)
+    if resolved.items is None:  # of a criterion that could also ask questions
+        for option in chosen.keys() & {"tasks", "items"}:
+            if option in (options or {}):
+                by = "inner" if found.needs == "removals" else "fitness"
+                raise CriterionError(f"{name}.{option} has no effect without {name}.{by}=task")
+            del chosen[option]
     inner = resolved.scored_by()
     if resolved.healing is not None:
         HEALING_METHODS.get(resolved.healing)

@@ -241,11 +241,10 @@ def scores_fingerprint(
     healing: Calibration | None = None,
 ) -> str:
     """The fingerprint of everything the scores of one criterion depend on."""
-    of_items = () if criterion.items is not None else ("tasks", "items")
     inputs: dict[str, Any] = {
         "model": checkpoint.fingerprint,
         "criterion": criterion.name,
-        "options": {name: v for name, v in criterion.options.items() if name not in of_items},
+        "options": criterion.options,
     }
     if criterion.needs_text and calibration is not None:
         inputs |= {
