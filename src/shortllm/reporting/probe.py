@@ -137,7 +137,7 @@ def _fell(before: Probe, after: Probe, where: str) -> str:
         said.append(
             f"repetition rose from {percent(repeated.before, 0)} to {percent(repeated.after, 0)}"
         )
-    text = listed(said) or "no capability of the exercises fell clearly"
+    text = listed(said) or "no capability in the probe fell clearly"
     text = f"{where}, {text}" if where else text[0].upper() + text[1:]
     return f" {text}."
 
