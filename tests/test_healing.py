@@ -36,7 +36,7 @@ from shortllm.healing import least_squares
 from shortllm.healing.folding import find_added
 from shortllm.healing.gap_by_gap import heal_gaps, steps_of
 from shortllm.healing.heal import heal_from, healing_text
-from shortllm.healing.least_squares import RIDGES, Change, GapSums, choose_ridge, lowest, solve
+from shortllm.healing.least_squares import RIDGES, Change, GapSums, choose_ridge, solve
 from shortllm.healing.methods import Task
 from shortllm.healing.options import HealCalibration, Healing, HealOptions
 from shortllm.merging.merge import (
@@ -478,22 +478,6 @@ def test_the_error_of_sums_is_the_error_of_tokens() -> None:
     best = solve(moments, 1e-9).weights_ID
     direct_best = torch.linalg.lstsq(added, wanted - after).solution
     torch.testing.assert_close(best, direct_best, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "values, place",
-    [([3, 2, 1, 4, 5], 2), ([1, 2, 3, 4, 5], 0), ([5, 4, 3, 2, 1], 4), ([2, 2, 2], 1), ([7], 0)],
-)
-def test_the_lowest_place_is_found_downhill(values: list[int], place: int) -> None:
-    places = [10.0**i for i in range(len(values))]
-    asked: list[float] = []
-
-    def value(at: float) -> float:
-        asked.append(at)
-        return float(values[places.index(at)])
-
-    assert lowest(value, places) == (places[place], values[place])
-    assert len(asked) == len(set(asked)) <= len(values)
 
 
 @pytest.mark.parametrize("gain", [True, False])

@@ -30,8 +30,6 @@ Shapes: D width, I columns of X, N tokens of one group.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -257,22 +255,6 @@ def effective_rank(sums: GapSums, ridge: float, *, diagonal: bool = False) -> fl
     return float((values_I / (values_I + held)).sum().item()) if held else 0.0
 
 
-def lowest(value: Callable[[float], float], places: Sequence[float]) -> tuple[float, float]:
-    """Downhill from the middle of some places: the first that both neighbours are not below, and
-    the value there."""
-    found: dict[int, float] = {}
-
-    def at(place: int) -> float:
-        if place not in found:
-            found[place] = value(places[place]) if 0 <= place < len(places) else math.inf
-        return found[place]
-
-    place = len(places) // 2
-    while (best := min((place, place - 1, place + 1), key=at)) != place:
-        place = best
-    return places[place], at(place)
-
-
 def choose_ridge(
     fitted: GapSums, held_out: GapSums, given: float | None = None, *, diagonal: bool = False
 ) -> tuple[float | None, float]:
@@ -284,11 +266,10 @@ def choose_ridge(
     """
     few = slice(None, None, 1 if diagonal else max(fitted.cross_ID.shape[1] // COLUMNS, 1))
     some, others = fitted.columns(few), held_out.columns(few)
-
-    def error(ridge: float) -> float:
-        return others.error(solve(some, ridge, diagonal=diagonal))
-
-    best, left = (given, error(given)) if given else lowest(error, RIDGES)
+    ridges = (given,) if given else RIDGES
+    left, best = min(
+        (others.error(solve(some, ridge, diagonal=diagonal)), ridge) for ridge in ridges
+    )
     if others.missing:
         left *= held_out.missing / others.missing
     if given or left < held_out.missing:
