@@ -130,8 +130,8 @@ class EvaluationOptions(Options):
     batch_size: int = Field(default=8, ge=1, description="Sequences per forward pass of a task.")
     probe: bool | None = Field(
         default=None,
-        description="Put about 400 short exercises to the models, and open requests. Default: in a "
-        "run on a model of 50 M parameters or more; not in eval.",
+        description="Put 384 short exercises and 8 open requests to the models. Default: in a run "
+        "on a model of 50 M parameters or more; not in eval.",
     )
 
     @property

@@ -131,7 +131,7 @@ def measure_probe(
             )
         )
     answers = None
-    if decoder.streamed:
+    if any(ranks.gather(decoder.streamed)):  # by the memory that each process has left
         log.info("no open answers of %s: a streamed model would be read once per token", name)
     else:
         answers = _answers(decoder, tokenizer, chat=chat, system=system, ranks=ranks)
@@ -218,15 +218,13 @@ def _answers(
 ) -> Answers:
     """Greedy answers to the open requests, which all processes share."""
     model: Any = decoder.model
-    prompts = [
-        prompt_of(text, tokenizer, model, chat=chat, system=system)
-        for text in OPEN[ranks.rank :: ranks.count]
-    ]
+    every = [prompt_of(text, tokenizer, model, chat=chat, system=system) for text in OPEN]
+    longest = max(len(prompt.ids) for prompt in every)
+    room = context_length(model.config)
+    new_tokens = NEW_TOKENS if room is None else max(1, min(NEW_TOKENS, room - longest))
+    prompts = every[ranks.rank :: ranks.count]
     written: list[list[int]] = []
     if prompts:
-        longest = max(len(prompt.ids) for prompt in prompts)
-        room = context_length(model.config)
-        new_tokens = NEW_TOKENS if room is None else max(1, min(NEW_TOKENS, room - longest))
         blank = [longest - len(prompt.ids) for prompt in prompts]
         ids_BT = torch.tensor(
             [[0] * n + prompt.ids for n, prompt in zip(blank, prompts, strict=True)]
@@ -248,7 +246,7 @@ def _answers(
     everything = [next(parts[number % ranks.count]) for number in range(len(OPEN))]
     return Answers(
         texts=tokenizer.batch_decode(everything, skip_special_tokens=True),
-        new_tokens=NEW_TOKENS,
+        new_tokens=new_tokens,
         repeated=[repeated_share(ids) for ids in everything],
         distinct=distinct_share(everything),
     )
