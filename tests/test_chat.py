@@ -16,12 +16,12 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.data.calibration import calibrate
 from shortllm.data.chat import Chat, agreed, row_texts
 from shortllm.data.options import CalibrationOptions
-from shortllm.data.sources import load_rows, mixture, open_records
+from shortllm.data.sources import load_rows, mixed, mixture, open_records
 from shortllm.embedded import MODEL_DIR
 from shortllm.errors import DataError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import prepare_texts
-from shortllm.retraining.corpus import documents, kind_of, mixed
+from shortllm.retraining.corpus import documents, kind_of
 from shortllm.retraining.options import RetrainOptions
 
 CHATML = (
@@ -317,7 +317,7 @@ def test_a_mixture_gives_each_source_its_share_of_the_tokens(tmp_path: Path) -> 
         (weight, documents(records, kind_of(records, "auto"), tokenizer, RetrainOptions()))
         for weight, records in ((3.0, open_records(talks)), (1.0, open_records(texts)))
     ]
-    found = list(mixed(parts, longest=30))
+    found = list(mixed(parts, lambda one: min(len(one.ids), 30)))
     talk, text = (
         sum(min(30, len(one.ids)) for one in found if (one.targets is None) == is_text)
         for is_text in (False, True)

@@ -28,7 +28,7 @@ from shortllm.comparison.options import (
     verdict,
 )
 from shortllm.data.options import CalibrationOptions
-from shortllm.errors import OutputError, ResultFileError, ShortLLMError
+from shortllm.errors import CriterionError, DataError, OutputError, ResultFileError, ShortLLMError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.evaluation.texts import prepare_texts
 from shortllm.files import overwriting
@@ -471,3 +471,16 @@ def test_texts_are_compared_as_criteria_are(tmp_path: Path) -> None:
     assert '"source": "generated:embedded:calibration"' in written
     assert "ppl on embedded:train" in (tmp_path / "texts" / "comparison.html").read_text()
     assert set(found.to_dataframe()["text"].dropna()) == set(names)
+    with pytest.raises(OutputError):  # results of texts are results
+        by("texts", texts=texts[:1])
+    by("texts", texts=texts[:1], overwrite=True)
+    assert [path.name for path in (tmp_path / "texts").glob("text-*")] == ["text-0"]
+
+
+def test_texts_without_effect_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(CriterionError, match="--text has no effect: magnitude need no text"):
+        shortllm.compare_criteria(criteria=["magnitude"], texts=["embedded"], out=out)
+    with pytest.raises(DataError, match="so --data, --columns and --calibration have no effect"):
+        shortllm.compare_criteria(criteria=["ppl"], texts=["embedded"], data="embedded", out=out)
+    assert not out.exists()

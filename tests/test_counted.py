@@ -270,6 +270,32 @@ def test_a_model_writes_its_own_text(chat: str, tmp_path: Path, talks: Path) -> 
         sampled(chat, f"generated:{talks}", Session(Runtime(dtype="float32", stream=True)))
 
 
+def test_rules_of_generation_config_do_not_bend_what_is_written() -> None:
+    from shortllm.data.generated import sampled as written
+
+    model = families.loaded("llama")
+    how = {"starts": [[1, 2, 3], [4, 5]], "length": 16, "seed": 0, "ends": {7}}
+    plain, own = written(model, **how), model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.min_p = 9.0, 1, 0.5
+    try:
+        assert written(model, **how) == plain and model.generation_config is own
+    finally:
+        own.repetition_penalty = own.no_repeat_ngram_size = own.min_p = None
+
+
+def test_mistakes_are_found_before_the_model_is_loaded(
+    chat: str, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(Runtime(dtype="float32"))
+    monkeypatch.setattr(Session, "decoder", None)
+    file = tmp_path / "short.txt"
+    file.write_text("short\n" * 20)
+    with pytest.raises(DataError, match="with --samples 1 none is left"):
+        sampled(chat, f"{file}:0.1,generated:{talks}:0.9", session, samples=1)
+    with pytest.raises(DataError, match="only 0 of 20 rows"):
+        sampled(chat, f"{file}:0.5,generated:{talks}:0.5", session)
+
+
 def test_the_worst_tenth_of_written_text_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from shortllm.data import generated
     from shortllm.data.sources import load_rows
@@ -302,6 +328,49 @@ def test_written_text_is_kept_in_the_run_directory(
     monkeypatch.setattr("shortllm.data.generated.sampled", None)
     again = shortllm.score(chat, criterion="kl", overwrite=True, **how)
     assert again.calibration == first.calibration
+    rows = talks.read_text().splitlines()
+    other = tmp_path / "other.jsonl"  # of which a row in the middle changes
+    other.write_text("\n".join([*rows[:30], rows[0], *rows[31:]]))
+    original = talks.read_text()
+    try:
+        talks.write_text(other.read_text())
+        with pytest.raises(TypeError):  # it is written again
+            shortllm.score(chat, criterion="kl", overwrite=True, **how)
+    finally:
+        talks.write_text(original)
+
+
+def test_written_text_outlives_an_interruption(
+    chat: str, tmp_path: Path, talks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"data": f"generated:{talks}", "samples": 3, "length": 64, "out": tmp_path / "run"}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shortllm.pruning.score.write_run_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shortllm.score(chat, criterion="influence", **how)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["calibration.partial"]
+    monkeypatch.setattr("shortllm.data.generated.sampled", None)
+    found = shortllm.score(chat, criterion="influence", **how)
+    assert found.calibration and not (tmp_path / "run" / "calibration.partial").exists()
+
+
+def test_a_model_writes_no_text_to_heal_with(chat: str, talks: Path, tmp_path: Path) -> None:
+    from shortllm.evaluation.options import EvaluationOptions
+    from shortllm.evaluation.texts import prepare_texts
+
+    with pytest.raises(DataError, match="text that the model writes itself"):
+        prepare_texts(
+            open_checkpoint(chat),
+            CalibrationOptions(data="embedded", samples=2, length=8),
+            EvaluationOptions(data=["embedded"], length=16, max_segments=1),
+            healing=SampledText(data=f"generated:{talks}", samples=2, length=32),
+            session=Session(Runtime(dtype="float32")),
+            directory=tmp_path,
+        )
 
 
 def test_a_run_by_answers_is_reported(chat: str, tmp_path: Path, talks: Path) -> None:

@@ -12,6 +12,7 @@ import shortllm
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.cli import main
+from shortllm.criteria import resolve
 from shortllm.criteria.task import accuracy_lost, mistakes
 from shortllm.errors import ShortLLMError
 from shortllm.evaluation.choices import load_items
@@ -20,7 +21,8 @@ from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.task_names import METRICS
 from shortllm.evaluation.tasks import load_tasks, quiet_harness
 from shortllm.model import Session
-from shortllm.runtime import ALONE, Runtime
+from shortllm.pruning.score import scores_fingerprint
+from shortllm.runtime import ALONE, Runtime, ScoringRuntime
 
 pytest.importorskip("lm_eval")
 
@@ -90,6 +92,8 @@ def test_ties_weigh_less_than_an_item() -> None:
     assert (
         mistakes(fewer, -1e6 * torch.ones(3)).mean() < mistakes(right, 1e6 * torch.ones(3)).mean()
     )
+    # models with the same answers differ in each item, so that their difference has an error
+    assert (mistakes(right, sure) - mistakes(right, unsure)).unique().numel() > 1
     lost = accuracy_lost(right, sure, fewer).mean().item()
     assert 1 / 3 < lost < 2 / 3
 
@@ -110,6 +114,15 @@ def test_rows_are_padded_and_mistaken_tasks_are_named() -> None:
         load_items(checkpoint, "arc_esy", 3)
 
 
+def test_tasks_come_in_turn_and_right_answers_are_in_the_fingerprint() -> None:
+    asked = load_items(open_checkpoint("embedded"), "shortllm_where,shortllm_why", 3)
+    assert len({one.task.config.task for one in asked.items[::2]}) == 1
+    assert len({one.task.config.task for one in asked.items[:2]}) == 2
+    before = asked.fingerprint
+    vars(asked.items[0])["gold"] = {max(asked.items[0].gold) + 1}
+    assert asked.fingerprint != before
+
+
 def test_greedy_and_local_search_by_items() -> None:
     asked: dict[str, Any] = {"tasks": "shortllm_where", "items": 12}
     once = shortllm.score("embedded", criterion="task", options={"task": asked})
@@ -126,6 +139,16 @@ def test_greedy_and_local_search_by_items() -> None:
     [without] = by_the_harness("embedded", ["shortllm_where"], 12, [local.search.found.removed])
     assert local.search.found.value is not None
     assert 0 < local.search.found.value - (1 - without) < 1 / 12
+
+
+def test_scores_by_items_depend_on_the_attention() -> None:
+    checkpoint = open_checkpoint("embedded")
+    asked = resolve("task", {"tasks": "shortllm_why", "items": 1})
+    eager, other = (
+        scores_fingerprint(checkpoint, asked, None, Session(ScoringRuntime(attention=kernel)))
+        for kernel in ("eager", "sdpa")
+    )
+    assert eager != other
 
 
 def test_a_streamed_model_answers_alike() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import shortllm
-from shortllm.data.calibration import load_sources
+from shortllm.data.calibration import on_text
 from shortllm.data.options import CalibrationOptions
 from shortllm.files import write_text
 from shortllm.format import number, spans
@@ -51,13 +51,13 @@ def compared(asked: argparse.Namespace) -> dict[str, Any]:
     """What each text removes at each ratio, and the measurements of all models."""
     removals: dict[str, dict[str, list[int]]] = {}
     models = {"original": asked.model}
+    options = CalibrationOptions(
+        samples=asked.samples, length=asked.length, answers_only=asked.answers_only
+    )
     for n, text in enumerate(asked.text):
-        options = CalibrationOptions(data=text, samples=asked.samples, length=asked.length)
-        talks = any(one.prompts or one.is_talk for one in load_sources(options))
         scores = shortllm.score(
-            asked.model, criterion=asked.criterion, calibration=options,
-            answers_only=asked.answers_only and talks, dtype=asked.dtype,
-            out=asked.out / f"text-{n}",
+            asked.model, criterion=asked.criterion, calibration=on_text(options, text),
+            dtype=asked.dtype, out=asked.out / f"text-{n}",
         )  # fmt: skip
         for ratio in asked.ratios.split(","):
             plan = shortllm.plan(scores, ratio=float(ratio))

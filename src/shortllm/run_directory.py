@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -75,7 +76,8 @@ def claim_directory(
     present = require_run_directory(directory)
     earlier = _run_model(directory) or {}
     has_results = any(
-        path.name in ("plan.json", PRUNED) or path.match("scores*.json") for path in present
+        any(map(path.match, ("plan.json", "comparison.json", PRUNED, "scores*.json", "text-*")))
+        for path in present
     )
     if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
         raise OutputError(
@@ -210,6 +212,14 @@ def require_replaceable(kind: type[ResultFile], path: Path, expected: str) -> No
     with suppress(ResultFileError):  # missing or damaged
         if kind.load(path).fingerprint != expected:
             require_same_choices(path, {}, {})
+
+
+def delete_texts(directory: Path, *, from_number: int) -> None:
+    """Delete what an earlier comparison of texts has more than this one."""
+    for place in directory.glob("text-*"):
+        number = place.name.removeprefix("text-")
+        if number.isdecimal() and int(number) >= from_number:
+            shutil.rmtree(place)
 
 
 def delete(files: Iterable[Path]) -> None:

@@ -33,9 +33,9 @@ from shortllm.comparison.options import (
     RemovedSet,
 )
 from shortllm.criteria import Criterion, resolve, resolve_all
-from shortllm.data.calibration import load_sources, resolve_calibration
+from shortllm.data.calibration import on_text, resolve_calibration
 from shortllm.data.options import CalibrationOptions
-from shortllm.errors import BudgetError, CriterionError
+from shortllm.errors import BudgetError, CriterionError, DataError
 from shortllm.evaluation.evaluate import resolve_evaluation
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import EvaluationText, prepare_texts, text_directory
@@ -139,6 +139,22 @@ def _fitted(
     return resolve(one.name, one.options | limits) if limits else one
 
 
+def _require_effect(options: ComparisonOptions, criteria: Sequence[Criterion]) -> None:
+    """Refuse texts that nothing would be scored on."""
+    if not options.texts:
+        return
+    if not any(one.needs_text for one in criteria):
+        names = ", ".join(one.name for one in criteria)
+        raise CriterionError(f"--text has no effect: {names} need no text. Leave --text out")
+    heals = any(one.healing for one in criteria)
+    own = options.calibration
+    if own.file is not None or own.columns is not None or (own.data is not None and not heals):
+        raise DataError(
+            "--text names what is scored on, so --data, --columns and --calibration have no "
+            "effect. Leave them out, and give the text to measure on as --eval-data"
+        )
+
+
 def _texts(
     options: ComparisonOptions, checkpoint: Checkpoint
 ) -> tuple[CalibrationOptions, EvaluationOptions]:
@@ -192,6 +208,7 @@ def compare_criteria(
     directory = out or default_directory(model)
     checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, directory))
     criteria = resolve_all(comparison.criteria, options or {})
+    _require_effect(comparison, criteria)
     question = prepare_question(checkpoint.info(), comparison, criteria)
     session, ranks = Session(runtime), join_ranks()
     calibration, evaluation = _texts(comparison, checkpoint)
@@ -204,19 +221,21 @@ def compare_criteria(
     }
     if ranks.is_main:
         rundir.claim_directory(directory, checkpoint, chosen)
+        rundir.delete_texts(directory, from_number=len(comparison.texts))
     scoring = any(one.needs_text for one in question.criteria)
+    compared = [on_text(calibration, text) for text in comparison.texts]
+    if ranks.is_main:
+        rundir.write_run_file(directory, chosen, checkpoint, command)
     texts = prepare_texts(
         checkpoint,
         calibration,
         evaluation,
         scoring=scoring and not comparison.texts,
-        others=_compared_texts(comparison, calibration) if scoring else (),
+        others=compared,
         session=session,
         directory=directory,
     )
     [text] = texts.evaluation
-    if ranks.is_main:
-        rundir.write_run_file(directory, chosen, checkpoint, command)
     healing = text_to_heal_with(checkpoint, question.criteria, calibration)
     with numbered_stages(2):
         with stage("score"):
@@ -232,19 +251,6 @@ def compare_criteria(
             found = _measured(directory, checkpoint, question, scored, text, session, ranks)
     if ranks.is_main:
         write_comparison(directory)
-    return found
-
-
-def _compared_texts(
-    options: ComparisonOptions, calibration: CalibrationOptions
-) -> list[CalibrationOptions]:
-    """The calibration by each compared text; of conversations only answers count, if requested."""
-    found = []
-    for text in options.texts:
-        own = calibration.model_copy(update={"data": text, "file": None, "columns": None})
-        talks = any(one.prompts or one.is_talk for one in load_sources(own))
-        answers = {"answers_only": calibration.answers_only and talks}
-        found.append(own.model_copy(update=answers))
     return found
 
 

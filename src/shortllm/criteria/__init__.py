@@ -155,8 +155,7 @@ class Criterion:
 
     @property
     def items(self) -> tuple[str | None, int] | None:
-        """Of which tasks, and how many of each, it needs multiple-choice items; None: it does
-        not."""
+        """Tasks and items per task, if it asks multiple-choice questions."""
         if self.scored_by().needs == "choices" or self.options.get("fitness") == "task":
             return self.options["tasks"], self.options["items"]
         return None
@@ -166,13 +165,12 @@ class Criterion:
         if self.needs != "removals":
             return self
         inner = get(self.options["inner"])
-        same = {name: self.options[name] for name in inner.defaults if name in self.options}
-        inner = resolve(inner.name, {} if inner.removes_blocks else same)
         if inner.removes_blocks:
             raise CriterionError(
                 f"{self.name}.inner cannot be '{inner.name}', which removes blocks itself"
             )
-        return inner
+        same = {name: self.options[name] for name in inner.defaults if name in self.options}
+        return resolve(inner.name, same)
 
     def free(self, model: ModelInfo) -> list[int]:
         """The blocks that a criterion may remove one after the other."""

@@ -35,8 +35,8 @@ def best_on_held_out(
 
     Args:
         candidates: criteria and searches to try.
-        held_out: part of the calibration samples that decides. Measuring a few sets is cheap, and
-            it takes much text to tell them apart.
+        held_out: fraction of the calibration samples that decides. Measuring a few sets is cheap,
+            and it takes much text to tell them apart.
         healing: a method of `shortllm heal`; candidates are measured after it.
         generations, offspring, seed, evaluations, minutes: of the searches among the candidates
             that have such an option.

@@ -47,7 +47,7 @@ FINALISTS = 16
 """Swaps of a round that are measured on all of the search text."""
 
 Stages = list[tuple[float, int]]
-"""Of each stage of a selection, the part of the samples, and how many sets are measured on it."""
+"""Of each stage of a selection, the fraction of the samples, and how many sets it measures."""
 
 
 class CandidateSet(Record):
@@ -57,7 +57,7 @@ class CandidateSet(Record):
     removed: list[int] = Field(description="ascending")
     value: float | None = Field(
         description="on the search samples: perplexity, or KL(intact || without) in nats per "
-        "token; by `task` the part of the items answered wrongly, and less than one item more"
+        "token; by `task` the fraction of the items answered wrongly, and less than one item more"
     )
     held_out: float | None = Field(default=None, description="perplexity on the held-out samples")
 
@@ -84,7 +84,7 @@ class Search(Record):
     )
     stopped: str | None = Field(description="why there were no more rounds")
     evaluations: float = Field(
-        description="sets measured; one measured on a part of the samples counts as that part"
+        description="sets measured; one measured on a fraction of the samples counts as that"
     )
     search_samples: int
     held_out_samples: int
@@ -131,7 +131,7 @@ class SearchSpace(Protocol):
         """What each criterion removes; those without a removal of this kind are left out."""
 
     def measure(self, sets: Sequence[Blocks], part: float = 1.0) -> list[float]:
-        """Mean fitness of each set on a part of the search text, nats; infinite where it is NaN.
+        """Mean fitness of each set on a fraction of the search text, nats; infinite where NaN.
 
         All are measured in one walk.
         """
@@ -143,7 +143,7 @@ class SearchSpace(Protocol):
         """How many more measurements the budget allows."""
 
     def share(self, part: float) -> float:
-        """What a measurement on a part of the samples counts as, rounded up to whole samples."""
+        """What measuring a fraction of the samples counts as, rounded up to whole samples."""
 
     def spent(self) -> str:
         """Why `left` is zero."""
@@ -250,7 +250,7 @@ def swap_while_it_helps(
         fitness: what is lowered: perplexity, divergence from the intact model, or the mistakes in
             the items of tasks.
         tasks, items: of the criterion `task`, for that fitness.
-        held_out: part of the calibration samples that the search does not see.
+        held_out: fraction of the calibration samples that the search does not see.
         evaluations: sets measured at most, in addition to the starts.
         minutes: no round begins later than this.
         healing: a method of `shortllm heal`; sets are measured after it.
@@ -287,8 +287,8 @@ def evolve_from_the_best_plan(
 
     Args:
         offspring: children of each generation.
-        evaluations: sets measured at most, in addition to the starts; one measured on a part of
-            the samples counts as that part.
+        evaluations: sets measured at most, in addition to the starts; one measured on a
+            fraction of the samples counts as that.
     """
     options = {"generations": generations, "offspring": offspring, "seed": seed}
     return _searched(space, "evolve", start, evolve, options)

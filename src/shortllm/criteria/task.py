@@ -1,4 +1,4 @@
-"""What a block is worth by the answers to multiple-choice questions, all removals in one walk."""
+"""What a block is worth by the answers to multiple-choice questions, removals in shared walks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ if TYPE_CHECKING:
 
 
 def mistakes(right_I: Tensor, margin_I: Tensor) -> Tensor:
-    """Of each item 1 if it is answered wrongly, and for all the same part between 0 and 1 of one
-    item, by which models of equal accuracy are ordered: the less, the higher the mean margin."""
-    mean = margin_I.mean()
-    tie = (1.0 - mean / (1.0 + mean.abs())) / 2.0
-    return 1.0 - right_I + tie / len(right_I)
+    """Of each item 1 if it is answered wrongly, and the less, the higher its margin is: for all
+    items together between 0 and 1 item, by which models of equal accuracy are ordered."""
+    tie_I = (1.0 - margin_I / (1.0 + margin_I.abs())) / 2.0
+    return 1.0 - right_I + tie_I / len(right_I)
 
 
 @criterion(
@@ -35,8 +34,9 @@ def accuracy_lost(
 ) -> Tensor:
     """Accuracy on multiple-choice items that is lost when the block is removed.
 
-    Equal accuracies are told apart by the mean margin, the log-likelihood of the right choice above
-    that of the best other one: by less than one item. Every item weighs the same.
+    Equal accuracies are told apart by the margins m, the log-likelihood of the right choice above
+    that of the best other one: by the mean of m / (1 + |m|), which is less than one item. Every
+    item weighs the same.
 
     Args:
         right_I: 1 for each item that is answered correctly without the block, else 0.

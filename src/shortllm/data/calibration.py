@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +32,9 @@ import torch
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.checkpoint.tensors import read_json
+from shortllm.checkpoint.tokenizer import GENERATION_CONFIG, load_tokenizer
+from shortllm.data.chat import Chat, template_of
 from shortllm.data.options import (
     CalibrationInfo,
     CalibrationOptions,
@@ -40,7 +43,7 @@ from shortllm.data.options import (
 )
 from shortllm.data.rows import Rows
 from shortllm.data.samplers import (
-    of_answers,
+    order_of,
     sample_answers,
     sample_packed,
     sample_random,
@@ -48,7 +51,7 @@ from shortllm.data.samplers import (
 )
 from shortllm.data.sources import GENERATED, joined, load_rows, mixed, mixture, prompts_of
 from shortllm.errors import DataError
-from shortllm.files import fingerprint, require_writable, write_bytes
+from shortllm.files import PARTIAL, fingerprint, require_writable, write_bytes
 from shortllm.records import load_current
 from shortllm.runtime import join_ranks
 
@@ -63,6 +66,12 @@ AnyText = TypeVar("AnyText", bound=SampledText)
 IDS_FILE = "calibration.safetensors"
 
 INFO_FILE = "calibration.json"
+
+UNFINISHED = f"calibration{PARTIAL}"
+"""Where text that a model wrote is kept until the directory is that of a run."""
+
+COMPARED_ROWS = 10_000
+"""Rows that must be the same for text that a model wrote to their prompts to be used again."""
 
 BOS_EVERY_SAMPLE = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"}
 """Model types whose predictions mean nothing without a BOS at the start of every sample."""
@@ -105,6 +114,7 @@ class Calibration:
             save({name: one.contiguous() for name, one in tensors.items() if one is not None}),
         )
         self.info.save(run_dir / INFO_FILE)
+        shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
 
     def tokens_counted(self) -> torch.Tensor:
         """Which tokens count, as a tensor in every case."""
@@ -146,6 +156,13 @@ def load_sources(options: SampledText) -> list[Source]:
     return found
 
 
+def on_text(options: CalibrationOptions, text: str) -> CalibrationOptions:
+    """The options with another text, of which answers alone count only if there are some."""
+    own = options.model_copy(update={"data": text, "file": None, "columns": None})
+    talks = any(one.prompts or one.is_talk for one in load_sources(own))
+    return own.model_copy(update={"answers_only": options.answers_only and talks})
+
+
 def calibrate(
     checkpoint: Checkpoint,
     options: SampledText,
@@ -171,12 +188,24 @@ def calibrate(
                 require_writer(name, checkpoint, session)
         check_length(checkpoint, options.length, "--length")
         sources = load_sources(options) if sources is None else sources
+        turns = turns_of(sources, options)
         tokenizer = load_tokenizer(checkpoint)
-        if any(one.prompts for one in sources):
+        shares = [
+            options.model_copy(update={"samples": turns.count(n)}) for n in range(len(sources))
+        ]
+        made = [
+            None if one.prompts else build_calibration(one.rows, tokenizer, own)
+            for one, own in zip(sources, shares, strict=True)
+        ]
+        if None in made:
             assert session is not None
-            calibration = _written(checkpoint, tokenizer, options, sources, session, directory)
+            writer = _Writer(
+                checkpoint=checkpoint, tokenizer=tokenizer, session=session, directory=directory
+            )
+            calibration = writer.completed(sources, shares, made, turns, options)
         else:
-            calibration = blended(sources, tokenizer, options)
+            whole = [one for one in made if one is not None]
+            calibration = blended(sources, whole, turns, options)
     check_ids(calibration.ids, checkpoint.vocabulary)
     check_length(checkpoint, calibration.ids.shape[1], "--length")
     return calibration
@@ -197,37 +226,91 @@ def require_writer(source: str, checkpoint: Checkpoint, session: Session | None)
         )
 
 
-def _written(
-    checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    options: SampledText,
-    sources: Sequence[Source],
-    session: Session,
-    directory: Path | None,
-) -> Calibration:
-    """A calibration of which the model writes a part: that of an earlier call, or a new one, by the
-    main process for all."""
-    inputs = {
-        "model": checkpoint.fingerprint,
-        "dtype": session.dtype(checkpoint),
-        "device": session.device.type,
-        "options": options.model_dump(mode="json"),
-        "rows": [
-            [one.name, one.weight, one.rows.start, one.rows.stop, one.rows[0], one.rows[-1]]
-            for one in sources
-        ],
-    }
-    expected = fingerprint(inputs)
-    path = None if directory is None else directory / INFO_FILE
-    if path is not None and load_current(CalibrationInfo, path, expected) is not None:
-        return load_calibration(path)
-    ranks = join_ranks()
-    made = None
-    if ranks.is_main:
-        made = blended(sources, tokenizer, options, session.decoder(checkpoint))
-    [made, *_] = ranks.gather(made)
-    assert made is not None
-    return replace(made, info=made.info.model_copy(update={"fingerprint": expected}))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Writer:
+    """A model that writes a part of a calibration, and where such text of an earlier call may
+    be."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    session: Session
+    directory: Path | None
+
+    def completed(
+        self,
+        sources: Sequence[Source],
+        shares: Sequence[SampledText],
+        made: Sequence[Calibration | None],
+        turns: Sequence[int],
+        options: SampledText,
+    ) -> Calibration:
+        """The calibration of an earlier call, or a new one, which the main process writes for all;
+        `made` are the samples of the sources that the model does not write to."""
+        ranks, found = join_ranks(), None
+        if ranks.is_main:
+            expected = self._fingerprint(sources, shares, made)
+            found = self._earlier(expected)
+            if found is None:
+                writer = self.session.decoder(self.checkpoint)
+                whole = [
+                    one or build_calibration(source.rows, self.tokenizer, own, writer)
+                    for source, own, one in zip(sources, shares, made, strict=True)
+                ]
+                found = blended(sources, whole, turns, options)
+                info = found.info.model_copy(update={"fingerprint": expected})
+                found = Calibration(ids=found.ids, counted=found.counted, info=info)
+                if self.directory is not None:
+                    found.save(self.directory / UNFINISHED)
+        [found, *_] = ranks.gather(found)
+        assert found is not None
+        return found
+
+    def _earlier(self, expected: str) -> Calibration | None:
+        """The text of an earlier call with the same inputs."""
+        for place in [self.directory, self.directory / UNFINISHED] if self.directory else []:
+            path = place / INFO_FILE
+            if load_current(CalibrationInfo, path, expected) is not None:
+                return load_calibration(path)
+        return None
+
+    def _fingerprint(
+        self,
+        sources: Sequence[Source],
+        shares: Sequence[SampledText],
+        made: Sequence[Calibration | None],
+    ) -> str:
+        """Of everything that the text depends on; of very many prompts, the first to be used."""
+        from shortllm.data.generated import VERSION, WRITTEN_AT_ONCE, prompts
+
+        inputs: list[Any] = []
+        for source, own, samples in zip(sources, shares, made, strict=True):
+            if samples is not None:
+                inputs.append([source.name, source.weight, samples.info.tokens_fingerprint])
+                continue
+            rows, order = source.rows, order_of(source.rows, own)
+            begun = prompts(rows, order_of(rows, own), self.tokenizer, own.length)
+            inputs.append(
+                [
+                    [source.name, source.weight, rows.start, rows.stop],
+                    [rows[number] for number in islice(order, COMPARED_ROWS)],
+                    list(islice(begun, WRITTEN_AT_ONCE)),
+                ]
+            )
+        ends = Chat(self.tokenizer, template_of(self.tokenizer)).ends
+        own_ends = self.checkpoint.directory / GENERATION_CONFIG
+        return fingerprint(
+            {
+                "version": VERSION,
+                "ends": sorted(ends),
+                "own ends": read_json(own_ends).get("eos_token_id") if own_ends.is_file() else None,
+                "model": self.checkpoint.fingerprint,
+                "dtype": self.session.dtype(self.checkpoint),
+                "device": self.session.device.type,
+                "attention": self.session.attention,
+                "options": [one.model_dump(mode="json") for one in shares],
+                "sources": inputs,
+            }
+        )
 
 
 def check_length(checkpoint: Checkpoint, length: int, option: str, *, before: int = 0) -> None:
@@ -241,13 +324,8 @@ def check_length(checkpoint: Checkpoint, length: int, option: str, *, before: in
         )
 
 
-def blended(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    options: SampledText,
-    decoder: Decoder | None = None,
-) -> Calibration:
-    """Sample every source in proportion to its weight; `decoder` writes the text of prompts."""
+def turns_of(sources: Sequence[Source], options: SampledText) -> list[int]:
+    """Of each sample the number of its source: each has a part in proportion to its weight."""
     turns = [(one.weight, repeat(n)) for n, one in enumerate(sources)]
     order = list(islice(mixed(turns, lambda n: 1), options.samples))
     for n, one in enumerate(sources):
@@ -256,20 +334,25 @@ def blended(
                 f"with --samples {options.samples} none is left for {one.name}, whose weight is "
                 f"{one.weight:g}. Give more --samples, or leave it out"
             )
-    if of_answers(options) and not any(one.prompts or one.is_talk for one in sources):
+    if options.only_answers and not any(one.prompts or one.is_talk for one in sources):
         raise DataError(
             f"--answers-only: {sources[0].name} is text, in which nobody answers. Give "
             "conversations, such as alpaca, or leave --answers-only out"
         )
-    counts = [options.model_copy(update={"samples": order.count(n)}) for n in range(len(sources))]
-    made = [
-        build_calibration(one.rows, tokenizer, own, decoder if one.prompts else None)
-        for one, own in zip(sources, counts, strict=True)
-    ]
+    return order
+
+
+def blended(
+    sources: Sequence[Source],
+    made: Sequence[Calibration],
+    turns: Sequence[int],
+    options: SampledText,
+) -> Calibration:
+    """The samples of every source, in turn."""
     if len(made) == 1:
         return made[0]
     places = [iter(range(len(one.ids))) for one in made]
-    picks = [(n, next(places[n])) for n in order]
+    picks = [(n, next(places[n])) for n in turns]
     counted = None
     if any(one.counted is not None for one in made):
         counted = torch.stack([made[n].tokens_counted()[b] for n, b in picks])
@@ -298,14 +381,11 @@ def build_calibration(
 ) -> Calibration:
     """Sample rows, and record how; a `writer` writes the text, which the rows prompt it to."""
     is_random, counted = options.sampler == "random", None
-    source, about = rows.source, {}
+    source, about = rows.source, dict[str, Any]()
     if writer is not None:
-        temperature = (
-            options.generated_temperature if isinstance(options, CalibrationOptions) else 1.0
-        )
-        source, about = f"{GENERATED}:{source}", {"temperature": temperature}
-        ids, counted = sample_written(rows, tokenizer, options, writer, temperature)
-    elif of_answers(options) and not isinstance(rows[0], str):
+        source, about = f"{GENERATED}:{source}", {"temperature": options.temperature}
+        ids, counted = sample_written(rows, tokenizer, options, writer)
+    elif options.only_answers and not isinstance(rows[0], str):
         ids, counted = sample_answers(rows, tokenizer, options)
     else:
         ids = (sample_random if is_random else sample_packed)(rows, tokenizer, options)

@@ -2,14 +2,14 @@
 
 As calibration text it is near what the model will write when it is used, in any language or form
 that its users prompt it with. It answers conversations of a source, or continues the beginnings of
-texts; the tenth with the highest perplexity by the model itself, where it lost the thread, is left
-out.
+texts; the tenth with the highest perplexity by the model itself is left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,17 @@ from shortllm.runtime import quiet_transformers
 if TYPE_CHECKING:
     from shortllm.model.decoder import Decoder
 
+VERSION = 1
+"""Of how text is written: with another one, text of an earlier call is written again."""
+
 WRITTEN_AT_ONCE = 32
 """Documents that a model writes in one batch."""
 
 LEFT_OUT = 0.1
-"""Part of the written documents with the highest perplexity, which is left out."""
+"""Fraction of the written documents with the highest perplexity, which is left out."""
 
 BEGINNING = 8
-"""Of a text, the beginning that is continued is this part of a sample's length."""
+"""The beginning of a text that is continued has a sample's length divided by this."""
 
 
 def sampled(
@@ -50,7 +53,8 @@ def sampled(
     masks = [[0] * (longest - len(start)) + [1] * len(start) for start in starts]
     device = model.device
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), quiet_transformers():
+    stops = sorted(ends) or model.generation_config.eos_token_id  # without ends, none is sampled
+    with torch.random.fork_rng(devices=cuda), quiet_transformers(), _plain_sampling(model):
         torch.manual_seed(seed)
         written = model.generate(
             input_ids=torch.tensor(rows, device=device),
@@ -61,7 +65,8 @@ def sampled(
             temperature=temperature,
             max_new_tokens=new_tokens,
             pad_token_id=pad,
-            **({"eos_token_id": sorted(ends)} if ends else {"min_new_tokens": new_tokens}),
+            eos_token_id=stops,
+            min_new_tokens=None if ends else new_tokens,
         )
     found = []
     for start, ids in zip(starts, written.tolist(), strict=True):
@@ -71,28 +76,38 @@ def sampled(
     return found
 
 
-def prompts(
-    rows: Rows, order: Iterator[int], tokenizer: Any, model: Any, length: int
-) -> Iterator[tuple[list[int], set[int]]]:
-    """Beginnings of documents, and the tokens that end them, from rows in an order.
+@contextmanager
+def _plain_sampling(model: Any) -> Iterator[None]:
+    """Without the rules of generation_config.json, such as a repetition penalty."""
+    from transformers import GenerationConfig
 
-    A conversation up to the first answer; of a text the first tokens, whose continuation has no
-    end. Rows that leave no room for half a sample are passed over.
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def prompts(rows: Rows, order: Iterator[int], tokenizer: Any, length: int) -> Iterator[list[int]]:
+    """Beginnings of documents, from rows in an order.
+
+    A conversation up to the first answer; of a text the first tokens. Rows that leave no room for
+    half a sample are passed over.
     """
     chat = Chat(tokenizer, template_of(tokenizer))
-    ends = set() if isinstance(rows[0], str) else ends_of_turn(chat, model)
     for number in order:
         row: Row = rows[number]
         if isinstance(row, str):
             ids = tokenizer(row, verbose=False).input_ids[: max(1, length // BEGINNING)]
             if len(ids) == max(1, length // BEGINNING):
-                yield ids, set()
+                yield ids
         else:
             roles = [message["role"] for message in row]
             asked = row[: roles.index("assistant")]
             ids = chat.prompt_ids(asked) if asked else []
             if 0 < len(ids) <= length // 2:
-                yield ids, ends
+                yield ids
 
 
 def written_documents(
@@ -110,11 +125,13 @@ def written_documents(
     Of each document the ids, and the span of those that the model wrote.
     """
     found: list[tuple[float, list[int], list[Span]]] = []
-    begun = prompts(rows, order, tokenizer, decoder.model, length)
-    while batch := list(islice(begun, WRITTEN_AT_ONCE)):
-        starts = [ids for ids, _ in batch]
+    begun = prompts(rows, order, tokenizer, length)
+    ends = set[int]()  # the continuation of a text has none
+    if not isinstance(rows[0], str):
+        ends = ends_of_turn(Chat(tokenizer, template_of(tokenizer)), decoder.model)
+    while starts := list(islice(begun, WRITTEN_AT_ONCE)):
         texts = sampled(
-            decoder.model, starts, length=length, seed=seed + len(found), ends=batch[0][1],
+            decoder.model, starts, length=length, seed=seed + len(found), ends=ends,
             temperature=temperature,
         )  # fmt: skip
         for start, ids in zip(starts, texts, strict=True):

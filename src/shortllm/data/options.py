@@ -64,6 +64,16 @@ class SampledText(Options):
         found = mixture(self.source) if self.source else {}
         return {prompts_of(name) or name: weight for name, weight in found.items()}
 
+    @property
+    def only_answers(self) -> bool:
+        """Whether only what the assistant says counts."""
+        return False
+
+    @property
+    def temperature(self) -> float:
+        """That of text that the model writes itself."""
+        return 1.0
+
     def require_one_source(self) -> None:
         """Refuse text next to token ids, which stand for it."""
         if self.file is not None and (self.data or self.columns) is not None:
@@ -89,9 +99,18 @@ class CalibrationOptions(SampledText):
     generated_temperature: float = Field(
         default=1.0,
         gt=0,
-        description="Of the text that the model writes itself, where --data is generated:PROMPTS: "
-        "it answers the conversations of the source PROMPTS, or continues the beginnings of texts.",
+        description="Sampling temperature for `--data generated:PROMPTS`.",
     )
+
+    @property
+    def only_answers(self) -> bool:
+        """Whether only what the assistant says counts."""
+        return self.answers_only
+
+    @property
+    def temperature(self) -> float:
+        """That of text that the model writes itself."""
+        return self.generated_temperature
 
 
 class CalibrationPart(Record):
@@ -129,7 +148,7 @@ class CalibrationInfo(ResultFile):
     )
 
     def drawn_from(self) -> Iterator[tuple[str, int]]:
-        """Each source of rows, and the row before which those end that may have been used."""
+        """Each source, and the end of the row range used."""
         parts: Sequence[CalibrationPart | CalibrationInfo] = self.parts or [self]
         for source, rows in ((one.source, one.rows) for one in parts):
             if rows is not None:

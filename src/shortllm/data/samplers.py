@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from shortllm.data.chat import Chat, Span, row_texts, template_of
-from shortllm.data.options import CalibrationOptions, SampledText
+from shortllm.data.options import SampledText
 from shortllm.data.rows import Rows
 from shortllm.data.shapes import Row
 from shortllm.errors import DataError
@@ -33,11 +33,6 @@ Documents = Iterable[tuple[list[int], list[Span]]]
 """Of each document the token ids, and the spans of those that count."""
 
 
-def of_answers(options: SampledText) -> bool:
-    """Whether only what the assistant says counts."""
-    return isinstance(options, CalibrationOptions) and options.answers_only
-
-
 def sample_answers(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, options: SampledText
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +41,7 @@ def sample_answers(
     chat = Chat(tokenizer, template_of(tokenizer))
 
     def documents() -> Iterator[tuple[list[int], list[Span]]]:
-        for number in _order(rows, options):
+        for number in order_of(rows, options):
             row, place = rows[number], f"row {rows.start + number} of '{rows.source}'"
             if isinstance(row, str):
                 raise DataError(f"{place} is a text, and the first row is a conversation")
@@ -67,7 +62,6 @@ def sample_written(
     tokenizer: PreTrainedTokenizerBase,
     options: SampledText,
     writer: Decoder,
-    temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Text that the model writes, the rows being prompts: ids, and where only answers count, which
     tokens the model wrote."""
@@ -77,8 +71,8 @@ def sample_written(
     found: list[tuple[list[int], list[bool]]] = []
     with progress("writing text to score on", float(options.samples)) as advance:
         for documents in written_documents(
-            writer, tokenizer, rows, _order(rows, options), length=options.length,
-            seed=options.seed, temperature=temperature,
+            writer, tokenizer, rows, order_of(rows, options), length=options.length,
+            seed=options.seed, temperature=options.temperature,
         ):  # fmt: skip
             done, found = len(found), pack(documents, options, bos)
             advance(float(max(0, len(found) - done)))
@@ -91,7 +85,7 @@ def sample_written(
                 "--samples, or give more prompts, which must fit into half of --length"
             )
     ids, counted = _stacked(found)
-    return ids, counted if of_answers(options) else None
+    return ids, counted if options.only_answers else None
 
 
 def pack(
@@ -128,7 +122,7 @@ def _stacked(samples: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor,
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(counted)
 
 
-def _order(rows: Rows, options: SampledText) -> Iterator[int]:
+def order_of(rows: Rows, options: SampledText) -> Iterator[int]:
     """Every row once: in a seeded random order, or one after the other."""
     if options.sampler == "packed":
         yield from range(len(rows))

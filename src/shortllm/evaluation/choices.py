@@ -1,5 +1,5 @@
 """Multiple-choice items of tasks, as rows of token ids that any number of shortened models answer
-in one walk.
+in the same walks.
 
 A row is a question with one of its choices. The harness makes the prompts, splits a row into
 prompt and choice, and says what is right by the log-likelihoods of an item's rows; they come from
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from shortllm.checkpoint.config import context_length
@@ -35,7 +35,7 @@ ROWS_TOGETHER = 16
 """Rows of similar length that walk together where all blocks are in memory."""
 
 CERTAIN = 1e9
-"""Log-likelihood that no model gives, in nats, by which it is found out which choices are right."""
+"""Stands for minus infinity when the right choices are determined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """The items of some tasks, task after task."""
+    """The items of some tasks, the first of each task, then the second of each, and so on."""
 
     items: list[Item]
 
@@ -87,7 +87,10 @@ class Items:
     def fingerprint(self) -> str:
         """Of everything that answers depend on, except the model."""
         version = require_harness()
-        return fingerprint([version, [[one.metric, one.rows, one.counts] for one in self.items]])
+        asked = [
+            [one.metric, one.rows, one.counts, one.choices, sorted(one.gold)] for one in self.items
+        ]
+        return fingerprint([version, asked])
 
     def share(self, rank: int, count: int, stop: int | None = None) -> Items:
         """The items of one of several processes, of the first `stop`."""
@@ -137,7 +140,8 @@ class Items:
 
 
 def load_items(checkpoint: Checkpoint, tasks: str | None, count: int) -> Items:
-    """The last `count` documents of each task as items for a model.
+    """The last `count` documents of each task as items for a model, the tasks in turn, so that the
+    first items are of all of them.
 
     Raises:
         ShortLLMError: a task that is unknown, or without choices.
@@ -145,7 +149,7 @@ def load_items(checkpoint: Checkpoint, tasks: str | None, count: int) -> Items:
     names = tasks or ("embedded" if checkpoint.id == EMBEDDED else DEFAULT_ITEMS)
     tokenizer = load_tokenizer(checkpoint)
     positions = context_length(checkpoint.config)
-    found = []
+    by_task: list[list[Item]] = []
     for name, task in _loaded(names).items():
         metric = METRICS.get(name) or next(iter(task.aggregation()), "")
         if task.OUTPUT_TYPE != "multiple_choice" or metric not in RULES:
@@ -157,16 +161,18 @@ def load_items(checkpoint: Checkpoint, tasks: str | None, count: int) -> Items:
         with quiet_harness():
             task.set_fewshot_seed(seed=SHOT_SEED)
             task.build_all_requests(samples=list(range(max(0, documents - count), documents)))
+        by_task.append([])
         for _, group in groupby(task.instances, key=lambda one: one.doc_id):
             requests = list(group)
             pairs = token_pairs(tokenizer, requests)
-            # as in the harness, what is too long loses its beginning
+            # long rows are truncated on the left, to one token less than in the harness, which does
+            # not feed the last one
             rows = [[*prompt, *choice][-(positions or 0) :] for prompt, choice in pairs]
             counts = [
                 min(len(choice), len(row) - 1) for (_, choice), row in zip(pairs, rows, strict=True)
             ]
-            found.append(Item(task, metric, requests[0].doc, rows, counts))
-    return Items(found)
+            by_task[-1].append(Item(task, metric, requests[0].doc, rows, counts))
+    return Items([item for turn in zip_longest(*by_task) for item in turn if item is not None])
 
 
 @lru_cache(maxsize=4)

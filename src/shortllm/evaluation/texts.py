@@ -160,19 +160,20 @@ def prepare_texts(
     directory: Path | None = None,
 ) -> Texts:
     """Read and tokenize all text of a run, with the measured rows held out from everything else;
-    without `scoring`, nothing is sampled to calibrate. `session` and `directory` are for text that
-    the model writes, see `calibrate`."""
+    without `scoring`, nothing is sampled to calibrate. `session` and `directory` are for text to
+    score on that the model writes, see `calibrate`."""
     check_length(checkpoint, evaluation.length, "--eval-length", before=evaluation.before_window)
     measured = [load_rows(source) for source in evaluation.data]
     wanted = (calibration if scoring else None, healing, quantization, *others)
     used, shared = _calibration_rows(wanted, measured)
     parts = [directory and text_directory(directory, n) for n in range(len(others))]
-    places = [directory, directory, directory, *parts]
+    # text to heal and to quantize with is never written by the model
+    writing = [(session, directory), (None, None), (None, None), *((session, one) for one in parts)]
     sampled = [
         None
         if options is None
-        else calibrate(checkpoint, options, sources, session=session, directory=place)
-        for options, sources, place in zip(wanted, used, places, strict=True)
+        else calibrate(checkpoint, options, sources, session=writer, directory=place)
+        for options, sources, (writer, place) in zip(wanted, used, writing, strict=True)
     ]
     tokenizer = load_tokenizer(checkpoint)
     texts = []

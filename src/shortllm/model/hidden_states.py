@@ -106,7 +106,7 @@ class SampleGroups:
         counted_BT: Tensor | None = None,
         size: int | None = None,
     ) -> None:
-        """`counted_BT` are the tokens that count, for who measures; default: all. `size` is the
+        """`counted_BT` are the tokens that count, for the caller; default: all. `size` is the
         number of samples of a group; default: as many as are fastest."""
         self.decoder = decoder
         self.ids_BT = ids_BT

@@ -246,18 +246,21 @@ def scores_fingerprint(
         "criterion": criterion.name,
         "options": criterion.options,
     }
+    computed = {
+        "dtype": session.dtype(checkpoint),
+        "device": session.device.type,
+        **({"attention": session.attention} if session.attention else {}),
+    }
     if criterion.needs_text and calibration is not None:
         inputs |= {
             "calibration": calibration.info.tokens_fingerprint,
-            "dtype": session.dtype(checkpoint),
-            "device": session.device.type,
-            **({"attention": session.attention} if session.attention else {}),
+            **computed,
         }
     if criterion.items is not None:
         from shortllm.evaluation.choices import load_items
 
         inputs["items"] = load_items(checkpoint, *criterion.items).fingerprint
-        inputs |= {"dtype": session.dtype(checkpoint), "device": session.device.type}
+        inputs |= computed
     if criterion.healing is not None and healing is not None:
         inputs["healing"] = healing.info.tokens_fingerprint
     return fingerprint(inputs)

@@ -3,7 +3,7 @@
     nothing, weights      no pass: weights are read from the files, one block at a time
     logits                one walk over all removals
     gradients             one forward and one backward pass
-    choices               one walk over all removals, on questions with their choices
+    choices               all removals in the same walks, on questions with their choices
     streams, last token,
     similarities          observers of either of these, else of one forward pass
     removals              one of the above per round

@@ -37,8 +37,6 @@ from shortllm.records import ModelInfo
 if TYPE_CHECKING:
     from shortllm.model.walk import Healed
 
-    pass
-
 
 def score_all(scorer: Scorer, resolved: Sequence[Criterion]) -> dict[str, Scores]:
     """Scores of all blocks by each criterion, searches included."""

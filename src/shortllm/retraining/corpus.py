@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -38,7 +38,6 @@ from shortllm.data.chat import Chat, Span, template_of
 from shortllm.data.generated import WRITTEN_AT_ONCE, sampled
 from shortllm.data.rows import Records
 from shortllm.data.shapes import Form
-from shortllm.data.sources import mixed as in_proportion
 from shortllm.errors import DataError
 from shortllm.files import partial_directory, write_text
 
@@ -94,19 +93,6 @@ def documents(
     for batch in _batches(rows):
         for ids, targets in chat.documents(batch, list(islice(places, len(batch)))):
             yield Document(ids, targets if options.loss_on == "answer" else None)
-
-
-def mixed(
-    parts: Sequence[tuple[float, Iterator[Document]]], longest: int | None
-) -> Iterator[Document]:
-    """Documents of several sources, whose tokens are in proportion to their weights.
-
-    Args:
-        longest: tokens to which each document will be cut.
-    """
-    return in_proportion(
-        parts, lambda document: min(len(document.ids), longest or len(document.ids))
-    )
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fin
 from shortllm.data.chat import template_of
 from shortllm.data.rows import Records
 from shortllm.data.shapes import with_columns
-from shortllm.data.sources import load_rows, mixture, open_records
+from shortllm.data.sources import load_rows, mixed, mixture, open_records
 from shortllm.errors import DataError, ShortLLMError, UnsupportedModelError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.texts import Segments, evaluation_segments_of
@@ -33,7 +33,6 @@ from shortllm.retraining.corpus import (
     Corpus,
     documents,
     kind_of,
-    mixed,
     open_corpus,
     write_corpus,
     written_by,
@@ -302,7 +301,7 @@ def _tokenize(setup: Setup, teacher: Checkpoint | None, place: Path) -> None:
             (part.weight, documents(part.records, part.kind, setup.tokenizer, options))
             for part in setup.parts
         ]
-        found = mixed(streams, longest)
+        found = mixed(streams, lambda one: min(len(one.ids), longest or len(one.ids)))
     else:
         assert teacher is not None
         found = written_by(setup.session, teacher, setup.tokenizer, options)
