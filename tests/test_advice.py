@@ -50,15 +50,17 @@ def test_more_than_two_fifths_of_the_blocks() -> None:
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ({"protect_first": 0}, "the first block may go"),
-        ({"protect_last": 0}, "the last block may go"),
-        ({"protect_first": 0, "protect_last": 0}, "the first and the last block may go"),
+        ({"protect_first": 0}, "The first block can be removed"),
+        ({"protect_last": 0}, "The last block can be removed"),
+        ({"protect_first": 0, "protect_last": 0}, "The first and the last block can be removed"),
         ({"protect_first": 1, "protect_last": 1}, ""),
     ],
 )
 def test_open_ends(budget: dict[str, int], said: str) -> None:
     found = advice(known("llama", 20, 1e7), remove=2, **budget)
     assert found.partition(". ")[0] == said
+    for name in ("first", "last"):
+        assert (f"--protect-{name} 0" in found) == (budget.get(f"protect_{name}") == 0)
 
 
 def test_a_search_on_little_text() -> None:
@@ -103,6 +105,6 @@ def test_info_and_plan_say_so(capfd: pytest.CaptureFixture[str], tmp_path: Any) 
     scored = ("score", "embedded", "--criterion", "magnitude", "--out", tmp_path)
     assert call(capfd, *scored)[0] == 0
     code, _, err = call(capfd, "plan", tmp_path, "--remove", "5", "--protect-last", "0")
-    assert code == 0 and "5 of 12 blocks go (42%)" in err and "the last block may go" in err
+    assert code == 0 and "5 of 12 blocks go (42%)" in err and "The last block can be removed" in err
     code, _, err = call(capfd, "plan", tmp_path, "--remove", "2")
     assert code == 0 and "go" not in err.replace("ago", "")

@@ -75,6 +75,18 @@ def test_the_slowest_cell_of_the_benchmark_counts(run: Path) -> None:
     assert list(found.to_dataframe()["passed"]) == [True]
 
 
+def test_a_benchmark_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
+    benchmark = shortllm.Benchmark.load(run / "bench.json")
+    (tmp_path / "eval.json").write_bytes((run / "eval.json").read_bytes())
+    for place in range(2):
+        models = list(benchmark.models)
+        other = models[place].model.model_copy(update={"fingerprint": "other"})
+        models[place] = models[place].model_copy(update={"model": other})
+        benchmark.model_copy(update={"models": models}).save(tmp_path / "bench.json")
+        with pytest.raises(ResultFileError, match="different models. Measure both again"):
+            shortllm.check(tmp_path, min_speedup=0.01)
+
+
 def test_the_mean_of_tasks_is_a_part_of_the_intact_one(run: Path) -> None:
     intact, pruned, _ = models_of(run)
 

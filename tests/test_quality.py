@@ -125,6 +125,8 @@ def test_budgets_that_say_too_much(given: dict[str, Any], message: str) -> None:
 def test_a_function_that_measures_nothing_refuses_them() -> None:
     with pytest.raises(BudgetError, match="which only `shortllm run` and `shortllm plan` do"):
         shortllm.shorten("embedded", max_ppl_increase="5%", criterion="magnitude")
+    with pytest.raises(BudgetError, match="which only `shortllm run` and `shortllm plan` do"):
+        shortllm.shorten("embedded", max_ppl_increase="5%", target_speedup=1.2)
 
 
 # ---- a run
@@ -246,6 +248,42 @@ def test_nothing_that_meets_it_is_exit_code_3_with_what_would(
     assert (out / "scores.json").exists() and not (out / "plan.json").exists()
 
 
+def test_a_loss_that_is_not_finite_is_a_miss(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = size_search.sample_nlls
+
+    def broken(decoder: Any, ids: Any, removals: Any, **how: Any) -> Any:
+        nlls = measure(decoder, ids, removals, **how)
+        for place, removed in enumerate(removals):
+            if len(removed) > 1:
+                nlls[place] = math.inf
+        return nlls
+
+    monkeypatch.setattr(size_search, "sample_nlls", broken)
+    code, err = embedded_run(capfd, tmp_path / "run", "--max-ppl-increase", "50%")
+    assert code == 0 and "a loss that is not finite, misses the target" in err
+    found = QualityTarget.load(tmp_path / "run" / "quality.json")
+    assert found.remove == 1
+    lost = found.find(2, bypassed=True)
+    assert lost is not None and not lost.passed and not lost.requirements
+
+
+def test_only_what_matters_makes_a_search_start_again(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, asked = tmp_path / "run", ("--max-ppl-increase", "8%")
+    assert embedded_run(capfd, out, *asked)[0] == 0
+    before = QualityTarget.load(out / "quality.json").fingerprint
+    same = ("--overwrite", "--prompt", "A drum", "--eval-data", "embedded")
+    for more, equal in ((same, True), (("--overwrite", "--max-segments", "9"), False)):
+        assert embedded_run(capfd, out, *asked, *more)[0] == 0
+        assert (QualityTarget.load(out / "quality.json").fingerprint == before) == equal
+    (out / SIZES / "3").mkdir(parents=True)
+    assert embedded_run(capfd, out, "--remove", "1", "--overwrite")[0] == 0
+    assert not (out / SIZES).exists() and not (out / "quality.json").exists()
+
+
 def test_a_target_of_size_next_to_it_is_the_least(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -258,6 +296,12 @@ def test_a_target_of_size_next_to_it_is_the_least(
     code, err = embedded_run(capfd, tmp_path / "none", *asked, "2.8M")
     assert code == 3
     assert "needs 5 blocks removed or more, and --max-ppl-increase 8% allows" in err
+    code, err = embedded_run(capfd, tmp_path / "healed", *asked, "2.8M", *HEAL)
+    assert code == 3
+    assert "without 5 blocks (healed), which the target of size or speed needs, it is" in err
+    tried = QualityTarget.load(tmp_path / "healed" / "quality.json").tried
+    assert min(one.remove for one in tried if one.model == "healed") == 5
+    assert not (tmp_path / "healed" / SIZES).exists()
 
 
 @pytest.mark.slow
@@ -317,11 +361,15 @@ def test_a_plan_measures_removals_on_the_text_of_the_run(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    code, err = embedded_run(capfd, out, "--remove", "1")
+    code, err = embedded_run(capfd, out, "--max-ppl-increase", "8%")
     assert code == 0, err
+    of_run = (out / "quality.json").read_bytes()
     code, printed, err = call(capfd, "plan", out, "--max-ppl-increase", "8%")
     assert code == 0, err
-    found = QualityTarget.load(out / "quality.json")
+    found = QualityTarget.load(out / "quality-plan.json")
+    before = QualityTarget.load(out / "quality.json")
+    again = {one.remove: one.requirements for one in before.tried if one.model == BYPASSED}
+    assert all(one.requirements == again[one.remove] for one in found.tried)
     assert f"12 -> {12 - (found.remove or 0)} blocks" in printed
     assert {one.model for one in found.tried} == {BYPASSED}
     code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "0.1%")
@@ -329,7 +377,30 @@ def test_a_plan_measures_removals_on_the_text_of_the_run(
     code, _, err = call(capfd, "plan", out, "--min-task-mean", "95%")
     assert code == 2 and "tasks are not measured while a plan is made" in err
     code, _, _ = call(capfd, "plan", out, "--remove", "2")
-    assert code == 0 and not (out / "quality.json").exists()
+    assert code == 0 and not (out / "quality-plan.json").exists()
+    assert (out / "quality.json").read_bytes() == of_run
+    code, _, err = call(capfd, "plan", out, "--remove", "2", "--eval-data", "embedded")
+    assert code == 0 and "--eval-data has no effect without --max-ppl-increase" in err
+    code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "8%", "--eval-data", "embedded")
+    assert code == 0, err
+    evaluation = Evaluation.load(out / "eval.json")
+    [intact, *_] = evaluation.models
+    measured = intact.perplexity[0]
+    changed = measured.model_copy(update={"tokens_fingerprint": "other"})
+    intact = intact.model_copy(update={"perplexity": [changed]})
+    evaluation.model_copy(update={"models": [intact]}).save(out / "eval.json")
+    code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "8%")
+    assert code == 2 and "is not the text any more that" in err
+
+
+def test_text_that_a_plan_is_given_leaves_out_the_rows_scored_on(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "steps"
+    scored = ("score", "embedded", "--criterion", "cosine", *SMALL, "--data", "embedded")
+    assert call(capfd, *scored, "--out", out)[0] == 0
+    code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "8%", "--eval-data", "embedded")
+    assert code == 2 and "the calibration was drawn from all rows of embedded" in err
 
 
 def test_a_plan_from_scores_alone_needs_the_text(
@@ -344,7 +415,7 @@ def test_a_plan_from_scores_alone_needs_the_text(
     text.write_text("There was a drum in the school. The drum was red.\n" * 200)
     code, _, err = call(capfd, *asked, "--eval-data", text)
     assert code in (0, 3), err
-    assert QualityTarget.load(tmp_path / "steps" / "quality.json").tried
+    assert QualityTarget.load(tmp_path / "steps" / "quality-plan.json").tried
 
 
 def test_the_record_refuses_what_it_is_not() -> None:

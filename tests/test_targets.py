@@ -84,7 +84,7 @@ def test_whole_periods_go_together_and_blocks_that_others_need_stay(
     assert resolve(checkpoint, **one_less).remove == 2
     monkeypatch.setattr(targets, "measure_depths", speeds({n: 1.0 + n for n in range(7)}))
     assert resolve(checkpoint, target_speedup=1.6, period_aligned=True, **FREE).remove == 4
-    message = "without 4 of its 6 blocks, which is all that may go"
+    message = "without 4 of its 6 blocks, which is all that can be removed"
     with pytest.raises(BudgetError, match=message):
         resolve(checkpoint, target_params=10, period_aligned=True, **FREE)
 
@@ -124,7 +124,7 @@ def test_memory_follows_the_computation_type() -> None:
         ({"target_params": 10, **FREE}, "without 5 of its 6 blocks.* Ask for [0-9,]+ parameters"),
         ({"target_memory": 2**40}, "nothing has to go for --target-memory 1024.000 GiB"),
         ({"target_memory": 1}, "GiB or more, or pass"),
-        ({"target_speedup": 1.3, "protect_first": 6}, "none of the 6 blocks may go"),
+        ({"target_speedup": 1.3, "protect_first": 6}, "none of the 6 blocks can be removed"),
         ({"target_speedup": 1.3, "target_params": 5}, "several budgets given"),
         ({"target_speedup": 1.3, "remove": 5}, "several budgets given.*--target-speedup 1.3"),
     ],

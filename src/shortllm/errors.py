@@ -2,6 +2,7 @@
 
 ShortLLMError (a ValueError)      the command line prints the message and exits with code 2
 ├── CheckpointError               a model directory or Hub id that cannot be read or written
+│   ├── NotFiniteError            a model whose loss is not finite
 │   └── UnsupportedModelError     a readable model whose blocks cannot be removed
 ├── DataError                     text or token ids that cannot be used
 ├── CriterionError                an unknown criterion, or scores that cannot be ranked
@@ -35,6 +36,10 @@ class ShortLLMError(ValueError):
 
 class CheckpointError(ShortLLMError):
     """A model directory or Hub id cannot be read, or what was written is not what was meant."""
+
+
+class NotFiniteError(CheckpointError):
+    """The loss of a model is not finite."""
 
 
 class UnsupportedModelError(CheckpointError):

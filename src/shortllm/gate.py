@@ -102,6 +102,12 @@ def check(run: Path, *, options: GateOptions, model: str | None = None) -> Verdi
     benchmark = None
     if options.min_speedup is not None:
         benchmark = _results(Benchmark, run / "bench.json", "shortllm bench MODEL SHORT --out")
+        measured = {one.name: one.model.fingerprint for one in shortened}
+        if not benchmark.is_about({**measured, "original": intact.model.fingerprint}):
+            raise ResultFileError(
+                "bench.json and eval.json have different models. Measure both again with "
+                "`shortllm run --bench`"
+            )
     return Verdict(
         directory=run,
         model=chosen.name,
@@ -119,23 +125,17 @@ def requirements_of(
     """All that was asked of a model, next to what was measured."""
     return [
         *judged(options, model, intact),
-        *_of_speed(options, model, intact, benchmark),
+        *_of_speed(options, model, benchmark),
         *_of_repetition(options, model),
     ]
 
 
 def _of_speed(
-    options: GateOptions, model: EvaluatedModel, intact: EvaluatedModel, found: Benchmark | None
+    options: GateOptions, model: EvaluatedModel, found: Benchmark | None
 ) -> Iterator[Requirement]:
     if options.min_speedup is None or found is None:
         return
-    first, *others = found.models
-    if first.model.fingerprint != intact.model.fingerprint:
-        raise ResultFileError(
-            "bench.json and eval.json begin with different models. Measure both again with "
-            "`shortllm run --bench`"
-        )
-    names = [one.name for one in others]
+    names = [one.name for one in found.models[1:]]
     # healing and retraining change values, not shapes: their speed is that of the pruned model
     alike = PRUNED if model.name != QUANTIZED else QUANTIZED
     name = model.name if model.name in names else alike

@@ -29,7 +29,7 @@ from shortllm.model.loading import load
 from shortllm.options import OneOrMore, options_from
 from shortllm.pipeline import check_any_removal, healing_of, opened_within, session_of
 from shortllm.pruning import targets
-from shortllm.pruning.budget import Budget, check_budget, removal_options
+from shortllm.pruning.budget import Budget, check_budget, removal_options, require_no_quality
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from
 from shortllm.pruning.records import PrunePlan, load_plan
@@ -85,6 +85,7 @@ def shorten(
     recipe = options_from(Recipe, {**scored, **stages}, base=runtime)
     if plan is None:
         budget.asked()
+        require_no_quality(budget)
     elif budget.model_fields_set:
         raise BudgetError("plan and budget both say which blocks go. Leave one of them out")
     checkpoint, session = open_checkpoint(model, revision=revision), session_of(recipe)

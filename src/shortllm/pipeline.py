@@ -46,7 +46,7 @@ from shortllm.pruning.prune import prune_from
 from shortllm.pruning.quality import QualityTarget, sizes_of
 from shortllm.pruning.records import BlockScores, PrunePlan, Pruning, Target
 from shortllm.pruning.score import score_in, text_to_heal_with
-from shortllm.pruning.size_search import SizeSearch, plans_of, room_of
+from shortllm.pruning.size_search import SizeSearch, discard_rooms, plans_of, room_of
 from shortllm.pruning.ties import undecided
 from shortllm.published import Published
 from shortllm.quantizing import quantize
@@ -183,9 +183,9 @@ def _require_quality(result: RunResult) -> None:
     for one in judged(result.recipe.budget, last, intact):
         if not one.passed:
             raise TargetMissedError(
-                f"{result.directory}: {last.name} misses a target that it met when it was tried: "
-                f"{one.of} is {one.measured}, and {one.asked} was requested. Does this machine "
-                "compute the same twice? Ask for a little more"
+                f"{result.directory}: {last.name} misses a target: {one.of} is {one.measured}, and "
+                f"{one.asked} was requested. It met the target when it was tried, so results vary "
+                "between runs on this machine. Allow a little more"
             )
 
 
@@ -456,6 +456,8 @@ def _plan(run: _Prepared) -> PrunePlan:
     targets.keep(run.target, run.directory)
     if not run.sizes:
         delete([run.directory / QualityTarget.FILE])
+        discard_rooms(run.directory)
+    delete([run.directory / QualityTarget.PLANNED])
     if not run.scored:
         delete([run.directory / "scores.json", *run.directory.glob("calibration.*")])
     scores = _scores(run, run.directory, run.budget) if run.scored else None
@@ -525,18 +527,22 @@ def _sized(run: _Prepared) -> _Prepared:
 
 def _quality_fingerprint(run: _Prepared) -> str:
     """Everything that the number of blocks depends on."""
-    left_out = {*NOT_COMPARED, "benchmark"}
-    texts = (run.texts.calibration, run.texts.healing, run.texts.quantization)
+    recipe, texts = run.recipe, run.texts
+    calibrations = (texts.calibration, texts.healing, texts.quantization)
+    unused = {"prompt": None, "continuations": 0, "new_tokens": 1, "seed": 0, "probe": False}
     return fingerprint(
         {
-            "recipe": run.recipe.model_dump(mode="json", exclude=left_out),
-            "calibrations": [text and text.info.tokens_fingerprint for text in texts],
+            "recipe": recipe.model_dump(
+                mode="json", exclude={*NOT_COMPARED, "benchmark", "evaluation"}
+            ),
+            "calibrations": [text and text.info.tokens_fingerprint for text in calibrations],
+            "training data": [setup.data_state(options) for options in recipe.retraining],
             "evaluation": evaluation_fingerprint(
                 [("original", run.checkpoint)],
-                run.texts.evaluation[:1],
-                run.recipe.evaluation,
+                texts.evaluation[:1],
+                recipe.evaluation.model_copy(update=unused),
                 run.session,
-                run.tasks,
+                run.tasks if run.budget.min_task_mean is not None else None,
             ),
             "at least": run.budget.remove,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -182,6 +182,15 @@ class Benchmark(Shown, ResultFile):
             if count and runs.setdefault((one.batch, one.new_tokens), count) != count:
                 raise ValueError("the models of one cell must have been run equally often")
         return self
+
+    def is_about(self, models: Mapping[str, str]) -> bool:
+        """Whether it measured these models, by the fingerprint under each name; the first one is
+        'original', and other names are left out."""
+        names = ["original", *(one.name for one in self.models[1:])]
+        return all(
+            models.get(name) in (None, one.model.fingerprint)
+            for name, one in zip(names, self.models, strict=True)
+        )
 
     def find(self, model: str, batch: int, new_tokens: int) -> Measurement | None:
         """The measurement of a model in one cell of the sweep."""

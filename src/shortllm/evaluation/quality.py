@@ -48,7 +48,7 @@ Increase = Annotated[
     BeforeValidator(_increase, json_schema_input_type=str | None),
     Flag(metavar="5%|0.1nats"),
 ]
-"""How much worse a loss may be: a part of the perplexity, or nats per token."""
+"""How much worse a loss may be: a fraction of the perplexity, or nats per token."""
 
 Percentage = Annotated[
     str | None, BeforeValidator(_percentage, json_schema_input_type=str | None), Flag(metavar="95%")
@@ -77,14 +77,13 @@ class QualityTargets(Options):
     )
     min_task_mean: Percentage = Field(
         default=None,
-        description="The mean score of all --tasks must be at least this part of the intact "
+        description="The mean score of all --tasks must be at least this fraction of the intact "
         "model's.",
     )
 
     def quality(self) -> dict[str, str]:
         """The targets of quality that were given, e.g. `{"max_ppl_increase": "5%"}`."""
-        given = {name: getattr(self, name) for name in QualityTargets.model_fields}
-        return {name: value for name, value in given.items() if value is not None}
+        return _given(self, QualityTargets)
 
 
 class GateOptions(QualityTargets):
@@ -98,14 +97,19 @@ class GateOptions(QualityTargets):
     )
     max_repetition: Percentage = Field(
         default=None,
-        description="At most this part of generated text may repeat itself, as `eval --probe` "
+        description="At most this fraction of generated text may repeat itself, as `eval --probe` "
         "measures it.",
     )
 
     def asked(self) -> dict[str, Any]:
         """All that was asked, by field."""
-        given = {name: getattr(self, name) for name in GateOptions.model_fields}
-        return {name: value for name, value in given.items() if value is not None}
+        return _given(self, GateOptions)
+
+
+def _given(options: QualityTargets, kind: type[QualityTargets]) -> dict[str, Any]:
+    """The fields of one kind of options that were given."""
+    found = ((name, getattr(options, name)) for name in kind.model_fields)
+    return {name: value for name, value in found if value is not None}
 
 
 class Requirement(Record):

@@ -41,11 +41,11 @@ from shortllm.data.calibration import (
     tokens_fingerprint,
 )
 from shortllm.data.chat import row_texts
-from shortllm.data.options import SampledText
+from shortllm.data.options import CalibrationInfo, SampledText
 from shortllm.data.rows import Rows, same_text, split_held_out
 from shortllm.data.shapes import Row
 from shortllm.data.sources import load_rows
-from shortllm.errors import CheckpointError, DataError
+from shortllm.errors import DataError, NotFiniteError
 from shortllm.evaluation.options import EvaluationOptions, Perplexity
 from shortllm.evaluation.statistics import standard_error
 from shortllm.model.decoder import Decoder
@@ -97,7 +97,7 @@ class EvaluationText:
         ids_ST, nll = self.segments.ids, fmean(nlls)
         found, error = perplexity(nll), standard_error(nlls)
         if not math.isfinite(found):
-            raise CheckpointError(
+            raise NotFiniteError(
                 f"the model's loss on {self.rows.source} is {nll}, so its perplexity is not "
                 "finite. Try --dtype float32"
             )
@@ -178,7 +178,11 @@ def prepare_texts(
     tokenizer = load_tokenizer(checkpoint)
     texts = []
     for rows, is_shared in zip(measured, shared, strict=True):
-        held_out = split_held_out(rows)[1] if is_shared else _rows_after(rows, sampled)
+        held_out = (
+            split_held_out(rows)[1]
+            if is_shared
+            else rows_after(rows, [one.info for one in sampled if one is not None])
+        )
         segments = evaluation_segments_of(checkpoint, held_out, tokenizer, evaluation)
         text = EvaluationText(rows=held_out, held_out=held_out is not rows, segments=segments)
         texts.append(text)
@@ -220,14 +224,10 @@ def _calibration_rows(
     return used, shared
 
 
-def _rows_after(rows: Rows, calibrations: Sequence[Calibration | None]) -> Rows:
+def rows_after(rows: Rows, calibrations: Sequence[CalibrationInfo]) -> Rows:
     """The rows after those that given calibration ids were sampled from; else all rows."""
     stops = [
-        stop
-        for one in calibrations
-        if one is not None
-        for source, stop in one.info.drawn_from()
-        if source == rows.source
+        stop for one in calibrations for source, stop in one.drawn_from() if source == rows.source
     ]
     if not stops:
         return rows

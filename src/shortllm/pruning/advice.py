@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 
 from shortllm.data.options import CalibrationInfo
-from shortllm.format import counted, listed, named_blocks, plain, short_count
+from shortllm.format import counted, named_blocks, plain, short_count
 from shortllm.pruning.families import Member, smaller_sibling
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.records import ModelInfo, protected_ends
 
 MOST_BLOCKS = 0.4
-"""Part of the blocks above which quality seldom comes back."""
+"""Fraction of the blocks above which quality seldom comes back."""
 
 SEARCH_TOKENS = 10_000
 """Calibration tokens below which a search chooses by noise."""
@@ -66,11 +66,12 @@ def against(
 
 def _open_ends(model: ModelInfo, protected: Sequence[int]) -> Iterator[str]:
     """Ends that a plan was free to remove."""
-    ends = {0: "the first", model.blocks - 1: "the last"}
-    if unprotected := [name for block, name in ends.items() if block not in protected]:
+    ends = {"first": 0, "last": model.blocks - 1}
+    if unprotected := [name for name, block in ends.items() if block not in protected]:
+        flags = " and ".join(f"--protect-{name} 0" for name in unprotected)
         yield (
-            f"{listed(unprotected)} block may go. The ends carry more than other blocks: leave out "
-            "--protect-first 0 and --protect-last 0, or measure what is left with care"
+            f"The {' and the '.join(unprotected)} block can be removed. The ends carry more than "
+            f"other blocks: leave out {flags}, or measure what is left with care"
         )
 
 

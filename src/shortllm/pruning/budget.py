@@ -151,6 +151,15 @@ def check_budget(budget: Budget, model: ModelInfo) -> None:
     amount_of(budget, model)
 
 
+def require_no_quality(budget: Budget) -> None:
+    """Refuse targets of quality where nothing is measured."""
+    if quality := budget.quality():
+        raise BudgetError(
+            f"{option_of(next(iter(quality)))} needs text to measure on and tries several sizes, "
+            "which only `shortllm run` and `shortllm plan` do. Give --remove or --ratio"
+        )
+
+
 def require_plan_or_blocks(plan: object, blocks: object) -> None:
     """Refuse a plan next to named blocks, and neither."""
     if (plan is None) == (blocks is None):
@@ -177,7 +186,8 @@ def free_units(budget: Budget, model: ModelInfo) -> list[list[int]]:
         units.pop()
     if not units:
         raise BudgetError(
-            f"none of the {model.blocks} blocks may go. Pass --protect-first 0 --protect-last 0"
+            f"none of the {model.blocks} blocks can be removed. Pass --protect-first 0 "
+            "--protect-last 0"
         )
     return units
 
@@ -195,11 +205,7 @@ def amount_of(budget: Budget, model: ModelInfo) -> int | None:
     protected = len(protected_blocks(budget, model))
     asked = budget.asked()
     assert budget.target() is None, "targets.resolve comes first"
-    if budget.quality():
-        raise BudgetError(
-            f"{option_of(next(iter(asked)))} needs text to measure on and tries several sizes, "
-            "which only `shortllm run` and `shortllm plan` do. Give --remove or --ratio"
-        )
+    require_no_quality(budget)
     size = model.period if budget.period_aligned else 1
     if budget.blocks is not None:
         _check_named(budget.blocks, budget, model)

@@ -15,12 +15,16 @@ from pathlib import Path
 from shortllm import criteria
 from shortllm.calls import accepts
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.criteria.search import Search
-from shortllm.data.options import CalibrationInfo, CalibrationOptions
+from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
+from shortllm.data.options import CalibrationInfo
+from shortllm.data.rows import Rows
+from shortllm.data.sources import load_rows
 from shortllm.errors import BudgetError, CheckpointError
 from shortllm.evaluation.evaluate import evaluation_fingerprint, resolve_evaluation
-from shortllm.evaluation.options import EvaluationOptions
-from shortllm.evaluation.texts import EvaluationText, prepare_texts
+from shortllm.evaluation.options import Evaluation, EvaluationOptions
+from shortllm.evaluation.texts import EvaluationText, evaluation_segments_of, rows_after
 from shortllm.files import fingerprint, require_file_target
 from shortllm.format import counted, named_blocks, number
 from shortllm.model import Session
@@ -67,7 +71,7 @@ def plan(
         runtime: for a target of speed, memory or quality; its fields can be given as keywords.
         out: where to save the plan. Default: plan.json next to the scores, if those are a file.
             How a target became a number of blocks is saved next to it as target.json, and for
-            targets of quality as quality.json.
+            targets of quality as quality-plan.json.
         eval_data: text to measure on for a target of quality. Default: that of the run.
     Returns:
         The blocks to keep and to remove, in which order, and why.
@@ -76,7 +80,9 @@ def plan(
         CheckpointError: a target, and the model that was scored is no longer there.
         TargetMissedError: no removal meets the targets of quality.
     """
-    home = None
+    if eval_data is not None and not budget.quality():
+        log.warning("--eval-data has no effect without --max-ppl-increase")
+    searched, home = bool(budget.quality()), None
     if not isinstance(scores, BlockScores):
         file = scores_path(scores)
         out, home = out or file.with_name("plan.json"), file.parent
@@ -87,18 +93,19 @@ def plan(
     target = None
     if budget.target() is not None or budget.quality():
         checkpoint, session = _scored_model(scores), Session(runtime)
-        measured = _to_measure_on(budget, checkpoint, home, eval_data)
+        measured = _to_measure_on(budget, scores, checkpoint, home, eval_data)
         budget, target = targets.resolve(budget, checkpoint, session, directory=directory)
-        if measured is not None and directory is not None:
+        if measured is not None:
+            assert directory is not None, "scores without a directory have no text"
             budget = _allowed(budget, scores, checkpoint, session, *measured, directory)
-    elif directory is not None:
-        (directory / QualityTarget.FILE).unlink(missing_ok=True)
     chosen = build_plan(budget, model=scores.model, scores=scores)
     for line in against(chosen, scores, _calibration(scores, home)):
         log.warning("%s", line)
     if out is not None:
         targets.keep(target, out.parent)
         chosen.save(out)
+        if not searched:
+            (out.parent / QualityTarget.PLANNED).unlink(missing_ok=True)
     return chosen
 
 
@@ -123,7 +130,11 @@ def _scored_model(scores: BlockScores) -> Checkpoint:
 
 
 def _to_measure_on(
-    budget: Budget, checkpoint: Checkpoint, run: Path | None, eval_data: str | None
+    budget: Budget,
+    scores: BlockScores,
+    checkpoint: Checkpoint,
+    run: Path | None,
+    eval_data: str | None,
 ) -> tuple[EvaluationText, EvaluationOptions] | None:
     """The text that targets of quality are measured on, and how; None without such targets."""
     if not budget.quality():
@@ -132,22 +143,61 @@ def _to_measure_on(
         raise BudgetError(
             "--min-task-mean: tasks are not measured while a plan is made. Use `shortllm run`"
         )
-    recipe = {} if run is None else run_file(run).get("recipe", {})
-    evaluation = EvaluationOptions.model_validate(recipe.get("evaluation", {}))
-    if eval_data is not None:
-        evaluation = evaluation.model_copy(update={"data": [eval_data]})
-    if run is None or not evaluation.data:
+    if run is not None and eval_data is not None:
+        return _given_text(eval_data, checkpoint, _calibration(scores, run), run)
+    if run is None or not (run / "eval.json").exists():
         raise BudgetError(
-            "--max-ppl-increase needs text to measure on, and the scores are not those of "
-            "`shortllm run`. Give their directory, and the text as --eval-data"
+            "--max-ppl-increase needs text to measure on, and the scores are not those of a "
+            "finished `shortllm run`. Give their directory, and the text as --eval-data"
         )
-    calibration = CalibrationOptions.model_validate(recipe.get("calibration", {}))
-    held_out = eval_data is None
-    evaluation = resolve_evaluation(
-        evaluation, embedded=False, every=bool(calibration.bos_every_sample)
+    return _text_of_run(run / "eval.json", checkpoint)
+
+
+def _given_text(
+    source: str, checkpoint: Checkpoint, scored_on: CalibrationInfo | None, run: Path
+) -> tuple[EvaluationText, EvaluationOptions]:
+    """Other text than that of the run, measured in the same way, without the rows scored on."""
+    given = run_file(run).get("recipe", {}).get("evaluation", {})
+    options = resolve_evaluation(
+        EvaluationOptions.model_validate(given),
+        embedded=False,
+        every=checkpoint.model_type in BOS_EVERY_SAMPLE,
     )
-    texts = prepare_texts(checkpoint, calibration, evaluation, scoring=held_out)
-    return texts.evaluation[0], evaluation
+    check_length(checkpoint, options.length, "--eval-length", before=options.before_window)
+    rows = load_rows(source)
+    free = rows_after(rows, [scored_on] if scored_on else [])
+    return _segmented(checkpoint, free, options, held_out=free is not rows), options
+
+
+def _text_of_run(file: Path, checkpoint: Checkpoint) -> tuple[EvaluationText, EvaluationOptions]:
+    """The first text that a run measured, cut as it was there."""
+    intact, *_ = Evaluation.load(file).models
+    if not intact.perplexity or intact.model.fingerprint != checkpoint.fingerprint:
+        raise BudgetError(
+            f"--max-ppl-increase: {file} has no perplexity of {checkpoint.id}. Give the text to "
+            "measure on as --eval-data"
+        )
+    measured = intact.perplexity[0]
+    options = EvaluationOptions(
+        length=measured.length, bos=measured.bos, max_segments=measured.segments
+    )
+    rows = load_rows(measured.source)
+    if measured.rows is not None:
+        rows = rows.span(*measured.rows)
+    text = _segmented(checkpoint, rows, options, held_out=measured.split is not None)
+    if tokens_fingerprint(text.segments.ids) != measured.tokens_fingerprint:
+        raise BudgetError(
+            f"--max-ppl-increase: {measured.source} is not the text any more that {file} measured. "
+            "Give the text to measure on as --eval-data"
+        )
+    return text, options
+
+
+def _segmented(
+    checkpoint: Checkpoint, rows: Rows, options: EvaluationOptions, *, held_out: bool
+) -> EvaluationText:
+    segments = evaluation_segments_of(checkpoint, rows, load_tokenizer(checkpoint), options)
+    return EvaluationText(rows=rows, held_out=held_out, segments=segments)
 
 
 def _allowed(
@@ -173,6 +223,7 @@ def _allowed(
     }
     search = SizeSearch(
         directory=directory,
+        file=QualityTarget.PLANNED,
         checkpoint=checkpoint,
         session=session,
         budget=budget,

@@ -1,7 +1,7 @@
 """The most blocks that targets of quality allow: which numbers are tried, what was measured.
 
 Quality falls, as a rule, with every block that goes, so the numbers are bisected: above the first
-one that fails, none is tried. Where several numbers cost little more than one (blocks passed by in
+one that fails, none is tried. Where several numbers cost little more than one (blocks bypassed in
 memory, in one walk), several are tried at once. Where each one costs a healing or a retraining, the
 search begins at a number that is known from there, and continues in steps of 1, 2, 4, ... Pure, no
 torch.
@@ -11,6 +11,7 @@ torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -26,11 +27,11 @@ TOGETHER = 4
 """Numbers of blocks that one walk measures."""
 
 BYPASSED = "bypassed"
-"""Stands for the name of a model that was not written: its blocks were passed by in memory."""
+"""Stands for the name of a model that was not written: its blocks were bypassed in memory."""
 
 
 def sizes_of(budget: Budget, model: ModelInfo) -> list[int]:
-    """Every number of blocks that may go, ascending."""
+    """Every number of blocks that can be removed, ascending."""
     units = free_units(budget, model)
     return [len(units[0]) * number for number in range(1, len(units) + 1)]
 
@@ -81,16 +82,18 @@ class SizeTried(Record):
         description="the one that was measured, e.g. 'healed'; 'bypassed': in memory, without "
         "healing or retraining"
     )
-    requirements: list[Requirement]
+    requirements: list[Requirement] = Field(description="none if its loss was not finite")
 
     @property
     def passed(self) -> bool:
         """Whether all targets are met."""
-        return all(one.passed for one in self.requirements)
+        return bool(self.requirements) and all(one.passed for one in self.requirements)
 
     @property
     def said(self) -> str:
-        """'+4.3 % perplexity on c4'."""
+        """'+4.3 % (perplexity on c4)'."""
+        if not self.requirements:
+            return "a loss that is not finite"
         return ", ".join(f"{one.measured} ({one.of})" for one in self.requirements)
 
 
@@ -98,6 +101,8 @@ class QualityTarget(ResultFile):
     """quality.json: the number of blocks that targets of quality allow, and all that was tried."""
 
     FILE: ClassVar[str] = "quality.json"
+    PLANNED: ClassVar[str] = "quality-plan.json"
+    """The file of `plan`, which leaves that of a run as it is."""
 
     model: ModelInfo
     asked: dict[str, str] = Field(description="e.g. {'max_ppl_increase': '5%'}")
@@ -140,11 +145,13 @@ def require_found(target: QualityTarget, *, hints: Sequence[str]) -> int:
     asked = " ".join(f"{option_of(name)} {value}" for name, value in target.asked.items())
     help_by = f". What may help: {', '.join(hints)}" if hints else ""
     if target.remove is None:
-        least = min(target.tried, key=lambda one: (one.remove, one.model == BYPASSED))
+        enough = [one for one in target.tried if one.remove >= (target.at_least or math.inf)]
+        least = min(enough or target.tried, key=lambda one: (one.remove, one.model == BYPASSED))
+        why = "which the target of size or speed needs" if enough else "the fewest that can go"
         state = "" if least.model == BYPASSED else f" ({least.model})"
         raise TargetMissedError(
-            f"no removal meets {asked}: without {counted(least.remove, 'block')}{state}, the "
-            f"fewest that can go, it is {least.said}. Ask for no more than that{help_by}"
+            f"no removal meets {asked}: without {counted(least.remove, 'block')}{state}, {why}, "
+            f"it is {least.said}. Ask for no more than that{help_by}"
         )
     if target.at_least is not None and target.remove < target.at_least:
         raise TargetMissedError(

@@ -296,7 +296,7 @@ def load_plan(path: Path) -> PrunePlan:
 
 
 class DepthSpeed(Record):
-    """How fast a model is with its last blocks passed by."""
+    """How fast a model is with its last blocks bypassed."""
 
     blocks: int = Field(description="blocks that ran")
     latency_s: float = Field(description="median")

@@ -1,10 +1,10 @@
 """Targets of quality: the most blocks that these allow, found by trying some numbers of them.
 
-    bypassed   several removals in one walk, blocks passed by in memory  -> where to begin
-    written    each as the run does it: pruned, healed, retrained,       -> what is taken
+    bypassed   several removals in one walk, in memory               -> where to begin
+    written    each as the run does it: pruned, healed, retrained,   -> what is taken
                quantized, and measured as `eval` does
 
-`plan` stops after the first. What was measured is in quality.json, so an interrupted run continues
+`plan` stops after the first. What was measured is in a file, so an interrupted run continues
 with the next number. The checkpoints of the best number so far are kept, and become those of the
 run.
 """
@@ -15,16 +15,17 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.checkpoint.source import Checkpoint
-from shortllm.errors import BudgetError
+from shortllm.errors import BudgetError, NotFiniteError, TargetMissedError
 from shortllm.evaluation.evaluate import evaluate_models
 from shortllm.evaluation.options import EvaluatedModel, EvaluationOptions
-from shortllm.evaluation.quality import judged
+from shortllm.evaluation.quality import Requirement, judged
 from shortllm.evaluation.texts import EvaluationText
 from shortllm.files import PARTIAL
 from shortllm.format import counted
@@ -54,10 +55,12 @@ SIZES = f"sizes{PARTIAL}"
 
 @dataclass(kw_only=True, eq=False)
 class SizeSearch:
-    """The numbers of blocks that may go, and how one of them is tried."""
+    """The numbers of blocks that can be removed, and how one of them is tried."""
 
     directory: Path
     """Of the run."""
+    file: str = QualityTarget.FILE
+    """The name of what the search writes there."""
     checkpoint: Checkpoint
     session: Session
     budget: Budget
@@ -89,22 +92,29 @@ class SizeSearch:
 
     @property
     def _file(self) -> Path:
-        return self.directory / QualityTarget.FILE
+        return self.directory / self.file
 
     def run(self) -> int:
-        """The most blocks that may go; quality.json says what was measured."""
+        """The most blocks that can be removed; the file says what was measured."""
         start, sizes = None, self.sizes
         if self.budget.max_ppl_increase is not None:  # tasks are not for models in pieces
             together = 1 if self.searched else TOGETHER
             start = most_that_meet(self._bypassed, sizes, together=together)
             if not self.recovers:  # what is written computes the same
                 sizes = [size for size in sizes if start is not None and size <= start]
-            start = start or next(iter(sizes), None)
         remove = start
-        if self.write is not None:
+        sizes = [size for size in sizes if size >= (self.budget.remove or 0)]
+        if self.write is not None and sizes:
+            if self.budget.max_ppl_increase is not None:
+                start = max(start or 0, sizes[0])
             remove = most_that_meet(self._written, sizes, start=start)
         self._save(remove=remove)
-        found = require_found(self.found, hints=self.hints)
+        try:
+            found = require_found(self.found, hints=self.hints)
+        except TargetMissedError:
+            if not self.searched:  # scores of searches stay
+                discard_rooms(self.directory)
+            raise
         log.info("%s", self.found.described)
         return found
 
@@ -115,7 +125,7 @@ class SizeSearch:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
-        shutil.rmtree(self.directory / SIZES, ignore_errors=True)
+        discard_rooms(self.directory)
 
     def _room(self, number: int) -> Path:
         return room_of(self.directory, number)
@@ -130,19 +140,24 @@ class SizeSearch:
         return self._measured("original", self.checkpoint)
 
     def _measured(self, name: str, checkpoint: Checkpoint) -> EvaluatedModel:
-        options = self.evaluation.model_copy(update={"continuations": 0})
+        options = self.evaluation.model_copy(update={"continuations": 0, "probe": False})
         tasks = self.tasks if self.budget.min_task_mean is not None else None
         [found] = evaluate_models(
             [(name, checkpoint)], [self.text], options, session=self.session, tasks=tasks
         ).models
         return found
 
-    def _tried(self, plan: PrunePlan, model: EvaluatedModel, targets: Budget) -> SizeTried:
+    def _tried(
+        self, plan: PrunePlan, name: str, measure: Callable[[], EvaluatedModel], targets: Budget
+    ) -> SizeTried:
+        intact, requirements = self._intact, list[Requirement]()
+        with suppress(NotFiniteError):  # it misses every target
+            requirements = judged(targets, measure(), intact)
         one = SizeTried(
             remove=len(plan.removed),
             removed=plan.removed,
-            model=model.name,
-            requirements=judged(targets, model, self._intact),
+            model=name,
+            requirements=requirements,
         )
         met = "meets the target" if one.passed else "misses the target"
         log.info("without %s, %s: %s, %s", counted(one.remove, "block"), one.model, one.said, met)
@@ -162,13 +177,18 @@ class SizeSearch:
                 nlls_MS = sample_nlls(
                     decoder, ids_ST, removals, memory=self.session.memory(), advance=advance
                 )
-            texts = [self.text.perplexity(nlls_S.tolist()) for nlls_S in nlls_MS]
             targets = self.budget.model_copy(update={"min_task_mean": None})
-            models = [
-                intact.model_copy(update={"name": BYPASSED, "perplexity": [one]}) for one in texts
-            ]
-            pairs = zip(plans, models, strict=True)
-            self._save(tried=[self._tried(plan, model, targets) for plan, model in pairs])
+
+            def measured(nlls: list[float]) -> EvaluatedModel:
+                return intact.model_copy(update={"perplexity": [self.text.perplexity(nlls)]})
+
+            pairs = zip(plans, nlls_MS.tolist(), strict=True)
+            self._save(
+                tried=[
+                    self._tried(plan, BYPASSED, partial(measured, nlls), targets)
+                    for plan, nlls in pairs
+                ]
+            )
         return self._passed(sizes, bypassed=True)
 
     def _written(self, sizes: Sequence[int]) -> list[bool]:
@@ -179,8 +199,8 @@ class SizeSearch:
                 continue
             plan = self.plan_of(number)
             name, checkpoint = self.write(self._room(number), plan)
-            one = self._tried(plan, self._measured(name, checkpoint), self.budget)
-            self._save(tried=[one])
+            measure = partial(self._measured, name, checkpoint)
+            self._save(tried=[self._tried(plan, name, measure, self.budget)])
             self._discard_worse()
         return self._passed(sizes, bypassed=False)
 
@@ -209,6 +229,11 @@ def plans_of(sizes: Sequence[int], plan_of: Callable[[int], PrunePlan]) -> dict[
     if not plans and problem is not None:
         raise problem
     return plans
+
+
+def discard_rooms(directory: Path) -> None:
+    """Delete what a run wrote of the numbers of blocks that it tried."""
+    shutil.rmtree(directory / SIZES, ignore_errors=True)
 
 
 def room_of(directory: Path, number: int) -> Path:

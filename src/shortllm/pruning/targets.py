@@ -130,8 +130,8 @@ def _by_size(budget: Budget, checkpoint: Checkpoint, session: Session, fingerpri
     if left[-1] > value:
         raise BudgetError(
             f"{model.id} still takes {shown(left[-1])} without {sum(map(len, units))} of its "
-            f"{model.blocks} blocks, which is all that may go, and {shown(value)} was requested. "
-            f"Ask for {shown(left[-1])} or more{_relief(budget, model)}"
+            f"{model.blocks} blocks, which is all that can be removed, and {shown(value)} was "
+            f"requested. Ask for {shown(left[-1])} or more{_relief(budget, model)}"
         )
     fewest = next(number for number, size in enumerate(left) if size <= value)
     return Target(
@@ -183,7 +183,7 @@ def _by_speed(budget: Budget, checkpoint: Checkpoint, session: Session, fingerpr
     if not fast:
         raise BudgetError(
             f"{checkpoint.id} is {expected(most):.2f} times as fast without {most} of its {count} "
-            f"blocks, which is all that may go, and {value:g} was requested. Ask for less"
+            f"blocks, which is all that can be removed, and {value:g} was requested. Ask for less"
             f"{_relief(budget, model)}"
         )
     _, again = measure_depths(checkpoint, session, [count, count - fast[0]])

@@ -203,7 +203,7 @@ def load_results(run_dir: Path) -> RunResults:
         scores=scores,
         plan=plan,
         target=_load_optional(Target, run_dir / TARGET_FILE),
-        quality=_load_optional(QualityTarget, run_dir / QualityTarget.FILE),
+        quality=_load_quality(run_dir, plan),
         evaluation=_load_optional(Evaluation, run_dir / "eval.json"),
     )
     for problem, command in _mismatches(results, run_dir):
@@ -218,6 +218,13 @@ def load_results(run_dir: Path) -> RunResults:
         else None,
         benchmark=_load_benchmark(run_dir, models),
     )
+
+
+def _load_quality(run_dir: Path, plan: PrunePlan) -> QualityTarget | None:
+    """The search for the number of blocks that the plan has."""
+    files = (QualityTarget.PLANNED, QualityTarget.FILE)
+    found = (_load_optional(QualityTarget, run_dir / name) for name in files)
+    return next((one for one in found if one and one.remove == len(plan.removed)), None)
 
 
 def _mismatches(results: RunResults, run_dir: Path) -> Iterator[tuple[str, str]]:
@@ -305,11 +312,9 @@ def _load_retraining(run_dir: Path, models: Mapping[str, str]) -> dict[str, Retr
 def _load_benchmark(run_dir: Path, models: Mapping[str, str]) -> Benchmark | None:
     path = run_dir / "bench.json"
     record = _load_optional(Benchmark, path)
-    for place, one in enumerate(record.models if record else ()):
-        expected = models.get("original" if place == 0 else one.name)
-        if expected not in (None, one.model.fingerprint):
-            log.info("%s is about another model and is left out", path)
-            return None
+    if record is not None and not record.is_about(models):
+        log.info("%s is about another model and is left out", path)
+        return None
     return record
 
 

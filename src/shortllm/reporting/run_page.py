@@ -343,7 +343,7 @@ def strip_section(results: RunResults) -> Section:
     if results.target:
         missed = "" if results.target.is_met else " This misses the target."
         found.append(Paragraph(f"Requested: {results.target.described}.{missed}"))
-    if results.quality and results.quality.remove == len(plan.removed):
+    if results.quality:
         found.append(Paragraph(f"Requested: {results.quality.described}."))
     return Section("strip", "Removed blocks", found)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -236,9 +237,7 @@ def prepare(setup: Setup, target: Path) -> Job:
     if setup.ranks.is_main:
         files: list[Any] | None = None  # names, sizes and times change with the data
         if setup.parts:
-            paths = [file for part in setup.parts for file in part.records.files]
-            stats = [(str(file.resolve()), file.stat()) for file in paths]
-            files = [setup.source, *((name, at.st_size, at.st_mtime_ns) for name, at in stats)]
+            files = [setup.source, *_file_states(part.records for part in setup.parts)]
         _claim(work, _fingerprint(setup, teacher, files=files))
         if not (work / "corpus").is_dir():
             try:
@@ -252,6 +251,19 @@ def prepare(setup: Setup, target: Path) -> Job:
     tokens = [corpus.train.fingerprint, corpus.held_out.fingerprint]
     fingerprint = _fingerprint(setup, teacher, tokens=tokens, evaluation=texts)
     return Job(setup=setup, teacher=teacher, work=work, corpus=corpus, fingerprint=fingerprint)
+
+
+def data_state(options: RetrainOptions) -> list[Any]:
+    """What changes with the data to train on, known without reading it."""
+    if options.data in (None, GENERATED):
+        return []
+    sources = mixture(options.data or "")
+    return _file_states(open_records(with_columns(one, options.columns)) for one in sources)
+
+
+def _file_states(data: Iterable[Records]) -> list[Any]:
+    states = [(str(file.resolve()), file.stat()) for one in data for file in one.files]
+    return [(name, at.st_size, at.st_mtime_ns) for name, at in states]
 
 
 def work_directory(target: Path) -> Path:
