@@ -339,7 +339,7 @@ def test_healing_a_real_model_lets_more_blocks_go(
         "dtype": "bfloat16",
     }
     plain = shortllm.run(model, out=tmp_path / "plain", **how)
-    healed = shortllm.run(model, heal="regression", out=tmp_path / "healed", **how)
+    healed = shortllm.run(model, heal="linear", out=tmp_path / "healed", **how)
     assert 1 <= len(plain.plan.removed) < len(healed.plan.removed)
     for result in (plain, healed):
         intact, *_, last = result.evaluation.models

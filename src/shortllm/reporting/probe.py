@@ -32,9 +32,9 @@ NAMED = 3
 NOTE = (
     "Shares of exercises in percent, ± one standard error over exercises; changes are paired. "
     "Greedy decoding has to write exactly the right answer. The standard error of a fall from high "
-    "to low is about seven points. Of twenty capabilities that did not change, about one appears to "
-    "change by two standard errors. "
-    "Repetition: 4-grams of tokens that an open answer already had. Distinct: different 2-grams of "
+    "to low is about seven points. Of twenty capabilities that did not change, about one appears "
+    "to change by two standard errors. Repetition: 4-grams of tokens that an open answer already "
+    "had. Distinct: different 2-grams of "
     "all. The exercises are not a benchmark: they show changes of one model."
 )
 
