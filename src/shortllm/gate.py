@@ -22,6 +22,7 @@ from shortllm.errors import ResultFileError, ShortLLMError, did_you_mean
 from shortllm.evaluation.options import EvaluatedModel, Evaluation
 from shortllm.evaluation.quality import GateOptions, Requirement, judged, option_of, share_in
 from shortllm.format import fixed, percent, plain
+from shortllm.pruning.quality import QualityTarget
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.records import ModelInfo, Record
 from shortllm.run_directory import PRUNED, require_results
@@ -96,12 +97,12 @@ def check(run: Path, *, options: GateOptions, model: str | None = None) -> Verdi
         model = model or run.resolve().name
         run = run.parent if run.name else run.resolve().parent
     require_results(run)
-    evaluation = _results(Evaluation, run / "eval.json", "shortllm run ... --out")
+    evaluation = _results(Evaluation, run / "eval.json")
     intact, *shortened = evaluation.models
     chosen = _chosen(shortened, model, run)
     benchmark = None
     if options.min_speedup is not None:
-        benchmark = _results(Benchmark, run / "bench.json", "shortllm bench MODEL SHORT --out")
+        benchmark = _results(Benchmark, run / "bench.json")
         measured = {one.name: one.model.fingerprint for one in shortened}
         if not benchmark.is_about({**measured, "original": intact.model.fingerprint}):
             raise ResultFileError(
@@ -144,7 +145,7 @@ def _of_speed(
     if not speeds or any(speedup is None for speedup, _ in speeds):
         raise ResultFileError(
             f"--min-speedup: bench.json has no speed of '{model.name}'. Measure it: shortllm bench "
-            f"MODEL {model.name} --out DIR"
+            f"ORIGINAL RUN/{PRUNED} RUN/{model.name} --out RUN"
         )
     slowest, cell = min(
         ((speedup, one) for speedup, one in speeds if speedup is not None), key=lambda one: one[0]
@@ -168,8 +169,8 @@ def _of_repetition(options: GateOptions, model: EvaluatedModel) -> Iterator[Requ
     found = model.probe.repetition if model.probe else None
     if found is None:
         raise ResultFileError(
-            f"--max-repetition: '{model.name}' has no open answers of a probe. Measure them: "
-            "shortllm eval MODEL SHORT --probe --out DIR/eval.json"
+            f"--max-repetition: '{model.name}' has no open answers of a probe. Give the same "
+            "`shortllm run` again with --probe"
         )
     limit = share_in(asked)
     yield Requirement(
@@ -211,7 +212,14 @@ def _chosen(models: list[EvaluatedModel], name: str | None, run: Path) -> Evalua
     return by_name[name]
 
 
-def _results(kind: type[Kind], path: Path, command: str) -> Kind:
-    if not path.exists():
-        raise ResultFileError(f"{path} is missing. Create it with: {command} {path.parent}")
-    return kind.load(path)
+def _results(kind: type[Kind], path: Path) -> Kind:
+    """A result file of the run, or what is missing and why."""
+    if path.exists():
+        return kind.load(path)
+    searched = path.with_name(QualityTarget.FILE)
+    if searched.exists() and (target := QualityTarget.load(searched)).remove is None:
+        raise ResultFileError(
+            f"{path.parent} has no model to check: {target.described}. Ask for less in `shortllm run`"
+        )
+    flag = " with --bench" if kind is Benchmark else ""
+    raise ResultFileError(f"{path} is missing. Give the same `shortllm run` again{flag}")

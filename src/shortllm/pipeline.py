@@ -309,8 +309,7 @@ def _prepare(recipe: Recipe, out: Path | None, command: Sequence[str]) -> _Prepa
         check_published_order(recipe.budget, published, checkpoint.info())
     if recipe.budget.target() is None and not recipe.budget.quality():
         check_budget(recipe.budget, checkpoint.info())
-    if recipe.budget.min_task_mean is not None and not recipe.evaluation.tasks:
-        raise RecipeError("--min-task-mean needs tasks to measure. Add e.g. --tasks paper")
+    recipe.require_tasks()
     check_any_removal(checkpoint, recipe.budget)
     claim_directory(directory, checkpoint, recipe.model_dump(mode="json"))
     session = session_of(recipe)

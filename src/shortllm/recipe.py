@@ -184,6 +184,11 @@ class Recipe(Runtime, SurgeryOptions):
             named[f"retrained-{options.method}{number}"] = options
         return named
 
+    def require_tasks(self) -> None:
+        """Refuse a target for the mean of tasks where there are none."""
+        if self.budget.min_task_mean is not None and not self.evaluation.tasks:
+            raise RecipeError("--min-task-mean needs tasks to measure. Add e.g. --tasks paper")
+
     def resolved(self, model_type: str) -> Recipe:
         """The same recipe with every default that depends on the model filled in."""
         from shortllm.data.calibration import resolve_calibration

@@ -72,6 +72,7 @@ def check_recipe(recipe: Recipe, out: Path | None) -> None:
     check_device(recipe.device)
     criterion = criteria.resolve(recipe.criterion, recipe.options)
     recipe.budget.asked()
+    recipe.require_tasks()
     require_there(recipe.model, recipe.revision)
     check_items([criterion])
     embedded = recipe.model == EMBEDDED

@@ -107,9 +107,10 @@ def check(
     run_dir: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint in one.")
     ],
-    model: Annotated[
+    name: Annotated[
         str | None,
         typer.Option(
+            "--model",
             metavar="NAME",
             help="Model of the run. Default: the last one: quantized, else retrained, else healed, "
             "else pruned.",
@@ -125,7 +126,7 @@ def check(
     """
     import shortllm
 
-    found = shortllm.check(run_dir, options=options, model=model)
+    found = shortllm.check(run_dir, options=options, model=name)
     if not answered({**found.model_dump(mode="json"), "passed": found.passed}, in_json=json):
         print_table(
             ("", "asked", "measured", ""),

@@ -285,6 +285,8 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
                 by = "inner" if found.needs == "removals" else "fitness"
                 raise CriterionError(f"{name}.{option} has no effect without {name}.{by}=task")
             del chosen[option]
+    if resolved.items is not None and resolved.items[1] < 1:
+        raise CriterionError(f"{name}.items {resolved.items[1]} must be 1 or more")
     inner = resolved.scored_by()
     if resolved.healing is not None:
         HEALING_METHODS.get(resolved.healing)

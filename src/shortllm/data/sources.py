@@ -281,6 +281,8 @@ def _resolve(source: str, role: Role) -> _Resolved:
         raise DataError(
             f"'{source}' is a mixture, which calibration and retraining take. Give {how}"
         )
+    if prompts_of(source) == "":
+        raise DataError(f"'{source}' names no prompts. Give their source, e.g. generated:alpaca")
     if prompts_of(source) is not None:
         raise DataError(
             f"'{source}' is text that the model writes itself, for `score`, `run` and "

@@ -25,7 +25,7 @@ def amount_with_unit(given: Any, *units: str) -> tuple[float, str]:
     """The number and the unit of a text such as `5%`."""
     found = re.fullmatch(rf"\s*(\d+\.?\d*|\.\d+)\s*({'|'.join(units)})\s*", str(given))
     if found is None:
-        raise ValueError(f"must be a number with its unit, e.g. 5{' or 0.1'.join(units)}")
+        raise ValueError(f"must be 0 or more with its unit, e.g. 5{' or 0.1'.join(units)}")
     return float(found[1]), found[2]
 
 
@@ -155,10 +155,14 @@ def _of_perplexity(
 
 
 def increase_shown(nats: float, asked: str) -> str:
-    """A difference of losses in the unit of a target."""
-    if asked.endswith("nats"):
-        return f"{plain(signed(nats, 3))} nats"
-    return plain(change(1.0, math.exp(min(nats, 700.0))))
+    """A difference of losses in the unit of a target, with more digits than that has."""
+    value, unit = amount_with_unit(asked, "%", "nats")
+    decimals = len(f"{value:g}".partition(".")[2]) + 1
+    if unit == "nats":
+        return f"{plain(signed(nats, max(decimals, 3)))} nats"
+    if nats > 1:
+        return plain(change(1.0, math.exp(min(nats, 700.0))))
+    return f"{plain(signed(100 * math.expm1(nats), decimals))} %"
 
 
 def _of_tasks(

@@ -129,7 +129,9 @@ class QualityTarget(ResultFile):
         """One line for a reader."""
         asked = ", ".join(f"{option_of(name)} {value}" for name, value in self.asked.items())
         if (reached := self.reached) is None:
-            return f"{asked}: no number of blocks was found yet"
+            least = min(self.tried, key=lambda one: one.remove, default=None)
+            said = f"; without {counted(least.remove, 'block')} it is {least.said}" if least else ""
+            return f"{asked}: no number of blocks that meets it was found{said}"
         state = "" if reached.model == BYPASSED else f" {reached.model}:"
         return (
             f"{asked}: {self.remove} of {self.model.blocks} blocks removed,{state} {reached.said}"

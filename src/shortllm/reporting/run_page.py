@@ -287,7 +287,12 @@ def _importance_caption(results: RunResults, scores: BlockScores, plot: BarPlot)
         yield "The axis is logarithmic."
     elif plot.linear_floor:
         yield f"The axis starts at {plot.linear_floor:,g}, not at 0."
-    helpful = [str(block) for block, height in enumerate(plot.heights) if height < 0]
+    errors = scores.delta_stderr or [0.0] * len(plot.heights)
+    helpful = [
+        str(block)
+        for block, (change, error) in enumerate(zip(scores.delta_nll or (), errors, strict=False))
+        if change + 2 * error < 0
+    ]
     if helpful and increase:
         blocks = f"block{'s' if len(helpful) > 1 else ''} {', '.join(helpful)}"
         yield f"Removing {blocks} alone lowers the perplexity."
@@ -344,7 +349,12 @@ def strip_section(results: RunResults) -> Section:
         missed = "" if results.target.is_met else " This misses the target."
         found.append(Paragraph(f"Requested: {results.target.described}.{missed}"))
     if results.quality:
-        found.append(Paragraph(f"Requested: {results.quality.described}."))
+        found.append(
+            Paragraph(
+                f"Requested: {results.quality.described}. The number of blocks was chosen by this "
+                "measurement."
+            )
+        )
     return Section("strip", "Removed blocks", found)
 
 
