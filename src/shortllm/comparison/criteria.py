@@ -221,10 +221,11 @@ def compare_criteria(
     }
     if ranks.is_main:
         rundir.claim_directory(directory, checkpoint, chosen)
-        rundir.delete_texts(directory, from_number=len(comparison.texts))
     scoring = any(one.needs_text for one in question.criteria)
     compared = [on_text(calibration, text) for text in comparison.texts]
-    if ranks.is_main:
+    # text that the model writes is kept in the directory at once, which must then be that of a run
+    early = any(one.is_written for one in compared)
+    if ranks.is_main and early:
         rundir.write_run_file(directory, chosen, checkpoint, command)
     texts = prepare_texts(
         checkpoint,
@@ -236,6 +237,10 @@ def compare_criteria(
         directory=directory,
     )
     [text] = texts.evaluation
+    if ranks.is_main:
+        if not early:
+            rundir.write_run_file(directory, chosen, checkpoint, command)
+        rundir.delete_texts(directory, from_number=len(comparison.texts))
     healing = text_to_heal_with(checkpoint, question.criteria, calibration)
     with numbered_stages(2):
         with stage("score"):

@@ -58,6 +58,11 @@ class SampledText(Options):
         return with_columns(self.data, self.columns) if self.data else None
 
     @property
+    def is_written(self) -> bool:
+        """Whether the model writes any of it."""
+        return any(prompts_of(name) is not None for name in mixture(self.source or ""))
+
+    @property
     def texts(self) -> dict[str, float]:
         """Every source of rows and its weight; of text that the model writes itself, its prompts'
         source."""
