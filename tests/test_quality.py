@@ -398,7 +398,7 @@ def test_text_that_a_plan_is_given_leaves_out_the_rows_scored_on(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "steps"
-    scored = ("score", "embedded", "--criterion", "cosine", *SMALL, "--data", "embedded")
+    scored = ("score", "embedded", *SMALL)
     assert call(capfd, *scored, "--out", out)[0] == 0
     code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "8%", "--eval-data", "embedded")
     assert code == 2 and "the calibration was drawn from all rows of embedded" in err
