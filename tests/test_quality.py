@@ -296,7 +296,8 @@ def test_a_target_of_size_next_to_it_is_the_least(
     code, err = embedded_run(capfd, tmp_path / "none", *asked, "2.8M")
     assert code == 3
     assert "needs 5 blocks removed or more, and --max-ppl-increase 8% allows" in err
-    code, err = embedded_run(capfd, tmp_path / "healed", *asked, "2.8M", *HEAL)
+    strict = ("--max-ppl-increase", "0.1%", "--target-params", "2.8M")
+    code, err = embedded_run(capfd, tmp_path / "healed", *strict, *HEAL)
     assert code == 3
     assert "without 5 blocks (healed), which the target of size or speed needs, it is" in err
     tried = QualityTarget.load(tmp_path / "healed" / "quality.json").tried
@@ -397,7 +398,7 @@ def test_text_that_a_plan_is_given_leaves_out_the_rows_scored_on(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "steps"
-    scored = ("score", "embedded", "--criterion", "cosine", *SMALL, "--data", "embedded")
+    scored = ("score", "embedded", *SMALL)
     assert call(capfd, *scored, "--out", out)[0] == 0
     code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "8%", "--eval-data", "embedded")
     assert code == 2 and "the calibration was drawn from all rows of embedded" in err
