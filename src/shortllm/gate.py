@@ -219,7 +219,7 @@ def _results(kind: type[Kind], path: Path) -> Kind:
     searched = path.with_name(QualityTarget.FILE)
     if searched.exists() and (target := QualityTarget.load(searched)).remove is None:
         raise ResultFileError(
-            f"{path.parent} has no model to check: {target.described}. Ask for less in `shortllm run`"
+            f"{path.parent} has no model to check: {target.described}. Ask `shortllm run` for less"
         )
     flag = " with --bench" if kind is Benchmark else ""
     raise ResultFileError(f"{path} is missing. Give the same `shortllm run` again{flag}")
