@@ -148,7 +148,7 @@ def test_results_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None
     with pytest.raises(ResultFileError, match="is not the model in eval.json any more"):
         shortllm.check(copy, max_ppl_increase="1000%")
     (copy / "bench.json").unlink(missing_ok=True)
-    with pytest.raises(ResultFileError, match="bench.json is missing. Create it with: shortllm"):
+    with pytest.raises(ResultFileError, match="bench.json is missing. Give the same .shortllm run. again with --bench"):
         shortllm.check(copy, min_speedup=1, model="pruned")
 
 
