@@ -54,7 +54,7 @@ def test_the_exit_code_says_whether_all_is_met(
     assert code == 3 and "healed: failed" in out
     assert [line.split()[-1] for line in out.splitlines()[1:3]] == ["failed", "passed"]
     nats = f"{rise_of(pruned, intact) + 1e-4:.6f}nats"
-    code, out, _ = call(capfd, "check", run, "--max-ppl-increase", nats, "--model", "pruned")
+    code, out, _ = call(capfd, "check", run, "--max-ppl-increase", nats, "--name", "pruned")
     assert code == 0 and "pruned: passed" in out and "nats" in out
     code, out, _ = call(capfd, "check", run / "healed", *tight, "--json")
     found = json.loads(out)
@@ -122,7 +122,7 @@ def test_repetition_is_that_of_the_probe(run: Path) -> None:
             {"max_repetition": "5%"},
             "'healed' has no open answers of a probe. .* --probe",
         ),
-        ({"max_ppl_increase": "5%", "model": "heald"}, "is called 'heald'. Did you mean 'healed'"),
+        ({"max_ppl_increase": "5%", "name": "heald"}, "is called 'heald'. Did you mean 'healed'"),
         ({"min_task_mean": "5%"}, "--min-task-mean: the evaluation has no tasks"),
     ],
 )
@@ -148,8 +148,11 @@ def test_results_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None
     with pytest.raises(ResultFileError, match="is not the model in eval.json any more"):
         shortllm.check(copy, max_ppl_increase="1000%")
     (copy / "bench.json").unlink(missing_ok=True)
-    with pytest.raises(ResultFileError, match="bench.json is missing. Give the same .shortllm run. again with --bench"):
-        shortllm.check(copy, min_speedup=1, model="pruned")
+    with pytest.raises(
+        ResultFileError,
+        match="bench.json is missing. Give the same .shortllm run. again with --bench",
+    ):
+        shortllm.check(copy, min_speedup=1, name="pruned")
 
 
 def test_one_model_is_nothing_to_compare(tmp_path: Path, run: Path) -> None:

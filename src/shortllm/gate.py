@@ -71,7 +71,7 @@ class Verdict(Shown, Record):
 
 
 @accepts(options=GateOptions)
-def check(run: Path, *, options: GateOptions, model: str | None = None) -> Verdict:
+def check(run: Path, *, options: GateOptions, name: str | None = None) -> Verdict:
     """Whether a shortened model that was measured is what you ask for.
 
     Reads result files alone, and the checkpoint's files to see that they are those that were
@@ -80,7 +80,7 @@ def check(run: Path, *, options: GateOptions, model: str | None = None) -> Verdi
     Args:
         run: a run directory, or a checkpoint in one.
         options: what is asked; its fields can be given as keywords, e.g. `min_speedup=1.2`.
-        model: name of the model in the run. Default: the last one: quantized, else retrained, else
+        name: of the model in the run. Default: the last one: quantized, else retrained, else
             healed, else pruned.
     Returns:
         Each requirement with what was measured; `passed` says whether all are met.
@@ -94,12 +94,12 @@ def check(run: Path, *, options: GateOptions, model: str | None = None) -> Verdi
             f"{', '.join(map(option_of, GateOptions.model_fields))}"
         )
     if (run / "config.json").is_file() and not (run / "eval.json").is_file():
-        model = model or run.resolve().name
+        name = name or run.resolve().name
         run = run.parent if run.name else run.resolve().parent
     require_results(run)
     evaluation = _results(Evaluation, run / "eval.json")
     intact, *shortened = evaluation.models
-    chosen = _chosen(shortened, model, run)
+    chosen = _chosen(shortened, name, run)
     benchmark = None
     if options.min_speedup is not None:
         benchmark = _results(Benchmark, run / "bench.json")

@@ -110,7 +110,6 @@ def check(
     name: Annotated[
         str | None,
         typer.Option(
-            "--model",
             metavar="NAME",
             help="Model of the run. Default: the last one: quantized, else retrained, else healed, "
             "else pruned.",
@@ -126,7 +125,7 @@ def check(
     """
     import shortllm
 
-    found = shortllm.check(run_dir, options=options, model=name)
+    found = shortllm.check(run_dir, options=options, name=name)
     if not answered({**found.model_dump(mode="json"), "passed": found.passed}, in_json=json):
         print_table(
             ("", "asked", "measured", ""),
