@@ -17,7 +17,7 @@ from test_cli import SMALL, call
 import shortllm
 from shortllm.errors import BudgetError, ShortLLMError, TargetMissedError
 from shortllm.evaluation.options import Evaluation
-from shortllm.evaluation.quality import QualityTargets, nats_in, share_in
+from shortllm.evaluation.quality import QualityTargets, increase_shown, nats_in, share_in
 from shortllm.pruning import size_search
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.quality import BYPASSED, QualityTarget, most_that_meet, sizes_of
@@ -101,6 +101,10 @@ def test_increases_and_parts_as_people_write_them() -> None:
     assert targets.quality() == {"max_ppl_increase": "5%", "min_task_mean": "95%"}
     assert nats_in("5%") == pytest.approx(math.log(1.05)) and nats_in("0.1nats") == 0.1
     assert share_in("95%") == 0.95
+    shown = [(0.11650, "12.34%", "+12.356 %"), (0.0488, "5%", "+5.0 %"), (-0.01, "5%", "−1.0 %")]
+    shown += [(0.0488, "0.1nats", "+0.0488 nats"), (9.0, "5%", "× 8,100")]
+    for nats, asked, expected in shown:
+        assert increase_shown(nats, asked) == expected
     for wrong in ("5", "-5%", "5 percent", "nats", 0.05):
         with pytest.raises(ShortLLMError, match="max_ppl_increase .*must be 0 or more with its"):
             QualityTargets(max_ppl_increase=wrong)  # type: ignore[arg-type]
@@ -397,11 +401,14 @@ def test_a_plan_measures_removals_on_the_text_of_the_run(
 def test_text_that_a_plan_is_given_leaves_out_the_rows_scored_on(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "steps"
-    scored = ("score", "embedded", *SMALL)
-    assert call(capfd, *scored, "--out", out)[0] == 0
-    code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "8%", "--eval-data", "embedded")
-    assert code == 2 and "the calibration was drawn from all rows of embedded" in err
+    out, text = tmp_path / "steps", tmp_path / "text.jsonl"
+    rows = [{"text": "There was a drum in the school. The drum was red. " * 20}] * 4
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = ("score", "embedded", "--data", text, "--samples", "4", "--length", "32")
+    code, _, err = call(capfd, *scored, "--out", out)
+    assert code == 0, err
+    code, _, err = call(capfd, "plan", out, "--max-ppl-increase", "8%", "--eval-data", text)
+    assert code == 2 and "the calibration was drawn from all rows of" in err
 
 
 def test_a_plan_from_scores_alone_needs_the_text(

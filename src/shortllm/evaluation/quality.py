@@ -162,7 +162,8 @@ def increase_shown(nats: float, asked: str) -> str:
         return f"{plain(signed(nats, max(decimals, 3)))} nats"
     if nats > 1:
         return plain(change(1.0, math.exp(min(nats, 700.0))))
-    return f"{plain(signed(100 * math.expm1(nats), decimals))} %"
+    rise = 100 * math.expm1(nats)
+    return f"{'+' * (rise > 0)}{fixed(rise, decimals)} %"
 
 
 def _of_tasks(
