@@ -163,7 +163,7 @@ def increase_shown(nats: float, asked: str) -> str:
     if nats > 1:
         return plain(change(1.0, math.exp(min(nats, 700.0))))
     rise = 100 * math.expm1(nats)
-    return f"{'+' * (rise > 0)}{fixed(rise, decimals)} %"
+    return plain(f"{'+' * (rise > 0)}{fixed(rise, decimals)} %")
 
 
 def _of_tasks(
