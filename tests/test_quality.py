@@ -340,6 +340,7 @@ def test_healing_a_real_model_lets_more_blocks_go(
         "eval_data": str(text / "heldout_sample.jsonl.gz"),
         "max_segments": 32,
         "continuations": 0,
+        "probe": False,
         "max_ppl_increase": "10%",
         "dtype": "bfloat16",
     }
