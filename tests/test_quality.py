@@ -341,7 +341,7 @@ def test_healing_a_real_model_lets_more_blocks_go(
         "max_segments": 32,
         "continuations": 0,
         "probe": False,
-        "max_ppl_increase": "10%",
+        "max_ppl_increase": "12%",
         "dtype": "bfloat16",
     }
     plain = shortllm.run(model, out=tmp_path / "plain", **how)
@@ -349,8 +349,8 @@ def test_healing_a_real_model_lets_more_blocks_go(
     assert 1 <= len(plain.plan.removed) < len(healed.plan.removed)
     for result in (plain, healed):
         intact, *_, last = result.evaluation.models
-        assert last.perplexity[0].nll - intact.perplexity[0].nll <= math.log(1.1)
-        assert shortllm.check(result.directory, max_ppl_increase="10%").passed
+        assert last.perplexity[0].nll - intact.perplexity[0].nll <= math.log(1.12)
+        assert shortllm.check(result.directory, max_ppl_increase="12%").passed
         assert not shortllm.check(result.directory, max_ppl_increase="0.5%").passed
 
 
