@@ -20,7 +20,7 @@ from shortllm.evaluation.options import Evaluation
 from shortllm.evaluation.quality import QualityTargets, increase_shown, nats_in, share_in
 from shortllm.pruning import size_search
 from shortllm.pruning.budget import Budget
-from shortllm.pruning.quality import BYPASSED, QualityTarget, most_that_meet, sizes_of
+from shortllm.pruning.quality_target import BYPASSED, QualityTarget, most_that_meet, sizes_of
 from shortllm.pruning.size_search import SIZES
 
 QUICK = ("--max-segments", "12", "--continuations", "0", *SMALL)

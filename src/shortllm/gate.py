@@ -22,7 +22,7 @@ from shortllm.errors import ResultFileError, ShortLLMError, did_you_mean
 from shortllm.evaluation.options import EvaluatedModel, Evaluation
 from shortllm.evaluation.quality import GateOptions, Requirement, judged, option_of, share_in
 from shortllm.format import fixed, percent, plain
-from shortllm.pruning.quality import QualityTarget
+from shortllm.pruning.quality_target import QualityTarget
 from shortllm.quantizing.options import QUANTIZED
 from shortllm.records import ModelInfo, Record
 from shortllm.run_directory import PRUNED, require_results

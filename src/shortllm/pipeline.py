@@ -43,7 +43,7 @@ from shortllm.pruning import targets
 from shortllm.pruning.budget import Budget, check_budget, removable, removal_options
 from shortllm.pruning.planning import build_plan, check_published_order
 from shortllm.pruning.prune import prune_from
-from shortllm.pruning.quality import QualityTarget, sizes_of
+from shortllm.pruning.quality_target import QualityTarget, sizes_of
 from shortllm.pruning.records import BlockScores, PrunePlan, Pruning, Target
 from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.pruning.size_search import SizeSearch, discard_rooms, plans_of, room_of

@@ -23,7 +23,7 @@ _HOME = {
     "merge": "merging.options.Merging",
     "plan": "pruning.records.PrunePlan",
     "prune": "pruning.records.Pruning",
-    "quality": "pruning.quality.QualityTarget",
+    "quality": "pruning.quality_target.QualityTarget",
     "quantize": "quantizing.options.Quantization",
     "retrain": "retraining.options.Retraining",
     "scores": "pruning.records.BlockScores",

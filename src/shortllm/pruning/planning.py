@@ -39,7 +39,7 @@ from shortllm.pruning.budget import (
     reaching,
     removable,
 )
-from shortllm.pruning.quality import QualityTarget, sizes_of
+from shortllm.pruning.quality_target import QualityTarget, sizes_of
 from shortllm.pruning.records import BlockScores, PrunePlan, Size, removal_order, scores_path
 from shortllm.pruning.size_search import SizeSearch, plans_of
 from shortllm.pruning.ties import Compared, Ties, near_ties
@@ -50,7 +50,7 @@ from shortllm.runtime import DeviceOptions
 
 log = logging.getLogger(__name__)
 
-FITNESS = {"ppl": "perplexity", "kl": "KL divergence", "task": "part of mistakes"}
+FITNESS = {"ppl": "perplexity", "kl": "KL divergence", "task": "fraction of wrong answers"}
 """What searches lower, in words."""
 
 

@@ -33,7 +33,7 @@ from shortllm.model import Session
 from shortllm.model.walk import sample_nlls, walk_flops
 from shortllm.progress import progress
 from shortllm.pruning.budget import Budget
-from shortllm.pruning.quality import (
+from shortllm.pruning.quality_target import (
     BYPASSED,
     TOGETHER,
     QualityTarget,

@@ -23,7 +23,7 @@ from shortllm.data.options import CalibrationInfo
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
 from shortllm.healing.options import Healing
-from shortllm.pruning.quality import QualityTarget
+from shortllm.pruning.quality_target import QualityTarget
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import QUANTIZED, Quantization
 from shortllm.records import ModelInfo, ResultFile

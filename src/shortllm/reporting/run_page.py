@@ -50,7 +50,7 @@ LONG_TABLE = 16
 _FITNESS = {
     "ppl": "perplexity on the search text",
     "kl": "KL divergence from the intact model on the search text",
-    "task": "part of the items answered wrongly",
+    "task": "fraction of the items answered wrongly",
 }
 
 
