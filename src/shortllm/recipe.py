@@ -139,7 +139,7 @@ class Recipe(Runtime, SurgeryOptions):
     )
     @classmethod
     def _healing_by_name(cls, given: Any) -> Any:
-        return _by_method(given)
+        return by_method(given)
 
     @field_validator(
         "quantization",
@@ -148,7 +148,7 @@ class Recipe(Runtime, SurgeryOptions):
     )
     @classmethod
     def _quantization_by_name(cls, given: Any) -> Any:
-        return _by_method(given)
+        return by_method(given)
 
     @field_validator(
         "retraining",
@@ -160,7 +160,7 @@ class Recipe(Runtime, SurgeryOptions):
     )
     @classmethod
     def _retraining_by_names(cls, given: Any) -> Any:
-        return [one for one in map(_by_method, given or ()) if one is not None]
+        return [one for one in map(by_method, given or ()) if one is not None]
 
     @field_validator(
         "benchmark", mode="before", json_schema_input_type=BenchmarkOptions | bool | None
@@ -212,7 +212,7 @@ class Recipe(Runtime, SurgeryOptions):
         return self.model_copy(update=found)
 
 
-def _by_method(given: Any) -> Any:
+def by_method(given: Any) -> Any:
     """The name of a method as its options; `none` as None."""
     if isinstance(given, str):
         return None if given == "none" else {"method": given}

@@ -22,7 +22,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,7 +34,7 @@ from shortllm.checkpoint.hub import EMBEDDED
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.checkpoint.tensors import read_json
 from shortllm.checkpoint.tokenizer import GENERATION_CONFIG, load_tokenizer
-from shortllm.data.chat import Chat, template_of
+from shortllm.data.chat import Chat, Span, template_of
 from shortllm.data.options import (
     CalibrationInfo,
     CalibrationOptions,
@@ -412,6 +412,24 @@ def _described(ids: torch.Tensor, counted: torch.Tensor | None = None, **about: 
     about["tokens_fingerprint"] = tokens_fingerprint(ids, counted)
     info = CalibrationInfo(fingerprint=fingerprint(about), **about)
     return Calibration(ids=ids, counted=counted, info=info)
+
+
+def calibration_of(
+    documents: Sequence[tuple[list[int], Span]], *, fingerprint: str, **about: Any
+) -> Calibration:
+    """Documents of token ids, a sample each, of which a span counts; behind it they are filled up.
+
+    Args:
+        fingerprint: of what they were made from.
+        about: further fields of the record.
+    """
+    length = max(len(ids) for ids, _ in documents)
+    ids_BT = torch.tensor([ids + ids[-1:] * (length - len(ids)) for ids, _ in documents])
+    counted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for row, (_, (start, stop)) in zip(counted_BT, documents, strict=True):
+        row[start:stop] = True
+    made = _described(ids_BT, counted_BT, sampler="given", bos="tokenizer", **about)
+    return replace(made, info=made.info.model_copy(update={"fingerprint": fingerprint}))
 
 
 def without_text_of(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,483 @@
+"""A shortened model that drafts for the intact one: chosen, written and measured.
+
+    write     the intact model writes texts: half to choose by, half to measure on
+    score     the blocks, on what it wrote to choose by
+    accept    what it accepts of a draft of every size, in one walk     -> tokens per step
+    time      some sizes and lengths, with shared weights               -> time of a step
+    measure   the drafts with the highest gain, in turn with the model alone
+    prune     the fastest one; then it is healed and trained, and measured again
+
+Every size and length is predicted from the times and from what is accepted; no checkpoint is
+written to choose. What is up to date is skipped.
+
+shortllm draft MODEL --out drafts --retrain distill
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from shortllm import run_directory as rundir
+from shortllm.benchmark.meters import meter_of
+from shortllm.calls import accepts
+from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
+from shortllm.checkpoint.options import SurgeryOptions
+from shortllm.checkpoint.source import Checkpoint, open_checkpoint
+from shortllm.checkpoint.tokenizer import load_tokenizer
+from shortllm.criteria import Criterion, resolve
+from shortllm.data.calibration import calibrate, check_length
+from shortllm.data.chat import Prompt
+from shortllm.data.options import CalibrationOptions
+from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
+from shortllm.drafting.gain import ideal_tokens, speedup, through
+from shortllm.drafting.options import (
+    PLAIN,
+    TRAINING_TEXTS,
+    Accepted,
+    DraftCosts,
+    Drafting,
+    DraftOptions,
+    DraftSize,
+    MeasuredDraft,
+    RecoveredDraft,
+)
+from shortllm.drafting.shared import draft_of
+from shortllm.drafting.timing import (
+    alone,
+    helped,
+    measure_costs,
+    timed_in_turn,
+    writers_of_costs,
+)
+from shortllm.drafting.written import Written, texts_of, write_texts, write_training_texts
+from shortllm.errors import BudgetError, ShortLLMError
+from shortllm.files import fingerprint, overwriting, releasing, require_free
+from shortllm.healing.heal import check_healable, heal_from, healing_text
+from shortllm.healing.options import Healing
+from shortllm.model import Session
+from shortllm.model.loading import load_model
+from shortllm.model.walk import NOTHING, walk_flops
+from shortllm.pipeline import check_any_removal, opened_within
+from shortllm.progress import numbered_stages, progress, stage
+from shortllm.pruning.budget import Budget, check_budget, removal_options
+from shortllm.pruning.planning import build_plan
+from shortllm.pruning.prune import prune_from, prune_gguf
+from shortllm.pruning.quality_target import sizes_of
+from shortllm.pruning.records import PrunePlan
+from shortllm.pruning.score import score_in, text_to_heal_with
+from shortllm.pruning.size_search import plans_of
+from shortllm.records import ModelInfo, load_current
+from shortllm.retraining.retrain import retrain_from
+from shortllm.run_directory import HEALED
+from shortllm.runtime import Runtime, versions
+
+log = logging.getLogger(__name__)
+
+RETRAINED = "retrained"
+"""Directory of the draft that was trained, and its name."""
+
+
+def default_directory(model: str) -> Path:
+    """`runs/<model>-draft`."""
+    return Path("runs") / f"{rundir.short_name(model)}-draft"
+
+
+@releasing()
+@accepts(drafting=DraftOptions, runtime=Runtime, surgery=SurgeryOptions)
+def draft(
+    model: ModelSource = "embedded",
+    *,
+    drafting: DraftOptions,
+    runtime: Runtime,
+    surgery: SurgeryOptions,
+    criterion: str = "acceptance",
+    options: dict[str, Any] | None = None,
+    out: Path | None = None,
+    revision: str | None = None,
+    command: Sequence[str] = (),
+) -> Drafting:
+    """Choose which blocks a draft can do without, and how many tokens it drafts at a time.
+
+    Writes the shortened checkpoint with the highest measured gain, draft.json and draft.html. What
+    is up to date is skipped; an interrupted call is resumed.
+
+    Args:
+        model: a checkpoint directory, a Hub id, or a loaded model.
+        drafting: the text, sizes and lengths, and how the draft is healed and trained; its fields
+            can be given as keywords, e.g. `retrain="distill"`.
+        runtime: where to compute; its fields can be given as keywords.
+        surgery: `accept_unknown_references`; it can be given as a keyword.
+        criterion: how to choose the blocks.
+        options: of the criterion, e.g. `{"inner": "acceptance"}` for `greedy`.
+        out: the directory. Default: `runs/<model>-draft`.
+        revision: of a Hub model.
+        command: the command line, for run.json.
+    Returns:
+        Every number of blocks with what is accepted and gained, predicted and measured.
+    Raises:
+        ShortLLMError: any kind, before the model is loaded wherever that can be known.
+    """
+    from shortllm.reporting import write_draft
+
+    run = _prepare(model, drafting, runtime, criterion, options or {}, out, revision, command)
+    with numbered_stages(run.stages), overwriting():  # the choices have been compared
+        found = _stages(run)
+    write_draft(run.directory)
+    log.info("%s", found.verdict)
+    return found
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """A draft whose inputs have been read and checked; nothing heavy has been done."""
+
+    directory: Path
+    checkpoint: Checkpoint
+    source: str
+    """The model as it was given."""
+    revision: str | None
+    session: Session
+    options: DraftOptions
+    criterion: Criterion
+    sizes: list[int]
+    prompts: list[Prompt]
+    prompts_source: str
+    tokenizer: Any
+    plans: dict[int, PrunePlan] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> int:
+        """How many there are."""
+        return 6 + bool(self.options.healing) + bool(self.options.retraining)
+
+    @property
+    def model(self) -> Any:
+        """The intact model, in memory."""
+        return self.session.decoder(self.checkpoint).model
+
+
+def _prepare(
+    model: str,
+    options: DraftOptions,
+    runtime: Runtime,
+    criterion: str,
+    of_criterion: Mapping[str, Any],
+    out: Path | None,
+    revision: str | None,
+    command: Sequence[str],
+) -> _Run:
+    """Read, check and resolve everything before the first heavy step, and write run.json."""
+    directory, session = out or default_directory(model), Session(runtime)
+    checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, directory))
+    info, chosen = checkpoint.info(), resolve(criterion, of_criterion)
+    sizes = _sizes(options, info, searched=chosen.needs == "sets")
+    amount = removal_options(chosen, _budget(options, sizes[-1]), info)
+    chosen = resolve(criterion, {**amount, **of_criterion})
+    check_any_removal(checkpoint, _budget(options, sizes[0]))
+    if session.streams(checkpoint):
+        raise ShortLLMError(
+            f"{checkpoint.id} does not fit into memory, and a draft is chosen by what the whole "
+            "model writes. Use a smaller --dtype or another --device"
+        )
+    if options.retraining is not None:
+        options.retraining.about.require_packages()
+        require_free(directory / RETRAINED, "retrain.json")
+    if options.healing is not None:
+        require_free(directory / HEALED, Healing.FILE)
+        check_healable(options.healing, checkpoint, session)
+    tokenizer = load_tokenizer(checkpoint)
+    source, prompts = asked(options.prompts, tokenizer, checkpoint, options.texts)
+    longest = max(len(one.ids) for one in prompts)
+    check_length(checkpoint, longest + options.new_tokens, "--new-tokens", before=0)
+    choices = {
+        "model": checkpoint.id,
+        "criterion": criterion,
+        "options": chosen.options,
+        **options.model_dump(mode="json", exclude_none=True),
+        **runtime.model_dump(mode="json"),
+    }
+    rundir.claim_directory(directory, checkpoint, choices)
+    rundir.write_run_file(directory, choices, checkpoint, command)
+    return _Run(
+        directory=directory,
+        checkpoint=checkpoint,
+        source=model,
+        revision=revision,
+        session=session,
+        options=options,
+        criterion=chosen,
+        sizes=sizes,
+        prompts=prompts,
+        prompts_source=source,
+        tokenizer=tokenizer,
+    )
+
+
+def _budget(options: DraftOptions, remove: int) -> Budget:
+    ends = options.model_dump(include={"protect_first", "protect_last", "period_aligned"})
+    return Budget.model_validate({"remove": remove, **ends})
+
+
+def _sizes(options: DraftOptions, model: ModelInfo, *, searched: bool) -> list[int]:
+    """The numbers of blocks to try; of a search, which takes long, those to measure alone."""
+    if options.remove is not None:
+        check_budget(_budget(options, options.remove), model)
+        return [options.remove]
+    sizes = sizes_of(_budget(options, 1), model)
+    low, high = (round(part * model.blocks) for part in (options.least, options.most))
+    found = [number for number in sizes if low <= number <= max(high, 1)]
+    if not found:
+        raise BudgetError(
+            f"no draft has {low} to {high} of {model.blocks} blocks removed: the numbers that can "
+            f"be removed are {sizes[0]} to {sizes[-1]}. Change --least or --most, or pass "
+            "--protect-first 0 --protect-last 0"
+        )
+    return spread(found, options.measured) if searched else found
+
+
+def spread(sizes: Sequence[int], count: int, best: int | None = None) -> list[int]:
+    """Some of the sizes, as evenly as can be, and the best one in the place of its neighbour."""
+    last = len(sizes) - 1
+    picked = {round(last * n / max(count - 1, 1)) for n in range(min(count, len(sizes)))}
+    if best is not None and (place := sizes.index(best)) not in picked:
+        picked.remove(min(picked, key=lambda one: abs(one - place)))
+        picked.add(place)
+    return [sizes[place] for place in sorted(picked)]
+
+
+def asked(
+    source: str | None, tokenizer: Any, checkpoint: Checkpoint, count: int
+) -> tuple[str, list[Prompt]]:
+    """What the model is to write to."""
+    raise NotImplementedError
+
+
+# ---- the stages
+
+
+def _stages(run: _Run) -> Drafting:
+    """All stages in order."""
+    with stage("write"):
+        written = write_texts(
+            run.checkpoint, run.prompts, run.options, run.session, run.tokenizer, run.directory,
+            source=run.prompts_source,
+        )  # fmt: skip
+    with stage("score"):
+        run.plans = plans_of(run.sizes, partial(_plan, run, written))
+    found = _known(run, written)
+    with stage("accept"):
+        if not found.sizes:
+            found = _kept(run, found, sizes=_accepted(run, written))
+    with stage("time"):
+        if found.costs is None:
+            costs = _costs(run, written)
+            sizes = [_predicted(one, costs) for one in found.sizes]
+            found = _kept(run, found, costs=costs, sizes=sizes)
+    with stage("measure"):
+        if not found.measured:
+            best = max(found.sizes, key=lambda one: one.predicted or 0.0)
+            chosen = spread([one.remove for one in found.sizes], run.options.measured, best.remove)
+            drafts = [
+                (PLAIN, one, draft_of(run.model, one.removed))
+                for one in found.sizes
+                if one.remove in chosen
+            ]
+            found = _kept(run, found, measured=_measured(run, written, drafts))
+    plain = max(
+        (one for one in found.measured if one.name == PLAIN), key=lambda one: one.speedup
+    )
+    size = next(one for one in found.sizes if one.remove == plain.remove)
+    with stage("prune"):
+        plan = run.plans[size.remove]
+        prune_from(run.checkpoint, plan, run.directory / PLAIN, session=run.session)
+        if is_gguf(named_revision(run.source, run.revision)[0]):
+            target = run.directory / f"{PLAIN}.gguf"
+            prune_gguf(run.source, plan, target, revision=run.revision)
+    return _recovered(run, written, found, size)
+
+
+def _known(run: _Run, written: Written) -> Drafting:
+    """What an earlier call with the same inputs found, or nothing yet."""
+    options, device = run.options, run.session.device
+    expected = fingerprint(
+        {
+            "model": run.checkpoint.fingerprint,
+            "texts": [one.info.tokens_fingerprint for one in written.parts],
+            "plans": [plan.removed for plan in run.plans.values()],
+            "options": options.model_dump(mode="json", exclude={"healing", "retraining", "write"}),
+            "dtype": run.session.dtype(run.checkpoint),
+            "device": [device.type, meter_of(device).name, torch.get_num_threads()],
+        }
+    )
+    return load_current(Drafting, run.directory / Drafting.FILE, expected) or Drafting(
+        model=run.checkpoint.info(),
+        criterion=run.criterion.name,
+        temperature=options.temperature,
+        prompts=run.prompts_source,
+        texts=len(run.prompts),
+        new_tokens=options.new_tokens,
+        tokens=written.tokens,
+        sizes=[],
+        dtype=run.session.dtype(run.checkpoint),
+        device_name=meter_of(device).name,
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        fingerprint=expected,
+    )
+
+
+def _kept(run: _Run, found: Drafting, **update: Any) -> Drafting:
+    """The record with more in it, in its file."""
+    found = found.model_copy(update=update)
+    found.save(run.directory / Drafting.FILE)
+    return found
+
+
+def _plan(run: _Run, written: Written, number: int) -> PrunePlan:
+    """The blocks that go by the scores; a search makes its own for every number."""
+    info, chosen, directory = run.checkpoint.info(), run.criterion, run.directory
+    budget = _budget(run.options, number)
+    if chosen.needs == "sets":
+        chosen = resolve(chosen.name, {**chosen.options, "remove": number})
+        directory = directory / "scores" / str(number)
+    own = written.choosing if chosen.needs_text else None
+    healing = text_to_heal_with(run.checkpoint, [chosen], CalibrationOptions())
+    [scores] = score_in(
+        directory, run.checkpoint, [chosen], own, run.session, healing=healing
+    ).values()
+    return build_plan(budget, model=info, scores=scores)
+
+
+def _accepted(run: _Run, written: Written) -> list[DraftSize]:
+    """What is accepted of each size, on the texts to choose by and on the others."""
+    decoder, removals = run.session.decoder(run.checkpoint), [
+        frozenset(plan.removed) for plan in run.plans.values()
+    ]
+    work = sum(
+        walk_flops(decoder, [NOTHING, *removals], *part.ids.shape) for part in written.parts
+    )
+    with progress(f"what is accepted of {len(removals)} drafts", work) as advance:
+        choosing, held_out = (
+            accepted_without(
+                decoder, part, removals, run.options.temperature,
+                memory=run.session.memory(), advance=advance,
+            )
+            for part in written.parts
+        )  # fmt: skip
+    sums: Callable[[Any], Accepted] = partial(summed_up, most=run.options.draft_tokens)
+    return [
+        DraftSize(removed=sorted(removed), chosen_on=sums(one), held_out=sums(other))
+        for removed, one, other in zip(removals, choosing, held_out, strict=True)
+    ]
+
+
+def _costs(run: _Run, written: Written) -> DraftCosts:
+    """The times of a token and of a step, for the fewest and the most blocks."""
+    plans = [*run.plans.values()]
+    drafts = {
+        len(plan.removed): draft_of(run.model, plan.removed) for plan in (plans[0], plans[-1])
+    }
+    most = run.options.draft_tokens
+    lengths = sorted({1, (1 + most) // 2, most})
+    texts = texts_of(written.choosing)[:TIMED_TEXTS]
+    work = writers_of_costs(len(drafts), len(lengths)) * len(texts) * run.options.runs
+    with progress("timing tokens and steps", work) as advance:
+        return measure_costs(run.model, drafts, texts, lengths, run.options, advance)
+
+
+def _predicted(size: DraftSize, costs: DraftCosts) -> DraftSize:
+    """The size with the length that gains most, by the times and by what is accepted."""
+    cost = through({n: [c] for n, c in costs.drafting.items()})(size.remove)
+    length, predicted = best_length(size.chosen_on, cost, costs)
+    a = size.chosen_on.acceptance
+    lengths = range(1, len(size.chosen_on.tokens_per_step) + 1)
+    return size.model_copy(
+        update={
+            "cost": cost,
+            "draft_tokens": length,
+            "predicted": predicted,
+            "ideal": max(speedup(ideal_tokens(a, one), one, cost) for one in lengths),
+        }
+    )
+
+
+def best_length(accepted: Accepted, cost: float, costs: DraftCosts) -> tuple[int, float]:
+    """The number of tokens to draft at a time that gains most, and the gain."""
+    verifying = through({n: [time] for n, time in costs.verifying.items()})
+    gains = {
+        length: speedup(tokens, length, cost, verifying(length))
+        for length, tokens in enumerate(accepted.tokens_per_step, start=1)
+    }
+    return max(gains.items(), key=lambda item: item[1])
+
+
+def _measured(
+    run: _Run, written: Written, drafts: Sequence[tuple[str, DraftSize, Any]]
+) -> list[MeasuredDraft]:
+    """Drafts that help to write the texts to measure on, in turn with the model alone."""
+    texts, options = texts_of(written.held_out), run.options
+    writers = [
+        alone(run.model, options),
+        *(helped(run.model, one, size.draft_tokens or 1, options) for _, size, one in drafts),
+    ]
+    work = len(writers) * len(texts) * options.runs
+    with progress(f"measuring {len(drafts)} drafts", work) as advance:
+        plain, *others = timed_in_turn(writers, texts, options.runs, advance)
+    found = []
+    for (name, size, _), runs in zip(drafts, others, strict=True):
+        gains = [before.seconds / after.seconds for before, after in zip(plain, runs, strict=True)]
+        drafted, steps, tokens = (
+            sum(getattr(one, what) for one in runs) for what in ("drafted", "steps", "tokens")
+        )
+        found.append(
+            MeasuredDraft(
+                name=name,
+                removed=size.removed,
+                draft_tokens=size.draft_tokens or 1,
+                predicted=size.predicted or 0.0,
+                speedup=median(gains),
+                speedups=gains,
+                tokens_per_s=median(one.tokens / one.seconds for one in runs),
+                alone_tokens_per_s=median(one.tokens / one.seconds for one in plain),
+                tokens_per_step=tokens / steps,
+                acceptance=(tokens - steps) / drafted,
+            )
+        )
+    return found
+
+
+def _recovered(run: _Run, written: Written, found: Drafting, size: DraftSize) -> Drafting:
+    """Heal and train the draft, and measure what comes of it."""
+    options, session = run.options, run.session
+    made: list[str] = []
+    if options.healing is None and options.retraining is None:
+        return found
+    shortened = opened_within(run.directory, PLAIN)
+    text = write_training_texts(
+        run.checkpoint, run.prompts[::2], options.write or TRAINING_TEXTS, options, session,
+        run.tokenizer, run.directory,
+    )  # fmt: skip
+    if options.healing is not None:
+        own = healing_text(options.healing, run.checkpoint, CalibrationOptions(data=str(text)))
+        with stage("heal"):
+            heal_from(
+                shortened, run.checkpoint, options.healing, run.directory / HEALED,
+                calibration=calibrate(run.checkpoint, own), session=session,
+            )  # fmt: skip
+        made.append(HEALED)
+    if options.retraining is not None:
+        data = options.retraining.data or str(text)
+        training = options.retraining.model_copy(update={"data": data})
+        with stage(f"retrain by {training.method}"):
+            retrain_from(shortened, training, run.directory / RETRAINED, session=session)
+        made.append(RETRAINED)
+    return _measured_again(run, written, found, size, made)
