@@ -18,6 +18,7 @@ _HOME = {
     "bench": "benchmark.options.Benchmark",
     "calibration": "data.options.CalibrationInfo",
     "comparison": "comparison.options.Comparison",
+    "draft": "drafting.options.Drafting",
     "eval": "evaluation.options.Evaluation",
     "heal": "healing.options.Healing",
     "merge": "merging.options.Merging",

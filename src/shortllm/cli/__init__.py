@@ -1,6 +1,6 @@
 """The command line: each command parses, calls the function of the same name and prints the result.
 
-    run.py  score.py  derive.py  measure.py  comparison.py  gguf.py  push.py   the commands
+    run.py  score.py  derive.py  draft.py  measure.py  comparison.py  gguf.py  push.py   the commands
     flags.py    flags from option records, and parameters that several commands share
     output.py   tables and JSON
 
@@ -24,6 +24,7 @@ import typer
 from shortllm import __version__
 from shortllm.cli.comparison import compare, compare_criteria, compare_units
 from shortllm.cli.derive import drop_sublayers, heal, merge, quantize, retrain, width
+from shortllm.cli.draft import draft
 from shortllm.cli.flags import with_notes
 from shortllm.cli.gguf import cache, export
 from shortllm.cli.measure import bench, check, demo, evaluate, export_lint, report
@@ -70,6 +71,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "quantize": quantize,
     },
     "Recover quality": {"heal": heal, "retrain": retrain},
+    "Write faster": {"draft": draft},
     "Measure": {"eval": evaluate, "bench": bench, "check": check},
     "Compare": {
         "compare": compare,

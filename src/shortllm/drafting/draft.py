@@ -19,7 +19,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,6 +51,7 @@ from shortllm.drafting.options import (
 )
 from shortllm.drafting.shared import draft_of
 from shortllm.drafting.timing import (
+    TIMED_TEXTS,
     alone,
     helped,
     measure_costs,
@@ -157,7 +157,8 @@ class _Run:
     @property
     def stages(self) -> int:
         """How many there are."""
-        return 6 + bool(self.options.healing) + bool(self.options.retraining)
+        wanted = (self.options.healing, self.options.retraining)
+        return 6 + any(wanted) + sum(map(bool, wanted))
 
     @property
     def model(self) -> Any:
@@ -188,6 +189,8 @@ def _prepare(
             f"{checkpoint.id} does not fit into memory, and a draft is chosen by what the whole "
             "model writes. Use a smaller --dtype or another --device"
         )
+    if options.write is not None and not (options.healing or options.retraining):
+        raise ShortLLMError("--write has no effect without --heal or --retrain. Leave it out")
     if options.retraining is not None:
         options.retraining.about.require_packages()
         require_free(directory / RETRAINED, "retrain.json")
@@ -258,7 +261,14 @@ def asked(
     source: str | None, tokenizer: Any, checkpoint: Checkpoint, count: int
 ) -> tuple[str, list[Prompt]]:
     """What the model is to write to."""
-    raise NotImplementedError
+    from itertools import islice
+
+    from shortllm.data.generated import prompts
+    from shortllm.data.sources import load_rows
+
+    rows = load_rows(source or "embedded", role="calibration")
+    found = list(islice(prompts(rows, iter(range(len(rows))), tokenizer, 256), count))
+    return rows.source, [Prompt(ids, []) for ids in found]
 
 
 # ---- the stages
@@ -292,9 +302,7 @@ def _stages(run: _Run) -> Drafting:
                 if one.remove in chosen
             ]
             found = _kept(run, found, measured=_measured(run, written, drafts))
-    plain = max(
-        (one for one in found.measured if one.name == PLAIN), key=lambda one: one.speedup
-    )
+    plain = max((one for one in found.measured if one.name == PLAIN), key=lambda one: one.speedup)
     size = next(one for one in found.sizes if one.remove == plain.remove)
     with stage("prune"):
         plan = run.plans[size.remove]
@@ -359,12 +367,11 @@ def _plan(run: _Run, written: Written, number: int) -> PrunePlan:
 
 def _accepted(run: _Run, written: Written) -> list[DraftSize]:
     """What is accepted of each size, on the texts to choose by and on the others."""
-    decoder, removals = run.session.decoder(run.checkpoint), [
-        frozenset(plan.removed) for plan in run.plans.values()
-    ]
-    work = sum(
-        walk_flops(decoder, [NOTHING, *removals], *part.ids.shape) for part in written.parts
+    decoder, removals = (
+        run.session.decoder(run.checkpoint),
+        [frozenset(plan.removed) for plan in run.plans.values()],
     )
+    work = sum(walk_flops(decoder, [NOTHING, *removals], *part.ids.shape) for part in written.parts)
     with progress(f"what is accepted of {len(removals)} drafts", work) as advance:
         choosing, held_out = (
             accepted_without(
@@ -455,11 +462,43 @@ def _measured(
     return found
 
 
+def _measured_again(
+    run: _Run, written: Written, found: Drafting, size: DraftSize, names: Sequence[str]
+) -> Drafting:
+    """What is accepted and gained after healing and training, unless it is known."""
+    made = {name: opened_within(run.directory, name) for name in names}
+    if {name: one.fingerprint for name, one in made.items()} == {
+        one.name: one.fingerprint for one in found.recovered
+    }:
+        return found
+    assert found.costs is not None and size.cost is not None
+    recovered, drafts = [], []
+    for name, checkpoint in made.items():
+        dtype = run.session.dtype(run.checkpoint)
+        live = load_model(checkpoint, device=run.session.device, dtype=dtype)
+        texts = accepted_from(run.model, live, written.held_out, run.options.temperature)
+        after = summed_up(texts, run.options.draft_tokens)
+        length, predicted = best_length(after, size.cost, found.costs)
+        recovered.append(
+            RecoveredDraft(
+                name=name, before=size.held_out, after=after, fingerprint=checkpoint.fingerprint
+            )
+        )
+        best = size.model_copy(update={"draft_tokens": length, "predicted": predicted})
+        drafts.append((name, best, live))
+    plain = [one for one in found.measured if one.name == PLAIN]
+    measured = [*plain, *_measured(run, written, drafts)]
+    return _kept(run, found, measured=measured, recovered=recovered)
+
+
 def _recovered(run: _Run, written: Written, found: Drafting, size: DraftSize) -> Drafting:
     """Heal and train the draft, and measure what comes of it."""
     options, session = run.options, run.session
     made: list[str] = []
     if options.healing is None and options.retraining is None:
+        if found.recovered:  # by an earlier call
+            plain = [one for one in found.measured if one.name == PLAIN]
+            found = _kept(run, found, measured=plain, recovered=[])
         return found
     shortened = opened_within(run.directory, PLAIN)
     text = write_training_texts(
@@ -480,4 +519,5 @@ def _recovered(run: _Run, written: Written, found: Drafting, size: DraftSize) ->
         with stage(f"retrain by {training.method}"):
             retrain_from(shortened, training, run.directory / RETRAINED, session=session)
         made.append(RETRAINED)
-    return _measured_again(run, written, found, size, made)
+    with stage("measure again"):
+        return _measured_again(run, written, found, size, made)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from shortllm.benchmark.options import Count
-from shortllm.format import counted, fixed, plain, percent
+from shortllm.format import counted, fixed, plain
 from shortllm.healing.options import HealOptions
 from shortllm.healing.options import MethodName as HealMethod
 from shortllm.options import Flag, Nested, Options
@@ -26,8 +25,8 @@ from shortllm.shown import Shown, data_frame
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-PLAIN = "pruned"
-"""The draft as it was cut out of the intact model."""
+PLAIN = "draft"
+"""Directory of the draft as it was cut out of the intact model, and its name in results."""
 
 TRAINING_TEXTS = 256
 """Texts that are written for healing and training, unless it is said how many."""
@@ -106,8 +105,6 @@ class DraftOptions(Options):
             raise ValueError(
                 f"--least {self.least:g} is more than --most {self.most:g}. Give a lower one"
             )
-        if self.write is not None and not (self.healing or self.retraining):
-            raise ValueError("--write has no effect without --heal or --retrain. Leave it out")
         return self
 
 
@@ -156,7 +153,7 @@ class DraftCosts(Record):
 class MeasuredDraft(Record):
     """A draft that helped the intact model to write the texts to measure on."""
 
-    name: str = Field(description="'pruned', 'healed' or 'retrained'")
+    name: str = Field(description="'draft', 'healed' or 'retrained'")
     removed: list[int]
     draft_tokens: int
     predicted: float = Field(description="by the texts to choose by")
@@ -183,8 +180,7 @@ class RecoveredDraft(Record):
     name: str
     before: Accepted = Field(description="on the texts to measure on")
     after: Accepted
-    draft_tokens: int
-    predicted: float
+    fingerprint: str = Field(description="of the checkpoint")
 
 
 class Drafting(Shown, ResultFile):

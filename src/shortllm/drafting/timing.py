@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean, median
 from typing import Any
 
 from shortllm.benchmark.assisted import AssistedText, generate_assisted, generate_plain
 from shortllm.benchmark.interleaved import in_turn
-from shortllm.drafting.gain import through
 from shortllm.drafting.options import DraftCosts, DraftOptions
 from shortllm.drafting.written import Text
 from shortllm.progress import Advance
@@ -81,9 +79,7 @@ def measure_costs(
     A step of a draft is timed as a whole; what is left of it without the drafted tokens is that of
     verifying them, and of all that the library does around both.
     """
-    texts = [
-        Text(prompt_T=one.prompt_T, ids=one.ids[:TIMED_TOKENS]) for one in texts[:TIMED_TEXTS]
-    ]
+    texts = [Text(prompt_T=one.prompt_T, ids=one.ids[:TIMED_TOKENS]) for one in texts[:TIMED_TEXTS]]
     steps = [(removed, length) for removed in drafts for length in lengths]
     writers = [
         alone(model, options),

@@ -3,7 +3,8 @@
     run.json  scores.json  plan.json  eval.json  bench.json  retrained/retrain.json ...
                   │  load.py       reads them, and refuses what does not belong together
                   ▼
-    run_page.py runs_page.py comparison.py      what each kind of page shows
+    run_page.py runs_page.py                    what each kind of page shows
+    comparison.py draft_page.py
       recovery.py measurements.py protocol.py   some of the sections
       charts.py plots.py                        kinds of plots, as SVG in the page's colours
                   │  parts.py      sections as lists of paragraphs, figures, tables ...
@@ -33,15 +34,23 @@ if TYPE_CHECKING:
     from shortllm.reporting.parts import Page
     from shortllm.reporting.runs_page import ComparedRuns
 
-__all__ = ["compare", "render", "report", "write_comparison", "write_report", "write_units"]
+__all__ = [
+    "compare",
+    "render",
+    "report",
+    "write_comparison",
+    "write_draft",
+    "write_report",
+    "write_units",
+]
 
 
 @accepts()
 def report(run_dir: Path) -> Path:
     """Write the page of a run directory from its files.
 
-    That is report.html and the model card, or comparison.html where the directory contains a
-    comparison instead of a plan.
+    That is report.html and the model card, or where the directory contains something else than a
+    plan the page of that: comparison.html, or draft.html.
 
     Args:
         run_dir: a directory of a finished run.
@@ -53,6 +62,8 @@ def report(run_dir: Path) -> Path:
     require_results(run_dir)
     if (run_dir / "comparison.json").exists() and not (run_dir / "plan.json").exists():
         return write_comparison(run_dir)
+    if (run_dir / "draft.json").exists() and not (run_dir / "plan.json").exists():
+        return write_draft(run_dir)
     return write_report(run_dir)
 
 
@@ -81,6 +92,15 @@ def write_comparison(run_dir: Path) -> Path:
 
     write_text(run_dir / "comparison.html", render(criteria_page(load_comparison(run_dir))))
     return run_dir / "comparison.html"
+
+
+def write_draft(run_dir: Path) -> Path:
+    """Write `draft.html` of a draft; returns its path."""
+    from shortllm.reporting.draft_page import draft_page
+    from shortllm.reporting.load import load_draft
+
+    write_text(run_dir / "draft.html", render(draft_page(*load_draft(run_dir))))
+    return run_dir / "draft.html"
 
 
 def write_units(run_dir: Path) -> Path:

@@ -20,6 +20,7 @@ from shortllm.benchmark.options import Benchmark
 from shortllm.checkpoint.source import open_checkpoint
 from shortllm.comparison.options import UNITS_FILE, Comparison, UnitsComparison
 from shortllm.data.options import CalibrationInfo
+from shortllm.drafting.options import Drafting
 from shortllm.errors import ResultFileError
 from shortllm.evaluation.options import EvaluatedModel, Evaluation, Perplexity
 from shortllm.healing.options import Healing
@@ -42,6 +43,7 @@ _RUN = "shortllm run"
 _PLAN = "shortllm plan ..."
 _UNITS = "shortllm compare-units"
 _CRITERIA = "shortllm compare-criteria"
+_DRAFT = "shortllm draft"
 
 
 class RunFile(ResultFile):
@@ -177,6 +179,12 @@ def load_units(run_dir: Path) -> UnitsResults:
     if len(names) == 1 or not results.evaluated.keys() >= names:
         raise _mismatch(run_dir, "units.json and eval.json have different models", _UNITS)
     return results
+
+
+def load_draft(run_dir: Path) -> tuple[Drafting, RunFile]:
+    """The files of a draft."""
+    found = _load(Drafting, run_dir / Drafting.FILE, _DRAFT)
+    return found, _load(RunFile, run_dir / "run.json", _DRAFT)
 
 
 def load_comparison(run_dir: Path) -> ComparisonResults:

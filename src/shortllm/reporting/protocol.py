@@ -12,6 +12,7 @@ from typing import Any
 
 from shortllm import criteria
 from shortllm.data.options import CalibrationInfo
+from shortllm.drafting.options import Drafting
 from shortllm.evaluation.options import Perplexity
 from shortllm.format import NONE, counted, model_name, without_directories, without_paths
 from shortllm.papers import Paper
@@ -114,6 +115,22 @@ def units_protocol(results: UnitsResults) -> Section:
     rows.append(("dtype", evaluation.dtype))
     rows += _version_rows(results.run.versions, {"evaluation": evaluation.versions})
     return _section(results.run, rows, [one.name for one in units.candidates])
+
+
+def draft_protocol(found: Drafting, run: RunFile) -> Section:
+    """The same for a draft."""
+    rows = [
+        _model_row(found.model),
+        ("criterion", found.criterion),
+        ("prompts", without_directories(found.prompts)),
+        ("texts", f"{found.texts}, at most {found.new_tokens} tokens of each; every other one is "
+         "to measure on"),
+        ("temperature", f"{found.temperature:g}"),
+        ("dtype", found.dtype),
+        ("device", f"{found.device_name}, {counted(found.threads, 'thread')}"),
+    ]  # fmt: skip
+    rows += _version_rows(run.versions, {"measurement": found.versions})
+    return _section(run, rows, [found.criterion])
 
 
 def _section(run: RunFile, rows: Rows, methods: Sequence[str]) -> Section:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.benchmark.options import Benchmark
 from shortllm.comparison.options import Comparison, UnitsComparison
+from shortllm.drafting.options import Drafting
 from shortllm.errors import ShortLLMError, did_you_mean
 from shortllm.evaluation.options import Evaluation
 from shortllm.format import NONE, change, counted, short_count, spans
@@ -22,6 +23,12 @@ from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.reporting import parts
 from shortllm.reporting.charts import BarPlot, DotPlot
 from shortllm.reporting.comparison import criteria_plot, perplexity_table
+from shortllm.reporting.draft_page import (
+    acceptance_plot,
+    gain_plot,
+    measured_table,
+    size_table,
+)
 from shortllm.reporting.measurements import (
     all_plots,
     benchmark_table,
@@ -164,6 +171,16 @@ def _(found: Comparison) -> Mapping[str, Plot]:
 @tables_of.register
 def _(found: Comparison) -> Sequence[Part]:
     return [perplexity_table(found), Paragraph(errors_note([found.intact]))]
+
+
+@plots_of.register
+def _(found: Drafting) -> Mapping[str, Plot]:
+    return {"gain": gain_plot(found), "acceptance": acceptance_plot(found)}
+
+
+@tables_of.register
+def _(found: Drafting) -> Sequence[Part]:
+    return [size_table(found), measured_table(found)]
 
 
 @tables_of.register
