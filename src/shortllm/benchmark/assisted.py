@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TemperatureLogitsWarper
 
 from shortllm.data.generated import plain_rules
 from shortllm.errors import ShortLLMError
@@ -158,7 +159,9 @@ def _generated(
     cuda = [model.device] if model.device.type == "cuda" else []
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        # not as an option: transformers 5.17 applies that twice to the logits of a draft
+        warper = TemperatureLogitsWarper(temperature)
+        sampling = {"do_sample": True, "logits_processor": [warper], "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng(devices=cuda), quiet_transformers(), plain_rules(model):
         torch.manual_seed(seed)
         start = time.perf_counter()

@@ -1,6 +1,6 @@
 """The command line: each command parses, calls the function of the same name and prints the result.
 
-    run.py  score.py  derive.py  draft.py  measure.py  comparison.py  gguf.py  push.py   the commands
+    run.py score.py derive.py draft.py measure.py comparison.py gguf.py push.py   the commands
     flags.py    flags from option records, and parameters that several commands share
     output.py   tables and JSON
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from shortllm import run_directory as rundir
+from shortllm.benchmark.assisted import first_difference
 from shortllm.benchmark.meters import meter_of
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
@@ -58,7 +59,7 @@ from shortllm.drafting.timing import (
     timed_in_turn,
     writers_of_costs,
 )
-from shortllm.drafting.written import Written, texts_of, write_texts, write_training_texts
+from shortllm.drafting.written import Text, Written, texts_of, write_texts, write_training_texts
 from shortllm.errors import BudgetError, ShortLLMError
 from shortllm.files import fingerprint, overwriting, releasing, require_free
 from shortllm.healing.heal import check_healable, heal_from, healing_text
@@ -72,7 +73,7 @@ from shortllm.pruning.budget import Budget, check_budget, removal_options
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from, prune_gguf
 from shortllm.pruning.quality_target import sizes_of
-from shortllm.pruning.records import PrunePlan
+from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.pruning.size_search import plans_of
 from shortllm.records import ModelInfo, load_current
@@ -249,8 +250,8 @@ def _sizes(options: DraftOptions, model: ModelInfo, *, searched: bool) -> list[i
 
 def spread(sizes: Sequence[int], count: int, best: int | None = None) -> list[int]:
     """Some of the sizes, as evenly as can be, and the best one in the place of its neighbour."""
-    last = len(sizes) - 1
-    picked = {round(last * n / max(count - 1, 1)) for n in range(min(count, len(sizes)))}
+    last, count = len(sizes) - 1, min(count, len(sizes))
+    picked = {round(last * n / max(count - 1, 1)) for n in range(count)}
     if best is not None and (place := sizes.index(best)) not in picked:
         picked.remove(min(picked, key=lambda one: abs(one - place)))
         picked.add(place)
@@ -282,7 +283,7 @@ def _stages(run: _Run) -> Drafting:
             source=run.prompts_source,
         )  # fmt: skip
     with stage("score"):
-        run.plans = plans_of(run.sizes, partial(_plan, run, written))
+        run.plans = plans_of(run.sizes, partial(_plan, run, cache(partial(_scores, run, written))))
     found = _known(run, written)
     with stage("accept"):
         if not found.sizes:
@@ -350,11 +351,10 @@ def _kept(run: _Run, found: Drafting, **update: Any) -> Drafting:
     return found
 
 
-def _plan(run: _Run, written: Written, number: int) -> PrunePlan:
-    """The blocks that go by the scores; a search makes its own for every number."""
-    info, chosen, directory = run.checkpoint.info(), run.criterion, run.directory
-    budget = _budget(run.options, number)
-    if chosen.needs == "sets":
+def _scores(run: _Run, written: Written, number: int | None) -> BlockScores:
+    """The scores of the blocks on the texts to choose by; those of a search for one size."""
+    chosen, directory = run.criterion, run.directory
+    if number is not None:
         chosen = resolve(chosen.name, {**chosen.options, "remove": number})
         directory = directory / "scores" / str(number)
     own = written.choosing if chosen.needs_text else None
@@ -362,7 +362,14 @@ def _plan(run: _Run, written: Written, number: int) -> PrunePlan:
     [scores] = score_in(
         directory, run.checkpoint, [chosen], own, run.session, healing=healing
     ).values()
-    return build_plan(budget, model=info, scores=scores)
+    return scores
+
+
+def _plan(run: _Run, scores: Callable[[int | None], BlockScores], number: int) -> PrunePlan:
+    """The blocks that go."""
+    found = scores(number if run.criterion.needs == "sets" else None)
+    budget = _budget(run.options, number)
+    return build_plan(budget, model=run.checkpoint.info(), scores=found)
 
 
 def _accepted(run: _Run, written: Written) -> list[DraftSize]:
@@ -431,7 +438,7 @@ def _measured(
     run: _Run, written: Written, drafts: Sequence[tuple[str, DraftSize, Any]]
 ) -> list[MeasuredDraft]:
     """Drafts that help to write the texts to measure on, in turn with the model alone."""
-    texts, options = texts_of(written.held_out), run.options
+    texts, options, greedy = texts_of(written.held_out), run.options, run.options.temperature == 0
     writers = [
         alone(run.model, options),
         *(helped(run.model, one, size.draft_tokens or 1, options) for _, size, one in drafts),
@@ -457,9 +464,25 @@ def _measured(
                 alone_tokens_per_s=median(one.tokens / one.seconds for one in plain),
                 tokens_per_step=tokens / steps,
                 acceptance=(tokens - steps) / drafted,
+                near_ties=_near_ties(run, texts, runs[0].texts) if greedy else 0,
             )
         )
     return found
+
+
+def _near_ties(run: _Run, texts: Sequence[Text], assisted: Sequence[list[int]]) -> int:
+    """Texts that came out otherwise with a draft, where rounding chose between two tokens."""
+    ties = 0
+    for number, (text, ids) in enumerate(zip(texts, assisted, strict=True)):
+        found = first_difference(run.model, text.prompt_T, text.ids, ids)
+        if found is not None and not found.is_near_tie:
+            raise ShortLLMError(
+                f"with a draft, {run.checkpoint.id} writes another text: token {found.place} of "
+                f"text {number} is {found.assisted}, not {found.plain}. Its cache or its class "
+                "does not fit assisted generation. Use another version of transformers"
+            )
+        ties += found is not None
+    return ties
 
 
 def _measured_again(

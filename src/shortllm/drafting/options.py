@@ -69,7 +69,7 @@ class DraftOptions(Options):
     measured: int = Field(
         default=4, ge=1, description="Numbers of blocks that are measured, not predicted alone."
     )
-    runs: int = Field(default=3, ge=1, description="Measured runs of each, in turn.")
+    runs: int = Field(default=2, ge=1, description="Measured runs of each, in turn.")
     write: int | None = Field(
         default=None,
         ge=2,

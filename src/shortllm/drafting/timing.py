@@ -1,9 +1,9 @@
-"""Times of drafts that share the intact model's weights, measured in turn with it."""
+"""How long the intact model takes for some texts, alone and with drafts, all in turn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -13,8 +13,10 @@ from shortllm.drafting.options import DraftCosts, DraftOptions
 from shortllm.drafting.written import Text
 from shortllm.progress import Advance
 
-TIMED_TEXTS, TIMED_TOKENS = 4, 64
+TIMED_TEXTS, TIMED_TOKENS = 4, 48
 """Texts, and tokens of each, that times are measured on."""
+
+WARM_UP_TOKENS = 8
 
 Writer = Callable[[Text], AssistedText]
 
@@ -27,6 +29,7 @@ class Total:
     tokens: int = 0
     steps: int = 0
     drafted: int = 0
+    texts: list[list[int]] = field(default_factory=list)
 
     def add(self, text: AssistedText) -> None:
         """Another text."""
@@ -34,6 +37,7 @@ class Total:
         self.tokens += len(text.ids)
         self.steps += text.steps
         self.drafted += text.drafted
+        self.texts.append(text.ids)
 
 
 def alone(model: Any, options: DraftOptions) -> Writer:
@@ -54,9 +58,10 @@ def helped(model: Any, draft: Any, length: int, options: DraftOptions) -> Writer
 def timed_in_turn(
     writers: Sequence[Writer], texts: Sequence[Text], runs: int, advance: Advance
 ) -> list[list[Total]]:
-    """The runs of each writer; they take turns text by text, after one text to warm up."""
+    """The runs of each writer; they take turns text by text, after some tokens to warm up."""
+    first = texts[0]
     for write in writers:
-        write(texts[0])
+        write(Text(prompt_T=first.prompt_T, ids=first.ids[:WARM_UP_TOKENS]))
     found: list[list[Total]] = [[Total() for _ in range(runs)] for _ in writers]
     for run in range(runs):
         for number, text in enumerate(texts):

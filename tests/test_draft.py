@@ -1,0 +1,177 @@
+"""`draft`: what a draft gains, what is accepted of it, and the command from model to page."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from test_cli import call
+
+from shortllm.benchmark.assisted import generate_assisted, generate_plain
+from shortllm.data.calibration import calibration_of
+from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
+from shortllm.drafting.draft import spread
+from shortllm.drafting.gain import expected_steps, ideal_tokens, speedup, through, tokens_per_step
+from shortllm.drafting.shared import draft_of
+from shortllm.drafting.written import texts_of
+from shortllm.model.decoder import Decoder
+
+FAMILIES = ["llama", "qwen2", "gemma2", "gpt2"]
+UNLIMITED = ["llama", "mixtral", "gpt2", "gpt_neox"]
+"""Without windows, whose caches transformers cannot crop once they are full."""
+REMOVED = [2, 3]
+SMALL = ["--texts", "4", "--new-tokens", "24", "--runs", "1", "--draft-tokens", "3",
+         "--measured", "2"]  # fmt: skip
+
+
+# ---- what a draft gains
+
+
+def steps_by_hand(accepted: list[bool], length: int) -> int:
+    """Steps of greedy drafts, token by token."""
+    place = steps = 0
+    while place < len(accepted):
+        drafted = 0
+        while drafted < length and place + 1 < len(accepted) and accepted[place]:
+            place, drafted = place + 1, drafted + 1
+        place, steps = place + 1, steps + 1
+    return steps
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8])
+def test_steps_of_greedy_drafts_are_those_of_a_plain_loop(length: int) -> None:
+    for bits in itertools.product([False, True], repeat=9):
+        assert expected_steps(bits, length) == steps_by_hand(list(bits), length)
+
+
+def test_expected_steps_are_the_mean_over_all_that_can_be_accepted() -> None:
+    chances = [0.9, 0.2, 0.5, 1.0, 0.0, 0.7]
+    mean = 0.0
+    for bits in itertools.product([False, True], repeat=len(chances)):
+        probability = math.prod(p if bit else 1 - p for p, bit in zip(chances, bits, strict=True))
+        mean += probability * steps_by_hand(list(bits), 3)
+    assert expected_steps(chances, 3) == pytest.approx(mean, abs=1e-12)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.8, 1.0])
+def test_tokens_per_step_of_a_long_text_are_those_of_the_formula(acceptance: float) -> None:
+    for length in (1, 4):
+        a, g = acceptance, length
+        formula = g + 1 if a == 1 else (1 - a ** (g + 1)) / (1 - a)
+        assert ideal_tokens(a, g) == pytest.approx(formula)
+        assert tokens_per_step([[a] * 4000], g) == pytest.approx(formula, rel=2e-3)
+        if a < 1:
+            gain = (1 - a ** (g + 1)) / ((1 - a) * (g * 0.25 + 1))
+            assert speedup(ideal_tokens(a, g), g, 0.25) == pytest.approx(gain)
+
+
+def test_texts_count_by_their_steps() -> None:
+    texts = [[True, True, False, True], [False]]
+    assert tokens_per_step(texts, 2) == 5 / (2 + 1)
+
+
+def test_times_lie_on_a_line_between_what_was_measured() -> None:
+    line = through({2: [0.9, 0.7], 6: [0.4], 8: [0.4]})
+    assert [line(n) for n in (0, 2, 4, 6, 7, 10)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.4, 0.4])
+    assert through({3: [0.5]})(9) == 0.5
+
+
+def test_measured_sizes_are_spread_and_contain_the_best() -> None:
+    sizes = list(range(3, 19))
+    assert spread(sizes, 4) == [3, 8, 13, 18]
+    assert spread(sizes, 4, best=4) == [4, 8, 13, 18]
+    assert spread(sizes, 1, best=7) == [7]
+    assert spread([1, 2], 4, best=2) == [1, 2]
+
+
+# ---- what is accepted
+
+
+def text_of(model: Any, temperature: float = 0.0, new: int = 24) -> Any:
+    """Two texts that the model wrote, of different lengths."""
+    documents = []
+    for number, prompt in enumerate(([5, 9, 11, 3], [7, 1, 20, 4, 8, 30, 2])):
+        found = generate_plain(
+            model, torch.tensor(prompt), new - 5 * number, temperature=temperature, seed=number
+        )
+        documents.append(([*prompt, *found.ids], (len(prompt), len(prompt) + len(found.ids))))
+    return calibration_of(documents, fingerprint="", source="test")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_walk_accepts_what_a_loop_over_both_models_accepts(
+    name: str, temperature: float
+) -> None:
+    model = build(name)
+    text = text_of(model, temperature)
+    [found] = accepted_without(Decoder(model), text, [REMOVED], temperature)
+    draft = draft_of(model, REMOVED)
+    by_hand = []
+    for one in texts_of(text):
+        ids = torch.cat([one.prompt_T, torch.tensor(one.ids)])[None]
+        with torch.inference_mode():
+            p, q = (m(input_ids=ids).logits[0, len(one.prompt_T) - 1 : -1] for m in (model, draft))
+        if temperature:
+            p, q = ((x.double() / temperature).softmax(-1) for x in (p, q))
+            by_hand.append(torch.minimum(p, q).sum(-1).tolist())
+        else:
+            by_hand.append((p.argmax(-1) == q.argmax(-1)).double().tolist())
+    assert [len(one) for one in found] == [24, 19]
+    for one, expected in zip(found, by_hand, strict=True):
+        assert one == pytest.approx(expected, abs=1e-5)
+    again = accepted_from(model, draft, text, temperature)
+    for one, other in zip(again, by_hand, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    sums = summed_up(found, 3)
+    assert 0 <= sums.acceptance <= 1 and len(sums.tokens_per_step) == 3
+
+
+@pytest.mark.parametrize("name", UNLIMITED)
+def test_steps_of_greedy_text_are_those_that_transformers_takes(name: str) -> None:
+    model = build(name)
+    text = text_of(model, new=40)
+    [accepted] = accepted_without(Decoder(model), text, [[3]], 0.0)
+    draft = draft_of(model, [3])
+    for one, chances in zip(texts_of(text), accepted, strict=True):
+        for length in (1, 2, 5):
+            assisted = generate_assisted(
+                model, draft, one.prompt_T, len(one.ids), draft_tokens=length
+            )
+            assert assisted.ids == one.ids
+            assert assisted.steps == expected_steps(chances, length)
+
+
+def test_steps_of_sampled_text_are_expected_within_their_standard_error() -> None:
+    model, temperature, length, runs = build("llama"), 0.5, 3, 48
+    draft, decoder, prompt = draft_of(model, [3]), Decoder(model), [5, 9, 11, 3]
+    expected, counted = [], []
+    for seed in range(runs):
+        plain = generate_plain(model, torch.tensor(prompt), 24, temperature=temperature, seed=seed)
+        text = calibration_of([([*prompt, *plain.ids], (4, 28))], fingerprint="", source="test")
+        [[chances]] = accepted_without(decoder, text, [[3]], temperature)
+        expected.append(expected_steps(chances, length))
+        assisted = generate_assisted(
+            model, draft, torch.tensor(prompt), 24, draft_tokens=length,
+            temperature=temperature, seed=1000 + seed,
+        )  # fmt: skip
+        counted.append(float(assisted.steps))
+    one, other = torch.tensor(expected), torch.tensor(counted)
+    error = math.sqrt(float(one.var() + other.var()) / runs)
+    assert abs(float(one.mean() - other.mean())) < 3 * error
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that the command wrote for the embedded model."""
+    directory = tmp_path_factory.mktemp("drafts") / "embedded"
+    call("draft", "embedded", "--out", str(directory), *SMALL)
+    return directory
