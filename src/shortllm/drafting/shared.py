@@ -106,6 +106,8 @@ def draft_of(
     _share(model, intact, draft, kept)
     draft.generation_config = copy.deepcopy(intact.generation_config)
     draft.generation_config.update(**generation)
+    # not the temporary directory: where the tokenizer is
+    draft.name_or_path = draft.config._name_or_path = intact.name_or_path
     return draft.eval()
 
 
@@ -189,22 +191,36 @@ def _share(name: str, intact: Any, draft: Any, kept: Sequence[int]) -> None:
     shared: dict[int, nn.Parameter] = {}
     for place in {**ours, **theirs}:
         module, original = ours.get(place), theirs.get(place)
-        if module is None or type(module) is not type(original):
-            built = "nothing" if module is None else type(module).__name__
-            raise UnsupportedModelError(
-                f"{name} was changed after it was loaded: '{place}' is "
-                f"{type(original).__name__}, where its class builds {built}. Give it as it was "
-                f"loaded. {WRITTEN}"
-            )
+        if module is None or original is None or type(module) is not type(original):
+            raise _changed(name, place, original, module)
         for key, tensor in original._parameters.items():
             if tensor is not None and id(tensor) not in shared:
                 part = _part(tensor.detach(), f"{place}.{key}", count, kept)
                 shared[id(tensor)] = nn.Parameter(part, requires_grad=False)
-            module._parameters[key] = None if tensor is None else shared[id(tensor)]
+            built, new = module._parameters.get(key), shared.get(id(tensor))
+            if getattr(built, "shape", None) != getattr(new, "shape", None):
+                raise _changed(name, f"{place}.{key}", new, built)
+            module._parameters[key] = new
         module._buffers.update(original._buffers)
         module._non_persistent_buffers_set |= original._non_persistent_buffers_set
         # some modules keep a tensor as a plain attribute
         vars(module).update({k: t for k, t in vars(original).items() if isinstance(t, Tensor)})
+
+
+def _changed(name: str, place: str, found: Any, built: Any) -> UnsupportedModelError:
+    """The error where a loaded model differs from what its class builds."""
+    are = [
+        f"a tensor of shape {list(one.shape)}"
+        if isinstance(one, Tensor)
+        else "nothing"
+        if one is None
+        else type(one).__name__
+        for one in (found, built)
+    ]
+    return UnsupportedModelError(
+        f"a draft cannot share weights with {name}, which was changed after it was loaded: "
+        f"'{place}' is {are[0]}, where its class builds {are[1]}. Load it again. {WRITTEN}"
+    )
 
 
 def _part(tensor: Tensor, name: str, count: int, kept: Sequence[int]) -> Tensor:
