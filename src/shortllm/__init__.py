@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shortllm.drafting.draft import draft as draft
     from shortllm.drafting.options import Drafting as Drafting
     from shortllm.drafting.options import DraftOptions as DraftOptions
+    from shortllm.drafting.shared import draft_of as draft_of
     from shortllm.errors import ShortLLMError as ShortLLMError
     from shortllm.evaluation.evaluate import evaluate as evaluate
     from shortllm.evaluation.options import Evaluation as Evaluation
@@ -83,6 +84,7 @@ _NAMES = {
     "data.options": ("CalibrationOptions",),
     "drafting.draft": ("draft",),
     "drafting.options": ("DraftOptions", "Drafting"),
+    "drafting.shared": ("draft_of",),
     "errors": ("ShortLLMError",),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.options": ("Evaluation", "EvaluationOptions"),
