@@ -95,7 +95,7 @@ def generate_assisted(
     Args:
         temperature: sampling from the whole distribution; 0 takes the likeliest token.
     """
-    check_assisted(model)
+    check_assisted(model, draft, len(prompt_T) + new_tokens)
     counts, read = _Counts(), list[int]()
     rules = {
         "num_assistant_tokens": draft_tokens,
@@ -119,12 +119,22 @@ def generate_assisted(
     return AssistedText(ids=ids, kept=counts.kept, drafted=drafted, seconds=seconds)
 
 
-def check_assisted(model: Any) -> None:
-    """Refuse a model whose cache cannot forget tokens that were not accepted."""
+def check_assisted(model: Any, draft: Any, tokens: int) -> None:
+    """Refuse what the library cannot do with a draft, for text of this length with its prompt."""
+    from transformers import DynamicCache
+
     if getattr(model, "_is_stateful", False):
         raise ShortLLMError(
             f"a draft cannot help {type(model).__name__}: its cache is a state, from which tokens "
-            "that were not accepted cannot be taken back. Leave out --draft"
+            "that were not accepted cannot be taken back. Measure it without a draft"
+        )
+    layers = DynamicCache(config=draft.config.get_text_config(decoder=True)).layers
+    windows = [layer.sliding_window for layer in layers if layer.is_sliding]
+    if windows and tokens > min(windows):
+        raise ShortLLMError(  # of transformers 5.17: with a draft, their masks get a wrong size
+            f"{tokens} tokens, prompt and new ones, exceed the sliding window of {min(windows)} "
+            f"tokens of the draft, beyond which transformers cannot use one. Write {min(windows)} "
+            "tokens or fewer"
         )
 
 
