@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from families import build
 from torch import Tensor
+
+from shortllm.benchmark.assisted import (
+    Difference,
+    first_difference,
+    generate_assisted,
+    generate_plain,
+)
+from shortllm.errors import ShortLLMError
 
 PROMPT = torch.arange(1, 8)
 NEW = 24

@@ -64,8 +64,8 @@ def draft(
         )
     criterion = resolve(own.criterion, options.get(own.criterion))
     early.check_items([criterion])
-    if drafting.prompts is not None:
-        require_at_hand(drafting.prompts, role="calibration", option="--prompts")
+    for source in drafting.prompts:
+        require_at_hand(source, role="calibration", option="--prompts")
     drafting = _with_stages(drafting, own)
     directory = own.out or default_directory(model)
     require_run_directory(directory)

@@ -16,6 +16,7 @@ shortllm draft MODEL --out drafts --retrain distill
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -26,15 +27,17 @@ from typing import Any
 import torch
 
 from shortllm import run_directory as rundir
-from shortllm.benchmark.assisted import first_difference
+from shortllm.benchmark.assisted import check_assisted, first_difference
 from shortllm.benchmark.meters import meter_of
+from shortllm.benchmark.prompts import load_prompts
 from shortllm.calls import accepts
+from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
 from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.criteria import Criterion, resolve
-from shortllm.data.calibration import calibrate, check_length
+from shortllm.data.calibration import calibrate
 from shortllm.data.chat import Prompt
 from shortllm.data.options import CalibrationOptions
 from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
@@ -60,8 +63,9 @@ from shortllm.drafting.timing import (
     writers_of_costs,
 )
 from shortllm.drafting.written import Text, Written, texts_of, write_texts, write_training_texts
-from shortllm.errors import BudgetError, ShortLLMError
+from shortllm.errors import BudgetError, DataError, ShortLLMError
 from shortllm.files import fingerprint, overwriting, releasing, require_free
+from shortllm.format import counted
 from shortllm.healing.heal import check_healable, heal_from, healing_text
 from shortllm.healing.options import Healing
 from shortllm.model import Session
@@ -150,16 +154,18 @@ class _Run:
     options: DraftOptions
     criterion: Criterion
     sizes: list[int]
+    asked: list[str]
+    """What the model writes to, in words."""
     prompts: list[Prompt]
-    prompts_source: str
+    training_prompts: list[Prompt]
     tokenizer: Any
     plans: dict[int, PrunePlan] = field(default_factory=dict)
 
     @property
     def stages(self) -> int:
         """How many there are."""
-        wanted = (self.options.healing, self.options.retraining)
-        return 6 + any(wanted) + sum(map(bool, wanted))
+        wanted = (self.options.recovers, self.options.healing, self.options.retraining)
+        return 6 + sum(map(bool, wanted))
 
     @property
     def model(self) -> Any:
@@ -190,7 +196,7 @@ def _prepare(
             f"{checkpoint.id} does not fit into memory, and a draft is chosen by what the whole "
             "model writes. Use a smaller --dtype or another --device"
         )
-    if options.write is not None and not (options.healing or options.retraining):
+    if options.write is not None and not options.recovers:
         raise ShortLLMError("--write has no effect without --heal or --retrain. Leave it out")
     if options.retraining is not None:
         options.retraining.about.require_packages()
@@ -198,10 +204,7 @@ def _prepare(
     if options.healing is not None:
         require_free(directory / HEALED, Healing.FILE)
         check_healable(options.healing, checkpoint, session)
-    tokenizer = load_tokenizer(checkpoint)
-    source, prompts = asked(options.prompts, tokenizer, checkpoint, options.texts)
-    longest = max(len(one.ids) for one in prompts)
-    check_length(checkpoint, longest + options.new_tokens, "--new-tokens", before=0)
+    asked, prompts, training_prompts = _asked(checkpoint, options)
     choices = {
         "model": checkpoint.id,
         "criterion": criterion,
@@ -220,9 +223,10 @@ def _prepare(
         options=options,
         criterion=chosen,
         sizes=sizes,
+        asked=asked,
         prompts=prompts,
-        prompts_source=source,
-        tokenizer=tokenizer,
+        training_prompts=training_prompts,
+        tokenizer=load_tokenizer(checkpoint),
     )
 
 
@@ -258,18 +262,32 @@ def spread(sizes: Sequence[int], count: int, best: int | None = None) -> list[in
     return [sizes[place] for place in sorted(picked)]
 
 
-def asked(
-    source: str | None, tokenizer: Any, checkpoint: Checkpoint, count: int
-) -> tuple[str, list[Prompt]]:
-    """What the model is to write to."""
-    from itertools import islice
-
-    from shortllm.data.generated import prompts
-    from shortllm.data.sources import load_rows
-
-    rows = load_rows(source or "embedded", role="calibration")
-    found = list(islice(prompts(rows, iter(range(len(rows))), tokenizer, 256), count))
-    return rows.source, [Prompt(ids, []) for ids in found]
+def _asked(
+    checkpoint: Checkpoint, options: DraftOptions
+) -> tuple[list[str], list[Prompt], list[Prompt]]:
+    """What the model is to write to, in words; the prompts; and those of texts to train with."""
+    more = (options.write or TRAINING_TEXTS) if options.recovers else 0
+    found = load_prompts(checkpoint, options.prompts, options.texts + more)
+    asked = [prompt for one in found for prompt in one.prompts[: options.texts]]
+    if len(asked) < 2:
+        raise DataError(
+            f"{found[0].source} has one prompt, and a draft is measured on other texts than it is "
+            "chosen by. Give more --prompts"
+        )
+    room = context_length(checkpoint.config) or math.inf
+    longest = max(len(one.ids) for one in asked)
+    if longest + options.new_tokens > room:
+        raise DataError(
+            f"{longest} tokens of a prompt and {options.new_tokens} new ones exceed the {room} "
+            f"positions of {checkpoint.id}. Give --new-tokens {int(room) - longest} or less"
+        )
+    others = [prompt for one in found for prompt in one.prompts[options.texts :]]
+    words = [
+        f"{counted(len(one.prompts[: options.texts]), 'prompt')} ({one.kind}) from {one.source}"
+        + (", in the format of Alpaca" if one.template == "alpaca" else "")
+        for one in found
+    ]
+    return words, asked, [*asked[::2], *others]
 
 
 # ---- the stages
@@ -278,9 +296,11 @@ def asked(
 def _stages(run: _Run) -> Drafting:
     """All stages in order."""
     with stage("write"):
+        longest = max(len(one.ids) for one in run.prompts)
+        check_assisted(run.model, run.model, longest + run.options.new_tokens)
         written = write_texts(
             run.checkpoint, run.prompts, run.options, run.session, run.tokenizer, run.directory,
-            source=run.prompts_source,
+            source="; ".join(run.asked),
         )  # fmt: skip
     with stage("score"):
         run.plans = plans_of(run.sizes, partial(_plan, run, cache(partial(_scores, run, written))))
@@ -331,7 +351,7 @@ def _known(run: _Run, written: Written) -> Drafting:
         model=run.checkpoint.info(),
         criterion=run.criterion.name,
         temperature=options.temperature,
-        prompts=run.prompts_source,
+        prompts=run.asked,
         texts=len(run.prompts),
         new_tokens=options.new_tokens,
         tokens=written.tokens,
@@ -518,14 +538,14 @@ def _recovered(run: _Run, written: Written, found: Drafting, size: DraftSize) ->
     """Heal and train the draft, and measure what comes of it."""
     options, session = run.options, run.session
     made: list[str] = []
-    if options.healing is None and options.retraining is None:
+    if not options.recovers:
         if found.recovered:  # by an earlier call
             plain = [one for one in found.measured if one.name == PLAIN]
             found = _kept(run, found, measured=plain, recovered=[])
         return found
     shortened = opened_within(run.directory, PLAIN)
     text = write_training_texts(
-        run.checkpoint, run.prompts[::2], options.write or TRAINING_TEXTS, options, session,
+        run.checkpoint, run.training_prompts, options.write or TRAINING_TEXTS, options, session,
         run.tokenizer, run.directory,
     )  # fmt: skip
     if options.healing is not None:

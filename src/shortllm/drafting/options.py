@@ -37,15 +37,17 @@ class DraftOptions(Options):
 
     panel: ClassVar[str] = "Draft"
 
-    prompts: Annotated[str | None, Flag(metavar="DATA")] = Field(
-        default=None,
+    prompts: Annotated[list[str], Flag(metavar="DATA", repeated=True)] = Field(
+        default_factory=list,
         description="What the intact model writes to: conversations, of which it answers the first "
-        "request, or texts, whose beginnings it continues. Default: built-in ones.",
+        "request, or texts, whose beginnings it continues; may be repeated. Default: built-in "
+        "texts and requests.",
     )
     texts: int = Field(
-        default=16,
-        ge=2,
-        description="Texts that it writes: half of them to choose by, the others to measure on.",
+        default=8,
+        ge=1,
+        description="Texts that it writes to prompts of each kind: every other one is to measure "
+        "on, the others to choose by.",
     )
     new_tokens: int = Field(default=128, ge=2, description="Most tokens that it writes of each.")
     temperature: float = Field(
@@ -106,6 +108,11 @@ class DraftOptions(Options):
                 f"--least {self.least:g} is more than --most {self.most:g}. Give a lower one"
             )
         return self
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the draft is healed or trained."""
+        return self.healing is not None or self.retraining is not None
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -191,7 +198,7 @@ class Drafting(Shown, ResultFile):
     model: ModelInfo
     criterion: str
     temperature: float
-    prompts: str = Field(description="what the intact model wrote to")
+    prompts: list[str] = Field(description="what the intact model wrote to")
     texts: int
     new_tokens: int = Field(description="most tokens of a text")
     tokens: int = Field(description="tokens of all texts that the intact model wrote")

@@ -23,7 +23,7 @@ from torch import Tensor
 from shortllm.benchmark.assisted import generate_plain
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import INFO_FILE, Calibration, calibration_of, load_calibration
-from shortllm.data.chat import Prompt
+from shortllm.data.chat import Prompt, Span
 from shortllm.data.generated import VERSION, WRITTEN_AT_ONCE, sampled
 from shortllm.data.options import CalibrationInfo
 from shortllm.drafting.options import DraftOptions
@@ -36,6 +36,10 @@ HELD_OUT = "held-out"
 """Directory of the texts to measure on."""
 
 TRAINING = "training.jsonl"
+
+
+Document = tuple[list[int], Span]
+"""Token ids, and the span of those that the model wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,7 @@ def write_texts(
     found = [_earlier(place, expected) for place in places]
     if None in found:
         model = session.decoder(checkpoint).model
-        documents = []
+        documents: list[Document] = []
         with progress("writing texts", len(prompts) * options.new_tokens) as advance:
             for number, one in enumerate(prompts):
                 text = generate_plain(
@@ -100,12 +104,12 @@ def write_texts(
                 documents.append(([*one.ids, *text.ids], (len(one.ids), len(one.ids + text.ids))))
                 advance(options.new_tokens)
         about = {"source": source, "seed": options.seed, "temperature": options.temperature}
-        found = [
-            calibration_of(documents[part::2], fingerprint=expected, **about) for part in (0, 1)
+        made = [
+            calibration_of(documents[half::2], fingerprint=expected, **about) for half in (0, 1)
         ]
-        for place, one in zip(places, found, strict=True):
-            assert one is not None
-            one.save(place)
+        for place, part in zip(places, made, strict=True):
+            part.save(place)
+        found = [*made]
     choosing, held_out = found
     assert choosing is not None and held_out is not None
     written = Written(choosing=choosing, held_out=held_out)
@@ -132,7 +136,7 @@ def write_training_texts(
     place = directory / "training"
     found = _earlier(place, expected)
     if found is None:
-        model, documents = session.decoder(checkpoint).model, []
+        model, documents = session.decoder(checkpoint).model, list[Document]()
         turns = cycle(prompts)
         with progress("writing texts to train with", count) as advance:
             while len(documents) < count:

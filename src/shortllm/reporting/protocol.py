@@ -122,7 +122,7 @@ def draft_protocol(found: Drafting, run: RunFile) -> Section:
     rows = [
         _model_row(found.model),
         ("criterion", found.criterion),
-        ("prompts", without_directories(found.prompts)),
+        ("prompts", without_directories("; ".join(found.prompts))),
         ("texts", f"{found.texts}, at most {found.new_tokens} tokens of each; every other one is "
          "to measure on"),
         ("temperature", f"{found.temperature:g}"),
