@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from families import build
 from test_cli import call
 
+import shortllm
 from shortllm.benchmark.assisted import generate_assisted, generate_plain
 from shortllm.data.calibration import calibration_of
 from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
 from shortllm.drafting.draft import spread
 from shortllm.drafting.gain import expected_steps, ideal_tokens, speedup, through, tokens_per_step
+from shortllm.drafting.options import Drafting
 from shortllm.drafting.shared import draft_of
 from shortllm.drafting.written import texts_of
 from shortllm.model.decoder import Decoder
@@ -173,5 +176,101 @@ def test_steps_of_sampled_text_are_expected_within_their_standard_error() -> Non
 def drafted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that the command wrote for the embedded model."""
     directory = tmp_path_factory.mktemp("drafts") / "embedded"
-    call("draft", "embedded", "--out", str(directory), *SMALL)
+    shortllm.draft("embedded", out=directory, texts=4, new_tokens=24, runs=1, draft_tokens=3,
+                   measured=2)  # fmt: skip
     return directory
+
+
+def test_the_command_chooses_writes_and_measures_a_draft(drafted: Path) -> None:
+    found = Drafting.load(drafted / "draft.json")
+    assert [one.remove for one in found.sizes] == [1, 2, 3, 4, 5, 6, 7]
+    assert found.texts == 4 and found.prompts == ["4 prompts (text) from embedded:calibration"]
+    for one in found.sizes:
+        assert 0 < one.chosen_on.acceptance <= 1
+        assert len(one.chosen_on.tokens_per_step) == len(one.held_out.tokens_per_step) == 3
+        assert one.cost and one.predicted and one.draft_tokens in (1, 2, 3)
+    assert len(found.measured) == 2 and found.costs is not None
+    assert list(found.costs.drafting) == [1, 7] and list(found.costs.verifying) == [1, 2, 3]
+    best = found.best
+    assert best.speedup == max(one.speedup for one in found.measured) > 0
+    by_size = {one.remove: one for one in found.sizes}
+    for one in found.measured:  # the counts are known exactly; times vary
+        tokens = by_size[one.remove].held_out.tokens_per_step[one.draft_tokens - 1]
+        assert one.tokens_per_step == pytest.approx(tokens, rel=1e-9) or one.near_ties
+    config = json.loads((drafted / "draft" / "config.json").read_text())
+    assert config["shortllm"]["removed"] == best.removed
+    assert shortllm.load(drafted / "draft").config.num_hidden_layers == 12 - best.remove
+    page = (drafted / "draft.html").read_text()
+    assert "blocks removed" in page and "assistant_model" in page
+    assert ("no draft is worth it here" in found.verdict) == (best.speedup <= 1)
+    rows = [json.loads(line) for line in (drafted / "written.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(row["prompt"] and row["completion"] for row in rows)
+
+
+def test_what_is_up_to_date_is_skipped_and_stages_can_be_added(
+    drafted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = Drafting.load(drafted / "draft.json")
+    written = (drafted / "draft" / "model.safetensors").stat().st_mtime_ns
+    code, out, _ = call(capfd, "draft", "embedded", "--out", drafted, *SMALL, "--json")
+    assert code == 0 and Drafting.model_validate_json(out) == before
+    found = shortllm.draft(
+        "embedded", out=drafted, texts=4, new_tokens=24, runs=1, draft_tokens=3, measured=2,
+        heal="linear", write=8,
+    )  # fmt: skip
+    assert (drafted / "draft" / "model.safetensors").stat().st_mtime_ns == written
+    assert found.measured[:2] == before.measured
+    assert [one.name for one in found.measured[2:]] == ["healed"]
+    [healed] = found.recovered
+    assert healed.before == found.sizes[found.best_plain.remove - 1].held_out
+    assert 0 < healed.after.acceptance <= 1
+    assert len((drafted / "training.jsonl").read_text().splitlines()) == 8
+    assert "healed" in (drafted / "draft.html").read_text()
+
+
+def test_an_interrupted_draft_continues_with_the_next_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shortllm.drafting import draft as module
+
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"texts": 2, "new_tokens": 8, "runs": 1, "draft_tokens": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_measured", interrupted)
+        shortllm.draft("embedded", out=tmp_path, remove=2, **options)
+    kept = Drafting.load(tmp_path / "draft.json")
+    assert kept.costs is not None and kept.measured == []
+    monkeypatch.setattr(module, "_costs", interrupted)  # not again
+    monkeypatch.setattr(module, "_accepted", interrupted)
+    found = shortllm.draft("embedded", out=tmp_path, remove=2, **options)
+    assert found.costs == kept.costs and [one.remove for one in found.measured] == [2]
+
+
+def test_mistakes_are_named_before_the_model_writes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, said in [
+        (["--remove", "8"], "cannot remove 8 of 12 blocks"),
+        (["--least", "0.7", "--most", "0.5"], "--least 0.7 is more than --most 0.5"),
+        (["--least", "0.8", "--most", "0.9"], "no draft has 10 to 11 of 12 blocks removed"),
+        (["--write", "4"], "--write has no effect without --heal or --retrain"),
+        (["--new-tokens", "9999"], "Give --new-tokens"),
+        (["--criterion", "acceptanc"], "Did you mean 'acceptance'"),
+        (["--option", "ppl.x=1"], "--option names criterion 'ppl', but --criterion is acceptance"),
+        (["--set", "budget.remove=3"], "a draft has only healing.NAME and retraining.NAME"),
+        (["--retrain", "lora,distill"], "a draft is trained in one way"),
+        (["--prompts", "no-such.jsonl"], "no such file"),
+        (["--no-stream", "--stream"], "does not fit into memory"),
+    ]:
+        code, _, err = call(capfd, "draft", "embedded", "--out", tmp_path / "new", *arguments)
+        assert code == 2 and said in err, (arguments, err)
+        assert not (tmp_path / "new" / "written.jsonl").exists()
+
+
+def test_other_choices_do_not_replace_a_draft(
+    drafted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capfd, "draft", "embedded", "--out", drafted, "--texts", "6")
+    assert code == 2 and "texts: 4, now 6" in err and "--overwrite" in err

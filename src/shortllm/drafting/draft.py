@@ -313,6 +313,7 @@ def _stages(run: _Run) -> Drafting:
             costs = _costs(run, written)
             sizes = [_predicted(one, costs) for one in found.sizes]
             found = _kept(run, found, costs=costs, sizes=sizes)
+    assert found.costs is not None
     with stage("measure"):
         if not found.measured:
             best = max(found.sizes, key=lambda one: one.predicted or 0.0)
@@ -322,9 +323,8 @@ def _stages(run: _Run) -> Drafting:
                 for one in found.sizes
                 if one.remove in chosen
             ]
-            found = _kept(run, found, measured=_measured(run, written, drafts))
-    plain = max((one for one in found.measured if one.name == PLAIN), key=lambda one: one.speedup)
-    size = next(one for one in found.sizes if one.remove == plain.remove)
+            found = _kept(run, found, measured=_measured(run, written, found.costs, drafts))
+    size = next(one for one in found.sizes if one.remove == found.best_plain.remove)
     with stage("prune"):
         plan = run.plans[size.remove]
         prune_from(run.checkpoint, plan, run.directory / PLAIN, session=run.session)
@@ -446,16 +446,22 @@ def _predicted(size: DraftSize, costs: DraftCosts) -> DraftSize:
 
 def best_length(accepted: Accepted, cost: float, costs: DraftCosts) -> tuple[int, float]:
     """The number of tokens to draft at a time that gains most, and the gain."""
-    verifying = through({n: [time] for n, time in costs.verifying.items()})
-    gains = {
-        length: speedup(tokens, length, cost, verifying(length))
-        for length, tokens in enumerate(accepted.tokens_per_step, start=1)
-    }
+    lengths = range(1, len(accepted.tokens_per_step) + 1)
+    gains = {length: gain_of(accepted, length, cost, costs) for length in lengths}
     return max(gains.items(), key=lambda item: item[1])
 
 
+def gain_of(accepted: Accepted, length: int, cost: float, costs: DraftCosts) -> float:
+    """What a draft gains that costs so much, with a number of tokens at a time."""
+    verifying = through({n: [time] for n, time in costs.verifying.items()})
+    return speedup(accepted.tokens_per_step[length - 1], length, cost, verifying(length))
+
+
 def _measured(
-    run: _Run, written: Written, drafts: Sequence[tuple[str, DraftSize, Any]]
+    run: _Run,
+    written: Written,
+    costs: DraftCosts,
+    drafts: Sequence[tuple[str, DraftSize, Any]],
 ) -> list[MeasuredDraft]:
     """Drafts that help to write the texts to measure on, in turn with the model alone."""
     texts, options, greedy = texts_of(written.held_out), run.options, run.options.temperature == 0
@@ -468,6 +474,8 @@ def _measured(
         plain, *others = timed_in_turn(writers, texts, options.runs, advance)
     found = []
     for (name, size, _), runs in zip(drafts, others, strict=True):
+        assert size.draft_tokens is not None and size.predicted is not None
+        here = gain_of(size.held_out, size.draft_tokens, size.cost or 0.0, costs)
         gains = [before.seconds / after.seconds for before, after in zip(plain, runs, strict=True)]
         drafted, steps, tokens = (
             sum(getattr(one, what) for one in runs) for what in ("drafted", "steps", "tokens")
@@ -478,6 +486,9 @@ def _measured(
                 removed=size.removed,
                 draft_tokens=size.draft_tokens or 1,
                 predicted=size.predicted or 0.0,
+                predicted_here=gain_of(
+                    size.held_out, size.draft_tokens or 1, size.cost or 0.0, costs
+                ),
                 speedup=median(gains),
                 speedups=gains,
                 tokens_per_s=median(one.tokens / one.seconds for one in runs),
@@ -527,10 +538,12 @@ def _measured_again(
                 name=name, before=size.held_out, after=after, fingerprint=checkpoint.fingerprint
             )
         )
-        best = size.model_copy(update={"draft_tokens": length, "predicted": predicted})
+        best = size.model_copy(
+            update={"held_out": after, "draft_tokens": length, "predicted": predicted}
+        )
         drafts.append((name, best, live))
     plain = [one for one in found.measured if one.name == PLAIN]
-    measured = [*plain, *_measured(run, written, drafts)]
+    measured = [*plain, *_measured(run, written, found.costs, drafts)]
     return _kept(run, found, measured=measured, recovered=recovered)
 
 

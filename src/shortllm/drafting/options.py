@@ -163,7 +163,10 @@ class MeasuredDraft(Record):
     name: str = Field(description="'draft', 'healed' or 'retrained'")
     removed: list[int]
     draft_tokens: int
-    predicted: float = Field(description="by the texts to choose by")
+    predicted: float = Field(
+        description="gain by the texts to choose by; of a recovered draft, as below"
+    )
+    predicted_here: float = Field(description="gain by what is accepted on these very texts")
     speedup: float = Field(description="median over the runs, of all texts together")
     speedups: list[float] = Field(description="of each run, next to one without the draft")
     tokens_per_s: float
@@ -215,6 +218,12 @@ class Drafting(Shown, ResultFile):
     def best(self) -> MeasuredDraft:
         """The one with the highest measured gain."""
         return max(self.measured, key=lambda one: one.speedup)
+
+    @property
+    def best_plain(self) -> MeasuredDraft:
+        """The same of those that were neither healed nor trained."""
+        plain = (one for one in self.measured if one.name == PLAIN)
+        return max(plain, key=lambda one: one.speedup)
 
     @property
     def verdict(self) -> str:

@@ -130,6 +130,7 @@ def measured_table(found: Drafting) -> Table:
             ("tokens/s alone", lambda one: number(one.alone_tokens_per_s, 3)),
             ("tokens/s with it", lambda one: number(one.tokens_per_s, 3)),
             ("predicted", lambda one: fixed(one.predicted)),
+            ("for these texts", lambda one: fixed(one.predicted_here)),
             ("measured", lambda one: Cell(fixed(one.speedup), "" if one.speedup > 1 else "slower")),
         ],
         look=lambda one: "best" if one is best else "",
