@@ -33,6 +33,7 @@ from shortllm.reporting.measurements import (
     all_plots,
     benchmark_table,
     compared_row,
+    drafted_table,
     errors_note,
     evaluation_table,
     perplexity_plot,
@@ -160,7 +161,7 @@ def _(found: Benchmark) -> Mapping[str, Plot]:
 
 @tables_of.register
 def _(found: Benchmark) -> Sequence[Part]:
-    return [benchmark_table(found)]
+    return [benchmark_table(found), *([drafted_table(found.drafted)] if found.drafted else [])]
 
 
 @plots_of.register
