@@ -23,6 +23,7 @@ from shortllm.drafting.options import Drafting
 from shortllm.drafting.shared import draft_of
 from shortllm.drafting.written import texts_of
 from shortllm.model.decoder import Decoder
+from shortllm.pruning.records import Pruning
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2"]
 UNLIMITED = ["llama", "mixtral", "gpt2", "gpt_neox"]
@@ -197,8 +198,7 @@ def test_the_command_chooses_writes_and_measures_a_draft(drafted: Path) -> None:
     for one in found.measured:  # the counts are known exactly; times vary
         tokens = by_size[one.remove].held_out.tokens_per_step[one.draft_tokens - 1]
         assert one.tokens_per_step == pytest.approx(tokens, rel=1e-9) or one.near_ties
-    config = json.loads((drafted / "draft" / "config.json").read_text())
-    assert config["shortllm"]["removed"] == best.removed
+    assert Pruning.load(drafted / "draft" / "prune.json").removed == best.removed
     assert shortllm.load(drafted / "draft").config.num_hidden_layers == 12 - best.remove
     page = (drafted / "draft.html").read_text()
     assert "blocks removed" in page and "assistant_model" in page
@@ -216,7 +216,7 @@ def test_what_is_up_to_date_is_skipped_and_stages_can_be_added(
     assert code == 0 and Drafting.model_validate_json(out) == before
     found = shortllm.draft(
         "embedded", out=drafted, texts=4, new_tokens=24, runs=1, draft_tokens=3, measured=2,
-        heal="linear", write=8,
+        heal="linear", write=24,
     )  # fmt: skip
     assert (drafted / "draft" / "model.safetensors").stat().st_mtime_ns == written
     assert found.measured[:2] == before.measured
@@ -224,7 +224,7 @@ def test_what_is_up_to_date_is_skipped_and_stages_can_be_added(
     [healed] = found.recovered
     assert healed.before == found.sizes[found.best_plain.remove - 1].held_out
     assert 0 < healed.after.acceptance <= 1
-    assert len((drafted / "training.jsonl").read_text().splitlines()) == 8
+    assert len((drafted / "training.jsonl").read_text().splitlines()) == 24
     assert "healed" in (drafted / "draft.html").read_text()
 
 

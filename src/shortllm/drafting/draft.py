@@ -37,7 +37,7 @@ from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.criteria import Criterion, resolve
-from shortllm.data.calibration import calibrate
+from shortllm.data.calibration import Calibration, calibrate, calibration_of
 from shortllm.data.chat import Prompt
 from shortllm.data.options import CalibrationOptions
 from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
@@ -62,12 +62,19 @@ from shortllm.drafting.timing import (
     timed_in_turn,
     writers_of_costs,
 )
-from shortllm.drafting.written import Text, Written, texts_of, write_texts, write_training_texts
+from shortllm.drafting.written import (
+    TRAINING,
+    Text,
+    Written,
+    texts_of,
+    write_texts,
+    write_training_texts,
+)
 from shortllm.errors import BudgetError, DataError, ShortLLMError
 from shortllm.files import fingerprint, overwriting, releasing, require_free
 from shortllm.format import counted
 from shortllm.healing.heal import check_healable, heal_from, healing_text
-from shortllm.healing.options import Healing
+from shortllm.healing.options import Healing, HealOptions
 from shortllm.model import Session
 from shortllm.model.loading import load_model
 from shortllm.model.walk import NOTHING, walk_flops
@@ -486,9 +493,7 @@ def _measured(
                 removed=size.removed,
                 draft_tokens=size.draft_tokens or 1,
                 predicted=size.predicted or 0.0,
-                predicted_here=gain_of(
-                    size.held_out, size.draft_tokens or 1, size.cost or 0.0, costs
-                ),
+                predicted_here=here,
                 speedup=median(gains),
                 speedups=gains,
                 tokens_per_s=median(one.tokens / one.seconds for one in runs),
@@ -547,6 +552,18 @@ def _measured_again(
     return _kept(run, found, measured=measured, recovered=recovered)
 
 
+def _to_heal_with(run: _Run, options: HealOptions, text: Calibration) -> Calibration:
+    """The text that is named, or that the intact model wrote, one document after the other."""
+    own = healing_text(options, run.checkpoint)
+    assert own.length is not None
+    if options.calibration.texts or options.calibration.file is not None:
+        return calibrate(run.checkpoint, own)
+    ids = [one for text in texts_of(text) for one in (*text.prompt_T.tolist(), *text.ids)]
+    pieces = [ids[n : n + own.length] for n in range(0, len(ids) - own.length + 1, own.length)]
+    documents = [(piece, (0, own.length)) for piece in pieces[: own.samples]]
+    return calibration_of(documents, source=TRAINING, fingerprint=text.info.fingerprint)
+
+
 def _recovered(run: _Run, written: Written, found: Drafting, size: DraftSize) -> Drafting:
     """Heal and train the draft, and measure what comes of it."""
     options, session = run.options, run.session
@@ -562,15 +579,14 @@ def _recovered(run: _Run, written: Written, found: Drafting, size: DraftSize) ->
         run.tokenizer, run.directory,
     )  # fmt: skip
     if options.healing is not None:
-        own = healing_text(options.healing, run.checkpoint, CalibrationOptions(data=str(text)))
         with stage("heal"):
             heal_from(
                 shortened, run.checkpoint, options.healing, run.directory / HEALED,
-                calibration=calibrate(run.checkpoint, own), session=session,
+                calibration=_to_heal_with(run, options.healing, text), session=session,
             )  # fmt: skip
         made.append(HEALED)
     if options.retraining is not None:
-        data = options.retraining.data or str(text)
+        data = options.retraining.data or str(run.directory / TRAINING)
         training = options.retraining.model_copy(update={"data": data})
         with stage(f"retrain by {training.method}"):
             retrain_from(shortened, training, run.directory / RETRAINED, session=session)

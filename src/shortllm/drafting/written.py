@@ -130,8 +130,8 @@ def write_training_texts(
     session: Session,
     tokenizer: Any,
     directory: Path,
-) -> Path:
-    """The file of further texts, sampled from the whole distribution; prompts take turns."""
+) -> Calibration:
+    """Further texts, sampled from the whole distribution, and their file; prompts take turns."""
     expected = _fingerprint(checkpoint, prompts, session, options, count)
     place = directory / "training"
     found = _earlier(place, expected)
@@ -160,7 +160,7 @@ def write_training_texts(
         ids = [*one.prompt_T.tolist(), *one.ids]
         rows.append({"text": tokenizer.decode(ids[len(begins) if ids[:1] == begins else 0 :])})
     _write_rows(directory / TRAINING, rows)
-    return directory / TRAINING
+    return found
 
 
 def _earlier(place: Path, expected: str) -> Calibration | None:

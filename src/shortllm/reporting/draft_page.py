@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from shortllm.benchmark.draft_lines import draft_lines
 from shortllm.drafting.options import PLAIN, Drafting, DraftSize
-from shortllm.format import NONE, counted, fixed, number, percent, spans
+from shortllm.format import NONE, counted, fixed, model_name, number, percent, spans
 from shortllm.reporting import parts, protocol
 from shortllm.reporting.charts import DASHED, Line, LinePlot
 from shortllm.reporting.load import RunFile
-from shortllm.reporting.parts import Cell, Page, Paragraph, Part, Section, Table
+from shortllm.reporting.parts import Cell, Command, Heading, Page, Paragraph, Part, Section, Table
 from shortllm.reporting.plots import COLOURS, line_style
 
 MARKED = {"linestyle": "none", "marker": "*", "markersize": 13, "color": COLOURS["removed"]}
@@ -187,7 +188,19 @@ def _measured(found: Drafting) -> list[Part]:
 
 
 def _lines(found: Drafting) -> list[Part]:
-    return []
+    """What to type, for the best draft that was measured."""
+    best, gguf = found.best, found.model.gguf
+    lines = draft_lines(
+        gguf.file if gguf else model_name(found.model.id),
+        f"{PLAIN}.gguf" if gguf and best.name == PLAIN else best.name,
+        best.draft_tokens,
+    )
+    shown: list[Part] = [
+        Paragraph("In the directory of this page. A model in a directory needs its path.", "")
+    ]
+    for program, text in lines.items():
+        shown += [Heading(program), Command([text])]
+    return shown
 
 
 def _points(
