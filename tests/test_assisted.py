@@ -226,7 +226,7 @@ def test_files_and_the_section_of_a_report(measured: Benchmark, directory: Path)
     assert str(found).endswith("0.500 times as fast: slower")
     section = drafted_section(measured.model_copy(update={"drafted": found}))
     assert section is not None
-    page = render(Page(title="a", model="b", version="1", verdict="", sections=[section]))
+    page = render(Page(name="a", title="b", verdict="", version="", sections=[section]))
     assert "slower" in page and "2 near ties" in page and "No draft makes it faster" in page
 
 
