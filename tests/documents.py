@@ -147,6 +147,8 @@ STEPS = _fields(
     retraining__micro_batch=2,
     retraining__length=256,
 )
+DRAFTS = ["--texts", "2", "--new-tokens", "8", "--runs", "1", "--draft-tokens", "2",
+          "--measured", "1"]  # fmt: skip
 FEW = ["--samples", "4", "--length", "32"]
 CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm run", ["--new-tokens", "2", "--max-segments", "4"]),
@@ -159,6 +161,8 @@ CHEAPER: list[tuple[str, list[str]]] = [
     ("shortllm compare-units", ["--methods", "ppl,flap", "--batch", "1", "--max-segments", "4"]),
     ("shortllm compare-units", [*FEW, *BENCH, *STEPS]),
     ("shortllm compare-criteria", ["--max-segments", "4", "--random", "2", *FEW]),
+    ("shortllm draft", DRAFTS),
+    ("shortllm draft --retrain", ["--write", "4", *STEPS]),
     ("shortllm bench", ["--warmup", "1", "--runs", "2", "--new-tokens", "2", "--batch", "1,2"]),
     ("shortllm retrain", ["--max-steps", "2", "--batch", "2", "--length", "256"]),
     ("shortllm heal", ["--samples", "16", "--length", "64"]),

@@ -499,7 +499,7 @@ def _measured(
                 tokens_per_s=median(one.tokens / one.seconds for one in runs),
                 alone_tokens_per_s=median(one.tokens / one.seconds for one in plain),
                 tokens_per_step=tokens / steps,
-                acceptance=(tokens - steps) / drafted,
+                kept=(tokens - steps) / max(drafted, 1),
                 near_ties=_near_ties(run, texts, runs[0].texts) if greedy else 0,
             )
         )

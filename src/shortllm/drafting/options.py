@@ -172,7 +172,9 @@ class MeasuredDraft(Record):
     tokens_per_s: float
     alone_tokens_per_s: float
     tokens_per_step: float
-    acceptance: Share = Field(description="part of the drafted tokens that was accepted")
+    kept: Share = Field(
+        description="part of the drafted tokens that was kept; behind one that is not, none is"
+    )
     near_ties: int = Field(
         default=0,
         description="texts that came out otherwise, where two tokens were equal up to rounding",
@@ -263,7 +265,7 @@ class Drafting(Shown, ResultFile):
         return data_frame(self._rows(), whole=["draft_tokens"])
 
     def found(self, remove: int) -> MeasuredDraft | None:
-        """What was measured of the draft without so many blocks, neither healed nor trained."""
+        """What was measured of the draft without this many blocks, neither healed nor trained."""
         same = (one for one in self.measured if one.name == PLAIN and one.remove == remove)
         return next(same, None)
 

@@ -13,7 +13,7 @@ from shortllm.drafting.options import DraftCosts, DraftOptions
 from shortllm.drafting.written import Text
 from shortllm.progress import Advance
 
-TIMED_TEXTS, TIMED_TOKENS = 4, 48
+TIMED_TEXTS, TIMED_TOKENS = 3, 48
 """Texts, and tokens of each, that times are measured on."""
 
 WARM_UP_TOKENS = 8

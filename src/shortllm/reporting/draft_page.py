@@ -126,7 +126,7 @@ def measured_table(found: Drafting) -> Table:
         [
             ("draft", lambda one: Cell(one.name, counted(one.remove, "block") + " removed")),
             ("draft tokens", lambda one: str(one.draft_tokens)),
-            ("accepted", lambda one: percent(one.acceptance)),
+            ("drafts kept", lambda one: percent(one.kept)),
             ("tokens per step", lambda one: fixed(one.tokens_per_step)),
             ("tokens/s alone", lambda one: number(one.alone_tokens_per_s, 3)),
             ("tokens/s with it", lambda one: number(one.tokens_per_s, 3)),
