@@ -96,8 +96,8 @@ def test_the_draft_computes_what_the_checkpoint_does(variant: str, tmp_path: Pat
 
 @pytest.mark.parametrize("variant", BY_TIER)
 def test_assisted_generation_gives_the_tokens_of_the_intact_model(variant: str) -> None:
-    # transformers 5.15 to 5.17 draft wrongly or not at all behind a sliding window, whatever the
-    # draft (its pull request 48280), so the text stays within it
+    # transformers 5.17 cannot draft past a sliding window, whatever the draft (its pull request
+    # 48280 corrects that), so the text stays within it
     wider = {"sliding_window": 64} if "sliding_window" in VARIANTS[variant] else {}
     model: Any = build(config_of(variant, **wider))
     draft = shortllm.draft_of(model, REMOVED)
@@ -195,8 +195,7 @@ def test_a_draft_has_the_type_and_attention_of_the_model(tmp_path: Path) -> None
     twice = shortllm.draft_of(draft, 0)
     assert twice.config.shortllm["parent"]["removed_blocks"] == REMOVED
     assert own_bytes(twice, model) == 0
-    stored = save(draft, tmp_path / "draft")
-    assert load(stored).config.dtype == torch.bfloat16
+    assert shortllm.load(save(draft, tmp_path / "draft")).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "zamba", "qwen3_5", "rwkv", "cohere2"])
@@ -325,7 +324,7 @@ print(peak_memory(), sum(p.nbytes for p in (draft or model).parameters()))
 
 @pytest.mark.slow
 def test_the_process_needs_memory_for_the_cache_alone() -> None:
-    new_tokens = 400
+    new_tokens = 200
     peak = {how: _peak(how, new_tokens) for how in ("alone", "shared", "copied")}
     weights = peak["shared"][1]
     cache = 2 * 9 * 512 * 4 * (9 + new_tokens)
