@@ -346,6 +346,25 @@ def test_the_command_prints_a_table_or_json(short: Path, capfd: pytest.CaptureFi
     assert json.loads(out)["drafted"]["measurements"][0]["draft_tokens"] == 4
 
 
+@pytest.mark.shared
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model_writes_the_same_with_a_draft(
+    dtype: str, smollm_gguf: Path, tmp_path: Path
+) -> None:
+    shortllm.prune(str(smollm_gguf), [20, 21], tmp_path / "short")
+    more: dict[str, Any] = {"new_tokens": 24, "warmup": 1, "runs": 3, "device": "cpu"}
+    measured = shortllm.bench(
+        str(smollm_gguf), draft=tmp_path / "short", draft_tokens=3, dtype=dtype, **more
+    )
+    assert measured.drafted is not None
+    text, chat = measured.drafted.measurements
+    assert (text.prompts, chat.prompts, chat.template) == ("text", "chat", "chat")
+    for one in (text, chat):
+        assert one.tokens_per_step > 1.5 and one.near_ties <= (0 if dtype == "float32" else 2)
+
+
 # ---- lines for other programs
 
 
