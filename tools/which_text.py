@@ -4,8 +4,8 @@
         --text generated:alpaca --answers-only --tasks arc_easy,piqa --limit 200
 
 Every text scores the blocks by one criterion. Each removal is written, and all models are measured
-on the same texts, tasks and probe. Writes texts.json, and prints its table as Markdown. Run it again
-to resume.
+on the same texts, tasks and probe. Writes texts.json, and prints its table as Markdown. Run it
+again to resume.
 """
 
 from __future__ import annotations
