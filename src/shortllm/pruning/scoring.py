@@ -168,7 +168,7 @@ class Scorer:
         own_VMB = sample_means(
             decoder,
             self.samples(),
-            [*compared_with(removals), *removals],
+            [*compared_with(resolved, removals), *removals],
             [one.call for one in resolved],
             counted_BT=self.counted_BT,
             observe=observers,
@@ -444,7 +444,7 @@ class Scorer:
         decoder, (samples, length) = self.open_decoder(), self.samples().shape
         if "logits" in needs:
             removals = removals_of(decoder.block_count, kept, candidates)
-            removals = [*compared_with(removals), *removals]
+            removals = [*compared_with(resolved, removals), *removals]
             total += walk_flops(decoder, removals, samples, length, head=head)
         if "gradients" in needs:
             total += walk_back_flops(decoder, kept, samples, length, head=head)
@@ -467,9 +467,13 @@ def removals_of(
     return [gone, *(gone | {b} for b in candidates)]
 
 
-def compared_with(removals: Sequence[frozenset[int]]) -> list[frozenset[int]]:
-    """The intact model, unless the first model is that: predictions are compared with its."""
-    return [frozenset()] if removals[0] else []
+def compared_with(
+    resolved: Sequence[Criterion], removals: Sequence[frozenset[int]]
+) -> list[frozenset[int]]:
+    """The intact model, if a criterion compares predictions with its and it is not the first
+    model; likelihoods are compared with nothing."""
+    compares = any(one.needs == "logits" and not one.in_nats for one in resolved)
+    return [frozenset()] if removals[0] and compares else []
 
 
 class Text(NamedTuple):
