@@ -12,13 +12,15 @@ from shortllm.checkpoint.options import SurgeryOptions
 from shortllm.cli import early
 from shortllm.cli.flags import CriterionOptions, Json, ModelArgument, Revision, flags
 from shortllm.cli.output import answered, command_line, print_table
-from shortllm.cli.run import Heal, Retrain, RunFlags, Settings, requested_recipe
+from shortllm.cli.run import RunFlags, requested_recipe
 from shortllm.criteria import resolve
 from shortllm.data.at_hand import require_at_hand
 from shortllm.drafting.options import DraftOptions
 from shortllm.errors import CriterionError, RecipeError
+from shortllm.healing.methods import METHODS as HEALING
 from shortllm.options import Flag
 from shortllm.recipe import CRITERION_HELP, Recipe, settings_in
+from shortllm.retraining.methods import METHODS as RETRAINING
 from shortllm.run_directory import require_run_directory
 from shortllm.runtime import Runtime
 
@@ -30,9 +32,22 @@ class DraftFlags(CriterionOptions):
     criterion: Annotated[str, Flag(panel="Scoring")] = Field(
         default="acceptance", description=CRITERION_HELP
     )
-    heal: Heal = None
-    retrain: Retrain = None
-    settings: Settings = []
+    heal: Annotated[str | None, Flag(metavar="METHOD")] = Field(
+        default=None,
+        description=f"Heal the draft without training: {', '.join(HEALING.names())}. Default: not "
+        "at all.",
+    )
+    retrain: Annotated[str | None, Flag(metavar="METHOD")] = Field(
+        default=None,
+        description=f"Train the draft: {', '.join(RETRAINING.names())}. Default: not at all.",
+    )
+    settings: Annotated[list[str], Flag(name="--set", metavar="FIELD=VALUE", repeated=True)] = (
+        Field(
+            default_factory=list,
+            description="Set an option of healing or training, e.g. retraining.max_steps=200; can "
+            "be repeated.",
+        )
+    )
 
 
 @flags("remove", "prompts", own=DraftFlags, drafting=DraftOptions, runtime=Runtime,
