@@ -17,9 +17,9 @@ import shortllm
 from shortllm.benchmark.assisted import generate_assisted, generate_plain
 from shortllm.data.calibration import calibration_of
 from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
-from shortllm.drafting.draft import spread
 from shortllm.drafting.gain import expected_steps, ideal_tokens, speedup, through, tokens_per_step
 from shortllm.drafting.options import Drafting
+from shortllm.drafting.prepare import spread
 from shortllm.drafting.shared import draft_of
 from shortllm.drafting.written import texts_of
 from shortllm.model.decoder import Decoder

@@ -184,9 +184,9 @@ def test_every_function_that_takes_a_model_takes_a_loaded_one() -> None:
                     found.add(name)
                     assert "ModelSource" in str(one.annotation), name
     assert found == {
-        "bench", "compare_criteria", "compare_units", "draft", "draft_of", "drop_sublayers", "evaluate",
-        "export", "export_lint", "heal", "info", "load", "load_adapter", "merge", "open_checkpoint",
-        "prune", "quantize", "retrain", "run", "score", "shorten", "width",
+        "bench", "compare_criteria", "compare_units", "draft", "draft_of", "drop_sublayers",
+        "evaluate", "export", "export_lint", "heal", "info", "load", "load_adapter", "merge",
+        "open_checkpoint", "prune", "quantize", "retrain", "run", "score", "shorten", "width",
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def draft(
     Example: shortllm draft Qwen/Qwen3-0.6B --retrain distill
     """
     import shortllm
-    from shortllm.drafting.draft import default_directory
+    from shortllm.drafting.prepare import default_directory
 
     options = own.by_criterion()
     if other := options.keys() - {own.criterion}:

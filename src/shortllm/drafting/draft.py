@@ -16,9 +16,7 @@ shortllm draft MODEL --out drafts --retrain distill
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -26,19 +24,13 @@ from typing import Any
 
 import torch
 
-from shortllm import run_directory as rundir
 from shortllm.benchmark.assisted import check_assisted, first_difference
 from shortllm.benchmark.meters import meter_of
-from shortllm.benchmark.prompts import load_prompts
 from shortllm.calls import accepts
-from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
 from shortllm.checkpoint.options import SurgeryOptions
-from shortllm.checkpoint.source import Checkpoint, open_checkpoint
-from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.criteria import Criterion, resolve
+from shortllm.criteria import resolve
 from shortllm.data.calibration import Calibration, calibrate, calibration_of
-from shortllm.data.chat import Prompt
 from shortllm.data.options import CalibrationOptions
 from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
 from shortllm.drafting.gain import ideal_tokens, speedup, through
@@ -53,6 +45,7 @@ from shortllm.drafting.options import (
     MeasuredDraft,
     RecoveredDraft,
 )
+from shortllm.drafting.prepare import RETRAINED, Run, budget_of, prepare, spread
 from shortllm.drafting.shared import draft_of
 from shortllm.drafting.timing import (
     TIMED_TEXTS,
@@ -70,37 +63,25 @@ from shortllm.drafting.written import (
     write_texts,
     write_training_texts,
 )
-from shortllm.errors import BudgetError, DataError, ShortLLMError
-from shortllm.files import fingerprint, overwriting, releasing, require_free
-from shortllm.format import counted
-from shortllm.healing.heal import check_healable, heal_from, healing_text
-from shortllm.healing.options import Healing, HealOptions
-from shortllm.model import Session
+from shortllm.errors import ShortLLMError
+from shortllm.files import fingerprint, overwriting, releasing
+from shortllm.healing.heal import heal_from, healing_text
+from shortllm.healing.options import HealOptions
 from shortllm.model.loading import load_model
 from shortllm.model.walk import NOTHING, walk_flops
-from shortllm.pipeline import check_any_removal, opened_within
+from shortllm.pipeline import opened_within
 from shortllm.progress import numbered_stages, progress, stage
-from shortllm.pruning.budget import Budget, check_budget, removal_options
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from, prune_gguf
-from shortllm.pruning.quality_target import sizes_of
 from shortllm.pruning.records import BlockScores, PrunePlan
 from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.pruning.size_search import plans_of
-from shortllm.records import ModelInfo, load_current
+from shortllm.records import load_current
 from shortllm.retraining.retrain import retrain_from
 from shortllm.run_directory import HEALED
 from shortllm.runtime import Runtime, versions
 
 log = logging.getLogger(__name__)
-
-RETRAINED = "retrained"
-"""Directory of the draft that was trained, and its name."""
-
-
-def default_directory(model: str) -> Path:
-    """`runs/<model>-draft`."""
-    return Path("runs") / f"{rundir.short_name(model)}-draft"
 
 
 @releasing()
@@ -140,7 +121,7 @@ def draft(
     """
     from shortllm.reporting import write_draft
 
-    run = _prepare(model, drafting, runtime, criterion, options or {}, out, revision, command)
+    run = prepare(model, drafting, runtime, criterion, options or {}, out, revision, command)
     with numbered_stages(run.stages), overwriting():  # the choices have been compared
         found = _stages(run)
     write_draft(run.directory)
@@ -148,159 +129,10 @@ def draft(
     return found
 
 
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """A draft whose inputs have been read and checked; nothing heavy has been done."""
-
-    directory: Path
-    checkpoint: Checkpoint
-    source: str
-    """The model as it was given."""
-    revision: str | None
-    session: Session
-    options: DraftOptions
-    criterion: Criterion
-    sizes: list[int]
-    asked: list[str]
-    """What the model writes to, in words."""
-    prompts: list[Prompt]
-    training_prompts: list[Prompt]
-    tokenizer: Any
-    plans: dict[int, PrunePlan] = field(default_factory=dict)
-
-    @property
-    def stages(self) -> int:
-        """How many there are."""
-        wanted = (self.options.recovers, self.options.healing, self.options.retraining)
-        return 6 + sum(map(bool, wanted))
-
-    @property
-    def model(self) -> Any:
-        """The intact model, in memory."""
-        return self.session.decoder(self.checkpoint).model
-
-
-def _prepare(
-    model: str,
-    options: DraftOptions,
-    runtime: Runtime,
-    criterion: str,
-    of_criterion: Mapping[str, Any],
-    out: Path | None,
-    revision: str | None,
-    command: Sequence[str],
-) -> _Run:
-    """Read, check and resolve everything before the first heavy step, and write run.json."""
-    directory, session = out or default_directory(model), Session(runtime)
-    checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, directory))
-    info, chosen = checkpoint.info(), resolve(criterion, of_criterion)
-    sizes = _sizes(options, info, searched=chosen.needs == "sets")
-    amount = removal_options(chosen, _budget(options, sizes[-1]), info)
-    chosen = resolve(criterion, {**amount, **of_criterion})
-    check_any_removal(checkpoint, _budget(options, sizes[0]))
-    if session.streams(checkpoint):
-        raise ShortLLMError(
-            f"{checkpoint.id} does not fit into memory, and a draft is chosen by what the whole "
-            "model writes. Use a smaller --dtype or another --device"
-        )
-    if options.write is not None and not options.recovers:
-        raise ShortLLMError("--write has no effect without --heal or --retrain. Leave it out")
-    if options.retraining is not None:
-        options.retraining.about.require_packages()
-        require_free(directory / RETRAINED, "retrain.json")
-    if options.healing is not None:
-        require_free(directory / HEALED, Healing.FILE)
-        check_healable(options.healing, checkpoint, session)
-    asked, prompts, training_prompts = _asked(checkpoint, options)
-    choices = {
-        "model": checkpoint.id,
-        "criterion": criterion,
-        "options": chosen.options,
-        **options.model_dump(mode="json", exclude_none=True),
-        **runtime.model_dump(mode="json"),
-    }
-    rundir.claim_directory(directory, checkpoint, choices)
-    rundir.write_run_file(directory, choices, checkpoint, command)
-    return _Run(
-        directory=directory,
-        checkpoint=checkpoint,
-        source=model,
-        revision=revision,
-        session=session,
-        options=options,
-        criterion=chosen,
-        sizes=sizes,
-        asked=asked,
-        prompts=prompts,
-        training_prompts=training_prompts,
-        tokenizer=load_tokenizer(checkpoint),
-    )
-
-
-def _budget(options: DraftOptions, remove: int) -> Budget:
-    ends = options.model_dump(include={"protect_first", "protect_last", "period_aligned"})
-    return Budget.model_validate({"remove": remove, **ends})
-
-
-def _sizes(options: DraftOptions, model: ModelInfo, *, searched: bool) -> list[int]:
-    """The numbers of blocks to try; of a search, which takes long, those to measure alone."""
-    if options.remove is not None:
-        check_budget(_budget(options, options.remove), model)
-        return [options.remove]
-    sizes = sizes_of(_budget(options, 1), model)
-    low, high = (round(part * model.blocks) for part in (options.least, options.most))
-    found = [number for number in sizes if low <= number <= max(high, 1)]
-    if not found:
-        raise BudgetError(
-            f"no draft has {low} to {high} of {model.blocks} blocks removed: the numbers that can "
-            f"be removed are {sizes[0]} to {sizes[-1]}. Change --least or --most, or pass "
-            "--protect-first 0 --protect-last 0"
-        )
-    return spread(found, options.measured) if searched else found
-
-
-def spread(sizes: Sequence[int], count: int, best: int | None = None) -> list[int]:
-    """Some of the sizes, as evenly as can be, and the best one in the place of its neighbour."""
-    last, count = len(sizes) - 1, min(count, len(sizes))
-    picked = {round(last * n / max(count - 1, 1)) for n in range(count)}
-    if best is not None and (place := sizes.index(best)) not in picked:
-        picked.remove(min(picked, key=lambda one: abs(one - place)))
-        picked.add(place)
-    return [sizes[place] for place in sorted(picked)]
-
-
-def _asked(
-    checkpoint: Checkpoint, options: DraftOptions
-) -> tuple[list[str], list[Prompt], list[Prompt]]:
-    """What the model is to write to, in words; the prompts; and those of texts to train with."""
-    more = (options.write or TRAINING_TEXTS) if options.recovers else 0
-    found = load_prompts(checkpoint, options.prompts, options.texts + more)
-    asked = [prompt for one in found for prompt in one.prompts[: options.texts]]
-    if len(asked) < 2:
-        raise DataError(
-            f"{found[0].source} has one prompt, and a draft is measured on other texts than it is "
-            "chosen by. Give more --prompts"
-        )
-    room = context_length(checkpoint.config) or math.inf
-    longest = max(len(one.ids) for one in asked)
-    if longest + options.new_tokens > room:
-        raise DataError(
-            f"{longest} tokens of a prompt and {options.new_tokens} new ones exceed the {room} "
-            f"positions of {checkpoint.id}. Give --new-tokens {int(room) - longest} or less"
-        )
-    others = [prompt for one in found for prompt in one.prompts[options.texts :]]
-    words = [
-        f"{counted(len(one.prompts[: options.texts]), 'prompt')} ({one.kind}) from {one.source}"
-        + (", in the format of Alpaca" if one.template == "alpaca" else "")
-        for one in found
-    ]
-    return words, asked, [*asked[::2], *others]
-
-
 # ---- the stages
 
 
-def _stages(run: _Run) -> Drafting:
+def _stages(run: Run) -> Drafting:
     """All stages in order."""
     with stage("write"):
         longest = max(len(one.ids) for one in run.prompts)
@@ -341,7 +173,7 @@ def _stages(run: _Run) -> Drafting:
     return _recovered(run, written, found, size)
 
 
-def _known(run: _Run, written: Written) -> Drafting:
+def _known(run: Run, written: Written) -> Drafting:
     """What an earlier call with the same inputs found, or nothing yet."""
     options, device = run.options, run.session.device
     expected = fingerprint(
@@ -371,14 +203,14 @@ def _known(run: _Run, written: Written) -> Drafting:
     )
 
 
-def _kept(run: _Run, found: Drafting, **update: Any) -> Drafting:
+def _kept(run: Run, found: Drafting, **update: Any) -> Drafting:
     """The record with more in it, in its file."""
     found = found.model_copy(update=update)
     found.save(run.directory / Drafting.FILE)
     return found
 
 
-def _scores(run: _Run, written: Written, number: int | None) -> BlockScores:
+def _scores(run: Run, written: Written, number: int | None) -> BlockScores:
     """The scores of the blocks on the texts to choose by; those of a search for one size."""
     chosen, directory = run.criterion, run.directory
     if number is not None:
@@ -392,14 +224,14 @@ def _scores(run: _Run, written: Written, number: int | None) -> BlockScores:
     return scores
 
 
-def _plan(run: _Run, scores: Callable[[int | None], BlockScores], number: int) -> PrunePlan:
+def _plan(run: Run, scores: Callable[[int | None], BlockScores], number: int) -> PrunePlan:
     """The blocks that go."""
     found = scores(number if run.criterion.needs == "sets" else None)
-    budget = _budget(run.options, number)
+    budget = budget_of(run.options, number)
     return build_plan(budget, model=run.checkpoint.info(), scores=found)
 
 
-def _accepted(run: _Run, written: Written) -> list[DraftSize]:
+def _accepted(run: Run, written: Written) -> list[DraftSize]:
     """What is accepted of each size, on the texts to choose by and on the others."""
     decoder, removals = (
         run.session.decoder(run.checkpoint),
@@ -421,7 +253,7 @@ def _accepted(run: _Run, written: Written) -> list[DraftSize]:
     ]
 
 
-def _costs(run: _Run, written: Written) -> DraftCosts:
+def _costs(run: Run, written: Written) -> DraftCosts:
     """The times of a token and of a step, for the fewest and the most blocks."""
     plans = [*run.plans.values()]
     drafts = {
@@ -465,7 +297,7 @@ def gain_of(accepted: Accepted, length: int, cost: float, costs: DraftCosts) -> 
 
 
 def _measured(
-    run: _Run,
+    run: Run,
     written: Written,
     costs: DraftCosts,
     drafts: Sequence[tuple[str, DraftSize, Any]],
@@ -506,7 +338,7 @@ def _measured(
     return found
 
 
-def _near_ties(run: _Run, texts: Sequence[Text], assisted: Sequence[list[int]]) -> int:
+def _near_ties(run: Run, texts: Sequence[Text], assisted: Sequence[list[int]]) -> int:
     """Texts that came out otherwise with a draft, where rounding chose between two tokens."""
     ties = 0
     for number, (text, ids) in enumerate(zip(texts, assisted, strict=True)):
@@ -522,7 +354,7 @@ def _near_ties(run: _Run, texts: Sequence[Text], assisted: Sequence[list[int]]) 
 
 
 def _measured_again(
-    run: _Run, written: Written, found: Drafting, size: DraftSize, names: Sequence[str]
+    run: Run, written: Written, found: Drafting, size: DraftSize, names: Sequence[str]
 ) -> Drafting:
     """What is accepted and gained after healing and training, unless it is known."""
     made = {name: opened_within(run.directory, name) for name in names}
@@ -552,7 +384,7 @@ def _measured_again(
     return _kept(run, found, measured=measured, recovered=recovered)
 
 
-def _to_heal_with(run: _Run, options: HealOptions, text: Calibration) -> Calibration:
+def _to_heal_with(run: Run, options: HealOptions, text: Calibration) -> Calibration:
     """The text that is named, or that the intact model wrote, one document after the other."""
     own = healing_text(options, run.checkpoint)
     assert own.length is not None
@@ -564,7 +396,7 @@ def _to_heal_with(run: _Run, options: HealOptions, text: Calibration) -> Calibra
     return calibration_of(documents, source=TRAINING, fingerprint=text.info.fingerprint)
 
 
-def _recovered(run: _Run, written: Written, found: Drafting, size: DraftSize) -> Drafting:
+def _recovered(run: Run, written: Written, found: Drafting, size: DraftSize) -> Drafting:
     """Heal and train the draft, and measure what comes of it."""
     options, session = run.options, run.session
     made: list[str] = []
