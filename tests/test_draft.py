@@ -274,3 +274,41 @@ def test_other_choices_do_not_replace_a_draft(
 ) -> None:
     code, _, err = call(capfd, "draft", "embedded", "--out", drafted, "--texts", "6")
     assert code == 2 and "texts: 4, now 6" in err and "--overwrite" in err
+
+
+def test_searches_make_a_plan_for_each_size(tmp_path: Path) -> None:
+    found = shortllm.draft(
+        "embedded", out=tmp_path, criterion="local",
+        options={"fitness": "acceptance", "evaluations": 12}, texts=2, new_tokens=12, runs=1,
+        draft_tokens=2, measured=2,
+    )  # fmt: skip
+    assert [one.remove for one in found.sizes] == [1, 7]
+    assert [path.name for path in sorted((tmp_path / "scores").iterdir())] == ["1", "7"]
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.real
+def test_a_draft_of_a_real_model_in_a_gguf_file(smollm_gguf: Path, tmp_path: Path) -> None:
+    from shortllm.checkpoint.gguf import read_gguf
+
+    found = shortllm.draft(
+        smollm_gguf, out=tmp_path, remove=6, texts=2, new_tokens=24, draft_tokens=3, measured=1,
+        runs=1, temperature=0.0, write=8,
+        retraining=shortllm.RetrainOptions(method="distill", max_steps=2, batch=2, length=64),
+    )  # fmt: skip
+    [size], [plain, trained] = found.sizes, found.measured
+    assert found.prompts == [
+        "2 prompts (text) from built-in", "2 prompts (chat) from built-in"
+    ]  # fmt: skip
+    assert 0.1 < size.held_out.acceptance < 1 and 0.5 < (size.cost or 0) < 1.2
+    tokens = size.held_out.tokens_per_step[plain.draft_tokens - 1]
+    assert plain.tokens_per_step == pytest.approx(tokens, rel=1e-9) or plain.near_ties
+    assert trained.name == "retrained" and found.recovered[0].before == size.held_out
+    assert read_gguf(tmp_path / "draft.gguf").blocks == 24
+    again = shortllm.draft(
+        smollm_gguf, out=tmp_path, remove=6, texts=2, new_tokens=24, draft_tokens=3, measured=1,
+        runs=1, temperature=0.0, write=8,
+        retraining=shortllm.RetrainOptions(method="distill", max_steps=2, batch=2, length=64),
+    )  # fmt: skip
+    assert again == found
