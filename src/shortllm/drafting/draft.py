@@ -19,12 +19,11 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from shortllm.benchmark.assisted import check_assisted, first_difference
+from shortllm.benchmark.assisted import AssistedText, check_assisted, first_difference
 from shortllm.benchmark.meters import meter_of
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
@@ -52,6 +51,7 @@ from shortllm.drafting.timing import (
     alone,
     helped,
     measure_costs,
+    step_time,
     timed_in_turn,
     writers_of_costs,
 )
@@ -312,37 +312,38 @@ def _measured(
     with progress(f"measuring {len(drafts)} drafts", work) as advance:
         plain, *others = timed_in_turn(writers, texts, options.runs, advance)
     found = []
-    for (name, size, _), runs in zip(drafts, others, strict=True):
+    for (name, size, _), helped_texts in zip(drafts, others, strict=True):
         assert size.draft_tokens is not None and size.predicted is not None
-        here = gain_of(size.held_out, size.draft_tokens, size.cost or 0.0, costs)
-        gains = [before.seconds / after.seconds for before, after in zip(plain, runs, strict=True)]
-        drafted, steps, tokens = (
-            sum(getattr(one, what) for one in runs) for what in ("drafted", "steps", "tokens")
-        )
+        steps = sum(one.steps for one in helped_texts)
+        tokens = sum(len(one.ids) for one in helped_texts)
+        drafted = sum(one.drafted for one in helped_texts)
         found.append(
             MeasuredDraft(
                 name=name,
                 removed=size.removed,
-                draft_tokens=size.draft_tokens or 1,
-                predicted=size.predicted or 0.0,
-                predicted_here=here,
-                speedup=median(gains),
-                speedups=gains,
-                tokens_per_s=median(one.tokens / one.seconds for one in runs),
-                alone_tokens_per_s=median(one.tokens / one.seconds for one in plain),
+                draft_tokens=size.draft_tokens,
+                predicted=size.predicted,
+                predicted_here=gain_of(size.held_out, size.draft_tokens, size.cost or 0.0, costs),
+                speedup=tokens / steps / step_time(helped_texts, plain),
+                speedups=[
+                    before.seconds / after.seconds
+                    for before, after in zip(plain, helped_texts, strict=True)
+                ],
+                tokens_per_s=tokens / sum(one.seconds for one in helped_texts),
+                alone_tokens_per_s=tokens / sum(one.seconds for one in plain),
                 tokens_per_step=tokens / steps,
                 kept=(tokens - steps) / max(drafted, 1),
-                near_ties=_near_ties(run, texts, runs[0].texts) if greedy else 0,
+                near_ties=_near_ties(run, texts, helped_texts) if greedy else 0,
             )
         )
     return found
 
 
-def _near_ties(run: Run, texts: Sequence[Text], assisted: Sequence[list[int]]) -> int:
+def _near_ties(run: Run, texts: Sequence[Text], assisted: Sequence[AssistedText]) -> int:
     """Texts that came out otherwise with a draft, where rounding chose between two tokens."""
     ties = 0
-    for number, (text, ids) in enumerate(zip(texts, assisted, strict=True)):
-        found = first_difference(run.model, text.prompt_T, text.ids, ids)
+    for number, (text, other) in enumerate(zip(texts, assisted, strict=False)):  # of the first run
+        found = first_difference(run.model, text.prompt_T, text.ids, other.ids)
         if found is not None and not found.is_near_tie:
             raise ShortLLMError(
                 f"with a draft, {run.checkpoint.id} writes another text: token {found.place} of "

@@ -167,8 +167,11 @@ class MeasuredDraft(Record):
         description="gain by the texts to choose by; of a recovered draft, as below"
     )
     predicted_here: float = Field(description="gain by what is accepted on these very texts")
-    speedup: float = Field(description="median over the runs, of all texts together")
-    speedups: list[float] = Field(description="of each run, next to one without the draft")
+    speedup: float = Field(
+        description="tokens of a step over its median time, in units of the time that the model "
+        "alone took for a token in the same turn"
+    )
+    speedups: list[float] = Field(description="of each text, next to itself without the draft")
     tokens_per_s: float
     alone_tokens_per_s: float
     tokens_per_step: float

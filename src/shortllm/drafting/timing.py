@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -13,31 +12,12 @@ from shortllm.drafting.options import DraftCosts, DraftOptions
 from shortllm.drafting.written import Text
 from shortllm.progress import Advance
 
-TIMED_TEXTS, TIMED_TOKENS = 3, 48
+TIMED_TEXTS, TIMED_TOKENS = 4, 48
 """Texts, and tokens of each, that times are measured on."""
 
 WARM_UP_TOKENS = 8
 
 Writer = Callable[[Text], AssistedText]
-
-
-@dataclass(slots=True)
-class Total:
-    """One run over all texts."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    steps: int = 0
-    drafted: int = 0
-    texts: list[list[int]] = field(default_factory=list)
-
-    def add(self, text: AssistedText) -> None:
-        """Another text."""
-        self.seconds += text.seconds
-        self.tokens += len(text.ids)
-        self.steps += text.steps
-        self.drafted += text.drafted
-        self.texts.append(text.ids)
 
 
 def alone(model: Any, options: DraftOptions) -> Writer:
@@ -57,18 +37,29 @@ def helped(model: Any, draft: Any, length: int, options: DraftOptions) -> Writer
 
 def timed_in_turn(
     writers: Sequence[Writer], texts: Sequence[Text], runs: int, advance: Advance
-) -> list[list[Total]]:
-    """The runs of each writer; they take turns text by text, after some tokens to warm up."""
+) -> list[list[AssistedText]]:
+    """What each writer wrote, text by text; they take turns at each, after a short one."""
     first = texts[0]
     for write in writers:
         write(Text(prompt_T=first.prompt_T, ids=first.ids[:WARM_UP_TOKENS]))
-    found: list[list[Total]] = [[Total() for _ in range(runs)] for _ in writers]
-    for run in range(runs):
-        for number, text in enumerate(texts):
-            for place in in_turn(len(writers), run + number):
-                found[place][run].add(writers[place](text))
-                advance(1)
+    found: list[list[AssistedText]] = [[] for _ in writers]
+    for number, text in enumerate([*texts] * runs):
+        for place in in_turn(len(writers), number):
+            found[place].append(writers[place](text))
+            advance(1)
     return found
+
+
+def step_time(written: Sequence[AssistedText], plain: Sequence[AssistedText]) -> float:
+    """Time of a step, in units of what the model alone took for a token in the same turn; median.
+
+    A text that is written without a draft has a step for each token. Each text is compared with its
+    neighbour, and the median is taken, so that other work on the machine matters little.
+    """
+    pairs = zip(written, plain, strict=True)
+    return median(
+        one.seconds / one.steps / (before.seconds / before.steps) for one, before in pairs
+    )
 
 
 def measure_costs(
@@ -92,25 +83,17 @@ def measure_costs(
         *(helped(model, drafts[removed], length, options) for removed, length in steps),
     ]
     intact, *others = timed_in_turn(writers, texts, options.runs, advance)
-    plain_s = [one.seconds / one.tokens for one in intact]
-
-    def relative(runs: Sequence[Total], parts: Callable[[Total], float]) -> float:
-        pairs = zip(runs, plain_s, strict=True)
-        return median(one.seconds / parts(one) / token_s for one, token_s in pairs)
-
     drafting = {
-        removed: relative(runs, lambda one: one.tokens)
-        for removed, runs in zip(drafts, others, strict=False)
+        removed: step_time(found, intact) for removed, found in zip(drafts, others, strict=False)
     }
     verifying: dict[int, list[float]] = {length: [] for length in lengths}
-    for (removed, length), runs in zip(steps, others[len(drafts) :], strict=True):
-        drafted = fmean(one.drafted / one.steps for one in runs)
-        step = relative(runs, lambda one: one.steps)
-        verifying[length].append(step - drafted * drafting[removed])
+    for (removed, length), found in zip(steps, others[len(drafts) :], strict=True):
+        drafted = sum(one.drafted for one in found) / sum(one.steps for one in found)
+        verifying[length].append(step_time(found, intact) - drafted * drafting[removed])
     return DraftCosts(
-        token_s=median(plain_s),
+        token_s=median(one.seconds / one.steps for one in intact),
         drafting=drafting,
-        verifying={length: fmean(found) for length, found in verifying.items()},
+        verifying={length: fmean(times) for length, times in verifying.items()},
     )
 
 
