@@ -324,7 +324,7 @@ print(peak_memory(), sum(p.nbytes for p in (draft or model).parameters()))
 
 @pytest.mark.slow
 def test_the_process_needs_memory_for_the_cache_alone() -> None:
-    new_tokens = 200
+    new_tokens = 64
     peak = {how: _peak(how, new_tokens) for how in ("alone", "shared", "copied")}
     weights = peak["shared"][1]
     cache = 2 * 9 * 512 * 4 * (9 + new_tokens)
