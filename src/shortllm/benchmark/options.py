@@ -199,8 +199,8 @@ class DraftedMeasurement(Record):
     )
     near_ties: int = Field(
         default=0,
-        description="texts that go on otherwise with the draft, from a place where the likeliest "
-        "tokens are equal up to rounding",
+        description="texts that differ with the draft, from a place where the likeliest tokens are "
+        "equal up to rounding",
     )
 
     @property
