@@ -45,11 +45,12 @@ GREEDY = {"greedy": {"rounds": 3, "protect_first": 1, "protect_last": 0}}
 
 def test_criteria_are_listed_by_what_they_need() -> None:
     every = [
-        "ppl", "kl", "taylor", "magnitude", "influence", "relative", "angular", "lorp", "task",
-        "greedy", "last", "random", "even",
+        "ppl", "kl", "acceptance", "taylor", "magnitude", "influence", "relative", "angular",
+        "lorp", "task", "greedy", "last", "random", "even",
     ]  # fmt: skip
     assert criteria.help_text() == f"{', '.join(every)}; searches: local, evolve, auto, dp, span"
-    assert criteria.compared() == [name for name in every if name not in ("task", "random")]
+    left_out = ("acceptance", "task", "random")
+    assert criteria.compared() == [name for name in every if name not in left_out]
     assert criteria.names() == sorted([*every, *SEARCHES])
 
 
@@ -125,6 +126,42 @@ def test_divergence_is_that_of_the_plain_distributions(variant: str) -> None:
             assert found.importance[b] == pytest.approx(kl, rel=1e-4), b
     assert found.intact == 0.0
     assert min(found.importance) > 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("variant", SOME_VARIANTS)
+def test_acceptance_is_that_of_two_models_run_apart(variant: str, temperature: float) -> None:
+    model, ids_BT = loaded(variant), token_ids()
+    decoder = Decoder(model)
+    options = {"acceptance": {"temperature": temperature}}
+    found = score(decoder, ids_BT, "acceptance", options=options)["acceptance"]
+    intact = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].detach().double()
+    for b in range(decoder.block_count):
+        expected = rejected_by_loop(intact, without_blocks(decoder, [b], ids_BT), temperature)
+        assert found.importance[b] == pytest.approx(expected, abs=1e-5), b
+    assert found.intact == 0.0
+    assert 0 < max(found.importance) <= 1
+
+
+def without_blocks(decoder: Decoder, removed: list[int], ids_BT: Tensor) -> Tensor:
+    """Logits of the predictions of a whole model without some blocks, float64."""
+    with torch.no_grad(), decoder.without(removed):
+        logits = decoder.model(input_ids=ids_BT, use_cache=False).logits
+    return logits[:, :-1].double()
+
+
+def rejected_by_loop(intact_BTV: Tensor, drafted_BTV: Tensor, temperature: float) -> float:
+    """1 - sum over v of min(p, q), or whether the likeliest tokens differ, prediction after
+    prediction."""
+    values = []
+    pairs = zip(intact_BTV.flatten(0, 1), drafted_BTV.flatten(0, 1), strict=True)
+    for p_V, q_V in pairs:
+        if temperature:
+            p_V, q_V = (p_V / temperature).softmax(-1), (q_V / temperature).softmax(-1)
+            values.append(1.0 - torch.minimum(p_V, q_V).sum().item())
+        else:
+            values.append(float(p_V.argmax() != q_V.argmax()))
+    return sum(values) / len(values)
 
 
 def plain_products(model: nn.Module, ids_BT: Tensor) -> dict[int, dict[str, Tensor]]:
@@ -322,9 +359,7 @@ def test_lorp_refuses_what_cannot_be_clustered() -> None:
         resolve("lorp").call(torch.full((4, 4), math.nan))
 
 
-@pytest.mark.parametrize(
-    "inner", ["ppl", "kl", "influence", "taylor", "angular", "magnitude", "lorp"]
-)
+@pytest.mark.parametrize("inner", ["ppl", "influence", "taylor", "angular", "magnitude", "lorp"])
 @pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
 def test_greedy_scores_anew_in_the_shortened_model(inner: str, variant: str) -> None:
     decoder, ids_BT = Decoder(loaded(variant)), token_ids()
@@ -343,6 +378,29 @@ def test_greedy_scores_anew_in_the_shortened_model(inner: str, variant: str) -> 
     assert found.importance[0] == max(found.importance)  # it was protected
     assert [found.importance[b] for b in removed] == [0.0, 1.0, 2.0]
     assert sorted(found.importance) == [float(b) for b in blocks]
+
+
+@pytest.mark.parametrize("inner", ["kl", "acceptance"])
+@pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
+def test_greedy_compares_with_the_intact_model_in_every_round(inner: str, variant: str) -> None:
+    decoder, ids_BT = Decoder(loaded(variant)), token_ids()
+    options = {"greedy": {"inner": inner, "rounds": 3, "protect_first": 0, "protect_last": 0}}
+    found = score(decoder, ids_BT, "greedy", checkpoint=opened(variant), options=options)["greedy"]
+    intact = without_blocks(decoder, [], ids_BT)
+    removed: list[int] = []
+    for _ in range(3):
+        values = {}
+        for b in set(range(decoder.block_count)) - set(removed):
+            other = without_blocks(decoder, [*removed, b], ids_BT)
+            if inner == "kl":
+                p, q = intact.log_softmax(-1), other.log_softmax(-1)
+                values[b] = (p.exp() * (p - q)).sum(-1).mean().item()
+            else:
+                values[b] = rejected_by_loop(intact, other, 1.0)
+        removed.append(min(values, key=lambda b: (values[b], -b)))
+    assert found.order == removed
+    last = max(removed, key=removed.index)
+    assert found.values[last] == pytest.approx(values[last], abs=1e-5)
 
 
 class without:
@@ -642,9 +700,9 @@ def test_a_name_is_taken_once() -> None:
 
 def test_a_model_that_cannot_be_walked_can_still_be_measured_intact() -> None:
     decoder, ids_BT = Decoder(loaded("llama")), token_ids()
-    [expected] = walk.mean_nlls(decoder, ids_BT, [walk.NOTHING])
+    [expected] = walk.mean_losses(decoder, ids_BT, [walk.NOTHING])
     decoder._obstacle = "the blocks are in the way"
-    assert walk.mean_nlls(decoder, ids_BT, [walk.NOTHING]) == pytest.approx([expected], rel=1e-6)
+    assert walk.mean_losses(decoder, ids_BT, [walk.NOTHING]) == pytest.approx([expected], rel=1e-6)
     with pytest.raises(UnsupportedModelError, match="in the way"):
         score(decoder, ids_BT, "influence")
 

@@ -89,12 +89,12 @@ def test_bypass_restores_the_model_exactly(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_of_the_engine_is_that_of_the_plain_forward(variant: str) -> None:
-    """`mean_nlls` (used for evaluation) agrees with the model's own logits."""
+    """`mean_losses` (used for evaluation) agrees with the model's own logits."""
     model, ids_BT = loaded(variant), token_ids(2)
     expected_N = next_token_nll(
         logits_of(model, ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
     )
-    assert walk.mean_nlls(Decoder(model), ids_BT, [walk.NOTHING])[0] == pytest.approx(
+    assert walk.mean_losses(Decoder(model), ids_BT, [walk.NOTHING])[0] == pytest.approx(
         expected_N.mean().item(), rel=1e-5
     )
 

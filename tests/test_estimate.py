@@ -20,7 +20,7 @@ from shortllm.model.decoder import Decoder
 from shortllm.pruning import estimate
 from shortllm.pruning.estimate import Estimate, info, weightless
 from shortllm.pruning.estimate_stages import EVALUATED, StageEstimate, stage_estimates
-from shortllm.pruning.probe import Probe, Setting, probe_machine
+from shortllm.pruning.machine import MachineRates, Setting, measure_machine
 from shortllm.pruning.scoring import Scorer
 from shortllm.quantizing.options import QuantizeOptions
 from shortllm.quantizing.quantize import check_model
@@ -40,8 +40,8 @@ def setting_of(checkpoint: Checkpoint, **changes: Any) -> Setting:
     return Setting(checkpoint=checkpoint, **{**usual, **changes})
 
 
-def probe_of(*, compute: float, read: float, reduce: float = 1e30) -> Probe:
-    return Probe(
+def probe_of(*, compute: float, read: float, reduce: float = 1e30) -> MachineRates:
+    return MachineRates(
         device="cpu",
         dtype="float32",
         block_flops_per_s=compute,
@@ -53,7 +53,7 @@ def probe_of(*, compute: float, read: float, reduce: float = 1e30) -> Probe:
     )
 
 
-def estimates(setting: Setting, probe: Probe | None) -> list[Estimate]:
+def estimates(setting: Setting, probe: MachineRates | None) -> list[Estimate]:
     return estimate.estimates(setting, weightless(setting), probe)
 
 
@@ -225,7 +225,7 @@ def test_another_type_needs_room_for_the_mapped_file_while_loading(
 
 
 def test_the_probe_measures_this_machine() -> None:
-    found = probe_machine(setting_of(opened("llama"), dtype=torch.bfloat16))
+    found = measure_machine(setting_of(opened("llama"), dtype=torch.bfloat16))
     assert (found.device, found.dtype) == ("cpu", "bfloat16")
     assert 0 < found.block_flops_per_s < 1e18
     assert 0 < found.head_flops_per_s < 1e18

@@ -28,7 +28,7 @@ from shortllm.healing.methods import Task
 from shortllm.healing.options import HealCalibration, HealOptions
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
-from shortllm.model.walk import mean_nlls
+from shortllm.model.walk import mean_losses
 from shortllm.pipeline import healing_of
 from shortllm.pruning.budget import Budget, gaps_of
 from shortllm.pruning.records import BlockScores
@@ -54,7 +54,7 @@ def healed_nll(found: GapFolds, removed: tuple[int, ...], ids_BT: Tensor) -> flo
     gaps = [(gap.before, gap.stop - gap.start) for gap in gaps_of(removed)]
     folds = {b: found.folds[b, n] for b, n in gaps if b is not None and (b, n) in found.folds}
     with folded_into(found.decoder, folds):
-        return mean_nlls(found.decoder, ids_BT, [frozenset(removed)])[0]
+        return mean_losses(found.decoder, ids_BT, [frozenset(removed)])[0]
 
 
 @pytest.mark.parametrize("method", ["linear", "regression"])
@@ -63,10 +63,10 @@ def test_a_walk_with_folds_measures_each_healed_model(variant: str, method: str)
     found = gap_folds(variant, method=method)
     ids_BT = families.token_ids(5)
     sets = [s for n in (0, 1, 2, 3) for s in itertools.combinations(range(6), n)]
-    values = mean_nlls(found.decoder, ids_BT, [frozenset(s) for s in sets], healed=found)
+    values = mean_losses(found.decoder, ids_BT, [frozenset(s) for s in sets], healed=found)
     expected = [healed_nll(found, s, ids_BT) for s in sets]
     assert values == pytest.approx(expected, rel=1e-6)
-    plain = mean_nlls(found.decoder, ids_BT, [frozenset(s) for s in sets])
+    plain = mean_losses(found.decoder, ids_BT, [frozenset(s) for s in sets])
     assert sum(a != b for a, b in zip(values, plain, strict=True)) > 30
 
 
@@ -134,7 +134,7 @@ def test_local_search_finds_the_pair_that_is_best_healed() -> None:
     assert tuple(found.removed or ()) == best
     assert found.search is not None
     assert found.search.found.value == pytest.approx(math.exp(values[best]), rel=1e-5)
-    blind = mean_nlls(decoder, ids_BT, [frozenset(best)])[0]
+    blind = mean_losses(decoder, ids_BT, [frozenset(best)])[0]
     assert found.search.found.value != pytest.approx(math.exp(blind), rel=1e-4)
 
 
@@ -186,7 +186,7 @@ def test_the_best_sets_are_judged_with_their_gaps_healed_one_after_the_other() -
             memory=StreamMemory(),
         )  # fmt: skip
         with heal_gaps(task).applied(decoder):
-            means = [mean_nlls(decoder, ids_BT, [frozenset(one.removed)])[0] for ids_BT in texts]
+            means = [mean_losses(decoder, ids_BT, [frozenset(one.removed)])[0] for ids_BT in texts]
         nll = float(np.average(means, weights=predictions))
         assert one.held_out == pytest.approx(math.exp(nll), rel=1e-4)
 

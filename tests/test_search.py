@@ -34,7 +34,7 @@ from shortllm.journal import Journal
 from shortllm.model import hidden_states
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import SampleGroups, block_flops
-from shortllm.model.metrics import kl_divergence, next_token_nll
+from shortllm.model.metrics import kl_divergence, next_token_nll, rejected
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.records import BlockScores
@@ -70,13 +70,17 @@ def record(scores: Scores) -> Search:
 
 @torch.no_grad()
 def plainly(variant: str, removed: Sequence[int], fitness: str, ids_BT: Tensor) -> float:
-    """Mean NLL of a whole model without blocks, or its divergence from the intact one."""
+    """Mean NLL of a whole model without blocks, its divergence from the intact one, or the fraction
+    of its tokens that the intact one rejects."""
     decoder = Decoder(loaded(variant))
     intact = decoder.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
     with decoder.without(removed):
         without = decoder.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
     if fitness == "kl":
         return float(kl_divergence(intact, without).double().mean())
+    if fitness == "acceptance":
+        p, q = intact.double().softmax(-1), without.double().softmax(-1)
+        return 1.0 - float(torch.minimum(p, q).sum(-1).mean())
     return float(next_token_nll(without, ids_BT[:, 1:].flatten()).double().mean())
 
 
@@ -211,7 +215,7 @@ def test_two_planted_blocks_are_found_by_the_programme(planted: Path) -> None:
     assert "were found by the search 'dp': without them the perplexity" in plan.reason
 
 
-@pytest.mark.parametrize("fitness", ["ppl", "kl"])
+@pytest.mark.parametrize("fitness", ["ppl", "kl", "acceptance"])
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gpt_neox"])
 def test_local_search_finds_the_best_pair_of_all(variant: str, fitness: str) -> None:
     found = search("local", variant, fitness=fitness, **ALL_TEXT)
@@ -224,6 +228,25 @@ def test_local_search_finds_the_best_pair_of_all(variant: str, fitness: str) -> 
     shown = math.exp(values[best]) if fitness == "ppl" else values[best]
     assert record(found).found.value == pytest.approx(shown, rel=1e-5)
     assert record(found).stopped == "no swap helps"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_auto_takes_what_is_accepted_most_on_held_out_text(temperature: float) -> None:
+    how = {"fitness": "acceptance", "temperature": temperature, "candidates": "ppl,last,local"}
+    found = search("auto", **how, **FREE)
+    candidates = record(found).candidates
+    decoder = Decoder(loaded("llama"))
+    held_out = token_ids(SAMPLES)[SAMPLES - record(found).held_out_samples :]
+    with torch.no_grad():
+        intact = decoder.model(input_ids=held_out, use_cache=False).logits[:, :-1].flatten(0, 1)
+        for one in candidates:
+            with decoder.without(one.removed):
+                logits = decoder.model(input_ids=held_out, use_cache=False).logits
+            without = logits[:, :-1].flatten(0, 1)
+            lost = rejected(intact, without, temperature).double().mean().item()
+            assert one.held_out == pytest.approx(lost, abs=1e-6)
+    best = min(candidates, key=lambda one: one.held_out or 0.0)
+    assert found.removed == best.removed
 
 
 @pytest.mark.parametrize("finalists", [16, 3])
@@ -382,7 +405,15 @@ def test_whole_periods_go_together(name: str) -> None:
         ("local", {"minutes": 0}, "local.minutes 0.0 must be positive"),
         ("local", {"evaluations": 0}, "local.evaluations 0 must be 1 or more"),
         ("evolve", {"offspring": 0}, "evolve.offspring 0 must be 1 or more"),
-        ("evolve", {"fitness": "acc"}, "evolve.fitness must be one of ppl, kl, not 'acc'"),
+        (
+            "evolve",
+            {"fitness": "acc"},
+            "evolve.fitness must be one of ppl, kl, acceptance, not 'acc'",
+        ),
+        ("evolve", {"temperature": 0.5}, "temperature has no effect without evolve.fitness=accept"),
+        ("greedy", {"temperature": 0}, "temperature has no effect without greedy.inner=acceptance"),
+        ("local", {"items": 5}, "local.items has no effect without local.fitness=task"),
+        ("acceptance", {"temperature": -1}, "acceptance.temperature -1.0 must be 0 or more"),
         ("greedy", {"inner": "local"}, "greedy.inner cannot be 'local'"),
         ("local", {"period_aligned": "perhaps"}, "'perhaps' is not of type bool"),
     ],

@@ -38,7 +38,7 @@ from shortllm.model import Session, walk
 from shortllm.model.decoder import Decoder
 from shortllm.model.hidden_states import StreamMemory
 from shortllm.model.metrics import kl_divergence, next_token_nll
-from shortllm.model.walk import mean_nlls
+from shortllm.model.walk import mean_losses
 from shortllm.options import options_from
 from shortllm.sublayers import drop as stage
 from shortllm.sublayers.criteria import Task
@@ -271,7 +271,7 @@ def test_one_walk_gives_the_numbers_of_models_one_by_one(variant: str) -> None:
     ]  # fmt: skip
     variants = Variants(decoder, outputs)
     removals = [variants.without(removed) for removed in sets]
-    found = mean_nlls(variants.as_decoder(), families.token_ids(), removals)
+    found = mean_losses(variants.as_decoder(), families.token_ids(), removals)
     expected = [plain_nll(variant, removed) for removed in sets]
     assert found == pytest.approx(expected, rel=1e-5)
     assert len({round(value, 4) for value in found}) > 10

@@ -4,8 +4,8 @@
         --text generated:alpaca --answers-only --tasks arc_easy,piqa --limit 200
 
 Every text scores the blocks by one criterion. Each removal is written, and all models are measured
-on the same texts and tasks. Writes texts.json, and prints its table as Markdown. Run it again to
-resume.
+on the same texts, tasks and probe. Writes texts.json, and prints its table as Markdown. Run it
+again to resume.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import shortllm
 from shortllm.data.calibration import on_text
 from shortllm.data.options import CalibrationOptions
+from shortllm.evaluation.probe.record import Probe, Share
+from shortllm.evaluation.statistics import standard_error
 from shortllm.files import write_text
 from shortllm.format import number, spans
 
@@ -70,7 +72,7 @@ def compared(asked: argparse.Namespace) -> dict[str, Any]:
     measured = shortllm.evaluate(
         list(models.values()),
         data=asked.eval_data, max_segments=asked.max_segments, tasks=asked.tasks.split(","),
-        limit=asked.limit, dtype=asked.dtype, out=asked.out / "eval.json",
+        limit=asked.limit, probe=True, dtype=asked.dtype, out=asked.out / "eval.json",
     )  # fmt: skip
     return {
         "model": asked.model,
@@ -84,9 +86,21 @@ def compared(asked: argparse.Namespace) -> dict[str, Any]:
             name: {
                 **{text.source: [text.perplexity, text.stderr] for text in one.perplexity},
                 **{task.task: [task.score, task.stderr] for task in one.zeroshot},
+                **probed(one.probe),
             }
             for name, one in zip(models, measured.models, strict=True)
         },
+    }
+
+
+def probed(probe: Probe | None) -> dict[str, list[float | None]]:
+    """The share of all exercises of the probe that are written, and how open answers repeat."""
+    assert probe is not None, "it was asked for"
+    solved = Share.of([int(o) == 1 for one in probe.capabilities for o in one.written.outcomes])
+    again = probe.answers.repeated if probe.answers else []
+    return {
+        "probe": [solved.share, solved.stderr],
+        "repetition": [probe.repetition, standard_error(again)],
     }
 
 

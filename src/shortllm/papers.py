@@ -54,6 +54,12 @@ SHORTENED_LLAMA = Paper(
     "with Comparison of Retraining Methods",
     arxiv="2402.02834",
 )
+SPECULATIVE_DECODING = Paper(
+    key="leviathan2023fast",
+    authors="Leviathan, Yaniv and Kalman, Matan and Matias, Yossi",
+    title="Fast Inference from Transformers via Speculative Decoding",
+    arxiv="2211.17192",
+)
 EVOPRESS = Paper(
     key="sieberling2024evopress",
     authors="Sieberling, Oliver and Kuznedelev, Denis and Kurtic, Eldar and Alistarh, Dan",

@@ -70,6 +70,9 @@ WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights", "choices"})
 OBSERVED: frozenset[Needs] = frozenset({"streams", "last token", "similarities"})
 """Needs that are met by observing the streams of any pass over the blocks."""
 
+MEASURING: frozenset[Needs] = frozenset({"logits", "choices"})
+"""Needs of criteria that measure shortened models, of any blocks removed."""
+
 PLACE = "place in the removal order (1 = removed first)"
 """Label of criteria whose importance is a place; plots and tables show places."""
 
@@ -169,8 +172,15 @@ class Criterion:
             raise CriterionError(
                 f"{self.name}.inner cannot be '{inner.name}', which removes blocks itself"
             )
-        same = {name: self.options[name] for name in inner.defaults if name in self.options}
-        return resolve(inner.name, same)
+        return self._with_same_options(inner)
+
+    def fitness(self) -> Criterion:
+        """The criterion by which a search measures sets."""
+        return self._with_same_options(get(self.options.get("fitness", "ppl")))
+
+    def _with_same_options(self, other: Criterion) -> Criterion:
+        same = {name: self.options[name] for name in other.defaults if name in self.options}
+        return resolve(other.name, same)
 
     def free(self, model: ModelInfo) -> list[int]:
         """The blocks that a criterion may remove one after the other."""
@@ -278,13 +288,11 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
             known = f".{did_you_mean(option, chosen)}" if chosen else "; it has no options"
             raise CriterionError(f"criterion '{name}' has no option '{option}'{known}")
         chosen[option] = _converted(name, option, value, hints[option])
+    if found.removes_blocks:
+        _leave_out_unused(found, chosen, options or {})
     resolved = replace(found, options=chosen)
-    if resolved.items is None:  # of a criterion that could also ask questions
-        for option in chosen.keys() & {"tasks", "items"}:
-            if option in (options or {}):
-                by = "inner" if found.needs == "removals" else "fitness"
-                raise CriterionError(f"{name}.{option} has no effect without {name}.{by}=task")
-            del chosen[option]
+    if chosen.get("temperature", 0) < 0:
+        raise CriterionError(f"{name}.temperature {chosen['temperature']} must be 0 or more")
     if resolved.items is not None and resolved.items[1] < 1:
         raise CriterionError(f"{name}.items {resolved.items[1]} must be 1 or more")
     inner = resolved.scored_by()
@@ -319,6 +327,20 @@ def resolve_all(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) 
 def names_in(text: str) -> list[str]:
     """The names of a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _leave_out_unused(found: Criterion, chosen: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Delete the options of criteria by which one that removes blocks does not measure models."""
+    by = "inner" if found.needs == "removals" else "fitness"
+    for one in _REGISTRY:
+        if one.needs not in MEASURING or one.name == chosen.get(by):
+            continue
+        for option in chosen.keys() & one.defaults.keys():
+            if option in given:
+                raise CriterionError(
+                    f"{found.name}.{option} has no effect without {found.name}.{by}={one.name}"
+                )
+            del chosen[option]
 
 
 def _check_search(name: str, options: Mapping[str, Any]) -> None:

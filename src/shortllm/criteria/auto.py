@@ -15,6 +15,7 @@ def best_on_held_out(
     *,
     candidates: str = f"{ONE_SHOT},span,local",
     fitness: Fitness = "ppl",
+    temperature: float = 1.0,
     generations: int = 30,
     offspring: int = 16,
     seed: int = 0,
@@ -27,7 +28,7 @@ def best_on_held_out(
     protect_last: int | None = None,
     period_aligned: bool = False,
 ) -> Scores:
-    """The removal, of those by several criteria and searches, with the lowest held-out perplexity.
+    """The removal, of those by several criteria and searches, that is best on held-out text.
 
     Calibration samples are split: all candidates are found on one part, and measured in one walk
     on the other. Of equals the first named wins. Searches start from the best candidate before
@@ -35,6 +36,7 @@ def best_on_held_out(
 
     Args:
         candidates: criteria and searches to try.
+        fitness: what is lowered; held-out text decides by perplexity, or by acceptance for that.
         held_out: fraction of the calibration samples that decides. Measuring a few sets is cheap,
             and it takes much text to tell them apart.
         healing: a method of `shortllm heal`; candidates are measured after it.

@@ -19,6 +19,7 @@ def remove_one_by_one(
     blocks: int,
     *,
     inner: str = "ppl",
+    temperature: float = 1.0,
     tasks: str | None = None,
     items: int = 100,
     rounds: int | None = None,
@@ -34,6 +35,7 @@ def remove_one_by_one(
     Args:
         free: the blocks that are not protected, ascending.
         inner: criterion by which the remaining blocks are scored in each round.
+        temperature: of the inner criterion `acceptance`.
         tasks, items: of the inner criterion `task`.
         rounds: blocks to remove; default: half of the free ones.
         healing: a method of `shortllm heal`; models are scored after it.

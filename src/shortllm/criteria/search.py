@@ -34,8 +34,16 @@ if TYPE_CHECKING:
 
 Blocks = frozenset[int]
 Unit = tuple[int, ...]
-Fitness = Literal["ppl", "kl"]
-AnyFitness = Literal["ppl", "kl", "task"]
+Fitness = Literal["ppl", "kl", "acceptance"]
+AnyFitness = Literal["ppl", "kl", "acceptance", "task"]
+
+FITNESS = {
+    "ppl": "perplexity",
+    "kl": "KL divergence",
+    "acceptance": "fraction of rejected tokens",
+    "task": "fraction of wrong answers",
+}
+"""What searches lower, in words."""
 
 Choice = Callable[["SampleGroups", "Ranks", "Advance"], Sequence[int]]
 """Chooses a set by the hidden states of samples, of which each process has a share."""
@@ -50,6 +58,11 @@ Stages = list[tuple[float, int]]
 """Of each stage of a selection, the fraction of the samples, and how many sets it measures."""
 
 
+def held_out_by(fitness: AnyFitness) -> AnyFitness:
+    """What is measured on the held-out samples of a search."""
+    return "acceptance" if fitness == "acceptance" else "ppl"
+
+
 class CandidateSet(Record):
     """One removal that a search began with, chose from, or found."""
 
@@ -57,9 +70,13 @@ class CandidateSet(Record):
     removed: list[int] = Field(description="ascending")
     value: float | None = Field(
         description="on the search samples: perplexity, or KL(intact || without) in nats per "
-        "token; by `task` the fraction of the items answered wrongly, and less than one item more"
+        "token; by `acceptance` the fraction of drafted tokens rejected; by `task` that of items "
+        "answered wrongly, and less than one item more"
     )
-    held_out: float | None = Field(default=None, description="perplexity on the held-out samples")
+    held_out: float | None = Field(
+        default=None,
+        description="on the held-out samples: perplexity; by `acceptance` as `value`",
+    )
 
 
 class NotTried(Record):
@@ -232,6 +249,7 @@ def swap_while_it_helps(
     *,
     start: str = ONE_SHOT,
     fitness: AnyFitness = "ppl",
+    temperature: float = 1.0,
     tasks: str | None = None,
     items: int = 100,
     held_out: float = 0.2,
@@ -247,8 +265,9 @@ def swap_while_it_helps(
 
     Args:
         start: criteria whose plans are tried as the start.
-        fitness: what is lowered: perplexity, divergence from the intact model, or the mistakes in
-            the items of tasks.
+        fitness: what is lowered: perplexity, divergence from the intact model, drafted tokens that
+            it rejects, or the mistakes in the items of tasks.
+        temperature: of the criterion `acceptance`, for that fitness.
         tasks, items: of the criterion `task`, for that fitness.
         held_out: fraction of the calibration samples that the search does not see.
         evaluations: sets measured at most, in addition to the starts.
@@ -271,6 +290,7 @@ def evolve_from_the_best_plan(
     *,
     start: str = ONE_SHOT,
     fitness: Fitness = "kl",
+    temperature: float = 1.0,
     generations: int = 30,
     offspring: int = 16,
     seed: int = 0,

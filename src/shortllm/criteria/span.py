@@ -48,6 +48,7 @@ def best_span(
     *,
     start: str = "influence",
     fitness: Fitness = "ppl",
+    temperature: float = 1.0,
     held_out: float = 0.2,
     evaluations: int | None = None,
     minutes: float | None = None,

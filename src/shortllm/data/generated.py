@@ -145,9 +145,9 @@ def written_documents(
 
 def _own_nll(decoder: Decoder, ids: list[int], span: Span) -> float:
     """Mean NLL of what a model wrote, by the model itself."""
-    from shortllm.model.walk import NOTHING, mean_nlls
+    from shortllm.model.walk import NOTHING, mean_losses
 
     counted_BT = torch.zeros(1, len(ids), dtype=torch.bool)
     counted_BT[0, span[0] : span[1]] = True
-    [nll] = mean_nlls(decoder, torch.tensor([ids]), [NOTHING], counted_BT=counted_BT)
+    [nll] = mean_losses(decoder, torch.tensor([ids]), [NOTHING], counted_BT=counted_BT)
     return nll

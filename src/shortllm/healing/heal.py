@@ -37,7 +37,7 @@ from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration, Healing, HealOptions, HeldOut
 from shortllm.model import Session
 from shortllm.model.decoder import Decoder
-from shortllm.model.walk import NOTHING, mean_nlls
+from shortllm.model.walk import NOTHING, mean_losses
 from shortllm.pruning.budget import gaps_of
 from shortllm.registry import cited
 from shortllm.runtime import ALONE, Ranks, Runtime, join_ranks
@@ -345,7 +345,7 @@ def _weaker(task: Task, healed: Healed, strength: float) -> Healed:
 def _measure(task: Task, healed: Healed) -> HeldOut:
     """Mean next-token loss of source, shortened and healed model on the held-out samples."""
     ids_BT = task.ids_BT[len(task.ids_BT) - task.held_out :]
-    gone, mean = frozenset(task.removed), partial(mean_nlls, task.decoder, ids_BT)
+    gone, mean = frozenset(task.removed), partial(mean_losses, task.decoder, ids_BT)
     before, shortened = mean([NOTHING, gone], memory=task.memory, ranks=task.ranks)
     with healed.applied(task.decoder):
         [after] = mean([gone], memory=task.memory, ranks=task.ranks)

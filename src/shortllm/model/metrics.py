@@ -36,6 +36,21 @@ def kl_divergence(p_logits_NV: Tensor, q_logits_NV: Tensor) -> Tensor:
     return (p_log_NV.exp() * (p_log_NV - q_log_NV)).sum(dim=-1)
 
 
+def rejected(p_logits_NV: Tensor, q_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Probability that a token drafted from q is rejected by p, float32, `[N]`; 0 for equal logits.
+
+    It is the total variation distance of the two next-token distributions at a temperature, which
+    is 1 - sum over v of min(p_v, q_v); at temperature 0 whether the likeliest tokens differ.
+    """
+    import torch.nn.functional as F
+
+    if temperature == 0:
+        return (p_logits_NV.argmax(dim=-1) != q_logits_NV.argmax(dim=-1)).float()
+    p_NV = F.softmax(p_logits_NV.float() / temperature, dim=-1)
+    q_NV = F.softmax(q_logits_NV.float() / temperature, dim=-1)
+    return (p_NV - q_NV).abs().sum(dim=-1) / 2
+
+
 def perplexity(mean_nll: float) -> float:
     """exp of a mean NLL in nats; infinity where that exceeds a float."""
     return math.exp(mean_nll) if mean_nll < 709.0 else math.inf

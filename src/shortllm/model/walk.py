@@ -40,7 +40,7 @@ from shortllm.model.hidden_states import (
     group_size,
     head_flops,
 )
-from shortllm.model.metrics import kl_divergence, next_token_nll
+from shortllm.model.metrics import next_token_nll
 from shortllm.progress import Advance
 from shortllm.runtime import ALONE, Ranks
 
@@ -422,14 +422,14 @@ def target_nll(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
     return next_token_nll(logits_NV, target_N)
 
 
-def mean_nlls(
+def mean_losses(
     decoder: Decoder,
     ids_BT: Tensor,
     removals: Removals,
     *,
+    value: Value = target_nll,
+    intact: Collection[int] | None = None,
     counted_BT: Tensor | None = None,
-    kl: bool = False,
-    intact: Collection[int] = NOTHING,
     together: int | None = None,
     ranks: Ranks = ALONE,
     healed: Healed = UNHEALED,
@@ -437,15 +437,12 @@ def mean_nlls(
     memory: StreamMemory | None = None,
     journal: Journal | None = None,
 ) -> list[float]:
-    """Mean NLL of each shortened model, nats, or with `kl` its mean KL from the intact model."""
-    first = [intact] if kl else []  # which the others are compared with
+    """The mean of `value` for each shortened model; by default its NLL, nats.
 
-    def value(logits_NV: Tensor, first_NV: Tensor, target_N: Tensor) -> Tensor:
-        if not kl:
-            return next_token_nll(logits_NV, target_N)
-        same = logits_NV is first_NV
-        return logits_NV.new_zeros(1) if same else kl_divergence(first_NV, logits_NV)
-
+    Args:
+        intact: the removal whose logits `value` is given as the first ones.
+    """
+    first = [] if intact is None else [intact]
     journal, found = journal or Journal(None, ""), []
     for start in range(0, len(removals), together or len(removals) or 1):
         chunk = removals[start : start + together] if together else removals

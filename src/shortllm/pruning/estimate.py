@@ -1,4 +1,4 @@
-"""Time and memory of scoring, from headers and a probe of the machine.
+"""Time and memory of scoring, from headers and the measured rates of the machine.
 
     operations  those of the passes that a criterion needs, counted as their progress bars do:
                 ppl, kl      2 x block parameters x tokens x L(L+1)/2 block passes, and the head
@@ -35,7 +35,7 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.criteria import OBSERVED, Criterion, resolve
 from shortllm.pruning.advice import before_removal
 from shortllm.pruning.estimate_stages import StageEstimate, stage_estimates
-from shortllm.pruning.probe import Probe, Setting, probe_machine
+from shortllm.pruning.machine import MachineRates, Setting, measure_machine
 from shortllm.pruning.scoring import Scorer
 from shortllm.records import ModelInfo, PredictionHeads, Record, protected_in
 from shortllm.runtime import DeviceOptions
@@ -63,7 +63,7 @@ class Estimate(Record):
     """None without a probe."""
 
 
-def estimates(setting: Setting, decoder: Decoder, probe: Probe | None) -> list[Estimate]:
+def estimates(setting: Setting, decoder: Decoder, rates: MachineRates | None) -> list[Estimate]:
     """Each kind of pass, with the model in memory and streamed."""
     groups: dict[criteria.Needs, list[str]] = {}
     for name in criteria.names():
@@ -72,14 +72,14 @@ def estimates(setting: Setting, decoder: Decoder, probe: Probe | None) -> list[E
         if needs not in ("nothing", "sets", "choices"):
             groups.setdefault("streams" if needs == "last token" else needs, []).append(name)
     return [
-        _estimate(setting, decoder, names, probe, streamed)
+        _estimate(setting, decoder, names, rates, streamed)
         for names in groups.values()
         for streamed in (False, True)
     ]
 
 
 def _estimate(
-    setting: Setting, decoder: Decoder, names: list[str], probe: Probe | None, streamed: bool
+    setting: Setting, decoder: Decoder, names: list[str], rates: MachineRates | None, streamed: bool
 ) -> Estimate:
     import torch
 
@@ -87,16 +87,16 @@ def _estimate(
     ids_BT = torch.empty(setting.samples, setting.length, dtype=torch.long, device="meta")
     scorer = Scorer(checkpoint=setting.checkpoint, open_decoder=lambda: decoder, ids_BT=ids_BT)
     flops, seconds = scorer.work([criterion]), None
-    if probe is not None:
+    if rates is not None:
         opening, reading = _read_bytes(setting, criterion, streamed)
         if criterion.needs == "weights":
-            computing = sum(setting.checkpoint.parameters_per_block) / probe.reduced_per_s
+            computing = sum(setting.checkpoint.parameters_per_block) / rates.reduced_per_s
         else:
             in_blocks = scorer.work([criterion], head=False)
-            computing = in_blocks / probe.block_flops_per_s
-            computing += (flops - in_blocks) / probe.head_flops_per_s
-        waiting = max(0.0, reading / probe.read_bytes_per_s - computing)
-        seconds = opening / probe.read_bytes_per_s + computing + waiting
+            computing = in_blocks / rates.block_flops_per_s
+            computing += (flops - in_blocks) / rates.head_flops_per_s
+        waiting = max(0.0, reading / rates.read_bytes_per_s - computing)
+        seconds = opening / rates.read_bytes_per_s + computing + waiting
     return Estimate(
         criteria=names,
         streamed=streamed,
@@ -230,7 +230,7 @@ class ModelSummary(Record):
     device: str
     dtype: str
     """Computation type."""
-    probe: Probe | None
+    probe: MachineRates | None
     estimates: list[Estimate]
     """For each kind of pass, with the model in memory and streamed."""
     stages: list[StageEstimate]
@@ -294,7 +294,7 @@ def info(
         options=options or {},
     )
     room = room_for(checkpoint, device=device, dtype=setting.dtype)
-    measured = probe_machine(setting) if probe else None
+    measured = measure_machine(setting) if probe else None
     decoder = weightless(setting)
     return ModelSummary(
         model=about,

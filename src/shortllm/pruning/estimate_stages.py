@@ -1,4 +1,4 @@
-"""Time of the stages of a run besides scoring, from the same probe of the machine.
+"""Time of the stages of a run besides scoring, from the same rates of the machine.
 
     evaluate  2 x (block and head) parameters x tokens
     heal      two models through all blocks, three models' loss on a quarter of the text, and in
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from shortllm.benchmark.options import BenchmarkOptions
 from shortllm.healing.options import SAMPLE_LENGTH, HealCalibration
-from shortllm.pruning.probe import Probe, Setting
+from shortllm.pruning.machine import MachineRates, Setting
 from shortllm.records import Record
 from shortllm.retraining.options import RetrainOptions
 
@@ -41,43 +41,43 @@ class StageEstimate(Record):
     seconds: float
 
 
-def stage_estimates(setting: Setting, decoder: Decoder, probe: Probe) -> list[StageEstimate]:
+def stage_estimates(setting: Setting, decoder: Decoder, rates: MachineRates) -> list[StageEstimate]:
     """Each stage of a run besides scoring."""
-    steps = [(method, _training(setting, decoder, probe, method)) for method in PASSES]
+    steps = [(method, _training(setting, decoder, rates, method)) for method in PASSES]
     tokens = f"{EVALUATED:,} tokens"
     found = [
-        StageEstimate(stage="eval", of=tokens, seconds=_forward(decoder, probe, EVALUATED)),
-        _healing(setting, decoder, probe),
+        StageEstimate(stage="eval", of=tokens, seconds=_forward(decoder, rates, EVALUATED)),
+        _healing(setting, decoder, rates),
         *(
             StageEstimate(stage="retrain", of=f"one step of {method}, {of}", seconds=seconds)
             for method, (of, seconds) in steps
         ),
     ]
-    if probe.token_s is not None:
+    if rates.token_s is not None:
         options = BenchmarkOptions()
         runs, [new] = options.warmup + options.runs, options.new_tokens
         of = f"{runs} runs of {new} tokens, batch 1"
-        found.append(StageEstimate(stage="bench", of=of, seconds=runs * new * probe.token_s))
+        found.append(StageEstimate(stage="bench", of=of, seconds=runs * new * rates.token_s))
     return found
 
 
-def _forward(decoder: Decoder, probe: Probe, tokens: float) -> float:
+def _forward(decoder: Decoder, rates: MachineRates, tokens: float) -> float:
     """Seconds of a forward pass with the loss."""
     from shortllm.model.hidden_states import head_flops
 
-    head = tokens * head_flops(decoder) / probe.head_flops_per_s
-    return _blocks(decoder, probe, tokens) + head
+    head = tokens * head_flops(decoder) / rates.head_flops_per_s
+    return _blocks(decoder, rates, tokens) + head
 
 
-def _blocks(decoder: Decoder, probe: Probe, tokens: float) -> float:
+def _blocks(decoder: Decoder, rates: MachineRates, tokens: float) -> float:
     """Seconds in which tokens go through all blocks."""
     from shortllm.model.hidden_states import block_flops
 
     flops = sum(block_flops(decoder, b) for b in range(decoder.block_count))
-    return tokens * flops / probe.block_flops_per_s
+    return tokens * flops / rates.block_flops_per_s
 
 
-def _healing(setting: Setting, decoder: Decoder, probe: Probe) -> StageEstimate:
+def _healing(setting: Setting, decoder: Decoder, rates: MachineRates) -> StageEstimate:
     """The default method, for one gap in the middle."""
     samples = HealCalibration().samples
     tokens = samples * SAMPLE_LENGTH
@@ -89,11 +89,11 @@ def _healing(setting: Setting, decoder: Decoder, probe: Probe) -> StageEstimate:
         2.0 * tokens * x * (x + 2 * width) + ridges * (x**3 / 3 + 4.0 * x * x * min(width, 512))
         for x in columns
     )
-    passing = 2 * _blocks(decoder, probe, tokens) + 3 * _forward(decoder, probe, tokens / 4)
+    passing = 2 * _blocks(decoder, rates, tokens) + 3 * _forward(decoder, rates, tokens / 4)
     return StageEstimate(
         stage="heal",
         of=f"one gap, {samples} x {SAMPLE_LENGTH} tokens",
-        seconds=passing + solving / probe.float64_flops_per_s,
+        seconds=passing + solving / rates.float64_flops_per_s,
     )
 
 
@@ -106,10 +106,12 @@ def _output_projections(setting: Setting, decoder: Decoder) -> tuple[int, int]:
     return max((sum(one) - width for one in shapes if width in one), default=width), width
 
 
-def _training(setting: Setting, decoder: Decoder, probe: Probe, method: str) -> tuple[str, float]:
+def _training(
+    setting: Setting, decoder: Decoder, rates: MachineRates, method: str
+) -> tuple[str, float]:
     """What a step is, and its seconds."""
     from shortllm.retraining.methods import METHODS
 
     batch = RetrainOptions(method=method).batch
     length = METHODS.get(method).defaults["length"]
-    return f"{batch} x {length} tokens", PASSES[method] * _forward(decoder, probe, batch * length)
+    return f"{batch} x {length} tokens", PASSES[method] * _forward(decoder, rates, batch * length)

@@ -16,7 +16,7 @@ from shortllm import criteria
 from shortllm.calls import accepts
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
-from shortllm.criteria.search import Search
+from shortllm.criteria.search import FITNESS, Search, held_out_by
 from shortllm.data.calibration import BOS_EVERY_SAMPLE, check_length, tokens_fingerprint
 from shortllm.data.options import CalibrationInfo
 from shortllm.data.rows import Rows
@@ -49,9 +49,6 @@ from shortllm.run_directory import run_file
 from shortllm.runtime import DeviceOptions
 
 log = logging.getLogger(__name__)
-
-FITNESS = {"ppl": "perplexity", "kl": "KL divergence", "task": "fraction of wrong answers"}
-"""What searches lower, in words."""
 
 
 @accepts(budget=Budget, runtime=DeviceOptions)
@@ -514,10 +511,11 @@ def _search_reason(search: Search, criterion: str, they: Callable[[str], str]) -
     it = "it" if one else "them"
     if found.criterion != criterion:
         others = [one for one in search.candidates if one.criterion != found.criterion]
+        measured = FITNESS[held_out_by(search.fitness)]
         beaten = ", ".join(f"{one.criterion} {number(one.held_out, 5)}" for one in others)
         return (
             f"{they('are')} {'that' if one else 'those'} of the criterion '{found.criterion}', "
-            f"which '{criterion}' chose: without {it} the perplexity of {search.held_out_samples} "
+            f"which '{criterion}' chose: without {it} the {measured} of {search.held_out_samples} "
             f"held-out calibration samples is {number(found.held_out, 5)}, the lowest of all "
             f"candidates ({beaten})"
         )

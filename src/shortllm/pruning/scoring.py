@@ -164,10 +164,11 @@ class Scorer:
         from shortllm.model.walk import UNHEALED, predictions_of, sample_means
 
         decoder = self.open_decoder()
+        removals = removals_of(decoder.block_count, kept, candidates)
         own_VMB = sample_means(
             decoder,
             self.samples(),
-            removals_of(decoder.block_count, kept, candidates),
+            [*compared_with(resolved, removals), *removals],
             [one.call for one in resolved],
             counted_BT=self.counted_BT,
             observe=observers,
@@ -181,6 +182,7 @@ class Scorer:
         found = {}
         for one, values_MB in zip(resolved, all_VMB, strict=True):
             values_MB = weighted(values_MB, weight_B)
+            values_MB = values_MB[len(values_MB) - len(removals) :]
             intact, *without = (values_MB.sum(dim=1) / values_MB.shape[1]).tolist()
             in_nats, count = one.in_nats, decoder.block_count
             report = perplexity if in_nats else float
@@ -371,7 +373,7 @@ class Scorer:
         only the block before each gap is changed, which is faster."""
         from shortllm.healing.methods import METHODS, Task
         from shortllm.model.hidden_states import StreamMemory
-        from shortllm.model.walk import mean_nlls
+        from shortllm.model.walk import mean_losses
 
         assert self.healing_BT is not None, "no text to heal with"
         decoder, memory = self.open_decoder(), self.memory or StreamMemory()
@@ -390,7 +392,7 @@ class Scorer:
         )
         with healed.applied(decoder):
             means = [
-                mean_nlls(
+                mean_losses(
                     decoder, one.ids_BT, [frozenset(removed)], counted_BT=one.counted_BT,
                     ranks=self.ranks, memory=memory,
                 )
@@ -442,6 +444,7 @@ class Scorer:
         decoder, (samples, length) = self.open_decoder(), self.samples().shape
         if "logits" in needs:
             removals = removals_of(decoder.block_count, kept, candidates)
+            removals = [*compared_with(resolved, removals), *removals]
             total += walk_flops(decoder, removals, samples, length, head=head)
         if "gradients" in needs:
             total += walk_back_flops(decoder, kept, samples, length, head=head)
@@ -462,6 +465,15 @@ def removals_of(
     """The model of the blocks `kept`, and each model without one more of the candidates."""
     gone = frozenset(range(blocks)) - set(kept)
     return [gone, *(gone | {b} for b in candidates)]
+
+
+def compared_with(
+    resolved: Sequence[Criterion], removals: Sequence[frozenset[int]]
+) -> list[frozenset[int]]:
+    """The intact model, if a criterion compares predictions with its and it is not the first
+    model; likelihoods are compared with nothing."""
+    compares = any(one.needs == "logits" and not one.in_nats for one in resolved)
+    return [frozenset()] if removals[0] and compares else []
 
 
 class Text(NamedTuple):

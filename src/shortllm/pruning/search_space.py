@@ -24,6 +24,7 @@ from shortllm.criteria.search import (
     NotTried,
     Proposal,
     Search,
+    held_out_by,
 )
 from shortllm.errors import BudgetError, CriterionError
 from shortllm.journal import Journal
@@ -198,7 +199,7 @@ class BlockSearch:
             if self._fitness == "task":
                 work = partial(self._mistakes, new, count)
             else:
-                work = partial(self._means, new, [self._part(0, count)], self._fitness == "kl")
+                work = partial(self._means, new, [self._part(0, count)], self._fitness)
             entry = self._entry("measure", work)
             for removed, value in zip(new, entry["values"], strict=True):
                 self._known[removed, count] = value if math.isfinite(value) else math.inf
@@ -246,22 +247,22 @@ class BlockSearch:
     ) -> list[CandidateSet]:
         """Sets with their values, measured on the held-out samples too."""
         held_out: dict[Blocks, float | None] = {}
+        decided_by = held_out_by(self._fitness)
         if self._total > self._searched:
             distinct = sorted({removed for _, removed in sets}, key=sorted)
             texts = self._held_out_texts()
-            entry = self._entry("held-out", partial(self._means, distinct, texts, False))
+            entry = self._entry("held-out", partial(self._means, distinct, texts, decided_by))
             found = dict(zip(distinct, entry["values"], strict=True))
-            if self._searching.healing is not None:
+            if self._searching.healing is not None and decided_by == "ppl":
                 best = sorted(distinct, key=lambda one: (found[one], sorted(one)))[:FULLY_HEALED]
                 entry = self._entry("healed", partial(self._healed, best, texts))
                 found |= dict(zip(best, entry["values"], strict=True))
-            held_out = {one: _finite(perplexity(value)) for one, value in found.items()}
-        in_nats = self._fitness == "ppl"
+            held_out = {one: _reported(decided_by, value) for one, value in found.items()}
         return [
             CandidateSet(
                 criterion=name,
                 removed=sorted(removed),
-                value=_finite(perplexity(value) if in_nats else value),
+                value=_reported(self._fitness, value),
                 held_out=held_out.get(removed),
             )
             for (name, removed), value in zip(sets, values, strict=True)
@@ -306,16 +307,22 @@ class BlockSearch:
         return texts
 
     def _means(
-        self, sets: Sequence[Blocks], texts: Sequence[Text], kl: bool, journal: Journal
+        self,
+        sets: Sequence[Blocks],
+        texts: Sequence[Text],
+        fitness: AnyFitness,
+        journal: Journal,
     ) -> dict[str, Any]:
-        """Mean NLL without each set, or mean KL(intact || without), on this process's samples."""
-        from shortllm.model.walk import TOGETHER, UNHEALED, mean_nlls
+        """Means of a fitness without each set, over the samples of all processes."""
+        from shortllm.model.walk import NOTHING, TOGETHER, UNHEALED, mean_losses
 
         scorer = self._scorer
+        loss = self._searching.fitness() if fitness == self._fitness else resolve(fitness)
         healed = self._gap_weights()
         values = [
-            mean_nlls(
-                scorer.open_decoder(), one.ids_BT, sets, counted_BT=one.counted_BT, kl=kl,
+            mean_losses(
+                scorer.open_decoder(), one.ids_BT, sets, value=loss.call,
+                intact=None if fitness == "ppl" else NOTHING, counted_BT=one.counted_BT,
                 together=TOGETHER, ranks=scorer.ranks, healed=healed or UNHEALED,
                 advance=scorer.advance, memory=scorer.memory, journal=journal.part(f"text-{i}"),
             )
@@ -346,7 +353,9 @@ class BlockSearch:
         return {"values": [self._scorer.healed_nll(method, one, texts) for one in sets]}
 
 
-def _finite(value: float) -> float | None:
+def _reported(fitness: AnyFitness, mean: float) -> float | None:
+    """A mean as the number that is stored; None where it is not finite."""
+    value = perplexity(mean) if fitness == "ppl" else mean
     return value if math.isfinite(value) else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from shortllm import criteria
 from shortllm.criteria import PLACE
-from shortllm.criteria.search import CandidateSet, Search
+from shortllm.criteria.search import FITNESS, CandidateSet, Search, held_out_by
 from shortllm.format import (
     NONE,
     change,
@@ -47,11 +47,6 @@ from shortllm.surgery.card import Measured
 
 LONG_TABLE = 16
 """Number of blocks from which their table is folded."""
-_FITNESS = {
-    "ppl": "perplexity on the search text",
-    "kl": "KL divergence from the intact model on the search text",
-    "task": "fraction of the items answered wrongly",
-}
 
 
 def run_page(results: RunResults) -> Page:
@@ -422,14 +417,16 @@ def search_section(results: RunResults, scores: BlockScores) -> Section | None:
 def search_table(found: Search) -> Table:
     """A row per candidate set; the set that was found is marked."""
     names = [one.criterion for one in found.candidates]
+    on = "items" if found.fitness == "task" else "text"
     candidates = [*found.candidates, *([] if found.found.criterion in names else [found.found])]
     columns: list[Column[CandidateSet]] = [
         ("found by", lambda one: one.criterion),
         ("removes", lambda one: spans(one.removed)),
-        (_FITNESS[found.fitness], lambda one: number(one.value, 5)),
+        (f"{FITNESS[found.fitness]} on the search {on}", lambda one: number(one.value, 5)),
     ]
     if found.held_out_samples:
-        columns.append(("perplexity on held-out text", lambda one: number(one.held_out, 5)))
+        measured = FITNESS[held_out_by(found.fitness)]
+        columns.append((f"{measured} on held-out text", lambda one: number(one.held_out, 5)))
     return parts.table_of(
         candidates, columns, look=lambda one: "best" * (one.criterion == found.found.criterion)
     )

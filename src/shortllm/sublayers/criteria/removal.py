@@ -51,7 +51,8 @@ def _one_by_one(task: Task, *, kl: bool) -> tuple[list[tuple[Sublayer, float]], 
     Of equal ones the one of the later block goes first, and of one block the attention. Finished
     rounds are in the journal. A mean that is not a number counts as infinite.
     """
-    from shortllm.model.walk import TOGETHER, mean_nlls
+    from shortllm.criteria.removal import divergence_without_block
+    from shortllm.model.walk import TOGETHER, mean_losses, target_nll
     from shortllm.progress import progress
     from shortllm.sublayers.structure import PARTS, Variants
 
@@ -66,10 +67,11 @@ def _one_by_one(task: Task, *, kl: bool) -> tuple[list[tuple[Sublayer, float]], 
             left = [one for one in task.candidates if one not in gone]
             if place == len(rounds):
                 part = journal.part(f"round-{place}")
-                means = mean_nlls(
-                    variants.as_decoder(), task.ids_BT, variants.round(gone, left), kl=kl,
-                    intact=variants.without(frozenset()), together=TOGETHER, advance=advance,
-                    memory=task.memory, journal=part,
+                means = mean_losses(
+                    variants.as_decoder(), task.ids_BT, variants.round(gone, left),
+                    value=divergence_without_block if kl else target_nll,
+                    intact=variants.without(frozenset()) if kl else None, together=TOGETHER,
+                    advance=advance, memory=task.memory, journal=part,
                 )  # fmt: skip
                 rounds.append(means)
                 journal.commit({"rounds": rounds}, {})

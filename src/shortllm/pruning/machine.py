@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BLOCK_SECONDS, HEAD_SECONDS, TOKEN_SECONDS, READ_SECONDS = 0.7, 0.4, 0.2, 0.7
 REDUCE_SECONDS, FLOAT64_SECONDS = 0.3, 0.2
-"""Time for each measurement of the probe; a single call or tensor may take longer."""
+"""Time for each measurement; a single call or tensor may take longer."""
 
 OF_PRODUCTS = 0.8
 """Part of the rate of a large product that a pass reaches, where no block can be called alone."""
@@ -39,7 +39,7 @@ class Setting:
     """Options of criteria, by name; defaults where missing."""
 
 
-class Probe(Record):
+class MachineRates(Record):
     """Rates of a machine, measured in about three seconds."""
 
     device: str
@@ -59,10 +59,10 @@ class Probe(Record):
     called alone."""
 
 
-def probe_machine(setting: Setting) -> Probe:
+def measure_machine(setting: Setting) -> MachineRates:
     """Measure the rates of the device on the model's own shapes, and of reading its files."""
     blocks, head, token = _pass_rates(setting)
-    return Probe(
+    return MachineRates(
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),
         block_flops_per_s=blocks,
