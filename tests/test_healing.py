@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from contextlib import ExitStack
@@ -36,7 +37,14 @@ from shortllm.healing import least_squares
 from shortllm.healing.folding import find_added
 from shortllm.healing.gap_by_gap import heal_gaps, steps_of
 from shortllm.healing.heal import heal_from, healing_text
-from shortllm.healing.least_squares import RIDGES, Change, GapSums, choose_ridge, solve
+from shortllm.healing.least_squares import (
+    RIDGES,
+    Change,
+    GapSums,
+    GapTokens,
+    choose_ridge,
+    solve,
+)
 from shortllm.healing.methods import Task
 from shortllm.healing.options import HealCalibration, Healing, HealOptions
 from shortllm.merging.merge import (
@@ -509,6 +517,43 @@ def test_a_part_of_the_columns_chooses_the_ridge(
     share = held_out.columns(part).missing / held_out.missing
     assert left == pytest.approx(few[ridge] / share, rel=1e-12)
     assert left == pytest.approx(errors[ridge], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("gain", [True, False])
+def test_tokens_themselves_choose_and_add_up_as_their_sums(
+    gain: bool, weighted: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    how = {"weighted": weighted, "gain": gain, "dtype": dtype}
+    kinds = (GapSums, GapSums, GapTokens)
+    fitted, sums, tokens = (kind(12, 8, CPU, **how) for kind in kinds)
+    both = [sums, tokens]
+    for count, into in ((40, [fitted]), (5, both), (0, both), (4, both)):
+        x_NI, after_ND, noise_ND = (
+            torch.randn(count, size, generator=generator) for size in (12, 8, 8)
+        )
+        for one in into:
+            one.add(x_NI, after_ND, 1.2 * after_ND + noise_ND)
+    solved = solve(fitted, 0.1)
+    close = {"rel": 1e-12 if dtype == torch.float64 else 1e-5}
+    part, few = slice(3, 12), slice(None, None, 2)
+    assert (solved.gain != 1.0) == gain
+    assert tokens.error(solved) == pytest.approx(sums.error(solved), **close)
+    assert tokens.relative(tokens.missing) == pytest.approx(sums.relative(sums.missing), **close)
+    change = solve(fitted.rows(part).columns(few), 0.1)
+    expected = sums.rows(part).columns(few).error(change)
+    assert tokens.rows(part).columns(few).error(change) == pytest.approx(expected, **close)
+    ridge, left = choose_ridge(fitted, sums)
+    assert choose_ridge(fitted, tokens) == (ridge, pytest.approx(left, **close))
+    other = copy.deepcopy(fitted)
+    fitted.take(tokens)
+    other.take(sums)
+    one, same = solve(fitted, 0.1), solve(other, 0.1)
+    torch.testing.assert_close(one.weights_ID, same.weights_ID, rtol=1e-5, atol=1e-5)
+    assert one.gain == pytest.approx(same.gain, **close)
+    assert fitted.wanted == pytest.approx(other.wanted, **close)
 
 
 def test_a_map_that_does_no_good_elsewhere_is_not_chosen() -> None:

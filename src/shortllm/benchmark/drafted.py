@@ -4,8 +4,8 @@
         runs    alone, draft A, draft B | draft A, draft B, alone | ...    one text after the other
 
 Each draft comes with each number of drafted tokens. Greedy text with a draft must be that of the
-model alone, token by token; where the two likeliest tokens are a near tie it may go on otherwise,
-which is counted.
+model alone, token by token; from a near tie of the two likeliest tokens on it may differ, which is
+counted.
 
     shortllm bench MODEL --draft SHORT --draft-tokens 2,4,8
 """
@@ -156,7 +156,7 @@ class _Writer:
     live: Any
     texts: list[AssistedText] = field(default_factory=list)
     ties: set[int] = field(default_factory=set)
-    """Numbers of the texts that go on otherwise from a near tie."""
+    """Numbers of the texts that differ from a near tie on."""
 
 
 def _all_kinds(
@@ -229,8 +229,7 @@ def _is_tie(
     writer: _Writer,
     kind: Prompts,
 ) -> bool:
-    """Whether text with a draft goes on otherwise from a near tie; any other difference is an
-    error."""
+    """Whether text with a draft differs from a near tie on; any other difference is an error."""
     found = first_difference(model, torch.tensor(prompt.ids), alone.ids, text.ids)
     if found is None or found.is_near_tie:
         return found is not None

@@ -199,8 +199,8 @@ class DraftedMeasurement(Record):
     )
     near_ties: int = Field(
         default=0,
-        description="texts that go on otherwise with the draft, from a place where the likeliest "
-        "tokens are equal up to rounding",
+        description="texts that differ with the draft, from a place where the likeliest tokens are "
+        "equal up to rounding",
     )
 
     @property
@@ -229,10 +229,18 @@ class Drafted(Record):
 
     drafts: list[DraftModel]
     measurements: list[DraftedMeasurement] = Field(
-        description="by prompts, new tokens, draft and drafted tokens"
+        min_length=1, description="by prompts, new tokens, draft and drafted tokens"
     )
     temperature: float = Field(description="0: each token is the likeliest one")
     fingerprint: str = Field(description="sha256 of the inputs that made this part")
+
+    @model_validator(mode="after")
+    def _is_of_its_drafts(self) -> Self:
+        names = {one.name for one in self.drafts}
+        for one in self.measurements:
+            if one.draft not in names:
+                raise ValueError(f"a measurement is of '{one.draft}', which is none of the drafts")
+        return self
 
     @property
     def best(self) -> DraftedMeasurement:

@@ -30,7 +30,7 @@ LENGTH = 256
 """A request has at most half as many tokens, and the beginning of a text an eighth."""
 
 TEXTS = (
-    "The lighthouse stands on a narrow strip of rock two miles from the harbour. It was built "
+    "The lighthouse was built on a narrow strip of rock two miles from the harbour. It was opened "
     "in 1857, after three merchant ships were lost in a single winter, and for more than a century "
     "two keepers lived there with their families. In 1984 the lamp was made automatic, and since",
     "Anna closed the shop a little earlier than usual that evening. The street was already dark, "

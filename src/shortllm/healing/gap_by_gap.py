@@ -29,7 +29,14 @@ from torch import Tensor
 
 from shortllm.healing.folding import Added, Fold, find_foldable, folded_into, refit, watching
 from shortllm.healing.gain import Scalable, find_scalable
-from shortllm.healing.least_squares import GapSums, choose_ridge, effective_rank, penalty, solve
+from shortllm.healing.least_squares import (
+    GapSums,
+    GapTokens,
+    choose_ridge,
+    effective_rank,
+    penalty,
+    solve,
+)
 from shortllm.healing.methods import METHODS, Healed, Task
 from shortllm.healing.options import HealedGap
 from shortllm.healing.unknowns import Seen, Stage, stages
@@ -320,6 +327,8 @@ class _Walk:
         self._ranks = task.ranks
         self._weighted = task.options.weighting == "norm"
         self._fitted = len(task.ids_BT) - task.held_out
+        self._held_out = task.held_out * task.ids_BT.shape[1]
+        """Tokens of the samples that choose the ridge."""
         self._groups = SampleGroups(task.decoder, task.ids_BT, task.memory)
         self._source = self._groups.entering()
         self._healed: Tensor | None = None  # one stream until they differ
@@ -354,12 +363,13 @@ class _Walk:
             if not sums:
                 shape = (equations[0].shape[-1], after_BTD.shape[-1])
                 gain = self._gain and not fit.unknowns.behind_norm
+                few = self._ranks.count == 1 and self._held_out < shape[0]
                 sums = [
-                    GapSums(
+                    kind(
                         *shape, decoder.device, weighted=self._weighted, gain=gain,
                         dtype=self._dtype,
                     )
-                    for _ in range(2)
+                    for kind in (GapSums, GapTokens if few else GapSums)
                 ]  # fmt: skip
             border = min(max(self._fitted - rows.start, 0), len(after_BTD))
             for part, one in zip((slice(border), slice(border, None)), sums, strict=True):

@@ -6,15 +6,16 @@ and R are. It is the one that leaves the least of
     ‖X C - R‖² + λ‖C‖²        C = (XᵀX + λI)⁻¹ XᵀR
 
 which needs two matrices, whatever the number of tokens. The error that is left on other tokens
-follows from the same sums over them. A factor α for the whole hidden state behind the gap
-(`gain.py`) is one more unknown, a = α - 1, of ‖X C + a Z - R‖², and needs one more matrix, XᵀZ:
+follows from the same sums over them, or from these tokens themselves (`GapTokens`). A factor α for
+the whole hidden state behind the gap (`gain.py`) is one more unknown, a = α - 1, of
+‖X C + a Z - R‖², and needs one more matrix, XᵀZ:
 
     C = (XᵀX + λI)⁻¹ (XᵀR - a XᵀZ)        a from the one equation that is left
 
-The attention of the block adds to the hidden state too; the
-weights of its output projection are solved together with those of the MLP's. What a changed
-attention does to the MLP behind it is not linear, so the change of the attention is kept alone, X
-is read again, and the MLP's projection is solved against what is left.
+The attention of the block adds to the hidden state too; the weights of its output projection are
+solved together with those of the MLP's. What a changed attention does to the MLP behind it is not
+linear, so the change of the attention is kept alone, X is read again, and the MLP's projection is
+solved against what is left.
 
 Where we differ from the paper of the map: by default the error of each token is relative to the
 token's own mean square in `H`, by which the norm at the start of the next block will divide it. A
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,18 +108,21 @@ class GapSums:
         """
         state_ND = wanted_ND if state_ND is None else state_ND
         x_NI, after_ND, wanted_ND, state_ND = (
-            given.to(self.products_II.device, self.dtype)
+            given.to(self.missing_D.device, self.dtype)
             for given in (x_NI, after_ND, wanted_ND, state_ND)
         )
         if self.weighted and len(wanted_ND):
             floor = torch.finfo(torch.float32).tiny
             scale_N1 = state_ND.square().mean(1, keepdim=True).clamp_min(floor).rsqrt()
             x_NI, after_ND, wanted_ND = (given * scale_N1 for given in (x_NI, after_ND, wanted_ND))
-        missing_ND = wanted_ND - after_ND
+        self.wanted += wanted_ND.square().sum().item()
+        self._add(x_NI, after_ND, wanted_ND - after_ND)
+
+    def _add(self, x_NI: Tensor, after_ND: Tensor, missing_ND: Tensor) -> None:
+        """Add to the sums."""
         _add_product(self.products_II, x_NI, x_NI)
         _add_product(self.cross_ID, x_NI, missing_ND)
         self.missing_D += missing_ND.square().sum(0)
-        self.wanted += wanted_ND.square().sum().item()
         if self.stretch_ID is not None:
             _add_product(self.stretch_ID, x_NI, after_ND)
             self.existing_D += after_ND.square().sum(0)
@@ -125,6 +130,11 @@ class GapSums:
 
     def take(self, other: GapSums) -> None:
         """Add the sums over other tokens; in place, as the matrices may be large."""
+        if isinstance(other, GapTokens):
+            self.wanted += other.wanted
+            for tokens in other.tokens:
+                self._add(*tokens)
+            return
         self.products_II += other.products_II
         self.cross_ID += other.cross_ID
         self.missing_D += other.missing_D
@@ -190,6 +200,46 @@ class GapSums:
         return error / self.wanted if self.wanted else 0.0
 
 
+class GapTokens(GapSums):
+    """The tokens themselves, which choose a ridge but solve nothing: where they are fewer than X
+    has columns, they take less memory than sums over them."""
+
+    def __init__(self, columns: int, width: int, device: torch.device, **options: Any) -> None:
+        """No tokens yet; the arguments are those of `GapSums`."""
+        super().__init__(0, width, device, **options)
+        self.tokens: list[tuple[Tensor, Tensor, Tensor]] = []
+        """X, Z and R of each group of tokens, relative to their hidden states"""
+
+    def _add(self, x_NI: Tensor, after_ND: Tensor, missing_ND: Tensor) -> None:
+        """Keep the tokens."""
+        self.missing_D += missing_ND.square().sum(0)
+        self.tokens.append((x_NI, after_ND, missing_ND))
+
+    def rows(self, chosen: slice) -> GapTokens:
+        """The tokens with some columns of X, as views."""
+        found = copy.copy(self)
+        found.tokens = [(x_NI[:, chosen], z_ND, r_ND) for x_NI, z_ND, r_ND in self.tokens]
+        return found
+
+    def columns(self, chosen: slice) -> GapTokens:
+        """The tokens with some columns of R, as views; `wanted` stays that of all."""
+        found = copy.copy(self)
+        found.missing_D = self.missing_D[chosen]
+        found.tokens = [
+            (x_NI, z_ND[:, chosen], r_ND[:, chosen]) for x_NI, z_ND, r_ND in self.tokens
+        ]
+        return found
+
+    def error(self, change: Change) -> float:
+        """‖α X C + a Z - R‖²"""
+        weights_ID, a = change.gain * change.weights_ID, change.gain - 1.0
+        left = 0.0
+        for tokens in self.tokens:
+            x_NI, after_ND, missing_ND = (one.to(weights_ID.dtype) for one in tokens)
+            left += (x_NI @ weights_ID + a * after_ND - missing_ND).square().sum().item()
+        return left
+
+
 def penalty(sums: GapSums, ridge: float) -> float:
     """λ of a ridge: that many times the mean eigenvalue of XᵀX."""
     return ridge * sums.products_II.diagonal().sum().item() / max(len(sums.products_II), 1)
@@ -206,8 +256,8 @@ def solve(sums: GapSums, ridge: float, *, diagonal: bool = False) -> Change:
             return torch.zeros_like(cross_ID)
         if factor_II is None:
             return torch.diag(cross_ID.diagonal() / (sums.products_II.diagonal() + held))
-        half_ID: Tensor = torch.linalg.solve_triangular(factor_II, cross_ID, upper=False)
-        solved_ID: Tensor = torch.linalg.solve_triangular(factor_II.mT, half_ID, upper=True)
+        solved_ID: Tensor = torch.linalg.solve_triangular(factor_II, cross_ID, upper=False)
+        torch.linalg.solve_triangular(factor_II.mT, solved_ID, upper=True, out=solved_ID)
         return solved_ID
 
     change_ID = inverse(sums.cross_ID)
@@ -235,11 +285,13 @@ def _cholesky(matrix_II: Tensor, diagonal: float) -> Tensor:
 
 
 def _add_product(total: Tensor, one_NI: Tensor, other_NJ: Tensor) -> None:
-    """Add XᵀY; with no other matrix of this size in memory where the types are the same."""
+    """Add XᵀY, with no other matrix of this size in memory."""
     if one_NI.dtype == total.dtype:
         total.addmm_(one_NI.T, other_NJ)
-    else:
-        total += one_NI.T @ other_NJ
+        return
+    for start in range(0, len(total), COLUMNS):
+        rows = slice(start, start + COLUMNS)
+        total[rows] += one_NI[:, rows].T @ other_NJ
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

@@ -270,9 +270,8 @@ def drafted_note(found: Drafted) -> str:
         said = f"The text is sampled with temperature {found.temperature:g}."
     elif ties:
         said = (
-            f"{counted(ties, 'near tie')}: of {texts} texts, so many go on otherwise with the "
-            "draft, from a place where the likeliest tokens are equal up to rounding; the others "
-            "are the same as without it."
+            f"{counted(ties, 'near tie')}: {ties} of {texts} texts differ with the draft, from a "
+            "place where the likeliest tokens are equal up to rounding; the others are the same."
         )
     else:
         said = "The text is the same as without the draft, token by token."
