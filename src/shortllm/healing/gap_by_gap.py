@@ -238,7 +238,7 @@ def _earlier(
         fitted.take(held_out)
         del held_out
         if ridge is not None:
-            change_ID = solve(fitted, ridge).weights_ID[: sizes[0]]
+            change_ID = solve(fitted, ridge, overwrite=True).weights_ID[: sizes[0]]
             folds[added.block] = refit(task.checkpoint, added.block, added, change_ID)
     return folds, before, without
 
@@ -276,12 +276,11 @@ def _solutions(
         errors = [held_out.relative(left) for _, left in ridges]
         fitted.take(held_out)
         del held_out  # a matrix less in memory
-        folds = []
-        for (added, part), (ridge, left), error in zip(parts, ridges, errors, strict=True):
+        solved = list(zip(parts, ridges, errors, strict=True))
+        for (added, part), (ridge, left), error in reversed(solved):  # all inputs last
             sums = fitted.rows(part)
             columns = sizes[fit.modules.index(added)]
             fold, record = _solved(task, b, fit, added, sums, ridge, columns)
-            folds.append(fold)
             if added is fits[-1].modules[-1] and fit.unknowns is fits[-1].unknowns:
                 weights = fold if part.start else changed | fold
                 names = (n.removesuffix(".weight") for n in weights if not n.endswith(".bias"))
@@ -290,28 +289,31 @@ def _solutions(
                     "error_after": error,
                 }  # fmt: skip
                 solutions.append((left, record.model_copy(update=update), weights))
-        changed |= folds[0]
+        changed |= fold
+        del fitted, sums
     return solutions
 
 
 def _solved(
     task: Task, b: int, fit: Stage, added: Added, sums: GapSums, ridge: float | None, columns: int
 ) -> tuple[Fold, HealedGap]:
-    """The new weights of one module, whose columns are the first of X, and how they were solved."""
+    """The new weights of one module, whose columns are the first of X, and how they were solved.
+
+    Sums over the inputs of all modules are overwritten.
+    """
     fold, record = Fold(), HealedGap(block=b, removed=[], scale=added.scale)
     if ridge is None:
         return fold, record
-    diagonal = fit.unknowns.diagonal
-    change = solve(sums, ridge, diagonal=diagonal)
-    fold = fit.unknowns.fold(task.checkpoint, b, added, change.weights_ID[:columns])
-    solved: dict[str, Any] = {"gain": change.gain}
+    diagonal, solved = fit.unknowns.diagonal, dict[str, Any]()
     if len(sums.products_II):  # else only the gain is unknown
-        solved |= {
+        solved = {
             "ridge": ridge,
             "penalty": penalty(sums, ridge),
             "effective_rank": effective_rank(sums, ridge, diagonal=diagonal),
         }
-    return fold, record.model_copy(update=solved)
+    change = solve(sums, ridge, diagonal=diagonal, overwrite=added is fit.modules[0])
+    fold = fit.unknowns.fold(task.checkpoint, b, added, change.weights_ID[:columns])
+    return fold, record.model_copy(update={**solved, "gain": change.gain})
 
 
 class _Walk:

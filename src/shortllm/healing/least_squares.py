@@ -31,6 +31,7 @@ Shapes: D width, I columns of X, N tokens of one group.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ from torch import Tensor
 from shortllm.runtime import Ranks
 
 COLUMNS = 512
-"""About how many columns of R choose the ridge."""
+"""About how many columns of R choose the ridge, and how many are solved at once."""
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
@@ -245,40 +246,62 @@ def penalty(sums: GapSums, ridge: float) -> float:
     return ridge * sums.products_II.diagonal().sum().item() / max(len(sums.products_II), 1)
 
 
-def solve(sums: GapSums, ridge: float, *, diagonal: bool = False) -> Change:
-    """The change, float64 `[I, D]`; zero if `X` is zero. With `diagonal`, a diagonal matrix."""
-    held = penalty(sums, ridge)
-    factor_II = None if not held or diagonal else _cholesky(sums.products_II, held)
+def solve(
+    sums: GapSums, ridge: float, *, diagonal: bool = False, overwrite: bool = False
+) -> Change:
+    """The change, float64 `[I, D]`; zero if `X` is zero. With `diagonal`, a diagonal matrix.
 
-    def inverse(cross_ID: Tensor) -> Tensor:
+    With `overwrite`, XᵀX is lost, and no other matrix of its size is in memory.
+    """
+    held = penalty(sums, ridge)
+    factor_II = None if diagonal or not held else _cholesky(sums.products_II, held, overwrite)
+
+    def inverse(given_ID: Tensor) -> Tensor:
         """(XᵀX + λI)⁻¹ of it."""
         if not held:
-            return torch.zeros_like(cross_ID)
+            return torch.zeros_like(given_ID)
         if factor_II is None:
-            return torch.diag(cross_ID.diagonal() / (sums.products_II.diagonal() + held))
-        solved_ID: Tensor = torch.linalg.solve_triangular(factor_II, cross_ID, upper=False)
+            return torch.diag(given_ID.diagonal() / (sums.products_II.diagonal() + held))
+        solved_ID = given_ID.mT.clone(memory_format=torch.contiguous_format).mT
+        torch.linalg.solve_triangular(factor_II, solved_ID, upper=False, out=solved_ID)
         torch.linalg.solve_triangular(factor_II.mT, solved_ID, upper=True, out=solved_ID)
         return solved_ID
 
-    change_ID = inverse(sums.cross_ID)
+    width = sums.cross_ID.shape[1]
+    starts = [0] if diagonal else range(0, width, COLUMNS)
+    parts = [slice(start, width if diagonal else start + COLUMNS) for start in starts]
+    a = _gain(sums, inverse, parts)
+    change_ID = torch.empty_like(sums.cross_ID)
+    for part in parts:
+        missing_ID = sums.cross_ID[:, part]
+        if sums.stretch_ID is not None and a:
+            missing_ID = missing_ID - a * sums.stretch_ID[:, part]
+        change_ID[:, part] = inverse(missing_ID) / (1.0 + a)
+    return Change(change_ID, 1.0 + a)
+
+
+def _gain(sums: GapSums, inverse: Callable[[Tensor], Tensor], parts: Iterable[slice]) -> float:
+    """The factor of the hidden state minus 1; 0 where it is not wanted, or not believed."""
     if sums.stretch_ID is None:
-        return Change(change_ID)
-    of_gain_ID = inverse(sums.stretch_ID)
-    unexplained = sums.existing - _dot(sums.stretch_ID, of_gain_ID)
+        return 0.0
+    explained, overlap = 0.0, sums.overlap
+    for part in parts:
+        solved_ID = inverse(sums.stretch_ID[:, part])
+        explained += _dot(sums.stretch_ID[:, part], solved_ID)
+        overlap -= _dot(sums.cross_ID[:, part], solved_ID)
+    unexplained = sums.existing - explained
     if not unexplained > 1e-12 * sums.existing:  # X can also do what the gain does
-        return Change(change_ID)
-    a = (sums.overlap - _dot(sums.stretch_ID, change_ID)) / unexplained
-    if not LEAST_GAIN <= 1.0 + a <= 1.0 / LEAST_GAIN:
-        return Change(change_ID)
-    return Change(change_ID.sub_(of_gain_ID, alpha=a).div_(1.0 + a), 1.0 + a)
+        return 0.0
+    a = overlap / unexplained
+    return a if LEAST_GAIN <= 1.0 + a <= 1.0 / LEAST_GAIN else 0.0
 
 
-def _cholesky(matrix_II: Tensor, diagonal: float) -> Tensor:
+def _cholesky(matrix_II: Tensor, diagonal: float, overwrite: bool) -> Tensor:
     """The lower Cholesky factor of a symmetric matrix plus a number on its diagonal.
 
     It is solved in place, and by column, so that no other matrix of this size is in memory.
     """
-    factor_II = matrix_II.clone().mT
+    factor_II = (matrix_II if overwrite else matrix_II.clone()).mT
     factor_II.diagonal().add_(diagonal)
     torch.linalg.cholesky(factor_II, out=factor_II)
     return factor_II
