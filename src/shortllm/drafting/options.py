@@ -234,7 +234,8 @@ class Drafting(Shown, ResultFile):
     def verdict(self) -> str:
         """Whether a draft is worth it, in one sentence."""
         best = self.best
-        name = f"{counted(best.remove, 'block')} removed{_how(best.name)}"
+        how = "" if best.name == PLAIN else f" and {best.name}"
+        name = f"{counted(best.remove, 'block')} removed{how}"
         times = plain(fixed(best.speedup))
         tokens = counted(best.draft_tokens, "token")
         if best.speedup <= 1:
@@ -289,7 +290,3 @@ class Drafting(Shown, ResultFile):
                 "speedup": found and found.speedup,
             }
 
-
-def _how(name: str) -> str:
-    """', healed', for a draft that was recovered."""
-    return "" if name == PLAIN else f", {name},"
