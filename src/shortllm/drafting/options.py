@@ -289,4 +289,3 @@ class Drafting(Shown, ResultFile):
                 "ideal": one.ideal,
                 "speedup": found and found.speedup,
             }
-
