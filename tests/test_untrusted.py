@@ -189,6 +189,7 @@ def commands(model: Path, place: Path) -> dict[str, Callable[[], Any]]:
         "retrain": lambda: shortllm.retrain(name, place / "out", options=options(data=rows)),
         "quantize": lambda: shortllm.quantize(name, place / "out"),
         "bench": lambda: shortllm.bench([name]),
+        "draft": lambda: shortllm.draft(name, out=place / "out"),
         "load": lambda: shortllm.load(name),
         "export-lint": lambda: shortllm.export_lint(name),
         "compare-criteria": lambda: shortllm.compare_criteria(name, out=place / "out"),

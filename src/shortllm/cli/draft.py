@@ -70,7 +70,6 @@ def draft(
     Example: shortllm draft Qwen/Qwen3-0.6B --retrain distill
     """
     import shortllm
-    from shortllm.drafting.prepare import default_directory
 
     options = own.by_criterion()
     if other := options.keys() - {own.criterion}:
@@ -82,8 +81,11 @@ def draft(
     for source in drafting.prompts:
         require_at_hand(source, role="calibration", option="--prompts")
     drafting = _with_stages(drafting, own)
+    if own.out is not None:
+        require_run_directory(own.out)
+    from shortllm.drafting.prepare import default_directory
+
     directory = own.out or default_directory(model)
-    require_run_directory(directory)
     found = shortllm.draft(
         model,
         drafting=drafting,
