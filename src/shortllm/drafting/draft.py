@@ -407,10 +407,11 @@ def _recovered(run: Run, written: Written, found: Drafting, size: DraftSize) -> 
             found = _kept(run, found, measured=plain, recovered=[])
         return found
     shortened = opened_within(run.directory, PLAIN)
-    text = write_training_texts(
-        run.checkpoint, run.training_prompts, options.write or TRAINING_TEXTS, options, session,
-        run.tokenizer, run.directory,
-    )  # fmt: skip
+    with stage("write texts to train with"):
+        text = write_training_texts(
+            run.checkpoint, run.training_prompts, options.write or TRAINING_TEXTS, options,
+            session, run.tokenizer, run.directory,
+        )  # fmt: skip
     if options.healing is not None:
         with stage("heal"):
             heal_from(

@@ -62,8 +62,8 @@ class Run:
     @property
     def stages(self) -> int:
         """How many there are."""
-        wanted = (self.options.recovers, self.options.healing, self.options.retraining)
-        return 6 + sum(map(bool, wanted))
+        ways = sum(map(bool, (self.options.healing, self.options.retraining)))
+        return 6 + (2 + ways if ways else 0)
 
     @property
     def model(self) -> Any:
