@@ -45,7 +45,7 @@ def gain_plot(found: Drafting) -> LinePlot:
     lines = [
         Line(name="predicted", points=_points(found.sizes, lambda one: one.predicted)),
         Line(
-            name="by the formula of Leviathan et al.",
+            name="by the formula",
             points=_points(found.sizes, lambda one: one.ideal),
             style=DASHED,
         ),
@@ -68,6 +68,7 @@ def gain_plot(found: Drafting) -> LinePlot:
         lines=lines,
         x_label=f"blocks removed, of {found.model.blocks}",
         y_label="speed with the draft, times that without",
+        listed_by_end=True,
         name="the gain",
     )
 
@@ -146,8 +147,8 @@ def _gains(found: Drafting) -> list[Part]:
     )
     caption = (
         "How many times as fast text is written with the draft, at the best number of drafted "
-        "tokens. The formula takes one forward of the intact model for a step; here a step takes "
-        f"{verifying} besides drafting, in tokens of the intact model. Measured on other texts "
+        "tokens. The formula (Leviathan et al.) takes one forward of the intact model for a step; "
+        f"here it takes {verifying} besides drafting, in tokens of the intact model. Measured on other texts "
         "than predicted on."
     )
     note = (
