@@ -148,8 +148,8 @@ def _gains(found: Drafting) -> list[Part]:
     caption = (
         "How many times as fast text is written with the draft, at the best number of drafted "
         "tokens. The formula (Leviathan et al.) takes one forward of the intact model for a step; "
-        f"here it takes {verifying} besides drafting, in tokens of the intact model. Measured on other texts "
-        "than predicted on."
+        f"here it takes {verifying} besides drafting, in tokens of the intact model. Measured on "
+        "other texts than predicted on."
     )
     note = (
         "Cost: time of a drafted token, in tokens of the intact model alone, which takes "
