@@ -253,7 +253,24 @@ def benchmark(*names: str, fingerprints: tuple[str, ...] = ()) -> Benchmark:
         for batch in (1, 4)
         for place, name in enumerate(names)
     ]  # fmt: skip
-    return of(Benchmark, models=models, measurements=measurements, device="cpu")
+    drafts = [{key: one[key] for key in ("name", "model")} for one in models[1:2] or models]
+    texts = [
+        {
+            "draft": drafts[0]["name"], "prompts": kind, "source": "built-in", "template": template,
+            "draft_tokens": 4, "new_tokens": 32, "texts": 2, "alone_s": [0.016, 0.018],
+            "drafted_s": [0.012, 0.013], "alone_tokens_per_s": 58.8, "drafted_tokens_per_s": 80.0,
+            "speedup": 1.36, "steps": 20, "drafted": 76, "accepted": 44, "tokens_per_step": 3.2,
+            "tokens_per_step_stderr": 0.2, "near_ties": 1,
+        }
+        for kind, template in (("text", None), ("chat", "chat"))
+    ]  # fmt: skip
+    drafted = {
+        "drafts": drafts,
+        "measurements": texts,
+        "temperature": 0.0,
+        "fingerprint": "cd" * 32,
+    }
+    return of(Benchmark, models=models, measurements=measurements, drafted=drafted, device="cpu")
 
 
 # ---- run directories

@@ -125,11 +125,19 @@ def convert(directory: Path, out: Path) -> Path:
     return out
 
 
-def serve(path: Path) -> Any:
-    """A llama.cpp server in this process."""
+def serve(path: Path, draft: Path | None = None, draft_tokens: int = 0) -> Any:
+    """A llama.cpp server in this process, with a draft if there is one."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
+    if draft is not None:
+        params.speculative.types = [
+            xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE
+        ]
+        params.speculative.draft.mparams.path = str(draft)
+        params.speculative.draft.n_max = draft_tokens
+        params.speculative.draft.n_gpu_layers = 0
+        params.speculative.draft.cpuparams.n_threads = 2
     params.model.path = str(path)
     params.n_ctx = POSITIONS
     params.n_parallel = 1
@@ -154,10 +162,17 @@ def logprobs(path: Path, prompts: list[list[int]], top: int = 100) -> list[dict[
 
 def generate(path: Path, prompts: list[str], tokens: int = 20) -> list[str]:
     """What llama.cpp writes after each prompt, greedily."""
-    server = serve(path)
+    return [text for text, _ in drafted(path, None, prompts, tokens)]
+
+
+def drafted(
+    path: Path, draft: Path | None, prompts: list[str], tokens: int, draft_tokens: int = 0
+) -> list[tuple[str, dict[str, Any]]]:
+    """What llama.cpp writes after each prompt, greedily and with a draft, and its timings."""
+    server = serve(path, draft, draft_tokens)
     asked = {"n_predict": tokens, "temperature": 0}
     answers = [server.handle_completions({**asked, "prompt": prompt}) for prompt in prompts]
-    return [answer["choices"][0]["text"] for answer in answers]
+    return [(answer["choices"][0]["text"], answer["timings"]) for answer in answers]
 
 
 def tokenize(path: Path, texts: list[str]) -> list[list[int]]:

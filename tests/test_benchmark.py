@@ -287,7 +287,7 @@ def test_an_attention_implementation_is_taken_by_the_model(short: Path) -> None:
     options = QUICK.model_copy(update={"attention": "eager", "runs": 1})
     found = shortllm.bench([str(short)], options=options, device="cpu")
     assert found.attention == "eager"
-    loaded = benchmark._load(shortllm.open_checkpoint(short), "eager", Session(device="cpu"))
+    loaded = benchmark.load_on_cpu(shortllm.open_checkpoint(short), "eager", Session(device="cpu"))
     assert loaded.config._attn_implementation == "eager"
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortllm.benchmark.bench import benchmark_fingerprint, check_speed, measure_speed
-from shortllm.benchmark.options import Benchmark, BenchmarkOptions
+from shortllm.benchmark.drafted import DraftRuns, check_drafts, measure_drafts
+from shortllm.benchmark.options import Benchmark, BenchmarkOptions, DraftedOptions
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource
 from shortllm.checkpoint.source import Checkpoint
@@ -25,7 +26,7 @@ from shortllm.evaluation.evaluate import (
 )
 from shortllm.evaluation.options import Evaluation, EvaluationOptions
 from shortllm.evaluation.texts import Texts, measure_perplexity
-from shortllm.files import hold, releasing, require_writable
+from shortllm.files import hold, releasing, require_same_choices, require_writable
 from shortllm.model import Session
 from shortllm.options import OneOrMore
 from shortllm.reporting.measurements import write_benchmark
@@ -89,37 +90,57 @@ def best_of(
     return min(candidates, key=lambda name: nll[candidates[name].fingerprint])
 
 
-@accepts(options=BenchmarkOptions, runtime=DeviceOptions)
+@accepts(options=BenchmarkOptions, drafted=DraftedOptions, runtime=DeviceOptions)
 def bench(
     models: OneOrMore[ModelSource],
     *,
     options: BenchmarkOptions,
+    drafted: DraftedOptions,
     runtime: DeviceOptions,
+    draft: OneOrMore[ModelSource] | None = None,
     out: Path | None = None,
 ) -> Benchmark:
     """Latency, throughput and memory of one or more models, measured in interleaved runs.
 
+    With a draft, the first model also writes text alone and with the draft's help. At temperature 0
+    both must be the same, but for near ties.
+
     Args:
         models: checkpoint directories, Hub ids or loaded models: one or several.
         options: what to measure; its fields can be given as keywords.
+        drafted: how a draft is measured; its fields can be given as keywords.
         runtime: where to compute; its fields can be given as keywords.
+        draft: shorter models with the same tokens that draft for the first model: one or several.
         out: a directory for bench.json, bench.csv and the plots; a run directory will do. An
             interrupted sweep is resumed there.
     Returns:
-        A measurement for each model, batch and length; speed-ups are against the first model.
+        A measurement for each model, batch and length; speed-ups are against the first model. With
+        a draft, `drafted` has a measurement for each draft, number of drafted tokens and kind of
+        prompts.
     Raises:
-        ShortLLMError: something cannot be measured here; before any model is loaded.
+        ShortLLMError: something cannot be measured here, before any model is loaded; or the text
+            with a draft is not that without it.
     """
     if not models:
         raise ShortLLMError("no model to measure. Give one or more")
+    if not draft and drafted.model_fields_set:
+        names = ", ".join(f"--{one.replace('_', '-')}" for one in sorted(drafted.model_fields_set))
+        raise ShortLLMError(f"{names} has no effect without --draft. Give one, or leave it out")
     session = Session(runtime)
     checkpoints = open_checkpoints(models)
     if out is not None:
         require_writable(out)
     check_speed(checkpoints, options, session)
-    if out is None:
-        return measure_speed(checkpoints, options, session=session)
-    return bench_in(out, checkpoints, options, session)
+    drafts = None
+    if draft:
+        first = next(iter(checkpoints.values()))
+        drafts = check_drafts(first, open_checkpoints(draft), options, drafted)
+    if out is not None:
+        return bench_in(out, checkpoints, options, session, drafts)
+    found = measure_speed(checkpoints, options, session=session)
+    if drafts is not None:
+        found = found.model_copy(update={"drafted": measure_drafts(drafts, session)})
+    return found
 
 
 @releasing()
@@ -128,12 +149,27 @@ def bench_in(
     checkpoints: Mapping[str, Checkpoint],
     options: BenchmarkOptions,
     session: Session,
+    drafts: DraftRuns | None = None,
 ) -> Benchmark:
     """bench.json with its table and plots, unless they are up to date."""
-    expected = benchmark_fingerprint(checkpoints, options, session)
-    found = finished(Benchmark, directory / "bench.json", expected)
+    path, expected = directory / "bench.json", benchmark_fingerprint(checkpoints, options, session)
+    found = finished(Benchmark, path, expected)
+    if found is not None and (drafts is None or _is_current(found, drafts, path, session)):
+        return found
+    hold(directory)
     if found is None:
-        hold(directory)
         found = measure_speed(checkpoints, options, session=session, directory=directory)
-        write_benchmark(directory, found)
+    if drafts is not None:
+        found = found.model_copy(update={"drafted": measure_drafts(drafts, session)})
+    write_benchmark(directory, found)
     return found
+
+
+def _is_current(found: Benchmark, drafts: DraftRuns, path: Path, session: Session) -> bool:
+    """Whether the drafts were measured already; an earlier measurement of others is refused."""
+    if found.drafted is None:
+        return False
+    current = found.drafted.fingerprint == drafts.fingerprint(session)
+    if not current:
+        require_same_choices(path, {}, {})
+    return current

@@ -73,14 +73,18 @@ def check_speed(
     check_attention(options.attention, session.device)
     prompts = {name: prompt_ids(one, options.prompt) for name, one in checkpoints.items()}
     for name, checkpoint in checkpoints.items():
-        room, prompt = context_length(checkpoint.config), len(prompts[name])
-        longest = max(options.new_tokens)
-        if room is not None and prompt + longest > room:
-            raise DataError(
-                f"{prompt} tokens of the prompt and {longest} new ones exceed the {room} positions "
-                f"of {checkpoint.id}. Give --new-tokens {room - prompt} or less"
-            )
+        require_room(checkpoint, len(prompts[name]), options)
     return prompts
+
+
+def require_room(checkpoint: Checkpoint, prompt: int, options: BenchmarkOptions) -> None:
+    """Refuse texts that are longer, with a prompt of some tokens, than the model can have."""
+    room, longest = context_length(checkpoint.config), max(options.new_tokens)
+    if room is not None and prompt + longest > room:
+        raise DataError(
+            f"{prompt} tokens of the prompt and {longest} new ones exceed the {room} positions "
+            f"of {checkpoint.id}. Give --new-tokens {room - prompt} or less"
+        )
 
 
 def measure_speed(
@@ -97,7 +101,7 @@ def measure_speed(
     prompts = check_speed(checkpoints, options, session)
     candidates, models = [], []
     for name, checkpoint in checkpoints.items():
-        model = _load(checkpoint, options.attention, session)
+        model = load_on_cpu(checkpoint, options.attention, session)
         candidates.append(Candidate(name=name, model=model, prompt_T=prompts[name]))
         models.append(
             BenchmarkedModel(
@@ -184,7 +188,7 @@ def prompt_ids(checkpoint: Checkpoint, prompt: str) -> Tensor:
     return torch.tensor(ids)
 
 
-def _load(checkpoint: Checkpoint, attention: str | None, session: Session) -> Any:
+def load_on_cpu(checkpoint: Checkpoint, attention: str | None, session: Session) -> Any:
     """The model in main memory, from where it is moved to the device for its runs."""
     model: Any = load_model(checkpoint, device=CPU, dtype=session.dtype(checkpoint))
     if attention is not None:

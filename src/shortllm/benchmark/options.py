@@ -56,6 +56,27 @@ class BenchmarkOptions(Options):
         return self
 
 
+class DraftedOptions(Options):
+    """How text with a draft is measured."""
+
+    panel: ClassVar[str] = "With a draft"
+
+    draft_tokens: Annotated[list[Count], Flag(metavar="4,8")] = Field(
+        default=[4], min_length=1, description="Tokens that the draft proposes in each step."
+    )
+    prompts: Annotated[list[str], Flag(repeated=True, metavar="DATA")] = Field(
+        default_factory=list,
+        description="What is written with a draft: texts are continued, conversations answered; "
+        "can be repeated. Default: built-in texts and requests.",
+    )
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        description="Sampling with a draft; at 0 each token is the likeliest one, and the text "
+        "must be the same as without the draft.",
+    )
+
+
 UNFINISHED_BENCHMARK = f"bench{PARTIAL}"
 """File in which the finished cells of a sweep are kept until bench.json is written."""
 
@@ -146,6 +167,107 @@ class BenchmarkedModel(Record):
         return sum(self.model.parameters_per_block) + self.head_parameters
 
 
+class DraftedMeasurement(Record):
+    """One draft on prompts of one kind; each run writes one text alone and with the draft."""
+
+    draft: str = Field(description="name of one of the drafts")
+    prompts: Literal["text", "chat"] = Field(description="texts to continue, or requests to answer")
+    source: str = Field(description="of the prompts")
+    template: Literal["alpaca", "chat"] | None = Field(
+        default=None, description="how requests are formatted; chat: by the model's own template"
+    )
+    draft_tokens: int = Field(description="tokens that the draft proposes in each step")
+    new_tokens: int = Field(description="tokens of each text; an answer may end before")
+    texts: int = Field(description="different prompts, which take turns")
+    alone_s: list[Annotated[float, Field(gt=0)]] = Field(
+        description="seconds per token of each run without the draft, in order"
+    )
+    drafted_s: list[Annotated[float, Field(gt=0)]] = Field(
+        description="seconds per token of the same runs with it"
+    )
+    alone_tokens_per_s: float
+    drafted_tokens_per_s: float
+    speedup: float = Field(description="alone_s over drafted_s: the median over the runs")
+    steps: int = Field(description="forwards of the intact model in all runs")
+    drafted: int = Field(description="tokens that the draft proposed in all runs")
+    accepted: int = Field(description="those of them that were kept")
+    tokens_per_step: float = Field(
+        description="accepted ones, and one of the intact model: the mean over the texts"
+    )
+    tokens_per_step_stderr: float | None = Field(
+        default=None, description="standard error of that mean; null for one text"
+    )
+    near_ties: int = Field(
+        default=0,
+        description="texts that differ with the draft, from a place where the likeliest tokens are "
+        "equal up to rounding",
+    )
+
+    @property
+    def acceptance(self) -> float:
+        """Part of the drafted tokens that was kept."""
+        return self.accepted / max(self.drafted, 1)
+
+
+DRAFTED_COLUMNS = (
+    "draft", "blocks", "parameters", "prompts", "source", "draft_tokens", "new_tokens", "texts",
+    "alone_tokens_per_s", "drafted_tokens_per_s", "speedup", "tokens_per_step",
+    "tokens_per_step_stderr", "acceptance", "near_ties",
+)  # fmt: skip
+"""Of bench-drafts.csv."""
+
+
+class DraftModel(Record):
+    """Which model the name of a draft stands for."""
+
+    name: str
+    model: ModelInfo
+
+
+class Drafted(Record):
+    """Text of the first model alone and with the help of drafts, in turn."""
+
+    drafts: list[DraftModel]
+    measurements: list[DraftedMeasurement] = Field(
+        min_length=1, description="by prompts, new tokens, draft and drafted tokens"
+    )
+    temperature: float = Field(description="0: each token is the likeliest one")
+    fingerprint: str = Field(description="sha256 of the inputs that made this part")
+
+    @model_validator(mode="after")
+    def _is_of_its_drafts(self) -> Self:
+        names = {one.name for one in self.drafts}
+        for one in self.measurements:
+            if one.draft not in names:
+                raise ValueError(f"a measurement is of '{one.draft}', which is none of the drafts")
+        return self
+
+    @property
+    def best(self) -> DraftedMeasurement:
+        """The one with the highest speed-up."""
+        return max(self.measurements, key=lambda one: one.speedup)
+
+    def __str__(self) -> str:
+        """'with draft short, 4 tokens at a time, 0.8 times as fast: slower'."""
+        one = self.best
+        slower = "" if one.speedup > 1 else ": slower"
+        return (
+            f"with draft {one.draft}, {one.draft_tokens} tokens at a time, "
+            f"{number(one.speedup, 3)} times as fast{slower}"
+        )
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Each measurement with the columns of bench-drafts.csv."""
+        models = {one.name: one.model for one in self.drafts}
+        for one in self.measurements:
+            values = {
+                **models[one.draft].model_dump(include={"blocks", "parameters"}),
+                **one.model_dump(),
+                "acceptance": one.acceptance,
+            }
+            yield {name: values[name] for name in DRAFTED_COLUMNS}
+
+
 class Benchmark(Shown, ResultFile):
     """bench.json: speed and memory of models that were measured in turn."""
 
@@ -167,6 +289,9 @@ class Benchmark(Shown, ResultFile):
         default=None, description="of the machine over the minute before the measuring began"
     )
     versions: dict[str, str] = Field(default_factory=dict)
+    drafted: Drafted | None = Field(
+        default=None, description="text of the first model with drafts; null: not measured"
+    )
 
     @model_validator(mode="after")
     def _is_of_its_models(self) -> Self:
@@ -186,11 +311,10 @@ class Benchmark(Shown, ResultFile):
     def is_about(self, models: Mapping[str, str]) -> bool:
         """Whether it measured these models, by the fingerprint under each name; the first one is
         'original', and other names are left out."""
-        names = ["original", *(one.name for one in self.models[1:])]
-        return all(
-            models.get(name) in (None, one.model.fingerprint)
-            for name, one in zip(names, self.models, strict=True)
-        )
+        named = [("original", self.models[0].model)]
+        named += [(one.name, one.model) for one in self.models[1:]]
+        named += [(one.name, one.model) for one in (self.drafted.drafts if self.drafted else [])]
+        return all(models.get(name) in (None, one.fingerprint) for name, one in named)
 
     def find(self, model: str, batch: int, new_tokens: int) -> Measurement | None:
         """The measurement of a model in one cell of the sweep."""
@@ -218,7 +342,8 @@ class Benchmark(Shown, ResultFile):
             if one is not None and (gain := self.speedup(one)) is not None
         ] or [f"{number(first.tokens_per_s, 3)} tokens/s"]
         cell = f"batch {first.batch}, {first.new_tokens} new tokens"
-        return f"{names} on {self.device_name}: {', '.join(gains)} ({cell})"
+        drafted = f"; {self.drafted}" if self.drafted else ""
+        return f"{names} on {self.device_name}: {', '.join(gains)} ({cell}){drafted}"
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Each measurement with the columns of bench.csv; what was not measured is None."""

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shortllm.benchmark.options import BENCHMARK_PRESETS, BenchmarkOptions
+from shortllm.benchmark.options import BENCHMARK_PRESETS, BenchmarkOptions, DraftedOptions
 from shortllm.cli import early
 from shortllm.cli.flags import Json, Revision, flags
 from shortllm.cli.output import answered, print_benchmark, print_evaluation, print_table
@@ -64,11 +64,20 @@ def evaluate(
             typer.echo(f"\n[{model.name}] {text}")
 
 
-@flags(options=BenchmarkOptions, runtime=DeviceOptions)
+@flags(options=BenchmarkOptions, drafted=DraftedOptions, runtime=DeviceOptions)
 def bench(
     models: Models,
     options: BenchmarkOptions,
+    drafted: DraftedOptions,
     runtime: DeviceOptions,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A shorter model that drafts for the first model, whose text is then measured "
+            "alone and with it; can be repeated.",
+        ),
+    ] = None,
     preset: Annotated[
         Literal["paper"] | None,
         typer.Option(help="A published sweep. paper: batch 1 to 256, 128 and 512 new tokens."),
@@ -82,9 +91,11 @@ def bench(
     """Measure latency, throughput and memory of models, in interleaved runs.
 
     Speed-ups are against the first model. With --out, run the same command again to resume an
-    interrupted sweep.
+    interrupted sweep. With --draft, greedy text with the draft must be that of the model alone.
 
     Example: shortllm bench Qwen/Qwen3-0.6B qwen3-short --batch 1,16
+
+    Example: shortllm bench Qwen/Qwen3-0.6B --draft qwen3-short --draft-tokens 2,4
     """
     import shortllm
 
@@ -93,7 +104,9 @@ def bench(
         options = BenchmarkOptions(**{**BENCHMARK_PRESETS[preset], **given})
     if out is not None:
         early.check_directory(out)
-    measured = shortllm.bench(models, options=options, runtime=runtime, out=out)
+    measured = shortllm.bench(
+        models, options=options, drafted=drafted, runtime=runtime, draft=draft, out=out
+    )
     if answered(measured, in_json=json):
         return
     print_benchmark(measured)

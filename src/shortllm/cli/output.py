@@ -84,13 +84,17 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def print_benchmark(found: Benchmark) -> None:
     """The device, then a row per model, batch and length."""
-    from shortllm.reporting.measurements import benchmark_table
+    from shortllm.reporting.measurements import benchmark_table, drafted_note, drafted_table
 
     typer.echo(
         f"{found.device_name}, {'compiled, ' if found.compiled else ''}"
         f"{found.warmup} warm-up and {found.runs} measured runs of each model, in turn"
     )
     print_table(*benchmark_table(found).plain())
+    if found.drafted:
+        typer.echo("")
+        print_table(*drafted_table(found.drafted).plain())
+        typer.echo(drafted_note(found.drafted))
 
 
 def command_line() -> list[str]:

@@ -54,7 +54,7 @@ def sampled(
     device = model.device
     cuda = [device] if device.type == "cuda" else []
     stops = sorted(ends) or model.generation_config.eos_token_id  # without ends, none is sampled
-    with torch.random.fork_rng(devices=cuda), quiet_transformers(), _plain_sampling(model):
+    with torch.random.fork_rng(devices=cuda), quiet_transformers(), plain_rules(model):
         torch.manual_seed(seed)
         written = model.generate(
             input_ids=torch.tensor(rows, device=device),
@@ -77,12 +77,13 @@ def sampled(
 
 
 @contextmanager
-def _plain_sampling(model: Any) -> Iterator[None]:
-    """Without the rules of generation_config.json, such as a repetition penalty."""
+def plain_rules(model: Any, **rules: Any) -> Iterator[None]:
+    """Generate by these rules, and not by those of generation_config.json, such as a repetition
+    penalty."""
     from transformers import GenerationConfig
 
     own = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig(**rules)
     try:
         yield
     finally:

@@ -3,17 +3,27 @@
 Evaluation ─► evaluation_table  a row per model
            ─► task_table        a row per task
 Benchmark  ─► benchmark_table   a row per model, batch size and length
-           ─► write_benchmark   bench.csv, bench-*.svg and bench.json in a directory
+           ─► drafted_table     a row per draft, kind of prompts and number of drafted tokens
+           ─► write_benchmark   bench*.csv, bench-*.svg and bench.json in a directory
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from shortllm.benchmark.options import COLUMNS, UNFINISHED_BENCHMARK, Benchmark, Measurement
+from shortllm.benchmark.options import (
+    COLUMNS,
+    DRAFTED_COLUMNS,
+    UNFINISHED_BENCHMARK,
+    Benchmark,
+    Drafted,
+    DraftedMeasurement,
+    Measurement,
+)
 from shortllm.evaluation.options import FEW_SEGMENTS, EvaluatedModel, Evaluation, Perplexity
 from shortllm.files import write_text
 from shortllm.format import (
@@ -37,6 +47,8 @@ from shortllm.reporting.parts import Cell, Column, Paragraph, Part, Row, Section
 from shortllm.reporting.plots import standalone
 from shortllm.reporting.protocol import perplexity_source
 from shortllm.run_directory import PRUNED
+
+DRAFTED_CSV = "bench-drafts.csv"
 
 LOG_SPREAD = 10.0
 """Highest over lowest point from which the speed axis is logarithmic."""
@@ -241,6 +253,65 @@ def speed_section(found: Benchmark) -> Section:
     return Section("speed", "Speed and memory", [*plots, table, note])
 
 
+def drafted_section(found: Benchmark | None) -> Section | None:
+    """Text of the first model with drafts; None where none was measured."""
+    if found is None or found.drafted is None:
+        return None
+    note = Paragraph(drafted_note(found.drafted))
+    return Section("drafts", "Speed with a draft", [drafted_table(found.drafted), note])
+
+
+def drafted_note(found: Drafted) -> str:
+    """How text with a draft was measured, and whether it was the same as without."""
+    templates = {one.template for one in found.measurements}
+    texts = sum(one.texts for one in found.measurements)
+    ties = sum(one.near_ties for one in found.measurements)
+    if found.temperature:
+        said = f"The text is sampled with temperature {found.temperature:g}."
+    elif ties:
+        said = (
+            f"{counted(ties, 'near tie')}: {ties} of {texts} texts differ with the draft, from a "
+            "place where the likeliest tokens are equal up to rounding; the others are the same."
+        )
+    else:
+        said = "The text is the same as without the draft, token by token."
+    alpaca = " Requests are in the format of Alpaca: there is no chat template."
+    slower = " No draft makes it faster." if found.best.speedup <= 1 else ""
+    return (
+        f"{said} The speed-up is the median over neighbouring runs. Tokens per step are those that "
+        "the intact model adds in one forward; the part accepted is that of the drafted tokens."
+        f"{alpaca if 'alpaca' in templates else ''}{slower}"
+    )
+
+
+def drafted_table(found: Drafted) -> Table:
+    """A row per draft, kind of prompts, length, and number of drafted tokens."""
+    blocks = {one.name: one.model.blocks for one in found.drafts}
+    columns: list[Column[DraftedMeasurement]] = [
+        ("draft", lambda one: one.draft),
+        ("blocks", lambda one: str(blocks[one.draft])),
+        ("prompts", lambda one: Cell(one.prompts, one.source)),
+        ("new tokens", lambda one: f"{one.new_tokens:,}"),
+        ("drafted", lambda one: str(one.draft_tokens)),
+        ("alone [tokens/s]", lambda one: number(one.alone_tokens_per_s)),
+        ("with it", lambda one: Cell(number(one.drafted_tokens_per_s), look="after")),
+        ("speed-up", _drafted_speedup),
+        ("tokens per step", _tokens_per_step),
+        ("accepted", lambda one: percent(one.acceptance)),
+        ("near ties", lambda one: str(one.near_ties)),
+    ]
+    return parts.table_of(found.measurements, columns)
+
+
+def _drafted_speedup(one: DraftedMeasurement) -> Cell:
+    return Cell(fixed(one.speedup), "slower" if one.speedup < 1 else "", look="after")
+
+
+def _tokens_per_step(one: DraftedMeasurement) -> Cell:
+    error = one.tokens_per_step_stderr
+    return Cell(fixed(one.tokens_per_step), "" if error is None else f"± {number(error, 2)}")
+
+
 def _speed_note(found: Benchmark) -> str:
     setup = [
         found.device_name,
@@ -413,16 +484,24 @@ def all_plots(found: Benchmark) -> dict[str, LinePlot]:
 
 def benchmark_csv(found: Benchmark) -> str:
     """One row per measurement; what was not measured is empty."""
+    return _csv(COLUMNS, found.rows())
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found.rows())
+    writer.writerows(rows)
     return text.getvalue()
 
 
 def write_benchmark(directory: Path, found: Benchmark) -> None:
-    """bench.csv, a file per plot, and last bench.json, which marks the rest as complete."""
+    """The tables, a file per plot, and last bench.json, which marks the rest as complete."""
     write_text(directory / "bench.csv", benchmark_csv(found))
+    if found.drafted:
+        write_text(directory / DRAFTED_CSV, _csv(DRAFTED_COLUMNS, found.drafted.rows()))
+    else:
+        (directory / DRAFTED_CSV).unlink(missing_ok=True)
     plots = all_plots(found)
     for name, plot in plots.items():
         write_text(directory / f"bench-{name}.svg", standalone(plot.figure().svg))

@@ -74,6 +74,7 @@ def sections_of(results: RunResults) -> list[Section]:
         measurements.tasks_section(results),
         probe_section(results),
         measurements.speed_section(results.benchmark) if results.benchmark else None,
+        measurements.drafted_section(results.benchmark),
         measurements.published_section(results),
         measurements.samples_section(results),
         protocol.run_protocol(results),

@@ -26,6 +26,7 @@ from shortllm.reporting.measurements import (
     all_plots,
     benchmark_table,
     compared_row,
+    drafted_table,
     errors_note,
     evaluation_table,
     perplexity_plot,
@@ -153,7 +154,7 @@ def _(found: Benchmark) -> Mapping[str, Plot]:
 
 @tables_of.register
 def _(found: Benchmark) -> Sequence[Part]:
-    return [benchmark_table(found)]
+    return [benchmark_table(found), *([drafted_table(found.drafted)] if found.drafted else [])]
 
 
 @plots_of.register
