@@ -184,8 +184,8 @@ def test_every_function_that_takes_a_model_takes_a_loaded_one() -> None:
                     found.add(name)
                     assert "ModelSource" in str(one.annotation), name
     assert found == {
-        "bench", "compare_criteria", "compare_units", "drop_sublayers", "evaluate", "export",
-        "export_lint", "heal", "info", "load", "load_adapter", "merge", "open_checkpoint",
+        "bench", "compare_criteria", "compare_units", "draft_of", "drop_sublayers", "evaluate",
+        "export", "export_lint", "heal", "info", "load", "load_adapter", "merge", "open_checkpoint",
         "prune", "quantize", "retrain", "run", "score", "shorten", "width",
     }  # fmt: skip
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shortllm.comparison.options import Comparison as Comparison
     from shortllm.comparison.width_vs_depth import compare_units as compare_units
     from shortllm.data.options import CalibrationOptions as CalibrationOptions
+    from shortllm.drafting.shared import draft_of as draft_of
     from shortllm.errors import ShortLLMError as ShortLLMError
     from shortllm.evaluation.evaluate import evaluate as evaluate
     from shortllm.evaluation.options import Evaluation as Evaluation
@@ -78,6 +79,7 @@ _NAMES = {
     "comparison.options": ("Comparison",),
     "comparison.width_vs_depth": ("compare_units",),
     "data.options": ("CalibrationOptions",),
+    "drafting.shared": ("draft_of",),
     "errors": ("ShortLLMError",),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.options": ("Evaluation", "EvaluationOptions"),

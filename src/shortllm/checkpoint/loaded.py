@@ -11,7 +11,9 @@ since. The directory is deleted with the model, or when Python ends.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -26,6 +28,7 @@ from typing import Any
 
 from shortllm.calls import described
 from shortllm.checkpoint.config import block_count
+from shortllm.checkpoint.tensors import write_json
 from shortllm.errors import CheckpointError, ShortLLMError, first_line_of
 from shortllm.files import require_writable, translate_os_errors
 from shortllm.runtime import is_trusted, quiet_transformers
@@ -120,6 +123,36 @@ def refuse(given: Any) -> TypeError:
     return TypeError(f"a model is {kinds}, not {described(given)}" + (f"; {how}" if how else ""))
 
 
+def require_in_memory(name: str, model: Any) -> None:
+    """Refuse a loaded model some of whose weights are elsewhere."""
+    for key, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{name} has weights that are not in memory ('{key}' is offloaded, or was never "
+                "loaded). Give the directory or Hub id that it was loaded from"
+            )
+
+
+def refuse_adapters(name: str, model: Any) -> None:
+    """Refuse a loaded model with adapters that transformers added."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            f"{name} has adapters. Merge them into it first: open it as a peft.PeftModel, and give "
+            "model.merge_and_unload()"
+        )
+
+
+def save_configs(name: str, directory: Path) -> None:
+    """Write what the files of a loaded model say besides its weights."""
+    model = model_called(name)
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    with _saving(name):
+        config.save_pretrained(directory)
+        generation = json.loads(model.generation_config.to_json_string())
+    write_json(directory / "generation_config.json", generation)
+
+
 def _has(given: Any, name: str) -> bool:
     return getattr(given, name, None) is not None
 
@@ -140,12 +173,8 @@ def _content(name: str, model: Any) -> str:
     digest = hashlib.sha256(
         repr((model.config, getattr(model, "generation_config", None))).encode()
     )
+    require_in_memory(name, model)
     for key, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise CheckpointError(
-                f"{name} has weights that are not in memory ('{key}' is offloaded, or was never "
-                "loaded). Give the directory or Hub id that it was loaded from"
-            )
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -153,11 +182,7 @@ def _content(name: str, model: Any) -> str:
 
 def _saved(name: str, model: Any) -> Path:
     """A new temporary directory with the model; saving changes nothing of it."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise CheckpointError(
-            f"{name} has adapters. Merge them into it first: open it as a peft.PeftModel, and give "
-            "model.merge_and_unload()"
-        )
+    refuse_adapters(name, model)
     place = Path(tempfile.gettempdir())
     require_writable(place, model.get_memory_footprint(), hint=ELSEWHERE)
     before = {key: getattr(model.config, key, None) for key in ("architectures", "dtype")}

@@ -133,7 +133,7 @@ def prune_gguf(
             f"shortllm score {model} --out DIR, then shortllm plan DIR. Or name the blocks with "
             "--blocks"
         )
-    shorten_gguf(file, plan.removed, out, **origin, **_chosen_by(plan.criterion))
+    shorten_gguf(file, plan.removed, out, **origin, **chosen_by(plan.criterion))
     return out
 
 
@@ -186,7 +186,7 @@ def write_pruned(
                 "removed": removed,
             },
             config=config,
-            provenance=provenance_of(checkpoint, removed, **_chosen_by(criterion)),
+            provenance=provenance_of(checkpoint, removed, **chosen_by(criterion)),
             bytes=sum(entry.bytes for entry in entries.values()),
             write=copying(entries, max_shard_bytes=max_shard_bytes),
             verify=_verifying(checkpoint, removed, target, session),
@@ -209,7 +209,7 @@ def write_pruned(
     return derive(Pruning, target, checkpoint, draft, expected=expected, choices=choices)
 
 
-def _chosen_by(criterion: str | None) -> dict[str, str | None]:
+def chosen_by(criterion: str | None) -> dict[str, str | None]:
     """What the provenance says of the criterion, which may be one that is not registered here."""
     return {"criterion": criterion, "paper": cited(criteria.find(criterion))}
 

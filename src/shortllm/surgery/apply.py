@@ -55,12 +55,17 @@ says of each block what a period says of all."""
 
 
 def check_removal(
-    checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool = False
+    checkpoint: Checkpoint, kept: Sequence[int], *, drop_heads: bool = False, stored: bool = True
 ) -> dict[str, Any]:
-    """The shortened config.json, after the rules and the structural guard; nothing is written."""
+    """The shortened config.json, after the rules and the structural guard; nothing is written.
+
+    Args:
+        stored: whether the tensors are those of files, so that some may be missing.
+    """
     refuse_type(checkpoint.config)
     followed = follow_removal(checkpoint, kept, drop_heads=drop_heads)
-    require_complete(checkpoint)
+    if stored:
+        require_complete(checkpoint)
     heads = checkpoint.block_names.heads
     shortened = shorten_config(
         followed.config, checkpoint.config, kept, heads=heads, drop_heads=drop_heads

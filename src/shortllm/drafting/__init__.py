@@ -1,0 +1,1 @@
+"""Speculative decoding: a shortened model drafts what the intact one then accepts or corrects."""
