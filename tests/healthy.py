@@ -24,6 +24,7 @@ from shortllm.evaluation.options import Evaluation
 from shortllm.healing.options import Healing
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.planning import build_plan
+from shortllm.pruning.quality_target import QualityTarget
 from shortllm.pruning.records import TARGET_FILE, BlockScores, PrunePlan, Target
 from shortllm.quantizing.options import Quantization
 from shortllm.records import DerivedRecord, ModelInfo, Record, ResultFile
@@ -199,6 +200,7 @@ def records() -> dict[type[ResultFile], list[ResultFile]]:
         Benchmark: [benchmark()],
         Quantization: [of(Quantization, options=QUANTIZE_OPTIONS)],
         Target: [of(Target, model=model, asked={"target_speedup": 1.3}, remove=1)],
+        QualityTarget: [of(QualityTarget, asked={"max_ppl_increase": "5%"})],
     }
     return {kind: own.get(kind) or [of(kind)] for kind in kinds_of(ResultFile)}
 

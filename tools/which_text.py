@@ -95,7 +95,7 @@ def compared(asked: argparse.Namespace) -> dict[str, Any]:
 
 def probed(probe: Probe | None) -> dict[str, list[float | None]]:
     """The share of all exercises of the probe that are written, and how open answers repeat."""
-    assert probe is not None, "it was asked for"
+    assert probe is not None, "the probe was requested"
     solved = Share.of([int(o) == 1 for one in probe.capabilities for o in one.written.outcomes])
     again = probe.answers.repeated if probe.answers else []
     return {

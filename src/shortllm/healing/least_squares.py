@@ -41,7 +41,10 @@ from torch import Tensor
 from shortllm.runtime import Ranks
 
 COLUMNS = 512
-"""About how many columns of R choose the ridge, and how many are solved at once."""
+"""About how many columns of R choose the ridge."""
+
+TOGETHER = 128
+"""Columns of R that are solved at once, or of XᵀX that are added to."""
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 """Ridge strengths to choose from, relative to the mean square of `X` summed over tokens."""
@@ -268,8 +271,8 @@ def solve(
         return solved_ID
 
     width = sums.cross_ID.shape[1]
-    starts = [0] if diagonal else range(0, width, COLUMNS)
-    parts = [slice(start, width if diagonal else start + COLUMNS) for start in starts]
+    starts = [0] if diagonal else range(0, width, TOGETHER)
+    parts = [slice(start, width if diagonal else start + TOGETHER) for start in starts]
     a = _gain(sums, inverse, parts)
     change_ID = torch.empty_like(sums.cross_ID)
     for part in parts:
@@ -312,8 +315,8 @@ def _add_product(total: Tensor, one_NI: Tensor, other_NJ: Tensor) -> None:
     if one_NI.dtype == total.dtype:
         total.addmm_(one_NI.T, other_NJ)
         return
-    for start in range(0, len(total), COLUMNS):
-        rows = slice(start, start + COLUMNS)
+    for start in range(0, len(total), TOGETHER):
+        rows = slice(start, start + TOGETHER)
         total[rows] += one_NI[:, rows].T @ other_NJ
 
 

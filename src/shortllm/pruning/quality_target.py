@@ -15,10 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shortllm.errors import TargetMissedError
-from shortllm.evaluation.quality import Requirement, option_of
+from shortllm.evaluation.quality import QualityTargets, Requirement, option_of
 from shortllm.format import counted
 from shortllm.pruning.budget import Budget, free_units
 from shortllm.records import ModelInfo, Record, ResultFile
@@ -111,6 +111,13 @@ class QualityTarget(ResultFile):
     )
     tried: list[SizeTried] = Field(default_factory=list, description="in the order of trying")
     remove: int | None = Field(default=None, description="blocks to remove; null: none yet")
+
+    @field_validator("asked")
+    @classmethod
+    def _are_targets(cls, asked: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in asked if name not in QualityTargets.model_fields]:
+            raise ValueError(f"'{unknown[0]}' is no target of quality")
+        return asked
 
     def find(self, remove: int, *, bypassed: bool) -> SizeTried | None:
         """What was measured without this many blocks."""
