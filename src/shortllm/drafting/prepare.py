@@ -129,6 +129,7 @@ def prepare(
 
 
 def budget_of(options: DraftOptions, remove: int) -> Budget:
+    """A number of blocks, with the blocks that the options protect."""
     ends = options.model_dump(include={"protect_first", "protect_last", "period_aligned"})
     return Budget.model_validate({"remove": remove, **ends})
 
