@@ -116,7 +116,7 @@ class QualityTarget(ResultFile):
     @classmethod
     def _are_targets(cls, asked: dict[str, str]) -> dict[str, str]:
         if unknown := [name for name in asked if name not in QualityTargets.model_fields]:
-            raise ValueError(f"'{unknown[0]}' is no target of quality")
+            raise ValueError(f"'{unknown[0]}' is not a target of quality")
         return asked
 
     def find(self, remove: int, *, bypassed: bool) -> SizeTried | None:
