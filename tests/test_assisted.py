@@ -16,12 +16,14 @@ import torch
 from families import build, saved, shortened
 from test_cli import call
 from torch import Tensor
+from transformers import MambaConfig
 
 import shortllm
 from shortllm.benchmark import drafted as drafted_runs
 from shortllm.benchmark.assisted import (
     AssistedText,
     Difference,
+    check_assisted,
     first_difference,
     generate_assisted,
     generate_plain,
@@ -167,10 +169,21 @@ def test_what_the_library_cannot_do_is_refused() -> None:
     with pytest.raises(ShortLLMError, match="sliding window of 5 tokens of the draft"):
         generate_assisted(windowed, draft, PROMPT, 4, draft_tokens=2)
     assert generate_assisted(windowed, draft, PROMPT[:2], 3, draft_tokens=2).kept == [3]
-    model: Any = build("llama")
-    model._is_stateful = True
-    with pytest.raises(ShortLLMError, match="its cache is a state"):
-        generate_assisted(model, model, PROMPT, 4, draft_tokens=2)
+    with pytest.raises(ShortLLMError, match="cannot help MambaForCausalLM: its cache is a state"):
+        check_assisted(MambaConfig(), MambaConfig(), 4)
+    check_assisted(build("llama").config, draft.config, 5)
+
+
+def test_what_the_library_cannot_do_is_refused_before_speed_is_measured(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise ShortLLMError("a window is too small")
+
+    monkeypatch.setattr(drafted_runs, "check_assisted", refuse)
+    monkeypatch.setattr("shortllm.measure.measure_speed", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(ShortLLMError, match="a window is too small"):
+        shortllm.bench("embedded", draft=str(short), **QUICK)
 
 
 # ---- bench --draft
@@ -381,12 +394,22 @@ def test_lines_name_files_of_llama_cpp_and_a_config_of_vllm() -> None:
     assert json.loads(words[4]) == {
         "model": "runs/my draft", "num_speculative_tokens": 5, "method": "draft_model"
     }  # fmt: skip
-    convert, again, serve = map(shlex.split, lines["llama.cpp"].splitlines())
-    assert convert == ["python", "convert_hf_to_gguf.py", "owner/big", "--outfile", "big.gguf"]
+    load, convert, again, serve = map(shlex.split, lines["llama.cpp"].splitlines())
+    assert load == ["hf", "download", "owner/big", "--local-dir", "big"]
+    assert convert == ["python", "convert_hf_to_gguf.py", "big", "--outfile", "big.gguf"]
     assert again[-1] == "my draft.gguf"
     assert serve[:5] == ["llama-server", "--model", "big.gguf", "--model-draft", "my draft.gguf"]
     lines = draft_lines("a/b.gguf", "c", 2)
     assert "from_pretrained('a', gguf_file='b.gguf')" in lines["transformers"]
+    assert "do_sample=False" in lines["transformers"]
+    alike = draft_lines("owner/draft", "draft", 2)["llama.cpp"].splitlines()[-1]
+    assert "--model draft.gguf --model-draft short-draft.gguf" in alike
+
+
+def test_the_sampling_lines_run(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = draft_lines("embedded", str(short), 4, temperature=0.7)["transformers"]
+    exec(lines, {})
+    assert "Once upon a time" in capsys.readouterr().out
 
 
 @pytest.mark.shared

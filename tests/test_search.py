@@ -20,7 +20,7 @@ from test_scoring import TORCHRUN, call, equal_scores
 from torch import Tensor
 
 import shortllm
-from shortllm import journal
+from shortllm import criteria, journal
 from shortllm.comparison.criteria import prepare_question
 from shortllm.comparison.options import ComparisonOptions
 from shortllm.criteria import Scores, resolve
@@ -413,6 +413,7 @@ def test_whole_periods_go_together(name: str) -> None:
         ("evolve", {"temperature": 0.5}, "temperature has no effect without evolve.fitness=accept"),
         ("greedy", {"temperature": 0}, "temperature has no effect without greedy.inner=acceptance"),
         ("local", {"items": 5}, "local.items has no effect without local.fitness=task"),
+        ("greedy", {"inner": "acceptance", "temperature": -1}, "greedy.temperature -1.0 must be"),
         ("acceptance", {"temperature": -1}, "acceptance.temperature -1.0 must be 0 or more"),
         ("greedy", {"inner": "local"}, "greedy.inner cannot be 'local'"),
         ("local", {"period_aligned": "perhaps"}, "'perhaps' is not of type bool"),
@@ -423,6 +424,24 @@ def test_impossible_options_are_refused_before_work(
 ) -> None:
     with pytest.raises(CriterionError, match=message):
         resolve(name, options)
+
+
+def test_options_of_a_new_criterion_change_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = dict(criteria._REGISTRY._entries)
+    monkeypatch.setattr(criteria._REGISTRY, "_entries", entries)
+
+    @criteria.criterion("mine", needs="logits", paper="a test")
+    def mine(
+        logits_NV: Tensor, intact_NV: Tensor, target_N: Tensor, *, seed: int = 0,
+        temperature: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A new one."""
+        return target_N
+
+    assert resolve("mine").options == {"seed": 0, "temperature": None}
+    assert resolve("evolve", {"seed": 3}).options["seed"] == 3
+    accepted = resolve("greedy", {"inner": "acceptance", "temperature": 0.5})
+    assert accepted.scored_by().options == {"temperature": 0.5}
 
 
 def test_what_the_model_or_the_text_cannot_give_is_refused() -> None:

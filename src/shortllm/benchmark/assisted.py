@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
+from shortllm.checkpoint.structure import auto_class
 from shortllm.data.generated import plain_rules
 from shortllm.errors import ShortLLMError
 from shortllm.runtime import quiet_transformers
@@ -95,7 +96,7 @@ def generate_assisted(
     Args:
         temperature: sampling from the whole distribution; 0 takes the likeliest token.
     """
-    check_assisted(model, draft, len(prompt_T) + new_tokens)
+    check_assisted(model.config, draft.config, len(prompt_T) + new_tokens)
     counts, read = _Counts(), list[int]()
     rules = {
         "num_assistant_tokens": draft_tokens,
@@ -119,22 +120,25 @@ def generate_assisted(
     return AssistedText(ids=ids, kept=counts.kept, drafted=drafted, seconds=seconds)
 
 
-def check_assisted(model: Any, draft: Any, tokens: int) -> None:
+def check_assisted(config: Any, draft_config: Any, tokens: int) -> None:
     """Refuse what the library cannot do with a draft, for text of this length with its prompt."""
     from transformers import DynamicCache
 
-    if getattr(model, "_is_stateful", False):
+    kind = auto_class(config)
+    if hasattr(kind, "_model_mapping"):
+        kind = kind._model_mapping.get(type(config), None)
+    if getattr(kind, "_is_stateful", False):
         raise ShortLLMError(
-            f"a draft cannot help {type(model).__name__}: its cache is a state, from which tokens "
+            f"a draft cannot help {kind.__name__}: its cache is a state, from which tokens "
             "that were not accepted cannot be taken back. Measure it without a draft"
         )
-    layers = DynamicCache(config=draft.config.get_text_config(decoder=True)).layers
+    layers = DynamicCache(config=draft_config.get_text_config(decoder=True)).layers
     windows = [layer.sliding_window for layer in layers if layer.is_sliding]
     if windows and tokens > min(windows):
         raise ShortLLMError(  # of transformers 5.17: with a draft, their masks get a wrong size
             f"{tokens} tokens, prompt and new ones, exceed the sliding window of {min(windows)} "
-            f"tokens of the draft, beyond which transformers cannot use one. Write {min(windows)} "
-            "tokens or fewer"
+            f"tokens of the draft, beyond which transformers cannot use one. Give a smaller "
+            "--new-tokens, or shorter prompts"
         )
 
 

@@ -94,6 +94,8 @@ def check_drafts(
     longest = max(len(one.ids) for kind in prompts for one in kind.prompts)
     for one in (checkpoint, *drafts.values()):
         require_room(one, longest, options)
+    for draft in drafts.values():
+        check_assisted(checkpoint.config, draft.config, longest + max(options.new_tokens))
     if any(kind.template == "alpaca" for kind in prompts):
         log.info("%s has no chat template: requests are in the format of Alpaca", checkpoint.id)
     return DraftRuns(
@@ -169,9 +171,6 @@ def _all_kinds(
         for kind in asked.prompts
         for new_tokens in dict.fromkeys(options.new_tokens)
     ]
-    longest = max(len(one.ids) for kind in asked.prompts for one in kind.prompts)
-    for writer in writers:
-        check_assisted(model, writer.live, longest + max(options.new_tokens))
     runs = len(cells) * (options.warmup + options.runs) * (1 + len(writers))
     with progress("measuring with drafts", runs) as advance:
         for kind, new_tokens in cells:

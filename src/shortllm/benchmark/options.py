@@ -66,8 +66,8 @@ class DraftedOptions(Options):
     )
     prompts: Annotated[list[str], Flag(repeated=True, metavar="DATA")] = Field(
         default_factory=list,
-        description="What is written with a draft: texts are continued, conversations answered; "
-        "can be repeated. Default: built-in texts and requests.",
+        description="Data whose texts are continued and conversations answered with a draft; can "
+        "be repeated. Default: built-in ones. --prompt is that of the other measurements.",
     )
     temperature: float = Field(
         default=0.0,

@@ -70,8 +70,8 @@ WITHOUT_TEXT: frozenset[Needs] = frozenset({"nothing", "weights", "choices"})
 OBSERVED: frozenset[Needs] = frozenset({"streams", "last token", "similarities"})
 """Needs that are met by observing the streams of any pass over the blocks."""
 
-MEASURING: frozenset[Needs] = frozenset({"logits", "choices"})
-"""Needs of criteria that measure shortened models, of any blocks removed."""
+OF_MEASURES = {"temperature": "acceptance", "tasks": "task", "items": "task"}
+"""Options that criteria which remove blocks have for the one that they measure models by."""
 
 PLACE = "place in the removal order (1 = removed first)"
 """Label of criteria whose importance is a place; plots and tables show places."""
@@ -150,6 +150,11 @@ class Criterion:
     def needs_text(self) -> bool:
         """Whether it looks at calibration text."""
         return self.scored_by().needs not in WITHOUT_TEXT
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares predictions with those of the intact model; likelihoods do not."""
+        return self.needs == "logits" and not self.in_nats
 
     @property
     def healing(self) -> str | None:
@@ -291,8 +296,8 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
     if found.removes_blocks:
         _leave_out_unused(found, chosen, options or {})
     resolved = replace(found, options=chosen)
-    if chosen.get("temperature", 0) < 0:
-        raise CriterionError(f"{name}.temperature {chosen['temperature']} must be 0 or more")
+    if (temperature := chosen.get("temperature")) is not None and temperature < 0:
+        raise CriterionError(f"{name}.temperature {temperature} must be 0 or more")
     if resolved.items is not None and resolved.items[1] < 1:
         raise CriterionError(f"{name}.items {resolved.items[1]} must be 1 or more")
     inner = resolved.scored_by()
@@ -332,15 +337,14 @@ def names_in(text: str) -> list[str]:
 def _leave_out_unused(found: Criterion, chosen: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Delete the options of criteria by which one that removes blocks does not measure models."""
     by = "inner" if found.needs == "removals" else "fitness"
-    for one in _REGISTRY:
-        if one.needs not in MEASURING or one.name == chosen.get(by):
+    for option, owner in OF_MEASURES.items():
+        if option not in chosen or chosen.get(by) in (None, owner):
             continue
-        for option in chosen.keys() & one.defaults.keys():
-            if option in given:
-                raise CriterionError(
-                    f"{found.name}.{option} has no effect without {found.name}.{by}={one.name}"
-                )
-            del chosen[option]
+        if option in given:
+            raise CriterionError(
+                f"{found.name}.{option} has no effect without {found.name}.{by}={owner}"
+            )
+        del chosen[option]
 
 
 def _check_search(name: str, options: Mapping[str, Any]) -> None:

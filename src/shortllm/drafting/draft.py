@@ -136,7 +136,7 @@ def _stages(run: Run) -> Drafting:
     """All stages in order."""
     with stage("write"):
         longest = max(len(one.ids) for one in run.prompts)
-        check_assisted(run.model, run.model, longest + run.options.new_tokens)
+        check_assisted(run.model.config, run.model.config, longest + run.options.new_tokens)
         written = write_texts(
             run.checkpoint, run.prompts, run.options, run.session, run.tokenizer, run.directory,
             source="; ".join(run.asked),

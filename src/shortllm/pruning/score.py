@@ -256,6 +256,8 @@ def scores_fingerprint(
             "calibration": calibration.info.tokens_fingerprint,
             **computed,
         }
+    if criterion.needs == "removals" and criterion.scored_by().compares:
+        inputs["compared_with"] = "intact"  # not with what the round before left
     if criterion.items is not None:
         from shortllm.evaluation.choices import load_items
 

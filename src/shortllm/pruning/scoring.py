@@ -470,9 +470,8 @@ def removals_of(
 def compared_with(
     resolved: Sequence[Criterion], removals: Sequence[frozenset[int]]
 ) -> list[frozenset[int]]:
-    """The intact model, if a criterion compares predictions with its and it is not the first
-    model; likelihoods are compared with nothing."""
-    compares = any(one.needs == "logits" and not one.in_nats for one in resolved)
+    """The intact model, if a criterion compares predictions with its and it is not the first."""
+    compares = any(one.compares for one in resolved)
     return [frozenset()] if removals[0] and compares else []
 
 
