@@ -147,9 +147,10 @@ def test_measured_rows_are_kept_apart_from_scored_rows(tmp_path: Path) -> None:
     assert one.intact.rows == (20, 40) and one.intact.split == "held-out"
 
 
-def test_the_defaults_are_every_criterion_but_random_searches_and_those_by_questions() -> None:
+def test_the_defaults_are_the_criteria_of_any_model() -> None:
+    """Without random, searches, and those for drafts or by questions."""
     others = criteria.names_by_need("sets", "choices")
-    assert sorted([*criteria.compared(), "random", *others]) == criteria.names()
+    assert sorted([*criteria.compared(), "acceptance", "random", *others]) == criteria.names()
 
 
 def test_without_text_to_score_on_all_rows_are_measured(tmp_path: Path) -> None:

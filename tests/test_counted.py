@@ -33,7 +33,7 @@ from shortllm.pruning.scoring import Scorer, weighted
 from shortllm.pruning.search_space import score_all
 from shortllm.runtime import Runtime
 
-ONE_PASS = ["ppl", "kl", "taylor", "influence", "relative", "angular", "lorp"]
+ONE_PASS = ["ppl", "kl", "acceptance", "taylor", "influence", "relative", "angular", "lorp"]
 IDS_BT = families.token_ids(4, 12)
 
 
@@ -69,7 +69,7 @@ def test_only_what_counts_is_measured() -> None:
     model = families.loaded("llama")
     found = found_by(ONE_PASS, late(IDS_BT, 6))
     plain = found_by(ONE_PASS, None)
-    decoder, nll, divergence = Decoder(model), [], []
+    decoder, nll, divergence, overlap = Decoder(model), [], [], []
     with torch.no_grad():
         intact = model(input_ids=IDS_BT).logits[:, 5:-1].log_softmax(-1)
         for b in range(decoder.block_count):
@@ -77,9 +77,11 @@ def test_only_what_counts_is_measured() -> None:
                 own = model(input_ids=IDS_BT).logits[:, 5:-1].log_softmax(-1)
             nll.append(-own.gather(-1, IDS_BT[:, 6:, None]).mean().item())
             divergence.append((intact.exp() * (intact - own)).sum(-1).mean().item())
+            overlap.append(torch.minimum(intact, own).exp().sum(-1).mean().item())
         streams = model(input_ids=IDS_BT, output_hidden_states=True).hidden_states
     assert found["ppl"].importance == pytest.approx(np.exp(nll).tolist(), rel=1e-5)
     assert found["kl"].importance == pytest.approx(divergence, rel=1e-4)
+    assert found["acceptance"].importance == pytest.approx([1 - one for one in overlap], abs=1e-5)
     before = [1 - cosine(a[:, 6:], b[:, 6:]).mean().item() for a, b in pairwise(streams[:-1])]
     assert found["influence"].importance[:-1] == pytest.approx(before, rel=1e-4)
     for name in ONE_PASS:
