@@ -216,9 +216,8 @@ def _asked(checkpoint: Checkpoint, options: DraftOptions) -> Asked:
             )
     choosing = [prompt for prompts in firsts for prompt in prompts[::2]]
     held_out = [prompt for prompts in firsts for prompt in prompts[1::2]]
-    turns = zip_longest(*([*one.prompts[: options.texts : 2], *one.prompts[options.texts :]]
-                          for one in found))  # fmt: skip
-    others = [prompt for turn in turns for prompt in turn if prompt is not None]
+    own = [[*one.prompts[: options.texts : 2], *one.prompts[options.texts :]] for one in found]
+    others = [prompt for turn in zip_longest(*own) for prompt in turn if prompt is not None]
     further = list(islice(cycle(others), options.further_texts))
     room = context_length(checkpoint.config) or math.inf
     longest = max(len(one.ids) for one in (*choosing, *held_out, *further))
