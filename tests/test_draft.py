@@ -356,7 +356,7 @@ def test_texts_stay_where_a_criterion_reads_none_and_no_model_is_loaded_again(
     def loaded(*given: Any, **named: Any) -> None:
         raise AssertionError("the model is not needed")
 
-    monkeypatch.setattr("shortllm.model.load_model", loaded)
+    monkeypatch.setattr("shortllm.model.loading.load_model", loaded)
     assert shortllm.draft("embedded", out=tmp_path, criterion="magnitude", **tiny) == found
     with pytest.raises(AssertionError):
         shortllm.draft("embedded", out=tmp_path / "new", criterion="magnitude", **tiny)
