@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from shortllm.benchmark.assisted import generate_assisted, generate_plain
 from shortllm.data.calibration import calibration_of
 from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
 from shortllm.drafting.gain import expected_steps, ideal_tokens, speedup, through, tokens_per_step
-from shortllm.drafting.options import Drafting
-from shortllm.drafting.prepare import spread
+from shortllm.drafting.options import Drafting, DraftOptions
+from shortllm.drafting.prepare import prepare, spread
 from shortllm.drafting.shared import draft_of
-from shortllm.drafting.written import texts_of
+from shortllm.drafting.written import texts_of, write_training_texts
+from shortllm.files import releasing
+from shortllm.healing.options import HealOptions
 from shortllm.model.decoder import Decoder
 from shortllm.pruning.records import Pruning
+from shortllm.runtime import Runtime
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2"]
 UNLIMITED = ["llama", "mixtral", "gpt2", "gpt_neox"]
@@ -226,6 +230,17 @@ def test_what_is_up_to_date_is_skipped_and_stages_can_be_added(
     assert 0 < healed.after.acceptance <= 1
     assert len((drafted / "training.jsonl").read_text().splitlines()) == 24
     assert "healed" in (drafted / "draft.html").read_text()
+    without = shortllm.draft(
+        "embedded", out=drafted, texts=4, new_tokens=24, runs=1, draft_tokens=3, measured=2
+    )
+    assert without == found
+    recipe = json.loads((drafted / "run.json").read_text())["recipe"]
+    assert recipe["healing"]["method"] == "linear" and recipe["write"] == 24
+    with pytest.raises(shortllm.ShortLLMError, match=r"healing\.method: \"linear\""):
+        shortllm.draft(
+            "embedded", out=drafted, texts=4, new_tokens=24, runs=1, draft_tokens=3, measured=2,
+            heal="gain", write=24,
+        )  # fmt: skip
 
 
 def test_an_interrupted_draft_continues_with_the_next_stage(
@@ -242,6 +257,14 @@ def test_an_interrupted_draft_continues_with_the_next_stage(
         shortllm.draft("embedded", out=tmp_path, remove=2, **options)
     kept = Drafting.load(tmp_path / "draft.json")
     assert kept.costs is not None and kept.measured == []
+    assert "not finished" in str(kept) and "not finished" in repr(kept)
+    assert "not finished" in kept._repr_html_()
+    for ask in (
+        lambda: kept.best, lambda: kept.verdict, lambda: shortllm.report(tmp_path)
+    ):  # fmt: skip
+        with pytest.raises(shortllm.ShortLLMError, match="not finished: .* the same command again"):
+            ask()
+    assert not (tmp_path / "draft.html").exists()
     monkeypatch.setattr(module, "_costs", interrupted)  # not again
     monkeypatch.setattr(module, "_accepted", interrupted)
     found = shortllm.draft("embedded", out=tmp_path, remove=2, **options)
@@ -256,6 +279,18 @@ def test_mistakes_are_named_before_the_model_writes(
         (["--least", "0.7", "--most", "0.5"], "--least 0.7 is more than --most 0.5"),
         (["--least", "0.8", "--most", "0.9"], "no draft has 10 to 11 of 12 blocks removed"),
         (["--write", "4"], "--write has no effect without --heal or --retrain"),
+        (
+            ["--write", "4", "--retrain", "lora", "--set", "retraining.data=embedded:train"],
+            "--write has no effect as they read text of their own",
+        ),
+        (["--remove", "2", "--least", "0.2"], "--least has no effect with --remove 2"),
+        (["--remove", "2", "--most", "0.6"], "--most has no effect with --remove 2"),
+        (["--texts", "1"], "--texts"),
+        (
+            ["--heal", "linear", "--write", "2", "--new-tokens", "8"],
+            "80 tokens with their prompts, and 128 or more are needed to heal with. Give a higher "
+            "--write or --new-tokens",
+        ),
         (["--new-tokens", "9999"], "Give --new-tokens"),
         (["--criterion", "acceptanc"], "Did you mean 'acceptance'"),
         (["--option", "ppl.x=1"], "--option names criterion 'ppl', but --criterion is acceptance"),
@@ -272,8 +307,33 @@ def test_mistakes_are_named_before_the_model_writes(
 def test_other_choices_do_not_replace_a_draft(
     drafted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = call(capfd, "draft", "embedded", "--out", drafted, "--texts", "6")
-    assert code == 2 and "texts: 4, now 6" in err and "--overwrite" in err
+    before = (drafted / "draft.json").read_bytes()
+    for arguments, said in [
+        (["--texts", "6"], "texts: 4, now 6"),
+        (["--remove", "2"], "remove: null, now 2"),
+        (["--protect-first", "2"], "protect_first: null, now 2"),
+        (["--criterion", "magnitude"], 'criterion: "acceptance", now "magnitude"'),
+    ]:
+        code, _, err = call(
+            capfd, "draft", "embedded", "--out", drafted, *SMALL, *arguments
+        )  # the last one counts
+        assert code == 2 and said in err and "--overwrite" in err, (arguments, err)
+    assert (drafted / "draft.json").read_bytes() == before
+
+
+def test_a_draft_by_a_search_is_not_replaced_either(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {"texts": 2, "new_tokens": 8, "runs": 1, "draft_tokens": 2, "measured": 1}
+    searched = {"criterion": "span"}
+    shortllm.draft("embedded", out=tmp_path, remove=2, **searched, **tiny)
+    assert not (tmp_path / "scores.json").exists()
+    with pytest.raises(shortllm.ShortLLMError, match="new_tokens: 8, now 9"):
+        shortllm.draft("embedded", out=tmp_path, remove=2, **searched, **{**tiny, "new_tokens": 9})
+    other = tmp_path / "other"
+    shortllm.prune("embedded", blocks=[3], out=other)
+    with pytest.raises(shortllm.ShortLLMError, match="is a run of another model"):
+        shortllm.draft(other, out=tmp_path, remove=2, **searched, **tiny)
 
 
 def test_searches_make_a_plan_for_each_size(tmp_path: Path) -> None:
@@ -284,6 +344,135 @@ def test_searches_make_a_plan_for_each_size(tmp_path: Path) -> None:
     )  # fmt: skip
     assert [one.remove for one in found.sizes] == [1, 7]
     assert [path.name for path in sorted((tmp_path / "scores").iterdir())] == ["1", "7"]
+
+
+def test_texts_stay_where_a_criterion_reads_none_and_no_model_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {"texts": 2, "new_tokens": 8, "runs": 1, "draft_tokens": 2, "remove": 2}
+    found = shortllm.draft("embedded", out=tmp_path, criterion="magnitude", **tiny)
+    assert (tmp_path / "calibration.json").exists()
+
+    def loaded(*given: Any, **named: Any) -> None:
+        raise AssertionError("the model is not needed")
+
+    monkeypatch.setattr("shortllm.model.loading.load_model", loaded)
+    assert shortllm.draft("embedded", out=tmp_path, criterion="magnitude", **tiny) == found
+    with pytest.raises(AssertionError):
+        shortllm.draft("embedded", out=tmp_path / "new", criterion="magnitude", **tiny)
+
+
+def prepared(tmp_path: Path, criterion: str = "acceptance", **options: Any) -> Any:
+    """A draft of the embedded model before its first stage."""
+    given = {name: options.pop(name) for name in ["of_criterion"] if name in options}
+    drafting = DraftOptions(**{"remove": 2, "new_tokens": 8, **options})
+    with releasing():
+        return prepare("embedded", drafting, Runtime(), criterion, given.get("of_criterion", {}),
+                       tmp_path, None, [])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("criterion", "given", "temperature", "used"),
+    [
+        ("acceptance", {}, 0.0, 1.0),
+        ("acceptance", {}, 0.7, 0.7),
+        ("acceptance", {"temperature": 0.0}, 0.7, 0.0),
+        ("greedy", {"inner": "acceptance"}, 0.7, 0.7),
+        ("greedy", {"inner": "kl"}, 0.7, None),
+        ("local", {"fitness": "acceptance"}, 0.7, 0.7),
+        ("magnitude", {}, 0.7, None),
+    ],
+)
+def test_the_criterion_measures_at_the_temperature_of_the_draft(
+    tmp_path: Path, criterion: str, given: dict[str, Any], temperature: float, used: float | None
+) -> None:
+    run = prepared(tmp_path, criterion, of_criterion=given, temperature=temperature)
+    assert run.criterion.options.get("temperature") == used
+
+
+@pytest.fixture
+def two_kinds(tmp_path: Path) -> list[str]:
+    """Five texts and three conversations of different lengths."""
+    texts, talks = tmp_path / "texts.jsonl", tmp_path / "talks.jsonl"
+    words = "In the town of Nord lives a baker who sells bread and milk to the people. " * 9
+    rows = [{"text": f"{number} {words}"} for number in range(5)]
+    texts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rows = [
+        {"messages": [{"role": "user", "content": "Who sells bread? " * (number + 1)},
+                      {"role": "assistant", "content": "The baker."}]}
+        for number in range(3)
+    ]  # fmt: skip
+    talks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return [str(texts), str(talks)]
+
+
+def test_every_other_text_of_each_kind_is_to_measure_on(
+    tmp_path: Path, two_kinds: list[str]
+) -> None:
+    run = prepared(tmp_path / "a", prompts=two_kinds, texts=3, healing="linear", write=9)
+    asked = run.prompts
+    assert [bool(one.ends) for one in asked.choosing] == [False, False, True, True]
+    assert [bool(one.ends) for one in asked.held_out] == [False, True]
+    assert not any(one in asked.held_out for one in asked.further)
+    assert [bool(one.ends) for one in asked.further] == [False, True, False, True, False, False] + [
+        False, True, False,
+    ]  # fmt: skip
+    assert run.stages == 9
+    one = tmp_path / "one.jsonl"
+    one.write_text(Path(two_kinds[0]).read_text().splitlines()[0])
+    with pytest.raises(shortllm.ShortLLMError, match="has one prompt"):
+        prepared(tmp_path / "b", prompts=[two_kinds[1], str(one)])
+
+
+def test_further_texts_have_as_many_new_tokens_as_requested(
+    tmp_path: Path, two_kinds: list[str]
+) -> None:
+    run = prepared(tmp_path / "a", prompts=two_kinds, texts=3, healing="linear", write=9)
+    text = write_training_texts(
+        run.checkpoint, run.prompts.further, run.options, run.session, run.tokenizer, tmp_path
+    )
+    for prompt, one in zip(run.prompts.further, texts_of(text), strict=True):
+        assert one.prompt_T.tolist() == prompt.ids
+        assert len(one.ids) <= 8 and (prompt.ends or len(one.ids) == 8)
+
+
+def test_little_text_to_heal_with_makes_short_samples(tmp_path: Path) -> None:
+    tiny = {"texts": 2, "new_tokens": 8, "runs": 1, "draft_tokens": 2, "measured": 1}
+    found = shortllm.draft("embedded", out=tmp_path, remove=2, heal="linear", write=4, **tiny)
+    assert [one.name for one in found.recovered] == ["healed"]
+    healing = json.loads((tmp_path / "healed" / "heal.json").read_text())
+    assert healing["samples"] == 4 and healing["length"] == 40
+
+
+def test_texts_that_nothing_reads_are_not_written(tmp_path: Path) -> None:
+    tiny = {"texts": 2, "new_tokens": 8, "runs": 1, "draft_tokens": 2, "measured": 1}
+    text = {"data": "embedded:train", "samples": 4, "length": 32}
+    options = HealOptions(method="linear", calibration=text)
+    found = shortllm.draft("embedded", out=tmp_path, remove=2, healing=options, **tiny)
+    assert [one.name for one in found.recovered] == ["healed"]
+    assert not (tmp_path / "training.jsonl").exists()
+
+
+def test_other_options_of_a_criterion_are_not_taken_for_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shortllm.drafting import draft as module
+
+    found = []
+    monkeypatch.setattr(module, "_accepted", lambda run, written: found.append(run) or 1 / 0)
+    for temperature in (0.5, 0.9):
+        with pytest.raises(ZeroDivisionError):
+            shortllm.draft("embedded", out=tmp_path / str(temperature), remove=7, texts=2,
+                           new_tokens=8, options={"temperature": temperature})  # fmt: skip
+    one, other = found
+    for run in found:
+        run.plans = one.plans
+    texts = module.write_texts(one.checkpoint, one.prompts, one.options, one.session, one.tokenizer,
+                               one.directory)  # fmt: skip
+    assert module._known(one, texts).fingerprint != module._known(other, texts).fingerprint
+    again = module._known(one, texts).fingerprint
+    one.prompts = replace(one.prompts, words=["2 prompts (text) from elsewhere"])
+    assert module._known(one, texts).fingerprint != again
 
 
 @pytest.mark.slow
@@ -306,9 +495,11 @@ def test_a_draft_of_a_real_model_in_a_gguf_file(smollm_gguf: Path, tmp_path: Pat
     assert plain.tokens_per_step == pytest.approx(tokens, rel=1e-9) or plain.near_ties
     assert trained.name == "retrained" and found.recovered[0].before == size.held_out
     assert read_gguf(tmp_path / "draft.gguf").blocks == 24
+    written = (tmp_path / "draft.gguf").stat().st_mtime_ns
     again = shortllm.draft(
         smollm_gguf, out=tmp_path, remove=6, texts=2, new_tokens=24, draft_tokens=3, measured=1,
         runs=1, temperature=0.0, write=8,
         retraining=shortllm.RetrainOptions(method="distill", max_steps=2, batch=2, length=64),
     )  # fmt: skip
     assert again == found
+    assert (tmp_path / "draft.gguf").stat().st_mtime_ns == written

@@ -58,6 +58,9 @@ NOT_COMPARED = {
 ADDED = {"benchmark", "quantization", "retraining"}
 """Stages that can be added to a finished run: they leave its other results as they are."""
 
+RESULTS = ("plan.json", "comparison.json", "draft.json", PRUNED, "scores", "scores*.json", "text-*")
+"""Names in a directory, as patterns, of what took long."""
+
 Kind = TypeVar("Kind", bound=ResultFile)
 
 
@@ -75,10 +78,7 @@ def claim_directory(
     with results also of the same `recipe`, unless those may be replaced."""
     present = require_run_directory(directory)
     earlier = _run_model(directory) or {}
-    has_results = any(
-        any(map(path.match, ("plan.json", "comparison.json", PRUNED, "scores*.json", "text-*")))
-        for path in present
-    )
+    has_results = any(any(map(path.match, RESULTS)) for path in present)
     if has_results and earlier.get("fingerprint") != checkpoint.fingerprint:
         raise OutputError(
             f"{directory} is a run of another model ({earlier.get('id')}). Choose another "

@@ -39,7 +39,8 @@ class DraftFlags(CriterionOptions):
     )
     retrain: Annotated[str | None, Flag(metavar="METHOD")] = Field(
         default=None,
-        description=f"Train the draft: {', '.join(RETRAINING.names())}. Default: not at all.",
+        description=f"Train the draft as it was cut: {', '.join(RETRAINING.names())}. Default: not "
+        "at all.",
     )
     settings: Annotated[list[str], Flag(name="--set", metavar="FIELD=VALUE", repeated=True)] = (
         Field(

@@ -47,7 +47,24 @@ def sampled(
 ) -> list[list[int]]:
     """Each beginning with what the model writes after it, sampled from the whole distribution: up
     to `length` tokens or an end, which is kept; without ends, all of `length` tokens."""
-    longest, new_tokens = max(map(len, starts)), length - min(map(len, starts))
+    found = continued(
+        model, starts, new_tokens=length - min(map(len, starts)), seed=seed, ends=ends,
+        temperature=temperature,
+    )  # fmt: skip
+    return [ids[:length] for ids in found]
+
+
+def continued(
+    model: Any,
+    starts: Sequence[list[int]],
+    *,
+    new_tokens: int,
+    seed: int,
+    ends: Collection[int],
+    temperature: float = 1.0,
+) -> list[list[int]]:
+    """The same with up to `new_tokens` tokens after each beginning, or all without ends."""
+    longest = max(map(len, starts))
     pad = starts[0][0]
     rows = [[pad] * (longest - len(start)) + start for start in starts]
     masks = [[0] * (longest - len(start)) + [1] * len(start) for start in starts]
@@ -72,7 +89,7 @@ def sampled(
     for start, ids in zip(starts, written.tolist(), strict=True):
         text = ids[longest:]
         stop = next((n + 1 for n, one in enumerate(text) if one in ends), len(text))
-        found.append([*start, *text[:stop]][:length])
+        found.append([*start, *text[:stop]])
     return found
 
 

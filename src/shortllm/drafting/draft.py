@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from shortllm.benchmark.assisted import AssistedText, check_assisted, first_difference
+from shortllm.benchmark.assisted import AssistedText, first_difference
 from shortllm.benchmark.meters import meter_of
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
@@ -32,10 +32,9 @@ from shortllm.criteria import resolve
 from shortllm.data.calibration import Calibration, calibrate, calibration_of
 from shortllm.data.options import CalibrationOptions
 from shortllm.drafting.acceptance import accepted_from, accepted_without, summed_up
-from shortllm.drafting.gain import ideal_tokens, speedup, through
+from shortllm.drafting.gain import best_length, gain_of, predicted
 from shortllm.drafting.options import (
     PLAIN,
-    TRAINING_TEXTS,
     Accepted,
     DraftCosts,
     Drafting,
@@ -44,7 +43,15 @@ from shortllm.drafting.options import (
     MeasuredDraft,
     RecoveredDraft,
 )
-from shortllm.drafting.prepare import RETRAINED, Run, budget_of, prepare, spread
+from shortllm.drafting.prepare import (
+    FEWEST_SAMPLES,
+    RECOVERY,
+    RETRAINED,
+    Run,
+    budget_of,
+    prepare,
+    spread,
+)
 from shortllm.drafting.shared import draft_of
 from shortllm.drafting.timing import (
     TIMED_TEXTS,
@@ -73,7 +80,7 @@ from shortllm.pipeline import opened_within
 from shortllm.progress import numbered_stages, progress, stage
 from shortllm.pruning.planning import build_plan
 from shortllm.pruning.prune import prune_from, prune_gguf
-from shortllm.pruning.records import BlockScores, PrunePlan
+from shortllm.pruning.records import BlockScores, PrunePlan, Pruning
 from shortllm.pruning.score import score_in, text_to_heal_with
 from shortllm.pruning.size_search import plans_of
 from shortllm.records import load_current
@@ -135,12 +142,9 @@ def draft(
 def _stages(run: Run) -> Drafting:
     """All stages in order."""
     with stage("write"):
-        longest = max(len(one.ids) for one in run.prompts)
-        check_assisted(run.model.config, run.model.config, longest + run.options.new_tokens)
         written = write_texts(
-            run.checkpoint, run.prompts, run.options, run.session, run.tokenizer, run.directory,
-            source="; ".join(run.asked),
-        )  # fmt: skip
+            run.checkpoint, run.prompts, run.options, run.session, run.tokenizer, run.directory
+        )
     with stage("score"):
         run.plans = plans_of(run.sizes, partial(_plan, run, cache(partial(_scores, run, written))))
     found = _known(run, written)
@@ -150,7 +154,7 @@ def _stages(run: Run) -> Drafting:
     with stage("time"):
         if found.costs is None:
             costs = _costs(run, written)
-            sizes = [_predicted(one, costs) for one in found.sizes]
+            sizes = [predicted(one, costs) for one in found.sizes]
             found = _kept(run, found, costs=costs, sizes=sizes)
     assert found.costs is not None
     with stage("measure"):
@@ -165,12 +169,18 @@ def _stages(run: Run) -> Drafting:
             found = _kept(run, found, measured=_measured(run, written, found.costs, drafts))
     size = next(one for one in found.sizes if one.remove == found.best_plain.remove)
     with stage("prune"):
-        plan = run.plans[size.remove]
-        prune_from(run.checkpoint, plan, run.directory / PLAIN, session=run.session)
-        if is_gguf(named_revision(run.source, run.revision)[0]):
-            target = run.directory / f"{PLAIN}.gguf"
-            prune_gguf(run.source, plan, target, revision=run.revision)
+        _prune(run, run.plans[size.remove])
     return _recovered(run, written, found, size)
+
+
+def _prune(run: Run, plan: PrunePlan) -> None:
+    """Write the checkpoint, and of a GGUF file also one."""
+    prune_from(run.checkpoint, plan, run.directory / PLAIN, session=run.session)
+    if is_gguf(named_revision(run.source, run.revision)[0]):
+        target, record = run.directory / f"{PLAIN}.gguf", run.directory / PLAIN / Pruning.FILE
+        # it is written after the checkpoint
+        if not target.is_file() or target.stat().st_mtime_ns < record.stat().st_mtime_ns:
+            prune_gguf(run.source, plan, target, revision=run.revision)
 
 
 def _known(run: Run, written: Written) -> Drafting:
@@ -181,7 +191,9 @@ def _known(run: Run, written: Written) -> Drafting:
             "model": run.checkpoint.fingerprint,
             "texts": [one.info.tokens_fingerprint for one in written.parts],
             "plans": [plan.removed for plan in run.plans.values()],
-            "options": options.model_dump(mode="json", exclude={"healing", "retraining", "write"}),
+            "criterion": [run.criterion.name, run.criterion.options],
+            "prompts": run.prompts.words,
+            "options": options.model_dump(mode="json", exclude=RECOVERY),
             "dtype": run.session.dtype(run.checkpoint),
             "device": [device.type, meter_of(device).name, torch.get_num_threads()],
         }
@@ -190,8 +202,8 @@ def _known(run: Run, written: Written) -> Drafting:
         model=run.checkpoint.info(),
         criterion=run.criterion.name,
         temperature=options.temperature,
-        prompts=run.asked,
-        texts=len(run.prompts),
+        prompts=run.prompts.words,
+        texts=sum(len(part.ids) for part in written.parts),
         new_tokens=options.new_tokens,
         tokens=written.tokens,
         sizes=[],
@@ -216,10 +228,10 @@ def _scores(run: Run, written: Written, number: int | None) -> BlockScores:
     if number is not None:
         chosen = resolve(chosen.name, {**chosen.options, "remove": number})
         directory = directory / "scores" / str(number)
-    own = written.choosing if chosen.needs_text else None
     healing = text_to_heal_with(run.checkpoint, [chosen], CalibrationOptions())
+    # a criterion that reads no text leaves the texts of the directory as they are
     [scores] = score_in(
-        directory, run.checkpoint, [chosen], own, run.session, healing=healing
+        directory, run.checkpoint, [chosen], written.choosing, run.session, healing=healing
     ).values()
     return scores
 
@@ -267,35 +279,6 @@ def _costs(run: Run, written: Written) -> DraftCosts:
         return measure_costs(run.model, drafts, texts, lengths, run.options, advance)
 
 
-def _predicted(size: DraftSize, costs: DraftCosts) -> DraftSize:
-    """The size with the length that gains most, by the times and by what is accepted."""
-    cost = through({n: [c] for n, c in costs.drafting.items()})(size.remove)
-    length, predicted = best_length(size.chosen_on, cost, costs)
-    a = size.chosen_on.acceptance
-    lengths = range(1, len(size.chosen_on.tokens_per_step) + 1)
-    return size.model_copy(
-        update={
-            "cost": cost,
-            "draft_tokens": length,
-            "predicted": predicted,
-            "ideal": max(speedup(ideal_tokens(a, one), one, cost) for one in lengths),
-        }
-    )
-
-
-def best_length(accepted: Accepted, cost: float, costs: DraftCosts) -> tuple[int, float]:
-    """The number of tokens to draft at a time that gains most, and the gain."""
-    lengths = range(1, len(accepted.tokens_per_step) + 1)
-    gains = {length: gain_of(accepted, length, cost, costs) for length in lengths}
-    return max(gains.items(), key=lambda item: item[1])
-
-
-def gain_of(accepted: Accepted, length: int, cost: float, costs: DraftCosts) -> float:
-    """What a draft gains that costs so much, with a number of tokens at a time."""
-    verifying = through({n: [time] for n, time in costs.verifying.items()})
-    return speedup(accepted.tokens_per_step[length - 1], length, cost, verifying(length))
-
-
 def _measured(
     run: Run,
     written: Written,
@@ -325,10 +308,6 @@ def _measured(
                 predicted=size.predicted,
                 predicted_here=gain_of(size.held_out, size.draft_tokens, size.cost or 0.0, costs),
                 speedup=tokens / steps / step_time(helped_texts, plain),
-                speedups=[
-                    before.seconds / after.seconds
-                    for before, after in zip(plain, helped_texts, strict=True)
-                ],
                 tokens_per_s=tokens / sum(one.seconds for one in helped_texts),
                 alone_tokens_per_s=tokens / sum(one.seconds for one in plain),
                 tokens_per_step=tokens / steps,
@@ -357,15 +336,17 @@ def _near_ties(run: Run, texts: Sequence[Text], assisted: Sequence[AssistedText]
 def _measured_again(
     run: Run, written: Written, found: Drafting, size: DraftSize, names: Sequence[str]
 ) -> Drafting:
-    """What is accepted and gained after healing and training, unless it is known."""
+    """What is accepted and gained after healing and training, unless it is known; what an earlier
+    call healed or trained stays."""
+    known = {one.name: one.fingerprint for one in found.recovered}
     made = {name: opened_within(run.directory, name) for name in names}
-    if {name: one.fingerprint for name, one in made.items()} == {
-        one.name: one.fingerprint for one in found.recovered
-    }:
+    new = {name: one for name, one in made.items() if known.get(name) != one.fingerprint}
+    if not new:
         return found
     assert found.costs is not None and size.cost is not None
-    recovered, drafts = [], []
-    for name, checkpoint in made.items():
+    recovered = [one for one in found.recovered if one.name not in new]
+    drafts = []
+    for name, checkpoint in new.items():
         dtype = run.session.dtype(run.checkpoint)
         live = load_model(checkpoint, device=run.session.device, dtype=dtype)
         texts = accepted_from(run.model, live, written.held_out, run.options.temperature)
@@ -380,20 +361,22 @@ def _measured_again(
             update={"held_out": after, "draft_tokens": length, "predicted": predicted}
         )
         drafts.append((name, best, live))
-    plain = [one for one in found.measured if one.name == PLAIN]
-    measured = [*plain, *_measured(run, written, found.costs, drafts)]
+    before = [one for one in found.measured if one.name not in new]
+    measured = [*before, *_measured(run, written, found.costs, drafts)]
     return _kept(run, found, measured=measured, recovered=recovered)
 
 
-def _to_heal_with(run: Run, options: HealOptions, text: Calibration) -> Calibration:
-    """The text that is named, or that the intact model wrote, one document after the other."""
+def _to_heal_with(run: Run, options: HealOptions, text: Calibration | None) -> Calibration:
+    """The text that is named, or that the intact model wrote, one document after the other; of
+    little text shorter samples."""
     own = healing_text(options, run.checkpoint)
-    assert own.length is not None
-    if options.calibration.texts or options.calibration.file is not None:
+    if text is None:
         return calibrate(run.checkpoint, own)
+    assert own.length is not None
     ids = [one for text in texts_of(text) for one in (*text.prompt_T.tolist(), *text.ids)]
-    pieces = [ids[n : n + own.length] for n in range(0, len(ids) - own.length + 1, own.length)]
-    documents = [(piece, (0, own.length)) for piece in pieces[: own.samples]]
+    length = min(own.length, len(ids) // FEWEST_SAMPLES)
+    pieces = [ids[n : n + length] for n in range(0, len(ids) - length + 1, length)]
+    documents = [(piece, (0, length)) for piece in pieces[: own.samples]]
     return calibration_of(documents, source=TRAINING, fingerprint=text.info.fingerprint)
 
 
@@ -402,21 +385,21 @@ def _recovered(run: Run, written: Written, found: Drafting, size: DraftSize) -> 
     options, session = run.options, run.session
     made: list[str] = []
     if not options.recovers:
-        if found.recovered:  # by an earlier call
-            plain = [one for one in found.measured if one.name == PLAIN]
-            found = _kept(run, found, measured=plain, recovered=[])
         return found
-    shortened = opened_within(run.directory, PLAIN)
-    with stage("write texts to train with"):
-        text = write_training_texts(
-            run.checkpoint, run.training_prompts, options.write or TRAINING_TEXTS, options,
-            session, run.tokenizer, run.directory,
-        )  # fmt: skip
+    shortened, text = opened_within(run.directory, PLAIN), None
+    if options.further_texts:
+        with stage("write texts to train with"):
+            text = write_training_texts(
+                run.checkpoint, run.prompts.further, options, session, run.tokenizer, run.directory
+            )
     if options.healing is not None:
         with stage("heal"):
             heal_from(
                 shortened, run.checkpoint, options.healing, run.directory / HEALED,
-                calibration=_to_heal_with(run, options.healing, text), session=session,
+                calibration=_to_heal_with(
+                    run, options.healing, text if options.heals_on_written else None
+                ),
+                session=session,
             )  # fmt: skip
         made.append(HEALED)
     if options.retraining is not None:

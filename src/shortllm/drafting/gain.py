@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from shortllm.drafting.options import Accepted, DraftCosts, DraftSize
+
 
 def expected_steps(accepted: Sequence[float], length: int) -> float:
     """Steps in which a text is written, by the probability that the draft of each of its tokens is
@@ -61,3 +63,32 @@ def through(points: Mapping[int, Sequence[float]]) -> Callable[[float], float]:
         return low + (high - low) * (at - left) / (right - left)
 
     return height
+
+
+def predicted(size: DraftSize, costs: DraftCosts) -> DraftSize:
+    """The size with the length that gains most, by the times and by what is accepted."""
+    cost = through({n: [c] for n, c in costs.drafting.items()})(size.remove)
+    length, gain = best_length(size.chosen_on, cost, costs)
+    a = size.chosen_on.acceptance
+    lengths = range(1, len(size.chosen_on.tokens_per_step) + 1)
+    return size.model_copy(
+        update={
+            "cost": cost,
+            "draft_tokens": length,
+            "predicted": gain,
+            "ideal": max(speedup(ideal_tokens(a, one), one, cost) for one in lengths),
+        }
+    )
+
+
+def best_length(accepted: Accepted, cost: float, costs: DraftCosts) -> tuple[int, float]:
+    """The number of tokens to draft at a time that gains most, and the gain."""
+    lengths = range(1, len(accepted.tokens_per_step) + 1)
+    gains = {length: gain_of(accepted, length, cost, costs) for length in lengths}
+    return max(gains.items(), key=lambda item: item[1])
+
+
+def gain_of(accepted: Accepted, length: int, cost: float, costs: DraftCosts) -> float:
+    """What a draft gains that costs so much, with a number of tokens at a time."""
+    verifying = through({n: [time] for n, time in costs.verifying.items()})
+    return speedup(accepted.tokens_per_step[length - 1], length, cost, verifying(length))

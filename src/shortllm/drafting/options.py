@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from shortllm.errors import ResultFileError
 from shortllm.format import counted, fixed, plain
 from shortllm.healing.options import HealOptions
 from shortllm.healing.options import MethodName as HealMethod
@@ -32,6 +33,10 @@ TRAINING_TEXTS = 256
 """Texts that are written for healing and training, unless it is said how many."""
 
 
+UNFINISHED = "not finished: nothing was measured yet. Run the same command again"
+"""What is said of the record of an interrupted call."""
+
+
 class DraftOptions(Options):
     """How a draft is chosen: the text, the numbers of blocks, the lengths."""
 
@@ -45,7 +50,7 @@ class DraftOptions(Options):
     )
     texts: int = Field(
         default=8,
-        ge=1,
+        ge=2,
         description="Texts that it writes to prompts of each kind: every other one is to measure "
         "on, the others to choose by.",
     )
@@ -81,10 +86,12 @@ class DraftOptions(Options):
     seed: Annotated[int, Flag(hidden=True)] = Field(default=0, description="Seed of the sampling.")
     healing: Annotated[HealOptions | None, Nested(skip=True), HEAL] = Field(
         default=None,
-        description="How to heal the draft without training, on the text that was written.",
+        description="How to heal the draft without training, on the text that was written for it.",
     )
     retraining: Annotated[RetrainOptions | None, Nested(skip=True), RETRAIN] = Field(
-        default=None, description="How to train the draft, on the text that was written."
+        default=None,
+        description="How to train the draft as it was cut, not healed, on the text that was "
+        "written for it.",
     )
 
     @field_validator(
@@ -107,12 +114,35 @@ class DraftOptions(Options):
             raise ValueError(
                 f"--least {self.least:g} is more than --most {self.most:g}. Give a lower one"
             )
+        if self.remove is not None and (unused := {"least", "most"} & self.model_fields_set):
+            raise ValueError(
+                f"--{min(unused)} has no effect with --remove {self.remove}. Leave one out"
+            )
         return self
 
     @property
     def recovers(self) -> bool:
         """Whether the draft is healed or trained."""
         return self.healing is not None or self.retraining is not None
+
+    @property
+    def heals_on_written(self) -> bool:
+        """Whether the draft is healed on what the intact model writes for it."""
+        if self.healing is None:
+            return False
+        text = self.healing.calibration
+        return not text.texts and text.file is None
+
+    @property
+    def trains_on_written(self) -> bool:
+        """Whether the draft is trained on that."""
+        return self.retraining is not None and self.retraining.data is None
+
+    @property
+    def further_texts(self) -> int:
+        """How many texts the intact model writes for them."""
+        read = self.heals_on_written or self.trains_on_written
+        return (self.write or TRAINING_TEXTS) if read else 0
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -171,7 +201,6 @@ class MeasuredDraft(Record):
         description="tokens of a step over its median time, in units of the time that the model "
         "alone took for a token in the same turn"
     )
-    speedups: list[float] = Field(description="of each text, next to itself without the draft")
     tokens_per_s: float
     alone_tokens_per_s: float
     tokens_per_step: float
@@ -222,6 +251,8 @@ class Drafting(Shown, ResultFile):
     @property
     def best(self) -> MeasuredDraft:
         """The one with the highest measured gain."""
+        if not self.measured:
+            raise ResultFileError(f"the draft of {self.model.id} is {UNFINISHED}")
         return max(self.measured, key=lambda one: one.speedup)
 
     @property
@@ -250,7 +281,7 @@ class Drafting(Shown, ResultFile):
 
     def __str__(self) -> str:
         """'embedded: with 4 blocks removed and 3 tokens drafted at a time, text comes ...'."""
-        return f"{self.model.id}: {self.verdict}"
+        return f"{self.model.id}: {self.verdict if self.measured else UNFINISHED}"
 
     def to_dataframe(self) -> DataFrame:
         """A row for each number of blocks.

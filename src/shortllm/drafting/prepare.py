@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from shortllm import run_directory as rundir
+from shortllm.benchmark.assisted import check_assisted
 from shortllm.benchmark.prompts import load_prompts
 from shortllm.checkpoint.config import context_length
 from shortllm.checkpoint.source import Checkpoint, open_checkpoint
 from shortllm.checkpoint.tokenizer import load_tokenizer
 from shortllm.criteria import Criterion, resolve
 from shortllm.data.chat import Prompt
-from shortllm.drafting.options import TRAINING_TEXTS, DraftOptions
+from shortllm.drafting.options import DraftOptions
 from shortllm.errors import BudgetError, DataError, ShortLLMError
-from shortllm.files import require_free
+from shortllm.files import differs, require_free
 from shortllm.format import counted
 from shortllm.healing.heal import check_healable
 from shortllm.healing.options import Healing
@@ -33,10 +35,31 @@ from shortllm.runtime import Runtime
 RETRAINED = "retrained"
 """Directory of the draft that was trained, and its name."""
 
+RECOVERY = {"healing", "retraining", "write"}
+"""Options that can be added to a finished draft, and left out again."""
+
+FEWEST_SAMPLES = 4
+"""Samples to heal with: one of them is held out."""
+
+FEWEST_TOKENS = 32
+"""Tokens of such a sample."""
+
 
 def default_directory(model: str) -> Path:
     """`runs/<model>-draft`."""
     return Path("runs") / f"{rundir.short_name(model)}-draft"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the intact model writes to."""
+
+    words: list[str]
+    """The same in words, by kind."""
+    choosing: list[Prompt]
+    held_out: list[Prompt]
+    further: list[Prompt]
+    """One for each text to heal and train with: the kinds take turns."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,10 +75,7 @@ class Run:
     options: DraftOptions
     criterion: Criterion
     sizes: list[int]
-    asked: list[str]
-    """What the model writes to, in words."""
-    prompts: list[Prompt]
-    training_prompts: list[Prompt]
+    prompts: Asked
     tokenizer: Any
     plans: dict[int, PrunePlan] = field(default_factory=dict)
 
@@ -63,7 +83,7 @@ class Run:
     def stages(self) -> int:
         """How many there are."""
         ways = sum(map(bool, (self.options.healing, self.options.retraining)))
-        return 6 + (2 + ways if ways else 0)
+        return 6 + (ways + 1 if ways else 0) + bool(self.options.further_texts)
 
     @property
     def model(self) -> Any:
@@ -84,6 +104,7 @@ def prepare(
     """Read, check and resolve everything before the first heavy step, and write run.json."""
     directory, session = out or default_directory(model), Session(runtime)
     checkpoint = open_checkpoint(model, revision=rundir.pinned(model, revision, directory))
+    of_criterion = _at_temperature(criterion, of_criterion, options.temperature)
     info, chosen = checkpoint.info(), resolve(criterion, of_criterion)
     sizes = _sizes(options, info, searched=chosen.needs == "sets")
     amount = removal_options(chosen, budget_of(options, sizes[-1]), info)
@@ -94,24 +115,37 @@ def prepare(
             f"{checkpoint.id} does not fit into memory, and a draft is chosen by what the whole "
             "model writes. Use a smaller --dtype or another --device"
         )
-    if options.write is not None and not options.recovers:
-        raise ShortLLMError("--write has no effect without --heal or --retrain. Leave it out")
+    if options.write is not None and not options.further_texts:
+        why = (
+            "as they read text of their own" if options.recovers else "without --heal or --retrain"
+        )
+        raise ShortLLMError(f"--write has no effect {why}. Leave it out")
     if options.retraining is not None:
         options.retraining.about.require_packages()
         require_free(directory / RETRAINED, "retrain.json")
     if options.healing is not None:
         require_free(directory / HEALED, Healing.FILE)
-        check_healable(options.healing, checkpoint, session)
-    asked, prompts, training_prompts = _asked(checkpoint, options)
+    prompts = _asked(checkpoint, options)
+    if options.heals_on_written:
+        _check_enough(prompts.further, options)
+    recovery = options.model_dump(mode="json", include=RECOVERY, exclude_none=True)
+    if options.further_texts:
+        recovery["write"] = options.further_texts
     choices = {
         "model": checkpoint.id,
         "criterion": criterion,
         "options": chosen.options,
-        **options.model_dump(mode="json", exclude_none=True),
+        "sizes": sizes,
+        **options.model_dump(mode="json", exclude=RECOVERY),
         **runtime.model_dump(mode="json"),
+        **recovery,
     }
     rundir.claim_directory(directory, checkpoint, choices)
-    rundir.write_run_file(directory, choices, checkpoint, command)
+    if options.healing is not None:
+        check_healable(options.healing, checkpoint, session)
+    earlier = rundir.run_file(directory).get("recipe", {})
+    kept = {} if differs(earlier, choices) else {n: earlier[n] for n in RECOVERY & earlier.keys()}
+    rundir.write_run_file(directory, {**kept, **choices}, checkpoint, command)
     return Run(
         directory=directory,
         checkpoint=checkpoint,
@@ -121,9 +155,7 @@ def prepare(
         options=options,
         criterion=chosen,
         sizes=sizes,
-        asked=asked,
         prompts=prompts,
-        training_prompts=training_prompts,
         tokenizer=load_tokenizer(checkpoint),
     )
 
@@ -161,29 +193,55 @@ def spread(sizes: Sequence[int], count: int, best: int | None = None) -> list[in
     return [sizes[place] for place in sorted(picked)]
 
 
-def _asked(
-    checkpoint: Checkpoint, options: DraftOptions
-) -> tuple[list[str], list[Prompt], list[Prompt]]:
-    """What the model is to write to, in words; the prompts; and those of texts to train with."""
-    more = (options.write or TRAINING_TEXTS) if options.recovers else 0
-    found = load_prompts(checkpoint, options.prompts, options.texts + more)
-    asked = [prompt for one in found for prompt in one.prompts[: options.texts]]
-    if len(asked) < 2:
-        raise DataError(
-            f"{found[0].source} has one prompt, and a draft is measured on other texts than it is "
-            "chosen by. Give more --prompts"
-        )
+def _at_temperature(
+    criterion: str, given: Mapping[str, Any], temperature: float
+) -> Mapping[str, Any]:
+    """The options of a criterion, which measures drafts as they will be sampled. For greedy text it
+    keeps its own temperature: few tokens change when one block goes, and their number says less
+    than the probabilities do."""
+    if temperature == 0 or "temperature" not in resolve(criterion, given).options:
+        return given
+    return {"temperature": temperature, **given}
+
+
+def _asked(checkpoint: Checkpoint, options: DraftOptions) -> Asked:
+    """The prompts of each kind: of the first ones, every other one is to measure on."""
+    found = load_prompts(checkpoint, options.prompts, options.texts + options.further_texts)
+    firsts = [one.prompts[: options.texts] for one in found]
+    for one, prompts in zip(found, firsts, strict=True):
+        if len(prompts) < 2:
+            raise DataError(
+                f"{one.source} has one prompt, and a draft is measured on other texts than it is "
+                "chosen by. Give --prompts that have more"
+            )
+    choosing = [prompt for prompts in firsts for prompt in prompts[::2]]
+    held_out = [prompt for prompts in firsts for prompt in prompts[1::2]]
+    own = [[*one.prompts[: options.texts : 2], *one.prompts[options.texts :]] for one in found]
+    others = [prompt for turn in zip_longest(*own) for prompt in turn if prompt is not None]
+    further = list(islice(cycle(others), options.further_texts))
     room = context_length(checkpoint.config) or math.inf
-    longest = max(len(one.ids) for one in asked)
+    longest = max(len(one.ids) for one in (*choosing, *held_out, *further))
     if longest + options.new_tokens > room:
         raise DataError(
             f"{longest} tokens of a prompt and {options.new_tokens} new ones exceed the {room} "
             f"positions of {checkpoint.id}. Give --new-tokens {int(room) - longest} or less"
         )
-    others = [prompt for one in found for prompt in one.prompts[options.texts :]]
+    longest = max(len(one.ids) for one in (*choosing, *held_out))
+    check_assisted(checkpoint.config, checkpoint.config, longest + options.new_tokens)
     words = [
-        f"{counted(len(one.prompts[: options.texts]), 'prompt')} ({one.kind}) from {one.source}"
+        f"{counted(len(prompts), 'prompt')} ({one.kind}) from {one.source}"
         + (", in the format of Alpaca" if one.template == "alpaca" else "")
-        for one in found
+        for one, prompts in zip(found, firsts, strict=True)
     ]
-    return words, asked, [*asked[::2], *others]
+    return Asked(words=words, choosing=choosing, held_out=held_out, further=further)
+
+
+def _check_enough(prompts: Sequence[Prompt], options: DraftOptions) -> None:
+    """Refuse to heal on less text than a few samples have."""
+    most = sum(len(one.ids) + options.new_tokens for one in prompts)
+    if most < FEWEST_SAMPLES * FEWEST_TOKENS:
+        raise DataError(
+            f"{counted(len(prompts), 'text')} with {options.new_tokens} new tokens are {most} "
+            f"tokens with their prompts, and {FEWEST_SAMPLES * FEWEST_TOKENS} or more are needed "
+            "to heal with. Give a higher --write or --new-tokens"
+        )

@@ -3,7 +3,7 @@
     calibration.*            texts to choose by: prompts, and what the model wrote, which counts
     held-out/calibration.*   the same to measure on
     written.jsonl            both, to read
-    training.jsonl           further texts, sampled from the whole distribution
+    training.jsonl           further texts, sampled from the whole distribution, if they are read
 
 A draft must write what the intact model writes, so no other text tells as much about it.
 """
@@ -11,9 +11,8 @@ A draft must write what the intact model writes, so no other text tells as much 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from shortllm.benchmark.assisted import generate_plain
 from shortllm.checkpoint.source import Checkpoint
 from shortllm.data.calibration import INFO_FILE, Calibration, calibration_of, load_calibration
 from shortllm.data.chat import Prompt, Span
-from shortllm.data.generated import VERSION, WRITTEN_AT_ONCE, sampled
+from shortllm.data.generated import VERSION, WRITTEN_AT_ONCE, continued
 from shortllm.data.options import CalibrationInfo
 from shortllm.drafting.options import DraftOptions
+from shortllm.drafting.prepare import Asked
 from shortllm.files import fingerprint, write_text
 from shortllm.model import Session
 from shortllm.progress import progress
@@ -79,17 +79,15 @@ def texts_of(calibration: Calibration) -> list[Text]:
 
 def write_texts(
     checkpoint: Checkpoint,
-    prompts: Sequence[Prompt],
+    asked: Asked,
     options: DraftOptions,
     session: Session,
     tokenizer: Any,
     directory: Path,
-    *,
-    source: str,
 ) -> Written:
-    """What the model writes to the prompts, unless the directory has it: every other text is to
-    measure on."""
-    expected = _fingerprint(checkpoint, prompts, session, options, options.temperature)
+    """What the model writes to the prompts, unless the directory has it."""
+    prompts, border = [*asked.choosing, *asked.held_out], len(asked.choosing)
+    expected = _fingerprint(checkpoint, prompts, session, options, border, options.temperature)
     places = (directory, directory / HELD_OUT)
     found = [_earlier(place, expected) for place in places]
     if None in found:
@@ -103,9 +101,14 @@ def write_texts(
                 )  # fmt: skip
                 documents.append(([*one.ids, *text.ids], (len(one.ids), len(one.ids + text.ids))))
                 advance(options.new_tokens)
-        about = {"source": source, "seed": options.seed, "temperature": options.temperature}
+        about = {
+            "source": "; ".join(asked.words),
+            "seed": options.seed,
+            "temperature": options.temperature,
+        }
         made = [
-            calibration_of(documents[half::2], fingerprint=expected, **about) for half in (0, 1)
+            calibration_of(part, fingerprint=expected, **about)
+            for part in (documents[:border], documents[border:])
         ]
         for place, part in zip(places, made, strict=True):
             part.save(place)
@@ -125,34 +128,31 @@ def write_texts(
 def write_training_texts(
     checkpoint: Checkpoint,
     prompts: Sequence[Prompt],
-    count: int,
     options: DraftOptions,
     session: Session,
     tokenizer: Any,
     directory: Path,
 ) -> Calibration:
-    """Further texts, sampled from the whole distribution, and their file; prompts take turns."""
-    expected = _fingerprint(checkpoint, prompts, session, options, count)
+    """A further text for each prompt, sampled from the whole distribution, and their file."""
+    expected = _fingerprint(checkpoint, prompts, session, options)
     place = directory / "training"
     found = _earlier(place, expected)
     if found is None:
-        model, documents = session.decoder(checkpoint).model, list[Document]()
-        turns = cycle(prompts)
-        with progress("writing texts to train with", count) as advance:
-            while len(documents) < count:
-                batch = list(islice(turns, min(WRITTEN_AT_ONCE, count - len(documents))))
-                longest = max(len(one.ids) for one in batch)
-                texts = sampled(
-                    model, [one.ids for one in batch], length=longest + options.new_tokens,
-                    seed=options.seed + len(documents), ends={e for one in batch for e in one.ends},
+        model, written = session.decoder(checkpoint).model, dict[int, Document]()
+        with progress("writing texts to train with", len(prompts)) as advance:
+            for batch in _batches(prompts):
+                texts = continued(
+                    model, [prompts[number].ids for number in batch],
+                    new_tokens=options.new_tokens, seed=options.seed + len(written),
+                    ends=prompts[batch[0]].ends,
                 )  # fmt: skip
-                documents += [
-                    (ids, (len(one.ids), len(ids))) for one, ids in zip(batch, texts, strict=True)
-                ]
+                for number, ids in zip(batch, texts, strict=True):
+                    written[number] = ids, (len(prompts[number].ids), len(ids))
                 advance(len(batch))
         found = calibration_of(
-            documents, fingerprint=expected, source="prompts", seed=options.seed, temperature=1.0
-        )
+            [written[number] for number in range(len(prompts))],
+            fingerprint=expected, source="prompts", seed=options.seed, temperature=1.0,
+        )  # fmt: skip
         found.save(place)
     begins = tokenizer("").input_ids[:1]  # added to every text that is read again
     rows = []
@@ -161,6 +161,16 @@ def write_training_texts(
         rows.append({"text": tokenizer.decode(ids[len(begins) if ids[:1] == begins else 0 :])})
     _write_rows(directory / TRAINING, rows)
     return found
+
+
+def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """Places of prompts whose texts end with the same tokens."""
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for place, one in enumerate(prompts):
+        kinds.setdefault(tuple(one.ends), []).append(place)
+    for places in kinds.values():
+        for first in range(0, len(places), WRITTEN_AT_ONCE):
+            yield places[first : first + WRITTEN_AT_ONCE]
 
 
 def _earlier(place: Path, expected: str) -> Calibration | None:

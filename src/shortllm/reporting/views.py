@@ -176,12 +176,14 @@ def _(found: Comparison) -> Sequence[Part]:
 
 @plots_of.register
 def _(found: Drafting) -> Mapping[str, Plot]:
+    if not found.measured:
+        return {}
     return {"gain": gain_plot(found), "acceptance": acceptance_plot(found)}
 
 
 @tables_of.register
 def _(found: Drafting) -> Sequence[Part]:
-    return [size_table(found), measured_table(found)]
+    return [size_table(found), measured_table(found)] if found.measured else []
 
 
 @tables_of.register
