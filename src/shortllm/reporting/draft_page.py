@@ -195,6 +195,7 @@ def _lines(found: Drafting) -> list[Part]:
         gguf.file if gguf else model_name(found.model.id),
         f"{PLAIN}.gguf" if gguf and best.name == PLAIN else best.name,
         best.draft_tokens,
+        found.temperature,
     )
     shown: list[Part] = [
         Paragraph("In the directory of this page. A model in a directory needs its path.", "")
