@@ -26,7 +26,7 @@ from shortllm.schemas import schema
 
 assert Path(shortllm.__file__).parent == Path("{package}"), shortllm.__file__
 assert "torch" not in sys.modules
-assert criteria.names_by_need("logits") == ["flips", "ppl", "kl"]
+assert criteria.names_by_need("logits") == ["flips", "ppl", "kl", "acceptance"]
 assert "flips" in criteria.compared()
 
 def call(*words):
