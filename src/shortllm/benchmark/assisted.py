@@ -235,3 +235,19 @@ def first_difference(
         gap=float(best - worst),
         rounding=roundings * torch.finfo(logits_V.dtype).eps * float(found_V.abs().max()),
     )
+
+
+def goes_on_from_a_tie(
+    model: Any, prompt_T: Tensor, plain: Sequence[int], assisted: Sequence[int], *, text: str
+) -> bool:
+    """Whether greedy text with a draft differs, from a near tie on; any other difference is an
+    error, which calls it `text`."""
+    found = first_difference(model, prompt_T, plain, assisted)
+    if found is None or found.is_near_tie:
+        return found is not None
+    raise ShortLLMError(
+        f"with the draft, {text} is continued otherwise than without it: new token {found.place} "
+        f"is {found.assisted} instead of {found.plain}. Their logits differ by {found.gap:.3g}; "
+        f"rounding explains {found.rounding:.3g}. A draft must not change the text: look whether "
+        "it is the same with --dtype float32, or with another version of transformers"
+    )

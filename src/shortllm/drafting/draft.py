@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from shortllm.benchmark.assisted import AssistedText, first_difference
+from shortllm.benchmark.assisted import AssistedText, goes_on_from_a_tie
 from shortllm.benchmark.meters import meter_of
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
@@ -320,17 +320,10 @@ def _measured(
 
 def _near_ties(run: Run, texts: Sequence[Text], assisted: Sequence[AssistedText]) -> int:
     """Texts that came out otherwise with a draft, where rounding chose between two tokens."""
-    ties = 0
-    for number, (text, other) in enumerate(zip(texts, assisted, strict=False)):  # of the first run
-        found = first_difference(run.model, text.prompt_T, text.ids, other.ids)
-        if found is not None and not found.is_near_tie:
-            raise ShortLLMError(
-                f"with a draft, {run.checkpoint.id} writes another text: token {found.place} of "
-                f"text {number} is {found.assisted}, not {found.plain}. Its cache or its class "
-                "does not fit assisted generation. Use another version of transformers"
-            )
-        ties += found is not None
-    return ties
+    return sum(
+        goes_on_from_a_tie(run.model, text.prompt_T, text.ids, other.ids, text=f"text {number}")
+        for number, (text, other) in enumerate(zip(texts, assisted, strict=False))  # first run
+    )
 
 
 def _measured_again(
