@@ -70,7 +70,6 @@ from shortllm.drafting.written import (
     write_texts,
     write_training_texts,
 )
-from shortllm.errors import ShortLLMError
 from shortllm.files import fingerprint, overwriting, releasing
 from shortllm.healing.heal import heal_from, healing_text
 from shortllm.healing.options import HealOptions
