@@ -285,7 +285,7 @@ def test_other_text_with_a_draft_is_an_error_but_for_near_ties(
 
     monkeypatch.setattr(drafted_runs, "generate_assisted", changed)
     if near:
-        monkeypatch.setattr(drafted_runs, "first_difference", rounded)
+        monkeypatch.setattr("shortllm.benchmark.assisted.first_difference", rounded)
         found = shortllm.bench("embedded", draft=short, **QUICK).drafted
         assert found is not None and found.measurements[0].near_ties == 3
     else:
