@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import shortllm
 from shortllm.errors import CheckpointError, ShortLLMError, UnsupportedModelError
-from shortllm.runtime import quiet_transformers
+from shortllm.runtime import peak_memory, quiet_transformers
 
 REMOVED = [1, 3]
 
@@ -320,6 +320,14 @@ with torch.inference_mode():
         model.generate(torch.ones(1, 9, dtype=torch.long), assistant_model=draft, **how_to)
 print(peak_memory(), sum(p.nbytes for p in (draft or model).parameters()))
 """
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    program = "from shortllm.runtime import peak_memory; print(peak_memory())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert 2**23 < int(done.stdout) < peak_memory() / 2
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import platform
+import re
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import (
@@ -18,6 +19,7 @@ from contextlib import (
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ByteSize, Field, field_validator
@@ -300,6 +302,10 @@ def join_ranks() -> Ranks:
 
 def peak_memory() -> int:
     """Peak resident memory of this process, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    # on Linux that would be at least the memory of the process that started this one
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
