@@ -237,7 +237,7 @@ def first_difference(
     )
 
 
-def goes_on_from_a_tie(
+def differs_by_a_tie(
     model: Any, prompt_T: Tensor, plain: Sequence[int], assisted: Sequence[int], *, text: str
 ) -> bool:
     """Whether greedy text with a draft differs, from a near tie on; any other difference is an

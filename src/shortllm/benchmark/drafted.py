@@ -23,9 +23,9 @@ import torch
 from shortllm.benchmark.assisted import (
     AssistedText,
     check_assisted,
+    differs_by_a_tie,
     generate_assisted,
     generate_plain,
-    goes_on_from_a_tie,
 )
 from shortllm.benchmark.bench import load_on_cpu, require_room
 from shortllm.benchmark.interleaved import in_turn
@@ -233,7 +233,7 @@ def _is_tie(
         f"prompt {kind.prompts.index(prompt)} of {kind.source} ({kind.kind}; {writer.draft}, "
         f"{writer.draft_tokens} tokens at a time)"
     )
-    return goes_on_from_a_tie(model, torch.tensor(prompt.ids), alone.ids, text.ids, text=name)
+    return differs_by_a_tie(model, torch.tensor(prompt.ids), alone.ids, text.ids, text=name)
 
 
 def _measurement(

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from shortllm.benchmark.assisted import AssistedText, goes_on_from_a_tie
+from shortllm.benchmark.assisted import AssistedText, differs_by_a_tie
 from shortllm.benchmark.meters import meter_of
 from shortllm.calls import accepts
 from shortllm.checkpoint.hub import ModelSource, is_gguf, named_revision
@@ -320,7 +320,7 @@ def _measured(
 def _near_ties(run: Run, texts: Sequence[Text], assisted: Sequence[AssistedText]) -> int:
     """Texts that came out otherwise with a draft, where rounding chose between two tokens."""
     return sum(
-        goes_on_from_a_tie(run.model, text.prompt_T, text.ids, other.ids, text=f"text {number}")
+        differs_by_a_tie(run.model, text.prompt_T, text.ids, other.ids, text=f"text {number}")
         for number, (text, other) in enumerate(zip(texts, assisted, strict=False))  # first run
     )
 
