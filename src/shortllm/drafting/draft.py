@@ -244,10 +244,8 @@ def _plan(run: Run, scores: Callable[[int | None], BlockScores], number: int) ->
 
 def _accepted(run: Run, written: Written) -> list[DraftSize]:
     """What is accepted of each size, on the texts to choose by and on the others."""
-    decoder, removals = (
-        run.session.decoder(run.checkpoint),
-        [frozenset(plan.removed) for plan in run.plans.values()],
-    )
+    decoder = run.session.decoder(run.checkpoint)
+    removals = [frozenset(plan.removed) for plan in run.plans.values()]
     work = sum(walk_flops(decoder, [NOTHING, *removals], *part.ids.shape) for part in written.parts)
     with progress(f"what is accepted of {len(removals)} drafts", work) as advance:
         choosing, held_out = (

@@ -196,7 +196,7 @@ def _solved(
     )
     if ridge is None:
         return
-    fitted.take(held_out)
+    held_out.add_to(fitted)
     for n in range(1, lengths + 1):
         columns = fitted.columns(slice((n - 1) * width, n * width))
         yield n, solve(columns, ridge, diagonal=diagonal).weights_ID

@@ -235,7 +235,7 @@ def _earlier(
             own = slice(sum(sizes[: len(earlier)]), None)
             _, without = choose_ridge(fitted.rows(own), held_out.rows(own), task.options.ridge)
         ridge, _ = choose_ridge(fitted, held_out, task.options.ridge)
-        fitted.take(held_out)
+        held_out.add_to(fitted)
         del held_out
         if ridge is not None:
             change_ID = solve(fitted, ridge, overwrite=True).weights_ID[: sizes[0]]
@@ -274,7 +274,7 @@ def _solutions(
         if before is None and not fit.unknowns.behind_norm:
             before = held_out.relative(held_out.missing)
         errors = [held_out.relative(left) for _, left in ridges]
-        fitted.take(held_out)
+        held_out.add_to(fitted)
         del held_out  # a matrix less in memory
         solved = list(zip(parts, ridges, errors, strict=True))
         for (added, part), (ridge, left), error in reversed(solved):  # all inputs last

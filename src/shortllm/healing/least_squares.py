@@ -132,21 +132,16 @@ class GapSums:
             self.existing_D += after_ND.square().sum(0)
             self.overlap_D += (after_ND * missing_ND).sum(0)
 
-    def take(self, other: GapSums) -> None:
-        """Add the sums over other tokens; in place, as the matrices may be large."""
-        if isinstance(other, GapTokens):
-            self.wanted += other.wanted
-            for tokens in other.tokens:
-                self._add(*tokens)
-            return
-        self.products_II += other.products_II
-        self.cross_ID += other.cross_ID
-        self.missing_D += other.missing_D
-        self.wanted += other.wanted
-        if self.stretch_ID is not None and other.stretch_ID is not None:
-            self.stretch_ID += other.stretch_ID
-        self.existing_D += other.existing_D
-        self.overlap_D += other.overlap_D
+    def add_to(self, total: GapSums) -> None:
+        """Add these sums to those over other tokens; in place, as the matrices may be large."""
+        total.products_II += self.products_II
+        total.cross_ID += self.cross_ID
+        total.missing_D += self.missing_D
+        total.wanted += self.wanted
+        if total.stretch_ID is not None and self.stretch_ID is not None:
+            total.stretch_ID += self.stretch_ID
+        total.existing_D += self.existing_D
+        total.overlap_D += self.overlap_D
 
     def add_up(self, ranks: Ranks) -> None:
         """Add the sums of all processes."""
@@ -218,6 +213,12 @@ class GapTokens(GapSums):
         """Keep the tokens."""
         self.missing_D += missing_ND.square().sum(0)
         self.tokens.append((x_NI, after_ND, missing_ND))
+
+    def add_to(self, total: GapSums) -> None:
+        """Add the sums over these tokens to others in place."""
+        total.wanted += self.wanted
+        for tokens in self.tokens:
+            total._add(*tokens)
 
     def rows(self, chosen: slice) -> GapTokens:
         """The tokens with some columns of X, as views."""

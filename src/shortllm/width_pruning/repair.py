@@ -151,7 +151,7 @@ def fit(fitted: GapSums, held_out: GapSums, *, bias: bool) -> Fit:
     tested = centred(held_out, means)
     ridge, left = choose_ridge(centred(fitted, means), tested)
     errors = tested.relative(tested.missing), tested.relative(left)
-    fitted.take(held_out)
+    held_out.add_to(fitted)
     means = _means(fitted) if bias else None
     change_KD = None if ridge is None else solve(centred(fitted, means), ridge).weights_ID.cpu()
     bias_D = None
