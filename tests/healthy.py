@@ -131,14 +131,17 @@ def example(annotation: Any, name: str = "") -> Any:
     return simple[annotation]
 
 
-METHODS = {"Retraining": "lora", "Quantization": "gptq"}
-"""Records that only take a registered method -> one."""
+NEEDED: dict[str, dict[str, Any]] = {
+    "Retraining": {"method": "lora"},
+    "Quantization": {"method": "gptq"},
+    "MeasuredDraft": {"name": "draft"},
+}
+"""Records that do not take every string -> what they take."""
 
 
 def of(kind: type[Any], **fields: Any) -> Any:
     """A record whose other fields are examples of their types."""
-    if kind.__name__ in METHODS:
-        fields = {"method": METHODS[kind.__name__], **fields}
+    fields = {**NEEDED.get(kind.__name__, {}), **fields}
     others = {
         name: example(field.annotation, name)
         for name, field in kind.model_fields.items()

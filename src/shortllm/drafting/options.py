@@ -248,6 +248,15 @@ class Drafting(Shown, ResultFile):
     threads: int
     versions: dict[str, str] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _measured_belong_to_sizes(self) -> Self:
+        sizes = {one.remove for one in self.sizes}
+        if any(one.remove not in sizes for one in self.measured):
+            raise ValueError("a draft was measured of a number of blocks that no size has")
+        if self.measured and all(one.name != PLAIN for one in self.measured):
+            raise ValueError(f"nothing measured is called {PLAIN!r}; the plain draft always is")
+        return self
+
     @property
     def best(self) -> MeasuredDraft:
         """The one with the highest measured gain."""
