@@ -7,7 +7,7 @@ import math
 import types
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from architectures import tiny_config
@@ -113,6 +113,8 @@ def pickle_weights(directory: Path, *, zipped: bool) -> None:
 def example(annotation: Any, name: str = "") -> Any:
     """A value that fits a type annotation: something in every list and dict, and no null."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return example(arguments[0], name)
     if origin is Literal:
         return arguments[0]
     if origin in (Union, types.UnionType):

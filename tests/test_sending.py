@@ -136,11 +136,21 @@ def test_a_checkpoint_of_an_earlier_version_still_opens(place: Path, tmp_path: P
         assert open_original(open_checkpoint(target), None, "").directory == place / "whole"
 
 
-@pytest.mark.parametrize("entry", [{"source_blocks": "six"}, {"removed_blocks": 3}, {"healed": 1}])
-def test_a_damaged_origin_is_refused(place: Path, tmp_path: Path, entry: dict[str, Any]) -> None:
+PARENT = {"source": "whole", "source_blocks": 6, "removed_blocks": [0, 1]}
+
+
+@pytest.mark.parametrize("entry, said", [
+    ({"source_blocks": "six"}, "source_blocks six"), ({"removed_blocks": 3}, "removed_blocks 3"),
+    ({"healed": 1}, "healed 1"), ({"removed_blocks": [6]}, "removed blocks are not some of 6"),
+    ({"removed_blocks": [1, 1]}, "removed blocks are not some of 6"),
+    ({"parent": PARENT}, "6 blocks, where the step before left another number"),
+])  # fmt: skip
+def test_a_damaged_origin_is_refused(
+    place: Path, tmp_path: Path, entry: dict[str, Any], said: str
+) -> None:
     short = shutil.copytree(place / "short", tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, PROVENANCE: {
         **config[PROVENANCE], **entry}}))  # fmt: skip
-    with pytest.raises(CheckpointError, match=f"'shortllm' of its config.*{next(iter(entry))}"):
+    with pytest.raises(CheckpointError, match=f"'shortllm' of its config.*{said}"):
         shortllm.prune(str(short), [0], tmp_path / "shorter")

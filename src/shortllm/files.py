@@ -54,8 +54,8 @@ def fingerprint(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 so that no reader sees half a file."""
-    write_bytes(path, text.encode())
+    """Write `text` in UTF-8, `?` for half a character, so that no reader sees half a file."""
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

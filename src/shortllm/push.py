@@ -120,7 +120,7 @@ def _contents(directory: Path, run: Path | None, name: str) -> dict[str, Path | 
     found: dict[str, Path | bytes] = {
         file.as_posix(): directory / file for file in files_to_send(directory)
     }
-    found[CARD] = card_of(directory, name, _measured(directory, run)).encode()
+    found[CARD] = card_of(directory, name, _measured(directory, run)).encode(errors="replace")
     for file in (run / one for one in RESULTS) if run else ():
         if file.is_file():
             is_json = file.suffix == ".json"

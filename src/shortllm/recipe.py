@@ -37,7 +37,7 @@ from shortllm.pruning.budget import Budget
 from shortllm.published import Published
 from shortllm.quantizing.options import MethodName as QuantizeMethod
 from shortllm.quantizing.options import QuantizeOptions
-from shortllm.records import SpecialToken, validation_message
+from shortllm.records import JsonObject, SpecialToken, validation_message
 from shortllm.retraining.options import MethodName as RetrainMethod
 from shortllm.retraining.options import RetrainOptions
 from shortllm.runtime import Runtime
@@ -78,7 +78,7 @@ class Recipe(Runtime, SurgeryOptions):
         description="Token ids where the checkpoint names wrong ones. A BOS is added to each text.",
     )
     criterion: str = Field(default="ppl", description=CRITERION_HELP)
-    options: Annotated[dict[str, Any], HIDDEN] = Field(
+    options: Annotated[JsonObject, HIDDEN] = Field(
         default_factory=dict, description="Options of the criterion, e.g. {'power': 2}."
     )
     budget: Budget = Budget(ratio=0.25)

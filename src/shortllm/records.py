@@ -9,7 +9,14 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from typing_extensions import Self
 
 from shortllm.errors import BudgetError, ResultFileError, did_you_mean
@@ -34,6 +41,19 @@ _SHORT.maxstring = _SHORT.maxother = 60
 ResultKind = TypeVar("ResultKind", bound="ResultFile")
 
 SpecialToken = Literal["bos", "eos", "unk", "pad"]
+
+
+def _storable(value: dict[str, Any]) -> dict[str, Any]:
+    """Values that JSON can hold in UTF-8: finite numbers, and whole characters."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False, default=str).encode()
+    except ValueError as error:
+        raise ValueError(f"must hold what JSON in UTF-8 can hold: {error}") from error
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_storable)]
+"""Values by name that no record describes, such as the options of a method."""
 
 
 class Record(BaseModel):
@@ -235,7 +255,7 @@ class DerivedRecord(Shown, ResultFile):
     """Name of the file in the checkpoint's directory."""
 
     model: ModelInfo = Field(description="the checkpoint before")
-    options: dict[str, Any]
+    options: JsonObject
     versions: dict[str, str] = Field(default_factory=dict)
     cost: Cost | None = None
     notes: list[str] = Field(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import reprlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -189,12 +190,13 @@ def named_file(index: Path, name: Any, suffix: str) -> Path:
     """The file `name` that an index in the same directory names; it must lie there too."""
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(
-            f"{index} names a shard outside its own directory: {name!r}. It is not read; download "
-            "the checkpoint again, from a source you trust"
+            f"{index} names a shard outside its own directory: {reprlib.repr(name)}. It is not "
+            "read; download the checkpoint again, from a source you trust"
         )
     if not name.endswith(suffix):
         raise CheckpointError(
-            f"{index} names the shard {name!r}, which is not a {suffix} file. Download it again"
+            f"{index} names the shard {reprlib.repr(name)}, which is not a {suffix} file. Download "
+            "it again"
         )
     path = index.parent / name
     try:

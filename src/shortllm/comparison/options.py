@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -20,7 +20,7 @@ from shortllm.evaluation.options import Difference, Perplexity, WindowBos, Windo
 from shortllm.format import counted, listed, percent
 from shortllm.options import Flag, Nested, Options
 from shortllm.pruning.budget import ProtectFirst, ProtectLast
-from shortllm.records import Cost, ModelInfo, Record, ResultFile
+from shortllm.records import Cost, JsonObject, ModelInfo, Record, ResultFile
 from shortllm.shown import Shown, data_frame
 from shortllm.width_pruning.methods import METHODS
 
@@ -115,7 +115,7 @@ class Contender(Record):
     text: str | None = Field(
         default=None, description="what it scored on, where texts are compared; null: the same"
     )
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: JsonObject = Field(default_factory=dict)
     source: str = Field(description="where the criterion was published; 'baseline' for some")
     scores: str | None = Field(default=None, description="fingerprint of the scores used")
     sets: list[RemovedSet] = Field(description="one for each budget")
@@ -300,12 +300,12 @@ class UnitsComparison(Shown, ResultFile):
     """
 
     model: ModelInfo
-    asked: dict[str, Any] = Field(description="the budget of depth, which sets the number")
-    candidates: list[Candidate]
-    healing: dict[str, Any] | None = Field(
+    asked: JsonObject = Field(description="the budget of depth, which sets the number")
+    candidates: list[Candidate] = Field(min_length=1)
+    healing: JsonObject | None = Field(
         default=None, description="how those of depth were healed without training, as requested"
     )
-    retraining: dict[str, Any] | None = Field(
+    retraining: JsonObject | None = Field(
         default=None, description="how all were retrained, as requested"
     )
     versions: dict[str, str] = Field(default_factory=dict)

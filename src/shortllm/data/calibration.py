@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -566,7 +567,8 @@ def _tensor_of_lists(content: list[Any], path: Path) -> torch.Tensor:
             # bool is an int in Python; ids beyond 32 bits belong to no vocabulary
             if type(token) is not int or not -(2**31) <= token < 2**31:
                 raise DataError(
-                    f"{path}: sample {number} contains {token!r}, which is not a token id"
+                    f"{path}: sample {number} contains {reprlib.repr(token)}, which is not a token "
+                    "id"
                 )
     ids = torch.tensor(content, dtype=torch.int64)
     check_ids(ids, where=str(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -15,7 +15,7 @@ from shortllm.criteria.search import Search
 from shortllm.errors import ResultFileError
 from shortllm.format import counted
 from shortllm.pruning.budget import TARGETS
-from shortllm.records import Cost, DerivedRecord, ModelInfo, Record, ResultFile
+from shortllm.records import Cost, DerivedRecord, JsonObject, ModelInfo, Record, ResultFile
 from shortllm.shown import Shown, data_frame
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BlockScores(Shown, ResultFile):
 
     model: ModelInfo
     criterion: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: JsonObject = Field(default_factory=dict)
     importance: list[float]
     values: list[float] = Field(
         description="the criterion's raw numbers, e.g. perplexity without the block"
@@ -173,7 +173,7 @@ class PrunePlan(Shown, ResultFile):
     removed: list[int] = Field(description="ascending")
     protected: list[int] = Field(description="blocks the plan was not allowed to remove")
     order: list[int] = Field(description="removal order, least important first")
-    asked: dict[str, Any] = Field(
+    asked: JsonObject = Field(
         description="the budget as asked, e.g. {'remove': 3} or {'ratio': 0.25}"
     )
     reached: Size = Field(description="what the removal takes away")

@@ -74,13 +74,15 @@ def write_report(run_dir: Path) -> Path:
     """
     from shortllm.reporting.load import load_results
     from shortllm.reporting.run_page import measured, run_page
-    from shortllm.surgery.card import write_card
+    from shortllm.surgery.card import CARD, card_of, write_card
 
     results = load_results(run_dir)
     text = render(run_page(results))
-    for name in results.checkpoints_in(run_dir):
-        card = write_card(run_dir / name, name, measured(results, name))
-        write_text(run_dir / "README.md", card)
+    names = results.checkpoints_in(run_dir)
+    cards = {name: card_of(run_dir / name, name, measured(results, name)) for name in names}
+    for name, card in cards.items():
+        write_card(run_dir / name, card)
+        write_text(run_dir / CARD, card)
     write_text(run_dir / "report.html", text)
     return run_dir / "report.html"
 

@@ -17,7 +17,7 @@ from shortllm.checkpoint.config import SHAPES
 from shortllm.checkpoint.tensors import read_json, read_tensor_table, unpacked_elements
 from shortllm.files import translate_os_errors, write_text
 from shortllm.format import counted, percent, short_bytes, short_count, spans
-from shortllm.surgery.origin import Step, kept_after, steps_of
+from shortllm.surgery.origin import Step, derived_steps, kept_after
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -39,21 +39,17 @@ class Measured:
     """Whether more than sizes was measured."""
 
 
-def write_card(directory: Path, name: str, measured: Measured | None = None) -> str:
-    """Write the card of a checkpoint, which will be called `name`, and return it.
-
-    A card that came with the original model is kept as README.original.md.
-    """
-    text = card_of(directory, name, measured)
+def write_card(directory: Path, card: str) -> None:
+    """Write the card of a checkpoint; one that came with the original model is kept as
+    README.original.md."""
     _keep_original(directory)
-    write_text(directory / CARD, text)
-    return text
+    write_text(directory / CARD, card)
 
 
 def card_of(directory: Path, name: str, measured: Measured | None = None) -> str:
     """The card of a checkpoint, which is loaded by `name`."""
     config = read_json(directory / "config.json")
-    steps = steps_of(str(directory), config)
+    steps = derived_steps(str(directory), config)
     origin, blocks = steps[0], len(kept_after(steps))
     fewer = f"{origin.source_blocks} → " if blocks < origin.source_blocks else ""
     template = _templates().get_template("model_card.md.j2")

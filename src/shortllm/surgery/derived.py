@@ -54,7 +54,7 @@ from shortllm.model import Session
 from shortllm.progress import progress
 from shortllm.records import Cost, DerivedRecord, PredictionHeads
 from shortllm.runtime import peak_memory, versions
-from shortllm.surgery.card import write_card
+from shortllm.surgery.card import card_of, write_card
 from shortllm.surgery.companions import (
     RECORDS,
     Followed,
@@ -280,7 +280,7 @@ def _write(
         write_json(directory / "config.json", config)
         write_local(directory, original)
         draft.verify(directory)
-        write_card(directory, target.resolve().name)
+        write_card(directory, card_of(directory, target.resolve().name))
         notes = followed.notes
         if heads is not None:
             notes.append(_note_on_heads(heads, open_checkpoint(directory), resized=draft.resized))

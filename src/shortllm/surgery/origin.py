@@ -12,10 +12,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from shortllm import __version__
 from shortllm.checkpoint.hub import EMBEDDED, is_gguf
@@ -58,6 +60,13 @@ class Step(Record):
     quantized: Done | None = None
     prediction_heads: Literal["kept", "dropped"] | None = None
 
+    @model_validator(mode="after")
+    def _blocks_are_of_the_source(self) -> Self:
+        blocks = set(self.removed_blocks)
+        if len(blocks) < len(self.removed_blocks) or not blocks < set(range(self.source_blocks)):
+            raise ValueError(f"the removed blocks are not some of {self.source_blocks}")
+        return self
+
     @property
     def trainings(self) -> list[Done]:
         """All retrainings, the first one first."""
@@ -92,13 +101,32 @@ def steps_of(model: str, config: Mapping[str, Any]) -> list[Step]:
         try:
             found.insert(0, Step.model_validate(entry))
         except ValidationError as error:
-            raise CheckpointError(
-                f"{model}: the entry '{PROVENANCE}' of its config.json is damaged "
-                f"({validation_message(error, Step)}). Delete the entry, or write the checkpoint "
-                "again"
-            ) from error
+            raise _damaged(model, validation_message(error, Step)) from error
         entry = entry.get("parent")
+    for before, step in pairwise(found):
+        if step.source_blocks != before.source_blocks - len(before.removed_blocks):
+            raise _damaged(
+                model, f"{step.source_blocks} blocks, where the step before left another number"
+            )
     return found
+
+
+def derived_steps(model: str, config: Mapping[str, Any]) -> list[Step]:
+    """The same of a model that is known to be derived from another one."""
+    steps = steps_of(model, config)
+    if not steps:
+        raise CheckpointError(
+            f"{model} does not say from which model it was shortened: its config.json has "
+            f"no removed blocks under '{PROVENANCE}'. Give a checkpoint that `shortllm prune` wrote"
+        )
+    return steps
+
+
+def _damaged(model: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{model}: the entry '{PROVENANCE}' of its config.json is damaged ({why}). Delete the "
+        "entry, or write the checkpoint again"
+    )
 
 
 def provenance_of(checkpoint: Checkpoint, removed: Sequence[int], **how: Any) -> dict[str, Any]:
@@ -240,12 +268,7 @@ class Lineage:
 
 def lineage(checkpoint: Checkpoint) -> Lineage:
     """The original model of a checkpoint that was shortened once or several times."""
-    steps = steps_of(checkpoint.id, checkpoint.raw_config)
-    if not steps:
-        raise CheckpointError(
-            f"{checkpoint.id} does not say from which model it was shortened: its config.json has "
-            f"no removed blocks under '{PROVENANCE}'. Give a checkpoint that `shortllm prune` wrote"
-        )
+    steps = derived_steps(checkpoint.id, checkpoint.raw_config)
     kept = kept_after(steps)
     if len(kept) != checkpoint.block_count:
         raise CheckpointError(
