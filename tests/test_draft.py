@@ -297,6 +297,8 @@ def test_mistakes_are_named_before_the_model_writes(
         (["--set", "budget.remove=3"], "a draft has only healing.NAME and retraining.NAME"),
         (["--retrain", "lora,distill"], "a draft is trained in one way"),
         (["--prompts", "no-such.jsonl"], "no such file"),
+        (["--retrain", "lora", "--set", "retraining.data=no-such.jsonl"], "no such file"),
+        (["--retrain", "distill", "--set", "retraining.length=99999"], "99999 tokens exceed"),
         (["--no-stream", "--stream"], "does not fit into memory"),
     ]:
         code, _, err = call(capfd, "draft", "embedded", "--out", tmp_path / "new", *arguments)

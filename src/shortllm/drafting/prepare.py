@@ -29,6 +29,8 @@ from shortllm.pruning.budget import Budget, check_budget, removal_options
 from shortllm.pruning.quality_target import sizes_of
 from shortllm.pruning.records import PrunePlan
 from shortllm.records import ModelInfo
+from shortllm.retraining import setup
+from shortllm.retraining.options import GENERATED
 from shortllm.run_directory import HEALED
 from shortllm.runtime import Runtime
 
@@ -121,7 +123,10 @@ def prepare(
         )
         raise ShortLLMError(f"--write has no effect {why}. Leave it out")
     if options.retraining is not None:
-        options.retraining.about.require_packages()
+        data = options.retraining.data or GENERATED  # by the intact model, later on
+        setup.check(
+            checkpoint, options.retraining.model_copy(update={"data": data}), session=session
+        )
         require_free(directory / RETRAINED, "retrain.json")
     if options.healing is not None:
         require_free(directory / HEALED, Healing.FILE)
