@@ -252,6 +252,12 @@ def test_a_list_is_no_model() -> None:
         parse_recipe({"model": ["one", "other"]}, "my.yaml")
 
 
+@pytest.mark.parametrize("value", [math.inf, "\ud800"])
+def test_options_that_no_file_can_hold_are_refused(value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"my.yaml: options: must hold what JSON in UTF-8 can"):
+        parse_recipe({"options": {"power": value}}, "my.yaml")
+
+
 # ---- the command line
 
 
