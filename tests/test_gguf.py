@@ -33,6 +33,7 @@ def write_gguf(
     architecture: str = "llama",
     blocks: int = 6,
     alignment: int | None = None,
+    strings: dict[str, str] | None = None,
     **settings: object,
 ) -> Path:
     """A GGUF file of tiny tensors with numbered contents; it is never run."""
@@ -46,6 +47,8 @@ def write_gguf(
             writer.add_array(key, value)
         else:
             writer.add_uint32(key, int(value))  # type: ignore[call-overload]
+    for key, text in (strings or {}).items():
+        writer.add_string(key, text)
     writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
     for block in range(blocks):
         writer.add_tensor(f"blk.{block}.attn_q.weight", np.full((3, 5), block, np.float32))
@@ -199,6 +202,14 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
             read_gguf(tmp_path / name)
     with pytest.raises(CheckpointError, match="no such file"):
         shortllm.open_checkpoint(tmp_path / "missing.gguf")
+    for key, value in (
+        ("llama.nextn_predict_layers", "one"), ("split.count", "many"),
+        ("shortllm.provenance", "{"), ("shortllm.provenance", "[]"),
+    ):  # fmt: skip
+        path = write_gguf(tmp_path / "e.gguf", strings={key: value})
+        with pytest.raises(CheckpointError, match=f"metadata say {key} = "):
+            shorten_gguf(read_gguf(path), [1], tmp_path / "f.gguf")
+        assert not (tmp_path / "f.gguf").exists()
 
 
 # ---- SmolLM2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 from collections import Counter
 from contextlib import suppress
@@ -75,6 +76,20 @@ class GgufFile:
         field = self.reader.fields.get(key)
         return default if field is None else field.contents()
 
+    def number(self, key: str, default: int) -> int:
+        """A value of the metadata that counts something."""
+        value = self.value(key, default)
+        if type(value) is not int or value < 0:
+            raise self.damaged(key, value)
+        return value
+
+    def damaged(self, key: str, value: Any) -> CheckpointError:
+        """The error about a value of the metadata."""
+        return CheckpointError(
+            f"{self.path} is damaged: its metadata say {key} = {reprlib.repr(value)}. Download it "
+            "again"
+        )
+
     def setting(self, name: str, default: Any = None) -> Any:
         """A value of the metadata that belongs to the architecture, e.g. `block_count`."""
         return self.value(f"{self.architecture}.{name}", default)
@@ -102,18 +117,24 @@ class GgufFile:
     @property
     def heads(self) -> int:
         """Prediction heads, which are numbered as blocks after the last one."""
-        return int(self.setting("nextn_predict_layers", 0))
+        return self.number(f"{self.architecture}.nextn_predict_layers", 0)
 
     @property
     def blocks(self) -> int:
         """Blocks of the decoder."""
-        return int(self.setting("block_count")) - self.heads
+        return self.number(f"{self.architecture}.block_count", 0) - self.heads
 
     @cached_property
     def provenance(self) -> dict[str, Any] | None:
         """The entry of the removal that wrote the file; None for others."""
         text = self.value(PROVENANCE_KEY)
-        return None if text is None else json.loads(text)
+        try:
+            found = None if text is None else json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise self.damaged(PROVENANCE_KEY, text) from error
+        if not isinstance(found, dict | None):
+            raise self.damaged(PROVENANCE_KEY, text)
+        return found
 
     @cached_property
     def sha256(self) -> str:
@@ -173,12 +194,12 @@ def read_gguf(path: Path) -> GgufFile:
         ) from error
     if end > path.stat().st_size:
         raise CheckpointError(f"{path} is shorter than its header says. Download it again")
-    if file.value("split.count", 1) > 1:
+    if (parts := file.number("split.count", 1)) > 1:
         raise CheckpointError(
-            f"{path} is one part of {file.value('split.count')}. Join them first: "
+            f"{path} is one part of {parts}. Join them first: "
             "llama-gguf-split --merge FIRST_PART JOINED"
         )
-    if file.value("general.type", "model") != "model" or not file.setting("block_count"):
+    if file.value("general.type", "model") != "model" or file.blocks < 1:
         raise UnsupportedModelError(f"{path} does not contain a language model with blocks")
     return file
 
