@@ -28,11 +28,17 @@ CACHES = ("cache", "past_key_values", "cache_params", "state")
 """Names of the cache in a model's output and arguments, the newest first."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-LOW_PRECISION_TOLERANCE = 5e-2
 """Largest difference of two logits relative to the largest logit, by computation type.
 
 Surgery copies weights bit by bit, so the comparison is exact on one machine; the bound allows for
-kernels that choose another order of summation (with a cache above all).
+kernels that choose another order of summation (with a cache above all, and in narrower matrices).
+"""
+
+LOW_PRECISION_TOLERANCE = 0.1
+"""In other types, the root of the mean squared difference relative to that of the logits: rounding
+moves the logits of single tokens far. Narrowed to a tenth fewer parameters, SmolLM2-135M differs
+from itself by 0.03 in bfloat16, where one token has 0.2 and most have 0.015, and by 1e-5 in
+float32.
 """
 
 CACHE_ERRORS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError)
@@ -101,7 +107,7 @@ def kv_cache_matches(original: Decoder) -> bool:
     if cached is None:
         return True
     plain = _logits(original.model, ids)
-    return cached.shape == plain.shape and _difference(cached, plain) <= _tolerance(original)
+    return cached.shape == plain.shape and not _differ(cached, plain, original.dtype)
 
 
 @torch.inference_mode()
@@ -117,13 +123,13 @@ def verify_shortened(
     with what the original computes on text with an image."""
     ids = probe_ids(shortened.model.config)
     plain = bypass_logits(shortened)
-    tolerance = _tolerance(shortened)
+    dtype = shortened.dtype
     columns = min(plain.shape[1], expected.shape[1])
     wrong = f"{name} does not compute what the original without the blocks computes"
-    _compare(plain[:, :columns], expected[:, :columns], tolerance, wrong)
+    _compare(plain[:, :columns], expected[:, :columns], dtype, wrong)
     if image is not None and not shortened.streamed:
         found = _image_logits(shortened.model, image.inputs)
-        _compare(found, image.logits, tolerance, f"{wrong} from an image")
+        _compare(found, image.logits, dtype, f"{wrong} from an image")
     if not cached or shortened.streamed:
         return
     try:
@@ -132,8 +138,9 @@ def verify_shortened(
         raise CheckpointError(f"{name} cannot generate with a cache: {error}") from error
     if generated is not None:
         _compare(
-            generated, plain, tolerance, f"{name} generates other text with a cache than without"
-        )
+            generated[:, -CACHED_TOKENS:], plain[:, -CACHED_TOKENS:], dtype,
+            f"{name} generates other text with a cache than without",
+        )  # fmt: skip
 
 
 def _logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -162,18 +169,26 @@ def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
     return torch.cat(pieces, dim=1).float().cpu()
 
 
-def _tolerance(decoder: Decoder) -> float:
-    return TOLERANCE.get(decoder.dtype, LOW_PRECISION_TOLERANCE)
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference of two logits relative to the largest expected one."""
-    return (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
+def _difference(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """How far logits are from the expected ones, as the tolerance of the type measures it."""
+    error = found - expected
+    if dtype in TOLERANCE:
+        return error.abs().max().item() / max(expected.abs().max().item(), 1e-30)
+    return error.square().mean().sqrt().item() / max(expected.square().mean().sqrt().item(), 1e-30)
 
 
-def _compare(found: Tensor, expected: Tensor, tolerance: float, message: str) -> None:
-    difference = _difference(found, expected)
-    if not difference <= tolerance:
+def _differ(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they are too far away, or no numbers."""
+    return not _difference(found, expected, dtype) <= _tolerance(dtype)
+
+
+def _compare(found: Tensor, expected: Tensor, dtype: torch.dtype, message: str) -> None:
+    if _differ(found, expected, dtype):
         raise CheckpointError(
-            f"{message}: logits differ by {difference:.1e} (relative), {tolerance:.0e} allowed"
+            f"{message}: logits differ by {_difference(found, expected, dtype):.1e} (relative), "
+            f"{_tolerance(dtype):.0e} allowed"
         )
