@@ -184,7 +184,7 @@ def test_verify_notices_a_wrong_cache(tmp_path: Path) -> None:
 
 def test_low_precision_is_compared_over_all_tokens(tmp_path: Path) -> None:
     """Rounding that moves the logits of a token or two far is none of the mistakes above."""
-    decoder = Decoder(loaded("llama").bfloat16())
+    decoder = Decoder(load(opened("llama").directory).bfloat16())
     expected = bypass_logits(decoder, [2])
     noisy, largest = expected.clone(), expected.abs().max()
     noisy[0, 3] += 0.15 * largest * torch.randn(noisy.shape[-1])
