@@ -400,12 +400,15 @@ def verifying(
     *,
     cached: bool,
     image: ImageProbe | None = None,
+    narrower: bool = False,
 ) -> Callable[[Path], None]:
     """A `Draft.verify` that loads the written checkpoint and compares its logits on the probes."""
 
     def verify(written: Path) -> None:
         decoder = session.decoder(open_checkpoint(written))
-        verify_shortened(str(target), decoder, logits, cached=cached, image=image)
+        verify_shortened(
+            str(target), decoder, logits, cached=cached, image=image, narrower=narrower
+        )
 
     return verify
 

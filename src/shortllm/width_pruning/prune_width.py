@@ -213,7 +213,7 @@ def _draft(
         ),
         bytes=sum(entry.bytes for entry in entries.values()),
         write=copying(entries, chain(new.items(), _repaired_weights(checkpoint, groups, chosen))),
-        verify=verifying(target, session, logits, cached=cached),
+        verify=verifying(target, session, logits, cached=cached, narrower=True),
         resized=uniform is not None,
     )
 
