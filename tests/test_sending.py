@@ -16,7 +16,8 @@ from shortllm.checkpoint.source import open_checkpoint
 from shortllm.cli import main
 from shortllm.errors import CheckpointError
 from shortllm.surgery.derived import files_to_send
-from shortllm.surgery.origin import LOCAL, PROVENANCE, open_original
+from shortllm.surgery.origin import LOCAL, open_original
+from shortllm.surgery.steps import PROVENANCE
 
 TEXT: dict[str, Any] = {"data": "embedded", "samples": 4, "length": 16}
 

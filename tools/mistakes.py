@@ -188,6 +188,10 @@ MISTAKES = [
     Mistake("prune embedded --blocks 40 --out new", "40", model=True),
     Mistake("heal embedded --data embedded --out new", "does not say from which", model=True),
     Mistake(f"{SCORE} --length 5000", "a shorter --length", model=True),
+    Mistake("heal embedded --out x --data embedded", "from which model it was shortened"),
+    Mistake(
+        "retrain embedded --method distill --out x --data embedded", "original model with --teacher"
+    ),
     Mistake("eval embedded --data embedded --tasks bolq", "Did you mean 'boolq'?"),
     Mistake(f"{RETRAIN} --data text.txt", "At least 2 are needed", model=True),
     Mistake(f"{RETRAIN} --data text.txt --load-in-4bit", "needs a CUDA GPU"),

@@ -26,7 +26,8 @@ from shortllm.checkpoint.tensors import is_weights, read_json
 from shortllm.errors import CheckpointError, OutputError, first_line_of
 from shortllm.format import listed
 from shortllm.surgery.card import CARD, Measured, card_of
-from shortllm.surgery.origin import sendable, steps_of
+from shortllm.surgery.origin import sendable
+from shortllm.surgery.steps import steps_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

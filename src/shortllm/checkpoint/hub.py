@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, ValidationInfo
 from shortllm.checkpoint import loaded
 from shortllm.checkpoint.config import checked_config, read_raw_config
 from shortllm.checkpoint.dequantize import dequantized
-from shortllm.checkpoint.gguf import SUFFIX
+from shortllm.checkpoint.gguf import SUFFIX, cached_directory
 from shortllm.checkpoint.tensors import require_weights
 from shortllm.errors import CheckpointError
 from shortllm.runtime import is_trusted
@@ -120,6 +120,17 @@ def local_directory(source: str) -> Path | None:
             f"owner, e.g. openai-community/gpt2), or '{EMBEDDED}'"
         )
     return None
+
+
+def directory_here(source: str) -> Path | None:
+    """Where a model's files are, if nothing must be fetched or dequantized first."""
+    if source == EMBEDDED:
+        return EMBEDDED_MODEL
+    if is_gguf(source):
+        file = Path(source).expanduser()
+        copy = cached_directory(file) if file.exists() else None
+        return copy if copy is not None and (copy / "config.json").is_file() else None
+    return local_directory(source)
 
 
 def require_there(source: str, revision: str | None = None) -> None:

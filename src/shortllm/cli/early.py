@@ -13,14 +13,15 @@ from typing import Any
 
 from shortllm import criteria
 from shortllm.checkpoint.chat_template import has_chat_template
-from shortllm.checkpoint.hub import EMBEDDED, hub_answers, is_gguf, require_there
+from shortllm.checkpoint.config import read_raw_config
+from shortllm.checkpoint.hub import EMBEDDED, directory_here, hub_answers, is_gguf, require_there
 from shortllm.comparison.options import ComparisonOptions
 from shortllm.criteria import Criterion
 from shortllm.data.at_hand import require_at_hand
 from shortllm.data.options import SampledText
 from shortllm.data.shapes import template_for, with_columns
 from shortllm.data.sources import Role
-from shortllm.errors import DataError
+from shortllm.errors import CheckpointError, DataError
 from shortllm.evaluation.options import EvaluationOptions
 from shortllm.evaluation.task_names import DEFAULT_ITEMS, check_tasks
 from shortllm.files import require_free, require_no_file, require_writable
@@ -37,6 +38,7 @@ from shortllm.retraining.reporters import check_reporters
 from shortllm.run_directory import require_run_directory
 from shortllm.runtime import DeviceOptions, check_device, torch_is_for_cpus
 from shortllm.sublayers.options import SublayerDrop, SublayerOptions
+from shortllm.surgery.steps import advised, derived_steps
 from shortllm.width_pruning.options import WidthOptions, WidthPruning
 
 DERIVED: dict[type[Options], type[DerivedRecord]] = {
@@ -60,6 +62,7 @@ def check(own: Mapping[str, Any], records: Iterable[Options]) -> None:
     for model in models:
         require_there(model, own.get("revision"))
     for record in records:
+        _check_shortened(record, own)
         _check_texts(record, models)
         out = own.get("out")
         if out is not None and type(record) in DERIVED:
@@ -141,6 +144,23 @@ def _models(own: Mapping[str, Any]) -> Iterator[str]:
             )
         elif value is not None:
             yield from [value] if isinstance(value, str) else value
+
+
+def _check_shortened(record: Options, own: Mapping[str, Any]) -> None:
+    """Refuse a model that is as it was before any removal, where the original is needed."""
+    if isinstance(record, RetrainOptions):
+        needed = record.about.has_teacher and record.teacher is None
+    else:
+        needed = isinstance(record, HealOptions)
+    directory = directory_here(own["model"]) if needed else None
+    if directory is None:
+        return
+    try:
+        derived_steps(own["model"], read_raw_config(own["model"], directory))
+    except CheckpointError as error:
+        if isinstance(record, RetrainOptions):
+            raise advised(error, "--teacher") from error
+        raise
 
 
 def _check_texts(record: Options, models: list[str]) -> None:

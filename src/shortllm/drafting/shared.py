@@ -48,7 +48,8 @@ from shortllm.records import ModelInfo
 from shortllm.runtime import quiet_transformers
 from shortllm.surgery.apply import as_read_from_disk, check_removal
 from shortllm.surgery.companions import follow_removal
-from shortllm.surgery.origin import PROVENANCE, provenance_of, sendable
+from shortllm.surgery.origin import provenance_of, sendable
+from shortllm.surgery.steps import PROVENANCE
 
 WRITTEN = "Or write the draft with `shortllm prune`, and load that"
 """What to do where weights cannot be shared."""

@@ -52,7 +52,8 @@ from shortllm.surgery.derived import (
     stored_name,
     verifying,
 )
-from shortllm.surgery.origin import PROVENANCE, lineage, open_original
+from shortllm.surgery.origin import lineage, open_original
+from shortllm.surgery.steps import PROVENANCE
 
 log = logging.getLogger(__name__)
 

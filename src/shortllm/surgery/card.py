@@ -17,7 +17,7 @@ from shortllm.checkpoint.config import SHAPES
 from shortllm.checkpoint.tensors import read_json, read_tensor_table, unpacked_elements
 from shortllm.files import translate_os_errors, write_text
 from shortllm.format import counted, percent, short_bytes, short_count, spans
-from shortllm.surgery.origin import Step, derived_steps, kept_after
+from shortllm.surgery.steps import Step, derived_steps, kept_after
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -24,7 +24,8 @@ from shortllm.checkpoint.tensors import weight_files
 from shortllm.errors import CheckpointError, UnsupportedModelError
 from shortllm.files import PARTIAL
 from shortllm.surgery.card import CARD, ORIGINAL_CARD
-from shortllm.surgery.origin import LOCAL, PROVENANCE
+from shortllm.surgery.origin import LOCAL
+from shortllm.surgery.steps import PROVENANCE
 
 TOKENIZER = {"merges", "tekken", "template", "tokenizer", "tokens", "vocab", "vocabulary"}
 """Words in the names of files that speak of tokens alone."""

@@ -64,14 +64,13 @@ from shortllm.surgery.companions import (
 )
 from shortllm.surgery.origin import (
     LOCAL,
-    PROVENANCE,
     draft_note,
     original_place,
     own_place,
     sendable,
-    steps_of,
     write_local,
 )
+from shortllm.surgery.steps import PROVENANCE, steps_of
 from shortllm.surgery.verify import (
     ImageProbe,
     bypass_logits,

@@ -26,7 +26,8 @@ from shortllm.checkpoint.writer import copy_range
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
 from shortllm.progress import progress
-from shortllm.surgery.origin import PROVENANCE, original_place, sendable, steps_of, write_local
+from shortllm.surgery.origin import original_place, sendable, write_local
+from shortllm.surgery.steps import PROVENANCE, steps_of
 
 UNKNOWN_HASH = "0" * 64
 """Stands for the hash of the source until it is known: it is computed while tensors are copied."""
