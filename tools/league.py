@@ -51,6 +51,9 @@ HEAL_AWARE = "auto, healed"
 SEARCHES = ("auto", HEAL_AWARE, "span", "dp", "greedy", "local", "evolve")
 """Searches: each finds one set, for one number of blocks."""
 
+SEEDS = (1, 2)
+"""Other seeds of the samples that blocks are chosen on, and healed on."""
+
 STEPS, BATCH, ROW, LIMIT = 200, 4, 128, 200
 
 
@@ -340,25 +343,37 @@ class Measured:
         if not names:
             return
         start = time.monotonic()
+        for name, own in self.chosen(names, counts).items():
+            sets.setdefault(name, {}).update(own)
+        seconds = round(time.monotonic() - start)
+        self.found["seconds"][f"{', '.join(names)}: {', '.join(map(str, counts))}"] = seconds
+        self.save()
+
+    def chosen(
+        self, names: Iterable[str], counts: list[int], **sampling: Any
+    ) -> dict[str, dict[str, list[int] | None]]:
+        """What each criterion removes at each budget; None where it has no removal of that size."""
         criteria = {name: name.partition(",")[0] for name in names}
         scores = shortllm.score(
             self.one.model,
             criterion=list(criteria.values()),
-            options={criteria[name]: options_of(name, max(counts)) for name in names},
+            options={criteria[name]: options_of(name, max(counts)) for name in criteria},
             data=self.one.text,
             dtype=self.one.dtype,
             **self.one.scored,
+            **sampling,
         )
-        for name, criterion in criteria.items():
-            own = sets.setdefault(name, {})
-            for count in counts:
-                try:
-                    own[str(count)] = sorted(shortllm.plan(scores[criterion], remove=count).removed)
-                except BudgetError:  # no removal of this size
-                    own[str(count)] = None
-        seconds = round(time.monotonic() - start)
-        self.found["seconds"][f"{', '.join(names)}: {', '.join(map(str, counts))}"] = seconds
-        self.save()
+
+        def removed(criterion: str, count: int) -> list[int] | None:
+            try:
+                return sorted(shortllm.plan(scores[criterion], remove=count).removed)
+            except BudgetError:
+                return None
+
+        return {
+            name: {str(count): removed(criterion, count) for count in counts}
+            for name, criterion in criteria.items()
+        }
 
     def measure(self, key: Key, *, tasks: bool = False) -> None:
         """Perplexity of a model, or its tasks, unless it is there."""
@@ -395,13 +410,52 @@ class Measured:
             OF_SETS[way](self.one, blocks, out)
         return str(out)
 
-    def perplexity(self, path: str) -> dict[str, Any]:
+    def evaluated(self, paths: list[str]) -> list[dict[str, Any]]:
+        """For each model its perplexity on each text."""
         found = shortllm.evaluate(
-            [path], data=list(self.one.held_out.values()), continuations=0, dtype=self.one.dtype,
+            paths, data=list(self.one.held_out.values()), continuations=0, dtype=self.one.dtype,
             **self.one.measured,
         )  # fmt: skip
-        values = [one.perplexity for one in found.models[0].perplexity]
-        return {"perplexity": dict(zip(self.one.held_out, values, strict=True))}
+        return [dict(zip(self.one.held_out, one.perplexity, strict=True)) for one in found.models]
+
+    def perplexity(self, path: str) -> dict[str, Any]:
+        [texts] = self.evaluated([path])
+        return {"perplexity": {text: one.perplexity for text, one in texts.items()}}
+
+    def compare(self, count: int) -> None:
+        """Ours against the best other contender, paired by window."""
+        own, other = self.of(OURS, count), self.best_other(count)
+        pairs = self.found.setdefault("paired", {})
+        if max(loss(own), loss(self.of(other, count))) == math.inf:
+            return
+        if pairs.get(str(count), {}).get("other") == other.name:
+            return
+        _, ours = self.evaluated([self.made(self.of(other, count)), self.made(own)])
+        found = [one.difference for one in ours.values()]
+        pairs[str(count)] = {
+            "other": other.name,
+            "nll": sum(one.nll for one in found) / len(found),
+            "stderr": math.hypot(*(one.stderr or 0.0 for one in found)) / len(found),
+        }
+        self.save()
+
+    def best_other(self, count: int) -> Contender:
+        """The contender next to ours with the lowest perplexity."""
+        return min(
+            (one for one in LEAGUE if one is not OURS), key=lambda one: loss(self.of(one, count))
+        )
+
+    def reseed(self, seed: int) -> None:
+        """Ours at the middle budget, with other samples of the same text to choose and heal on."""
+        known = self.found.setdefault("seeds", {})
+        if str(seed) in known:
+            return
+        blocks = self.chosen([OURS.chosen], [self.middle], seed=seed)[OURS.chosen][str(self.middle)]
+        assert blocks is not None  # searches remove as many as they are asked to
+        out = self.runs / self.one.name / f"seed-{seed}" / "regression"
+        healed(self.one, blocks, out, method="regression", seed=seed)
+        known[str(seed)] = {"removed": blocks} | self.perplexity(str(out))
+        self.save()
 
     def tasks(self, path: str) -> dict[str, Any]:
         """The seven tasks of Shortened LLaMA, their mean, and its standard error."""
@@ -473,12 +527,15 @@ def work(found: Measured) -> Iterator[Callable[[], None]]:
     yield found.speed
     if trains:
         yield from rows_of(found, (HEAL_AWARE, "ppl"), TRAINED, near)
+    yield from (partial(found.compare, count) for count in near)
+    yield from (partial(found.reseed, seed) for seed in SEEDS)
     yield from rows_of(found, SINGLE, UNTRAINED, counts)
     for search in SEARCHES:
         for chosen in [counts] if search == "greedy" else [[count] for count in counts]:
             yield partial(found.choose, (search,), chosen)
             yield from rows_of(found, (search,), UNTRAINED, chosen)
     yield from league_rows(found, counts)
+    yield from (partial(found.compare, count) for count in counts)
 
 
 def rows_of(
@@ -537,6 +594,7 @@ program.
   blocks are chosen, where the paper chooses again after each.
 - Tasks: mean of the seven of Shortened LLaMA, first {limit} documents of each, with its standard
   error.
+- After ±: the standard error of the difference, over the windows of all texts, paired.
 - A cell that is empty was not measured yet.
 
 `python tools/league.py --shared ../shared` writes this page and [league.json](league.json), and
@@ -676,7 +734,7 @@ def findings(found: Measured) -> list[str]:
         return [loss(found.of(Contender("", name, way), count)) for name in names]
 
     known = [row for row in found.found["rows"] if row["count"] and row["removed"]]
-    lines = [own_place(found)]
+    lines = [own_place(found), *seeds(found)]
     for way, other, words in (
         ("regression", "linear", "`linear`"),
         ("regression", "none", "the same sets unhealed"),
@@ -716,11 +774,27 @@ def own_place(found: Measured) -> str:
         if own < math.inf and min(others) < math.inf:
             place = 1 + sum(one < own for one in others)
             behind = math.expm1(own - min(others))
+            other = found.best_other(count).name
+            paired = found.found.get("paired", {}).get(str(count), {})
+            error = f" ± {100 * paired['stderr']:.1f}" if paired.get("other") == other else ""
             places.append(
-                f"place {place} at {count} of {found.found['blocks']} ({behind:+.1%} against the "
-                "best other)"
+                f"place {place} at {count} of {found.found['blocks']} "
+                f"({100 * behind:+.1f}{error} % against {other})"
             )
     return f"- {OURS.name}: {', '.join(places)}." if places else ""
+
+
+def seeds(found: Measured) -> list[str]:
+    """Where it ended with other samples."""
+    rows = list(found.found.get("seeds", {}).values())
+    if not rows:
+        return []
+    ends = " and ".join(f"{spans(row['removed'])}: {cell(found, row)}" for row in rows)
+    own = found.of(OURS, found.middle)
+    return [
+        f"- With samples of {len(rows)} other seeds to choose and heal on, without {ends}; in the "
+        f"table without {spans(own['removed'])}: {cell(found, own)}."
+    ]
 
 
 def counted(what: str, ratios: list[float]) -> list[str]:

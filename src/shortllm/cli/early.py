@@ -62,11 +62,11 @@ def check(own: Mapping[str, Any], records: Iterable[Options]) -> None:
     for model in models:
         require_there(model, own.get("revision"))
     for record in records:
-        _check_shortened(record, own)
         _check_texts(record, models)
         out = own.get("out")
         if out is not None and type(record) in DERIVED:
             check_new_checkpoint(out, DERIVED[type(record)])
+        _check_shortened(record, own)
     _go_offline()
 
 
