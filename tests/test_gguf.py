@@ -69,7 +69,10 @@ def blocks_of(path: Path) -> list[int]:
     return found
 
 
-def test_blocks_are_removed_and_renumbered(tmp_path: Path) -> None:
+def test_blocks_are_removed_and_renumbered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "shortllm")
     source = write_gguf(tmp_path / "a.gguf", attention__head_count_kv=[1, 2, 3, 4, 5, 6])
     shorten_gguf(read_gguf(source), [1, 4], tmp_path / "b.gguf", criterion="ppl")
     assert blocks_of(tmp_path / "b.gguf") == [0, 2, 3, 5]
@@ -81,6 +84,7 @@ def test_blocks_are_removed_and_renumbered(tmp_path: Path) -> None:
     assert file.provenance["source_sha256"] == read_gguf(source).sha256
     assert file.provenance["removed_blocks"] == [1, 4]
     assert file.provenance["criterion"] == "ppl"
+    assert "a.gguf: 6 -> 4 blocks, without 1, 4; " in caplog.text
 
 
 @pytest.mark.parametrize("alignment", [None, 32, 64])

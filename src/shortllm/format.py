@@ -179,6 +179,17 @@ def spans(blocks: Sequence[int]) -> str:
     )
 
 
+def what_is_left(
+    model: str, blocks: int, removed: Sequence[int], before_bytes: int, after_bytes: int
+) -> str:
+    """What a removal did to a model: blocks, and bytes of its weights."""
+    gone = ", ".join(map(str, sorted(removed)))
+    return (
+        f"{model}: {blocks} -> {counted(blocks - len(removed), 'block')}, without {gone}; "
+        f"{in_bytes(before_bytes)} -> {in_bytes(after_bytes)}"
+    )
+
+
 def model_name(model_id: str) -> str:
     """A Hub id unchanged, the last part of a directory, the Hub id of a Hub cache directory."""
     cached = re.search(r"models--([^/\\]+?)--([^/\\]+)", model_id)

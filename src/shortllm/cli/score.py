@@ -17,7 +17,7 @@ from shortllm.cli.output import answered, command_line, print_notes, print_table
 from shortllm.criteria import names_in, resolve_all
 from shortllm.data.options import CalibrationOptions
 from shortllm.errors import BudgetError
-from shortllm.format import counted, duration, in_bytes, plain
+from shortllm.format import counted, duration, plain, what_is_left
 from shortllm.pruning.budget import Budget
 from shortllm.pruning.records import Pruning
 from shortllm.recipe import CRITERION_HELP
@@ -203,11 +203,8 @@ def prune(
 
 def _print_pruning(record: Pruning, written: Path, *, verified: bool) -> None:
     size = sum((written / name).stat().st_size for name in weight_files(written))
-    typer.echo(
-        f"{record.model.id}: {record.model.blocks} -> {counted(len(record.kept), 'block')}, "
-        f"without {', '.join(map(str, record.removed))}; {in_bytes(record.model.bytes)} -> "
-        f"{in_bytes(size)}"
-    )
+    model = record.model
+    typer.echo(what_is_left(model.id, model.blocks, record.removed, model.bytes, size))
     if verified:
         typer.echo(
             "verified: loaded again, it computes what the original does without these blocks"

@@ -11,6 +11,7 @@ is in the metadata, under `shortllm.provenance`, as it is in config.json of othe
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -25,9 +26,12 @@ from shortllm.checkpoint.gguf import PROVENANCE_KEY, SCALED_BY_COUNT, GgufFile, 
 from shortllm.checkpoint.writer import copy_range
 from shortllm.errors import CheckpointError, OutputError, UnsupportedModelError
 from shortllm.files import partial_file, require_file_target
+from shortllm.format import what_is_left
 from shortllm.progress import progress
 from shortllm.surgery.origin import original_place, sendable, write_local
 from shortllm.surgery.steps import PROVENANCE, steps_of
+
+log = logging.getLogger(__name__)
 
 UNKNOWN_HASH = "0" * 64
 """Stands for the hash of the source until it is known: it is computed while tensors are copied."""
@@ -139,6 +143,8 @@ def shorten_gguf(file: GgufFile, removed: Sequence[int], out: Path, **how: Any) 
         written = read_gguf(partial)
         _verify(written, file, tensors)
         _fill_in_hash(written, digest.result())
+    sizes = (path.stat().st_size for path in (file.path, out))
+    log.info("%s", what_is_left(file.path.name, file.blocks, removed, *sizes))
     steps = steps_of(str(file.path), {PROVENANCE: file.provenance})
     place = None if how.get("revision") else file.path.absolute()
     write_local(out, original_place(place, steps))
