@@ -723,6 +723,7 @@ def test_the_report_shows_the_curves(place: Path, tmp_path: Path) -> None:
         ({"data": "alpaca.jsonl", "template": "chat"}, "has no chat template"),
         ({"data": "generated"}, "text that a teacher writes"),
         ({"data": "text.jsonl", "rank": 64}, "have no linear projection"),
+        ({"data": "text.jsonl", "length": 9999}, r"--length \(.*--set retraining.length\) \d+ or"),
         ({"data": "text.jsonl", "report_to": ["tensorbord"]}, "Did you mean 'tensorboard'"),
         ({"data": "text.jsonl", "report_to": ["wandb"]}, "pip install wandb"),
         ({"data": "text.jsonl", "report_to": ["all", "none"]}, "--report-to all stands alone"),

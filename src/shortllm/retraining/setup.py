@@ -159,9 +159,9 @@ def check(
         )
     options = resolve(options, checkpoint)
     assert options.length is not None
-    check_length(checkpoint, options.length, "--length")
+    check_length(checkpoint, options.length, _called("length"))
     every = checkpoint.model_type in BOS_EVERY_SAMPLE
-    check_length(checkpoint, options.eval_length, "--eval-length", before=int(every))
+    check_length(checkpoint, options.eval_length, _called("eval_length"), before=int(every))
     if ranks.count == 1 and session.device.index:
         raise ShortLLMError(
             f"training uses the first visible GPU, not {session.device}. Use --device auto, and "
@@ -182,6 +182,11 @@ def check(
         parts=_open_data(options, tokenizer),
         evaluation=_evaluation_sets(checkpoint, tokenizer, options),
     )
+
+
+def _called(field: str) -> str:
+    """An option as one types it: `run` and `draft` have a --length of their own."""
+    return f"--{field.replace('_', '-')} (in `run` and `draft`: --set retraining.{field})"
 
 
 def _require_4bit(session: Session) -> None:
