@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `shortllm` command; never returns."""
     show_notes()
     _insist_on_interrupts()
-    # torch takes memory in pages of 2 MB: with small ones, the kernel needs a tenth of a walk's time
+    # torch takes memory in pages of 2 MB: with small ones, a tenth of a walk goes to the kernel
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         # in a context of its own: what one command is trusted with, the next one is not
