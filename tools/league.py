@@ -52,7 +52,7 @@ SEARCHES = ("auto", HEAL_AWARE, "span", "dp", "greedy", "local", "evolve")
 """Searches: each finds one set, for one number of blocks."""
 
 SEEDS = (1, 2)
-"""Other seeds of the samples that blocks are chosen on, and healed on."""
+"""Other seeds of the samples that blocks are chosen on."""
 
 STEPS, BATCH, ROW, LIMIT = 200, 4, 128, 200
 
@@ -446,14 +446,14 @@ class Measured:
         )
 
     def reseed(self, seed: int) -> None:
-        """Ours at the middle budget, with other samples of the same text to choose and heal on."""
+        """Ours at the middle budget, with blocks chosen on other samples of the same text."""
         known = self.found.setdefault("seeds", {})
         if str(seed) in known:
             return
         blocks = self.chosen([OURS.chosen], [self.middle], seed=seed)[OURS.chosen][str(self.middle)]
         assert blocks is not None  # searches remove as many as they are asked to
         out = self.runs / self.one.name / f"seed-{seed}" / "regression"
-        healed(self.one, blocks, out, method="regression", seed=seed)
+        healed(self.one, blocks, out, method="regression")
         known[str(seed)] = {"removed": blocks} | self.perplexity(str(out))
         self.save()
 
@@ -792,7 +792,7 @@ def seeds(found: Measured) -> list[str]:
     ends = " and ".join(f"{spans(row['removed'])}: {cell(found, row)}" for row in rows)
     own = found.of(OURS, found.middle)
     return [
-        f"- With samples of {len(rows)} other seeds to choose and heal on, without {ends}; in the "
+        f"- Chosen on samples of {len(rows)} other seeds, without {ends}; in the "
         f"table without {spans(own['removed'])}: {cell(found, own)}."
     ]
 
