@@ -364,14 +364,14 @@ class Measured:
             **sampling,
         )
 
-        def removed(criterion: str, count: int) -> list[int] | None:
+        def blocks_of(criterion: str, count: int) -> list[int] | None:
             try:
                 return sorted(shortllm.plan(scores[criterion], remove=count).removed)
             except BudgetError:
                 return None
 
         return {
-            name: {str(count): removed(criterion, count) for count in counts}
+            name: {str(count): blocks_of(criterion, count) for count in counts}
             for name, criterion in criteria.items()
         }
 
